@@ -9,6 +9,7 @@ the run as `terms`, where the server states some: a learner refuses those that a
 """
 
 import json
+import logging
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -16,9 +17,11 @@ from flwr.clientapp import ClientApp
 
 from hfllm.errors import InputError
 from hfllm.federation.flower import RECORD, record_of
+from hfllm.federation.transports import failed_by
 from hfllm.federation.wire import to_bytes, weights_from_bytes
 from hfllm.federation.worker import learner_of
 
+LOG = logging.getLogger(__name__)
 app = ClientApp()
 
 
@@ -32,17 +35,22 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train a round, and send the update, or the reason why there is none."""
     request = message.content[RECORD]
+    name = organisation_of(context)
     try:
-        name = organisation_of(context)
         config = {**context.run_config, **context.node_config}
         if "learner" not in config:
             raise InputError("the run names no learner; expected module:function")
         settings, terms = settings_of(context), json.loads(str(request.get("terms", "{}")))
         learner = learner_of(str(config["learner"]), name, {**settings, **({"terms": terms} if terms else {})})
-        update = learner(int(request["round"]), weights_from_bytes(request["weights"]))
-        reply = {"update": to_bytes(update, str(terms.get("compression", config.get("compression", "none"))))}
+        number = int(request["round"])
+        update = learner(number, weights_from_bytes(request["weights"]))
+        compression = str(terms.get("compression", config.get("compression", "none")))
+        reply = {"update": to_bytes(update, compression, number)}
     except InputError as error:
         reply = {"reason": str(error)}
+    except Exception as error:
+        LOG.exception("the learner of organisation %r failed", name)
+        reply = {"reason": failed_by(error, name, "its own log")}
     return Message(content=record_of(reply), reply_to=message)
 
 

@@ -80,7 +80,7 @@ class FlowerTransport(Receiver):
     ) -> Iterator[Update | Failure]:
         """Train at all participants at the same time; see `transports.Transport`."""
         check_participants(participants, participants)
-        expected, data = self.expected(weights), weights_to_bytes(weights)
+        expected, data = self.expected(weights, round), weights_to_bytes(weights)
         nodes = self._nodes_of(participants)
         values = {"round": round, "weights": data, "terms": json.dumps(dict(self.terms))}
         asked = {nodes[name]: self._message("train", values, nodes[name]) for name in participants if name in nodes}

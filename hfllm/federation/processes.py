@@ -65,7 +65,7 @@ class SeveralProcesses(Receiver):
     ) -> Iterator[Update | Failure]:
         """Train at all participants, `max_parallel` at a time; see `transports.Transport`."""
         check_participants(participants, self.settings)
-        expected, message = self.expected(weights), weights_to_bytes(weights)
+        expected, message = self.expected(weights, round), weights_to_bytes(weights)
         path = self.folder / f"round-{round}.safetensors"
         path.write_bytes(message)
         waiting, ended = list(participants), {}
@@ -124,7 +124,8 @@ class SeveralProcesses(Receiver):
         if name not in self._workers:
             log = self.folder / f"organisation-{list(self.settings).index(name)}.log"
             about = {"learner": self.learner, "organisation": name, "settings": dict(self.settings[name])}
-            self._workers[name] = _Worker(name, {**about, "compression": self.compression}, log)
+            about |= {"compression": self.compression, "log": str(log)}
+            self._workers[name] = _Worker(name, about, log)
         return self._workers[name]
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hfllm.errors import InputError
-from hfllm.federation.averaging import WeightedSum, norm
+from hfllm.federation.averaging import RobustSum, norm, six_digits
 from hfllm.federation.privacy import draw_participants
 from hfllm.federation.server_optimizers import ServerOptimizer
 from hfllm.federation.transports import Transport
@@ -35,7 +35,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Sum(Protocol):
-    """What updates of a round are added to; `averaging.WeightedSum` is one."""
+    """What updates of a round are added to; `averaging.RobustSum` is one."""
 
     def add(self, update: Update) -> None: ...
 
@@ -78,6 +78,8 @@ class RoundRecord:
         update_norm: Euclidean norm of the mean change.
         drift: distance of the changes to their mean (root of the mean square, by tokens), over `update_norm`.
         evaluation: figures of the weights after the round; empty where they were not measured.
+        bounded: those whose update was too long, and how long it was and was made.
+        typical_norm: what the lengths of the next round's updates are measured by, if they are few.
     """
 
     number: int
@@ -89,6 +91,8 @@ class RoundRecord:
     update_norm: float
     drift: float
     evaluation: dict[str, float] = field(default_factory=dict)
+    bounded: dict[str, str] = field(default_factory=dict)
+    typical_norm: float = 0.0
 
 
 @dataclass
@@ -147,7 +151,7 @@ def run_rounds(
     folder: Path,
     identity: Mapping[str, Any],
     evaluate: Callable[[int, Weights], dict[str, float]] = lambda number, weights: {},
-    new_sum: Callable[[int], Sum] = lambda number: WeightedSum(),
+    new_sum: Callable[[int], Sum] = lambda number: RobustSum(),
     announce: Callable[[RoundRecord], None] = lambda record: None,
 ) -> FederationState:
     """Run the rounds that are missing, and return the state after the last one.
@@ -161,7 +165,8 @@ def run_rounds(
         folder: where the state is kept.
         identity: what tells this run from others, as JSON values.
         evaluate: returns figures of the weights after a round, given its number.
-        new_sum: returns what a round's updates are added to, given its number.
+        new_sum: returns what a round's updates are added to, given its number; by default a mean whose updates are
+            bounded.
         announce: told of each round when it is kept.
 
     Raises:
@@ -200,6 +205,8 @@ def _next_state(
 ) -> FederationState:
     asked, before = participants_of(names, number, settings), (transport.bytes_sent, transport.bytes_received)
     sent = {name: value.to(precisions[name]) for name, value in state.weights.items()}
+    if isinstance(total, RobustSum):
+        total.earlier_norm = next((each.typical_norm for each in reversed(state.records) if each.typical_norm), 0.0)
     left_out, norms, num_tokens = _added_up(total, transport.run_round(number, sent, asked))
     missing = settings.min_organisations - (len(asked) - len(left_out))
     # Privacy asks for no number of updates; but noise alone must not be trained because a network is down.
@@ -215,9 +222,11 @@ def _next_state(
         *(number, asked, left_out, num_tokens),
         bytes_down=transport.bytes_sent - before[0],
         bytes_up=transport.bytes_received - before[1],
-        update_norm=_six_digits(moved),
-        drift=_six_digits(total.drift() / moved if moved else 0.0),
+        update_norm=six_digits(moved),
+        drift=six_digits(total.drift() / moved if moved else 0.0),
     )
+    if isinstance(total, RobustSum):
+        record.bounded, record.typical_norm = total.bounded, total.typical_norm
     if settings.is_private:
         # Who took part must stay unknown, also from a file or by the number of bytes.
         record = RoundRecord(number, [], {}, 0, 0, 0, record.update_norm, 0.0)
@@ -252,13 +261,8 @@ def _check_finite(
             who = ", ".join(f"{each} {norms[each]:.3g}" for each in largest)
             raise InputError(
                 f"round {number}: {name} would be infinite or NaN; the weights before are kept. Largest norms of "
-                f"updates: {who}. --clip_norm bounds them"
+                f"updates: {who}. --max_norm_ratio and --clip_norm bound them"
             )
-
-
-def _six_digits(value: float) -> float:
-    """Return a figure without the digits in which sums differ by where tensors lie in memory."""
-    return float(f"{value:.6g}")
 
 
 # ---- what is kept ----

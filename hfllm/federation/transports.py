@@ -1,10 +1,15 @@
 """How weights reach organisations and their updates come back: here within one process.
 
+Whatever a learner raises leaves its organisation out of the round. An `InputError` says why in its own words; of
+another error the server is told the type only, since its message may show words of a row, and the traceback is in the
+organisation's own log.
+
 Every transport carries the same bytes (`wire`) and hands updates over in the order of the participants, so that the
 same round gives the same bits in one process (`InProcess`), in several (`processes.SeveralProcesses`) and between
 machines (`flower.FlowerTransport`).
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -14,6 +19,8 @@ from torch import Tensor
 from hfllm.errors import InputError
 from hfllm.federation.updates import Expected, Failure, Update
 from hfllm.federation.wire import from_bytes, size_limit, to_bytes, weights_from_bytes, weights_to_bytes
+
+LOG = logging.getLogger(__name__)
 
 # Trains on the rows of one organisation in round `round`, from these weights, and returns what changed.
 Learner = Callable[[int, dict[str, Tensor]], Update]
@@ -58,9 +65,10 @@ class Receiver:
         self.terms: Mapping[str, str | int] = {}
         self.bytes_sent = self.bytes_received = 0
 
-    def expected(self, weights: Mapping[str, Tensor]) -> Expected:
-        """Return what updates of these weights look like."""
-        return replace(Expected.of(weights, self.base_sha256, self.any_rank), max_tokens=self.max_tokens)
+    def expected(self, weights: Mapping[str, Tensor], round: int | None = None) -> Expected:
+        """Return what updates of these weights, in this round, look like."""
+        expected = Expected.of(weights, self.base_sha256, self.any_rank)
+        return replace(expected, max_tokens=self.max_tokens, round=round)
 
     def limit(self, expected: Expected) -> int:
         """Return the most bytes that are read of one message."""
@@ -73,6 +81,15 @@ class Receiver:
             return from_bytes(data, self.limit(expected), expected, organisation)
         except InputError as error:
             return Failure(organisation, str(error))
+
+
+def failed_by(error: Exception, organisation: str, where: str) -> str:
+    """Return why there is no update after an error of a learner, in one line without the error's message.
+
+    Args:
+        where: what holds the traceback.
+    """
+    return f"the learner of organisation {organisation!r} failed by {type(error).__name__}; {where} has the traceback"
 
 
 def check_participants(participants: Sequence[str], known: Collection[str]) -> None:
@@ -109,14 +126,18 @@ class InProcess(Receiver):
     def run_round(
         self, round: int, weights: Mapping[str, Tensor], participants: Sequence[str]
     ) -> Iterator[Update | Failure]:
-        """Train at each participant in turn. An error of one that a user can fix is a `Failure`, others are raised."""
+        """Train at each participant in turn; an error of one is a `Failure`, with its traceback in the log."""
         check_participants(participants, self.learners)
-        expected, message = self.expected(weights), weights_to_bytes(weights)
+        expected, message = self.expected(weights, round), weights_to_bytes(weights)
         for name in participants:
             self.bytes_sent += len(message)
             try:
-                data = to_bytes(self.learners[name](round, weights_from_bytes(message)), self.compression)
+                data = to_bytes(self.learners[name](round, weights_from_bytes(message)), self.compression, round)
             except InputError as error:
                 yield Failure(name, str(error))
+                continue
+            except Exception as error:
+                LOG.exception("round %d: the learner of organisation %r failed", round, name)
+                yield Failure(name, failed_by(error, name, "the log above"))
                 continue
             yield self.receive(data, name, expected)

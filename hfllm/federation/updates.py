@@ -25,6 +25,7 @@ class Update:
             average.
         num_rows: rows that it trained on in this round.
         base_sha256: `weights_sha256` of the model that it began from before the first round.
+        round: the round that it answers; by default what sends it says so (`wire.to_bytes`).
     """
 
     organisation: str
@@ -32,6 +33,7 @@ class Update:
     num_tokens: int
     num_rows: int
     base_sha256: str
+    round: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,14 @@ class Expected:
         any_rank: accept LoRA factors of other ranks, which `lora.stacked` adds up.
         max_tokens: most target tokens, and rows, that an organisation may have learned in a round: they are its weight
             in the mean. By default any number.
+        round: that updates answer; one of another round, late or sent again, is refused. By default any.
     """
 
     forms: Mapping[str, Form]
     base_sha256: str
     any_rank: bool = False
     max_tokens: int | None = None
+    round: int | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], base_sha256: str, any_rank: bool = False) -> "Expected":
@@ -83,6 +87,7 @@ class Expected:
             InputError: in one line that names the organisation.
         """
         whose = f"organisation {update.organisation!r}"
+        self.check_round(update.round, update.organisation)
         if update.base_sha256 != self.base_sha256:
             raise InputError(
                 f"{whose} began from another base model: sha256 {update.base_sha256[:12]!r}; "
@@ -94,6 +99,12 @@ class Expected:
         for name, tensor in update.tensors.items():
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{whose} sent {name} with NaN or infinite values; expected finite ones")
+
+    def check_round(self, found: int | None, organisation: str) -> None:
+        """Refuse an update of another round, or of none; see `check`."""
+        if self.round is not None and found != self.round:
+            sent = "an update of no round" if found is None else f"an update of round {found}"
+            raise InputError(f"organisation {organisation!r} sent {sent}; expected one of round {self.round}")
 
     def check_forms(self, found: Mapping[str, Form], organisation: str) -> None:
         """Refuse other names, shapes or precisions; see `check`."""

@@ -1,6 +1,7 @@
 """Updates and weights as bytes: safetensors, which runs no code, with a limit that holds before anything is read.
 
-A message is a safetensors file whose metadata says whose it is, of how many tokens and rows, and of which base model.
+A message is a safetensors file whose metadata says whose it is, which round it answers, of how many tokens and rows,
+and of which base model.
 Its header is checked against what the server expects before any tensor is made of the data.
 """
 
@@ -29,11 +30,12 @@ DTYPES = {
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 1 << 16, 1 << 10
 
 
-def to_bytes(update: Update, compression: str = "none") -> bytes:
+def to_bytes(update: Update, compression: str = "none", round: int | None = None) -> bytes:
     """Return an update as bytes.
 
     Args:
         compression: none, or int8 with a scale per row; see `compression.ErrorFeedback`.
+        round: that was asked for; written where the update names none itself.
 
     Raises:
         InputError: for another compression, and a change with NaN or infinite values.
@@ -48,12 +50,14 @@ def to_bytes(update: Update, compression: str = "none") -> bytes:
                 "training diverged, so that nothing is sent"
             )
     tensors = quantize(update.tensors) if compression == "int8" else update.tensors
+    answered = round if update.round is None else update.round
     return save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         {
             **{"format": FORMAT, "compression": compression, "organisation": update.organisation},
             **{"num_tokens": str(update.num_tokens), "num_rows": str(update.num_rows)},
             "base_sha256": update.base_sha256,
+            **({} if answered is None else {"round": str(answered)}),
         },
     )
 
@@ -68,8 +72,8 @@ def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None =
         sender: the organisation that the transport received this from, which must be the one that it names.
 
     Raises:
-        InputError: in one line that names the sender: too large, truncated, not safetensors, other tensors, precision
-            or base model, NaN.
+        InputError: in one line that names the sender: too large, truncated, not safetensors, another round, other
+            tensors, precision or base model, NaN.
     """
     whose = f"organisation {sender!r}" if sender is not None else "an organisation"
     _check_size(len(data), limit, whose)
@@ -79,6 +83,7 @@ def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None =
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{whose} sent bytes that are not an update: {_one_line(error)}") from None
     name = update_of["organisation"]
+    expected.check_round(update_of["round"], name)
     compression = metadata["compression"]
     wanted = Expected(quantized_forms(expected.forms), expected.base_sha256) if compression == "int8" else expected
     if compression == "int8" and expected.any_rank:
@@ -160,8 +165,8 @@ def _described(metadata: Mapping[str, str], sender: str | None) -> dict[str, Any
     organisation = metadata["organisation"]
     if sender is not None and organisation != sender:
         raise ValueError(f"it is in the name of {organisation!r:.60}")
-    counts = {}
-    for field in ("num_tokens", "num_rows"):
+    counts: dict[str, int | None] = {"round": None}
+    for field in ("num_tokens", "num_rows", *(["round"] if "round" in metadata else [])):
         # A longer number would be read for minutes.
         if not (metadata[field].isdecimal() and metadata[field].isascii() and len(metadata[field]) <= 15):
             raise ValueError(f"{field} is {metadata[field]!r:.40}")

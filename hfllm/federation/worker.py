@@ -1,8 +1,8 @@
 """The process of one organisation: `python -m hfllm.federation.worker`, started by `processes.SeveralProcesses`.
 
 It reads a line of JSON that says who it is, then one per round, and answers each round with a line that gives the
-reason why it failed, or none. What learners print goes to its log. When the server closes the pipe, or is killed, it
-ends at once, whatever it does.
+reason why it failed, or none. What learners print, and the traceback of what they raise, goes to its log. When the
+server closes the pipe, or is killed, it ends at once, whatever it does.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from queue import SimpleQueue
@@ -40,6 +41,7 @@ def main() -> None:
     lines: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     about, learner = json.loads(lines.get()), None
+    from hfllm.federation.transports import failed_by
     from hfllm.federation.wire import to_bytes, weights_from_bytes
 
     while True:
@@ -47,13 +49,18 @@ def main() -> None:
         try:
             learner = learner or learner_of(about["learner"], about["organisation"], about["settings"])
             weights = weights_from_bytes(Path(request["weights"]).read_bytes())
-            data = to_bytes(learner(request["round"], weights), about["compression"])
+            data = to_bytes(learner(request["round"], weights), about["compression"], request["round"])
             path = Path(request["update"])
             partial = path.with_suffix(".partial")
             partial.write_bytes(data)
             os.replace(partial, path)
         except InputError as error:
             reason = str(error) or type(error).__name__
+        except Exception as error:
+            traceback.print_exc()
+            # In what state it was left, nobody knows: the next round makes another.
+            learner = None
+            reason = failed_by(error, about["organisation"], about["log"])
         answers.write(json.dumps({"reason": reason}) + "\n")
         answers.flush()
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hfllm.federation.row_privacy import RowPrivacy
 
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
+MEAN, MEDIAN, TRIMMED_MEAN = AGGREGATIONS = ("mean", "median", "trimmed_mean")
 SFT, REWARD = LEARNERS = ("sft", "reward")
 CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
 SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
@@ -71,6 +72,21 @@ class FederatedArguments(InstructionArguments):
             "not that of their products), lora_frozen_a (one of them, whose mean is exact).",
             "choices": list(AVERAGES),
         },
+    )
+    aggregation: str = field(
+        default=MEAN,
+        metadata={
+            "help": "What is made of the updates: their mean by tokens, or by coordinate, organisations counting "
+            "alike, median or trimmed_mean, which a hostile minority moves little.",
+            "choices": list(AGGREGATIONS),
+        },
+    )
+    trim: float = field(
+        default=0.2, metadata={"help": "Share of the updates that trimmed_mean leaves out at each end."}
+    )
+    max_norm_ratio: float = field(
+        default=2.0,
+        metadata={"help": "An update longer than this many times the median of its round is scaled to that; 0: none."},
     )
     server_optimizer: str = field(
         default="fedavg",
@@ -201,6 +217,9 @@ def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", m
     refuse(
         "server_momentum" in given and is_plain, "--server_momentum", "fedavg has none: --server_optimizer momentum"
     )
+    is_trimmed = script_args.aggregation == TRIMMED_MEAN
+    refuse("trim" in given and not is_trimmed, "--trim", "it is of --aggregation trimmed_mean")
+    refuse("max_norm_ratio" in given and script_args.clip_norm is not None, "--max_norm_ratio", "--clip_norm bounds")
     for name in OF_THE_WORLD:
         refuse(name in given and not script_args.is_world, f"--{name}", "it is of the embedded world")
     has_names = bool(script_args.organisation_files or script_args.organisation_names)
@@ -230,14 +249,17 @@ def _check_controls(script_args: FederatedArguments) -> None:
 
 
 def _check_server(script_args: FederatedArguments) -> None:
+    from hfllm.federation.averaging import check_robust
     from hfllm.federation.privacy import check_clip_norm
     from hfllm.federation.rounds import check_settings
 
+    check_robust(script_args.aggregation, script_args.trim, script_args.max_norm_ratio)
     check_settings(round_settings(script_args, 0), script_args.count)
     if script_args.proximal_mu < 0:
         raise InputError(f"--proximal_mu {script_args.proximal_mu}: expected a number of at least 0")
     private = script_args.clip_norm is not None
     refuse(not private and script_args.noise_multiplier > 0, "--noise_multiplier", "it is in units of --clip_norm")
+    refuse(private and script_args.aggregation != MEAN, "--aggregation", "--clip_norm is of a mean")
     if private:
         check_clip_norm(script_args.clip_norm, "--clip_norm")
     is_noisy = script_args.noise_multiplier > 0

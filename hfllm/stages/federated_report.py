@@ -66,7 +66,8 @@ def report_of(
             **_by_organisation(local, federated, controls, alone, unit_of(script_args)),
             **_row_privacy(script_args, local),
             "Rounds": _rounds(records, bool(private)),
-            **_left_out(records),
+            **_named("Left out", "why", {record.number: record.left_out for record in records}),
+            **_named("Bounded", "how", {record.number: record.bounded for record in records}),
         },
         {
             name: plot
@@ -81,6 +82,7 @@ def _of_all_rounds(records: Sequence[RoundRecord]) -> dict[str, float]:
         "bytes_down": sum(record.bytes_down for record in records),
         "bytes_up": sum(record.bytes_up for record in records),
         "updates_left_out": sum(len(record.left_out) for record in records),
+        "updates_bounded": sum(len(record.bounded) for record in records),
         "drift": sum(record.drift for record in records) / len(records),
     }
 
@@ -201,13 +203,15 @@ def _rounds(records: Sequence[RoundRecord], is_private: bool) -> list[Mapping[st
     ]
 
 
-def _left_out(records: Sequence[RoundRecord]) -> dict[str, list[Mapping[str, object]]]:
+def _named(
+    title: str, column: str, by_round: Mapping[int, Mapping[str, str]]
+) -> dict[str, list[Mapping[str, object]]]:
     rows = [
-        {"round": record.number, "organisation": name, "why": why}
-        for record in records
-        for name, why in record.left_out.items()
+        {"round": number, "organisation": name, column: what}
+        for number, named in by_round.items()
+        for name, what in named.items()
     ]
-    return {"Left out": rows} if rows else {}
+    return {title: rows} if rows else {}
 
 
 def bytes_until(records: Sequence[RoundRecord], number: int) -> int:

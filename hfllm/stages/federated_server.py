@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hfllm.federation.accountant import check_budget, epsilon_of, noise_to_signal
-from hfllm.federation.averaging import WeightedSum
+from hfllm.federation.averaging import RobustSum, WeightedSum
 from hfllm.federation.privacy import ClippedSum
 from hfllm.federation.processes import SeveralProcesses
 from hfllm.federation.rounds import STATE_FILE, RoundRecord, Sum, expected_participants, num_asked
@@ -20,7 +20,7 @@ from hfllm.federation.transports import InProcess, Transport
 from hfllm.federation.updates import Expected
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import given_names, say
-from hfllm.stages.federated import FederatedArguments, round_settings, terms_of
+from hfllm.stages.federated import MEAN, FederatedArguments, round_settings, terms_of
 from hfllm.stages.federated_clients import KEPT, WORKER, clients_of
 from hfllm.stages.federated_data import Local
 
@@ -125,7 +125,11 @@ def new_sum(
         number: of the round.
     """
     if script_args.clip_norm is None:
-        return WeightedSum(Expected.of(begun, base_sha256))
+        expected = Expected.of(begun, base_sha256)
+        if script_args.aggregation == MEAN and not script_args.max_norm_ratio:
+            # Updates are added as they come, and none is held in memory.
+            return WeightedSum(expected)
+        return RobustSum(expected, script_args.aggregation, script_args.trim, script_args.max_norm_ratio)
     participants = num_asked(count, round_settings(script_args, 0))
     return ClippedSum(script_args.clip_norm, script_args.noise_multiplier, participants, begun, base_sha256)
 
@@ -152,6 +156,7 @@ def announce(num_rounds: int, record: RoundRecord) -> None:
     """Print what came of a round."""
     figures = "".join(f"  {name} {value:.3f}" for name, value in record.evaluation.items())
     left_out = "".join(f"\n  left out: {name}: {why}" for name, why in record.left_out.items())
+    left_out += "".join(f"\n  bounded: {name}: {how}" for name, how in record.bounded.items())
     took_part = len(record.participants) - len(record.left_out)
     sent = (record.bytes_down + record.bytes_up) / 1e6
     # A private round tells nobody who took part.

@@ -30,6 +30,8 @@ def make_learner(organisation: str, settings: dict):
             time.sleep(60)
         if fault == "refused":
             raise InputError(f"organisation {organisation!r} has no rows")
+        if fault == "wrong":
+            raise ValueError("the row of Mrs. Miller is broken")
         inputs, targets = rows_of(settings["seed"], settings["count"])
         trained = {name: value.clone() for name, value in weights.items()}
         for _ in range(settings.get("steps", 1)):
@@ -37,6 +39,7 @@ def make_learner(organisation: str, settings: dict):
             trained["w"] = trained["w"] - 0.1 * (2 * residual @ inputs / len(targets)).to(trained["w"].dtype)
             trained["b"] = trained["b"] - 0.1 * 2 * residual.mean().to(trained["b"].dtype)
         moved = changes(trained, weights)
-        return Update(organisation, moved, settings["count"], settings["count"], settings.get("base", BASE))
+        counts = (settings["count"], settings["count"])
+        return Update(organisation, moved, *counts, settings.get("base", BASE), settings.get("answers"))
 
     return learn

@@ -9,7 +9,7 @@ from learners import BASE
 from torch.nn.functional import cross_entropy
 
 from hfllm.errors import InputError
-from hfllm.federation.averaging import WeightedSum, distances, norm, weighted_average
+from hfllm.federation.averaging import AGGREGATIONS, RobustSum, WeightedSum, distances, norm, weighted_average
 from hfllm.federation.server_optimizers import NAMES, server_optimizer
 from hfllm.federation.updates import Expected, Update, changes, weights_sha256
 
@@ -64,6 +64,31 @@ def test_one_step_by_tokens_is_the_central_step(organisations):
     # Weighted by rows it is another step: the control.
     move = max(float(value.abs().max()) for value in central.values())
     assert furthest(weighted_average(updates(len)), central) > 0.05 * move
+
+
+def step_of(optimizer, received, gradient):
+    """What an optimizer's first step changes, given the gradient."""
+    trained = {name: torch.nn.Parameter(value.clone()) for name, value in received.items()}
+    for name, value in trained.items():
+        value.grad = gradient[name].clone()
+    optimizer(trained.values(), lr=0.01).step()
+    return changes(trained, received)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_mean_of_local_steps_is_the_central_step_of_sgd_and_not_of_adamw(organisations, optimizer):
+    received, gradient, updates = organisations
+    local = []
+    for each in updates(by_tokens):
+        own = {name: value / -0.5 for name, value in each.tensors.items()}
+        local.append(replace(each, tensors=step_of(optimizer, received, own)))
+    mean, central = weighted_average(local), step_of(optimizer, received, gradient)
+    flat, other = (torch.cat([each[name].flatten() for name in sorted(each)]) for each in (mean, central))
+    if optimizer is torch.optim.SGD:
+        assert furthest(mean, central) < 1e-7 and float(other.norm()) > 1e-3
+    else:
+        # Each step has nearly the sign of its gradient: where those differ, their mean is short.
+        assert float(torch.cosine_similarity(flat, other, dim=0)) < 0.95 and flat.norm() < 0.95 * other.norm()
 
 
 def test_the_first_round_of_fedadam_is_the_central_one(organisations):
@@ -213,3 +238,143 @@ def test_states_and_weights_of_others_are_refused():
         server_optimizer("momentum").load_state_dict(adam.state_dict())
     with pytest.raises(InputError, match="differ in 'w'"):
         server_optimizer().step({"w": torch.ones(1)}, {})
+
+
+# ---- one hostile organisation ----
+
+HOSTILE = {
+    "1e30": lambda honest: {name: torch.full_like(value, 1e30) for name, value in honest.items()},
+    "flipped": lambda honest: {name: -100 * value for name, value in honest.items()},
+    "zeros": lambda honest: {name: torch.zeros_like(value) for name, value in honest.items()},
+}
+
+
+def six(hostile=None, tokens=(30, 50, 20, 40, 60, 50)):
+    """Updates of six organisations: a common direction and a part of each one's own; the third may be hostile."""
+    found = []
+    for place, count in enumerate(tokens):
+        generator = torch.Generator().manual_seed(place)
+        tensors = {"w": 1 + torch.randn(40, 3, generator=generator), "b": 1 + torch.randn(7, generator=generator)}
+        tensors = HOSTILE[hostile](tensors) if hostile and place == 2 else tensors
+        found.append(update(f"org{place}", tokens=count, tensors=tensors))
+    return found
+
+
+def robust(updates, earlier=0.0, **settings):
+    total = RobustSum(**settings)
+    total.earlier_norm = earlier
+    for each in updates:
+        total.add(each)
+    return total, total.average()
+
+
+def apart(one, other):
+    return norm({name: one[name] - other[name] for name in one})
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_one_hostile_of_six_moves_a_bounded_mean_little(hostile):
+    updates = six(hostile)
+    honest = [each for each in updates if each.organisation != "org2"]
+    mean, total = weighted_average(honest), sum(each.num_tokens for each in updates)
+    found, average = robust(updates)
+    typical = sorted(norm(each.tensors) for each in updates)[2]
+    # It has its share of the tokens, and a length of at most twice the median.
+    furthest_away = 20 / total * (2 * typical + norm(mean))
+    assert apart(average, mean) < 1.001 * furthest_away < 0.3 * norm(mean)
+    assert list(found.bounded) == ([] if hostile == "zeros" else ["org2"])
+    assert found.typical_norm == pytest.approx(typical, rel=1e-5)
+    # Without a bound: the control.
+    assert hostile == "zeros" or apart(weighted_average(updates), mean) > 5 * norm(mean)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 2.0])
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_one_hostile_of_six_leaves_median_and_trimmed_mean_among_the_honest(hostile, aggregation, ratio):
+    updates = six(hostile)
+    _, average = robust(updates, aggregation=aggregation, max_norm_ratio=ratio)
+    honest = [each.tensors for each in updates if each.organisation != "org2"]
+    for name, value in average.items():
+        values = torch.stack([each[name].double() for each in honest])
+        assert (values.min(0).values <= value).all() and (value <= values.max(0).values).all()
+    mean = {name: torch.stack([each[name].double() for each in honest]).mean(0) for name in average}
+    assert apart(average, mean) < 0.5 * norm(mean)
+
+
+def test_without_a_long_update_the_bits_are_those_of_the_mean():
+    updates = six()
+    total = WeightedSum()
+    for each in updates:
+        total.add(each)
+    for settings in ({}, {"max_norm_ratio": 0.0}):
+        found, average = robust(updates, **settings)
+        assert all(torch.equal(average[name], value) for name, value in total.average().items())
+        assert found.drift() == total.drift() and not found.bounded
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 10])
+def test_median_and_trimmed_mean_are_numpy_s_and_scipy_s(count):
+    import numpy
+    from scipy.stats import trim_mean
+
+    updates = [update(str(place), tensors={"w": torch.randn(5, 2)}, tokens=1 + place) for place in range(count)]
+    values = numpy.stack([each.tensors["w"].double().numpy() for each in updates])
+    found, average = robust(updates, aggregation="median", max_norm_ratio=0.0)
+    numpy.testing.assert_allclose(average["w"].numpy(), numpy.median(values, 0), rtol=1e-12)
+    expected = numpy.sqrt(((values - average["w"].numpy()) ** 2).sum((1, 2)).mean())
+    assert found.drift() == pytest.approx(expected, rel=1e-12)
+    _, average = robust(updates, aggregation="trimmed_mean", max_norm_ratio=0.0)
+    # Of three and four organisations one is left out at each end, though a fifth of them is less than one.
+    share = max(0.2, 1 / count + 1e-9) if count > 2 else 0.2
+    numpy.testing.assert_allclose(average["w"].numpy(), trim_mean(values, share, 0), rtol=1e-12)
+
+
+FEW = {
+    "one, the first round": ([9.0], 0.0, {}),
+    "one, later": ([9.0], 1.0, {"0": 2.0}),
+    "two alike": ([1.0, 1.5], 0.0, {}),
+    "two, one of zeros": ([0.0, 5.0], 0.0, {}),
+    "two, one of them long": ([1.0, 1e30], 0.0, {"1": 2.0}),
+    "two, one of them short": ([1e-9, 1.0], 1.0, {}),
+    "two that grow": ([3.0, 3.5], 1.0, {}),
+    "most do not move yet": ([0.0, 0.0, 0.0, 0.0, 1e30], 0.0, {"4": 0.0}),
+    "half of four": ([1.0, 1.0, 50.0, 50.0], 0.0, {"2": 2.0, "3": 2.0}),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_rounds_of_few_are_bounded_by_what_is_known(case):
+    lengths, earlier, cut = FEW[case]
+    updates = [update(str(place), tensors={"w": torch.tensor([length, 0.0])}) for place, length in enumerate(lengths)]
+    found, average = robust(updates, earlier)
+    kept = [cut.get(str(place), length) for place, length in enumerate(lengths)]
+    assert found.bounded.keys() == cut.keys()
+    assert average["w"][0].item() == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"aggregation": "mode"}, "--aggregation 'mode': expected one of mean, median, trimmed_mean"),
+        ({"trim": 0.5}, "--trim 0.5: expected a share of at least 0, below 0.5"),
+        ({"trim": math.nan}, "--trim nan"),
+        ({"max_norm_ratio": 0.5}, "--max_norm_ratio 0.5: expected a number of at least 1, or 0"),
+        ({"max_norm_ratio": math.inf}, "--max_norm_ratio inf"),
+    ],
+)
+def test_settings_of_a_robust_average_that_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        RobustSum(**settings)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_robust_average_refuses_what_a_sum_refuses(aggregation):
+    with pytest.raises(InputError, match="at least 1"):
+        RobustSum(aggregation=aggregation).average()
+    for fields, message in REFUSED.values():
+        total = RobustSum(aggregation=aggregation)
+        total.add(update("a", 2.0))
+        with pytest.raises(InputError, match=message):
+            total.add(replace(update("b", 2.0), **fields))
+        assert total.average()["w"].unique().tolist() == [2.0]

@@ -17,7 +17,8 @@ from hfllm.federation.wire import to_bytes, weights_from_bytes
 class PretendedGrid:
     """Nodes that answer at once, in reverse order, each as its organisation's fault says."""
 
-    refused = None
+    # What the SuperLink does not take, and how many rounds ago nodes were asked what they answer.
+    refused, late = None, 0
 
     def __init__(self, settings, names=None):
         self.settings, self.names = settings, names or dict(enumerate(settings, 100))
@@ -57,8 +58,8 @@ class PretendedGrid:
             return self.replied(number, None)
         self.terms = message.values["terms"]
         learner = make_learner("org9" if fault == "another's name" else name, {**self.settings[name], "fault": None})
-        weights = weights_from_bytes(message.values["weights"])
-        return self.replied(number, {"update": to_bytes(learner(message.values["round"], weights))})
+        weights, asked = weights_from_bytes(message.values["weights"]), message.values["round"]
+        return self.replied(number, {"update": to_bytes(learner(asked, weights), round=asked - self.late)})
 
     @staticmethod
     def replied(number, values):
@@ -102,6 +103,16 @@ FAULTS = {
     "no record": "organisation 'org1': no update",
     "another's name": "organisation 'org1' sent bytes that are not an update: it is in the name of 'org9'",
 }
+
+
+def test_answers_to_another_round_are_refused(connect):
+    grid, transport = connect()
+    transport.organisations()
+    grid.late = 1
+    replies = list(transport.run_round(2, WEIGHTS, list(SETTINGS)))
+    assert [each.reason for each in replies] == [
+        f"organisation {name!r} sent an update of round 1; expected one of round 2" for name in SETTINGS
+    ]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1,6 +1,8 @@
 """The loop of rounds on plain tensors: who is asked, what is kept, and a server that is killed while it writes."""
 
 import os
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 
 from hfllm.errors import InputError
 from hfllm.federation import rounds as rounds_file
+from hfllm.federation.averaging import RobustSum, WeightedSum
 from hfllm.federation.privacy import ClippedSum
 from hfllm.federation.rounds import STATE_FILE, RoundSettings, load_state, num_asked, participants_of, run_rounds
 from hfllm.federation.server_optimizers import server_optimizer
@@ -28,14 +31,13 @@ def learner(name):
     return learn
 
 
-def run(folder, num_rounds=6, server="fedadam", learners=None, identity=("x",), evaluate=None, **more):
+def run(folder, num_rounds=6, server="fedadam", learners=None, identity=("x",), evaluate=None, sum=RobustSum, **more):
     settings = RoundSettings(num_rounds, **{"participation": 0.6, "seed": 3, **more})
     transport = InProcess(learners or {name: learner(name) for name in NAMES}, "base")
     figures = evaluate or (lambda number, weights: {"norm": float(weights["w"].norm())})
     optimizer = server_optimizer(server, 0.1)
-    return run_rounds(
-        transport, NAMES, {"w": torch.zeros(5)}, optimizer, settings, folder, {"flags": identity}, figures
-    )
+    rounds = (transport, NAMES, {"w": torch.zeros(5)}, optimizer, settings, folder, {"flags": identity}, figures)
+    return run_rounds(*rounds, new_sum=lambda number: sum())
 
 
 def bits(state):
@@ -99,7 +101,7 @@ def test_the_round_without_an_organisation_is_the_mean_of_the_others(tmp_path):
         return Update("c", {"w": torch.full((5,), float("nan"))}, 5, 1, "base")
 
     learners = {name: learner(name) for name in NAMES} | {"c": diverged}
-    found = run(tmp_path, num_rounds=1, server="fedavg", learners=learners, participation=1.0)
+    found = run(tmp_path, num_rounds=1, server="fedavg", learners=learners, participation=1.0, sum=WeightedSum)
     assert list(found.records[0].left_out) == ["c"] and "NaN" in found.records[0].left_out["c"]
     sent = {name: learner(name)(1, {"w": torch.zeros(5)}) for name in "abd"}
     total = sum(each.num_tokens for each in sent.values())
@@ -138,11 +140,12 @@ def moving(change, tokens=1, count=1):
     }
 
 
-def rounds_of(folder, learners, num_rounds, begun, server="fedavg", rate=1.0, transport=None, **more):
+def rounds_of(folder, learners, num_rounds, begun, server="fedavg", rate=1.0, transport=None, sum=RobustSum, **more):
     settings = RoundSettings(num_rounds, **more)
     transport = transport or InProcess(learners, "base")
     optimizer = server_optimizer(server, rate)
-    return run_rounds(transport, list(learners), {"w": begun}, optimizer, settings, folder, {})
+    rounds = (transport, list(learners), {"w": begun}, optimizer, settings, folder, {})
+    return run_rounds(*rounds, new_sum=lambda number: sum())
 
 
 def test_moves_that_bfloat16_cannot_hold_add_up(tmp_path):
@@ -166,7 +169,7 @@ def test_moves_that_bfloat16_cannot_hold_add_up(tmp_path):
 def test_weights_that_are_not_finite_are_not_kept(tmp_path):
     learners = {"a": moving(torch.full((5,), 0.5))["a"], "b": moving(torch.full((5,), 3e38), count=2)["b"]}
     with pytest.raises(InputError, match=r"round 2: w would be infinite .* norms of updates: b 6\.7\de\+38, a 1\.12"):
-        rounds_of(tmp_path, learners, 9, torch.zeros(5), server="momentum")
+        rounds_of(tmp_path, learners, 9, torch.zeros(5), server="momentum", sum=WeightedSum)
     kept = load_state(tmp_path, {})
     assert len(kept.records) == 1 and kept.weights["w"].isfinite().all()
 
@@ -223,3 +226,70 @@ def test_a_round_asks_as_many_as_it_needs():
         assert num_asked(4, settings) == count
         if not is_private:
             assert len(participants_of(NAMES, 1, settings)) == count
+
+
+def targets(hostile=None):
+    """Six organisations that step towards targets near each other; the last one may send 1e30."""
+    goals = {f"org{place}": 1 + 0.1 * torch.arange(5.0) + 0.2 * place for place in range(6)}
+
+    def of(name):
+        def learn(number, weights):
+            change = 0.5 * (goals[name] - weights["w"])
+            if hostile and name == "org5":
+                change = hostile(number, change)
+            return Update(name, {"w": change}, 10, 1, "base")
+
+        return learn
+
+    return {name: of(name) for name in goals}, torch.stack([goals[f"org{place}"] for place in range(5)]).mean(0)
+
+
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_by_default_one_organisation_does_not_own_the_weights(tmp_path, compression):
+    learners, honest = targets(lambda number, change: torch.full((5,), 1e30))
+    transport = InProcess(learners, "base", compression)
+    state = rounds_of(tmp_path / "bounded", learners, 12, torch.zeros(5), transport=transport)
+    # It holds the others off by its share of twice a step, which is about the width of their targets.
+    assert (state.weights["w"] - honest).abs().max() < 0.5
+    assert all("org5" in record.bounded for record in state.records)
+    assert re.fullmatch(r"a norm of 2\.24e\+30, scaled to \d.*", state.records[0].bounded["org5"])
+    owned = rounds_of(tmp_path / "not", learners, 1, torch.zeros(5), transport=transport, sum=WeightedSum)
+    assert owned.weights["w"].min() > 1e28
+
+
+def test_what_is_measured_by_rounds_before_survives_an_interruption(tmp_path):
+    """Later rounds hear of the hostile one only."""
+
+    def learners(out_from):
+        found, _ = targets(lambda number, change: torch.full((5,), 1e6) if number > 2 else change)
+
+        def of(name, learn):
+            def out(number, weights):
+                if number > out_from and name != "org5":
+                    raise InputError("the power is out")
+                return learn(number, weights)
+
+            return out
+
+        return {name: of(name, learn) for name, learn in found.items()}
+
+    whole = bits(rounds_of(tmp_path / "whole", learners(2), 4, torch.zeros(5)))
+    rounds_of(tmp_path / "parts", learners(2), 2, torch.zeros(5))
+    assert bits(rounds_of(tmp_path / "parts", learners(2), 4, torch.zeros(5))) == whole
+    records = whole[1]
+    assert list(records[2]["bounded"]) == ["org5"] and len(records[2]["left_out"]) == 5
+    assert records[2]["update_norm"] == pytest.approx(2 * records[1]["typical_norm"], rel=1e-5)
+
+
+def test_an_update_that_is_sent_again_is_left_out_and_named(tmp_path):
+    kept = {}
+
+    def replayed(number, weights):
+        return kept.setdefault("first", replace(learners["a"](number, weights), round=number))
+
+    learners = moving(torch.ones(5), count=3)
+    state = rounds_of(tmp_path, {**learners, "a": replayed}, 2, torch.zeros(5))
+    assert [record.left_out for record in state.records] == [
+        {},
+        {"a": "organisation 'a' sent an update of round 1; expected one of round 2"},
+    ]

@@ -55,6 +55,8 @@ def test_bytes_are_counted_each_way():
 
 FAULTS = {
     "refused": ({"fault": "refused"}, "'org1' has no rows"),
+    "wrong": ({"fault": "wrong"}, "the learner of organisation 'org1' failed by ValueError; the log above has the"),
+    "of a round before": ({"answers": 3}, "organisation 'org1' sent an update of round 3; expected one of round 4"),
     "another base": ({"base": "f" * 64}, "'org1' began from another base model"),
 }
 
@@ -62,9 +64,15 @@ FAULTS = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_round_goes_on_without_an_organisation(case):
     fields, message = FAULTS[case]
-    replies = list(in_process(faulty(**fields)).run_round(1, WEIGHTS, list(SETTINGS)))
+    replies = list(in_process(faulty(**fields)).run_round(4, WEIGHTS, list(SETTINGS)))
     assert [type(each) for each in replies] == [Update, Failure, Update]
     assert replies[1].organisation == "org1" and message in replies[1].reason
+    assert replies[0].round == replies[2].round == 4
+
+
+def test_what_a_learner_raises_is_in_the_log_and_not_in_what_is_sent(caplog):
+    reply = next(in_process(faulty(fault="wrong")).run_round(1, WEIGHTS, ["org1"]))
+    assert "Miller" not in reply.reason and "ValueError: the row of Mrs. Miller is broken" in caplog.text
 
 
 def test_a_message_above_the_limit_is_refused_and_named():
@@ -147,6 +155,22 @@ def test_processes_that_die_or_are_late_are_left_out_for_a_round(several):
     _, failures = run_rounds(several(settings))
     assert [each.organisation for each in failures] == ["org1", "org2"]
     assert "was killed by signal 9; its log is" in failures[0].reason and failures[1].reason.endswith("has no rows")
+
+
+@pytest.mark.slow
+def test_a_learner_that_raises_is_left_out_for_a_round_by_its_process(several):
+    transport = several(faulty(fault="wrong", fault_round=1))
+    worker = transport._worker("org1")
+    _, failures = run_rounds(transport)
+    assert [each.organisation for each in failures] == ["org1"]
+    assert failures[0].reason.endswith(f"failed by ValueError; {worker.log} has the traceback")
+    assert "ValueError: the row of Mrs. Miller is broken" in worker.log.read_text()
+    # It is the same process.
+    assert transport._worker("org1") is worker
+
+
+@pytest.mark.slow
+def test_processes_that_are_late_are_left_out(several):
     late = several(faulty(fault="late"), timeout=40.0)
     _, failures = run_rounds(late, rounds=1)
     assert [each.reason for each in failures] == ["organisation 'org1' was not ready after 40 seconds"]

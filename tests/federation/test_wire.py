@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,8 @@ HOSTILE = {
     "false offsets": (entry("w", data_offsets=[0, 1 << 50]), "not an update"),
     "wrong name": (of(tensors={**TENSORS, "x": torch.zeros(1)}), "sent 'x'"),
     "missing": (of(tensors={"w": TENSORS["w"]}), "sent no v"),
+    "infinite": (of(tensors={**TENSORS, "w": torch.full((4, 3), -math.inf)}), "w with NaN or infinite"),
+    "no round": (meta(round="one"), "round is 'one'"),
     "NaN": (of(tensors={**TENSORS, "w": torch.full((4, 3), math.nan)}), "w with NaN"),
     "too large": (b"\0" * (LIMIT + 1), f"sent {LIMIT + 1:,} bytes; at most {LIMIT:,}"),
 }
@@ -180,6 +183,15 @@ def test_int8_with_scales_that_overflow_is_refused():
     text = json.dumps(header).encode()
     with pytest.raises(InputError, match="w with NaN"):
         from_bytes(len(text).to_bytes(8, "little") + text + rest, LIMIT, EXPECTED)
+
+
+def test_an_update_says_which_round_it_answers():
+    expected = replace(EXPECTED, round=7)
+    assert from_bytes(to_bytes(UPDATE, round=7), LIMIT, expected).round == 7
+    # What an update says itself is not written over.
+    for sent, found in ((to_bytes(make_update(round=6), round=7), "of round 6"), (to_bytes(UPDATE), "of no round")):
+        with pytest.raises(InputError, match=f"'clinic ü' sent an update {found}; expected one of round 7"):
+            from_bytes(sent, LIMIT, expected, "clinic ü")
 
 
 def test_a_sender_refuses_what_diverged():
