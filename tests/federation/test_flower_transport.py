@@ -1,5 +1,8 @@
 """The transport between machines against a pretended grid: who fails, is late or is not there is named."""
 
+import importlib
+import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +13,8 @@ from test_transports import SETTINGS, WEIGHTS, in_process, run_rounds
 from hfllm.errors import InputError
 from hfllm.federation import flower
 from hfllm.federation.flower import RECORD, FlowerTransport, is_true
-from hfllm.federation.updates import Failure, Update
-from hfllm.federation.wire import to_bytes, weights_from_bytes
+from hfllm.federation.updates import Expected, Failure, Update
+from hfllm.federation.wire import from_bytes, to_bytes, weights_from_bytes, weights_to_bytes
 
 
 class PretendedGrid:
@@ -216,3 +219,47 @@ def test_nobody_and_two_of_one_name_are_refused(connect):
     _, transport = connect(names={1: "org0", 2: "org0"})
     with pytest.raises(InputError, match="two SuperNodes are of the organisation 'org0'"):
         transport.organisations()
+
+
+# ---- at an organisation ----
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """What a SuperNode does with a request, with as much of Flower as it asks for."""
+
+    class ClientApp:
+        def query(self):
+            return lambda function: function
+
+        train = query
+
+    def message(content, reply_to):
+        return SimpleNamespace(content=content, reply_to=reply_to)
+
+    app = SimpleNamespace(ConfigRecord=dict, RecordDict=dict, Context=object, Message=message)
+    modules = {"flwr": SimpleNamespace(), "flwr.app": app, "flwr.clientapp": SimpleNamespace(ClientApp=ClientApp)}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "hfllm.federation.client_app", raising=False)
+    client_app = importlib.import_module("hfllm.federation.client_app")
+    monkeypatch.delitem(sys.modules, "hfllm.federation.client_app")
+
+    def make(folder, round, **settings):
+        (folder / "settings.json").write_text(json.dumps({**SETTINGS["org1"], **settings}))
+        node = {"organisation": "org1", "settings": str(folder / "settings.json")}
+        context = SimpleNamespace(run_config={"learner": "learners:make_learner"}, node_config=node, node_id=7)
+        request = {RECORD: {"round": round, "weights": weights_to_bytes(WEIGHTS), "terms": "{}"}}
+        return client_app.train(SimpleNamespace(content=request), context).content[RECORD]
+
+    return make
+
+
+def test_an_organisation_says_which_round_it_answers_and_why_it_does_not(train, tmp_path, caplog):
+    update = train(tmp_path, 5)["update"]
+    expected = Expected.of(WEIGHTS, BASE)
+    assert from_bytes(update, 10_000, expected, "org1").round == 5
+    assert train(tmp_path, 5, fault="refused") == {"reason": "organisation 'org1' has no rows"}
+    reason = "the learner of organisation 'org1' failed by ValueError; its own log has the traceback"
+    assert train(tmp_path, 5, fault="wrong") == {"reason": reason}
+    assert "ValueError: the row of Mrs. Miller is broken" in caplog.text

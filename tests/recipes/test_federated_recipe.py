@@ -125,7 +125,7 @@ def repeated(words, size):
     ]
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """In place of SIGKILL."""
 
 
@@ -213,7 +213,12 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
 
     def failing(*args):
         clients = clients_of(*args)
-        shop, school = clients["shop"], clients["school"]
+        shop, school, farm = (clients[name] for name in NAMES)
+
+        def wrong(number, weights):
+            if number == 1:
+                raise ValueError("not of InputError's kind")
+            return farm(number, weights)
 
         def late(number, weights):
             if number == 2:
@@ -228,18 +233,50 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
                 next(iter(update.tensors.values()))[0] = float("nan")
             return update
 
-        return clients | {"shop": late, "school": diverged}
+        return clients | {"shop": late, "school": diverged, "farm": wrong}
 
     monkeypatch.setattr(federated_server, "clients_of", failing)
     metrics = run(flags())
-    assert metrics["updates_left_out"] == 3
+    assert metrics["updates_left_out"] == 4
     text = table_text(tmp_path / "out")
+    assert "| 1 | farm | the learner of organisation 'farm' failed by ValueError; the log above has" in text
     assert "num_tokens is 257; a round has at most 256" in text and "| 2 | shop | the power is out |" in text
     assert "| 3 | school |" in text and "NaN" in text
     with pytest.raises(
-        InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"
+        InputError, match=r"round 1: 2 of 3 organisations sent an update, and --min_organ.*farm: the learner of"
     ):
         run(flags(min_organisations=3, output_dir=tmp_path / "strict"))
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median"])
+def test_one_organisation_of_three_does_not_own_the_model(flags, saved, tmp_path, monkeypatch, aggregation):
+    from hfllm.stages import federated_server
+
+    honest = run(flags(rounds=1, aggregation=aggregation))
+    length = moved_by(tmp_path / "out", saved)[0]
+    assert honest["updates_bounded"] == 0 and "Bounded" not in table_text(tmp_path / "out")
+    if aggregation == "mean":
+        # The bound has not acted: the bits are those without one.
+        run(flags(rounds=1, max_norm_ratio=0, output_dir=tmp_path / "free"))
+        assert digest(tmp_path / "free") == digest(tmp_path / "out")
+    clients_of = federated_server.clients_of
+
+    def hostile(number, weights):
+        tensors = {name: torch.full_like(value, 1e30) for name, value in weights.items()}
+        return replace(shop[0](number, weights), tensors=tensors)
+
+    shop = []
+
+    def with_one(*args):
+        clients = clients_of(*args)
+        shop.append(clients["shop"])
+        return clients | {"shop": hostile}
+
+    monkeypatch.setattr(federated_server, "clients_of", with_one)
+    metrics = run(flags(rounds=1, aggregation=aggregation, output_dir=tmp_path / "hostile"))
+    assert metrics["updates_bounded"] == 1 and "| 1 | shop | a norm of " in table_text(tmp_path / "hostile")
+    # By its share of twice the length of the others.
+    assert moved_by(tmp_path / "hostile", saved)[0] < 2 * length
 
 
 def test_rounds_on_files_leave_an_adapter_a_report_and_bytes(flags, tmp_path):
@@ -387,6 +424,11 @@ def test_states_of_removed_rounds_are_not_used(flags, tmp_path):
         ({"clip_norm": 1, "noise_multiplier": 1, "max_epsilon": 1}, "epsilon would be"),
         ({"noise_multiplier": 1, "clip_norm": 1, "min_organisations": 2}, "--min_organisations"),
         ({"max_epsilon": 1}, "--max_epsilon"),
+        ({"trim": 0.1}, "--trim"),
+        ({"aggregation": "trimmed_mean", "trim": 0.5}, "--trim 0.5: expected a share of at least 0, below 0.5"),
+        ({"max_norm_ratio": 0.9}, "--max_norm_ratio 0.9: expected a number of at least 1, or 0"),
+        ({"max_norm_ratio": 3, "clip_norm": 1}, "--max_norm_ratio"),
+        ({"aggregation": "median", "clip_norm": 1}, "--aggregation"),
         ({"server_momentum": 1.0, "server_optimizer": "momentum"}, "momentum of the server's optimizer is 1.0"),
         ({"organisation_names": "a"}, "--organisation_names"),
         ({"use_peft": True}, "--use_peft"),
