@@ -42,6 +42,8 @@ HEADS = {
 }
 # What our models with a head call the model inside.
 TRUNK = "model"
+# Arguments of `push_to_hub`, which `save_pretrained` takes too.
+UPLOADING = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
 # How a model computes, not what: asked of the native model, and so of ours too.
 ASKED_OF_BOTH = ("attn_implementation", "experts_implementation")
 
@@ -102,7 +104,8 @@ def to_native(
         path: a folder that does not exist yet or is empty. It appears whole or not at all.
         native_type: the native family, such as `"llama"`; `None` takes the first that can express the model.
         tokenizer: written beside the weights.
-        kwargs: further arguments of `save_pretrained`, such as `max_shard_size`.
+        kwargs: further arguments of `save_pretrained`, such as `max_shard_size`. With `push_to_hub=True` what was
+            written is uploaded in one commit, to `repo_id`, by default the folder's name.
 
     Raises:
         InputError: when no native class can express the model (its fields are named), it is quantized, or `path` holds
@@ -136,13 +139,35 @@ def to_native(
 def _write(
     native: "PreTrainedModel", target: Path, tokenizer: "PreTrainedTokenizerBase | None", kwargs: Mapping[str, Any]
 ) -> Path:
+    # Its tensors come from no file, so transformers would give files the names of modules, which other programs do not
+    # know where experts or hybrids have others. Now they have the names that the native class gives a new model.
+    native._weight_conversions = None
+    saving = {name: value for name, value in kwargs.items() if name not in ("push_to_hub", *UPLOADING)}
     with whole_folder(target) as folder:
-        native.save_pretrained(folder, **kwargs)
+        native.save_pretrained(folder, **saving)
         if tokenizer is not None:
             # Of a model with pictures it may be a processor.
             tokenizer.save_pretrained(folder)
             _rename_tokenizer_class(folder / "tokenizer_config.json")
+    if kwargs.get("push_to_hub"):
+        _upload(target, **{name: kwargs[name] for name in UPLOADING if name in kwargs})
     return target
+
+
+def _upload(
+    folder: Path,
+    repo_id: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    **kwargs: object,
+) -> None:
+    """Upload what was written, in one commit. The arguments are those of `push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True).repo_id
+    # Hidden files, such as a run's lock, are none of the model's.
+    api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=".*", **kwargs)
 
 
 def _seeing_from_native(name: str, settings: "PreTrainedConfig", kwargs: Mapping[str, Any]) -> "PreTrainedModel":

@@ -422,3 +422,22 @@ def test_the_tokenizer_of_an_export_has_a_class_that_transformers_4_knows(saved,
     tokenizer.save_pretrained(tmp_path / "alone")
     alone = json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
     assert {**settings, "tokenizer_class": alone["tokenizer_class"]} == alone
+
+
+def test_an_export_that_is_pushed_is_the_whole_folder(make_model, tokenizer, tmp_path, hub):
+    """The native class's names and the tokenizer, in a repository of the folder's name, and nothing hidden."""
+    model = make_model(**FAMILIES["mixtral"])
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / ".lock").write_text("")
+    hfllm.to_native(model, tmp_path / "named", tokenizer=tokenizer, push_to_hub=True, private=True)
+    hfllm.to_native(model, tmp_path / "other", push_to_hub=True, repo_id="me/chosen", commit_message="Export")
+    assert hub.repos.keys() == {"me/named", "me/chosen"} and hub.repos["me/named"].private
+    assert hub.repos["me/chosen"].messages[-1] == "Export"
+    for folder, repo in (("named", "me/named"), ("other", "me/chosen")):
+        files = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir() if path.name != ".lock"}
+        pushed = {name: file.content for name, file in hub.repos[repo].files().items()}
+        del pushed[".gitattributes"]
+        assert pushed == files
+    assert "tokenizer.json" in hub.repos["me/named"].files()
+    names = load_file(tmp_path / "named" / "model.safetensors").keys()
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in names

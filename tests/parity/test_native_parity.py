@@ -1,9 +1,12 @@
 """Converted models compute what the native classes of transformers compute, and convert back to the same bits."""
 
+import re
+
 import pytest
 import torch
 import transformers
 from natives import NATIVES, build
+from safetensors import safe_open
 
 import hfllm
 
@@ -60,6 +63,17 @@ def uses_cache(model):
     return hasattr(model.config, "use_cache") and model.config.model_type != "openai-gpt"
 
 
+def check_same_files(folder, other):
+    """Check that two folders hold the same weights, byte by byte, in files of the same names."""
+    weights, others = (
+        {path.name: path.read_bytes() for path in each.glob("*.safetensors*")} for each in (folder, other)
+    )
+    for name in weights.keys() - {"model.safetensors.index.json"}:
+        with safe_open(folder / name, "pt") as one, safe_open(other / name, "pt") as two:
+            assert list(one.keys()) == list(two.keys()), name
+    assert weights == others
+
+
 def test_logits(pair, ids):
     native, ours, _ = pair
     torch.testing.assert_close(ours(ids).logits, native(ids).logits, **TOLERANCE)
@@ -109,7 +123,7 @@ def test_greedy_generation(pair, ids, tokens):
 
 
 def test_a_round_trip_gives_the_same_bits(pair, tmp_path):
-    native, ours, _ = pair
+    native, ours, folder = pair
     hfllm.to_native(ours, tmp_path / "back", native_type=native.config.model_type)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(back) is type(native)
@@ -117,5 +131,47 @@ def test_a_round_trip_gives_the_same_bits(pair, tmp_path):
     assert list(back.state_dict()) == list(expected)
     for name, tensor in back.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+    # What was written: the names, layouts, dtypes and bytes that other programs know of the native class.
+    check_same_files(folder, tmp_path / "back")
     again = hfllm.from_native(tmp_path / "back")
     assert again.config.to_dict() == ours.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "olmo-hybrid", pytest.param("deepseek-v3-experts", marks=pytest.mark.slow)]
+)
+def test_shards_and_parts_of_an_export_are_those_of_the_native_class(name, tmp_path):
+    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        native = build(name, auto_class)
+        native.bfloat16().save_pretrained(tmp_path / "first")
+        # In bf16 the native class keeps some weights in fp32, from its first loading on.
+        native = auto_class.from_pretrained(tmp_path / "first")
+        folders = [tmp_path / f"{kind}-{auto_class.__name__}" for kind in ("native", "ours")]
+        native.save_pretrained(folders[0], max_shard_size="9KB")
+        hfllm.to_native(hfllm.from_native(tmp_path / "first"), folders[1], max_shard_size="9KB")
+        assert len(list(folders[0].glob("*.safetensors"))) > 2
+        check_same_files(*folders)
+
+
+# By our names of native models: the architecture in GGUF.
+GGUF = {
+    **{"mixtral": "LLAMA", "qwen2-moe": "QWEN2MOE", "qwen3-moe": "QWEN3MOE", "olmoe": "OLMOE", "dots1": "DOTS1"},
+    **{"glm4-moe": "GLM4_MOE", "deepseek-v3-experts": "DEEPSEEK2", "deepseek-v2-experts": "DEEPSEEK2"},
+}
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf_knows_every_tensor_of_exported_experts(name, tmp_path):
+    """By llama.cpp's own table of names, as its converter asks it: there experts are numbered and stacked."""
+    gguf = pytest.importorskip("gguf")
+    native = build(name)
+    native.save_pretrained(tmp_path / "native")
+    hfllm.to_native(hfllm.from_native(tmp_path / "native"), tmp_path / "back", native.config.model_type)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[GGUF[name]], native.config.num_hidden_layers)
+    with safe_open(tmp_path / "back" / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    stacked = [re.sub(r"\.experts\.\d+\.", ".experts.", each) for each in names]
+    assert len(stacked) > len(set(stacked))
+    # The converter splits this one, and gives that one another ending, before it looks them up.
+    left = {each for each in stacked if not each.endswith(("kv_b_proj.weight", "e_score_correction_bias"))}
+    assert not [each for each in left if table.get_name(each, try_suffixes=(".weight", ".bias")) is None]
