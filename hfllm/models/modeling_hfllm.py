@@ -123,6 +123,15 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         return nn.functional.dropout(states, p, training=True) if self.training and p else states
 
 
+def keep_module(cls: type[PreTrainedModel]) -> None:
+    """Give a class that torch derives from a model's own at run time, as `fully_shard` does, the latter's module.
+
+    `save_pretrained` copies the module's file and what that imports: else torch's in place of this one.
+    """
+    if cls.__module__.startswith("torch."):
+        cls.__module__ = next(base.__module__ for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel))
+
+
 class HfllmPreTrainedModel(PreTrainedModel):
     config: HfllmConfig
     base_model_prefix = "model"
@@ -138,6 +147,10 @@ class HfllmPreTrainedModel(PreTrainedModel):
         "attentions": HfllmAttention,
         "router_logits": OutputRecorder(HfllmRouter, index=0),
     }
+
+    def __init_subclass__(cls, **kwargs: object):
+        super().__init_subclass__(**kwargs)
+        keep_module(cls)
 
     def __init__(self, config: HfllmConfig, *args: object, **kwargs: object):
         # Again, since fields may have been set after the config was built.

@@ -35,7 +35,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .configuration_hfllm import HfllmConfig
 from .configuration_hfllm_vision import HfllmVisionConfig, picture_size
 from .head_hfllm import CausalHead
-from .modeling_hfllm import HfllmModel
+from .modeling_hfllm import HfllmModel, keep_module
 
 # What is said to the tower; the rest is said to the decoder.
 OF_TOWER = ("output_attentions", "interpolate_pos_encoding")
@@ -57,6 +57,10 @@ class HfllmVisionOutput(MoeCausalLMOutputWithPast):
 
 class HfllmVisionPreTrainedModel(LlavaPreTrainedModel):
     config: HfllmVisionConfig
+
+    def __init_subclass__(cls, **kwargs: object):
+        super().__init_subclass__(**kwargs)
+        keep_module(cls)
 
     def __init__(self, config: HfllmVisionConfig, *args: object, **kwargs: object):
         # Again, since fields may have been set after the config was built.
