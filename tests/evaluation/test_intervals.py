@@ -103,7 +103,9 @@ def test_published_intervals_of_paired_differences(counts):
 def test_paired_intervals_against_the_formula_worked_out_again():
     """Method 10 from the roots of Wilson's quadratic, with the correction of positive association and without."""
 
-    def roots(share, count, z=NormalDist().inv_cdf(0.975)):
+    z = NormalDist().inv_cdf(0.975)
+
+    def roots(share, count):
         # (share - p)^2 = z^2 p (1 - p) / count, as a quadratic in p.
         square, line, rest = 1 + z * z / count, -(2 * share + z * z / count), share * share
         spread = math.sqrt(line * line - 4 * square * rest)
