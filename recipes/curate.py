@@ -13,11 +13,12 @@ docs/curation.md says what each filter does, and what it misses.
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from hfllm.errors import InputError
 from hfllm.runs.command_line import parse_recipe, run
-from hfllm.runs.lock import releases_folders
+from hfllm.runs.lock import join, owner_of, releases_folders
 from hfllm.stages import curate
 from hfllm.stages.curate import CurateArguments
 
@@ -46,19 +47,20 @@ def main(script_args: CurateArguments) -> dict[str, float]:
     from hfllm.data.curation.pipeline import SHARDS, curation_stages, read_statistics, run_stages
 
     folder = Path(script_args.output_dir)
-    work = folder / curate.WORK
+    work = curate.new_attempt(folder)
     steps = curation_stages(script_args, work)
     ignored = ignored_files(script_args)
     if ignored:
         print(f"curate: {len(ignored)} files of other kinds are not read: {', '.join(ignored[:5])}", flush=True)
     curate.resume_or_clear(work, stage.arguments)
-    run_stages(steps, work, script_args.workers, lambda line: print(line, flush=True))
+    workers_hold = partial(join, folder, owner_of(folder))
+    run_stages(steps, work, script_args.workers, lambda line: print(line, flush=True), workers_hold)
 
     statistics = list(read_statistics(steps, work))
     try:
         curate.check_kept(script_args.dataset_name, statistics)
     except InputError:
-        shutil.rmtree(work)
+        shutil.rmtree(work.parent)
         raise
     examples = read_examples(work / "examples")
     curate.hand_over(work, folder, SHARDS)
@@ -70,7 +72,7 @@ def main(script_args: CurateArguments) -> dict[str, float]:
         next_steps=[f"hfllm pretrain --dataset_name {folder / SHARDS}"],
         too_wide=[curate.EXAMPLES],
     )
-    shutil.rmtree(work)
+    shutil.rmtree(work.parent)
     return metrics
 
 

@@ -49,6 +49,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def other_runs_are_not_waited_for():
+    """A run that holds a folder in a test is not ending."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hfllm.runs.lock.PATIENCE", 0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def known_answers_are_kept():
     """What libraries find out again for each parser, save and unwrapped model, and what no test changes.
 

@@ -1,6 +1,7 @@
 """The command line of a recipe: read its flags, compare them with those of a finished run, end bad input in a line."""
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.child_processes import be_launcher, end_children_with_this_process, end_with_launcher
 from hfllm.errors import InputError, MachineError, redact, without_credentials
 from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
 from hfllm.outputs.flags import compared
@@ -30,6 +32,9 @@ from hfllm.runs.parser import (
 from hfllm.runs.quiet import hide_unhelpful_output
 from hfllm.runs.ranges import check_ranges
 from hfllm.runs.recipes import settings_file
+
+# Here, since a process that is spawned imports the recipe again, and does not run it.
+end_children_with_this_process()
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -343,13 +348,18 @@ def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:
     """Run a recipe from the command line: bad input, full memory and full disks end it in one line, with exit code 2.
 
-    Ctrl-C ends it with 130. Any other error keeps its traceback.
+    Ctrl-C ends it with 130. Any other error keeps its traceback. The run ends with the process that has launched it,
+    and the processes that the run has started end with the run.
     """
+    end_with_launcher()
+    be_launcher()
     if not ASKS_FOR_HELP & set(sys.argv):
         hide_unhelpful_output()
     parsed: tuple = ()
     try:
         parsed = parse(sys.argv[1:])
+        if importlib.util.find_spec("multiprocess"):
+            end_children_with_this_process("multiprocess")
         main(*parsed)
     except InputError as error:
         if main_process() or isinstance(error, MachineError):

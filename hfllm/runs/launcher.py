@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from hfllm.data.child_processes import be_launcher
 from hfllm.errors import InputError
 from hfllm.runs.accelerate_flags import split_flags, value_of, with_shipped_configs
 from hfllm.runs.chain import STAGES
@@ -88,6 +89,7 @@ def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> in
     if value_of("num_processes", for_accelerate) == "1":
         use_all_cores()
     parsed = launch_command_parser().parse_args([*for_accelerate, str(recipe_file(name)), *words])
+    be_launcher()
     try:
         launch_command(parsed)
     except CalledProcessError as error:

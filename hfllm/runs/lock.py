@@ -1,20 +1,24 @@
 """Keep two runs out of one output folder.
 
 The lock is one of the system on a file in the folder: the system releases it when the process ends, however that ends.
-It is held per process, so that processes which a run starts neither hold it nor release it.
+It is held per process, so that what a run starts, such as a data loader's workers, neither holds it nor releases it,
+and by each process that writes to the folder: the one that locks it has the first byte of the file, those that `join`
+it share the second. So no run begins before the last process of a killed one has ended.
 """
 
 import atexit
 import errno
 import os
+import secrets
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from hfllm.errors import InputError
 
@@ -28,9 +32,27 @@ except ImportError:  # Windows has no such locks.
 LOCK_FILE = ".hfllm.lock"
 # What a file system answers that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# What a held lock answers.
+HELD = (errno.EACCES, errno.EAGAIN)
+# The bytes of the file.
+RUN, MEMBERS = 0, 1
+# Seconds to wait for a run that may be ending, as one that was killed a moment ago, and for processes whose run has
+# ended, which are ending too; and seconds between two tries.
+PATIENCE, PATIENCE_WITH_MEMBERS, PAUSE = 3.0, 30.0, 0.05
+# Tries to be the last process that releases a folder.
+TRIES = 10
 
-# The folders that this process holds: the open lock file of each, and the thread whose run it is.
-_held: dict[str, tuple[int, threading.Thread]] = {}
+
+class _Lock(NamedTuple):
+    """A folder that this process holds: the open file, which byte of it, for which thread, what the file says."""
+
+    descriptor: int
+    byte: int
+    thread: threading.Thread
+    owner: str
+
+
+_held: dict[str, _Lock] = {}
 # Those of them that were made for the lock.
 _made: set[str] = set()
 # A new process holds nothing, and must not remove what its parent holds.
@@ -41,39 +63,84 @@ if hasattr(os, "register_at_fork"):
 def lock(folder: str | Path) -> None:
     """Hold an output folder, which is made, until `release` or the end of this process.
 
-    A thread that holds it already keeps it: a run that has failed may be repeated in the same process.
+    A thread that holds it already keeps it: a run that has failed may be repeated in the same process. Where another
+    process holds it, it may be one that is ending: it is waited for a short time.
 
     Raises:
         InputError: when another run holds it, naming its process, or the folder cannot be written to.
     """
     path = Path(folder).resolve()
-    if str(path) in _held:
-        descriptor, owner = _held[str(path)]
-        if owner is not threading.current_thread() and owner.is_alive():
-            raise InputError(_refusal(folder, f"thread {owner.name} of this process"))
-        _held[str(path)] = descriptor, threading.current_thread()
+    if held := _held.get(str(path)):
+        if held.thread is not threading.current_thread() and held.thread.is_alive():
+            raise InputError(_refusal(folder, f"thread {held.thread.name} of this process"))
+        _held[str(path)] = held._replace(thread=threading.current_thread())
         return
     try:
         if not path.is_dir():
             path.mkdir(parents=True, exist_ok=True)
             _made.add(str(path))
-        descriptor = _locked(folder, path / LOCK_FILE)
+        held = _locked(folder, path / LOCK_FILE)
     except OSError as error:
         raise InputError(f"--output_dir {folder}: cannot be written to: {error.strerror or error}") from None
-    if descriptor is not None:
-        _held[str(path)] = descriptor, threading.current_thread()
+    if held is not None:
+        _held[str(path)] = held
+
+
+def owner_of(folder: str | Path) -> str | None:
+    """Return what tells this process's lock on a folder from any other, for `join`; `None` if it holds none."""
+    held = _held.get(str(Path(folder).resolve()))
+    return held.owner if held else None
+
+
+def join(folder: str | Path, owner: str | None) -> None:
+    """Hold a folder together with the process that has locked it, until `release` or the end of this process.
+
+    Args:
+        owner: what `owner_of` has returned there; nothing is held if that was `None`.
+
+    Raises:
+        InputError: when that process has ended, so that another run may have begun.
+    """
+    path = Path(folder).resolve()
+    if owner is None or fcntl is None or str(path) in _held:
+        return
+    try:
+        descriptor = os.open(path / LOCK_FILE, os.O_RDWR)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, MEMBERS)
+            # Before it asks for the second byte, a later run writes its own name.
+            is_same = _is_there(descriptor, path / LOCK_FILE) and _read(descriptor) == owner
+        except OSError:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        is_same = error.errno in NO_LOCKS
+    else:
+        if is_same:
+            _held[str(path)] = _Lock(descriptor, MEMBERS, threading.current_thread(), owner)
+        else:
+            os.close(descriptor)
+    # Another machine may have a disk of its own there.
+    if not is_same and _host(owner) == socket.gethostname():
+        raise InputError(f"--output_dir {folder}: the run that this process belongs to has ended")
 
 
 def release(folder: str | Path) -> None:
     """Stop holding a folder, if this process does; one that was made for that and is still empty is removed."""
     path = Path(folder).resolve()
-    descriptor, _ = _held.pop(str(path), (None, None))
-    if descriptor is None:
+    held = _held.pop(str(path), None)
+    if held is None:
         return
-    with suppress(OSError):
-        # Before it is unlocked: whoever opens it from now on makes a new one.
-        (path / LOCK_FILE).unlink()
-    os.close(descriptor)
+    # Those that have joined it release it in the same moment.
+    for _ in range(TRIES if held.byte == RUN else 1):
+        with suppress(OSError):
+            # The last process of the run removes the file, before it is unlocked: whoever opens it from now on makes
+            # a new one.
+            fcntl.lockf(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, RUN)
+            (path / LOCK_FILE).unlink()
+            break
+        time.sleep(PAUSE)
+    os.close(held.descriptor)
     if str(path) in _made:
         _made.discard(str(path))
         with suppress(OSError):
@@ -97,36 +164,82 @@ def releases_folders(main: Callable[Given, Made]) -> Callable[Given, Made]:
             return main(*args, **kwargs)
         finally:
             for folder in _held.keys() - before:
-                if _held[folder][1] is threading.current_thread():
+                if _held[folder].thread is threading.current_thread():
                     release(folder)
 
     return released
 
 
-def _locked(folder: str | Path, file: Path) -> int | None:
-    """Return the descriptor of the locked file, `None` where there are no locks."""
+def _locked(folder: str | Path, file: Path) -> _Lock | None:
+    """Return the lock on the file, `None` where there are no locks."""
     if fcntl is None:
         return None
+    until = time.monotonic() + PATIENCE
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, RUN)
+            # The run that held it may have removed it in the meantime.
+            if _is_there(descriptor, file):
+                owner = _alone(folder, descriptor)
+                return _Lock(descriptor, RUN, threading.current_thread(), owner)
             os.close(descriptor)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise InputError(_refusal(folder, holder or "another process")) from None
+        except OSError as error:
+            holder = _read(descriptor).partition("\n")[0]
+            os.close(descriptor)
             if error.errno in NO_LOCKS:
                 warnings.warn(f"{folder}: no locks here: nothing keeps a second run out of it", stacklevel=3)
                 return None
+            if error.errno not in HELD:
+                raise
+            if time.monotonic() > until:
+                raise InputError(_refusal(folder, holder or "another process")) from None
+            time.sleep(PAUSE)
+        except BaseException:
+            os.close(descriptor)
             raise
-        # The run that held it may have removed it in the meantime.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                return descriptor
-        os.close(descriptor)
+
+
+def _alone(folder: str | Path, descriptor: int) -> str:
+    """Write this process's name into the file and wait for the last process of an earlier run; return the name."""
+    before = _read(descriptor)
+    owner = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(8)}\n"
+    _write(descriptor, owner)
+    until = time.monotonic() + PATIENCE_WITH_MEMBERS
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MEMBERS)
+        except OSError as error:
+            if error.errno not in HELD:
+                raise
+        else:
+            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, MEMBERS)
+            return owner
+        if time.monotonic() > until:
+            _write(descriptor, before)
+            raise InputError(_refusal(folder, f"what {before.partition(chr(10))[0] or 'another process'} has started"))
+        time.sleep(PAUSE)
+
+
+def _is_there(descriptor: int, file: Path) -> bool:
+    """Return whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _read(descriptor: int) -> str:
+    return os.pread(descriptor, 400, 0).decode(errors="replace")
+
+
+def _write(descriptor: int, text: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
+
+
+def _host(owner: str) -> str:
+    return owner.partition("\n")[0].partition(" on ")[2]
 
 
 def _refusal(folder: str | Path, holder: str) -> str:

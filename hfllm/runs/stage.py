@@ -25,7 +25,7 @@ from hfllm.runs import schedule
 from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.runs.command_line import checkpoint_to_resume, finished_run, given_names, main_process, run_arguments
 from hfllm.runs.identity import data_files, model_files, run_identity
-from hfllm.runs.lock import lock, release
+from hfllm.runs.lock import join, lock, owner_of, release
 from hfllm.runs.resuming import about_old_checkpoints, check_resumable, described
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Stage:
         return any(hasattr(group, "resume_from_checkpoint") for group in self.parsed)
 
     def _hold(self) -> None:
-        """Keep other runs out of the folder until this one has finished; all processes refuse together."""
+        """Keep other runs out of the folder until all processes of this one have ended; they refuse together."""
         is_spread = (self._trains or self.is_spread) and int(os.environ.get("WORLD_SIZE", "1")) > 1
         if is_spread and self._trains:
             # It lets the processes find each other.
@@ -183,10 +183,11 @@ class Stage:
             from accelerate import PartialState
 
             PartialState()
-        refusal = None
+        refusal = owner = None
         if main_process():
             try:
                 lock(self.output_dir)
+                owner = owner_of(self.output_dir)
                 # Looked up again: a run may have finished since `check`.
                 if self.report is None and type(self).report.func(self) is not None:
                     refusal = f"--output_dir {self.output_dir}: the same run has just finished there"
@@ -195,9 +196,10 @@ class Stage:
         if is_spread:
             from accelerate.utils import broadcast_object_list
 
-            (refusal,) = broadcast_object_list([refusal])
+            refusal, owner = broadcast_object_list([refusal, owner])
         if refusal is not None:
             raise InputError(refusal)
+        join(self.output_dir, owner)
 
     def _about_checkpoints(self) -> str | None:
         """Return the line about the checkpoints in the folder, `None` where there are none."""
@@ -296,9 +298,9 @@ class Stage:
                 self.publish()
             except InputError as error:
                 failure = error
-            release(self.output_dir)
         if trainer is not None:
             trainer.accelerator.wait_for_everyone()
+        release(self.output_dir)
         if failure is not None:
             raise failure
         return dict(metrics)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from hfllm.runs.recipes import settings_file
 Statistics = Sequence[tuple[str, float, Mapping[str, float]]]
 Rows = list[dict[str, object]]
 
-WORK = "unfinished"
+# Where each attempt at a run has a folder of its own, and the file in it that says of which run.
+WORK, NOTE = "unfinished", "arguments.json"
 # Besides the flags, the result depends on this: see `fingerprint`, which also covers the dataset's own files.
 STATE = "state of the local files"
 NOT_DECISIVE = ("workers", "dataset_name changed at")
@@ -100,32 +102,55 @@ def fingerprint(script_args: CurateArguments) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
+def new_attempt(folder: str | Path) -> Path:
+    """Return the folder of this attempt at a run, which nobody else has ever had; it is not made yet."""
+    return Path(folder) / WORK / secrets.token_hex(8)
+
+
 def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
-    """Keep what an interrupted run of the same arguments has finished in `work`; otherwise empty it, and say why."""
-    note = work / "arguments.json"
-    if note.is_file():
-        try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError:
-            before = {}
-        before = before if isinstance(before, dict) else {}
-        names = sorted({*before, *arguments})
-        differs = next((name for name in names if before.get(name) != arguments.get(name)), None)
-        cut = _cut_off(work)
-        if differs is None and cut is None:
-            print("curate: resuming the unfinished run", flush=True)
-            return
-        reason = (
-            f"{cut.relative_to(work.parent)} is damaged"
-            if cut is not None
-            else f"the unfinished run had {differs}={before.get(differs)!r}, this one has "
-            f"{differs}={arguments.get(differs)!r}"
-        )
-        print(f"curate: starting anew: {reason}", flush=True)
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    write_atomically(note, json.dumps(arguments))
+    """Make the folder of this attempt, with what an interrupted run of the same arguments has finished.
+
+    It says so, or why nothing is kept.
+
+    Args:
+        work: see `new_attempt`; all others of its parent are removed.
+    """
+    earlier = [folder for folder in sorted(work.parent.glob("*")) if (folder / NOTE).is_file()]
+    reasons = []
+    for folder in earlier:
+        reasons.append(_why_not_resumed(folder, arguments))
+        if reasons[-1] is None:
+            # What still runs of that attempt finds nothing there.
+            os.replace(folder, work)
+            break
+    if not work.exists():
+        (work.parent / f"{work.name}.new").mkdir(parents=True)
+        write_atomically(work.parent / f"{work.name}.new" / NOTE, json.dumps(arguments))
+        os.replace(work.parent / f"{work.name}.new", work)
+    for left in work.parent.iterdir():
+        if left != work:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if reasons:
+        said = f"starting anew: {reasons[-1]}" if reasons[-1] else "resuming the unfinished run"
+        print(f"curate: {said}", flush=True)
+
+
+def _why_not_resumed(work: Path, arguments: Mapping[str, Any]) -> str | None:
+    """Return why an earlier attempt is of no use, `None` if it is."""
+    try:
+        before = json.loads((work / NOTE).read_text(encoding="utf-8"))
+    except ValueError:
+        before = {}
+    before = before if isinstance(before, dict) else {}
+    if (cut := _cut_off(work)) is not None:
+        return f"{WORK}/{cut.relative_to(work)} is damaged"
+    names = sorted({*before, *arguments})
+    differs = next((name for name in names if before.get(name) != arguments.get(name)), None)
+    if differs is None:
+        return None
+    return (
+        f"the unfinished run had {differs}={before.get(differs)!r}, this one has {differs}={arguments.get(differs)!r}"
+    )
 
 
 def _cut_off(work: Path) -> Path | None:

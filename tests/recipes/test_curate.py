@@ -11,7 +11,8 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from contextlib import ExitStack, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from hfllm.data.loading import TextArguments, load_texts
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
-from hfllm.stages.curate import CurateArguments, fingerprint, resume_or_clear
+from hfllm.stages.curate import CurateArguments, fingerprint, new_attempt, resume_or_clear
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = {
@@ -149,8 +150,8 @@ def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsy
 
     whole = pipeline.run_stages
 
-    def interrupted(stages, folder, workers, announce):
-        whole(stages[:2], folder, workers, announce)
+    def interrupted(stages, *rest):
+        whole(stages[:2], *rest)
         raise KeyboardInterrupt
 
     hours = itertools.count(3600, 3600)
@@ -180,6 +181,13 @@ def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsy
     assert resumed and resumed == uninterrupted
 
 
+def attempt(arguments, output_dir):
+    """The folder of one more attempt at a run."""
+    work = new_attempt(output_dir)
+    resume_or_clear(work, arguments)
+    return work
+
+
 def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path, capsys, monkeypatch):
     """Nor the times of folders, which an editor or a viewer of files changes."""
     (script_args,) = curate.parse([str(flag) for flag in corpus.flags])
@@ -192,35 +200,46 @@ def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("a note")
     assert fingerprint(script_args) == before
-    work = tmp_path / "work"
-    resume_or_clear(work, {"state": before, "seed": 1})
-    (work / "kept").touch()
-    resume_or_clear(work, {"state": before, "seed": 1})
-    assert (work / "kept").exists() and "resuming the unfinished run" in capsys.readouterr().out
+    (attempt({"state": before, "seed": 1}, tmp_path) / "kept").touch()
+    assert (attempt({"state": before, "seed": 1}, tmp_path) / "kept").exists()
+    assert "resuming the unfinished run" in capsys.readouterr().out
     (corpus.folder / "in" / "b.txt").write_text("another text")
-    resume_or_clear(work, {"state": fingerprint(script_args), "seed": 1})
+    work = attempt({"state": fingerprint(script_args), "seed": 1}, tmp_path)
     assert not (work / "kept").exists()
     assert f"starting anew: the unfinished run had state={before!r}, this one has" in capsys.readouterr().out
     # Cut off by a crash.
     (work / "arguments.json").write_text('{"state')
-    resume_or_clear(work, {"seed": 1})
+    work = attempt({"seed": 1}, tmp_path)
     assert json.loads((work / "arguments.json").read_text()) == {"seed": 1}
+
+
+def test_each_attempt_has_a_folder_of_its_own(tmp_path, capsys):
+    """What still runs of an earlier one finds nothing there, though the next goes on with what that has finished."""
+    first = attempt({"seed": 1}, tmp_path)
+    (first / "finished").touch()
+    second = attempt({"seed": 1}, tmp_path)
+    assert (second / "finished").exists() and not first.exists()
+    # What still ran has made it again; and one was killed before it had its name.
+    (first / "left").mkdir(parents=True)
+    third = attempt({"seed": 1}, tmp_path)
+    assert (third / "finished").exists() and len({first, second, third}) == 3
+    assert [path.name for path in (tmp_path / "unfinished").iterdir()] == [third.name]
+    assert capsys.readouterr().out.count("resuming the unfinished run") == 2
 
 
 @pytest.mark.parametrize("file", ["arguments.json", "logs/filter/stats/00000.json", "examples/length-00000.json"])
 @pytest.mark.parametrize("text", ["", '{"state', "\x00\xff"])
 def test_a_file_that_a_crash_cut_off_is_made_again(file, text, tmp_path, capsys):
-    work = tmp_path / "unfinished"
-    resume_or_clear(work, {"seed": 1})
+    work = attempt({"seed": 1}, tmp_path)
     (work / file).parent.mkdir(parents=True, exist_ok=True)
     (work / file).write_text(text, encoding="latin-1")
     (work / "logs" / "filter" / "completions").mkdir(parents=True, exist_ok=True)
     (work / "logs" / "filter" / "completions" / "00000").touch()
-    resume_or_clear(work, {"seed": 1})
+    work = attempt({"seed": 1}, tmp_path)
     assert f"starting anew: unfinished/{file} is damaged" in capsys.readouterr().out
     assert [path.name for path in work.rglob("*")] == ["arguments.json"]
     # It is never there in part.
-    resume_or_clear(work, {"seed": 1})
+    attempt({"seed": 1}, tmp_path)
     assert "resuming the unfinished run" in capsys.readouterr().out
 
 
@@ -258,8 +277,8 @@ def test_a_task_that_was_killed_in_its_last_moment_runs_again_alone(corpus, monk
     """While datatrove writes the statistics, before it notes that the task has ended."""
     from hfllm.data.curation import pipeline
 
-    def killed(stages, folder, workers, announce):
-        whole(stages[:2], folder, workers, announce)
+    def killed(stages, folder, *rest):
+        whole(stages[:2], folder, *rest)
         stats = folder / "logs" / stages[1].name / "stats" / "00000.json"
         stats.write_text(stats.read_text()[:20])
         (folder / "logs" / stages[1].name / "completions" / "00000").unlink()
@@ -276,6 +295,47 @@ def test_a_task_that_was_killed_in_its_last_moment_runs_again_alone(corpus, monk
     monkeypatch.setattr(pipeline.DocumentReader, "run", read_again)
     assert run(*corpus.flags)["documents_kept"] == 30
     assert "resuming the unfinished run" in capsys.readouterr().out
+
+
+def test_what_still_writes_for_an_earlier_attempt_changes_nothing(corpus, monkeypatch):
+    """A process that nothing could end has the files of its task open, and knows where they lie."""
+    from hfllm.data.curation import pipeline
+
+    def killed(stages, folder, *rest):
+        whole([replace(stages[0], tasks=2)], folder, *rest)
+        (folder / "logs" / "filter" / "completions" / "00001").unlink()
+        raise KeyboardInterrupt
+
+    def resumed(stages, folder, *rest):
+        whole(stages[:1], folder, *rest)
+        for file, place in left.items():
+            file.write(b"more")
+            file.flush()
+            with suppress(FileNotFoundError):
+                place.write_bytes(b"other")
+        whole(stages, folder, *rest)
+
+    flags, whole = [*corpus.flags, "--tasks", 2], pipeline.run_stages
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_stages", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags)
+    with ExitStack() as files:
+        work = corpus.folder / "out" / "unfinished"
+        left = {
+            files.enter_context(place.open("ab")): place
+            for place in work.rglob("00001.*")
+            if "logs" not in place.parts
+        }
+        assert len(left) == 17  # the documents, the bands of their signatures and the sample
+        monkeypatch.setattr(pipeline, "run_stages", resumed)
+        run(*flags)
+    monkeypatch.setattr(pipeline, "run_stages", whole)
+    run(*flags, "--output_dir", corpus.folder / "whole")
+    ours, uninterrupted = (
+        [*map(Path.read_bytes, sorted((corpus.folder / name / "data").iterdir()))] for name in ("out", "whole")
+    )
+    assert len(ours) == 2 and ours == uninterrupted
 
 
 def test_a_run_that_was_killed_after_its_report_leaves_nothing(corpus, monkeypatch, capsys):

@@ -1,15 +1,20 @@
 """A folder has one run at a time, also when a run has been killed."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import traceback
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.runs.lock import LOCK_FILE, lock, release, release_all, releases_folders
+from hfllm.runs.lock import LOCK_FILE, join, lock, owner_of, release, release_all, releases_folders
 
 ROOT = Path(__file__).parent.parent.parent
 HOLD = """
@@ -127,6 +132,125 @@ def test_a_child_neither_holds_nor_releases(tmp_path):
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert (tmp_path / "out" / LOCK_FILE).exists()
+
+
+@pytest.fixture
+def member(tmp_path):
+    """A run's process that has been killed, and one that it had started and that has joined its lock: which one acts.
+
+    A byte sent to it lets it release the folder, a second one ends it.
+    """
+    asks, answers = os.pipe(), os.pipe()
+    run = os.fork()
+    if not run:
+        lock(tmp_path / "out")
+        owner = owner_of(tmp_path / "out")
+        if not os.fork():
+            os.setsid()
+            join(tmp_path / "out", owner)
+            os.write(answers[1], f"{os.getpid()}\n{owner}".encode())
+            os.read(asks[0], 1)
+            release_all()
+            os.write(answers[1], b"released")
+            os.read(asks[0], 1)
+            os._exit(0)
+        signal.pause()
+    process, _, owner = os.read(answers[0], 400).decode().partition("\n")
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    yield SimpleNamespace(process=int(process), run=run, owner=owner, tell=asks[1], hear=answers[0])
+    with suppress(ProcessLookupError):
+        os.kill(int(process), signal.SIGKILL)
+    for descriptor in (*asks, *answers):
+        os.close(descriptor)
+
+
+def test_the_last_process_of_a_killed_run_keeps_others_out(member, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.runs.lock.PATIENCE_WITH_MEMBERS", 0)
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"is writing there \(what process {member.run} on \S+ has started\)"):
+            lock(tmp_path / "out")
+    os.write(member.tell, b"1")
+    assert os.read(member.hear, 20) == b"released"
+    assert not (tmp_path / "out" / LOCK_FILE).exists()
+    lock(tmp_path / "out")
+
+
+def test_a_run_waits_for_the_last_process_of_a_killed_one(member, tmp_path):
+    thread = threading.Timer(0.1, os.kill, (member.process, signal.SIGKILL))
+    thread.start()
+    lock(tmp_path / "out")
+    thread.join()
+    assert owner_of(tmp_path / "out") != member.owner
+
+
+def test_a_run_waits_for_another_that_is_ending(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.runs.lock.PATIENCE", 60)
+    thread = threading.Timer(0.1, holder.kill)
+    thread.start()
+    lock(tmp_path / "out")
+    thread.join()
+
+
+def in_a_child(function):
+    """Call a function in a fork of this process, where it must not fail."""
+    child = os.fork()
+    if not child:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_nobody_joins_a_run_that_has_ended(member, tmp_path):
+    os.kill(member.process, signal.SIGKILL)
+    lock(tmp_path / "out")
+    later = owner_of(tmp_path / "out")
+    refused = "the run that this process belongs to has ended"
+
+    def late():
+        with pytest.raises(InputError, match=refused):
+            join(tmp_path / "out", member.owner)
+        # Another machine's file is another one, where the disk is its own.
+        join(tmp_path / "out", member.owner.replace(socket.gethostname(), "elsewhere"))
+        assert owner_of(tmp_path / "out") is None
+        join(tmp_path / "out", None)
+        join(tmp_path / "out", later)
+        assert owner_of(tmp_path / "out") == later
+        with pytest.raises(InputError, match=refused):
+            join(tmp_path / "none", later)
+
+    in_a_child(late)
+    # That child has not released it.
+    release(tmp_path / "out")
+    assert not (tmp_path / "out" / LOCK_FILE).exists()
+
+
+def test_a_run_that_ends_before_what_it_has_started_leaves_the_lock_to_that(tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.runs.lock.TRIES", 1)
+    monkeypatch.setattr("hfllm.runs.lock.PATIENCE_WITH_MEMBERS", 0)
+    lock(tmp_path / "out")
+    owner = owner_of(tmp_path / "out")
+    joined, goes_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        join(tmp_path / "out", owner)
+        os.write(joined[1], b"1")
+        os.read(goes_on[0], 1)
+        release_all()
+        os._exit(0)
+    os.read(joined[0], 1)
+    release(tmp_path / "out")
+    with pytest.raises(InputError, match="is writing there"):
+        lock(tmp_path / "out")
+    os.write(goes_on[1], b"1")
+    os.waitpid(child, 0)
+    assert not (tmp_path / "out" / LOCK_FILE).exists()
+    lock(tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

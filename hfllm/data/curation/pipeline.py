@@ -13,10 +13,12 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import multiprocess
 import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.executor.local import LocalPipelineExecutor
@@ -27,6 +29,7 @@ from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 from fsspec.compression import register_compression
 from loguru import logger
 
+from hfllm.data.child_processes import WorkerEnded, run_in_processes
 from hfllm.data.curation import content, quality
 from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
 from hfllm.data.curation.dedup import DuplicateFilter, DuplicateSignature, MarkDuplicates, minhash_config
@@ -37,6 +40,7 @@ from hfllm.data.curation.perplexity import FitPerplexity, PerplexityFilter, Samp
 from hfllm.data.curation.reader import SOURCE, DocumentReader
 from hfllm.data.curation.spam import SpamModel, fit, read_labeled
 from hfllm.data.curation.text import words_of
+from hfllm.errors import MachineError
 
 SHARDS = "data"
 SAME_GZIP = "gzip without a time"
@@ -44,11 +48,12 @@ SAME_GZIP = "gzip without a time"
 
 @dataclass
 class Stage:
-    """One pipeline, and its number of tasks."""
+    """One pipeline, its number of tasks, and the folders in which each task writes files named by its number."""
 
     name: str
     pipeline: list[PipelineStep]
     tasks: int
+    folders: tuple[str, ...] = ()
 
 
 def document_filters(options: CurationOptions, examples: Callable[[str], Examples | None]) -> list[BaseFilter]:
@@ -112,14 +117,15 @@ def curation_stages(options: CurationOptions, folder: str | Path) -> list[Stage]
         check_judge(options.perplexity_model)
         last += [PerplexityFilter(path["sample"], options.perplexity_model, examples("perplexity"))]
     last += [Tally(), shard_writer(str(Path(folder) / SHARDS), options.output_format)]
-    stages = [Stage("filter", first, options.tasks)]
+    stages = [Stage("filter", first, options.tasks, ("left", "bands", "sample"))]
     if dedup:
         bands = MinhashDedupBuckets(path["bands"], path["pairs"], config=config, lines_to_buffer=4096)
-        stages += [Stage("bands", [bands], config.num_buckets)]
-        stages += [Stage("duplicates", [MarkDuplicates(path["pairs"], path["marked"], config, exact, near)], 1)]
+        stages += [Stage("bands", [bands], config.num_buckets, ("pairs",))]
+        mark = MarkDuplicates(path["pairs"], path["marked"], config, exact, near)
+        stages += [Stage("duplicates", [mark], 1, ("marked",))]
     if perplexity:
         stages += [Stage("perplexity", [FitPerplexity(path["sample"], path["marked"], options)], 1)]
-    return [*stages, Stage("write", last, options.tasks)]
+    return [*stages, Stage("write", last, options.tasks, (SHARDS,))]
 
 
 class ShardWriter(PipelineStep):
@@ -208,20 +214,78 @@ def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter
 
 
 class QuietExecutor(LocalPipelineExecutor):
-    """datatrove's local executor without its log lines: the recipe prints and reports instead."""
+    """datatrove's local executor without its log lines: the recipe prints and reports instead.
+
+    Its workers end with this process, and one that is killed is an error: datatrove's go on, and it waits for ever.
+    """
+
+    def run(self, begin: Callable[[], object] | None = None) -> None:
+        """Run the tasks that have not finished, `workers` at a time.
+
+        Args:
+            begin: what each worker calls first.
+
+        Raises:
+            WorkerEnded: when a worker was killed.
+        """
+        self.save_executor_as_json()
+        tasks = self.get_incomplete_ranks()
+        if self.workers == 1:
+            for task in tasks:
+                self._run_task(task)
+        else:
+            run_in_processes(self._run_task, tasks, self.workers, multiprocess.get_context("spawn"), begin)
+
+    def _run_task(self, task: int) -> None:
+        # Steps count what they have seen.
+        deepcopy(self)._run_for_rank(task)
 
     def _run_for_rank(self, *args, **kwargs):
         logger.disable("datatrove")
         return super()._run_for_rank(*args, **kwargs)
 
 
-def run_stages(stages: list[Stage], folder: str | Path, workers: int, announce: Callable[[str], None] = print) -> None:
-    """Run all stages on this machine. A stage's tasks that have already finished in `folder` are not run again."""
+def run_stages(
+    stages: list[Stage],
+    folder: str | Path,
+    workers: int,
+    announce: Callable[[str], None] = print,
+    begin: Callable[[], object] | None = None,
+) -> None:
+    """Run all stages on this machine. A stage's tasks that have already finished in `folder` are not run again.
+
+    Args:
+        begin: what each worker calls first.
+
+    Raises:
+        MachineError: when a worker was killed.
+    """
     logger.disable("datatrove")
     for stage in stages:
         announce(f"curate: {stage.name}")
         tasks, logs = stage.tasks, str(Path(folder) / "logs" / stage.name)
-        QuietExecutor(stage.pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs).run()
+        executor = QuietExecutor(stage.pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs)
+        _remove_unfinished(stage, folder, executor)
+        try:
+            executor.run(begin)
+        except WorkerEnded as error:
+            raise MachineError(
+                f"a worker of curation's stage {stage.name!r} has ended: {error}. Where memory was short, fewer "
+                "--workers need less; what has finished is kept, and the same command resumes"
+            ) from None
+
+
+def _remove_unfinished(stage: Stage, folder: str | Path, executor: QuietExecutor) -> None:
+    """Remove the files of tasks that an earlier attempt has begun.
+
+    Each is made new, so that nothing which still has the old one open writes into it.
+    """
+    unfinished = {f"{task:05d}" for task in executor.get_incomplete_ranks()}
+    for name in stage.folders if unfinished else ():
+        for file in (Path(folder) / name).rglob("*"):
+            # Those of a single task bear other numbers.
+            if file.is_file() and (stage.tasks == 1 or file.name[:5] in unfinished):
+                file.unlink()
 
 
 def read_statistics(stages: list[Stage], folder: str | Path) -> Iterator[tuple[str, float, dict[str, float]]]:

@@ -1,0 +1,240 @@
+"""Processes that end with the one that started them, however that ends, and work that is spread over several.
+
+Linux kills a process when its parent ends (prctl with PR_SET_PDEATHSIG). Everywhere, and for a parent that had ended
+before that was asked for, a thread waits for the end of the parent, or of a pipe that only the parent writes to.
+"""
+
+import ctypes
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import current_process
+from queue import SimpleQueue
+from typing import Any
+
+SET_PARENT_DEATH_SIGNAL = 1
+# Seconds between two looks at whether a process still runs.
+PAUSE = 0.2
+# Nobody reads it.
+ABANDONED = 1
+# In the environment of what `hfllm` launches, and in that of what torchrun does.
+LAUNCHER, TORCHRUN = "HFLLM_LAUNCHER", "TORCHELASTIC_RUN_ID"
+
+
+class WorkerEnded(RuntimeError):
+    """A process that had work to do has ended without an answer: it was killed, or has ended itself."""
+
+
+# ---- the end of another process ----
+
+
+def end_with(process: int) -> None:
+    """End this process, at once and whatever it does, when another one ends; nothing more is written by then.
+
+    Where that is the parent on Linux, its thread that has started this process must live as long as it does.
+
+    Args:
+        process: id of the parent, or of another process of this machine. It may have ended already.
+    """
+    # Windows keeps the number of a parent that has ended, and a look at another process would interrupt it.
+    if sys.platform == "win32":
+        return
+    is_child = os.getppid() == process
+    if is_child and sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+
+    def runs() -> bool:
+        return os.getppid() == process if is_child else _exists(process)
+
+    def watch() -> None:
+        while runs():
+            time.sleep(PAUSE)
+        os._exit(ABANDONED)
+
+    if not runs():
+        os._exit(ABANDONED)
+    threading.Thread(target=watch, name="end_with", daemon=True).start()
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # It is another user's.
+        return True
+    return True
+
+
+def be_launcher() -> None:
+    """Let each recipe that is started from now on, by this process or by what it starts, end when this one does.
+
+    In a process that has called `end_with_launcher` this is the launcher from now on.
+    """
+    os.environ[LAUNCHER] = f"{os.getpid()}@{socket.gethostname()}"
+
+
+def end_with_launcher() -> None:
+    """End this process when the one that has called `be_launcher` ends, or a torchrun that has started it."""
+    launcher, _, host = os.environ.get(LAUNCHER, "").partition("@")
+    # Of several machines one has it.
+    is_here = launcher.isdecimal() and host == socket.gethostname()
+    if is_here:
+        end_with(int(launcher))
+    if TORCHRUN in os.environ and not (is_here and os.getppid() == int(launcher)):
+        end_with(os.getppid())
+
+
+def end_children_with_this_process(package: str = "multiprocessing") -> None:
+    """Let each process that `multiprocessing` starts from now on, such as a data loader's, end when this one does.
+
+    One that it spawns imports the main module again: what that imports has to call this too, and the process that
+    spawns it has to call `be_launcher`.
+
+    Args:
+        package: `multiprocess` for the package of that name, which datasets uses.
+    """
+    # It runs in what is forked, also by a server of forks, and holds its first argument weakly.
+    import_module(f"{package}.util").register_after_fork(_end_with_starter, _watch_starter)
+    # What is spawned does not know its parent yet.
+    if getattr(current_process(), "_inheriting", False):
+        end_with_launcher()
+
+
+def _watch_starter(_: object) -> None:
+    for package in ("multiprocessing", "multiprocess"):
+        module = sys.modules.get(f"{package}.process")
+        starter = module.parent_process() if module else None
+        if starter is not None:
+            threading.Thread(target=_end_with_starter, args=(starter,), name="end_with", daemon=True).start()
+
+
+def _end_with_starter(starter: Any) -> None:
+    starter.join()
+    os._exit(ABANDONED)
+
+
+# ---- work in several processes ----
+
+
+def run_in_processes(
+    work: Callable[[Any], object],
+    items: Iterable[Any],
+    workers: int,
+    context: Any,
+    begin: Callable[[], object] | None = None,
+) -> None:
+    """Call `work` with each item, several at a time in as many processes, which are begun in the items' order.
+
+    The first error ends all of them. So does the end of this process, or a signal to it.
+
+    Args:
+        work: it and the items are pickled, as `context` does that; each process has one copy for all of its items.
+        workers: processes, at least 1.
+        context: `multiprocessing.get_context("spawn")`, or that of `multiprocess`.
+        begin: what each process calls first.
+
+    Raises:
+        WorkerEnded: when a process was killed, or has ended itself.
+        Exception: what `work` or `begin` has raised, with the traceback as a note.
+    """
+    waiting = list(reversed(list(items)))
+    processes: dict[Connection, Any] = {}
+    try:
+        for _ in range(min(workers, len(waiting))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, os.getpid(), begin, work), daemon=True)
+            process.start()
+            # From now on the pipe ends when that process does.
+            theirs.close()
+            processes[ours] = process
+        busy = [pipe for pipe, process in processes.items() if _told(pipe, process, waiting)]
+        while busy:
+            for pipe in wait(busy):
+                _check_answer(pipe, processes[pipe])
+                if not _told(pipe, processes[pipe], waiting):
+                    busy.remove(pipe)
+    finally:
+        # They have nothing to do, or something has failed.
+        for pipe, process in processes.items():
+            process.kill()
+            pipe.close()
+        for process in processes.values():
+            process.join()
+
+
+def _told(pipe: Connection, process: Any, waiting: list[Any]) -> bool:
+    """Hand the next item to a process; return whether there was one."""
+    if not waiting:
+        return False
+    try:
+        pipe.send(waiting.pop())
+    except OSError:
+        raise _ended(process) from None
+    return True
+
+
+def _check_answer(pipe: Connection, process: Any) -> None:
+    try:
+        error, where = pipe.recv()
+    except (EOFError, OSError):
+        raise _ended(process) from None
+    if error is not None:
+        error.add_note(where)
+        raise error
+
+
+def _ended(process: Any) -> WorkerEnded:
+    process.join()
+    code = process.exitcode
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return WorkerEnded(f"process {process.pid} {how}")
+
+
+def _serve(pipe: Connection, parent: int, begin: Callable[[], object] | None, work: Callable[[Any], object]) -> None:
+    """Do the work for the items that come through the pipe, until it or the parent ends."""
+    # Ctrl-C reaches all processes of a terminal: the parent ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent)
+    items: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, items), daemon=True).start()
+    item, begun = items.get(), begin is None
+    while True:
+        answer = None, ""
+        try:
+            if not begun:
+                begin()
+            begun = True
+            work(item)
+        except Exception as error:
+            answer = _sendable(error), traceback.format_exc()
+        pipe.send(answer)
+        item = items.get()
+
+
+def _receive(pipe: Connection, items: "SimpleQueue[Any]") -> None:
+    """Hand items on; without a parent nobody waits for what is done."""
+    with suppress(EOFError, OSError):
+        while True:
+            items.put(pipe.recv())
+    os._exit(ABANDONED)
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return the error, or one with its words where its class cannot be read again."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,166 @@
+"""What a process has started ends with it, also when it is killed, and a worker that is killed is an error."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from hfllm.data.child_processes import LAUNCHER, WorkerEnded, run_in_processes
+
+ROOT = Path(__file__).parent.parent.parent
+SPAWN = multiprocessing.get_context("spawn")
+# Each prints the ids of the processes that have to end.
+MULTIPROCESSING = """
+import multiprocessing, os, time
+from hfllm.data.child_processes import be_launcher, end_children_with_this_process
+end_children_with_this_process()
+if __name__ == "__main__":
+    be_launcher()
+    children = [multiprocessing.get_context(method).Process(target=time.sleep, args=(600,))
+                for method in ("fork", "spawn", "forkserver", "fork")]
+    for child in children:
+        child.start()
+    print(*(child.pid for child in children), flush=True)
+    time.sleep(600)
+"""
+POOL = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from hfllm.data.child_processes import run_in_processes
+
+def sleep(path):
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_in_processes(sleep, sys.argv[1:], 2, multiprocessing.get_context("spawn"))
+"""
+# The second is a child of the first that does not end with it: a launcher's launcher, such as mpirun.
+LAUNCHES = """
+import os, subprocess, sys, time
+from hfllm.data.child_processes import be_launcher, end_with_launcher
+if sys.argv[1] == "launcher":
+    be_launcher()
+    subprocess.Popen([sys.executable, __file__, "rank"])
+    subprocess.Popen(["sh", "-c", '"$0" "$1" rank; true', sys.executable, __file__])
+else:
+    end_with_launcher()
+    print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+class Unreadable(Exception):
+    """One that cannot be made again from what it keeps."""
+
+    def __init__(self, one, other):
+        super().__init__(f"of {one} and {other}")
+
+
+def raise_unreadable(item):
+    raise Unreadable(item, "more")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start Python with a script; it is killed at the end."""
+    started = []
+
+    def begin(script, *words):
+        (tmp_path / "script.py").write_text(script)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(tmp_path / "script.py"), *map(str, words)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
+
+
+def is_running(process):
+    """Whether it runs: one that has ended may still have its number."""
+    try:
+        return subprocess.check_output(["ps", "-o", "stat=", "-p", str(process)], text=True)[0] != "Z"
+    except subprocess.CalledProcessError:
+        return False
+
+
+def assert_all_end_with(process, others):
+    assert all(map(is_running, others))
+    process.kill()
+    process.wait()
+    give_up = time.monotonic() + 60
+    while any(map(is_running, others)):
+        assert time.monotonic() < give_up, others
+        time.sleep(0.02)
+
+
+def test_the_children_of_a_killed_process_end(start):
+    """By whatever way multiprocessing starts them: on Linux those of a data loader are forked, elsewhere spawned."""
+    process = start(MULTIPROCESSING)
+    assert_all_end_with(process, list(map(int, process.stdout.readline().split())))
+
+
+def test_the_workers_of_a_killed_process_end(start, tmp_path):
+    notes = [tmp_path / name for name in "ab"]
+    process = start(POOL, *notes)
+    while not all(note.is_file() and note.read_text() for note in notes):
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert_all_end_with(process, [int(note.read_text()) for note in notes])
+
+
+def test_what_a_killed_launcher_has_launched_ends(start):
+    process = start(LAUNCHES, "launcher")
+    ranks = [int(process.stdout.readline()) for _ in range(2)]
+    assert_all_end_with(process, ranks)
+
+
+def test_a_launcher_that_had_ended_before_is_noticed(start):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+
+    for host, code in (("elsewhere", None), (socket.gethostname(), 1)):
+        os.environ[LAUNCHER] = f"{ended.pid}@{host}"
+        try:
+            process = start(LAUNCHES, "rank")
+        finally:
+            del os.environ[LAUNCHER]
+        # That of another machine is none of this one.
+        assert bool(process.stdout.readline()) == (code is None)
+        assert code is None or process.wait() == code
+
+
+def test_all_items_are_worked_on(tmp_path):
+    folders = [tmp_path / str(number) for number in range(5)]
+    run_in_processes(Path.mkdir, folders, 2, SPAWN)
+    assert all(folder.is_dir() for folder in folders)
+    run_in_processes(Path.mkdir, [], 2, SPAWN)
+
+
+@pytest.mark.parametrize(("work", "item", "said"), [(signal.raise_signal, 9, "signal 9"), (os._exit, 3, "code 3")])
+def test_a_worker_that_ends_is_an_error(work, item, said):
+    """The other one has work for minutes, and is not waited for."""
+    with pytest.raises(WorkerEnded, match=rf"process \d+ (was killed by|ended with) {said}"):
+        run_in_processes(work, [item], 2, SPAWN)
+    assert not multiprocessing.active_children()
+
+
+def test_errors_of_the_work_come_with_their_traceback():
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        run_in_processes(int, ["1", "x", "2"], 1, SPAWN)
+    assert "child_processes.py" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="Unreadable: of 1 and more"):
+        run_in_processes(raise_unreadable, [1], 1, SPAWN)
+    assert not multiprocessing.active_children()
