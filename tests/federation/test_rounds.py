@@ -1,5 +1,7 @@
 """The loop of rounds on plain tensors: who is asked, what is kept, and a server that is killed while it writes."""
 
+import hashlib
+import json
 import os
 import re
 from dataclasses import replace
@@ -12,7 +14,17 @@ from hfllm.errors import InputError
 from hfllm.federation import rounds as rounds_file
 from hfllm.federation.averaging import RobustSum, WeightedSum
 from hfllm.federation.privacy import ClippedSum
-from hfllm.federation.rounds import STATE_FILE, RoundSettings, load_state, num_asked, participants_of, run_rounds
+from hfllm.federation.rounds import (
+    STATE_FILE,
+    FederationState,
+    RoundSettings,
+    load_state,
+    num_asked,
+    participants_of,
+    replace_tensors,
+    run_rounds,
+    save_state,
+)
 from hfllm.federation.server_optimizers import server_optimizer
 from hfllm.federation.transports import InProcess
 from hfllm.federation.updates import Update
@@ -122,6 +134,25 @@ def test_rounds_of_another_run_and_damage_are_refused(tmp_path):
     with pytest.raises(InputError, match="is damaged") as error:
         run(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_rounds_are_known_by_what_files_hold_and_those_of_earlier_versions_by_their_times(tmp_path):
+    def identity(time, contents):
+        return {"files changed at": time, "files contents": contents, "rate": 0.1}
+
+    state = FederationState({"w": torch.ones(2)}, {})
+    save_state(tmp_path, state, identity(1, "a"))
+    assert load_state(tmp_path, identity(2, "a")) is not None
+    for other in (identity(1, "b"), identity(1, "a") | {"rate": 0.2}, {"files changed at": 1, "rate": 0.1}):
+        with pytest.raises(InputError, match="holds rounds of another run"):
+            load_state(tmp_path, other)
+    # An earlier version wrote this.
+    text = json.dumps({"files changed at": 1, "rate": 0.1}, sort_keys=True)
+    metadata = {"identity": hashlib.sha256(text.encode()).hexdigest(), "records": "[]"}
+    replace_tensors(tmp_path / STATE_FILE, {"weight.w": torch.ones(2)}, metadata)
+    assert load_state(tmp_path, identity(1, "b")) is not None
+    with pytest.raises(InputError, match="holds rounds of another run"):
+        load_state(tmp_path, identity(2, "b"))
 
 
 @pytest.mark.parametrize(

@@ -532,11 +532,13 @@ def test_files_of_yours_that_changed_are_another_run(here, tmp_path):
         *(("helpful.csv", "helpful_dataset_name"), ("pairs.jsonl", "preference_dataset_name")),
         ("critic/config.json", "critic_model_name_or_path"),
     ):
-        time = (tmp_path / name).stat().st_mtime_ns
-        os.utime(tmp_path / name, ns=(time + 10**9, time + 10**9))
-        with pytest.raises(InputError, match=f"holds a finished run with {flag} changed at="):
+        text = (tmp_path / name).read_bytes()
+        os.utime(tmp_path / name, ns=(1, 1))
+        assert run(*flags) == before
+        (tmp_path / name).write_bytes(text + b"\n")
+        with pytest.raises(InputError, match=f"holds a finished run with {flag} contents="):
             run(*flags)
-        os.utime(tmp_path / name, ns=(time, time))
+        (tmp_path / name).write_bytes(text)
 
 
 # ---- bad input ----

@@ -86,7 +86,7 @@ def test_pictures_that_were_replaced_are_asked_about_anew(seeing_folder, tmp_pat
     flags = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", path]
     run(tmp_path / "out", *flags)
     halves(1, seed=99)[0]["image"].save(tmp_path / "data" / "3.png")
-    with pytest.raises(InputError, match="finished run with pictures of dataset_name changed at='4 files, "):
+    with pytest.raises(InputError, match="finished run with pictures of dataset_name contents='"):
         run(tmp_path / "out", *flags)
     (tmp_path / "out" / "report.json").unlink()
     run(tmp_path / "out", *flags)

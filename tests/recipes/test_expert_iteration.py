@@ -155,6 +155,11 @@ def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved
     assert write(min_reward=0.5) == kept and len(talkative) == 3
     os.utime(saved / "model.safetensors", ns=(1, 1))
     write(min_reward=0.5)
+    assert len(talkative) == 3
+    with (saved / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x01")
+    write(min_reward=0.5)
     assert len(talkative) == 4
 
 

@@ -157,8 +157,13 @@ def test_files_that_are_edited_make_another_run(run, corpus, tmp_path):
         file.rename(folder / file.name)
     settings = {"dataset_name": folder.parent, "total_tokens": 640}
     assert run(**settings) == run(**settings)
+    before = run(**settings)
     os.utime(folder / "one.jsonl", (2e9, 2e9))
-    with pytest.raises(InputError, match="holds a finished run with dataset_name changed at="):
+    assert run(**settings) == before
+    with (folder / "one.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    os.utime(folder / "one.jsonl", (2e9, 2e9))
+    with pytest.raises(InputError, match="holds a finished run with dataset_name contents="):
         run(**settings)
 
 
@@ -302,7 +307,7 @@ def test_a_new_model_has_the_named_architecture(corpus, tmp_path, make_config):
     assert (config.vocab_size, config.hidden_size, config.norm_type) == (512, 32, "layernorm")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= 512
     make_config(vocab_size=512, hidden_size=32).save_pretrained(tmp_path / "config")
-    with pytest.raises(InputError, match="finished run with config_name_or_path changed at"):
+    with pytest.raises(InputError, match="finished run with config_name_or_path contents="):
         pretrain.main(*pretrain.parse([*flags, "--max_length", "32"]))
     with pytest.raises(InputError, match="--hidden_size cannot be used here: --config_name_or_path has it"):
         pretrain.main(*pretrain.parse([*flags, "--hidden_size", "64", "--output_dir", str(tmp_path / "other")]))

@@ -178,7 +178,7 @@ def test_a_changed_reward_is_noticed(tmp_path):
 
     def noted(*flags):
         arguments = stage_arguments(*rlhf.parse(["--output_dir", str(tmp_path / "out"), *flags]))
-        return {name: value for name, value in arguments.items() if name.endswith(" changed at")}
+        return {name: value for name, value in arguments.items() if name.endswith((" changed at", " contents"))}
 
     file, model = tmp_path / "mine.py", tmp_path / "model" / "config.json"
     model.parent.mkdir()
@@ -191,7 +191,10 @@ def test_a_changed_reward_is_noticed(tmp_path):
         path.write_text("{}")
         for time in (1, 2):
             os.utime(path, ns=(time, time))
-            assert noted(f"--{flag}", *named) == {f"{flag} changed at": time}
+            contents = noted(f"--{flag}", *named)
+            assert contents.pop(f"{flag} changed at") == time and contents.keys() == {f"{flag} contents"}
+        path.write_text("{ }")
+        assert noted(f"--{flag}", *named)[f"{flag} contents"] != contents[f"{flag} contents"]
     assert noted() == noted("--reward_funcs", "gold", "--value_model", "head") == {}
 
 

@@ -189,6 +189,25 @@ def test_the_rows_and_the_model_that_training_begins_with_count(run, cut, rows, 
         run("sft", cut, *flags)
 
 
+def test_rows_that_an_earlier_version_hashed_are_counted(run, cut, rows, monkeypatch, capsys):
+    from hfllm.stages import sft
+
+    for path in checkpoints_in(cut):
+        state = json.loads((path / "trainer_state.json").read_text())
+        state["stateful_callbacks"][RECORD]["run"]["rows"] = {"count": 15, "content": "of another kind"}
+        (path / "trainer_state.json").write_text(json.dumps(state))
+        write_checksums(path)
+    read = sft.instruction_data
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "instruction_data", lambda *data: (read(*data)[0][:-1], read(*data)[1]))
+        with pytest.raises(InputError, match=r"other training rows \(15 rows, this run has 14\)"):
+            run("sft", cut, "--dataset_name", rows, *AUTO)
+    capsys.readouterr()
+    run("sft", cut, "--dataset_name", rows, *AUTO)
+    said = "(step 2 of 4); an earlier version made it, so of its rows the number is compared and not what they hold"
+    assert said in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_does_not_say_whose_it_is(run, cut, rows, capsys):
     for path in checkpoints_in(cut):
         state = json.loads((path / "trainer_state.json").read_text())

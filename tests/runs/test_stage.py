@@ -1,6 +1,7 @@
 """A stage describes a run without touching anything; each of its methods does one thing."""
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 
 from hfllm.errors import HIDDEN, InputError
 from hfllm.outputs.card import MARKER
+from hfllm.outputs.report import Report
 from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import finished_run
 from hfllm.runs.lock import release
 from hfllm.runs.stage import Stage, stage_arguments
 
@@ -112,11 +115,22 @@ def test_a_model_that_is_read_is_not_written_over(tmp_path):
 def test_a_model_that_was_written_again_is_another(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     first = stage_arguments(Flags("out", model_name_or_path=str(tmp_path)))
-    import os
-
     os.utime(tmp_path / "config.json", ns=(1, 1))
     second = stage_arguments(Flags("out", model_name_or_path=str(tmp_path)))
+    # The time is noted, and is compared only with earlier versions, which noted nothing else.
     assert {name for name in first if first[name] != second[name]} == {"model_name_or_path changed at"}
+    Report("try", first, {}).write(tmp_path / "out")
+    assert finished_run(tmp_path / "out", second) is not None
+    (tmp_path / "config.json").write_text("[]")
+    os.utime(tmp_path / "config.json", ns=(1, 1))
+    third = stage_arguments(Flags("out", model_name_or_path=str(tmp_path)))
+    with pytest.raises(InputError, match="a finished run with model_name_or_path contents="):
+        finished_run(tmp_path / "out", third)
+    earlier = {name: value for name, value in first.items() if name != "model_name_or_path contents"}
+    Report("try", earlier, {}).write(tmp_path / "out")
+    assert finished_run(tmp_path / "out", first) is not None
+    with pytest.raises(InputError, match="a finished run with model_name_or_path changed at="):
+        finished_run(tmp_path / "out", second)
 
 
 def test_a_failed_push_leaves_the_report_and_names_the_command(tmp_path, monkeypatch):
