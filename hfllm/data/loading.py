@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from hfllm.data import formats
 from hfllm.data.image_files import image_key
 from hfllm.data.prepared import Prepared
+from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
@@ -42,6 +43,10 @@ class DataArguments:
         default=False, metadata={"help": "Read a Hub dataset row by row, without downloading all of it first."}
     )
     max_samples: int | None = field(default=None, metadata={"help": "Use at most this many rows of a dataset."})
+    max_row_bytes: int = field(
+        default=MAX_ROW_BYTES,
+        metadata={"help": "Refuse a dataset with a longer row, before it is in memory; 0: none."},
+    )
     column_mapping: list[str] | None = field(
         default=None,
         metadata={"help": "Other names of the dataset's columns, each OURS=THEIRS: prompt=question response=answer."},
@@ -54,7 +59,8 @@ class DataArguments:
     @property
     def hub_part(self) -> HubPart:
         """Which part of a Hub dataset to train on."""
-        return HubPart(self.dataset_train_split, self.dataset_config, self.dataset_revision, self.dataset_streaming)
+        named = (self.dataset_train_split, self.dataset_config, self.dataset_revision, self.dataset_streaming)
+        return HubPart(*named, max_row_bytes=self.max_row_bytes)
 
 
 @dataclass(frozen=True)

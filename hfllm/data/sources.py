@@ -9,14 +9,16 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hfllm.data.hub_pictures import undecoded
+from hfllm.data.parquet_rows import parquet_rows
 from hfllm.data.pydoc_corpus import pydoc_documents
+from hfllm.data.row_limits import MAX_ROW_BYTES, Expansion, too_long
 from hfllm.errors import InputError
 
 WORLD, PYDOC = "world", "pydoc"
@@ -25,6 +27,10 @@ PICTURES, DIGITS = "pictures", "digits"
 EMBEDDED = (WORLD, PYDOC, PICTURES, DIGITS)
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".txt")
 LINES = (".jsonl", ".jsonl.gz")
+# Lists and objects in one another; a conversation with tools and their schemas has some ten.
+MOST_NESTED = 100
+# Lines that a quoted field of a table may run over, although each could be a row.
+MOST_LINES = 10
 
 
 @dataclass
@@ -48,19 +54,21 @@ class Source:
 
 @dataclass(frozen=True)
 class HubPart:
-    """Which part of a dataset on the Hub to read, and how.
+    """Which part of a dataset on the Hub to read, and how; the last holds for local files too.
 
     Args:
         split: its split, or a slice of one, such as `train[:1%]`.
         config: its configuration, where it has several.
         revision: its branch, tag or commit.
         streaming: read the rows one by one as they arrive, without downloading the whole first.
+        max_row_bytes: of a row at most, as it is stored in a file, or of its texts and bytes; 0 is no limit.
     """
 
     split: str = "train"
     config: str | None = None
     revision: str | None = None
     streaming: bool = False
+    max_row_bytes: int = MAX_ROW_BYTES
 
 
 TRAIN = HubPart()
@@ -93,7 +101,7 @@ def iterate_source(name: str, part: HubPart = TRAIN) -> Iterator[tuple[str, dict
     for file in files or ():
         kind, count = "line" if file.name.endswith(LINES) else "row", 0
         try:
-            for number, row in read_rows(file):
+            for number, row in read_rows(file, part.max_row_bytes):
                 yield f"{file}, {kind} {number}", row
                 count, is_empty = count + 1, False
         except UnicodeDecodeError as error:
@@ -104,6 +112,8 @@ def iterate_source(name: str, part: HubPart = TRAIN) -> Iterator[tuple[str, dict
             raise InputError(f"{file}: cannot be read after row {count}: {error.strerror or error}") from None
     if files is None:
         for number, row in enumerate(_load_from_hub(name, part), 1):
+            if part.max_row_bytes and num_bytes(row) > part.max_row_bytes:
+                raise too_long(f"{name}, row {number}", part.max_row_bytes)
             yield f"{name}, row {number}", row
     elif is_empty:
         raise InputError(f"dataset {name!r} is empty")
@@ -138,30 +148,60 @@ def folder_of(name: str) -> Path | None:
     return path if path.is_dir() else path.parent if path.is_file() else None
 
 
-def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Return the rows of one file with their numbers, from 1; for jsonl the number is that of the line."""
+def read_rows(file: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Return the rows of one file with their numbers, from 1; for jsonl the number is that of the line.
+
+    Args:
+        max_row_bytes: of a row at most, which is found while it is read; 0 is no limit.
+    """
     if file.name.endswith(LINES):
-        return _read_jsonl(file)
+        return _read_jsonl(file, max_row_bytes)
     if file.suffix == ".json":
-        return enumerate(_read_json(file), 1)
+        return enumerate(_read_json(file, max_row_bytes), 1)
     if file.suffix in (".csv", ".tsv"):
-        return enumerate(_read_csv(file), 1)
+        return enumerate(_read_csv(file, max_row_bytes), 1)
     if file.suffix == ".parquet":
-        return enumerate(_read_parquet(file), 1)
+        return enumerate(parquet_rows(file, max_row_bytes), 1)
     if file.suffix == ".txt":
-        return enumerate(({"text": text} for text in _read_paragraphs(file)), 1)
+        return enumerate(({"text": text} for text in _read_paragraphs(file, max_row_bytes)), 1)
     raise InputError(f"{file}: cannot read this kind of file; accepted: {', '.join(EXTENSIONS)}")
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def num_bytes(value: Any) -> int:
+    """Return about how many bytes the texts, bytes and numbers of a row have, at any depth."""
+    total, left = 0, [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, Mapping):
+            left += each.values()
+        elif isinstance(each, list | tuple):
+            left += each
+        total += len(each) if isinstance(each, str | bytes) else 8
+    return total
+
+
+def _limited_lines(file: Path, stream: IO[bytes], limit: int) -> Iterator[bytes]:
+    """Yield the lines of a stream; one over the limit is refused before it is in memory."""
+    expansion = Expansion(file, limit)
+    for number in count(1):
+        line = stream.readline(limit + 1 if limit else -1)
+        if not line:
+            return
+        if limit and len(line) > limit:
+            raise too_long(f"{file}, line {number}", limit)
+        expansion.add(len(line))
+        yield line
+
+
+def _read_jsonl(file: Path, limit: int) -> Iterator[tuple[int, dict[str, Any]]]:
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-        for number, undecoded in enumerate(stream, 1):
+        for number, undecoded in enumerate(_limited_lines(file, stream, limit), 1):
             # Line by line, to name a line that is not UTF-8; some editors begin a file with a byte order mark.
             line = undecoded.decode("utf-8-sig")
             if not line.strip():
                 continue
             try:
-                row = parse_json(line)
+                row = checked_depth(parse_json(line), line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{file}, line {number}: not JSON ({error}): {line.strip()[:80]!r}") from None
             if not isinstance(row, dict):
@@ -171,57 +211,205 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def parse_json(text: str) -> Any:
     """Return the JSON value, with "?" for unpaired surrogates, which UTF-8 cannot encode."""
-    value = json.loads(text)
+    return _without_surrogates(json.loads(text), text)
+
+
+def _without_surrogates(value: Any, text: str) -> Any:
     if "\\ud" in text.lower():
         value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     return value
 
 
-def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
+def checked_depth(value: Any, text: str) -> Any:
+    """Return a JSON value, which `text` spells.
+
+    Raises:
+        ValueError: when it is nested deeper than any row: what comes after may fill Python's stack.
+    """
+    if text.count("[") + text.count("{") <= MOST_NESTED:
+        return value
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MOST_NESTED:
+            raise ValueError(f"nested deeper than {MOST_NESTED} lists and objects")
+        inside = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for each in inside if isinstance(each, dict | list)]
+    return value
+
+
+class _TableLines:
+    """The lines of a table, as the csv module asks for them, of which those of the present row are kept."""
+
+    def __init__(self, file: Path, stream: IO[str], limit: int):
+        self.file, self.stream, self.limit = file, stream, limit
+        self.number, self.row, self.size = 0, [], 0
+
+    def begin_row(self) -> None:
+        """Forget the lines of the row before."""
+        self.row, self.size = [], 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.stream.readline(self.limit + 1 if self.limit else -1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        # Empty lines between rows are passed over.
+        if self.row or line.strip("\r\n"):
+            self.row.append(line)
+            self.size += len(line)
+        if self.limit and self.size > self.limit:
+            raise too_long(f"{self.file}, line {self.first}", self.limit)
+        return line
+
+    @property
+    def first(self) -> int:
+        """The number of the line in which the present row begins."""
+        return self.number - len(self.row) + 1
+
+
+def _read_csv(file: Path, limit: int) -> Iterator[dict[str, Any]]:
     # The standard limit of 128 kB is less than a long document.
     csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if file.suffix == ".tsv" else ","
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
-        for number, row in enumerate(reader, 1):
+        lines = _TableLines(file, stream, limit)
+        # A quote that is not closed would swallow rows up to the next one.
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        for number in count(1):
+            try:
+                # The first time, this reads the header.
+                names = reader.fieldnames
+                lines.begin_row()
+                row = next(reader, None)
+            except csv.Error as error:
+                raise InputError(
+                    f"{file}, line {lines.number}: {error}, in a row that begins in line {lines.first}: a quote in a "
+                    "field is written twice, and the field stands in quotes"
+                ) from None
+            if row is None:
+                return
             if None in row:
-                found, expected = len(row) - 1 + len(row[None]), len(reader.fieldnames)
+                found, expected = len(row) - 1 + len(row[None]), len(names)
                 raise InputError(f"{file}, row {number}: {found} fields, and the header names {expected}")
+            if len(lines.row) > MOST_LINES and all(line.count(delimiter) == len(names) - 1 > 0 for line in lines.row):
+                raise InputError(
+                    f"{file}, line {lines.first}: a quoted field goes on to line {lines.number}, and each of these "
+                    "lines could be a row: a quote was left open, or write this table as .jsonl"
+                )
             yield row
 
 
-def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(1000):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not parquet, or damaged: {str(error).splitlines()[0]}") from None
-
-
-def _read_paragraphs(file: Path) -> Iterator[str]:
+def _read_paragraphs(file: Path, limit: int) -> Iterator[str]:
     """Yield the paragraphs between lines that are empty or hold only spaces."""
     lines: list[str] = []
+    size = 0
     with file.open("rb") as stream:
-        for undecoded in chain(stream, [b"\n"]):
+        for number, undecoded in enumerate(chain(_limited_lines(file, stream, limit), [b"\n"]), 1):
             # Line by line, so that paragraphs before a line that is not UTF-8 are counted correctly.
             lines.append(undecoded.decode("utf-8-sig").replace("\r\n", "\n"))
+            size += len(undecoded)
             if not lines[-1].strip():
                 text = "".join(lines).strip()
                 if text:
                     yield text
-                lines = []
+                lines, size = [], 0
+            elif limit and size > limit:
+                raise too_long(f"{file}, line {number - len(lines) + 1}", limit)
 
 
-def _read_json(file: Path) -> list[dict[str, Any]]:
-    try:
-        rows = parse_json(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: not JSON ({error}); for one object per line name it .jsonl") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{file}: expected a JSON list of objects")
-    return rows
+def _read_json(file: Path, limit: int) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig") as stream:
+        items = _JsonItems(file, stream, limit)
+        if not items.skip("["):
+            raise InputError(f"{file}: expected a JSON list of objects; for one object per line name it .jsonl")
+        is_first = True
+        while not items.skip("]"):
+            if not is_first and not items.skip(","):
+                raise items.error(json.JSONDecodeError("Expecting ',' delimiter", items.text, items.at))
+            row = items.next_value()
+            if not isinstance(row, dict):
+                raise InputError(f"{file}: expected a JSON list of objects, got {type(row).__name__} in it")
+            yield row
+            is_first = False
+        if items.peek():
+            raise items.error(json.JSONDecodeError("Extra data", items.text, items.at))
+
+
+class _JsonItems:
+    """A JSON file that is read piece by piece: the text at hand, and the values in it."""
+
+    CHUNK = 1 << 20
+
+    def __init__(self, file: Path, stream: IO[str], limit: int):
+        self.file, self.stream, self.limit = file, stream, limit
+        self.text, self.at, self.lines_before, self.is_whole = "", 0, 0, False
+        self.scan = json.JSONDecoder().raw_decode
+
+    def more(self) -> None:
+        """Read on; what has been taken is forgotten."""
+        self.lines_before += self.text.count("\n", 0, self.at)
+        # Twice as much each time, so that a long value is not looked at many times.
+        chunk = self.stream.read(max(self.CHUNK, len(self.text) - self.at))
+        self.text, self.at, self.is_whole = self.text[self.at :] + chunk, 0, not chunk
+
+    def peek(self) -> str:
+        """Return the next character that is no space, or nothing at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text) or self.is_whole:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def skip(self, character: str) -> bool:
+        """Take a character if it is the next one."""
+        is_next = self.peek() == character
+        self.at += is_next
+        return is_next
+
+    def next_value(self) -> Any:
+        """Take the next value.
+
+        Raises:
+            InputError: when it is not JSON, or longer than the limit.
+        """
+        self.peek()
+        while True:
+            try:
+                value, end = self.scan(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # Not whole yet, unless the complaint is about what lies long before the end.
+                is_open = error.msg.startswith("Unterminated") or error.pos + 16 > len(self.text)
+                if self.is_whole or not is_open:
+                    raise self.error(error) from None
+            except (ValueError, RecursionError) as error:
+                raise self.error(error) from None
+            else:
+                break
+            if self.limit and len(self.text) - self.at > self.limit:
+                raise too_long(self.place(self.at), self.limit)
+            self.more()
+        text = self.text[self.at : end]
+        if self.limit and len(text) > self.limit:
+            raise too_long(self.place(self.at), self.limit)
+        try:
+            value = _without_surrogates(checked_depth(value, text), text)
+        except ValueError as error:
+            raise self.error(error) from None
+        self.at = end
+        return value
+
+    def place(self, at: int) -> str:
+        return f"{self.file}, line {self.lines_before + self.text.count(chr(10), 0, at) + 1}"
+
+    def error(self, error: Exception) -> InputError:
+        said = getattr(error, "msg", str(error))
+        place = self.place(getattr(error, "pos", self.at))
+        return InputError(f"{place}: not JSON ({said}); for one object per line name it .jsonl")
 
 
 def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:

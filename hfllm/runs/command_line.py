@@ -47,7 +47,7 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("log_level_replica", "logging_first_step", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
         *("hub_private_repo", "hub_always_push", "hub_revision", "resume_from_checkpoint", "local_rank"),
         *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
-        "trust_remote_code",
+        *("trust_remote_code", "max_row_bytes"),
     )
 )
 ASKS_FOR_HELP = frozenset(("--help", "-h"))

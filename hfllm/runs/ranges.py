@@ -49,7 +49,11 @@ RANGES = (
         ),
     ),
     Range("at least 1, or -1 for --num_train_epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
-    Range("at least 0", lambda value: value >= 0, ("dataloader_num_workers", "num_documents", "sample_steps")),
+    Range(
+        "at least 0",
+        lambda value: value >= 0,
+        ("dataloader_num_workers", "num_documents", "sample_steps", "max_row_bytes"),
+    ),
     Range(
         "a number above 0",
         lambda value: value > 0,

@@ -319,7 +319,7 @@ def test_folders_with_what_is_no_file_are_named(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("The owl.")
 
-    def denied(file):
+    def denied(file, max_row_bytes):
         raise PermissionError(13, "Permission denied", str(file))
 
     monkeypatch.setattr("hfllm.data.sources.read_rows", denied)

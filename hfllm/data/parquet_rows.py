@@ -1,0 +1,134 @@
+"""Read parquet row by row in little memory, whatever its encodings stand for.
+
+A few bytes of it may stand for gigabytes: a dictionary holds a text once for all rows that repeat it, and pages are
+compressed. So the file's own figures are looked at first, dictionaries stay as they are, and each row is measured
+before Python makes objects of it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.row_limits import Expansion, too_long
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from pyarrow import Array, RecordBatch
+    from pyarrow.parquet import FileMetaData
+
+# Rows, and about how many bytes of them, that are read at once.
+MOST_ROWS, BATCH_BYTES = 1000, 1 << 26
+
+
+def parquet_rows(file: Path, limit: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file.
+
+    Args:
+        limit: the most bytes of a row; 0 is no limit.
+
+    Raises:
+        InputError: when it is damaged, or a row is longer than the limit, or the whole would fill the memory.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            metadata = table.metadata
+        rows_at_once = _check_figures(file, metadata, limit)
+        expansion = Expansion(file, limit)
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=_dictionaries(metadata)) as table:
+            for batch in table.iter_batches(rows_at_once):
+                for part, size in _parts(batch, limit, f"{file}, row", number):
+                    expansion.add(size, part.num_rows)
+                    yield from part.to_pylist()
+                    number += part.num_rows
+    except UnicodeDecodeError:
+        # Named by who reads all kinds of files.
+        raise
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        after = f" after row {number}" if number else ""
+        raise InputError(f"{file}: not parquet, or damaged{after}: {said[:200]}") from None
+
+
+def _check_figures(file: Path, metadata: "FileMetaData", limit: int) -> int:
+    """Return how many rows to read at once, by what the file says of itself.
+
+    Raises:
+        InputError: when its rows are longer than the limit by that, or the whole would fill the memory.
+    """
+    expansion, rows_at_once, before = Expansion(file, limit), MOST_ROWS, 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        columns = [group.column(each) for each in range(group.num_columns)]
+        sizes = [max(column.total_uncompressed_size, 8 * column.num_values, 0) for column in columns]
+        mean = sum(sizes) // max(group.num_rows, 1)
+        if limit and mean > limit:
+            raise too_long(f"{file}, row {before + 1} or one after it", limit)
+        expansion.add(sum(sizes), group.num_rows)
+        rows_at_once = min(rows_at_once, max(1, BATCH_BYTES // max(mean, 1)))
+        before += group.num_rows
+    return rows_at_once
+
+
+def _dictionaries(metadata: "FileMetaData") -> list[str]:
+    """Return the columns of texts or bytes that are stored as a dictionary in some part of the file."""
+    found = []
+    for place in range(metadata.num_columns):
+        column = metadata.schema.column(place)
+        is_text = column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
+        if is_text and any("DICTIONARY" in each for group in groups for each in group.column(place).encodings):
+            found.append(column.path)
+    return found
+
+
+def _parts(batch: "RecordBatch", limit: int, origin: str, before: int) -> "Iterator[tuple[RecordBatch, int]]":
+    """Yield a batch, or halves of it, of which none is longer than a row may be, each with its bytes.
+
+    Args:
+        origin: of a row, without its number.
+        before: rows before the batch.
+    """
+    size = sum(map(arrow_bytes, batch.columns))
+    if not limit or size <= limit:
+        yield batch, size
+    elif batch.num_rows == 1:
+        raise too_long(f"{origin} {before + 1}", limit)
+    else:
+        half = batch.num_rows // 2
+        yield from _parts(batch.slice(0, half), limit, origin, before)
+        yield from _parts(batch.slice(half), limit, origin, before + half)
+
+
+def arrow_bytes(array: "Array") -> int:
+    """Return about how many bytes the values of an array have as Python objects, repeated ones each time."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    kind, count = array.type, len(array)
+    if isinstance(array, pyarrow.ExtensionArray):
+        return arrow_bytes(array.storage)
+    if pyarrow.types.is_dictionary(kind) and _is_text(kind.value_type):
+        lengths = compute.take(compute.binary_length(array.dictionary), array.indices)
+        return 8 * count + (compute.sum(lengths).as_py() or 0)
+    if _is_text(kind):
+        return 8 * count + (compute.sum(compute.binary_length(array)).as_py() or 0)
+    if pyarrow.types.is_map(kind):
+        begin, end = (array.offsets[0].as_py(), array.offsets[-1].as_py()) if count else (0, 0)
+        return 8 * count + sum(arrow_bytes(part.slice(begin, end - begin)) for part in (array.keys, array.items))
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+        return 8 * count + arrow_bytes(array.flatten())
+    if pyarrow.types.is_struct(kind):
+        return 8 * count + sum(map(arrow_bytes, array.flatten()))
+    return max(8 * count, array.nbytes)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
