@@ -15,7 +15,8 @@ from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.choices import chosen, shares
-from hfllm.evaluation.suites.few_shot import FewShot, Question, iter_scored
+from hfllm.evaluation.suites.few_shot import FewShot, iter_scored
+from hfllm.evaluation.suites.question_rows import Question
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.outputs.calibration import aurc, auroc_interval, ece, reliability_plot, shuffled_auroc
 from hfllm.outputs.figures import plus_minus

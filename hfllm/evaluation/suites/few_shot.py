@@ -1,53 +1,33 @@
 """Multiple choice and exact match from local files, with worked examples from the same file or without.
 
-Rows are recognized by their columns: a question with a list of choices and the right one (ARC, MMLU and their like), a
-question whose text holds `Answer1: ... Answer2: ...`, or a question and the answer that must be written.
+Rows are recognized by their columns (`hfllm.evaluation.suites.question_rows`): a question with choices and the right
+one (ARC, MMLU, GPQA, HellaSwag and their like), or a question and the answer that must be written.
 
     acc        the right choice is the likeliest
     acc_norm   the same, each log-likelihood divided by the choice's characters (lm-eval's `acc_norm`)
-    exact_match   the written answer is the right one, apart from case, punctuation and what stands before its number
+    exact_match   the written answer is the right one, apart from case, punctuation, how its numbers are written, and
+                  what stands before its number
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from hfllm.data.thoughts import FRACTION, NUMBER, PLAIN_NUMBER, final_answer, plain_answer
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.choices import chosen
-from hfllm.evaluation.suites.files import rows_of
 from hfllm.evaluation.suites.likelihood import Likelihood
+from hfllm.evaluation.suites.question_rows import Question, read_questions
 from hfllm.evaluation.suites.subjects import Prompt, Subject
 
 FLAG = "--few_shot_files"
-QUESTION, CHOICES, ANSWER = (
-    ("question", "prompt", "instruction", "input"),
-    ("choices", "options"),
-    ("answer", "answerKey", "gold", "label", "target"),
-)
-# Choices inside a question's text, and what comes before and after.
-INSIDE = re.compile(r"\s*\bAnswer ?(\d+):\s*")
-LEAD, TAIL = re.compile(r"^Please choose the correct answer to the question:\s*"), re.compile(r"\n+Answer format:.*$")
-FINAL = re.compile(r"####\s*(.+)")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question to choose or write the answer of.
-
-    Args:
-        question: its text.
-        choices: to choose from; empty where the answer is written.
-        answer: the right choice or text.
-        shots: worked examples before it, question and answer each.
-    """
-
-    question: str
-    choices: tuple[str, ...]
-    answer: str
-    shots: tuple[tuple[str, str], ...] = ()
+# What an answer is made of: numbers, words, and signs, of which those of mathematics count.
+PART = re.compile(rf"(?P<number>{NUMBER.pattern})|(?P<word>[^\W\d_]+|\w)|(?P<sign>[^\w\s])")
+OPERATORS = frozenset("-*/^")
 
 
 def iter_scored(
@@ -64,7 +44,7 @@ def iter_scored(
     found = subject.iter_choices(
         [asked_as(subject, item.body) for item in items],
         [[space + each for each in item.body.choices] for item in items],
-        shared=shared_of(subject, items[0].body.shots) if items else "",
+        shared=shared_of(subject, items[0].body) if items else "",
         names=[f"{suite}, item {item.key}" for item in items],
     )
     yield from zip(items, found, strict=True)
@@ -93,7 +73,7 @@ class FewShot(Suite[Question]):
         return [item for path in self.paths for item in self._of_file(path)]
 
     def _of_file(self, path: str) -> list[Item[Question]]:
-        questions = [question_of(origin, row) for origin, row in rows_of(path, (), FLAG)]
+        questions = read_questions(path, FLAG)
         if len(questions) <= self.num_shots:
             raise InputError(
                 f"--num_shots {self.num_shots}: {path} has {len(questions)} rows, expected more, to ask some"
@@ -102,7 +82,7 @@ class FewShot(Suite[Question]):
         group = Path(path).name.split(".")[0]
         asked = questions[self.num_shots :][: self.num_items]
         return [
-            Item(f"{group}-{number}", group, Question(each.question, each.choices, each.answer, shots))
+            Item(f"{group}-{number}", group, replace(each, shots=shots))
             for number, each in enumerate(asked, self.num_shots + 1)
         ]
 
@@ -138,90 +118,74 @@ class FewShot(Suite[Question]):
             yield self.record(subject, item, scores, item.body.question, answer)
 
 
-def question_of(origin: str, row: Mapping[str, Any]) -> Question:
-    """Return the question of a row, by the columns that it has.
-
-    Raises:
-        InputError: naming the row and what it lacks.
-    """
-    texts = [row[name].strip() for name in QUESTION if isinstance(row.get(name), str) and row[name].strip()]
-    # An instruction may have an input that it is about.
-    has_input = {"instruction", "input"} <= row.keys() and len(texts) > 1
-    question = "\n".join(texts[-2:]) if has_input else next(iter(texts), None)
-    choices = next((row[name] for name in CHOICES if row.get(name) is not None), None)
-    answer = next((row[name] for name in ANSWER if row.get(name) is not None), None)
-    if question is None or answer is None:
-        missing = QUESTION if question is None else ANSWER
-        raise InputError(
-            f"{origin}: no column of {', '.join(missing)}; found {', '.join(map(repr, list(row)[:12]))}; expected a "
-            "question, its answer, and for multiple choice its choices"
-        )
-    labels: list[str] | None = None
-    if isinstance(choices, Mapping):
-        labels, choices = [str(each) for each in choices.get("label", ())], choices.get("text")
-    if choices is None and len(INSIDE.findall(question)) > 1:
-        first, *rest = INSIDE.split(LEAD.sub("", TAIL.sub("", question)))
-        question, choices, labels = first, rest[1::2], [f"answer{number}" for number in rest[::2]]
-    if choices is None:
-        return Question(question.strip(), (), _final(str(answer)))
-    texts = [str(each).strip() for each in choices]
-    place = _place(answer, texts, labels)
-    if len(texts) < 2 or place is None:
-        raise InputError(f"{origin}: the answer {answer!r:.40} is none of the choices {texts!r:.120}")
-    return Question(question.strip(), tuple(texts), texts[place])
-
-
-def _place(answer: object, texts: list[str], labels: list[str] | None) -> int | None:
-    """Return which choice an answer means: a label, a letter, a number from 0, or its text."""
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return answer if 0 <= answer < len(texts) else None
-    said = str(answer).strip()
-    for named in (labels, texts, [chr(ord("A") + place) for place in range(len(texts))], None):
-        names = [str(place) for place in range(len(texts))] if named is None else named
-        if said in names:
-            return names.index(said)
-    return None
-
-
-def _final(answer: str) -> str:
-    found = FINAL.findall(answer)
-    return (found[-1] if found else answer).strip()
-
-
 def same_answer(said: str, right: str) -> bool:
-    """Return whether a written answer is the right one, as a whole or by its last number or letter in brackets."""
+    """Return whether a written answer is the right one, as a whole or by its last number or letter in brackets.
+
+    Numbers are equal as they are to the reward `exact_match`: `1,007` is `1007` and `1/2` is `0.5`, but `5` is not
+    `-5`. Of words, case and punctuation do not count.
+    """
+    said, right = _with_plain_signs(said), _with_plain_signs(right)
+    if _is_number(right):
+        return plain_answer(final_answer(said)) == plain_answer(right)
     if _plain(said) == _plain(right):
         return True
-    if re.fullmatch(r"-?[\d,.]+", right):
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", said)
-        return bool(numbers) and _number(numbers[-1]) == _number(right)
     if re.fullmatch(r"\([A-Z]\)", right):
         return re.findall(r"\([A-Z]\)", said)[-1:] == [right]
     # An answer of a word or two that a sentence gives.
-    first = said.strip().split("\n")[0]
-    return _plain(first) == _plain(right)
+    return _plain(said.strip().split("\n")[0]) == _plain(right)
 
 
-def _number(text: str) -> float:
-    return float(text.replace(",", "").rstrip("."))
+def _is_number(text: str) -> bool:
+    """Return whether a text is one number, a fraction, or a number of a currency or percent."""
+    if re.search(r"\d,?\s+\d", text) and not NUMBER.fullmatch(text.strip()):
+        return False
+    plain = plain_answer(text)
+    return bool(PLAIN_NUMBER.fullmatch(plain) or FRACTION.fullmatch(plain))
 
 
-def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+def _with_plain_signs(text: str) -> str:
+    """Return a text with the usual minus, and a space after commas that do not mark thousands."""
+    return re.sub(r"(?<=\d),(?!\d{3}(?!\d))", ", ", text.replace("\u2212", "-"))
+
+
+def _plain(text: str) -> list[str]:
+    """Return what counts of an answer: words in small letters, numbers in one form, and signs of mathematics.
+
+    An operator counts between or before numbers and single letters; `well-known` and `**bold**` have none.
+    """
+    parts = list(PART.finditer(text.lower()))
+    kept = []
+    for place, part in enumerate(parts):
+        before, after = parts[place - 1 : place] if place else [], parts[place + 1 : place + 2]
+        if part["number"]:
+            kept.append(plain_answer(part[0]))
+        elif part["word"] or unicodedata.category(part[0]) == "Sm":
+            kept.append(part[0])
+        elif part[0] in OPERATORS and after and _is_operand(after[0]):
+            is_unary = part[0] == "-" and part.end() == after[0].start() and (not before or before[0]["sign"])
+            if is_unary or (before and (_is_operand(before[0]) or before[0][0] == ")")):
+                kept.append(part[0])
+    return kept
+
+
+def _is_operand(part: re.Match) -> bool:
+    return bool(part["number"] or (part["word"] and len(part[0]) == 1) or part[0] == "(")
 
 
 def asked_as(subject: Subject, body: Question) -> Prompt:
     """Return a question after its worked examples, as the subject reads it."""
     if subject.uses_chat_template:
         return [*_turns(body.shots), {"role": "user", "content": body.question}]
-    return f"{shared_of(subject, body.shots)}Question: {body.question}\nAnswer:"
+    asked = body.question if body.is_continued else f"Question: {body.question}\nAnswer:"
+    return f"{shared_of(subject, body)}{asked}"
 
 
-def shared_of(subject: Subject, shots: Sequence[tuple[str, str]]) -> Prompt:
-    """Return the worked examples alone."""
+def shared_of(subject: Subject, body: Question) -> Prompt:
+    """Return the worked examples before a question."""
     if subject.uses_chat_template:
-        return _turns(shots)
-    return "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in shots)
+        return _turns(body.shots)
+    pattern = "{} {}\n\n" if body.is_continued else "Question: {}\nAnswer: {}\n\n"
+    return "".join(pattern.format(*shot) for shot in body.shots)
 
 
 def _turns(shots: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

@@ -13,9 +13,10 @@ from hfllm.evaluation.suites import overlap
 from hfllm.evaluation.suites.base import TOO_LONG, Item
 from hfllm.evaluation.suites.calibration import ChoiceCalibration, WorldCalibration
 from hfllm.evaluation.suites.choices import chosen, mc1, mc2, mc3, shares
-from hfllm.evaluation.suites.few_shot import FewShot, question_of, same_answer
+from hfllm.evaluation.suites.few_shot import FewShot, same_answer
 from hfllm.evaluation.suites.judging import yes_shares
 from hfllm.evaluation.suites.preferences import Pair, Preferences, letter_scores, pair_of
+from hfllm.evaluation.suites.question_rows import question_of
 from hfllm.evaluation.suites.refusals_suite import XSTest
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.evaluation.suites.truthfulness import EXAMPLES, TruthfulQA, asked_as, examples_of
@@ -25,6 +26,7 @@ from hfllm.evaluation.suites.world_suites import (
     WorldRefusals,
     WorldTruthfulness,
 )
+from hfllm.rewards.reasoning import exact_match
 
 TQA = [
     {
@@ -170,7 +172,10 @@ ROWS = {
         ("What is red?", ("a fox", "a pond"), "a pond"),
     ),
     "alpaca": ({"instruction": "Add.", "input": "2, 3", "answer": 5}, ("Add.\n2, 3", (), "5")),
-    "mmlu": ({"question": "Sum?", "choices": ["1", "2", "3"], "answer": 2}, ("Sum?", ("1", "2", "3"), "3")),
+    "mmlu": (
+        {"question": "Sum?", "subject": "sums", "choices": ["1", "2", "3", "4"], "answer": 2},
+        ("Sum?", ("1", "2", "3", "4"), "3"),
+    ),
     "letters": (
         {"question": "Sum?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"},
         ("Sum?", ("one", "two"), "two"),
@@ -187,10 +192,36 @@ def test_rows_of_several_forms(kind):
     assert (found.question, found.choices, found.answer) == (question, choices, answer)
 
 
-def test_answers_that_are_the_same():
-    assert same_answer("The Fox.", "the fox") and not same_answer("the foxes", "the fox")
-    assert same_answer("so 3 and 4 make 1,007.", "1007") and not same_answer("1007 or 3", "1007")
-    assert same_answer("It is (A), no, (B).", "(B)") and not same_answer("(B), no, (A)", "(B)")
+SAME = [
+    *(("The Fox.", "the fox"), ("so 3 and 4 make 1,007.", "1007"), ("It is (A), no, (B).", "(B)")),
+    *(("-5", "-5"), ("The sum is \u22125.", "-5"), ("0.5", "1/2"), ("It is 1/2.", "1/2"), ("$5.00", "5")),
+    *(("**Paris**", "Paris"), ("a well known fox", "a well-known fox"), ("x - 1", "x-1"), ("Apollo 11!", "Apollo 11")),
+    *(("12", "12.0"), ("1, 2", "1,2"), ("5%", "5 %"), ("True.\nQuestion", "true"), ("#### 7", "7"), ("7 apples", "7")),
+]
+OTHER = [
+    *(("the foxes", "the fox"), ("1007 or 3", "1007"), ("(B), no, (A)", "(B)")),
+    *(("5", "-5"), ("-5", "5"), ("1 2", "1/2"), ("12", "1 2"), ("1 2", "12"), ("12", "1,2"), ("2", "1/2")),
+    *(("x+1", "x-1"), ("x", "-x"), ("a*b", "a b"), ("x < 5", "x > 5"), ("35", "3.5"), ("3 5", "3.5"), ("", "5")),
+    *(("10-7", "-7"), ("2 3", "2^3"), ("Apollo 12", "Apollo 11")),
+]
+
+
+@pytest.mark.parametrize(("said", "right"), SAME)
+def test_answers_that_are_the_same(said, right):
+    assert same_answer(said, right)
+
+
+@pytest.mark.parametrize(("said", "right"), OTHER)
+def test_answers_that_are_not_the_same(said, right):
+    assert not same_answer(said, right)
+
+
+def test_numbers_are_judged_as_the_reward_of_exact_match_judges_them():
+    numbers = ["5", "-5", "1/2", "0.5", "1,007", "1007", "3.50", "$3.5", "2 1/2", "2.5", "-0", "0", "1e3", "1000"]
+    for said in numbers:
+        for right in numbers:
+            (rewarded,) = exact_match([""], [said], answer=[right])
+            assert same_answer(said, right) == bool(rewarded), (said, right)
 
 
 def test_few_shot_asks_what_is_no_example(subject, tmp_path):
