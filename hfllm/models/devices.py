@@ -1,4 +1,7 @@
-"""What a device allows: its native precision, the tokens that fit into one pass, and one process for each device."""
+"""What a device allows: its native precision, the tokens that fit into one pass, and one process for each device.
+
+And models that are whole on each process where others are partitioned.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,3 +111,23 @@ def refuse_data_parallel(args: "TrainingArguments") -> None:
             f"one process sees {args.n_gpu} GPUs, which nn.DataParallel would share: start one process for each by "
             "accelerate launch (or hfllm NAME), or choose a single one by CUDA_VISIBLE_DEVICES=0"
         )
+
+
+@contextmanager
+def built_whole() -> Iterator[None]:
+    """Build models whole on each process within this context, also where ZeRO-3 is on.
+
+    A constructor itself is never partitioned. transformers partitions what `from_config` builds within one, such as a
+    vision tower, whose weights are then empty when the constructor draws them.
+    """
+    from transformers.integrations import deepspeed
+
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    settings = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(settings)

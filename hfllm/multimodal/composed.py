@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.errors import InputError
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.configuration_hfllm_vision import HfllmVisionConfig, configured_size, vectors_before_patches
+from hfllm.models.devices import built_whole
 from hfllm.models.stored import refuse_quantized
 from hfllm.models.vision_conversion import refuse_other_table
 
@@ -216,12 +217,13 @@ def _composed(
     if not isinstance(config, HfllmVisionConfig):
         _refuse_lost_head(model.config, model_class.__name__)
         refuse_other_table(model.config, model_class.__name__)
-    with torch.device("meta"):
-        plan = model_class(config)
-    state = _text_state(model, plan, rows=text.vocab_size)
-    if isinstance(tower, torch.nn.Module):
-        state |= _with_prefix(tower.state_dict(), _place_of(type(tower), plan))
-    made = _loaded(model_class, config, state, model.dtype)
+    with built_whole():
+        with torch.device("meta"):
+            plan = model_class(config)
+        state = _text_state(model, plan, rows=text.vocab_size)
+        if isinstance(tower, torch.nn.Module):
+            state |= _with_prefix(tower.state_dict(), _place_of(type(tower), plan))
+        made = _loaded(model_class, config, state, model.dtype)
     made.generation_config = deepcopy(model.generation_config)
     # It stands for what a picture or a sound brings: written by the model, it would stand for nothing.
     made.generation_config.suppress_tokens = sorted({*(made.generation_config.suppress_tokens or ()), token_id})

@@ -1,6 +1,7 @@
 """A tiny policy that reads pictures, its processor and its rows: pictures of 8x8 pixels with one bright half.
 
-Usage: picture_run.py OUTPUT_DIR EPISODES_PER_PROCESS, under torchrun for several processes.
+Usage: picture_run.py OUTPUT_DIR EPISODES_PER_PROCESS [halves [DEEPSPEED_CONFIG]], under torchrun or DeepSpeed's
+launcher for several processes. With `halves` each prompt has one picture.
 """
 
 import os
@@ -8,6 +9,7 @@ import random
 import sys
 
 import torch
+from ddp_run import start_deepspeed
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -136,9 +138,13 @@ def build(output_dir: str, model=None, reward_funcs=some_words, rows=None, proce
     )
 
 
-def main(output_dir: str, episodes: int) -> None:
+def main(output_dir: str, episodes: int, rows: str = "", deepspeed_config: str | None = None) -> None:
+    if deepspeed_config:
+        start_deepspeed()
     trainer = build(
         output_dir,
+        rows=halves(12) if rows == "halves" else None,
+        deepspeed=deepspeed_config,
         per_device_train_batch_size=episodes // 2,
         gradient_accumulation_steps=2,
         max_grad_norm=0.5,
@@ -153,4 +159,4 @@ def main(output_dir: str, episodes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -177,3 +177,14 @@ def test_two_processes_equal_one_on_pictures(processes, tmp_path):
     processes.torchrun(script, tmp_path / "two", 4)
     models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one")]
     assert_same_learning(*models, 1e-3, 4)
+
+
+@pytest.mark.slow
+def test_two_processes_with_zero_equal_one_on_pictures(processes, tmp_path):
+    """The frozen reference is built while ZeRO-3 is on, and its tower with it."""
+    pytest.importorskip("deepspeed")
+    script = SCRIPT.parent / "picture_run.py"
+    processes.torchrun(script, tmp_path / "one", 8, "halves", processes=1)
+    launch(script.name, tmp_path / "two", 4, "halves", ROOT / "ds_configs" / "zero3.json")
+    models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one")]
+    assert_same_learning(*models, 1e-3, 4)

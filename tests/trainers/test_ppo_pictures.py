@@ -8,7 +8,14 @@ import picture_run as run
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
+from transformers import (
+    AutoModel,
+    GenerationConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    TrainerCallback,
+)
+from transformers.integrations import deepspeed
 
 import hfllm
 from hfllm.errors import InputError
@@ -17,6 +24,7 @@ from hfllm.trainers.ppo.picture_tokens import encode
 from hfllm.trainers.ppo.pictures import Pictures
 from hfllm.trainers.ppo.prompts import read_rows
 from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts
+from hfllm.trainers.ppo.setup import split_reference
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +251,33 @@ def test_an_adapter_learns_and_its_reference_reads_the_pictures(build):
     ]
     assert any("vision_tower" in name for name in changed)
     assert any("language_model" in name for name in changed)
+
+
+class Zero3:
+    """Settings as DeepSpeed's, of which transformers asks this."""
+
+    def is_zero3(self):
+        return True
+
+
+@pytest.mark.parametrize("kind", ["hfllm", "llava"])
+def test_models_with_a_tower_are_built_whole_where_zero_3_is_on(kind, monkeypatch):
+    """transformers would partition the tower, before the constructor around it draws its weights."""
+    policy, states, settings = run.make_model(kind), [], Zero3()
+    build = AutoModel.from_config.__func__
+
+    def watched(cls, *args, **kwargs):
+        states.append(deepspeed.is_deepspeed_zero3_enabled())
+        return build(cls, *args, **kwargs)
+
+    monkeypatch.setattr(AutoModel, "from_config", classmethod(watched))
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    deepspeed.set_hf_deepspeed_config(settings)
+    reference, _ = split_reference(policy, None)
+    assert all(torch.equal(value, policy.state_dict()[name]) for name, value in reference.state_dict().items())
+    if kind == "hfllm":
+        run.make_model()
+    assert states and not any(states) and deepspeed.is_deepspeed_zero3_enabled()
 
 
 # ---- learning ----

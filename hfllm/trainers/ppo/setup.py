@@ -22,7 +22,7 @@ from hfllm.data.tokenizer import configured_ends, turn_end
 from hfllm.errors import InputError
 from hfllm.models import scorers
 from hfllm.models.adapters import find_adapter
-from hfllm.models.devices import forked_random
+from hfllm.models.devices import built_whole, forked_random
 from hfllm.models.loading import saved_config, saved_model, saved_processor, saved_tokenizer
 from hfllm.models.stored import is_for_pictures, location_of, reads_pictures
 from hfllm.models.vocabulary import check_vocabulary
@@ -130,7 +130,8 @@ def split_reference(
     if not keep:
         return None, model
     # By the constructor, which DeepSpeed does not intercept: the reference is whole on each process.
-    reference = type(model)(model.config).to(model.dtype)
+    with built_whole():
+        reference = type(model)(model.config).to(model.dtype)
     with gather_parameters(model):
         reference.load_state_dict(model.state_dict())
     # Buffers outside the state dict, such as rotary frequencies, may have another precision than the weights.
