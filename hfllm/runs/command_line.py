@@ -320,6 +320,11 @@ def main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def first_of_machine() -> bool:
+    """Whether this process is the one that refuses in words: the first of its machine, whose user sees no other's."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+
+
 def say(line: str) -> None:
     """Print a line once, however many processes there are."""
     if main_process():
@@ -348,8 +353,9 @@ def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:
     """Run a recipe from the command line: bad input, full memory and full disks end it in one line, with exit code 2.
 
-    Ctrl-C ends it with 130. Any other error keeps its traceback. The run ends with the process that has launched it,
-    and the processes that the run has started end with the run.
+    Each machine's first process prints the line of bad input, and every process that of its own memory or disk. Ctrl-C
+    ends it with 130. Any other error keeps its traceback. The run ends with the process that has launched it, and the
+    processes that the run has started end with the run.
     """
     end_with_launcher()
     be_launcher()
@@ -362,7 +368,7 @@ def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) ->
             end_children_with_this_process("multiprocess")
         main(*parsed)
     except InputError as error:
-        if main_process() or isinstance(error, MachineError):
+        if first_of_machine() or isinstance(error, MachineError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:

@@ -197,18 +197,25 @@ def test_a_named_checkpoint_is_resumed_wherever_it_is(checkpoints):
 # ---- the end ----
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_bad_input_is_one_line_of_the_main_process(monkeypatch, capsys, rank):
+# A single process; the main process; another on its machine; the first of a second machine; without a local rank.
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "says"),
+    [(None, None, True), ("0", "0", True), ("1", "1", False), ("8", "0", True), ("9", "1", False), ("1", None, False)],
+)
+def test_bad_input_is_one_line_of_each_machine(monkeypatch, capsys, rank, local_rank, says):
     def main(argv):
         raise InputError(f"--name {argv[0]}: {TOKEN} is not accepted")
 
     monkeypatch.setattr(sys, "argv", ["recipe.py", "x"])
-    monkeypatch.setenv("RANK", rank)
-    assert main_process() == (rank == "0")
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert main_process() == (rank in (None, "0"))
     with pytest.raises(SystemExit) as ended:
         run(main, lambda argv: (argv,))
     assert ended.value.code == 2
-    assert capsys.readouterr().err == (f"error: --name x: {HIDDEN} is not accepted\n" if rank == "0" else "")
+    assert capsys.readouterr().err == (f"error: --name x: {HIDDEN} is not accepted\n" if says else "")
 
 
 def test_a_defect_is_not_taken_for_bad_input(monkeypatch):
