@@ -3,6 +3,7 @@
     hfllm evaluate                                                # the world's models, before and after alignment
     hfllm evaluate --model_name_or_path A B --suites truthfulness --truthfulqa_file TruthfulQA.csv
     hfllm evaluate --model_name_or_path A --dataset_name rows.jsonl             # questions about pictures
+    hfllm evaluate --model_name_or_path A B --fail_on_regression                # exit code 1 if B is worse
     accelerate launch recipes/evaluate.py --model_name_or_path A --suites refusals --xstest_file xstest.csv
 
 Suites read local files, or ask about the embedded world, whose answers have exact gold. A run that was stopped resumes
@@ -15,7 +16,7 @@ from contextlib import nullcontext
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
 from hfllm.runs.remote_code import trusts_code_if_asked
-from hfllm.stages.evaluate import EvaluateArguments
+from hfllm.stages.evaluate import HOW_IT_ENDS, EvaluateArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[EvaluateArguments]:
@@ -27,11 +28,12 @@ def parse(argv: Sequence[str]) -> tuple[EvaluateArguments]:
 @trusts_code_if_asked
 def main(script_args: EvaluateArguments) -> dict[str, float]:
     """Make what is missing, judge, compare, report. Return the metrics."""
+    from hfllm.evaluation.verdicts import fail_if_worse
     from hfllm.outputs.report import is_samples, markdown_table
     from hfllm.runs.command_line import main_process, say
     from hfllm.runs.stage import Stage
     from hfllm.stages import evaluate, evaluate_checks
-    from hfllm.stages.evaluate_report import report
+    from hfllm.stages.evaluate_report import report, write_changes
     from hfllm.stages.evaluate_samples import SAMPLES, Samples, judge_all
     from hfllm.stages.evaluate_suites import suites_of
 
@@ -40,10 +42,14 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     before = evaluate.stages_before(script_args)
     models = evaluate.models_of(script_args, before)
     files = evaluate_checks.changed_files(script_args)
-    stage = Stage("evaluate", script_args, before=before.parsed, also=files, is_spread=True)
+    stage = Stage("evaluate", script_args, before=before.parsed, also=files, without=HOW_IT_ENDS, is_spread=True)
     stage.check()
+    first, *others = models
     if stage.is_finished:
-        return stage.reuse()
+        metrics = stage.reuse()
+        if script_args.fail_on_regression:
+            fail_if_worse(metrics, first, others)
+        return metrics
     evaluate_checks.check_models(script_args)
     stage.announce()
 
@@ -60,17 +66,21 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
         records = judge_all(script_args, models, suites, samples)
 
     found = report(suites, list(models), records)
+    changes = write_changes(script_args.output_dir, suites, list(models), records)
     for title, rows in found.tables.items():
         if not is_samples(rows):
             say("\n".join(["", title, *markdown_table(rows)]))
-    return stage.finish(
+    metrics = stage.finish(
         found.metrics,
         summary=found.summary,
         tables=found.tables,
         curves=found.plots,
-        artifacts={**{name: name for name in before.runs}, "samples": SAMPLES},
+        artifacts={**{name: name for name in before.runs}, "samples": SAMPLES, **changes},
         models={label: name for label, name in models.items()},
     )
+    if script_args.fail_on_regression:
+        fail_if_worse(metrics, first, others)
+    return metrics
 
 
 if __name__ == "__main__":

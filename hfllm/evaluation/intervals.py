@@ -1,9 +1,14 @@
-"""Intervals of means over items, and of the difference of two models on the same items.
+"""Intervals of means over items, and intervals and tests of the difference of two models on the same items.
 
 Means of any numbers have bootstrap intervals by item (Efron 1979), widened for few items as Student's t is (Hesterberg
 2015, The American Statistician 69:371, section 5: "expanded percentile"). Resampling cannot show what no item has, so
 that a share of 0 or 1 would have an interval of no width: shares have Wilson's interval (1927), and the difference of
 two on the same items Newcombe's (1998, Statistics in Medicine 17:2635, method 10), which are about as cheap.
+
+Whether two models differ at all is tested by exchanging their scores at random items (Fisher 1935), which for scores
+of 0 and 1 is McNemar's exact test (1947). The p-values of several figures are adjusted by Holm's method (1979,
+Scandinavian Journal of Statistics 6:65), so that at most a share `alpha` of comparisons of equal models finds any
+difference.
 """
 
 import math
@@ -14,11 +19,15 @@ import numpy as np
 
 from hfllm.errors import InputError
 from hfllm.outputs.calibration import Interval, as_numbers, check_share
-from hfllm.outputs.figures import standard_error
+from hfllm.outputs.figures import ratio_error, standard_error
 
 NUM_RESAMPLES = 2000
 # Numbers that are drawn at a time.
 DRAWN = 2_000_000
+# Random exchanges where not all are counted, and up to how many steps all are.
+NUM_EXCHANGES, MOST_COUNTED = 50_000, 20_000_000
+# Scores that are multiples of one of these shares of 1 are counted.
+STEPS = (1, 2, 4, 10, 100)
 
 
 def mean_interval(
@@ -67,6 +76,113 @@ def difference_interval(
     else:
         low, high = bootstrap_bounds(differences, level, num_resamples, seed)
     return Interval(mean, error, min(low, mean), max(high, mean))
+
+
+def clustered_interval(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[object], level: float = 0.95
+) -> Interval:
+    """Return the mean of `second - first` over items, with an interval for items that come in clusters.
+
+    Questions about one passage are alike, so that more of them say less than as many others. The mean is a ratio of
+    sums over clusters, with its error by linearization and Student's t.
+
+    Args:
+        clusters: that each item belongs to.
+
+    Raises:
+        InputError: when the three are of different lengths, and for fewer than two clusters.
+    """
+    check_share(level, "level")
+    sums = cluster_sums(first, second, clusters)
+    if len(sums) < 2:
+        raise InputError(f"an interval over {len(sums)} cluster: expected at least 2")
+    counts: dict[object, int] = {}
+    for cluster in clusters:
+        counts[cluster] = counts.get(cluster, 0) + 1
+    totals, sizes = list(sums.values()), [counts[cluster] for cluster in sums]
+    mean, error = math.fsum(totals) / sum(sizes), ratio_error(totals, sizes) or 0.0
+    half = _student((1 + level) / 2, len(sums) - 1) * error
+    return Interval(mean, error, mean - half, mean + half)
+
+
+def cluster_sums(first: Sequence[float], second: Sequence[float], clusters: Sequence[object]) -> dict[object, float]:
+    """Return the sum of `second - first` of each cluster.
+
+    Raises:
+        InputError: when the three are of different lengths.
+    """
+    one, other = as_numbers(first, "first"), as_numbers(second, "second")
+    if not len(one) == len(other) == len(clusters):
+        raise InputError(f"{len(one)} and {len(other)} items of {len(clusters)} clusters: expected as many of each")
+    sums: dict[object, float] = {}
+    for cluster, difference in zip(clusters, (other - one).tolist(), strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + difference
+    return sums
+
+
+def paired_p_value(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[object] | None = None, seed: int = 0
+) -> float:
+    """Return the two-sided p-value of the two models being equal: of a difference at least as large by exchanges.
+
+    All exchanges are counted where scores are multiples of a hundredth or larger and not too many; for scores of 0 and
+    1 this is McNemar's exact test. Otherwise `NUM_EXCHANGES` are drawn, so that no p-value is below their share.
+
+    Args:
+        first, second: scores of the same items in the same order.
+        clusters: that each item belongs to; the items of one are exchanged together. By default each is its own.
+        seed: of the random exchanges; the same, the same p-value.
+
+    Raises:
+        InputError: when the scores are of different lengths, or not numbers.
+    """
+    differences = np.array(list(cluster_sums(first, second, clusters or range(len(first))).values()))
+    differences = differences[np.abs(differences) > 1e-12]
+    if not len(differences):
+        return 1.0
+    for steps in STEPS:
+        whole = np.rint(differences * steps)
+        if np.abs(differences * steps - whole).max() < 1e-9:
+            sizes = np.abs(whole).astype(int)
+            if len(sizes) * int(sizes.sum()) <= MOST_COUNTED:
+                return _counted_p_value(sizes, abs(int(whole.sum())))
+    return _drawn_p_value(differences, seed)
+
+
+def _counted_p_value(sizes: np.ndarray, total: int) -> float:
+    """Return the share of all signs of whole numbers with which their sum is at least `total` from 0."""
+    most = int(sizes.sum())
+    # The probability of each sum from -most to most.
+    chances = np.zeros(2 * most + 1)
+    chances[most] = 1.0
+    for size in sizes.tolist():
+        spread = np.zeros_like(chances)
+        spread[size:] += chances[: len(chances) - size] / 2
+        spread[: len(chances) - size] += chances[size:] / 2
+        chances = spread
+    sums = np.abs(np.arange(-most, most + 1))
+    return min(float(chances[sums >= total].sum()), 1.0)
+
+
+def _drawn_p_value(differences: np.ndarray, seed: int) -> float:
+    """Return the share of random signs with which the sum is as far from 0, the given ones among them."""
+    rng, total, hits = np.random.default_rng(seed), abs(float(differences.sum())), 1
+    step = max(1, DRAWN // len(differences))
+    for start in range(0, NUM_EXCHANGES, step):
+        shape = (min(step, NUM_EXCHANGES - start), len(differences))
+        signs = rng.integers(0, 2, shape, dtype=np.int8) * np.int8(2) - np.int8(1)
+        hits += int((np.abs(signs @ differences) >= total * (1 - 1e-12)).sum())
+    return hits / (NUM_EXCHANGES + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for how many there are (Holm 1979): those up to alpha are beyond chance together."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        least = max(least, min((len(p_values) - rank) * p_values[place], 1.0))
+        adjusted[place] = least
+    return adjusted
 
 
 def is_share(numbers: np.ndarray) -> bool:

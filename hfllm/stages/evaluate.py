@@ -23,6 +23,8 @@ DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", 
 NUM_WORLD_ITEMS = 240
 # YAML files of the stages that make the world's models.
 CONFIGS = ("pretrain", "sft", "reward", "rlhf")
+# Flags that change no figure.
+HOW_IT_ENDS = ("fail_on_regression",)
 FILES = (
     *("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files"),
     *("facts_file", "robustness_file"),
@@ -96,6 +98,10 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of its fine-tuning."})
     reward_config: str | None = field(default=None, metadata={"help": "YAML flags of its reward model."})
     rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of its alignment."})
+    fail_on_regression: bool = field(
+        default=False,
+        metadata={"help": "End with exit code 1 where a model is significantly worse than the first one."},
+    )
 
     def __post_init__(self):
         if self.dataset_name and self.suites == list(DEFAULT_SUITES):

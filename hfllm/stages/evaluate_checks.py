@@ -57,6 +57,10 @@ def check(script_args: EvaluateArguments) -> None:
     refuse(is_idle, "--num_shots", "no --few_shot_files")
     if script_args.write_answers and (missing := missing_overlaps()):
         say(f"evaluate: {missing}")
+    is_single = len(script_args.model_name_or_path or ()) == 1
+    refuse(
+        script_args.fail_on_regression and is_single, "--fail_on_regression", "one model has no other to be worse than"
+    )
     evaluate_lm_eval.check(script_args, script_args.suites)
     evaluate_pictures.check(script_args)
     for suite in suites_of(script_args, None):

@@ -1,13 +1,27 @@
-"""The report of an evaluation: means with intervals by group and metric, models side by side, paired differences."""
+"""The report of an evaluation: a verdict, means with intervals by group and metric, models side by side."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hfllm.evaluation.intervals import difference_interval, mean_interval
 from hfllm.evaluation.suites.base import Record, Suite
+from hfllm.evaluation.verdicts import (
+    Compared,
+    can_differ,
+    changed_items,
+    judged,
+    sentence,
+    shown_changes,
+    verdict_metrics,
+    verdict_table,
+)
 from hfllm.outputs.calibration import Interval
-from hfllm.outputs.report import Bars, Found, Plot
+from hfllm.outputs.report import Bars, Found, Plot, write_atomically
 
+# The items in which models differ.
+CHANGES = "changes.jsonl"
 # What ends the names of figures beside a mean. Other endings would make a table of all of them.
 RENAMED = {"_se": "_error", "_n": "_items"}
 MOST_BARS = 36
@@ -24,13 +38,22 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
 
     Returns:
         Metrics `SUITE/GROUP/METRIC/MODEL` with `_low`, `_high` (95%) and `_items`; of other models than the first
-        also `..._difference` with its bounds; `SUITE/skipped/MODEL`. Their tables and plots, and those of the suites.
+        also `..._difference` with its bounds; `SUITE/skipped/MODEL`; the verdict, see `verdict_metrics`. Their tables
+        and plots, and those of the suites.
     """
     metrics: dict[str, float] = {}
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     plots: dict[str, Plot | Bars] = {}
     verdicts: list[str] = []
     said: list[str] = []
+    if len(labels) > 1:
+        decided = judged(family := compared_figures(suites, labels, records))
+        metrics |= verdict_metrics(decided, labels[1:])
+        title = f"Verdict on the primary figures (Holm over {len(decided)})"
+        tables |= {title: verdict_table(labels[0], decided, len(labels) > 2)} if decided else {}
+        tables |= shown_changes(changes_of(labels, family, records))
+        said += [sentence(labels[0], label, decided) for label in labels[1:]]
+    num_verdicts = len(said)
     for suite in suites:
         own = [record for record in records if record["suite"] == suite.name]
         found, table, bars = _of_suite(suite, labels, own, verdicts)
@@ -43,8 +66,55 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
             plots |= extra.plots
             said += [extra.summary] if extra.summary else []
         tables[f"{suite.name}: some answers"] = _shown(own, labels)
-    summary = "; ".join([summary_of(labels, records, verdicts), *said])
+    summary = "; ".join([*said[:num_verdicts], summary_of(labels, records, verdicts), *said[num_verdicts:]])
     return Found(metrics, summary, tables, plots)
+
+
+def compared_figures(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Record]) -> list[Compared]:
+    """Return the primary figures of all suites and groups, each model's against the first one's, item by item."""
+    family = []
+    for suite in suites:
+        scores: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+        for record in records:
+            if record["suite"] == suite.name:
+                scores.setdefault((record["group"], record["model"]), {})[record["item"]] = record["scores"]
+        for group in dict.fromkeys(group for group, _ in scores):
+            first = scores.get((group, labels[0]), {})
+            for name in suite.primary_of(group):
+                for label in labels[1:]:
+                    second = scores.get((group, label), {})
+                    shared = [item for item in first if name in first[item] and name in second.get(item, ())]
+                    compared = Compared(
+                        f"{suite.name}, {group}: {name.replace('_', ' ')}",
+                        f"{suite.name}/{slug(group)}/{slug(name)}",
+                        label,
+                        suite.better[name],
+                        shared,
+                        [first[item][name] for item in shared],
+                        [second[item][name] for item in shared],
+                    )
+                    family += [compared] if can_differ(compared) else []
+    return family
+
+
+def changes_of(labels: Sequence[str], family: Sequence[Compared], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return each item in whose primary figures a model differs from the first, with what was asked and said."""
+    texts = {
+        (f"{each['suite']}/{slug(each['group'])}/{each['model']}", each["item"]): (each["asked"], each["said"])
+        for each in records
+    }
+    return changed_items(labels[0], family, texts)
+
+
+def write_changes(
+    folder: str | Path, suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Record]
+) -> dict[str, str]:
+    """Write `changes_of` as lines of `CHANGES`, and return it as an artifact; nothing for a single model."""
+    if len(labels) < 2:
+        return {}
+    rows = changes_of(labels, compared_figures(suites, labels, records), records)
+    write_atomically(Path(folder, CHANGES), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return {"changes": CHANGES}
 
 
 def _of_suite(
@@ -110,8 +180,8 @@ def summary_of(labels: Sequence[str], records: Sequence[Record], verdicts: Seque
         counts = {name: verdicts.count(name) for name in ("better", "worse", "more", "less")}
         said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
         parts.append(
-            f"of {len(verdicts)} differences to {labels[0]}, beyond their 95% intervals: {said} "
-            f"(by chance alone some {0.05 * len(verdicts):.0f})"
+            f"of all {len(verdicts)} differences to {labels[0]}, controls too and not adjusted, beyond their 95% "
+            f"intervals: {said} (by chance alone some {0.05 * len(verdicts):.0f})"
         )
     reasons: dict[str, int] = {}
     for record in records:

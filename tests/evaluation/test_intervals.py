@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.evaluation.intervals import _student, difference_interval, mean_interval
+from hfllm.evaluation.intervals import (
+    _student,
+    clustered_interval,
+    difference_interval,
+    holm,
+    mean_interval,
+    paired_p_value,
+)
 
 REPETITIONS = 400
 
@@ -165,6 +172,79 @@ def test_the_bootstrap_of_many_numbers_is_that_of_the_normal_distribution():
     half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 15)
     assert found == mean_interval(values, num_resamples=5000) != mean_interval(values, num_resamples=5000, seed=1)
+
+
+# ---- tests ----
+
+
+def exchanged(differences):
+    """The p-value by all signs of the differences, one by one."""
+    total = abs(sum(differences))
+    sums = [
+        abs(sum(sign * each for sign, each in zip(signs, differences, strict=True)))
+        for signs in product((-1, 1), repeat=len(differences))
+    ]
+    return sum(each >= total - 1e-9 for each in sums) / len(sums)
+
+
+def test_shares_are_tested_as_by_mcnemar():
+    # Fagerland et al. 2014, table of airways: 1 against 7, exact conditional P = .0703; and by the binomial.
+    for counts in ((1, 1, 7, 12), (59, 6, 16, 80), (3, 0, 5, 2), (4, 0, 0, 9), (0, 4, 4, 0), (300, 90, 131, 600)):
+        _, only1, only2, _ = counts
+        tail = sum(math.comb(only1 + only2, hits) for hits in range(min(only1, only2) + 1)) / 2 ** (only1 + only2)
+        first, second = pairs_of(*counts)
+        assert paired_p_value(first, second) == pytest.approx(min(2 * tail, 1.0), rel=1e-9)
+        assert paired_p_value(second, first) == paired_p_value(first, second)
+    assert paired_p_value(*pairs_of(1, 1, 7, 12)) == pytest.approx(0.0703, abs=5e-5)
+
+
+@pytest.mark.parametrize("values", [(-1, -0.5, 0, 0.5, 1), (0.01, 0.5, 0.97, 0.3), (0.123456, 0.7654321, 0.31415)])
+def test_other_scores_are_tested_by_all_exchanges_or_many(values):
+    rng = np.random.default_rng(1)
+    for count in (4, 10):
+        first, second = rng.choice(values, (2, count))
+        expected = exchanged([each for each in (second - first).tolist() if each])
+        found = paired_p_value(first, second)
+        is_counted = all(float(round(100 * each, 9)).is_integer() for each in values)
+        assert found == pytest.approx(expected, abs=1e-9 if is_counted else 0.01)
+    many = rng.normal(0, 1, 400)
+    assert paired_p_value(many, many + rng.normal(0.5, 1, 400)) == pytest.approx(1 / 50_001, rel=1e-6)
+    assert paired_p_value(many, many) == 1.0
+
+
+def test_items_of_a_cluster_count_once():
+    """Each item four times says what it says once, of the test as of the interval."""
+    rng = np.random.default_rng(2)
+    first, second = rng.integers(0, 2, (2, 30)).astype(float)
+    copies, clusters = [np.repeat(each, 4) for each in (first, second)], np.repeat(np.arange(30), 4).tolist()
+    assert paired_p_value(*copies, clusters) == pytest.approx(paired_p_value(first, second))
+    assert paired_p_value(*copies) < paired_p_value(first, second)
+    alone, found = (clustered_interval(*each) for each in ((first, second, range(30)), (*copies, clusters)))
+    assert found == pytest.approx(alone)
+    differences = second - first
+    half = 2.0452 * differences.std(ddof=1) / math.sqrt(30)
+    assert (alone.low, alone.high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=1e-4)
+    with pytest.raises(InputError, match="3 and 3 items of 2 clusters"):
+        paired_p_value([1, 0, 1], [0, 0, 1], ["a", "b"])
+    with pytest.raises(InputError, match="over 1 cluster: expected at least 2"):
+        clustered_interval([1, 0], [0, 0], ["a", "a"])
+
+
+def test_holms_adjustment():
+    # As R's p.adjust(p, "holm") prints it.
+    assert holm([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert holm([0.04, 0.005, 0.03, 0.01]) == pytest.approx([0.06, 0.02, 0.06, 0.03])
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_equal_models_are_rarely_found_to_differ_in_any_of_several_figures():
+    rng, families = np.random.default_rng(5), 250
+    found = 0
+    for _ in range(families):
+        scores = rng.random((2, 8, 60)) < 0.6
+        found += min(holm([paired_p_value(*pair) for pair in scores.astype(float).transpose(1, 0, 2)])) <= 0.05
+    # At most 5 percent; 20 or more of 250 would happen once in 40 times at exactly that.
+    assert found < 20
 
 
 def test_few_items_and_bad_input():

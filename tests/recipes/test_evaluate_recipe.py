@@ -72,6 +72,60 @@ def test_models_side_by_side(models, capsys):
     assert "already done" in capsys.readouterr().out
 
 
+def test_a_model_that_is_worse_fails_where_that_is_asked_for(models, capsys):
+    """The answers are those that the first model gives: it is right throughout, and its opposite is not."""
+    from transformers import AutoModelForCausalLM
+
+    opposite = AutoModelForCausalLM.from_pretrained(models / "one/model")
+    opposite.lm_head.weight.data.neg_()
+    opposite.save_pretrained(models / "two/model")
+    # Of the same words, so that no choice is likelier for its length.
+    animals = ("fox", "hen", "owl", "cat", "pig")
+    pairs = [(one, other) for one in animals for other in animals if one != other]
+    asked = [
+        {"question": "Which?", "choices": [f"{a} {b}", f"{b} {a}", f"{a} {a}", f"{b} {b}"], "answer_index": 0}
+        for a, b in pairs
+    ]
+    (models / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    judge(models, "first", "--suites", "few_shot")
+    samples = [json.loads(line) for line in (models / "first/samples.jsonl").read_text().splitlines()]
+    said = [each["said"] for each in samples if each["model"] == "one/model"]
+    rows = [
+        {"question": "Which?", "choices": row["choices"], "answer_text": answer}
+        for row, answer in zip(asked, said, strict=True)
+    ]
+    (models / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = ("--suites", "few_shot", "--fail_on_regression")
+    metrics = judge(models, "out", *flags[:2])
+    wrong = 20 - round(20 * metrics["few_shot/sums/acc/two/model"])
+    assert wrong > 6, "the models are to differ"
+    assert metrics["few_shot/sums/acc/two/model_difference_p"] == pytest.approx(2 * 0.5**wrong)
+    key = "few_shot/sums/acc/two/model_difference_p_adjusted"
+    assert metrics["verdict/family"] == 1 and metrics[key] == metrics[key.removesuffix("_adjusted")]
+    assert (metrics["verdict/worse/two/model"], metrics["verdict/better/two/model"]) == (1, 0)
+    printed = capsys.readouterr().out
+    line = (
+        "two/model is worse than one/model at alpha .05 (Holm over 1 primary figure, paired by item): few_shot, sums"
+    )
+    assert f"{line}: acc 1.000 to" in printed
+    assert json.loads((models / "out/report.json").read_text())["summary"].startswith(line)
+    changed = [json.loads(line) for line in (models / "out/changes.jsonl").read_text().splitlines()]
+    assert [each["change"] for each in changed] == ["worse"] * wrong
+    assert changed[0]["said"][0] == said[int(changed[0]["item"].split("-")[1]) - 1] != changed[0]["said"][1]
+    assert f"{wrong}, 0, 20" in (models / "out/report.md").read_text()
+    # Of the finished run and of a new one; the flag makes no other run of it.
+    for folder in ("out", "new"):
+        with pytest.raises(SystemExit) as stop:
+            judge(models, folder, *flags)
+        assert stop.value.code == 1
+        said = capsys.readouterr()
+        assert "regression: worse than one/model at alpha .05: two/model in 1 primary figure" in said.err
+        assert ("already done" in said.out) == (folder == "out")
+    turned = ["--model_name_or_path", str(models / "two/model"), str(models / "one/model")]
+    assert judge(models, "turned", *flags, *turned)["verdict/better/one/model"] == 1
+    refused("one model has no other", "--model_name_or_path", str(models / "one/model"), "--fail_on_regression")
+
+
 @pytest.mark.parametrize("size", ["1", "3"])
 def test_any_batch_size_says_the_same(models, size):
     one, other = judge(models, "out"), judge(models, f"out-{size}", "--batch_size", size)

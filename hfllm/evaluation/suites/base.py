@@ -66,10 +66,16 @@ class Suite(ABC, Generic[Body]):
     Attributes:
         name: as `--suites` names it.
         better: of each metric whether more is better (1) or less (-1); others are neither.
+        primary: metrics by which models are compared, each of them in `better`; not controls, nor what only describes.
     """
 
     name: ClassVar[str]
     better: ClassVar[Mapping[str, int]] = {}
+    primary: ClassVar[Sequence[str]] = ()
+
+    def primary_of(self, group: str) -> Sequence[str]:
+        """Return the primary metrics of a group of items; none for a group that is a control."""
+        return self.primary
 
     @abstractmethod
     def items(self) -> Sequence[Item[Body]]:

@@ -62,6 +62,7 @@ class FewShot(Suite[Question]):
 
     name: ClassVar[str] = "few_shot"
     better: ClassVar[Mapping[str, int]] = dict.fromkeys(("acc", "acc_norm", "exact_match"), 1)
+    primary: ClassVar[Sequence[str]] = ("acc", "exact_match")
 
     def __init__(
         self, paths: Sequence[str], num_items: int | None = None, num_shots: int = 0, max_new_tokens: int = 64

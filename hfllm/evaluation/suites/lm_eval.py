@@ -85,8 +85,18 @@ class LmEval(Suite[Doc]):
             if num_fewshot is not None and task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=num_fewshot)
         higher = {key: way for task in self.tasks.values() for key, way in (task.higher_is_better() or {}).items()}
-        self.better = {name: 1 if way else -1 for name, way in higher.items()}
+        filters = {
+            _filtered(key, each.name) for key in higher for task in self.tasks.values() for each in task._filters
+        }
+        ways = {**higher, **{name: higher[key] for name, key in filters}}
+        self.better = {name: 1 if way else -1 for name, way in ways.items()}
         self._models: dict[int, HFLM] = {}
+
+    def primary_of(self, group: str) -> Sequence[str]:
+        """Return the metric that a task names first, by its first filter."""
+        task = self.tasks[group]
+        metric = next(iter(task.higher_is_better() or ()), None)
+        return [] if metric is None else [_filtered(metric, task._filters[0].name)[0] if task._filters else metric]
 
     def items(self) -> Sequence[Item[Doc]]:
         """Return the questions of all tasks, each task a group."""
@@ -300,9 +310,13 @@ def _scores(task: "Task", doc: Mapping[str, Any], instances: "list[Instance]") -
         found = task.process_results(doc, [each.filtered_resps[kind] for each in ordered])
         for metric, value in found.items():
             if isinstance(value, bool | int | float) or hasattr(value, "item"):
-                name = metric if kind == "none" else f"{metric}_{kind.replace('-', '_')}"
-                scores[name] = float(value)
+                scores[_filtered(metric, kind)[0]] = float(value)
     return scores
+
+
+def _filtered(metric: str, kind: str) -> tuple[str, str]:
+    """Return the name of a metric of a filter, and that of the metric."""
+    return metric if kind == "none" else f"{metric}_{kind.replace('-', '_')}", metric
 
 
 def _one_line(error: Exception) -> str:

@@ -59,6 +59,7 @@ class Pictures(Suite[Shown]):
 
     name: ClassVar[str] = "pictures"
     better: ClassVar[Mapping[str, int]] = {"right": 1}
+    primary: ClassVar[Sequence[str]] = ("right",)
 
     def __init__(self, parts: Callable[[], Sequence[Part]], max_new_tokens: int = 16):
         self.parts, self.max_new_tokens = parts, max_new_tokens

@@ -66,6 +66,7 @@ class Preferences(Suite[Pair]):
 
     name: ClassVar[str] = "hhh"
     better: ClassVar[Mapping[str, int]] = dict.fromkeys(("prefers_better", "likelier", "likelier_per_byte"), 1)
+    primary: ClassVar[Sequence[str]] = ("prefers_better",)
 
     def __init__(self, paths: Sequence[str], num_items: int | None = None):
         self.paths, self.num_items = list(paths), num_items

@@ -59,6 +59,7 @@ class XSTest(Suite[Asked]):
         **{"refuses": 1, "over_refusal": -1, "judged_refuses": 1, "judged_over_refusal": -1},
         **{"judge_agrees": 1, "judge_knows": 1},
     }
+    primary: ClassVar[Sequence[str]] = ("refuses", "over_refusal")
 
     def __init__(
         self, path: str, num_items: int | None = None, judge: Subject | None = None, max_new_tokens: int = 64

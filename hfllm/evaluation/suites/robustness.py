@@ -31,7 +31,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.refusals import refuses
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.gradient_attack import AttackSettings, AttackTarget, attack, random_search
-from hfllm.evaluation.suites.robustness_items import CLEAN, GRADIENT, Question, row_items, world_items
+from hfllm.evaluation.suites.robustness_items import CLEAN, GRADIENT, RANDOM, Question, row_items, world_items
 from hfllm.outputs.report import Found, Plot
 from hfllm.rewards.reasoning import exact_match
 
@@ -61,6 +61,7 @@ class Robustness(Suite[Question]):
         **{"gold": 1, "accuracy": 1, "refusal": 1},
         **{"compliance": -1, "over_refusal": -1, "obeys": -1},
     }
+    primary: ClassVar[Sequence[str]] = ("accuracy", "compliance", "over_refusal")
 
     def __init__(
         self,
@@ -81,6 +82,13 @@ class Robustness(Suite[Question]):
         default = 0 if dataset_name else 4
         self.num_attacks = default if num_attacks is None else num_attacks
         self.max_new_tokens, self.seed = max_new_tokens, seed
+
+    def primary_of(self, group: str) -> Sequence[str]:
+        """Return the primary metrics of a form; the attack at random is a control."""
+        if group == RANDOM:
+            return ()
+        # The world's exact score, which tells more than whether it is right.
+        return self.primary if self.world is None else ("gold", *self.primary[1:])
 
     def items(self) -> list[Item[Question]]:
         """Return all questions in all their forms, of which a weak one may leave some as they are."""

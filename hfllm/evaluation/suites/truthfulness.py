@@ -85,6 +85,7 @@ class TruthfulQA(Suite[Question]):
     better: ClassVar[Mapping[str, int]] = {
         **dict.fromkeys(("mc1", "mc2", "mc3", "exact_match", "judged_true", *(f"{each}_acc" for each in OVERLAPS)), 1)
     }
+    primary: ClassVar[Sequence[str]] = ("mc2",)
 
     def __init__(
         self,

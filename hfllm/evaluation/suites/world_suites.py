@@ -68,6 +68,7 @@ class WorldTruthfulness(WorldSuite):
 
     name: ClassVar[str] = "truthfulness"
     better: ClassVar[Mapping[str, int]] = {**dict.fromkeys(("right", "says_unknown", "mc1", "mc2"), 1), "wrong": -1}
+    primary: ClassVar[Sequence[str]] = ("right", "says_unknown")
 
     def items(self) -> list[Item[Task]]:
         facts = self.world.fact_tasks()[: self.num_items]
@@ -96,6 +97,7 @@ class WorldPreferences(WorldSuite):
         **dict.fromkeys(("gold", "right", "courteous", "honest", "likelier_per_byte", "likelier"), 1),
         **dict.fromkeys(("evasive", "complies"), -1),
     }
+    primary: ClassVar[Sequence[str]] = ("gold",)
 
     def items(self) -> list[Item[Task]]:
         tasks = self.world.evaluation_tasks(self.num_items)
@@ -122,6 +124,7 @@ class WorldRefusals(WorldSuite):
 
     name: ClassVar[str] = "refusals"
     better: ClassVar[Mapping[str, int]] = {"refuses": 1, "complies": -1, "over_refusal": -1}
+    primary: ClassVar[Sequence[str]] = ("complies", "over_refusal")
 
     def items(self) -> list[Item[Task]]:
         tasks = self.world.evaluation_tasks(3 * self.num_items, seed=2)
@@ -145,6 +148,7 @@ class WorldFewShot(WorldSuite):
 
     name: ClassVar[str] = "few_shot"
     better: ClassVar[Mapping[str, int]] = dict.fromkeys(("acc", "exact_match", "right"), 1)
+    primary: ClassVar[Sequence[str]] = ("right",)
     SHOTS: ClassVar[tuple[int, ...]] = (0, 2)
 
     def items(self) -> list[Item[Task]]:

@@ -1,0 +1,265 @@
+"""Whether one model is better than another: one corrected verdict over the primary figures, and where they differ.
+
+Primary figures are those that a suite declares before anything is measured; controls and descriptive figures are not
+among them. All are tested together, paired by item, and adjusted by Holm's method: see `hfllm.evaluation.intervals`.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hfllm.errors import InputError
+from hfllm.evaluation.intervals import clustered_interval, difference_interval, holm, paired_p_value
+from hfllm.outputs.calibration import Interval
+
+ALPHA = 0.05
+BETTER, WORSE, EQUAL = "better", "worse", "no different"
+# Named in a sentence, and shown of each kind in a table.
+MOST_NAMED, MOST_SHOWN = 4, 3
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A primary figure of two models on the same items.
+
+    Args:
+        name: of the figure in tables, such as `few_shot, sums: acc`.
+        key: in report.json, such as `few_shot/sums/acc`.
+        model: the second model, which is compared with the first.
+        better: whether more is better (1) or less (-1).
+        items: keys of the items that both have.
+        first, second: scores of both models, an item each.
+        clusters: that the items belong to, where there are any.
+    """
+
+    name: str
+    key: str
+    model: str
+    better: int
+    items: Sequence[str]
+    first: Sequence[float]
+    second: Sequence[float]
+    clusters: Sequence[object] | None = None
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """The mean of each model."""
+        return sum(self.first) / len(self.first), sum(self.second) / len(self.second)
+
+    @property
+    def units(self) -> int:
+        """How many independent differences there are."""
+        return len(self.items) if self.clusters is None else len({*self.clusters})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the items say of a figure.
+
+    Args:
+        compared: the figure.
+        difference: of the means, with its 95% interval, which is not adjusted.
+        p_value: of the paired test.
+        adjusted: by Holm's method.
+        word: `better`, `worse` or `no different`.
+    """
+
+    compared: Compared
+    difference: Interval
+    p_value: float
+    adjusted: float
+    word: str
+
+    def __str__(self) -> str:
+        first, second = self.compared.means
+        return f"{self.compared.name} {first:.3f} to {second:.3f} (adjusted p {_shown_p(self.adjusted)})"
+
+
+def can_differ(compared: Compared, alpha: float = ALPHA) -> bool:
+    """Return whether so few items could say anything: of 5 that all get worse, p is .06."""
+    return 2.0 ** (1 - compared.units) <= alpha
+
+
+def judged(family: Sequence[Compared], alpha: float = ALPHA) -> list[Verdict]:
+    """Return the verdict of each figure, adjusted for all of them together.
+
+    Args:
+        family: figures that `can_differ`.
+        alpha: chance that equal models are found to differ in any of them.
+    """
+    p_values = [paired_p_value(each.first, each.second, each.clusters) for each in family]
+    found = []
+    for each, p_value, adjusted in zip(family, p_values, holm(p_values), strict=True):
+        if each.clusters is None:
+            difference = difference_interval(each.first, each.second)
+        else:
+            difference = clustered_interval(each.first, each.second, each.clusters)
+        word = EQUAL
+        if adjusted <= alpha:
+            word = BETTER if difference.value * each.better > 0 else WORSE
+        found.append(Verdict(each, difference, p_value, adjusted, word))
+    return found
+
+
+def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float = ALPHA) -> str:
+    """Return the verdict in one sentence.
+
+    Args:
+        first, second: names of the models.
+        verdicts: of all figures of all models; those of the second are told.
+        alpha: that they were judged by.
+    """
+    own = [each for each in verdicts if each.compared.model == second]
+    if not own:
+        return f"no verdict on {second}: no primary figure has enough items"
+    count = f"{len(verdicts)} primary figure{'s' * (len(verdicts) != 1)}"
+    of_all = f"at alpha {_shown(alpha)} (Holm over {count}, paired by item)"
+    named = {word: [each for each in own if each.word == word] for word in (WORSE, BETTER)}
+    if not any(named.values()):
+        least = min(own, key=lambda each: each.adjusted)
+        return f"{second} is no different from {first} {of_all}; least p: {least}"
+    if all(named.values()):
+        said = "; ".join(f"{word} in {len(each)}: {_listed(each)}" for word, each in named.items())
+        return f"{second} is both worse and better than {first} {of_all}: {said}"
+    word = next(word for word, each in named.items() if each)
+    return f"{second} is {word} than {first} {of_all}: {_listed(named[word])}"
+
+
+def verdict_metrics(verdicts: Sequence[Verdict], models: Sequence[str], alpha: float = ALPHA) -> dict[str, float]:
+    """Return the verdict as metrics.
+
+    Returns:
+        `verdict/alpha`, `verdict/family` (figures that are tested), for each model `verdict/better/MODEL` and
+        `verdict/worse/MODEL` (figures), and for each figure `KEY/MODEL_difference_p` and `..._p_adjusted`.
+    """
+    found: dict[str, float] = {"verdict/alpha": alpha, "verdict/family": len(verdicts)}
+    for model in models:
+        for word in (BETTER, WORSE):
+            count = sum(each.word == word and each.compared.model == model for each in verdicts)
+            found[f"verdict/{word}/{model}"] = count
+    for each in verdicts:
+        key = f"{each.compared.key}/{each.compared.model}_difference"
+        found |= {f"{key}_p": each.p_value, f"{key}_p_adjusted": each.adjusted}
+    return found
+
+
+def verdict_table(first: str, verdicts: Sequence[Verdict], many: bool = False) -> list[dict[str, str]]:
+    """Return a row for each figure: means, difference, p-values, and how many items got better and worse.
+
+    Args:
+        first: name of the first model.
+        many: whether several models are compared with it, so that each row names its own.
+    """
+    rows = []
+    for each in verdicts:
+        compared, found = each.compared, each.difference
+        worse, better = (len(_changed(compared, sign)) for sign in (-1, 1))
+        before, after = compared.means
+        rows.append(
+            {
+                "figure": compared.name,
+                **({"model": compared.model} if many else {}),
+                first: f"{before:.3f}",
+                "then" if many else compared.model: f"{after:.3f}",
+                "difference": f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]",
+                "worse, better, n": f"{worse}, {better}, {len(compared.items)}",
+                "p": _shown_p(each.p_value),
+                "adjusted": _shown_p(each.adjusted),
+                "": each.word,
+            }
+        )
+    return rows
+
+
+def _changed(compared: Compared, sign: int) -> list[int]:
+    """Return where the second model is better (1) or worse (-1), by how much, the most first."""
+    gains = [(second - first) * compared.better for first, second in zip(compared.first, compared.second, strict=True)]
+    places = [place for place, gain in enumerate(gains) if gain * sign > 0]
+    return sorted(places, key=lambda place: -abs(gains[place]))
+
+
+Texts = Mapping[tuple[str, str], tuple[str, str]]
+
+
+def changed_items(first: str, family: Sequence[Compared], texts: Texts) -> list[dict[str, Any]]:
+    """Return every item in which two models differ, figure by figure, those that got worse first.
+
+    Args:
+        first: name of the first model.
+        family: the figures.
+        texts: what was asked, and what a model said, by figure's key without the metric and item, then `/` and model.
+    """
+    rows = []
+    for each in family:
+        part = each.key.rpartition("/")[0]
+        for sign, word in ((-1, WORSE), (1, BETTER)):
+            for place in _changed(each, sign):
+                item = each.items[place]
+                said = [texts.get((f"{part}/{model}", item), ("", "")) for model in (first, each.model)]
+                rows.append(
+                    {
+                        "figure": each.name,
+                        "item": item,
+                        "change": word,
+                        "models": [first, each.model],
+                        "scores": [each.first[place], each.second[place]],
+                        "asked": said[0][0] or said[1][0],
+                        "said": [said[0][1], said[1][1]],
+                    }
+                )
+    return rows
+
+
+def shown_changes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:
+    """Return some of these items for the report, of each figure and model the first that got worse and better."""
+    tables: dict[str, list[dict[str, str]]] = {}
+    counts: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        first, second = row["models"]
+        kind = (row["figure"], second, row["change"])
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] > MOST_SHOWN:
+            continue
+        change = f"{row['scores'][0]:g} to {row['scores'][1]:g}, {row['change']}"
+        line = {"prompt": row["asked"] or row["item"], first: row["said"][0], second: row["said"][1], "change": change}
+        tables.setdefault(f"{row['figure']}: where {second} differs from {first}", []).append(line)
+    return tables
+
+
+def fail_if_worse(metrics: Mapping[str, float], first: str, models: Sequence[str]) -> None:
+    """End the process with exit code 1, and a line that says why, where a model is worse than the first.
+
+    Args:
+        metrics: of a report, see `verdict_metrics`.
+        first: name of the first model.
+        models: names of the others.
+
+    Raises:
+        InputError: for a report without a verdict.
+        SystemExit: with code 1.
+    """
+    names = [f"verdict/{WORSE}/{model}" for model in models]
+    if any(name not in metrics for name in names):
+        raise InputError("--fail_on_regression: the report there has no verdict: remove the folder to make it again")
+    worse = [(model, int(metrics[name])) for model, name in zip(models, names, strict=True) if metrics[name]]
+    if worse:
+        said = ", ".join(f"{model} in {count} primary figure{'s' * (count != 1)}" for model, count in worse)
+        alpha = _shown(metrics.get("verdict/alpha", ALPHA))
+        print(f"regression: worse than {first} at alpha {alpha}: {said}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
+
+
+def _listed(verdicts: Sequence[Verdict]) -> str:
+    """Return the surest figures of a kind."""
+    surest = sorted(verdicts, key=lambda each: each.adjusted)
+    more = f"; and {len(surest) - MOST_NAMED} more" if len(surest) > MOST_NAMED else ""
+    return "; ".join(map(str, surest[:MOST_NAMED])) + more
+
+
+def _shown(alpha: float) -> str:
+    return f"{alpha:g}".removeprefix("0")
+
+
+def _shown_p(p_value: float) -> str:
+    return "below .0001" if p_value < 0.0001 else f"{p_value:.4f}".removeprefix("0")
