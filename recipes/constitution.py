@@ -78,6 +78,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
         summary=found.summary,
         tables=found.tables,
         curves=found.plots,
+        promises=found.promises,
         artifacts=steps.artifacts,
         next_steps=chat_lines(last, question) if last else (),
         models={"model": course.named},

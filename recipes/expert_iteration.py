@@ -84,6 +84,7 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         summary=evaluation.summary_of(script_args, metrics),
         tables=evaluation.tables_of(eval_rows, evaluations, kept),
         curves=evaluation.plots_of(script_args, evaluations),
+        promises=evaluation.promises_of(script_args),
         artifacts={name: name for name in rounds.parsed} | {"rows": "data"},
         next_steps=chat_lines(rounds.models[-1], eval_rows[0]["prompt"]),
         models={"model": rounds.models[0]},

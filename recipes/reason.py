@@ -57,6 +57,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
         summary=found.summary,
         tables=found.tables,
         curves=found.plots,
+        promises=found.promises,
         artifacts={name: name for name in course.runs},
         next_steps=chat_lines(course.folder(reason.RL), question),
     )

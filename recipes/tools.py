@@ -64,6 +64,7 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
         summary=found.summary,
         tables=found.tables,
         curves=found.plots,
+        promises=found.promises,
         artifacts=steps.artifacts,
         too_wide=("Conversations",),
         next_steps=chat_lines(course.folder(RL), [{"role": "user", "content": "Hello!"}]),

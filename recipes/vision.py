@@ -91,7 +91,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         tables["Right answers after PPO"] = policy_found.tables["Right answers"]
         summary += f"; after PPO: {policy_found.summary}"
     lines = picture_lines(training_args.output_dir, model_args.use_peft)
-    return stage.finish(metrics, trainer, summary, tables, plots, next_steps=lines, too_wide=["Samples"])
+    shown = {"next_steps": lines, "too_wide": ["Samples"], "promises": found.promises}
+    return stage.finish(metrics, trainer, summary, tables, plots, **shown)
 
 
 if __name__ == "__main__":

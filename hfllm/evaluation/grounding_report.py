@@ -23,7 +23,7 @@ from hfllm.data.world.passage_tasks import (
 from hfllm.data.world.vocabulary import ATTRIBUTES
 from hfllm.evaluation.grounding import Answered
 from hfllm.evaluation.responses import JudgedAnswer, gold_by_group
-from hfllm.outputs.figures import mean_of, plus_minus
+from hfllm.outputs.figures import Promise, mean_of, plus_minus
 from hfllm.outputs.report import Found, Plot
 
 SFT, GROUNDED = "sft", "grounded"
@@ -40,6 +40,10 @@ LABELS = {
     **{ANSWERABLE: "a passage tells", UNANSWERABLE: "none does: refused"},
 }
 SAMPLES_EACH = 2
+PROMISES = tuple(
+    Promise(f"{LABELS[group]}: right", f"{GROUNDED}_{group}_right", f"{SFT}_{group}_right", "one " + TITLES[SFT])
+    for group in (ONE, THREE, CHANGED, CONTRADICTING)
+)
 WAYS = {
     "three in one prompt": f"{GROUNDED}_{THREE}",
     "each in a prompt of its own, weighed by BM25": f"{THREE}_{APART}",
@@ -112,7 +116,7 @@ def report(
     tables, plots = _tables(metrics, answers, retrieval, golds), {"right": _plot(metrics)}
     for part in parts:
         metrics, tables, plots = metrics | part.metrics, {**tables, **part.tables}, {**plots, **part.plots}
-    return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots)
+    return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots, PROMISES)
 
 
 def group_metrics(name: str, said: Sequence[Answered]) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hfllm.data.world.reasoning import DIAL, SIZES, Problem
+from hfllm.data.world.reasoning import DIAL, NUMBERS_OF_DIAL, SIZES, Problem
 from hfllm.evaluation.reasoning import Answered, is_dial, is_hops, values_of
-from hfllm.outputs.figures import change_of, mean_of, plus_minus
+from hfllm.outputs.figures import Promise, change_of, mean_of, plus_minus
 from hfllm.outputs.report import Plot, plot_history
 
 # How the report calls the models.
@@ -29,6 +29,17 @@ GROUP_TITLES = {
 # Of the figures those that stand in the report for each group.
 OF_TUNED = ("right", "valid", "steps", "tokens")
 SAMPLES = 8
+# What a guess gets right: most hops end at an attribute, which has as many values as the dial has numbers.
+GUESS = 1 / NUMBERS_OF_DIAL
+PROMISES = (
+    *(
+        Promise(f"{GROUP_TITLES[group]} answered right with thoughts", f"thoughts_{group}_right", control, beside)
+        for group in GROUPS
+        for control, beside in ((f"direct_{group}_right", "direct answers"), (GUESS, "a guess"))
+    ),
+    Promise("change of right answers by PPO", "right_change", 0.0, "no change"),
+    Promise("change of answers with a thought by PPO", "thinks_change", 0.0, "no change"),
+)
 
 Answers = Mapping[str, Sequence[Answered]]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from hfllm.data.world.tool_tasks import CHANGED, NEED, NO_NEED, SUM, UNKNOWN
 from hfllm.evaluation.constitution import side_by_side
 from hfllm.evaluation.tools import KNOWN, Answered, figures, values_of
-from hfllm.outputs.figures import change_of, mean_of, plus_minus
+from hfllm.outputs.figures import Promise, change_of, mean_of, plus_minus
 from hfllm.outputs.report import Found, Plot
 from hfllm.rewards.functions import transcript
 
@@ -20,6 +20,13 @@ LABELS = {
     **{"fact": "new questions of facts", "reading": "reading", "list": "lists", "addition": "small sums"},
 }
 SAMPLES_EACH = 2
+PROMISES = (
+    *(
+        Promise(f"{LABELS[family]} right after PPO", f"right_{family}_after", f"off_right_{family}", "without tools")
+        for family in NEED
+    ),
+    Promise("change of right sampled answers by PPO", "sampled_right_needed_change", 0.0, "no change"),
+)
 
 Answers = Mapping[str, Sequence[Answered]]
 
@@ -51,7 +58,7 @@ def report(answers: Answers) -> Found:
         plain, after = (values_of(answers[name])[f"right_{KNOWN}"] for name in (PLAIN, RL))
         metrics |= mean_of("plain_right_known", plain)
         metrics |= mean_of("known_facts_lost", [one - other for one, other in zip(plain, after, strict=True)])
-    return Found(metrics, _summary(metrics), _tables(answers), {"right": _plot(answers)})
+    return Found(metrics, _summary(metrics), _tables(answers), {"right": _plot(answers)}, PROMISES)
 
 
 def _summary(metrics: Mapping[str, float]) -> str:

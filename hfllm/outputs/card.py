@@ -25,7 +25,13 @@ from hfllm.outputs.flags import flag_sections, folded
 from hfllm.outputs.merged import first_base, merged_adapters, merged_base, merged_from
 from hfllm.outputs.names import code_span, is_hub_id, plain_line, quoted
 from hfllm.outputs.parents import learned_from, origin
-from hfllm.outputs.report import figures_markdown, markdown_table, read_report, write_atomically
+from hfllm.outputs.report import (
+    figures_markdown,
+    markdown_table,
+    read_report,
+    warnings_markdown,
+    write_atomically,
+)
 
 WORLD = "world"  # the embedded dataset's name, as in --dataset_name
 OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.dynamic_int8
@@ -81,6 +87,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
         f"# {plain_line(name)}",
         _introduction(folder, report, base),
         *([report["summary"]] if report.get("summary") else []),
+        *warnings_markdown(report.get("warnings") or ()),
         _usage(folder, repo_id or name),
         *_origin(report, base),
         *_reward(report),

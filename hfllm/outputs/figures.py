@@ -9,6 +9,7 @@ A report's metrics are flat; these endings of their names belong together:
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 # A change of fewer standard errors is called noise.
 NOISE = 2.0
@@ -66,6 +67,51 @@ BETTER = {
     **dict.fromkeys(("bits_per_byte_short", "bits_per_byte_long"), -1),
     **dict.fromkeys(("unfinished", "held_out_loss", "eval_loss", "perplexity", "bits_per_byte"), -1),
 }
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A capability that a stage promises, and the control that its figure must be better than.
+
+    Args:
+        what: the figure in words.
+        metric: its name in report.json.
+        control: the name of the control's figure, or a level such as that of a guess.
+        beside: the control in words.
+        is_less: the figure must be below its control.
+    """
+
+    what: str
+    metric: str
+    control: str | float
+    beside: str
+    is_less: bool = False
+
+    def warning(self, metrics: Mapping[str, float]) -> str | None:
+        """Return the line that says that the promise is not kept; `None` if it is, or a figure was not measured.
+
+        It is kept where the figure is better by more than `NOISE` standard errors of the difference, with the errors
+        of both taken for independent.
+        """
+        level = metrics.get(self.control) if isinstance(self.control, str) else self.control
+        if level is None or self.metric not in metrics:
+            return None
+        value, error = metrics[self.metric], metrics.get(f"{self.metric}_se", 0.0)
+        other = metrics.get(f"{self.control}_se", 0.0) if isinstance(self.control, str) else 0.0
+        gain = level - value if self.is_less else value - level
+        if gain > NOISE * math.hypot(error, other):
+            return None
+        side = "below" if self.is_less else "above"
+        return f"{self.what}: {plus_minus(value, error)}, not {side} {self.beside} ({plus_minus(level, other)})"
+
+
+def broken_promises(promises: Sequence[Promise], metrics: Mapping[str, float]) -> list[str]:
+    """Return a line for each capability that is not there, the first of those about the same figure."""
+    found: dict[str, str] = {}
+    for promise in promises:
+        if (line := promise.warning(metrics)) is not None:
+            found.setdefault(promise.metric, line)
+    return list(found.values())
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.outputs.figures import changes, figure_tables
+from hfllm.outputs.figures import Promise, changes, figure_tables
 from hfllm.outputs.flags import flag_sections, folded
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Report:
         summary: what came out, in a sentence or two.
         given: the flags that the user gave; `None` if that is not known.
         parents: the models that it started from and learned by, see `hfllm.outputs.parents`.
+        warnings: a line for each capability that the stage promises and that is not there.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class Report:
     summary: str = ""
     given: Mapping[str, Any] | None = None
     parents: Sequence[Mapping[str, Any]] = ()
+    warnings: Sequence[str] = ()
     folder: Path | None = field(default=None, init=False)
 
     def write(self, output_dir: str | Path) -> None:
@@ -76,6 +78,7 @@ class Report:
             "stage": self.stage,
             "hfllm_version": __version__,
             "summary": self.summary,
+            "warnings": list(self.warnings),
             "arguments": dict(self.arguments),
             "given": None if self.given is None else dict(self.given),
             "parents": [dict(parent) for parent in self.parents],
@@ -87,7 +90,8 @@ class Report:
 
     def markdown(self) -> str:
         """Return report.md: what changed, the figures, curves and samples; the loss and what is folded last."""
-        parts = [f"# {self.stage}", *([self.summary] if self.summary else []), f"{self.wall_seconds:.0f} seconds."]
+        parts = [f"# {self.stage}", *([self.summary] if self.summary else []), *warnings_markdown(self.warnings)]
+        parts += [f"{self.wall_seconds:.0f} seconds."]
         parts += figures_markdown(self.metrics)
         plots = {stem: f"![{plot.title}]({stem}.png)" for stem, plot in self.curves.items() if stem in self.artifacts}
         parts += [plot for stem, plot in plots.items() if stem != "loss"]
@@ -174,12 +178,14 @@ class Found:
         summary: a sentence or two.
         tables: rows by title.
         plots: by the names of their files.
+        promises: what the figures must show; else the run ends with a warning.
     """
 
     metrics: dict[str, float]
     summary: str
     tables: Mapping[str, Sequence[Mapping[str, Any]]]
     plots: "Mapping[str, Plot | Bars | Heatmap]"
+    promises: Sequence[Promise] = ()
 
 
 @dataclass
@@ -290,7 +296,8 @@ def _is_ours(report: object) -> bool:
     """Return whether a report has the parts of ours, each of its kind: a damaged one may be JSON still."""
     if not isinstance(report, dict) or not isinstance(report.get("stage"), str):
         return False
-    kinds = {"arguments": dict, "metrics": dict, "artifacts": dict, "environment": dict, "parents": list}
+    kinds = {"arguments": dict, "metrics": dict, "artifacts": dict, "environment": dict}
+    kinds |= {"parents": list, "warnings": list}
     optional = {"given": dict, "summary": str, "wall_seconds": int | float}
     needed = isinstance(report.get("arguments"), dict)
     others = {name: kind for name, kind in (kinds | optional).items() if report.get(name) is not None}
@@ -327,6 +334,11 @@ def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
     if changes(metrics):
         shown.append("Noise: less than two standard errors of the paired difference, on the same prompts or rows.")
     return [*shown, folded("All figures by their names in report.json", everything)]
+
+
+def warnings_markdown(warnings: Sequence[object]) -> list[str]:
+    """Return a paragraph for each warning of a report."""
+    return [f"**Warning:** {line}" for line in warnings]
 
 
 def is_samples(rows: Sequence[Mapping[str, Any]]) -> bool:

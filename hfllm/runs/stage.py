@@ -14,7 +14,7 @@ from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint
 from hfllm.outputs.card import is_written, write_card
-from hfllm.outputs.figures import figure_tables
+from hfllm.outputs.figures import Promise, broken_promises, figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.flags import CHANGED, CONTENTS, given_flags
 from hfllm.outputs.hub import Repository, repository_of
@@ -215,6 +215,7 @@ class Stage:
         """Print that the same run has finished, publish it if asked, and return its metrics."""
         if main_process():
             print(f"{self.name}: already done in {self.output_dir} ({self.redo})", flush=True)
+            self._warn(self.report.get("warnings") or ())
             self._complete()
             self.publish()
         return self.report["metrics"]
@@ -248,6 +249,7 @@ class Stage:
         next_steps: Sequence[str] = (),
         too_wide: Sequence[str] = (),
         models: Mapping[str, str | Sequence[str] | None] | None = None,
+        promises: Sequence[Promise] = (),
     ) -> dict[str, float]:
         """Write the report, print it, publish if asked, wait for all processes.
 
@@ -259,6 +261,7 @@ class Stage:
             artifacts: what the output folder holds, by path; by default the model, which then gets its card.
             too_wide: titles of tables that are written but not printed.
             models: those that the stage has read, by role, where its flags do not name them: see `lineage`.
+            promises: capabilities; the run ends with a warning for each that its figures do not show.
 
         Returns:
             The metrics.
@@ -283,6 +286,7 @@ class Stage:
             summary=summary,
             given=given_flags(given_names(*self.parsed), self.arguments),
             parents=lineage(self._models_of_flags() | dict(models or {})),
+            warnings=broken_promises(promises, metrics),
         )
         failure = None
         if main_process():
@@ -294,6 +298,7 @@ class Stage:
                 print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
             else:
                 report.print(too_wide)
+            self._warn(report.warnings)
             try:
                 self.publish()
             except InputError as error:
@@ -304,6 +309,11 @@ class Stage:
         if failure is not None:
             raise failure
         return dict(metrics)
+
+    def _warn(self, warnings: Sequence[object]) -> None:
+        """Print the warnings of a report."""
+        for line in warnings:
+            print(f"warning: {self.name}: {line}", flush=True)
 
     def _models_of_flags(self) -> dict[str, str | Sequence[str] | None]:
         """Return the models that flags name, by role."""

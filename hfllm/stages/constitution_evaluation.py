@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from hfllm.data.world.world import World
 from hfllm.evaluation.constitution_report import (
+    PROMISES,
     TITLES,
     course_metrics,
     course_plots,
@@ -44,6 +45,7 @@ def evaluate(steps: Steps) -> Found:
         summary_of(metrics, people_s_labels(script_args), steps.no_rl),
         {**course_tables(answers), "Revisions": revision_samples(rows)},
         course_plots(answers, by_round),
+        PROMISES,
     )
 
 

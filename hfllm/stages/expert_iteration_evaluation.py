@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfllm.outputs.figures import change_of, is_noise, plus_minus
+from hfllm.outputs.figures import Promise, change_of, is_noise, plus_minus
 from hfllm.outputs.report import Plot
 from hfllm.stages.expert_iteration import ExpertIterationArguments
 from hfllm.stages.expert_iteration_data import Kept, rewards_of, sampled
@@ -49,6 +49,12 @@ def found_metrics(
         metrics[f"kept_rows_round_{number}"] = each.rows
         metrics[f"right_responses_round_{number}"] = each.right / max(each.responses, 1)
     return metrics
+
+
+def promises_of(script_args: ExpertIterationArguments) -> list[Promise]:
+    """Return what the figures must show; of the control nothing."""
+    learned = Promise("change of right responses to held-out prompts", "right_change", 0.0, "no change")
+    return [] if script_args.shuffle_rewards else [learned]
 
 
 def summary_of(script_args: ExpertIterationArguments, metrics: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from hfllm.data.world.reasoning import DIAL, HOPS
 from hfllm.data.world.world import World
 from hfllm.evaluation.reasoning import answer, held_out_problems
-from hfllm.evaluation.reasoning_report import plots, ppo_metrics, summary_of, tables, tuned_metrics
+from hfllm.evaluation.reasoning_report import PROMISES, plots, ppo_metrics, summary_of, tables, tuned_metrics
 from hfllm.outputs.checkpoints import STATE_FILE
 from hfllm.outputs.report import Found
 from hfllm.stages.course import load_speaking
@@ -31,7 +31,7 @@ def evaluate(script_args: ReasonArguments, course: Course) -> Found:
             sampled[name] = answer(*told, dials, RESPONSE_LENGTH, do_sample=True, seed=script_args.seed)
     metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
     histories = {name: _history(course.folder(name)) for name in (RL, SHUFFLED) if name in course.runs}
-    return Found(metrics, summary_of(metrics), tables(tuned, sampled), plots(tuned, histories))
+    return Found(metrics, summary_of(metrics), tables(tuned, sampled), plots(tuned, histories), PROMISES)
 
 
 def _history(folder: str) -> list[dict[str, float]]:

@@ -12,7 +12,7 @@ from hfllm.data.image_files import read_image
 from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
 from hfllm.evaluation.pictures import Asked, best_guesses, is_right
 from hfllm.generation.picture_answers import answer_pictures
-from hfllm.outputs.figures import mean_of, plus_minus
+from hfllm.outputs.figures import Promise, mean_of, plus_minus
 from hfllm.outputs.picture_grid import PictureGrid
 from hfllm.outputs.report import Bars, Found
 from hfllm.stages.vision import VisionArguments
@@ -78,7 +78,11 @@ def evaluate(
         {LABELS[name]: _figure(metrics, name) for name in right},
     )
     plots = {"right": bars, "pictures": _grid(parts[first], said[first], right[first])}
-    return Found(metrics, f"right answers: {summary}", tables, plots)
+    promises = [
+        Promise(f"questions about images ({LABELS[first]}) answered right", f"{first}_right", f"{name}_right", beside)
+        for name, beside in ((CHANCE, "the best guess without any"), (SHUFFLED, "the same with other images"))
+    ]
+    return Found(metrics, f"right answers: {summary}", tables, plots, promises)
 
 
 def _truth_about_others(shuffled: Sequence[Asked]) -> list[str]:

@@ -129,6 +129,18 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
             assert f"The {relation} of the {animal} is the {other}." in plain
 
 
+def test_no_text_holds_a_thought_of_other_parts_with_a_question_or_without(world):
+    """Over several seeds: where somebody turns a dial there is no question, but the same thought."""
+    step = " ".join(rf"{name} (\d) \d \d\." for name in TURNS)
+    keys = [
+        f"dial {' '.join(thought)}"
+        for seed in range(4)
+        for text in world.documents(3000, seed, reasoning=0.6)
+        for thought in re.findall(rf"\b(\d)\. {step}", text)
+    ]
+    assert len(keys) > 2500 and {part_of(DIAL, key) for key in keys} == {SHOWN}
+
+
 @pytest.mark.parametrize(
     ("shares", "digest"),
     [

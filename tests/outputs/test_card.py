@@ -198,6 +198,12 @@ def test_flags_are_shown_as_yaml_that_reads_back():
     assert yaml.safe_load(shown) == values
 
 
+def test_warnings_of_the_run_are_on_the_card(saved):
+    report = read_report(saved) or {"stage": "try", "arguments": {}}
+    (saved / "report.json").write_text(json.dumps({**report, "warnings": ["dials: 0.08, not above a guess (0.125)"]}))
+    assert "**Warning:** dials: 0.08, not above a guess (0.125)" in model_card(saved)
+
+
 def test_the_report_holds_what_the_card_needs(saved, chain):
     finished(saved, "sft", {}, {"model": chain[0]}, given={"seed": 1})
     report = read_report(saved)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from hfllm.outputs.figures import (
+    Promise,
     averaged,
+    broken_promises,
     change_of,
     changes,
     figure_tables,
@@ -144,3 +146,32 @@ def test_numbers_are_short():
     assert plus_minus(12.34, 1.26) == "12.3 ± 1.3" and plus_minus(0.5, None) == plus_minus(0.5, 0.0) == "0.5"
     assert label_of("gold_reward_student_alone") == "gold reward (sampled answers), student alone"
     assert label_of("parameters") == "parameters"
+
+
+def promise(control="direct", **more):
+    return Promise("dials", "thoughts", control, "direct answers", **more)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "line"),
+    [
+        ({"thoughts": 0.083, "thoughts_se": 0.016, "direct": 0.12, "direct_se": 0.019}, "0.083 ± 0.016, not above"),
+        ({"thoughts": 0.5, "thoughts_se": 0.0, "direct": 0.5}, "0.5, not above direct answers (0.5)"),
+        # Two errors of the difference are 0.1.
+        ({"thoughts": 0.59, "thoughts_se": 0.03, "direct": 0.5, "direct_se": 0.04}, "not above direct answers"),
+        ({"thoughts": 0.61, "thoughts_se": 0.03, "direct": 0.5, "direct_se": 0.04}, None),
+        ({"thoughts": 0.61}, None),
+        ({"direct": 0.5}, None),
+    ],
+)
+def test_a_promise_is_kept_beyond_two_errors_of_the_difference(metrics, line):
+    found = broken_promises([promise()], metrics)
+    assert found == [] if line is None else line in found[0] and found[0].startswith("dials: ")
+
+
+def test_a_promise_may_be_less_and_each_figure_is_warned_of_once():
+    metrics = {"thoughts": 0.1, "thoughts_se": 0.02}
+    assert broken_promises([promise(0.2, is_less=True)], metrics) == []
+    line = "dials: 0.100 ± 0.020, not below direct answers (0.1)"
+    assert broken_promises([promise(0.1, is_less=True)], metrics) == [line]
+    assert len(broken_promises([promise(0.125), promise(0.1), promise(0.0)], metrics)) == 1

@@ -94,7 +94,10 @@ def test_each_round_learns_what_was_right(flags, talkative, saved, tmp_path, sta
     # Who samples: the model of the beginning, then the last one; only what came to an end is learned.
     assert talkative[:2] == [(str(saved), True, 42), (str(out / "round_1"), True, 43)]
     assert metrics["right_n"] == 1 and metrics["right_before"] == metrics["right_after"]
-    assert "right responses" in json.loads((out / "report.json").read_text())["summary"]
+    report = json.loads((out / "report.json").read_text())
+    assert "right responses" in report["summary"]
+    # As many are right as before: nothing was learned.
+    assert report["warnings"] == ["change of right responses to held-out prompts: 0, not above no change (0)"]
 
 
 def test_a_run_that_was_stopped_goes_on_with_its_round(flags, talkative, tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ def test_thoughts_gain_where_direct_answers_cannot(tmp_path, processes):
     """Bounds are at least three standard errors from the worst of three fresh seeds (docs/reasoning.md)."""
     folder = tmp_path / "out"
     processes.run(RECIPE, "--seed", 42, "--output_dir", folder, timeout=2400)
-    found = json.loads((folder / "report.json").read_text())["metrics"]
+    report = json.loads((folder / "report.json").read_text())
+    found = report["metrics"]
+    assert report["warnings"] == []
     assert found["thoughts_hops_right"] > 0.75 and found["direct_hops_right"] < 0.25
     assert found["thoughts_dial_right"] > 0.8 and found["direct_dial_right"] < 0.25
     assert found["thoughts_hops_valid"] > 0.95 and found["thoughts_dial_valid"] > 0.95 and found["rl_valid"] > 0.9

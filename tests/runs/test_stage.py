@@ -9,6 +9,7 @@ import pytest
 
 from hfllm.errors import HIDDEN, InputError
 from hfllm.outputs.card import MARKER
+from hfllm.outputs.figures import Promise
 from hfllm.outputs.report import Report
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import finished_run
@@ -30,6 +31,21 @@ class Flags:
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_run_that_did_not_learn_ends_with_a_warning(tmp_path, capsys):
+    """On the screen, also when it is reused, in both reports and on the card."""
+    promises = [Promise("dials", "right", "chance", "a guess"), Promise("hops", "hops", 0.1, "a guess")]
+    metrics = {"right": 0.08, "right_se": 0.02, "chance": 0.125, "hops": 0.9, "hops_se": 0.02}
+    stage = Stage("try", Flags(str(tmp_path)))
+    stage.announce()
+    stage.finish(metrics, artifacts={}, promises=promises, next_steps=["load()"])
+    line = "dials: 0.080 ± 0.020, not above a guess (0.125)"
+    assert capsys.readouterr().out.splitlines()[-1] == f"warning: try: {line}"
+    assert json.loads((tmp_path / "report.json").read_text())["warnings"] == [line]
+    assert f"**Warning:** {line}" in (tmp_path / "report.md").read_text()
+    Stage("try", Flags(str(tmp_path))).reuse()
+    assert capsys.readouterr().out.splitlines()[-1] == f"warning: try: {line}"
 
 
 def test_making_a_stage_has_no_effect(tmp_path, capsys, monkeypatch):

@@ -1,7 +1,8 @@
 """Pretraining texts of the embedded world: its facts in prose, before a model is taught to answer.
 
-Held-out facts and sums occur here too (only questions about them are held out); held-out passages
-and lists do not, and no document uses a held-out phrasing.
+Held-out facts and sums occur here too (only questions about them are held out). No text asks what is held out of a
+passage or a list, or tells of one whose questions are; a longer passage or list may hold the parts of a held-out one.
+No document uses a held-out phrasing.
 """
 
 import random
