@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
@@ -128,107 +128,127 @@ def _end_with_starter(starter: Any) -> None:
 # ---- work in several processes ----
 
 
-def run_in_processes(
-    work: Callable[[Any], object],
-    items: Iterable[Any],
-    workers: int,
-    context: Any,
-    begin: Callable[[], object] | None = None,
-) -> None:
-    """Call `work` with each item, several at a time in as many processes, which are begun in the items' order.
+class Workers:
+    """Processes that work on items, several at a time; a context manager, which ends them.
 
-    The first error ends all of them. So does the end of this process, or a signal to it.
+    They end with this process, too. Each unpickles what it calls for each item, so that nothing of the last is left.
 
     Args:
-        work: it and the items are pickled, as `context` does that; each process has one copy for all of its items.
-        workers: processes, at least 1.
-        context: `multiprocessing.get_context("spawn")`, or that of `multiprocess`.
-        begin: what each process calls first.
-
-    Raises:
-        WorkerEnded: when a process was killed, or has ended itself.
-        Exception: what `work` or `begin` has raised, with the traceback as a note.
+        number: how many, at least 1; they are started when there is work for them.
+        context: `multiprocessing.get_context("spawn")`, or that of `multiprocess`, which pickles more.
+        begin: what each calls first.
     """
-    waiting = list(reversed(list(items)))
-    processes: dict[Connection, Any] = {}
-    try:
-        for _ in range(min(workers, len(waiting))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, os.getpid(), begin, work), daemon=True)
-            process.start()
-            # From now on the pipe ends when that process does.
-            theirs.close()
-            processes[ours] = process
-        busy = [pipe for pipe, process in processes.items() if _told(pipe, process, waiting)]
-        while busy:
-            for pipe in wait(busy):
-                _check_answer(pipe, processes[pipe])
-                if not _told(pipe, processes[pipe], waiting):
-                    busy.remove(pipe)
-    finally:
-        # They have nothing to do, or something has failed.
-        for pipe, process in processes.items():
+
+    def __init__(self, number: int, context: Any, begin: Callable[[], object] | None = None):
+        self.number, self.context, self.begin = number, context, begin
+        self._processes: dict[Connection, Any] = {}
+
+    def run(self, work: Callable[[Any], object], items: Sequence[Any]) -> None:
+        """Call `work` with each item; they are begun in their order. The first error ends all processes.
+
+        Raises:
+            WorkerEnded: when a process was killed, or has ended itself.
+            Exception: what `work` or `begin` has raised, with the traceback as a note.
+        """
+        waiting = iter(items)
+        try:
+            while len(self._processes) < min(self.number, len(items)):
+                self._start()
+            busy = [pipe for pipe in self._processes if self._told(pipe, work, waiting)]
+            while busy:
+                for pipe in wait(busy):
+                    self._check_answer(pipe)
+                    if not self._told(pipe, work, waiting):
+                        busy.remove(pipe)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End all processes, whatever they do."""
+        for pipe, process in self._processes.items():
             process.kill()
             pipe.close()
-        for process in processes.values():
-            process.join()
+        while self._processes:
+            self._processes.popitem()[1].join()
 
+    def __enter__(self) -> "Workers":
+        return self
 
-def _told(pipe: Connection, process: Any, waiting: list[Any]) -> bool:
-    """Hand the next item to a process; return whether there was one."""
-    if not waiting:
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs, os.getpid(), self.begin), daemon=True)
+        process.start()
+        # From now on the pipe ends when that process does.
+        theirs.close()
+        self._processes[ours] = process
+
+    def _told(self, pipe: Connection, work: Callable[[Any], object], waiting: Iterator[Any]) -> bool:
+        """Hand the next item to a process; return whether there was one."""
+        for item in waiting:
+            try:
+                pipe.send((work, item))
+            except ConnectionError:
+                raise self._ended(pipe) from None
+            return True
         return False
-    try:
-        pipe.send(waiting.pop())
-    except OSError:
-        raise _ended(process) from None
-    return True
+
+    def _check_answer(self, pipe: Connection) -> None:
+        try:
+            error, where = pipe.recv()
+        except (EOFError, ConnectionError):
+            raise self._ended(pipe) from None
+        if error is not None:
+            error.add_note(where)
+            raise error
+
+    def _ended(self, pipe: Connection) -> WorkerEnded:
+        process = self._processes[pipe]
+        process.join()
+        code = process.exitcode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return WorkerEnded(f"process {process.pid} {how}")
 
 
-def _check_answer(pipe: Connection, process: Any) -> None:
-    try:
-        error, where = pipe.recv()
-    except (EOFError, OSError):
-        raise _ended(process) from None
-    if error is not None:
-        error.add_note(where)
-        raise error
-
-
-def _ended(process: Any) -> WorkerEnded:
-    process.join()
-    code = process.exitcode
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    return WorkerEnded(f"process {process.pid} {how}")
-
-
-def _serve(pipe: Connection, parent: int, begin: Callable[[], object] | None, work: Callable[[Any], object]) -> None:
-    """Do the work for the items that come through the pipe, until it or the parent ends."""
+def _serve(pipe: Connection, parent: int, begin: Callable[[], object] | None) -> None:
+    """Do the work that comes through the pipe, until it or the parent ends."""
     # Ctrl-C reaches all processes of a terminal: the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
-    items: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_receive, args=(pipe, items), daemon=True).start()
-    item, begun = items.get(), begin is None
+    requests: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, requests), daemon=True).start()
     while True:
-        answer = None, ""
+        request, answer = requests.get(), (None, "")
         try:
-            if not begun:
+            if begin is not None:
                 begin()
-            begun = True
+                begin = None
+            if isinstance(request, Exception):
+                raise request
+            work, item = request
             work(item)
         except Exception as error:
             answer = _sendable(error), traceback.format_exc()
+        # It may hold much.
+        request = work = item = None
         pipe.send(answer)
-        item = items.get()
 
 
-def _receive(pipe: Connection, items: "SimpleQueue[Any]") -> None:
-    """Hand items on; without a parent nobody waits for what is done."""
-    with suppress(EOFError, OSError):
-        while True:
-            items.put(pipe.recv())
-    os._exit(ABANDONED)
+def _receive(pipe: Connection, requests: "SimpleQueue[Any]") -> None:
+    """Hand on what there is to do; without a parent nobody waits for what is done."""
+    while True:
+        try:
+            request = pipe.recv()
+        except (EOFError, ConnectionError):
+            os._exit(ABANDONED)
+        except Exception as error:
+            # It cannot be unpickled here.
+            request = error
+        requests.put(request)
+        request = None
 
 
 def _sendable(error: Exception) -> Exception:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hfllm.data.child_processes import LAUNCHER, WorkerEnded, run_in_processes
+from hfllm.data.child_processes import LAUNCHER, WorkerEnded, Workers
 
 ROOT = Path(__file__).parent.parent.parent
 SPAWN = multiprocessing.get_context("spawn")
@@ -33,14 +34,15 @@ if __name__ == "__main__":
 POOL = """
 import multiprocessing, os, sys, time
 from pathlib import Path
-from hfllm.data.child_processes import run_in_processes
+from hfllm.data.child_processes import Workers
 
 def sleep(path):
     Path(path).write_text(str(os.getpid()))
     time.sleep(600)
 
 if __name__ == "__main__":
-    run_in_processes(sleep, sys.argv[1:], 2, multiprocessing.get_context("spawn"))
+    with Workers(2, multiprocessing.get_context("spawn")) as workers:
+        workers.run(sleep, sys.argv[1:])
 """
 # The second is a child of the first that does not end with it: a launcher's launcher, such as mpirun.
 LAUNCHES = """
@@ -144,23 +146,36 @@ def test_a_launcher_that_had_ended_before_is_noticed(start):
 
 def test_all_items_are_worked_on(tmp_path):
     folders = [tmp_path / str(number) for number in range(5)]
-    run_in_processes(Path.mkdir, folders, 2, SPAWN)
-    assert all(folder.is_dir() for folder in folders)
-    run_in_processes(Path.mkdir, [], 2, SPAWN)
+    with Workers(2, SPAWN, begin=partial(Path.mkdir, tmp_path / "begun", exist_ok=True)) as workers:
+        workers.run(Path.mkdir, [])
+        assert not multiprocessing.active_children()
+        workers.run(Path.mkdir, folders)
+        assert all(folder.is_dir() for folder in (*folders, tmp_path / "begun"))
+        workers.run(Path.rmdir, folders)
+        assert not any(folder.is_dir() for folder in folders) and len(multiprocessing.active_children()) == 2
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("work", "item", "said"), [(signal.raise_signal, 9, "signal 9"), (os._exit, 3, "code 3")])
 def test_a_worker_that_ends_is_an_error(work, item, said):
-    """The other one has work for minutes, and is not waited for."""
-    with pytest.raises(WorkerEnded, match=rf"process \d+ (was killed by|ended with) {said}"):
-        run_in_processes(work, [item], 2, SPAWN)
-    assert not multiprocessing.active_children()
+    with Workers(1, SPAWN) as workers:
+        with pytest.raises(WorkerEnded, match=rf"process \d+ (was killed by|ended with) {said}"):
+            workers.run(work, [item])
+        assert not multiprocessing.active_children()
 
 
 def test_errors_of_the_work_come_with_their_traceback():
-    with pytest.raises(ValueError, match="invalid literal") as caught:
-        run_in_processes(int, ["1", "x", "2"], 1, SPAWN)
-    assert "child_processes.py" in caught.value.__notes__[0]
-    with pytest.raises(RuntimeError, match="Unreadable: of 1 and more"):
-        run_in_processes(raise_unreadable, [1], 1, SPAWN)
-    assert not multiprocessing.active_children()
+    with Workers(1, SPAWN) as workers:
+        with pytest.raises(ValueError, match="invalid literal") as caught:
+            workers.run(int, ["1", "x", "2"])
+        assert "child_processes.py" in caught.value.__notes__[0]
+        # It begins again.
+        with pytest.raises(RuntimeError, match="Unreadable: of 1 and more"):
+            workers.run(raise_unreadable, [1])
+        assert not multiprocessing.active_children()
+
+
+def test_what_a_worker_cannot_unpickle_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(Path(__file__).parent)])
+    with Workers(1, SPAWN) as workers, pytest.raises(ModuleNotFoundError, match="test_child_processes"):
+        workers.run(raise_unreadable, [1])

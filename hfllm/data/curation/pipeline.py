@@ -12,7 +12,7 @@ Between stages everything is on disk, so each runs under any of datatrove's exec
 import gzip
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 from fsspec.compression import register_compression
 from loguru import logger
 
-from hfllm.data.child_processes import WorkerEnded, run_in_processes
+from hfllm.data.child_processes import WorkerEnded, Workers
 from hfllm.data.curation import content, quality
 from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
 from hfllm.data.curation.dedup import DuplicateFilter, DuplicateSignature, MarkDuplicates, minhash_config
@@ -213,17 +213,19 @@ def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter
     return GzipWriter(folder, "${rank}.jsonl.gz", compression=SAME_GZIP, adapter=row)
 
 
+def new_pool(workers: int, begin: Callable[[], object] | None = None) -> Workers:
+    """Return processes for tasks, of which each calls `begin` first."""
+    return Workers(workers, multiprocess.get_context("spawn"), begin)
+
+
 class QuietExecutor(LocalPipelineExecutor):
     """datatrove's local executor without its log lines: the recipe prints and reports instead.
 
     Its workers end with this process, and one that is killed is an error: datatrove's go on, and it waits for ever.
     """
 
-    def run(self, begin: Callable[[], object] | None = None) -> None:
-        """Run the tasks that have not finished, `workers` at a time.
-
-        Args:
-            begin: what each worker calls first.
+    def run(self, pool: Workers | None = None) -> None:
+        """Run the tasks that have not finished, in the pool or, where one is to run at a time, in this process.
 
         Raises:
             WorkerEnded: when a worker was killed.
@@ -232,13 +234,11 @@ class QuietExecutor(LocalPipelineExecutor):
         tasks = self.get_incomplete_ranks()
         if self.workers == 1:
             for task in tasks:
-                self._run_task(task)
-        else:
-            run_in_processes(self._run_task, tasks, self.workers, multiprocess.get_context("spawn"), begin)
-
-    def _run_task(self, task: int) -> None:
-        # Steps count what they have seen.
-        deepcopy(self)._run_for_rank(task)
+                # Steps count what they have seen.
+                deepcopy(self)._run_for_rank(task)
+            return
+        with nullcontext(pool) if pool else new_pool(self.workers) as workers:
+            workers.run(self._run_for_rank, tasks)
 
     def _run_for_rank(self, *args, **kwargs):
         logger.disable("datatrove")
@@ -261,18 +261,19 @@ def run_stages(
         MachineError: when a worker was killed.
     """
     logger.disable("datatrove")
-    for stage in stages:
-        announce(f"curate: {stage.name}")
-        tasks, logs = stage.tasks, str(Path(folder) / "logs" / stage.name)
-        executor = QuietExecutor(stage.pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs)
-        _remove_unfinished(stage, folder, executor)
-        try:
-            executor.run(begin)
-        except WorkerEnded as error:
-            raise MachineError(
-                f"a worker of curation's stage {stage.name!r} has ended: {error}. Where memory was short, fewer "
-                "--workers need less; what has finished is kept, and the same command resumes"
-            ) from None
+    with new_pool(workers, begin) as pool:
+        for stage in stages:
+            announce(f"curate: {stage.name}")
+            tasks, logs = stage.tasks, str(Path(folder) / "logs" / stage.name)
+            executor = QuietExecutor(stage.pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs)
+            _remove_unfinished(stage, folder, executor)
+            try:
+                executor.run(pool)
+            except WorkerEnded as error:
+                raise MachineError(
+                    f"a worker of curation's stage {stage.name!r} has ended: {error}. Where memory was short, fewer "
+                    "--workers need less; what has finished is kept, and the same command resumes"
+                ) from None
 
 
 def _remove_unfinished(stage: Stage, folder: str | Path, executor: QuietExecutor) -> None:
