@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from accelerate.commands import launch as accelerate_launch
 from accelerate.commands.config import default_config_file
 
+from hfllm.data.child_processes import LAUNCHER
 from hfllm.errors import InputError
 from hfllm.runs import accelerate_flags, launcher
 from hfllm.runs.accelerate_flags import ALONE, NOT_HANDED_OVER, WITH_VALUE, split_flags, with_shipped_configs
@@ -266,6 +268,14 @@ def test_how_many_processes_is_left_to_accelerate_where_there_is_a_choice(machin
     assert "--num_processes" not in launcher.with_defaults(["--num_machines", "2", "--machine_rank", "0"])
     machine.devices = 8
     assert "--num_processes" not in launcher.with_defaults(["--use_fsdp"])
+
+
+def test_what_is_launched_knows_what_it_ends_with(machine):
+    """Also a single process, which `accelerate launch` starts by itself."""
+    launcher.main(["sft", "--num_processes", "1"])
+    assert os.environ.pop(LAUNCHER) == f"{os.getpid()}@{socket.gethostname()}"
+    launcher.main(["sft"])
+    assert LAUNCHER not in os.environ
 
 
 def failed(error):
