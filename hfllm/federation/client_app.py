@@ -70,7 +70,7 @@ def settings_of(context: Context) -> dict[str, object]:
         return {}
     try:
         values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"settings {path}: cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"settings {path}: expected a JSON object, got {type(values).__name__}")

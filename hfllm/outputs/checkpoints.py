@@ -63,7 +63,7 @@ def _cut_off(checkpoint: Path) -> str | None:
     for file in sorted(filter(Path.is_file, checkpoint.rglob("*"))):
         try:
             is_whole = _is_whole(file)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
             is_whole = False
         if not is_whole:
             return f"{file.relative_to(checkpoint)} is damaged"

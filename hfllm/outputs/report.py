@@ -22,6 +22,8 @@ PLOTTED_BY = "hfllm, by matplotlib"
 PRINTED_SAMPLES = 3
 # Columns of a heat map in whose cells values can be read.
 MOST_WRITTEN = 16
+# Lists and objects in one another, in report.json.
+MOST_NESTED = 50
 # More figures than these stand folded below the tables that a stage makes of them.
 MOST_FIGURES = 60
 
@@ -287,9 +289,18 @@ def read_report(output_dir: str | Path) -> dict[str, Any] | None:
     """Read the report.json of a finished run; `None` if there is none, or another program's."""
     try:
         report = json.loads((Path(output_dir) / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return report if _is_ours(report) else None
+    return report if _is_ours(report) and not _is_deep(report) else None
+
+
+def _is_deep(value: object) -> bool:
+    """Return whether JSON is nested deeper than any report: who writes it again would fill Python's stack."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [item for items in inside for item in items if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _is_ours(report: object) -> bool:

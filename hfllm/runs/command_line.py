@@ -1,6 +1,7 @@
 """The command line of a recipe: read its flags, compare them with those of a finished run, end bad input in a line."""
 
 import argparse
+import errno
 import importlib.util
 import json
 import os
@@ -81,6 +82,8 @@ OF_MODEL = {
     "--dtype": "The type that it is loaded in, such as bfloat16.",
     "--attn_implementation": "eager, sdpa, flash_attention_2, ...",
 }
+# Letters of the longest name of a file in an output folder, with the folders that it lies in.
+LONGEST_FILE = 200
 # The exit code of what Ctrl-C ends.
 INTERRUPTED = 130
 
@@ -141,10 +144,38 @@ def parse_recipe(
     for group in parsed:
         # Names alone: values may be secrets, and a trainer saves its arguments.
         object.__setattr__(group, GIVEN, tuple(given))
+    check_output_dir(given, parsed)
     check_ranges(*parsed)
     if library:
         check_libraries(*parsed)
     return parsed
+
+
+def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> None:
+    """Refuse an output folder without a name, or with one that no file system takes.
+
+    Raises:
+        InputError: naming the flag and the value.
+    """
+    folder = next((group.output_dir for group in parsed if hasattr(group, "output_dir")), None)
+    if folder is None and "output_dir" not in given:
+        return
+    # A library may put a name of its own in place of none.
+    is_none = "output_dir" in given and given["output_dir"] is None
+    if is_none or not isinstance(folder, str) or not folder.strip():
+        shown = None if is_none else folder
+        raise InputError(f"--output_dir {shown!r:.80}: expected the name of a folder")
+    try:
+        # With room for the files in it.
+        os.stat(os.path.join(folder, "-" * LONGEST_FILE))
+    except ValueError:
+        raise InputError(
+            f"--output_dir {folder!r:.80}: no name for a folder: it holds characters that none has"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            said = os.strerror(error.errno)
+            raise InputError(f"--output_dir {folder[:80]!r}...: no name for a folder: {said}") from None
 
 
 def given_names(*parsed: "DataclassInstance") -> tuple[str, ...] | None:

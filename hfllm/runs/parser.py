@@ -25,6 +25,10 @@ RENAMED = {
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 # Values that a YAML file may stand for, once its aliases are written out: a few lines of them can stand for billions.
 MOST_VALUES = 1_000_000
+# What Python raises for a scalar that is not what its tag, or its look, says.
+YAML_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# Letters of a complaint of argparse, which repeats what was given.
+MOST_SAID = 300
 
 
 def present_name(flag: str) -> str:
@@ -118,6 +122,9 @@ class NearestNameErrors:
             self._check_value(action, read)
         except argparse.ArgumentError as error:
             raise InputError(f"{path}: {_one_name(str(error))}") from None
+        except ValueError as error:
+            # A number in base 16 may have more digits than Python writes in base 10.
+            raise InputError(f"{path}: {action.dest}: {_first_line(error)}") from None
         return read
 
 
@@ -196,8 +203,9 @@ def _how_to_read(kind: Any) -> dict[str, Any]:
 
 
 def _one_name(message: str) -> str:
-    """argparse's message without the second spelling of a flag, the one with hyphens."""
-    return re.sub(r"^(argument --\w+)/[^:]+:", r"\1:", message)
+    """argparse's message in one line, without the second spelling of a flag, the one with hyphens."""
+    message = " ".join(re.sub(r"^(argument --\w+)/[^:]+:", r"\1:", message).split())
+    return message if len(message) <= MOST_SAID else f"{message[:MOST_SAID]}..."
 
 
 def _truth(word: str) -> bool:
@@ -243,6 +251,18 @@ def no_duplicates() -> "type[SafeLoader]":
                 return super().get_single_data()
             except RecursionError:
                 raise yaml.YAMLError("nested too deeply") from None
+            except YAML_ERRORS as error:
+                # A mapping or list is filled last, outside of `construct_object`.
+                raise yaml.YAMLError(_first_line(error)) from None
+
+        def construct_object(self, node: "Node", deep: bool = False) -> Any:
+            # What looks like a date, or is called an int, is made one by Python, which complains in its own words.
+            try:
+                return super().construct_object(node, deep)
+            except YAML_ERRORS as error:
+                kind, said = node.tag.rpartition(":")[2], f"{node.value!r:.60}"
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"{said} in line {line} is no {kind} ({_first_line(error)})") from None
 
         def get_single_node(self) -> "Node | None":
             node = super().get_single_node()
@@ -262,6 +282,10 @@ def no_duplicates() -> "type[SafeLoader]":
             return super().construct_mapping(node, deep)
 
     return NoDuplicates
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:100]
 
 
 def _values_of(node: "Node", known: dict[int, int]) -> int:

@@ -139,7 +139,7 @@ def _why_not_resumed(work: Path, arguments: Mapping[str, Any]) -> str | None:
     """Return why an earlier attempt is of no use, `None` if it is."""
     try:
         before = json.loads((work / NOTE).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         before = {}
     before = before if isinstance(before, dict) else {}
     if (cut := _cut_off(work)) is not None:
@@ -161,7 +161,7 @@ def _cut_off(work: Path) -> Path | None:
     for file in sorted(work.rglob("*.json")):
         try:
             json.loads(file.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             if file.parent.name != "stats" or (file.parents[1] / "completions" / file.stem).exists():
                 return file
     return None

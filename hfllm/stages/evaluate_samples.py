@@ -59,7 +59,7 @@ class Samples:
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
                 key = key_of(record)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, RecursionError):
                 continue
             self.records[key] = record
         self.write([*self.records.values()])

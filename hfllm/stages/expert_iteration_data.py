@@ -190,7 +190,7 @@ def _description(
 def _read(record: Path) -> dict[str, Any]:
     try:
         return json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

@@ -192,7 +192,7 @@ class Controls:
             if kept["run"] != self.digest:
                 return {}
             return {name: Measured(**each) for name, each in kept["controls"].items()}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
     def _keep(self, found: Mapping[str, Measured]) -> None:

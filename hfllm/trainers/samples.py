@@ -182,7 +182,7 @@ def _read_rows(file: Path, last_step: int) -> list[dict[str, int | str]]:
         try:
             row = json.loads(line)
             is_ours = set(row) == {"step", "prompt", "completion"}
-        except (json.JSONDecodeError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             is_ours = False
         if not is_ours:
             raise InputError(f"{file}, line {number}: {line[:80]!r} is no sample; samples need their own file")

@@ -67,7 +67,20 @@ def test_no_report_is_none(tmp_path):
     assert read_report(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["[]", "not JSON", "{}", '{"stage": "a"}', '{"stage": "a", "arguments": []}'])
+def nested(depth):
+    return f'{{"stage": "a", "arguments": {{"b": {"[" * depth + "]" * depth}}}}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "not JSON", "{}", '{"stage": "a"}', '{"stage": "a", "arguments": []}'),
+        pytest.param(nested(100_000), id="deep"),
+        # Python can read this, and not write it again.
+        pytest.param(nested(400), id="less deep"),
+        pytest.param(f'{{"stage": "a", "arguments": {{"b": {"9" * 5000}}}}}', id="digits"),
+    ],
+)
 def test_the_report_of_another_program_is_none(tmp_path, text):
     (tmp_path / "report.json").write_text(text)
     assert read_report(tmp_path) is None

@@ -117,6 +117,54 @@ def test_secrets_are_hidden_wherever_they_are(monkeypatch):
     assert TOKEN not in written and "unusual" not in written and "mine" not in written and "me:pass" not in written
 
 
+# ---- where it goes ----
+
+
+@dataclass
+class Output:
+    output_dir: str | None = "outputs/try"
+    settings: str | None = None
+
+
+@pytest.mark.parametrize("library", [(), (f"{__name__}.Others",)])
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("output_dir: null", "--output_dir None: expected the name of a folder"),
+        ("output_dir: ''", "--output_dir '': expected the name of a folder"),
+        ("output_dir: ' '", "--output_dir ' ': expected the name of a folder"),
+        ("output_dir: {a: 1}", "--output_dir {'a': 1}: expected the name of a folder"),
+        ('output_dir: "a\\0b"', "no name for a folder: it holds characters that none has"),
+        ('output_dir: "\\ud800"', "no name for a folder: it holds characters that none has"),
+        (f"output_dir: {'x' * 300}", f"--output_dir '{'x' * 80}'...: no name for a folder: File name too long"),
+        (f"output_dir: {'/'.join(['x' * 99] * 42)}", "...: no name for a folder: File name too long"),
+    ],
+)
+def test_an_output_folder_without_a_name_is_refused(yaml, words, library, tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml)
+    with pytest.raises(InputError) as error:
+        parse_recipe(["--config", str(tmp_path / "a.yaml")], "", Output, library)
+    assert words in str(error.value) and len(str(error.value)) < 200
+
+
+def test_other_output_folders_are_taken(tmp_path):
+    for named in ("a", "a b/ü", str(tmp_path / "new" / "er"), "false"):
+        assert parse_recipe(["--output_dir", named], "", Output)[0].output_dir == named
+    assert parse_recipe([], "", Output)[0].output_dir == "outputs/try"
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(InputError, match="Too many levels of symbolic links"):
+        parse_recipe(["--output_dir", str(tmp_path / "circle")], "", Output)
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 100_000, f'{{"a": {"9" * 5000}}}'])
+def test_json_that_python_cannot_hold_is_named_by_its_flag(text):
+    with pytest.raises(InputError, match=r"^--settings \{\"a\":.{54,56}\.\.\.: cannot be read as JSON: ") as error:
+        parse_recipe(["--settings", text], "", Output)
+    assert len(str(error.value)) < 300
+    # What only begins so is a text.
+    assert parse_recipe(["--settings", "{a}"], "", Output)[0].settings == "{a}"
+
+
 # ---- what is done already ----
 
 

@@ -174,6 +174,30 @@ def test_a_value_of_another_type_is_refused_by_its_file(parse, config, yaml, wor
     assert all(word in message for word in [path, *words]), message
 
 
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("name: 2001-99-99", "not YAML: '2001-99-99' in line 1 is no timestamp (month must be in 1..12)"),
+        ("name: a\n2001-99-99: 1", "not YAML: '2001-99-99' in line 2 is no timestamp"),
+        ("name: 2001-12-14t21:59:43.10-99:99", "in line 1 is no timestamp (offset must be"),
+        ("name: !!timestamp abc", "not YAML: 'abc' in line 1 is no timestamp"),
+        ("is_on: true\ncount: !!int abc", "not YAML: 'abc' in line 2 is no int (invalid literal"),
+        ("limit: !!float abc", "not YAML: 'abc' in line 1 is no float (could not convert"),
+        ("is_on: !!bool abc", "not YAML: 'abc' in line 1 is no bool"),
+        ("count: !!map abc", "not YAML: not enough values to unpack"),
+        (f"count: {'9' * 5000}", "in line 1 is no int (Exceeds the limit (4300 digits)"),
+        (f"count: 0x{'f' * 5000}", "count: Exceeds the limit (4300 digits)"),
+    ],
+)
+def test_a_value_that_python_cannot_make_is_named_by_its_line(parse, config, yaml, words):
+    found = complaint(parse, "--config", config(yaml))
+    assert "config.yaml: " in found and words in found and len(found) < 400
+
+
+def test_a_long_value_is_not_repeated_whole(parse):
+    assert len(complaint(parse, "--count", "9" * 5000)) < 400
+
+
 def test_help_shows_each_flag_with_its_default(parse, capsys):
     for flag in ("--help", "-h", "--help_all"):
         with pytest.raises(SystemExit) as ended:
