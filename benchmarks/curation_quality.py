@@ -13,7 +13,7 @@ import random
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from datatrove.data import Document
@@ -261,6 +261,109 @@ def decontamination(data: Path) -> list[dict]:
     return rows
 
 
+LOOK_ALIKES = {
+    "Cyrillic": str.maketrans("aceopxyijsABCEHKMOPTXYIJS", "асеорхуіјѕАВСЕНКМОРТХУІЈЅ"),
+    "Greek": str.maketrans("aeiovtx", "αειοντχ"),
+}
+
+
+def changes(words: list[str]) -> dict[str, Callable[[str, random.Random], str]]:
+    """Return what may be done to a copy, by name. `words` take the place of others."""
+
+    def changed(text: str, is_changed: Callable[[int], bool], change: Callable[[str], str]) -> str:
+        parts = re.split(r"(\s+)", text)
+        places = [index for index in range(0, len(parts), 2) if parts[index]]
+        for number, index in enumerate(places):
+            if is_changed(number):
+                parts[index] = change(parts[index])
+        return "".join(parts)
+
+    def every(step: int) -> Callable[[str, random.Random], str]:
+        def change(text: str, rng: random.Random) -> str:
+            first = rng.randrange(step)
+            return changed(text, lambda number: number % step == first, lambda word: rng.choice(words))
+
+        return change
+
+    def by_chance(change: Callable[[str, random.Random], str]) -> Callable[[str, random.Random], str]:
+        return lambda text, rng: changed(text, lambda number: rng.random() < 0.1, lambda word: change(word, rng))
+
+    def inside(mark: str) -> Callable[[str, random.Random], str]:
+        return lambda text, rng: "".join(letter + mark * (rng.random() < 0.3) for letter in text)
+
+    return {
+        "as they are": lambda text, rng: text,
+        "every 16th word changed": every(16),
+        "every 10th": every(10),
+        "one in 10 by chance": by_chance(lambda word, rng: rng.choice(words)),
+        "left out": by_chance(lambda word, rng: ""),
+        "added": by_chance(lambda word, rng: f"{word} {rng.choice(words)}"),
+        **{name: lambda text, rng, table=table: text.translate(table) for name, table in LOOK_ALIKES.items()},
+        "accents": inside("\u0301"),
+        "unseen marks": inside("\u2063"),
+    }
+
+
+def evaluation_items(data: Path) -> dict[str, tuple[Path, list[str]]]:
+    """Return texts of evaluation sets as people copy them: name to the file and the texts."""
+    folder = data / "eval"
+    sets = {name: folder / name for name in ("gsm8k_train.jsonl", "ARC-Easy_test.json", "TruthfulQA.csv")}
+    sets["HumanEval.jsonl.gz"] = folder / "HumanEval.jsonl.gz"
+    gsm8k, arc, truthful, code = ([row for row in load_source(str(file)).rows] for file in sets.values())
+    arc_texts = [re.sub(r"^.*?question: |\n\nAnswer format.*", "", row["instruction"], flags=re.DOTALL) for row in arc]
+    return {
+        "gsm8k, question": (sets["gsm8k_train.jsonl"], [row["question"] for row in gsm8k]),
+        "gsm8k, answer": (sets["gsm8k_train.jsonl"], [row["answer"] for row in gsm8k]),
+        "ARC, question and choices": (sets["ARC-Easy_test.json"], arc_texts),
+        "TruthfulQA, question": (sets["TruthfulQA.csv"], [row["Question"] for row in truthful]),
+        "TruthfulQA, best answer too": (
+            sets["TruthfulQA.csv"],
+            [f"{row['Question']} {row['Best Answer']}" for row in truthful],
+        ),
+        "HumanEval, prompt": (sets["HumanEval.jsonl.gz"], [row["prompt"] for row in code]),
+        "HumanEval, solution": (sets["HumanEval.jsonl.gz"], [row["canonical_solution"] for row in code]),
+    }
+
+
+def changed_copies(data: Path) -> list[dict]:
+    """Return the share of copies found, of 300 texts of each kind or all, by their length in words."""
+    hosts = [text for _, text in chapters(data)]
+    vocabulary = re.findall(r"[a-z]{2,}", " ".join(hosts)[:300_000])
+    rows, steps = [], {}
+    for name, (file, texts) in evaluation_items(data).items():
+        if file not in steps:
+            steps[file] = DecontaminationFilter(evaluation_texts([str(file)]))
+        for low, high in ((8, 12), (13, 19), (20, 10**6)):
+            some = [text for text in texts if low <= len(words_of(text)) <= high]
+            if len(some) < 20:
+                continue
+            some = random.Random(1).sample(some, min(300, len(some)))
+            rows.append({"texts": name, "words": f"{low} to {high}" if high < 10**6 else f"{low} or more"})
+            rows[-1]["number"] = len(some)
+            for change, function in changes(vocabulary).items():
+                rng, found = random.Random(7), 0
+                for index, text in enumerate(some):
+                    host = hosts[index % len(hosts)][:1500]
+                    found += not keeps(steps[file], f"{host}\n\n{function(text, rng)}\n\n{host[:500]}")
+                rows[-1][change] = f"{found / len(some):.2f}"
+    return rows
+
+
+def unrelated_dropped(data: Path) -> list[dict]:
+    """Return the documents dropped by all evaluation sets, and by half of a set of the other half."""
+    files = sorted({str(file) for file, _ in evaluation_items(data).values()})
+    step, rows = DecontaminationFilter(evaluation_texts(files)), []
+    for name, texts in clean_texts(data).items():
+        rows.append({"documents": f"{name}, against all four sets", "number": len(texts)})
+        rows[-1]["dropped"] = sum(not keeps(step, text) for text in texts)
+    for file in files:
+        texts = [" ".join(map(str, row.values())) for row in load_source(file).rows]
+        step = DecontaminationFilter(texts[::2])
+        rows.append({"documents": f"every other row of {Path(file).name}, against the rest"})
+        rows[-1].update({"number": len(texts) // 2, "dropped": sum(not keeps(step, text) for text in texts[1::2])})
+    return rows
+
+
 def clean_texts(data: Path) -> dict[str, list[str]]:
     """Return texts that people would mostly keep, by name."""
     folder = data / "pretrain"
@@ -307,6 +410,8 @@ def main() -> None:
         ("Spam: texts that are none", ham_dropped),
         ("Duplicates", duplicates),
         ("Decontamination against gsm8k", decontamination),
+        ("Decontamination: share found of copies with changes, in book text", changed_copies),
+        ("Decontamination: what is no copy", unrelated_dropped),
         ("Shares dropped of texts that people would keep for the most part, each filter alone", shares_dropped),
     ):
         rows = measure(arguments.data)

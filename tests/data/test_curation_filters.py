@@ -12,7 +12,7 @@ pytest.importorskip("datatrove", reason="needs the extra 'data'")
 from datatrove.data import Document
 
 from hfllm.data.curation.content import LanguageFilter, SpamFilter, ToxicityFilter, read_phrases
-from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts, normalized
+from hfllm.data.curation.decontamination import DecontaminationFilter, common_words, evaluation_texts, normalized
 from hfllm.data.curation.quality import (
     C4QualityFilter,
     GopherQualityFilter,
@@ -306,6 +306,104 @@ WORDS = QUESTION.split()
 def test_decontamination_finds_thirteen_words_in_a_row(text, reason):
     tests = [" ".join(WORDS), "True that cats like to sleep all day?", "What is love?"]
     assert verdict(DecontaminationFilter(tests), text) == reason
+
+
+# Written for this test, in the manner of word problems.
+PROBLEMS = [
+    "A bakery on the corner bakes 14 trays of rolls each morning, and every tray holds 24 of them. By noon the "
+    "baker has sold three quarters of the rolls, and in the afternoon she gives 20 to a school nearby. How many "
+    "rolls are left in the shop when she locks its door in the evening?",
+    "Tomas wants to paint a fence that is 36 meters long and 2 meters high. One can of paint covers 9 square "
+    "meters and costs 11 dollars, but the store gives him the fifth can of every five for free. How much money "
+    "does Tomas spend if he paints only the side which faces the street?",
+    "Three sisters collect shells at the beach during a week of holidays. The oldest finds 17 on each of the "
+    "first four days, the middle one finds twice as many as the youngest, and together they carry home 158 shells "
+    "in a bucket. How many of them were found by the youngest sister?",
+    "A train leaves the harbor at nine with 212 passengers in its six cars. At the first stop 38 of them get off "
+    "and 55 get on, and at the second stop half of those who are still on board change to a bus. How many people "
+    "ride on to the last station in the mountains?",
+]
+OTHERS = [
+    *("river", "window", "under", "seldom", "bright", "carry", "fourteen", "loud"),
+    *("paper", "often", "wheel", "soft", "garden", "twelve", "answer", "over"),
+]
+CYRILLIC = str.maketrans("aceopxyijsABCEHKMOPTXYIJS", "асеорхуіјѕАВСЕНКМОРТХУІЈЅ")
+
+
+def every(step, change):
+    def changed(text, first):
+        parts = text.split()
+        for index in range(first % step, len(parts), step):
+            parts[index] = change(parts[index], OTHERS[index % len(OTHERS)])
+        return " ".join(parts)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        every(16, lambda word, other: other),
+        every(10, lambda word, other: other),
+        every(10, lambda word, other: ""),
+        every(10, lambda word, other: f"{word} {other}"),
+        lambda text, first: text.translate(CYRILLIC),
+        lambda text, first: text.translate(str.maketrans("aeiovtx", "αειοντχ")),
+        # A few letters, so that each word mixes alphabets.
+        lambda text, first: re.sub("[eo]", lambda found: found[0].translate(CYRILLIC), text),
+        lambda text, first: re.sub("[aeiou]", "\\g<0>\u0301", text),
+        lambda text, first: text.replace("e", "e\u2063\u034f").replace("t", "\u202et\ufe0f"),
+        lambda text, first: every(10, lambda word, other: other)(text, first).translate(CYRILLIC),
+    ],
+)
+def test_decontamination_finds_copies_with_changed_words_and_letters(change):
+    step = DecontaminationFilter([QUESTION, *PROBLEMS])
+    for problem in PROBLEMS:
+        for first in range(10):
+            assert verdict(step, f"{PROSE}\n\n{change(problem, first)}\n\n{PROSE}") == "contaminated"
+
+
+def test_decontamination_keeps_what_shares_only_words_or_their_order():
+    step = DecontaminationFilter([QUESTION, *PROBLEMS])
+    assert verdict(step, f"{PROSE} {' '.join(OTHERS)}") is True
+    for problem in PROBLEMS:
+        parts = problem.split()
+        # The same words in another order, spread over a page, and every third one changed.
+        assert verdict(step, " ".join(parts[::-1])) is True
+        assert (
+            verdict(step, " ".join(f"{' '.join(parts[i : i + 5])} {PROSE}" for i in range(0, len(parts), 5))) is True
+        )
+        assert verdict(step, every(3, lambda word, other: other)(problem, 0)) is True
+    # Of texts a little longer than thirteen words a fifth may be changed, and of shorter ones nothing.
+    assert verdict(DecontaminationFilter([" ".join(WORDS[:14])]), " ".join([*WORDS[:6], "ten", *WORDS[7:14]])) == (
+        "contaminated"
+    )
+    assert verdict(DecontaminationFilter([" ".join(WORDS[:12])]), " ".join([*WORDS[:6], "ten", *WORDS[7:12]])) is True
+
+
+def test_common_words_is_the_longest_common_subsequence():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        one, other = (rng.integers(0, 6, rng.integers(0, 40)).astype(np.uint32) for _ in range(2))
+        longest = np.zeros((len(one) + 1, len(other) + 1), int)
+        for i, word in enumerate(one):
+            for j, another in enumerate(other):
+                longest[i + 1, j + 1] = (
+                    longest[i, j] + 1 if word == another else max(longest[i, j + 1], longest[i + 1, j])
+                )
+        assert common_words(one, other) == longest[-1, -1]
+
+
+def test_letters_that_look_alike_leave_other_alphabets_as_they_are():
+    russian = "Все люди рождаются свободными и равными в своём достоинстве и правах, они наделены разумом и совестью"
+    greek = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα, είναι προικισμένοι"
+    step = DecontaminationFilter([russian, greek])
+    for text in (russian, russian.upper(), greek, greek.upper()):
+        assert verdict(step, text) == "contaminated"
+    assert (
+        verdict(step, " ".join(russian.split()[::-1])) is True and verdict(step, " ".join(greek.split()[::-1])) is True
+    )
+    assert normalized("ПРИВЕТ") == normalized("привет") and normalized("ёж") == normalized("ЕЖ")
 
 
 ANSWER = (
