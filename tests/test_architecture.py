@@ -1,6 +1,7 @@
 """The house rules: imports point down the floors, no circles, small files, a light import, registration."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from functools import cache
@@ -193,3 +194,31 @@ def test_public_names_exist():
         assert getattr(hfllm, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = hfllm.nonsense
+
+
+def test_every_module_is_imported_and_has_the_names_that_it_promises():
+    """Those of Flower's apps only where Flower is installed, which no other part needs."""
+    missing = []
+    for name in sorted(modules()):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            assert error.name == "flwr" and name in ("hfllm.federation.client_app", "hfllm.federation.server_app"), (
+                name
+            )
+            continue
+        missing += [f"{name}.{each}" for each in getattr(module, "__all__", ()) if not hasattr(module, each)]
+    assert not missing
+
+
+def test_measures_of_uncertainty_have_their_names_in_both_rooms():
+    from hfllm.grounding import calibration as promised
+    from hfllm.outputs import calibration
+
+    public = {
+        name
+        for name, value in vars(calibration).items()
+        if getattr(value, "__module__", "") == calibration.__name__ and not name.startswith("_")
+    }
+    assert public == {*promised.__all__}
+    assert all(getattr(promised, name) is getattr(calibration, name) for name in public)

@@ -1,7 +1,42 @@
 """Does a model know when it is wrong? The figures of `hfllm.outputs.calibration`, by their names here too."""
 
+from hfllm.outputs.calibration import (
+    Bin,
+    Interval,
+    as_numbers,
+    as_pairs,
+    aurc,
+    auroc,
+    auroc_interval,
+    auroc_within,
+    check_share,
+    ece,
+    excess_aurc,
+    reliability,
+    reliability_plot,
+    risk_coverage,
+    risk_coverage_plot,
+    shuffled_auroc,
+    uncertainty_metrics,
+)
+
+# Written out, so that a linter does not take the imports for unused.
 __all__ = [
-    *("Bin", "Interval", "as_numbers", "as_pairs", "aurc", "auroc", "auroc_interval", "auroc_within", "check_share"),
-    *("ece", "excess_aurc", "reliability", "reliability_plot", "risk_coverage", "risk_coverage_plot"),
-    *("shuffled_auroc", "uncertainty_metrics"),
+    "Bin",
+    "Interval",
+    "as_numbers",
+    "as_pairs",
+    "aurc",
+    "auroc",
+    "auroc_interval",
+    "auroc_within",
+    "check_share",
+    "ece",
+    "excess_aurc",
+    "reliability",
+    "reliability_plot",
+    "risk_coverage",
+    "risk_coverage_plot",
+    "shuffled_auroc",
+    "uncertainty_metrics",
 ]
