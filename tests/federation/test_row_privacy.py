@@ -95,6 +95,20 @@ def test_one_row_moves_the_sum_by_the_norm_at_most():
     torch.testing.assert_close(total(rows), total(rows[:3]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_row_whose_gradient_is_not_finite_adds_nothing(value):
+    """A share of 0 of what is infinite would be NaN, in all rows' sum."""
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
+    summed = RowSum(parameters, RowPrivacy(1.0, 0.0))
+    for gradients in (([3.0, 0.0, 0.0], [0.0, 4.0]), ([1.0, value, 0.0], [1.0, 1.0]), ([0.0, 0.5, 0.0], [0.0, 0.0])):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = torch.tensor(gradient)
+        summed.take()
+    summed.set_gradient(1.0)
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([0.6, 0.5, 0.0]))
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 0.8]))
+
+
 def test_a_row_has_dropout_of_its_own():
     """From one stream of masks a row would shift those of all rows after it: more than the norm would move."""
     learner, masks = LocalLearner(PretendedTrainer(4, 1, True), 1), []

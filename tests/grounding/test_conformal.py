@@ -135,6 +135,18 @@ def test_p_values_are_scipys():
     assert binomial_p(0, 0, 0.1) == hoeffding_bentkus_p(0, 0, 0.1) == 1
 
 
+@pytest.mark.parametrize(("loss", "rows", "alpha"), [(0.5, 50, 0.1), (10.25, 400, 0.05), (3.9, 60, 0.2)])
+def test_the_part_of_bentkus_rounds_fractions_of_a_loss_up(loss, rows, alpha):
+    """Rounded down, a risk that is above alpha would be called below it too often."""
+    count, mean = math.ceil(loss), loss / rows
+    chances = [math.comb(rows, k) * alpha**k * (1 - alpha) ** (rows - k) for k in range(count + 1)]
+    kl = mean * math.log(mean / alpha) + (1 - mean) * math.log((1 - mean) / (1 - alpha))
+    expected = min(math.exp(-rows * kl), math.e * sum(chances))
+    assert hoeffding_bentkus_p(loss, rows, alpha) == pytest.approx(expected, rel=1e-9)
+    # The next smaller count would show in the result.
+    assert math.e * sum(chances[:-1]) < 0.9 * expected
+
+
 @pytest.mark.parametrize("p_value", ["hoeffding_bentkus", "binomial"])
 def test_p_values_are_valid(p_value):
     rng = np.random.default_rng(0)

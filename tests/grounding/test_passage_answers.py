@@ -128,6 +128,19 @@ def test_the_chosen_answers_are_the_likeliest(make_model, tokenizer):
     assert sequence.text == tokenizer.decode(best, skip_special_tokens=True)
 
 
+def test_the_weights_of_passages_choose_among_the_answers(make_model, tokenizer):
+    model = make_model(initializer_range=0.3)
+    questions = [chat("Who?", text) for text in TEXTS]
+    candidates = [rag_sequence_answers(model, tokenizer, [[each]], [[1.0]], LENGTH)[0].text for each in questions]
+    assert len(set(candidates)) == len(TEXTS)
+    chosen = []
+    for place in range(len(TEXTS)):
+        # A hundredth for the others: what its own passage says is then likeliest.
+        weights = [0.97 if place == each else 0.01 for each in range(len(TEXTS))]
+        chosen += rag_sequence_answers(model, tokenizer, [questions], [weights], LENGTH)
+    assert [each.text for each in chosen] == candidates
+
+
 def test_weights_are_a_softmax():
     assert passage_weights([2.0, 1.0]) == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e)])
     assert passage_weights([2000.0, 0.0]) == [1.0, 0.0]
