@@ -16,6 +16,9 @@ from hfllm.scaling.devices import DEVICES
 
 # A part of the name that the driver gives, and the name in hfllm.scaling.devices; the first that fits counts.
 KNOWN = {
+    "GH200": "gh200",
+    "B200": "b200",
+    "MI300X": "mi300x",
     "H100": "h100",
     "H200": "h200",
     "A100-SXM4-80GB": "a100-80gb",

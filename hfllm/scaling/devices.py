@@ -1,6 +1,7 @@
 """Accelerators: their memory, their peak, and the bandwidth between them. Numbers are the vendors'.
 
 Only the efficiencies are fitted, to published runs (benchmarks/published_runs.csv; docs/planner.md shows the errors).
+GH200, B200 and MI300X have no runs there, and the efficiencies of others, as is said beside them.
 """
 
 import os
@@ -85,6 +86,9 @@ def _cpu(processes: int) -> Device:
 
 _HOPPER = {"peak_8bit": 1979e12, "efficiency": 0.6, "attention_efficiency": 0.9, "flash1_efficiency": 0.32}
 _LIMITED = {"peak_8bit": 1979e12, "efficiency": 0.44, "attention_efficiency": 0.35, "flash1_efficiency": 0.23}
+# SemiAnalysis (December 2024) measured bf16 products at 620 TFLOP/s of an MI300X's 1,307 and at 720 of an H100's 989:
+# the shares of Hopper, times 0.65.
+_CDNA3 = {"peak_8bit": 2615e12, "efficiency": 0.39, "attention_efficiency": 0.58, "flash1_efficiency": 0.21}
 DEVICES = {
     device.name: device
     for device in (
@@ -94,6 +98,15 @@ DEVICES = {
         # other, and its efficiencies are shares of that.
         Device("h100-500w", 96 * GIB, 989e12, 67e12, 2.4e12, near=450e9, far=50e9, **_LIMITED),
         Device("h200", 141e9, 989e12, 67e12, 4.8e12, near=450e9, far=50e9, **_HOPPER),
+        # The H100 of 96 GB beside a Grace CPU (datasheet: 4 TB/s), four to a node over NVLink 4, and 200 Gb/s for
+        # each, as in Alps of CSCS.
+        Device("gh200", 96 * GIB, 989e12, 67e12, 4e12, near=450e9, far=25e9, per_node=4, **_HOPPER),
+        # A share of the datasheet's HGX B200: 1.44 TB, 64 TB/s, in bf16 36 PFLOP/s with sparsity, 72 in fp8, 0.6 in
+        # fp32; NVLink 5, and 400 Gb/s for each GPU, as in a DGX.
+        Device("b200", 180e9, 2250e12, 75e12, 8e12, near=900e9, far=50e9, **_HOPPER | {"peak_8bit": 4500e12}),
+        # Datasheet: 192 GB, 5.3 TB/s, 1,307 TFLOP/s in bf16, 163 in fp32; seven links of 64 GB/s each way, and
+        # 400 Gb/s for each GPU.
+        Device("mi300x", 192 * GIB, 1307e12, 163e12, 5.3e12, near=448e9, far=50e9, **_CDNA3),
         # An H100 with less NVLink.
         Device("h800", 80 * GIB, 989e12, 67e12, 3.35e12, near=200e9, far=50e9, **_HOPPER),
         # NVLink 3, and 200 Gb/s.

@@ -26,8 +26,8 @@ class PlanArguments:
     device: str = field(
         default="h100",
         metadata={
-            "help": "h100, h100-500w (limited to 500 W), h200, h800, a100-80gb, a100-40gb, v100, rtx4090, or cpu: "
-            "this machine."
+            "help": "h100, h100-500w (limited to 500 W), h200, gh200, b200, mi300x, h800, a100-80gb, a100-40gb, v100, "
+            "rtx4090, or cpu: this machine."
         },
     )
     device_memory_gb: float | None = field(
@@ -39,6 +39,13 @@ class PlanArguments:
     )
     devices_per_node: int | None = field(
         default=None, metadata={"help": "Devices per machine, if not the default; for a CPU, processes that share it."}
+    )
+    network_gbps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Gigabits per second of the network to other machines, in one direction and for each device, if "
+            "it differs: a machine's link divided by the devices that share it."
+        },
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens per row; by default 2048, or the model's positions if it has fewer."}
@@ -204,6 +211,7 @@ def make_device(script_args: PlanArguments) -> Device:
         "peak_fp32": ("device_peak_tflops", 1e12),
         "peak_8bit": ("device_peak_tflops", 1e12),
         "per_node": ("devices_per_node", 1),
+        "far": ("network_gbps", 1e9 / 8),
     }
     changes = {}
     for name, (flag, unit) in given.items():

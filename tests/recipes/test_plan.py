@@ -171,6 +171,24 @@ def test_another_device(tmp_path):
     assert yaml.safe_load((tmp_path / "accelerate.yaml").read_text())["num_machines"] == 1
 
 
+def test_a_slower_network_is_for_what_goes_between_machines(tmp_path):
+    flags = ("--preset", "llama-2-7b", "--num_devices", 64, "--zero_stage", 3, "--tensor_parallel", 1)
+    flags += ("--pipeline_parallel", 1, "--micro_batch_size", 1, "--recompute", "full", "--global_batch_size", 64)
+    networks = ((), ("--network_gbps", 400), ("--network_gbps", 100))
+    default, same, slow = (run(tmp_path, *flags, *network)["days"] for network in networks)
+    assert default == same < slow
+    alone = ("--num_devices", 8, "--global_batch_size", 64)
+    assert run(tmp_path, *flags, *alone)["days"] == run(tmp_path, *flags, *alone, "--network_gbps", 1)["days"]
+
+
+@pytest.mark.parametrize("device", ["gh200", "b200", "mi300x"])
+def test_newer_devices_are_planned(device, tmp_path):
+    flags = ("--preset", "llama-2-7b", "--num_devices", 64, "--tokens", 1e11)
+    metrics = run(tmp_path, *flags, "--device", device)
+    assert metrics["days"] < run(tmp_path, *flags, "--device", "a100-80gb")["days"]
+    assert 0.2 < metrics["mfu"] < 0.7 and metrics["memory_gib"] <= metrics["usable_gib"]
+
+
 def test_an_h100_with_less_power_is_a_device(tmp_path):
     """torchtitan's 5,762 tokens per second, and 6,667 compiled, of each of 8 for Llama 3.1 8B; 10%."""
     own = {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 32}
@@ -221,6 +239,8 @@ def test_yaml_flags(tmp_path):
         (["--device_peak_tflops", "nan"], "--device_peak_tflops nan: expected a number"),
         (["--device_peak_tflops", "inf"], "--device_peak_tflops inf: expected a number"),
         (["--devices_per_node", "0"], "--devices_per_node 0 must be above 0"),
+        (["--network_gbps", "0"], "--network_gbps 0.0 must be above 0"),
+        (["--network_gbps", "fast"], "argument --network_gbps: invalid float value: 'fast'"),
         (["--tokens", "nan"], "--tokens nan: expected a number"),
         (["--tokens", "inf"], "--tokens inf: expected a number"),
         (["--mfu", "nan"], "--mfu nan: expected a number"),

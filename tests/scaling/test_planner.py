@@ -282,9 +282,25 @@ def test_devices():
         *(pytest.approx(0.9), pytest.approx(0.97))
     ]
     assert request(usable=0.5).usable_bytes == 40 * 2**30
-    with pytest.raises(InputError, match="--device 'tpu' is not one of h100, h100-500w, h200, h800, a100-80gb"):
+    with pytest.raises(InputError, match="'tpu' is not one of h100, h100-500w, h200, gh200, b200, mi300x, h800, a100"):
         find_device("tpu")
     assert find_device("h100").peak("fp32") < find_device("h100").peak("bf16")
+
+
+def test_newer_devices_have_their_datasheets_numbers():
+    """Of eight in a machine, as vendors publish them: memory in TB, and PFLOP/s in bf16 with sparsity."""
+    for name, per_node, terabytes, petaflops, bandwidth in (
+        ("b200", 8, 1.44, 36, 64e12),
+        ("mi300x", 8, 1.649, 20.9, 42.4e12),
+        ("gh200", 4, 0.412, 7.916, 16e12),
+    ):
+        device = find_device(name)
+        assert device.per_node == per_node
+        assert device.memory * per_node / 1e12 == pytest.approx(terabytes, rel=0.01)
+        assert 2 * device.peak("bf16") * per_node / 1e15 == pytest.approx(petaflops, rel=0.01)
+        assert device.bandwidth * per_node == pytest.approx(bandwidth)
+        assert device.peak("fp8") == pytest.approx(2 * device.peak("bf16"), rel=0.001)
+        assert device.far < device.near < device.bandwidth
 
 
 def test_precision_decides_the_fit():
