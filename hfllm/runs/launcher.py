@@ -27,7 +27,7 @@ from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
 from hfllm.version import __version__
 
 # What one process does, however many devices there are.
-IN_ONE_PROCESS = frozenset(("curate", "merge", "plan", "push", "tokenizer"))
+IN_ONE_PROCESS = frozenset(("compare", "curate", "merge", "plan", "push", "tokenizer"))
 # What `accelerate launch` warns of when it is not said.
 ACCELERATE_DEFAULTS = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
 

@@ -139,15 +139,19 @@ def models_of(script_args: EvaluateArguments, before: Chain) -> dict[str, str]:
     return {"sft": before.nested["rlhf"].model("sft"), "rlhf": before.model("rlhf")}
 
 
-def labels_of(names: Sequence[str]) -> list[str]:
+def labels_of(names: Sequence[str], flag: str = "--model_name_or_path") -> list[str]:
     """Return a short label of each model: as much of the end of its name as tells it from the others.
+
+    Args:
+        names: of models, or of other files or folders.
+        flag: that names them, for errors.
 
     Raises:
         InputError: when a model is named twice.
     """
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise InputError(f"--model_name_or_path names {twice} twice")
+        raise InputError(f"{flag} names {twice} twice")
     parts = [[part for part in name.split("/") if part not in ("", ".")] or [name] for name in names]
     for size in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(each[-size:]) for each in parts]

@@ -85,10 +85,7 @@ class Robustness(Suite[Question]):
 
     def primary_of(self, group: str) -> Sequence[str]:
         """Return the primary metrics of a form; the attack at random is a control."""
-        if group == RANDOM:
-            return ()
-        # The world's exact score, which tells more than whether it is right.
-        return self.primary if self.world is None else ("gold", *self.primary[1:])
+        return primary_of(group, self.world is not None)
 
     def items(self) -> list[Item[Question]]:
         """Return all questions in all their forms, of which a weak one may leave some as they are."""
@@ -149,6 +146,18 @@ class Robustness(Suite[Question]):
                     title, "share of words or marks changed", label, lines, is_share=True
                 )
         return Found({}, "", {}, plots) if plots else None
+
+
+def primary_of(group: str, has_gold: bool) -> Sequence[str]:
+    """Return the primary metrics of a form.
+
+    Args:
+        group: the form; the attack at random is a control.
+        has_gold: whether there is the world's exact score, which tells more than whether an answer is right.
+    """
+    if group == RANDOM:
+        return ()
+    return ("gold", *Robustness.primary[1:]) if has_gold else Robustness.primary
 
 
 def scores_of(question: Question, answer: str) -> dict[str, float]:
