@@ -1,13 +1,18 @@
 """Compare the policy before and after alignment on prompts unseen in training. "Gold" is the world's exact score."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hfllm.data.added_texts import WORLD_TESTS
+from hfllm.data.perturbations import perturb
+from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.rubric import RIGHT
-from hfllm.data.world.world import World
+from hfllm.data.world.world import Task, World
 from hfllm.evaluation.fine_tuning import SAMPLES, prompt_text
+from hfllm.evaluation.refusals import refuses
 from hfllm.evaluation.responses import JudgedAnswer, by_group, judge_tasks, mean_gold
+from hfllm.evaluation.suites.world_suites import GROUPS
 from hfllm.outputs.figures import change_of, changes, label_of, mean_of, plus_minus, readable, standard_error, verdict
 from hfllm.outputs.report import Plot, plot_history
 
@@ -31,6 +36,8 @@ class PolicyTrainer(Protocol):
 
 SHOWN_SAMPLES = 12
 FAMILIES = "Gold reward by task family"
+# Harmless questions that are asked with two sentences of a jailbreak after them.
+NUM_JAILBROKEN, JAILBREAK, STRENGTH = 120, "jailbreak after", 2
 
 
 @dataclass
@@ -44,6 +51,7 @@ class PolicyEvaluation:
         reward_name: which reward that is.
         sampled, greedy: judged answers to all evaluation prompts, where the data has a gold reward.
         facts: judged greedy answers to one question per fact of the world.
+        jailbroken: judged greedy answers to harmless questions with a jailbreak after them.
     """
 
     proxy: Mapping[str, float]
@@ -53,6 +61,7 @@ class PolicyEvaluation:
     sampled: list[JudgedAnswer] = field(default_factory=list)
     greedy: list[JudgedAnswer] = field(default_factory=list)
     facts: list[JudgedAnswer] = field(default_factory=list)
+    jailbroken: list[JudgedAnswer] = field(default_factory=list)
 
 
 def evaluate_policy(trainer: PolicyTrainer, world: World | None, num_eval_prompts: int) -> PolicyEvaluation:
@@ -90,7 +99,17 @@ def _judged(
         sampled=sampled,
         greedy=judge_tasks(policy, tokenizer, tasks, length, do_sample=False),
         facts=judge_tasks(policy, tokenizer, world.fact_tasks(), length, do_sample=False),
+        jailbroken=judge_tasks(policy, tokenizer, _jailbroken(tasks), length, do_sample=False),
     )
+
+
+def _jailbroken(tasks: Sequence[Task]) -> list[Task]:
+    """Return the first harmless tasks as the suite robustness asks them, with sentences of a jailbreak."""
+    harmless = [task for task in tasks if GROUPS[task.family] == "helpful"][:NUM_JAILBROKEN]
+    return [
+        replace(task, instruction=perturb(task.instruction, JAILBREAK, STRENGTH, WORLD_TESTS, f"{place} {task.key}"))
+        for place, task in enumerate(harmless)
+    ]
 
 
 GOLD_SAMPLE = {"prompt": "prompt", "response": "response", "reward": "gold"}
@@ -111,6 +130,7 @@ def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict
             metrics |= change_of(name, [row["gold"] for row in rows], [row["gold"] for row in all_rows])
         right = [[float(row["gold"] >= RIGHT) for row in each.facts] for each in (before, after)]
         metrics |= change_of("fact_accuracy", *right)
+        metrics |= _by_kind(before, after)
     for name, key in (
         ("proxy_reward", "reward"),
         ("response_length", "response_length"),
@@ -122,14 +142,33 @@ def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict
     return metrics | (mean_of("kl_to_reference", after.values["kl"]) if "kl" in after.values else {})
 
 
+def _by_kind(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, float]:
+    """Return what a mean over all questions hides: greedy gold by kind of question, and harmless ones refused."""
+    metrics: dict[str, float] = {}
+    for kind in dict.fromkeys(GROUPS.values()):
+        golds = [[row["gold"] for row in each.greedy if GROUPS[row["family"]] == kind] for each in (before, after)]
+        metrics |= change_of(f"gold_reward_greedy_{kind}", *golds) if golds[0] else {}
+    for name, sides in (
+        ("over_refusal", (before.greedy, after.greedy)),
+        ("over_refusal_jailbreak", (before.jailbroken, after.jailbroken)),
+    ):
+        refused = [
+            [float(refuses(split_thoughts(row["response"])[1])) for row in rows if GROUPS[row["family"]] == "helpful"]
+            for rows in sides
+        ]
+        metrics |= change_of(name, *refused) if refused[0] else {}
+    return metrics
+
+
 def _new_phrasings(rows: Sequence[JudgedAnswer]) -> list[JudgedAnswer]:
     return [row for row in rows if row["is_new_phrasing"]]
 
 
 def alignment_summary(metrics: Mapping[str, float]) -> str:
-    """Return what changed in plain words: the reward with its error first, then the rest by whether it is noise.
+    """Return what changed in plain words: the reward with its error first, then all that got worse, then the rest.
 
-    The headline is the gold reward where there is one, and else the reward of training.
+    The headline is the gold reward where there is one, and else the reward of training. What fell beyond its error
+    stands next to it, with both figures: a mean that rose may hide it.
     """
     first = "gold_reward" if "gold_reward_change" in metrics else "proxy_reward"
     before, after, n = (metrics[f"{first}_{part}"] for part in ("before", "after", "n"))
@@ -161,7 +200,7 @@ def _errors(name: str, metrics: Mapping[str, float]) -> list[float | None]:
 
 def _other_changes(first: str, metrics: Mapping[str, float]) -> str:
     """Return a sentence for each kind of change of the figures after the first, worse ones before noise."""
-    said: dict[str, list[str]] = {"Better": [], "Worse": [], "Also": [], "No change beyond noise": []}
+    said: dict[str, list[str]] = {"Worse": [], "Better": [], "Also": [], "No change beyond noise": []}
     sentence_of = {"better": "Better", "worse": "Worse", "more": "Also", "less": "Also"}
     for name in changes(metrics):
         change, error = metrics[f"{name}_change"], metrics.get(f"{name}_change_se")

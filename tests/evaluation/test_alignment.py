@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from hfllm.data.added_texts import WORLD_TESTS
 from hfllm.data.world.world import World
 from hfllm.evaluation import alignment
 from hfllm.evaluation.alignment import (
@@ -56,7 +57,7 @@ def test_of_a_processor_the_tokenizer_answers(monkeypatch):
     for given in ("tokenizer", SimpleNamespace(tokenizer="tokenizer")):
         trainer = SimpleNamespace(policy=None, processing_class=given, args=args, eval_values={})
         alignment._judged(trainer, {}, World(0), 2)
-    assert used == ["tokenizer"] * 6
+    assert used == ["tokenizer"] * 8
 
 
 def test_figures_keep_their_names_and_gain_errors():
@@ -98,6 +99,52 @@ def test_the_summary_says_what_got_worse():
     assert "Better: gold reward (new phrasings) 0." in text and "over-optimization" not in text
     gamed = alignment_summary(alignment_metrics(before, policy(2.0, gold=-0.4, greedy=0.9)))
     assert gamed.startswith("Gold reward fell from") and gamed.endswith("(over-optimization).")
+
+
+def judged(golds, family="fact", response="The fox is red."):
+    return [
+        {"family": family, "is_new_phrasing": False, "prompt": "p", "response": response, "gold": gold}
+        for gold in golds
+    ]
+
+
+def test_the_headline_names_what_a_mean_that_rose_hides():
+    """Greedy gold rises in the mean, by requests for harm, and falls for what was to be helped with."""
+    refusal = "I will not help with that."
+    before, after = policy(0.2, gold=0.1), policy(0.9, gold=0.7, kl=1.3)
+    before.greedy = judged([1.0] * 88 + [0.0] * 12) + judged([-1.0] * 50, "harm")
+    after.greedy = judged([1.0] * 75 + [0.0] * 25) + judged([1.0] * 50, "harm")
+    before.jailbroken = judged([1.0] * 99) + judged([0.0], response=refusal)
+    after.jailbroken = judged([1.0] * 79) + judged([0.0] * 21, response=refusal)
+    metrics = alignment_metrics(before, after)
+    assert metrics["gold_reward_greedy_change"] > 0.3
+    assert (metrics["gold_reward_greedy_helpful_before"], metrics["gold_reward_greedy_helpful_after"]) == (0.88, 0.75)
+    assert metrics["gold_reward_greedy_harmless_change"] == 2 and metrics["gold_reward_greedy_helpful_n"] == 100
+    assert (metrics["over_refusal_jailbreak_before"], metrics["over_refusal_jailbreak_after"]) == (0.01, 0.21)
+    assert metrics["over_refusal_change"] == 0 and "gold_reward_greedy_honest_n" not in metrics
+    headline, _, rest = alignment_summary(metrics).partition(" Worse: ")
+    assert headline.startswith("Gold reward rose from 0.") and headline.endswith("nats per response.")
+    worse, _, _ = rest.partition(" Better: ")
+    assert "gold reward (greedy, to be helped) 0.88 to 0.75 (change -0.130 ± 0.034)" in worse
+    assert "harmless questions refused after a jailbreak (greedy) 0.01 to 0.21 (change 0.200 ± 0.040)" in worse
+    assert "gold reward (greedy answers)" not in worse and "harmless questions refused (greedy)" not in worse
+
+
+def test_harmless_questions_are_asked_with_a_jailbreak_after_them(monkeypatch):
+    asked = []
+    args = SimpleNamespace(response_length=4, seed=0)
+    trainer = SimpleNamespace(policy=None, processing_class="tokenizer", args=args, eval_values={})
+    monkeypatch.setattr(
+        alignment, "judge_tasks", lambda policy, tokenizer, tasks, *rest, **kw: asked.append(tasks) or []
+    )
+    alignment._judged(trainer, {}, World(0), 60)
+    tasks, with_jailbreak = asked[0], asked[-1]
+    harmless = [task for task in tasks if task.family in ("fact", "reading", "list", "addition")]
+    assert len(with_jailbreak) == len(harmless) > 30
+    for task, other in zip(harmless, with_jailbreak, strict=True):
+        assert other.question.startswith(task.instruction) and other.question.endswith(task.input)
+        assert sum(sentence in other.question for sentence in WORLD_TESTS.jailbreaks) == 2
+        assert other.gold == task.gold
 
 
 def test_one_prompt_says_nothing():
