@@ -1,1 +1,1 @@
-"""Models that see and hear: composing them of a text model and a tower, and the processors that feed them."""
+"""Models that see, and the processors that feed them; models that hear can be composed, and nothing feeds them yet."""
