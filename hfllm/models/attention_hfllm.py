@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs
 from .banded_hfllm import banded_attention_forward, banded_mask, forget_all, is_banded, register, with_banded_masks
 from .chunked_hfllm import create_chunked_mask
 from .configuration_hfllm import HfllmConfig
-from .layer_types_hfllm import WINDOWS, own_window
+from .layer_types_hfllm import WINDOWS, longrope_limits, own_window
 from .layers_hfllm import build_norm
 from .memory_hfllm import needs_autograd
 from .sparse_hfllm import sparse_attention_forward, sparse_mask, sparse_sizes
@@ -85,6 +85,23 @@ def build_rotary(config: HfllmConfig) -> nn.Module:
         alone.rope_parameters = config.rope_parameters[name]
         by_type[name] = HfllmRotaryEmbedding(alone)
     return HfllmRotaryByType(by_type)
+
+
+def rotation_changes(config: HfllmConfig, cache: Cache | None, position_ids: torch.Tensor | None, new: int) -> bool:
+    """Return whether keys in a cache have been rotated by other factors than `new` more tokens would be (`longrope`).
+
+    Args:
+        position_ids: (B, S), of the new tokens at the end; `None` means that all count from 0.
+    """
+    limits = longrope_limits(config)
+    held = int(cache.get_seq_length()) if limits and cache is not None else 0
+    # A GPU waits for positions only where there may be something to find out.
+    if not held or all(held + new <= limit for limit in limits):
+        return False
+    before, after = held, held + new
+    if position_ids is not None:
+        before, after = int(position_ids[..., -new].max()), int(position_ids.max()) + 1
+    return any(before <= limit < after for limit in limits)
 
 
 def signed(sin: torch.Tensor) -> torch.Tensor:

@@ -193,6 +193,7 @@ FAMILIES = {
         write=lambda config: {"embd_pdrop": config.hidden_dropout, **_original_context(config)},
         rules=layouts.phi3_rules,
         has_partial_rope=True,
+        reads_again=True,
         # Read from `rope_parameters`, where it has an effect.
         idle=frozenset({"original_max_position_embeddings"}),
     ),

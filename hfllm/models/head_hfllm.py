@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import ModelOutput
 
-from .attention_hfllm import keep_last_sequences
+from .attention_hfllm import keep_last_sequences, rotation_changes
 from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
 from .latent_hfllm import refuse_paging
@@ -81,12 +81,15 @@ class CausalHead(_Base):
         if config.num_local_experts:
             kwargs["output_router_logits"] = output_router_logits
         outputs = self.model(**inputs, **kwargs)
+        # Trainer's evaluation gives the logits to `compute_metrics`; a call that asks for chunks itself wants none.
+        is_evaluation = loss_chunk_size is None and not self.training and not torch.is_grad_enabled()
         loss_chunk_size = config.loss_chunk_size if loss_chunk_size is None else loss_chunk_size
         states, logits, loss, aux_loss = outputs.last_hidden_state, None, None, None
-        if labels is None or not loss_chunk_size:
+        if labels is None or not loss_chunk_size or is_evaluation:
             logits = logits_of(config, self.lm_head, slice_logits_to_keep(states, logits_to_keep))
         if labels is not None:
-            loss = self._loss(states, logits, labels, loss_chunk_size, label_smoothing, **kwargs)
+            whole = None if loss_chunk_size else logits
+            loss = self._loss(states, whole, labels, loss_chunk_size, label_smoothing, **kwargs)
         if output_router_logits:
             aux_loss = balance_loss(config, outputs.router_logits, inputs.get("attention_mask"))
             if is_balanced:
@@ -125,6 +128,7 @@ class CausalHead(_Base):
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
+        kwargs = self._with_one_rotation(input_ids, kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if inputs.get("position_ids") is not None:
             # Here, outside of a forward that may be compiled.
@@ -132,6 +136,33 @@ class CausalHead(_Base):
             length = max(input_ids.shape[1], mask.shape[-1] if isinstance(mask, torch.Tensor) else 0)
             self._decoder.check_context(length, inputs["position_ids"])
         return inputs
+
+    def _with_one_rotation(self, input_ids: torch.LongTensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments that read all tokens again where `longrope` changes its factors, as in Phi-3.
+
+        The cache is emptied for that.
+
+        Raises:
+            ValueError: when the tokens in the cache are not known.
+        """
+        cache, embeds = kwargs.get("cache"), kwargs.get("inputs_embeds")
+        prompt = embeds if kwargs.get("is_first_iteration") and embeds is not None else input_ids
+        new = kwargs.get("next_sequence_length") or prompt.shape[1]
+        if not rotation_changes(self._decoder_config, cache, kwargs.get("position_ids"), new):
+            return kwargs
+        length = int(cache.get_seq_length()) + new
+        kwargs = {**kwargs, "next_sequence_length": None, "is_first_iteration": True}
+        if embeds is not None and 0 <= (later := length - embeds.shape[1]) <= input_ids.shape[1]:
+            # Generated tokens follow a prompt that was given as embeddings.
+            generated = self.get_input_embeddings()(input_ids[:, input_ids.shape[1] - later :])
+            kwargs["inputs_embeds"] = torch.cat((embeds, generated.to(embeds)), dim=1)
+        elif input_ids.shape[1] < length:
+            raise ValueError(
+                f"rope_type='longrope' has other factors for {length} tokens than for those in the cache, which are "
+                "not known here: give all input_ids, and no prefill_chunk_size"
+            )
+        cache.reset()
+        return kwargs
 
     @wraps(GenerationMixin.init_continuous_batching)
     def init_continuous_batching(self, *args, **kwargs) -> object:

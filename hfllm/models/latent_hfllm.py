@@ -130,7 +130,9 @@ class HfllmLatentAttention(HfllmAttention):
             return False
         if self.config._attn_implementation not in ("eager", "sdpa") or type(self.kv_b_proj) is not nn.Linear:
             return False
-        return is_unobserved(self.kv_b_proj)
+        # Tensors that stand for others, such as torchao's int8, can be multiplied and not cut.
+        is_plain = not hasattr(self.kv_b_proj.weight, "__tensor_flatten__")
+        return is_plain and is_unobserved(self.kv_b_proj)
 
     def _attend_to_latents(
         self,

@@ -249,7 +249,8 @@ class HfllmGatedDeltaNet(nn.Module):
         self.o_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
         channels = 2 * self.key_dim + self.value_dim
         self.conv1d = nn.Conv1d(channels, channels, self.conv_kernel_size, groups=channels, bias=False)
-        self.A_log = nn.Parameter(torch.zeros(config.linear_num_value_heads))
+        # In fp32 also in a model of half precision, as in OLMo Hybrid.
+        self.A_log = nn.Parameter(torch.zeros(config.linear_num_value_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.zeros(config.linear_num_value_heads))
         self.o_norm = HfllmRMSNormGated(self.head_v_dim, eps=1e-5)
         sizes = self.key_dim, self.value_dim, self.head_k_dim, self.head_v_dim

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
-from hfllm.models.native_family import LLAMA, LLAMA_BIASES, Family
+from hfllm.models.native_family import LLAMA, LLAMA_BIASES, Family, plain_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,6 +26,11 @@ def written_layers(config: HfllmConfig) -> dict[str, Any]:
     return {"layer_types": list(config.layer_types), "sliding_window": config.sliding_window}
 
 
+def written_windows(config: HfllmConfig) -> dict[str, Any]:
+    """Return `written_layers` for a class that makes the mask of a window even if no layer has one."""
+    return {**written_layers(config), "sliding_window": config.sliding_window or config.max_position_embeddings}
+
+
 def refuse_other_types(config: HfllmConfig, *kinds: str) -> None:
     """Raise a ValueError, with its name, for a type of layer that is none of `kinds`."""
     for kind in config.layer_types:
@@ -42,7 +47,7 @@ def _rotations_of(native: "PreTrainedConfig") -> dict[str, Any]:
     """Return `rope_parameters` by layer type, or one dictionary if all types have the same."""
     # Heads are rotated as a whole there, whatever the factor says.
     factor = "partial_rotary_factor"
-    ropes = native.rope_parameters.items()
+    ropes = plain_rope(native.rope_parameters).items()
     every = {kind: {name: value for name, value in rope.items() if name != factor} for kind, rope in ropes}
     first, *others = every.values()
     return {"rope_parameters": first if all(other == first for other in others) else every}
@@ -67,7 +72,7 @@ def _gemma_fields(native: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def _written_gemma(config: HfllmConfig) -> dict[str, Any]:
-    return {**written_layers(config), "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim}
+    return {**written_windows(config), "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim}
 
 
 def _olmo_fields(native: "PreTrainedConfig") -> dict[str, Any]:
@@ -132,10 +137,7 @@ MIXED_FAMILIES = {
     "cwm": Family(
         {**LLAMA, "mlp_bias": "mlp_bias"},
         read=layers_of,
-        write=lambda config: {
-            **written_layers(config),
-            "sliding_window": config.sliding_window or config.max_position_embeddings,
-        },
+        write=written_windows,
     ),
     "llama4_text": Family(
         {**LLAMA_BIASES, "intermediate_size": "intermediate_size_mlp"},
@@ -146,7 +148,7 @@ MIXED_FAMILIES = {
         idle=frozenset({"intermediate_size", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step"})
         | {"no_rope_layer_interval", "floor_scale", "attn_scale", "attention_chunk_size"},
     ),
-    "ministral": Family(LLAMA, read=layers_of, write=written_layers),
+    "ministral": Family(LLAMA, read=layers_of, write=written_windows),
     "cohere2": Family(
         {**LLAMA_BIASES, "norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
         read=lambda native: {
@@ -155,7 +157,7 @@ MIXED_FAMILIES = {
             "attention_output_bias": native.attention_bias,
             "no_rope_layers": [int(kind == "sliding_attention") for kind in native.layer_types],
         },
-        write=written_layers,
+        write=written_windows,
         rules=layouts.rotary_pairs_rules,
     ),
     "gemma2": Family(
@@ -170,7 +172,7 @@ MIXED_FAMILIES = {
     "olmo3": Family(
         LLAMA_BIASES,
         read=lambda native: {**_olmo_fields(native), **layers_of(native), **_rotations_of(native)},
-        write=lambda config: {**written_layers(config), **_written_rotations(config)},
+        write=lambda config: {**written_windows(config), **_written_rotations(config)},
     ),
     "olmo_hybrid": Family(
         {**LLAMA_BIASES, **{name: name for name in _LINEAR}}, read=_hybrid_fields, write=_written_hybrid

@@ -353,7 +353,8 @@ class HfllmForCausalLM(_HfllmWithHead, CausalHead, GenerationMixin):
         Args:
             logits_to_keep: limits the head to that many last positions, or to the positions of a tensor.
             loss_chunk_size: with labels, compute the loss over this many tokens at a time and return no logits;
-                0 means all at once, `None` follows the config.
+                0 means all at once. `None` follows the config, and in evaluation without gradients there are logits
+                too, for Trainer's `compute_metrics`.
             label_smoothing: (in `kwargs`) share of the target spread over all tokens (arXiv:1512.00567, section 7).
             ignore_index: (in `kwargs`) the label that is ignored instead of -100.
             output_router_logits: with experts, return the routers' logits and the auxiliary loss, and add it to the

@@ -37,6 +37,8 @@ from .configuration_hfllm_vision import HfllmVisionConfig, picture_size
 from .head_hfllm import CausalHead
 from .modeling_hfllm import HfllmModel, keep_module
 
+# What `generate` holds of pictures: themselves, or what the tower has made of them.
+PICTURES = ("pixel_values", "mm_encoder_outputs")
 # What is said to the tower; the rest is said to the decoder.
 OF_TOWER = ("output_attentions", "interpolate_pos_encoding")
 
@@ -229,6 +231,14 @@ class HfllmForConditionalGeneration(
         # transformers would look at pictures that are None.
         none = [name for name in ("pixel_values", "image_sizes") if name in kwargs and kwargs[name] is None]
         return super().generate(inputs, *args, **{name: kwargs[name] for name in kwargs if name not in none})
+
+    @wraps(CausalHead.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
+        cache, has_pictures = kwargs.get("cache"), any(kwargs.get(name) is not None for name in PICTURES)
+        if has_pictures and kwargs.get("next_sequence_length") != 1 and (cache is None or not cache.get_seq_length()):
+            # transformers calls no pass of an assistant the first, and would read its prompt without the pictures.
+            kwargs["is_first_iteration"] = True
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _output(self, outputs: ModelOutput, **fields: object) -> HfllmVisionOutput:
         return HfllmVisionOutput(**fields, image_outputs=outputs.image_outputs)

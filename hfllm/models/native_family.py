@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
+from hfllm.models.layer_types_hfllm import longrope_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,6 +29,8 @@ class Family:
         rules: tensors that are named or laid out differently.
         has_partial_rope: whether `partial_rotary_factor` has an effect there.
         classifier: what the head of its token classifier is called.
+        reads_again: whether its generation reads the text again where the factors of `longrope` change, as ours does;
+            others go on with keys of both kinds.
         idle: native fields without effect on the models that convert.
     """
 
@@ -37,6 +40,7 @@ class Family:
     rules: Callable[[HfllmConfig], Iterator[layouts.Rule]] = lambda config: iter(())
     has_partial_rope: bool = False
     classifier: str = "score"
+    reads_again: bool = False
     idle: frozenset[str] = frozenset()
 
     def ours(self, native: "PreTrainedConfig") -> HfllmConfig:
@@ -64,6 +68,8 @@ class Family:
             if self.has_partial_rope:
                 # If absent, the native class takes another value.
                 values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+        if longrope_limits(config) and not self.reads_again:
+            raise ValueError("rope_type='longrope' has no place there: generation keeps keys of other factors")
         written = self.write(config)
         if config.rotary_types() and "rope_parameters" not in written:
             raise ValueError("rope_parameters by layer type have no place there")
@@ -71,8 +77,13 @@ class Family:
 
 
 def plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy, since configs change theirs in place, without a factor that has no effect."""
-    rope = {name: dict(value) if isinstance(value, Mapping) else value for name, value in parameters.items()}
+    """Return a copy, since configs change theirs in place, without what has no effect.
+
+    That is a factor of 1, and whatever stands beside dictionaries by layer type, where a config that was given one
+    dictionary keeps it.
+    """
+    by_type = {name: dict(value) for name, value in parameters.items() if isinstance(value, Mapping)}
+    rope = by_type or dict(parameters)
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
     return rope

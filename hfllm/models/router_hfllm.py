@@ -34,8 +34,10 @@ class HfllmRouter(nn.Module):
         self.scoring_func, self.topk_method = config.scoring_func, config.topk_method
         self.n_group, self.topk_group = config.n_group, config.topk_group
         self.norm_topk_prob, self.routed_scaling_factor = config.norm_topk_prob, config.routed_scaling_factor
-        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
         self.is_plain = (self.scoring_func, self.topk_method) == ("softmax", "greedy")
+        # In fp32 where the router computes in it, also in a new model of half precision, as in DeepSeek.
+        dtype = None if self.is_plain else torch.float32
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size, dtype=dtype))
         self.update_rate, self.load = config.router_bias_update_rate, None
         if self.topk_method == "noaux_tc":
             self.e_score_correction_bias = nn.Buffer(torch.zeros(config.num_local_experts, dtype=torch.float32))

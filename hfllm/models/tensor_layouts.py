@@ -94,7 +94,10 @@ def _rotary_pairs(name: str, config: HfllmConfig) -> Rule:
     """Return the rule for rotary pairs of neighbors (0, 1), (2, 3), ...; ours are half of what is rotated apart."""
     import torch
 
-    size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    rope = config.rope_parameters
+    # A rotation of type "proportional" goes over the whole head, and turns a part of the pairs by nothing.
+    factor = 1.0 if rope["rope_type"] == "proportional" else rope.get("partial_rotary_factor", 1.0)
+    size = int(config.head_dim * factor)
 
     def moved(tensor: "Tensor", shape: tuple[int, int]) -> "Tensor":
         heads = tensor.reshape(-1, config.head_dim, *tensor.shape[1:])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
 from hfllm.models.configuration_hfllm_vision import HfllmVisionConfig
+from hfllm.models.layer_types_hfllm import longrope_limits
 from hfllm.models.native_families import config_from_native, config_to_native
 
 if TYPE_CHECKING:
@@ -100,3 +101,5 @@ def _refuse_left_out(config: "PreTrainedConfig") -> None:
     for field, plain in LEFT_OUT.items():
         if (value := getattr(config, field)) != plain:
             raise InputError(f"Llava's class leaves out {field}={value} of its text model")
+    if longrope_limits(config):
+        raise InputError("Llava's class generates with keys of other factors where rope_type='longrope' changes them")

@@ -424,6 +424,49 @@ def test_the_tokenizer_of_an_export_has_a_class_that_transformers_4_knows(saved,
     assert {**settings, "tokenizer_class": alone["tokenizer_class"]} == alone
 
 
+WINDOWLESS = {
+    "ministral": {},
+    "cohere2": {**FAMILIES["cohere"], "no_rope_layers": [0, 0]},
+    "gemma2": {
+        key: value for key, value in FAMILIES["gemma3"].items() if not key.startswith(("layer", "slid", "rope"))
+    }
+    | {"qk_norm": False},
+    "gemma3_text": {
+        key: value for key, value in FAMILIES["gemma3"].items() if not key.startswith(("layer", "slid", "rope"))
+    },
+    "olmo3": {"norm_placement": "output", "qk_norm": True, "qk_norm_scope": "all_heads"},
+}
+
+
+@pytest.mark.parametrize("native_type", WINDOWLESS)
+def test_without_a_window_an_export_runs(make_model, tmp_path, native_type):
+    """These classes make the mask of a window even if no layer has one."""
+    model = make_model(
+        **{"hidden_act": "gelu_pytorch_tanh"} if "gemma" in native_type else {}, **WINDOWLESS[native_type]
+    )
+    hfllm.to_native(model, tmp_path / "native", native_type)
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    ids = torch.arange(10, 40).unsqueeze(0)
+    torch.testing.assert_close(native(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+    assert hfllm.from_native(tmp_path / "native").config.sliding_window is None
+
+
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0},
+    **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]},
+}
+
+
+def test_a_rotation_that_changes_goes_to_the_class_that_reads_again(make_model, tmp_path):
+    """Others would generate with cached keys of the short factors."""
+    model = make_model(rope_parameters=LONGROPE)
+    assert config_to_native(model.config).model_type == "phi3"
+    with pytest.raises(InputError, match="llama refuses this model: rope_type='longrope' has no place there"):
+        hfllm.to_native(model, tmp_path / "out", "llama")
+    with pytest.raises(InputError, match="qwen2: rope_type='longrope' has no place there"):
+        config_from_native(transformers.Qwen2Config(**SIZES, num_key_value_heads=1, rope_parameters=LONGROPE))
+
+
 def test_an_export_that_is_pushed_is_the_whole_folder(make_model, tokenizer, tmp_path, hub):
     """The native class's names and the tokenizer, in a repository of the folder's name, and nothing hidden."""
     model = make_model(**FAMILIES["mixtral"])

@@ -128,6 +128,16 @@ def test_routers_that_compute_in_fp32_stay_there(make_model, tmp_path):
     assert model.to(torch.bfloat16).model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
 
 
+@pytest.mark.parametrize("axes", [DEEPSEEK, {"num_local_experts": 4}], ids=["sigmoid", "plain"])
+def test_a_new_model_in_half_precision_has_the_routers_of_a_loaded_one(make_config, tmp_path, axes):
+    model = hfllm.HfllmForCausalLM._from_config(make_config(**axes), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = hfllm.HfllmForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kinds, others = ({name: each.dtype for name, each in of.state_dict().items()} for of in (model, loaded))
+    assert kinds == others and model.dtype == torch.bfloat16
+    assert kinds["model.layers.1.mlp.gate.weight"] == (torch.float32 if axes is DEEPSEEK else torch.bfloat16)
+
+
 def test_other_names_of_the_same(make_config):
     config = make_config(n_routed_experts=8, first_k_dense_replace=1, topk_method="noaux_tc")
     assert config.num_local_experts == config.num_experts == 8

@@ -185,6 +185,45 @@ def test_a_window_in_blocks(make_model):
     assert_near(got, model(ids).logits)
 
 
+class Stored(torch.Tensor):
+    """Stands for another tensor and can only be multiplied, as torchao's quantized weights."""
+
+    @staticmethod
+    def __new__(cls, kept):
+        return torch.Tensor._make_wrapper_subclass(cls, kept.shape, dtype=kept.dtype)
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __tensor_flatten__(self):
+        return ["kept"], None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return function(args[0], args[1].kept, *args[2:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].kept)
+        raise NotImplementedError(function)
+
+
+def test_weights_that_cannot_be_cut_are_multiplied(make_model, ids, ways):
+    model = make_model(**LATENT | AXES["deepseek"])
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **settings)
+    assert ways["_attend_to_latents"]
+    ways["_attend_to_latents"] = 0
+    for layer in model.model.layers:
+        weight = Stored(layer.self_attn.kv_b_proj.weight.detach())
+        layer.self_attn.kv_b_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert torch.equal(model.generate(ids, **settings), expected) and not ways["_attend_to_latents"]
+
+
 def test_losses_and_gradients_are_those_of_the_native_class(make_model, ids, tmp_path):
     """In one row of two packed documents too, which the native class reads one after the other."""
     model = make_model(**LATENT, rope_interleave=True, rope_parameters=AXES["scaled"]["rope_parameters"])

@@ -78,6 +78,23 @@ def test_the_config_asks_for_chunks_and_without_labels_there_are_logits(make_mod
     assert torch.equal(chunked(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
 
 
+@pytest.mark.parametrize("chunk", [4, None])
+def test_evaluation_gives_logits_to_who_computes_metrics(make_model, tmp_path, chunk):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(10, 300, (3, 8)).tolist()]
+    model, seen = make_model(loss_chunk_size=chunk), []
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=2)
+    report = Trainer(
+        model, arguments, eval_dataset=rows, compute_metrics=lambda each: seen.append(each) or {}
+    ).evaluate()
+    logits = torch.from_numpy(seen[0].predictions)
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    torch.testing.assert_close(logits, make_model()(ids).logits.detach())
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert report["eval_loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
 @pytest.mark.parametrize("nothing", [0, None])
 def test_no_chunks_are_said_alike_by_config_and_call(make_model, batch, nothing):
     assert make_model(loss_chunk_size=nothing)(**batch).logits is not None

@@ -9,7 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import hfllm
 from hfllm.generation.fast import fast_generate
@@ -226,6 +226,57 @@ def packed(ids):
     """A row with two documents of 7 and 5 tokens, its positions, and the second document."""
     positions = torch.cat((torch.arange(7), torch.arange(5)))[None]
     return torch.cat((ids[:1, :7], ids[1:, :5]), 1), positions, ids[1:, :5]
+
+
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0},
+    **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]},
+}
+BY_TYPE = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 5,
+    "rope_parameters": {
+        "full_attention": LONGROPE,
+        "sliding_attention": {**LONGROPE, "original_max_position_embeddings": 20},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("axes", "padding"),
+    [
+        ({"rope_parameters": LONGROPE}, (5, 3)),
+        (BY_TYPE, (5, 0)),
+        pytest.param(BY_TYPE, (0, 0), marks=pytest.mark.slow),
+    ],
+)
+def test_longer_factors_are_those_of_the_whole_text(make_model, ids, axes, padding):
+    """Where they change, keys in the cache have other factors: all tokens are read again, however they were given."""
+    model, mask = make_model(**axes), torch.ones_like(ids)
+    for row, length in enumerate(padding):
+        mask[row, :length] = 0
+    fixed = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "attention_mask": mask}
+    expected = model.generate(ids, use_cache=False, **fixed)
+    assert torch.equal(model.generate(ids, **fixed), expected)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **fixed), expected[:, 12:])
+    assert torch.equal(model.generate(ids, cache_implementation="static", **fixed), expected)
+    beams = {**fixed, "num_beams": 2}
+    assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
+    # A cache that holds a part of the text, read up to before and up to after the change.
+    for length in (6, 11):
+        cache, positions = DynamicCache(config=model.config), (mask.cumsum(1) - 1).clamp(min=0)
+        model(ids[:, :length], attention_mask=mask[:, :length], position_ids=positions[:, :length], cache=cache)
+        assert torch.equal(model.generate(ids, cache=cache, **fixed), expected)
+
+
+def test_a_text_of_which_only_a_part_is_known_is_not_read_again(make_model, ids):
+    model = make_model(rope_parameters=LONGROPE)
+    long = torch.cat((ids, ids), dim=1)
+    with pytest.raises(ValueError, match="rope_type='longrope' has other factors for 20 tokens than for those in the"):
+        model.generate(long, prefill_chunk_size=5, max_new_tokens=2)
+    whole, pieces = (model.generate(ids[:1], prefill_chunk_size=size, max_new_tokens=9) for size in (None, 5))
+    assert torch.equal(whole, pieces)
 
 
 def test_generation_continues_the_last_of_packed_sequences(make_model, axes, packed):

@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 import hfllm
 from hfllm.errors import InputError
+from hfllm.models.vision_conversion import vision_config_to_native
 from hfllm.multimodal.composed import idle_media_parameters
 
 EVERY = {**TEXTS, **HEADS}
@@ -88,6 +89,32 @@ def test_beams_keep_the_pictures_of_their_row(make_model):
     together = model.generate(ids, pixel_values=pixels, **fixed)
     for row, part in enumerate((pixels[:2], None, pixels[2:])):
         assert torch.equal(together[row], model.generate(ids[row : row + 1], pixel_values=part, **fixed)[0])
+
+
+def test_it_drafts_for_itself_with_the_pictures(make_model):
+    """A draft that is the model itself is right in all its tokens, if it has seen the same."""
+    model, inputs = seeing(make_model()), prompts(batch=1)
+    fixed = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    expected, passes = model.generate(**inputs, **fixed), []
+    same = copy.deepcopy(model)
+    settings = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    same.generation_config.update(num_assistant_tokens=5, **settings)
+    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(model.generate(**inputs, assistant_model=same, **fixed), expected)
+    assert len(passes) == 2
+
+
+def test_factors_that_change_read_the_pictures_again(make_model):
+    """The text is 24 tokens long; at 27 all are rotated otherwise."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 26, "factor": 4.0}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    model, inputs = seeing(make_model(rope_parameters=rope)), prompts()
+    fixed = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    got = model.generate(**inputs, **fixed)
+    assert torch.equal(got, model.generate(**inputs, use_cache=False, **fixed))
+    assert inputs["input_ids"].shape[1] + 2 == rope["original_max_position_embeddings"]
+    with pytest.raises(InputError, match="rope_type='longrope'"):
+        vision_config_to_native(model.config)
 
 
 @pytest.mark.parametrize("tower", TOWERS)

@@ -277,6 +277,16 @@ NATIVES |= {
     "glm4-moe-lite": ("glm4_moe_lite", {**_ROUTED_LATENT, "mlp_layer_types": ["dense", "sparse"]}),
 }
 
+# One dictionary where the class wants one by type of layer, which it then keeps beside its own; and a rotation over
+# whole heads that leaves a part of them as it is.
+_PROPORTIONAL = {**_GROUPED, "head_dim": 16, **_rope("proportional", partial_rotary_factor=0.25)}
+NATIVES |= {
+    "gemma3-flat": ("gemma3_text", {**_GROUPED, **_KINDS, "head_dim": 16, **_rope("linear", factor=4.0)}),
+    "olmo3-flat": ("olmo3", {**_GROUPED, **_KINDS, **_rope("default")}),
+    "glm-proportional": ("glm", _PROPORTIONAL),
+    "glm4-proportional": ("glm4", _PROPORTIONAL),
+}
+
 # One of each architecture.
 ONE_OF_EACH = list({model_type: name for name, (model_type, _) in reversed(NATIVES.items())}.values())
 
