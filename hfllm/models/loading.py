@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 
 from hfllm.errors import InputError
+from hfllm.models.probes import check_tokenizer
 from hfllm.models.stored import location_of
 
 if TYPE_CHECKING:
@@ -63,21 +64,25 @@ def saved_config(name: str, **kwargs: object) -> "PreTrainedConfig":
 
 
 def saved_tokenizer(name: str, **kwargs: object) -> "PreTrainedTokenizerBase":
-    """Return `AutoTokenizer.from_pretrained(name, **kwargs)`."""
+    """Return `AutoTokenizer.from_pretrained(name, **kwargs)`, whose patterns and chat templates end."""
     from transformers import AutoTokenizer
 
     check_objects(name, "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     with _named_settings(name):
-        return AutoTokenizer.from_pretrained(name, **_with_trust(kwargs))
+        tokenizer = AutoTokenizer.from_pretrained(name, **_with_trust(kwargs))
+    check_tokenizer(name, tokenizer)
+    return tokenizer
 
 
 def saved_processor(name: str, **kwargs: object) -> "ProcessorMixin":
-    """Return `AutoProcessor.from_pretrained(name, **kwargs)`."""
+    """Return `AutoProcessor.from_pretrained(name, **kwargs)`, whose patterns and chat templates end."""
     from transformers import AutoProcessor
 
     check_objects(name, "config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
     with _named_settings(name):
-        return AutoProcessor.from_pretrained(name, **_with_trust(kwargs))
+        processor = AutoProcessor.from_pretrained(name, **_with_trust(kwargs))
+    check_tokenizer(name, processor)
+    return processor
 
 
 def saved_model(model_class: "type[_BaseAutoModelClass | PreTrainedModel]", name: str, **kwargs: object) -> Any:

@@ -1,6 +1,7 @@
 """What ends a run that is neither bad input nor an error of this program: full memory, a full or read-only disk.
 
-Such errors become one line that says what helps, what is saved and how to resume. All others keep their traceback.
+So does a pattern of a tokenizer that its library gives up. Such errors become one line that says what helps, what is
+saved and how to resume. All others keep their traceback.
 """
 
 import errno
@@ -50,6 +51,8 @@ def explained(error: BaseException, *parsed: "DataclassInstance") -> str | None:
         names = {name for group in parsed for name in vars(group)}
         helpful = [text for flag, text in SAVES_MEMORY.items() if flag in names and not _is_on(flag, parsed)]
         return f"out of memory{size}" + (f": try {', '.join(helpful)}" if helpful else "")
+    if type(error).__name__ == "PanicException" and "retry-limit" in str(error):
+        return "a pattern of the tokenizer tries too many ways to match a text: name a model with another tokenizer"
     code = _disk_error(error)
     if code is None:
         return None

@@ -169,6 +169,7 @@ def with_template(
     from trl.chat_template_utils import clone_chat_template
 
     from hfllm.data.chat_templates import BUILT_IN, set_built_in
+    from hfllm.models.probes import check_template
     from hfllm.models.vocabulary import add_tokens
     from hfllm.runs.command_line import say
 
@@ -193,6 +194,8 @@ def with_template(
             model, tokenizer, _ = clone_chat_template(model, tokenizer, name)
     except (OSError, ValueError) as error:
         raise InputError(f"--chat_template_path {name}: {' '.join(str(error).split())[:200]}") from None
+    if isinstance(tokenizer.chat_template, str):
+        check_template(tokenizer.chat_template, f"--chat_template_path {name}: it")
     return model, tokenizer
 
 
