@@ -64,7 +64,9 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     functions = rlhf.checked_functions(script_args)
     tools = checked_tools(script_args, training_args, model_args)
-    train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, functions, tools)
+    train_rows, eval_rows = rlhf.prompt_data(
+        script_args, training_args.seed, functions, tools, training_args.reward_timeout
+    )
     rlhf_checks.check_rewards(script_args, training_args, len(functions), tools.has_reward)
     policy_config = config_to_train(model_args, before)
     train_rows, eval_rows = (

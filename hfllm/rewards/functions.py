@@ -6,11 +6,14 @@ dataset's other columns, one value per row.
 
 import importlib.util
 import json
-import math
 import random
+import signal
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hfllm.data.thoughts import CLOSE, OPEN, split_thoughts
@@ -22,6 +25,8 @@ RewardFunction = Callable[..., list[float]]
 # `rollout_func` also `action_mask`, which takes the place of such a column.
 BEGINNING = "completion_beginning"
 GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids", BEGINNING)
+# A larger one says nothing more, and its square in the critic's loss soon has no place in a float32.
+MOST_REWARD = 1e9
 # Reward functions that have names on the command line: those of rows with the embedded world's gold columns.
 BUILT_IN = {
     "gold": "hfllm.rewards.functions:gold_reward",
@@ -175,6 +180,8 @@ def checked_rewards(
 ) -> list[float] | list[list[float]]:
     """Call a reward function and refuse results other than one finite number, or a list of them, per completion.
 
+    `MOST_REWARD` is the largest that it may be in size.
+
     Raises:
         InputError: naming the function, the row and the value seen.
     """
@@ -199,9 +206,59 @@ def checked_rewards(
         ):
             raise InputError(
                 f"{name} returned {reward!r} for completion {row} ({completion_text(completions[row])[:80]!r}); "
-                f"expected {'a list of finite numbers' if is_per_token else 'a finite number'}"
+                f"expected {'a list of finite numbers' if is_per_token else 'a finite number'} of at most "
+                f"{MOST_REWARD:g} in size"
             )
     return [list(map(float, reward)) if is_per_token else float(reward) for reward in rewards]
+
+
+class _TimeIsUp(BaseException):
+    """Raised in a function that has had its time; not an `Exception`, which it may pass over."""
+
+
+@contextmanager
+def time_limit(function: Callable[..., Any], seconds: float) -> Iterator[None]:
+    """Context manager in which a plain reward function is given up after so many seconds.
+
+    It is interrupted between two of its instructions, in `time.sleep` and in regular expressions; code of a library
+    that does not return to Python is not. There is no limit for rewards that are models of hfllm, whose time is that
+    of the machine, outside of a process's main thread, and on Windows.
+
+    Args:
+        function: the reward function, for the complaint.
+        seconds: 0 is no limit.
+
+    Raises:
+        InputError: naming the function, the time, and where in its code it was.
+    """
+    is_plain = not type(function).__module__.startswith("hfllm.")
+    is_main = threading.current_thread() is threading.main_thread()
+    if not (seconds and is_plain and is_main and hasattr(signal, "setitimer")):
+        yield
+        return
+    is_running = True
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if is_running:
+            raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    # And every second from then on, for a function that catches everything.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    except _TimeIsUp as error:
+        is_running = False
+        # It may have called a library, which is not what is to be mended.
+        place = _place(error, getattr(getattr(function, "__code__", None), "co_filename", None))
+        raise InputError(
+            f"reward function {reward_name(function)!r} did not return within {seconds:g} seconds{place}; "
+            "--reward_timeout gives it more, and 0 sets no limit"
+        ) from None
+    finally:
+        is_running = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _as_list(values: object) -> object:
@@ -213,16 +270,21 @@ def _as_list(values: object) -> object:
     return list(values) if is_several else values
 
 
-def _place(error: BaseException) -> str:
-    """Return the file and line of the user's code that an error comes from, as the end of a phrase."""
-    last = traceback.extract_tb(error.__traceback__)[-1:]
+def _place(error: BaseException, file: str | None = None) -> str:
+    """Return the file and line of the user's code that an error comes from, as the end of a phrase.
+
+    Args:
+        file: whose code it should be, if any of it was running.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [frame for frame in frames if frame.filename == file][-1:] or frames[-1:]
     return f" in {last[0].filename}, line {last[0].lineno}" if last else ""
 
 
 def _is_number(value: object) -> bool:
     try:
-        return value is not None and math.isfinite(float(value))
-    except (TypeError, ValueError):
+        return value is not None and abs(float(value)) <= MOST_REWARD
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -48,7 +50,7 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("log_level_replica", "logging_first_step", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
         *("hub_private_repo", "hub_always_push", "hub_revision", "resume_from_checkpoint", "local_rank"),
         *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
-        *("trust_remote_code", "max_row_bytes"),
+        *("trust_remote_code", "max_row_bytes", "reward_timeout"),
     )
 )
 ASKS_FOR_HELP = frozenset(("--help", "-h"))
@@ -381,6 +383,41 @@ def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:
         return ""
 
 
+@contextmanager
+def _no_silent_end() -> Iterator[None]:
+    """Context manager in which a run cannot end as a success before it is done.
+
+    Code that a run calls, such as a reward function or a tool, may leave by `sys.exit(0)` or `os._exit(0)`, which says
+    to whoever waits for this process that all went well.
+
+    Raises:
+        InputError: naming the file and the line.
+    """
+    end, process = os._exit, os.getpid()
+
+    def refuse_to_end(status: int) -> None:
+        # Children that were forked end so.
+        if status or os.getpid() != process:
+            end(status)
+        frame = sys._getframe(1)
+        raise InputError(_about_end("os._exit(0)", frame.f_code.co_filename, frame.f_lineno))
+
+    os._exit = refuse_to_end
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            raise
+        last = traceback.extract_tb(stop.__traceback__)[-1]
+        raise InputError(_about_end("sys.exit(0)", last.filename, last.lineno)) from None
+    finally:
+        os._exit = end
+
+
+def _about_end(call: str, file: str, line: int | None) -> str:
+    return f"{file}, line {line}: {call} would end the run before it is done; raise an error, or return"
+
+
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:
     """Run a recipe from the command line: bad input, full memory and full disks end it in one line, with exit code 2.
 
@@ -397,19 +434,21 @@ def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) ->
         parsed = parse(sys.argv[1:])
         if importlib.util.find_spec("multiprocess"):
             end_children_with_this_process("multiprocess")
-        main(*parsed)
+        with _no_silent_end():
+            main(*parsed)
     except InputError as error:
         if first_of_machine() or isinstance(error, MachineError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:
+    except KeyboardInterrupt as stop:
+        if main_process():
+            print(f"\ninterrupted: {stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    # What a library in Rust ends with is no `Exception`.
+    except BaseException as error:
         # Only what the machine lacks: an error of this program keeps its traceback.
         line = explained(error, *parsed)
         if line is None:
             raise
         print(f"error: {redact(line)}{_left_behind(parsed)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        if main_process():
-            print(f"\ninterrupted: {stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)

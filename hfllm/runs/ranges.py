@@ -69,6 +69,7 @@ RANGES = (
         (
             *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "world_seed"),
             *("z_loss_coef", "loss_chunk_size", "center_rewards_coefficient", "router_aux_loss_coef", "judge_margin"),
+            "reward_timeout",
         ),
     ),
     Range(

@@ -14,6 +14,7 @@ from hfllm.runs.command_line import main_process
 from hfllm.runs.recipes import load_recipe, settings_file
 from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.stages.constitution import flags_for_all, flags_of_adapter
+from hfllm.trainers.ppo.options import REWARD_TIMEOUT
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -43,6 +44,9 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
             "help": "Reward functions: path/to/file.py:function, exact_match (the final answer is that of the column "
             "answer), or gold (the embedded world's); several are added."
         },
+    )
+    reward_timeout: float = field(
+        default=REWARD_TIMEOUT, metadata={"help": "Seconds after which a reward function is given up; 0: none."}
     )
     min_reward: float = field(default=1.0, metadata={"help": "Responses with at least this reward are kept."})
     num_rounds: int = field(default=2, metadata={"help": "Rounds of sampling and fine-tuning."})

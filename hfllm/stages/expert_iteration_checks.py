@@ -43,7 +43,7 @@ def prompts_of(
     from hfllm.stages.rlhf import prompt_data
     from hfllm.trainers.ppo.prompts import check_pictures, unfit_prompts
 
-    train_rows, eval_rows = prompt_data(script_args, script_args.seed, functions)
+    train_rows, eval_rows = prompt_data(script_args, script_args.seed, functions, timeout=script_args.reward_timeout)
     for rows in (train_rows, eval_rows):
         check_pictures(rows, None, "hfllm expert_iteration")
     if not (name := model_args.model_name_or_path):

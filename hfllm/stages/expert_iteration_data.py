@@ -18,6 +18,7 @@ from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import say
 from hfllm.runs.identity import model_files
 from hfllm.stages.expert_iteration import ExpertIterationArguments, rows_file
+from hfllm.trainers.ppo.options import REWARD_TIMEOUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,9 +53,13 @@ def rewards_of(
     rows: Sequence[Row],
     texts: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
+    timeout: float = REWARD_TIMEOUT,
 ) -> list[float]:
-    """Return the sum of the rewards of a response to each row's prompt; those of tokens or steps are added up."""
-    from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns
+    """Return the sum of the rewards of a response to each row's prompt; those of tokens or steps are added up.
+
+    Each function has `timeout` seconds, see `time_limit`.
+    """
+    from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, time_limit
 
     prompts, begun = map(list, zip(*(split_beginning(row["prompt"]) for row in rows), strict=True))
     completions = [[thinking_message(put + text)] for put, text in zip(begun, texts, strict=True)]
@@ -62,7 +67,8 @@ def rewards_of(
     columns = {**reward_columns(rows), "completion_ids": ids, BEGINNING: begun}
     total = [0.0] * len(rows)
     for function in functions:
-        values = checked_rewards(function, prompts, completions, **columns)
+        with time_limit(function, timeout):
+            values = checked_rewards(function, prompts, completions, **columns)
         for place, value in enumerate(values):
             total[place] += sum(value) if isinstance(value, list) else value
     return total
@@ -99,7 +105,7 @@ def write_round(
     texts = [text for each in responses for text in each]
     if not texts:
         raise InputError(f"{name}: no response ends within --response_length {script_args.response_length}")
-    rewards = rewards_of(functions, repeated, texts, speaking.tokenizer)
+    rewards = rewards_of(functions, repeated, texts, speaking.tokenizer, script_args.reward_timeout)
     chosen, kept = _chosen(script_args, rows, responses, rewards, seed)
     if kept.solved < 2 or len({str(row["prompt"]) for row in chosen}) < 2:
         raise InputError(

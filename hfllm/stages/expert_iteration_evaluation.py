@@ -33,7 +33,7 @@ def evaluate(
     """Sample a response to each held-out prompt, with the same settings as in the rounds."""
     said = sampled(script_args, speaking, rows, script_args.seed + 1_000_000)
     texts = [text for (text,) in said]
-    return Evaluation(texts, rewards_of(functions, rows, texts, speaking.tokenizer))
+    return Evaluation(texts, rewards_of(functions, rows, texts, speaking.tokenizer, script_args.reward_timeout))
 
 
 def found_metrics(

@@ -14,6 +14,7 @@ from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.stages.own_pictures import FreezingArguments
 from hfllm.stages.rlhf_tools import NO_TOOLS, PolicyTools
 from hfllm.trainers.learning_rate import BatchArguments
+from hfllm.trainers.ppo.options import REWARD_TIMEOUT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -147,9 +148,16 @@ def checked_functions(script_args: RlhfArguments) -> "list[RewardFunction]":
 
 
 def prompt_data(
-    script_args: RlhfArguments, seed: int, functions: "Sequence[RewardFunction]", tools: PolicyTools = NO_TOOLS
+    script_args: RlhfArguments,
+    seed: int,
+    functions: "Sequence[RewardFunction]",
+    tools: PolicyTools = NO_TOOLS,
+    timeout: float = REWARD_TIMEOUT,
 ) -> tuple[list[Row], list[Row]]:
-    """Return training and held-out prompt rows; every reward function is tried on two rows, as with these tools."""
+    """Return training and held-out prompt rows; every reward function is tried on two rows, as with these tools.
+
+    Each function has `timeout` seconds for them.
+    """
     from hfllm.data import formats
     from hfllm.data.images import to_picture_prompts
     from hfllm.data.messages import read_tools
@@ -194,7 +202,7 @@ def prompt_data(
     _check_gold(script_args, functions, train_rows)
     # Some rewards ask for environments, which begin with the first episode.
     if getattr(script_args, "environment_factory", None) is None:
-        _try_functions(functions, train_rows[:2], tools)
+        _try_functions(functions, train_rows[:2], tools, timeout)
     return train_rows, eval_rows
 
 
@@ -225,11 +233,13 @@ def _check_gold(script_args: RlhfArguments, functions: "Sequence[RewardFunction]
             raise InputError(f"--reward_funcs {name}: only the embedded world has it, not {source!r}")
 
 
-def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row], tools: PolicyTools) -> None:
+def _try_functions(
+    functions: "Sequence[RewardFunction]", rows: Sequence[Row], tools: PolicyTools, timeout: float
+) -> None:
     """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
     from hfllm.data.formats import as_completion
     from hfllm.data.messages import split_beginning
-    from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns
+    from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, time_limit
 
     completions = [as_completion(row["prompt"], "This is a trial response.") for row in rows]
     prompts, begun = map(list, zip(*(split_beginning(row["prompt"]) for row in rows), strict=True))
@@ -237,7 +247,8 @@ def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row], t
     if tools.schemas is not None:
         columns |= {"action_mask": [[1, 1, 1, 1, 1]] * len(rows), "tools": [tools.schemas] * len(rows)}
     for function in functions:
-        checked_rewards(function, prompts, completions, **columns)
+        with time_limit(function, timeout):
+            checked_rewards(function, prompts, completions, **columns)
 
 
 def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Dataset | None":

@@ -444,6 +444,11 @@ REWARDS = {
     "a number": "def f(completions, **columns): return 1.0",
     "too few": "def f(completions, **columns): yield 1.0",
     "nan": "def f(completions, **columns): return torch.full((len(completions),), float('nan'))",
+    "absurd": "def f(completions, **columns): return [1e30] * len(completions)",
+    "hangs": "def f(completions, **columns):\n    while True: pass",
+    "ends all": "import os\ndef f(completions, **columns): os._exit(0)",
+    "ends all, by a name": "from os import _exit\ndef f(completions, **columns): _exit(0)",
+    "ends all when read": "import os\nos._exit(0)",
 }
 ABOUT = {
     "sys.exit(1)": "does not run: SystemExit(1) in {file}, line 3",
@@ -455,6 +460,11 @@ ABOUT = {
     "a number": "returned float; expected a list of 2 numbers",
     "too few": "returned 1 values for 2 completions",
     "nan": "returned nan for completion 0",
+    "absurd": "returned 1e+30 for completion 0 ('This is a trial response.'); expected a finite number of at most ",
+    "hangs": "function 'f' did not return within 0.3 seconds in {file}, line 4; --reward_timeout gives it more",
+    "ends all": "{file}, line 4: os._exit(0) would end the run before it is done",
+    "ends all, by a name": "{file}, line 4: os._exit(0) would end the run before it is done",
+    "ends all when read": "{file}, line 4: os._exit(0) would end the run before it is done",
 }
 
 
@@ -462,7 +472,7 @@ ABOUT = {
 def test_reward_files(name, refused, saved, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(f"import sys\nimport torch\n{REWARDS[name]}\n")
-    flags = ("--model_name_or_path", saved, "--num_prompts", 8, "--num_eval_prompts", 4)
+    flags = ("--model_name_or_path", saved, "--num_prompts", 8, "--num_eval_prompts", 4, "--reward_timeout", 0.3)
     assert ABOUT[name].format(file=file) in refused("rlhf", *flags, "--reward_funcs", f"{file}:f")
 
 

@@ -1,5 +1,10 @@
 """Reward functions: the gold one, those of a file, and what is refused of what they return."""
 
+import os
+import re
+import signal
+import time
+from contextlib import suppress
 from functools import partial
 
 import numpy
@@ -8,7 +13,15 @@ import torch
 
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.rewards.functions import checked_rewards, gold_reward, length_penalty, load_reward_function, reward_name
+from hfllm.rewards.ensembles import RewardEnsemble
+from hfllm.rewards.functions import (
+    checked_rewards,
+    gold_reward,
+    length_penalty,
+    load_reward_function,
+    reward_name,
+    time_limit,
+)
 
 
 def test_the_gold_reward_reads_each_rows_own_columns():
@@ -128,3 +141,67 @@ def test_what_cannot_be_counted_is_refused():
 def test_the_length_penalty_counts_tokens():
     penalty = length_penalty(0.5, free=2)
     assert penalty(["a", "b"], ["c", "d"], completion_ids=[[1], [1, 2, 3, 4]]) == [0.0, -1.0]
+
+
+@pytest.mark.parametrize("value", [1e30, -1e10, numpy.float32(3e38), 10**400, torch.tensor(1e12)])
+def test_a_reward_whose_square_has_no_place_in_a_float_is_refused(value):
+    with pytest.raises(InputError, match=r"for completion 1 .*expected a finite number of at most 1e\+09 in size"):
+        checked_rewards(lambda completions, **columns: [1e9, value], ["a"] * 2, ["b"] * 2)
+
+
+def spins(**columns):
+    while True:
+        pass
+
+
+def sleeps(**columns):
+    time.sleep(60)
+
+
+def matches(**columns):
+    # Backtracks for hours, in one call.
+    re.match(r"(a|aa)+$", "a" * 80 + "b")
+
+
+def yields(**columns):
+    yield 1.0
+    time.sleep(60)
+
+
+def passes_over(**columns):
+    while True:
+        with suppress(Exception):
+            time.sleep(60)
+
+
+def catches_once(**columns):
+    try:
+        time.sleep(60)
+    except BaseException:
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("function", [spins, sleeps, matches, yields, passes_over, catches_once])
+def test_a_reward_function_that_hangs_is_given_up(function):
+    handler = signal.getsignal(signal.SIGALRM)
+    where = rf"within 0.1 seconds in .*{os.path.basename(__file__)}, line \d+; --reward_timeout gives it more"
+    refused = pytest.raises(InputError, match=rf"^reward function '{function.__name__}' did not return {where}")
+    with refused, time_limit(function, 0.1):
+        checked_rewards(function, ["a"], ["b"])
+    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_who_has_the_time_is_not_interrupted():
+    class OfUser:
+        __module__ = "mine"
+
+        def __call__(self, **columns):
+            time.sleep(60)
+
+    for seconds in (60.0, 0.0):
+        with time_limit(gold_reward, seconds):
+            assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == bool(seconds)
+    with pytest.raises(InputError, match="reward function 'OfUser' did not return"), time_limit(OfUser(), 0.1):
+        checked_rewards(OfUser(), ["a"], ["b"])
+    with time_limit(RewardEnsemble([gold_reward, gold_reward]), 1.0):
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -1,6 +1,8 @@
 """Around a stage: what was given, what decides a result, what is done already, and where to resume."""
 
 import json
+import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,3 +315,33 @@ def test_an_adapter_is_fine_tuned_at_a_rate_of_its_own(tmp_path):
     assert rate("--model_name_or_path", whole, "--use_peft") == 2e-4
     assert rate("--model_name_or_path", str(adapter)) == 2e-4
     assert rate("--model_name_or_path", str(adapter), "--learning_rate", "1e-5") == 1e-5
+
+
+# ---- how it ends ----
+
+
+def test_a_run_does_not_end_as_a_success_before_it_is_done(monkeypatch, capsys):
+    def ended(main, parse=lambda argv: ()):
+        monkeypatch.setattr(sys, "argv", ["try"])
+        try:
+            run(main, parse)
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    def fork():
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+    end = os._exit
+    for main, call in ((lambda: sys.exit(), "sys.exit(0)"), (lambda: os._exit(0), "os._exit(0)")):
+        code, said = ended(main)
+        assert code == 2
+        assert re.fullmatch(rf"error: {__file__}, line \d+: {re.escape(call)} would end the run .*\n", said)
+    assert ended(lambda: sys.exit(7)) == (7, "")
+    assert ended(fork) == (0, "")
+    # --help ends so.
+    assert ended(lambda: None, lambda argv: sys.exit(0)) == (0, "")
+    assert os._exit is end

@@ -30,6 +30,7 @@ NOT_NEGATIVE = (
     "critic_warmup_steps",
     "cliprange",
     "cliprange_value",
+    "reward_timeout",
 )
 SHARES = ("gamma", "lam", "ref_model_mixup_alpha")
 

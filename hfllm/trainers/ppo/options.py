@@ -10,6 +10,8 @@ from typing import Any
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_PLACES = ("reward", "loss")
 VLLM_MODES = ("colocate", "server")
+# Seconds for the rewards of a batch: as long as other processes wait for this one.
+REWARD_TIMEOUT = 1800.0
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
@@ -71,6 +73,9 @@ class RewardOptions:
 
     reward_weights: list[float] | None = option(
         None, "One weight for each reward function; 0 logs a reward without training on it."
+    )
+    reward_timeout: float = option(
+        REWARD_TIMEOUT, "Seconds after which a reward function is given up, and the run with it; 0: none."
     )
     missing_eos_penalty: float | None = option(
         None, "Subtracted from the score of a response that was cut off at `response_length`."

@@ -8,7 +8,7 @@ import torch
 
 from hfllm.data.messages import split_beginning
 from hfllm.errors import InputError
-from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, reward_name, transcript
+from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, reward_name, time_limit, transcript
 from hfllm.trainers.ppo.completions import completions_of
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import RunningMoments
@@ -85,7 +85,8 @@ class Scorer:
         device = batch["response_ids"].device
         total, per_token, parts = torch.zeros(len(rows), device=device), None, {}
         for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True):
-            values = checked_rewards(reward, prompts, completions, **columns)
+            with time_limit(reward, self.args.reward_timeout):
+                values = checked_rewards(reward, prompts, completions, **columns)
             if isinstance(values[0], list):
                 # What an environment wrote earns nothing.
                 spread_out = _per_token(values, batch["response_mask"], name) * batch["action_mask"]

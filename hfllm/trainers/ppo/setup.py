@@ -27,7 +27,7 @@ from hfllm.models.loading import saved_config, saved_model, saved_processor, sav
 from hfllm.models.stored import is_for_pictures, location_of, reads_pictures
 from hfllm.models.vocabulary import check_vocabulary
 from hfllm.models.weights import load_weights_of
-from hfllm.rewards.functions import RewardFunction
+from hfllm.rewards.functions import MOST_REWARD, RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, reward_model, scores_tokens
 from hfllm.runs.arguments import changed
 from hfllm.trainers.ppo.actor_critic import looks_ahead
@@ -325,6 +325,8 @@ def reward_weights(weights: list[float] | None, count: int) -> list[float]:
     """Return one weight per reward, 1 by default."""
     if weights is not None and len(weights) != count:
         raise InputError(f"{len(weights)} reward_weights for {count} reward_funcs")
+    if (bad := next((each for each in weights or () if not abs(each) <= MOST_REWARD), None)) is not None:
+        raise InputError(f"reward_weights has {bad}: expected finite numbers of at most {MOST_REWARD:g} in size")
     return weights or [1.0] * count
 
 
