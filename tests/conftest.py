@@ -202,6 +202,14 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
+@pytest.fixture(scope="session", autouse=True)
+def disk_keeps_what_is_written():
+    """Tests write small files by the thousand: none waits for the disk, but those of what waits for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hfllm.durable._sync", lambda path, flags: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def saved_once():
     """Tokenizers, and the folders in which each lies with a model."""

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "hfllm"
 # From the ground up. A room imports from itself and from floors below its own, never from its neighbors.
 FLOORS = (
     {"errors", "version"},
-    {"fingerprint"},
+    {"fingerprint", "durable"},
     {"models", "data", "outputs"},
     {"scaling", "generation", "rewards", "environments", "compression", "multimodal", "runs"},
     {"trainers", "evaluation", "grounding", "synthesis", "federation"},
@@ -23,7 +23,7 @@ FLOORS = (
     {"__init__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-AT_THE_ROOT = {"__init__", "errors", "version", "fingerprint", "registration"}
+AT_THE_ROOT = {"__init__", "errors", "version", "fingerprint", "durable", "registration"}
 MAX_LINES = 800
 MAX_RECIPE_LINES = 150
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm import durable
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Prepared:
                 ):
                     for table in chain([first], tables):
                         writer.write_table(table)
-                os.replace(unfinished, path)
+                durable.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)
         return Dataset.from_file(str(path))

@@ -7,7 +7,6 @@ any moment resumes with the round that it was in, to the same bits, if organisat
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hfllm import durable
 from hfllm.errors import InputError
 from hfllm.federation.averaging import RobustSum, norm, six_digits
 from hfllm.federation.privacy import draw_participants
@@ -324,6 +324,4 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     """Write tensors under another name, to the disk, and rename."""
     unfinished = path.with_name(f".{path.name}.tmp")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, unfinished, metadata)
-    with unfinished.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
+    durable.replace(unfinished, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from uuid import uuid4
 
+from hfllm import durable
 from hfllm.data.word_index import best_places
 from hfllm.errors import InputError
 from hfllm.grounding.encoders import Encoder
@@ -69,7 +70,7 @@ class DenseRetriever:
         unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
         try:
             save_file({"vectors": vectors}, unfinished, {"format": FORMAT, **self._about()})
-            unfinished.replace(path)
+            durable.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -11,6 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from hfllm import durable
 from hfllm.data.formats import to_text
 from hfllm.data.passages import Passage
 from hfllm.data.sources import TRAIN, HubPart, iterate_source
@@ -320,8 +320,8 @@ def _write(folder: Path, passages: Iterable[Passage], cut: Cut | None) -> None:
                 count += batch.num_rows
         about = {"format": FORMAT, "passages": count, "cut": None if cut is None else json.loads(cut.as_json())}
         unfinished_about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / FILE)
-        os.replace(unfinished_about, folder / ABOUT)
+        durable.replace(unfinished, folder / FILE)
+        durable.replace(unfinished_about, folder / ABOUT)
     finally:
         unfinished.unlink(missing_ok=True)
         unfinished_about.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hfllm import durable
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: nothing is known to be left behind.
@@ -67,7 +69,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             for hidden in path.iterdir():
                 os.replace(hidden, temporary / hidden.name)
             path.rmdir()
-        os.replace(temporary, path)
+        durable.replace(temporary, path)
 
 
 def _own(folder: Path) -> int | None:

@@ -7,10 +7,11 @@ killed just then, and is known by its files' formats alone.
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hfllm.durable import sync, sync_folder
 from hfllm.outputs.report import write_atomically
 
 CHECKSUMS = "SHA256SUMS"
@@ -20,32 +21,53 @@ BLOCK = 1 << 20
 
 
 def write_checksums(folder: str | Path) -> None:
-    """Write the checksums of all files of a checkpoint, also of those in folders of it."""
+    """Write the checksums of all files of a checkpoint, also of those in folders of it, once all are on the disk."""
     folder = Path(folder)
+    sync(folder)
+    sync_folder(folder.parent)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_COMPARED)
-    names = [path.relative_to(folder).as_posix() for path in files]
-    lines = [f"{checksum}  {name}\n" for name, checksum in zip(names, _checksums(files), strict=True)]
-    write_atomically(folder / CHECKSUMS, "".join(lines))
+    write_lines(folder / CHECKSUMS, folder, files)
+
+
+def write_lines(path: Path, folder: Path, files: Sequence[Path], header: str = "") -> None:
+    """Write the checksums of files of a folder, after a header whose lines begin with `#`."""
+    names = [file.relative_to(folder).as_posix() for file in files]
+    lines = [f"{checksum}  {name}\n" for name, checksum in zip(names, checksums_of(files), strict=True)]
+    write_atomically(path, header + "".join(lines))
+
+
+def read_checksums(path: Path, header: str = "") -> dict[str, str]:
+    """Return checksums by the name of the file, as `write_lines` has written them.
+
+    Raises:
+        ValueError: when the file is cut off, has another header, or holds something else.
+    """
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    if header and lines[:1] != [header]:
+        raise ValueError(f"expected the line {header!r} first")
+    entries = [line.partition("  ") for line in lines[1 if header else 0 :]]
+    if not text.endswith("\n") or not all(len(checksum) == 64 and name for checksum, _, name in entries):
+        raise ValueError("expected lines of a checksum and a name")
+    return {name: checksum for checksum, _, name in entries}
 
 
 def damage_of(folder: str | Path) -> str | None:
     """Return which file of a checkpoint is not what was saved, in words; `None` if all are, or nothing tells."""
     folder = Path(folder)
     try:
-        text = (folder / CHECKSUMS).read_text(encoding="utf-8")
+        expected = read_checksums(folder / CHECKSUMS)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, UnicodeDecodeError):
         return f"{CHECKSUMS} cannot be read"
-    entries = [line.partition("  ") for line in text.splitlines()]
-    if not text.endswith("\n") or not all(len(checksum) == 64 and name for checksum, _, name in entries):
+    except ValueError:
         return f"{CHECKSUMS} is damaged"
-    expected = {name: checksum for checksum, _, name in entries}
     for name in expected:
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
-        found = _checksums(folder / name for name in expected)
+        found = checksums_of(folder / name for name in expected)
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     for (name, checksum), other in zip(expected.items(), found, strict=True):
@@ -54,7 +76,7 @@ def damage_of(folder: str | Path) -> str | None:
     return None
 
 
-def _checksums(files: Iterable[Path]) -> list[str]:
+def checksums_of(files: Iterable[Path]) -> list[str]:
     """Return the checksums of files, several at once: Python hashes without its lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(_checksum, files))

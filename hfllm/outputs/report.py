@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm import durable
 from hfllm.outputs.figures import Promise, changes, figure_tables
 from hfllm.outputs.flags import flag_sections, folded
 
@@ -395,13 +396,13 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name in the same folder, then rename."""
+    """Write under a temporary name in the same folder, to the disk, then rename."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
         try:
             stream.write(text)
             stream.flush()
             os.chmod(stream.name, 0o644)
-            os.replace(stream.name, path)
+            durable.replace(stream.name, path)
         except BaseException:
             # As on a full disk: what was written in part is of no use.
             os.unlink(stream.name)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError
-from hfllm.outputs.ownership import refuse_foreign_files
+from hfllm.outputs.ownership import refuse_changed_files, refuse_foreign_files
 from hfllm.outputs.report import read_report
 from hfllm.runs import schedule
 from hfllm.runs.command_line import finished_run, main_process
@@ -342,6 +342,7 @@ def _make_room(folders: Mapping[str, str]) -> None:
         # None is removed before all of them are held.
         for folder in finished:
             lock(folder)
+            refuse_changed_files(folder)
         for folder in finished:
             _remove(Path(folder))
     except InputError as error:

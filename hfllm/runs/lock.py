@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from hfllm.errors import InputError
+from hfllm.outputs.ownership import unclaim_empty
 
 Given, Made = ParamSpec("Given"), TypeVar("Made")
 
@@ -105,7 +106,7 @@ def join(folder: str | Path, owner: str | None) -> None:
     if owner is None or fcntl is None or str(path) in _held:
         return
     try:
-        descriptor = os.open(path / LOCK_FILE, os.O_RDWR)
+        descriptor = os.open(path / LOCK_FILE, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, MEMBERS)
             # Before it asks for the second byte, a later run writes its own name.
@@ -141,6 +142,8 @@ def release(folder: str | Path) -> None:
             break
         time.sleep(PAUSE)
     os.close(held.descriptor)
+    with suppress(OSError):
+        unclaim_empty(path)
     if str(path) in _made:
         _made.discard(str(path))
         with suppress(OSError):
@@ -176,7 +179,8 @@ def _locked(folder: str | Path, file: Path) -> _Lock | None:
         return None
     until = time.monotonic() + PATIENCE
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        # A link would lead to the user's own file, which is written over.
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, RUN)
             # The run that held it may have removed it in the meantime.

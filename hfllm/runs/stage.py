@@ -18,7 +18,14 @@ from hfllm.outputs.figures import Promise, broken_promises, figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.flags import CHANGED, CONTENTS, given_flags
 from hfllm.outputs.hub import Repository, repository_of
-from hfllm.outputs.ownership import is_own_card, refuse_foreign_files
+from hfllm.outputs.ownership import (
+    claim,
+    damage_of_finished,
+    is_own_card,
+    refuse_changed_files,
+    refuse_foreign_files,
+    write_record,
+)
 from hfllm.outputs.parents import START, lineage
 from hfllm.outputs.report import Bars, Plot, Report, plot_history
 from hfllm.runs import schedule
@@ -126,6 +133,7 @@ class Stage:
         """
         self.check_flags()
         refuse_own_input(self.output_dir, *self.parsed)
+        refuse_damaged_input(*self.parsed)
         if self.report is None and self._trains:
             _ = self.checkpoint
         _ = self.repository
@@ -167,11 +175,17 @@ class Stage:
 
     def refuse_foreign_files(self) -> None:
         """Refuse to write over files in the output folder that are not ours, naming the first; `announce` does."""
-        refuse_foreign_files(self.output_dir, self.name, writes_card=self._trains or self.name == "quantize")
+        writes_card = self._trains or self.name == "quantize"
+        refuse_foreign_files(self.output_dir, self.name, writes_card, self._writes_model)
 
     @property
     def _trains(self) -> bool:
         return any(hasattr(group, "resume_from_checkpoint") for group in self.parsed)
+
+    @property
+    def _writes_model(self) -> bool:
+        """Whether a model or a tokenizer is written into the folder itself, over what is there."""
+        return self._trains or self.name in ("quantize", "tokenizer")
 
     def _hold(self) -> None:
         """Keep other runs out of the folder until all processes of this one have ended; they refuse together."""
@@ -191,6 +205,9 @@ class Stage:
                 # Looked up again: a run may have finished since `check`.
                 if self.report is None and type(self).report.func(self) is not None:
                     refusal = f"--output_dir {self.output_dir}: the same run has just finished there"
+                elif self._writes_model:
+                    refuse_changed_files(self.output_dir)
+                    claim(self.output_dir)
             except InputError as error:
                 refusal = str(error)
         if is_spread:
@@ -212,13 +229,24 @@ class Stage:
         return about_old_checkpoints(self.output_dir, self.identity, can_resume=is_last)
 
     def reuse(self) -> dict[str, float]:
-        """Print that the same run has finished, publish it if asked, and return its metrics."""
+        """Print that the same run has finished, publish it if asked, and return its metrics.
+
+        Raises:
+            InputError: when the model there is no longer what the run wrote, naming the file.
+        """
+        if damage := damage_of_finished(self._model_folder):
+            raise InputError(damage)
         if main_process():
             print(f"{self.name}: already done in {self.output_dir} ({self.redo})", flush=True)
             self._warn(self.report.get("warnings") or ())
             self._complete()
             self.publish()
         return self.report["metrics"]
+
+    @property
+    def _model_folder(self) -> Path:
+        """The folder of the model that the report names; the output folder where it names none."""
+        return Path(self.output_dir) / (self.report["artifacts"].get("model") or ".")
 
     def _complete(self) -> None:
         """Do what a run that was killed after its report has left undone: write its card, remove what it needed."""
@@ -294,6 +322,8 @@ class Stage:
             report.write(folder)
             if artifacts.get("model") == ".":
                 self._write_card()
+            if "model" in artifacts:
+                write_record(folder / artifacts["model"])
             if summary and (schedule.runs_before_another() or not figure_tables(metrics)):
                 print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
             else:
@@ -380,6 +410,20 @@ def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
         for name in [named] if isinstance(named, str) else named:
             if Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
                 raise InputError(f"--output_dir {output_dir} is --{flag}, which it would overwrite: choose another")
+
+
+def refuse_damaged_input(*parsed: "DataclassInstance") -> None:
+    """Refuse a finished model of ours that is no longer what its run wrote.
+
+    Raises:
+        InputError: naming the flag and the file.
+    """
+    arguments = run_arguments(*parsed)
+    for flag, named in arguments.items():
+        is_model = flag.endswith("_name_or_path") or flag == "value_model"
+        for name in ([named] if isinstance(named, str) else named or []) if is_model else []:
+            if Path(name).is_dir() and (damage := damage_of_finished(name)):
+                raise InputError(f"--{flag} {name}: {damage}")
 
 
 def stage_arguments(

@@ -84,10 +84,10 @@ def test_a_server_that_is_killed_around_a_write_resumes_to_the_same_bits(tmp_pat
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(rounds_file.os, "replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", server=server)
-    monkeypatch.setattr(rounds_file.os, "replace", replace)
+    monkeypatch.setattr("os.replace", replace)
     kept = load_state(tmp_path / "killed", {"flags": ("x",)})
     assert len(kept.records) == (3 if moment == "after" else 2)
     assert bits(run(tmp_path / "killed", server=server)) == whole

@@ -1,11 +1,26 @@
 """Which files a run may write over."""
 
+import json
+import os
+import shutil
+import subprocess
+
 import pytest
 
 from hfllm.errors import InputError
 from hfllm.outputs.card import MARKER
-from hfllm.outputs.ownership import refuse_foreign_files
+from hfllm.outputs.ownership import (
+    HEADER,
+    LOCK_FILE,
+    RECORD,
+    claim,
+    damage_of_finished,
+    refuse_changed_files,
+    refuse_foreign_files,
+    write_record,
+)
 from hfllm.outputs.report import Plot, Report, read_report
+from hfllm.runs import lock
 
 LINE = Plot("t", "x", "y", {"one": ([1, 2], [3.0, 4.0])})
 FOREIGN = {
@@ -57,3 +72,155 @@ def test_the_drafts_of_trainers_are_no_ones_own(tmp_path):
     for text in (*drafts, "tags:\n- generated_from_trainer"):
         (tmp_path / "README.md").write_text(str(text))
         refuse_foreign_files(tmp_path, "sft", writes_card=True)
+
+
+# ---- models ----
+
+BACKGROUND = ("model.safetensors", "config.json", "tokenizer.json", "training_args.bin", "trainer_state.json")
+
+
+def write_model(folder, text="ours"):
+    for name in BACKGROUND:
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("names", [*([name] for name in BACKGROUND), ["adapter_model.safetensors", "README.md"]])
+def test_a_model_of_others_is_refused_by_name(tmp_path, names):
+    """With the card of another trainer, too, which ours would write over."""
+    for name in names:
+        (tmp_path / name).write_text("generated_from_trainer")
+    with pytest.raises(InputError, match=f"{names[0]} is not hfllm's and would be overwritten") as error:
+        refuse_foreign_files(tmp_path, "sft", writes_card=True)
+    assert "\n" not in str(error.value)
+    # A stage that writes none may report there.
+    refuse_foreign_files(tmp_path, "evaluate", writes_card=False)
+
+
+def test_a_folder_of_an_earlier_version_may_be_used(tmp_path):
+    """It has no record: its report, its card, what a killed run has left, and its checkpoints show whose it is."""
+    signs = {
+        "report.json": json.dumps({"stage": "sft", "arguments": {}}),
+        "report.md": "# sft\n",
+        "README.md": f"---\n---\n{MARKER}\n# Ours\n",
+        LOCK_FILE: "process 12 on here\n",
+        "checkpoint-2/trainer_state.json": json.dumps({"stateful_callbacks": {"hfllm": {"losses": {}}}}),
+    }
+    for place, (name, text) in enumerate(signs.items()):
+        folder = tmp_path / str(place)
+        (folder / name).parent.mkdir(parents=True)
+        write_model(folder)
+        (folder / name).write_text(text)
+        refuse_foreign_files(folder, "sft", writes_card=True)
+        refuse_changed_files(folder)
+        claim(folder)
+    (folder / RECORD).unlink()
+    (folder / name).write_text("{}")
+    with pytest.raises(InputError, match=r"config.json is not hfllm's"):
+        refuse_foreign_files(folder, "sft", writes_card=True)
+
+
+def test_what_came_or_changed_after_a_run_is_not_overwritten(tmp_path):
+    claim(tmp_path)
+    write_model(tmp_path)
+    # The run was killed: what is there is its own.
+    refuse_foreign_files(tmp_path, "sft", writes_card=True)
+    refuse_changed_files(tmp_path)
+    (tmp_path / "README.md").write_text(f"{MARKER}\n# Ours\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    write_record(tmp_path)
+    assert subprocess.run(["sha256sum", "--check", "--quiet", RECORD], cwd=tmp_path).returncode == 0
+    assert "notes.txt" not in (tmp_path / RECORD).read_text()
+    # Readers may edit the card and their own files, and remove what they do not need.
+    (tmp_path / "README.md").write_text(f"{MARKER}\n# Edited\n")
+    (tmp_path / "notes.txt").write_text("mine, and more")
+    (tmp_path / "training_args.bin").unlink()
+    refuse_foreign_files(tmp_path, "sft", writes_card=True)
+    refuse_changed_files(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_text("theirs")
+    with pytest.raises(InputError, match=r"adapter_model.safetensors is not hfllm's .*: it is not in .hfllm.files"):
+        refuse_changed_files(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "model.safetensors").write_text("Ours")
+    with pytest.raises(InputError, match=r"model.safetensors is not hfllm's .*: it was changed since it was written"):
+        refuse_changed_files(tmp_path)
+    (tmp_path / "model.safetensors").write_text("ours")
+    # The next run there makes everything its own again.
+    claim(tmp_path)
+    write_model(tmp_path, "new")
+    refuse_changed_files(tmp_path)
+    for text in ("", "another program's\n", f"{HEADER}\nno checksum\n", f"{HEADER}\n" + "0" * 64 + "  config.json"):
+        (tmp_path / RECORD).write_text(text)
+        with pytest.raises(InputError, match=r".hfllm.files (is not hfllm's|is damaged: remove it)"):
+            refuse_foreign_files(tmp_path, "sft", writes_card=True)
+            refuse_changed_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("training_args.bin", "trainer_state.json", "model.safetensors", "config.json", "tokenizer.json", "loss.png"),
+        *(LOCK_FILE, RECORD, "report.json", "report.md", "README.md", "samples.jsonl", "value_model/config.json"),
+        *("checkpoint-4", "checkpoint-4/optimizer.pt", "checkpoint-4/global_step4/x.pt", "loss.tmp.png"),
+    ],
+)
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_links_are_never_written_through(tmp_path, name, is_ours):
+    out, target = tmp_path / "out", tmp_path / "theirs"
+    (out / name).parent.mkdir(parents=True)
+    if is_ours:
+        Report("sft", {}, {}).write(out)
+        claim(out)
+    (out / name).unlink(missing_ok=True)
+    for exists in (False, True):
+        (out / name).symlink_to(target)
+        with pytest.raises(InputError, match=f"{name} is a symbolic link, and its target would be overwritten"):
+            refuse_foreign_files(out, "sft", writes_card=True)
+        (out / name).unlink()
+        assert target.exists() == exists
+        target.write_text("theirs")
+    assert target.read_text() == "theirs"
+
+
+def test_a_lock_of_another_program_is_refused(tmp_path):
+    for text in ("mine", "process 3 on here\n"):
+        (tmp_path / "theirs").write_text(text)
+        (tmp_path / LOCK_FILE).unlink(missing_ok=True)
+        os.link(tmp_path / "theirs", tmp_path / LOCK_FILE)
+        with pytest.raises(InputError, match=f"{LOCK_FILE} is not hfllm's"):
+            refuse_foreign_files(tmp_path, "sft", writes_card=True)
+    (tmp_path / "theirs").unlink()
+    refuse_foreign_files(tmp_path, "sft", writes_card=True)
+    assert LOCK_FILE == lock.LOCK_FILE
+
+
+def test_a_backup_of_hard_links_keeps_what_it_has(tmp_path):
+    out, backup = tmp_path / "out", tmp_path / "backup"
+    (out / "checkpoint-2").mkdir(parents=True)
+    claim(out)
+    write_model(out)
+    (out / "checkpoint-2" / "optimizer.pt").write_text("ours")
+    shutil.copytree(out, backup, copy_function=os.link)
+    claim(out)
+    write_model(out, "new")
+    (out / "checkpoint-2" / "optimizer.pt").write_text("new")
+    assert {path.read_text() for path in backup.rglob("*") if path.is_file() and path.name != RECORD} == {"ours"}
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == [RECORD]
+
+
+@pytest.mark.parametrize("how", ["cut off", "one bit"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_damage_of_a_finished_model_is_one_line(tmp_path, name, how):
+    write_model(tmp_path)
+    assert damage_of_finished(tmp_path) is None
+    claim(tmp_path)
+    assert damage_of_finished(tmp_path) is None
+    write_record(tmp_path)
+    (tmp_path / "training_args.bin").write_text("another")
+    (tmp_path / "config.json").rename(tmp_path / "kept")
+    assert damage_of_finished(tmp_path) is None
+    (tmp_path / "kept").rename(tmp_path / "config.json")
+    (tmp_path / name).write_bytes(b"our" if how == "cut off" else b"ourr")
+    said = damage_of_finished(tmp_path)
+    assert said.startswith(f"{tmp_path / name} is damaged, or was changed since its run finished") and "\n" not in said
+    (tmp_path / RECORD).unlink()
+    assert damage_of_finished(tmp_path) is None

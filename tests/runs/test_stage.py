@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 from hfllm.errors import HIDDEN, InputError
 from hfllm.outputs.card import MARKER
 from hfllm.outputs.figures import Promise
+from hfllm.outputs.ownership import HEADER, RECORD
 from hfllm.outputs.report import Report
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import finished_run
-from hfllm.runs.lock import release
+from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.stage import Stage, stage_arguments
 
 
@@ -202,3 +204,73 @@ def test_what_is_derived_leaves_the_original(tmp_path):
     }
     with pytest.raises(AttributeError, match="nonsense"):
         changed(flags, nonsense=1)
+
+
+@dataclass(frozen=True)
+class Training(Flags):
+    resume_from_checkpoint: str | None = None
+
+
+def finished(folder, model):
+    """A run that has trained a model there and has finished."""
+    stage = Stage("try", Training(str(folder)))
+    stage._hold()
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    stage.finish({"loss": 1.0}, summary="done")
+    return stage
+
+
+def test_a_finished_model_that_was_damaged_is_not_reused(saved, tmp_path):
+    finished(tmp_path / "out", saved)
+    again = Stage("try", Training(str(tmp_path / "out")))
+    assert again.reuse() == {"loss": 1.0}
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    for damage in (weights[:-1], weights[:-1] + bytes([weights[-1] ^ 1])):
+        (tmp_path / "out" / "model.safetensors").write_bytes(damage)
+        with pytest.raises(InputError, match=r"out/model.safetensors is damaged, or was changed since") as error:
+            again.reuse()
+        assert "\n" not in str(error.value)
+        # Nor by the stage that comes next.
+        following = Stage("next", Flags(str(tmp_path / "next"), model_name_or_path=str(tmp_path / "out")))
+        with pytest.raises(InputError, match=r"--model_name_or_path .*out: .*model.safetensors is damaged"):
+            following.check()
+    (tmp_path / "out" / RECORD).unlink()
+    following.check()
+
+
+def test_a_run_begins_where_its_files_are_its_own(saved, tmp_path):
+    out = tmp_path / "out"
+    finished(out, saved)
+    (out / "report.json").unlink()
+    stage = Stage("try", Training(str(out)))
+    stage.refuse_foreign_files()
+    (out / "model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(InputError, match=r"model.safetensors is not hfllm's .*: it was changed since it was written"):
+        stage._hold()
+    release(out)
+    assert (out / "model.safetensors").read_bytes() == b"theirs"
+    shutil.copy(saved / "model.safetensors", out)
+    stage._hold()
+    release(out)
+    assert (out / RECORD).read_text() == f"{HEADER}\n"
+
+
+def test_a_run_that_was_refused_leaves_no_record(tmp_path):
+    for folder in (tmp_path / "new", tmp_path / "empty"):
+        if folder.name == "empty":
+            folder.mkdir()
+        stage = Stage("try", Training(str(folder)))
+        stage._hold()
+        assert files(folder) == {LOCK_FILE, RECORD}
+        release(folder)
+        assert not folder.exists() if folder.name == "new" else files(folder) == set()
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path):
+    """Even if the link came after the names were looked at."""
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK_FILE).symlink_to(tmp_path / "theirs")
+    with pytest.raises(InputError, match="out: cannot be written to"):
+        lock(tmp_path / "out")
+    assert (tmp_path / "theirs").read_text() == "theirs"

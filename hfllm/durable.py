@@ -1,0 +1,49 @@
+"""Writes that last: what is renamed to its name is on the disk by then, and so is the name, also if the power fails.
+
+A file system may write a new name before what the file holds: after a crash the name is there and the file is empty.
+"""
+
+import os
+from pathlib import Path
+
+
+def replace(unfinished: str | Path, path: str | Path) -> None:
+    """Rename a file or a folder over `path` once all that it holds is on the disk, and wait until the name is, too.
+
+    Args:
+        unfinished: on the file system of `path`; of a folder all files and folders in it are waited for.
+        path: as `os.replace` takes it.
+    """
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync_folder(Path(path).parent)
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file is on the disk, or a folder with all that is in it; links are left alone."""
+    if not Path(path).is_dir():
+        _sync(path, os.O_RDONLY)
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            file = Path(folder, name)
+            if file.is_file() and not file.is_symlink():
+                _sync(file, os.O_RDONLY)
+        sync_folder(folder)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can say so."""
+    try:
+        _sync(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except OSError:
+        # Windows opens no folders, and some file systems of networks do not wait for them.
+        return
+
+
+def _sync(path: str | Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
