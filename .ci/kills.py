@@ -2,10 +2,11 @@
 
     python .ci/kills.py --kills 60 --seed 1 --folder /tmp/kills curate pretrain_launched
 
-Each case is a recipe with tiny settings. Per kill one process is killed by SIGKILL at a moment that is drawn between
-the run's begin and its usual end: the `main` one, a `worker` (any process that it has started), or the `launcher`. The
-command that follows at once must end, with the bits of models and rows and the figures of the whole run, and leave no
-process. The exit code is 1 if a kill made a difference that no message told of, a run hung, or a process was left.
+Each case is a recipe with tiny settings: see `kills.yaml`. Per kill one process is killed by SIGKILL at a moment that
+is drawn between the run's begin and its usual end: the `main` one, a `worker` (any process that it has started) or the
+`launcher`. The command that follows at once must end, with the bits of models and rows and the figures of the whole
+run, and leave no process. The exit code is 1 if a kill made a difference that no message told of, a run hung, or a
+process was left.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "recipes")]
 
+import yaml  # noqa: E402
 from processes import forget_the_tests, fork, import_what_runs_need  # noqa: E402
 from tiny_stages import TINY  # noqa: E402
 
@@ -37,18 +39,8 @@ from tiny_stages import TINY  # noqa: E402
 MARK = "KILLED_RUN"
 # What changes from run to run: times, and what is derived from them.
 TIMES = re.compile(r"second|speedup|per_s\b|_ms\b|minutes|runtime|memory|_flos")
-SAVES = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
 # Seconds: of a run that takes no time, and until what has lost its parent has ended.
 LIMIT, GRACE = 60.0, 10.0
-# Small enough that a run takes seconds.
-CHAIN = {
-    "pretrain": {**TINY["pretrain"], "max_steps": 4, "per_device_train_batch_size": 16},
-    "tuned": {"max_steps": 3, "per_device_train_batch_size": 8, "max_length": 256, "save_strategy": "no"},
-    "ppo": {
-        **{"max_steps": 3, "per_device_train_batch_size": 8, "num_mini_batches": 2, "num_ppo_epochs": 1},
-        **{"learning_rate": 0.0003, "response_length": 8, "num_eval_prompts": 8, "save_strategy": "no"},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -58,13 +50,13 @@ class Case:
     Args:
         flags: without the output folder.
         kinds: which of its processes are killed.
-        processes: those that `hfllm` launches; 0 for none.
+        is_launched: whether `hfllm` launches several processes of it.
     """
 
     recipe: str
     flags: tuple[str, ...]
     kinds: tuple[str, ...] = ("main",)
-    processes: int = 0
+    is_launched: bool = False
 
 
 def words(values: Mapping[str, object]) -> tuple[str, ...]:
@@ -76,185 +68,24 @@ def words(values: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def cases(inputs: Path) -> dict[str, Case]:
-    """Every case by its name.
+    """Every case of `kills.yaml` by its name.
 
     Args:
-        inputs: folder of the data, and of the models in `base` and `tuned`, that `make_inputs` makes.
+        inputs: folder of what `make_inputs` makes, where their files of flags are written too.
     """
-    base, tuned, rows = inputs / "base", inputs / "tuned", inputs / "rows.jsonl"
-    trained = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.001, "logging_steps": 1, **SAVES}
-    data = {"dataset_name": rows, "max_length": 64}
-
-    def config(name: str, **more: object) -> Path:
-        path = inputs / f"{name}-{hashlib.sha256(str(more).encode()).hexdigest()[:8]}.json"
-        path = path.with_suffix(".yaml")
-        path.write_text(json.dumps({**CHAIN[name], **more}))
-        return path
-
-    def chain(**configs: Path) -> dict[str, object]:
-        return {f"{name}_config": path for name, path in configs.items()}
-
-    curated = {"dataset_name": inputs / "crawl", "tasks": 2, "workers": 2, "examples": 1}
-    curated["filters"] = ["length", "gopher_repetition", "exact_duplicates", "near_duplicates"]
-    pretrain = {**TINY["pretrain"], "per_device_train_batch_size": 8, "max_steps": 8, **SAVES}
-    launched = {**pretrain, "config_file": "ddp", "num_processes": 2, "main_process_port": 0}
-    federated = {"organisation_files": [inputs / f"{name}.jsonl" for name in ("shop", "school", "farm")]}
-    federated |= {"model_name_or_path": tuned, "average": "full", "rounds": 3, "local_steps": 2, "controls": "none"}
-    federated |= {"per_device_train_batch_size": 2, "max_length": 64, "learning_rate": 0.01}
-    rewards = f"{inputs / 'mine.py'}:even"
-    return {
-        "curate": Case("curate", words(curated), ("main", "worker")),
-        "tokenizer": Case("tokenizer", words({"dataset_name": inputs / "book.txt", "vocab_size": 400})),
-        "pretrain": Case("pretrain", words(pretrain)),
-        "pretrain_launched": Case("pretrain", words(launched), ("launcher", "worker"), 2),
-        "sft": Case("sft", words({"model_name_or_path": base, **data, **trained})),
-        "sft_loaders": Case(
-            "sft",
-            words({"model_name_or_path": base, **data, **trained, "dataloader_num_workers": 2}),
-            ("main", "worker"),
-        ),
-        "reward": Case("reward", words({"model_name_or_path": tuned, **TINY["reward"], **SAVES, "num_pairs": 40})),
-        "rlhf": Case("rlhf", words({"model_name_or_path": tuned, **TINY["rlhf"], **SAVES, "reward_funcs": "gold"})),
-        "rlhf_chain": Case(
-            "rlhf",
-            words(
-                {
-                    **{**TINY["rlhf"], "max_steps": 2},
-                    **chain(pretrain=config("pretrain"), sft=config("tuned"), reward=config("tuned", num_pairs=24)),
-                }
-            ),
-        ),
-        "distill": Case(
-            "distill",
-            words(
-                {
-                    **{"teacher_model_name_or_path": tuned, "student_layers_every": 2, "num_examples": 40},
-                    **{"num_eval_prompts": 8, "response_length": 6, "train_baseline": "false", "answers": "sampled"},
-                    **trained,
-                }
-            ),
-        ),
-        "classify": Case(
-            "classify",
-            words(
-                {
-                    **{"model_name_or_path": base, "dataset_name": inputs / "kinds.jsonl", "max_length": 64},
-                    **{"task": "text-classification", "eval_share": 0.3, **trained},
-                }
-            ),
-        ),
-        "extend": Case(
-            "extend",
-            words(
-                {
-                    **{"model_name_or_path": base, "dataset_name": inputs / "book.txt", "factor": 2},
-                    **{"original_max_position_embeddings": 64, "num_eval_texts": 3, "num_needles": 1},
-                    **{"num_train_texts": 8, **trained, "per_device_train_batch_size": 2},
-                }
-            ),
-        ),
-        "quantize": Case(
-            "quantize",
-            words(
-                {
-                    **{"model_name_or_path": tuned, "schemes": "dynamic", "save_scheme": "dynamic", "rounds": 1},
-                    **{"num_eval_texts": 8, "num_eval_prompts": 12, "response_length": 4, "sensitivity": "none"},
-                    **{"prompt_tokens": 8, "new_tokens": 2},
-                }
-            ),
-        ),
-        "convert": Case("convert", words({"model_name_or_path": tuned, "native_type": "llama"})),
-        "merge": Case("merge", words({"model_name_or_path": inputs / "adapter"})),
-        "speculative": Case(
-            "speculative",
-            words(
-                {
-                    **{"model_name_or_path": tuned, "draft": "prompt_lookup", "num_prompts": 6, "rounds": 1},
-                    **{"num_timed_prompts": 2, "max_new_tokens": 8, "num_draft_tokens_compared": [1, 3]},
-                }
-            ),
-        ),
-        "evaluate": Case(
-            "evaluate",
-            words({"model_name_or_path": [base, tuned], "suites": ["few_shot", "calibration"], "num_items": 12}),
-        ),
-        "scaling_laws": Case(
-            "scaling_laws", words({"runs": inputs / "runs.csv", "resamples": 10, "held_out_share": 0.2})
-        ),
-        "federated": Case("federated", words(federated)),
-        "federated_processes": Case("federated", words({**federated, "processes": 2}), ("main", "worker")),
-        "expert_iteration": Case(
-            "expert_iteration",
-            words(
-                {
-                    **{"model_name_or_path": tuned, "dataset_name": inputs / "prompts.jsonl", "reward_funcs": rewards},
-                    **{"round_config": config("tuned", max_steps=2), "num_rounds": 2, "num_samples": 3},
-                    **{"response_length": 12, "num_eval_prompts": 2},
-                }
-            ),
-        ),
-        "vision": Case(
-            "vision",
-            words(
-                {
-                    **{"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "num_vision_layers": 1},
-                    **{"num_eval_examples": 12, "num_captions": 8, "num_examples": 8, "max_new_tokens": 4, **trained},
-                    **{"max_steps": -1},
-                }
-            ),
-        ),
-        "constitution": Case(
-            "constitution",
-            (
-                *words(
-                    {
-                        **{"num_demonstrations": 60, "num_prompts": 12, "num_helpful_prompts": 20, "num_pairs": 12},
-                        **{"num_human_pairs": 12, "num_eval_prompts": 4, "response_length": 8, "batch_size": 2},
-                        "judge_margin": 0.0,
-                        **chain(
-                            pretrain=config("pretrain", world_deeds=0.18, vocab_size=600, max_position_embeddings=512),
-                            rlhf=config("ppo"),
-                            **{name: config("tuned", max_length=512) for name in ("helpful", "sl", "reward")},
-                        ),
-                    }
-                ),
-                "--allow_biased_judge",
-            ),
-        ),
-        "reason": Case(
-            "reason",
-            words(
-                {
-                    **{"num_examples": 60, "num_mixed_examples": 40, "num_prompts": 40, "num_problems": 3},
-                    **chain(pretrain=config("pretrain", world_reasoning=0.5, vocab_size=500), rlhf=config("ppo")),
-                    **chain(sft=config("tuned"), mixed=config("tuned")),
-                }
-            ),
-        ),
-        "tools": Case(
-            "tools",
-            words(
-                {
-                    **{"num_demonstrations": 60, "num_prompts": 40, "num_eval_prompts": 2},
-                    **chain(pretrain=config("pretrain", world_tools=0.3, vocab_size=600), sft=config("tuned")),
-                    **chain(rlhf=config("ppo", response_length=16)),
-                }
-            ),
-        ),
-        "ground": Case(
-            "ground",
-            words(
-                {
-                    **{"num_examples": 60, "num_questions": 6, "num_samples": 2},
-                    **chain(pretrain=config("pretrain", world_passages=0.5, vocab_size=500), sft=config("tuned")),
-                    **chain(grounded=config("tuned")),
-                    **chain(
-                        reward=config("tuned", num_pairs=24, num_eval_prompts=12, num_samples=2, response_length=4)
-                    ),
-                }
-            ),
-        ),
-    }
+    text = Path(__file__).with_suffix(".yaml").read_text().replace("IN/", f"{inputs}/")
+    found = {}
+    for name, entry in yaml.safe_load(text).items():
+        if name == "shared":
+            continue
+        flags = dict(entry["flags"])
+        for stage, values in entry.get("configs", {}).items():
+            path = inputs / f"{name}-{stage}.yaml"
+            path.write_text(yaml.safe_dump(values))
+            flags[f"{stage}_config"] = path
+        kinds = tuple(entry.get("kinds", ("main",)))
+        found[name] = Case(entry.get("recipe", name), words(flags), kinds, entry.get("is_launched", False))
+    return found
 
 
 # ---- what runs start from ----
@@ -333,7 +164,7 @@ class Run:
         self.log.touch()
         flags = [*case.flags, "--output_dir", str(output_dir)]
         environment = {MARK: self.mark, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
-        if case.processes:
+        if case.is_launched:
             code = "import sys; from hfllm.runs.launcher import main; sys.exit(main())"
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
