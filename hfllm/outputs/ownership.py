@@ -38,14 +38,16 @@ PLOTS = (
 RECORD, HEADER = ".hfllm.files", "# what hfllm wrote here"
 # Held by a run that is writing, and left behind by one that was killed: see hfllm/runs/lock.py.
 LOCK_FILE, LOCKED_BY = ".hfllm.lock", "process "
-# What a run that saves a model writes into its folder, besides its card, report and plots.
-MODEL_FILES = (
+# What a run that saves a model writes into its folder, besides its card, report and plots, and of these into the folders
+# in it that are not those of another stage.
+NAMES = (
     *(*SETTINGS, *TOKENIZER, *PROCESSOR, MERGED_FROM, "training_args.bin", STATE_FILE),
     *("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors", "*.safetensors.index.json"),
     *("*_hfllm.py", "*_hfllm_vision.py", "presets.py", "value_head.safetensors"),
-    *("value_model", "value_model/*", "reference", "reference/*"),
     *("distillation_projection.safetensors", "federation.safetensors", ".federation.safetensors.tmp", "controls.json"),
 )
+INSIDE = ("value_model", "reference", "rl", "alone")
+MODEL_FILES = (*NAMES, *INSIDE, *(f"{folder}/{name}" for folder in INSIDE for name in NAMES))
 REPORT_FILES = (
     *("report.md", REPORT_FILE, CARD, "*.png", "samples.jsonl", "samples.jsonl.draft", "samples_of.json"),
     *("completions", RECORD, LOCK_FILE),
