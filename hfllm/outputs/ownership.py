@@ -38,8 +38,8 @@ PLOTS = (
 RECORD, HEADER = ".hfllm.files", "# what hfllm wrote here"
 # Held by a run that is writing, and left behind by one that was killed: see hfllm/runs/lock.py.
 LOCK_FILE, LOCKED_BY = ".hfllm.lock", "process "
-# What a run that saves a model writes into its folder, besides its card, report and plots, and of these into the folders
-# in it that are not those of another stage.
+# What a run that saves a model writes into its folder, besides its card, report and plots, and also into those folders
+# in it that no other stage owns.
 NAMES = (
     *(*SETTINGS, *TOKENIZER, *PROCESSOR, MERGED_FROM, "training_args.bin", STATE_FILE),
     *("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors", "*.safetensors.index.json"),
