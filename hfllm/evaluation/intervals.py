@@ -142,10 +142,10 @@ def paired_p_value(
         return 1.0
     for steps in STEPS:
         whole = np.rint(differences * steps)
-        if np.abs(differences * steps - whole).max() < 1e-9:
-            sizes = np.abs(whole).astype(int)
-            if len(sizes) * int(sizes.sum()) <= MOST_COUNTED:
-                return _counted_p_value(sizes, abs(int(whole.sum())))
+        is_whole = np.abs(differences * steps - whole).max() < 1e-9
+        # Before they are integers, which very large scores would not be.
+        if is_whole and len(whole) * float(np.abs(whole).sum()) <= MOST_COUNTED:
+            return _counted_p_value(np.abs(whole).astype(int), abs(int(whole.sum())))
     return _drawn_p_value(differences, seed)
 
 

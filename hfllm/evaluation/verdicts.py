@@ -12,6 +12,7 @@ from typing import Any
 from hfllm.errors import InputError
 from hfllm.evaluation.intervals import clustered_interval, difference_interval, holm, paired_p_value
 from hfllm.outputs.calibration import Interval
+from hfllm.runs.command_line import main_process
 
 ALPHA = 0.05
 BETTER, WORSE, EQUAL = "better", "worse", "no different"
@@ -246,7 +247,8 @@ def fail_if_worse(metrics: Mapping[str, float], first: str, models: Sequence[str
     if worse:
         said = ", ".join(f"{model} in {count} primary figure{'s' * (count != 1)}" for model, count in worse)
         alpha = _shown(metrics.get("verdict/alpha", ALPHA))
-        print(f"regression: worse than {first} at alpha {alpha}: {said}", file=sys.stderr, flush=True)
+        if main_process():
+            print(f"regression: worse than {first} at alpha {alpha}: {said}", file=sys.stderr, flush=True)
         raise SystemExit(1)
 
 

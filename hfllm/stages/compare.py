@@ -6,7 +6,6 @@ of an item, the `filter` that its answer went through, and a figure for each of 
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +45,8 @@ NOT_METRICS = frozenset(
 LOSSES = re.compile(r"(?:.*_)?(?:perplexity|bits_per_byte|loss|brier|brier_score|wer|cer|ter|toxicity)")
 # Our suites whose prompts depend on the model: its template, or an attack on it.
 ASKED_BY_MODEL = ("robustness", "lm_eval")
+# Sums of larger scores would be infinite.
+MOST = 1e100
 MOST_LISTED = 3
 
 
@@ -212,7 +213,9 @@ def _of_lm_eval(
     names = row.get("metrics")
     names = names if isinstance(names, list) else [name for name in row if name not in NOT_METRICS]
     scores = {
-        name: _number(origin, name, row[name]) for name in names if isinstance(row.get(name), (bool, int, float))
+        name: _number(origin, name, row[name])
+        for name in names
+        if isinstance(name, str) and isinstance(row.get(name), (bool, int, float))
     }
     doc = row.get("doc")
     identity = str(row.get("doc_hash") or "") or (json.dumps(doc, sort_keys=True) if doc is not None else "")
@@ -226,9 +229,9 @@ def _of_lm_eval(
 
 
 def _number(origin: str, name: str, value: object) -> float:
-    if isinstance(value, (bool, int, float)) and math.isfinite(value):
+    if isinstance(value, (bool, int, float)) and abs(value) < MOST:
         return float(value)
-    raise InputError(f"{origin}: {name} is {value!r:.40}, expected a number")
+    raise InputError(f"{origin}: {name} is {value!r:.40}, expected a number below {MOST:g}")
 
 
 def _cluster(origin: str, row: Mapping[str, Any], column: str | None) -> object:
@@ -256,7 +259,7 @@ def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
         logprobs = []
     if logprobs and len(logprobs) == len(pairs):
         return asked, pairs[max(range(len(pairs)), key=logprobs.__getitem__)][-1].strip()
-    return asked, str(said[0]) if said else ""
+    return asked, str(said[0]) if said and said[0] is not None else ""
 
 
 # ---- the comparison ----

@@ -375,12 +375,13 @@ def _scored(origin: str, row: Mapping[str, Any]) -> Read | None:
     targets = row.get("mc1_targets")
     if "question" not in row or not isinstance(targets, Mapping):
         return None
-    scores = targets
+    pairs = list(targets.items())
     if {"choices", "labels"} <= targets.keys():
-        scores = dict(zip(targets["choices"], targets["labels"], strict=False))
-    right = [text for text, score in scores.items() if score == 1]
-    wrong = [text for text, score in scores.items() if score == 0]
-    if len(right) != 1 or len(right) + len(wrong) != len(scores):
+        sides = targets["choices"], targets["labels"]
+        are_lists = all(isinstance(each, list) for each in sides) and len(sides[0]) == len(sides[1])
+        pairs = list(zip(*sides, strict=True)) if are_lists else []
+    right, wrong = ([text for text, score in pairs if score == each] for each in (1, 0))
+    if len(right) != 1 or len(right) + len(wrong) != len(pairs):
         raise InputError(f"{origin}: mc1_targets is {targets!r:.120}; expected 1 for one choice and 0 for the others")
     return _shuffled(origin, str(row["question"]), right[0], wrong)
 
