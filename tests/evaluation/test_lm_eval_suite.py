@@ -53,6 +53,16 @@ def subject(make_model, tokenizer):
     return Subject("tiny", make_model(), tokenizer, batch_size=2)
 
 
+def test_a_task_is_compared_by_the_metric_that_it_names_first(folder):
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("strict-match", "flexible")]
+    with open(f"{folder}/filtered.yaml", "w") as stream:
+        yaml.safe_dump({**WRITTEN, "task": "filtered", "filter_list": filters}, stream)
+    suite = LmEval(["colors", "said", "filtered"], [folder])
+    primary = {task: list(suite.primary_of(task)) for task in suite.tasks}
+    assert primary == {"colors": ["acc"], "said": ["exact_match"], "filtered": ["exact_match_strict_match"]}
+    assert {suite.better[name] for names in primary.values() for name in names} == {1}
+
+
 def test_each_item_is_judged_as_by_lm_eval(folder, subject):
     suite = LmEval(["colors"], [folder])
     records = list(suite.judge(subject, suite.items()))

@@ -96,33 +96,32 @@ def test_a_model_that_is_worse_fails_where_that_is_asked_for(models, capsys):
     ]
     (models / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     flags = ("--suites", "few_shot", "--fail_on_regression")
-    metrics = judge(models, "out", *flags[:2])
+    with pytest.raises(SystemExit) as stop:
+        judge(models, "out", *flags)
+    assert stop.value.code == 1
+    metrics = report_of(models / "out")[0]
     wrong = 20 - round(20 * metrics["few_shot/sums/acc/two/model"])
     assert wrong > 6, "the models are to differ"
     assert metrics["few_shot/sums/acc/two/model_difference_p"] == pytest.approx(2 * 0.5**wrong)
     key = "few_shot/sums/acc/two/model_difference_p_adjusted"
     assert metrics["verdict/family"] == 1 and metrics[key] == metrics[key.removesuffix("_adjusted")]
     assert (metrics["verdict/worse/two/model"], metrics["verdict/better/two/model"]) == (1, 0)
-    printed = capsys.readouterr().out
+    said_first = capsys.readouterr()
+    assert "regression: worse than one/model at alpha .05: two/model in 1 primary figure" in said_first.err
     line = (
         "two/model is worse than one/model at alpha .05 (Holm over 1 primary figure, paired by item): few_shot, sums"
     )
-    assert f"{line}: acc 1.000 to" in printed
+    assert f"{line}: acc 1.000 to" in said_first.out
     assert json.loads((models / "out/report.json").read_text())["summary"].startswith(line)
     changed = [json.loads(line) for line in (models / "out/changes.jsonl").read_text().splitlines()]
     assert [each["change"] for each in changed] == ["worse"] * wrong
     assert changed[0]["said"][0] == said[int(changed[0]["item"].split("-")[1]) - 1] != changed[0]["said"][1]
     assert f"{wrong}, 0, 20" in (models / "out/report.md").read_text()
-    # Of the finished run and of a new one; the flag makes no other run of it.
-    for folder in ("out", "new"):
-        with pytest.raises(SystemExit) as stop:
-            judge(models, folder, *flags)
-        assert stop.value.code == 1
-        said = capsys.readouterr()
-        assert "regression: worse than one/model at alpha .05: two/model in 1 primary figure" in said.err
-        assert ("already done" in said.out) == (folder == "out")
-    turned = ["--model_name_or_path", str(models / "two/model"), str(models / "one/model")]
-    assert judge(models, "turned", *flags, *turned)["verdict/better/one/model"] == 1
+    # The run has finished, and the flag makes no other one of it.
+    assert judge(models, "out", *flags[:2]) == metrics
+    with pytest.raises(SystemExit) as stop:
+        judge(models, "out", *flags)
+    assert stop.value.code == 1 and capsys.readouterr().out.count("already done") == 2
     refused("one model has no other", "--model_name_or_path", str(models / "one/model"), "--fail_on_regression")
 
 
