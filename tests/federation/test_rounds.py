@@ -171,12 +171,12 @@ def moving(change, tokens=1, count=1):
     }
 
 
-def rounds_of(folder, learners, num_rounds, begun, server="fedavg", rate=1.0, transport=None, sum=RobustSum, **more):
+def rounds_of(folder, learners, num_rounds, begun, server="fedavg", rate=1.0, transport=None, sum=None, **more):
     settings = RoundSettings(num_rounds, **more)
     transport = transport or InProcess(learners, "base")
     optimizer = server_optimizer(server, rate)
     rounds = (transport, list(learners), {"w": begun}, optimizer, settings, folder, {})
-    return run_rounds(*rounds, new_sum=lambda number: sum())
+    return run_rounds(*rounds, **({} if sum is None else {"new_sum": lambda number: sum()}))
 
 
 def test_moves_that_bfloat16_cannot_hold_add_up(tmp_path):
