@@ -29,6 +29,8 @@ def _qwen_experts(native: "PreTrainedConfig", dense_type: str) -> dict[str, Any]
     if native.num_experts < 1:
         raise InputError(f"num_experts={native.num_experts}: without experts a model is a {dense_type}")
     only, step = native.mlp_only_layers, native.decoder_sparse_step
+    if step < 1:
+        raise InputError(f"decoder_sparse_step={step} must be a whole number of at least 1")
     sparse = [index not in only and (index + 1) % step == 0 for index in range(native.num_hidden_layers)]
     return {"mlp_layer_types": ["sparse" if each else "dense" for each in sparse]}
 

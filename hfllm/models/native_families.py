@@ -6,7 +6,8 @@ back changed is named and refused.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -40,6 +41,9 @@ HARMLESS_THEIRS = {
     *("is_decoder", "head_dim", "n_inner", "max_window_layers", "sliding_window", "use_sliding_window"),
     *("layer_types", "num_ln_in_parallel_attn", "num_kv_heads", "multi_query", "parallel_attn"),
 }
+# Sizes that every config.json names, and the largest that are no typing error.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+LARGEST, MAX_LAYERS = 10**9, 10**5
 # A value in a message is cut at this many characters.
 LONGEST_VALUE = 80
 
@@ -69,6 +73,44 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
             )
     _copy_labels(native, config)
     return config
+
+
+def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our fields of the model that a config.json of another architecture describes, for who counts it.
+
+    Args:
+        values: its content. What it leaves out is as transformers' class has it, except for the four sizes that every
+            model has.
+
+    Raises:
+        InputError: when the family cannot be converted, a size is missing or is none, or a field has no counterpart.
+    """
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        concept = missing_concept(kind) if isinstance(kind, str) else None
+        reason = f" ({concept} has no place in HfllmConfig)" if concept else ""
+        raise InputError(f"model_type {kind!r} is not one of hfllm, {', '.join(FAMILIES)}{reason}")
+    native_class = transformers.CONFIG_MAPPING[kind]
+    for name in SIZES:
+        theirs = native_class.attribute_map.get(name, name)
+        found = name if values.get(name) is not None else theirs
+        if values.get(found) is None:
+            raise InputError(f"{theirs} is missing")
+        if not isinstance(values[found], int) or isinstance(values[found], bool) or not 1 <= values[found] <= LARGEST:
+            raise InputError(
+                f"{found}={values[found]!r} must be a whole number of at least 1, and at most {LARGEST:,}"
+            )
+        if name == "num_hidden_layers" and values[found] > MAX_LAYERS:
+            # The native classes make lists of them.
+            raise InputError(f"{found}={values[found]} must be at most {MAX_LAYERS:,}")
+    try:
+        config = config_from_native(native_class.from_dict(deepcopy(dict(values))))
+    except InputError:
+        raise
+    except (*BAD_CONFIG, TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{kind}: {_one_line(error)}") from error
+    fields = _fields(config) | {"tie_word_embeddings"}
+    return {name: value for name, value in config.to_dict().items() if name in fields}
 
 
 def config_to_native(

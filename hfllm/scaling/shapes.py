@@ -1,6 +1,6 @@
 """A model's shape: the sizes that determine its parameters, its FLOPs and its memory.
 
-    shape = Shape.from_config(preset("llama-2-70b"))      # or the content of a config.json
+    shape = Shape.from_config(preset("llama-2-70b"))      # or the content of a config.json, also of other families
     shape.num_parameters(), shape.kv_bytes_per_token()
 
 Fields have the names of `HfllmConfig`, and the same defaults. Names in formulas: h hidden_size, l layers, a heads,
@@ -14,7 +14,7 @@ from typing import Any
 
 from hfllm.errors import InputError
 from hfllm.scaling.shape_checks import LARGEST, check_foreign, check_size, fill_latent, fill_layers
-from hfllm.scaling.shape_tables import CHOICES, FAMILIES, NAMED_SHAPES, mlp_layers, window_fields
+from hfllm.scaling.shape_tables import CHOICES, NAMED_SHAPES, mlp_layers
 from hfllm.scaling.towers import WITH_TOWER, Tower
 
 # Fields that say something of latent attention alone.
@@ -148,36 +148,28 @@ class Shape:
         """Return the shape that a configuration describes.
 
         Args:
-            config: fields of `HfllmConfig`, or the content of a config.json of one of `FAMILIES`.
+            config: fields of `HfllmConfig`, or the content of a config.json of a family that converts. Such a one is
+                read by transformers' class of it and by the conversion's table, which import torch.
             source: its origin, for messages.
 
         Raises:
             InputError: for another `model_type`, a missing or an impossible size.
         """
-        if config.get("model_type") in list(WITH_TOWER):
-            return cls._with_tower(config, source)
         kind = config.get("model_type", "hfllm")
-        if not isinstance(kind, str) or kind not in FAMILIES:
-            raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
-        names, implied = FAMILIES[kind]
-        values = {**implied, **{names.get(name, name): value for name, value in config.items()}}
-        # Qwen's and DeepSeek's other name of the number of experts.
-        values.setdefault("num_local_experts", values.get("num_experts", values.get("n_routed_experts", 0)))
+        if kind in list(WITH_TOWER):
+            return cls._with_tower(config, source)
         try:
+            values = dict(config) if kind == "hfllm" else _converted(config)
+            # Other names of the number of experts.
+            values.setdefault("num_local_experts", values.get("num_experts", values.get("n_routed_experts", 0)))
             values.setdefault("mlp_layer_types", mlp_layers(values))
-            values |= {} if kind == "hfllm" else window_fields(kind, values)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-        known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
-        missing = [name for name in _REQUIRED if name not in known]
-        theirs = {ours: name for name, ours in names.items()}
-        if missing:
-            raise InputError(f"{source}: {theirs.get(missing[0], missing[0])} is missing")
-        try:
+            known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
+            missing = [name for name in _REQUIRED if name not in known]
+            if missing:
+                raise InputError(f"{missing[0]} is missing")
             return cls(**known)
         except InputError as error:
-            field, equals, rest = str(error).partition("=")
-            raise InputError(f"{source}: {theirs.get(field, field)}{equals}{rest}") from None
+            raise InputError(f"{source}: {error}") from None
 
     @classmethod
     def _with_tower(cls, config: Mapping[str, Any], source: str) -> "Shape":
@@ -385,4 +377,11 @@ class Shape:
         return tokens * self.cached_size * bytes_per_value + 4 * self.linear_layers * self.state_size
 
 
-__all__ = ["FAMILIES", "LARGEST", "NAMED_SHAPES", "Shape"]
+def _converted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the family of a config.json of another architecture, as `hfllm.from_native` reads it."""
+    from hfllm.models.native_families import fields_from_native
+
+    return fields_from_native(config)
+
+
+__all__ = ["LARGEST", "NAMED_SHAPES", "Shape"]

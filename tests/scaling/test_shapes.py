@@ -9,12 +9,13 @@ from parity.natives import NATIVES
 
 import hfllm
 from hfllm.errors import InputError
+from hfllm.models.family_rows import FAMILIES as CONVERTED
 from hfllm.models.native_families import config_from_native
 from hfllm.models.presets import preset
 from hfllm.scaling.configs import _family_fields
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.memory import _stage_parameters, _stages
-from hfllm.scaling.shapes import FAMILIES, NAMED_SHAPES, Shape
+from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 from hfllm.scaling.speed import flops_per_token
 
 
@@ -61,7 +62,7 @@ def test_every_axis_counts(fields):
     assert shape.multiplied_parameters() == active - sum(table.numel() for table in looked_up)
 
 
-@pytest.mark.parametrize("name", [name for name, (kind, _) in NATIVES.items() if kind in FAMILIES])
+@pytest.mark.parametrize("name", NATIVES)
 def test_config_json_of_native_models(name, tmp_path):
     kind, fields = NATIVES[name]
     config = transformers.AutoConfig.for_model(kind, **fields)
@@ -82,20 +83,23 @@ def test_saved_config_of_the_family(make_config, tmp_path):
 
 def test_named_shapes_are_shapes_of_the_family():
     for name, fields in NAMED_SHAPES.items():
-        shape = Shape.from_config(fields)
-        if name == "deepseek-v3":
-            native = transformers.DeepseekV3Config(**{key: fields[key] for key in fields if key != "model_type"})
-            config = config_from_native(native)
-            # What `hfllm plan` writes describes the same model.
-            assert hfllm.HfllmConfig(**_family_fields(shape)).num_parameters() == config.num_parameters()
-        else:
-            config = hfllm.HfllmConfig(**fields)
+        shape, config = Shape.from_config(fields), hfllm.HfllmConfig(**fields)
         assert shape.num_parameters() == config.num_parameters()
         active = config.num_parameters(active_only=True)
         assert shape.num_parameters(active_only=True) == active
+        # What `hfllm plan` writes describes the same model.
+        assert hfllm.HfllmConfig(**_family_fields(shape)).num_parameters() == config.num_parameters()
         if name == "deepseek-v3":
+            # Sizes of the class are those of the paper, but for the context.
+            native = config_from_native(transformers.DeepseekV3Config(max_position_embeddings=4096))
+            assert native.num_parameters() == config.num_parameters()
             assert round(config.num_parameters() / 1e9) == 671
             assert (active - config.vocab_size * config.hidden_size) / 1e9 == pytest.approx(37, abs=0.5)
+
+
+def test_every_family_that_converts_is_planned():
+    """Of the table of conversion one is here, with its own model's parameters, in the test above."""
+    assert {kind for kind, _ in NATIVES.values()} == CONVERTED.keys()
 
 
 @pytest.mark.parametrize(
@@ -184,12 +188,14 @@ def test_deepseek_v3_has_671_billion_parameters_of_which_37_are_active():
 
 
 def test_dense_layers_of_a_mixture_that_are_none_are_refused():
-    with pytest.raises(InputError, match="config: decoder_sparse_step=0 must be a whole number of at least 1"):
+    with pytest.raises(
+        InputError, match="config: qwen3_moe: decoder_sparse_step=0 must be a whole number of at least 1"
+    ):
         Shape.from_config({**small_foreign("qwen3_moe"), "model_type": "qwen3_moe", "decoder_sparse_step": 0})
     with pytest.raises(InputError, match=r"mlp_layer_types=.*must name one of dense, sparse for each"):
         Shape(64, 2, 4, 100, num_local_experts=4, mlp_layer_types=["dense"])
     with pytest.raises(InputError, match="first_k_dense_replace=9 is more than num_hidden_layers=4"):
-        Shape.from_config({**small_foreign("deepseek_v3"), "model_type": "deepseek_v3", "first_k_dense_replace": 9})
+        Shape.from_config({**small_foreign("deepseek_v3"), "first_k_dense_replace": 9})
 
 
 @pytest.mark.parametrize(
