@@ -62,6 +62,7 @@ def end_with(process: int) -> None:
         os._exit(ABANDONED)
 
     if not runs():
+        print(f"error: process {process}, with which this one has to end, has ended", file=sys.stderr, flush=True)
         os._exit(ABANDONED)
     threading.Thread(target=watch, name="end_with", daemon=True).start()
 
@@ -90,7 +91,8 @@ def end_with_launcher() -> None:
     launcher, _, host = os.environ.get(LAUNCHER, "").partition("@")
     # Of several machines one has it.
     is_here = launcher.isdecimal() and host == socket.gethostname()
-    if is_here:
+    # One process may run several recipes.
+    if is_here and int(launcher) != os.getpid():
         end_with(int(launcher))
     if TORCHRUN in os.environ and not (is_here and os.getppid() == int(launcher)):
         end_with(os.getppid())

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hfllm.data.child_processes import LAUNCHER, WorkerEnded, Workers
+from hfllm.data.child_processes import LAUNCHER, WorkerEnded, Workers, be_launcher, end_with_launcher
 
 ROOT = Path(__file__).parent.parent.parent
 SPAWN = multiprocessing.get_context("spawn")
@@ -142,6 +143,14 @@ def test_a_launcher_that_had_ended_before_is_noticed(start):
         # That of another machine is none of this one.
         assert bool(process.stdout.readline()) == (code is None)
         assert code is None or process.wait() == code
+
+
+def test_a_launcher_does_not_wait_for_itself(monkeypatch):
+    monkeypatch.setenv(LAUNCHER, "")
+    be_launcher()
+    threads = threading.active_count()
+    end_with_launcher()
+    assert threading.active_count() == threads
 
 
 def test_all_items_are_worked_on(tmp_path):
