@@ -68,7 +68,7 @@ class Case:
     """
 
     flags: Callable[[Files], list[str]]
-    says: str = "resuming from checkpoint-1 (step 1 of"
+    says: str = "resuming from checkpoint-"
     place: str = "hfllm.trainers.checksums:write_checksums"
     number: int = 2
 
@@ -151,9 +151,7 @@ KEEP_NOTHING = {
 def test_every_recipe_has_its_place():
     assert CASES.keys() | KEEP_NOTHING.keys() == RECIPES and not CASES.keys() & KEEP_NOTHING.keys()
     for name, why in KEEP_NOTHING.items():
-        groups = import_module(name).parse(
-            ["--model_name_or_path", "m", "--output_dir", "o"] if name == "push" else []
-        )
+        groups = import_module(name).parse([])
         assert not any(hasattr(group, "resume_from_checkpoint") for group in groups), name
         has_stages = any(entry.recipe == name and entry.runs_own_chain for entry in STAGES.values())
         assert not has_stages or why != "nothing is kept", name
