@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from hfllm.data.formats import ANSWERED, LABELED, as_messages
 from hfllm.data.image_files import MAX_PIXELS, image_key, path_of, read_image
-from hfllm.data.messages import ROLES, Message, content_text
+from hfllm.data.messages import Message, content_text, role_of
 from hfllm.data.rows import BadRow, flaw_of
 from hfllm.errors import InputError
 
@@ -110,7 +110,7 @@ def _shown_once(origin: str, row: Row, inside: Mapping[str, list[Any]]) -> list[
 
 def _begins_with_a_question(said: Any) -> bool:
     first = said[0] if isinstance(said, list) and said and isinstance(said[0], Mapping) else {}
-    return ROLES.get(first.get("role", first.get("from"))) in ("system", "user")
+    return role_of(first) in ("system", "user")
 
 
 def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
@@ -315,7 +315,7 @@ def _flat(origin: str, message: Any, images: list[Any]) -> Any:
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, (list, tuple)):
         return message
-    if ROLES.get(message.get("role", message.get("from"))) == "tool" and not any(map(_is_picture, content)):
+    if role_of(message) == "tool" and not any(map(_is_picture, content)):
         # What a tool returned may be a list of anything, which `read_messages` reads.
         return message
     text = ""

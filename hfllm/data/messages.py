@@ -4,7 +4,7 @@ The content of a message is a text, or a list of parts `{"type": "text", "text":
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +54,12 @@ def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"{origin}: tools must be a list of JSON objects, or such a list as text, got {tools!r:.80}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def role_of(message: Mapping[str, Any]) -> str | None:
+    """Return the role of a message in any format, `None` where it has none."""
+    given = message.get("role", message.get("from"))
+    return ROLES.get(given) if isinstance(given, str) else None
 
 
 def is_begun(prompt: str | list[Message]) -> bool:
@@ -146,6 +152,7 @@ def is_empty(message: Message) -> bool:
 def _message(origin: str, message: Any) -> Message:
     fields = message if isinstance(message, dict) else {}
     role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+    role = role if isinstance(role, str) else None
     if role == "function_call":
         calls, content = content, ""
     else:

@@ -57,7 +57,13 @@ def saved_config(name: str, **kwargs: object) -> "PreTrainedConfig":
     check_objects(name, "config.json")
     kwargs = _with_trust(kwargs)
     with _named_settings(name):
-        config = AutoConfig.from_pretrained(name, **kwargs)
+        try:
+            config = AutoConfig.from_pretrained(name, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            # What transformers' own classes do with a value of another type than theirs.
+            if kwargs["trust_remote_code"] or "module 'torch'" in str(error):
+                raise
+            raise InputError(f"model {name!r}: config.json cannot be read: {reason_of(error)}") from error
     if not kwargs["trust_remote_code"]:
         _remove_kernels(config)
     return config

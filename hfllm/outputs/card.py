@@ -24,7 +24,7 @@ from hfllm.outputs.files import (
 from hfllm.outputs.flags import flag_sections, folded
 from hfllm.outputs.merged import first_base, merged_adapters, merged_base, merged_from
 from hfllm.outputs.names import code_span, is_hub_id, plain_line, quoted
-from hfllm.outputs.parents import learned_from, origin
+from hfllm.outputs.parents import entries, learned_from, origin
 from hfllm.outputs.report import (
     figures_markdown,
     markdown_table,
@@ -78,6 +78,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
     """
     folder = Path(folder)
     report = read_report(folder) or {}
+    report = {**report, "parents": entries(report.get("parents"))}
     arguments = report.get("arguments", {})
     name = (repo_id or folder.resolve().name).split("/")[-1]
     base = adapter_base(folder) if is_adapter(folder) else None
@@ -129,9 +130,11 @@ def hub_id(arguments: Mapping[str, Any], flag: str) -> str | None:
     """Return a flag's value if it is a repository of the Hub, not a local path or the embedded world, else `None`."""
     value = arguments.get(flag)
     # The run recorded whether it was a path, since a relative path looks like a Hub id.
-    if not isinstance(value, str) or value == WORLD or f"{flag} changed at" in arguments or Path(value).exists():
+    if not isinstance(value, str) or value == WORLD or f"{flag} changed at" in arguments or not is_hub_id(value):
         return None
-    return value if is_hub_id(value) and not value.endswith((".json", ".jsonl", ".txt", ".parquet")) else None
+    if Path(value).exists():
+        return None
+    return value if not value.endswith((".json", ".jsonl", ".txt", ".parquet")) else None
 
 
 def public_value(value: object, paths: Sequence[str] = ()) -> object:
@@ -266,7 +269,7 @@ def _introduction(folder: Path, report: Mapping[str, Any], base: str | None) -> 
         text += f": {_merged(folder)}"
     if report.get("stage"):
         text += f", made by the {report['stage']} stage of hfllm {report.get('hfllm_version', '')}".rstrip()
-        text += f" in {report.get('wall_seconds', 0):.0f} seconds"
+        text += f" in {report.get('wall_seconds') or 0:.0f} seconds"
     return f"{text}."
 
 

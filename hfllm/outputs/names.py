@@ -3,7 +3,8 @@
 import json
 import re
 
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+# The Hub takes no longer names.
+_HUB_ID = re.compile(r"[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?")
 
 
 def is_hub_id(value: object) -> bool:

@@ -52,7 +52,7 @@ def _with_parents(role: str, name: str, children: tuple[str, ...] = ()) -> list[
         base = read_json(Path(name) / ADAPTER_CONFIG).get("base_model_name_or_path")
         parents = None
     else:
-        base, parents = report.get("arguments", {}).get("model_name_or_path"), _entries(report.get("parents"))
+        base, parents = report.get("arguments", {}).get("model_name_or_path"), entries(report.get("parents"))
         own |= {"stage": report.get("stage"), **learned_from(report)}
     if parents is None:
         # Another tool's model, or one whose report is of before the lineage was written.
@@ -69,7 +69,7 @@ def learned_from(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**({"data": data} if data else {}), **rows}
 
 
-def _entries(parents: object) -> list[dict[str, Any]] | None:
+def entries(parents: object) -> list[dict[str, Any]] | None:
     """Return the lineage that a report tells, without what is no entry: models come from elsewhere too."""
     if not isinstance(parents, list):
         return None

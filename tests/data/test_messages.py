@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hfllm.data.conversations import check_written
+from hfllm.data.images import has_images, take_images
 from hfllm.data.messages import is_begun, read_messages, read_tools, split_beginning
 from hfllm.data.rows import Dropped
 from hfllm.errors import InputError
@@ -69,3 +70,12 @@ def test_only_words_of_the_assistant_begin_an_answer(last):
     assert not is_begun([]) and split_beginning([]) == ([], "")
     begun = [ASKED, {"role": "assistant", "content": "In the"}]
     assert is_begun(begun) and split_beginning(begun) == ([ASKED], "In the")
+
+
+@pytest.mark.parametrize("role", [["user"], {"a": 1}, 1, None, True])
+def test_a_role_of_another_type_is_none(role):
+    with pytest.raises(InputError, match=r"^a row: a message needs role \(one of "):
+        read_messages("a row", [{"role": role, "content": "a"}])
+    row = {"messages": [{"role": role, "content": [{"type": "text", "text": "a"}]}], "chosen": [{"role": role}]}
+    assert not has_images(row)
+    assert take_images("a row", row)[1] == []

@@ -74,6 +74,14 @@ def with_code(model, tmp_path, monkeypatch):
     return model
 
 
+@pytest.mark.parametrize("fields", [{"model_type": ["llama"]}, {"layer_types": [{}]}])
+def test_a_field_of_another_type_is_one_line(fields, model):
+    edit(model / "config.json", **fields)
+    with pytest.raises(InputError, match=rf"^model '{model}'") as error:
+        load_config(str(model))
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture
 def adapter(model, tmp_path):
     from peft import LoraConfig, get_peft_model

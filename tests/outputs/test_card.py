@@ -254,3 +254,17 @@ def test_what_is_published_of_a_run_names_no_folder_of_this_machine(saved, tmp_p
     for name in ("report.json", "report.md", "README.md"):
         assert shown in texts[name].decode(), name
     assert json.loads(texts["report.json"])["arguments"]["reward one changed at"] == 5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parents": [3, "a", {"role": "model"}, {"role": "model", "model": "a/b", "rows": "many", "stage": ["x"]}]},
+        {"wall_seconds": None},
+        {"arguments": {"model_name_or_path": "x" * 5000, "dataset_name": "y" * 5000}},
+    ],
+)
+def test_a_report_of_other_types_makes_a_card_all_the_same(fields, saved):
+    report = {"stage": "sft", "arguments": {}, "metrics": {}, **fields}
+    (saved / "report.json").write_text(json.dumps(report))
+    assert "made by the sft stage" in model_card(saved)
