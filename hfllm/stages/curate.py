@@ -35,6 +35,7 @@ EXAMPLES = "Examples of what was dropped"
 # What the reader counts besides documents: see docs/curation.md.
 NOTES = {
     "too_complex": "pages of which all visible text was taken: too complex for the extractor",
+    "trafilatura": "pages of which trafilatura's text was taken: resiliparse's may lack a part",
     "nothing_found": "pages of which all visible text was taken: the extractor found none",
 }
 

@@ -2,16 +2,20 @@
 
 import logging
 import re
+import sys
 from collections import Counter
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 pytest.importorskip("trafilatura", reason="needs the extra 'data'")
 
-from html_pages import BEES, MILL, PAGES, article, paragraphs
+from html_pages import BEES, MILL, PAGES, article, menu, paragraphs
 
 from hfllm.data.curation.html_text import MOST_ATTRIBUTES, MOST_LISTS, MOST_TAGS, html_to_text, is_too_complex
 from hfllm.data.curation.html_tokens import plain_text, tokens
+from hfllm.data.curation.options import CurationOptions
 
 PROSE = "The old mill below the bridge has ground no corn since the flood, and yet its wheel still turns. "
 
@@ -74,6 +78,109 @@ def test_the_headline_is_not_lost():
         assert html_to_text(page)[0].count("A wheel turns") == 1
 
 
+SENTENCES = [
+    f"{line} It was so in the {number}th year too, and nobody knows why." for number in range(4) for line in MILL
+]
+HAS_RESILIPARSE = find_spec("resiliparse") is not None
+real = pytest.mark.skipif(not HAS_RESILIPARSE, reason="needs resiliparse, of the extra 'data'")
+
+
+def give(monkeypatch, main, everything, headlines=()):
+    """Let resiliparse find these texts, whether it is installed or not."""
+
+    class Tree:
+        @staticmethod
+        def parse(page):
+            page.encode()
+            found = [SimpleNamespace(text=headline) for headline in headlines]
+            return SimpleNamespace(document=SimpleNamespace(get_elements_by_tag_name=lambda name: found))
+
+    def extract_plain_text(tree, main_content, **options):
+        if main is None:
+            raise ValueError("no tree")
+        return main if main_content else everything
+
+    modules = {"parse.html": {"HTMLTree": Tree}, "extract.html2text": {"extract_plain_text": extract_plain_text}}
+    for name in ("resiliparse", "resiliparse.parse", "resiliparse.extract"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, content in modules.items():
+        module = ModuleType(f"resiliparse.{name}")
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.parametrize(
+    ("main", "everything", "extractor"),
+    [
+        (SENTENCES, SENTENCES, "resiliparse"),
+        (SENTENCES, ["Home", *SENTENCES, "Contact", "Imprint"], "resiliparse"),
+        # A remark below the text, as long as a line of it.
+        (SENTENCES[:-1], SENTENCES, "resiliparse"),
+        (SENTENCES[: len(SENTENCES) // 2], SENTENCES, "trafilatura"),
+        (SENTENCES, [*SENTENCES[:5], *[f"item {number}" for number in range(60)], *SENTENCES[5:]], "trafilatura"),
+        (SENTENCES[:3], SENTENCES[:3], "trafilatura"),
+        ([f"item {number}" for number in range(300)], [f"item {number}" for number in range(300)], "trafilatura"),
+        ([], SENTENCES, "trafilatura"),
+        (None, None, "trafilatura"),
+    ],
+)
+def test_resiliparse_is_believed_where_it_holds_most_of_the_page(monkeypatch, main, everything, extractor):
+    page = article("", "", f"<article>{paragraphs(tuple(SENTENCES))}</article>", "")
+    give(monkeypatch, main if main is None else "\n\n".join(main), "\n".join(everything or []))
+    text, how = html_to_text(page, "resiliparse")
+    assert how == extractor
+    if how == "resiliparse":
+        assert text == "\n".join(main)
+    else:
+        assert html_to_text(page) == (text, "trafilatura")
+    # Half of a surrogate pair and frames are left to the others.
+    assert html_to_text(page.replace("mill", "mill \ud800"), "resiliparse")[1] == "trafilatura"
+    assert html_to_text(page.replace("<article>", "<noframes>"), "resiliparse")[1] != "resiliparse"
+
+
+def test_text_of_resiliparse_is_written_as_that_of_trafilatura(monkeypatch):
+    main = "\n\n".join(
+        [*SENTENCES, "  • one thing\n  • two\n    1. inner", "a\t\tb\n1\t\t2", "def f():\n    return 1"]
+    )
+    give(monkeypatch, main, main, ["A wheel\n turns"])
+    text, how = html_to_text("<p>", "resiliparse")
+    assert how == "resiliparse" and text.startswith(f"A wheel turns\n{SENTENCES[0]}\n{SENTENCES[1]}\n")
+    assert text.endswith("- one thing\n- two\n  - inner\na | b\n1 | 2\ndef f():\n    return 1")
+    give(monkeypatch, f"A wheel turns\n{main}", main, ["A wheel turns"])
+    assert html_to_text("<p>", "resiliparse")[0].count("A wheel turns") == 1
+
+
+@real
+def test_resiliparse_reads_a_long_article_and_leaves_others_alone():
+    around = "<nav>" + menu("Home", "News") + "</nav>", "<footer>" + menu("Imprint") + "</footer>"
+    page = article("", around[0], f"<main><article>{paragraphs(tuple(SENTENCES))}</article></main>", around[1])
+    assert html_to_text(page, "resiliparse") == ("\n".join(SENTENCES), "resiliparse")
+    for name, (page, text) in PAGES.items():
+        assert f1(html_to_text(page, "resiliparse")[0], text) > 0.9, name
+
+
+def test_a_deep_page_is_not_given_to_resiliparse(monkeypatch):
+    """Its time is quadratic in the levels: half a minute for as many as tags are accepted."""
+    give(monkeypatch, "\n".join(SENTENCES), "\n".join(SENTENCES))
+    for page, is_deep in (
+        ("<div>" * 1001 + "<br>" * 1000, True),
+        ("<DIV>" * 1001 + "</div>" * 1001, True),
+        # Ends of what was never opened take no level away.
+        ("<div></a>" * 1001, True),
+        ("<div><b>x</b></div>" * 4000, False),
+        ("<img><br>" * 4000, False),
+        ("<div>" * 1001, False),
+    ):
+        assert (html_to_text(page, "resiliparse")[1] == "resiliparse") is not is_deep, page[:20]
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_default_extractor_is_the_fast_one_where_it_is_installed(monkeypatch, is_installed):
+    monkeypatch.setattr("hfllm.data.curation.options.find_spec", lambda name: name if is_installed else None)
+    assert CurationOptions().html_extractor == ("resiliparse" if is_installed else "trafilatura")
+    assert CurationOptions(html_extractor="plain").html_extractor == "plain"
+
+
 def test_plain_text_has_a_line_per_block():
     page = (
         "<!doctype html><html><head><title>T</title><style>p {}</style></head><body><nav>Home</nav><h1>Big&nbsp;news"
@@ -130,6 +237,16 @@ HOSTILE = {
 }
 
 
+@real
+def test_hostile_pages_keep_their_text_by_resiliparse():
+    """Those that it is given; the others are too complex for both."""
+    for name in ("ampersands", "references", "NUL bytes", "half characters", "one word", "spaces", "nothing", "a tag"):
+        page = HOSTILE[name]
+        text, how = html_to_text(page, "resiliparse")
+        assert how in ("resiliparse", "trafilatura", "nothing_found"), name
+        assert ("wheel still turns" in text) is ("wheel still turns" in page.replace("\0", "")), name
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_pages_keep_their_text(name):
     """Each of them would end the run or hold it for minutes to hours, were it given to the parsers as it is."""
@@ -150,6 +267,10 @@ def test_what_is_too_complex():
     attributes = " ".join(f"a{number}" for number in range(MOST_ATTRIBUTES - 1))
     assert not is_too_complex(f"<p {attributes}>")
     assert is_too_complex(f"<p {attributes} b c>")
+    # Nor do quotes hide them.
+    for mark in ("<", ">"):
+        crowded = "<p " + " ".join(f"a{number}='{mark}'" for number in range(MOST_ATTRIBUTES + 9)) + ">"
+        assert is_too_complex(crowded) and is_too_complex(crowded.replace("'", '"'))
     # Nor is a script's content a tag.
     assert not is_too_complex(f"<script>if (a<b) {attributes} b c</script>")
 

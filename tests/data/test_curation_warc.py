@@ -48,7 +48,7 @@ def read(folder, *records, cut=0, **options):
     path = folder / "a.warc.gz"
     content = b"".join(records)
     path.write_bytes(content[: len(content) - cut])
-    options = CurationOptions(dataset_name=str(path), **options)
+    options = CurationOptions(dataset_name=str(path), **{"html_extractor": "trafilatura", **options})
     reader = DocumentReader(find_inputs(options), options)
     texts = [document.text for document in reader.run()]
     counts = {name: stat.total for name, stat in reader.stats.stats.items()}
@@ -218,5 +218,9 @@ def test_without_trafilatura_it_says_what_to_install(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=rf"a\.warc\.gz: .* needs {absent}: pip install 'hfllm\[data\]'"):
             read(tmp_path, record(http(page(1))))
     assert read(tmp_path, record(http(page(1))), html_extractor="plain")[0] == [SENTENCE.format(1)]
+    monkeypatch.setattr("hfllm.data.curation.inputs.find_spec", lambda name: None if name == "resiliparse" else 1)
+    assert read(tmp_path, record(http(page(1))))[0] == [SENTENCE.format(1)]
+    with pytest.raises(InputError, match=r"needs resiliparse: .*or --html_extractor trafilatura"):
+        read(tmp_path, record(http(page(1))), html_extractor="resiliparse")
     (tmp_path / "a.txt").write_text("no web page")
     find_inputs(CurationOptions(dataset_name=str(tmp_path / "a.txt")))

@@ -78,11 +78,14 @@ def _check_installed(archive: Input, html_extractor: str) -> None:
     """Refuse web archives without the libraries that read them, and the text of their pages."""
     if find_spec("warcio") is None:
         raise InputError(f"{archive.path}: a web archive needs warcio: pip install 'hfllm[data]'")
-    missing = next((name for name in ("trafilatura", "lxml_html_clean") if find_spec(name) is None), None)
-    if html_extractor == "trafilatura" and missing:
+    needed = {"plain": (), "trafilatura": ("trafilatura", "lxml_html_clean")}
+    needed["resiliparse"] = (*needed["trafilatura"], "resiliparse")
+    missing = next((name for name in needed[html_extractor] if find_spec(name) is None), None)
+    if missing:
+        other = "trafilatura" if missing == "resiliparse" else "plain, which keeps menus too"
         raise InputError(
             f"{archive.path}: the text of web pages needs {missing}: pip install 'hfllm[data]' "
-            "(or --html_extractor plain, which keeps menus too)"
+            f"(or --html_extractor {other})"
         )
 
 

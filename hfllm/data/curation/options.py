@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
@@ -11,14 +12,21 @@ FILTERS = (
     *("decontamination", "exact_duplicates", "near_duplicates", "perplexity"),
 )
 TXT_DOCUMENTS = ("passage", "line", "file")
-HTML_EXTRACTORS = ("trafilatura", "plain")
+HTML_EXTRACTORS = ("resiliparse", "trafilatura", "plain")
 OUTPUT_FORMATS = ("jsonl", "parquet")
 
 
 def _option(default, help: str):
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata={"help": help})
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def _html_extractor() -> str:
+    # By name, so that the report tells which one it was and a run is not resumed with the other.
+    return "resiliparse" if find_spec("resiliparse") else "trafilatura"
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,9 @@ class CurationOptions:
     txt_documents: str = _option("passage", "Unit of a document in a .txt file: passage, line or file.")
     passage_bytes: int = _option(4000, "Paragraphs of a .txt file are joined to passages of this many bytes or more.")
     html_extractor: str = _option(
-        "trafilatura", "Text of web pages: their main content by trafilatura, or plain, all visible text and faster."
+        _html_extractor,
+        "Text of web pages: their main content by resiliparse where that surely lacks little and else by trafilatura "
+        "(the default where resiliparse is installed), by trafilatura, or plain, all visible text.",
     )
     max_document_bytes: int = _option(
         5_000_000, "Longer lines, passages, cells and web pages are dropped without reading them."
