@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.runs.lock import lock, releases_folders
 from hfllm.stages.compare import CompareArguments
 
 
@@ -23,6 +24,7 @@ def parse(argv: Sequence[str]) -> tuple[CompareArguments]:
     return parse_recipe(["--logs", *logs, *flags] if logs else flags, __doc__, CompareArguments)
 
 
+@releases_folders
 def main(script_args: CompareArguments) -> dict[str, float]:
     """Read both logs, compare, report. Return the metrics."""
     from hfllm.evaluation.verdicts import fail_if_worse
@@ -42,6 +44,7 @@ def main(script_args: CompareArguments) -> dict[str, float]:
     first, second = (compare.read_log(name, script_args) for name in script_args.logs)
     second = compare.renamed(first, second, script_args.logs)
     family = compare.family_of(script_args, first, second, names)
+    lock(script_args.output_dir)
     found = compare.report(script_args, names, family, (first, second))
     for title, rows in found.tables.items():
         if not is_samples(rows):

@@ -29,7 +29,7 @@ from hfllm.evaluation.verdicts import (
 )
 from hfllm.outputs.report import Found, write_atomically
 from hfllm.stages.evaluate import labels_of
-from hfllm.stages.evaluate_report import CHANGES, slug
+from hfllm.stages.evaluate_report import CHANGES, refuse_foreign_changes, slug
 
 # lm-eval's names; a date stands for a run.
 LM_EVAL_LOG = re.compile(r"samples_(.+?)(?:_\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)?\.jsonl")
@@ -124,6 +124,7 @@ def check(script_args: CompareArguments) -> None:
         if not Path(name).exists():
             raise InputError(f"--logs {name}: no such file or folder")
     refuse(Path(logs[0]).resolve() == Path(logs[1]).resolve(), f"--logs {logs[1]}", "it is the first one again")
+    refuse_foreign_changes(script_args.output_dir)
 
 
 def labels(script_args: CompareArguments) -> list[str]:
@@ -428,9 +429,8 @@ def report(
         key, found = f"{each.compared.key}/{names[1]}_difference", each.difference
         metrics |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
     changes = changed_items(names[0], family, dict(_all_texts(names, logs)))
-    folder = Path(script_args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CHANGES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in changes))
+    path = Path(script_args.output_dir, CHANGES)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in changes))
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     if decided:
         tables[f"{names[1]} against {names[0]} (Holm over {len(decided)})"] = verdict_table(names[0], decided)

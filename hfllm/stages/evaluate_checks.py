@@ -10,6 +10,7 @@ from hfllm.outputs.flags import CHANGED, CONTENTS
 from hfllm.runs.command_line import say
 from hfllm.stages import evaluate_lm_eval, evaluate_pictures
 from hfllm.stages.evaluate import CONFIGS, FILES, EvaluateArguments, processor_of
+from hfllm.stages.evaluate_report import refuse_foreign_changes
 from hfllm.stages.evaluate_suites import SUITES, suites_of
 from hfllm.stages.own_pictures import files_changed
 
@@ -61,6 +62,8 @@ def check(script_args: EvaluateArguments) -> None:
     refuse(
         script_args.fail_on_regression and is_single, "--fail_on_regression", "one model has no other to be worse than"
     )
+    if not is_single:
+        refuse_foreign_changes(script_args.output_dir)
     evaluate_lm_eval.check(script_args, script_args.suites)
     evaluate_pictures.check(script_args)
     for suite in suites_of(script_args, None):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfllm.errors import InputError
 from hfllm.evaluation.intervals import difference_interval, mean_interval
 from hfllm.evaluation.suites.base import Record, Suite
 from hfllm.evaluation.verdicts import (
@@ -20,8 +21,8 @@ from hfllm.evaluation.verdicts import (
 from hfllm.outputs.calibration import Interval
 from hfllm.outputs.report import Bars, Found, Plot, write_atomically
 
-# The items in which models differ.
-CHANGES = "changes.jsonl"
+# The items in which models differ, and how long a line of them may be.
+CHANGES, MOST_READ = "changes.jsonl", 1 << 24
 # What ends the names of figures beside a mean. Other endings would make a table of all of them.
 RENAMED = {"_se": "_error", "_n": "_items"}
 MOST_BARS = 36
@@ -104,6 +105,25 @@ def changes_of(labels: Sequence[str], family: Sequence[Compared], records: Seque
         for each in records
     }
     return changed_items(labels[0], family, texts)
+
+
+def refuse_foreign_changes(folder: str | Path) -> None:
+    """Refuse to write over a file with the name of `CHANGES` that is no such file, or a link.
+
+    Raises:
+        InputError: naming the file.
+    """
+    path = Path(folder, CHANGES)
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        with path.open(encoding="utf-8") as stream:
+            first = stream.readline(MOST_READ)
+        row = json.loads(first) if first else {"figure": "", "change": ""}
+    except (OSError, ValueError, RecursionError):
+        row = None
+    if path.is_symlink() or not isinstance(row, dict) or not {"figure", "change"} <= row.keys():
+        raise InputError(f"{path} is not hfllm's and would be overwritten: move it or choose another --output_dir")
 
 
 def write_changes(

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from threading import Thread
 
 import compare
 import pytest
 
 from hfllm.errors import InputError
 from hfllm.evaluation.intervals import clustered_interval, holm, paired_p_value
+from hfllm.runs.lock import lock, release
 
 DATE = "2026-11-29T11-15-43.454236"
 
@@ -232,3 +234,28 @@ def test_files_that_are_not_ours_stay(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/report.json").write_text("{}")
     refused(tmp_path, "is not hfllm's and would be overwritten", a, b)
+    (tmp_path / "out/report.json").unlink()
+    (tmp_path / "mine.jsonl").write_text('{"change": 1}\n')
+    changes = tmp_path / "out/changes.jsonl"
+    changes.symlink_to(tmp_path / "mine.jsonl")
+    refused(tmp_path, "changes.jsonl is not hfllm's and would be overwritten", a, b)
+    changes.unlink()
+    changes.write_text("mine")
+    refused(tmp_path, "changes.jsonl is not hfllm's and would be overwritten", a, b)
+    changes.unlink()
+    lock(tmp_path / "out")
+    said = []
+
+    def at_once():
+        try:
+            run(tmp_path, a, b)
+        except InputError as error:
+            said.append(str(error))
+
+    other = Thread(target=at_once)
+    other.start()
+    other.join()
+    release(tmp_path / "out")
+    assert "thread MainThread of this process" in said[0] and not changes.exists()
+    # Its own are written again.
+    assert run(tmp_path, a, b) == run(tmp_path, a, b)
