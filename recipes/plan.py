@@ -5,8 +5,9 @@
     hfllm plan --config_path model/config.json --device cpu --num_devices 1 --precision fp32
     python recipes/plan.py --preset gpt3-175b --num_devices 1024 --tensor_parallel 8 --pipeline_parallel 16
 
-Answers at once, by arithmetic only: nothing is allocated, and neither torch nor transformers is imported. Writes
-the files that launch the chosen layout beside its report. docs/planner.md explains every column and formula.
+Answers at once, by arithmetic only: nothing is allocated, and neither torch nor transformers is imported, except to
+read a config.json of another family, of any that `hfllm convert` takes. Writes the files that launch the chosen layout
+beside its report. docs/planner.md explains every column and formula.
 """
 
 from collections.abc import Sequence

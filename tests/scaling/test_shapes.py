@@ -244,7 +244,7 @@ def test_caches_by_type_of_layer(limit, field):
         ),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"},
-            "max_window_layers='1' must be",
+            "'max_window_layers' expected int, got str",
         ),
         (
             {"layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 0},
