@@ -20,6 +20,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import RECORD, checkpoints_in
 from hfllm.outputs.checksums import CHECKSUMS, damage_of, write_checksums
+from hfllm.outputs.ownership import RECORD as RECORD_FILE
 from hfllm.runs import command_line
 from hfllm.runs.command_line import checkpoint_to_resume
 from hfllm.runs.lock import LOCK_FILE, lock, release_all
@@ -141,6 +142,8 @@ def test_contents_count_and_neither_places_nor_times(run, cut, rows, base, tmp_p
     moved, model = tmp_path / "moved.jsonl", tmp_path / "model"
     shutil.copy(rows, moved)
     shutil.copytree(base, model)
+    # It is changed on purpose.
+    (model / RECORD_FILE).unlink()
     os.utime(moved, (1, 1))
     flags = ["--model_name_or_path", model]
     weights = load_file(model / "model.safetensors")
