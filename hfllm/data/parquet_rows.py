@@ -36,7 +36,7 @@ def parquet_rows(file: Path, limit: int) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             metadata = table.metadata
-        rows_at_once = _check_figures(file, metadata, limit)
+        rows_at_once = _check_figures(file, limit)
         expansion = Expansion(file, limit)
         with pyarrow.parquet.ParquetFile(file, read_dictionary=_dictionaries(metadata)) as table:
             for batch in table.iter_batches(rows_at_once):
@@ -55,36 +55,106 @@ def parquet_rows(file: Path, limit: int) -> Iterator[dict[str, Any]]:
         raise InputError(f"{file}: not parquet, or damaged{after}: {said[:200]}") from None
 
 
-def _check_figures(file: Path, metadata: "FileMetaData", limit: int) -> int:
+def _check_figures(file: Path, limit: int) -> int:
     """Return how many rows to read at once, by what the file says of itself.
 
     Raises:
         InputError: when its rows are longer than the limit by that, or the whole would fill the memory.
+        ValueError: when it says nothing that can be read.
     """
     expansion, rows_at_once, before = Expansion(file, limit), MOST_ROWS, 0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        columns = [group.column(each) for each in range(group.num_columns)]
-        sizes = [max(column.total_uncompressed_size, 8 * column.num_values, 0) for column in columns]
-        mean = sum(sizes) // max(group.num_rows, 1)
+    for num_rows, columns in _row_groups(file):
+        sizes = [max(size, 8 * num_values, 0) for size, num_values in columns]
+        mean = sum(sizes) // max(num_rows, 1)
         if limit and mean > limit:
             raise too_long(f"{file}, row {before + 1} or one after it", limit)
-        expansion.add(sum(sizes), group.num_rows)
+        expansion.add(sum(sizes), max(num_rows, 0))
         rows_at_once = min(rows_at_once, max(1, BATCH_BYTES // max(mean, 1)))
-        before += group.num_rows
+        before += num_rows
     return rows_at_once
 
 
+def _row_groups(file: Path) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Return the rows of each row group, and of each of its columns the bytes without compression and the values.
+
+    They are read from the file's end without pyarrow, which ends the process at some damaged figures of columns.
+    """
+    with file.open("rb") as stream:
+        stream.seek(0, 2)
+        end = stream.tell()
+        stream.seek(max(end - 8, 0))
+        length = int.from_bytes(stream.read(4), "little")
+        if length > end - 8:
+            raise ValueError("its end is damaged")
+        stream.seek(end - 8 - length)
+        footer = _Thrift(stream.read(length))
+    try:
+        groups = footer.struct()[4]
+        # https://github.com/apache/parquet-format: RowGroup 1 and 3, ColumnChunk 3, ColumnMetaData 6 and 5.
+        return [(group[3], [(each[3][6], each[3][5]) for each in group[1]]) for group in groups]
+    except (IndexError, KeyError, OverflowError, RecursionError, TypeError):
+        raise ValueError("its end is damaged") from None
+
+
+class _Thrift:
+    """Values in Thrift's compact protocol: a struct becomes a dictionary by the numbers of its fields."""
+
+    def __init__(self, data: bytes):
+        self.data, self.at = data, 0
+
+    def byte(self) -> int:
+        self.at += 1
+        return self.data[self.at - 1]
+
+    def varint(self) -> int:
+        value, shift = 0, 0
+        while (byte := self.byte()) & 0x80:
+            value, shift = value | (byte & 0x7F) << shift, shift + 7
+            if shift > 63:
+                raise OverflowError
+        return value | byte << shift
+
+    def number(self) -> int:
+        value = self.varint()
+        return value >> 1 ^ -(value & 1)
+
+    def struct(self) -> dict[int, Any]:
+        found, field = {}, 0
+        while head := self.byte():
+            field = field + (head >> 4) if head >> 4 else self.number()
+            kind = head & 15
+            # The value of a truth value is its type.
+            found[field] = kind == 1 if kind in (1, 2) else self.value(kind)
+        return found
+
+    def value(self, kind: int) -> Any:
+        if kind in (4, 5, 6):
+            return self.number()
+        if kind == 12:
+            return self.struct()
+        if kind in (9, 10):
+            head = self.byte()
+            count = head >> 4 if head >> 4 < 15 else self.varint()
+            return [self.value(head & 15) for _ in range(count)]
+        if kind == 11:
+            count = self.varint()
+            kinds = self.byte() if count else 0
+            return [(self.value(kinds >> 4), self.value(kinds & 15)) for _ in range(count)]
+        length = {1: 1, 2: 1, 3: 1, 7: 8, 13: 16}.get(kind) if kind != 8 else self.varint()
+        if self.at + length > len(self.data):
+            raise IndexError
+        self.at += length
+        return self.data[self.at - length : self.at]
+
+
 def _dictionaries(metadata: "FileMetaData") -> list[str]:
-    """Return the columns of texts or bytes that are stored as a dictionary in some part of the file."""
-    found = []
-    for place in range(metadata.num_columns):
-        column = metadata.schema.column(place)
-        is_text = column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
-        groups = map(metadata.row_group, range(metadata.num_row_groups))
-        if is_text and any("DICTIONARY" in each for group in groups for each in group.column(place).encodings):
-            found.append(column.path)
-    return found
+    """Return the columns of texts or bytes, which may be stored as a dictionary."""
+    columns = map(metadata.schema.column, range(metadata.num_columns))
+    return [
+        column.path
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
+    ]
 
 
 def _parts(batch: "RecordBatch", limit: int, origin: str, before: int) -> "Iterator[tuple[RecordBatch, int]]":

@@ -13,7 +13,7 @@ import pytest
 
 from hfllm.data import formats, row_limits
 from hfllm.data.loading import DataArguments
-from hfllm.data.parquet_rows import arrow_bytes
+from hfllm.data.parquet_rows import _row_groups, arrow_bytes
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.sources import HubPart, iterate_source, load_source
 from hfllm.errors import InputError
@@ -304,6 +304,16 @@ def test_figures_of_a_parquet_file_are_looked_at_first(tmp_path, monkeypatch):
         load_source(str(path), HubPart(max_row_bytes=1_000_000))
     with pytest.raises(InputError, match="holds more than 200 times"):
         load_source(str(path))
+
+
+def test_figures_of_a_parquet_file_are_those_that_pyarrow_reads(tmp_path):
+    rows = [{"text": f"row {number % 7}", "at": [number, None], "on": number % 2 == 0} for number in range(50)]
+    (tmp_path / "a.parquet").write_bytes(parquet(rows, row_group_size=20))
+    metadata, found = pyarrow.parquet.read_metadata(tmp_path / "a.parquet"), []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        columns = map(group.column, range(group.num_columns))
+        found.append((group.num_rows, [(each.total_uncompressed_size, each.num_values) for each in columns]))
+    assert _row_groups(tmp_path / "a.parquet") == found and len(found) == 3
 
 
 def test_bytes_of_arrow_are_those_of_their_values():
