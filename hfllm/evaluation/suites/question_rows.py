@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, takewhile
 from typing import Any
 
@@ -94,6 +95,7 @@ class Read:
     also: object = None
     is_continued: bool = False
 
+    @cached_property
     def meanings(self) -> dict[str, int]:
         """Return the index of the choice that the answer means, by each way in which it means one."""
         found = _meanings(self.answer, self.choices, self.labels)
@@ -120,7 +122,7 @@ def questions_of(rows: Rows) -> list[Question]:
     """
     read = [_read(origin, row) for origin, row in rows]
     # Ways that read each row whose columns leave them open.
-    open_rows = [each.meanings().keys() for each in read if each.choices and len(each.ways) > 1]
+    open_rows = [each.meanings.keys() for each in read if each.choices and len(each.ways) > 1]
     shared = set.intersection(*map(set, open_rows)) if open_rows else set()
     return [_question(each, shared) for each in read]
 
@@ -134,7 +136,7 @@ def _question(read: Read, shared: set[str]) -> Question:
     """Return a question with the choice that its answer means."""
     if not read.choices:
         return Question(read.question, (), _final(str(read.answer)))
-    texts, meant = read.choices, read.meanings()
+    texts, meant = read.choices, read.meanings
     if not meant:
         how = f", {read.ways[0]}," if len(read.ways) == 1 else ""
         named = f" with the labels {', '.join(read.labels)}" if read.labels else ""
@@ -177,7 +179,9 @@ def _index_of(said: str, names: Sequence[str], plain: Any) -> int | None:
     """Return which name is said: the same one, or else the only one that is the same in plain form."""
     if said in names:
         return list(names).index(said)
-    alike = [place for place, name in enumerate(names) if plain(name) == plain(said)]
+    # Plain forms take time, and what is so much longer has another one: marks around an answer are short.
+    plain_said, most = plain(said), 24 + 2 * len(said)
+    alike = [place for place, name in enumerate(names) if len(name) <= most and plain(name) == plain_said]
     return alike[0] if len(alike) == 1 else None
 
 

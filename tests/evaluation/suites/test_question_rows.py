@@ -261,7 +261,7 @@ def written(rng, way, labels, choices, right):
 def test_the_author_is_understood_or_refused():
     """Random files whose rows are answered in one way: no choice other than the author's is ever right."""
     rng, understood, refused = random.Random(0), dict.fromkeys(("text", "letter", "from 0", "from 1", "label"), 0), 0
-    for _ in range(2000):
+    for _ in range(1000):
         way, column = rng.choice(list(understood)), rng.choice(["answer", "label", "gold", "target"])
         kinds = rng.sample(list(WORDS), rng.choice([1, 1, 2]))
         rows, meant = [], []
@@ -284,4 +284,4 @@ def test_the_author_is_understood_or_refused():
             continue
         assert [each.answer for each in found] == meant, (way, rows)
         understood[way] += 1
-    assert min(understood.values()) > 100 and 150 < refused < 1200
+    assert min(understood.values()) > 50 and 75 < refused < 600
