@@ -21,6 +21,7 @@ from test_own_model import logits, make_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from hfllm.errors import InputError
+from hfllm.evaluation.constitution_report import PROMISES
 from hfllm.runs import command_line, schedule
 from hfllm.runs.lock import LOCK_FILE, lock, release_all
 
@@ -143,6 +144,9 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
         assert len(tokenizer) <= model.config.vocab_size and report["artifacts"][name] == name
     rows = [json.loads(line) for line in (folder / "revisions" / "revisions.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(len(row["turns"]) == 2 for row in rows)
+    # Whatever is promised is measured, by the names of its figures.
+    promised = {name for each in PROMISES for name in (each.metric, each.control) if isinstance(name, str)}
+    assert promised <= report["metrics"].keys()
     assert report["metrics"].keys() >= {
         *("compliance_new_harms_before", "compliance_new_harms_after", "sl_evasive", "politeness_helpful_gold"),
         *("critiques_compliance_new_harms", "labels_rude", "ai_labels_rude", "judge_position_bias", "revised_2"),

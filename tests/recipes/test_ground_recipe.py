@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hfllm.data.world.passage_tasks import GROUPS
 from hfllm.errors import InputError
+from hfllm.evaluation.grounding_report import PROMISES
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
 
@@ -109,6 +110,9 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     for way in ("gated", "ungated"):
         assert {f"{way}_{kind}_right_n" for kind in ("answerable", "unanswerable", "closed_known")} <= metrics.keys()
     assert metrics["gate"] > 0 and "world_gold_kept" in metrics
+    # Whatever is promised is measured, by the names of its figures.
+    promised = {name for each in PROMISES for name in (each.metric, each.control) if isinstance(name, str)}
+    assert promised <= metrics.keys()
     assert {f"three_passages_{way}_right_n" for way in ("apart", "alike")} <= metrics.keys()
     assert metrics["injected_dropped_follows_n"] == 6
     assert {

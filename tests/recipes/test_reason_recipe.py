@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.data.thoughts import CLOSE, OPEN
 from hfllm.errors import InputError
+from hfllm.evaluation.reasoning_report import PROMISES
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
 
@@ -98,6 +99,9 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
         *("shuffled_right_change", "shuffled_thinks_change", "shuffled_tokens_change"),
     }
     assert report["metrics"]["right_n"] == 18 and report["metrics"]["thoughts_dial_right_n"] == 9
+    # Whatever is promised is measured, by the names of its figures.
+    promised = {name for each in PROMISES for name in (each.metric, each.control) if isinstance(name, str)}
+    assert promised <= report["metrics"].keys()
     # A few steps teach nothing, and the report says so.
     assert any(line.startswith("dials of six turns answered right with thoughts: ") for line in report["warnings"])
     for title in ("## Right answers, greedy", "## PPO on dials, sampled answers", "PPO, rewards by chance"):

@@ -22,6 +22,7 @@ from hfllm.data.world.tool_tasks import HELD_OUT, SUM, draw_tool_task
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
 from hfllm.evaluation import tools as evaluation
+from hfllm.evaluation.tools_report import PROMISES
 from hfllm.rewards.functions import GOLD_COLUMNS, GOLD_REWARDS
 from hfllm.runs import schedule
 from hfllm.runs.lock import release_all
@@ -118,6 +119,9 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
         for name in (f"right_{family}", f"sampled_right_{family}"):
             assert {f"{name}{part}" for part in ("_before", "_after", "_change", "_change_se", "_n")} <= metrics.keys()
         assert f"off_right_{family}_se" in metrics
+    # Whatever is promised is measured, by the names of its figures.
+    promised = {name for each in PROMISES for name in (each.metric, each.control) if isinstance(name, str)}
+    assert promised <= metrics.keys()
     assert {"calls_needed_after", "calls_not_needed_after", "shuffled_right_needed_change"} <= metrics.keys()
     assert metrics["calls_needed_n"] == 6 and metrics["right_known_n"] == metrics["known_facts_lost_n"] == 180
     for title in ("Greedy answers", "Sampled answers", "Where no tool is needed", "Conversations"):

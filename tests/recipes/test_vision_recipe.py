@@ -42,6 +42,8 @@ def test_from_nothing_to_a_report(drawn, capsys):
     report = json.loads((folder / "report.json").read_text())
     assert report["stage"] == "vision" and report["metrics"] == pytest.approx(metrics)
     assert {"right.png", "pictures.png", "loss.png", "README.md"} <= {path.name for path in folder.iterdir()}
+    # A few steps teach nothing, and the report says so.
+    assert any(line.startswith("questions about images (seen) answered right: ") for line in report["warnings"])
     assert {"seen_right", "held_out_right", "shuffled_right", "chance_right", "called_absent"} <= metrics.keys()
     assert metrics["seen_right_n"] == metrics["shuffled_right_n"] == 12 and metrics["train_rows"] == 16
     # The model answers by what the folder holds alone.
