@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/planner.py --output benchmarks/results/planner.md
     OMP_NUM_THREADS=1 python benchmarks/planner.py --sizes 5M --processes 2 --zero_stages 0 1 2 3
-    python benchmarks/planner.py --published        # time and memory of 291 published runs, in a second
+    python benchmarks/planner.py --published        # time and memory of 307 published runs, in a second
 
 Each case is the stock `Trainer` with fp32 AdamW on a CPU, on one process or several (DDP, or DeepSpeed's ZeRO stages).
 The measure is the growth of a process's resident memory from before its model is made to its peak in the steps

@@ -13,7 +13,9 @@ What sources do not say is assumed for all rows of a source alike: micro-batches
 chunk in Llama 3's interleaving; micro-batches of one row for MT-NLG, with ZeRO-1, GLM-130B and DeepSeek-V3; no
 recomputation where none is named. Activations that some runs recomputed in part are planned as kept. Gigabytes that
 BigScience read from nvidia-smi are taken as thousands of MiB. torchtitan's memory is what torch reserved, without the
-process itself.
+process itself. By their software, MosaicML, torchtitan and Megatron-Bridge's ZeRO-3 shard by FSDP; MosaicML
+(FlashAttention's kernel) and NVIDIA have fused losses, and NVIDIA's runs reduce gradients in 16 bits
+(`grad_reduce_in_fp32` is off in those of its scripts that were read, and assumed to be in the others).
 
 Tokens per second follow from what was published: FLOP/s with recomputation by equation 3 of Narayanan et al., those of
 Llama 3 and GLM-130B without recomputation, attention counted with the mask for Llama 3 alone.
@@ -114,7 +116,8 @@ def _run(row: dict[str, str], models: dict[str, dict], is_held_out: bool) -> Run
     devices, batch, length = int(row["devices"]), int(row["global_batch_size"]), int(row["sequence_length"])
     sizes |= {"data": devices // (sizes["tensor"] * sizes["context"] * sizes["pipeline"])}
     sizes |= {"micro_batch": int(row["micro_batch_size"])}
-    layout = Layout(**sizes, recompute=row["recompute"], whole_rows=row["whole_rows"] == "yes")
+    kind = {name: row[name] == "yes" for name in ("whole_rows", "fsdp", "fused_loss")}
+    layout = Layout(**sizes, recompute=row["recompute"], **kind)
     if layout.engine == FSDP2:
         layout = replace(layout, split_rows=row["whole_rows"] == "no")
     precision = row["precision"]

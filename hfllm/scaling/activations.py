@@ -39,6 +39,11 @@ class Precision:
     copies: int = 0
     reduced: int = 0
 
+    @property
+    def stored(self) -> int:
+        """Return the bytes in which a product keeps its input: that of fp8 is the copy that it multiplied."""
+        return 1 if self.copies else self.compute
+
 
 PRECISIONS = {
     precision.name: precision
@@ -52,6 +57,9 @@ PRECISIONS = {
         Precision("bf16_megatron", 2, 4, 12, 2, 2),
         Precision("bf16_megatron_deepspeed", 2, 6, 12, 2, 2, reduced=500_000_000),
         Precision("fp16_megatron", 2, 2, 16, 2, 2),
+        # With grad_reduce_in_fp32 off, as in NVIDIA's own measurements.
+        Precision("bf16_megatron_bf16_gradients", 2, 2, 12, 2, 2),
+        Precision("fp8_megatron_bf16_gradients", 2, 2, 12, 2, 2, copies=2),
         Precision("fp32_megatron", 4, 4, 8, 4, 4),
         # Products in fp8; all else as in bf16.
         Precision("fp8", 2, 2, 12, 2, 2, copies=2),
@@ -134,7 +142,7 @@ def layer_activations(
     is_fused = layout.engine == MEGATRON
     norm = precision.residual * hidden + 8 if is_fused else norm_bytes(shape, hidden, precision.residual)
     whole = (1 if is_same else shape.norms_per_layer) * norm
-    whole += size * hidden * _inputs(shape, precision)
+    whole += precision.stored * hidden * _inputs(shape, precision)
     # The latents and their norms' outputs.
     whole += 2 * size * shape.latent_size
     heads = size * (shape.query_size + shape.output_size + shape.key_size + shape.value_size)
@@ -143,6 +151,9 @@ def layer_activations(
         whole -= size * shape.qk_rope_head_dim
         heads += size * shape.num_attention_heads * shape.qk_nope_head_dim
     heads += 4 * shape.num_attention_heads
+    if precision.copies:
+        # Attention keeps its output in 16 bits, the product after it a copy.
+        heads += precision.stored * shape.output_size
     if shape.qk_norm:
         count = shape.num_attention_heads + shape.num_key_value_heads
         heads += count * (size * shape.head_dim + 8 if is_fused else norm_bytes(shape, shape.head_dim, size))
@@ -164,17 +175,20 @@ def layer_activations(
 
 def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
     hidden, products = shape.hidden_size, 2 if shape.is_gated else 1
-    # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers.
-    # Megatron-LM's keeps it. The experts that all tokens share are one.
-    is_gathered = layout.engine == DEEPSPEED and layout.zero_stage == 3
+    # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers, or FSDP
+    # without tensor parallelism. Megatron-LM's keeps it. The experts that all tokens share are one.
+    is_gathered = layout.zero_stage == 3 and (layout.engine == DEEPSPEED or (layout.fsdp and layout.tensor == 1))
     kept = 2 * products if is_gathered else products + (layout.engine == MEGATRON)
+    # The last product's input.
+    saved = precision.compute - precision.stored
     if shape.num_local_experts:
         # Grouped products stay in fp32 under autocast. The tokens of each expert are copies.
         size = 4 if precision.is_autocast else precision.compute
         rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * shape.expert_size) + 28)
-        shared = precision.compute * shape.shared_size * kept
+        rows -= shape.num_experts_per_tok * saved * (hidden + shape.expert_size)
+        shared = shape.shared_size * (precision.compute * kept - saved)
         return rows + shared + 3 * precision.residual * shape.num_local_experts
-    return precision.compute * shape.intermediate_size * kept
+    return shape.intermediate_size * (precision.compute * kept - saved)
 
 
 def layer_workspace(
@@ -202,8 +216,12 @@ def loss_bytes(shape: Shape, layout: Layout, precision: Precision, tokens: int) 
     Logits of 16 bits, which stay for as long as somebody holds the model's output, are 2 V more. With
     `shape.loss_chunk_size` only that many rows exist, plus the fp32 gradients of the head and the hidden states. The
     loss of split logits in torch.distributed.tensor makes one more gradient. Where rows are split, the head reads all.
+    A fused loss has logits and gradient in their own precision, whatever the chunks.
     """
     split = layout.tensor if layout.splits_logits else 1
+    if layout.fused_loss:
+        rows = precision.compute * shape.hidden_size if layout.sequence_parallel else 0
+        return tokens * (2 * precision.compute * shape.vocab_size / split + rows)
     if not shape.loss_chunk_size:
         entry = (16 if layout.split_rows else 12) + (2 if precision.compute == 2 else 0)
         rows = precision.compute * shape.hidden_size if layout.sequence_parallel else 0

@@ -15,6 +15,9 @@ DAYS_PER_YEAR = 365.25
 MUCH_IDLE = 0.3
 # ZeRO-3 over so many devices: the only published runs (Narayanan et al. 2021, table 2) took twice to thrice the plan.
 MANY_SHARDS = 512
+# What is planned are steps, one after the other, by the best layout and software. Published whole runs took so many
+# times as long (the median over their sources), four of five of them between these (benchmarks/whole_runs.csv).
+WHOLE_RUN, WHOLE_RUN_RANGE = 1.5, (1.0, 2.0)
 # Times the batch that is tried for more devices, and how many devices more than in proportion are accepted.
 LARGER_BATCHES, MOST_MORE = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), 1.25
 
@@ -53,7 +56,18 @@ def sentences(chosen: Plan, plans: Sequence[Plan], request: Request, target_days
         lines.append(f"The fastest layout, {plans[0].layout}, takes {duration(plans[0].days)}, and is harder to run.")
     if days > target_days:
         lines.append(_faster(chosen, request, target_days))
+    if whole_run_factor(request) > 1:
+        low, high = (duration(bound * days) for bound in WHOLE_RUN_RANGE)
+        lines.append(
+            f"Published whole runs, with restarts and slower software, took {WHOLE_RUN} times the planned time: about "
+            f"{duration(WHOLE_RUN * days)}, and {low} to {high} for four of five."
+        )
     return lines
+
+
+def whole_run_factor(request: Request) -> float:
+    """Return how many times the planned days a whole run takes: 1 with a measured MFU, and on a CPU."""
+    return 1.0 if request.mfu is not None or request.device.name == "cpu" else WHOLE_RUN
 
 
 def duration(days: float) -> str:

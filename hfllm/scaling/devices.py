@@ -37,6 +37,9 @@ class Device:
         fragments: share of the memory reserved by torch's allocator that it cannot use. Fitted: the smallest whole
             percentage with which no published run needs more than planned. GMLake (arXiv:2401.08156) removes as
             much on average, and 33% at most.
+        least_fragments: the same where memory is short, since the allocator then gives free blocks back. Fitted: the
+            largest whole percentage with which every published run of the largest micro-batch that fits is planned
+            to fit.
         usable: share of the memory that a plan may use: the driver of an A100 of 80 GiB leaves 79.3, and a CPU's
             memory is shared with other programs.
     """
@@ -57,6 +60,7 @@ class Device:
     runtime: float = 1573 * MIB
     group_buffer: float = 688 * MIB
     fragments: float = 0.15
+    least_fragments: float = 0.04
     usable: float = 0.97
 
     def peak(self, precision: str) -> float:
@@ -80,7 +84,8 @@ def _cpu(processes: int) -> Device:
     peak = (os.cpu_count() or 1) * 32 * 2.5e9 / processes
     links = {"bandwidth": 20e9 / processes, "near": 10e9, "far": 1e9, "per_node": processes}
     # Its allocator returns what is freed, and Gloo's buffers are small.
-    own = {"runtime": 16 * MIB, "group_buffer": 0.0, "fragments": 0.0, "usable": 0.9}
+    own = {"runtime": 16 * MIB, "group_buffer": 0.0, "fragments": 0.0, "least_fragments": 0.0}
+    own["usable"] = 0.9
     return Device("cpu", memory, peak, peak, **links, **own)
 
 

@@ -34,6 +34,9 @@ class Layout:
             parallelism (arXiv:2205.05198).
         split_rows: whether FSDP2 with tensor parallelism splits rows, tables and logits as Megatron-LM does, as in
             torchtitan (arXiv:2410.06511), not in transformers.
+        fsdp: whether torch's FSDP shards by ZeRO-3, in place of DeepSpeed; over `context` too.
+        fused_loss: whether a kernel computes the loss from the logits and writes their gradient at once, in their
+            precision, as FlashAttention's, Liger's and Transformer Engine's do.
     """
 
     data: int = 1
@@ -47,6 +50,8 @@ class Layout:
     context: int = 1
     whole_rows: bool = False
     split_rows: bool = False
+    fsdp: bool = False
+    fused_loss: bool = False
 
     @property
     def devices(self) -> int:
@@ -60,7 +65,11 @@ class Layout:
     @cached_property
     def engine(self) -> str:
         """Return the engine that runs it: `single`, `ddp`, `deepspeed`, `fsdp2`, `tensor` or `megatron`."""
-        if self.pipeline > 1 or self.expert > 1 or self.context > 1 or self.recompute == "selective":
+        if self.pipeline > 1 or self.expert > 1 or self.recompute == "selective":
+            return MEGATRON
+        if self.fsdp and self.zero_stage == 3:
+            return FSDP2
+        if self.context > 1:
             return MEGATRON
         if self.tensor > 1:
             # accelerate composes tensor parallelism with sharding, but not with replicas.

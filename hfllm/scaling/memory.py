@@ -39,7 +39,7 @@ class Memory:
         activations: kept by the forward pass, and needed in addition by one layer's backward pass.
         logits: scores of the vocabulary, their softmax and their gradient.
         buffers: for communication, for weights that ZeRO-3 gathers, and of the process itself.
-        fragments: reserved by the device's allocator beyond what is allocated.
+        fragments: reserved by the device's allocator beyond what is allocated, fewer where the device is full.
         peak: largest total at any time. It is less than the sum of the parts if gradients replace activations.
     """
 
@@ -129,8 +129,10 @@ def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: flo
         return parameters * precision.gradients
     if layout.engine == FSDP2:
         # The current layer and the prefetched one, which is copied out of a buffer, and a gradient that is copied into
-        # one, in fp32.
-        return layer * (3 * precision.compute + precision.gradients + 4)
+        # one, in fp32. Outside of the layers are the tables, which stay gathered, and their gradient.
+        tables = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size if layout.fsdp else 0
+        tables /= layout.tensor if layout.splits_logits else 1
+        return layer * (3 * precision.compute + precision.gradients + 4) + 2 * precision.compute * tables
     if layout.engine == DEEPSPEED:
         bucket = _bucket(precision, parameters)
         if layout.zero_stage == 3:
@@ -183,7 +185,9 @@ def device_memory(
 def _on_device(tensors: Memory, layout: Layout, device: Device) -> Memory:
     """Return the memory with what a process on `device` takes beside its tensors."""
     beside = device.runtime + layout.groups * device.group_buffer
-    fragments = tensors.peak * device.fragments / (1 - device.fragments)
+    free = device.usable * device.memory - tensors.peak - beside
+    usual, least = (tensors.peak * share / (1 - share) for share in (device.fragments, device.least_fragments))
+    fragments = max(least, min(usual, free))
     peak = tensors.peak + beside + fragments
     return replace(tensors, buffers=tensors.buffers + beside, fragments=fragments, peak=peak)
 

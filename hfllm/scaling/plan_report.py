@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hfllm.errors import InputError
 from hfllm.outputs.report import Bars, write_atomically
-from hfllm.scaling.advice import sentences
+from hfllm.scaling.advice import sentences, whole_run_factor
 from hfllm.scaling.configs import ACCELERATE_FILE, FLAGS_FILE
 from hfllm.scaling.devices import GIB
 from hfllm.scaling.layouts import RECIPES
@@ -17,7 +17,7 @@ ENGINES = {
     "single": "accelerate",
     "ddp": "accelerate (DDP)",
     "deepspeed": "accelerate (DeepSpeed)",
-    "fsdp2": "accelerate (FSDP2 and TP), own script",
+    "fsdp2": "accelerate (FSDP2), own script",
     "tensor": "transformers (TP), own script",
     "megatron": "Megatron-LM",
 }
@@ -91,6 +91,7 @@ def metrics(request: Request, plans: Sequence[Plan], chosen: Plan) -> dict[str, 
         "mfu": chosen.mfu,
         "tokens_per_second": request.tokens / (chosen.days * 86400),
         "days": chosen.days,
+        "whole_run_days": chosen.days * whole_run_factor(request),
     }
 
 

@@ -56,6 +56,8 @@ class Request:
         overlap_experts: whether the exchange with experts hides behind work.
         torch_compile: whether torch.compile fuses what lies between matrix products.
         sequence_parallel: whether Megatron-LM's tensor parallelism also splits what lies between the matrices.
+        fsdp: whether torch's FSDP2 shards by ZeRO-3, in place of DeepSpeed.
+        fused_loss: whether one kernel computes the loss and the gradient of the logits, in 16 bits.
         mfu: measured share of the peak, including bubble and communication; replaces the estimate in
             the days.
         usable: share of a device's memory to use; `None` is the device's.
@@ -87,6 +89,8 @@ class Request:
     overlap_experts: bool = False
     torch_compile: bool = False
     sequence_parallel: bool = True
+    fsdp: bool = False
+    fused_loss: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("num_devices", "max_length", "global_batch_size", "micro_batch_size", "interleave")
@@ -155,7 +159,8 @@ class Request:
 
     def runs_in_recipes(self, layout: Layout) -> bool:
         """Return whether the recipes train the model in a layout without changes."""
-        return layout.engine in RECIPES and self.precision != "fp8" and self.shape.tower is None
+        is_plain = self.precision != "fp8" and self.shape.tower is None and not self.fused_loss
+        return layout.engine in RECIPES and is_plain
 
 
 @dataclass(frozen=True)
@@ -185,11 +190,15 @@ class Plan:
 def plan(request: Request) -> list[Plan]:
     """Return the layouts that fit, fastest first; one per way to spread the model, with its best settings.
 
+    Those that fit only where the allocator gives free blocks back (no usable memory is left) count if there are no
+    others.
+
     Raises:
         InputError: when a fixed degree does not divide what it must, or nothing fits; the message names the
             closest layout.
     """
     found: dict[tuple, Plan] = {}
+    tight: dict[tuple, Plan] = {}
     # Of the ways to spread the model, and, for those that can be, of the settings within one.
     wrong: dict[bool, list[Layout]] = {False: [], True: []}
     smallest = None
@@ -207,19 +216,22 @@ def plan(request: Request) -> list[Plan]:
             memory = _memory(request, layout)
             if smallest is None or memory.peak < smallest[0].peak:
                 smallest = memory, layout
-            is_full = memory.peak > request.usable_bytes
-            if is_full:
+            is_full = memory.peak >= request.usable_bytes * (1 - 1e-9)
+            if memory.peak > request.usable_bytes * (1 + 1e-9):
                 continue
             one = _cost(request, layout, memory)
             spread = (layout.data, layout.tensor, layout.pipeline, layout.expert, layout.zero_stage, layout.context)
-            if spread not in found or _order(one) < _order(found[spread]):
-                found[spread] = one
+            kept = tight if is_full else found
+            if spread not in kept or _order(one) < _order(kept[spread]):
+                kept[spread] = one
+            if is_full:
+                continue
             # Each part of the time is convex in the micro-batch: once it rises, it does not fall again.
             if one.speed.seconds > before * (1 - 1e-9):
                 break
             before = one.speed.seconds
-    if found:
-        return sorted(found.values(), key=_order)
+    if found or tight:
+        return sorted((found or tight).values(), key=_order)
     if smallest is None:
         raise InputError(_cause(request, wrong[True] or wrong[False]))
     memory, layout = smallest
@@ -285,7 +297,9 @@ def _memory(request: Request, layout: Layout) -> Memory:
     passes = layout.micro_batches(request.global_batch_size)
     shape = request.shape_of(layout)
     options = request.dtype(layout), request.max_length, passes, request.attention
-    return device_memory(shape, layout, *options, device=request.device)
+    # Its fragments are as many as its usable memory has room for.
+    device = request.device if request.usable is None else replace(request.device, usable=request.usable)
+    return device_memory(shape, layout, *options, device=device)
 
 
 def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
@@ -319,7 +333,8 @@ def _groups(request: Request) -> Iterator[tuple[Layout, list[int], bool]]:
         is_megatron = pipeline > 1 or expert > 1 or context > 1
         for zero_stage in _held(request.zero_stage) or _zero_stages(data * context, tensor, is_megatron):
             whole = not request.sequence_parallel
-            spread = Layout(data, tensor, pipeline, expert, zero_stage, context=context, whole_rows=whole)
+            software = {"whole_rows": whole, "fsdp": request.fsdp, "fused_loss": request.fused_loss}
+            spread = Layout(data, tensor, pipeline, expert, zero_stage, context=context, **software)
             if not _has_engine(request, spread):
                 continue
             if any(spread.problems(shape, devices, request.global_batch_size)):

@@ -101,6 +101,16 @@ class PlanArguments:
         default=True,
         metadata={"help": "Megatron-LM's tensor parallelism also splits what lies between matrices."},
     )
+    fsdp: bool = field(
+        default=False, metadata={"help": "torch's FSDP2 shards by ZeRO-3, in place of DeepSpeed; not in the recipes."}
+    )
+    fused_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "One kernel computes the loss and the gradient of the logits in 16 bits (Liger, FlashAttention, "
+            "Transformer Engine); not in the recipes."
+        },
+    )
     target_days: float = field(
         default=90.0, metadata={"help": "If the plan takes longer, say how many devices would take so long."}
     )
@@ -192,7 +202,7 @@ def make_request(script_args: PlanArguments, shape: Shape) -> Request:
     held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
     held += ("micro_batch_size", "interleave")
     same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
-    same += ("overlap_experts", "torch_compile", "sequence_parallel")
+    same += ("overlap_experts", "torch_compile", "sequence_parallel", "fsdp", "fused_loss")
     options = {flag: getattr(script_args, flag) for flag in (*held, *same)}
     length = script_args.max_length
     options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length

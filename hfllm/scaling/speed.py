@@ -148,7 +148,8 @@ def _layer_and_head(
 
 def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str) -> float:
     """Return the bytes per token and layer of one traversal of what is kept, with a third more if it is recomputed."""
-    options = precision, sequence_length, attention
+    # Casts to fp8 are counted apart.
+    options = replace(precision, copies=0), sequence_length, attention
     if layout.recompute == "none":
         return layer_activations(shape, layout, *options)
     kept = layer_activations(shape, replace(layout, recompute="none"), *options)

@@ -181,6 +181,17 @@ def test_a_slower_network_is_for_what_goes_between_machines(tmp_path):
     assert run(tmp_path, *flags, *alone)["days"] == run(tmp_path, *flags, *alone, "--network_gbps", 1)["days"]
 
 
+def test_other_software_needs_other_memory(tmp_path):
+    """Of a layout that is given: FSDP2 has other buffers, a fused loss no logits in fp32."""
+    flags = ("--preset", "llama-2-7b", "--num_devices", 64, "--zero_stage", 3, "--tensor_parallel", 1)
+    flags += ("--pipeline_parallel", 1, "--micro_batch_size", 4, "--recompute", "full", "--global_batch_size", 256)
+    options = ((), ("--fsdp", "true"), ("--fused_loss", "true"), ("--fsdp", "true", "--fused_loss", "true"))
+    usual, fsdp, fused, both = (run(tmp_path, *flags, *more)["memory_gib"] for more in options)
+    assert fused < usual and both < fsdp and fsdp != usual
+    launch = yaml.safe_load((tmp_path / "accelerate.yaml").read_text())
+    assert launch["distributed_type"] == "FSDP" and launch["fsdp_config"]["fsdp_version"] == 2
+
+
 @pytest.mark.parametrize("device", ["gh200", "b200", "mi300x"])
 def test_newer_devices_are_planned(device, tmp_path):
     flags = ("--preset", "llama-2-7b", "--num_devices", 64, "--tokens", 1e11)
@@ -403,8 +414,9 @@ def test_the_page_shows_what_is_printed(tmp_path, capsys):
     run(tmp_path, "--num_devices", 3072, "--device", "a100-80gb", "--tokens", 450e9, "--top", 20)
     run(tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    words = [line for line in page.splitlines() if line.startswith("# data") or line.startswith("# For 90")]
-    assert len(words) == 3 and set(words) <= set(lines)
+    begins = ("# data", "# For 90", "# Published whole runs")
+    words = [line for line in page.splitlines() if line.startswith(begins)]
+    assert len(words) == 5 and set(words) <= set(lines)
     printed = {tuple(cell.strip() for cell in line.split("|")) for line in lines}
     rows = [line for line in page.splitlines() if re.match(r"\| +(\* )?\| data \d", line)]
     assert len(rows) == 6

@@ -31,9 +31,12 @@ def test_durations():
     assert {days: duration(days) for days in texts} == texts
 
 
-def test_a_plan_without_a_catch_needs_one_sentence():
-    (line,) = sentences(*planned(num_devices=8, global_batch_size=1024))
+def test_a_plan_without_a_catch_needs_one_sentence_and_one_of_whole_runs():
+    line, whole = sentences(*planned(num_devices=8, global_batch_size=1024))
     assert line.startswith("data 8, ZeRO-1: 43 days at an MFU of 67%, ")
+    assert whole.endswith("took 1.5 times the planned time: about 65 days, and 43 days to 86 days for four of five.")
+    (alone,) = sentences(*planned(num_devices=8, global_batch_size=1024, mfu=0.4))
+    assert "at an MFU of 40%" in alone
 
 
 def test_devices_that_wait_are_named():

@@ -339,14 +339,66 @@ def test_fp8_keeps_copies_of_the_weights():
 def test_a_gpu_takes_more_than_its_tensors():
     """The context, NCCL's buffers for each group, and 15% of what is reserved; a CPU takes 16 MiB more."""
     layout = Layout(data=8, zero_stage=2)
+    roomy = replace(find_device("h100"), memory=1e15)
     tensors, gpu, cpu = (
-        device_memory(GPT3, layout, BF16, 2048, device=one) for one in (None, find_device("h100"), find_device("cpu"))
+        device_memory(GPT3, layout, BF16, 2048, device=one) for one in (None, roomy, find_device("cpu"))
     )
     assert gpu.peak == pytest.approx(tensors.peak / 0.85 + (1573 + 688) * MIB)
     assert gpu.fragments == pytest.approx(0.15 * tensors.peak / 0.85) and tensors.fragments == cpu.fragments == 0
     assert gpu.buffers == tensors.buffers + (1573 + 688) * MIB and cpu.peak == tensors.peak + 16 * MIB
     for part in ("weights", "gradients", "optimizer", "activations", "logits"):
         assert getattr(gpu, part) == getattr(tensors, part)
+
+
+def test_fragments_are_what_a_full_device_has_room_for():
+    """The allocator gives free blocks back before it fails, as far as the smallest share that was published."""
+    layout, beside = Layout(data=8, zero_stage=2), (1573 + 688) * MIB
+    tensors = device_memory(GPT3, layout, BF16, 2048).peak
+    for reserved, share in ((1.25, 0.15), (1.1, 1 - 1 / 1.1), (1.01, 0.04)):
+        device = replace(find_device("h100"), memory=tensors * reserved + beside, usable=1.0)
+        memory = device_memory(GPT3, layout, BF16, 2048, device=device)
+        assert memory.fragments == pytest.approx(share / (1 - share) * tensors, rel=1e-6)
+        assert (memory.peak > device.memory * (1 + 1e-9)) == (reserved == 1.01)
+
+
+def test_a_fused_loss_has_logits_and_their_gradient_in_16_bits():
+    for layout, split in ((Layout(), 1), (Layout(2, tensor=4, zero_stage=1), 4)):
+        usual, fused = (
+            device_memory(GPT3, replace(layout, fused_loss=is_fused), BF16, 2048).logits for is_fused in (False, True)
+        )
+        rows = 2 * GPT3.hidden_size if split > 1 else 0
+        assert fused == 2048 * (2 * 2 * GPT3.vocab_size / split + rows)
+        assert usual - fused == 2048 * 10 * GPT3.vocab_size / split
+
+
+def test_fsdp_gathers_layers_and_tables_and_keeps_no_bucket():
+    """And shards over devices that share rows too."""
+    deepspeed, fsdp = (Layout(8, zero_stage=3, fsdp=flag) for flag in (False, True))
+    assert (deepspeed.engine, fsdp.engine, Layout(4, context=2, zero_stage=3, fsdp=True).engine) == (
+        "deepspeed",
+        "fsdp2",
+        "fsdp2",
+    )
+    one, two = (device_memory(GPT3, layout, BF16, 2048) for layout in (deepspeed, fsdp))
+    assert (one.weights, one.gradients, one.optimizer, one.activations) == (
+        two.weights,
+        two.gradients,
+        two.optimizer,
+        two.activations,
+    )
+    layer = sum(GPT3.layer_parameters().values())
+    tables = GPT3.vocab_size * GPT3.hidden_size * (1 if GPT3.tie_word_embeddings else 2)
+    assert two.buffers == 12 * layer + 4 * tables
+
+
+def test_products_in_fp8_keep_their_inputs_in_8_bits():
+    """A byte less for each number that a product reads; attention keeps its own output besides."""
+    layout = Layout(2, tensor=1, pipeline=2, zero_stage=1)
+    usual, eight = (
+        layer_activations(GPT3, layout, PRECISIONS[name], 2048) for name in ("bf16_megatron", "fp8_megatron")
+    )
+    hidden = GPT3.hidden_size
+    assert usual - eight == 2 * hidden + GPT3.intermediate_size - GPT3.output_size
 
 
 @pytest.mark.parametrize(
