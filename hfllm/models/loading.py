@@ -63,7 +63,7 @@ def saved_config(name: str, **kwargs: object) -> "PreTrainedConfig":
             # What transformers' own classes do with a value of another type than theirs.
             if kwargs["trust_remote_code"] or "module 'torch'" in str(error):
                 raise
-            raise InputError(f"model {name!r}: config.json cannot be read: {reason_of(error)}") from error
+            raise InputError(f"model {name!r}: config.json cannot be loaded: {reason_of(error)}") from error
     if not kwargs["trust_remote_code"]:
         _remove_kernels(config)
     return config
