@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfllm import durable
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
@@ -172,7 +173,7 @@ def hand_over(work: Path, folder: Path, shards: str) -> None:
     """Move the finished shards out of `work`, in place of those of an earlier run."""
     if (work / shards).is_dir():  # else a run was interrupted after this line
         shutil.rmtree(folder / shards, ignore_errors=True)
-        os.replace(work / shards, folder / shards)
+        durable.replace(work / shards, folder / shards)
 
 
 # ---- what is reported ----
