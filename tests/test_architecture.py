@@ -119,6 +119,12 @@ def test_no_recipe_imports_another():
         assert not {name.split(".")[0] for name in imports(path)} & recipes.keys(), path
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone, and takes one for the other."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_files_stay_small():
     files = {*modules().values(), *(ROOT / "recipes").glob("*.py")}
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}

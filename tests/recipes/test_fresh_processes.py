@@ -141,7 +141,9 @@ CASES = {
 }
 # They keep nothing of a run that did not finish, or their own tests kill them.
 KEEP_NOTHING = {
-    **dict.fromkeys(("convert", "merge", "plan", "push", "quantize", "speculative", "tokenizer"), "nothing is kept"),
+    **dict.fromkeys(
+        ("compare", "convert", "merge", "plan", "push", "quantize", "speculative", "tokenizer"), "nothing is kept"
+    ),
     "curate": "test_curate.py",
     "evaluate": "test_evaluate_recipe.py",
     "scaling_laws": "test_scaling_laws.py",

@@ -253,7 +253,7 @@ def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
         return [[1.0] * len(ids) for ids in completion_ids]
 
     rows = [{"prompt": text, "completion": "c", "answer": "a"} for text in ("one", "two")]
-    rlhf_stage._try_functions([each_token, length_penalty(0.01)], rows, NO_TOOLS)
+    rlhf_stage._try_functions([each_token, length_penalty(0.01)], rows, NO_TOOLS, timeout=60)
 
 
 def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
