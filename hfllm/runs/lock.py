@@ -2,8 +2,8 @@
 
 The lock is one of the system on a file in the folder: the system releases it when the process ends, however that ends.
 It is held per process, so that what a run starts, such as a data loader's workers, neither holds it nor releases it,
-and by each process that writes to the folder: the one that locks it has the first byte of the file, those that `join`
-it share the second. So no run begins before the last process of a killed one has ended.
+and by each process that writes to the folder: the one that locks it has one byte of the file, those that `join` it
+share the next. So no run begins before the last process of a killed one has ended.
 """
 
 import atexit
@@ -35,8 +35,8 @@ LOCK_FILE = ".hfllm.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # What a held lock answers.
 HELD = (errno.EACCES, errno.EAGAIN)
-# The bytes of the file.
-RUN, MEMBERS = 0, 1
+# The bytes of the file, far behind its text: on Windows shares nobody else can read what is locked.
+RUN, MEMBERS = 1 << 30, (1 << 30) + 1
 # Seconds to wait for a run that may be ending, as one that was killed a moment ago, and for processes whose run has
 # ended, which are ending too; and seconds between two tries.
 PATIENCE, PATIENCE_WITH_MEMBERS, PAUSE = 3.0, 30.0, 0.05
@@ -109,7 +109,7 @@ def join(folder: str | Path, owner: str | None) -> None:
         descriptor = os.open(path / LOCK_FILE, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, MEMBERS)
-            # Before it asks for the second byte, a later run writes its own name.
+            # Before it asks for that byte, a later run writes its own name.
             is_same = _is_there(descriptor, path / LOCK_FILE) and _read(descriptor) == owner
         except OSError:
             os.close(descriptor)

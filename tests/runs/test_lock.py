@@ -1,5 +1,6 @@
 """A folder has one run at a time, also when a run has been killed."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -251,6 +252,22 @@ def test_a_run_that_ends_before_what_it_has_started_leaves_the_lock_to_that(tmp_
     os.waitpid(child, 0)
     assert not (tmp_path / "out" / LOCK_FILE).exists()
     lock(tmp_path / "out")
+
+
+def test_what_the_file_says_is_not_locked(member, tmp_path):
+    """Where locks keep readers out, too, as on Windows shares, others have to read who holds it."""
+
+    def other():
+        with (tmp_path / "out" / LOCK_FILE).open("r+") as stream:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB, 400, 0)
+        # What earlier versions lock, all of it, is locked.
+        with (tmp_path / "out" / LOCK_FILE).open("r+") as stream, pytest.raises(OSError):
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    in_a_child(other)
+    os.kill(member.process, signal.SIGKILL)
+    lock(tmp_path / "out")
+    in_a_child(other)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
