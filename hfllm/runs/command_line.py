@@ -84,8 +84,9 @@ OF_MODEL = {
     "--dtype": "The type that it is loaded in, such as bfloat16.",
     "--attn_implementation": "eager, sdpa, flash_attention_2, ...",
 }
-# Letters of the longest name of a file in an output folder, with the folders that it lies in.
-LONGEST_FILE = 200
+# As long as the longest name of a file in an output folder with the folders that it lies in, 200 letters, in parts
+# that every file system takes.
+LONGEST_FILE = os.path.join(*["-" * 19] * 10)
 # The exit code of what Ctrl-C ends.
 INTERRUPTED = 130
 
@@ -169,7 +170,7 @@ def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstan
         raise InputError(f"--output_dir {shown!r:.80}: expected the name of a folder")
     try:
         # With room for the files in it.
-        os.stat(os.path.join(folder, "-" * LONGEST_FILE))
+        os.stat(os.path.join(folder, LONGEST_FILE))
     except ValueError:
         raise InputError(
             f"--output_dir {folder!r:.80}: no name for a folder: it holds characters that none has"

@@ -1,5 +1,6 @@
 """Around a stage: what was given, what decides a result, what is done already, and where to resume."""
 
+import errno
 import json
 import os
 import re
@@ -156,6 +157,19 @@ def test_other_output_folders_are_taken(tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with pytest.raises(InputError, match="Too many levels of symbolic links"):
         parse_recipe(["--output_dir", str(tmp_path / "circle")], "", Output)
+
+
+def test_an_output_folder_is_taken_where_names_are_short(tmp_path, monkeypatch):
+    """An encrypted folder takes names of 143 letters."""
+    stat = os.stat
+
+    def of_short_names(path, *args, **options):
+        if any(len(part) > 143 for part in Path(path).parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", of_short_names)
+    assert parse_recipe(["--output_dir", str(tmp_path)], "", Output)[0].output_dir == str(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"a":' * 100_000, f'{{"a": {"9" * 5000}}}'])
