@@ -64,12 +64,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         (temporary / OWNER_FILE).unlink(missing_ok=True)
+        durable.sync(temporary)
         if path.exists():
-            # A lock stays valid in the new folder.
+            # A lock stays valid in the new folder, unless this process opens and closes it.
             for hidden in path.iterdir():
                 os.replace(hidden, temporary / hidden.name)
+            durable.sync_folder(temporary)
             path.rmdir()
-        durable.replace(temporary, path)
+        os.replace(temporary, path)
+        durable.sync_folder(path.parent)
 
 
 def _own(folder: Path) -> int | None:

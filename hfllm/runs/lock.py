@@ -74,8 +74,9 @@ def lock(folder: str | Path) -> None:
     if held := _held.get(str(path)):
         if held.thread is not threading.current_thread() and held.thread.is_alive():
             raise InputError(_refusal(folder, f"thread {held.thread.name} of this process"))
-        _held[str(path)] = held._replace(thread=threading.current_thread())
-        return
+        if _holds_still(path):
+            _held[str(path)] = held._replace(thread=threading.current_thread())
+            return
     try:
         if not path.is_dir():
             path.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ def join(folder: str | Path, owner: str | None) -> None:
         InputError: when that process has ended, so that another run may have begun.
     """
     path = Path(folder).resolve()
-    if owner is None or fcntl is None or str(path) in _held:
+    if owner is None or fcntl is None or _holds_still(path):
         return
     try:
         descriptor = os.open(path / LOCK_FILE, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
@@ -171,6 +172,25 @@ def releases_folders(main: Callable[Given, Made]) -> Callable[Given, Made]:
                     release(folder)
 
     return released
+
+
+def _holds_still(path: Path) -> bool:
+    """Return whether this process holds a folder, as no other has held it since; if not, it is forgotten.
+
+    The system ends a process's locks on a file when the process closes that file, also where it has only read it: the
+    lock is taken again.
+    """
+    held = _held.get(str(path))
+    if held is None:
+        return False
+    with suppress(OSError):
+        kind = fcntl.LOCK_EX if held.byte == RUN else fcntl.LOCK_SH
+        fcntl.lockf(held.descriptor, kind | fcntl.LOCK_NB, 1, held.byte)
+        if _is_there(held.descriptor, path / LOCK_FILE) and _read(held.descriptor) == held.owner:
+            return True
+    os.close(held.descriptor)
+    del _held[str(path)]
+    return False
 
 
 def _locked(folder: str | Path, file: Path) -> _Lock | None:

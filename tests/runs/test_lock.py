@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.errors import InputError
+from hfllm.models.whole_folders import whole_folder
+from hfllm.outputs.ownership import refuse_foreign_files
 from hfllm.runs.lock import LOCK_FILE, join, lock, owner_of, release, release_all, releases_folders
 
 ROOT = Path(__file__).parent.parent.parent
@@ -268,6 +270,48 @@ def test_what_the_file_says_is_not_locked(member, tmp_path):
     os.kill(member.process, signal.SIGKILL)
     lock(tmp_path / "out")
     in_a_child(other)
+
+
+def refuse_every_other(folder):
+    """Let another process try to lock a folder that this one holds."""
+
+    def other():
+        with pytest.raises(InputError, match=f"is writing there \\(process {os.getppid()} on"):
+            lock(folder)
+
+    in_a_child(other)
+
+
+def test_a_lock_whose_file_was_read_is_taken_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.runs.lock.PATIENCE", 0)
+    lock(tmp_path / "out")
+    owner = owner_of(tmp_path / "out")
+    # It reads the lock's file.
+    refuse_foreign_files(tmp_path / "out", "sft", writes_card=True)
+    lock(tmp_path / "out")
+    assert owner_of(tmp_path / "out") == owner
+    refuse_every_other(tmp_path / "out")
+
+
+def test_a_lock_that_another_run_has_had_since_is_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.runs.lock.PATIENCE", 0)
+    lock(tmp_path / "out")
+    owner = owner_of(tmp_path / "out")
+    (tmp_path / "out" / LOCK_FILE).read_text()
+    in_a_child(lambda: (lock(tmp_path / "out"), release_all()))
+    lock(tmp_path / "out")
+    assert owner_of(tmp_path / "out") != owner
+    refuse_every_other(tmp_path / "out")
+
+
+def test_a_lock_stays_when_a_whole_folder_takes_the_place_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.runs.lock.PATIENCE", 0)
+    # As it waits for files outside of tests.
+    monkeypatch.setattr("hfllm.durable._sync", lambda path, flags: os.close(os.open(path, flags)))
+    lock(tmp_path / "out")
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "weights").touch()
+    refuse_every_other(tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
