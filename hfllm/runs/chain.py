@@ -27,6 +27,7 @@ from hfllm.outputs.ownership import refuse_changed_files, refuse_foreign_files
 from hfllm.outputs.report import read_report
 from hfllm.runs import schedule
 from hfllm.runs.command_line import finished_run, main_process
+from hfllm.runs.failures import explained
 from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.parser import read_yaml
 from hfllm.runs.recipes import load_recipe, settings_file
@@ -347,6 +348,11 @@ def _make_room(folders: Mapping[str, str]) -> None:
             _remove(Path(folder))
     except InputError as error:
         refusal = str(error)
+    except OSError as error:
+        if PartialState().num_processes == 1:
+            raise
+        # The other processes would wait for this one until their time is up.
+        refusal = explained(error) or str(error)
     for folder in finished:
         if folder != next(iter(folders)) or refusal:
             release(folder)

@@ -31,6 +31,7 @@ from hfllm.outputs.report import Bars, Plot, Report, plot_history
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.runs.command_line import checkpoint_to_resume, finished_run, given_names, main_process, run_arguments
+from hfllm.runs.failures import explained
 from hfllm.runs.identity import data_files, model_files, run_identity
 from hfllm.runs.lock import join, lock, owner_of, release
 from hfllm.runs.resuming import about_old_checkpoints, check_resumable, described
@@ -210,6 +211,11 @@ class Stage:
                     claim(self.output_dir)
             except InputError as error:
                 refusal = str(error)
+            except OSError as error:
+                if not is_spread:
+                    raise
+                # The other processes would wait for this one until their time is up.
+                refusal = explained(error) or f"--output_dir {self.output_dir}: {error}"
         if is_spread:
             from accelerate.utils import broadcast_object_list
 

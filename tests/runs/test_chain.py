@@ -1,6 +1,8 @@
 """One table says what each stage needs; what is missing runs in order, and only that."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -136,6 +138,26 @@ def test_a_stage_inside_a_removed_one_stays(recipes, tmp_path):
     run_stage("rlhf", (Flags(str(tmp_path / "rlhf"), ("x",)),))
     assert (inner / "report.json").is_file()
     assert not (tmp_path / "rlhf" / "checkpoint-1").exists()
+
+
+def test_all_processes_are_told_why_a_folder_cannot_be_emptied(recipes, tmp_path, monkeypatch):
+    told, processes = [], SimpleNamespace(num_processes=1, wait_for_everyone=lambda: None)
+
+    def fails(folder):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "weights")
+
+    (tmp_path / "report.json").write_text('{"stage": "", "arguments": {"other": 1}}')
+    monkeypatch.setattr(chain, "refuse_changed_files", fails)
+    monkeypatch.setattr("accelerate.PartialState", lambda: processes)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values: told.append(values) or values)
+    flags = (Flags(str(tmp_path), ("x",)),)
+    with pytest.raises(OSError):
+        run_stage("sft", flags)
+    processes.num_processes = 2
+    with pytest.raises(InputError, match="the disk cannot be read or written: weights"):
+        run_stage("sft", flags)
+    assert len(told) == 1
+    assert (tmp_path / "report.json").exists() and not recipes
 
 
 def test_a_folder_that_another_run_holds_is_not_emptied(recipes, tmp_path):

@@ -1,5 +1,6 @@
 """A stage describes a run without touching anything; each of its methods does one thing."""
 
+import errno
 import json
 import os
 import shutil
@@ -264,6 +265,30 @@ def test_a_run_that_was_refused_leaves_no_record(tmp_path):
         assert files(folder) == {LOCK_FILE, RECORD}
         release(folder)
         assert not folder.exists() if folder.name == "new" else files(folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EIO, "the disk cannot be read or written: b"), (errno.ESTALE, "Stale file handle: 'b'")],
+)
+def test_all_processes_are_told_what_the_first_one_met(number, said, tmp_path, monkeypatch):
+    """They wait for its word before they train."""
+    told = []
+
+    def fails(folder):
+        raise OSError(number, os.strerror(number), "b")
+
+    stage = Stage("tokenizer", Flags(str(tmp_path)), is_spread=True)
+    monkeypatch.setattr("hfllm.runs.stage.claim", fails)
+    with pytest.raises(OSError) as alone:
+        stage.announce()
+    assert alone.value.errno == number
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda: None)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values: told.append(values) or values)
+    with pytest.raises(InputError, match=said):
+        stage.announce()
+    assert len(told) == 1 and told[0][0].endswith(said)
 
 
 def test_a_lock_is_not_written_through_a_link(tmp_path):
