@@ -7,10 +7,12 @@ other conversations, is not found so.
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
@@ -21,14 +23,18 @@ if TYPE_CHECKING:
 # What the child may take: seconds of a processor, and of a busy machine, bytes, and letters of a short conversation.
 CPU_SECONDS, SECONDS, MEMORY, MOST_WRITTEN = 5, 120, 1 << 30, 1 << 20
 TOO_LONG, NO_MEMORY, TOO_MUCH = 40, 41, 42
+# The exit code of what has used up its seconds of a processor; Windows has no such limit.
+OUT_OF_TIME = -getattr(signal, "SIGXCPU", 24)
 # A group that repeats, in which something may repeat too; all other patterns are stopped by the library's own limit.
 REPEATED_GROUP = re.compile(r"\)[+?]?(?:[*+]|\{\d*,?\d*\})")
 LIMITS = f"""
 import json, sys
 given = json.load(sys.stdin)
 try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (given["seconds"], given["seconds"]))
+    import resource, signal
+    # The first one ends it by a signal that nobody else sends.
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CPU, (given["seconds"], given["seconds"] + 1))
     resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 except (ImportError, OSError, ValueError):
@@ -160,15 +166,16 @@ def _complaint(code: str, given: Mapping[str, Any], on: str) -> str | None:
     try:
         done = subprocess.run(command, input=written, text=True, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return endless
+        # What is limited would have ended: it had no processor, or waited for a disk.
+        return None if find_spec("resource") else endless
     except OSError:
         return None
     if done.returncode == NO_MEMORY:
         return f"takes more than {MEMORY >> 30} GB for {on}"
     if done.returncode == TOO_MUCH:
         return f"writes more than {MOST_WRITTEN:,} letters for {on}"
-    # The system ends by a signal who has used up its time.
-    return endless if done.returncode == TOO_LONG or done.returncode in (-24, -9) else None
+    # Any other signal says nothing of what was tried, such as that of a machine whose memory is full.
+    return endless if done.returncode in (TOO_LONG, OUT_OF_TIME) else None
 
 
 def _patterns(tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Chat templates and patterns that do not end are refused when they are loaded, and all others are taken."""
 
 import json
+import signal
 import subprocess
 
 import pytest
@@ -39,6 +40,10 @@ def soon(monkeypatch):
     monkeypatch.setattr(probes, "CPU_SECONDS", 1)
     for function in (probes._try_template, probes._try_pattern):
         function.cache_clear()
+    # A child inherits what is ignored.
+    before = signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGXCPU, before)
 
 
 @pytest.mark.parametrize("name", ENDLESS)
@@ -62,6 +67,13 @@ def test_a_chat_template_that_does_not_end_is_refused(name):
 )
 def test_all_others_are_taken(template):
     probes.check_template(template, "it", {"eos_token": "<end>"})
+
+
+@pytest.mark.parametrize("child", ["import os; os.kill(os.getpid(), 9)", "import time; time.sleep(60)"])
+def test_what_was_killed_or_never_had_a_processor_was_not_tried(child, monkeypatch):
+    monkeypatch.setattr(probes, "RENDER", child)
+    monkeypatch.setattr(probes, "SECONDS", 0.5)
+    probes.check_template("{{ messages }}", "it")
 
 
 def saved_with(saved, template=None, pattern=None):
