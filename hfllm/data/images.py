@@ -268,7 +268,11 @@ def _holds(value: Any, image: Any) -> bool:
 
 def _is_inside(folder: Path, path: str) -> bool:
     try:
-        return Path(folder, path).resolve().is_relative_to(folder.resolve())
+        own, found = folder.resolve(), Path(folder, path).resolve()
+        stored = (each.parent / "blobs" for each in own.parents if each.name == "snapshots")
+        # In the Hub's cache the files of a snapshot are links to where their dataset is stored.
+        is_stored = any(each.parent.name.startswith("datasets--") and found.is_relative_to(each) for each in stored)
+        return is_stored or found.is_relative_to(own)
     except (OSError, RuntimeError, ValueError):
         # A circle of links, or no name for a file: reading it says so.
         return True

@@ -308,6 +308,30 @@ def test_what_lies_in_the_datasets_folder_is_read(holder, path, folders):
     assert Path(found).samefile(own / "in" / "a.png")
 
 
+def test_a_snapshot_of_the_hubs_cache_names_pictures_that_are_stored_beside_it(tmp_path):
+    stored = {name: tmp_path / name / "blobs" / "0a1b" for name in ("datasets--u--d", "datasets--u--other", "plain")}
+    for blob in stored.values():
+        blob.parent.mkdir(parents=True)
+        picture().save(blob, "PNG")
+    for repository in ("datasets--u--d", "plain"):
+        own = tmp_path / repository / "snapshots" / "5f" / "img"
+        own.mkdir(parents=True)
+        for name, blob in stored.items():
+            (own / f"{name}.png").symlink_to(Path("../../../..", *blob.relative_to(tmp_path).parts))
+    snapshot = tmp_path / "datasets--u--d" / "snapshots" / "5f"
+    for folder, path in ((snapshot, "img/datasets--u--d.png"), (snapshot / "img", "datasets--u--d.png")):
+        (found,) = convert(folder)(row(image=path))["images"]
+        assert Path(found).samefile(stored["datasets--u--d"])
+    # Those of another data set, and of a folder that only looks like one, are not its own.
+    for folder, path in (
+        (snapshot, "img/datasets--u--other.png"),
+        (snapshot, str(stored["plain"])),
+        (tmp_path / "plain" / "snapshots" / "5f", "img/plain.png"),
+    ):
+        with pytest.raises(InputError, match="which is not in the dataset's folder"):
+            convert(folder)(row(image=path))
+
+
 @pytest.mark.parametrize(
     ("content", "count", "words"),
     [
