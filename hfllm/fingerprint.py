@@ -81,25 +81,30 @@ def fingerprint(value: object, where: str = "value") -> str:
     return digest.hexdigest()
 
 
-def file_fingerprint(paths: Iterable[tuple[str, Path]]) -> str:
+def file_fingerprint(paths: Iterable[tuple[str, Path]], dates_large: bool = False) -> str:
     """Return a hash of files' names and contents; of a file above 256 MB of its size and 256 parts from all over it.
 
     Times do not count. Within a process a file is read again only when they, its size or its number have changed.
 
     Args:
         paths: of each file its name, which counts, and where it is, which does not.
+        dates_large: whether of a file above 256 MB the time when it was written counts, which tells of an edit between
+            the parts; it is another one on another machine.
     """
     named = sorted(paths)
     states = [path.stat() for _, path in named]
-    key = tuple(
+    told = (
         (name, str(path), each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns)
         for (name, path), each in zip(named, states, strict=True)
     )
+    key = (dates_large, *told)
     if key in _read:
         return _read[key]
     began, digest = time.time(), hashlib.blake2b(digest_size=16)
-    for name, path in named:
+    for (name, path), state in zip(named, states, strict=True):
         _hash_file(digest, name, path)
+        if dates_large and state.st_size > MAX_BYTES:
+            digest.update(f"{state.st_mtime_ns}\0".encode())
     if all(max(each.st_mtime, each.st_ctime) < began - SETTLED for each in states):
         _read[key] = digest.hexdigest()
     return digest.hexdigest()

@@ -213,3 +213,13 @@ def test_a_large_file_is_compared_in_parts(tmp_path, monkeypatch):
     assert file_fingerprint([("", file)]) != before
     file.write_bytes(text)
     assert file_fingerprint([("", file)]) == before
+    # Between the parts only the time tells of an edit, where it is asked for; those of small files never count.
+    dated = file_fingerprint([("", file)], dates_large=True)
+    assert dated != before
+    text[70] ^= 1
+    file.write_bytes(text)
+    os.utime(file, ns=(5, 5))
+    assert file_fingerprint([("", file)]) == before
+    assert file_fingerprint([("", file)], dates_large=True) != dated
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    assert file_fingerprint([("", file)], dates_large=True) == file_fingerprint([("", file)])

@@ -471,14 +471,13 @@ def stage_arguments(
         read = {path, *files_read, *(file.parent for file in files_read if path.is_dir())}
         arguments[f"{flag}{CHANGED}"] = max(each.stat().st_mtime_ns for each in read)
         compared = model_files(name) if flag in files else data_files(name)
-        arguments[f"{flag}{CONTENTS}"] = file_fingerprint(compared)
+        arguments[f"{flag}{CONTENTS}"] = file_fingerprint(compared, dates_large=True)
     for flag, paths in _reward_files(arguments).items():
         if written := [path.stat().st_mtime_ns for path in paths if path.is_file()]:
             arguments[f"{flag}{CHANGED}"] = max(written)
             compared = [model_files(path if flag == "reward_funcs" else path.parent) for path in paths]
-            arguments[f"{flag}{CONTENTS}"] = file_fingerprint(
-                (f"{place}/{file}", path) for place, each in enumerate(compared) for file, path in each
-            )
+            named_files = [(f"{place}/{file}", path) for place, each in enumerate(compared) for file, path in each]
+            arguments[f"{flag}{CONTENTS}"] = file_fingerprint(named_files, dates_large=True)
     for stage, flags in (before or {}).items():
         arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*flags).items()}
     return {flag: value for flag, value in arguments.items() if flag not in without}

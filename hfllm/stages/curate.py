@@ -15,7 +15,6 @@ from hfllm import durable
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
-from hfllm.fingerprint import file_fingerprint
 from hfllm.outputs.report import Bars, write_atomically
 from hfllm.runs.recipes import settings_file
 
@@ -29,7 +28,7 @@ WORK, NOTE = "unfinished", "arguments.json"
 STATE = "state of the local files"
 NOT_DECISIVE = ("workers", "dataset_name changed at")
 LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
-# Of larger data each file is known by `file_fingerprint`, which does not read all of a large one.
+# Of larger data the times count.
 MOST_COMPARED_BYTES = 1 << 28
 MOST_SOURCES = 20
 EXAMPLES = "Examples of what was dropped"
@@ -87,7 +86,8 @@ def check_kept(dataset_name: str, statistics: Statistics) -> None:
 def fingerprint(script_args: CurateArguments) -> str:
     """Return a hash of all local files that decide the result, since they may change.
 
-    Of each file the name, the size and the content count; of files that are large together see `file_fingerprint`.
+    Of each file the name and the size count, and the content; if they are large together, the time instead: all of a
+    large dataset would be read for minutes, and parts of it do not tell of every edit.
     """
     given = [script_args.dataset_name, script_args.spam_train_file]
     files: list[Path] = []
@@ -99,7 +99,7 @@ def fingerprint(script_args: CurateArguments) -> str:
     is_small = sum(sizes) <= MOST_COMPARED_BYTES
     found = []
     for file, size in zip(files, sizes, strict=True):
-        state = hashlib.sha256(file.read_bytes()).hexdigest() if is_small else file_fingerprint([("", file)])
+        state = hashlib.sha256(file.read_bytes()).hexdigest() if is_small else file.stat().st_mtime_ns
         found.append((str(file), size, state))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 

@@ -105,5 +105,5 @@ def changed_files(script_args: EvaluateArguments) -> dict[str, int | str]:
     paths = [path for each in named for path in ([each] if isinstance(each, str) else each)]
     paths += evaluate_lm_eval.files_of(script_args)
     changed = {f"{path}{CHANGED}": Path(path).stat().st_mtime_ns for path in paths}
-    contents = {f"{path}{CONTENTS}": file_fingerprint([("", Path(path))]) for path in paths}
+    contents = {f"{path}{CONTENTS}": file_fingerprint([("", Path(path))], True) for path in paths}
     return {**changed, **contents, **files_changed(script_args, script_args.model_name_or_path or ())}

@@ -184,7 +184,7 @@ def _description(
         "batch_size": script_args.batch_size,
         "seed": seed,
         "model": model,
-        "model's files": file_fingerprint(files),
+        "model's files": file_fingerprint(files, dates_large=True),
         "rewards": " ".join(script_args.reward_funcs or []),
         "rewards' files": file_fingerprint(
             (str(place), path) for place, path in enumerate(functions) if path.is_file()

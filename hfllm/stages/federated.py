@@ -404,7 +404,7 @@ def contents(script_args: FederatedArguments) -> dict[str, int | str]:
         return {}
     return {
         f"organisation_files{CHANGED}": max(file.stat().st_mtime_ns for _, file in named),
-        f"organisation_files{CONTENTS}": file_fingerprint(named),
+        f"organisation_files{CONTENTS}": file_fingerprint(named, dates_large=True),
     }
 
 

@@ -159,7 +159,7 @@ class ScalingStage(Stage):
         named = {flag: Path(getattr(script_args, flag) or "") for flag in ("runs", "pretrain_config")}
         files = {flag: path for flag, path in named.items() if path.is_file()}
         written: dict[str, Any] = {f"{flag}{CHANGED}": path.stat().st_mtime_ns for flag, path in files.items()}
-        written |= {f"{flag}{CONTENTS}": file_fingerprint([("", path)]) for flag, path in files.items()}
+        written |= {f"{flag}{CONTENTS}": file_fingerprint([("", path)], True) for flag, path in files.items()}
         super().__init__("scaling_laws", script_args, also=written)
 
     @cached_property

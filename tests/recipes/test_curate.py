@@ -196,6 +196,13 @@ def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path,
     for path in (corpus.folder / "in" / "b.txt", corpus.folder / "in" / "sub"):
         os.utime(path, (1, 1))
     assert fingerprint(script_args) == before
+    # Of large ones the times count, and none is read.
+    with monkeypatch.context() as patch:
+        patch.setattr("hfllm.stages.curate.MOST_COMPARED_BYTES", 0)
+        patch.setattr(Path, "open", lambda *args: pytest.fail("a large file was read"))
+        large = fingerprint(script_args)
+        os.utime(corpus.folder / "in" / "b.txt", (2, 2))
+        assert fingerprint(script_args) != large
     # Nor what lies where the command is given.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("a note")

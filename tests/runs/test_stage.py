@@ -152,6 +152,23 @@ def test_a_model_that_was_written_again_is_another(tmp_path):
         finished_run(tmp_path / "out", second)
 
 
+def test_an_edit_between_the_parts_that_are_read_of_a_large_file_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.fingerprint.MAX_BYTES", 64)
+    monkeypatch.setattr("hfllm.fingerprint.BLOCK", 8)
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1000))
+    flags = Flags("out", model_name_or_path=str(tmp_path))
+    before = stage_arguments(flags)
+    Report("try", before, {}).write(tmp_path / "out")
+    os.utime(tmp_path / "config.json", ns=(1, 1))
+    assert finished_run(tmp_path / "out", stage_arguments(flags)) is not None
+    weights.write_bytes(bytes(70) + b"1" + bytes(929))
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(InputError, match="a finished run with model_name_or_path contents="):
+        finished_run(tmp_path / "out", stage_arguments(flags))
+
+
 def test_a_failed_push_leaves_the_report_and_names_the_command(tmp_path, monkeypatch):
     def push(self, folder):
         assert (Path(folder) / "report.json").is_file()

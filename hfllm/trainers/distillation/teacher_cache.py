@@ -41,7 +41,7 @@ def description(
         "layout": LAYOUT,
         "teacher": teacher if isinstance(teacher, str) else weights_hash(teacher),
         "settings": fingerprint(settings, "settings of the teacher") if isinstance(teacher, str) else None,
-        "files": file_fingerprint(model_files(teacher)) if isinstance(teacher, str) else None,
+        "files": file_fingerprint(model_files(teacher), True) if isinstance(teacher, str) else None,
         "rows": rows_hash(dataset),
         "temperature": temperature,
         "top_k": top_k,
