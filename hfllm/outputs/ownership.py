@@ -9,11 +9,13 @@ Folders of versions that wrote no record are known by their report, their card o
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hfllm.errors import InputError
+from hfllm.fingerprint import SETTLED
 from hfllm.outputs.card import MARKER
 from hfllm.outputs.checkpoints import STATE_FILE, checkpoints_in, record_of, state_of
 from hfllm.outputs.checksums import checksums_of, read_checksums, write_lines
@@ -54,6 +56,8 @@ REPORT_FILES = (
 )
 # What decides a model's answers: other files, such as its card, are for readers, who may edit them.
 DECISIVE = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors")
+# Finished models that this process has found whole: of each its folder, its record and the state of its files.
+_whole: set[tuple[object, ...]] = set()
 
 
 def refuse_foreign_files(folder: str | Path, stage: str, writes_card: bool, writes_model: bool | None = None) -> None:
@@ -146,14 +150,22 @@ def write_record(folder: str | Path) -> None:
 def damage_of_finished(folder: str | Path) -> str | None:
     """Return which file of a finished model is not what its run wrote, in a line; `None` if all are, or nothing tells.
 
-    What was removed is not damaged.
+    What was removed is not damaged. Within a process files that were whole are read again only when their state has
+    changed: the stages of a chain ask one by one.
     """
     folder = Path(folder)
     try:
-        changed = _changed(folder, _recorded(folder), DECISIVE)
+        recorded = _recorded(folder)
     except InputError as error:
         return str(error)
+    began, states = time.time(), [(name, _state(folder / name)) for name in _comparable(folder, recorded, DECISIVE)]
+    key = (str(folder.resolve()), *recorded.items(), *states)
+    if key in _whole:
+        return None
+    changed = _changed(folder, recorded, DECISIVE)
     if changed is None:
+        if all(max(state[-2:]) < (began - SETTLED) * 1e9 for _, state in states):
+            _whole.add(key)
         return None
     return (
         f"{folder / changed} is damaged, or was changed since its run finished (its checksum is not that of "
@@ -180,11 +192,22 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 def _changed(folder: Path, recorded: dict[str, str], patterns: tuple[str, ...]) -> str | None:
     """Return the first file of a record that is there, matches a pattern and is another one now."""
-    names = [
-        name for name in recorded if any(fnmatchcase(name, each) for each in patterns) and (folder / name).is_file()
-    ]
+    names = _comparable(folder, recorded, patterns)
     found = checksums_of(folder / name for name in names)
     return next((name for name, checksum in zip(names, found, strict=True) if recorded[name] != checksum), None)
+
+
+def _comparable(folder: Path, recorded: dict[str, str], patterns: tuple[str, ...]) -> list[str]:
+    """Return the names in a record that match a pattern and whose files are there."""
+    return [
+        name for name in recorded if any(fnmatchcase(name, each) for each in patterns) and (folder / name).is_file()
+    ]
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced; the last two are times in nanoseconds."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _is_of_an_earlier_version(folder: Path) -> bool:

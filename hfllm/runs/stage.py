@@ -421,9 +421,13 @@ def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
 def refuse_damaged_input(*parsed: "DataclassInstance") -> None:
     """Refuse a finished model of ours that is no longer what its run wrote.
 
+    All of it is read, by one process of those that a launcher has started on a machine: it ends the others.
+
     Raises:
         InputError: naming the flag and the file.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     arguments = run_arguments(*parsed)
     for flag, named in arguments.items():
         is_model = flag.endswith("_name_or_path") or flag == "value_model"

@@ -96,7 +96,7 @@ def test_what_is_no_file_is_no_picture_and_what_cannot_be_read_has_a_name(folder
 def test_contents_are_compared_and_no_times(folder):
     """All of them, wherever the file lies."""
     file, moved = folder / "large.png", folder / "moved.png"
-    for size in (1000, 1 << 18):
+    for size in (1000, 1 << 17):
         file.write_bytes(bytes(size))
         before = contents_of({"a": file})
         for place in (0, 60, size // 2, size - 1):
@@ -109,3 +109,37 @@ def test_contents_are_compared_and_no_times(folder):
         os.utime(file, ns=(6, 6))
         assert contents_of({"a": file}) == before
         assert contents_of({"a": shutil.copy(file, moved)}) == before != contents_of({"b": file})
+
+
+def test_of_a_large_picture_the_ends_and_the_time_count_and_no_more_is_read(folder, monkeypatch):
+    file, size = folder / "photo.jpg", 1 << 20
+    file.write_bytes(bytes(size))
+    read = []
+    opened = type(folder).open
+
+    def watched(*args, **options):
+        stream = opened(*args, **options)
+
+        class Watched:
+            fileno, seek = stream.fileno, stream.seek
+            __enter__, __exit__ = lambda self: self, lambda self, *_: stream.close()
+
+            def read(self, count=-1):
+                read.append(len(found := stream.read(count)))
+                return found
+
+        return Watched()
+
+    os.utime(file, ns=(5, 5))
+    before = contents_of({"a": file})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "open", watched)
+        assert contents_of({"a": file}) == before and sum(read) == 1 << 17
+    os.utime(file, ns=(6, 6))
+    assert contents_of({"a": file}) != before
+    for place in (0, size - 1):
+        changed = bytearray(size)
+        changed[place] = 1
+        file.write_bytes(changed)
+        os.utime(file, ns=(5, 5))
+        assert contents_of({"a": file}) != before

@@ -8,7 +8,9 @@ import subprocess
 import pytest
 
 from hfllm.errors import InputError
+from hfllm.outputs import ownership
 from hfllm.outputs.card import MARKER
+from hfllm.outputs.checksums import checksums_of
 from hfllm.outputs.ownership import (
     HEADER,
     LOCK_FILE,
@@ -191,6 +193,25 @@ def test_a_lock_of_another_program_is_refused(tmp_path):
     (tmp_path / "theirs").unlink()
     refuse_foreign_files(tmp_path, "sft", writes_card=True)
     assert LOCK_FILE == lock.LOCK_FILE
+
+
+def test_a_finished_model_is_read_again_only_when_its_files_have_changed(tmp_path, monkeypatch):
+    write_model(tmp_path)
+    claim(tmp_path)
+    write_record(tmp_path)
+    asked = []
+
+    def counted(files):
+        asked.append(1)
+        return checksums_of(files)
+
+    monkeypatch.setattr(ownership, "checksums_of", counted)
+    # What has just been written may be written again in the same step of the clock.
+    assert [damage_of_finished(tmp_path) for _ in range(2)] == [None, None] and len(asked) == 2
+    monkeypatch.setattr(ownership, "SETTLED", -60.0)
+    assert [damage_of_finished(tmp_path) for _ in range(3)] == [None] * 3 and len(asked) == 3
+    (tmp_path / "model.safetensors").write_text("theirs")
+    assert all("model.safetensors is damaged" in damage_of_finished(tmp_path) for _ in range(2))
 
 
 def test_a_backup_of_hard_links_keeps_what_it_has(tmp_path):

@@ -238,7 +238,7 @@ def finished(folder, model):
     return stage
 
 
-def test_a_finished_model_that_was_damaged_is_not_reused(saved, tmp_path):
+def test_a_finished_model_that_was_damaged_is_not_reused(saved, tmp_path, monkeypatch):
     finished(tmp_path / "out", saved)
     again = Stage("try", Training(str(tmp_path / "out")))
     assert again.reuse() == {"loss": 1.0}
@@ -251,6 +251,10 @@ def test_a_finished_model_that_was_damaged_is_not_reused(saved, tmp_path):
         # Nor by the stage that comes next.
         following = Stage("next", Flags(str(tmp_path / "next"), model_name_or_path=str(tmp_path / "out")))
         with pytest.raises(InputError, match=r"--model_name_or_path .*out: .*model.safetensors is damaged"):
+            following.check()
+        with monkeypatch.context() as patch:
+            patch.setenv("LOCAL_RANK", "1")
+            patch.setattr("hfllm.outputs.ownership.checksums_of", lambda files: pytest.fail("read again"))
             following.check()
     (tmp_path / "out" / RECORD).unlink()
     following.check()
