@@ -12,7 +12,8 @@ from typing import Any
 from hfllm.data.image_files import path_of
 from hfllm.data.images import take_images
 from hfllm.data.loading import renamed
-from hfllm.data.sources import EMBEDDED, folder_of, iterate_source, source_files
+from hfllm.data.row_limits import MAX_ROW_BYTES
+from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
 from hfllm.errors import InputError
 
 # Bytes that are read at each end of a file that is not read whole.
@@ -20,7 +21,10 @@ END = 1 << 16
 
 
 def named_pictures(
-    name: str | None, column_mapping: Sequence[str] | None = None, most: int | None = None
+    name: str | None,
+    column_mapping: Sequence[str] | None = None,
+    most: int | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> dict[str, Path]:
     """Return the files that the rows of a local dataset name by path, by what the rows call them; they need not exist.
 
@@ -30,13 +34,14 @@ def named_pictures(
         name: of the dataset; one on the Hub has no files of its own here, and neither have the embedded ones.
         column_mapping: see `loading.renaming_of`.
         most: rows that are looked at, from the first.
+        max_row_bytes: see `HubPart`; as in the run, or what follows a longer row would not be found.
     """
     found: dict[str, Path] = {}
     try:
         if not name or name in EMBEDDED or source_files(name) is None:
             return found
         renaming = {ours: theirs for ours, _, theirs in (entry.partition("=") for entry in column_mapping or ())}
-        for origin, row in islice(iterate_source(name), most):
+        for origin, row in islice(iterate_source(name, HubPart(max_row_bytes=max_row_bytes)), most):
             for value in _pictures(origin, row, renaming):
                 if (path := path_of(value)) is not None and path not in found:
                     found[path] = Path(folder_of(name) or "", path)

@@ -13,11 +13,18 @@ MOST_EXPANSION, MUCH = 200, 1 << 28
 ROW_BYTES = 100
 
 
-def too_long(origin: str, limit: int) -> InputError:
+class OverLimit(InputError):
+    """A row or a file over its limit; `advice` says how to lift it, for commands that have the flag."""
+
+    def __init__(self, message: str, advice: str):
+        super().__init__(message)
+        self.advice = advice
+
+
+def too_long(origin: str, limit: int) -> OverLimit:
     """Return the complaint about a row of more than `limit` bytes."""
-    return InputError(
-        f"{origin}: a row of more than {limit:,} bytes; --max_row_bytes N reads longer ones, 0 all of them"
-    )
+    advice = "--max_row_bytes N reads longer ones, 0 all of them"
+    return OverLimit(f"{origin}: a row of more than {limit:,} bytes", advice)
 
 
 class Expansion:
@@ -36,11 +43,10 @@ class Expansion:
         """Count rows of so many bytes together.
 
         Raises:
-            InputError: when the file holds too much for its length.
+            OverLimit: when the file holds too much for its length.
         """
         self.total += size + ROW_BYTES * rows
         if self.most is not None and self.total > self.most:
-            raise InputError(
-                f"{self.file}: holds more than {MOST_EXPANSION} times its {self.file.stat().st_size:,} bytes; if that "
-                "is meant, --max_row_bytes 0 reads it"
-            )
+            size = self.file.stat().st_size
+            said = f"{self.file}: holds more than {MOST_EXPANSION} times its {size:,} bytes"
+            raise OverLimit(said, "if that is meant, --max_row_bytes 0 reads it")

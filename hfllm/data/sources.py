@@ -18,7 +18,7 @@ from typing import IO, Any
 from hfllm.data.hub_pictures import undecoded
 from hfllm.data.parquet_rows import parquet_rows
 from hfllm.data.pydoc_corpus import pydoc_documents
-from hfllm.data.row_limits import MAX_ROW_BYTES, Expansion, too_long
+from hfllm.data.row_limits import MAX_ROW_BYTES, Expansion, OverLimit, too_long
 from hfllm.errors import InputError
 
 WORLD, PYDOC = "world", "pydoc"
@@ -94,6 +94,14 @@ def load_source(name: str, part: HubPart = TRAIN) -> Source:
 
 def iterate_source(name: str, part: HubPart = TRAIN) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (origin, row) of the dataset called `name`: see `load_source`."""
+    try:
+        yield from _rows_of(name, part)
+    except OverLimit as error:
+        # Whoever names no part has no flag to lift the limit with.
+        raise InputError(str(error) if part is TRAIN else f"{error}; {error.advice}") from None
+
+
+def _rows_of(name: str, part: HubPart) -> Iterator[tuple[str, dict[str, Any]]]:
     if name == PYDOC:
         yield from ((origin, {"text": text}) for origin, text in pydoc_documents())
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.named_pictures import contents_of, existing, named_pictures
+from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint
@@ -73,7 +74,7 @@ def run_identity(
     }
     files = {flag: paths for flag, paths in _named_files(arguments).items() if flag in kept and paths}
     contents = {flag: {"value": kept.pop(flag), "content": file_fingerprint(paths)} for flag, paths in files.items()}
-    for flag, told in _pictures(arguments).items():
+    for flag, told in _pictures(arguments, parsed).items():
         if flag in contents:
             contents[flag]["pictures"] = told
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -151,13 +152,15 @@ def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path
     return found
 
 
-def _pictures(arguments: Mapping[str, Any]) -> dict[str, str]:
+def _pictures(arguments: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> dict[str, str]:
     """Return a hash of the pictures that the rows of each dataset name, of those rows that are read."""
     found = {}
+    # It decides which rows can be read, and nothing of what is learned from them.
+    limit = next((group.max_row_bytes for group in parsed if hasattr(group, "max_row_bytes")), MAX_ROW_BYTES)
     for flag in DATASETS:
         if f"{PICTURES_OF.format(flag)}{CHANGED}" in arguments:
             most = arguments.get("max_samples") if flag == DATASETS[0] else None
-            files = named_pictures(arguments[flag], arguments.get("column_mapping"), most)
+            files = named_pictures(arguments[flag], arguments.get("column_mapping"), most, limit)
             found[flag] = contents_of(existing(files))
     return found
 

@@ -10,6 +10,7 @@ from hfllm.data.image_files import MAX_PIXELS, BadImage, read_image, to_rgb
 from hfllm.data.images import Row, has_images, to_pictures
 from hfllm.data.loading import DataArguments
 from hfllm.data.messages import spells
+from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow
 from hfllm.data.sources import folder_of
 from hfllm.errors import InputError, refuse
@@ -103,8 +104,11 @@ def files_changed(
     sets = {flag: name for flag in flags if (name := getattr(script_args, flag, None)) and Path(name).exists()}
     if not sets or not any(sees(model) for model in models if model):
         return {}
-    how = (getattr(script_args, "column_mapping", None), getattr(script_args, "max_samples", None))
-    files = {flag: named_pictures(name, how[0], how[1] if flag == flags[0] else None) for flag, name in sets.items()}
+    mapping, most = getattr(script_args, "column_mapping", None), getattr(script_args, "max_samples", None)
+    limit = getattr(script_args, "max_row_bytes", MAX_ROW_BYTES)
+    files = {
+        flag: named_pictures(name, mapping, most if flag == flags[0] else None, limit) for flag, name in sets.items()
+    }
     told = {}
     for flag, found in files.items():
         if found:

@@ -260,7 +260,7 @@ def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Datase
     from datasets import Dataset
 
     from hfllm.data.loading import texts_of
-    from hfllm.data.sources import WORLD
+    from hfllm.data.sources import WORLD, HubPart
     from hfllm.data.world.world import World
 
     name, coefficient = script_args.ptx_dataset_name, training_args.ptx_coef
@@ -271,7 +271,8 @@ def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Datase
     if name == WORLD:
         texts = World(script_args.world_seed).documents(script_args.num_prompts, training_args.seed)
     else:
-        texts = list(texts_of(name))
+        # The split, configuration and revision are those of the prompts.
+        texts = list(texts_of(name, HubPart(max_row_bytes=script_args.max_row_bytes)))
     return Dataset.from_dict({"text": texts})
 
 

@@ -52,6 +52,13 @@ def test_rows_that_cannot_be_read_hide_no_others(folder):
     assert len(existing(named_pictures(str(folder / "rows.jsonl")))) == 4
 
 
+def test_a_long_row_that_the_run_reads_hides_no_others(folder):
+    rows, name = (folder / "rows.jsonl").read_text(), str(folder / "rows.jsonl")
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "x" * 20_000}) + "\n" + rows)
+    assert named_pictures(name, max_row_bytes=10_000) == {}
+    assert len(existing(named_pictures(name, max_row_bytes=0))) == len(existing(named_pictures(name))) == 4
+
+
 def test_a_replaced_file_is_noticed_and_no_other(folder):
     files = named_pictures(str(folder / "rows.jsonl"))
     before = written_when(files)

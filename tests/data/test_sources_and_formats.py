@@ -258,6 +258,22 @@ def test_rows_of_the_hub_have_a_limit_too(monkeypatch):
     assert len(load_source("me/rows", HubPart(max_row_bytes=0))) == 2
 
 
+def test_only_who_has_the_flag_is_told_of_it(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x" * MAX_ROW_BYTES}))
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: a row of more than 16,777,216 bytes$"):
+        load_source(str(path))
+    with pytest.raises(InputError, match=r"bytes; --max_row_bytes N reads longer ones, 0 all of them$"):
+        load_source(str(path), DataArguments().hub_part)
+    monkeypatch.setattr(row_limits, "MUCH", 1_000)
+    path = tmp_path / "b.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "%s"}' % (b"x" * 1_000_000)))
+    with pytest.raises(InputError, match=r"times its [\d,]+ bytes$"):
+        load_source(str(path))
+    with pytest.raises(InputError, match=r"; if that is meant, --max_row_bytes 0 reads it$"):
+        load_source(str(path), DataArguments().hub_part)
+
+
 def test_the_flag_reaches_the_readers():
     assert DataArguments().hub_part.max_row_bytes == MAX_ROW_BYTES == 16 * 2**20
     assert DataArguments(max_row_bytes=7).hub_part.max_row_bytes == 7

@@ -299,6 +299,19 @@ def test_pretraining_texts_reach_the_trainer(name, saved, world, tmp_path, monke
     assert seen.value.args[0] == (world.documents(8, seed=3) if name == "world" else ["red", "blue"])
 
 
+def test_the_longest_row_is_also_that_of_pretraining_texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "red"}\n{"text": "%s"}\n' % ("x" * 100))
+    flags = ["--ptx_dataset_name", str(path), "--ptx_coef", "0.1", "--output_dir", str(tmp_path / "out")]
+    for limit, count in ((50, None), (0, 2)):
+        script_args, training_args, _ = rlhf.parse([*flags, "--max_row_bytes", str(limit)])
+        if count is None:
+            with pytest.raises(InputError, match="line 2: a row of more than 50 bytes; --max_row_bytes N"):
+                rlhf_stage.ptx_texts(script_args, training_args)
+        else:
+            assert len(rlhf_stage.ptx_texts(script_args, training_args)) == count
+
+
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
     evaluation = {task.question for count in (360, 1440) for task in world.evaluation_tasks(count)}  # rlhf, reward
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--num_prompts", "3000"])

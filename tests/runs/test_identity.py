@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.outputs.flags import CHANGED
 from hfllm.runs import identity
 from hfllm.runs.identity import difference, model_files, run_identity
@@ -25,6 +26,11 @@ class Flags:
     reward_model_name_or_path: list[str] | None = None
     reward_funcs: list[str] | None = None
     sft_config: str | None = None
+
+
+@dataclass
+class Limited(Flags):
+    max_row_bytes: int = MAX_ROW_BYTES
 
 
 @dataclass
@@ -150,8 +156,10 @@ def test_pictures_of_the_rows_that_are_read_count(tmp_path):
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(b"a picture")
     rows = [{"prompt": "a", "completion": "b", "image": name} for name in ("0.png", "1.png", "")]
+    # A row as long as the run reads them hides no picture.
+    rows.insert(1, {"prompt": "a" * MAX_ROW_BYTES, "completion": "b"})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = Flags("out", dataset_name=str(tmp_path / "rows.jsonl"))
+    flags = Limited("out", dataset_name=str(tmp_path / "rows.jsonl"), max_row_bytes=0)
 
     def of(most):
         given = {
