@@ -44,6 +44,8 @@ OPTION = re.compile(r"(option_?|choice_?|answer_?|opt_?|ending_?)([a-j]|\d)|((?:
 PRINTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 ARRAY = re.compile(rf"\[\s*(?:{PRINTED})(?:\s+(?:{PRINTED}))+\s*\]")
 WRONG = re.compile(r"(?:incorrect_answer_?|distractor_?)\d+")
+# Columns of MMLU on the Hub.
+MMLU = {"question", "subject", "choices", "answer"}
 # Columns about a row that hold no choice.
 ABOUT = {"id", "subject", "category", "topic", "source", "split", "type", "task", "level", "difficulty", "explanation"}
 # Choices inside a question's text, and what comes before and after.
@@ -84,6 +86,7 @@ class Read:
         ways: in which it can be meant, all by default.
         also: another answer of the row, which must not contradict this one.
         is_continued: see `Question`.
+        is_hub_mmlu: whether it has the columns of the Hub's MMLU, which counts from 0.
     """
 
     origin: str
@@ -94,6 +97,7 @@ class Read:
     ways: tuple[str, ...] = (TEXT, LABEL, LETTER, FROM_0, FROM_1)
     also: object = None
     is_continued: bool = False
+    is_hub_mmlu: bool = False
 
     @cached_property
     def meanings(self) -> dict[str, int]:
@@ -144,6 +148,9 @@ def _question(read: Read, shared: set[str]) -> Question:
         raise InputError(f"{read.origin}: the answer {read.answer!r:.40}{how} is none of the choices {choices}")
     if len(read.ways) > 1 and shared:
         meant = {way: place for way, place in meant.items() if way in shared}
+        # Its columns say from where it counts only if nothing in the file says that it does not count, or from 1.
+        if read.is_hub_mmlu and meant.keys() == {FROM_0, FROM_1}:
+            meant = {FROM_0: meant[FROM_0]}
     by_text: dict[str, list[str]] = {}
     for way, place in meant.items():
         by_text.setdefault(texts[place], []).append(way)
@@ -250,8 +257,7 @@ def _chosen_by(
 ) -> Read:
     """Return a row with choices; some columns say by their names how the answer is meant."""
     ways: tuple[str, ...] = Read.ways
-    is_mmlu = {"question", "subject", "choices", "answer"} <= row.keys() and len(choices) == 4
-    if column == INDEX_COLUMN or (is_mmlu and column == "answer" and _whole(row[column]) is not None):
+    if column == INDEX_COLUMN:
         ways = (FROM_0,)
     elif column == TEXT_COLUMN:
         ways = (TEXT,)
@@ -260,7 +266,17 @@ def _chosen_by(
     also = None
     if column in (INDEX_COLUMN, TEXT_COLUMN):
         also = next((row[name] for name in ANSWER if name in row), None)
-    return Read(origin, question, choices, row[column], tuple(labels) if labels is not None else None, ways, also)
+    return Read(
+        origin,
+        question,
+        choices,
+        row[column],
+        tuple(labels) if labels is not None else None,
+        ways,
+        also,
+        # The Hub has numbers; a text may be that of a choice.
+        is_hub_mmlu=row.keys() >= MMLU and column == "answer" and len(choices) == 4 and isinstance(row[column], int),
+    )
 
 
 def _question_text(row: Mapping[str, Any]) -> str | None:

@@ -43,10 +43,11 @@ def test_mmlu_with_a_header_and_without_as_lists_and_as_printed_arrays(tmp_path)
         ["Which is prime, says the book?", "4", "9", "7", "8", "C"],
         ["What is 2 + 2?", "3", "2", "1", "4", "D"],
         ["Which letter, in words\nof two lines?", "B", "A", "D", "C", "B"],
+        ["What is 1 + 1?", "2", "5", "6", "7", "A"],
     ]
     headed = asked(table(tmp_path / "headed.csv", rows, ["question", "A", "B", "C", "D", "answer"]))
     headless = asked(table(tmp_path / "headless.csv", rows))
-    assert [each.answer for each in headed[:2]] == ["7", "4"] and len(headed) == len(headless) == 3
+    assert [each.answer for each in headed[:2]] == ["7", "4"] and len(headed) == len(headless) == 4
     # Row 3 means A by the letter: the others have no other way.
     assert headed == headless and headed[2].answer == "A"
     hub = [
@@ -197,6 +198,18 @@ def test_an_index_from_0_or_from_1_is_refused_unless_another_row_says_which():
 def test_a_row_is_explained_by_the_others_of_its_file():
     text = {"question": "How many?", "choices": ["12", "15"], "answer": "15"}
     assert [each.answer for each in questions_of([("a", text), ("b", DIGITS)])] == ["15", "2"]
+    # With a subject, which MMLU has too, and whose answers are numbers from 0.
+    mmlu = {**DIGITS, "subject": "sums"}
+    four = {**mmlu, "choices": ["a", "b", "c", "d"]}
+    for row in (mmlu, {**mmlu, "answer": 2}):
+        assert "could mean as a text and counted from 1 '2', counted from 0 '1'" in refusal(row)
+        assert questions_of([("a", {**four, "answer": 0}), ("b", row)])[1].answer == "1"
+    assert question_of("f", {**mmlu, "choices": ["5", "6", "7", "8"], "answer": "7"}).answer == "7"
+    assert question_of("f", {**four, "answer": 2}).answer == "c"
+    assert "counted from 0 'c', counted from 1 'b'" in refusal(four)
+    from_1 = questions_of([("a", {**four, "answer": 2}), ("b", {**four, "answer": 4})])
+    assert [each.answer for each in from_1] == ["b", "d"]
+    assert "could mean" in refusal(*({**four, "answer": number} for number in (0, 2, 4)))
     letter = {"question": "Which?", "choices": ["B", "A"], "answer": "A"}
     assert "as a text 'A', as a letter 'B'" in refusal(letter)
     by_letter = questions_of([("a", letter), ("b", {**letter, "choices": ["x", "y"]})])
@@ -264,16 +277,19 @@ def test_the_author_is_understood_or_refused():
     for _ in range(1000):
         way, column = rng.choice(list(understood)), rng.choice(["answer", "label", "gold", "target"])
         kinds = rng.sample(list(WORDS), rng.choice([1, 1, 2]))
-        rows, meant = [], []
+        rows, meant, has_subject = [], [], rng.random() < 0.3
         for number in range(rng.choice([1, 1, 2, 5, 12])):
             words = WORDS[rng.choice(kinds)]
-            choices = rng.sample(words, rng.randint(2, len(words) - 1))
+            choices = rng.sample(words, 4 if has_subject else rng.randint(2, len(words) - 1))
             count, right = len(choices), rng.randrange(len(choices))
+            # MMLU's columns with numbers count from 0, unless a row says that they do not.
+            right = count - 1 if has_subject and way == "from 1" and not number else right
             labels = None
             if way == "label" or rng.random() < 0.2:
                 labels = rng.choice([list("ABCDEF"), list("123456"), list("012345"), list("FEDCBA")])[:count]
             listed = {"text": choices, "label": labels} if labels else choices
             rows.append({"question": f"Which, {number}?", "choices": listed})
+            rows[-1] |= {"subject": "sums"} if has_subject else {}
             rows[-1][column] = written(rng, way, labels, choices, right)
             meant.append(choices[right])
         try:

@@ -173,8 +173,8 @@ ROWS = {
     ),
     "alpaca": ({"instruction": "Add.", "input": "2, 3", "answer": 5}, ("Add.\n2, 3", (), "5")),
     "mmlu": (
-        {"question": "Sum?", "subject": "sums", "choices": ["1", "2", "3", "4"], "answer": 2},
-        ("Sum?", ("1", "2", "3", "4"), "3"),
+        {"question": "Sum?", "subject": "sums", "choices": ["1", "4", "9", "16"], "answer": 2},
+        ("Sum?", ("1", "4", "9", "16"), "9"),
     ),
     "letters": (
         {"question": "Sum?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"},
