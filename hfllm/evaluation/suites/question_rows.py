@@ -14,7 +14,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, takewhile
 from typing import Any
@@ -25,6 +25,8 @@ from hfllm.evaluation.suites.files import Rows, rows_of
 
 QUESTION = ("question", "prompt", "instruction", "input", "question_stem")
 CHOICES = ("choices", "options")
+# What a question is about, and stands before it.
+PASSAGES = ("passage", "context", "article", "premise")
 ANSWER = (
     *("answer", "answerkey", "gold", "label", "target"),
     *("answer_key", "answer_idx", "correct_answer", "correct_option", "correct", "cop"),
@@ -51,6 +53,9 @@ ABOUT = {"id", "subject", "category", "topic", "source", "split", "type", "task"
 # Choices inside a question's text, and what comes before and after.
 INSIDE = re.compile(r"\s*\bAnswer ?(\d+):\s*")
 LEAD, TAIL = re.compile(r"^Please choose the correct answer to the question:\s*"), re.compile(r"\n+Answer format:.*$")
+# COPA's questions, of which its rows have a word.
+CAUSE_OR_EFFECT = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
+NO_OR_YES = ("no", "false"), ("yes", "true")
 FINAL = re.compile(r"####\s*(.+)")
 
 
@@ -219,9 +224,21 @@ def _read(origin: str, given: Mapping[str, Any]) -> Read:
     # A name as it is written here comes before one that is so in small letters only.
     names = sorted(given, key=lambda name: _plain_name(name) == name)
     row = {_plain_name(name): given[name] for name in names if not _is_missing(given[name])}
-    for known in (_right_and_wrong, _endings, _goal, _blank, _yes_or_no, _scored):
-        if (read := known(origin, row)) is not None:
-            return read
+    passages = [_passage(origin, name, row[name]) for name in PASSAGES if name in row]
+    of_files = (_right_and_wrong, _endings, _goal, _blank, _cause_or_effect, _yes_or_no, _scored)
+    known = (of_file(origin, row) for of_file in of_files)
+    read = next((each for each in known if each is not None), None) or _by_columns(origin, row, given)
+    # A prompt may have been made of it.
+    new = [each for each in passages if each not in read.question]
+    return replace(read, question="\n".join([*new, read.question])) if new else read
+
+
+def _by_columns(origin: str, row: Mapping[str, Any], given: Mapping[str, Any]) -> Read:
+    """Return a row by the names of its columns, which `given` has as they are written.
+
+    Raises:
+        InputError: naming the row and what it lacks.
+    """
     question, choices, labels = _question_text(row), None, None
     if isinstance(nested := row.get("question"), Mapping):
         question, row = nested.get("stem"), {**row, "choices": nested.get("choices")}
@@ -277,6 +294,13 @@ def _chosen_by(
         # The Hub has numbers; a text may be that of a choice.
         is_hub_mmlu=row.keys() >= MMLU and column == "answer" and len(choices) == 4 and isinstance(row[column], int),
     )
+
+
+def _passage(origin: str, name: str, value: object) -> str:
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str) for each in texts):
+        raise InputError(f"{origin}: {name} is {value!r:.80}; expected a text, which stands before the question")
+    return "\n".join(each.strip() for each in texts)
 
 
 def _question_text(row: Mapping[str, Any]) -> str | None:
@@ -370,7 +394,7 @@ def _refuse_letter(origin: str, row: Mapping[str, Any], column: str) -> None:
     others = [
         name
         for name, value in row.items()
-        if isinstance(value, str) and name not in {*QUESTION, *ANSWER, *ABOUT, INDEX_COLUMN, TEXT_COLUMN}
+        if isinstance(value, str) and name not in {*QUESTION, *PASSAGES, *ANSWER, *ABOUT, INDEX_COLUMN, TEXT_COLUMN}
     ]
     if column != TEXT_COLUMN and re.fullmatch("[A-J]", str(row[column]).strip()) and len(others) > 1:
         raise InputError(
@@ -454,16 +478,26 @@ def _blank(origin: str, row: Mapping[str, Any]) -> Read | None:
     return Read(origin, str(row["sentence"]).strip(), choices, row["answer"], ("1", "2"), ways=(LABEL,))
 
 
-def _yes_or_no(origin: str, row: Mapping[str, Any]) -> Read | None:
-    """Return BoolQ's row: a passage, a question, and whether its answer is yes, as true and false or as 1 and 0."""
-    has_choices = {*CHOICES} & row.keys() or _in_columns(row, row)[0]
-    said = str(row.get("answer", row.get("label", ""))).strip().casefold()
-    known = ("false", "true") if "answer" in row else ("0", "1")
-    if not {"question", "passage"} <= row.keys() or has_choices or said not in known:
+def _cause_or_effect(origin: str, row: Mapping[str, Any]) -> Read | None:
+    """Return COPA's row: a premise, two choices, which of cause and effect is asked, and the right one, from 0."""
+    question = CAUSE_OR_EFFECT.get(str(row.get("question", "")).strip().casefold())
+    if question is None or not {"premise", "choice1", "choice2"} <= row.keys():
         return None
-    is_yes = said == known[1]
-    text = f"{str(row['passage']).strip()}\n{str(row['question']).strip()}"
-    return Read(origin, text, ("no", "yes"), "yes" if is_yes else "no", ways=(TEXT,))
+    _need(origin, row, "label")
+    return Read(origin, question, _checked(origin, [row["choice1"], row["choice2"]]), row["label"], ways=(FROM_0,))
+
+
+def _yes_or_no(origin: str, row: Mapping[str, Any]) -> Read | None:
+    """Return BoolQ's row: a passage, a question, and whether its answer is yes; a label may also be 1 or 0."""
+    has_choices = {*CHOICES} & row.keys() or _in_columns(row, row)[0]
+    column = "answer" if "answer" in row else "label"
+    said = str(row.get(column, "")).strip().casefold()
+    is_yes = next((place for place, words in enumerate(NO_OR_YES) if said in words), None)
+    if is_yes is None and column == "label" and said in ("0", "1"):
+        is_yes = int(said)
+    if not {"question", "passage"} <= row.keys() or has_choices or is_yes is None:
+        return None
+    return Read(origin, str(row["question"]).strip(), ("no", "yes"), NO_OR_YES[is_yes][0], ways=(TEXT,))
 
 
 def _need(origin: str, row: Mapping[str, Any], column: str) -> None:
@@ -490,7 +524,8 @@ def _with_header(path: str, rows: Rows) -> Rows:
         letters = LETTERS[:num_choices]
         is_row = len(letters) > 1 and first[-1].strip() in [*letters] and not {*QUESTION, *ANSWER} & {*names}
         if not is_row:
-            twice = next((name for name in first if first.count(name) > 1), None)
+            # A spreadsheet ends its lines in columns without a name.
+            twice = next((name for name in first if name.strip() and first.count(name) > 1), None)
             if twice is not None:
                 raise InputError(f"{path}: the header names {twice!r} twice: give each column a name of its own")
             return rows

@@ -73,6 +73,9 @@ def test_rows_with_fewer_choices_and_headers_that_lose_a_column(tmp_path):
     twice = table(tmp_path / "twice.csv", [["Which?", "a", "b", "B"]], ["question", "A", "A", "answer"])
     with pytest.raises(InputError, match=r"twice.csv: the header names 'A' twice"):
         asked(twice)
+    header = ["question", "A", "B", "answer", "", ""]
+    spreadsheet = table(tmp_path / "ends.csv", [["Which?", "a", "b", "B", "", ""]], header)
+    assert [each.answer for each in asked(spreadsheet)] == ["b"]
     # Without a header, equal cells lose nothing.
     same = table(tmp_path / "same.csv", [["1 + 1?", "A", "2", "A", "4", "B"], ["2 + 2?", "1", "2", "3", "4", "D"]])
     assert [each.answer for each in asked(same)] == ["2", "4"]
@@ -110,6 +113,26 @@ KNOWN = {
     ),
     "boolq": ({"question": "is it", "passage": "It is.", "answer": True}, ("It is.\nis it", "yes")),
     "boolq, labels": ({"question": "is it", "passage": "It is.", "label": 0}, ("It is.\nis it", "no")),
+    "boolq, words": ({"question": "is it", "passage": "It is.", "answer": "Yes"}, ("It is.\nis it", "yes")),
+    "copa": (
+        {"premise": "The sun rose.", "choice1": "A", "choice2": "Night ended.", "question": "effect", "label": 1},
+        ("The sun rose.\nWhat happened as a result?", "Night ended."),
+    ),
+    "copa, cause": (
+        {"premise": "It fell.", "choice1": "I hit it.", "choice2": "It broke.", "question": "cause", "label": "0"},
+        ("It fell.\nWhat was the cause of this?", "I hit it."),
+    ),
+    "socialiqa": (
+        {
+            **{"context": "Tom gave Mia a book.", "question": "Why?", "label": "3"},
+            **{"answerA": "to sell", "answerB": "to ask", "answerC": "to be kind"},
+        },
+        ("Tom gave Mia a book.\nWhy?", "to be kind"),
+    ),
+    "race": (
+        {"article": "A fox ran. ", "question": "Who ran?", "options": ["dog", "fox", "cat", "ape"], "answer": "B"},
+        ("A fox ran.\nWho ran?", "fox"),
+    ),
     "truthfulqa": (
         {"question": "Why?", "mc1_targets": {"choices": ["so", "or so", "not so"], "labels": [1, 0, 0]}},
         ("Why?", "so"),
@@ -241,6 +264,21 @@ def test_a_row_is_explained_by_the_others_of_its_file():
 )
 def test_what_is_no_question_is_refused(row, said):
     assert said in refusal(row) and refusal(row).startswith("f.jsonl, line 1: ")
+
+
+def test_passages_stand_before_written_questions_too():
+    row = {"Context": "Mia is 7.", "question": "How old?", "answer": "7"}
+    found = question_of("f", row)
+    assert (found.question, found.choices) == ("Mia is 7.\nHow old?", ())
+    assert question_of("f", {**row, "Context": ["Mia is 7.", "Tom is 8."]}).question.startswith(
+        "Mia is 7.\nTom is 8.\n"
+    )
+    # A prompt that was made of it has it once.
+    made = {"context": "Mia is 7.", "prompt": "Text: Mia is 7. How old?", "answer": "7"}
+    assert question_of("f", made).question == made["prompt"]
+    sciq = {"context": "Ice melts.", "question": "Into?", "correct_answer": "water", "distractor1": "sand"}
+    assert question_of("f", sciq).question == "Ice melts.\nInto?"
+    assert "context is {'title': 'Mia'}; expected a text" in refusal({**row, "Context": {"title": "Mia"}})
 
 
 def test_written_answers_are_not_touched():
