@@ -7,6 +7,7 @@ among them. All are tested together, paired by item, and adjusted by Holm's meth
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from hfllm.errors import InputError
@@ -79,7 +80,12 @@ class Verdict:
 
 def can_differ(compared: Compared, alpha: float = ALPHA) -> bool:
     """Return whether so few items could say anything: of 5 that all get worse, p is .06."""
-    return 2.0 ** (1 - compared.units) <= alpha
+    return compared.units >= fewest(alpha)
+
+
+def fewest(alpha: float = ALPHA) -> int:
+    """Return how many items a figure needs to reach alpha."""
+    return next(units for units in count(1) if 2.0 ** (1 - units) <= alpha)
 
 
 def judged(family: Sequence[Compared], alpha: float = ALPHA) -> list[Verdict]:
@@ -114,8 +120,8 @@ def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float 
     own = [each for each in verdicts if each.compared.model == second]
     if not own:
         return f"no verdict on {second}: no primary figure has enough items"
-    count = f"{len(verdicts)} primary figure{'s' * (len(verdicts) != 1)}"
-    of_all = f"at alpha {_shown(alpha)} (Holm over {count}, paired by item)"
+    number = f"{len(verdicts)} primary figure{'s' * (len(verdicts) != 1)}"
+    of_all = f"at alpha {_shown(alpha)} (Holm over {number}, paired by item)"
     named = {word: [each for each in own if each.word == word] for word in (WORSE, BETTER)}
     if not any(named.values()):
         least = min(own, key=lambda each: each.adjusted)
@@ -127,18 +133,38 @@ def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float 
     return f"{second} is {word} than {first} {of_all}: {_listed(named[word])}"
 
 
-def verdict_metrics(verdicts: Sequence[Verdict], models: Sequence[str], alpha: float = ALPHA) -> dict[str, float]:
+def left_out_sentence(left_out: Sequence[Compared]) -> str:
+    """Return which figures have too few items, with how many of them both models have; empty for none."""
+    if not left_out:
+        return ""
+    named = [f"{each.name} ({each.model}, {each.units})" for each in left_out[:MOST_NAMED]]
+    more = f"; and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
+    said = f"{len(left_out)} figure{'s' * (len(left_out) != 1)} of too few items left out"
+    return f"{said}: {'; '.join(named)}{more}"
+
+
+def verdict_metrics(
+    verdicts: Sequence[Verdict], left_out: Sequence[Compared], models: Sequence[str], alpha: float = ALPHA
+) -> dict[str, float]:
     """Return the verdict as metrics.
 
+    Args:
+        verdicts: of all figures of all models.
+        left_out: figures that have too few items.
+        models: names of the later ones.
+        alpha: that the figures were judged by.
+
     Returns:
-        `verdict/alpha`, `verdict/family` (figures that are tested), for each model `verdict/better/MODEL` and
-        `verdict/worse/MODEL` (figures), and for each figure `KEY/MODEL_difference_p` and `..._p_adjusted`.
+        `verdict/alpha`, `verdict/family` (figures that are tested), for each model `verdict/tested/MODEL`,
+        `verdict/too_few/MODEL`, `verdict/better/MODEL` and `verdict/worse/MODEL` (figures), and for each figure
+        `KEY/MODEL_difference_p` and `..._p_adjusted`.
     """
     found: dict[str, float] = {"verdict/alpha": alpha, "verdict/family": len(verdicts)}
     for model in models:
-        for word in (BETTER, WORSE):
-            count = sum(each.word == word and each.compared.model == model for each in verdicts)
-            found[f"verdict/{word}/{model}"] = count
+        own = [each.word for each in verdicts if each.compared.model == model]
+        found |= {f"verdict/{word}/{model}": own.count(word) for word in (BETTER, WORSE)}
+        found[f"verdict/tested/{model}"] = len(own)
+        found[f"verdict/too_few/{model}"] = sum(each.model == model for each in left_out)
     for each in verdicts:
         key = f"{each.compared.key}/{each.compared.model}_difference"
         found |= {f"{key}_p": each.p_value, f"{key}_p_adjusted": each.adjusted}
@@ -237,19 +263,28 @@ def fail_if_worse(metrics: Mapping[str, float], first: str, models: Sequence[str
         models: names of the others.
 
     Raises:
-        InputError: for a report without a verdict.
+        InputError: for a report without a verdict, or naming the model of which nothing could be tested.
         SystemExit: with code 1.
     """
     names = [f"verdict/{WORSE}/{model}" for model in models]
-    if any(name not in metrics for name in names):
+    tested = [f"verdict/tested/{model}" for model in models]
+    if any(name not in metrics for name in (*names, *tested)):
         raise InputError("--fail_on_regression: the report there has no verdict: remove the folder to make it again")
+    alpha = metrics.get("verdict/alpha", ALPHA)
     worse = [(model, int(metrics[name])) for model, name in zip(models, names, strict=True) if metrics[name]]
     if worse:
         said = ", ".join(f"{model} in {count} primary figure{'s' * (count != 1)}" for model, count in worse)
-        alpha = _shown(metrics.get("verdict/alpha", ALPHA))
         if main_process():
-            print(f"regression: worse than {first} at alpha {alpha}: {said}", file=sys.stderr, flush=True)
+            print(f"regression: worse than {first} at alpha {_shown(alpha)}: {said}", file=sys.stderr, flush=True)
         raise SystemExit(1)
+    for model, name in zip(models, tested, strict=True):
+        if not metrics[name]:
+            too_few = int(metrics.get(f"verdict/too_few/{model}", 0))
+            why = f"of {too_few} primary figure{'s' * (too_few != 1)} none has {fewest(alpha)} items that both have"
+            raise InputError(
+                f"--fail_on_regression: nothing of {model} could be tested against {first}: "
+                f"{why if too_few else 'no primary figure was measured'}"
+            )
 
 
 def _listed(verdicts: Sequence[Verdict]) -> str:

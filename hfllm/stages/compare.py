@@ -22,6 +22,7 @@ from hfllm.evaluation.verdicts import (
     can_differ,
     changed_items,
     judged,
+    left_out_sentence,
     sentence,
     shown_changes,
     verdict_metrics,
@@ -78,7 +79,8 @@ class CompareArguments:
     )
     alpha: float = field(default=ALPHA, metadata={"help": "Chance that equal models are found to differ in anything."})
     fail_on_regression: bool = field(
-        default=False, metadata={"help": "End with exit code 1 where the second is significantly worse."}
+        default=False,
+        metadata={"help": "Exit code 1 where the second is significantly worse, 2 where nothing is tested."},
     )
     output_dir: str = field(default="outputs/compare", metadata={"help": "Where the report and the changes go."})
 
@@ -418,7 +420,8 @@ def report(
 ) -> Found:
     """Return the verdict, the figures and some items that changed, and write all of these to `CHANGES`."""
     decided = judged([each for each in family if can_differ(each, script_args.alpha)], script_args.alpha)
-    metrics = verdict_metrics(decided, names[1:], script_args.alpha)
+    left_out = [each for each in family if not can_differ(each, script_args.alpha)]
+    metrics = verdict_metrics(decided, left_out, names[1:], script_args.alpha)
     for each in family:
         for label, values in zip(names, (each.first, each.second), strict=True):
             found = mean_interval(values)
@@ -435,8 +438,7 @@ def report(
     if decided:
         tables[f"{names[1]} against {names[0]} (Holm over {len(decided)})"] = verdict_table(names[0], decided)
     said = [sentence(names[0], names[1], decided, script_args.alpha)]
-    if left_out := len(family) - len(decided):
-        said.append(f"{left_out} figure{'s' * (left_out != 1)} of too few items left out")
+    said += [left_out_sentence(left_out)] if left_out else []
     if absent := missing_of(*logs):
         said.append(f"{absent} items that only one of them has left out")
     return Found(metrics, "; ".join(said), {**tables, **shown_changes(changes)}, {})

@@ -100,7 +100,9 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of its alignment."})
     fail_on_regression: bool = field(
         default=False,
-        metadata={"help": "End with exit code 1 where a model is significantly worse than the first one."},
+        metadata={
+            "help": "Exit code 1 where a model is significantly worse than the first one, 2 where nothing is tested."
+        },
     )
 
     def __post_init__(self):

@@ -13,6 +13,7 @@ from hfllm.evaluation.verdicts import (
     can_differ,
     changed_items,
     judged,
+    left_out_sentence,
     sentence,
     shown_changes,
     verdict_metrics,
@@ -48,12 +49,15 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
     verdicts: list[str] = []
     said: list[str] = []
     if len(labels) > 1:
-        decided = judged(family := compared_figures(suites, labels, records))
-        metrics |= verdict_metrics(decided, labels[1:])
+        family = compared_figures(suites, labels, records)
+        decided = judged([each for each in family if can_differ(each)])
+        left_out = [each for each in family if not can_differ(each)]
+        metrics |= verdict_metrics(decided, left_out, labels[1:])
         title = f"Verdict on the primary figures (Holm over {len(decided)})"
         tables |= {title: verdict_table(labels[0], decided, len(labels) > 2)} if decided else {}
         tables |= shown_changes(changes_of(labels, family, records))
         said += [sentence(labels[0], label, decided) for label in labels[1:]]
+        said += [left_out_sentence(left_out)] if left_out else []
     num_verdicts = len(said)
     for suite in suites:
         own = [record for record in records if record["suite"] == suite.name]
@@ -72,7 +76,10 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
 
 
 def compared_figures(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Record]) -> list[Compared]:
-    """Return the primary figures of all suites and groups, each model's against the first one's, item by item."""
+    """Return the primary figures of all suites and groups, each model's against the first one's, item by item.
+
+    Those of too few items that both have are among them: see `can_differ`.
+    """
     family = []
     for suite in suites:
         scores: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
@@ -94,17 +101,18 @@ def compared_figures(suites: Sequence[Suite], labels: Sequence[str], records: Se
                         [first[item][name] for item in shared],
                         [second[item][name] for item in shared],
                     )
-                    family += [compared] if can_differ(compared) else []
+                    is_measured = any(name in each for side in (first, second) for each in side.values())
+                    family += [compared] if is_measured else []
     return family
 
 
 def changes_of(labels: Sequence[str], family: Sequence[Compared], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Return each item in whose primary figures a model differs from the first, with what was asked and said."""
+    """Return each item in whose tested figures a model differs from the first, with what was asked and said."""
     texts = {
         (f"{each['suite']}/{slug(each['group'])}/{each['model']}", each["item"]): (each["asked"], each["said"])
         for each in records
     }
-    return changed_items(labels[0], family, texts)
+    return changed_items(labels[0], [each for each in family if can_differ(each)], texts)
 
 
 def refuse_foreign_changes(folder: str | Path) -> None:

@@ -121,7 +121,36 @@ def test_items_are_paired_and_too_few_are_left_out():
     assert figure.items == [f"all {number}" for number in range(3, 10)] and figure.means == (1.0, 0.0)
     assert not found(records("A", [1] * 5), records("B", [0] * 5)).metrics["verdict/family"]
     assert can_differ(figure) and 2 * 0.5**5 > 0.05 >= 2 * 0.5**6
-    assert "no verdict on B" in found(records("A", [1] * 5), records("B", [0] * 5)).summary
+    few = found(records("A", [1] * 5), records("B", [0] * 5)).summary
+    assert few.startswith("no verdict on B") and "1 figure of too few items left out: made, all: right (B, 5)" in few
+
+
+def test_a_gate_is_not_green_where_nothing_was_tested():
+    def gate(first, second, models=("B",), *more):
+        result = found(first, second, *more, labels=("A", *models))
+        with pytest.raises(InputError) as error:
+            fail_if_worse(result.metrics, "A", models)
+        return result, str(error.value)
+
+    # A model that skips what it cannot read leaves the family, however wrong it is in the rest.
+    result, said = gate(records("A", [1] * 30), records("B", [0] * 5 + [None] * 25))
+    assert said == (
+        "--fail_on_regression: nothing of B could be tested against A: of 1 primary figure none has 6 items that both "
+        "have"
+    )
+    assert (result.metrics["verdict/tested/B"], result.metrics["verdict/too_few/B"]) == (0, 1)
+    assert "left out: made, all: right (B, 0)" in gate(records("A", [1] * 30), records("B", [None] * 30))[0].summary
+    assert "made, all: right (B, 0)" in gate(records("A", [None] * 30), records("B", [1] * 30))[0].summary
+    said = gate(records("A", [1] * 9, "control"), records("B", [0] * 9, "control"))[1]
+    assert said.endswith("nothing of B could be tested against A: no primary figure was measured")
+    # Each model has to have one: B's figures say nothing of C.
+    first, second = records("A", [1] * 12), records("B", [1] * 12)
+    assert "nothing of C" in gate(first, second, ("B", "C"), records("C", [0] * 5 + [None] * 7))[1]
+    # One group that is left out is named, and the others decide.
+    both = found(first + records("A", [1] * 9, "hard"), second + records("B", [0] * 5 + [None] * 4, "hard"))
+    assert "1 figure of too few items left out: made, hard: right (B, 5)" in both.summary
+    assert both.metrics["verdict/family"] == 1 and not [title for title in both.tables if "hard: right" in title]
+    fail_if_worse(both.metrics, "A", ["B"])
 
 
 def test_several_models_are_one_family():

@@ -180,6 +180,15 @@ def test_our_own_samples_by_their_primary_figures(tmp_path):
     refused(tmp_path, "line 32: the log has several models, which hfllm evaluate has compared", a, b)
 
 
+def test_too_few_items_are_no_green_light(tmp_path, capsys):
+    a, b = accs(tmp_path / "a.jsonl", [1] * 5), accs(tmp_path / "b.jsonl", [0] * 5)
+    said = "nothing of b.jsonl could be tested against a.jsonl: of 1 primary figure none has 6 items that both have"
+    refused(tmp_path, f"--fail_on_regression: {said}", a, b, "--fail_on_regression")
+    assert run(tmp_path, a, b)["verdict/tested/b.jsonl"] == 0
+    assert "1 figure of too few items left out: a: acc (b.jsonl, 5)" in capsys.readouterr().out
+    refused(tmp_path, "none has 11 items", a, b, "--fail_on_regression", "--alpha", ".001")
+
+
 def test_missing_items_are_refused_or_said(tmp_path, capsys):
     a, b = accs(tmp_path / "a.jsonl", GOOD), accs(tmp_path / "b.jsonl", BAD[:20])
     refused(tmp_path, r"--logs: b.jsonl lacks 10 of 30 items of a acc \(20, 21, 22\); --allow_missing", a, b)
