@@ -96,6 +96,8 @@ class Logged:
         cluster: that it belongs to, if that is asked for.
         asked, said: what the model read and wrote, for readers.
         is_own: whether it is of a suite of `hfllm evaluate`.
+        primary: of such an item the primary metrics, with 1 where more is better and -1 where less is; `None` where an
+            older log does not say.
     """
 
     origin: str
@@ -105,6 +107,7 @@ class Logged:
     asked: str
     said: str
     is_own: bool = False
+    primary: Mapping[str, int] | None = None
 
 
 # Items by their keys, for each part: a task and a filter, or a suite and a group.
@@ -197,10 +200,14 @@ def _own(origin: str, row: Mapping[str, Any], cluster_by: str | None) -> tuple[t
     if not isinstance(scores, dict) or not all(isinstance(row.get(name), str) for name in ("suite", "group", "item")):
         raise InputError(f"{origin}: expected suite, group, item and scores, as hfllm evaluate writes them")
     numbers = {name: _number(origin, name, value) for name, value in scores.items()}
+    primary = row.get("primary")
+    is_right = isinstance(primary, dict) and all(way in (1, -1) for way in primary.values())
+    if primary is not None and not is_right:
+        raise InputError(f"{origin}: primary is {primary!r:.80}, expected metrics with 1 or -1")
     cluster = _cluster(origin, row, cluster_by)
     texts = str(row.get("asked", "")), str(row.get("said", ""))
     identity = "" if row["suite"] in ASKED_BY_MODEL else texts[0]
-    logged = Logged(origin, identity, numbers, cluster, *texts, is_own=True) if numbers else None
+    logged = Logged(origin, identity, numbers, cluster, *texts, is_own=True, primary=primary) if numbers else None
     return (row["suite"], row["group"]), row["item"], logged
 
 
@@ -327,7 +334,10 @@ def _metrics(script_args: CompareArguments, part: tuple[str, str], *logs: Mappin
     names = list(dict.fromkeys(name for item in items for name in item.scores))
     if script_args.metrics:
         return [name for name in names if name in script_args.metrics]
-    # Tasks of lm-eval have no primary ones here, nor in our suite of that name.
+    told = [item.primary for item in items if item.primary is not None]
+    if told:
+        return [name for name in names if any(name in primary for primary in told)]
+    # Tasks of lm-eval have no primary ones here, nor in older logs of our suite of that name.
     if not items[0].is_own or part[0] == "lm_eval":
         return names
     from hfllm.evaluation.suites import robustness
@@ -376,13 +386,19 @@ def _compared(
     clusters = [one.cluster for one, _ in pairs.values()] if script_args.cluster_by else None
     key = "/".join(map(slug, (*part, metric)))
     scores = [[each.scores[metric] for each in side] for side in zip(*pairs.values(), strict=True)]
-    better = _direction(part, metric, next(iter(pairs.values()))[0].is_own, script_args.logs)
+    better = _direction(part, metric, [each for pair in pairs.values() for each in pair], script_args.logs)
     return Compared(f"{_title(part)}: {metric.replace('_', ' ')}", key, label, better, [*pairs], *scores, clusters)
 
 
-def _direction(part: tuple[str, str], metric: str, is_own: bool, logs: Sequence[str]) -> int:
-    """Return whether more of a metric is better: by the suite, by lm-eval's results beside the log, or by its name."""
-    if is_own and metric in (own := own_metrics().get(part[0], ((), {}))[1]):
+def _direction(part: tuple[str, str], metric: str, items: Sequence[Logged], logs: Sequence[str]) -> int:
+    """Return whether more of a metric is better.
+
+    Its items say it, or our suite, or lm-eval's results beside the log, or its name.
+    """
+    for item in items:
+        if item.primary is not None and metric in item.primary:
+            return item.primary[metric]
+    if items[0].is_own and metric in (own := own_metrics().get(part[0], ((), {}))[1]):
         return own[metric]
     for name in logs:
         ways = _higher_is_better(str(Path(name) if Path(name).is_dir() else Path(name).parent))

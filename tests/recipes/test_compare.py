@@ -3,6 +3,7 @@
 import hashlib
 import json
 from threading import Thread
+from types import SimpleNamespace
 
 import compare
 import pytest
@@ -178,6 +179,57 @@ def test_our_own_samples_by_their_primary_figures(tmp_path):
     with (tmp_path / "B/samples.jsonl").open("a") as stream:
         stream.write(json.dumps({**json.loads(a.read_text().splitlines()[0]), "model": "n", "item": "y"}) + "\n")
     refused(tmp_path, "line 32: the log has several models, which hfllm evaluate has compared", a, b)
+
+
+def test_our_samples_have_the_family_of_the_evaluation_that_wrote_them(tmp_path):
+    """Suites of one name have other primary figures on the world, and lm-eval's tasks those that they name first."""
+    from hfllm.evaluation.suites import robustness
+    from hfllm.evaluation.suites import world_suites as world
+    from hfllm.evaluation.suites.base import Item
+    from hfllm.stages.evaluate_report import report
+
+    class Tasks(world.WorldSuite):
+        name, better, primary = "lm_eval", {"acc": 1, "misses": -1}, ("misses",)
+
+        def items(self):
+            return []
+
+        def scores(self, subject, item, answer):
+            return {}
+
+    attacked = robustness.Robustness(dataset_name="x")
+    groups = [
+        (world.WorldTruthfulness(None), world.KNOWN, ("right", "wrong", "mc2")),
+        (world.WorldFewShot(None), "0 shots", ("right", "acc", "exact_match")),
+        (world.WorldRefusals(None), "unsafe", ("refuses", "complies")),
+        (world.WorldRefusals(None), "safe", ("over_refusal",)),
+        (attacked, robustness.RANDOM, ("accuracy",)),
+        (attacked, "typos", ("accuracy",)),
+        (Tasks(None), "sums", ("acc", "misses")),
+    ]
+    records = [
+        suite.record(SimpleNamespace(label=label), Item(f"{group}-{n}", group, None), dict.fromkeys(metrics, score))
+        for label, scores in (("A", GOOD), ("B", BAD))
+        for suite, group, metrics in groups
+        for n, score in enumerate(scores)
+    ]
+    suites = {suite.name: suite for suite, _, _ in groups}.values()
+    expected = report(list(suites), ["A", "B"], records)
+    for label in "AB":
+        write(tmp_path / label / "samples.jsonl", [each for each in records if each["model"] == label])
+    found = run(tmp_path, tmp_path / "A", tmp_path / "B")
+    verdict = {
+        name: value
+        for name, value in expected.metrics.items()
+        if name.startswith("verdict/") or "difference_p" in name
+    }
+    assert verdict == {name: found[name] for name in found if name.startswith("verdict/") or "difference_p" in name}
+    assert verdict["verdict/family"] == 6 and verdict["lm_eval/sums/misses/B_difference_p"] < 1e-3
+    assert (verdict["verdict/worse/B"], verdict["verdict/better/B"]) == (3, 3)
+    # What is not primary has its direction from the suite.
+    assert run(tmp_path, tmp_path / "A", tmp_path / "B", "--metrics", "wrong")["verdict/better/B"] == 1
+    odd = write(tmp_path / "C" / "samples.jsonl", [{**records[0], "primary": ["right"]}])
+    refused(tmp_path, r"line 1: primary is \['right'\], expected metrics with 1 or -1", tmp_path / "A", odd)
 
 
 def test_too_few_items_are_no_green_light(tmp_path, capsys):

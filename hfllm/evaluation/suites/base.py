@@ -48,6 +48,7 @@ class Record(TypedDict):
         scores: figures of this item by metric, all finite.
         asked, said: what the model read and wrote, for readers; either may be empty.
         skipped: why there are no scores; empty where there are.
+        primary: metrics by which models are compared in this group, each with whether more is better (1) or less (-1).
     """
 
     model: str
@@ -58,6 +59,7 @@ class Record(TypedDict):
     asked: str
     said: str
     skipped: str
+    primary: dict[str, int]
 
 
 class Suite(ABC, Generic[Body]):
@@ -128,4 +130,5 @@ class Suite(ABC, Generic[Body]):
             asked=asked,
             said=said,
             skipped=skipped,
+            primary={name: self.better[name] for name in self.primary_of(item.group)},
         )
