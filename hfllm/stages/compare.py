@@ -33,7 +33,7 @@ from hfllm.stages.evaluate import labels_of
 from hfllm.stages.evaluate_report import CHANGES, refuse_foreign_changes, slug
 
 # lm-eval's names; a date stands for a run.
-LM_EVAL_LOG = re.compile(r"samples_(.+?)(?:_\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)?\.jsonl")
+LM_EVAL_LOG = re.compile(r"samples_(.+?)(?:_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?))?\.jsonl")
 OWN_LOG = "samples.jsonl"
 # Columns of lm-eval's logs that are no figures, for those without a list of them.
 NOT_METRICS = frozenset(
@@ -401,7 +401,7 @@ def _direction(part: tuple[str, str], metric: str, items: Sequence[Logged], logs
     if items[0].is_own and metric in (own := own_metrics().get(part[0], ((), {}))[1]):
         return own[metric]
     for name in logs:
-        ways = _higher_is_better(str(Path(name) if Path(name).is_dir() else Path(name).parent))
+        ways = _higher_is_better(name)
         for key in ((part[0], metric), metric):
             if isinstance(way := ways.get(key), bool):
                 return 1 if way else -1
@@ -409,10 +409,10 @@ def _direction(part: tuple[str, str], metric: str, items: Sequence[Logged], logs
 
 
 @cache
-def _higher_is_better(folder: str) -> dict[Any, Any]:
-    """Return what lm-eval's results in a folder say of its metrics, by task and metric, and by metric."""
+def _higher_is_better(name: str) -> dict[Any, Any]:
+    """Return what lm-eval's results beside a log, or the logs of a folder, say of metrics, by task too."""
     found: dict[Any, Any] = {}
-    for path in sorted(Path(folder).glob("**/results_*.json")):
+    for path in dict.fromkeys(path for log in _files(name) for path in _results_beside(log)):
         try:
             results = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -422,6 +422,14 @@ def _higher_is_better(folder: str) -> dict[Any, Any]:
             for metric, way in ways.items() if isinstance(ways, dict) else ():
                 found |= {(task, metric): way, metric: way}
     return found
+
+
+def _results_beside(log: Path) -> list[Path]:
+    """Return the results of a log's run: of its date, if its name has one, since a folder may hold several runs."""
+    dated = LM_EVAL_LOG.fullmatch(log.name)
+    if dated and dated[2]:
+        return [log.with_name(f"results_{dated[2]}.json")]
+    return sorted(log.parent.glob("results_*.json"))
 
 
 def _title(part: tuple[str, str]) -> str:

@@ -128,6 +128,37 @@ def test_figures_that_are_no_shares_and_those_of_which_less_is_better(tmp_path):
     assert run(tmp_path, tmp_path / "A", tmp_path / "B")["verdict/worse/B"] == 2
 
 
+def test_only_results_of_the_logs_own_run_say_which_way_is_better(tmp_path):
+    def results(path, is_more_better):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"higher_is_better": {"text": {"score": is_more_better}}}))
+
+    def is_worse(*logs):
+        compare_stage().cache_clear()
+        return run(tmp_path, *logs)["verdict/worse/B"] == 1
+
+    for name, values in (("A", range(20)), ("B", range(1, 21))):
+        rows = [row(n, {"score": each}) for n, each in enumerate(values)]
+        write(tmp_path / name / f"samples_text_{DATE}.jsonl", rows)
+        write(tmp_path / name / "log.jsonl", rows)
+    dated, plain = ([tmp_path / name / log for name in "AB"] for log in (f"samples_text_{DATE}.jsonl", "log.jsonl"))
+    folders = [tmp_path / name for name in "AB"]
+    # Another run's, in a folder below, above, and beside.
+    for place in ("A/other", ".", "B/other/deep"):
+        results(tmp_path / place / f"results_{DATE}.json", False)
+    results(tmp_path / "A" / "results_2026-11-30T11-15-43.1.json", False)
+    assert not is_worse(*dated) and not is_worse(*folders)
+    results(tmp_path / "A" / f"results_{DATE}.json", False)
+    assert is_worse(*dated) and is_worse(*folders)
+    # A log without a date has all results beside it.
+    (tmp_path / "A" / f"results_{DATE}.json").unlink()
+    compare_stage().cache_clear()
+    assert run(tmp_path, *plain)["verdict/worse/B/log.jsonl"] == 1
+    (tmp_path / "A" / "results_2026-11-30T11-15-43.1.json").unlink()
+    compare_stage().cache_clear()
+    assert run(tmp_path, *plain)["verdict/worse/B/log.jsonl"] == 0
+
+
 def compare_stage():
     from hfllm.stages import compare as stage
 
