@@ -280,7 +280,8 @@ def fail_if_worse(metrics: Mapping[str, float], first: str, models: Sequence[str
     for model, name in zip(models, tested, strict=True):
         if not metrics[name]:
             too_few = int(metrics.get(f"verdict/too_few/{model}", 0))
-            why = f"of {too_few} primary figure{'s' * (too_few != 1)} none has {fewest(alpha)} items that both have"
+            figures = "primary figures have" if too_few > 1 else "primary figure has"
+            why = f"its {too_few} {figures} fewer than {fewest(alpha)} items that both have"
             raise InputError(
                 f"--fail_on_regression: nothing of {model} could be tested against {first}: "
                 f"{why if too_few else 'no primary figure was measured'}"

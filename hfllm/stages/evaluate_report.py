@@ -208,8 +208,8 @@ def summary_of(labels: Sequence[str], records: Sequence[Record], verdicts: Seque
         counts = {name: verdicts.count(name) for name in ("better", "worse", "more", "less")}
         said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
         parts.append(
-            f"of all {len(verdicts)} differences to {labels[0]}, controls too and not adjusted, beyond their 95% "
-            f"intervals: {said} (by chance alone some {0.05 * len(verdicts):.0f})"
+            f"{said} of all {len(verdicts)} differences to {labels[0]}, controls too and not adjusted, beyond their "
+            f"95% intervals (by chance some {0.05 * len(verdicts):.0f})"
         )
     reasons: dict[str, int] = {}
     for record in records:

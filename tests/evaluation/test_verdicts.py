@@ -93,7 +93,7 @@ def test_controls_and_what_describes_are_not_in_the_family():
     assert result.metrics["made/control/right/B_difference"] == -1
     assert result.metrics["made/control/length/B_difference_high"] < 0
     assert "made/control/right/B_difference_p" not in result.metrics
-    assert "of all 4 differences to A, controls too and not adjusted" in result.summary
+    assert " of all 4 differences to A, controls too and not adjusted, beyond their 95% intervals" in result.summary
 
 
 def test_chance_among_many_figures_is_no_verdict():
@@ -135,8 +135,8 @@ def test_a_gate_is_not_green_where_nothing_was_tested():
     # A model that skips what it cannot read leaves the family, however wrong it is in the rest.
     result, said = gate(records("A", [1] * 30), records("B", [0] * 5 + [None] * 25))
     assert said == (
-        "--fail_on_regression: nothing of B could be tested against A: of 1 primary figure none has 6 items that both "
-        "have"
+        "--fail_on_regression: nothing of B could be tested against A: its 1 primary figure has fewer than 6 items "
+        "that both have"
     )
     assert (result.metrics["verdict/tested/B"], result.metrics["verdict/too_few/B"]) == (0, 1)
     assert "left out: made, all: right (B, 0)" in gate(records("A", [1] * 30), records("B", [None] * 30))[0].summary

@@ -265,11 +265,11 @@ def test_our_samples_have_the_family_of_the_evaluation_that_wrote_them(tmp_path)
 
 def test_too_few_items_are_no_green_light(tmp_path, capsys):
     a, b = accs(tmp_path / "a.jsonl", [1] * 5), accs(tmp_path / "b.jsonl", [0] * 5)
-    said = "nothing of b.jsonl could be tested against a.jsonl: of 1 primary figure none has 6 items that both have"
+    said = "nothing of b.jsonl could be tested against a.jsonl: its 1 primary figure has fewer than 6 items"
     refused(tmp_path, f"--fail_on_regression: {said}", a, b, "--fail_on_regression")
     assert run(tmp_path, a, b)["verdict/tested/b.jsonl"] == 0
     assert "1 figure of too few items left out: a: acc (b.jsonl, 5)" in capsys.readouterr().out
-    refused(tmp_path, "none has 11 items", a, b, "--fail_on_regression", "--alpha", ".001")
+    refused(tmp_path, "fewer than 11 items that both have", a, b, "--fail_on_regression", "--alpha", ".001")
 
 
 def test_missing_items_are_refused_or_said(tmp_path, capsys):
