@@ -125,14 +125,17 @@ def check_layers(config: "HfllmConfig") -> None:
         )
 
 
-def longrope_limits(config: "HfllmConfig") -> list[int]:
+def longrope_limits(config: "PreTrainedConfig") -> list[int]:
     """Return how long texts may be, in tokens, before rotary factors of `longrope` change (arXiv:2402.13753).
 
     The long factors then go for the beginning of the text too. There are several numbers where types of layers have
     their own parameters, and none without that type of rotation.
+
+    Args:
+        config: of a decoder, also of a native one.
     """
-    rope, own = config.rope_parameters or {}, config.rotary_types()
-    ropes = [rope[name] for name in own] or [rope]
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [each for each in rope.values() if isinstance(each, dict)] or [rope]
     return [each["original_max_position_embeddings"] for each in ropes if each.get("rope_type") == "longrope"]
 
 

@@ -30,7 +30,7 @@ class Family:
         has_partial_rope: whether `partial_rotary_factor` has an effect there.
         classifier: what the head of its token classifier is called.
         reads_again: whether its generation reads the text again where the factors of `longrope` change, as ours does;
-            others go on with keys of both kinds.
+            others keep keys of both kinds.
         idle: native fields without effect on the models that convert.
     """
 

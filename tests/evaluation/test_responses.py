@@ -195,6 +195,23 @@ def test_a_prompt_that_may_not_fit_is_left_to_generate(make_model, tokenizer, fa
     assert not fast_calls
 
 
+def test_a_text_that_may_outgrow_the_factors_of_longrope_is_left_to_generate(make_model, tokenizer, fast_calls):
+    """Which reads it again there; up to there the fast decoder says the same."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 48, "factor": 4.0}
+    model = make_model(
+        rope_parameters={**rope, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    )
+    model.generation_config.eos_token_id = None
+    length = max(map(len, tokenize_prompts(ASKED, tokenizer)))
+    for new in (48 - length, 80):
+        plain = sample_responses(model, tokenizer, ASKED, new, do_sample=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert sample_responses(model, tokenizer, ASKED, new, do_sample=False, fast=True) == plain
+        said = [str(each.message) for each in caught if "other rotary factors beyond 48" in str(each.message)]
+        assert (len(said), len(fast_calls)) == (int(new == 80), 1)
+
+
 def test_sampling_is_seeded_and_leaves_the_random_state(make_model, tokenizer):
     model = make_model()
     torch.manual_seed(1)

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from test_acceptance import LIMIT, surprise
 
 from hfllm.errors import InputError
+from hfllm.generation.fast import fast_generate
 from hfllm.generation.packed.projections import has_int8
 from hfllm.generation.speculative import acceptance
 from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
 from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
 from hfllm.generation.speculative.speculative import speculative_generate
+from hfllm.models.native_families import config_to_native
 
 NEW = 24
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no int8 kernels here")
@@ -134,6 +137,35 @@ def test_learned_positions_are_used_to_the_last(make_target, blurred, prompts):
         assert_same(target, draft, ids, mask, new=30, num_draft_tokens=6)
     with pytest.raises(InputError, match=r"41 tokens, but the model, a hfllm, has positions for 40"):
         speculative_generate(target, None, ids, mask, max_new_tokens=31)
+
+
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0},
+    **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]},
+}
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_no_cache_is_kept_where_the_factors_of_longrope_change(make_target, blurred, prompts, native):
+    """Keys of the short factors are right up to the limit, to the last token."""
+    target = make_target(rope_parameters=LONGROPE)
+    if native:
+        target = transformers.Phi3ForCausalLM(config_to_native(target.config)).eval().double()
+    target.generation_config.eos_token_id = None
+    ids, mask = prompts(3, length=10)
+    for draft in drafts_of(target, blurred).values():
+        for packed in (None, False):
+            assert_same(target, draft, ids, mask, new=6, num_draft_tokens=6, packed=packed)
+            with pytest.raises(InputError, match=r"make 17 tokens, but the model, a .*, has other rotary factors be"):
+                speculative_generate(target, draft, ids, mask, max_new_tokens=7, packed=packed)
+    kind, shorter = "phi3" if native else "hfllm", {**LONGROPE, "original_max_position_embeddings": 12}
+    draft = make_target(rope_parameters=shorter)
+    with pytest.raises(
+        InputError, match="15 tokens, but the draft model, a hfllm, has other rotary factors beyond 12"
+    ):
+        speculative_generate(target, draft, ids, mask, max_new_tokens=5)
+    with pytest.raises(InputError, match=f"17 tokens, but the model, a {kind}, has other rotary factors beyond 16"):
+        target.generate(ids, attention_mask=mask, max_new_tokens=7, custom_generate=fast_generate)
 
 
 def test_statistics_add_up(make_target, blurred, prompts):

@@ -12,6 +12,7 @@ import torch
 from hfllm.errors import InputError
 from hfllm.generation.packed.model import Output, PackedModel, packed_model
 from hfllm.generation.packed.ragged_cache import RaggedCache
+from hfllm.models.layer_types_hfllm import longrope_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -197,7 +198,7 @@ def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns:
 
 
 def check_context(model: "PreTrainedModel", length: int, name: str = "the model") -> None:
-    """Refuse sequences longer than a table of learned positions.
+    """Refuse sequences longer than a table of learned positions, or than what `longrope` rotates by the same factors.
 
     Raises:
         InputError: naming both lengths.
@@ -208,6 +209,13 @@ def check_context(model: "PreTrainedModel", length: int, name: str = "the model"
         raise InputError(
             f"prompt and max_new_tokens make {length} tokens, but {name}, a {config.model_type}, has "
             f"positions for {context}: shorten the prompt or max_new_tokens"
+        )
+    limits = longrope_limits(config)
+    if limits and length > min(limits):
+        raise InputError(
+            f"prompt and max_new_tokens make {length} tokens, but {name}, a {config.model_type}, has other rotary "
+            f"factors beyond {min(limits)} (rope_type='longrope'), also for what a cache holds: shorten the prompt or "
+            "max_new_tokens, or use its own generate()"
         )
 
 
