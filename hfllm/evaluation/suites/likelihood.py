@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hfllm.errors import InputError, is_out_of_memory
 from hfllm.models.context import max_length_of
+from hfllm.models.layer_types_hfllm import longrope_limits
 from hfllm.rewards.passes import evaluating, pass_precision
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class Scorer:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         takes = inspect.signature(base.forward).parameters
         self._keeps_logits = "logits_to_keep" in takes
+        # Where the rotation of a whole text changes with its length.
+        self._limits = longrope_limits(model.config.get_text_config(decoder=True))
         self._cache_name = next((name for name in ("cache", "past_key_values") if name in takes), None)
         self._can_share: bool | None = None if self._cache_name else False
         self._shared: tuple[list[int], Cache] | None = None
@@ -127,27 +130,37 @@ class Scorer:
         import torch
 
         read = [[*each.context, *each.continuation[:-1]] for each in pairs]
-        found: list[Likelihood] = []
+        found: dict[int, Likelihood] = {}
+        kinds = [self._rotation(len(each)) for each in read]
         with evaluating(self.model), torch.inference_mode(), pass_precision(self.model):
-            common, cache = self._read_common(pairs, read, shared)
-            for start in range(0, len(pairs), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                found += self._score_rows(pairs[rows], read[rows], common, cache, name)
-        return found
+            # A pass rotates all of its rows as the longest one.
+            for kind in sorted(set(kinds)):
+                alike = [row for row, its_kind in enumerate(kinds) if its_kind == kind]
+                common, cache = self._read_common([pairs[row] for row in alike], [read[row] for row in alike], shared)
+                for start in range(0, len(alike), self.batch_size):
+                    rows = alike[start : start + self.batch_size]
+                    of_pass = [pairs[row] for row in rows], [read[row] for row in rows]
+                    found.update(zip(rows, self._score_rows(*of_pass, common, cache, name), strict=True))
+        return [found[row] for row in range(len(pairs))]
+
+    def _rotation(self, length: int) -> int:
+        """Return which rotary factors a text of so many tokens has: a cache serves only texts that have the same."""
+        return sum(length > limit for limit in self._limits)
 
     def _read_common(
         self, pairs: Sequence[Pair], read: list[list[int]], shared: list[int]
     ) -> "tuple[int, Cache | None]":
-        """Return how many tokens of all rows are in the cache, and the cache."""
+        """Return how many tokens of all rows are in the cache, and the cache; the rows' `_rotation` is one."""
         if not self.can_share:
             return 0, None
         # The last token of a context predicts the first of its continuation, and is read with it.
         most = min(len(each.context) for each in pairs) - 1
         common = common_length([each[:most] for each in read])
-        first, cache = 0, None
-        if shared and common >= len(shared) and read[0][: len(shared)] == shared:
+        first, cache, kind = 0, None, self._rotation(len(read[0]))
+        is_same = common >= len(shared) and read[0][: len(shared)] == shared
+        if shared and is_same and self._rotation(len(shared)) == kind:
             first, cache = len(shared), self._read_shared(shared)
-        if len(pairs) == 1 or common - first < FEWEST_SHARED:
+        if len(pairs) == 1 or common - first < FEWEST_SHARED or self._rotation(common) != kind:
             return first, cache
         return common, self._read(read[0][first:common], cache)
 

@@ -23,6 +23,13 @@ def plain(model, tokenizer, context, continuation):
     return sum(float(logprobs[place - 1, whole[place]]) for place in range(len(before), len(whole)))
 
 
+def plain_of(model, read, whole, first):
+    """As `plain`, of the tokens that a likelihood needs: the last one is not read."""
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([read]), use_cache=False).logits[0].double().log_softmax(-1)
+    return sum(float(logprobs[place - 1, whole[place]]) for place in range(first, len(whole)))
+
+
 def expected(model, tokenizer):
     return [
         [plain(model, tokenizer, context, each) for each in choices]
@@ -47,6 +54,39 @@ def test_any_batch_size_gives_the_numbers_of_whole_texts(make_model, tokenizer, 
     for batch_size in (1, 3, 8):
         assert_close(found(model, tokenizer, batch_size), whole)
     assert_close(found(model, tokenizer, 3, shared=""), whole)
+
+
+@pytest.mark.parametrize("shared", [SHARED, ""])
+@pytest.mark.parametrize("beyond", ["the examples", "the contexts", "the shortest"])
+def test_texts_on_both_sides_of_the_limit_of_longrope_share_nothing(make_model, tokenizer, beyond, shared):
+    """The limit lies behind the examples, behind a question's common tokens, and among its choices."""
+    examples = len(tokenizer(SHARED)["input_ids"])
+    wholes = [
+        [tokenizer(context + each)["input_ids"][:-1] for each in choices]
+        for context, choices in zip(CONTEXTS, CHOICES, strict=True)
+    ]
+    limit = {
+        "the examples": examples + 2,
+        "the contexts": common_length(wholes[0]),
+        "the shortest": min(map(len, wholes[0])),
+    }[beyond]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": limit, "factor": 4.0}
+    model = make_model(
+        rope_parameters={**rope, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]},
+        max_position_embeddings=1024,
+    )
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.mul_(10.0) if weights.dim() > 1 else None
+    whole = [
+        [
+            plain_of(model, ids, tokenizer(context + each)["input_ids"], len(tokenizer(context)["input_ids"]))
+            for ids, each in zip(rows, choices, strict=True)
+        ]
+        for rows, choices, context in zip(wholes, CHOICES, CONTEXTS, strict=True)
+    ]
+    for batch_size in (1, 8):
+        assert_close(found(model, tokenizer, batch_size, shared), whole, 1e-4)
 
 
 def native(name, vocab_size):
