@@ -2,7 +2,7 @@
 
 One step of gradient descent at each organisation, on a loss that is a mean over its tokens, is then exactly the step
 on all rows at once: the gradient of the mean over all tokens is the mean of gradients weighted by tokens. Weighted by
-rows, it is another step wherever organisations' rows differ in length (McMahan et al. 2017, arXiv:1602.05629). A step
+rows, it is another step wherever organizations' rows differ in length (McMahan et al. 2017, arXiv:1602.05629). A step
 of Adam is no linear function of the gradient: the mean of such steps is another one.
 
 Sums are held in float64 and added in the order of arrival: transports hand updates over in the order of the round's
@@ -61,7 +61,7 @@ class WeightedSum:
         """Refuse an update that cannot be added; the first one that can says what the others must be like.
 
         Raises:
-            InputError: in one line that names the organisation: a second update of it, NaN, other names, shapes,
+            InputError: in one line that names the organization: a second update of it, NaN, other names, shapes,
                 precision or base model, no tokens.
         """
         if update.organisation in self.organisations:
@@ -95,25 +95,26 @@ MAX_NORM_RATIO, TRIM = 2.0, 0.2
 
 
 class RobustSum:
-    """Updates of a round that are bounded before they are averaged: one organisation alone does not own the mean.
+    """Updates of a round that are bounded before they are averaged: one organization alone does not own the mean.
 
     An update that is longer than `max_norm_ratio` times the typical length, over all tensors together, is scaled to
     that (norm bounding, Sun et al. 2019, arXiv:1911.07963). Typical is the median of the round's lengths, of an even
-    number the smaller one in the middle. Of two updates it is the shorter one that is not zero, or `earlier_norm` if
-    that lies between them; a single update is measured by `earlier_norm` only, and by nothing without it. Where no
-    update is too long the mean has the bits of `WeightedSum`.
+    number the smaller one in the middle. Where that is 0 it is `earlier_norm`, or without one the median of what is
+    not 0. Of two updates it is the middle one of both and `earlier_norm`, or without one the shorter; a single update
+    is measured by `earlier_norm` only, and by nothing without it. Where no update is too long the mean has the bits of
+    `WeightedSum`.
 
     All updates of the round are held in memory, in their precision.
 
     Args:
         expected: what every update must be like; by default like the first.
-        aggregation: mean (by tokens), or by coordinate, organisations counting alike, median or trimmed_mean.
+        aggregation: mean (by tokens), or by coordinate, organizations counting alike, median or trimmed_mean.
         trim: share of the updates that the trimmed mean leaves out at each end; of three or more at least one.
         max_norm_ratio: see above; 0 bounds nothing.
 
     Attributes:
         earlier_norm: the typical length of the round before, 0 if none is known, which is the default.
-        bounded: of each organisation whose update was too long, its length and the bound, in words; once averaged.
+        bounded: of each organization whose update was too long, its length and the bound, in words; once averaged.
         typical_norm: the typical length of the bounded updates, 0 where nothing tells it; once averaged.
 
     Raises:
@@ -199,11 +200,11 @@ def typical_norm(norms: Sequence[float], earlier: float = 0.0) -> float | None:
         earlier: the typical length of the round before, 0 if there is none.
     """
     lengths = sorted(norms)
-    if len(lengths) < 3:
-        # Zeros tell nothing of how long the other one may be.
+    if len(lengths) < 3 or not lengths[(len(lengths) - 1) // 2]:
+        # Zeros tell nothing of how long the others may be.
         lengths = [each for each in lengths if each > 0]
         if earlier and lengths:
-            lengths = [earlier] if len(lengths) == 1 else sorted([*lengths, earlier])
+            lengths = sorted([*lengths, earlier]) if len(norms) == len(lengths) == 2 else [earlier]
     return lengths[(len(lengths) - 1) // 2] if lengths else None
 
 

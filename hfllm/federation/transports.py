@@ -1,8 +1,8 @@
 """How weights reach organisations and their updates come back: here within one process.
 
-Whatever a learner raises leaves its organisation out of the round. An `InputError` says why in its own words; of
+Whatever a learner raises leaves its organization out of the round. An `InputError` says why in its own words; of
 another error the server is told the type only, since its message may show words of a row, and the traceback is in the
-organisation's own log.
+organization's own log.
 
 Every transport carries the same bytes (`wire`) and hands updates over in the order of the participants, so that the
 same round gives the same bits in one process (`InProcess`), in several (`processes.SeveralProcesses`) and between

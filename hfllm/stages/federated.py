@@ -76,7 +76,7 @@ class FederatedArguments(InstructionArguments):
     aggregation: str = field(
         default=MEAN,
         metadata={
-            "help": "What is made of the updates: their mean by tokens, or by coordinate, organisations counting "
+            "help": "What is made of the updates: their mean by tokens, or by coordinate, organizations counting "
             "alike, median or trimmed_mean, which a hostile minority moves little.",
             "choices": list(AGGREGATIONS),
         },
@@ -393,7 +393,7 @@ def next_steps(script_args: FederatedArguments, training_args: "SFTConfig") -> l
 
 
 def contents(script_args: FederatedArguments) -> dict[str, int | str]:
-    """Return when the files of the organisations last changed, and a hash of their contents."""
+    """Return when the files of the organizations last changed, and a hash of their contents."""
     named = [
         (f"{place}/{name}", file)
         for place, each in enumerate(script_args.organisation_files or ())

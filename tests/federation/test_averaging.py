@@ -338,7 +338,14 @@ FEW = {
     "two, one of them long": ([1.0, 1e30], 0.0, {"1": 2.0}),
     "two, one of them short": ([1e-9, 1.0], 1.0, {}),
     "two that grow": ([3.0, 3.5], 1.0, {}),
-    "most do not move yet": ([0.0, 0.0, 0.0, 0.0, 1e30], 0.0, {"4": 0.0}),
+    "two, both below the round before": ([0.1, 50.0], 6.0, {"1": 12.0}),
+    "two, both below it and nearer": ([0.1, 5.0], 6.0, {}),
+    "half do not move": ([0.0, 0.0, 1.0, 1.1], 0.0, {}),
+    "half do not move, one is long": ([0.0, 0.0, 1.0, 50.0], 0.0, {"3": 2.0}),
+    "most do not move": ([0.0, 0.0, 0.0, 1.0, 1e30], 0.0, {"4": 2.0}),
+    "most do not move, later": ([0.0, 0.0, 0.0, 0.0, 1e30], 1.0, {"4": 2.0}),
+    "most do not move, and nothing tells": ([0.0, 0.0, 0.0, 0.0, 5.0], 0.0, {}),
+    "none moves": ([0.0, 0.0, 0.0], 0.0, {}),
     "half of four": ([1.0, 1.0, 50.0, 50.0], 0.0, {"2": 2.0, "3": 2.0}),
 }
 
