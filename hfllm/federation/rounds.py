@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hfllm import durable
 from hfllm.errors import InputError
-from hfllm.federation.averaging import RobustSum, norm, six_digits
+from hfllm.federation.averaging import MEAN, RobustSum, norm, six_digits
 from hfllm.federation.privacy import draw_participants
 from hfllm.federation.server_optimizers import ServerOptimizer
 from hfllm.federation.transports import Transport
@@ -273,9 +273,15 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
     return fingerprint(by_contents(identity), "what tells the rounds of this run from others")
 
 
-def _earlier_digest(identity: Mapping[str, Any]) -> str:
-    """Return the digest that earlier versions wrote, by the times of files."""
+def _earlier_digest(identity: Mapping[str, Any]) -> str | None:
+    """Return the digest that earlier versions wrote, by the times of files; `None` for rounds that they had not.
+
+    Their mean had no bound, and no flags that say so.
+    """
     named = {name: value for name, value in identity.items() if not name.endswith(CONTENTS)}
+    aggregation, ratio, _ = named.pop("aggregation", MEAN), named.pop("max_norm_ratio", 0), named.pop("trim", None)
+    if aggregation != MEAN or (ratio and named.get("clip_norm") is None):
+        return None
     return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -309,7 +315,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | N
         raise InputError(
             f"{path} is damaged ({' '.join(str(error).split())[:100]}): remove it to begin again"
         ) from None
-    if metadata.get("identity") not in (identity_digest(identity), _earlier_digest(identity)):
+    if metadata.get("identity", "") not in (identity_digest(identity), _earlier_digest(identity)):
         raise InputError(
             f"{path} holds rounds of another run: remove it to begin again, or choose another --output_dir"
         )

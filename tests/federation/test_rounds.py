@@ -156,6 +156,28 @@ def test_rounds_are_known_by_what_files_hold_and_those_of_earlier_versions_by_th
 
 
 @pytest.mark.parametrize(
+    ("flags", "is_known"),
+    [
+        ({"aggregation": "mean", "trim": 0.2, "max_norm_ratio": 0.0, "clip_norm": None}, True),
+        ({"aggregation": "mean", "trim": 0.2, "max_norm_ratio": 2.0, "clip_norm": 1.0}, True),
+        ({"aggregation": "mean", "trim": 0.2, "max_norm_ratio": 2.0, "clip_norm": None}, False),
+        ({"aggregation": "median", "trim": 0.2, "max_norm_ratio": 0.0, "clip_norm": None}, False),
+    ],
+)
+def test_rounds_of_a_version_without_bounds_are_known_where_there_is_none(tmp_path, flags, is_known):
+    text = json.dumps({"clip_norm": flags["clip_norm"], "files changed at": 1}, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    identity = {**flags, "files changed at": 1, "files contents": "a"}
+    replace_tensors(tmp_path / STATE_FILE, {"weight.w": torch.ones(2)}, {"identity": digest, "records": "[]"})
+    if is_known:
+        assert load_state(tmp_path, identity) is not None
+    for metadata in ({"records": "[]"}, {"identity": digest, "records": "[]"}):
+        replace_tensors(tmp_path / STATE_FILE, {"weight.w": torch.ones(2)}, metadata)
+        with pytest.raises(InputError, match="holds rounds of another run"):
+            load_state(tmp_path, identity if not is_known or "identity" not in metadata else {**identity, "rate": 1})
+
+
+@pytest.mark.parametrize(
     ("more", "message"), [({"participation": 1.5}, "--participation 1.5"), ({"min_organisations": 5}, "1 to 4")]
 )
 def test_settings_that_no_federation_can_follow(tmp_path, more, message):
