@@ -167,8 +167,9 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
             at all, `"gpt2"` by 1/sqrt(2 * num_hidden_layers) (Radford et al. 2019, section 2.3), `"depth"` by
             1/sqrt(2 * l) in layer l = 1, 2, ... (depth-scaled initialization, arXiv:1908.11365, section 4.1).
         loss_chunk_size: compute the language-modeling loss over this many tokens at a time, so the logits of
-            a whole batch are never all in memory; with labels the output then has no logits, but in evaluation without
-            gradients (for Trainer's `compute_metrics`). `None` or 0 means all at once.
+            a whole batch are never all in memory; with labels the output then has no logits. In evaluation without
+            gradients it has all of them (for Trainer's `compute_metrics`), and takes their memory, unless the call
+            gives a `loss_chunk_size` of its own. `None` or 0 means all at once.
 
     Raises:
         StrictDataclassError: (of huggingface_hub) when a value or a combination of values is invalid; the

@@ -95,6 +95,23 @@ def test_evaluation_gives_logits_to_who_computes_metrics(make_model, tmp_path, c
     assert report["eval_loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_batch_that_asks_for_chunks_is_evaluated_without_logits(make_model, tmp_path, is_asked):
+    """Also where the config asks too, which by itself makes those of the whole batch."""
+    from transformers import DefaultDataCollator, Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(10, 300, (3, 8)).tolist()]
+    model, collate, widths, losses = make_model(loss_chunk_size=4), DefaultDataCollator(), [], []
+    model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[:-1].numel()))
+    for settings in ({"loss_chunk_size": 4} if is_asked else {}, {"loss_chunk_size": 0}):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", prediction_loss_only=True)
+        collator = lambda rows, settings=settings: {**collate(rows), **settings}  # noqa: E731
+        losses.append(Trainer(model, arguments, data_collator=collator, eval_dataset=rows).evaluate()["eval_loss"])
+        if len(losses) == 1:
+            assert max(widths) == (4 if is_asked else 24)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 @pytest.mark.parametrize("nothing", [0, None])
 def test_no_chunks_are_said_alike_by_config_and_call(make_model, batch, nothing):
     assert make_model(loss_chunk_size=nothing)(**batch).logits is not None
