@@ -102,7 +102,8 @@ class PlanArguments:
         metadata={"help": "Megatron-LM's tensor parallelism also splits what lies between matrices."},
     )
     fsdp: bool = field(
-        default=False, metadata={"help": "torch's FSDP2 shards by ZeRO-3, in place of DeepSpeed; not in the recipes."}
+        default=False,
+        metadata={"help": "torch's FSDP2 shards by ZeRO-3, in place of DeepSpeed; in the recipes not by default."},
     )
     fused_loss: bool = field(
         default=False,
