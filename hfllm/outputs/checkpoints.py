@@ -48,7 +48,12 @@ def damage_in(checkpoint: str | Path) -> str | None:
 def checkpoints_in(folder: str | Path) -> list[Path]:
     """Return the checkpoints of an output folder, complete or not, in the order of their steps."""
     numbered = (path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
-    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(numbered, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint of an output folder."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from hfllm.errors import InputError
 from hfllm.fingerprint import SETTLED
 from hfllm.outputs.card import MARKER
-from hfllm.outputs.checkpoints import STATE_FILE, checkpoints_in, record_of, state_of
+from hfllm.outputs.checkpoints import STATE_FILE, checkpoints_in, record_of, state_of, step_of
 from hfllm.outputs.checksums import checksums_of, read_checksums, write_lines
 from hfllm.outputs.files import CARD, MERGED_FROM, PROCESSOR, SETTINGS, TOKENIZER
 from hfllm.outputs.report import PLOTTED_BY, REPORT_FILE, read_report, write_atomically
@@ -60,20 +60,23 @@ DECISIVE = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetenso
 _whole: set[tuple[object, ...]] = set()
 
 
-def refuse_foreign_files(folder: str | Path, stage: str, writes_card: bool, writes_model: bool | None = None) -> None:
+def refuse_foreign_files(
+    folder: str | Path, stage: str, writes_card: bool, writes_model: bool | None = None, first_step: int = 0
+) -> None:
     """Refuse to write over files that no run of ours has written, or through links.
 
     Args:
         stage: the stage that will write there.
         writes_card: whether it writes a model card.
         writes_model: whether it writes a model or a tokenizer; by default whether it writes a card.
+        first_step: of the run, where it resumes; checkpoints before it are not written, and may be links.
 
     Raises:
         InputError: naming the first such file.
     """
     folder = Path(folder)
     writes_model = writes_card if writes_model is None else writes_model
-    _refuse_links(folder, writes_model)
+    _refuse_links(folder, writes_model, first_step)
     has_report = read_report(folder) is not None
     if not has_report and (folder / REPORT_FILE).exists():
         _refuse(folder / REPORT_FILE, " (or it is damaged)")
@@ -115,14 +118,17 @@ def refuse_changed_files(folder: str | Path) -> None:
         _refuse(folder / changed, f": it was changed since it was written (its checksum is not that of {RECORD})")
 
 
-def claim(folder: str | Path) -> None:
+def claim(folder: str | Path, first_step: int = 0) -> None:
     """Note that a run of ours begins in a folder, so that what is there from now on is ours.
 
     Files that have another name elsewhere (hard links, as backups make them) become files of their own, since they may
     be written in place.
+
+    Args:
+        first_step: see `refuse_foreign_files`; checkpoints before it stay as they are.
     """
     folder = Path(folder)
-    for path in [*_present(folder, (*MODEL_FILES, *REPORT_FILES)), *_in_checkpoints(folder)]:
+    for path in [*_present(folder, (*MODEL_FILES, *REPORT_FILES)), *_in_checkpoints(folder, first_step)]:
         if path.name != LOCK_FILE and path.stat().st_nlink > 1:
             descriptor, own = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             os.close(descriptor)
@@ -225,10 +231,10 @@ def _is_of_an_earlier_version(folder: Path) -> bool:
     return False
 
 
-def _refuse_links(folder: Path, writes_model: bool) -> None:
+def _refuse_links(folder: Path, writes_model: bool, first_step: int) -> None:
     """Refuse names that a run writes and that are links to files elsewhere, which would be overwritten."""
     names = (*REPORT_FILES, *(MODEL_FILES if writes_model else ()))
-    inside = _in_checkpoints(folder) if writes_model else ()
+    inside = _in_checkpoints(folder, first_step) if writes_model else ()
     for path in (*_present(folder, names), *inside):
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link, and its target would be overwritten: remove it first")
@@ -248,9 +254,10 @@ def _present(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for path in named if path.is_symlink() or path.is_file()]
 
 
-def _in_checkpoints(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoints that are links, and the files in the others."""
-    for checkpoint in folder.glob("checkpoint-*"):
+def _in_checkpoints(folder: Path, first_step: int) -> Iterator[Path]:
+    """Yield those checkpoints from a step on that are links, and the files in the others."""
+    # No run writes one without a step, such as a link to the best.
+    for checkpoint in (each for each in checkpoints_in(folder) if step_of(each) >= first_step):
         if checkpoint.is_symlink():
             yield checkpoint
         else:

@@ -14,6 +14,7 @@ from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint
 from hfllm.outputs.card import is_written, write_card
+from hfllm.outputs.checkpoints import state_of
 from hfllm.outputs.figures import Promise, broken_promises, figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.flags import CHANGED, CONTENTS, given_flags
@@ -177,7 +178,7 @@ class Stage:
     def refuse_foreign_files(self) -> None:
         """Refuse to write over files in the output folder that are not ours, naming the first; `announce` does."""
         writes_card = self._trains or self.name == "quantize"
-        refuse_foreign_files(self.output_dir, self.name, writes_card, self._writes_model)
+        refuse_foreign_files(self.output_dir, self.name, writes_card, self._writes_model, self._first_step)
 
     @property
     def _trains(self) -> bool:
@@ -187,6 +188,11 @@ class Stage:
     def _writes_model(self) -> bool:
         """Whether a model or a tokenizer is written into the folder itself, over what is there."""
         return self._trains or self.name in ("quantize", "tokenizer")
+
+    @property
+    def _first_step(self) -> int:
+        """The optimizer step of the checkpoint that is resumed, 0 without one."""
+        return state_of(self.checkpoint).get("global_step", 0) if self._trains and self.checkpoint else 0
 
     def _hold(self) -> None:
         """Keep other runs out of the folder until all processes of this one have ended; they refuse together."""
@@ -208,7 +214,7 @@ class Stage:
                     refusal = f"--output_dir {self.output_dir}: the same run has just finished there"
                 elif self._writes_model:
                     refuse_changed_files(self.output_dir)
-                    claim(self.output_dir)
+                    claim(self.output_dir, self._first_step)
             except InputError as error:
                 refusal = str(error)
             except OSError as error:

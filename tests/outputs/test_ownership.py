@@ -183,6 +183,20 @@ def test_links_are_never_written_through(tmp_path, name, is_ours):
     assert target.read_text() == "theirs"
 
 
+def test_links_that_are_never_written_are_left(tmp_path):
+    """To the best checkpoint, or to those before the step that a run resumes."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for folder in (out / "checkpoint-12", elsewhere):
+        folder.mkdir(parents=True)
+    (out / "checkpoint-best").symlink_to("checkpoint-12")
+    refuse_foreign_files(out, "sft", writes_card=True)
+    (out / "checkpoint-8").symlink_to(elsewhere)
+    refuse_foreign_files(out, "sft", writes_card=True, first_step=12)
+    for first_step in (0, 8):
+        with pytest.raises(InputError, match="checkpoint-8 is a symbolic link"):
+            refuse_foreign_files(out, "sft", writes_card=True, first_step=first_step)
+
+
 def test_a_lock_of_another_program_is_refused(tmp_path):
     for text in ("mine", "process 3 on here\n"):
         (tmp_path / "theirs").write_text(text)
@@ -226,6 +240,21 @@ def test_a_backup_of_hard_links_keeps_what_it_has(tmp_path):
     (out / "checkpoint-2" / "optimizer.pt").write_text("new")
     assert {path.read_text() for path in backup.rglob("*") if path.is_file() and path.name != RECORD} == {"ours"}
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == [RECORD]
+
+
+def test_checkpoints_that_are_not_written_again_are_not_copied(tmp_path):
+    claim(tmp_path)
+    states = {f"checkpoint-{name}": tmp_path / f"checkpoint-{name}" / "optimizer.pt" for name in ("8", "12", "best")}
+    for name, path in states.items():
+        path.parent.mkdir()
+        path.write_text("ours")
+        os.link(path, tmp_path / f"backup of {name}")
+    claim(tmp_path, first_step=12)
+    assert {name: path.stat().st_nlink for name, path in states.items()} == {
+        "checkpoint-8": 2,
+        "checkpoint-12": 1,
+        "checkpoint-best": 2,
+    }
 
 
 @pytest.mark.parametrize("how", ["cut off", "one bit"])

@@ -227,6 +227,7 @@ def test_what_is_derived_leaves_the_original(tmp_path):
 @dataclass(frozen=True)
 class Training(Flags):
     resume_from_checkpoint: str | None = None
+    per_device_train_batch_size: int = 1
 
 
 def finished(folder, model):
@@ -275,6 +276,22 @@ def test_a_run_begins_where_its_files_are_its_own(saved, tmp_path):
     stage._hold()
     release(out)
     assert (out / RECORD).read_text() == f"{HEADER}\n"
+
+
+def test_checkpoints_before_the_one_that_is_resumed_may_be_links(tmp_path):
+    out = tmp_path / "out"
+    for folder in (out / "checkpoint-12", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+    (out / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 12}')
+    (out / "checkpoint-8").symlink_to(tmp_path / "elsewhere")
+    stage = Stage("try", Training(str(out)))
+    with pytest.raises(InputError, match="checkpoint-8 is a symbolic link"):
+        stage.refuse_foreign_files()
+    stage.checkpoint = str(out / "checkpoint-12")
+    stage.refuse_foreign_files()
+    stage._hold()
+    release(out)
+    assert (out / "checkpoint-8").is_symlink()
 
 
 def test_a_run_that_was_refused_leaves_no_record(tmp_path):
