@@ -12,10 +12,14 @@ import ast
 import difflib
 import os
 import re
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from hfllm.data.child_processes import be_launcher
 from hfllm.errors import InputError
@@ -26,10 +30,15 @@ from hfllm.runs.quiet import hide_unhelpful_output
 from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
 from hfllm.version import __version__
 
+if TYPE_CHECKING:
+    import psutil
+
 # What one process does, however many devices there are.
 IN_ONE_PROCESS = frozenset(("compare", "curate", "merge", "plan", "push", "tokenizer"))
 # What `accelerate launch` warns of when it is not said.
 ACCELERATE_DEFAULTS = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
+# Seconds in which processes that Ctrl-C has reached too should end.
+PATIENCE = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +100,8 @@ def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> in
     parsed = launch_command_parser().parse_args([*for_accelerate, str(recipe_file(name)), *words])
     be_launcher()
     try:
-        launch_command(parsed)
+        with end_after_processes():
+            launch_command(parsed)
     except CalledProcessError as error:
         code = error.returncode
     except ChildFailedError as error:
@@ -103,6 +113,50 @@ def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> in
         return 0
     # The processes have said what was wrong. A negative code is the signal that ended one.
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def end_after_processes() -> Iterator[None]:
+    """Let the processes that are started within end first: they end at once when this one does.
+
+    SIGTERM, on which they may save, is passed on to them; Ctrl-C has reached them too, and a second one ends all.
+    Where there are several, torchrun does the same itself.
+    """
+    import psutil
+
+    this = psutil.Process()
+    # A library may have some of its own.
+    others = set(this.children())
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        processes = set(this.children()) - others
+        for process in processes:
+            _tell(process, number)
+        if not processes:
+            sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(KeyboardInterrupt):
+            _, running = psutil.wait_procs(set(this.children()) - others, PATIENCE)
+            # Not Ctrl-C but a signal to this process may have ended it.
+            for process in running:
+                _tell(process, signal.SIGINT)
+            psutil.wait_procs(running)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell(process: "psutil.Process", number: int) -> None:
+    import psutil
+
+    # Windows sends neither to a process, and Ctrl-C to all of a window.
+    if sys.platform != "win32":
+        with suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def with_defaults(for_accelerate: Sequence[str]) -> list[str]:

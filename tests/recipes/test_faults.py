@@ -1,8 +1,10 @@
-"""Two processes of which one is lost, or that the scheduler ends: the run ends too, goes on, and learns the same."""
+"""Processes that are lost, or that the scheduler ends: the run ends too, goes on, and learns the same."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,36 @@ def test_lost_and_terminated_processes_change_nothing(tmp_path):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGTERM, "SIGTERM: saved step {} in "), (signal.SIGINT, "continues from checkpoint-{} in ")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_process_that_was_launched_says_what_is_saved_before_its_launcher_ends(tmp_path, number, said):
+    config, out = tmp_path / "config.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump({**SETTINGS, "total_tokens": "25600000"}))
+    code = "import sys; from hfllm.runs.launcher import main; sys.exit(main())"
+    words = ["pretrain", "--num_processes", "1", "--config", str(config), "--output_dir", str(out)]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    try:
+        while not list(out.glob("checkpoint-*/trainer_state.json")) and launcher.poll() is None:
+            time.sleep(0.1)
+        # Ctrl-C reaches all processes of a terminal, a scheduler's signal the one that it knows.
+        (os.killpg if number == signal.SIGINT else os.kill)(launcher.pid, number)
+        heard = launcher.communicate(timeout=200)[1]
+        assert launcher.returncode == 128 + number, heard[-3000:]
+        assert said.format(Path(last_complete_checkpoint(out)).name.rpartition("-")[2]) in heard
+    finally:
+        launcher.kill()
+        launcher.communicate()

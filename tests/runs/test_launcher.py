@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -300,6 +301,63 @@ def test_exit_codes_pass_through(machine, monkeypatch):
         launcher.main(["sft"])
     monkeypatch.setattr(accelerate_launch, "launch_command", failed(KeyboardInterrupt()))
     assert launcher.main(words) == 130
+
+
+# What a launched process does: it tells its launcher, and what it is told itself takes it a second.
+SAVES = """
+import os, signal, sys, time
+number, is_told = int(sys.argv[1]), sys.argv[3] == "yes"
+def save(*_):
+    time.sleep(1)
+    open(sys.argv[2], "a").write("saved")
+    sys.exit(128 + number)
+signal.signal(number, save)
+os.kill(os.getppid(), number)
+if is_told:
+    os.kill(os.getpid(), number)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "is_told"), [(signal.SIGTERM, "no"), (signal.SIGINT, "yes"), (signal.SIGINT, "no")], ids=str
+)
+def test_a_launched_process_ends_first(machine, tmp_path, monkeypatch, number, is_told):
+    """Ctrl-C tells both, SIGTERM only the launcher."""
+    words = [sys.executable, "-c", SAVES, str(int(number)), str(tmp_path / "note"), is_told]
+
+    def launch_command(args):
+        process = subprocess.Popen(words)
+        if code := process.wait():
+            raise CalledProcessError(code, words)
+
+    def ends(*_):
+        raise AssertionError("the launcher has ended first")
+
+    monkeypatch.setattr(accelerate_launch, "launch_command", launch_command)
+    monkeypatch.setattr(launcher, "PATIENCE", 3 if is_told == "yes" else 0)
+    before = signal.signal(signal.SIGTERM, ends)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert launcher.main(["sft", "--num_processes", "1"]) == 128 + number
+        assert signal.getsignal(signal.SIGTERM) is ends
+        # It is not the launcher's.
+        assert other.poll() is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        other.kill()
+        other.wait()
+    assert (tmp_path / "note").read_text() == "saved"
+
+
+def test_a_signal_ends_what_has_launched_nothing_yet(machine, monkeypatch):
+    monkeypatch.setattr(accelerate_launch, "launch_command", lambda args: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            launcher.main(["sft", "--num_processes", "1"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_list_names_what_came_with_it(capsys):
