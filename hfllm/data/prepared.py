@@ -37,9 +37,10 @@ class Prepared:
     def __init__(self, folder: Path, description: Mapping[str, Any], is_shared: bool = False):
         written = json.dumps(description, sort_keys=True).encode()
         self.folder = folder / hashlib.blake2b(written, digest_size=8).hexdigest()
-        for other in () if is_shared else folder.glob(OURS):
-            if other != self.folder:
-                shutil.rmtree(other, ignore_errors=True)
+        # Of other descriptions, which nothing reads again.
+        self.removed = [] if is_shared else [other for other in folder.glob(OURS) if other != self.folder]
+        for other in self.removed:
+            shutil.rmtree(other, ignore_errors=True)
 
     def texts(self, name: str, make: Callable[[], Iterable[str]]) -> "Dataset":
         """Return a dataset with a `text` column of the texts from `make`, called only if the table is missing."""

@@ -118,7 +118,8 @@ def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
         work: see `new_attempt`; all others of its parent are removed.
     """
     earlier = [folder for folder in sorted(work.parent.glob("*")) if (folder / NOTE).is_file()]
-    reasons = []
+    is_older = (work.parent / NOTE).is_file()
+    reasons: list[str | None] = [f"{WORK}/{NOTE} is that of an older hfllm, whose parts are removed"] * is_older
     for folder in earlier:
         reasons.append(_why_not_resumed(folder, arguments))
         if reasons[-1] is None:

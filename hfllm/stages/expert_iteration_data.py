@@ -99,6 +99,8 @@ def write_round(
     asked = _description(script_args, rows, model, seed)
     if (before := _read(record)).get("asked") == asked and before.get("rows sha256") == _hash_of(path):
         return Kept(**before["kept"])
+    if before:
+        say(f"{name}: sampled again: {path} is of another model or other flags, was changed, or is an older hfllm's")
     speaking = load()
     responses = sampled(script_args, speaking, rows, seed, script_args.num_samples, only_ended=True)
     repeated = [row for row, texts in zip(rows, responses, strict=True) for _ in texts]

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -214,6 +215,12 @@ def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path,
     work = attempt({"state": fingerprint(script_args), "seed": 1}, tmp_path)
     assert not (work / "kept").exists()
     assert f"starting anew: the unfinished run had state={before!r}, this one has" in capsys.readouterr().out
+    # As older versions kept it, without a folder for each attempt.
+    shutil.rmtree(work)
+    (work.parent / "arguments.json").write_text(json.dumps({"seed": 1}))
+    work = attempt({"seed": 1}, tmp_path)
+    assert list(work.parent.iterdir()) == [work]
+    assert "starting anew: unfinished/arguments.json is that of an older hfllm" in capsys.readouterr().out
     # Cut off by a crash.
     (work / "arguments.json").write_text('{"state')
     work = attempt({"seed": 1}, tmp_path)

@@ -129,7 +129,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_round(flags, talkative, tmp_pat
     assert not talkative
 
 
-def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved):
+def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved, capsys):
     arguments = expert_iteration.parse(flags())[0]
     rows = [{"prompt": [{"role": "user", "content": f"Say {at}."}]} for at in range(4)]
 
@@ -151,8 +151,9 @@ def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved
 
     kept = write()
     assert write() == kept and len(talkative) == 1
+    assert "sampled again" not in capsys.readouterr().out
     write(min_reward=0.5)
-    assert len(talkative) == 2
+    assert len(talkative) == 2 and "round_1: sampled again: " in capsys.readouterr().out
     path = tmp_path / "out" / "data" / "round_1.jsonl"
     path.write_text(path.read_text() + "\n")
     assert write(min_reward=0.5) == kept and len(talkative) == 3

@@ -153,7 +153,7 @@ def test_rows_to_evaluate_on_have_names_or_come_later(make_trainer, k):
             trainer.evaluate(ROWS[3:6])
 
 
-def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, make_model, tmp_path):
+def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, make_model, tmp_path, capsys):
     asked = []
 
     class Teacher(type(make_model())):
@@ -172,7 +172,9 @@ def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, ma
     assert calls(teacher=teacher())
     assert not calls(teacher=teacher())
     assert not calls(teacher=teacher(), beta=1.0)  # what is kept does not depend on the divergence
+    assert "asked again" not in capsys.readouterr().out
     assert calls(teacher=teacher(seed=2))
+    assert "the teacher is asked again: what was stored is of other rows or flags" in capsys.readouterr().out
     assert calls(teacher=teacher(seed=2), temperature=2.0)
     assert calls(teacher=teacher(seed=2), temperature=2.0, rows=ROWS[:7])
     shared = str(tmp_path / "shared")
@@ -186,6 +188,7 @@ def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, ma
     (tmp_path / "shared" / "train" / "photos").mkdir()
     assert calls(teacher=teacher(), teacher_cache_dir=shared, temperature=2.0)
     assert not calls(teacher=teacher(), teacher_cache_dir=shared)
+    assert f"{shared}/train: the teacher" not in capsys.readouterr().out
     assert (tmp_path / "shared" / "train" / "photos").is_dir()
 
 

@@ -9,6 +9,7 @@ import torch
 from hfllm.data.packing import IGNORE
 from hfllm.data.prepared import Prepared
 from hfllm.fingerprint import file_fingerprint, fingerprint
+from hfllm.runs.command_line import say
 from hfllm.runs.identity import model_files
 from hfllm.trainers.distillation.data import Row
 from hfllm.trainers.distillation.losses import Teacher, TopK
@@ -75,7 +76,11 @@ def open_cache(
         make: function that yields the tables.
         is_shared: whether several runs share the folder, so that stale caches are kept.
     """
-    return Prepared(folder / name, made_from, is_shared).table("teacher", make)
+    prepared = Prepared(folder / name, made_from, is_shared)
+    if prepared.removed:
+        why = "what was stored is of other rows or flags, or an older hfllm's"
+        say(f"{folder / name}: the teacher is asked again: {why}")
+    return prepared.table("teacher", make)
 
 
 def teacher_tables(
