@@ -51,12 +51,14 @@ class Case:
         flags: without the output folder.
         kinds: which of its processes are killed.
         is_launched: whether `hfllm` launches several processes of it.
+        told_by: the metric of report.json that counts lost workers, without which the run has gone on.
     """
 
     recipe: str
     flags: tuple[str, ...]
     kinds: tuple[str, ...] = ("main",)
     is_launched: bool = False
+    told_by: str | None = None
 
 
 def words(values: Mapping[str, object]) -> tuple[str, ...]:
@@ -84,7 +86,8 @@ def cases(inputs: Path) -> dict[str, Case]:
             path.write_text(yaml.safe_dump(values))
             flags[f"{stage}_config"] = path
         kinds = tuple(entry.get("kinds", ("main",)))
-        found[name] = Case(entry.get("recipe", name), words(flags), kinds, entry.get("is_launched", False))
+        more = {each: entry[each] for each in ("is_launched", "told_by") if each in entry}
+        found[name] = Case(entry.get("recipe", name), words(flags), kinds, **more)
     return found
 
 
@@ -281,7 +284,10 @@ class Judged:
             return "HANG", f"{about}: the run went on for {limit:.0f} s: {last_line(run)}"
         if kind == "worker" and code != 0 and "Traceback" in run.printed():
             about += ", with a traceback"
-        outcome, more = self.again(out, limit) if code != 0 or kind != "worker" else self.compare(out, "went on")
+        if code != 0 or kind != "worker":
+            outcome, more = self.again(out, limit)
+        else:
+            outcome, more = ("told", "") if self.is_told(out) else self.compare(out, "went on")
         if left := run.left():
             run.kill()
             return "ORPHANS", f"{about}: {len(left)} processes left; then {outcome}: {more}"
@@ -297,6 +303,11 @@ class Judged:
             run.kill()
             return "ORPHANS", f"of the command again: {len(left)}"
         return self.compare(out, "same") if code == 0 else ("refused", f"exit code {code}: {last_line(run)}")
+
+    def is_told(self, out: Path) -> bool:
+        """Return whether the report counts a lost worker, so that another result is no silent one."""
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        return bool(self.case.told_by and report["metrics"][self.case.told_by] > 0)
 
     def compare(self, out: Path, said: str) -> tuple[str, str]:
         names = [name for name in differences(results(out), self.whole) if name not in self.random]
@@ -365,7 +376,7 @@ def main() -> int:
             for number in range(arguments.kills):
                 outcome, more = judge.kill(kind, random.Random(f"{arguments.seed} {name} {kind} {number}"))
                 counts[name, kind, outcome] += 1
-                if outcome not in ("same", "ended before", "went on"):
+                if outcome not in ("same", "ended before", "went on", "told"):
                     print(f"{name} {kind} {number}: {outcome}: {more}", flush=True)
             of_kind = {
                 outcome: count for (case, each, outcome), count in counts.items() if (case, each) == (name, kind)
