@@ -313,7 +313,7 @@ def test_all_processes_are_told_what_the_first_one_met(number, said, tmp_path, m
     """They wait for its word before they train."""
     told = []
 
-    def fails(folder):
+    def fails(*given):
         raise OSError(number, os.strerror(number), "b")
 
     stage = Stage("tokenizer", Flags(str(tmp_path)), is_spread=True)
