@@ -101,7 +101,7 @@ class Expected:
                 raise InputError(f"{whose} sent {name} with NaN or infinite values; expected finite ones")
 
     def check_round(self, found: int | None, organisation: str) -> None:
-        """Refuse an update of another round, or of none; see `check`."""
+        """Refuse an update of another round, or without a round; see `check`."""
         if self.round is not None and found != self.round:
             sent = "an update of no round" if found is None else f"an update of round {found}"
             raise InputError(f"organisation {organisation!r} sent {sent}; expected one of round {self.round}")
