@@ -51,6 +51,8 @@ PIPELINES = {
 _PART = r"[\w.@+~()&-]+"
 _ROOT = r"(?:file://|~|(?<![A-Za-z])[A-Za-z]:)?[/\\]"
 _ABSOLUTE_PATH = re.compile(rf"(?<![\w./~]){_ROOT}(?:{_PART}(?: {_PART}){{0,4}}[/\\])+({_PART})")
+_STANDS_BEFORE, _STANDS_BEHIND = re.compile(r"[\w/]"), re.compile(r"\w")
+_INSIDE = re.compile(rf"(?:[/\\]{_PART})*")
 _QUOTED_PATH = re.compile(rf"""(?<!\w)([`'"]){_ROOT}(?![/\\])(?:[^\n/\\`'"]+[/\\])+([^\n/\\`'"]+)\1""")
 
 
@@ -153,11 +155,25 @@ def public_value(value: object, paths: Sequence[str] = ()) -> object:
     if "\n" not in value and not _is_web_address(value) and _is_absolute(value):
         return Path(value).name or value
     for path in paths:
-        # With what lies in it; /home/me/database is not in /home/me/data.
-        known = rf"(?<![\w/]){re.escape(path)}(?!\w)(?:[/\\]{_PART})*"
-        value = re.sub(known, lambda found: Path(found[0]).name, value)
+        value = _without_path(value, path)
     value = _QUOTED_PATH.sub(r"\1\2\1", value)
     return _ABSOLUTE_PATH.sub(r"\1", value)
+
+
+def _without_path(text: str, path: str) -> str:
+    """Return a text with a path, and what lies in it, as the last name; /home/me/database is not in /home/me/data.
+
+    Without a pattern made of the path: that of a long one, with its many folders, takes minutes to compile.
+    """
+    parts, done, begin = [], 0, text.find(path)
+    while begin >= 0:
+        end = begin + len(path)
+        if not _STANDS_BEFORE.match(text[begin - 1 : begin]) and not _STANDS_BEHIND.match(text, end):
+            end = _INSIDE.match(text, end).end()
+            parts += [text[done:begin], Path(text[begin:end]).name]
+            done = end
+        begin = text.find(path, max(done, begin + 1))
+    return "".join(parts) + text[done:]
 
 
 def local_paths(report: Mapping[str, Any], folder: Path) -> list[str]:
@@ -391,11 +407,15 @@ def _rows(entry: Mapping[str, Any]) -> str:
     return f"{count:,} {entry.get('kind', 'rows')}" + (f" of {name}" if name else "")
 
 
+def _listed(value: object) -> list[object]:
+    """Return a flag's values: one that stands alone may have lost its list on the way through other programs."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
 def _reward(report: Mapping[str, Any]) -> list[str]:
     """Return the section that names the reward that a policy was trained on; none where there is no reward."""
     arguments = report.get("arguments", {})
-    names = arguments.get("reward_funcs") or []
-    functions = [f"the function {code_span(public_value(name))}" for name in names]
+    functions = [f"the function {code_span(public_value(name))}" for name in _listed(arguments.get("reward_funcs"))]
     models = [
         f"the reward model {_shown(entry)}"
         + (f", trained by the {entry['stage']} stage on {_rows(entry)}" if entry.get("stage") and _rows(entry) else "")
@@ -410,8 +430,8 @@ def _reward(report: Mapping[str, Any]) -> list[str]:
         text += (
             f" The scores of several reward models are combined by {code_span(arguments.get('reward_aggregation'))}."
         )
-    if arguments.get("reward_weights"):
-        text += f" Weights, in this order: {', '.join(map(str, arguments['reward_weights']))}."
+    if weights := _listed(arguments.get("reward_weights")):
+        text += f" Weights, in this order: {', '.join(map(str, weights))}."
     return ["## Reward", text]
 
 

@@ -230,6 +230,19 @@ def test_absolute_paths_are_shortened_with_their_spaces(text, public):
     assert public_value(text) == (text if public is None else public)
 
 
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("see /a b/c d: /a b/c d/e/f g", "see c d: f g"),
+        ("x/a b/c d and /a b/c dear, //a b/c d", "x/a b/c d and /a b/c dear, //a b/c d"),
+        ("=/a b/c d=", "=c d="),
+    ],
+)
+def test_a_known_path_is_shortened_where_it_stands_alone(text, public):
+    found = public_value({"k": text}, ["/a b/c d"])["k"]
+    assert found == public_value(public)
+
+
 def test_what_is_published_of_a_run_names_no_folder_of_this_machine(saved, tmp_path):
     folder = saved.rename(tmp_path / "My Models, of May")
     home = "/home/alice/Secret Plans (2026), draft"
@@ -262,6 +275,9 @@ def test_what_is_published_of_a_run_names_no_folder_of_this_machine(saved, tmp_p
         {"parents": [3, "a", {"role": "model"}, {"role": "model", "model": "a/b", "rows": "many", "stage": ["x"]}]},
         {"wall_seconds": None},
         {"arguments": {"model_name_or_path": "x" * 5000, "dataset_name": "y" * 5000}},
+        {"arguments": {"reward_funcs": True, "reward_weights": 0.5}},
+        # Of a thousand folders each is a known path, which may stand in any text.
+        {"arguments": {"dataset_name": "/home" + "/My Data" * 1000 + "/x"}, "summary": "x/home" + "/My Data" * 1000},
     ],
 )
 def test_a_report_of_other_types_makes_a_card_all_the_same(fields, saved):
