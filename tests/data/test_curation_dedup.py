@@ -37,6 +37,7 @@ def test_equal_hashes_estimate_the_jaccard_similarity(tmp_path):
         one = sentence(rng, 400)
         other = changed(one, rng, share)
         first, second = (np.array(step.get_signature(step.get_shingles(text))[:-1]) for text in (one, other))
+        assert first.shape == (100, 4)
         jaccard = len(shingles(one) & shingles(other)) / len(shingles(one) | shingles(other))
         errors.append((first == second).mean() - jaccard)
     # The standard deviation of an estimate from 400 hashes is at most 0.025.

@@ -41,6 +41,13 @@ def verdict(step, text):
     return result if result is True else result[1]
 
 
+def cut_off(text, every):
+    """The sentences of a text as lines, of which exactly one in `every` ends in dots."""
+    lines = (text.replace("\n", " ") * 4).split(". ")
+    lines = lines[: len(lines) // every * every]
+    return "\n".join(line + ("..." if place % every == 0 else ".") for place, line in enumerate(lines))
+
+
 def test_prose_passes_every_rule():
     for step in (
         *(LengthFilter(), GopherQualityFilter(), GopherRepetitionFilter(), C4QualityFilter(), LanguageFilter()),
@@ -73,6 +80,9 @@ def test_words_of_scripts_without_spaces_are_characters():
         (PROSE + " well..." * 14, "symbols"),
         ("\n".join(f"- {sentence}" for sentence in PROSE.replace("\n", " ").split(". ")), "bullet_lines"),
         (PROSE.replace(". ", "...\n") + "...", "ellipsis_lines"),
+        # A third of the lines are cut off, and a quarter.
+        (cut_off(PROSE, 3), "ellipsis_lines"),
+        (cut_off(PROSE, 4), True),
         (PROSE + " 123 456" * 20, "words_without_letters"),
         (" ".join(f"{word}ish" for word in words_of(PROSE)), "stop_words"),
     ],

@@ -108,9 +108,12 @@ def test_a_causal_model_judges_in_bits_a_byte(make_model, tokenizer, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    text = "the fox is red and the house is blue"
+    # Half of the characters take two bytes.
+    text = "the fox is red and the house is blue, füchsüä ößöä"
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
     with torch.no_grad():
         chances = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-    expected = -chances.sum().item() / math.log(2) / len(tokenizer.decode(ids[0, 1:]).encode())
+    scored = tokenizer.decode(ids[0, 1:])
+    assert len(scored.encode()) > len(scored)
+    expected = -chances.sum().item() / math.log(2) / len(scored.encode())
     assert CausalJudge(str(tmp_path))(text) == pytest.approx(expected, rel=1e-4)

@@ -5,6 +5,8 @@ import torch
 from families import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 
+from hfllm.models.loss_hfllm import linear_cross_entropy
+
 
 @pytest.fixture
 def batch():
@@ -60,6 +62,28 @@ def test_label_smoothing_is_transformers(make_model, batch):
     output = model(**batch, label_smoothing=0.2)
     expected = LabelSmoother(epsilon=0.2)({"logits": output.logits}, batch["labels"], shift_labels=True)
     torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_smoothed_gradients_are_torchs(chunk, softcap):
+    """A model's own loss takes this path whenever it smooths: chunked against plain would compare it with itself."""
+    hidden = torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
+    head, targets = torch.nn.Linear(8, 20, bias=False), torch.arange(11) * 2 - 1
+    targets[[0, 7]] = -100
+
+    def gradients(loss_of):
+        states = hidden.clone().requires_grad_()
+        head.zero_grad()
+        loss_of(states).backward()
+        return states.grad, head.weight.grad.clone()
+
+    def expected(states):
+        scores = head(states) if softcap is None else softcap * torch.tanh(head(states) / softcap)
+        return torch.nn.functional.cross_entropy(scores, targets, reduction="sum", label_smoothing=0.3)
+
+    ours = gradients(lambda states: linear_cross_entropy(states, head, targets, chunk, 0.3, softcap=softcap))
+    torch.testing.assert_close(ours, gradients(expected))
 
 
 def test_shifted_labels_pass(make_model, batch):

@@ -153,6 +153,8 @@ def test_a_new_image_token_gets_rows_and_is_never_written(make_model, is_tied):
     assert model.generation_config.suppress_tokens == [7, rows + 2]
     assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == rows + 3
     assert (model.get_input_embeddings().weight is model.lm_head.weight) == is_tied
+    for new, table in ((model.get_input_embeddings(), text.get_input_embeddings()), (model.lm_head, text.lm_head)):
+        torch.testing.assert_close(new.weight[rows:], table.weight.mean(0).expand(3, -1))
     ids = prompts(images=0)["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(ids).logits[..., :rows], text(ids).logits)
