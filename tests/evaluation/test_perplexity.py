@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
+from hfllm.evaluation.perplexity import TextLikelihood, _windows, perplexity_change, text_likelihood
 
 TEXTS = [
     "The owl lives in a red house.",
@@ -44,6 +44,8 @@ def test_texts_that_fit_are_predicted_as_they_are(make_model, tokenizer, batch_t
 @pytest.mark.parametrize(("max_length", "stride"), [(16, None), (16, 15), (10, 3), (2, 1)])
 def test_each_token_of_a_long_text_counts_once(make_model, tokenizer, max_length, stride):
     fit = text_likelihood(make_model(), tokenizer, TEXTS, max_length, stride)
+    windows = _windows(TEXTS, tokenizer, max_length, stride or max_length // 2)
+    assert max(len(ids) for ids, _, _ in windows) == max_length
     assert fit.tokens == sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS)
 
 

@@ -123,6 +123,8 @@ def test_excess_is_zero_for_who_knows_all():
 def test_calibration_by_hand_and_against_scikit_learn():
     # Two bins: .2 on average and none right, .9 and half of them right.
     assert ece([0.1, 0.3, 0.8, 1.0], [0, 0, 0, 1], num_bins=2) == pytest.approx((2 * 0.2 + 2 * 0.4) / 4)
+    # Three answers in one bin and one in the other.
+    assert ece([0.1, 0.3, 0.2, 1.0], [0, 0, 0, 0], num_bins=2) == pytest.approx((3 * 0.2 + 1 * 1.0) / 4)
     rng = np.random.default_rng(1)
     confidence = np.round(rng.random(300) ** 2, 2)
     right = rng.random(300) < confidence

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hfllm.outputs.checkpoints import (
+    checkpoints_in,
     damaged_checkpoint,
     last_complete_checkpoint,
     missing_for_resuming,
@@ -92,6 +93,12 @@ def test_what_each_engine_needs_to_resume(tmp_path, kind):
     (tmp_path / files[-1]).unlink()
     for asked in (None, engine):
         assert missing_for_resuming(tmp_path, asked)
+
+
+def test_checkpoints_are_ordered_by_their_steps(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-100", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
 
 
 def test_weights_alone_cannot_be_resumed(folder):
