@@ -314,6 +314,21 @@ def test_a_lock_stays_when_a_whole_folder_takes_the_place_of_its_own(tmp_path, m
     refuse_every_other(tmp_path / "out")
 
 
+def test_a_file_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    """The run that held it ends between opening and locking: a lock on a file without a name keeps nobody out."""
+    lockf, removed = fcntl.lockf, []
+
+    def slow(descriptor, *how):
+        if not removed:
+            removed.append((tmp_path / LOCK_FILE).unlink())
+        return lockf(descriptor, *how)
+
+    monkeypatch.setattr(fcntl, "lockf", slow)
+    lock(tmp_path)
+    assert removed and (tmp_path / LOCK_FILE).read_text() == owner_of(tmp_path)
+    release(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"--output_dir .*file/out: cannot be written to: Not a directory"):
