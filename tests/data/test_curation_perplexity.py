@@ -108,7 +108,7 @@ def test_a_causal_model_judges_in_bits_a_byte(make_model, tokenizer, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    # Half of the characters take two bytes.
+    # Some characters take two bytes.
     text = "the fox is red and the house is blue, füchsüä ößöä"
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
     with torch.no_grad():
