@@ -120,10 +120,9 @@ def run(case: dict[str, Any]) -> float:
 
 def planned(case: dict[str, Any]) -> Any:
     """Return the planner's answer for a case."""
-    from hfllm.scaling.activations import PRECISIONS
     from hfllm.scaling.devices import find_device
     from hfllm.scaling.layouts import Layout
-    from hfllm.scaling.memory import device_memory
+    from hfllm.scaling.memory import PRECISIONS, device_memory
     from hfllm.scaling.shapes import Shape
 
     recompute = "full" if case["checkpointing"] else "none"

@@ -29,10 +29,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from hfllm.scaling.activations import PRECISIONS, Precision
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.layouts import FSDP2, MEGATRON, Layout
-from hfllm.scaling.memory import Memory, device_memory
+from hfllm.scaling.memory import PRECISIONS, Memory, Precision, device_memory
 from hfllm.scaling.shapes import Shape
 from hfllm.scaling.speed import Speed, estimate
 

@@ -41,7 +41,7 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages import expert_iteration as rounds_stage
-    from hfllm.stages import expert_iteration_evaluation as evaluation
+    from hfllm.stages import expert_iteration_evaluation
     from hfllm.stages.course import by_main_process, load_speaking
     from hfllm.stages.expert_iteration_checks import check_before, prompts_of, reward_functions
     from hfllm.stages.expert_iteration_data import write_round
@@ -76,15 +76,15 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         return {}
 
     evaluations = [
-        evaluation.evaluate(script_args, load(place), eval_rows, functions) for place in range(len(rounds.models))
+        expert_iteration_evaluation.evaluate(script_args, load(place), eval_rows, functions) for place in range(len(rounds.models))
     ]
-    metrics = evaluation.found_metrics(script_args, evaluations, kept)
+    metrics = expert_iteration_evaluation.found_metrics(script_args, evaluations, kept)
     return stage.finish(
         {**metrics, "train_prompts": len(train_rows), "eval_prompts": len(eval_rows)},
-        summary=evaluation.summary_of(script_args, metrics),
-        tables=evaluation.tables_of(eval_rows, evaluations, kept),
-        curves=evaluation.plots_of(script_args, evaluations),
-        promises=evaluation.promises_of(script_args),
+        summary=expert_iteration_evaluation.summary_of(script_args, metrics),
+        tables=expert_iteration_evaluation.tables_of(eval_rows, evaluations, kept),
+        curves=expert_iteration_evaluation.plots_of(script_args, evaluations),
+        promises=expert_iteration_evaluation.promises_of(script_args),
         artifacts={name: name for name in rounds.parsed} | {"rows": "data"},
         next_steps=chat_lines(rounds.models[-1], eval_rows[0]["prompt"]),
         models={"model": rounds.models[0]},

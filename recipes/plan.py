@@ -13,7 +13,7 @@ beside its report. docs/planner.md explains every column and formula.
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
-from hfllm.scaling.requests import PlanArguments
+from hfllm.scaling.planner import PlanArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[PlanArguments]:
@@ -25,9 +25,8 @@ def main(script_args: PlanArguments) -> dict[str, float]:
     """Plan, write report and launch files. Return the metrics."""
     from hfllm.runs.stage import Stage
     from hfllm.scaling import plan_report
-    from hfllm.scaling.configs import launch_files
-    from hfllm.scaling.planner import choose, plan
-    from hfllm.scaling.requests import check, make_request, model_shape
+    from hfllm.scaling.plan_report import launch_files
+    from hfllm.scaling.planner import check, choose, make_request, model_shape, plan
 
     # The same folder may be used again: earlier files are overwritten.
     stage = Stage("plan", script_args)

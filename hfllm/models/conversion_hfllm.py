@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from hfllm.errors import InputError
-from hfllm.models import tensor_layouts as layouts
+from hfllm.models import tensor_layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.configuration_hfllm_vision import HfllmVisionConfig
 from hfllm.models.family_rows import FAMILIES
@@ -80,9 +80,9 @@ def from_native(
     config = config_from_native(native.config)
     if _is_token_classifier(native):
         config.classifier_dropout = native.dropout.p
-    state = layouts.to_ours(_whole(native), _rules(native.config.model_type, native, config))
+    state = tensor_layouts.to_ours(_whole(native), _rules(native.config.model_type, native, config))
     if _is_trunk(native):
-        state = layouts.without_prefix(state, TRUNK)
+        state = tensor_layouts.without_prefix(state, TRUNK)
     model_class = _auto_class(native.config)._model_mapping[HfllmConfig]
     model = _build(model_class, config, state, **{key: kwargs[key] for key in ASKED_OF_BOTH if key in kwargs})
     if native.can_generate():
@@ -127,9 +127,9 @@ def to_native(
     native_class = getattr(transformers, HEADS[suffix])._model_mapping[type(native_config)]
     if _is_token_classifier(model):
         native_config.classifier_dropout = model.dropout.p
-    state = layouts.to_theirs(_whole(model), _rules(native_config.model_type, model, model.config))
+    state = tensor_layouts.to_theirs(_whole(model), _rules(native_config.model_type, model, model.config))
     if _is_trunk(model):
-        state = layouts.without_prefix(state, native_class.base_model_prefix)
+        state = tensor_layouts.without_prefix(state, native_class.base_model_prefix)
     native = _build(native_class, native_config, state)
     if model.can_generate():
         native.generation_config = model.generation_config
@@ -177,7 +177,7 @@ def _seeing_from_native(name: str, settings: "PreTrainedConfig", kwargs: Mapping
     config = vision_config_from_native(native.config)
     text = native.config.text_config
     media, state = split_state(native.state_dict(), _text_class(text).base_model_prefix)
-    state = layouts.to_ours(state, FAMILIES[text.model_type].rules(config.text_config))
+    state = tensor_layouts.to_ours(state, FAMILIES[text.model_type].rules(config.text_config))
     model_class = transformers.AutoModelForImageTextToText._model_mapping[HfllmVisionConfig]
     asked = {key: kwargs[key] for key in ASKED_OF_BOTH if key in kwargs}
     model = _build(model_class, config, joined_state(media, state, TRUNK), **asked)
@@ -197,7 +197,7 @@ def _seeing_to_native(
     native_config = vision_config_to_native(model.config, native_type)
     text = native_config.text_config
     media, state = split_state(model.state_dict(), TRUNK)
-    state = layouts.to_theirs(state, FAMILIES[text.model_type].rules(model.config.text_config))
+    state = tensor_layouts.to_theirs(state, FAMILIES[text.model_type].rules(model.config.text_config))
     state = joined_state(media, state, _text_class(text).base_model_prefix)
     native = _build(transformers.LlavaForConditionalGeneration, native_config, state)
     native.generation_config = model.generation_config
@@ -285,14 +285,14 @@ def _is_trunk(model: "PreTrainedModel") -> bool:
 def _whole(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
     """Return a model's tensors, those of a trunk named as inside a model with a head."""
     state = model.state_dict()
-    return layouts.with_prefix(state, model.base_model_prefix) if _is_trunk(model) else state
+    return tensor_layouts.with_prefix(state, model.base_model_prefix) if _is_trunk(model) else state
 
 
-def _rules(model_type: str, model: "PreTrainedModel", config: HfllmConfig) -> Iterator[layouts.Rule]:
+def _rules(model_type: str, model: "PreTrainedModel", config: HfllmConfig) -> Iterator[tensor_layouts.Rule]:
     family = FAMILIES[model_type]
     yield from family.rules(config)
     if _is_token_classifier(model):
-        yield from layouts.token_classifier_rules(family.classifier)
+        yield from tensor_layouts.token_classifier_rules(family.classifier)
 
 
 def _build(

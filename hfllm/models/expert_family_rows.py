@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
-from hfllm.models import tensor_layouts as layouts
+from hfllm.models import tensor_layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.expert_fields_hfllm import IDLE, expert_width, is_sparse, num_sparse_layers, shared_width
 from hfllm.models.mixed_family_rows import layers_of, qwen_layers, written_layers
@@ -93,7 +93,7 @@ EXPERT_FAMILIES = {
             **{**qwen_layers(config), **_written_qwen(config)},
             "shared_expert_intermediate_size": shared_width(config),
         },
-        rules=layouts.qwen2_moe_rules,
+        rules=tensor_layouts.qwen2_moe_rules,
         idle=_QWEN_IDLE,
     ),
     "glm4_moe": Family(

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hfllm.models import tensor_layouts as layouts
+from hfllm.models import tensor_layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.expert_family_rows import EXPERT_FAMILIES
 from hfllm.models.expert_fields_hfllm import expert_width
@@ -118,20 +118,20 @@ FAMILIES = {
             **{"norm_type": "layernorm", "norm_bias": False, "parallel_block": True},
             "attention_output_bias": native.attention_bias,
         },
-        rules=layouts.rotary_pairs_rules,
+        rules=tensor_layouts.rotary_pairs_rules,
     ),
     "gpt2": Family(
         _GPT2,
         read=lambda native: {**_GPT_FIELDS, "intermediate_size": native.n_inner or 4 * native.n_embd},
         write=lambda config: {"embd_pdrop": config.hidden_dropout},
-        rules=layouts.gpt2_rules,
+        rules=tensor_layouts.gpt2_rules,
         classifier="classifier",
     ),
     "gpt_bigcode": Family(
         _GPT2,
         read=_bigcode_fields,
         write=lambda config: {"embd_pdrop": config.hidden_dropout, "multi_query": config.num_key_value_heads == 1},
-        rules=layouts.bigcode_rules,
+        rules=tensor_layouts.bigcode_rules,
         classifier="classifier",
     ),
     "openai-gpt": Family(
@@ -148,7 +148,7 @@ FAMILIES = {
             "afn": {"silu": "silu", "relu": "relu"}.get(config.hidden_act, "gelu"),
             "embd_pdrop": config.hidden_dropout,
         },
-        rules=layouts.openai_rules,
+        rules=tensor_layouts.openai_rules,
     ),
     "gpt_neox": Family(
         {
@@ -162,7 +162,7 @@ FAMILIES = {
             "parallel_block": native.use_parallel_residual,
         },
         write=lambda config: {"use_parallel_residual": config.parallel_block},
-        rules=layouts.neox_rules,
+        rules=tensor_layouts.neox_rules,
         has_partial_rope=True,
         classifier="classifier",
     ),
@@ -173,7 +173,7 @@ FAMILIES = {
         },
         read=_falcon_fields,
         write=_falcon_write,
-        rules=layouts.falcon_rules,
+        rules=tensor_layouts.falcon_rules,
         classifier="classifier",
     ),
     "starcoder2": Family(
@@ -186,12 +186,12 @@ FAMILIES = {
             **{name: native.use_bias for name in _ALL_BIASES},
         },
         write=lambda config: {"use_bias": config.attention_bias, "embedding_dropout": config.hidden_dropout},
-        rules=layouts.starcoder2_rules,
+        rules=tensor_layouts.starcoder2_rules,
     ),
     "phi3": Family(
         {**_MISTRAL, "hidden_dropout": "resid_pdrop"},
         write=lambda config: {"embd_pdrop": config.hidden_dropout, **_original_context(config)},
-        rules=layouts.phi3_rules,
+        rules=tensor_layouts.phi3_rules,
         has_partial_rope=True,
         reads_again=True,
         # Read from `rope_parameters`, where it has an effect.
@@ -211,7 +211,7 @@ FAMILIES = {
             **{"norm_type": "layernorm", "mlp_type": "plain"},
             **dict.fromkeys(_ALL_BIASES, True),
         },
-        rules=layouts.persimmon_rules,
+        rules=tensor_layouts.persimmon_rules,
         has_partial_rope=True,
     ),
     "jais2": Family(
@@ -233,19 +233,19 @@ FAMILIES = {
     "helium": Family(
         {**LLAMA_BIASES, "mlp_bias": "mlp_bias"},
         read=lambda native: {"attention_output_bias": False},
-        rules=layouts.rotary_pairs_rules,
+        rules=tensor_layouts.rotary_pairs_rules,
     ),
     "glm": Family(
         LLAMA_BIASES,
         read=lambda native: {"attention_output_bias": False},
-        rules=layouts.glm_rules,
+        rules=tensor_layouts.glm_rules,
         has_partial_rope=True,
     ),
     "ernie4_5": Family(
         LLAMA,
         read=lambda native: {"attention_dropout": 0.0, **{name: native.use_bias for name in _ALL_BIASES}},
         write=lambda config: {"use_bias": config.attention_bias},
-        rules=layouts.rotary_pairs_rules,
+        rules=tensor_layouts.rotary_pairs_rules,
     ),
 }
 # These have configs of their own for the class of Llama.

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hfllm.models import tensor_layouts as layouts
+from hfllm.models import tensor_layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.native_family import LLAMA, LLAMA_BIASES, Family, plain_rope
 
@@ -143,7 +143,7 @@ MIXED_FAMILIES = {
         {**LLAMA_BIASES, "intermediate_size": "intermediate_size_mlp"},
         read=_llama4_fields,
         write=_written_llama4,
-        rules=layouts.llama4_rules,
+        rules=tensor_layouts.llama4_rules,
         # Of experts, of scales that are off, and of how the lists are filled.
         idle=frozenset({"intermediate_size", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step"})
         | {"no_rope_layer_interval", "floor_scale", "attn_scale", "attention_chunk_size"},
@@ -158,7 +158,7 @@ MIXED_FAMILIES = {
             "no_rope_layers": [int(kind == "sliding_attention") for kind in native.layer_types],
         },
         write=written_windows,
-        rules=layouts.rotary_pairs_rules,
+        rules=tensor_layouts.rotary_pairs_rules,
     ),
     "gemma2": Family(
         {**_GEMMA, "attn_logit_softcapping": "attn_logit_softcapping"}, read=_gemma_fields, write=_written_gemma

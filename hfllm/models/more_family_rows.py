@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hfllm.models import tensor_layouts as layouts
+from hfllm.models import tensor_layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.mixed_family_rows import layers_of, written_layers
 from hfllm.models.native_family import LLAMA, LLAMA_BIASES, Family
@@ -79,7 +79,7 @@ MORE_FAMILIES = {
         },
         read=_gptj_fields,
         write=_written_gptj,
-        rules=layouts.gptj_rules,
+        rules=tensor_layouts.gptj_rules,
     ),
     "phi": Family(
         {
@@ -89,7 +89,7 @@ MORE_FAMILIES = {
         },
         read=lambda native: {**_PARALLEL, "attention_bias": True},
         write=lambda config: {"embd_pdrop": config.hidden_dropout},
-        rules=layouts.phi_rules,
+        rules=tensor_layouts.phi_rules,
         has_partial_rope=True,
     ),
     "gpt_neo": Family(
@@ -103,7 +103,7 @@ MORE_FAMILIES = {
         },
         read=_gpt_neo_fields,
         write=_written_gpt_neo,
-        rules=layouts.gpt_neo_rules,
+        rules=tensor_layouts.gpt_neo_rules,
         classifier="classifier",
         # Two ways to say which layers are local, and a window that may have none.
         idle=frozenset({"attention_types", "window_size", "resid_dropout", "embed_dropout", "intermediate_size"}),
@@ -121,7 +121,7 @@ MORE_FAMILIES = {
     "glm4": Family(
         LLAMA_BIASES,
         read=lambda native: {"norm_placement": "both", "attention_output_bias": False},
-        rules=layouts.glm4_rules,
+        rules=tensor_layouts.glm4_rules,
         has_partial_rope=True,
     ),
 }

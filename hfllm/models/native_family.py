@@ -5,7 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfllm.models import tensor_layouts as layouts
+from hfllm.models import tensor_layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.layer_types_hfllm import longrope_limits
 
@@ -37,7 +37,7 @@ class Family:
     names: Mapping[str, str]
     read: Callable[["PreTrainedConfig"], dict[str, Any]] = lambda config: {}
     write: Callable[[HfllmConfig], dict[str, Any]] = lambda config: {}
-    rules: Callable[[HfllmConfig], Iterator[layouts.Rule]] = lambda config: iter(())
+    rules: Callable[[HfllmConfig], Iterator[tensor_layouts.Rule]] = lambda config: iter(())
     has_partial_rope: bool = False
     classifier: str = "score"
     reads_again: bool = False

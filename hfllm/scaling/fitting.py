@@ -1,4 +1,4 @@
-"""Fit L(N, D) = E + A / N^alpha + B / D^beta to a table of runs, as Chinchilla's approach 3 does.
+"""Fit L(N, D) = E + A / N^alpha + B / D^beta to a table of runs, without its outliers (Chinchilla's approach 3).
 
 The procedure is Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and appendix D.2: minimize the sum over runs of
 Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L) from a grid of starts, with A = exp(a), B = exp(b),
@@ -6,16 +6,286 @@ E = exp(e). The sum, not the mean, is minimized to convergence: stopping early i
 arXiv:2404.10102, found in the published coefficients.
 """
 
+import csv
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 
 from hfllm.errors import InputError
-from hfllm.scaling.laws import ParametricLaw
-from hfllm.scaling.minimize import minimize
-from hfllm.scaling.runs import Runs
+from hfllm.scaling.laws import FLOPS_A_PARAMETER, ParametricLaw
+
+# ---- minimize ----
+#
+# BFGS on many problems at once: all starts of a fit, or all resamples of a bootstrap, in one set of numpy arrays.
+
+
+# Weak Wolfe conditions; the usual constants (Nocedal and Wright 2006, section 6.1).
+DECREASE, CURVATURE = 1e-4, 0.9
+
+Objective = Callable[[numpy.ndarray, numpy.ndarray], tuple[numpy.ndarray, numpy.ndarray]]
+
+
+def minimize(
+    objective: Objective, starts: numpy.ndarray, steps: int = 500, tolerance: float = 1e-9
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Minimize by BFGS with a line search by bisection, which also copes with kinks (Lewis and Overton 2013).
+
+    Args:
+        objective: takes points (P, K) and the indices (P,) of their problems; returns values (P,)
+            and gradients (P, K).
+        starts: one point per problem, (S, K).
+        steps: maximum number of iterations.
+        tolerance: a problem is solved when no component of its gradient is larger, or no step makes its value smaller.
+
+    Returns:
+        The points found, (S, K), and their values, (S,).
+    """
+    points = numpy.array(starts, dtype=float)
+    count, size = points.shape
+    values, gradients = objective(points, numpy.arange(count))
+    inverse = numpy.tile(numpy.eye(size), (count, 1, 1))
+    active = numpy.flatnonzero(numpy.isfinite(values) & (abs(gradients).max(1) > tolerance))
+    for step in range(steps):
+        if not len(active):
+            break
+        directions = -numpy.einsum("pij,pj->pi", inverse[active], gradients[active])
+        uphill = (directions * gradients[active]).sum(1) >= 0
+        if uphill.any():
+            inverse[active[uphill]] = numpy.eye(size)
+            directions[uphill] = -gradients[active[uphill]]
+        if step == 0:
+            # Without curvature yet, the first step is one of unit length.
+            directions /= numpy.maximum(numpy.linalg.norm(directions, axis=1, keepdims=True), 1e-300)
+        new_values, new_points, new_gradients = _line_search(
+            objective, active, points[active], values[active], gradients[active], directions
+        )
+        moves, turns = new_points - points[active], new_gradients - gradients[active]
+        better = new_values < values[active]
+        _update(inverse, active[better], moves[better], turns[better], first=step == 0)
+        points[active], values[active], gradients[active] = new_points, new_values, new_gradients
+        active = active[better & (abs(new_gradients).max(1) > tolerance)]
+    return points, values
+
+
+def _line_search(
+    objective: Objective,
+    rows: numpy.ndarray,
+    points: numpy.ndarray,
+    values: numpy.ndarray,
+    gradients: numpy.ndarray,
+    directions: numpy.ndarray,
+    halvings: int = 40,
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Return a point on each ray that meets the weak Wolfe conditions, or the start if no smaller value is found."""
+    slopes = (gradients * directions).sum(1)
+    length, low, high = numpy.ones(len(rows)), numpy.zeros(len(rows)), numpy.full(len(rows), numpy.inf)
+    best_values, best_points, best_gradients = values.copy(), points.copy(), gradients.copy()
+    searching = numpy.arange(len(rows))
+    for _ in range(halvings):
+        if not len(searching):
+            break
+        tried = points[searching] + length[searching, None] * directions[searching]
+        tried_values, tried_gradients = objective(tried, rows[searching])
+        tried_values = numpy.where(numpy.isfinite(tried_values), tried_values, numpy.inf)
+        falls = tried_values <= values[searching] + DECREASE * length[searching] * slopes[searching]
+        flat = (tried_gradients * directions[searching]).sum(1) >= CURVATURE * slopes[searching]
+        improved = falls & (tried_values < best_values[searching])
+        kept = searching[improved]
+        best_values[kept], best_points[kept] = tried_values[improved], tried[improved]
+        best_gradients[kept] = tried_gradients[improved]
+        high[searching[~falls]] = length[searching[~falls]]
+        low[searching[falls & ~flat]] = length[searching[falls & ~flat]]
+        searching = searching[~(falls & flat)]
+        bounded = numpy.isfinite(high[searching])
+        middle = (low[searching] + numpy.where(bounded, high[searching], 0)) / 2
+        length[searching] = numpy.where(bounded, middle, 2 * length[searching])
+    return best_values, best_points, best_gradients
+
+
+def _update(
+    inverse: numpy.ndarray, rows: numpy.ndarray, moves: numpy.ndarray, turns: numpy.ndarray, first: bool
+) -> None:
+    """Apply the BFGS update to the inverse Hessians in place (Nocedal and Wright 2006, equation 6.17)."""
+    curvature = (moves * turns).sum(1)
+    usable = curvature > 1e-300
+    rows, moves, turns, curvature = rows[usable], moves[usable], turns[usable], curvature[usable]
+    if first:
+        scale = curvature / (turns * turns).sum(1)
+        inverse[rows] *= scale[:, None, None]
+    before = inverse[rows]
+    turned = numpy.einsum("pij,pj->pi", before, turns)
+    stretch = (1 + (turns * turned).sum(1) / curvature) / curvature
+    cross = numpy.einsum("pi,pj->pij", turned, moves) / curvature[:, None, None]
+    square = numpy.einsum("pi,pj->pij", moves, moves) * stretch[:, None, None]
+    inverse[rows] = before + square - cross - cross.transpose(0, 2, 1)
+
+
+# ---- runs ----
+#
+# A table of finished runs: parameters, tokens, final loss.
+
+
+# Accepted names of columns, in lower case without spaces, dashes and underscores; the first is preferred.
+PARAMETERS = ("n", "parameters", "params", "nparams", "numparams", "numparameters", "modelsize", "size")
+TOKENS = ("d", "tokens", "ntokens", "numtokens", "trainingtokens", "traintokens", "tokenstrained", "datasetsize")
+COMPUTE = ("c", "flops", "flop", "compute", "trainingflop", "trainingflops")
+LOSSES = ("loss", "evalloss", "finalloss", "valloss", "validationloss", "testloss", "heldoutloss")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs, (R,) each.
+
+    Args:
+        parameters: N.
+        tokens: D, of the whole run.
+        losses: nats per token of held-out text at its end.
+        lines: of each run in its file, if it comes from one.
+
+    Raises:
+        InputError: for columns of different length, or a value that is not a finite number above 0.
+    """
+
+    parameters: numpy.ndarray
+    tokens: numpy.ndarray
+    losses: numpy.ndarray
+    lines: numpy.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("parameters", "tokens", "losses"):
+            values = numpy.asarray(getattr(self, name), dtype=float)
+            object.__setattr__(self, name, values)
+            if values.shape != (len(self.losses),):
+                raise InputError(f"{name}: {values.size} value(s) for {len(self.losses)} loss(es)")
+            bad = numpy.flatnonzero(~(numpy.isfinite(values) & (values > 0)))
+            if len(bad):
+                raise InputError(f"{name} of run {bad[0] + 1} is {values[bad[0]]}: expected a finite number above 0")
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    @property
+    def columns(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """Return N, D and losses."""
+        return self.parameters, self.tokens, self.losses
+
+    @property
+    def compute(self) -> numpy.ndarray:
+        """Return 6 N D of each run, in FLOPs."""
+        return FLOPS_A_PARAMETER * self.parameters * self.tokens
+
+    def subset(self, rows: Sequence[int] | numpy.ndarray) -> "Runs":
+        """Return the runs with these indices."""
+        rows = numpy.asarray(rows, dtype=int)
+        lines = None if self.lines is None else self.lines[rows]
+        return Runs(self.parameters[rows], self.tokens[rows], self.losses[rows], lines)
+
+    def split_by_compute(self, share: float) -> tuple["Runs", "Runs"]:
+        """Split off the `share` of runs with the most compute (at least one), which a law should predict.
+
+        Raises:
+            InputError: for a share outside (0, 1).
+        """
+        if not 0 < share < 1:
+            raise InputError(f"the share of runs to hold out must lie between 0 and 1, got {share}")
+        order = numpy.argsort(self.compute, kind="stable")
+        count = min(max(1, round(share * len(self))), len(self) - 1)
+        return self.subset(numpy.sort(order[:-count])), self.subset(numpy.sort(order[-count:]))
+
+
+def read_runs(
+    path: str | Path, parameters: str | None = None, tokens: str | None = None, losses: str | None = None
+) -> Runs:
+    """Read runs from a CSV file with a header.
+
+    Args:
+        path: the file.
+        parameters, tokens, losses: names of the columns; by default common ones (`PARAMETERS`, `TOKENS`, `LOSSES`),
+            in any case. Without tokens they are C / (6 N), from a column of FLOPs (`COMPUTE`).
+
+    Raises:
+        InputError: naming the file, and the row and column where it can.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; expected a CSV file of runs")
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            header = list(reader.fieldnames or [])
+            rows = [(reader.line_num, row) for row in reader]
+            for line, row in rows:
+                # Cells beyond the header; empty ones come from a spreadsheet's trailing commas.
+                if any(row.get(None, ())):
+                    cells = len(header) + len(row[None])
+                    raise InputError(
+                        f"{file}, line {line}: {cells} cells under {len(header)} columns; decimals need a point, and "
+                        "text with a comma quotes"
+                    )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file}: not a CSV file: {error}") from None
+    columns = [
+        _column(file, header, parameters, PARAMETERS, "parameters"),
+        _column(file, header, losses, LOSSES, "losses"),
+        _column(file, header, tokens, TOKENS, "tokens", optional=True),
+    ]
+    from_compute = columns[2] is None
+    if from_compute:
+        columns[2] = _column(file, header, None, COMPUTE, "tokens", others=TOKENS)
+    if not rows:
+        raise InputError(f"{file}: no run below the header")
+    sizes, final, data = ([_number(file, line, row, name) for line, row in rows] for name in columns)
+    data = numpy.array(data) / (FLOPS_A_PARAMETER * numpy.array(sizes)) if from_compute else numpy.array(data)
+    return Runs(numpy.array(sizes), data, numpy.array(final), numpy.array([line for line, _ in rows]))
+
+
+def _column(
+    file: Path,
+    header: list[str],
+    given: str | None,
+    known: tuple[str, ...],
+    what: str,
+    optional: bool = False,
+    others: tuple[str, ...] = (),
+) -> str | None:
+    """Return the column of the header that holds `what`."""
+    if given is not None:
+        if given not in header:
+            raise InputError(f"{file}: no column {given!r} for {what}; it has {', '.join(map(repr, header))}")
+        if header.count(given) > 1:
+            raise InputError(f"{file}: column {given!r} for {what} comes {header.count(given)} times")
+        return given
+    plain: dict[str, list[str]] = {}
+    for name in filter(None, header):
+        plain.setdefault("".join(character for character in name.lower() if character.isalnum()), []).append(name)
+    found, *others_found = next((plain[name] for name in known if name in plain), [None])
+    if others_found:
+        twice = ", ".join(map(repr, (found, *others_found)))
+        raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them different names")
+    if found is None and not optional:
+        accepted = ", ".join((*others, *known))
+        seen = ", ".join(map(repr, header)) or "no header"
+        raise InputError(f"{file}: no column for {what}; it has {seen}; accepted names: {accepted}")
+    return found
+
+
+def _number(file: Path, line: int, row: dict[str, str], column: str) -> float:
+    text = row.get(column)
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{file}, line {line}, column {column!r}: {text!r} is not a number") from None
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{file}, line {line}, column {column!r}: {text!r}; expected a finite number above 0")
+    return value
+
+
+# ---- fitting ----
+
 
 DELTA = 1e-3
 COEFFICIENTS = ("E", "A", "B", "alpha", "beta")
@@ -243,3 +513,113 @@ def _best_starts(
     values = objective.of_each_run(starts) @ weights.T
     order = numpy.argpartition(values, count, axis=0)[:count]
     return [starts[rows] for rows in order]
+
+
+# ---- outliers ----
+#
+# Runs whose losses lie far from a fitted law, and whether to leave them out.
+#
+# A few such rows can move the coefficients of a fit far more than its loss: on the 245 runs that Besiroglu et al. 2024
+# (arXiv:2404.10102) read off a figure, B is six times as large as on the 240 that they kept.
+
+
+KEEP, DROP = "keep", "drop"
+# Robust standard deviations from which on a run is an outlier, and errors of the loss that are none in any case.
+THRESHOLD, LEAST = 6.0, 0.01
+# Scale of a normal distribution whose median absolute deviation is 1.
+_NORMAL = 1.4826
+MOST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Runs far from the law that the others follow.
+
+    Args:
+        runs: the whole table.
+        indices: of these runs in it, (K,).
+        errors: predicted / measured loss - 1 of each, by the law without them, (K,).
+        scale: robust standard deviation of the other runs' errors.
+        with_them, without: fits to the whole table, and without these runs; the same where there are none.
+    """
+
+    runs: Runs
+    indices: numpy.ndarray
+    errors: numpy.ndarray
+    scale: float
+    with_them: Fit
+    without: Fit
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def kept(self) -> Runs:
+        """Return the other runs."""
+        return self.without.runs
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return a row of the report for each, the largest error first."""
+        lines = []
+        for place in numpy.argsort(-abs(self.errors), kind="stable"):
+            index, error = self.indices[place], self.errors[place]
+            size, tokens, loss = (float(column[index]) for column in self.runs.columns)
+            lines.append(
+                {
+                    "line": self.name(index),
+                    "N": f"{size:.4g}",
+                    "D": f"{tokens:.4g}",
+                    "loss": f"{loss:.4f}",
+                    "expected": f"{loss * (1 + error):.4f}",
+                    "error": f"{error:+.1%}",
+                }
+            )
+        return lines
+
+    def name(self, index: int) -> str:
+        """Return the line of a run in its file, or its place in the table."""
+        return str(index + 1 if self.runs.lines is None else int(self.runs.lines[index]))
+
+    def warning(self, source: str, dropped: bool) -> str:
+        """Return a sentence or two that name the rows, and say what they change."""
+        names = ", ".join(self.name(index) for index in self.indices[:10])
+        more = f" and {len(self) - 10} more" if len(self) > 10 else ""
+        many = "line" if len(self) == 1 else "lines"
+        found = (
+            f"{source}: {len(self)} of {len(self.runs)} runs ({many} {names}{more}) are more than {THRESHOLD:g} "
+            "robust standard deviations off the law of the others"
+        )
+        before, after = self.with_them.law, self.without.law
+        moved = f"A {before.A:.4g}, B {before.B:.4g} with them, A {after.A:.4g}, B {after.B:.4g} without"
+        return f"{found}; {moved}. {'They are left out.' if dropped else 'They are kept: --outliers drop does not.'}"
+
+
+def find_outliers(runs: Runs, delta: float = DELTA, fit: Fit | None = None) -> Outliers:
+    """Return the runs that are more than `THRESHOLD` robust standard deviations, and 1%, off the law of the others.
+
+    The law is fitted, runs that are too far off it are left out, and so on until they stay the same. The scale is the
+    median absolute deviation of the kept runs' log losses from the law, times 1.4826.
+
+    Args:
+        fit: the fit to all `runs`, if there is one.
+    """
+    whole = fit or fit_law(runs, delta)
+    current, kept = whole, numpy.ones(len(runs), dtype=bool)
+    for _ in range(MOST_ROUNDS):
+        logs = numpy.log1p(current.relative_errors(runs))
+        center = numpy.median(logs[kept])
+        scale = _NORMAL * float(numpy.median(abs(logs[kept] - center)))
+        now = abs(logs - center) <= max(THRESHOLD * scale, LEAST)
+        if (now == kept).all():
+            break
+        kept = now
+        current = fit_law(runs.subset(numpy.flatnonzero(kept)), delta)
+    indices = numpy.flatnonzero(~kept)
+    return Outliers(runs, indices, current.relative_errors(runs)[indices], scale, whole, current)
+
+
+def outlier_tables(outliers: Outliers | None) -> dict[str, Sequence[dict[str, str]]]:
+    """Return the table of the report, none without outliers."""
+    if outliers is None or not len(outliers):
+        return {}
+    return {"Runs far from the law of the others": outliers.rows()}

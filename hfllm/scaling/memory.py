@@ -9,20 +9,240 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hfllm.errors import InputError
-from hfllm.scaling.activations import (
-    ATTENTION,
-    PRECISIONS,
-    Precision,
-    autocast_weights,
-    layer_activations,
-    layer_workspace,
-    loss_bytes,
-    norm_bytes,
-)
 from hfllm.scaling.devices import Device
-from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, Layout
-from hfllm.scaling.shapes import Shape
-from hfllm.scaling.stages import stage_layers
+from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, Layout, stage_layers
+from hfllm.scaling.shapes import Shape, linear_mixer_bytes
+
+# ---- activations ----
+#
+# Bytes of activations that the forward pass of this family's code keeps for the backward pass.
+#
+# `tests/scaling/test_memory.py` counts them with autograd's hooks. `korthikanti_activations` is the published formula
+# for GPT-3's block, which keeps more: this family's attention keeps no scores, and its MLP recomputes its product.
+
+
+# FlashAttention of the second generation or later (also the kernel of CPUs), of the first, and none.
+ATTENTION = ("flash", "flash1", "eager")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per value.
+
+    Args:
+        weights, gradients: per parameter.
+        optimizer: Adam's states per parameter, with the fp32 copy of a 16-bit weight (K = 12 in the ZeRO paper).
+        compute: inputs and outputs of matrix products.
+        residual: the residual stream between layers.
+        is_autocast: weights stay in fp32, and a 16-bit copy of each lives from its use until its backward pass.
+        copies: of weights in fp8, as they are and transposed; per parameter.
+        reduced: gradients that are reduced at once, from a copy in fp32.
+    """
+
+    name: str
+    weights: int
+    gradients: int
+    optimizer: int
+    compute: int
+    residual: int
+    is_autocast: bool = False
+    copies: int = 0
+    reduced: int = 0
+
+    @property
+    def stored(self) -> int:
+        """Return the bytes in which a product keeps its input: that of fp8 is the copy that it multiplied."""
+        return 1 if self.copies else self.compute
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", 4, 4, 8, 4, 4),
+        # Mixed precision of DeepSpeed.
+        Precision("bf16", 2, 2, 12, 2, 2),
+        Precision("fp16", 2, 2, 12, 2, 2),
+        # Megatron-LM adds up gradients of bf16 weights in fp32, and keeps an fp32 copy of those of fp16 weights;
+        # Megatron-DeepSpeed, of bf16 ones, keeps both, and reduces 500 million at once (MEMORY_OPT_ALLREDUCE_SIZE).
+        Precision("bf16_megatron", 2, 4, 12, 2, 2),
+        Precision("bf16_megatron_deepspeed", 2, 6, 12, 2, 2, reduced=500_000_000),
+        Precision("fp16_megatron", 2, 2, 16, 2, 2),
+        # With grad_reduce_in_fp32 off, as in NVIDIA's own measurements.
+        Precision("bf16_megatron_bf16_gradients", 2, 2, 12, 2, 2),
+        Precision("fp8_megatron_bf16_gradients", 2, 2, 12, 2, 2, copies=2),
+        Precision("fp32_megatron", 4, 4, 8, 4, 4),
+        # Products in fp8; all else as in bf16.
+        Precision("fp8", 2, 2, 12, 2, 2, copies=2),
+        Precision("fp8_megatron", 2, 4, 12, 2, 2, copies=2),
+        Precision("fp8_autocast", 4, 4, 8, 2, 4, is_autocast=True, copies=2),
+        # Mixed precision of accelerate without DeepSpeed.
+        Precision("bf16_autocast", 4, 4, 8, 2, 4, is_autocast=True),
+        Precision("fp16_autocast", 4, 4, 8, 2, 4, is_autocast=True),
+    )
+}
+
+
+def korthikanti_activations(
+    sequence_length: int,
+    micro_batch: int,
+    hidden_size: int,
+    heads: int,
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
+) -> float:
+    """Return the bytes of a layer of GPT-3 in 16 bits with dropout (arXiv:2205.05198, equations 1 to 4 and 6).
+
+    s b h (34 + 5as/h), of which tensor parallelism splits all but 10, and sequence parallelism also the rest;
+    selective recomputation drops 5as/h, full recomputation leaves 2.
+
+    Raises:
+        InputError: for another `recompute`.
+    """
+    if recompute not in ("none", "selective", "full"):
+        raise InputError(f"recompute={recompute!r} is not one of none, selective, full")
+    inputs = sequence_length * micro_batch * hidden_size
+    if recompute == "full":
+        return 2 * inputs
+    scores = 5 * heads * sequence_length / hidden_size if recompute == "none" else 0
+    return inputs * ((10 / tensor if sequence_parallel else 10) + (24 + scores) / tensor)
+
+
+def norm_bytes(shape: Shape, width: int, read: int) -> float:
+    """Return the bytes that a norm over `width` values of `read` bytes keeps: its input, LayerNorm statistics too."""
+    return read * width + (8 if shape.norm_type == "layernorm" else 0)
+
+
+def _inputs(shape: Shape, precision: Precision) -> int:
+    """Return how often a layer keeps its projections' input: once per norm, but one copy each under autocast."""
+    if not precision.is_autocast:
+        return shape.norms_per_layer
+    attention = 3 if shape.kv_lora_rank is None else 2
+    # Of the MLP's gate and its other half, or of the router and the experts that all tokens share.
+    products = 2 if shape.is_gated else 1
+    return attention + (1 + (products if shape.shared_size else 0) if shape.num_local_experts else products)
+
+
+def autocast_weights(shape: Shape) -> float:
+    """Return the bytes of the 16-bit copies of a layer's weights, without those of the MLP that are recomputed."""
+    layer, projections = shape.layer_parameters(), 3 if shape.is_gated else 2
+    # Layers of linear attention have more than others.
+    attention = shape.parameters()["attention"] / shape.num_hidden_layers
+    # Grouped products of experts are not cast.
+    return 2 * (attention + layer["mlp"] * (projections - 1) / projections + layer["router"])
+
+
+def layer_activations(
+    shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str = "flash"
+) -> float:
+    """Return the bytes per token and layer that the forward pass keeps for the backward pass, on one device.
+
+    With layers of linear attention, this is the mean over the layers. These keep what they keep on a CPU; kernels on a
+    GPU may keep more.
+
+    Args:
+        attention: `"flash"` keeps a number per query (also the CPU's kernel); `"eager"` keeps all scores.
+    """
+    size, hidden = precision.compute, shape.hidden_size
+    if layout.recompute == "full":
+        return precision.residual * hidden / (layout.tensor if layout.sequence_parallel else 1)
+    # Two norms that read the same tensor keep it once.
+    is_same = shape.parallel_block
+    # Megatron-LM's fused norms keep their input alone.
+    is_fused = layout.engine == MEGATRON
+    norm = precision.residual * hidden + 8 if is_fused else norm_bytes(shape, hidden, precision.residual)
+    whole = (1 if is_same else shape.norms_per_layer) * norm
+    whole += precision.stored * hidden * _inputs(shape, precision)
+    # The latents and their norms' outputs.
+    whole += 2 * size * shape.latent_size
+    heads = size * (shape.query_size + shape.output_size + shape.key_size + shape.value_size)
+    if shape.kv_lora_rank is not None and not is_fused:
+        # The rotated key has no norm, and the values keep the product that they are a part of.
+        whole -= size * shape.qk_rope_head_dim
+        heads += size * shape.num_attention_heads * shape.qk_nope_head_dim
+    heads += 4 * shape.num_attention_heads
+    if precision.copies:
+        # Attention keeps its output in 16 bits, the product after it a copy.
+        heads += precision.stored * shape.output_size
+    if shape.qk_norm:
+        count = shape.num_attention_heads + shape.num_key_value_heads
+        heads += count * (size * shape.head_dim + 8 if is_fused else norm_bytes(shape, shape.head_dim, size))
+    if attention == "eager":
+        # The softmax in fp32 and, in 16 bits, a copy; keys and values repeated for each query head.
+        scores = (4 if size == 4 else 6) * shape.num_attention_heads * sequence_length
+        heads += size * 2 * (shape.query_size - shape.key_size) - 4 * shape.num_attention_heads
+        heads += scores if layout.recompute == "none" else 0
+    whole = whole / (layout.tensor if layout.sequence_parallel else 1)
+    mlp = _mlp_bytes(shape, layout, precision) / layout.tensor
+    kept = whole + heads / layout.attention_split(shape) + mlp
+    if not shape.linear_layers:
+        return kept
+    linear = 2 * norm + mlp + linear_mixer_bytes(shape, size, layout.micro_batch, sequence_length)
+    # Six projections read the layer's input, and each has its own copy under autocast.
+    linear += size * hidden * (2 if not precision.is_autocast else _inputs(shape, precision) + 3)
+    return kept + (linear - kept) * shape.linear_layers / shape.num_hidden_layers
+
+
+def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
+    hidden, products = shape.hidden_size, 2 if shape.is_gated else 1
+    # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers, or FSDP
+    # without tensor parallelism. Megatron-LM's keeps it. The experts that all tokens share are one.
+    is_gathered = layout.zero_stage == 3 and (layout.engine == DEEPSPEED or (layout.fsdp and layout.tensor == 1))
+    kept = 2 * products if is_gathered else products + (layout.engine == MEGATRON)
+    # The last product's input.
+    saved = precision.compute - precision.stored
+    if shape.num_local_experts:
+        # Grouped products stay in fp32 under autocast. The tokens of each expert are copies.
+        size = 4 if precision.is_autocast else precision.compute
+        rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * shape.expert_size) + 28)
+        rows -= shape.num_experts_per_tok * saved * (hidden + shape.expert_size)
+        shared = shape.shared_size * (precision.compute * kept - saved)
+        return rows + shared + 3 * precision.residual * shape.num_local_experts
+    return shape.intermediate_size * (precision.compute * kept - saved)
+
+
+def layer_workspace(
+    shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str = "flash"
+) -> float:
+    """Return the bytes per token that the backward pass of one layer needs in addition to the kept ones.
+
+    The MLP's recomputed activation and product, and their gradients; in a mixture, those of the token's experts. With
+    eager attention, if more, the gradients of the scores before and after the softmax. Where rows are split, the whole
+    input of a product and its gradient.
+    """
+    width = shape.intermediate_size
+    if shape.num_local_experts:
+        width = shape.expert_size * shape.num_experts_per_tok + shape.shared_size
+    inner = (4 if shape.is_gated else 2) * width / layout.tensor
+    scores = 2 * shape.num_attention_heads * sequence_length / layout.attention_split(shape)
+    largest = max(inner, scores) if attention == "eager" else inner
+    rows = 2 * precision.compute * shape.hidden_size if layout.sequence_parallel else 0
+    return precision.compute * largest + precision.residual * shape.hidden_size + rows
+
+
+def loss_bytes(shape: Shape, layout: Layout, precision: Precision, tokens: int) -> float:
+    """Return the peak bytes of the loss over `tokens`: log-probabilities and two gradients in fp32, 12 V per token.
+
+    Logits of 16 bits, which stay for as long as somebody holds the model's output, are 2 V more. With
+    `shape.loss_chunk_size` only that many rows exist, plus the fp32 gradients of the head and the hidden states. The
+    loss of split logits in torch.distributed.tensor makes one more gradient. Where rows are split, the head reads all.
+    A fused loss has logits and gradient in their own precision, whatever the chunks.
+    """
+    split = layout.tensor if layout.splits_logits else 1
+    if layout.fused_loss:
+        rows = precision.compute * shape.hidden_size if layout.sequence_parallel else 0
+        return tokens * (2 * precision.compute * shape.vocab_size / split + rows)
+    if not shape.loss_chunk_size:
+        entry = (16 if layout.split_rows else 12) + (2 if precision.compute == 2 else 0)
+        rows = precision.compute * shape.hidden_size if layout.sequence_parallel else 0
+        return tokens * (entry * shape.vocab_size / split + rows)
+    rows = min(shape.loss_chunk_size, tokens)
+    head = 4 * shape.vocab_size * shape.hidden_size
+    return (12 * shape.vocab_size * rows + head) / split + precision.compute * shape.hidden_size * tokens
+
+
+# ---- memory ----
+
 
 # DeepSpeed's defaults, in elements: reduce_bucket_size of ZeRO-1 and 2, stage3_max_live_parameters,
 # stage3_prefetch_bucket_size.

@@ -1,4 +1,4 @@
-"""Find the layouts of a model over devices that fit, ranked by training time.
+"""Find the layouts of a model over devices that fit, ranked by training time, from the flags to the advice.
 
     request = Request(shape, find_device("h100"), num_devices=64, max_length=4096, global_batch_size=1024)
     best, *others = plan(request)
@@ -7,22 +7,24 @@
 Memory is computed in memory.py, time in speed.py.
 """
 
+import importlib.util
+import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import runpy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
+from typing import Any
 
-from hfllm.errors import InputError
-from hfllm.scaling.activations import ATTENTION, PRECISIONS, Precision
-from hfllm.scaling.devices import Device
-from hfllm.scaling.flops import SECONDS_PER_DAY, pipeline_bubble
-from hfllm.scaling.layouts import DDP, DEEPSPEED, MEGATRON, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout
-from hfllm.scaling.memory import Memory, device_memory
-from hfllm.scaling.shapes import LARGEST, Shape
-from hfllm.scaling.speed import Speed, estimate
-from hfllm.scaling.stages import is_balanced
+from hfllm.errors import InputError, refuse
+from hfllm.scaling.devices import GIB, Device, find_device
+from hfllm.scaling.layouts import DDP, DEEPSPEED, MEGATRON, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout, is_balanced
+from hfllm.scaling.memory import ATTENTION, PRECISIONS, Memory, Precision, device_memory
+from hfllm.scaling.shapes import LARGEST, NAMED_SHAPES, Shape
+from hfllm.scaling.speed import SECONDS_PER_DAY, Speed, estimate, pipeline_bubble
 
 # The default of `hfllm pretrain`, which DeepSpeed's ZeRO-3 does not support.
 LOSS_CHUNK_SIZE = 1024
@@ -398,3 +400,372 @@ def _powers(most: int) -> list[int]:
 def _divisors(number: int) -> list[int]:
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
     return sorted({*small, *(number // divisor for divisor in small)})
+
+
+# ---- advice ----
+#
+# What a plan means, in sentences: why this layout, how long it takes, and how many devices would take less.
+
+
+DAYS_PER_YEAR = 365.25
+# A share of each step without work that needs a word.
+MUCH_IDLE = 0.3
+# ZeRO-3 over so many devices: the only published runs (Narayanan et al. 2021, table 2) took twice to thrice the plan.
+MANY_SHARDS = 512
+# What is planned are steps, one after the other, by the best layout and software. Published whole runs took so many
+# times as long (the median over their sources), four of five of them between these (benchmarks/whole_runs.csv).
+WHOLE_RUN, WHOLE_RUN_RANGE = 1.5, (1.0, 2.0)
+# Times the batch that is tried for more devices, and how many devices more than in proportion are accepted.
+LARGER_BATCHES, MOST_MORE = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), 1.25
+
+
+@dataclass(frozen=True)
+class Larger:
+    """A larger cluster: its layout, rows per step, and the days that training takes on it."""
+
+    layout: Layout
+    global_batch_size: int
+    days: float
+
+
+def sentences(chosen: Plan, plans: Sequence[Plan], request: Request, target_days: float = 90.0) -> list[str]:
+    """Return what to know of the chosen plan, a sentence or two per line."""
+    layout, days = chosen.layout, chosen.days
+    lines = [
+        f"{layout}: {duration(days)} at an MFU of {chosen.mfu:.0%}, {chosen.memory.peak / GIB:.0f} of "
+        f"{request.usable_bytes / GIB:.0f} usable GiB."
+    ]
+    if chosen.headroom < HEADROOM:
+        lines.append(f"Only {chosen.headroom:.1%} of the usable memory stay free: measure before you rely on it.")
+    idle = (chosen.speed.communication + chosen.speed.bubble) / chosen.speed.seconds
+    if idle > MUCH_IDLE:
+        lines.append(
+            f"{idle:.0%} of each step wait for other devices: fewer of them, or more than "
+            f"{request.global_batch_size:,} rows per step, would be used better."
+        )
+    if layout.zero_stage == 3 and layout.data >= MANY_SHARDS:
+        lines.append(f"Published runs of ZeRO-3 over more than {MANY_SHARDS} devices took two to three times as long.")
+    if layout.engine == MEGATRON and request.device.name == "cpu":
+        lines.append("Megatron-LM, which runs it, needs GPUs.")
+    if not chosen.runs_in_recipes:
+        lines.append(_in_recipes(chosen, plans, request))
+    elif plans[0].days < days / 1.02:
+        lines.append(f"The fastest layout, {plans[0].layout}, takes {duration(plans[0].days)}, and is harder to run.")
+    if days > target_days:
+        lines.append(_faster(chosen, request, target_days))
+    if whole_run_factor(request) > 1:
+        low, high = (duration(bound * days) for bound in WHOLE_RUN_RANGE)
+        lines.append(
+            f"Published whole runs, with restarts and slower software, took {WHOLE_RUN} times the planned time: about "
+            f"{duration(WHOLE_RUN * days)}, and {low} to {high} for four of five."
+        )
+    return lines
+
+
+def whole_run_factor(request: Request) -> float:
+    """Return how many times the planned days a whole run takes: 1 with a measured MFU, and on a CPU."""
+    return 1.0 if request.mfu is not None or request.device.name == "cpu" else WHOLE_RUN
+
+
+def duration(days: float) -> str:
+    """Return days in words, with years where there are many, as hours or seconds where there are few."""
+    if days < 1:
+        hours = 24 * days
+        return f"{hours:.1f} hours" if hours >= 1 else f"{3600 * hours:.0f} seconds"
+    text = f"{days:,.0f} days" if days >= 10 else f"{days:.1f} days"
+    return f"{text} ({days / DAYS_PER_YEAR:.1f} years)" if days > DAYS_PER_YEAR else text
+
+
+def _in_recipes(chosen: Plan, plans: Sequence[Plan], request: Request) -> str:
+    own = next((one for one in plans if one.runs_in_recipes), None)
+    if own is None:
+        return "No layout that `hfllm pretrain` runs is among those that fit: the files are for a script of your own."
+    text = f"the fastest that it runs, {own.layout}, takes {duration(own.days)}"
+    if own.headroom < HEADROOM:
+        text += f", and leaves only {own.headroom:.1%} of the usable memory free"
+    return f"`hfllm pretrain` does not run it, {_runner(chosen, request)}; {text}."
+
+
+def _runner(chosen: Plan, request: Request) -> str:
+    """Return what runs a layout that the recipes do not run."""
+    if request.precision == "fp8":
+        return "nor anything in fp8"
+    if chosen.layout.engine == MEGATRON:
+        return "Megatron-LM does"
+    return "but a script that loads its model for tensor parallelism"
+
+
+def _faster(chosen: Plan, request: Request, target_days: float) -> str:
+    ratio = chosen.days / target_days
+    share = f"{1 / ratio:.2g} of the tokens" if ratio > 1.05 else "slightly fewer tokens"
+    larger = larger_cluster(chosen, request, target_days)
+    if larger is None:
+        return f"For {target_days:g} days: {share}, or a smaller model; more devices alone would be too many to feed."
+    rows = ""
+    if larger.global_batch_size > request.global_batch_size:
+        tokens = larger.global_batch_size * request.max_length
+        size = f"{tokens / 1e6:,.0f}M" if tokens >= 1e6 else f"{tokens:,}"
+        rows = f", with {larger.global_batch_size:,} rows per step ({size} tokens)"
+    return (
+        f"For {target_days:g} days: about {larger.layout.devices:,} {request.device.name} ({larger.layout}{rows}), "
+        f"or {share}, or a smaller model."
+    )
+
+
+def larger_cluster(chosen: Plan, request: Request, target_days: float) -> Larger | None:
+    """Return the smallest cluster of more replicas of the chosen layout that takes `target_days`.
+
+    The batch grows where it must: replicas with few micro-batches wait for each other. `None` if no batch up to 64
+    times as large helps.
+    """
+    least = math.ceil(chosen.layout.data * chosen.days / target_days)
+    most = math.ceil(MOST_MORE * least)
+    for times in LARGER_BATCHES:
+        rows = math.ceil(times * request.global_batch_size)
+        for data in range(least, most + 1, max(1, (most - least) // 25)):
+            found = _with_replicas(chosen, request, data, rows)
+            if found is not None and found.days <= target_days:
+                return found
+    return None
+
+
+def _with_replicas(chosen: Plan, request: Request, data: int, rows: int) -> Larger | None:
+    """Return so many replicas, on `rows` or the next number of rows that they can divide."""
+    layout = replace(chosen.layout, data=data)
+    layout = replace(layout, zero_stage=layout.zero_stage or int(layout.shards > 1 and layout.engine == MEGATRON))
+    unit = data * layout.micro_batch * (layout.pipeline if layout.interleave > 1 else 1)
+    batch = math.ceil(rows / unit) * unit
+    if batch > 1.5 * rows or any(layout.problems(request.shape, layout.devices, batch)):
+        return None
+    options = request.attention, request.efficiency, request.overlap_experts, request.torch_compile
+    dtype = request.dtype(layout)
+    speed = estimate(request.shape, layout, dtype, request.device, request.max_length, batch, *options)
+    days = request.tokens / speed.tokens_per_second / SECONDS_PER_DAY
+    return Larger(layout, batch, days * speed.mfu / request.mfu if request.mfu else days)
+
+
+# ---- requests ----
+#
+# The flags of `hfllm plan`, and the shape, the device and the request that they describe.
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """The model, the devices, and the run."""
+
+    preset: str | None = field(
+        default=None, metadata={"help": "A published model; gpt3-1t unless --config_path is given."}
+    )
+    config_path: str | None = field(default=None, metadata={"help": "A config.json, or the folder that holds one."})
+    num_devices: int = field(default=1024, metadata={"help": "Accelerators, of all machines together."})
+    device: str = field(
+        default="h100",
+        metadata={
+            "help": "h100, h100-500w (limited to 500 W), h200, gh200, b200, mi300x, h800, a100-80gb, a100-40gb, v100, "
+            "rtx4090, or cpu: this machine."
+        },
+    )
+    device_memory_gb: float | None = field(
+        default=None, metadata={"help": "The device's memory, in GiB, if it differs."}
+    )
+    device_peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "The device's peak in the precision, in TFLOP/s without sparsity, if it differs."},
+    )
+    devices_per_node: int | None = field(
+        default=None, metadata={"help": "Devices per machine, if not the default; for a CPU, processes that share it."}
+    )
+    network_gbps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Gigabits per second of the network to other machines, in one direction and for each device, if "
+            "it differs: a machine's link divided by the devices that share it."
+        },
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens per row; by default 2048, or the model's positions if it has fewer."}
+    )
+    images_per_row: int = field(default=1, metadata={"help": "Pictures per row, of a model with a vision tower."})
+    global_batch_size: int = field(default=3072, metadata={"help": "Rows per step, over all devices."})
+    tokens: float | None = field(default=None, metadata={"help": "Tokens to train on; by default 20 per parameter."})
+    precision: str = field(
+        default="bf16", metadata={"help": "bf16, fp16, fp8 (the layers' products; not in the recipes) or fp32."}
+    )
+    attention: str = field(
+        default="flash",
+        metadata={
+            "help": "flash keeps no scores, like SDPA's kernels; flash1 is its slower first generation; eager keeps "
+            "all of them."
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per chunk of logits, 0 means a whole micro-batch; by default the 1024 of "
+            "hfllm pretrain. DeepSpeed's ZeRO-3 and Megatron-LM do not use chunks."
+        },
+    )
+    mfu: float | None = field(
+        default=None, metadata={"help": "Measured share of the peak; by default each layout's estimate."}
+    )
+    efficiency: float | None = field(
+        default=None,
+        metadata={"help": "Share of the peak that matrix products reach, for the estimate; by default the device's."},
+    )
+    usable_memory: float | None = field(
+        default=None, metadata={"help": "Share of the memory to use; by default 0.97 of a GPU's, 0.9 of a CPU's."}
+    )
+    tensor_parallel: int | None = field(default=None, metadata={"help": "Fix this degree instead of searching it."})
+    pipeline_parallel: int | None = field(default=None, metadata={"help": "Likewise: stages."})
+    expert_parallel: int | None = field(default=None, metadata={"help": "Likewise: devices that share the experts."})
+    zero_stage: int | None = field(default=None, metadata={"help": "Likewise: 0, 1, 2 or 3."})
+    recompute: str | None = field(default=None, metadata={"help": "Likewise: none, selective or full."})
+    micro_batch_size: int | None = field(default=None, metadata={"help": "Likewise: rows a device takes at once."})
+    interleave: int | None = field(default=None, metadata={"help": "Likewise: chunks of layers on each stage."})
+    context_parallel: int | None = field(
+        default=None, metadata={"help": "Likewise: devices that share each row; searched from 32,768 tokens on."}
+    )
+    overlap_experts: bool = field(
+        default=False, metadata={"help": "The exchange with experts hides behind work, as in DualPipe."}
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={"help": "The layers are compiled, which makes them faster; what they then keep is not planned."},
+    )
+    sequence_parallel: bool = field(
+        default=True,
+        metadata={"help": "Megatron-LM's tensor parallelism also splits what lies between matrices."},
+    )
+    fsdp: bool = field(
+        default=False,
+        metadata={"help": "torch's FSDP2 shards by ZeRO-3, in place of DeepSpeed; in the recipes not by default."},
+    )
+    fused_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "One kernel computes the loss and the gradient of the logits in 16 bits (Liger, FlashAttention, "
+            "Transformer Engine); not in the recipes."
+        },
+    )
+    target_days: float = field(
+        default=90.0, metadata={"help": "If the plan takes longer, say how many devices would take so long."}
+    )
+    top: int = field(default=10, metadata={"help": "Layouts to list."})
+    plot: bool = field(default=False, metadata={"help": "Draw the chosen layout's memory; takes a second."})
+    output_dir: str = field(default="outputs/plan", metadata={"help": "Where the report and the launch files go."})
+
+
+def check(script_args: PlanArguments) -> None:
+    """Refuse an empty list, and an output folder that is a file.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    folder = Path(script_args.output_dir)
+    if not script_args.target_days > 0:
+        raise InputError(f"--target_days {script_args.target_days} must be above 0")
+    if script_args.top < 1:
+        raise InputError(f"--top {script_args.top} must be at least 1")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: a file is there; expected a folder or a new name")
+
+
+def model_shape(script_args: PlanArguments) -> tuple[str, Shape, Mapping[str, Any]]:
+    """Return the model's name, shape and fields of a config.json, from `--config_path` or `--preset`.
+
+    Raises:
+        InputError: when both are given, or one cannot be read.
+    """
+    path, name = script_args.config_path, script_args.preset
+    if path is not None and name is not None:
+        raise InputError(f"--preset {name} and --config_path {path}: give one of them")
+    if path is None:
+        name = name or "gpt3-1t"
+        fields = NAMED_SHAPES[name] if name in NAMED_SHAPES else preset_fields(name)
+        source = f"--preset {name}"
+    else:
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        name, source, fields = str(path), f"--config_path {file}", read_json(file)
+    shape, chunk = Shape.from_config(fields, source), script_args.loss_chunk_size
+    if chunk is not None and chunk < 0:
+        raise InputError(f"--loss_chunk_size {chunk} must be at least 0, which means all at once")
+    count = script_args.images_per_row
+    refuse(count != 1 and shape.tower is None, "--images_per_row", "the model has no vision tower")
+    if count < 0:
+        raise InputError(f"--images_per_row {count} must be at least 0")
+    shape = replace(shape, images_per_row=count)
+    return name, shape if chunk is None else replace(shape, loss_chunk_size=chunk), fields
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a config.json's mapping.
+
+    Raises:
+        InputError: when the file is missing or holds something else.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"--config_path {file}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--config_path {file}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config_path {file}: expected an object, got {type(values).__name__}")
+    return values
+
+
+def preset_fields(name: str) -> Mapping[str, Any]:
+    """Return the fields of a preset of the family.
+
+    Raises:
+        InputError: for an unknown name, with the nearest known ones.
+    """
+    # Run as a separate file: importing it from hfllm.models would import transformers.
+    folder = importlib.util.find_spec("hfllm.models").submodule_search_locations[0]
+    presets = runpy.run_path(f"{folder}/presets.py")
+    try:
+        return presets["preset"](name)
+    except ValueError as error:
+        raise InputError(f"--preset: {error}; beside these there are {', '.join(NAMED_SHAPES)}") from None
+
+
+def make_request(script_args: PlanArguments, shape: Shape) -> Request:
+    """Return what to plan.
+
+    Raises:
+        InputError: naming the error.
+    """
+    held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
+    held += ("micro_batch_size", "interleave")
+    same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
+    same += ("overlap_experts", "torch_compile", "sequence_parallel", "fsdp", "fused_loss")
+    options = {flag: getattr(script_args, flag) for flag in (*held, *same)}
+    length = script_args.max_length
+    options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length
+    return Request(shape, make_device(script_args), usable=script_args.usable_memory, **options)
+
+
+def make_device(script_args: PlanArguments) -> Device:
+    """Return the named device, with the given numbers in place of its own.
+
+    Raises:
+        InputError: for an unknown name, or a number that is not positive and finite.
+    """
+    given = {
+        "memory": ("device_memory_gb", GIB),
+        "peak_16bit": ("device_peak_tflops", 1e12),
+        "peak_fp32": ("device_peak_tflops", 1e12),
+        "peak_8bit": ("device_peak_tflops", 1e12),
+        "per_node": ("devices_per_node", 1),
+        "far": ("network_gbps", 1e9 / 8),
+    }
+    changes = {}
+    for name, (flag, unit) in given.items():
+        value = getattr(script_args, flag)
+        if value is not None and not 0 < value <= LARGEST:
+            raise InputError(f"--{flag} {value} must be above 0, and at most {LARGEST:,}")
+        if value is not None:
+            changes[name] = value * unit
+    # Each process has its own device, but the processes of a CPU share the machine.
+    processes = max(1, min(script_args.devices_per_node or 1, script_args.num_devices))
+    return replace(find_device(script_args.device, processes), **changes)

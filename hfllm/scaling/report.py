@@ -10,11 +10,8 @@ import numpy
 from hfllm.errors import InputError
 from hfllm.outputs.report import Plot
 from hfllm.scaling import laws
-from hfllm.scaling.fitting import COEFFICIENTS, Bootstrap, Fit
-from hfllm.scaling.forecast import CHINCHILLA, KAPLAN, Forecast
-from hfllm.scaling.isoflop import IsoFlop, frontier_law, isoflop_law, isoflops
-from hfllm.scaling.outliers import Outliers, outlier_tables
-from hfllm.scaling.runs import Runs
+from hfllm.scaling.fitting import COEFFICIENTS, Bootstrap, Fit, Outliers, Runs, outlier_tables
+from hfllm.scaling.studies import CHINCHILLA, KAPLAN, Forecast, IsoFlop, frontier_law, isoflop_law, isoflops
 
 MOST_HELD_OUT, MOST_PARABOLAS = 30, 8
 

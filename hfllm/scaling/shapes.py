@@ -1,4 +1,4 @@
-"""A model's shape: the sizes that determine its parameters, its FLOPs and its memory.
+"""A model's shape: the sizes that determine its parameters, FLOPs and memory, read from any config.
 
     shape = Shape.from_config(preset("llama-2-70b"))      # or the content of a config.json, also of other families
     shape.num_parameters(), shape.kv_bytes_per_token()
@@ -13,9 +13,327 @@ from functools import cached_property
 from typing import Any
 
 from hfllm.errors import InputError
-from hfllm.scaling.shape_checks import LARGEST, check_foreign, check_size, fill_latent, fill_layers
-from hfllm.scaling.shape_tables import CHOICES, NAMED_SHAPES, mlp_layers
-from hfllm.scaling.towers import WITH_TOWER, Tower
+
+# ---- shape checks ----
+#
+# What a shape leaves unsaid of its layers, and what is refused of it, as `HfllmConfig` would.
+
+
+# A larger number is a typing error, and may overflow a float.
+LARGEST = 10**9
+
+
+def fill_latent(shape: "Shape") -> None:
+    """Fill the sizes of latent attention."""
+    if shape.kv_lora_rank is None:
+        return
+    size = shape.hidden_size // shape.num_attention_heads
+    shape.qk_nope_head_dim = size if shape.qk_nope_head_dim is None else shape.qk_nope_head_dim
+    shape.qk_rope_head_dim = size // 4 * 2 if shape.qk_rope_head_dim is None else shape.qk_rope_head_dim
+    shape.v_head_dim = size if shape.v_head_dim is None else shape.v_head_dim
+    shape.head_dim = shape.qk_rope_head_dim
+
+
+def fill_layers(shape: "Shape") -> None:
+    """Fill the list of layers and the sizes of linear attention, and refuse what `HfllmConfig` would."""
+    if shape.layer_types is None:
+        kind = "full_attention" if shape.attention_chunk_size is None else "chunked_attention"
+        kind = kind if shape.sliding_window is None else "sliding_attention"
+        shape.layer_types = [kind] * shape.num_hidden_layers
+    known = isinstance(shape.layer_types, list) and set(map(str, shape.layer_types)) <= {*LAYER_TYPES}
+    if not known or len(shape.layer_types) != shape.num_hidden_layers:
+        raise InputError(
+            f"layer_types={str(shape.layer_types)[:80]} must name one of {', '.join(LAYER_TYPES)} for each of "
+            f"num_hidden_layers={shape.num_hidden_layers}"
+        )
+    for kind, field in WINDOWS.items():
+        if kind in shape.layer_types:
+            check_size(shape, field)
+        elif getattr(shape, field) is not None:
+            raise InputError(f"{field}={getattr(shape, field)!r} needs a {kind!r} in layer_types, which has none")
+    if set(shape.layer_types) >= WINDOWS.keys():
+        raise InputError(f"layer_types has {' and '.join(WINDOWS)}: a model has one of them")
+    if set(shape.layer_types) == {"linear_attention"}:
+        raise InputError("layer_types has linear_attention alone: at least one layer must be of another type")
+    if not shape.linear_layers:
+        return
+    heads = shape.linear_num_key_heads or shape.num_attention_heads
+    shape.linear_num_key_heads = heads
+    shape.linear_num_value_heads = shape.linear_num_value_heads or shape.num_attention_heads
+    shape.linear_key_head_dim = shape.linear_key_head_dim or int(0.75 * shape.hidden_size / heads)
+    shape.linear_value_head_dim = shape.linear_value_head_dim or 2 * shape.linear_key_head_dim
+    for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"):
+        check_size(shape, f"linear_{name}")
+
+
+def check_foreign(shape: "Shape") -> None:
+    """Refuse sizes of mixtures and of latent attention that do not fit together."""
+    latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    optional = ("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank")
+    check_size(shape, "n_shared_experts", 0)
+    for name in ("n_group", "topk_group", *(latent if shape.kv_lora_rank is not None else ())):
+        check_size(shape, name)
+    for name in optional:
+        if getattr(shape, name) is not None:
+            check_size(shape, name)
+    kinds, number = shape.mlp_layer_types, shape.num_hidden_layers
+    if kinds is None or not shape.num_local_experts:
+        return
+    if not isinstance(kinds, list) or not set(map(str, kinds)) <= {*MLP_LAYER_TYPES} or len(kinds) != number:
+        raise InputError(
+            f"mlp_layer_types={str(kinds)[:80]} must name one of {', '.join(MLP_LAYER_TYPES)} for each of "
+            f"num_hidden_layers={number}"
+        )
+
+
+def check_size(shape: "Shape", name: str, least: int = 1) -> None:
+    """Refuse a size that is no whole number of at least `least`."""
+    value = getattr(shape, name)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
+        raise InputError(f"{name}={value!r} must be a whole number of at least {least}, and at most {LARGEST:,}")
+
+
+# ---- shape tables ----
+#
+# What `HfllmConfig` accepts, and shapes that papers name.
+
+
+# What `HfllmConfig` accepts; it cannot be asked without importing transformers.
+CHOICES = {
+    "norm_type": ("rmsnorm", "layernorm"),
+    "norm_placement": ("pre", "post", "output", "both"),
+    "qk_norm_scope": ("head", "all_heads"),
+    "mlp_type": ("gated", "plain"),
+    "position_embedding_type": ("rope", "learned", "none"),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+# The types that do not see everything, each with the field that says how much.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+MLP_LAYER_TYPES = ("dense", "sparse")
+
+_GPT = {
+    "norm_type": "layernorm",
+    "mlp_type": "plain",
+    "position_embedding_type": "learned",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+}
+
+
+def mlp_layers(values: Mapping[str, Any]) -> list[str] | None:
+    """Return `mlp_layer_types` of a config that says by `first_k_dense_replace` which layers have experts.
+
+    `None` means that all have, if there are experts.
+
+    Raises:
+        InputError: for a number that is none, or more dense layers than there are layers.
+    """
+    number, first = values.get("num_hidden_layers"), values.get("first_k_dense_replace") or 0
+    if not isinstance(number, int) or not first:
+        return None
+    if not isinstance(first, int) or not 0 <= first <= number:
+        raise InputError(f"first_k_dense_replace={first!r} is more than num_hidden_layers={number}, or none")
+    return ["dense"] * first + ["sparse"] * (number - first)
+
+
+def _megatron(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    return {**_GPT, **sizes, "vocab_size": 51200, "max_position_embeddings": 2048}
+
+
+# Published shapes that are no preset of the family: the ten models of Narayanan et al. 2021 (arXiv:2104.04473,
+# table 1), the first of which are smaller versions of the last, MT-NLG (arXiv:2201.11990), and DeepSeek-V3.
+NAMED_SHAPES: dict[str, dict[str, Any]] = {
+    "megatron-1.7b": _megatron(24, 2304, 24),
+    "megatron-3.6b": _megatron(30, 3072, 32),
+    "megatron-7.5b": _megatron(36, 4096, 32),
+    "megatron-18b": _megatron(40, 6144, 48),
+    "megatron-39b": _megatron(48, 8192, 64),
+    "megatron-76b": _megatron(60, 10240, 80),
+    "megatron-145b": _megatron(80, 12288, 96),
+    "megatron-310b": _megatron(96, 16384, 128),
+    "megatron-530b": _megatron(105, 20480, 128),
+    "gpt3-1t": _megatron(128, 25600, 160),
+    # Without the module that predicts a second token (arXiv:2412.19437, section 4.2).
+    "deepseek-v3": {
+        **{"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "vocab_size": 129280},
+        **{"intermediate_size": 18432, "max_position_embeddings": 4096},
+        **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
+        **{"v_head_dim": 128, "num_local_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8},
+        **{"moe_intermediate_size": 2048, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4},
+        **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "routed_scaling_factor": 2.5},
+    },
+}
+
+
+# ---- towers ----
+#
+# Count a vision tower: its parameters, the tokens that a picture takes in a row, and the work of a picture.
+#
+#     tower = Tower.from_config(config, text_size=4096)  # of a config.json with a vision_config
+#     tower.num_parameters(), tower.tokens, tower.flops_per_picture()
+#
+# Names in formulas: h hidden_size, l layers, p patch_size, c channels, n patches of a picture.
+
+
+LARGEST_TOWER = 10**6
+# Types of models with a vision tower, and their text models where a config names none.
+WITH_TOWER = {"hfllm_vision": "hfllm", "llava": "llama"}
+# Types of towers whose weights are counted exactly, and whether the first vector stands for the whole picture.
+CLASS_VECTOR = {"siglip_vision_model": False, "clip_vision_model": True, "vit": True, "dinov2": True}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of a vision tower with the projector of Llava behind it.
+
+    Args:
+        model_type: one of `CLASS_VECTOR`.
+        hidden_size, intermediate_size, num_hidden_layers, image_size, patch_size, num_channels: of the tower.
+        has_head: whether it has a pooling head, which no text model reads.
+        text_size: width of the text model.
+        num_layers_read: layers whose vectors are joined.
+        has_projector_bias: whether the projector's two layers have biases.
+        keeps_all: whether all vectors are taken (`"full"`), or all but the first (`"default"`).
+    """
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    has_head: bool
+    text_size: int
+    num_layers_read: int = 1
+    has_projector_bias: bool = True
+    keeps_all: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], text_size: int, source: str = "config") -> "Tower":
+        """Return the tower of a config.json with a `vision_config`, of Llava's layout.
+
+        Args:
+            config: its content.
+            text_size: width of the text model.
+            source: its origin, for messages.
+
+        Raises:
+            InputError: for another type of tower, or a size that is missing or impossible.
+        """
+        vision = config["vision_config"]
+        where = f"{source}: vision_config"
+        if not isinstance(vision, Mapping):
+            raise InputError(f"{where} must be an object, got {type(vision).__name__}")
+        kind = vision.get("model_type")
+        # A list, since what a file holds may have no hash.
+        if kind not in list(CLASS_VECTOR):
+            raise InputError(f"{where}: model_type {kind!r} is not one of {', '.join(CLASS_VECTOR)}")
+        hidden = _size(vision, "hidden_size", where)
+        wide = hidden * _size(vision, "mlp_ratio", where, 4) if kind == "dinov2" else None
+        layers = config.get("vision_feature_layer", -1)
+        made = cls(
+            model_type=kind,
+            hidden_size=hidden,
+            intermediate_size=wide or _size(vision, "intermediate_size", where),
+            num_hidden_layers=_size(vision, "num_hidden_layers", where),
+            image_size=_size(vision, "image_size", where),
+            patch_size=_size(vision, "patch_size", where),
+            num_channels=_size(vision, "num_channels", where, 3),
+            has_head=bool(vision.get("vision_use_head", True)),
+            text_size=text_size,
+            num_layers_read=len(layers) if isinstance(layers, list) else 1,
+            has_projector_bias=bool(config.get("multimodal_projector_bias", True)),
+            keeps_all=config.get("vision_feature_select_strategy", "default") == "full",
+        )
+        if made.patch_size > made.image_size:
+            raise InputError(f"{where}: patch_size={made.patch_size} is more than image_size={made.image_size}")
+        return made
+
+    @property
+    def patches(self) -> int:
+        """Return the patches of a picture, n."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def vectors(self) -> int:
+        """Return the vectors inside the tower, n or n + 1."""
+        return self.patches + CLASS_VECTOR[self.model_type]
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens that a picture takes in a row of the text model."""
+        return self.vectors - (not self.keeps_all)
+
+    def layer_parameters(self) -> int:
+        """Return the parameters of one layer: 4 (h^2 + h), an MLP, two norms; DINOv2 also scales blocks."""
+        hidden, wide = self.hidden_size, self.intermediate_size
+        scales = 2 * hidden if self.model_type == "dinov2" else 0
+        return 4 * (hidden * hidden + hidden) + 2 * hidden * wide + wide + hidden + 4 * hidden + scales
+
+    def tower_parameters(self) -> int:
+        """Return the parameters of the tower, its pooling head included."""
+        hidden = self.hidden_size
+        filters = self.num_channels * self.patch_size**2 * hidden
+        tables = self.vectors * hidden + CLASS_VECTOR[self.model_type] * hidden
+        norm = 2 * hidden
+        beside = {
+            # A norm before the layers and one after; its filters have no bias.
+            "clip_vision_model": 2 * norm,
+            # A learned query, attention, a norm and an MLP pool the vectors.
+            "siglip_vision_model": hidden + norm + self.has_head * (hidden + self.layer_parameters() - norm),
+            # A linear pooler.
+            "vit": hidden + norm + hidden * hidden + hidden,
+            # A vector for masked patches.
+            "dinov2": hidden + norm + hidden,
+        }[self.model_type]
+        return filters + tables + beside + self.num_hidden_layers * self.layer_parameters()
+
+    def projector_parameters(self) -> int:
+        """Return the parameters of the projector: two linear layers."""
+        wide = self.num_layers_read * self.hidden_size
+        return self.text_size * (wide + self.text_size + 2 * self.has_projector_bias)
+
+    def num_parameters(self) -> int:
+        """Return the parameters of tower and projector."""
+        return self.tower_parameters() + self.projector_parameters()
+
+    def flops_per_picture(self) -> float:
+        """Return the FLOPs of training on one picture: 6 per multiplied parameter and vector, 12 h n in scores.
+
+        As for text models: three passes of two FLOPs, every vector attends to all others.
+        """
+        multiplied = self.num_hidden_layers * self.layer_parameters() + self.projector_parameters()
+        multiplied += self.num_channels * self.patch_size**2 * self.hidden_size
+        scores = 12 * self.num_hidden_layers * self.hidden_size * self.vectors
+        return float(self.vectors * (6 * multiplied + scores))
+
+    def activation_bytes_per_picture(self, bytes_per_value: int, is_recomputed: bool = False) -> float:
+        """Return the bytes that training keeps of one picture.
+
+        Per vector and layer: the inputs of both norms and of what follows them, queries, keys, values and attention's
+        output (8 h), and an MLP's inner states before and after its activation. Scores are not kept.
+
+        Args:
+            is_recomputed: whether only each layer's input is kept.
+        """
+        layer = self.hidden_size if is_recomputed else 8 * self.hidden_size + 2 * self.intermediate_size
+        projector = self.num_layers_read * self.hidden_size + 2 * self.text_size
+        return float(self.vectors * (self.num_hidden_layers * layer + projector) * bytes_per_value)
+
+
+def _size(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    value = config.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_TOWER:
+        what = "is missing" if value is None else f"{value!r} must be a whole number from 1 to {LARGEST_TOWER:,}"
+        raise InputError(f"{where}: {name} {what}" if value is None else f"{where}: {name}={what}")
+    return value
+
+
+# ---- shapes ----
+
 
 # Fields that say something of latent attention alone.
 LATENT = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
@@ -384,4 +702,62 @@ def _converted(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields_from_native(config)
 
 
-__all__ = ["LARGEST", "NAMED_SHAPES", "Shape"]
+# ---- mixed layers ----
+#
+# What layers of different types cost: keys that a query is scored against, and bytes that linear attention keeps.
+#
+# The sizes of blocks and pieces are those of `banded_hfllm.py` and `delta_rule_hfllm.py`, which import torch; a test
+# holds them together.
+
+
+SMALLEST_BLOCK = 64
+
+
+def banded_keys(window: int, length: int) -> int:
+    """Return against how many keys a query is scored in a layer with a window, by this family's attention in blocks.
+
+    A block of half a window reads all keys that it can reach. Texts of less than two such reaches are scored whole.
+    """
+    block = max(-(-window // 2), SMALLEST_BLOCK)
+    reach = block * (1 + -(-(window - 1) // block))
+    return reach if length > 2 * reach else length
+
+
+def scored_keys(shape: Shape, length: int, attention: str = "flash") -> int:
+    """Return against how many keys a token is scored, over all layers. `"eager"` attention scores what it masks."""
+    keys = {"full_attention": length, "linear_attention": 0}
+    # Chunks are computed as a window of their size.
+    for kind, window in (
+        ("sliding_attention", shape.sliding_window),
+        ("chunked_attention", shape.attention_chunk_size),
+    ):
+        keys[kind] = length if attention == "eager" else banded_keys(window or length, length)
+    return sum(keys[kind] for kind in shape.layer_types)
+
+
+def chunk_and_piece(key_head_dim: int, rows: int, length: int) -> tuple[int, int]:
+    """Return the tokens of a chunk and of a piece, in which this family's linear attention reads a text.
+
+    Args:
+        rows: heads times sequences of a batch.
+    """
+    chunk = min(32 if key_head_dim <= 64 else 64, length)
+    return chunk, chunk * max(1, max(256, 4096 // rows) // chunk)
+
+
+def linear_mixer_bytes(shape: Shape, size: int, sequences: int, length: int) -> float:
+    """Return the bytes per token that a layer of linear attention keeps, without the input of its projections.
+
+    These are the outputs of its projections, their decays and strengths, the input of the last projection, and the
+    state before each piece, which is computed again.
+
+    Args:
+        size: bytes per value of inputs and outputs of matrix products.
+        sequences: rows of a micro-batch.
+    """
+    heads = shape.linear_num_value_heads
+    keys, values = shape.linear_num_key_heads * shape.linear_key_head_dim, heads * shape.linear_value_head_dim
+    _, piece = chunk_and_piece(shape.linear_key_head_dim, heads * sequences, length)
+    states = 4 * shape.state_size * -(-length // piece) / length
+    # Of the decays the argument and the result of softplus and their product; strengths and their sigmoids.
+    return size * (2 * keys + 3 * values) + (12 + 2 * size) * heads + states

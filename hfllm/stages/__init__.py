@@ -1,1 +1,1 @@
-"""The long recipes' arguments, checks and builders, one file for each stage."""
+"""The long recipes' arguments, checks and builders, a file or a folder for each stage."""

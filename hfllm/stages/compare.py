@@ -352,12 +352,12 @@ def _metrics(script_args: CompareArguments, part: tuple[str, str], *logs: Mappin
 def own_metrics() -> dict[str, tuple[frozenset[str], dict[str, int]]]:
     """Return the primary metrics of each of our suites that has some, and in which direction metrics are better."""
     from hfllm.evaluation.suites import few_shot, pictures, preferences, refusals_suite, robustness, truthfulness
-    from hfllm.evaluation.suites import world_suites as world
+    from hfllm.evaluation.suites import world_suites
 
     kinds = [
         *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals_suite.XSTest, robustness.Robustness),
-        *(truthfulness.TruthfulQA, world.WorldTruthfulness, world.WorldPreferences, world.WorldRefusals),
-        world.WorldFewShot,
+        *(truthfulness.TruthfulQA, world_suites.WorldTruthfulness, world_suites.WorldPreferences, world_suites.WorldRefusals),
+        world_suites.WorldFewShot,
     ]
     found: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
     for kind in kinds:

@@ -33,7 +33,7 @@ def watch(
     """
     from pathlib import Path
 
-    from hfllm.scaling.flops import palm_flops_per_token
+    from hfllm.scaling.speed import palm_flops_per_token
     from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
     from hfllm.trainers.samples import SampleCallback
 

@@ -19,11 +19,9 @@ from hfllm.runs.stage import Stage
 
 if TYPE_CHECKING:
     from hfllm.evaluation.emergence import Emergence
-    from hfllm.scaling.fitting import Fit
-    from hfllm.scaling.forecast import Forecast
-    from hfllm.scaling.outliers import Outliers
+    from hfllm.scaling.fitting import Fit, Outliers, Runs
     from hfllm.scaling.report import Study
-    from hfllm.scaling.runs import Runs
+    from hfllm.scaling.studies import Forecast
     from hfllm.stages.scaling_grid import Row
 
 GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
@@ -182,10 +180,8 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
     Raises:
         InputError: for a table that cannot be fitted, naming its file.
     """
-    from hfllm.scaling.fitting import bootstrap, fit_law
-    from hfllm.scaling.outliers import DROP
+    from hfllm.scaling.fitting import DROP, Runs, bootstrap, fit_law, read_runs
     from hfllm.scaling.report import Study
-    from hfllm.scaling.runs import Runs, read_runs
 
     delta, sampling = script_args.huber_delta, (script_args.resamples, script_args.seed, script_args.huber_delta)
     outliers = None
@@ -221,7 +217,7 @@ def outliers_of(script_args: ScalingArguments, runs: "Runs", fit: "Fit | None" =
     Raises:
         InputError: naming the file, when it, or what is left of it, cannot be fitted.
     """
-    from hfllm.scaling.outliers import DROP, find_outliers
+    from hfllm.scaling.fitting import DROP, find_outliers
 
     try:
         outliers = find_outliers(runs, script_args.huber_delta, fit)
@@ -240,7 +236,7 @@ def forecast_of(runs: "Runs", delta: float, sampling: tuple[int, int, float]) ->
         sampling: resamples of the bootstrap, their seed, and `delta`.
     """
     from hfllm.scaling.fitting import bootstrap, fit_law
-    from hfllm.scaling.forecast import Forecast, fit_kaplan
+    from hfllm.scaling.studies import Forecast, fit_kaplan
 
     fit = fit_law(runs, delta)
     return Forecast(fit, bootstrap(fit, *sampling), fit_kaplan(runs, *sampling))
@@ -318,8 +314,8 @@ class SmallGrid:
 
     def large_run(self, forecast: "Forecast") -> "Runs":
         """Print the loss expected of the larger run, train it, and return it as a table."""
-        from hfllm.scaling.forecast import CHINCHILLA, KAPLAN
         from hfllm.scaling.report import formula
+        from hfllm.scaling.studies import CHINCHILLA, KAPLAN
 
         planned = self.grid.planned(self.large)
         parameters, tokens = planned[self.column], planned["tokens"]
@@ -360,6 +356,6 @@ class SmallGrid:
         return Emergence(probed)
 
     def _runs(self, rows: "list[Row]") -> "Runs":
-        from hfllm.scaling.runs import Runs
+        from hfllm.scaling.fitting import Runs
 
         return Runs(*([row[name] for row in rows] for name in (self.column, "tokens", "loss")))

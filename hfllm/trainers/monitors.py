@@ -49,7 +49,7 @@ class ThroughputCallback(TrainerCallback):
         tokens_per_step: tokens per optimizer step over all processes, or a function from the
             number of the step, from 1, to them. By default the trainer counts them, which needs
             `include_num_input_tokens_seen` (`non_padding` to exclude padding).
-        flops_per_token: for example `hfllm.scaling.flops.palm_flops_per_token(...)`. With `peak_flops` it gives `mfu`,
+        flops_per_token: for example `hfllm.scaling.speed.palm_flops_per_token(...)`. With `peak_flops` it gives `mfu`,
             the share of the peak that training reaches.
         peak_flops: peak FLOP/s of one device.
         bytes_per_token: UTF-8 bytes of training text per predicted token; gives `bits_per_byte`, from `loss`.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hfllm.scaling import advice
+from hfllm.scaling import planner as advice
 from hfllm.scaling.devices import find_device
 from hfllm.scaling.planner import Request, choose, plan
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape

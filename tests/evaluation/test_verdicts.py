@@ -198,12 +198,12 @@ def test_a_family_of_clusters():
 def test_every_suite_declares_what_decides_with_a_direction():
     from hfllm.evaluation import suites
     from hfllm.evaluation.suites import few_shot, pictures, preferences, refusals_suite, robustness, truthfulness
-    from hfllm.evaluation.suites import world_suites as world
+    from hfllm.evaluation.suites import world_suites
 
     kinds = [
         *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals_suite.XSTest, robustness.Robustness),
-        *(truthfulness.TruthfulQA, world.WorldTruthfulness, world.WorldPreferences, world.WorldRefusals),
-        world.WorldFewShot,
+        *(truthfulness.TruthfulQA, world_suites.WorldTruthfulness, world_suites.WorldPreferences, world_suites.WorldRefusals),
+        world_suites.WorldFewShot,
     ]
     for kind in kinds:
         assert kind.primary and {*kind.primary} <= kind.better.keys(), kind

@@ -105,9 +105,9 @@ def test_padding_on_either_side_and_one_token_prompts(make_target, blurred, prom
 
 def test_prompts_of_very_different_lengths(make_target, blurred, prompts, monkeypatch):
     """Where the logits of all columns in which rows end would be too many."""
-    from hfllm.generation.packed import ragged_model as ragged_cache
+    from hfllm.generation.packed import ragged_model
 
-    monkeypatch.setattr(ragged_cache, "MOST_LOGITS", 3 * 40)
+    monkeypatch.setattr(ragged_model, "MOST_LOGITS", 3 * 40)
     target = make_target()
     ids, mask = prompts(5)
     assert_same(target, blurred(target), ids, mask, num_draft_tokens=3)

@@ -14,7 +14,7 @@ from hfllm.data.passages import Passage, citations_of, with_passages, without_ci
 from hfllm.data.plain_text import plain_text
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
-from hfllm.grounding import answers as answers_module
+from hfllm.grounding import answers
 from hfllm.grounding.abstention import Abstainer
 from hfllm.grounding.answers import answer_with_passages
 from hfllm.grounding.chunking import Chunker
@@ -177,7 +177,7 @@ def test_questions_that_are_none_are_named(make_model, tokenizer, monkeypatch):
         refused("question 2 is a conversation, and the tokenizer has no chat template", "owl?", turns)
         refused("question 2 has no token", "owl?", "")
         refused("question 1 has no token", "", marginal="token")
-    monkeypatch.setattr(answers_module, "as_prompt", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(answers, "as_prompt", lambda *_: pytest.fail("asked"))
     monkeypatch.setattr(tokenizer, "_special_tokens_map", {**tokenizer._special_tokens_map, "pad_token": None})
     refused("the tokenizer has no padding token: set tokenizer.pad_token", "owl?")
 

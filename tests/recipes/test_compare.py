@@ -215,11 +215,11 @@ def test_our_own_samples_by_their_primary_figures(tmp_path):
 def test_our_samples_have_the_family_of_the_evaluation_that_wrote_them(tmp_path):
     """Suites of one name have other primary figures on the world, and lm-eval's tasks those that they name first."""
     from hfllm.evaluation.suites import robustness
-    from hfllm.evaluation.suites import world_suites as world
+    from hfllm.evaluation.suites import world_suites
     from hfllm.evaluation.suites.base import Item
     from hfllm.stages.evaluate_report import report
 
-    class Tasks(world.WorldSuite):
+    class Tasks(world_suites.WorldSuite):
         name, better, primary = "lm_eval", {"acc": 1, "misses": -1}, ("misses",)
 
         def items(self):
@@ -230,10 +230,10 @@ def test_our_samples_have_the_family_of_the_evaluation_that_wrote_them(tmp_path)
 
     attacked = robustness.Robustness(dataset_name="x")
     groups = [
-        (world.WorldTruthfulness(None), world.KNOWN, ("right", "wrong", "mc2")),
-        (world.WorldFewShot(None), "0 shots", ("right", "acc", "exact_match")),
-        (world.WorldRefusals(None), "unsafe", ("refuses", "complies")),
-        (world.WorldRefusals(None), "safe", ("over_refusal",)),
+        (world_suites.WorldTruthfulness(None), world_suites.KNOWN, ("right", "wrong", "mc2")),
+        (world_suites.WorldFewShot(None), "0 shots", ("right", "acc", "exact_match")),
+        (world_suites.WorldRefusals(None), "unsafe", ("refuses", "complies")),
+        (world_suites.WorldRefusals(None), "safe", ("over_refusal",)),
         (attacked, robustness.RANDOM, ("accuracy",)),
         (attacked, "typos", ("accuracy",)),
         (Tasks(None), "sums", ("acc", "misses")),

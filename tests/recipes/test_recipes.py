@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hfllm.errors import InputError
 from hfllm.rewards.functions import length_penalty
-from hfllm.runs import models as stage_models
+from hfllm.runs import models
 from hfllm.stages import rlhf as rlhf_stage
 from hfllm.stages.rlhf_tools import NO_TOOLS
 from hfllm.stages.sft import instruction_data
@@ -261,8 +261,8 @@ def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     monkeypatch.setattr("hfllm.models.scorers.load_scorer", lambda name, **kwargs: loaded.update({name: kwargs}))
     flags = ["--model_name_or_path", "my/policy", "--model_revision", "v2", "--use_peft", "--load_in_8bit"]
     script_args, training_args, model_args = rlhf.parse([*flags, "--value_model", "my/critic"])
-    stage_models.load_reward_model("my/reward", model_args)
-    stage_models.load_value_model(script_args.value_model, model_args, ["my/reward"])
+    models.load_reward_model("my/reward", model_args)
+    models.load_value_model(script_args.value_model, model_args, ["my/reward"])
     assert {name: kwargs["revision"] for name, kwargs in loaded.items()} == {"my/reward": "main", "my/critic": "main"}
     assert "quantization_config" in loaded["my/reward"] and "quantization_config" not in loaded["my/critic"]
     (reward,) = rlhf_stage.stages_before(script_args, training_args, model_args).runs.values()

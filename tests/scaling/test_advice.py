@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 
 from hfllm.models.presets import preset
-from hfllm.scaling.advice import duration, larger_cluster, sentences
 from hfllm.scaling.devices import GIB, find_device
 from hfllm.scaling.layouts import MEGATRON, Layout
-from hfllm.scaling.planner import Request, choose, plan
+from hfllm.scaling.planner import Request, choose, duration, larger_cluster, plan, sentences
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 
 LLAMA = Shape.from_config(preset("llama-2-7b"))

@@ -7,11 +7,19 @@ import numpy
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.scaling.fitting import COEFFICIENTS, DELTA, HuberObjective, bootstrap, fit_law, grid
-from hfllm.scaling.isoflop import frontier, frontier_law, isoflop_law, isoflops
+from hfllm.scaling.fitting import (
+    COEFFICIENTS,
+    DELTA,
+    HuberObjective,
+    Runs,
+    bootstrap,
+    fit_law,
+    grid,
+    minimize,
+    read_runs,
+)
 from hfllm.scaling.laws import CHINCHILLA, EPOCH, ParametricLaw
-from hfllm.scaling.minimize import minimize
-from hfllm.scaling.runs import Runs, read_runs
+from hfllm.scaling.studies import frontier, frontier_law, isoflop_law, isoflops
 
 
 def made_runs(law, count, noise, seed=0, sizes=(3e7, 1e10), tokens=(3e8, 5e11)):

@@ -1,12 +1,11 @@
-"""hfllm.scaling.forecast: Kaplan's law fitted beside Chinchilla's, and the better one believed."""
+"""hfllm.scaling.studies: Kaplan's law fitted beside Chinchilla's, and the better one believed."""
 
 import numpy
 import pytest
 
-from hfllm.scaling.fitting import bootstrap, fit_law
-from hfllm.scaling.forecast import Forecast, KaplanObjective, fit_kaplan
+from hfllm.scaling.fitting import Runs, bootstrap, fit_law
 from hfllm.scaling.laws import EPOCH, KaplanLaw
-from hfllm.scaling.runs import Runs
+from hfllm.scaling.studies import Forecast, KaplanObjective, fit_kaplan
 
 TRUTH = KaplanLaw(N_c=8.6e7, D_c=7.3e9, alpha_N=0.18, alpha_D=0.14)
 

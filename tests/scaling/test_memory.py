@@ -10,19 +10,19 @@ import hfllm
 from hfllm.errors import InputError
 from hfllm.models.banded_hfllm import banded_mask
 from hfllm.models.delta_rule_hfllm import chunk_length, piece_length
-from hfllm.scaling.activations import (
+from hfllm.scaling.devices import MIB, find_device
+from hfllm.scaling.layouts import Layout
+from hfllm.scaling.memory import (
     PRECISIONS,
     autocast_weights,
+    device_memory,
     korthikanti_activations,
     layer_activations,
     layer_workspace,
     loss_bytes,
+    zero_state_bytes,
 )
-from hfllm.scaling.devices import MIB, find_device
-from hfllm.scaling.layouts import Layout
-from hfllm.scaling.memory import device_memory, zero_state_bytes
-from hfllm.scaling.mixed_layers import banded_keys, chunk_and_piece
-from hfllm.scaling.shapes import NAMED_SHAPES, Shape
+from hfllm.scaling.shapes import NAMED_SHAPES, Shape, banded_keys, chunk_and_piece
 from hfllm.scaling.speed import flops_per_token
 
 BATCH, LENGTH = 2, 64

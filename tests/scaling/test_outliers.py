@@ -3,9 +3,8 @@
 import numpy
 import pytest
 
+from hfllm.scaling.fitting import Runs, find_outliers, read_runs
 from hfllm.scaling.laws import EPOCH
-from hfllm.scaling.outliers import find_outliers
-from hfllm.scaling.runs import Runs, read_runs
 
 
 def made(count=60, noise=4e-3, seed=0):

@@ -3,9 +3,8 @@
 import pytest
 
 from hfllm.models.presets import preset
-from hfllm.scaling import flops
-from hfllm.scaling.activations import PRECISIONS, korthikanti_activations
-from hfllm.scaling.memory import zero_state_bytes
+from hfllm.scaling import speed as flops
+from hfllm.scaling.memory import PRECISIONS, korthikanti_activations, zero_state_bytes
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 
 GB = 1e9

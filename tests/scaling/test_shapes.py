@@ -12,9 +12,9 @@ from hfllm.errors import InputError
 from hfllm.models.family_rows import FAMILIES as CONVERTED
 from hfllm.models.native_families import config_from_native
 from hfllm.models.presets import preset
-from hfllm.scaling.configs import _family_fields
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.memory import _stage_parameters, _stages
+from hfllm.scaling.plan_report import _family_fields
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 from hfllm.scaling.speed import flops_per_token
 

@@ -5,14 +5,21 @@ from dataclasses import replace
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.scaling.activations import PRECISIONS, layer_activations
 from hfllm.scaling.devices import find_device
-from hfllm.scaling.flops import palm_flops_per_token
-from hfllm.scaling.layouts import Layout
-from hfllm.scaling.links import FAR_LATENCY, NEAR_LATENCY, exchange_seconds, gather_seconds
+from hfllm.scaling.layouts import Layout, stage_layers
+from hfllm.scaling.memory import PRECISIONS, layer_activations
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
-from hfllm.scaling.speed import COMPILED_TRAVERSALS, TRAVERSALS, estimate, flops_per_token
-from hfllm.scaling.stages import stage_layers
+from hfllm.scaling.speed import (
+    COMPILED_TRAVERSALS,
+    FAR_LATENCY,
+    NEAR_LATENCY,
+    TRAVERSALS,
+    estimate,
+    exchange_seconds,
+    flops_per_token,
+    gather_seconds,
+    palm_flops_per_token,
+)
 
 A100, BF16 = find_device("a100-80gb"), PRECISIONS["bf16"]
 GPT22B = {**NAMED_SHAPES["megatron-18b"], "num_hidden_layers": 48, "num_attention_heads": 64}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.special import logsumexp, rel_entr
 
-from hfllm.trainers.distillation import losses as distillation_losses
+from hfllm.trainers.distillation import losses
 from hfllm.trainers.distillation.losses import (
     LossSettings,
     TeacherHead,
@@ -174,13 +174,13 @@ def test_a_frozen_head_no_gradient_and_no_tokens(case):
 def test_without_a_gradient_none_is_made(case, monkeypatch):
     arguments, asked = (case["hidden"], case["head"], case["targets"], case["teacher"], LossSettings(), 4), []
     expected = linear_distillation(*arguments)
-    original = distillation_losses._losses_and_gradient
+    original = losses._losses_and_gradient
 
     def asking(*args):
         asked.append(args[-1])
         return original(*args)
 
-    monkeypatch.setattr(distillation_losses, "_losses_and_gradient", asking)
+    monkeypatch.setattr(losses, "_losses_and_gradient", asking)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             torch.testing.assert_close(linear_distillation(*arguments), tuple(value.detach() for value in expected))

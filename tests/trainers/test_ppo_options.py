@@ -14,7 +14,7 @@ import hfllm
 from hfllm.errors import InputError
 from hfllm.rewards.ensembles import RewardEnsemble
 from hfllm.rewards.models import RewardModel, TokenRewardModel
-from hfllm.trainers.ppo import base_trainer as engine
+from hfllm.trainers.ppo import base_trainer
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.trainer import PPOTrainer
 
@@ -107,8 +107,8 @@ def test_no_split_changes_the_gradient(
 def test_a_large_vocabulary_makes_passes_small_on_a_cpu(tokens, asked_for, bound, make_trainer, prompts, monkeypatch):
     """Rows of 8 tokens: as many as the logits of so many tokens allow, at least one, or what is asked for."""
     trainer = make_trainer(max_tokens_per_pass=asked_for and 8 * asked_for, length_bucket_size=64)
-    monkeypatch.setattr(engine, "LEAST_CPU_TOKENS", 8)
-    monkeypatch.setattr(engine, "MOST_CPU_LOGITS", tokens * trainer.policy.config.vocab_size)
+    monkeypatch.setattr(base_trainer, "LEAST_CPU_TOKENS", 8)
+    monkeypatch.setattr(base_trainer, "MOST_CPU_LOGITS", tokens * trainer.policy.config.vocab_size)
     ones = torch.ones(6, 4, dtype=torch.long)
     batch = {name: ones for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")}
     assert max(len(group["prompt_ids"]) for _, group in trainer._passes(batch)) == bound
@@ -676,7 +676,7 @@ def test_each_prompt_gets_its_generations_in_one_rollout(make_trainer):
 def test_completions_are_kept_as_parquet_and_shown(make_trainer, prompts, tmp_path, monkeypatch):
     trainer = make_trainer(log_completions=True, max_steps=4, eval_dataset=prompts)
     shown = []
-    monkeypatch.setattr(engine, "log_table", lambda callbacks, *table: shown.append(table))
+    monkeypatch.setattr(base_trainer, "log_table", lambda callbacks, *table: shown.append(table))
     trainer.train()
     trainer.evaluate()
     assert [(name, step) for name, _, step in shown][:2] == [("completions", 0), ("completions", 2)]
