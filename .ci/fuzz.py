@@ -243,9 +243,8 @@ def read_config(path: Path) -> object:
 
 
 def read_report(path: Path) -> object:
-    from hfllm.outputs.card import model_card, public_report
-    from hfllm.outputs.flags import flag_sections
-    from hfllm.outputs.parents import lineage
+    from hfllm.outputs.card import lineage, model_card, public_report
+    from hfllm.outputs.report import flag_sections
     from hfllm.outputs.report import read_report as read
     from hfllm.runs.command_line import finished_run
 

@@ -40,8 +40,7 @@ from constitution_arms import (
 from hfllm.data.world.world import World
 from hfllm.evaluation.constitution import HELPFUL as HARMLESS_GROUP
 from hfllm.evaluation.constitution import NEW, NEW_PHRASING, Asked, answer, figures, is_right, judged, prompts_to_ask
-from hfllm.outputs.figures import mean_of, plus_minus, readable
-from hfllm.outputs.report import markdown_table, write_atomically
+from hfllm.outputs.report import markdown_table, mean_of, plus_minus, readable, write_atomically
 from hfllm.stages.constitution import RL, ConstitutionArguments
 from hfllm.stages.constitution_evaluation import HARMLESS
 from hfllm.stages.constitution_runs import HELPFUL, REWARD, SL, course_of

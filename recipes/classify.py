@@ -38,7 +38,7 @@ def main(
     """Fine-tune, judge, save, write the report. Return the metrics."""
     from transformers import set_seed
 
-    from hfllm.outputs.labels import write_labels
+    from hfllm.outputs.card import write_labels
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import check_trainable, fitting_length
     from hfllm.runs.stage import Stage

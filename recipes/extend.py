@@ -38,7 +38,7 @@ def main(
     from transformers import set_seed
 
     from hfllm.models.extension import extend_model, extended_config
-    from hfllm.outputs.python_lines import loading_lines
+    from hfllm.outputs.card import loading_lines
     from hfllm.runs.models import check_trainable, load_policy
     from hfllm.runs.stage import Stage
     from hfllm.stages import extend, extend_data

@@ -24,7 +24,7 @@ def parse(argv: Sequence[str]) -> tuple[MergeArguments]:
 @trusts_code_if_asked
 def main(script_args: MergeArguments) -> dict[str, float]:
     """Merge, compare, save, write the report. Return the metrics."""
-    from hfllm.outputs.python_lines import loading_lines
+    from hfllm.outputs.card import loading_lines
     from hfllm.runs.stage import Stage
     from hfllm.stages.merge import adapter_to_merge, merge_into_base
 

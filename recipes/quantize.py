@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> tuple[QuantizeArguments, "ModelConfig"]:
 def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, quantize, measure, save, report. Return the metrics."""
     from hfllm.compression.schemes import default_device, quiet_bitsandbytes
-    from hfllm.outputs.python_lines import loading_lines
+    from hfllm.outputs.card import loading_lines
     from hfllm.runs.adapters import whole_model
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import load_policy

@@ -37,7 +37,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from transformers import set_seed
 
     from hfllm.data.loading import world_of
-    from hfllm.outputs.figures import plus_minus, share_error, with_error
+    from hfllm.outputs.report import plus_minus, share_error, with_error
     from hfllm.runs.adapters import load_scorer_to_train
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_tokenizer, peft_config

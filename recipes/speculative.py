@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> tuple[SpeculativeArguments, "ModelConfig"]:
 def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, measure, write the report. Return the metrics."""
     from hfllm.compression.schemes import quiet_bitsandbytes
-    from hfllm.outputs.python_lines import speculative_lines
+    from hfllm.outputs.card import speculative_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages import speculative

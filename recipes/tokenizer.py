@@ -28,8 +28,7 @@ def main(script_args: TokenizerArguments) -> dict[str, float]:
 
     from hfllm.data.mixtures import load_sources
     from hfllm.data.prepared import Prepared
-    from hfllm.outputs.flags import by_contents
-    from hfllm.outputs.report import Plot
+    from hfllm.outputs.report import Plot, by_contents
     from hfllm.runs.stage import Stage
     from hfllm.stages.tokenizer import compression_by_size, make_tokenizer
 

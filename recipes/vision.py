@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConf
 def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, judge, save, write the report. Return the metrics."""
     from hfllm.data.picture_batches import words_of_places
-    from hfllm.outputs.picture_lines import picture_lines
+    from hfllm.outputs.pictures import picture_lines
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
     from hfllm.stages import own_pictures, vision, vision_data, vision_models, vision_ppo

@@ -13,8 +13,18 @@ from hfllm.evaluation.fine_tuning import SAMPLES, prompt_text
 from hfllm.evaluation.refusals import refuses
 from hfllm.evaluation.responses import JudgedAnswer, by_group, judge_tasks, mean_gold
 from hfllm.evaluation.suites.world_suites import GROUPS
-from hfllm.outputs.figures import change_of, changes, label_of, mean_of, plus_minus, readable, standard_error, verdict
-from hfllm.outputs.report import Plot, plot_history
+from hfllm.outputs.report import (
+    Plot,
+    change_of,
+    changes,
+    label_of,
+    mean_of,
+    plot_history,
+    plus_minus,
+    readable,
+    standard_error,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,7 +128,7 @@ GOLD_SAMPLE = {"prompt": "prompt", "response": "response", "reward": "gold"}
 def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, float]:
     """Return the report's metrics; those with `gold` and `fact` only where the data has a gold reward.
 
-    Each stands with its standard error and number of prompts, see `hfllm.outputs.figures`.
+    Each stands with its standard error and number of prompts, see `hfllm.outputs.report`.
     """
     metrics: dict[str, float] = {}
     if after.sampled:

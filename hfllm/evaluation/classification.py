@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
-from hfllm.outputs.figures import mean_of, share_error, with_error
+from hfllm.outputs.report import mean_of, share_error, with_error
 
 RESAMPLES = 500
 # First word, last word, type.

@@ -13,7 +13,7 @@ from hfllm.data.world.critics import HELPFUL_FAMILIES, NEW_HARMS, SHOWN_HARMS, d
 from hfllm.data.world.rubric import COMPLIES, REFUSAL_PHRASES, RIGHT, gold_score, words_of
 from hfllm.data.world.world import Task, World
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.figures import mean_of
+from hfllm.outputs.report import mean_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,7 +166,7 @@ def is_right(answered: Answered) -> bool:
 
 def side_by_side(metrics: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of a table: one for each figure in `names`, a column for each model."""
-    from hfllm.outputs.figures import plus_minus
+    from hfllm.outputs.report import plus_minus
 
     return [
         {

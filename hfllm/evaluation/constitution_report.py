@@ -19,8 +19,7 @@ from hfllm.evaluation.constitution import (
     side_by_side,
     values_of,
 )
-from hfllm.outputs.figures import Promise, change_of, mean_of, plus_minus
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plus_minus
 
 Row = Mapping[str, Any]
 # How the report calls the models.

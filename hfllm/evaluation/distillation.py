@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING
 from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import World
 from hfllm.evaluation.responses import JudgedAnswer, gold_by_group, judge_tasks
-from hfllm.outputs.figures import averaged, is_noise, mean_of, plus_minus, ratio_error, standard_error, with_error
-from hfllm.outputs.report import Bars, Plot, plot_history
+from hfllm.outputs.report import (
+    Bars,
+    Plot,
+    averaged,
+    is_noise,
+    mean_of,
+    plot_history,
+    plus_minus,
+    ratio_error,
+    standard_error,
+    with_error,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +77,7 @@ def fit_metrics(
 
     Returns:
         `perplexity_NAME`, and `agreement_NAME`: the share of targets where its most likely token is the teacher's;
-        each with its standard error over rows and their number, see `hfllm.outputs.figures`.
+        each with its standard error over rows and their number, see `hfllm.outputs.report`.
     """
     import torch
 

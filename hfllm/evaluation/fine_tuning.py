@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.messages import content_text
 from hfllm.evaluation.distillation import row_losses
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.figures import change_of, is_noise, plus_minus, ratio_error
+from hfllm.outputs.report import change_of, is_noise, plus_minus, ratio_error
 
 if TYPE_CHECKING:
     from datasets import Dataset

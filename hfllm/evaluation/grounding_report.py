@@ -23,8 +23,7 @@ from hfllm.data.world.passage_tasks import (
 from hfllm.data.world.vocabulary import ATTRIBUTES
 from hfllm.evaluation.grounding import Answered
 from hfllm.evaluation.responses import JudgedAnswer, gold_by_group
-from hfllm.outputs.figures import Promise, mean_of, plus_minus
-from hfllm.outputs.report import Found, Plot
+from hfllm.outputs.report import Found, Plot, Promise, mean_of, plus_minus
 
 SFT, GROUNDED = "sft", "grounded"
 GATED, UNGATED = "gated", "ungated"

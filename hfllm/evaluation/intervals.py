@@ -19,7 +19,7 @@ import numpy as np
 
 from hfllm.errors import InputError
 from hfllm.outputs.calibration import Interval, as_numbers, check_share
-from hfllm.outputs.figures import ratio_error, standard_error
+from hfllm.outputs.report import ratio_error, standard_error
 
 NUM_RESAMPLES = 2000
 # Numbers that are drawn at a time.

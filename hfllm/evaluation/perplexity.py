@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.outputs.figures import ratio_error, with_error
+from hfllm.outputs.report import ratio_error, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class TextLikelihood:
 
 
 def perplexity_change(before: TextLikelihood, after: TextLikelihood) -> dict[str, float]:
-    """Return the metrics of the perplexity of the same texts under two models, see `hfllm.outputs.figures`."""
+    """Return the metrics of the perplexity of the same texts under two models, see `hfllm.outputs.report`."""
     found = {}
     for side, fit in (("before", before), ("after", after)):
         measured = fit.metrics()

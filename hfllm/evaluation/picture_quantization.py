@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.evaluation.pictures import Asked, is_right
 from hfllm.evaluation.quantization import QuantizationEvaluation
-from hfllm.outputs.figures import change_of
+from hfllm.outputs.report import change_of
 
 if TYPE_CHECKING:
     import torch

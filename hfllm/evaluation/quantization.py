@@ -9,7 +9,7 @@ from hfllm.compression.schemes import linear_bytes, stored_bytes
 from hfllm.data.world.world import World
 from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
 from hfllm.evaluation.responses import judge_tasks
-from hfllm.outputs.figures import change_of
+from hfllm.outputs.report import change_of
 
 if TYPE_CHECKING:
     import torch

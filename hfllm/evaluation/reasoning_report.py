@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hfllm.data.world.reasoning import DIAL, NUMBERS_OF_DIAL, SIZES, Problem
 from hfllm.evaluation.reasoning import Answered, is_dial, is_hops, values_of
-from hfllm.outputs.figures import Promise, change_of, mean_of, plus_minus
-from hfllm.outputs.report import Plot, plot_history
+from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plot_history, plus_minus
 
 # How the report calls the models.
 TITLES = {

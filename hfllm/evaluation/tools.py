@@ -18,7 +18,7 @@ from hfllm.data.world.world import World
 from hfllm.environments.built_in import calculator, lookup_in
 from hfllm.environments.episodes import Continue, Episode, run_episodes
 from hfllm.environments.tool_environment import ToolEnvironment
-from hfllm.outputs.figures import mean_of
+from hfllm.outputs.report import mean_of
 from hfllm.rewards.functions import completion_text
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from hfllm.data.world.tool_tasks import CHANGED, NEED, NO_NEED, SUM, UNKNOWN
 from hfllm.evaluation.constitution import side_by_side
 from hfllm.evaluation.tools import KNOWN, Answered, figures, values_of
-from hfllm.outputs.figures import Promise, change_of, mean_of, plus_minus
-from hfllm.outputs.report import Found, Plot
+from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, plus_minus
 from hfllm.rewards.functions import transcript
 
 SHOWN, RL, SHUFFLED, PLAIN, OFF = "shown", "rl", "shuffled", "plain", "off"

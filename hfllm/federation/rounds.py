@@ -26,7 +26,7 @@ from hfllm.federation.server_optimizers import ServerOptimizer
 from hfllm.federation.transports import Transport
 from hfllm.federation.updates import Failure, Update
 from hfllm.fingerprint import fingerprint
-from hfllm.outputs.flags import CONTENTS, by_contents
+from hfllm.outputs.report import CONTENTS, by_contents
 
 STATE_FILE = "federation.safetensors"
 WEIGHT, SERVER = "weight.", "server."

@@ -6,7 +6,7 @@ from hfllm.errors import InputError
 from hfllm.generation.voting import best_by_reward, majority
 from hfllm.grounding.meanings import normalized
 from hfllm.grounding.verification import SUPPORTED, Check, Splitter, all_supported, claims_of, verify
-from hfllm.outputs.figures import mean_of, readable, standard_error
+from hfllm.outputs.report import mean_of, readable, standard_error
 
 # For each prompt the place of the answer to keep, or `None` to abstain.
 Choice = list[int | None]

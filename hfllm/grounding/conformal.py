@@ -21,7 +21,7 @@ import numpy as np
 from hfllm.errors import InputError
 from hfllm.grounding.abstention import Abstainer
 from hfllm.outputs.calibration import as_numbers, as_pairs, check_share
-from hfllm.outputs.figures import standard_error
+from hfllm.outputs.report import standard_error
 
 CORRECTIONS = ("fixed_sequence", "bonferroni")
 P_VALUES = ("hoeffding_bentkus", "binomial")

@@ -1,4 +1,4 @@
-"""The model card of a finished run, written from its folder as a Hub repository's README.md.
+"""The model card of a finished run, written from its folder as README.md: use, origin, data, figures.
 
 The card depends only on the folder and has no dates, so publishing the same run twice changes nothing.
 """
@@ -15,18 +15,17 @@ from hfllm.outputs.files import (
     CARD,
     CONFIG,
     LABELS,
+    MERGED_FROM,
     count_parameters,
     is_adapter,
     plot_files,
     read_json,
     sees_pictures,
 )
-from hfllm.outputs.flags import flag_sections, folded
-from hfllm.outputs.merged import first_base, merged_adapters, merged_base, merged_from
-from hfllm.outputs.names import code_span, is_hub_id, plain_line, quoted
-from hfllm.outputs.parents import entries, learned_from, origin
 from hfllm.outputs.report import (
     figures_markdown,
+    flag_sections,
+    folded,
     markdown_table,
     read_report,
     warnings_markdown,
@@ -497,3 +496,213 @@ def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[s
         f"assistant = pipeline('text-generation', {folder!r})",
         f"print(assistant({prompt!r}, max_new_tokens=48){answer})",
     ]
+
+
+# ---- parents ----
+#
+# Where a model comes from: the stages before it and the model that the first of them started from.
+
+
+# The metrics that count what a stage learned from, and what the rows are.
+ROWS = {
+    "documents": "texts",
+    "examples": "demonstrations",
+    "train_comparisons": "comparisons",
+    "train_prompts": "prompts",
+    "train_rows": "rows",
+}
+# The role of the model that training starts from; others are such as `reward model` and `teacher`.
+START = "model"
+BEFORE = "start of the "
+
+
+def lineage(models: Mapping[str, str | Sequence[str] | None]) -> list[dict[str, Any]]:
+    """Return the models that a stage reads and those before them, in the order in which they were made, each once.
+
+    Args:
+        models: names or folders, by role: `model` is the one that training starts from.
+
+    Returns:
+        An entry per model: its `role` and `model` (folder or Hub id); `hub_id` of one of the Hub; of one that a
+        stage made `stage`, `data`, `rows` and `kind` of rows, as far as its report tells.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for role, named in models.items():
+        for name in [named] if isinstance(named, str) else named or []:
+            for entry in _with_parents(role, name):
+                found.setdefault((entry["model"], entry.get("stage", "")), entry)
+    return list(found.values())
+
+
+def _with_parents(role: str, name: str, children: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Return a model's entry after those of the models before it.
+
+    Args:
+        children: the models that come after it, none of which is before it.
+    """
+    if not Path(name).is_dir():
+        return [{"role": role, "model": name, "hub_id": name}]
+    report, ancestor = read_report(name), role if role == START else f"{BEFORE}{role.removeprefix(BEFORE)}"
+    own = {"role": role, "model": name}
+    if report is None:
+        base = read_json(Path(name) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        parents = None
+    else:
+        base, parents = report.get("arguments", {}).get("model_name_or_path"), entries(report.get("parents"))
+        own |= {"stage": report.get("stage"), **learned_from(report)}
+    if parents is None:
+        # Another tool's model, or one whose report is of before the lineage was written.
+        is_known = isinstance(base, str) and base and base not in (name, *children)
+        parents = _with_parents(START, base, (name, *children)) if is_known else []
+    return [*({**entry, "role": ancestor if entry["role"] == START else entry["role"]} for entry in parents), own]
+
+
+def learned_from(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the name of the data of a run and the number of rows, as far as its report has them."""
+    metrics, data = report.get("metrics") or {}, report.get("arguments", {}).get("dataset_name")
+    counts = {name: metrics[name] for name in ROWS if isinstance(metrics.get(name), int | float)}
+    rows = next(({"rows": count, "kind": ROWS[name]} for name, count in counts.items()), {})
+    return {**({"data": data} if data else {}), **rows}
+
+
+def entries(parents: object) -> list[dict[str, Any]] | None:
+    """Return the lineage that a report tells, without what is no entry: models come from elsewhere too."""
+    if not isinstance(parents, list):
+        return None
+    kinds = {"role": str, "model": str, "stage": str, "hub_id": str, "data": str, "kind": str, "rows": int | float}
+    return [
+        {name: value for name, value in entry.items() if name not in kinds or isinstance(value, kinds[name])}
+        for entry in parents
+        if isinstance(entry, dict) and isinstance(entry.get("role"), str) and isinstance(entry.get("model"), str)
+    ]
+
+
+def origin(parents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the first model of the line that training started from: a base model, or what a first stage made."""
+    return next((entry for entry in parents if entry["role"] == START), None)
+
+
+# ---- python lines ----
+#
+# Lines of Python that reports show for a saved model.
+
+
+def loading_lines(folder: str, task: str | None = None) -> list[str]:
+    """Return the lines of Python that load the model in `folder` and its tokenizer, or its processor if it sees.
+
+    Args:
+        task: as PEFT names it, such as SEQ_CLS; by default that of a language model.
+    """
+    kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+    kinds["QUESTION_ANS"] = "QuestionAnswering"
+    words, reader = "CausalLM", ("tokenizer", "AutoTokenizer")
+    if sees_pictures(Path(folder)):
+        words, reader = "ImageTextToText", ("processor", "AutoProcessor")
+    auto_class = f"AutoModelFor{kinds.get(task or '', words)}"
+    # transformers supports bitsandbytes without hfllm; our own scheme and family need hfllm imported.
+    return [
+        "import hfllm",
+        f"from transformers import {auto_class}, {reader[1]}",
+        f"model = {auto_class}.from_pretrained({folder!r})",
+        f"{reader[0]} = {reader[1]}.from_pretrained({folder!r})",
+    ]
+
+
+def speculative_lines(model: str, draft: str) -> list[str]:
+    """Return the lines of Python that decode a model speculatively.
+
+    Args:
+        model: its folder or Hub id.
+        draft: the expression that makes the draft, such as `Int8Draft()`.
+    """
+    return [
+        "import hfllm",
+        f"from hfllm.generation.speculative import {draft.partition('(')[0]}, speculative_generate",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"tokenizer = AutoTokenizer.from_pretrained({model!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({model!r})",
+        f"draft = {draft}",
+        "output = speculative_generate(model, draft, **tokenizer('...', return_tensors='pt'), max_new_tokens=64)",
+    ]
+
+
+# ---- names ----
+#
+# Names of users' models, data and folders in Markdown: whatever characters they have, they stay what they are.
+
+
+# The Hub takes no longer names.
+_HUB_ID = re.compile(r"[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?")
+
+
+def is_hub_id(value: object) -> bool:
+    """Return whether a name can be that of a repository of the Hub."""
+    return isinstance(value, str) and _HUB_ID.fullmatch(value) is not None
+
+
+def code_span(value: object) -> str:
+    """Return a name as a code span, which it does not leave; a pipe is for `markdown_table` to escape."""
+    text = _printable(value)
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if longest or not text.strip() else ""
+    return f"{fence}{space}{text or ' '}{space}{fence}"
+
+
+def plain_line(value: object) -> str:
+    """Return a name as the text of a heading, without tags that a page would follow."""
+    return _printable(value).strip().replace("<", "&lt;")
+
+
+def quoted(value: object) -> str:
+    """Return a name as a string of Python in a block of code, which it does not end."""
+    return json.dumps(_printable(value), ensure_ascii=False).replace("```", "'''")
+
+
+def _printable(value: object) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in str(value))
+
+
+# ---- labels ----
+#
+# The names of a head's labels, beside the weights: the config of a whole model has them, that of an adapter not.
+
+
+def write_labels(folder: str | Path, labels: Sequence[str]) -> None:
+    """Write the labels in order, as `id2label` of a config would have them."""
+    text = json.dumps({"id2label": dict(enumerate(labels))}, indent=2, ensure_ascii=False)
+    write_atomically(Path(folder) / LABELS, text + "\n")
+
+
+# ---- merged ----
+#
+# Say what a model was merged from, as the record in its folder tells.
+
+
+def merged_from(folder: Path) -> dict[str, Any]:
+    """Return the record of a merged model: its `adapter` and `base_model_name_or_path`; empty for any other model."""
+    return read_json(folder / MERGED_FROM)
+
+
+def first_base(folder: Path) -> str | None:
+    """Return the model of the Hub that the first of the merged adapters was trained on, `None` if that is local."""
+    record = merged_from(folder)
+    if not record or record.get("base_is_local") is False:
+        return record.get("base_model_name_or_path")
+    return first_base(Path(record["base_model_name_or_path"]))
+
+
+def merged_adapters(folder: Path) -> list[str]:
+    """Return the names of the adapters that were merged one after the other, the first one first."""
+    record = merged_from(folder)
+    if not record:
+        return []
+    return [*merged_adapters(Path(record["base_model_name_or_path"])), record["adapter"]]
+
+
+def merged_base(folder: Path) -> Path | None:
+    """Return the local merged model that an adapter was trained on; `None` for any other adapter."""
+    base = Path(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    # The run's folder may have moved, with the base in it.
+    places = (base, folder / base.name) if base.name else ()
+    return next((place for place in places if (place / MERGED_FROM).is_file()), None)

@@ -1,8 +1,10 @@
-"""The report of a recipe: report.json, report.md and plots. One writer for all stages."""
+"""The report of a recipe, report.json, report.md and plots: one writer, figures with errors, and flags."""
 
 import json
+import math
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +12,275 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm import durable
-from hfllm.outputs.figures import Promise, changes, figure_tables
-from hfllm.outputs.flags import flag_sections, folded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+# ---- figures ----
+#
+# Figures with their uncertainty: standard errors, changes of the same prompts, and the tables that show them.
+#
+# A report's metrics are flat; these endings of their names belong together:
+#
+# - `NAME_se`, `NAME_n`: the standard error of the mean `NAME`, and the number of prompts or rows that it is taken
+#   over;
+# - `NAME_before`, `NAME_after`, `NAME_change`, `NAME_change_se`, `NAME_n`: the same prompts before and after
+#   training. The error of the change is that of the paired differences, since answers to one prompt are alike.
+
+
+# A change of fewer standard errors is called noise.
+NOISE = 2.0
+# Names for readers. Those that are missing are shown as they are written in report.json.
+LABELS = {
+    "gold_reward": "gold reward (sampled answers)",
+    "gold_reward_greedy": "gold reward (greedy answers)",
+    "gold_reward_new_phrasings": "gold reward (new phrasings)",
+    "gold_reward_greedy_helpful": "gold reward (greedy, to be helped)",
+    "gold_reward_greedy_honest": "gold reward (greedy, what nobody knows)",
+    "gold_reward_greedy_harmless": "gold reward (greedy, requests for harm)",
+    "over_refusal": "harmless questions refused (greedy)",
+    "over_refusal_jailbreak": "harmless questions refused after a jailbreak (greedy)",
+    "fact_accuracy": "facts answered right (greedy)",
+    "proxy_reward": "reward (trained on)",
+    "response_length": "response length (tokens)",
+    "unfinished": "share of responses cut off",
+    "kl_to_reference": "KL to the reference (nats per response)",
+    "reward_model_accuracy": "reward model accuracy",
+    "calls_needed": "calls where a tool is needed",
+    "calls_not_needed": "calls where none is needed",
+    "right_needed": "right where a tool is needed",
+    "known_facts_lost": "known facts lost to a model without tools",
+    "learning_rate": "learning rate",
+    "value_learning_rate": "learning rate of the critic",
+    "train_loss": "training loss",
+    "eval_loss": "held-out loss",
+    "held_out_loss": "held-out loss (nats per token)",
+    "perplexity": "perplexity of held-out text (per token)",
+    "bits_per_byte": "held-out text (bits per byte)",
+    "bits_per_byte_short": "up to the trained length (bits per byte)",
+    "bits_per_byte_long": "beyond the trained length (bits per byte)",
+    "bits_per_byte_short_untrained": "up to the trained length, extended but not trained",
+    "bits_per_byte_long_untrained": "beyond the trained length, extended but not trained",
+    "bits_per_byte_long_cut": "beyond it, the model as it was, reading no more than it was trained on",
+    "needle": "needles found in texts of the world",
+    "needle_text": "needles found in your text",
+    "needle_chance": "needles found by chance",
+    "needle_text_chance": "needles found by chance in your text",
+    "agreement": "share of tokens on which both models agree",
+    "train_prompts": "prompts trained on",
+    "eval_prompts": "held-out prompts",
+    "examples": "rows trained on",
+    "train_rows": "rows trained on",
+    "entity_f1": "F1 of entities",
+    "macro_f1": "macro F1",
+    "eval_examples": "held-out rows",
+    "train_comparisons": "comparisons trained on",
+    "eval_comparisons": "held-out comparisons",
+}
+# Whose figure it is, where a name ends so.
+ROLES = ("student_alone", "student", "teacher")
+# What is better: more (1), less (-1); others are neither.
+BETTER = {
+    **dict.fromkeys(("gold_reward", "gold_reward_greedy", "gold_reward_new_phrasings", "fact_accuracy"), 1),
+    **dict.fromkeys((f"gold_reward_greedy_{kind}" for kind in ("helpful", "honest", "harmless")), 1),
+    **dict.fromkeys(("over_refusal", "over_refusal_jailbreak"), -1),
+    **dict.fromkeys(("proxy_reward", "reward_model_accuracy"), 1),
+    **dict.fromkeys(("right_needed", "sampled_right_needed", "calls_needed", "sampled_calls_needed"), 1),
+    **dict.fromkeys(("calls_not_needed", "sampled_calls_not_needed"), -1),
+    **dict.fromkeys(("needle", "needle_text"), 1),
+    **dict.fromkeys(("bits_per_byte_short", "bits_per_byte_long"), -1),
+    **dict.fromkeys(("unfinished", "held_out_loss", "eval_loss", "perplexity", "bits_per_byte"), -1),
+}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A capability that a stage promises, and the control that its figure must be better than.
+
+    Args:
+        what: the figure in words.
+        metric: its name in report.json.
+        control: the name of the control's figure, or a level such as that of a guess.
+        beside: the control in words.
+        is_less: the figure must be below its control.
+    """
+
+    what: str
+    metric: str
+    control: str | float
+    beside: str
+    is_less: bool = False
+
+    def warning(self, metrics: Mapping[str, float]) -> str | None:
+        """Return the line that says that the promise is not kept; `None` if it is, or a figure was not measured.
+
+        It is kept where the figure is better by more than `NOISE` standard errors of the difference, with the errors
+        of both taken for independent.
+        """
+        level = metrics.get(self.control) if isinstance(self.control, str) else self.control
+        if level is None or self.metric not in metrics:
+            return None
+        value, error = metrics[self.metric], metrics.get(f"{self.metric}_se", 0.0)
+        other = metrics.get(f"{self.control}_se", 0.0) if isinstance(self.control, str) else 0.0
+        gain = level - value if self.is_less else value - level
+        if gain > NOISE * math.hypot(error, other):
+            return None
+        side = "below" if self.is_less else "above"
+        return f"{self.what}: {plus_minus(value, error)}, not {side} {self.beside} ({plus_minus(level, other)})"
+
+
+def broken_promises(promises: Sequence[Promise], metrics: Mapping[str, float]) -> list[str]:
+    """Return a line for each capability that is not there, the first of those about the same figure."""
+    found: dict[str, str] = {}
+    for promise in promises:
+        if (line := promise.warning(metrics)) is not None:
+            found.setdefault(promise.metric, line)
+    return list(found.values())
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of independent values; `None` for fewer than two."""
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def share_error(share: float, n: int) -> float | None:
+    """Return the standard error of a share of `n` independent trials (binomial); `None` for none."""
+    return math.sqrt(max(share * (1 - share), 0.0) / n) if n else None
+
+
+def ratio_error(sums: Sequence[float], counts: Sequence[float]) -> float | None:
+    """Return the standard error of `sum(sums) / sum(counts)` over independent rows, such as nats over tokens.
+
+    By linearization (the delta method): rows differ in both. `None` for fewer than two rows.
+    """
+    if len(sums) < 2 or not sum(counts):
+        return None
+    ratio, n = sum(sums) / sum(counts), len(sums)
+    squares = sum((total - ratio * count) ** 2 for total, count in zip(sums, counts, strict=True))
+    return math.sqrt(squares * n / (n - 1)) / sum(counts)
+
+
+def averaged(values: Sequence[float], samples: int) -> list[float]:
+    """Return each prompt's mean, of its `samples` consecutive values: samples of one prompt are not independent."""
+    return [sum(values[first : first + samples]) / samples for first in range(0, len(values), samples)]
+
+
+def mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the metrics `name`, `name_se` and `name_n` of one value per prompt; an error only where there is one."""
+    return {name: sum(values) / max(len(values), 1), **with_error(name, standard_error(values), len(values))}
+
+
+def with_error(name: str, error: float | None, n: int) -> dict[str, float]:
+    """Return the metrics that stand beside the figure `name`."""
+    return {**({} if error is None else {f"{name}_se": error}), f"{name}_n": n}
+
+
+def change_of(name: str, before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """Return the metrics of a figure before and after, from one value per prompt, the same prompts in the same order.
+
+    Raises:
+        ValueError: when the two are of different lengths.
+    """
+    differences = [second - first for first, second in zip(before, after, strict=True)]
+    found = {**mean_of(f"{name}_before", before), **mean_of(f"{name}_after", after)}
+    n = found.pop(f"{name}_before_n")
+    del found[f"{name}_after_n"]
+    found[f"{name}_change"] = found[f"{name}_after"] - found[f"{name}_before"]
+    error = standard_error(differences)
+    return {**found, **({} if error is None else {f"{name}_change_se": error}), f"{name}_n": n}
+
+
+def is_noise(change: float, error: float | None) -> bool:
+    """Return whether a change is smaller than what chance alone makes likely: `NOISE` standard errors."""
+    return error is None or change == 0 or abs(change) < NOISE * error
+
+
+def changes(metrics: Mapping[str, float]) -> list[str]:
+    """Return the names of the figures that the metrics hold before and after, in order."""
+    return [name.removesuffix("_change") for name in metrics if name.endswith("_change")]
+
+
+def figure_tables(metrics: Mapping[str, float]) -> list[list[dict[str, str]]]:
+    """Return the tables of figures: those that changed, and those measured once; none where no figure has an error."""
+    if not any(name.endswith("_se") for name in metrics):
+        return []
+    changed = [_change_row(name, metrics) for name in changes(metrics)]
+    # What stands in a row of its own or of another figure.
+    parts = {f"{name}{side}" for name in changes(metrics) for side in ("", "_before", "_after", "_change")}
+    parts |= {f"{name}{ending}" for name in (*metrics, *parts) for ending in ("_se", "_n")}
+    single = [
+        {
+            "figure": label_of(name),
+            "value": readable(metrics[name]),
+            "± (standard error)": readable(metrics[f"{name}_se"], 2) if f"{name}_se" in metrics else "",
+            "n": _count(metrics, name),
+        }
+        for name in metrics
+        if name not in parts
+    ]
+    return [table for table in (changed, single) if table]
+
+
+def _change_row(name: str, metrics: Mapping[str, float]) -> dict[str, str]:
+    change, error = metrics[f"{name}_change"], metrics.get(f"{name}_change_se")
+    return {
+        "figure": label_of(name),
+        "before": readable(metrics[f"{name}_before"]),
+        "after": readable(metrics[f"{name}_after"]),
+        "change": f"{'+' if change > 0 else ''}{readable(change)}",
+        "± (of the change)": "" if error is None else readable(error, 2),
+        "n": _count(metrics, name),
+        "": verdict(name, change, error),
+    }
+
+
+def _count(metrics: Mapping[str, float], name: str) -> str:
+    return readable(metrics[f"{name}_n"]) if f"{name}_n" in metrics else ""
+
+
+def verdict(name: str, change: float, error: float | None) -> str:
+    """Return `better`, `worse`, `noise`, or how a figure changed that is neither good nor bad in itself."""
+    if is_noise(change, error):
+        return "too few" if error is None else "unchanged" if change == 0 else "noise"
+    direction = BETTER.get(name, 0)
+    if not direction:
+        return "more" if change > 0 else "less"
+    return "better" if change * direction > 0 else "worse"
+
+
+def label_of(name: str) -> str:
+    """Return a metric's name for readers."""
+    for role in ROLES:
+        whole = name.removesuffix(f"_{role}")
+        if whole != name and whole in LABELS:
+            return f"{LABELS[whole]}, {role.replace('_', ' ')}"
+    return LABELS.get(name, name)
+
+
+def readable(value: object, digits: int = 3) -> str:
+    """Return a number with few digits, and with commas from a thousand on, where others write powers of ten."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if math.isfinite(value) and (isinstance(value, int) or abs(value) >= 10**digits):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """Return a value with its error, both to the error's second digit: `0.763 ± 0.021`."""
+    if not error:
+        return readable(value)
+    places = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+# ---- report ----
+
 
 REPORT_FILE = "report.json"
 # In the metadata of each plot, by which it is told from another program's.
@@ -37,7 +302,7 @@ class Report:
         stage: the stage's name.
         arguments: the flags that it ran with.
         metrics: numbers by stable names (documented in docs/). Those with an error or a count beside them, see
-            `hfllm.outputs.figures`, become tables; without any the numbers are shown as they are.
+            `hfllm.outputs.report`, become tables; without any the numbers are shown as they are.
         tables: title -> rows, each a mapping of column to value. Rows whose first column is `prompt` are samples.
         curves: plot file stem -> its `Plot`, `Bars` or `Heatmap`; `loss` is shown last.
         artifacts: saved files, name -> path relative to the output folder.
@@ -45,7 +310,7 @@ class Report:
         next_steps: lines of code that load or try the result.
         summary: what came out, in a sentence or two.
         given: the flags that the user gave; `None` if that is not known.
-        parents: the models that it started from and learned by, see `hfllm.outputs.parents`.
+        parents: the models that it started from and learned by, see `hfllm.outputs.card`.
         warnings: a line for each capability that the stage promises and that is not there.
     """
 
@@ -413,3 +678,99 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).replace("\n", " / ").replace("|", "\\|")
+
+
+# ---- flags ----
+#
+# How reports and cards show a run's flags: those that were given, and folded all others.
+
+
+# Texts that YAML reads as they are.
+_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
+_NOT_TEXT = frozenset(("true", "false", "yes", "no", "on", "off", "null", "y", "n"))
+# At the end of the name of an argument that says when the files of a flag were written, and of one with a fingerprint
+# of their contents.
+CHANGED, CONTENTS = " changed at", " contents"
+
+
+def compared(before: Mapping[str, object], now: Mapping[str, object]) -> set[str]:
+    """Return the names of the arguments by which two runs are compared.
+
+    Where both have the contents of a flag's files, their times do not count: earlier versions had no contents.
+    """
+    names = {*before, *now}
+    known = {name for name in names if name.endswith(CONTENTS) and name in before and name in now}
+    times = {f"{name.removesuffix(CONTENTS)}{CHANGED}" for name in known}
+    return {name for name in names - times if name in known or not name.endswith(CONTENTS)}
+
+
+def by_contents(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's arguments without the times of files whose contents are among them."""
+    return {name: arguments[name] for name in sorted(compared(arguments, arguments))}
+
+
+def split_flags(
+    arguments: Mapping[str, object], given: Mapping[str, object] | None
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the flags that were given, and the others that are set; of earlier stages, those that differ from ours.
+
+    Args:
+        arguments: all that a run's result depends on, as its report has them.
+        given: the flags that the user gave; `None` if that is not known: then all are others.
+    """
+    others = {}
+    for flag, value in arguments.items():
+        own_flag = flag.partition(".")[2]
+        is_repeated = bool(own_flag) and arguments.get(own_flag) == value
+        if value in (None, "", [], {}) or flag.endswith((CHANGED, CONTENTS)) or is_repeated or flag in (given or {}):
+            continue
+        others[flag] = value
+    return dict(given or {}), others
+
+
+def flag_sections(arguments: Mapping[str, object], given: Mapping[str, object] | None) -> list[str]:
+    """Return the Markdown sections of the flags: see `split_flags`."""
+    shown, others = split_flags(arguments, given)
+    lines = ["## Arguments"]
+    if given is not None:
+        lines.append(f"Given:\n\n```yaml\n{_yaml(shown)}```" if shown else "No flag was given.")
+    others_are = f"{len(others)} {'flags' if given is None else 'others, at their defaults or settings'}"
+    lines.append(folded(others_are, f"```yaml\n{_yaml(others)}```"))
+    return lines
+
+
+def folded(title: str, text: str) -> str:
+    """Return Markdown that shows the title alone until it is clicked."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _yaml(values: Mapping[str, object]) -> str:
+    """Return flags as lines of YAML, values in JSON, which YAML reads: planning imports no library for it."""
+    lines = [f"{_word(flag)}: {_value(values[flag])}\n" for flag in sorted(values)]
+    return "".join(lines).replace("```", "'''")
+
+
+def _word(text: str) -> str:
+    is_plain = _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT
+    return text if is_plain else json.dumps(text, ensure_ascii=False)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str):
+        return _word(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    # YAML takes 3e-06 for a text.
+    return re.sub(r"^(-?\d+)e", r"\1.0e", text) if isinstance(value, float) else text
+
+
+def given_flags(names: Sequence[str] | None, arguments: Mapping[str, object]) -> dict[str, object] | None:
+    """Return the values of the flags whose names the user gave, of those that the result depends on.
+
+    Args:
+        names: as they were given, such as `no_save_last`; `None` if that is not known.
+        arguments: all that the result depends on.
+    """
+    if names is None:
+        return None
+    flags = {name if name in arguments else name.removeprefix("no_") for name in names}
+    return {name: arguments[name] for name in sorted(flags) if name in arguments}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hfllm.data.formats import as_messages
 from hfllm.errors import InputError
-from hfllm.outputs.figures import share_error, standard_error
+from hfllm.outputs.report import share_error, standard_error
 from hfllm.rewards.functions import completion_text
 from hfllm.rewards.judges import PreferenceJudge, Said
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.child_processes import be_launcher, end_children_with_this_process, end_with_launcher
 from hfllm.errors import InputError, MachineError, redact, without_credentials
 from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
-from hfllm.outputs.flags import compared
-from hfllm.outputs.report import read_report
+from hfllm.outputs.report import compared, read_report
 from hfllm.runs.failures import explained, what_is_saved
 from hfllm.runs.json_flags import check_json_flags
 from hfllm.runs.libraries import check_libraries

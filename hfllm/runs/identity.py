@@ -13,7 +13,7 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint
-from hfllm.outputs.flags import CHANGED, CONTENTS
+from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.parser import present_name
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from hfllm.errors import InputError
-from hfllm.outputs.ownership import unclaim_empty
+from hfllm.outputs.hub import unclaim_empty
 
 Given, Made = ParamSpec("Given"), TypeVar("Made")
 

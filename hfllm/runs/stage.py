@@ -13,22 +13,31 @@ from hfllm.data.loading import check_source
 from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint
-from hfllm.outputs.card import is_written, write_card
+from hfllm.outputs.card import START, is_written, lineage, write_card
 from hfllm.outputs.checkpoints import state_of
-from hfllm.outputs.figures import Promise, broken_promises, figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
-from hfllm.outputs.flags import CHANGED, CONTENTS, given_flags
-from hfllm.outputs.hub import Repository, repository_of
-from hfllm.outputs.ownership import (
+from hfllm.outputs.hub import (
+    Repository,
     claim,
     damage_of_finished,
     is_own_card,
     refuse_changed_files,
     refuse_foreign_files,
+    repository_of,
     write_record,
 )
-from hfllm.outputs.parents import START, lineage
-from hfllm.outputs.report import Bars, Plot, Report, plot_history
+from hfllm.outputs.report import (
+    CHANGED,
+    CONTENTS,
+    Bars,
+    Plot,
+    Promise,
+    Report,
+    broken_promises,
+    figure_tables,
+    given_flags,
+    plot_history,
+)
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.runs.command_line import checkpoint_to_resume, finished_run, given_names, main_process, run_arguments

@@ -7,8 +7,7 @@ from hfllm.data.labelled import SPANS, TEXT, WORDS, Row
 from hfllm.evaluation import classification, spans
 from hfllm.evaluation.bag_of_words import bag_of_words, majority
 from hfllm.generation.spans import best_spans
-from hfllm.outputs.figures import plus_minus
-from hfllm.outputs.report import Bars, Found
+from hfllm.outputs.report import Bars, Found, plus_minus
 from hfllm.stages.classify import ClassifyArguments
 from hfllm.stages.classify_data import Tokens
 

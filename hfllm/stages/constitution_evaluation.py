@@ -14,8 +14,7 @@ from hfllm.evaluation.constitution_report import (
     revision_samples,
     summary_of,
 )
-from hfllm.outputs.figures import change_of, mean_of
-from hfllm.outputs.report import Found
+from hfllm.outputs.report import Found, change_of, mean_of
 from hfllm.stages.constitution_runs import HELPFUL
 from hfllm.stages.constitution_steps import Steps, people_s_labels
 

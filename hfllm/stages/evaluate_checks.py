@@ -6,7 +6,7 @@ from pathlib import Path
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.suites.overlap import missing_overlaps
 from hfllm.fingerprint import file_fingerprint
-from hfllm.outputs.flags import CHANGED, CONTENTS
+from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.command_line import say
 from hfllm.stages import evaluate_lm_eval, evaluate_pictures
 from hfllm.stages.evaluate import CONFIGS, FILES, EvaluateArguments, processor_of

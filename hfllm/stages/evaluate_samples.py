@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Item, Record, Suite
-from hfllm.outputs.flags import CHANGED, CONTENTS, compared
-from hfllm.outputs.report import write_atomically
+from hfllm.outputs.report import CHANGED, CONTENTS, compared, write_atomically
 from hfllm.runs.command_line import say
 from hfllm.stages.evaluate import EvaluateArguments, loaded
 

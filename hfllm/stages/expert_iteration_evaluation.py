@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfllm.outputs.figures import Promise, change_of, is_noise, plus_minus
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Plot, Promise, change_of, is_noise, plus_minus
 from hfllm.stages.expert_iteration import ExpertIterationArguments
 from hfllm.stages.expert_iteration_data import Kept, rewards_of, sampled
 

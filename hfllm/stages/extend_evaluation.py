@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.long_texts import start_of
 from hfllm.evaluation.needle import NeedleGrid, find_needles
 from hfllm.evaluation.positions import bits_by_range, edges_of, nats_by_position
-from hfllm.outputs.figures import change_of, mean_of
-from hfllm.outputs.report import Found, Plot
+from hfllm.outputs.report import Found, Plot, change_of, mean_of
 from hfllm.runs.command_line import say
 from hfllm.stages.extend import ExtendArguments
 from hfllm.stages.extend_data import LongRows

@@ -9,7 +9,7 @@ from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.fingerprint import file_fingerprint
-from hfllm.outputs.flags import CHANGED, CONTENTS
+from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.command_line import given_names

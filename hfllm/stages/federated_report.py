@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from hfllm.federation.rounds import RoundRecord
-from hfllm.outputs.figures import mean_of, plus_minus, standard_error
-from hfllm.outputs.report import Found, Plot
+from hfllm.outputs.report import Found, Plot, mean_of, plus_minus, standard_error
 from hfllm.stages.federated import CENTRAL, EQUAL_STEPS, FederatedArguments
 from hfllm.stages.federated_data import Local
 from hfllm.stages.federated_evaluation import FEDERATED, UNTRAINED, Measured, best_local, local_arms

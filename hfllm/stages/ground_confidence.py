@@ -11,8 +11,7 @@ from hfllm.grounding.conformal import control_risk, over_splits
 from hfllm.grounding.samples import answer_with_samples
 from hfllm.grounding.uncertainty import CONFIDENCE, uncertainties
 from hfllm.outputs.calibration import reliability_plot, risk_coverage_plot, uncertainty_metrics
-from hfllm.outputs.figures import plus_minus
-from hfllm.outputs.report import Found
+from hfllm.outputs.report import Found, plus_minus
 from hfllm.stages.course import Speaking
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ def files_changed(
     from transformers import AutoModelForImageTextToText
 
     from hfllm.data.named_pictures import contents_of, existing, named_pictures, written_when
-    from hfllm.outputs.flags import CHANGED, CONTENTS
+    from hfllm.outputs.report import CHANGED, CONTENTS
     from hfllm.runs.identity import PICTURES_OF
     from hfllm.runs.models import load_config
 

@@ -157,7 +157,7 @@ def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_
     Nothing where weights are spread over processes, or no other row has as many pictures.
     """
     from hfllm.evaluation.pictures import other_places
-    from hfllm.outputs.figures import mean_of
+    from hfllm.outputs.report import mean_of
     from hfllm.stages.own_pictures import as_dataset
 
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
@@ -176,7 +176,7 @@ def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_
 
 def control_summary(metrics: Mapping[str, Any]) -> str:
     """Return the control in words; nothing where it was not measured."""
-    from hfllm.outputs.figures import plus_minus
+    from hfllm.outputs.report import plus_minus
 
     name = "other_pictures_accuracy"
     if name not in metrics:

@@ -185,6 +185,6 @@ def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedCo
     """
     from hfllm.models.stored import is_for_pictures
     from hfllm.outputs.card import chat_lines
-    from hfllm.outputs.picture_lines import picture_lines
+    from hfllm.outputs.pictures import picture_lines
 
     return picture_lines(folder, is_adapter) if is_for_pictures(config) else chat_lines(folder, prompt)

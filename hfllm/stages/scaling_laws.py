@@ -10,8 +10,7 @@ from hfllm.data.loading import DataArguments
 from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.fingerprint import file_fingerprint
-from hfllm.outputs.flags import CHANGED, CONTENTS
-from hfllm.outputs.report import read_report
+from hfllm.outputs.report import CHANGED, CONTENTS, read_report
 from hfllm.runs.command_line import finished_run, main_process
 from hfllm.runs.recipes import settings_file
 from hfllm.runs.remote_code import RemoteCodeArguments

@@ -197,7 +197,7 @@ def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) ->
 
 def control_summary(metrics: Mapping[str, float]) -> str:
     """Return the control in words; nothing where it was not measured."""
-    from hfllm.outputs.figures import plus_minus
+    from hfllm.outputs.report import plus_minus
 
     if "other_pictures_loss" not in metrics:
         return ""

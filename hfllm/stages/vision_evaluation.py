@@ -12,9 +12,8 @@ from hfllm.data.image_files import read_image
 from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
 from hfllm.evaluation.pictures import Asked, best_guesses, is_right
 from hfllm.generation.picture_answers import answer_pictures
-from hfllm.outputs.figures import Promise, mean_of, plus_minus
-from hfllm.outputs.picture_grid import PictureGrid
-from hfllm.outputs.report import Bars, Found
+from hfllm.outputs.pictures import PictureGrid
+from hfllm.outputs.report import Bars, Found, Promise, mean_of, plus_minus
 from hfllm.stages.vision import VisionArguments
 from hfllm.stages.vision_data import HELD_OUT, SEEN, SHUFFLED
 

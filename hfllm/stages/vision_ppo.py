@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.picture_rows import QUESTIONS, DrawnWorld, TwoDigits
 from hfllm.data.sources import DIGITS
 from hfllm.data.world.pictures import ABSENT, FAMILIES
-from hfllm.outputs.figures import change_of
+from hfllm.outputs.report import change_of
 from hfllm.stages.vision import VisionArguments
 from hfllm.stages.vision_data import Asked
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
-from hfllm.outputs.figures import readable
+from hfllm.outputs.report import readable
 from hfllm.runs.schedule import current_job
 
 if TYPE_CHECKING:

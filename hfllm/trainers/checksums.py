@@ -4,11 +4,11 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfllm.outputs.checksums import write_checksums
+from hfllm.outputs.checkpoints import write_checksums
 
 
 class Checksums(TrainerCallback):
-    """Callback that writes a checkpoint's checksums once it is whole; see `hfllm.outputs.checksums`."""
+    """Callback that writes a checkpoint's checksums once it is whole; see `hfllm.outputs.checkpoints`."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer

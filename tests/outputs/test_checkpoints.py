@@ -8,14 +8,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hfllm.outputs.checkpoints import (
+    CHECKSUMS,
     checkpoints_in,
+    damage_of,
     damaged_checkpoint,
     last_complete_checkpoint,
     missing_for_resuming,
     record_of,
     state_of,
+    write_checksums,
 )
-from hfllm.outputs.checksums import CHECKSUMS, damage_of, write_checksums
 
 
 @pytest.fixture

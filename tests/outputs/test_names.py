@@ -6,8 +6,7 @@ import shutil
 import pytest
 from test_card import finished
 
-from hfllm.outputs.card import model_card
-from hfllm.outputs.names import code_span, plain_line, quoted
+from hfllm.outputs.card import code_span, model_card, plain_line, quoted
 from hfllm.outputs.report import markdown_table
 
 HOSTILE = [

@@ -18,9 +18,8 @@ from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from hfllm.errors import InputError
-from hfllm.outputs.checkpoints import RECORD, checkpoints_in
-from hfllm.outputs.checksums import CHECKSUMS, damage_of, write_checksums
-from hfllm.outputs.ownership import RECORD as RECORD_FILE
+from hfllm.outputs.checkpoints import CHECKSUMS, RECORD, checkpoints_in, damage_of, write_checksums
+from hfllm.outputs.hub import RECORD as RECORD_FILE
 from hfllm.runs import command_line
 from hfllm.runs.command_line import checkpoint_to_resume
 from hfllm.runs.lock import LOCK_FILE, lock, release_all

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.errors import InputError
 from hfllm.generation.picture_answers import answer_pictures
-from hfllm.outputs.picture_lines import picture_lines
+from hfllm.outputs.pictures import picture_lines
 from hfllm.stages.own_pictures import as_dataset
 from hfllm.stages.vision import check
 from hfllm.stages.vision_data import drawn_rows, own_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.outputs.flags import CHANGED
+from hfllm.outputs.report import CHANGED
 from hfllm.runs import identity
 from hfllm.runs.identity import difference, model_files, run_identity
 from hfllm.runs.stage import stage_arguments

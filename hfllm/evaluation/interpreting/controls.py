@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hfllm.evaluation.interpreting.hooks import Parts, parts_of
-from hfllm.outputs.figures import NOISE
+from hfllm.outputs.report import NOISE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,8 +19,7 @@ from hfllm.evaluation.suites.few_shot import FewShot, iter_scored
 from hfllm.evaluation.suites.question_rows import Question
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.outputs.calibration import aurc, auroc_interval, ece, reliability_plot, shuffled_auroc
-from hfllm.outputs.figures import plus_minus
-from hfllm.outputs.report import Found, Plot
+from hfllm.outputs.report import Found, Plot, plus_minus
 
 Body = TypeVar("Body")
 CHOICE, WRITTEN = "choice", "written answer"

@@ -18,8 +18,7 @@ from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.files import rows_of
 from hfllm.evaluation.suites.judging import yes_shares
 from hfllm.evaluation.suites.subjects import Subject
-from hfllm.outputs.figures import plus_minus, share_error
-from hfllm.outputs.report import Found
+from hfllm.outputs.report import Found, plus_minus, share_error
 
 FLAG = "--xstest_file"
 SAFE, UNSAFE = "safe", "unsafe"
