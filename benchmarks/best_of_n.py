@@ -70,7 +70,7 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
     from hfllm.data.world.rubric import gold_score
     from hfllm.data.world.world import World
     from hfllm.generation.responses import sample_responses
-    from hfllm.models.loading import saved_model, saved_tokenizer
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
     tasks = World(0).evaluation_tasks(3 * PROMPTS)
     random.Random(0).shuffle(tasks)
@@ -92,7 +92,7 @@ def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
     from transformers import AutoModelForSequenceClassification
 
     from hfllm.data.formats import as_completion
-    from hfllm.models.loading import saved_model, saved_tokenizer
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
     from hfllm.rewards.models import RewardModel
 
     reward = RewardModel(

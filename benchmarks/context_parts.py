@@ -32,7 +32,7 @@ def build(kind: str, length: int, window: int, hidden: int, layers: str | None =
     from transformers.masking_utils import sdpa_mask
 
     import hfllm
-    from hfllm.models.loading import saved_model
+    from hfllm.models.loading.saved import saved_model
 
     # Our own SDPA is banded where it has a window.
     AttentionInterface.register("masked", sdpa_attention_forward)
@@ -96,7 +96,7 @@ def rules(length: int, key_size: int, value_size: int) -> dict[str, Callable[[],
     import torch
     from transformers.models.olmo_hybrid.modeling_olmo_hybrid import torch_chunk_gated_delta_rule
 
-    from hfllm.models.delta_rule_hfllm import gated_delta_rule
+    from hfllm.models.family.delta_rule_hfllm import gated_delta_rule
 
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, length, 4, key_size)

@@ -21,7 +21,7 @@ from typing import Any
 
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.evaluation.suites.truthfulness import Question, TruthfulQA, asked_as
-from hfllm.models.loading import saved_model, saved_tokenizer
+from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
 PROCESS = """from lm_eval.tasks.truthfulqa.utils import process_results_mc2 as process
 """

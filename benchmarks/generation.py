@@ -82,7 +82,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     from transformers import AutoModelForCausalLM
 
     import hfllm
-    from hfllm.models.loading import saved_model, saved_tokenizer
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
     if args.random_weights:
         llama = random_llama(args.random_weights)

@@ -14,7 +14,7 @@ from torch import nn
 import hfllm
 from hfllm.generation.fast import fast_generate
 from hfllm.generation.speculative.measure import interleaved
-from hfllm.models.loading import saved_model
+from hfllm.models.loading.saved import saved_model
 from hfllm.scaling.speed import palm_flops_per_token, utilization
 from hfllm.trainers.ppo import formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic

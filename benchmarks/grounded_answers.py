@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Answer all questions in three ways, and print answers and shares."""
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.loading import saved_model, saved_tokenizer
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True)

@@ -237,7 +237,7 @@ def cost_table(name: str, prompts: int = 16, samples: int = 10, max_new_tokens: 
     from hfllm.grounding.prompts import as_prompt
     from hfllm.grounding.samples import answer_with_samples, sample_with_scores, sampling_cost
     from hfllm.grounding.uncertainty import semantic_entropy
-    from hfllm.models.loading import saved_model, saved_tokenizer
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
     model, tokenizer = saved_model(AutoModelForCausalLM, name, dtype="float32").eval(), saved_tokenizer(name)
     asked = questions_of(prompts)[2]["words of the name"]

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from hfllm.data.formats import as_completion
 from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses
-from hfllm.models.loading import saved_model
+from hfllm.models.loading.saved import saved_model
 from hfllm.outputs.report import Plot, markdown_table, standard_error
 from hfllm.rewards.functions import RewardFunction
 from hfllm.runs.models import load_tokenizer

@@ -180,7 +180,7 @@ def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.loading import saved_model, saved_tokenizer
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
     tokenizer, reward = saved_tokenizer(args.model), Reward()
     rate = args.ppo_learning_rate if args.side == "ppo" else args.grpo_learning_rate

@@ -32,7 +32,7 @@ from hfllm.grounding.conformal import control_risk, learn_then_test, over_splits
 from hfllm.grounding.samples import Answered, answer_with_samples, sampling_cost
 from hfllm.grounding.uncertainty import CONFIDENCE, uncertainties
 from hfllm.grounding.verification import contains
-from hfllm.models.loading import saved_model, saved_tokenizer
+from hfllm.models.loading.saved import saved_model, saved_tokenizer
 from hfllm.outputs.calibration import auroc_within, ece, risk_coverage_plot, uncertainty_metrics
 from hfllm.outputs.report import markdown_table
 from hfllm.rewards.models import RewardModel

@@ -19,17 +19,18 @@ def register_with_transformers() -> None:
 
 def _register() -> None:
     # First: this module says if transformers is too old for the others.
-    from hfllm.models import configuration_hfllm
+    from hfllm.models.family import configuration_hfllm
 
     configuration_hfllm.HfllmConfig.register_for_auto_class()
     # Importing this module registers its quantizer.
     import hfllm.compression.dynamic_int8  # noqa: F401
-    from hfllm.models import configuration_hfllm_vision
-    from hfllm.models import modeling_hfllm, modeling_hfllm_vision
+    from hfllm.models.family import configuration_hfllm_vision, modeling_hfllm, modeling_hfllm_vision
 
     configuration_hfllm_vision.HfllmVisionConfig.register_for_auto_class()
     _register_family(configuration_hfllm.HfllmConfig, configuration_hfllm.AUTO_MAP, modeling_hfllm)
-    _register_family(configuration_hfllm_vision.HfllmVisionConfig, configuration_hfllm_vision.AUTO_MAP, modeling_hfllm_vision)
+    _register_family(
+        configuration_hfllm_vision.HfllmVisionConfig, configuration_hfllm_vision.AUTO_MAP, modeling_hfllm_vision
+    )
 
 
 def _register_family(config_class: type, auto_map: Mapping[str, str], models: ModuleType) -> None:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.compression.affine import OUTLIER_THRESHOLD
 from hfllm.errors import InputError
-from hfllm.models.loading import reason_of, saved_config, trusts_remote_code
-from hfllm.models.stored import is_for_pictures, refuse_quantized
-from hfllm.models.weights import load_weights_of
+from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
+from hfllm.models.loading.weights import load_weights_of
 
 if TYPE_CHECKING:
     import torch

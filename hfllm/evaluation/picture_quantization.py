@@ -68,7 +68,7 @@ class PictureQuantization(QuantizationEvaluation):
         """Return the largest difference of logits between a model and the one saved in `folder`, on one question."""
         from transformers import AutoModelForImageTextToText
 
-        from hfllm.models.loading import saved_model
+        from hfllm.models.loading.saved import saved_model
 
         again = saved_model(AutoModelForImageTextToText, folder).eval()
         again = again if again.device == model.device else again.to(model.device)

@@ -132,7 +132,7 @@ class QuantizationEvaluation:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from hfllm.models.loading import saved_model
+        from hfllm.models.loading.saved import saved_model
 
         again = saved_model(AutoModelForCausalLM, folder).eval()
         again = again if again.device == model.device else again.to(model.device)

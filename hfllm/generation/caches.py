@@ -14,7 +14,7 @@ from transformers.utils import is_optimum_quanto_available
 from hfllm.errors import InputError
 from hfllm.generation.packed.ragged_model import attention_windows
 from hfllm.generation.speculative.measure import interleaved
-from hfllm.models.latent_fields_hfllm import cached_numbers
+from hfllm.models.family.configuration_fields_hfllm import cached_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.models.generation_settings import SAMPLING
+from hfllm.models.loading.saved import SAMPLING
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ import numpy
 
 from hfllm.data.labelled import Row
 from hfllm.data.labelled_tokens import Window, check_tokenizer, encode_spans
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

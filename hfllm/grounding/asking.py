@@ -11,7 +11,7 @@ from hfllm.data.transcripts import to_prompt
 from hfllm.errors import InputError
 from hfllm.grounding.meanings import last_words
 from hfllm.grounding.samples import Answered, Prompt
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.judge_questions import LETTERS, letter_tokens
 from hfllm.rewards.passes import reply_log_odds
 

@@ -52,8 +52,8 @@ class SentenceEncoder:
         truncation: bool = False,
     ):
         from hfllm.data.tokenizer import padding_token
-        from hfllm.models.context import max_length_of
-        from hfllm.models.fingerprint import weights_fingerprint
+        from hfllm.models.loading.saved import max_length_of
+        from hfllm.models.loading.weights import weights_fingerprint
 
         self.model, self.tokenizer, self.batch_size, self.truncation = model.eval(), tokenizer, batch_size, truncation
         limits = (max_length, max_length_of(model.config), tokenizer.model_max_length)
@@ -76,7 +76,7 @@ class SentenceEncoder:
         """
         from transformers import AutoModel
 
-        from hfllm.models.loading import reason_of, saved_model, saved_tokenizer
+        from hfllm.models.loading.saved import reason_of, saved_model, saved_tokenizer
 
         try:
             return cls(saved_model(AutoModel, name), saved_tokenizer(name), **options)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.plain_text import plain_text
 from hfllm.errors import InputError
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.passes import batches_of_like_length, evaluating, pass_precision
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class EntailmentModel:
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 32):
-        from hfllm.models.vocabulary import check_vocabulary
+        from hfllm.models.loading.saved import check_vocabulary
 
         labels = {number: str(label) for number, label in (model.config.id2label or {}).items()}
         found = [int(number) for number, label in labels.items() if label.strip().casefold() == ENTAILMENT]

@@ -95,7 +95,7 @@ def check_room(
     Raises:
         InputError: with the question's number, the longest of its passages and the context; or for an empty prompt.
     """
-    from hfllm.models.context import max_length_of
+    from hfllm.models.loading.saved import max_length_of
 
     context = max_length_of(model.config)
     for number, prompt, passages in zip(numbers or range(1, len(tokens) + 1), tokens, found, strict=True):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.passes import batches_of_like_length, evaluating, pass_precision
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def prompt_tokens(
         InputError: for a prompt without tokens, or without room for `max_new_tokens` more in the model's context, and
             for a tokenizer with tokens that the model has no embeddings for.
     """
-    from hfllm.models.vocabulary import check_vocabulary
+    from hfllm.models.loading.saved import check_vocabulary
 
     check_vocabulary(model, tokenizer)
     if isinstance(prompts, str):

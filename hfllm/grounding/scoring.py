@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.tokenizer import turn_end
 from hfllm.errors import InputError
 from hfllm.grounding.samples import NOT_FINITE, Prompt, ScoredAnswer, prompt_tokens
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.passes import batches_of_like_length, evaluating, pass_precision
 
 if TYPE_CHECKING:

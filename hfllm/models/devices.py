@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.models.latent_fields_hfllm import cached_numbers
+from hfllm.models.family.configuration_fields_hfllm import cached_numbers
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 
 if TYPE_CHECKING:
     from torch import nn

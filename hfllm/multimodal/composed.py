@@ -10,11 +10,11 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
-from hfllm.models.configuration_hfllm import HfllmConfig
-from hfllm.models.configuration_hfllm_vision import HfllmVisionConfig, configured_size, vectors_before_patches
+from hfllm.models.conversion.convert import refuse_other_table
 from hfllm.models.devices import built_whole
-from hfllm.models.stored import refuse_quantized
-from hfllm.models.vision_conversion import refuse_other_table
+from hfllm.models.family.configuration_hfllm import HfllmConfig
+from hfllm.models.family.configuration_hfllm_vision import HfllmVisionConfig, configured_size, vectors_before_patches
+from hfllm.models.loading.saved import refuse_quantized
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.chat_templates import text_of_macro
 from hfllm.errors import InputError
-from hfllm.models.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches
+from hfllm.models.family.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches
 
 if TYPE_CHECKING:
     from transformers import (

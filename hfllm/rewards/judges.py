@@ -16,7 +16,7 @@ from hfllm.data.messages import Message
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.data.transcripts import to_prompt
 from hfllm.errors import InputError
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.judge_questions import (
     BEGINS_TO_THINK,
     HAS_THOUGHT,
@@ -78,7 +78,7 @@ class PreferenceJudge:
         batch_size: int = 64,
         seed: int = 0,
     ):
-        from hfllm.models.vocabulary import check_vocabulary
+        from hfllm.models.loading.saved import check_vocabulary
 
         if tokenizer.pad_token_id is None:
             raise InputError("the judge's tokenizer has no padding token: set tokenizer.pad_token")

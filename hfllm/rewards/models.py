@@ -8,7 +8,7 @@ from hfllm.data.messages import Message, read_tools, unspelled, words_of
 from hfllm.data.picture_batches import conversation_batch, words_of_places
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.models.stored import reads_pictures
+from hfllm.models.loading.saved import reads_pictures
 from hfllm.rewards.functions import BEGINNING
 from hfllm.rewards.passes import batches_of_like_length, pass_precision
 
@@ -33,7 +33,7 @@ class RewardModel:
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
-        from hfllm.models.vocabulary import check_vocabulary
+        from hfllm.models.loading.saved import check_vocabulary
 
         if model.config.num_labels != 1:
             raise InputError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
-from hfllm.models.loading import reason_of
+from hfllm.models.loading.saved import reason_of
 from hfllm.outputs.files import MERGED_FROM, read_json
 from hfllm.outputs.report import REPORT_FILE
 from hfllm.runs.command_line import main_process, say
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from trl import ModelConfig
 
-    from hfllm.models.adapters import SavedAdapter
+    from hfllm.models.loading.adapters import SavedAdapter
 
 
 def load_to_train(
@@ -39,8 +39,8 @@ def load_to_train(
     """
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.adapters import find_adapter, load_base, put_on
-    from hfllm.models.vocabulary import check_vocabulary
+    from hfllm.models.loading.adapters import find_adapter, load_base, put_on
+    from hfllm.models.loading.saved import check_vocabulary
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision)
@@ -64,7 +64,7 @@ def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrai
     """
     from transformers import AutoModelForSequenceClassification
 
-    from hfllm.models.adapters import find_adapter, load_base, put_on, put_under_head
+    from hfllm.models.loading.adapters import find_adapter, load_base, put_on, put_under_head
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision)
@@ -99,8 +99,8 @@ def load_head_to_train(
     Raises:
         InputError: when it cannot be loaded, or an adapter does not fit its base or is for another task.
     """
-    from hfllm.models.adapters import find_adapter, load_base, put_on, put_under_head
-    from hfllm.models.weights import load_weights_of
+    from hfllm.models.loading.adapters import find_adapter, load_base, put_on, put_under_head
+    from hfllm.models.loading.weights import load_weights_of
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     settings = {"ignore_mismatched_sizes": True, **head}
@@ -137,7 +137,7 @@ def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_di
     from accelerate import PartialState
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    from hfllm.models.adapters import BASE_FOLDER
+    from hfllm.models.loading.adapters import BASE_FOLDER
 
     if is_deepspeed_zero3_enabled():
         raise InputError(
@@ -167,8 +167,8 @@ def whole_model(name: str, revision: str, folder: str | Path) -> Iterator[tuple[
     Args:
         folder: where a merged model may lie in the meantime.
     """
-    from hfllm.models.adapters import find_adapter
-    from hfllm.models.whole_folders import temporary_folder
+    from hfllm.models.loading.adapters import find_adapter
+    from hfllm.models.loading.folders import temporary_folder
 
     adapter = find_adapter(name, revision=revision)
     if adapter is None:
@@ -189,8 +189,7 @@ def write_merged(adapter: "SavedAdapter", folder: Path, max_shard_size: str = "5
     Raises:
         InputError: when either cannot be loaded, they do not fit, or cannot be merged.
     """
-    from hfllm.models.adapters import auto_class_of
-    from hfllm.models.merging import load_merged
+    from hfllm.models.loading.adapters import auto_class_of, load_merged
 
     model = load_merged(adapter, auto_class_of(adapter), **scorer_settings(adapter))
     save_merged(model, adapter, folder, max_shard_size)
@@ -199,9 +198,9 @@ def write_merged(adapter: "SavedAdapter", folder: Path, max_shard_size: str = "5
 
 def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path, max_shard_size: str = "50GB") -> None:
     """Save a merged model with its tokenizer, and a record of what it is made from."""
-    from hfllm.models.conversion_hfllm import check_empty
-    from hfllm.models.stored import is_for_pictures
-    from hfllm.models.whole_folders import whole_folder
+    from hfllm.models.conversion.convert import check_empty
+    from hfllm.models.loading.folders import whole_folder
+    from hfllm.models.loading.saved import is_for_pictures
 
     check_empty(folder)
     tokenizer = saved_tokenizer(adapter.name, adapter.location.get("revision", "main"))
@@ -225,7 +224,7 @@ def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":
     Raises:
         InputError: when neither has one.
     """
-    from hfllm.models.loading import saved_processor
+    from hfllm.models.loading.saved import saved_processor
 
     for name, location in ((adapter.name, adapter.location), (adapter.base, adapter.base_location)):
         with suppress(ImportError, OSError, ValueError):
@@ -237,7 +236,7 @@ def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":
 
 def scorer_settings(adapter: "SavedAdapter") -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for a base that gets its head for scores from an adapter."""
-    from hfllm.models.adapters import HEADS
+    from hfllm.models.loading.adapters import HEADS
 
     if adapter.task not in ("SEQ_CLS", "TOKEN_CLS"):
         return {}

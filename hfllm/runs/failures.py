@@ -68,7 +68,7 @@ def what_is_saved(folder: str | Path, can_resume: bool = True, is_training: bool
         can_resume: whether `--resume_from_checkpoint` reaches this run.
         is_training: whether it was training, so that weights in the folder are not its own.
     """
-    from hfllm.models.weights import SAFE, safetensors_damage
+    from hfllm.models.loading.weights import SAFE, safetensors_damage
 
     job = current_job()
     if job is not None and job.place < len(job.stages) - 1:

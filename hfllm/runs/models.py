@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, is_out_of_memory, refuse
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say_once
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from trl import ModelConfig
 
-    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.family.configuration_hfllm import HfllmConfig
 
 # Quantization methods that may allow training the weights; transformers itself refuses where they do not.
 TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
@@ -45,7 +45,7 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.vocabulary import check_vocabulary
+    from hfllm.models.loading.saved import check_vocabulary
 
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(name, model_args.model_revision)
@@ -81,9 +81,8 @@ def refuse_four_bits_of_pictures(model_args: "ModelConfig") -> None:
 
 
 def _load_writing(model_args: "ModelConfig", auto_class: "type[_BaseAutoModelClass]") -> "PreTrainedModel":
-    from hfllm.models.adapters import find_adapter, load_apart
-    from hfllm.models.merging import load_merged
-    from hfllm.models.weights import load_weights_of
+    from hfllm.models.loading.adapters import find_adapter, load_apart, load_merged
+    from hfllm.models.loading.weights import load_weights_of
 
     name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
     adapter = find_adapter(name, revision=model_args.model_revision)
@@ -123,8 +122,8 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
     Raises:
         InputError: when it cannot be loaded.
     """
-    from hfllm.models import loading
-    from hfllm.models.adapters import find_adapter
+    from hfllm.models.loading import saved as loading
+    from hfllm.models.loading.adapters import find_adapter
 
     try:
         return loading.saved_tokenizer(name, revision=revision)
@@ -163,8 +162,8 @@ def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
     Raises:
         InputError: when it cannot be loaded.
     """
-    from hfllm.models.adapters import find_adapter
-    from hfllm.models.loading import saved_config
+    from hfllm.models.loading.adapters import find_adapter
+    from hfllm.models.loading.saved import saved_config
 
     try:
         return saved_config(name, revision=revision)
@@ -185,9 +184,9 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
     Raises:
         InputError: naming the flag or the model, or when the model's config cannot be loaded or its files are damaged.
     """
-    from hfllm.models.adapters import find_adapter
-    from hfllm.models.stored import quantization_method
-    from hfllm.models.weights import check_weight_files
+    from hfllm.models.loading.adapters import find_adapter
+    from hfllm.models.loading.saved import quantization_method
+    from hfllm.models.loading.weights import check_weight_files
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision) if name else None
@@ -221,7 +220,7 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.family.configuration_hfllm import HfllmConfig
 
     try:
         return HfllmConfig(**fields)
@@ -238,7 +237,7 @@ def check_attention(implementation: str | None, config: "PreTrainedConfig") -> N
     Raises:
         InputError: naming `--attn_implementation`.
     """
-    from hfllm.models.attention_hfllm import check_implementation
+    from hfllm.models.family.attention_hfllm import check_implementation
 
     try:
         if implementation in ("sparse", "banded"):
@@ -253,11 +252,9 @@ def named_fields(name: str) -> dict[str, Any]:
     Raises:
         InputError: for a name that is neither, or a config that describes no model of this family.
     """
-    from hfllm.models.configuration_hfllm import HfllmConfig
-    from hfllm.models.expert_fields_hfllm import ExpertFields
-    from hfllm.models.latent_fields_hfllm import LatentFields
-    from hfllm.models.layer_types_hfllm import SPARSE_SIZES
-    from hfllm.models.native_families import BAD_CONFIG, config_from_native
+    from hfllm.models.conversion.convert import BAD_CONFIG, config_from_native
+    from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, ExpertFields, LatentFields
+    from hfllm.models.family.configuration_hfllm import HfllmConfig
 
     if Path(name).exists():
         try:
@@ -285,7 +282,7 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
     Raises:
         InputError: when it cannot be loaded, or has another number of labels.
     """
-    from hfllm.models import scorers
+    from hfllm.models.loading import adapters as scorers
 
     try:
         return scorers.load_scorer(name, **{**load_kwargs(model_args), "revision": revision})
@@ -331,7 +328,7 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     import torch
     from peft import get_peft_model
 
-    from hfllm.models.stored import empty_model, is_for_pictures
+    from hfllm.models.loading.saved import empty_model, is_for_pictures
 
     # Of the family, a bidirectional model can write nothing.
     is_causal = adapter.task_type in ("CAUSAL_LM", "SEQ_CLS") and getattr(config, "is_causal", True)
@@ -368,7 +365,7 @@ def linear_layers(model: "PreTrainedModel") -> list[str]:
 def _unloadable(name: str, error: Exception, what: str = "model") -> InputError:
     if isinstance(error, InputError):
         return error
-    from hfllm.models.loading import reason_of
+    from hfllm.models.loading.saved import reason_of
 
     return InputError(f"{what} {name!r} could not be loaded: {reason_of(error)}")
 

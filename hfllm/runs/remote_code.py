@@ -26,7 +26,7 @@ def trusts_code_if_asked(main: Callable[Given, Made]) -> Callable[Given, Made]:
         is_trusted = any(getattr(group, "trust_remote_code", False) is True for group in args)
         if not is_trusted:
             return main(*args, **kwargs)
-        from hfllm.models.loading import trusting_remote_code
+        from hfllm.models.loading.saved import trusting_remote_code
 
         with trusting_remote_code(is_trusted):
             return main(*args, **kwargs)

@@ -722,7 +722,7 @@ def preset_fields(name: str) -> Mapping[str, Any]:
     """
     # Run as a separate file: importing it from hfllm.models would import transformers.
     folder = importlib.util.find_spec("hfllm.models").submodule_search_locations[0]
-    presets = runpy.run_path(f"{folder}/presets.py")
+    presets = runpy.run_path(f"{folder}/family/presets.py")
     try:
         return presets["preset"](name)
     except ValueError as error:

@@ -697,7 +697,7 @@ class Shape:
 
 def _converted(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the family of a config.json of another architecture, as `hfllm.from_native` reads it."""
-    from hfllm.models.native_families import fields_from_native
+    from hfllm.models.conversion.convert import fields_from_native
 
     return fields_from_native(config)
 

@@ -116,7 +116,7 @@ def check_layer_types(script_args: ArchitectureArguments) -> None:
     """
     if script_args.layer_types is None:
         return
-    from hfllm.models.layer_types_hfllm import LAYER_TYPES
+    from hfllm.models.family.configuration_fields_hfllm import LAYER_TYPES
 
     for name in script_args.layer_types:
         if name not in LAYER_TYPES:

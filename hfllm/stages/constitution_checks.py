@@ -98,7 +98,7 @@ def _config_of_first(model_args: "ModelConfig", course: Course) -> "PreTrainedCo
 
 def _check_room(script_args: ConstitutionArguments, config: "PreTrainedConfig") -> None:
     """Refuse answers so long that no conversation of answer, critique and revision fits, whatever is asked."""
-    from hfllm.models.context import max_length_of
+    from hfllm.models.loading.saved import max_length_of
 
     context, longest = max_length_of(config), script_args.longest
     if context is not None and 3 * longest >= context:

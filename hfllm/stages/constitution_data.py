@@ -149,7 +149,7 @@ def _with_room(
     kind: str, rows: Sequence[Row], script_args: ConstitutionArguments, model_args: "ModelConfig"
 ) -> list[Conversation]:
     """Return the prompts that leave room for an answer in the model's context, and say how many do not."""
-    from hfllm.models.context import max_length_of
+    from hfllm.models.loading.saved import max_length_of
     from hfllm.runs.models import load_config, load_tokenizer
     from hfllm.trainers.ppo.prompts import unfit_prompts
 

@@ -41,7 +41,7 @@ def check(script_args: ConvertArguments, target: Path) -> None:
     Raises:
         InputError: naming the flag or the folder.
     """
-    from hfllm.models.conversion_hfllm import check_empty
+    from hfllm.models.conversion.convert import check_empty
 
     is_idle = bool(script_args.model_name_or_path and script_args.pretrain_config)
     refuse(is_idle, "--pretrain_config", "the model is named")
@@ -70,15 +70,9 @@ def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[st
     Raises:
         InputError: for what cannot be read or converted, a `--native_type` without effect, or outputs that differ.
     """
-    from hfllm.models.configuration_hfllm import HfllmConfig
-    from hfllm.models.conversion_hfllm import (
-        check_empty,
-        from_native,
-        load_checked,
-        read_config,
-        to_native,
-    )
-    from hfllm.models.whole_folders import whole_folder
+    from hfllm.models.conversion.convert import check_empty, from_native, load_checked, read_config, to_native
+    from hfllm.models.family.configuration_hfllm import HfllmConfig
+    from hfllm.models.loading.folders import whole_folder
 
     check_empty(target)
     options = {"revision": script_args.model_revision}
@@ -106,7 +100,7 @@ def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[st
 
 def find_tokenizer(source: str, options: Mapping[str, str]) -> "PreTrainedTokenizerBase | None":
     """Return the source's tokenizer, or print a line and return `None`: weights can be converted without one."""
-    from hfllm.models.loading import reason_of, saved_tokenizer
+    from hfllm.models.loading.saved import reason_of, saved_tokenizer
 
     try:
         return saved_tokenizer(source, **options)
@@ -123,7 +117,7 @@ def logit_difference(one: "PreTrainedModel", other: "PreTrainedModel", seed: int
     """
     import torch
 
-    from hfllm.models.outputs_compared import is_rounding, logits_of, random_tokens
+    from hfllm.models.loading.weights import is_rounding, logits_of, random_tokens
 
     ids = random_tokens(one.config.vocab_size, one.config.max_position_embeddings, seed)
     first, second = (logits_of(model, ids) for model in (one, other))

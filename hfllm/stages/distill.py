@@ -216,7 +216,7 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
     """
     import torch
 
-    from hfllm.models.stored import empty_model
+    from hfllm.models.loading.saved import empty_model
     from hfllm.runs.models import check_trainable, load_config, load_tokenizer, peft_config, try_adapter
     from hfllm.stages.architecture import config_to_train
 

@@ -37,7 +37,7 @@ def load_teacher(training_args: "DistillationConfig") -> Loaded:
     Raises:
         InputError: when either cannot be loaded, they do not fit, or the teacher is larger than memory.
     """
-    from hfllm.models.vocabulary import check_vocabulary
+    from hfllm.models.loading.saved import check_vocabulary
     from hfllm.runs.models import load_tokenizer
     from hfllm.trainers.distillation import students
 

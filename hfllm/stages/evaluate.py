@@ -206,7 +206,7 @@ def processor_of(name: str) -> "ProcessorMixin | None":
     Raises:
         InputError: when it cannot be loaded.
     """
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.rlhf_pictures import load_processor
 

@@ -76,8 +76,8 @@ def check_models(script_args: EvaluateArguments) -> None:
     Raises:
         InputError: naming the model.
     """
-    from hfllm.models.adapters import find_adapter
-    from hfllm.models.weights import check_weight_files
+    from hfllm.models.loading.adapters import find_adapter
+    from hfllm.models.loading.weights import check_weight_files
     from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
 
     judge = script_args.judge_model_name_or_path

@@ -38,7 +38,7 @@ def prompts_of(
     Raises:
         InputError: when they cannot be read, a reward does not work on them, or none has room.
     """
-    from hfllm.models.context import max_length_of
+    from hfllm.models.loading.saved import max_length_of
     from hfllm.runs.models import load_config, load_tokenizer
     from hfllm.stages.rlhf import prompt_data
     from hfllm.trainers.ppo.prompts import check_pictures, unfit_prompts

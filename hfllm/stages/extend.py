@@ -101,8 +101,8 @@ def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tupl
     Raises:
         InputError: when it cannot be extended so, see `extended_config`; or when that is no longer than before.
     """
-    from hfllm.models.context import max_length_of
     from hfllm.models.extension import extended_config
+    from hfllm.models.loading.saved import max_length_of
 
     original = script_args.original_max_position_embeddings
     extended_config(config, script_args.rope_type, script_args.factor, original)

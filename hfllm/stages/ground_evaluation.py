@@ -73,7 +73,7 @@ def _reward(course: Course) -> "RewardModel | None":
         return None
     from transformers import AutoModelForSequenceClassification
 
-    from hfllm.models.loading import saved_model, saved_tokenizer
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
     from hfllm.rewards.models import RewardModel
 
     folder = course.folder(REWARD)

@@ -8,7 +8,7 @@ from hfllm.errors import InputError
 from hfllm.runs.remote_code import RemoteCodeArguments
 
 if TYPE_CHECKING:
-    from hfllm.models.adapters import SavedAdapter
+    from hfllm.models.loading.adapters import SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ def adapter_to_merge(script_args: MergeArguments) -> "SavedAdapter":
     Raises:
         InputError: when it is none or cannot be merged, its base is not there, or the output folder is not empty.
     """
-    from hfllm.models.adapters import auto_class_of, find_adapter
-    from hfllm.models.conversion_hfllm import check_empty
-    from hfllm.models.stored import refuse_quantized
+    from hfllm.models.conversion.convert import check_empty
+    from hfllm.models.loading.adapters import auto_class_of, find_adapter
+    from hfllm.models.loading.saved import refuse_quantized
 
     name = script_args.model_name_or_path
     if not name:
@@ -50,9 +50,8 @@ def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dic
     Raises:
         InputError: when they do not fit or cannot be merged, or the outputs differ by more than rounding.
     """
-    from hfllm.models.adapters import auto_class_of
-    from hfllm.models.merging import load_to_merge, merge
-    from hfllm.models.outputs_compared import is_rounding, logits_of, random_tokens
+    from hfllm.models.loading.adapters import auto_class_of, load_to_merge, merge
+    from hfllm.models.loading.weights import is_rounding, logits_of, random_tokens
     from hfllm.runs.adapters import save_merged, scorer_settings
     from hfllm.runs.models import max_length_of
 

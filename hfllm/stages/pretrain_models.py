@@ -66,8 +66,8 @@ def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelC
     """
     import torch
 
-    from hfllm.models.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
-    from hfllm.models.precision import cast_weights
+    from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
+    from hfllm.models.loading.weights import cast_weights
     from hfllm.runs.models import new_config
 
     refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")

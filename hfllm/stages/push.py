@@ -52,7 +52,7 @@ def check_config(folder: Path) -> None:
     Raises:
         InputError: naming the folder and what is wrong.
     """
-    from hfllm.models.loading import reason_of, saved_config
+    from hfllm.models.loading.saved import reason_of, saved_config
 
     if not (folder / CONFIG).is_file():
         return

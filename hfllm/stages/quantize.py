@@ -138,7 +138,7 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
         InputError: when it is quantized already, a scheme has nothing to quantize, a name of --skip_modules is not
             a layer's, or the timed tokens exceed the model's context.
     """
-    from hfllm.models.stored import empty_model, is_for_pictures, refuse_quantized
+    from hfllm.models.loading.saved import empty_model, is_for_pictures, refuse_quantized
     from hfllm.runs.models import max_length_of
 
     sees = is_for_pictures(config)

@@ -27,7 +27,7 @@ def sees(model_args: "ModelConfig") -> bool:
     Raises:
         InputError: when its config cannot be loaded.
     """
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
 
     name = model_args.model_name_or_path

@@ -26,7 +26,7 @@ def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
     """
     from transformers import AutoModelForSequenceClassification
 
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.rlhf_pictures import load_processing_class
 

@@ -91,7 +91,7 @@ def check_models(
             an adapter that does not, weights that cannot be trained, or `--use_vllm` without vLLM.
     """
     from hfllm.models.devices import forked_random
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.rewards.models import reward_model
     from hfllm.runs.models import (
         check_trainable,

@@ -35,7 +35,7 @@ def processing_class_of(name: str, revision: str = "main") -> "ProcessingClass":
 
 def _processing_class(name: str, revision: str, config: "PreTrainedConfig") -> "ProcessingClass":
     from hfllm.data.tokenizer import padding_token
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_tokenizer
 
     if not is_for_pictures(config):
@@ -52,7 +52,7 @@ def load_processor(name: str, revision: str) -> "ProcessorMixin":
     Raises:
         InputError: when there is none, it cannot be loaded, or its pictures do not fit the model.
     """
-    from hfllm.models.loading import reason_of, saved_processor
+    from hfllm.models.loading.saved import reason_of, saved_processor
     from hfllm.multimodal.processors import check_fit
     from hfllm.runs.models import load_config
 
@@ -81,7 +81,7 @@ def load_policy(
     Raises:
         InputError: when either cannot be loaded.
     """
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.adapters import load_to_train
 
     if not is_for_pictures(config):
@@ -98,8 +98,8 @@ def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel
     """
     from transformers import AutoModelForImageTextToText
 
-    from hfllm.models.adapters import find_adapter, load_base, put_on
-    from hfllm.models.weights import load_weights_of
+    from hfllm.models.loading.adapters import find_adapter, load_base, put_on
+    from hfllm.models.loading.weights import load_weights_of
     from hfllm.runs.command_line import say
     from hfllm.runs.models import load_kwargs, refuse_four_bits_of_pictures
 
@@ -125,7 +125,7 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
     Raises:
         InputError: naming the row.
     """
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.trainers.ppo.prompts import check_pictures
 
     if not is_for_pictures(config):
@@ -183,7 +183,7 @@ def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedCo
         config: the policy's.
         is_adapter: whether an adapter is saved.
     """
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.outputs.card import chat_lines
     from hfllm.outputs.pictures import picture_lines
 

@@ -340,8 +340,8 @@ class SmallGrid:
         from hfllm.data.world.world import World
         from hfllm.evaluation.emergence import Emergence, ProbedRun
         from hfllm.evaluation.few_shot import make_probes, run_probes
-        from hfllm.models.loading import saved_model
-        from hfllm.models.modeling_hfllm import HfllmForCausalLM
+        from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
+        from hfllm.models.loading.saved import saved_model
         from hfllm.runs.models import load_tokenizer
 
         args, probed = self.script_args, []

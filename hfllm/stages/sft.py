@@ -65,7 +65,7 @@ def default_settings(given: Mapping[str, Any]) -> list[Path]:
 def _is_adapter(name: str, revision: str) -> bool:
     if Path(name).is_dir():
         return Path(name, "adapter_config.json").is_file()
-    from hfllm.models.adapters import find_adapter
+    from hfllm.models.loading.adapters import find_adapter
 
     return find_adapter(name, revision=revision) is not None
 
@@ -169,8 +169,8 @@ def with_template(
     from trl.chat_template_utils import clone_chat_template
 
     from hfllm.data.chat_templates import BUILT_IN, set_built_in
-    from hfllm.models.probes import check_template
-    from hfllm.models.vocabulary import add_tokens
+    from hfllm.models.loading.probes import check_template
+    from hfllm.models.loading.saved import add_tokens
     from hfllm.runs.command_line import say
 
     if added_tokens:

@@ -26,7 +26,7 @@ def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
     Raises:
         InputError: when a model that sees has none.
     """
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.rlhf_pictures import load_processor
 
@@ -95,7 +95,7 @@ def check(
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.own_pictures import by_turns, check_freezing
     from hfllm.stages.picture_checks import check_split_weights, check_whole_rows

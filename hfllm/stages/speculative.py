@@ -117,7 +117,7 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         InputError: naming the flag, or the model when it cannot be loaded.
     """
     from hfllm.generation.speculative import PromptLookupDraft
-    from hfllm.models.weights import check_weight_files
+    from hfllm.models.loading.weights import check_weight_files
     from hfllm.runs.models import load_config, load_tokenizer
     from hfllm.stages.architecture import config_to_train
 

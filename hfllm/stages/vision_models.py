@@ -38,9 +38,9 @@ def new_model(
     from transformers import SiglipVisionConfig, set_seed
 
     from hfllm.data.tokenizer import train_tokenizer
-    from hfllm.models.configuration_hfllm import HfllmConfig
-    from hfllm.models.layers_hfllm import HfllmMLP
-    from hfllm.models.modeling_hfllm import HfllmForCausalLM
+    from hfllm.models.family.configuration_hfllm import HfllmConfig
+    from hfllm.models.family.layers_hfllm import HfllmMLP
+    from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
     from hfllm.multimodal.composed import with_vision
     from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 
@@ -92,7 +92,7 @@ def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMi
     Raises:
         InputError: when either cannot be loaded, or the model reads text alone.
     """
-    from hfllm.models.loading import reason_of
+    from hfllm.models.loading.saved import reason_of
     from hfllm.stages.rlhf_pictures import load_seeing_model
 
     name, processor = model_args.model_name_or_path, load_processor(model_args)
@@ -127,7 +127,7 @@ def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
     Raises:
         InputError: naming it.
     """
-    from hfllm.models.stored import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures
 
     if not is_for_pictures(config):
         raise InputError(

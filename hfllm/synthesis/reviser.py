@@ -10,7 +10,7 @@ from typing import Any
 from hfllm.data.messages import Message
 from hfllm.errors import InputError
 from hfllm.generation.responses import Response
-from hfllm.models.fingerprint import weights_fingerprint
+from hfllm.models.loading.weights import weights_fingerprint
 from hfllm.runs.command_line import main_process, say
 from hfllm.synthesis.constitution import Constitution
 from hfllm.synthesis.critiques import critique_turns, exchange

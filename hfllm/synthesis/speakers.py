@@ -10,9 +10,7 @@ from hfllm.data.transcripts import next_turn, to_prompt
 from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.generation.responses import Response
-from hfllm.models.context import max_length_of
-from hfllm.models.loading import saved_tokenizer
-from hfllm.models.vocabulary import check_vocabulary
+from hfllm.models.loading.saved import check_vocabulary, max_length_of, saved_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

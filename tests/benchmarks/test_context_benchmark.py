@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hfllm.models import banded_hfllm
+from hfllm.models.family import attention_masks_hfllm
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -26,11 +26,13 @@ def context(monkeypatch):
 
 
 def test_the_kinds(context, monkeypatch):
-    monkeypatch.setattr(banded_hfllm, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(attention_masks_hfllm, "SMALLEST_BLOCK", 4)
     ids = torch.arange(128)[None]
     logits, masks = {}, []
-    plain = banded_hfllm.is_banded
-    monkeypatch.setattr(banded_hfllm, "is_banded", lambda mask, key: (masks.append(plain(mask, key)), masks[-1])[1])
+    plain = attention_masks_hfllm.is_banded
+    monkeypatch.setattr(
+        attention_masks_hfllm, "is_banded", lambda mask, key: (masks.append(plain(mask, key)), masks[-1])[1]
+    )
     for kind in context.KINDS:
         masks.clear()
         logits[kind] = context.build(kind, 128, window=8, hidden=32)(ids, use_cache=False).logits

@@ -13,7 +13,7 @@ from hfllm.generation.speculative import acceptance
 from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
 from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
 from hfllm.generation.speculative.speculative import speculative_generate
-from hfllm.models.native_families import config_to_native
+from hfllm.models.conversion.convert import config_to_native
 
 NEW = 24
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no int8 kernels here")

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 
-from hfllm.models import modeling_hfllm, modeling_hfllm_vision
+from hfllm.models.family import modeling_hfllm, modeling_hfllm_vision
 
 
 def main(folders: list[str]) -> None:

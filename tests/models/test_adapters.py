@@ -10,9 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hfllm.errors import InputError
-from hfllm.models.adapters import find_adapter, load_base, put_on, put_under_head
-from hfllm.models.merging import load_merged
-from hfllm.models.scorers import load_scorer
+from hfllm.models.loading.adapters import find_adapter, load_base, load_merged, load_scorer, put_on, put_under_head
 
 IDS = torch.tensor([[5, 9, 40, 41, 60, 17, 33]])
 

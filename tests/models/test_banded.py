@@ -14,8 +14,8 @@ from transformers import (
 )
 
 import hfllm
-from hfllm.models import banded_hfllm
-from hfllm.models.banded_hfllm import banded_attention_forward, banded_mask, block_sizes
+from hfllm.models.family import attention_masks_hfllm
+from hfllm.models.family.attention_masks_hfllm import banded_attention_forward, banded_mask, block_sizes
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 LENGTH = 53
@@ -24,19 +24,19 @@ LENGTH = 53
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 4 queries, so that short texts have many."""
-    monkeypatch.setattr(banded_hfllm, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(attention_masks_hfllm, "SMALLEST_BLOCK", 4)
 
 
 @pytest.fixture
 def banded_calls(monkeypatch):
     """The masks that banded attention was called with in blocks."""
-    masks, plain = [], banded_hfllm.is_banded
+    masks, plain = [], attention_masks_hfllm.is_banded
 
     def seen(mask, key):
         masks.extend([mask] if plain(mask, key) else [])
         return plain(mask, key)
 
-    monkeypatch.setattr(banded_hfllm, "is_banded", seen)
+    monkeypatch.setattr(attention_masks_hfllm, "is_banded", seen)
     return masks
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.models.native_families import config_from_native, config_to_native
+from hfllm.models.conversion.convert import config_from_native, config_to_native
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 

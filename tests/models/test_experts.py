@@ -8,8 +8,7 @@ from families import FAMILIES
 from huggingface_hub.errors import StrictDataclassError
 
 import hfllm
-from hfllm.models.experts_hfllm import HfllmSparseMLP
-from hfllm.models.router_hfllm import HfllmRouter
+from hfllm.models.family.experts_hfllm import HfllmRouter, HfllmSparseMLP
 
 DEEPSEEK = FAMILIES["glm4-moe"]
 

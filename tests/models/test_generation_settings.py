@@ -7,7 +7,7 @@ import sft
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hfllm.errors import InputError
-from hfllm.models.weights import load_weights_of
+from hfllm.models.loading.weights import load_weights_of
 
 OLD = {"temperature": 0.9, "top_p": 0.6, "top_k": 20, "length_penalty": 2.0}
 

@@ -14,7 +14,7 @@ from hfllm.errors import InputError
 from hfllm.generation.caches import bytes_per_token, cache_bytes, make_cache
 from hfllm.generation.fast import fast_generate
 from hfllm.generation.packed.model import packed_model
-from hfllm.models.latent_hfllm import HfllmLatentAttention, yarn_factor
+from hfllm.models.family.attention_hfllm import HfllmLatentAttention, yarn_factor
 from hfllm.scaling.shapes import Shape
 from hfllm.trainers.distillation.students import smaller_student
 

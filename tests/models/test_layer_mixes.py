@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES
 from transformers import DynamicCache, StaticCache, Trainer, TrainerCallback, TrainingArguments
 
-from hfllm.models import banded_hfllm
+from hfllm.models.family import attention_masks_hfllm
 
 LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
 CHUNKED = "chunked_attention"
@@ -55,7 +55,7 @@ RARE = {"slf-nowhere-positions", "slf-learned-positions", "chunks-of-one", "cf-s
 @pytest.fixture(params=[pytest.param(each, marks=[pytest.mark.slow] if each in RARE else []) for each in MIXES])
 def mix(request, make_model, monkeypatch):
     """A model, with blocks of 4 queries, so that short texts are in banded form; and how exact it is."""
-    monkeypatch.setattr(banded_hfllm, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(attention_masks_hfllm, "SMALLEST_BLOCK", 4)
     kinds, window, axes = MIXES[request.param]
     names = {"num_hidden_layers": len(kinds), "layer_types": [NAMES[kind] for kind in kinds]}
     field = "attention_chunk_size" if "c" in kinds else "sliding_window"

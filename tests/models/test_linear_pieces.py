@@ -7,9 +7,15 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 import hfllm
-from hfllm.models import delta_rule_hfllm, linear_hfllm
-from hfllm.models.delta_chunks_hfllm import DeltaPiece, gated_delta_chunks, sequences_in_chunks
-from hfllm.models.delta_rule_hfllm import first_state, gated_delta_rule, rule_of_piece
+from hfllm.models.family import delta_rule_hfllm, linear_attention_hfllm
+from hfllm.models.family.delta_rule_hfllm import (
+    DeltaPiece,
+    first_state,
+    gated_delta_chunks,
+    gated_delta_rule,
+    rule_of_piece,
+    sequences_in_chunks,
+)
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
@@ -19,8 +25,8 @@ LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 def short_pieces(monkeypatch):
     """Pieces of two chunks of 8 tokens, so that short texts have many."""
     monkeypatch.setattr(delta_rule_hfllm, "piece_length", lambda chunk, rows: 2 * chunk)
-    monkeypatch.setattr(linear_hfllm, "piece_length", lambda chunk, rows: 2 * chunk)
-    monkeypatch.setattr(linear_hfllm, "chunk_length", lambda chunk, key: 8)
+    monkeypatch.setattr(linear_attention_hfllm, "piece_length", lambda chunk, rows: 2 * chunk)
+    monkeypatch.setattr(linear_attention_hfllm, "chunk_length", lambda chunk, key: 8)
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def by_formulas(monkeypatch):
     @contextlib.contextmanager
     def turn_off():
         with monkeypatch.context() as patch:
-            patch.setattr(linear_hfllm, "needs_autograd", lambda: True)
+            patch.setattr(linear_attention_hfllm, "needs_autograd", lambda: True)
             patch.setattr(delta_rule_hfllm, "needs_autograd", lambda: True)
             yield
 

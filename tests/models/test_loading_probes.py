@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from hfllm.data import chat_templates
 from hfllm.errors import InputError
-from hfllm.models import probes
-from hfllm.models.loading import saved_tokenizer
+from hfllm.models.loading import probes
+from hfllm.models.loading.saved import saved_tokenizer
 from hfllm.runs.failures import explained
 
 ENDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfllm.models.loss_hfllm import linear_cross_entropy
+from hfllm.models.family.modeling_hfllm import linear_cross_entropy
 
 
 @pytest.fixture

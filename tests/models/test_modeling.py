@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import hfllm
 from hfllm.generation.fast import fast_generate
-from hfllm.models import layers_hfllm, modeling_hfllm
-from hfllm.models.attention_hfllm import create_masks, packed_sequences
+from hfllm.models.family import layers_hfllm, modeling_hfllm
+from hfllm.models.family.attention_hfllm import create_masks, packed_sequences
 
 
 @pytest.fixture(params=FAMILIES, ids=list(FAMILIES))

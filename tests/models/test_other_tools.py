@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama import modeling_llama
 
 import hfllm
-from hfllm.models import memory_hfllm
-from hfllm.models.attention_hfllm import HfllmRotaryEmbedding, apply_rotary_pos_emb
-from hfllm.models.layers_hfllm import HfllmMLP, HfllmRMSNorm, rms_norm
+from hfllm.models.family import layers_hfllm
+from hfllm.models.family.attention_hfllm import HfllmRotaryEmbedding, apply_rotary_pos_emb
+from hfllm.models.family.layers_hfllm import HfllmMLP, HfllmRMSNorm, rms_norm
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_torch_without_its_private_names_takes_the_way_that_is_always_right(
     model = make_model(intermediate_size=256, loss_chunk_size=5).train()
     lean, gradients = saved_bytes(model, ids), [parameter.grad.clone() for parameter in model.parameters()]
     for part in ("torch", "forward_ad", "every_module"):
-        monkeypatch.setattr(memory_hfllm, part, Without(getattr(memory_hfllm, part)))
+        monkeypatch.setattr(layers_hfllm, part, Without(getattr(layers_hfllm, part)))
     model.zero_grad()
     assert saved_bytes(model, ids) > lean
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients, atol=1e-6, rtol=1e-5)

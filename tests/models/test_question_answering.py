@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, LlamaConfig, LlamaForQuestionAnswering
 
 import hfllm
-from hfllm.models.adapters import find_adapter
+from hfllm.models.loading.adapters import find_adapter
 from hfllm.outputs.card import model_card
 
 STARTS, ENDS = torch.tensor([3, 0]), torch.tensor([5, 99])
@@ -93,7 +93,7 @@ def test_it_travels(model, ids, tmp_path):
 def test_an_adapter_keeps_the_head(model, tokenizer, ids, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from hfllm.models.merging import load_merged
+    from hfllm.models.loading.adapters import load_merged
 
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from torch.distributed.fsdp import FSDPModule
 
 import hfllm
-from hfllm.models import configuration_hfllm, configuration_hfllm_vision, modeling_hfllm, modeling_hfllm_vision
+from hfllm.models.family import configuration_hfllm, configuration_hfllm_vision, modeling_hfllm, modeling_hfllm_vision
 
 SCRIPT = Path(__file__).parent / "remote_code_run.py"
 SHARDS = Path(__file__).parent / "fsdp2_run.py"
@@ -23,26 +23,14 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
     tokenizer.save_pretrained(tmp_path / "model")
     parts = (
         "attention",
-        "balance",
-        "banded",
-        "chunked",
+        "attention_masks",
         "configuration",
-        "delta_chunks",
+        "configuration_fields",
         "delta_rule",
-        "expert_fields",
         "experts",
-        "head",
-        "latent",
-        "latent_fields",
-        "layer_types",
         "layers",
-        "linear",
-        "loss",
-        "memory",
+        "linear_attention",
         "modeling",
-        "router",
-        "sparse",
-        "sparse_blocks",
     )
     code = {*(f"{part}_hfllm.py" for part in parts), "presets.py"}
     assert set(path.name for path in (tmp_path / "model").glob("*.py")) == code
@@ -67,7 +55,7 @@ def test_the_package_too_names_a_release_that_is_too_old(monkeypatch, version):
     with pytest.raises(ImportError, match=f"need transformers 5.24.0 or newer, and this is {version}"):
         exec(
             compile(Path(configuration_hfllm.__file__).read_text(encoding="utf-8"), "configuration", "exec"),
-            {"__package__": "hfllm.models"},
+            {"__package__": "hfllm.models.family"},
         )
 
 
@@ -76,7 +64,7 @@ def test_newer_releases_are_tried(monkeypatch, version):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     exec(
         compile(Path(configuration_hfllm.__file__).read_text(encoding="utf-8"), "configuration", "exec"),
-        {"__package__": "hfllm.models"},
+        {"__package__": "hfllm.models.family"},
     )
 
 

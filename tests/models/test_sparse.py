@@ -22,8 +22,8 @@ import hfllm
 from hfllm.errors import InputError
 from hfllm.generation.memory import SegmentMemory
 from hfllm.generation.sinks import SinkCache
-from hfllm.models import sparse_blocks_hfllm
-from hfllm.models.sparse_hfllm import sparse_attention_forward
+from hfllm.models.family import attention_masks_hfllm
+from hfllm.models.family.attention_masks_hfllm import sparse_attention_forward
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 LENGTH, BLOCK, COUNT = 29, 4, 3
@@ -71,7 +71,7 @@ def ways(monkeypatch):
     def both(function):
         results = [function()]
         with monkeypatch.context() as patched:
-            patched.setattr(sparse_blocks_hfllm, "needs_autograd", lambda: True)
+            patched.setattr(attention_masks_hfllm, "needs_autograd", lambda: True)
             return [*results, function()]
 
     return both
@@ -236,10 +236,10 @@ def test_with_all_blocks_it_is_full_attention(make_pair, ids, ways):
     keys, values = (states.unflatten(2, (-1, 4)) for states in (key, value))
     for begin in (0, 5):
         given = (query[:, :, begin * 4 :], keys, values, begin, None, 8, 8**-0.5)
-        for output in ways(lambda given=given: sparse_blocks_hfllm.attend_by_block(*given)):
+        for output in ways(lambda given=given: attention_masks_hfllm.attend_by_block(*given)):
             torch.testing.assert_close(output.transpose(1, 2), expected[:, begin * 4 :], **CLOSE)
     places = torch.arange(32)[None]
-    output = sparse_blocks_hfllm.attend_by_query(query, keys, values, places, None, 8, 8**-0.5)
+    output = attention_masks_hfllm.attend_by_query(query, keys, values, places, None, 8, 8**-0.5)
     torch.testing.assert_close(output, expected, **CLOSE)
 
 
@@ -248,25 +248,25 @@ def test_both_ways_agree_on_large_scores_and_in_low_precision(ways, scale, dtype
     query, key, value = torch.randn(3, 2, 2, 64, 8).unbind(0)
     keys, values = (states.unflatten(2, (-1, 8)).to(dtype) for states in (key, value))
     given = ((query * scale).to(dtype), keys, values, 0, None, 3, 1.0)
-    outputs = ways(lambda: sparse_blocks_hfllm.attend_by_block(*given))
+    outputs = ways(lambda: attention_masks_hfllm.attend_by_block(*given))
     assert outputs[0].dtype == dtype and outputs[0].isfinite().all()
     torch.testing.assert_close(*outputs, atol=atol, rtol=atol)
 
 
 def test_no_tensor_grows_with_the_square_of_the_length(monkeypatch):
     """The number of pairs that are scored, at one size and one number of blocks."""
-    scored, plain = [], sparse_blocks_hfllm._attend_by_kernel
+    scored, plain = [], attention_masks_hfllm._attend_by_kernel
 
     def counted(query, key, *args):
         scored.append(query.shape[0] * query.shape[1] * key.shape[1])
         return plain(query, key, *args)
 
-    monkeypatch.setattr(sparse_blocks_hfllm, "_attend_by_kernel", counted)
+    monkeypatch.setattr(attention_masks_hfllm, "_attend_by_kernel", counted)
     pairs = []
     for length in (64, 128, 256):
         states = torch.randn(1, 1, length, 8)
         keys = states.unflatten(2, (-1, 8))
-        sparse_blocks_hfllm.attend_by_block(states, keys, keys, 0, None, 3, 1.0)
+        attention_masks_hfllm.attend_by_block(states, keys, keys, 0, None, 3, 1.0)
         pairs.append(sum(scored))
         scored.clear()
     assert pairs[1] == 2 * pairs[0] and pairs[2] == 4 * pairs[0]

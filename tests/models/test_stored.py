@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from hfllm.models.stored import is_for_pictures, reads_pictures
+from hfllm.models.loading.saved import is_for_pictures, reads_pictures
 
 TYPES = {
     # Those of both auto classes: with the same class behind them, and with a class of words behind one.

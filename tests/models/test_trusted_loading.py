@@ -14,11 +14,10 @@ from trl import ModelConfig
 from hfllm import PPOConfig, PPOTrainer
 from hfllm.data.curation.perplexity import CausalJudge, check_judge
 from hfllm.errors import InputError
-from hfllm.models import loading
-from hfllm.models.adapters import find_adapter, load_base
-from hfllm.models.conversion_hfllm import from_native, read_config
-from hfllm.models.scorers import load_scorer
-from hfllm.models.weights import load_weights_of
+from hfllm.models.conversion.convert import from_native, read_config
+from hfllm.models.loading import saved
+from hfllm.models.loading.adapters import find_adapter, load_base, load_scorer
+from hfllm.models.loading.weights import load_weights_of
 from hfllm.outputs.files import model_files
 from hfllm.runs.command_line import run_arguments
 from hfllm.runs.models import load_config, load_policy, load_reward_model, load_tokenizer
@@ -158,7 +157,7 @@ def test_the_flag_trusts_it_for_one_run_and_those_inside(with_code, tmp_path):
         outer(RemoteCodeArguments())
     policy, _ = outer(RemoteCodeArguments(trust_remote_code=True))
     assert type(policy).__name__ == "Model" and (tmp_path / "ran").exists()
-    assert not loading.trusts_remote_code()
+    assert not saved.trusts_remote_code()
     assert run_arguments(RemoteCodeArguments(trust_remote_code=True)) == {}
 
 
@@ -187,7 +186,7 @@ def test_kernels_that_a_config_names_are_refused(fields, named, model, adapter, 
     for name in (str(model), adapter):
         with pytest.raises(InputError) as error:
             load_policy(ModelConfig(model_name_or_path=name))
-        assert named in str(error.value) and loading.TRUST_FLAG in str(error.value)
+        assert named in str(error.value) and saved.TRUST_FLAG in str(error.value)
     # A model without weights is built of this one.
     config = load_config(str(model))
     assert (config._attn_implementation or "sdpa", config._experts_implementation) == ("sdpa", None)
@@ -265,7 +264,7 @@ def test_an_index_names_no_files_elsewhere(shard, model, tmp_path):
 
 
 def test_an_index_may_name_shards_and_folders(model):
-    assert not any(map(loading.is_outside, ["model-00001-of-00002.safetensors", "parts/a..b.safetensors"]))
+    assert not any(map(saved.is_outside, ["model-00001-of-00002.safetensors", "parts/a..b.safetensors"]))
 
 
 def loads_of(file):
@@ -279,19 +278,22 @@ def loads_of(file):
                 yield node.lineno, name, {keyword.arg for keyword in node.keywords}
 
 
+LOADING = ROOT / "hfllm" / "models" / "loading" / "saved.py"
+
+
 @pytest.mark.parametrize("folder", ["hfllm", "recipes", "benchmarks"])
 def test_every_call_in_the_source_says_whether_code_is_trusted(folder):
-    files = [file for file in (ROOT / folder).rglob("*.py") if file != ROOT / "hfllm" / "models" / "loading.py"]
+    files = [file for file in (ROOT / folder).rglob("*.py") if file != LOADING]
     silent = [
-        f"{file.relative_to(ROOT)}:{line}: {name} without trust_remote_code (hfllm.models.loading says it)"
+        f"{file.relative_to(ROOT)}:{line}: {name} without trust_remote_code (hfllm.models.loading.saved says it)"
         for file in files
         for line, name, flags in loads_of(file)
         if "trust_remote_code" not in flags
     ]
     assert files and not silent
     # In the file that all of them use, each call takes what one function has added.
-    calls = list(loads_of(ROOT / "hfllm" / "models" / "loading.py"))
-    source = (ROOT / "hfllm" / "models" / "loading.py").read_text(encoding="utf-8")
+    calls = list(loads_of(LOADING))
+    source = (LOADING).read_text(encoding="utf-8")
     assert len(calls) == 4 and source.count("_with_trust(kwargs)") == len(calls)
 
 

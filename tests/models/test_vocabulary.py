@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hfllm.models.vocabulary import add_tokens, check_vocabulary
+from hfllm.models.loading.saved import add_tokens, check_vocabulary
 
 NEW = ["<think>", "</think>", "<|tool|>"]
 

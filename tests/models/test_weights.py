@@ -17,8 +17,8 @@ from transformers import (
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.models.scorers import load_scorer
-from hfllm.models.weights import load_weights_of
+from hfllm.models.loading.adapters import load_scorer
+from hfllm.models.loading.weights import load_weights_of
 
 SIZES = {
     "vocab_size": 40,

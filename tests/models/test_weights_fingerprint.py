@@ -2,8 +2,8 @@
 
 import torch
 
-from hfllm.models import fingerprint
-from hfllm.models.fingerprint import weights_fingerprint
+from hfllm.models.loading import weights as fingerprint
+from hfllm.models.loading.weights import weights_fingerprint
 
 
 def test_models_are_told_apart_by_their_weights(make_model, monkeypatch):

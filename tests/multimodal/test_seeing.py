@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.models.vision_conversion import vision_config_to_native
+from hfllm.models.conversion.convert import vision_config_to_native
 from hfllm.multimodal.composed import idle_media_parameters
 
 EVERY = {**TEXTS, **HEADS}
@@ -303,7 +303,7 @@ def test_models_that_cannot_see_are_refused_in_a_line(make_model):
 def test_a_hostile_config_is_refused(make_model, tmp_path, change, message):
     import json
 
-    from hfllm.models.loading import saved_model
+    from hfllm.models.loading.saved import saved_model
 
     seeing(make_model()).save_pretrained(tmp_path)
     file = tmp_path / "config.json"

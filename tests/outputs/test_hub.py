@@ -287,7 +287,7 @@ def lose_shard(folder):
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
         (lambda folder: (folder / "modeling_hfllm.py").unlink(), "auto_map names modeling_hfllm.py"),
         (lambda folder: (folder / "configuration_hfllm.py").unlink(), "configuration_hfllm.py"),
-        (lambda folder: (folder / "loss_hfllm.py").unlink(), "imports loss_hfllm.py, which is missing"),
+        (lambda folder: (folder / "experts_hfllm.py").unlink(), "imports experts_hfllm.py, which is missing"),
     ],
 )
 def test_a_spoilt_folder_is_refused_before_a_byte_goes_out(hub, saved, spoil, expected):

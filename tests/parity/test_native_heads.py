@@ -7,10 +7,9 @@ from natives import NATIVES, ONE_OF_EACH, build
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.models.family_rows import FAMILIES
-from hfllm.models.mixed_family_rows import MIXED_FAMILIES
-from hfllm.models.native_families import config_to_native
-from hfllm.models.unsupported_families import MISSING
+from hfllm.models.conversion.convert import config_to_native
+from hfllm.models.conversion.families import FAMILIES, MISSING
+from hfllm.models.conversion.mixed_families import MIXED_FAMILIES
 
 HEADS = {
     "ForSequenceClassification": transformers.AutoModelForSequenceClassification,

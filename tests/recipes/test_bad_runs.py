@@ -25,7 +25,7 @@ from transformers.integrations import integration_utils
 
 from hfllm import HfllmForSequenceClassification
 from hfllm.errors import InputError
-from hfllm.models.vocabulary import check_vocabulary
+from hfllm.models.loading.saved import check_vocabulary
 from hfllm.outputs.report import Report
 from hfllm.rewards.functions import checked_rewards, load_reward_function
 from hfllm.runs import command_line, schedule

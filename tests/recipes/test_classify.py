@@ -11,7 +11,7 @@ import hfllm
 from hfllm.data.labelled import SPANS, TASKS, TEXT, WORDS
 from hfllm.errors import InputError
 from hfllm.generation.spans import answer_spans
-from hfllm.models.adapters import find_adapter
+from hfllm.models.loading.adapters import find_adapter
 
 TINY = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--max_length", "64"]
 ROWS = {

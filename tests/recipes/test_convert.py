@@ -76,7 +76,7 @@ def test_outputs_are_not_compared_if_not_wanted(llama, tmp_path, word, monkeypat
     monkeypatch.setattr("hfllm.stages.convert.logit_difference", None)
     metrics = run("--model_name_or_path", llama, "--output_dir", tmp_path / "ours", word)
     assert metrics.keys() == {"parameters", "tensors"}
-    assert (tmp_path / "ours" / "loss_hfllm.py").is_file()
+    assert (tmp_path / "ours" / "experts_hfllm.py").is_file()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_converted_model_that_differs_is_not_called_done(llama, tmp_path, monk
     def scrambled(state, rules):
         return {name: tensor.flip(-1) if "q_proj" in name else tensor for name, tensor in state.items()}
 
-    monkeypatch.setattr("hfllm.models.tensor_layouts.to_ours", scrambled)
+    monkeypatch.setattr("hfllm.models.conversion.tensor_layouts.to_ours", scrambled)
     with pytest.raises(InputError, match="outputs differ"):
         run("--model_name_or_path", llama, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()

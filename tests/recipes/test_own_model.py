@@ -205,7 +205,7 @@ def test_the_reward_model_stands_on_the_fine_tuned_one(chain, here):
     with scorer.disable_adapter(), torch.no_grad():
         states = scorer.base_model.model.model(IDS).last_hidden_state
     assert torch.allclose(states, trunk.model(IDS).last_hidden_state, atol=1e-5)
-    from hfllm.models.scorers import load_scorer
+    from hfllm.models.loading.adapters import load_scorer
 
     ours = load_scorer("outputs/reward")
     assert not ours.has_new_head and torch.allclose(logits(ours), logits(scorer), atol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hfllm.errors import InputError
-from hfllm.models.presets import preset
+from hfllm.models.family.presets import preset
 from hfllm.scaling.shapes import Shape
 
 ROOT = Path(__file__).parent.parent.parent

@@ -55,7 +55,7 @@ def test_a_stage_publishes_its_result_once(hub, command, tmp_path, capfd, monkey
     assert repo.messages == ["initial commit", "Upload model"]
     files = repo.files("trial")
     assert {"model.safetensors", "generation_config.json", "chat_template.jinja", "modeling_hfllm.py"} <= set(files)
-    assert {"report.json", "report.md", "loss.png", "loss_hfllm.py"} <= set(files)
+    assert {"report.json", "report.md", "loss.png", "experts_hfllm.py"} <= set(files)
     assert not any("checkpoint" in name or name.endswith(".bin") for name in files)
     card = files["README.md"].content.decode()
     assert "| eval_loss" in card

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hfllm.models.scorers import load_scorer
+from hfllm.models.loading.adapters import load_scorer
 from hfllm.rewards.models import reward_model
 from hfllm.stages.rlhf_pictures import processing_class_of
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.models.whole_folders import whole_folder
+from hfllm.models.loading.folders import whole_folder
 from hfllm.outputs.hub import refuse_foreign_files
 from hfllm.runs.lock import LOCK_FILE, join, lock, owner_of, release, release_all, releases_folders
 

@@ -6,7 +6,7 @@ import pytest
 from trl import ModelConfig
 
 from hfllm.errors import InputError
-from hfllm.models.adapters import SavedAdapter
+from hfllm.models.loading.adapters import SavedAdapter
 from hfllm.outputs.files import MERGED_FROM
 from hfllm.runs import adapters
 

@@ -11,7 +11,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers import AutoModelForSequenceClassification
 
 from hfllm.errors import InputError
-from hfllm.models.scorers import load_scorer
+from hfllm.models.loading.adapters import load_scorer
 from hfllm.runs import quiet
 from hfllm.runs.command_line import run
 from hfllm.runs.quiet import HUB_BARS, NEW_HEAD, UNHELPFUL, hide_unhelpful_output

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hfllm.models.presets import preset
+from hfllm.models.family.presets import preset
 from hfllm.scaling.devices import GIB, find_device
 from hfllm.scaling.layouts import MEGATRON, Layout
 from hfllm.scaling.planner import Request, choose, duration, larger_cluster, plan, sentences

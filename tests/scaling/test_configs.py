@@ -8,7 +8,7 @@ import pytest
 import yaml
 from launch_checks import check_accelerate, check_deepspeed, check_plugins
 
-from hfllm.models.presets import preset
+from hfllm.models.family.presets import preset
 from hfllm.scaling.devices import find_device
 from hfllm.scaling.plan_report import ACCELERATE_FILE, DEEPSPEED_FILE, FLAGS_FILE, deepspeed_config, launch_files
 from hfllm.scaling.planner import Request, plan

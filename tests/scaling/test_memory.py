@@ -8,8 +8,8 @@ import torch
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.models.banded_hfllm import banded_mask
-from hfllm.models.delta_rule_hfllm import chunk_length, piece_length
+from hfllm.models.family.attention_masks_hfllm import banded_mask
+from hfllm.models.family.delta_rule_hfllm import chunk_length, piece_length
 from hfllm.scaling.devices import MIB, find_device
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.memory import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.models.presets import preset
+from hfllm.models.family.presets import preset
 from hfllm.scaling.devices import find_device
 from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, SINGLE, TENSOR, Layout
 from hfllm.scaling.memory import PRECISIONS, device_memory

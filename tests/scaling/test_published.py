@@ -2,7 +2,7 @@
 
 import pytest
 
-from hfllm.models.presets import preset
+from hfllm.models.family.presets import preset
 from hfllm.scaling import speed as flops
 from hfllm.scaling.memory import PRECISIONS, korthikanti_activations, zero_state_bytes
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape

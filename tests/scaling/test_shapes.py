@@ -9,9 +9,9 @@ from parity.natives import NATIVES
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.models.family_rows import FAMILIES as CONVERTED
-from hfllm.models.native_families import config_from_native
-from hfllm.models.presets import preset
+from hfllm.models.conversion.convert import config_from_native
+from hfllm.models.conversion.families import FAMILIES as CONVERTED
+from hfllm.models.family.presets import preset
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.memory import _stage_parameters, _stages
 from hfllm.scaling.plan_report import _family_fields
@@ -144,7 +144,7 @@ def test_a_bad_field_has_the_name_that_the_file_gives_it():
 
 
 def test_choices_are_those_of_the_config():
-    from hfllm.models import configuration_hfllm
+    from hfllm.models.family import configuration_hfllm
     from hfllm.scaling.shapes import CHOICES
 
     assert {name: configuration_hfllm.CHOICES[name] for name in CHOICES} == CHOICES

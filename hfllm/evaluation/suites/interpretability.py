@@ -23,7 +23,7 @@ from hfllm.evaluation.interpreting.patching import causal_trace, subject_spread
 from hfllm.evaluation.interpreting.testing import plant_names, tested_plants
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.interpretability_report import PLANTS, TRACED, found
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.report import standard_error
 
 if TYPE_CHECKING:

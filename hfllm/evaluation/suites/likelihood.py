@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hfllm.errors import InputError, is_out_of_memory
-from hfllm.models.context import max_length_of
-from hfllm.models.layer_types_hfllm import longrope_limits
+from hfllm.models.family.configuration_fields_hfllm import longrope_limits
+from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.passes import evaluating, pass_precision
 
 if TYPE_CHECKING:

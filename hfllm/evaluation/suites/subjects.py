@@ -9,7 +9,7 @@ from hfllm.data.picture_batches import words_of_places
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.likelihood import NOT_NUMBERS, Likelihood, Pair, Scorer, encode_pair
-from hfllm.models.context import max_length_of
+from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.passes import pass_precision
 
 if TYPE_CHECKING:

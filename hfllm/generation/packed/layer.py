@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
 from hfllm.generation.packed.projections import Function, Projection, added
-from hfllm.models.attention_hfllm import rotate_heads
-from hfllm.models.layers_hfllm import HfllmMLP, HfllmRMSNorm
-from hfllm.models.modeling_hfllm import HfllmDecoderLayer, HfllmForCausalLM
+from hfllm.models.family.attention_hfllm import rotate_heads
+from hfllm.models.family.layers_hfllm import HfllmMLP, HfllmRMSNorm
+from hfllm.models.family.modeling_hfllm import HfllmDecoderLayer, HfllmForCausalLM
 
 if TYPE_CHECKING:
     from hfllm.generation.packed.ragged_cache import RaggedLayer
-    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.family.configuration_hfllm import HfllmConfig
 
 # Rotations of all tokens: factors of complex pairs, or cosines and signed sines, each (B, Q, 1, R).
 Rotation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

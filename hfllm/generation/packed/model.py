@@ -20,14 +20,14 @@ from torch.nn import functional as F
 from hfllm.errors import InputError
 from hfllm.generation.packed.layer import PackedLayer, Rotation, additive, interleaved_rotary, norm_of
 from hfllm.generation.packed.projections import Projection, has_int8, joined
-from hfllm.models.attention_hfllm import signed
-from hfllm.models.modeling_hfllm import HfllmForCausalLM
+from hfllm.models.family.attention_hfllm import signed
+from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hfllm.generation.packed.ragged_cache import RaggedCache
-    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.family.configuration_hfllm import HfllmConfig
 
 # Elements of each matrix compared to see whether it has changed since it was copied; vectors are compared whole.
 SAMPLE = 64

@@ -12,7 +12,7 @@ import torch
 from hfllm.errors import InputError
 from hfllm.generation.packed.model import Output, PackedModel, packed_model
 from hfllm.generation.packed.ragged_cache import RaggedCache
-from hfllm.models.layer_types_hfllm import longrope_limits
+from hfllm.models.family.configuration_fields_hfllm import longrope_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -10,14 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.models.adapters import find_adapter, load_apart
-from hfllm.models.expert_fields_hfllm import follow_layers
-from hfllm.models.layer_types_hfllm import WINDOWS
-from hfllm.models.loading import reason_of
-from hfllm.models.merging import load_merged
-from hfllm.models.precision import cast_weights
-from hfllm.models.stored import location_of
-from hfllm.models.weights import load_weights_of
+from hfllm.models.family.configuration_fields_hfllm import WINDOWS, follow_layers
+from hfllm.models.loading.adapters import find_adapter, load_apart, load_merged
+from hfllm.models.loading.saved import location_of, reason_of
+from hfllm.models.loading.weights import cast_weights, load_weights_of
 from hfllm.trainers.distillation.teacher_memory import check_fits_memory
 
 if TYPE_CHECKING:

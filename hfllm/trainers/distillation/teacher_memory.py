@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.models.adapters import find_adapter
-from hfllm.models.loading import saved_config
-from hfllm.models.stored import empty_model, location_of, quantization_of
+from hfllm.models.loading.adapters import find_adapter
+from hfllm.models.loading.saved import empty_model, location_of, quantization_of, saved_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from hfllm.data.packing import IGNORE
 from hfllm.errors import InputError
 from hfllm.models.devices import refuse_data_parallel
-from hfllm.models.loading import saved_tokenizer
+from hfllm.models.loading.saved import saved_tokenizer
 from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import DistillationCollator, Row, tokenize_dataset

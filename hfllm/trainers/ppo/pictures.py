@@ -16,7 +16,7 @@ from hfllm.data.image_files import read_image
 from hfllm.data.images import counted
 from hfllm.data.messages import Message
 from hfllm.errors import InputError
-from hfllm.models.stored import reads_pictures
+from hfllm.models.loading.saved import reads_pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,13 +20,20 @@ from transformers import (
 
 from hfllm.data.tokenizer import configured_ends, turn_end
 from hfllm.errors import InputError
-from hfllm.models import scorers
-from hfllm.models.adapters import find_adapter
 from hfllm.models.devices import built_whole, forked_random
-from hfllm.models.loading import saved_config, saved_model, saved_processor, saved_tokenizer
-from hfllm.models.stored import is_for_pictures, location_of, reads_pictures
-from hfllm.models.vocabulary import check_vocabulary
-from hfllm.models.weights import load_weights_of
+from hfllm.models.loading import adapters as scorers
+from hfllm.models.loading.adapters import find_adapter
+from hfllm.models.loading.saved import (
+    check_vocabulary,
+    is_for_pictures,
+    location_of,
+    reads_pictures,
+    saved_config,
+    saved_model,
+    saved_processor,
+    saved_tokenizer,
+)
+from hfllm.models.loading.weights import load_weights_of
 from hfllm.rewards.functions import MOST_REWARD, RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, reward_model, scores_tokens
 from hfllm.runs.arguments import changed

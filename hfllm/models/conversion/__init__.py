@@ -1,0 +1,1 @@
+"""Conversion between the family and native architectures, by one table of families."""

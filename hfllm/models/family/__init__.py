@@ -1,0 +1,1 @@
+"""The architecture: the files that travel with saved weights, and the presets."""

@@ -1,0 +1,1 @@
+"""Saved models, adapters and weights: read, checked, merged and written whole."""

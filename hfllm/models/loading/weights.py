@@ -1,0 +1,287 @@
+"""Whether saved weights can be read, are whole and all there, and how those of two models compare.
+
+transformers fills what is missing with random weights and a warning, and reads pickles.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from hfllm.errors import InputError, is_out_of_memory
+from hfllm.models.loading.saved import is_outside, leave_out_idle_settings, quantization_method, reason_of, saved_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+
+SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+# What older versions of transformers stored and this one computes anew.
+BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".cos_cached", ".sin_cached", ".position_ids")
+# Of TRL: beside a language model, and no part of it.
+VALUE_HEADS = ("v_head.",)
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def load_weights_of(
+    auto_class: "type[_BaseAutoModelClass]", name: str, whose: str = "model", **kwargs: object
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Load a model with all of its weights, from safetensors; only a head for scores may be new.
+
+    Args:
+        auto_class: such as `AutoModelForCausalLM`.
+        name: a folder or a Hub id.
+        whose: what to call it in complaints.
+        kwargs: arguments of `from_pretrained`.
+
+    Returns:
+        The model, and transformers' report of the loading. With `ignore_mismatched_sizes` that names heads of other
+        sizes.
+
+    Raises:
+        InputError: when it cannot be loaded, naming the file or weight that is damaged, missing or of another size.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    check_weight_files(name, whose)
+    may_mismatch = bool(kwargs.get("ignore_mismatched_sizes"))
+    # Mismatches are reported here: transformers refers to a table that it logs.
+    settings = {**kwargs, "output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    try:
+        with load_report_held() as report:
+            model, info = saved_model(auto_class, name, **settings)
+    except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise InputError(f"{whose} {name!r} could not be loaded: {_reason(error)}") from error
+    trunk = f"{model.base_model_prefix}."
+    may_be_new = auto_class not in (AutoModelForCausalLM, AutoModelForImageTextToText)
+    for key, saved, wanted in sorted(info["mismatched_keys"]):
+        if not (may_mismatch and may_be_new and not key.startswith(trunk)):
+            raise InputError(
+                f"{whose} {name!r}: {key} is of the shape {tuple(saved)} in its files, and of {tuple(wanted)} by its "
+                "config.json: one of them is another model's"
+            )
+    # Other methods of quantization name what they store in ways of their own.
+    if quantization_method(model.config) in (None, "bitsandbytes"):
+        _check_names(model, info, f"{whose} {name!r}", may_be_new)
+    report()
+    leave_out_idle_settings(model, f"{whose} {name!r}")
+    return model, info
+
+
+def _check_names(model: "PreTrainedModel", info: Mapping[str, Any], whose: str, may_be_new: bool) -> None:
+    """Refuse a model of which weights would be random or left out, as when its config has another number of layers.
+
+    Args:
+        info: transformers' report of the loading.
+        may_be_new: whether the head is new, and the one in the files, if any, is left out on purpose.
+    """
+    trunk = f"{model.base_model_prefix}."
+    missing = sorted(key for key in info["missing_keys"] if not may_be_new or key.startswith(trunk))
+    if missing:
+        raise InputError(
+            f"{whose}: {_counted(missing)} of the {type(model).__name__} not in its files, such as {missing[0]}, and "
+            "would be random: are they those of another model?"
+        )
+    # Files of a trunk alone have no prefix.
+    parts = {name for name, _ in model.base_model.named_children()}
+    unused = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if not key.endswith(BUFFERS)
+        and not key.startswith(VALUE_HEADS)
+        and (not may_be_new or key.startswith(trunk) or key.partition(".")[0] in parts)
+    )
+    if unused:
+        raise InputError(
+            f"{whose}: {_counted(unused)} in its files and not of the {type(model).__name__}, such as {unused[0]}, "
+            "and would be left out: does its config.json name fewer layers, or is it another model's?"
+        )
+
+
+def check_weight_files(name: str, whose: str = "model") -> None:
+    """Refuse a local model whose weights are pickled, cut short or damaged, or of which a part is missing.
+
+    Raises:
+        InputError: naming the file.
+    """
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        return
+    if (folder / SAFE).is_file():
+        files = [SAFE]
+    elif (folder / SAFE_INDEX).is_file():
+        files = _shards(folder, name, whose)
+    elif any((folder / pickled).is_file() for pickled in PICKLES):
+        raise InputError(_about_pickles(name, whose))
+    else:
+        # transformers says which names it looks for.
+        return
+    for file in files:
+        if not (folder / file).is_file():
+            raise InputError(f"{whose} {name!r}: {file} is missing, which {SAFE_INDEX} lists")
+        if damage := safetensors_damage(folder / file):
+            raise InputError(f"{whose} {name!r}: {file} is damaged ({damage}): download or copy it again")
+
+
+def safetensors_damage(file: Path) -> str | None:
+    """Return what is wrong with a safetensors file, by its header and its size; `None` if nothing is."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        beginning = stream.read(8)
+        length = int.from_bytes(beginning, "little")
+        if size == 0:
+            return "it is empty"
+        if len(beginning) < 8 or length > size - 8:
+            return "cut short, or no safetensors file"
+        header = stream.read(length)
+    try:
+        entries: Mapping[str, Any] = json.loads(header)
+        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+        return "its header cannot be read"
+    whole = 8 + length + max(ends, default=0)
+    return None if size == whole else f"{size:,} bytes, and its header says {whole:,}"
+
+
+@contextmanager
+def load_report_held() -> Iterator[Any]:
+    """Hold back transformers' table of missing and mismatched weights; yield a function that lets it through."""
+    logger, held = logging.getLogger("transformers.modeling_utils"), []
+
+    def hold(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        held.append(record)
+        return False
+
+    def let_through() -> None:
+        for record in held:
+            logger.handle(record)
+
+    logger.addFilter(hold)
+    try:
+        yield let_through
+    finally:
+        logger.removeFilter(hold)
+
+
+def _shards(folder: Path, name: str, whose: str) -> list[str]:
+    try:
+        files = set(json.loads((folder / SAFE_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = sorted(map(str, files))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        raise InputError(f"{whose} {name!r}: {SAFE_INDEX} is damaged: it lists no files (weight_map)") from None
+    if outside := next(filter(is_outside, shards), None):
+        raise InputError(f"{whose} {name!r}: {SAFE_INDEX} names {outside!r}, which is not in its folder")
+    return shards
+
+
+def _about_pickles(name: str, whose: str) -> str:
+    return (
+        f"{whose} {name!r} has pickled weights alone (pytorch_model.bin), which can run code when they are read. If "
+        'you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{name}').save_pretrained('{Path(name).name}-safe')\", and copy the tokenizer's files"
+    )
+
+
+def _counted(missing: list[str]) -> str:
+    return "1 weight is" if len(missing) == 1 else f"{len(missing)} weights are"
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "use_safetensors" in text:
+        return (
+            "it has no safetensors files, and pickled weights can run code when they are read: if you trust them, "
+            "convert them by https://huggingface.co/spaces/safetensors/convert"
+        )
+    return reason_of(error)
+
+
+# ---- precision ----
+#
+# Cast a new model to the precision that a loaded one would have.
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def cast_weights(model: Model, dtype: torch.dtype) -> Model:
+    """Return the model with its weights in `dtype` and its buffers unchanged, as `from_pretrained` loads it.
+
+    `model.to(dtype)` would round buffers too: rotary frequencies in bf16 rotate later positions by wrong angles.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+# ---- fingerprint ----
+#
+# Tell models apart by their weights, where they have no file that could be compared.
+
+
+# Values of a tensor that are read; of a larger one so many, evenly from all over it.
+MOST_VALUES = 1 << 16
+
+
+def weights_fingerprint(model: "nn.Module") -> str:
+    """Return a digest of a model's weights: names, shapes, types, and up to 65,536 values of each tensor.
+
+    Training changes nearly every value, so that another state of the same model has another digest, and a model of
+    billions is read in a second.
+    """
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        digest.update(f"{name}\0{tuple(value.shape)}\0{value.dtype}\0".encode())
+        some = value.detach().flatten()[:: -(-value.numel() // MOST_VALUES) or 1]
+        digest.update(some.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---- outputs compared ----
+#
+# Compare the outputs of models that should be the same, on random tokens.
+
+
+# What rounding may change, as a share of the largest logit: in single precision, and in half.
+TOLERANCE, TOLERANCE_IN_HALF = 1e-4, 5e-2
+LENGTH = 64
+
+
+def random_tokens(vocab_size: int, context: int | None, seed: int) -> "torch.Tensor":
+    """Return a row of random tokens, (1, `LENGTH`) or as long as a model's context."""
+    import torch
+
+    # Most vocabularies put special tokens first, and scorers skip padding.
+    first, generator = min(3, vocab_size - 1), torch.Generator().manual_seed(seed)
+    return torch.randint(first, vocab_size, (1, min(LENGTH, context or LENGTH)), generator=generator)
+
+
+def logits_of(model: "PreTrainedModel | PeftModel", ids: "torch.Tensor") -> "torch.Tensor":
+    """Return a model's logits in single precision; of a model without a head its last hidden states."""
+    import torch
+
+    with torch.no_grad():
+        outputs = model.eval()(input_ids=ids)
+    return outputs["logits" if "logits" in outputs else "last_hidden_state"].float()
+
+
+def is_rounding(difference: float, logits: "torch.Tensor", in_half: bool) -> bool:
+    """Return whether a difference of outputs is no larger than rounding explains; one that is not a number is not."""
+    return difference <= (TOLERANCE_IN_HALF if in_half else TOLERANCE) * logits.abs().max().item()
