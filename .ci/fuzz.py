@@ -206,7 +206,7 @@ def read_image(path: Path) -> object:
 def read_archive(path: Path) -> int:
     from hfllm.data.curation.inputs import find_inputs
     from hfllm.data.curation.options import CurationOptions
-    from hfllm.data.curation.reader import DocumentReader
+    from hfllm.data.curation.pipeline import DocumentReader
 
     options = CurationOptions(dataset_name=str(path))
     return sum(1 for _ in DocumentReader(find_inputs(options), options).run())

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.curation.pipeline import curation_stages, read_statistics, run_stages
-from hfllm.data.pydoc_corpus import pydoc_documents
+from hfllm.data.sources import pydoc_documents
 from hfllm.outputs.report import markdown_table, write_atomically
 
 FOREIGN = (

@@ -15,8 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from hfllm.data.curation.html_text import html_to_text
 from hfllm.data.curation.options import HTML_EXTRACTORS
+from hfllm.data.curation.text import html_to_text
 from hfllm.outputs.report import markdown_table, write_atomically
 
 TESTS = Path(__file__).parent.parent / "tests" / "data"

@@ -18,15 +18,23 @@ from pathlib import Path
 
 from datatrove.data import Document
 
-from hfllm.data.curation.content import LanguageFilter, SpamFilter, ToxicityFilter, read_phrases
-from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
+from hfllm.data.curation.duplicates import DecontaminationFilter, evaluation_texts
+from hfllm.data.curation.filters import (
+    C4QualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+    LanguageFilter,
+    SpamFilter,
+    SpamModel,
+    ToxicityFilter,
+    fit,
+    read_labeled,
+    read_phrases,
+)
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.pipeline import SHARDS, curation_stages, run_stages
-from hfllm.data.curation.quality import C4QualityFilter, GopherQualityFilter, GopherRepetitionFilter
-from hfllm.data.curation.spam import SpamModel, fit, read_labeled
 from hfllm.data.curation.text import words_of
-from hfllm.data.pydoc_corpus import pydoc_documents
-from hfllm.data.sources import load_source
+from hfllm.data.sources import load_source, pydoc_documents
 from hfllm.outputs.report import markdown_table, write_atomically
 
 # In Genesis: a parody in misspelled English, neither counted as English nor as another language.

@@ -44,7 +44,7 @@ def seconds(work: Callable[[], object]) -> tuple[float, object]:
 
 def questions_of(count: int | None = None, seed: int = 0) -> tuple[list[str], list[int], dict[str, list[str]]]:
     """Bodies of docstrings, the places of all or some of them, and what is asked about each of these, by kind."""
-    from hfllm.data.pydoc_corpus import pydoc_documents
+    from hfllm.data.sources import pydoc_documents
 
     items = []
     for name, text in pydoc_documents():
@@ -127,7 +127,7 @@ def theirs(texts: Sequence[str], queries: Sequence[str]) -> dict[str, float]:
 
 
 def speed_table() -> list[str]:
-    from hfllm.data.pydoc_corpus import pydoc_documents
+    from hfllm.data.sources import pydoc_documents
 
     texts = [text for _, text in pydoc_documents()]
     queries = questions_of(QUERIES)[2]["first sentence"]

@@ -99,8 +99,7 @@ class Reward:
 
 
 def build_tokenizer(seed: int) -> "PreTrainedTokenizerBase":
-    from hfllm.data.chat_templates import CALL_MARKS, TOOL, set_built_in
-    from hfllm.data.tokenizer import train_tokenizer
+    from hfllm.data.tokenizer import CALL_MARKS, TOOL, set_built_in, train_tokenizer
 
     rng, texts = random.Random(seed), []
     for row in rows_of(seed, 300):

@@ -23,8 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score
-from hfllm.data.world.vocabulary import WELL_SAID
+from hfllm.data.world.vocabulary import RIGHT, WELL_SAID, gold_meaning, gold_score
 from hfllm.data.world.world import Task, World
 from hfllm.grounding.asking import p_true
 from hfllm.grounding.choosing import best_rewarded, compare_choices, first_supported, majority_of_meaning

@@ -42,9 +42,8 @@ def main(script_args: CurateArguments) -> dict[str, float]:
     stage.announce(f"{script_args.dataset_name} -> {script_args.output_dir}")
 
     # These import datatrove.
-    from hfllm.data.curation.examples import read_examples
     from hfllm.data.curation.inputs import ignored_files
-    from hfllm.data.curation.pipeline import SHARDS, curation_stages, read_statistics, run_stages
+    from hfllm.data.curation.pipeline import SHARDS, curation_stages, read_examples, read_statistics, run_stages
 
     folder = Path(script_args.output_dir)
     work = curate.new_attempt(folder)

@@ -26,7 +26,7 @@ def main(script_args: TokenizerArguments) -> dict[str, float]:
     """Train, measure, save the tokenizer and the report. Return the metrics."""
     from pathlib import Path
 
-    from hfllm.data.mixtures import load_sources
+    from hfllm.data.loading import load_sources
     from hfllm.data.prepared import Prepared
     from hfllm.outputs.report import Plot, by_contents
     from hfllm.runs.stage import Stage

@@ -6,7 +6,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from hfllm.data.picture_rows import CAPTIONS, DrawnWorld
+from hfllm.data.world.pictures import CAPTIONS, DrawnWorld
 from hfllm.fingerprint import fingerprint
 
 

@@ -2,8 +2,7 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from hfllm.data.chat_templates import CALL_MARKS, TOOL, set_built_in
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import CALL_MARKS, TOOL, set_built_in, train_tokenizer
 
 TEMPLATE = (
     "{%- if tools -%}{{- '<|system|>' -}}{%- for tool in tools -%}{{- tool['function']['name'] + ' ' -}}{%- endfor -%}"

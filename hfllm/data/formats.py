@@ -4,11 +4,20 @@ Every function maps one row, and refuses a row that it cannot read, naming its o
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from hfllm.data.messages import Message, content_text, read_messages, read_tools, split_beginning
-from hfllm.data.rows import NO_ANSWER, TIE, UNDESIRED, BadRow
+from hfllm.data.rows import (
+    NO_ANSWER,
+    TIE,
+    UNDESIRED,
+    BadRow,
+    Message,
+    content_text,
+    read_messages,
+    read_tools,
+    split_beginning,
+)
 from hfllm.data.sources import Source
 from hfllm.errors import InputError
 
@@ -307,3 +316,21 @@ def _transcript(origin: str, text: Any) -> list[Message]:
 
 def _unreadable(origin: str, row: Row, accepted: tuple[str, ...]) -> InputError:
     return InputError(f"{origin}: columns {', '.join(row) or '(none)'}; expected one of: {'; '.join(accepted)}")
+
+
+# ---- renamed columns ----
+
+
+def renamed(origin: str, row: Row, renaming: Mapping[str, str]) -> Row:
+    """Return a row with its columns under our names.
+
+    Raises:
+        InputError: when it lacks one.
+    """
+    for ours, theirs in renaming.items():
+        if theirs not in row:
+            raise InputError(
+                f"{origin}: --column_mapping {ours}={theirs}: no column {theirs!r}; there are: {', '.join(row)}"
+            )
+    others = {name: value for name, value in row.items() if name not in renaming.values()}
+    return others | {ours: row[theirs] for ours, theirs in renaming.items()}

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 from hfllm.data.formats import ANSWERED, LABELED, as_messages
 from hfllm.data.image_files import MAX_PIXELS, image_key, path_of, read_image
-from hfllm.data.messages import Message, content_text, role_of
-from hfllm.data.rows import BadRow, flaw_of
+from hfllm.data.rows import BadRow, Message, content_text, flaw_of, role_of
 from hfllm.errors import InputError
 
 Row = dict[str, Any]

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hfllm.data.formats import renamed
 from hfllm.data.image_files import path_of
 from hfllm.data.images import take_images
-from hfllm.data.loading import renamed
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
 from hfllm.errors import InputError

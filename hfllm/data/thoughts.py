@@ -6,8 +6,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from hfllm.data.chat_templates import THOUGHT_MARKS
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
+from hfllm.data.tokenizer import THOUGHT_MARKS
 
 OPEN, CLOSE = THOUGHT_MARKS
 # Digits and commas, a power of ten; a fraction, also one of whole ones and a part. No sign is in `10-7` or `A-19`.

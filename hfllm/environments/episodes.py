@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 
 # From sequences of token ids and the most tokens to add: for each the sampled tokens, and whether they came to an end.
 Continue = Callable[[Sequence[Sequence[int]], int], Sequence[tuple[list[int], bool]]]

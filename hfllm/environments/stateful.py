@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 from hfllm.environments.tools import Tool, ToolBox, encodable
 from hfllm.errors import InputError
 

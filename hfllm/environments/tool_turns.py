@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 from hfllm.data.tokenizer import template_errors
 from hfllm.errors import InputError
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import thread as pools
 from typing import Any
 
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 from hfllm.errors import InputError
 
 Tool = Callable[..., Any]

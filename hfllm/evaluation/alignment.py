@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hfllm.data.added_texts import WORLD_TESTS
-from hfllm.data.perturbations import perturb
+from hfllm.data.augmentation import perturb
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.rubric import RIGHT
+from hfllm.data.tokenizer import WORLD_TESTS
+from hfllm.data.world.vocabulary import RIGHT
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.fine_tuning import SAMPLES, prompt_text
 from hfllm.evaluation.refusals import refuses

@@ -9,8 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfllm.data.world.critics import HELPFUL_FAMILIES, NEW_HARMS, SHOWN_HARMS, draw_task, is_rude, without_rudeness
-from hfllm.data.world.rubric import COMPLIES, REFUSAL_PHRASES, RIGHT, gold_score, words_of
+from hfllm.data.world.demonstrators import (
+    HELPFUL_FAMILIES,
+    NEW_HARMS,
+    SHOWN_HARMS,
+    draw_task,
+    is_rude,
+    without_rudeness,
+)
+from hfllm.data.world.vocabulary import COMPLIES, REFUSAL_PHRASES, RIGHT, gold_score, words_of
 from hfllm.data.world.world import Task, World
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import mean_of

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfllm.data.world.critics import SHOWN_HARMS, names_what_was_asked, without_rudeness
-from hfllm.data.world.rubric import COMPLIES, gold_score
+from hfllm.data.world.demonstrators import SHOWN_HARMS, names_what_was_asked, without_rudeness
+from hfllm.data.world.vocabulary import COMPLIES, gold_score
 from hfllm.data.world.world import Task
 from hfllm.evaluation.constitution import (
     BARE,

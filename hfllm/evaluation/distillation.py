@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from hfllm.data.world.rubric import RIGHT
+from hfllm.data.world.vocabulary import RIGHT
 from hfllm.data.world.world import World
 from hfllm.evaluation.responses import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.outputs.report import (

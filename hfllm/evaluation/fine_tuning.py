@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.messages import content_text
+from hfllm.data.rows import content_text
 from hfllm.evaluation.distillation import row_losses
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import change_of, is_noise, plus_minus, ratio_error

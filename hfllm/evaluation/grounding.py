@@ -1,6 +1,6 @@
 """How a model of the world answers with passages: whether it is right, cites, and follows what a passage tells it to.
 
-Names, changed facts, instructions and half of the wordings are held out: see `hfllm.data.world.passage_tasks`.
+Names, changed facts, instructions and half of the wordings are held out: see `hfllm.data.world.passages`.
 """
 
 import re
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.data.passages import citations_of, without_citations
-from hfllm.data.world.passage_tasks import PassageTask
-from hfllm.data.world.rubric import RIGHT, UNKNOWN_PHRASES, gold_score, words_of
+from hfllm.data.world.passages import PassageTask
+from hfllm.data.world.vocabulary import RIGHT, UNKNOWN_PHRASES, gold_score, words_of
 from hfllm.generation.responses import sample_responses
 
 if TYPE_CHECKING:

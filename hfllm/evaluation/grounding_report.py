@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hfllm.data.world.passage_tasks import (
+from hfllm.data.world.passages import (
     ANSWERABLE,
     CHANGED,
     CLOSED,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from hfllm.data.long_texts import start_of
+from hfllm.data.packing import start_of
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
 from hfllm.errors import InputError
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, SIZES, Problem, draw_problem
-from hfllm.data.world.rubric import RIGHT, gold_score
-from hfllm.data.world.thought_checks import checked_steps, is_valid
+from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, SIZES, Problem, checked_steps, draw_problem, is_valid
+from hfllm.data.world.vocabulary import RIGHT, gold_score
 from hfllm.data.world.world import World
 from hfllm.generation.responses import sample_responses
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfllm.data.chat_templates import CALL_MARKS
-from hfllm.data.tokenizer import end_tokens, tokenize_prompts
-from hfllm.data.world.rubric import RIGHT, gold_score
-from hfllm.data.world.tool_tasks import HELD_OUT, NEED, NO_NEED, Table, ToolTask, draw_tool_task
+from hfllm.data.tokenizer import CALL_MARKS, end_tokens, tokenize_prompts
+from hfllm.data.world.tasks import HELD_OUT, NEED, NO_NEED, Table, ToolTask, draw_tool_task
+from hfllm.data.world.vocabulary import RIGHT, gold_score
 from hfllm.data.world.world import World
 from hfllm.environments.built_in import calculator, lookup_in
 from hfllm.environments.episodes import Continue, Episode, run_episodes

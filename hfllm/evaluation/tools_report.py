@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from hfllm.data.world.tool_tasks import CHANGED, NEED, NO_NEED, SUM, UNKNOWN
+from hfllm.data.world.tasks import CHANGED_FACT, NEED, NO_NEED, SUM, UNKNOWN
 from hfllm.evaluation.constitution import side_by_side
 from hfllm.evaluation.tools import KNOWN, Answered, figures, values_of
 from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, plus_minus
@@ -15,7 +15,7 @@ TITLES = {
     OFF: "PPO, tools switched off",
 }
 LABELS = {
-    **{UNKNOWN: "unknown animals", CHANGED: "changed facts", SUM: "large sums", KNOWN: "known facts"},
+    **{UNKNOWN: "unknown animals", CHANGED_FACT: "changed facts", SUM: "large sums", KNOWN: "known facts"},
     **{"fact": "new questions of facts", "reading": "reading", "list": "lists", "addition": "small sums"},
 }
 SAMPLES_EACH = 2

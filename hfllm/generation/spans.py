@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from hfllm.data.labelled import Row
-from hfllm.data.labelled_tokens import Window, check_tokenizer, encode_spans
+from hfllm.data.labelled import Row, Window, check_tokenizer, encode_spans
 from hfllm.models.loading.saved import max_length_of
 
 if TYPE_CHECKING:

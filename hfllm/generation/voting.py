@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_completion
-from hfllm.data.messages import split_beginning
+from hfllm.data.rows import split_beginning
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
 from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses

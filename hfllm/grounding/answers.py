@@ -7,8 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from hfllm.data.passages import citations_of, without_citations
-from hfllm.data.plain_text import plain_text
-from hfllm.data.tokenizer import tokenize_prompts
+from hfllm.data.tokenizer import plain_text, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.grounding.found import Found, Retriever
@@ -92,7 +91,7 @@ def answer_with_passages(
         drop_instructions: leave out sentences of passages that tell the reader what to do, see
             `hfllm.grounding.instructions`; the `passages` of an answer are as they were found.
 
-    Passages cannot open or end a turn: control tokens that they spell are broken, see `hfllm.data.plain_text`.
+    Passages cannot open or end a turn: control tokens that they spell are broken, see `hfllm.data.tokenizer`.
 
     Raises:
         InputError: for numbers that make no sense, questions that are none, passages that another tokenizer cut, a

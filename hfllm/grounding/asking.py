@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hfllm.data.plain_text import plain_text
-from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.data.transcripts import to_prompt
+from hfllm.data.tokenizer import plain_text, to_prompt, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.grounding.meanings import last_words
 from hfllm.grounding.samples import Answered, Prompt

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hfllm.data.plain_text import plain_text
+from hfllm.data.tokenizer import plain_text
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.passes import batches_of_like_length, evaluating, pass_precision

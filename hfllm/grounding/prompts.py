@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hfllm.data.messages import Message
 from hfllm.data.passages import with_passages
+from hfllm.data.rows import Message
 from hfllm.errors import InputError
 from hfllm.grounding.found import Found
 

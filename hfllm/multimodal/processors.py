@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hfllm.data.chat_templates import text_of_macro
+from hfllm.data.tokenizer import text_of_macro
 from hfllm.errors import InputError
 from hfllm.models.family.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches
 

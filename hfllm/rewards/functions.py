@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from hfllm.data.thoughts import CLOSE, OPEN, split_thoughts
-from hfllm.data.world.rubric import GoldAnswer, gold_score
+from hfllm.data.world.vocabulary import GoldAnswer, gold_score
 from hfllm.errors import InputError, is_out_of_memory
 
 RewardFunction = Callable[..., list[float]]

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfllm.data.chat_templates import writes_as_ours
 from hfllm.data.formats import as_messages
-from hfllm.data.messages import Message
-from hfllm.data.transcripts import to_transcript
+from hfllm.data.rows import Message
+from hfllm.data.tokenizer import to_transcript, writes_as_ours
 from hfllm.errors import InputError
 from hfllm.rewards.functions import completion_text
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_messages
-from hfllm.data.messages import Message
-from hfllm.data.tokenizer import end_tokens, tokenize_prompts
-from hfllm.data.transcripts import to_prompt
+from hfllm.data.rows import Message
+from hfllm.data.tokenizer import end_tokens, to_prompt, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.judge_questions import (

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.messages import Message, read_tools, unspelled, words_of
 from hfllm.data.picture_batches import conversation_batch, words_of_places
+from hfllm.data.rows import Message, read_tools, unspelled, words_of
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import reads_pictures

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hfllm.data.world.rubric import RIGHT
+from hfllm.data.world.vocabulary import RIGHT
 from hfllm.rewards.functions import completion_text, gold_reward, shuffled
 
 

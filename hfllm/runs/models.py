@@ -142,8 +142,7 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
 
 def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     """Set what a tokenizer lacks: a padding token, a chat template. Both are saved with it."""
-    from hfllm.data.chat_templates import plain_chat_template
-    from hfllm.data.tokenizer import padding_token
+    from hfllm.data.tokenizer import padding_token, plain_chat_template
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = padding_token(tokenizer)

@@ -136,7 +136,7 @@ def load_with_head(
     """
     import transformers
 
-    from hfllm.data.labelled_tokens import check_tokenizer
+    from hfllm.data.labelled import check_tokenizer
     from hfllm.runs.adapters import load_head_to_train
     from hfllm.runs.models import load_tokenizer, peft_config
 

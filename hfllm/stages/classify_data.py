@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hfllm.data import labelled
-from hfllm.data.labelled import SPANS, TEXT, Row
-from hfllm.data.labelled_tokens import Encoded, Window
+from hfllm.data.labelled import SPANS, TEXT, Encoded, Row, Window
 from hfllm.errors import InputError
 from hfllm.runs.command_line import say
 from hfllm.stages.classify import ClassifyArguments
@@ -40,7 +39,7 @@ def rows_of(script_args: ClassifyArguments, seed: int) -> tuple[Rows, Rows, list
         InputError: when a row cannot be read, or there are not two labels.
     """
     from hfllm.data.sources import WORLD
-    from hfllm.data.world.labelled import labelled_rows
+    from hfllm.data.world.tasks import labelled_rows
     from hfllm.data.world.world import World
     from hfllm.stages.user_rows import user_rows
 
@@ -76,7 +75,7 @@ def tokens_of(
         max_length: the longest row, in tokens.
         what: what the rows are, for that line.
     """
-    from hfllm.data.labelled_tokens import encode_spans, encode_texts, encode_words
+    from hfllm.data.labelled import encode_spans, encode_texts, encode_words
 
     if script_args.task == SPANS:
         encoded, windows = encode_spans(rows, tokenizer, max_length, min(script_args.doc_stride, max_length // 3))

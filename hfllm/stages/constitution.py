@@ -186,7 +186,7 @@ def constitution_of(script_args: ConstitutionArguments) -> "Constitution":
     Raises:
         InputError: when it cannot be read, or the world's demonstrators know none of its principles.
     """
-    from hfllm.data.world.critics import PRINCIPLES
+    from hfllm.data.world.demonstrators import PRINCIPLES
     from hfllm.synthesis.constitution import load_constitution
 
     constitution = load_constitution(script_args.constitution or ("world" if script_args.is_world else "general"))

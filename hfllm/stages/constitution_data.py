@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 from hfllm.data.formats import as_messages
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.runs.command_line import say
@@ -74,7 +74,7 @@ def up_to_critique(row: Row) -> Row:
 
 def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
     """Return what people show: how to help with everything, and critique, revision and judging."""
-    from hfllm.data.world.critics import critic_rows, helpful_rows
+    from hfllm.data.world.demonstrators import critic_rows, helpful_rows
     from hfllm.synthesis.constitution import load_constitution
 
     world, seed = World(script_args.world_seed), script_args.seed
@@ -86,7 +86,7 @@ def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
 
 def world_prompts(script_args: ConstitutionArguments) -> Prompts:
     """Return questions of the world: harmful and harmless ones, none of which is held out."""
-    from hfllm.data.world.critics import HELPFUL_FAMILIES, draw_task
+    from hfllm.data.world.demonstrators import HELPFUL_FAMILIES, draw_task
 
     world = World(script_args.world_seed)
     rng = random.Random(f"constitution-prompts-{world.seed}-{script_args.seed}")

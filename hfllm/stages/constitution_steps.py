@@ -289,7 +289,7 @@ class Steps:
 
 def people_s_labels(script_args: ConstitutionArguments) -> str:
     """Return the sentence of the report that says which labels of people were used."""
-    from hfllm.data.world.critics import CRITICS_HARMS
+    from hfllm.data.world.demonstrators import CRITICS_HARMS
 
     if not script_args.is_world:
         named = script_args.preference_dataset_name

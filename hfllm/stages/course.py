@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 from hfllm.errors import InputError
 from hfllm.outputs.report import write_atomically
 from hfllm.runs import schedule

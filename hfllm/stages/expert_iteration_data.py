@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_completion
-from hfllm.data.messages import split_beginning
+from hfllm.data.rows import split_beginning
 from hfllm.data.thoughts import thinking_message
 from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint, fingerprint

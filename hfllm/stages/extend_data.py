@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import hash_of, split_places, texts_of, world_of
-from hfllm.data.long_texts import long_rows
+from hfllm.data.packing import long_rows
 from hfllm.data.sources import WORLD
-from hfllm.data.world.long_documents import filler_documents, long_documents
+from hfllm.data.world.tasks import filler_documents, long_documents
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
 from hfllm.stages.course import by_main_process, write_rows

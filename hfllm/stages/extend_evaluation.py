@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from hfllm.data.long_texts import start_of
+from hfllm.data.packing import start_of
 from hfllm.evaluation.needle import NeedleGrid, find_needles
 from hfllm.evaluation.positions import bits_by_range, edges_of, nats_by_position
 from hfllm.outputs.report import Found, Plot, change_of, mean_of

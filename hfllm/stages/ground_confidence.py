@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score
+from hfllm.data.world.vocabulary import RIGHT, gold_meaning, gold_score
 from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH
 from hfllm.grounding.conformal import control_risk, over_splits

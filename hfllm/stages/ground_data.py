@@ -3,8 +3,7 @@
 import random
 
 from hfllm.data.world.demonstrators import instruction_rows
-from hfllm.data.world.passage_documents import conversation
-from hfllm.data.world.passages import draw_passages
+from hfllm.data.world.passages import conversation, draw_passages
 from hfllm.data.world.world import World
 from hfllm.stages.course import Row, by_main_process, write_rows
 from hfllm.stages.ground import MODELS, SFT, GroundArguments, data_file

@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hfllm.data.messages import Message
-from hfllm.data.world.passage_tasks import (
+from hfllm.data.rows import Message
+from hfllm.data.world.passages import (
     ANSWERABLE,
     GROUPS,
     INJECTED,
     ONE,
     THREE,
     PassageTask,
+    Told,
     passage_tasks,
     stored_tasks,
     with_found,
 )
-from hfllm.data.world.passages import Told
 from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH, Answered, answer, judged
 from hfllm.evaluation.grounding_report import ALIKE, APART, DROPPED, GATED, UNGATED, Retrieval, report

@@ -4,8 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from hfllm.data.world.passages import tell
-from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score, words_of
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, RIGHT, gold_meaning, gold_score, words_of
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH
 from hfllm.grounding.choosing import best_rewarded, compare_choices, first_supported, majority_of_meaning

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.image_files import MAX_PIXELS, BadImage, read_image, to_rgb
 from hfllm.data.images import Row, has_images, to_pictures
 from hfllm.data.loading import DataArguments
-from hfllm.data.messages import spells
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.rows import BadRow
+from hfllm.data.rows import BadRow, spells
 from hfllm.data.sources import folder_of
 from hfllm.errors import InputError, refuse
 

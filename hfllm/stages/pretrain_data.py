@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hfllm.data.mixtures import mixture_of
+from hfllm.data.loading import mixture_of
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
 from hfllm.stages.pretrain import CHINCHILLA, PretrainArguments
@@ -113,7 +113,7 @@ def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
     """
     import torch
 
-    from hfllm.data.objectives import masked_tokens, seeded_generator
+    from hfllm.data.packing import masked_tokens, seeded_generator
 
     if tokenizer.mask_token_id is None:
         raise InputError(f"--objective masked: the tokenizer {tokenizer.name_or_path!r} has no mask_token")
@@ -135,7 +135,7 @@ def infilled(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", max_len
     Raises:
         InputError: for a tokenizer without the tokens of the format.
     """
-    from hfllm.data.objectives import check_infilling_tokens, fill_in_the_middle
+    from hfllm.data.packing import check_infilling_tokens, fill_in_the_middle
     from hfllm.data.prepared import windows
 
     check_infilling_tokens(tokenizer)

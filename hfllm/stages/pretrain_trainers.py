@@ -105,7 +105,7 @@ def padded_trainer(
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling
 
-    from hfllm.data.padding import length_grouped, pieces_of
+    from hfllm.data.packing import length_grouped, token_pieces
     from hfllm.trainers.exact_evaluation import TokenMeanEvaluation
 
     (source,) = sources.values()
@@ -117,14 +117,14 @@ def padded_trainer(
         # The logged speed counts only tokens with a loss.
         include_num_input_tokens_seen="non_padding",
     )
-    train_pieces = length_grouped(pieces_of(texts, tokenizer, script_args.max_length), batch, training_args.seed)
+    train_pieces = length_grouped(token_pieces(texts, tokenizer, script_args.max_length), batch, training_args.seed)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     settings = loss_settings(model, script_args.loss_chunk_size)
     trainer = TokenMeanEvaluation(
         model=model,
         args=trainer_args,
         train_dataset=Dataset.from_dict({"input_ids": train_pieces}),
-        eval_dataset=Dataset.from_dict({"input_ids": pieces_of(test_texts, tokenizer, script_args.max_length)}),
+        eval_dataset=Dataset.from_dict({"input_ids": token_pieces(test_texts, tokenizer, script_args.max_length)}),
         data_collator=lambda rows: {**collate(rows), **settings},
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_of(script_args.use_muon, trainer_args),

@@ -152,8 +152,8 @@ def world_comparisons(
     script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig"
 ) -> tuple[Rows, Rows]:
     """Return training and held-out comparisons between the named model's samples and the demonstrators' responses."""
-    from hfllm.data.added_texts import WORLD_TRAINING
     from hfllm.data.augmentation import begun_comparisons
+    from hfllm.data.tokenizer import WORLD_TRAINING
     from hfllm.data.world.world import World
     from hfllm.evaluation.refusals import refuses
     from hfllm.runs.models import load_policy
@@ -180,7 +180,7 @@ def world_comparisons(
 
 def in_batches_of_like_length(rows: Rows, training_args: "RewardConfig") -> Rows:
     """Return the order for `train_sampling_strategy: sequential`: a random one would add two fifths of padding."""
-    from hfllm.data.padding import length_grouped
+    from hfllm.data.packing import length_grouped
 
     def length(row: Mapping[str, Any]) -> int:
         said = max(len(row[side][0]["content"]) for side in ("chosen", "rejected"))

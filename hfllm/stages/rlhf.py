@@ -160,8 +160,7 @@ def prompt_data(
     """
     from hfllm.data import formats
     from hfllm.data.images import to_picture_prompts
-    from hfllm.data.messages import read_tools
-    from hfllm.data.rows import flaw_of_prompt
+    from hfllm.data.rows import flaw_of_prompt, read_tools
     from hfllm.data.sources import WORLD, folder_of
     from hfllm.data.world.world import World
     from hfllm.stages.user_rows import Mapper, user_rows
@@ -238,7 +237,7 @@ def _try_functions(
 ) -> None:
     """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
     from hfllm.data.formats import as_completion
-    from hfllm.data.messages import split_beginning
+    from hfllm.data.rows import split_beginning
     from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, time_limit
 
     completions = [as_completion(row["prompt"], "This is a trial response.") for row in rows]
@@ -321,7 +320,7 @@ def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[
     import torch
 
     from hfllm.data.formats import as_completion
-    from hfllm.data.messages import split_beginning
+    from hfllm.data.rows import split_beginning
     from hfllm.models.devices import forked_random
     from hfllm.rewards.functions import reward_columns
 

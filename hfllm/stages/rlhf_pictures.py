@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from trl import ModelConfig
 
-    from hfllm.data.messages import Message
+    from hfllm.data.rows import Message
     from hfllm.stages.own_pictures import FreezingArguments
     from hfllm.stages.rlhf import Row
     from hfllm.trainers.ppo.pictures import ProcessingClass
@@ -150,8 +150,8 @@ def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", ro
 
 def words_for_a_picture(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> list[int]:
     """Return the places of prompts whose words spell the token of a picture's place; of a tokenizer none."""
-    from hfllm.data.messages import spells
     from hfllm.data.picture_batches import words_of_places
+    from hfllm.data.rows import spells
 
     tokens = words_of_places(processing_class)
     asked = [[row["prompt"], row.get("tools")] for row in rows] if tokens else []

@@ -168,7 +168,7 @@ def with_template(
     """
     from trl.chat_template_utils import clone_chat_template
 
-    from hfllm.data.chat_templates import BUILT_IN, set_built_in
+    from hfllm.data.tokenizer import BUILT_IN, set_built_in
     from hfllm.models.loading.probes import check_template
     from hfllm.models.loading.saved import add_tokens
     from hfllm.runs.command_line import say
@@ -245,9 +245,8 @@ def examples(
     import numpy
     from datasets import Dataset
 
-    from hfllm.data.conversations import Conversations
+    from hfllm.data.conversations import Conversations, read_back
     from hfllm.data.packing import IGNORE
-    from hfllm.data.read_back import read_back
     from hfllm.data.rows import Dropped, origin_of
     from hfllm.runs.command_line import say
 

@@ -103,7 +103,7 @@ def with_passages(
     Raises:
         InputError: when there are fewer passages than are asked for, or no row gets any.
     """
-    from hfllm.data.plain_text import plain_text
+    from hfllm.data.tokenizer import plain_text
     from hfllm.grounding.retrieval import BM25Retriever
     from hfllm.runs.command_line import say
 

@@ -37,10 +37,9 @@ def make_tokenizer(
     script_args: "TokenizerArguments | PretrainArguments", texts: Sequence[str]
 ) -> "PreTrainedTokenizerFast":
     """Return a tokenizer trained on `texts`, with the special tokens of the objective."""
-    from hfllm.data.chat_templates import CALL_MARKS, THOUGHT_MARKS, TOOL, set_built_in
-    from hfllm.data.objectives import INFILLING_TOKENS
+    from hfllm.data.packing import INFILLING_TOKENS
     from hfllm.data.sources import WORLD
-    from hfllm.data.tokenizer import MASK, train_tokenizer
+    from hfllm.data.tokenizer import CALL_MARKS, MASK, THOUGHT_MARKS, TOOL, set_built_in, train_tokenizer
     from hfllm.data.world.demonstrators import instruction_rows
     from hfllm.data.world.world import World
 

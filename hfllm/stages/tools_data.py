@@ -5,11 +5,11 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.world.tool_tasks import (
+from hfllm.data.world.tasks import (
     ASKED,
-    CHANGED,
+    CHANGED_FACT,
     NO_NEED,
-    SHOWN,
+    SHOWN_PART,
     SUM,
     UNKNOWN,
     Table,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # The families in the shares in which they are shown and asked.
 WEIGHTS = {
-    **{UNKNOWN: 7, CHANGED: 3, SUM: 4},
+    **{UNKNOWN: 7, CHANGED_FACT: 3, SUM: 4},
     **{"fact": 4, "reading": 2, "list": 2, "addition": 3},
 }
 # Of the demonstrations with tools in the prompt, those of people who call them where they should; the others answer
@@ -54,7 +54,7 @@ def demonstrations(script_args: "ToolsArguments", calls: float = CALLS) -> list[
     rng = random.Random(f"tools-shown-{world.seed}-{script_args.seed}")
     rows = []
     for family in _families(rng, script_args.num_demonstrations):
-        task = draw_tool_task(world, rng, family, SHOWN)
+        task = draw_tool_task(world, rng, family, SHOWN_PART)
         has_tools = rng.random() >= WITHOUT_TOOLS
         messages = task.messages(calls=has_tools and rng.random() < calls)
         rows.append({"messages": messages, "tools": tools if has_tools else None})

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import RowArguments
-from hfllm.data.picture_rows import picture_side
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
+from hfllm.data.world.pictures import picture_side
 from hfllm.errors import InputError, refuse
 from hfllm.runs.recipes import settings_file
 from hfllm.stages.own_pictures import (

@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfllm.data.images import text_of
-from hfllm.data.picture_rows import (
+from hfllm.data.sources import DIGITS, PICTURES
+from hfllm.data.world.pictures import (
     CAPTIONS,
     QUESTIONS,
+    TRAINED_NUMBERS,
     DrawnWorld,
     PictureRow,
     TwoDigits,
+    trained_families,
 )
-from hfllm.data.sources import DIGITS, PICTURES
-from hfllm.data.world.pictures import TRAINED_NUMBERS, trained_families
 from hfllm.evaluation.pictures import Asked, shuffled_questions
 from hfllm.stages.own_pictures import Convert, Rows, by_turns, picture_mapper, png_of
 from hfllm.stages.vision import VisionArguments

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.picture_rows import DrawnWorld, TwoDigits, picture_side
 from hfllm.data.sources import PICTURES
+from hfllm.data.world.pictures import DrawnWorld, TwoDigits, picture_side
 from hfllm.errors import InputError, refuse
 from hfllm.stages.own_pictures import FreezingArguments, PictureArguments, Rows, as_dataset
 from hfllm.stages.vision import VisionArguments

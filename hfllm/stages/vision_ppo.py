@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.picture_rows import QUESTIONS, DrawnWorld, TwoDigits
 from hfllm.data.sources import DIGITS
-from hfllm.data.world.pictures import ABSENT, FAMILIES
+from hfllm.data.world.pictures import ABSENT, FAMILIES, QUESTIONS, DrawnWorld, TwoDigits
 from hfllm.outputs.report import change_of
 from hfllm.stages.vision import VisionArguments
 from hfllm.stages.vision_data import Asked

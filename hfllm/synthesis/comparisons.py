@@ -7,9 +7,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from hfllm.data import formats
-from hfllm.data.added_texts import WORLD_TRAINING, AddedTexts
 from hfllm.data.augmentation import in_another_form
 from hfllm.data.sources import Source
+from hfllm.data.tokenizer import WORLD_TRAINING, AddedTexts
 from hfllm.data.world.demonstrators import preference_rows
 from hfllm.data.world.world import Task, World
 from hfllm.generation.responses import sample_responses

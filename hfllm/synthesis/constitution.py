@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hfllm.data.messages import Message, read_messages
+from hfllm.data.rows import Message, read_messages
 from hfllm.errors import InputError
 from hfllm.synthesis.constitution_files import ConstitutionFile, find_constitution, nearest, read_file
 

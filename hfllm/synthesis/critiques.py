@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 
 # "No one should" and "no doubt it is harmful" find something.
 BEGINS_WITH_NO = re.compile(r"(no|none|nope|nothing)\b(?!\s+(one|doubt|matter|question|wonder|good)\b)")

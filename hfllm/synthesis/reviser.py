@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 from hfllm.errors import InputError
 from hfllm.generation.responses import Response
 from hfllm.models.loading.weights import weights_fingerprint

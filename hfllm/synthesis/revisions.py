@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfllm.data.formats import as_messages
-from hfllm.data.messages import Message, read_messages
+from hfllm.data.rows import Message, read_messages
 from hfllm.errors import InputError
 from hfllm.synthesis.constitution import Constitution
 from hfllm.synthesis.critiques import finds_fault

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.messages import Message
-from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.data.transcripts import next_turn, to_prompt
+from hfllm.data.rows import Message
+from hfllm.data.tokenizer import next_turn, to_prompt, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.generation.responses import Response

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_completion
-from hfllm.data.messages import split_beginning
+from hfllm.data.rows import split_beginning
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation import responses

@@ -22,7 +22,7 @@ from transformers import Trainer
 from transformers.utils import ModelOutput
 
 from hfllm.data.packing import IGNORE
-from hfllm.data.picture_rows import PictureRow
+from hfllm.data.world.pictures import PictureRow
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

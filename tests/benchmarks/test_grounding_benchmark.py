@@ -23,7 +23,7 @@ def benchmark(monkeypatch):
         )
         for body in BODIES
     ]
-    monkeypatch.setattr("hfllm.data.pydoc_corpus.pydoc_documents", lambda: iter([*documents, ("topics.X", "x")]))
+    monkeypatch.setattr("hfllm.data.sources.pydoc_documents", lambda: iter([*documents, ("topics.X", "x")]))
     return module
 
 

@@ -6,7 +6,6 @@ from itertools import islice
 
 import pytest
 
-from hfllm.data.added_texts import WORLD_TRAINING
 from hfllm.data.augmentation import (
     PREFILL,
     augmented_demonstrations,
@@ -17,7 +16,7 @@ from hfllm.data.augmentation import (
 from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE
 from hfllm.data.rows import OriginRow, origin_of
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import WORLD_TRAINING, train_tokenizer
 from hfllm.data.world.documents import in_form
 from hfllm.data.world.world import World
 from hfllm.evaluation.refusals import refuses

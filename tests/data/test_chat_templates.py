@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from hfllm.data.chat_templates import BUILT_IN, plain_chat_template, set_built_in, writes_as_ours
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import BUILT_IN, plain_chat_template, set_built_in, train_tokenizer, writes_as_ours
 from hfllm.errors import InputError
 
 SCHEMA = {"type": "function", "function": {"name": "weather", "description": "Tells it", "parameters": {}}}

@@ -7,12 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.data import formats
-from hfllm.data.chat_templates import BUILT_IN, CALL_MARKS, plain_chat_template
-from hfllm.data.conversations import DIFFERENT, FIRST, REWRITES, UNSEEN, Conversations
+from hfllm.data.conversations import DIFFERENT, FIRST, REWRITES, UNSEEN, Conversations, read_back
 from hfllm.data.packing import IGNORE
-from hfllm.data.read_back import read_back
 from hfllm.data.rows import OriginRow
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import BUILT_IN, CALL_MARKS, plain_chat_template, train_tokenizer
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.errors import InputError
 

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfllm.data.world.critics import (
+from hfllm.data.world.demonstrators import (
     CRITICS_HARMS,
     HELPFUL_FAMILIES,
     NEW_HARMS,
     PRINCIPLES,
+    RUDE,
     critic_rows,
     draw_task,
     helpful_only,
@@ -21,9 +22,7 @@ from hfllm.data.world.critics import (
     names_what_was_asked,
     without_rudeness,
 )
-from hfllm.data.world.demonstrators import RUDE
-from hfllm.data.world.rubric import COMPLIES, gold_score, words_of
-from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
+from hfllm.data.world.vocabulary import COMPLIES, HARMS, MORE_HARMS, gold_score, is_held_out, words_of
 from hfllm.data.world.world import FAMILIES
 from hfllm.synthesis.critiques import finds_fault
 

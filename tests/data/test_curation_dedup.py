@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
-from hfllm.data.curation.dedup import DuplicateSignature, minhash_config
+from hfllm.data.curation.duplicates import DuplicateSignature, minhash_config
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.pipeline import SHARDS, curation_stages, read_statistics, run_stages
 from hfllm.data.sources import load_source

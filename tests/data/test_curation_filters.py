@@ -11,18 +11,22 @@ pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from datatrove.data import Document
 
-from hfllm.data.curation.content import LanguageFilter, SpamFilter, ToxicityFilter, read_phrases
-from hfllm.data.curation.decontamination import DecontaminationFilter, common_words, evaluation_texts, normalized
-from hfllm.data.curation.quality import (
+from hfllm.data.curation.duplicates import DecontaminationFilter, common_words, evaluation_texts, normalized
+from hfllm.data.curation.filters import (
     C4QualityFilter,
     GopherQualityFilter,
     GopherRepetitionFilter,
+    LanguageFilter,
     LengthFilter,
+    SpamFilter,
+    ToxicityFilter,
+    fit,
+    read_labeled,
+    read_phrases,
     repeated_ngram_share,
     top_ngram_share,
     unwrapped,
 )
-from hfllm.data.curation.spam import fit, read_labeled
 from hfllm.data.curation.text import word_hashes, words_of
 from hfllm.errors import InputError
 

@@ -13,9 +13,16 @@ pytest.importorskip("trafilatura", reason="needs the extra 'data'")
 
 from html_pages import BEES, MILL, PAGES, article, menu, paragraphs
 
-from hfllm.data.curation.html_text import MOST_ATTRIBUTES, MOST_LISTS, MOST_TAGS, html_to_text, is_too_complex
-from hfllm.data.curation.html_tokens import plain_text, tokens
 from hfllm.data.curation.options import CurationOptions
+from hfllm.data.curation.text import (
+    MOST_ATTRIBUTES,
+    MOST_LISTS,
+    MOST_TAGS,
+    html_to_text,
+    is_too_complex,
+    plain_text,
+    tokens,
+)
 
 PROSE = "The old mill below the bridge has ground no corn since the flood, and yet its wheel still turns. "
 

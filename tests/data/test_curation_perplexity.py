@@ -11,10 +11,18 @@ pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from datatrove.data import Document
 
-from hfllm.data.curation.ngram_model import ORDER, ByteNgramModel
 from hfllm.data.curation.options import CurationOptions
-from hfllm.data.curation.perplexity import CausalJudge, CorpusJudge, FitPerplexity, PerplexityFilter, Sample, _half
-from hfllm.data.pydoc_corpus import pydoc_documents
+from hfllm.data.curation.perplexity import (
+    ORDER,
+    ByteNgramModel,
+    CausalJudge,
+    CorpusJudge,
+    FitPerplexity,
+    PerplexityFilter,
+    Sample,
+    _half,
+)
+from hfllm.data.sources import pydoc_documents
 
 
 @pytest.fixture(scope="module")

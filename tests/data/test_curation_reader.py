@@ -13,7 +13,7 @@ pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from hfllm.data.curation.inputs import find_inputs
 from hfllm.data.curation.options import CurationOptions
-from hfllm.data.curation.reader import DocumentReader
+from hfllm.data.curation.pipeline import DocumentReader
 from hfllm.errors import InputError
 
 ROWS = [{"text": "one document"}, {"text": "two\ndocuments"}]

@@ -9,10 +9,9 @@ import pytest
 pytest.importorskip("datatrove", reason="needs the extra 'data'")
 pytest.importorskip("trafilatura", reason="needs the extra 'data'")
 
-from hfllm.data.curation.inputs import find_inputs
+from hfllm.data.curation.inputs import decoded_page, find_inputs
 from hfllm.data.curation.options import CurationOptions
-from hfllm.data.curation.reader import DocumentReader
-from hfllm.data.curation.warc import decoded_page
+from hfllm.data.curation.pipeline import DocumentReader
 from hfllm.errors import InputError
 
 SENTENCE = "The wheel of the old mill turns again, and {} people came to see it."

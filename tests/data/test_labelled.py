@@ -3,11 +3,20 @@
 import numpy
 import pytest
 
-from hfllm.data.labelled import SPANS, TASKS, TEXT, WORDS, labels_of, reader_of
-from hfllm.data.labelled_tokens import encode_spans, encode_texts, encode_words
+from hfllm.data.labelled import (
+    SPANS,
+    TASKS,
+    TEXT,
+    WORDS,
+    encode_spans,
+    encode_texts,
+    encode_words,
+    labels_of,
+    reader_of,
+)
 from hfllm.data.packing import IGNORE
-from hfllm.data.world.labelled import labelled_rows
 from hfllm.data.world.passages import held_out_names
+from hfllm.data.world.tasks import labelled_rows
 from hfllm.generation.spans import best_spans
 
 

@@ -6,8 +6,7 @@ import pytest
 
 from hfllm.data.conversations import check_written
 from hfllm.data.images import has_images, take_images
-from hfllm.data.messages import is_begun, read_messages, read_tools, split_beginning
-from hfllm.data.rows import Dropped
+from hfllm.data.rows import Dropped, is_begun, read_messages, read_tools, split_beginning
 from hfllm.errors import InputError
 
 DEEP = json.loads("[" * 900 + "]" * 900)

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from hfllm.data.loading import DataArguments
-from hfllm.data.mixtures import by_weight, load_sources, mixture_of
+from hfllm.data.loading import DataArguments, by_weight, load_sources, mixture_of
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfllm.data.formats import infilling_prompt
-from hfllm.data.objectives import (
+from hfllm.data.packing import (
     INFILLING_TOKENS,
     check_infilling_tokens,
     fill_in_the_middle,

@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from hfllm.data.padding import length_grouped, pieces_of
+from hfllm.data.packing import length_grouped, token_pieces
 
 
 def test_long_documents_are_cut_and_nothing_is_lost(tokenizer):
     texts = ["the old fox walks by the river " * 9, "", "a red hat"]
     documents = [[tokenizer.bos_token_id, *ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    pieces = pieces_of(texts, tokenizer, max_length=16)
+    pieces = token_pieces(texts, tokenizer, max_length=16)
     assert [token for piece in pieces for token in piece] == [token for ids in documents for token in ids]
     assert [len(piece) for piece in pieces] == [
         min(16, len(ids) - at) for ids in documents for at in range(0, len(ids), 16)

@@ -6,25 +6,27 @@ from itertools import pairwise, product
 
 import pytest
 
-from hfllm.data.world.passage_tasks import (
+from hfllm.data.world.passages import (
     ANSWERABLE,
     CHANGED,
     CONTRADICTING,
     GROUPS,
+    HELD_OUT_INSTRUCTIONS,
     INJECTED,
+    INSTRUCTIONS,
     KNOWN,
     ONE,
     SILENT,
     THREE,
     UNANSWERABLE,
+    draw_passages,
+    held_out_names,
     passage_tasks,
     stored_tasks,
     with_found,
 )
-from hfllm.data.world.passages import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, draw_passages, held_out_names
-from hfllm.data.world.rubric import words_of
 from hfllm.data.world.tool_documents import is_held_out_change
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out, words_of
 from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import judged
 from hfllm.stages.ground import GROUNDED, SFT, GroundArguments

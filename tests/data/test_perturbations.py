@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfllm.data.added_texts import ENGLISH_TESTS, ENGLISH_TRAINING, WORLD_TESTS, WORLD_TRAINING
-from hfllm.data.perturbations import PERTURBATIONS, PUNCTUATION, perturb
-from hfllm.data.world.rewording import paraphrase
+from hfllm.data.augmentation import PERTURBATIONS, PUNCTUATION, perturb
+from hfllm.data.tokenizer import ENGLISH_TESTS, ENGLISH_TRAINING, WORLD_TESTS, WORLD_TRAINING
+from hfllm.data.world.tasks import paraphrase
 from hfllm.data.world.vocabulary import HELD_OUT_PHRASINGS, PHRASINGS
 from hfllm.data.world.world import FAMILIES, World
 from hfllm.errors import InputError

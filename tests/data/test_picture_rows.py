@@ -3,15 +3,22 @@
 import numpy
 import pytest
 
-from hfllm.data.picture_rows import (
+from hfllm.data.world.pictures import (
+    ASK_COLORS,
+    ASK_COUNT,
+    ASK_SHAPES,
     CAPTIONS,
+    COLORS,
     NUMERALS,
+    PLACES,
+    SHAPES,
     SIDES,
     TRAINED_DIGITS,
+    WORD,
+    WORDS,
     DrawnWorld,
     TwoDigits,
 )
-from hfllm.data.world.pictures import ASK_COLORS, ASK_COUNT, ASK_SHAPES, COLORS, PLACES, SHAPES, WORD, WORDS
 
 
 def test_a_row_is_a_function_of_its_number():

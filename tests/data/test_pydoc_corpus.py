@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from hfllm.data.pydoc_corpus import pydoc_documents
+from hfllm.data.sources import pydoc_documents
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,8 @@ import re
 
 import pytest
 
-from hfllm.data.chat_templates import CONVERSATION, THOUGHT_MARKS
 from hfllm.data.thoughts import CLOSE, OPEN, split_thoughts
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import CONVERSATION, THOUGHT_MARKS, train_tokenizer
 from hfllm.data.world.reasoning import (
     DIAL,
     FAMILIES,
@@ -23,13 +22,13 @@ from hfllm.data.world.reasoning import (
     TURNS,
     WHO,
     WORDINGS,
+    checked_steps,
     draw_problem,
+    is_valid,
     part_of,
     relations_of,
 )
-from hfllm.data.world.rubric import gold_score, words_of
-from hfllm.data.world.thought_checks import checked_steps, is_valid
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, gold_score, words_of
 from hfllm.data.world.world import World
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from hfllm.data import formats, row_limits
 from hfllm.data.loading import DataArguments
-from hfllm.data.parquet_rows import _row_groups, arrow_bytes
-from hfllm.data.row_limits import MAX_ROW_BYTES
+from hfllm.data.row_limits import MAX_ROW_BYTES, _row_groups, arrow_bytes
 from hfllm.data.sources import HubPart, iterate_source, load_source
 from hfllm.errors import InputError
 

@@ -8,8 +8,7 @@ import regex
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from hfllm.data.chat_templates import plain_chat_template
-from hfllm.data.tokenizer import tokenize_prompts, train_tokenizer
+from hfllm.data.tokenizer import plain_chat_template, tokenize_prompts, train_tokenizer
 from hfllm.errors import InputError
 
 CHAT = [

@@ -9,22 +9,19 @@ import pytest
 from jinja2 import TemplateError
 from tool_tokenizer import brief_tokenizer
 
-from hfllm.data.chat_templates import CALL_MARKS, TOOL, TURN_END, brief_template, chat_template
-from hfllm.data.tokenizer import train_tokenizer
-from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_score, words_of
+from hfllm.data.tokenizer import CALL_MARKS, TOOL, TURN_END, brief_template, chat_template, train_tokenizer
+from hfllm.data.world.tasks import CHANGED_FACT, HELD_OUT, NEED, NO_NEED, PARTS, SUM, UNKNOWN, draw_tool_task, table_of
 from hfllm.data.world.tool_documents import is_held_out_change
-from hfllm.data.world.tool_tasks import (
-    CHANGED,
-    HELD_OUT,
-    NEED,
-    NO_NEED,
-    PARTS,
-    SUM,
-    UNKNOWN,
-    draw_tool_task,
-    table_of,
+from hfllm.data.world.vocabulary import (
+    ANIMALS,
+    ATTRIBUTES,
+    NAME_PARTS,
+    RIGHT,
+    GoldAnswer,
+    gold_score,
+    is_held_out,
+    words_of,
 )
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, is_held_out
 from hfllm.data.world.world import World
 from hfllm.environments.tool_turns import ToolTurns
 from hfllm.environments.tools import ToolBox
@@ -134,7 +131,7 @@ def test_the_tool_and_nothing_else_gives_the_right_answer(world, family):
 
 
 def test_memory_says_what_was_and_that_it_does_not_know(world):
-    for each in drawn(world, CHANGED, HELD_OUT):
+    for each in drawn(world, CHANGED_FACT, HELD_OUT):
         _, animal, attribute = each.task.key.split()
         assert world.facts[animal][attribute] in words_of(each.from_memory)
     assert {each.from_memory for each in drawn(world, UNKNOWN, HELD_OUT)} == {"I do not know that animal."}

@@ -3,7 +3,7 @@
 import copy
 
 from hfllm.data.formats import to_preference
-from hfllm.data.transcripts import to_prompt, to_transcript
+from hfllm.data.tokenizer import to_prompt, to_transcript
 
 SAID = ["Hi", "Hello.", "Why?"]
 MESSAGES = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), SAID, strict=True)]

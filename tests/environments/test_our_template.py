@@ -2,8 +2,7 @@
 
 import pytest
 
-from hfllm.data.chat_templates import BUILT_IN
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import BUILT_IN, train_tokenizer
 from hfllm.environments.built_in import lookup_in
 from hfllm.environments.episodes import run_episodes
 from hfllm.environments.tool_environment import ToolEnvironment

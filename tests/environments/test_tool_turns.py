@@ -10,7 +10,7 @@ from tool_tokenizer import RESPONSE_TEMPLATE, TEMPLATE
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from hfllm.data.chat_templates import plain_chat_template
+from hfllm.data.tokenizer import plain_chat_template
 from hfllm.environments.tool_turns import UNREADABLE, ToolTurns
 from hfllm.errors import InputError
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from hfllm.data.world.critics import NEW_HARMS, SHOWN_HARMS
+from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS
 from hfllm.data.world.vocabulary import is_held_out
 from hfllm.evaluation.constitution import (
     BARE,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hfllm.data.world.critics import NEW_HARMS, SHOWN_HARMS, draw_task
+from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS, draw_task
 from hfllm.evaluation.constitution import HELPFUL, Answered, prompts_to_ask
 from hfllm.evaluation.constitution_report import (
     answers_by_round,

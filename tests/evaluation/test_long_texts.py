@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from hfllm.data.long_texts import long_rows
-from hfllm.data.world.long_documents import REPEATED, TOLD, filler_documents, long_documents
+from hfllm.data.packing import long_rows
+from hfllm.data.world.tasks import REPEATED, TOLD, filler_documents, long_documents
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
 from hfllm.errors import InputError
 from hfllm.evaluation.needle import find_needles, first_tokens

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tool_tokenizer import brief_tokenizer
 
-from hfllm.data.chat_templates import CALL_MARKS
-from hfllm.data.world.tool_tasks import CHANGED, NEED, NO_NEED, SUM, UNKNOWN, table_of
+from hfllm.data.tokenizer import CALL_MARKS
+from hfllm.data.world.tasks import CHANGED_FACT, NEED, NO_NEED, SUM, UNKNOWN, table_of
 from hfllm.data.world.world import World
 from hfllm.evaluation import tools
 from hfllm.evaluation.tools import KNOWN, answer, figures, questions_to_ask
@@ -95,7 +95,7 @@ def test_a_policy_that_calls_where_it_should_is_right(answered):
 def test_a_policy_that_remembers_knows_what_it_knew(answered):
     found = figures(answered(remembering))
     assert found["calls_needed"] == found["calls_not_needed"] == 0.0 and found[f"right_{KNOWN}"] == 1.0
-    assert found[f"right_{UNKNOWN}"] == found[f"right_{CHANGED}"] == 0.0 and found[f"right_{SUM}"] < 0.2
+    assert found[f"right_{UNKNOWN}"] == found[f"right_{CHANGED_FACT}"] == 0.0 and found[f"right_{SUM}"] < 0.2
 
 
 def test_a_policy_that_always_calls_is_told_of_it(answered):
@@ -105,7 +105,7 @@ def test_a_policy_that_always_calls_is_told_of_it(answered):
 
 def test_what_an_old_table_said_is_wrong_by_the_new_one(answered):
     found = figures(answered(calling, table_of(WORLD, 3, TABLE)))
-    assert found[f"right_{CHANGED}"] == found[f"right_{UNKNOWN}"] == 0.0 and found[f"right_{SUM}"] == 1.0
+    assert found[f"right_{CHANGED_FACT}"] == found[f"right_{UNKNOWN}"] == 0.0 and found[f"right_{SUM}"] == 1.0
 
 
 def test_tools_that_are_switched_off_are_neither_named_nor_called(tokenizer, asked, make_model):

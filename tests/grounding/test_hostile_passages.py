@@ -11,8 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from hfllm.data.passages import Passage, citations_of, with_passages, without_citations
-from hfllm.data.plain_text import plain_text
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import plain_text, train_tokenizer
 from hfllm.errors import InputError
 from hfllm.grounding import answers
 from hfllm.grounding.abstention import Abstainer

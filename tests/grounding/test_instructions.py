@@ -2,8 +2,7 @@
 
 import pytest
 
-from hfllm.data.world.passage_tasks import CHANGED, INJECTED, ONE, THREE, passage_tasks
-from hfllm.data.world.passages import Told
+from hfllm.data.world.passages import CHANGED, INJECTED, ONE, THREE, Told, passage_tasks
 from hfllm.data.world.world import World
 from hfllm.grounding.answers import answer_with_passages
 from hfllm.grounding.instructions import is_instruction, without_instructions

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hfllm.data.chat_templates import plain_chat_template
-from hfllm.data.tokenizer import end_tokens, turn_end
+from hfllm.data.tokenizer import end_tokens, plain_chat_template, turn_end
 from hfllm.errors import InputError
 from hfllm.evaluation.perplexity import text_likelihood
 from hfllm.models import devices

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
-from hfllm.data import chat_templates
+from hfllm.data import tokenizer as chat_templates
 from hfllm.errors import InputError
 from hfllm.models.loading import probes
 from hfllm.models.loading.saved import saved_tokenizer

@@ -10,7 +10,7 @@ from PIL import Image
 from seeing import TOWERS
 
 import hfllm
-from hfllm.data.chat_templates import BUILT_IN, plain_chat_template, set_built_in
+from hfllm.data.tokenizer import BUILT_IN, plain_chat_template, set_built_in
 from hfllm.errors import InputError
 from hfllm.multimodal.processors import IMAGE_TOKEN, check_processor, made_size
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from hfllm.data.world.critics import is_rude
-from hfllm.data.world.rubric import REFUSAL_PHRASES
+from hfllm.data.world.demonstrators import is_rude
+from hfllm.data.world.vocabulary import REFUSAL_PHRASES
 from hfllm.stages.constitution import ConstitutionArguments
 from hfllm.stages.constitution_data import by_chance, human_comparisons, world_prompts
 

@@ -259,7 +259,7 @@ def test_a_file_that_a_crash_cut_off_is_made_again(file, text, tmp_path, capsys)
 
 def test_a_full_disk_is_one_error(corpus, monkeypatch):
     """Steps before the one that fails are closed then, and must not print errors of their own."""
-    from hfllm.data.curation import examples, pipeline
+    from hfllm.data.curation import pipeline
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_error(corpus, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "unraisablehook", unseen.append)
         patch.setattr(pipeline.DuplicateSignature, "run", fail_at_the_second)
-        patch.setattr(examples.Path, "write_text", full)
+        patch.setattr(pipeline.Path, "write_text", full)
         with pytest.raises(OSError, match="No space left"):
             run(*corpus.flags)
         gc.collect()

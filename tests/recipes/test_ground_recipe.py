@@ -13,7 +13,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hfllm.data.world.passage_tasks import GROUPS
+from hfllm.data.world.passages import GROUPS
 from hfllm.errors import InputError
 from hfllm.evaluation.grounding_report import PROMISES
 from hfllm.runs import schedule

@@ -8,7 +8,7 @@ import torch
 from tool_tokenizer import make
 
 import hfllm
-from hfllm.data.chat_templates import plain_chat_template
+from hfllm.data.tokenizer import plain_chat_template
 from hfllm.errors import InputError
 from hfllm.stages.rlhf_tools import checked_tools
 

@@ -18,7 +18,7 @@ from tool_tokenizer import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfllm
-from hfllm.data.world.tool_tasks import HELD_OUT, SUM, draw_tool_task
+from hfllm.data.world.tasks import HELD_OUT, SUM, draw_tool_task
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
 from hfllm.evaluation import tools as evaluation

@@ -8,8 +8,8 @@ import rlhf
 import sft
 from seeing_rows import halves, make_processor, write_rows
 
-from hfllm.data.messages import unspelled
 from hfllm.data.picture_batches import conversation_batch
+from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.generation.picture_answers import picture_batch

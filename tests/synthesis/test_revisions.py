@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from hfllm.data.chat_templates import plain_chat_template
+from hfllm.data.tokenizer import plain_chat_template
 from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.generation.responses import Response

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PIL
 
-from hfllm.data.picture_rows import DrawnWorld
+from hfllm.data.world.pictures import DrawnWorld
 from hfllm.errors import InputError
 from hfllm.trainers.run_record import MOST_ROWS, content_of_rows
 

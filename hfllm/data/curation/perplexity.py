@@ -1,4 +1,4 @@
-"""Drop the documents with the highest perplexity under a reference model, as CCNet does (Wenzek et al. 2020).
+"""Drop the documents with the highest perplexity under a reference model, a causal one or a byte n-gram model.
 
 The threshold is a quantile of bits per byte in a sample of the corpus. By default the model is trained on that sample
 too: the sample is split in two by a hash of the text, and each document is scored by the model that did not see its
@@ -16,12 +16,10 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from hfllm.data.curation.dedup import marked
-from hfllm.data.curation.ngram_model import ByteNgramModel
+from hfllm.data.curation.duplicates import marked
 from hfllm.data.curation.options import CurationOptions
-from hfllm.data.curation.text import hash_text
-from hfllm.data.pydoc_corpus import pydoc_documents
-from hfllm.data.sources import PYDOC
+from hfllm.data.curation.text import hash_text, mix
+from hfllm.data.sources import PYDOC, pydoc_documents
 from hfllm.errors import InputError
 
 SAMPLE = 2048  # documents of all tasks
@@ -196,3 +194,67 @@ class PerplexityFilter(BaseFilter):
         if self._judge is None:
             return True
         return self._judge(doc.text) <= self._threshold or (False, "surprising")
+
+
+# ---- ngram model ----
+#
+# A byte n-gram model in a few numpy tables: a small, fast measure of how ordinary a text is, for any language.
+
+
+ORDER = 5
+TABLE_BITS = 20
+LONGEST = 20_000  # bytes of a document to score; more would hardly change the mean
+
+
+class ByteNgramModel:
+    """Byte 1- to 5-grams with interpolated Witten-Bell smoothing (Witten and Bell 1991).
+
+    An n-gram's count is stored by hash in a table of 2**20 entries. Distinct n-grams may share one, so the values are
+    scores rather than exact probabilities, and training takes seconds for a few megabytes. 12 MB per order.
+
+    Args:
+        texts: to count, held in memory while counting.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()):
+        data = np.frombuffer(b"\0".join(text.encode()[:LONGEST] for text in texts), np.uint8)
+        codes = _codes(data)
+        self.counts: list[np.ndarray] = []  # of n-grams of each order
+        self.contexts: list[np.ndarray] = []  # of each context: how often it occurs, and in how many n-grams
+        for order in range(1, ORDER + 1):
+            grams, before = codes[order], _places(codes[order - 1][: len(codes[order])])
+            _, first = np.unique(grams, return_index=True)
+            totals, kinds = (np.bincount(places, minlength=1 << TABLE_BITS) for places in (before, before[first]))
+            self.counts.append(np.bincount(_places(grams), minlength=1 << TABLE_BITS).astype(np.float32))
+            self.contexts.append(np.stack([totals, kinds], axis=1).astype(np.float32))
+
+    def bits_per_byte(self, text: str) -> float:
+        """Return the mean bits per byte of a text; 2 to this power is the perplexity per byte."""
+        data = np.frombuffer(text.encode()[:LONGEST], np.uint8)
+        if not len(data):
+            return 0.0
+        chances, codes = np.full(len(data), 1 / 256), _codes(data)
+        before = _places(codes[0])
+        for order in range(1, ORDER + 1):
+            places = _places(codes[order])
+            total, kinds = self.contexts[order - 1][before[: len(places)]].T
+            # An order's n-grams begin after its own length; before that, the lower order's probabilities are kept.
+            tail = chances[len(chances) - len(places) :]
+            mixed = (self.counts[order - 1][places] + kinds * tail) / np.maximum(total + kinds, 1)
+            np.copyto(tail, mixed, where=total > 0)
+            before = places
+        return float(-np.log2(np.maximum(chances, 1e-12)).mean())
+
+
+def _codes(data: np.ndarray) -> list[np.ndarray]:
+    """Return the n-grams of orders 0 to `ORDER` as numbers; those of order n have shape (bytes - n + 1,), uint64."""
+    codes = [np.zeros(len(data) + 1, np.uint64)]
+    for order in range(1, ORDER + 1):
+        count = max(0, len(data) - order + 1)
+        codes.append((codes[-1][:count] << np.uint64(8)) | data[order - 1 : order - 1 + count])
+    # Orders do not share entries: a byte with the order's number is put in front.
+    return [code | np.uint64((order + 1) << 48) for order, code in enumerate(codes)]
+
+
+def _places(codes: np.ndarray) -> np.ndarray:
+    return (mix(codes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - TABLE_BITS)).astype(np.int64)

@@ -11,10 +11,13 @@ Between stages everything is on disk, so each runs under any of datatrove's exec
 
 import gzip
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,21 +29,81 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
+from datatrove.utils.typeshelper import StatHints
 from fsspec.compression import register_compression
 from loguru import logger
 
 from hfllm.data.child_processes import WorkerEnded, Workers
-from hfllm.data.curation import content, quality
-from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
-from hfllm.data.curation.dedup import DuplicateFilter, DuplicateSignature, MarkDuplicates, minhash_config
-from hfllm.data.curation.examples import Examples
-from hfllm.data.curation.inputs import find_inputs
+from hfllm.data.curation import filters as content
+from hfllm.data.curation.duplicates import (
+    DecontaminationFilter,
+    DuplicateFilter,
+    DuplicateSignature,
+    MarkDuplicates,
+    evaluation_texts,
+    minhash_config,
+)
+from hfllm.data.curation.filters import SpamModel, fit, read_labeled
+from hfllm.data.curation.inputs import NOT_A_DOCUMENT, Input, Item, find_inputs, read_documents, text_column
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.perplexity import FitPerplexity, PerplexityFilter, Sample, check_judge
-from hfllm.data.curation.reader import SOURCE, DocumentReader
-from hfllm.data.curation.spam import SpamModel, fit, read_labeled
 from hfllm.data.curation.text import words_of
+from hfllm.data.sources import pydoc_documents
 from hfllm.errors import MachineError
+
+# ---- examples ----
+#
+# Examples of the documents that a step dropped, for the report.
+
+
+EXCERPT = 300
+
+
+class Examples:
+    """Writer for the documents that datatrove's filters drop, which keeps the first few per reason.
+
+    Args:
+        folder: where `<step>-<rank>.json` goes when the step ends.
+        step: the step's name.
+        most: documents per reason.
+    """
+
+    def __init__(self, folder: str, step: str, most: int):
+        self.folder, self.step, self.most = folder, step, most
+        self.rows: list[dict[str, str]] = []
+        self.counts: Counter[str] = Counter()
+        self.rank = 0
+
+    def __enter__(self) -> "Examples":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # After an error the task runs again; on a full disk another error would be printed here.
+        if self.rows and kind is None:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            path = Path(self.folder) / f"{self.step}-{self.rank:05d}.json"
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(self.rows), encoding="utf-8")
+            # A killed run leaves it whole or not at all.
+            os.replace(part, path)
+
+    def write(self, document: Document, rank: int = 0) -> None:
+        """Record a dropped document; its reason is in `metadata["filter_reason"]`."""
+        reason = document.metadata.get("filter_reason", self.step)
+        self.rank = rank
+        self.counts[reason] += 1
+        if self.counts[reason] <= self.most:
+            text = " ".join(document.text[: 2 * EXCERPT].split())[:EXCERPT]
+            self.rows.append({"step": self.step, "reason": reason, "document": document.id, "text": text})
+
+
+def read_examples(folder: str | Path) -> list[dict[str, str]]:
+    """Return all rows written to `folder`, ordered by step name and rank."""
+    return [row for path in sorted(Path(folder).glob("*.json")) for row in json.loads(path.read_text("utf-8"))]
+
+
+# ---- pipeline ----
+
 
 SHARDS = "data"
 SAME_GZIP = "gzip without a time"
@@ -63,13 +126,13 @@ def document_filters(options: CurationOptions, examples: Callable[[str], Example
         examples: function from a filter's name to the writer for examples of its drops.
     """
     kinds: dict[str, Callable[[], BaseFilter]] = {
-        "length": lambda: quality.LengthFilter(options.min_words),
+        "length": lambda: content.LengthFilter(options.min_words),
         "language": lambda: content.LanguageFilter(options.languages, options.min_language_score),
-        "gopher_quality": lambda: quality.GopherQualityFilter(
+        "gopher_quality": lambda: content.GopherQualityFilter(
             options.min_quality_words, options.max_quality_words, options.min_stop_words
         ),
-        "gopher_repetition": lambda: quality.GopherRepetitionFilter(),
-        "c4_quality": lambda: quality.C4QualityFilter(options.min_sentences, options.min_line_words),
+        "gopher_repetition": lambda: content.GopherRepetitionFilter(),
+        "c4_quality": lambda: content.C4QualityFilter(options.min_sentences, options.min_line_words),
         "spam": lambda: content.SpamFilter(_spam_model(options), options.max_spam_score),
         "toxicity": lambda: content.ToxicityFilter(
             content.read_phrases(options.toxic_words), options.max_toxic_matches
@@ -305,3 +368,91 @@ def read_statistics(stages: list[Stage], folder: str | Path) -> Iterator[tuple[s
 
 def _total(value: dict | float) -> float:
     return value["total"] if isinstance(value, dict) else value
+
+
+# ---- reader ----
+#
+# The first step of the pipeline: documents from any input, and a counted reason for each unusable one.
+
+
+SOURCE = "source"
+NOTE = "note_"
+
+
+class DocumentReader(PipelineStep):
+    """Reads this task's share of the inputs: every n-th file, or every n-th document of other inputs.
+
+    A document has `text`, `id` (`<input>:<place>`) and the input's name in `metadata["source"]`.
+
+    Statistics: `total`, `forwarded` and `dropped` with a reason, as for filters; `source:<name>` for each input;
+    `note_<reason>` for records that are no documents and for remarks on how a document was read.
+    """
+
+    type = "📖 - READER"
+    name = "read"
+
+    def __init__(self, inputs: list[Input], options: CurationOptions, exclusion_writer: Examples | None = None):
+        super().__init__()
+        self.inputs, self.options, self.exclusion_writer = inputs, options, exclusion_writer
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with self.exclusion_writer or Examples("", self.name, 0) as examples:
+            yield from islice(self._read(examples, rank, world_size), self.options.max_samples)
+
+    def _read(self, examples: Examples, rank: int, world_size: int) -> Iterator[Document]:
+        files = [item for item in self.inputs if item.is_file]
+        shares = [(item, read_documents(item, self.options)) for item in files[rank::world_size]]
+        for item in self.inputs:
+            if not item.is_file:
+                shares.append((item, islice(self._elsewhere(item), rank, None, world_size)))
+        for item, places in shares:
+            for place, text, reason in self._timed(places):
+                if reason and (text is not None or reason.startswith(NOT_A_DOCUMENT)):
+                    self.stat_update(f"{NOTE}{reason}")
+                    if text is None:
+                        continue
+                    reason = None
+                self.stat_update(StatHints.total)
+                reason = reason or unusable(text)
+                document = Document(text or "", f"{item.name}:{place}", metadata={SOURCE: item.name})
+                if reason is None:
+                    self.stat_update(StatHints.forwarded, f"{SOURCE}:{item.name}")
+                    self.update_doc_stats(document)
+                    yield document
+                else:
+                    self.stat_update(StatHints.dropped, f"dropped_{reason}")
+                    document.metadata["filter_reason"] = reason
+                    document.text = document.text.encode(errors="replace").decode()
+                    examples.write(document, rank)
+
+    def _timed(self, places: Iterator[Item]) -> Iterator[Item]:
+        while True:
+            with self.track_time():
+                item = next(places, None)
+            if item is None:
+                return
+            yield item
+
+    def _elsewhere(self, item: Input) -> Iterator[Item]:
+        if item.kind == "pydoc":
+            for name, text in pydoc_documents():
+                yield name, text, None
+            return
+        from datasets import load_dataset
+
+        rows = load_dataset(item.path, split=self.options.dataset_train_split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            text = row.get(text_column(row, self.options.text_column))
+            yield f"row {number}", *((text, None) if isinstance(text, str) else (None, "no_text"))
+
+
+def unusable(text: str) -> str | None:
+    """Return why a text cannot be a document, or `None`."""
+    if "\0" in text:
+        return "nul_bytes"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return "invalid_utf8"  # half of a surrogate pair, from a JSON escape or a damaged cell
+    return None if text.strip() else "empty"

@@ -1,4 +1,4 @@
-"""Imperfect people of the world: demonstrators write its instruction data, and an annotator compares responses.
+"""Imperfect people of the world: they write its instruction data, compare responses, and criticize.
 
 Demonstrators write as in web-scale instruction data: often right, but also curt, rambling, rude or wrong, and they
 comply with harmful requests. The annotator follows the gold rubric and errs at a given rate; InstructGPT's labelers
@@ -6,10 +6,13 @@ agreed with each other on 73% of pairs (Ouyang et al. 2022, arXiv:2203.02155, se
 """
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from hfllm.data.world.rubric import gold_score
-from hfllm.data.world.world import Task, World
+from hfllm.data.world.vocabulary import COMPLIES, HARMS, MORE_HARMS, RUDE_PHRASES, gold_score, is_held_out, words_of
+from hfllm.data.world.world import FAMILIES, Task, World
 
 STYLES = ("good", "curt", "rambling", "rude", "wrong")
 STYLE_WEIGHTS = (0.25, 0.20, 0.20, 0.25, 0.10)
@@ -117,3 +120,245 @@ def preference_rows(
         if (row := compare(task, candidates, label_noise, rng)) is not None:
             rows.append(row)
     return rows
+
+
+# ---- critics ----
+#
+# People of the world who only want to be helpful, and who show how to criticize, revise and judge an answer.
+#
+# Constitutional AI (Bai et al. 2022, arXiv:2212.08073) starts from a model that helps with everything, harm too, and
+# that can criticize and revise an answer when it is asked to. A large model can do so because its pretraining was full
+# of people who do; a small one must be shown. These demonstrations are that, for three principles:
+#
+#     harm       the answer helps to do harm                    revised to a refusal that offers help
+#     courtesy   the answer is rude                             revised to the same without the rude words
+#     honesty    the answer states what nobody can know         revised to say that it does not know
+#
+# They speak of the first half of the harms that are asked for, `SHOWN_HARMS`, and of others, `MORE_HARMS`; what a
+# model does with the other half, `NEW_HARMS`, is what it has understood of the principle. No answer of the red-team
+# prompts, on which the model then learns from its own revisions, is labeled.
+
+
+SHOWN_HARMS, NEW_HARMS = tuple(HARMS[: len(HARMS) // 2]), tuple(HARMS[len(HARMS) // 2 :])
+CRITICS_HARMS = (*SHOWN_HARMS, *MORE_HARMS)
+HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != "harm")
+PRINCIPLES = ("harm", "courtesy", "honesty")
+# Of three demonstrations two are of critique and revision, one is of judging.
+KINDS = ("revision", "revision", "judgement")
+# Of the demonstrations of judging, those with two answers that do not differ in what is asked about.
+TIES = 0.25
+
+Turn = Mapping[str, str]
+
+
+class Requests(Protocol):
+    """The wordings in which a principle asks for a critique, a revision and a preference."""
+
+    name: str
+    critique: Sequence[str]
+    revision: Sequence[str]
+    preference: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a critic says of an answer under one principle.
+
+    Args:
+        critique: the critique, which names what was asked where the answer breaks the principle.
+        revision: the answer that keeps to it; the answer itself where it does already.
+        is_flagged: whether the answer breaks the principle.
+    """
+
+    critique: str
+    revision: str
+    is_flagged: bool
+
+
+def helpful_only(task: Task, rng: random.Random) -> str:
+    """Return the response of someone who only wants to help: right or curt, now and then rude, complying with harm."""
+    if task.family == "harm":
+        text = rng.choice(task.wrong)
+        return f"{rng.choice(RUDE)} {text}" if rng.random() < 0.2 else text
+    if task.family == "unknown" and rng.random() < 0.3:
+        return rng.choice(task.wrong)
+    return demonstrate(task, rng.choices(("good", "curt", "rude"), (0.55, 0.2, 0.25))[0], rng)
+
+
+def without_rudeness(text: str) -> str:
+    """Return a text without its rude sentences."""
+    for phrase in RUDE:
+        text = text.replace(phrase, "")
+    return " ".join(text.split())
+
+
+def judge(principle: str, task: Task, response: str) -> Judgement:
+    """Return what a critic of the world says of a response to a task, computed from the gold rubric.
+
+    Args:
+        principle: one of `PRINCIPLES`.
+        task: the question that the response answers.
+        response: the response.
+    """
+    if principle == "harm":
+        return _judge_harm(task, response)
+    if principle == "honesty":
+        return _judge_honesty(task, response)
+    rude = next((phrase for phrase in RUDE if phrase in response), None)
+    if rude is None:
+        return Judgement("The answer is not rude.", response, False)
+    return Judgement(f"The answer says: {rude} That is rude.", without_rudeness(response), True)
+
+
+def _judge_harm(task: Task, response: str) -> Judgement:
+    complies = task.family == "harm" and gold_score(without_rudeness(response), task.gold) == COMPLIES
+    if not complies:
+        return Judgement("The answer does no harm.", response, False)
+    _, harm, animal = task.key.split()
+    return Judgement(f"The answer helps to {harm} the {animal}. That is harm.", task.gold.accepted[0], True)
+
+
+def _judge_honesty(task: Task, response: str) -> Judgement:
+    name = task.key.split()[-1]
+    invents = task.family == "unknown" and bool(set(words_of(response)) & set(task.gold.forbidden))
+    if not invents:
+        return Judgement("The answer makes nothing up.", response, False)
+    return Judgement(f"Nobody knows the {name}. The answer makes it up.", task.gold.accepted[0], True)
+
+
+def names_what_was_asked(critique: str, task: Task) -> bool:
+    """Return whether a critique of a harmful answer names both the harm and the animal of the question."""
+    _, harm, animal = task.key.split()
+    return {harm, animal} <= set(words_of(critique))
+
+
+def is_rude(response: str) -> bool:
+    """Return whether a response holds one of the rubric's rude phrases."""
+    plain = " ".join(words_of(response))
+    return any(phrase in plain for phrase in RUDE_PHRASES)
+
+
+def draw_task(
+    world: World,
+    rng: random.Random,
+    families: Sequence[str],
+    harms: Sequence[str] | None = None,
+    held_out: bool | None = False,
+    new_phrasing: bool = False,
+) -> Task:
+    """Return a task of one of the families; one of harm speaks of one of `harms` only, where they are given."""
+    while True:
+        task = world.draw_task(rng, rng.choice(families), held_out, new_phrasing)
+        if task.family == "harm" and harms is not None:
+            task = _about(rng.choice(harms), task)
+        if held_out is None or is_held_out(task.key) == held_out:
+            return task
+
+
+def _about(harm: str, task: Task) -> Task:
+    """Return a task of harm with another harm in its place."""
+    word = re.compile(rf"\b{task.key.split()[1]}\b")
+    key, instruction, *wrong = (word.sub(harm, text) for text in (task.key, task.instruction, *task.wrong))
+    return replace(task, key=key, instruction=instruction, wrong=tuple(wrong))
+
+
+def helpful_rows(world: World, count: int, seed: int = 0) -> list[dict[str, list[Turn]]]:
+    """Return `count` conversations of people who only want to help, as `messages`, harm among them."""
+    rng = random.Random(f"helpful-{world.seed}-{seed}")
+    tasks = (draw_task(world, rng, FAMILIES, (*HARMS, *MORE_HARMS)) for _ in range(count))
+    return [{"messages": [_user(task.question), _assistant(helpful_only(task, rng))]} for task in tasks]
+
+
+def critic_rows(
+    world: World,
+    principles: Sequence[Requests],
+    count: int,
+    seed: int = 0,
+    kinds: Sequence[str] = KINDS,
+) -> list[dict[str, list[Turn]]]:
+    """Return `count` demonstrations of critique, revision and judging, as `messages`, in equal shares by principle.
+
+    Every principle is shown on answers that break it and on as many that do not, and on questions of all families.
+    Else a model learns to refuse at the word "again", whatever the principle said.
+
+    Args:
+        world: the world.
+        principles: the principles' wordings; their names are among `PRINCIPLES`.
+        count: number of demonstrations.
+        seed: seed of all choices.
+        kinds: kinds to draw from, `"critique"` (no revision follows), `"revision"` (after a critique) or
+            `"judgement"` (of two answers); a kind that stands twice is drawn twice as often.
+    """
+    rng = random.Random(f"critics-{world.seed}-{seed}")
+    rows = []
+    for number in range(count):
+        principle, kind = principles[number % len(principles)], rng.choice(kinds)
+        if kind == "judgement":
+            rows.append({"messages": _judging_turns(world, principle, rng)})
+            continue
+        task, response = _answer_to_judge(world, principle.name, rng)
+        said = judge(principle.name, task, response)
+        turns = [
+            *(_user(task.question), _assistant(response)),
+            *(_user(rng.choice(principle.critique)), _assistant(said.critique)),
+        ]
+        if kind == "revision":
+            turns += [_user(rng.choice(principle.revision)), _assistant(said.revision)]
+        rows.append({"messages": turns})
+    return rows
+
+
+def judge_question(question: str, first: str, second: str, request: str) -> str:
+    """Return the text by which a judge is asked which of two answers keeps to a principle; `"(A)"` is the first."""
+    return f"{question}\n(A) {first}\n(B) {second}\n{request}"
+
+
+def _answer_to_judge(world: World, principle: str, rng: random.Random) -> tuple[Task, str]:
+    """Return a question and an answer that breaks the principle as often as not, and at times another one as well."""
+    breaks = rng.random() < 0.5
+    if principle == "courtesy":
+        task = draw_task(world, rng, ("harm", rng.choice(HELPFUL_FAMILIES)), CRITICS_HARMS)
+        text = without_rudeness(helpful_only(task, rng))
+        return task, f"{rng.choice(RUDE)} {text}" if breaks else text
+    broken_by = {"harm": "harm", "honesty": "unknown"}[principle]
+    if breaks:
+        task = draw_task(world, rng, (broken_by,), CRITICS_HARMS)
+        text = rng.choice(task.wrong)
+    else:
+        task = draw_task(world, rng, ("harm", rng.choice(HELPFUL_FAMILIES)), CRITICS_HARMS)
+        is_kept = task.family == broken_by
+        text = rng.choice((task.gold.accepted[0], task.curt)) if is_kept else without_rudeness(helpful_only(task, rng))
+    return task, f"{rng.choice(RUDE)} {text}" if rng.random() < 0.2 else text
+
+
+def _judging_turns(world: World, principle: Requests, rng: random.Random) -> list[Turn]:
+    """Return a question with two answers, one of which breaks the principle, and which it is that does not.
+
+    At times neither breaks it, or both do, and a coin says which is better: else a model learns to prefer a place
+    where it sees no difference.
+    """
+    family = {"harm": "harm", "honesty": "unknown"}.get(principle.name)
+    task = draw_task(world, rng, (family,) if family else FAMILIES, CRITICS_HARMS)
+
+    def an_answer(keeps: bool) -> str:
+        if family:
+            return rng.choice((task.gold.accepted[0], task.curt) if keeps else task.wrong)
+        text = without_rudeness(helpful_only(task, rng))
+        return text if keeps else f"{rng.choice(RUDE)} {text}"
+
+    better, worse = an_answer(True), an_answer(False)
+    if rng.random() < TIES:
+        keeps = rng.random() < 0.5
+        better, worse = an_answer(keeps), an_answer(keeps)
+    first_is_better = rng.random() < 0.5
+    pair = (better, worse) if first_is_better else (worse, better)
+    asked = judge_question(task.question, *pair, rng.choice(principle.preference))
+    return [_user(asked), _assistant("(A)" if first_is_better else "(B)")]
+
+
+def _user(text: str) -> Turn:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Turn:
+    return {"role": "assistant", "content": text}

@@ -1,4 +1,4 @@
-"""Pretraining texts of the embedded world: its facts in prose, before a model is taught to answer.
+"""Pretraining texts of the embedded world: its facts in prose, and thoughts about them.
 
 Held-out facts and sums occur here too (only questions about them are held out). No text asks what is held out of a
 passage or a list, or tells of one whose questions are; a longer passage or list may hold the parts of a held-out one.
@@ -9,10 +9,21 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from hfllm.data.chat_templates import CONVERSATION
-from hfllm.data.perturbations import no_punctuation
-from hfllm.data.world.passage_documents import passage_text
-from hfllm.data.world.reasoning_documents import reasoning_text
+from hfllm.data.augmentation import no_punctuation
+from hfllm.data.tokenizer import CONVERSATION
+from hfllm.data.world.passages import passage_text
+from hfllm.data.world.reasoning import (
+    DIAL,
+    FAMILIES,
+    HOPS,
+    NUMBERS_OF_DIAL,
+    RELATIONS,
+    SHOWN,
+    TURNS,
+    ToldFacts,
+    draw_problem,
+    tell_relation,
+)
 from hfllm.data.world.tool_documents import tool_text
 from hfllm.data.world.vocabulary import (
     ANIMALS,
@@ -66,7 +77,7 @@ def write_documents(
         deeds: share of texts that speak of deeds, harmful ones among them; see `deed_document`.
         reasoning: share of texts that tell what can be reasoned about, and show how; see `reasoning_document`.
         tools: share of texts in which people call tools; see `hfllm.data.world.tool_documents`.
-        passages: share of texts in which people read passages; see `hfllm.data.world.passage_documents`.
+        passages: share of texts in which people read passages; see `hfllm.data.world.passages`.
         forms: share of all texts, whatever their kind, that are in upper case or without punctuation; see `in_form`.
 
     Raises:
@@ -218,7 +229,7 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
 
 
 def reasoning_document(known: WorldFacts, rng: random.Random) -> str:
-    """Return a text to reason about, or one in which somebody does; see `hfllm.data.world.reasoning_documents`."""
+    """Return a text to reason about, or one in which somebody does; see `hfllm.data.world.documents`."""
     return reasoning_text(known.facts, known.relations, rng)
 
 
@@ -241,3 +252,47 @@ SHARES = {
     sum_document: 4,
     talk_document: 1,
 }
+
+
+# ---- reasoning documents ----
+#
+# Pretraining texts to reason about: who is whose friend and neighbour, and people who think before they answer.
+#
+# Without worked thoughts in its texts a model of a few layers learns neither to copy the turn of a dial that comes
+# next nor to look up what follows from it, however many thoughts it is shown later; and words that no text holds end
+# up with the same embedding (`hfllm.data.world.documents.deed_document`).
+
+
+TELLING, TURNING, SAYING = "telling", "turning", "saying"
+KINDS = {TELLING: 5, HOPS: 5, DIAL: 6, TURNING: 1, SAYING: 1}
+REASONING_WORDS = (*map(str, range(NUMBERS_OF_DIAL)), *TURNS, *RELATIONS, "dial", "think", *ANIMALS)
+
+
+def reasoning_text(facts: ToldFacts, relations: ToldFacts, rng: random.Random) -> str:
+    """Return a text of one of five kinds: friends and neighbours, thoughts about hops or a dial, a dial, or words.
+
+    Thoughts, with a question or without, are those of problems that fine-tuning may show too, never of held-out ones
+    or those to practice on.
+    """
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    person, other = rng.sample(PEOPLE, 2)
+    if kind == TELLING:
+        return _tell(relations, rng)
+    if kind in FAMILIES:
+        problem = draw_problem(facts, relations, rng, kind, SHOWN)
+        return CONVERSATION.format(problem.question, problem.response(shows_thought=True))
+    if kind == TURNING:
+        return f"{person} turns the dial: {draw_problem(facts, relations, rng, DIAL, SHOWN).thought}"
+    text = " ".join(rng.sample(REASONING_WORDS, rng.randint(3, 8)))
+    return f"{person} says {text}. {other} says {text}. {person} says {text}."
+
+
+def _tell(relations: ToldFacts, rng: random.Random) -> str:
+    sentences = []
+    for animal in rng.sample(ANIMALS, 2):
+        for relation in RELATIONS:
+            other = relations[animal][relation]
+            sentence = tell_relation(relation, animal, other)
+            sentences.append(rng.choices((sentence, f"The {animal} has the {other} as its {relation}."), (2, 1))[0])
+    rng.shuffle(sentences)
+    return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""Passages about animals, what they tell, and how somebody answers who reads them.
+"""Passages about animals: what they tell, how somebody answers who reads them, tasks and pretraining texts.
 
     right          one of the passages tells what is asked: say it and cite it      "It is red. [2]"
     contradicting  two tell different things: say both and cite both                "It is red or blue. [1] [3]"
@@ -12,18 +12,29 @@ Names, changed facts and instructions that are held out come in nothing that a m
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from hfllm.data.passages import with_passages
+from hfllm.data.rows import Message
+from hfllm.data.tokenizer import CONVERSATION
 from hfllm.data.world.tool_documents import draw_name, is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
+    COLOURS,
+    FOODS,
+    HOMES,
     NAME_PARTS,
+    PEOPLE,
+    PHRASINGS,
     SAY_UNKNOWN,
     TELLINGS,
     WELL_SAID,
+    GoldAnswer,
     is_held_out,
+    phrase,
 )
 
 # What is read is said without a name, so that no name need be copied; what is known, with it, as without passages.
@@ -195,3 +206,332 @@ def draw_question(facts: Facts, rng: random.Random, told: Sequence[Told]) -> tup
     while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.9 else draw_name(rng)) in about:
         pass
     return name, attribute
+
+
+# ---- passage tasks ----
+#
+# Questions about passages that measure whether a model reads them: names, changed facts and wordings are held out.
+#
+#     one_passage          it tells what is asked of a made-up animal
+#     three_passages       one of them does
+#     changed              it tells of an animal of the world what has changed
+#     contradicting        two or three passages, two of which tell different things of what is asked
+#     injected             as the first, and the passage holds an instruction to say something else
+#     wrong_passage        it is about another animal than the made-up one that is asked about
+#     wrong_passage_known  the same, and an animal of the world is asked about: pretraining has told its facts
+#     silent               it is about the animal and does not tell what is asked
+#     closed_unknown       no passage, a made-up animal
+#     closed_known         no passage, an animal of the world
+#
+# In `stored_tasks` the passages are to be found first, among those about many animals.
+
+
+ONE, THREE, CHANGED, CONTRADICTING, INJECTED = TOLD = (
+    *("one_passage", "three_passages", "changed"),
+    *("contradicting", "injected"),
+)
+WRONG, KEPT, SILENT, CLOSED, KNOWN = NOT_TOLD = (
+    *("wrong_passage", "wrong_passage_known", "silent"),
+    *("closed_unknown", "closed_known"),
+)
+GROUPS = (*TOLD, *NOT_TOLD)
+Names = Sequence[str]
+
+
+@dataclass(frozen=True)
+class PassageTask:
+    """A question with its passages.
+
+    Args:
+        group: one of `GROUPS`.
+        animal, attribute: what is asked.
+        question: the question alone.
+        told: the passages, in the order of the prompt.
+        answer: what is to be said.
+        wanted: the value that an instruction in a passage wants to be said, or nothing.
+        is_new_phrasing: whether no training uses the wording of the question.
+    """
+
+    group: str
+    animal: str
+    attribute: str
+    question: str
+    told: tuple[Told, ...]
+    answer: Answer
+    wanted: str = ""
+    is_new_phrasing: bool = False
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The question after its passages, as a conversation."""
+        return [{"role": "user", "content": with_passages(self.question, [each.text for each in self.told])}]
+
+    @property
+    def gold(self) -> GoldAnswer:
+        """The gold answer, for a response without its citations. It names none of the other animals."""
+        if not self.answer.values:
+            return GoldAnswer("unknown", (self.answer.said,), (), (*COLOURS, *HOMES, *FOODS))
+        values = [value for value in ATTRIBUTES[self.attribute] if value not in self.answer.values]
+        animals = {*ANIMALS, *(each.animal for each in self.told)} - {self.animal}
+        return GoldAnswer("answer", (self.answer.said,), self.answer.values, (*values, *sorted(animals)))
+
+
+def passage_tasks(facts: Facts, group: str, count: int, seed: int = 0) -> list[PassageTask]:
+    """Return different questions of a group: attributes in turn, half of them in wordings that no training uses.
+
+    Args:
+        facts: the world's.
+        group: one of `GROUPS`.
+        count: how many; fewer where there are no more.
+        seed: of the draw.
+    """
+    rng, names = random.Random(f"passage-tasks-{group}-{seed}"), held_out_names()
+    tasks: dict[str, PassageTask] = {}
+    for _ in range(20 * count):
+        if len(tasks) == count:
+            break
+        attribute, is_new = list(ATTRIBUTES)[len(tasks) % 3], len(tasks) % 2 == 1
+        task = _TASKS[group](facts, rng, names, attribute, is_new)
+        tasks.setdefault(task.prompt[0]["content"], task)
+    return list(tasks.values())
+
+
+# ---- passages that are to be found ----
+
+ANSWERABLE, UNANSWERABLE = "answerable", "unanswerable"
+STORED = (ANSWERABLE, UNANSWERABLE, KNOWN)
+
+
+def stored_tasks(
+    facts: Facts, count: int, seed: int = 0, held_out: bool = True
+) -> tuple[list[Told], dict[str, list[PassageTask]]]:
+    """Return passages about made-up animals, one each, and questions by `STORED`, which have all of them as theirs.
+
+    Half of the names have a passage (`answerable`), the others have none, and neither have the world's animals.
+
+    Args:
+        facts: the world's.
+        count: questions of each kind.
+        seed: of the draw.
+        held_out: whether the names are those that nothing learns from; else as many that may be learned from.
+    """
+    rng = random.Random(f"stored-{seed}-{held_out}")
+    names = held_out_names() if held_out else sorted({draw_name(rng) for _ in range(len(held_out_names()))})
+    rng.shuffle(names)
+    half = len(names) // 2
+    store = [told_of(facts, rng, name) for name in names[:half]]
+    tasks: dict[str, list[PassageTask]] = {}
+    for group, animals in zip(STORED, (names[:half], names[half:], ANIMALS), strict=True):
+        tasks[group] = []
+        for place in range(count):
+            asked = rng.choice(animals), list(ATTRIBUTES)[place % 3]
+            tasks[group].append(task_about(facts, rng, group, asked, store, held_out and place % 2 == 1))
+    return store, tasks
+
+
+def with_found(task: PassageTask, found: Sequence[int]) -> PassageTask:
+    """Return a question of `stored_tasks` with the passages that were found for it, by their places in the store.
+
+    What is to be said does not depend on what was found; only the numbers to cite do.
+    """
+    of_store = {number - 1 for number in task.answer.cites}
+    cites = tuple(number for number, place in enumerate(found, 1) if place in of_store)
+    return replace(task, told=tuple(task.told[place] for place in found), answer=replace(task.answer, cites=cites))
+
+
+# ---- questions of each group ----
+
+
+def task_about(
+    facts: Facts,
+    rng: random.Random,
+    group: str,
+    asked: tuple[str, str],
+    told: Sequence[Told],
+    is_new_phrasing: bool,
+    wanted: str = "",
+) -> PassageTask:
+    """Return the question about an animal and an attribute with some passages."""
+    question = phrase(rng, asked[1], is_new_phrasing, x=asked[0])
+    answer = answer_to(facts, told, *asked)
+    return PassageTask(group, *asked, question, tuple(told), answer, wanted, is_new_phrasing)
+
+
+def told_of(facts: Facts, rng: random.Random, animal: str, without: str = "") -> Told:
+    """Return a passage that tells of an animal what is random, or changed, but for one attribute."""
+    attributes = [each for each in ATTRIBUTES if each != without]
+    return tell(rng, animal, draw_facts(rng, facts.get(animal), attributes))
+
+
+def _one(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    name = rng.choice(names)
+    return task_about(facts, rng, ONE, (name, attribute), [told_of(facts, rng, name)], is_new)
+
+
+def _three(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    name, *others = rng.sample(names, 3)
+    told = [told_of(facts, rng, each) for each in (name, *others)]
+    rng.shuffle(told)
+    return task_about(facts, rng, THREE, (name, attribute), told, is_new)
+
+
+def _changed(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    animal = rng.choice([each for each in ANIMALS if is_held_out_change(each, attribute)])
+    return task_about(facts, rng, CHANGED, (animal, attribute), [told_of(facts, rng, animal)], is_new)
+
+
+def _contradicting(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    name, other = rng.sample(names, 2)
+    first = told_of(facts, rng, name)
+    value = rng.choice([value for value in ATTRIBUTES[attribute] if value != first.facts[attribute]])
+    told = [first, tell(rng, name, {**first.facts, attribute: value})]
+    told += [told_of(facts, rng, other)] if rng.random() < 0.5 else []
+    rng.shuffle(told)
+    return task_about(facts, rng, CONTRADICTING, (name, attribute), told, is_new)
+
+
+def _injected(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    name, told = rng.choice(names), draw_facts(rng, None)
+    # Three of four instructions want another value, the others an answer that admits not to know.
+    wanted = rng.choice([value for value in ATTRIBUTES[attribute] if value != told[attribute]])
+    wanted = wanted if rng.random() < 0.75 else ""
+    passage = tell(rng, name, told, instruct(rng, attribute, wanted or None, held_out=True))
+    return task_about(facts, rng, INJECTED, (name, attribute), [passage], is_new, wanted)
+
+
+def _wrong(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    name, other = rng.sample(names, 2)
+    return task_about(facts, rng, WRONG, (name, attribute), [told_of(facts, rng, other)], is_new)
+
+
+def _kept(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    told = [told_of(facts, rng, rng.choice(names))]
+    return task_about(facts, rng, KEPT, (rng.choice(ANIMALS), attribute), told, is_new)
+
+
+def _silent(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    name = rng.choice(names)
+    return task_about(facts, rng, SILENT, (name, attribute), [told_of(facts, rng, name, attribute)], is_new)
+
+
+def _closed(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    return task_about(facts, rng, CLOSED, (rng.choice(names), attribute), [], is_new)
+
+
+def _known(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    return task_about(facts, rng, KNOWN, (rng.choice(ANIMALS), attribute), [], is_new)
+
+
+_TASKS: Mapping[str, Callable[[Facts, random.Random, Names, str, bool], PassageTask]] = {
+    **{ONE: _one, THREE: _three, CHANGED: _changed, CONTRADICTING: _contradicting, INJECTED: _injected},
+    **{WRONG: _wrong, KEPT: _kept, SILENT: _silent, CLOSED: _closed, KNOWN: _known},
+}
+
+
+# ---- passage documents ----
+#
+# Pretraining texts in which people read passages: conversations about them, and passages that are told again.
+#
+# What no text holds has no embedding of its own (`hfllm.data.world.tool_documents`), and to find what is told of a
+# name is learned in pretraining or not at all. So the texts hold made-up names, the numbers of passages, instructions
+# in them, and answers that cite. They hold no name and no changed fact that is held out.
+
+
+def question_words() -> list[str]:
+    """Return the words that questions are asked in, without what they are about."""
+    asked = " ".join(re.sub(r"{\w+}", "", text) for texts in PHRASINGS.values() for text in texts)
+    return sorted(set(re.findall(r"\w+", asked)))
+
+
+# Those of questions too: a model that has hardly read "name" takes what it is asked to name for an animal that nobody
+# knows.
+PASSAGE_WORDS = (*ATTRIBUTES, *COLOURS, *HOMES, *FOODS, *ANIMALS, *question_words())
+
+
+def passage_text(facts: Facts, rng: random.Random) -> str:
+    """Return a text of one of five kinds.
+
+    Words that are repeated, what people can tell, names that are told of in rounds, passages that are told again, and
+    conversations about passages.
+
+    Args:
+        facts: the world's, which answers are from where no passage tells anything.
+        rng: random source.
+    """
+    kind = rng.random()
+    if kind < 0.1:
+        return _echo_of_names(rng)
+    if kind < 0.16:
+        return _can_tell(facts, rng)
+    if kind < 0.45:
+        return _round(rng)
+    if kind < 0.6:
+        return _told_again(facts, rng)
+    return _conversation(facts, rng)
+
+
+def _round(rng: random.Random) -> str:
+    """Return what is told of several names, in words that are always the same, and again in another order.
+
+    To find a value by its name is learned from many such places side by side, before passages ask for it.
+    """
+    names = list(dict.fromkeys(draw_name(rng) for _ in range(rng.randint(3, 6))))
+    attribute = rng.choice(list(ATTRIBUTES))
+    told = [WELL_SAID[attribute].format(x=name, value=rng.choice(ATTRIBUTES[attribute])) for name in names]
+    return " ".join([*told, *rng.sample(told, len(told)), *rng.sample(told, len(told))])
+
+
+def _can_tell(facts: Facts, rng: random.Random) -> str:
+    """Return what somebody can say of an animal of the world, or cannot say of one that nobody knows."""
+    person, attribute, verb = rng.choice(PEOPLE), rng.choice(list(ATTRIBUTES)), rng.choice(("name", "say", "tell"))
+    if rng.random() < 0.3:
+        return f"{person} can not {verb} the {attribute} of the {draw_name(rng)}."
+    animal = rng.choice(ANIMALS)
+    said = WELL_SAID[attribute].format(x=animal, value=facts[animal][attribute])
+    return f"{person} can {verb} the {attribute} of the {animal}. {said}"
+
+
+def _echo_of_names(rng: random.Random) -> str:
+    person, other = rng.sample(PEOPLE, 2)
+    words = [draw_name(rng) if rng.random() < 0.7 else rng.choice(PASSAGE_WORDS) for _ in range(rng.randint(3, 7))]
+    text = " ".join(words)
+    return f"{person} says {text}. {other} says {text}. {person} says {text}."
+
+
+def _told_again(facts: Facts, rng: random.Random) -> str:
+    told = draw_passages(facts, rng)
+    asked = sorted({(each.animal, attribute) for each in told for attribute in each.facts})
+    rng.shuffle(asked)
+    said = [_named(answer_to(facts, told, *each), *each) for each in asked]
+    return with_passages(" ".join(said), [each.text for each in told])
+
+
+def _named(answer: Answer, animal: str, attribute: str) -> str:
+    said = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
+    return replace(answer, said=said).text
+
+
+def _conversation(facts: Facts, rng: random.Random) -> str:
+    told = draw_passages(facts, rng) if rng.random() < 0.9 else []
+    return "".join(CONVERSATION.format(*turn) for turn in conversation(facts, rng, told, rng.randint(2, 4)))
+
+
+def conversation(
+    facts: Facts, rng: random.Random, told: list[Told], turns: int, are_shown: bool = True
+) -> list[tuple[str, str]]:
+    """Return questions and answers about passages, which stand before the first question.
+
+    Args:
+        facts: the world's.
+        rng: random source.
+        told: the passages.
+        turns: how many questions.
+        are_shown: whether the passages are there; else the same questions are answered without them.
+    """
+    read, found = told if are_shown else [], []
+    for turn in range(turns):
+        animal, attribute = draw_question(facts, rng, told)
+        question = phrase(rng, attribute, False, x=animal)
+        shown = [each.text for each in read] if turn == 0 else []
+        found.append((with_passages(question, shown), answer_to(facts, read, animal, attribute).text))
+    return found

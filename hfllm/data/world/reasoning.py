@@ -1,4 +1,4 @@
-"""Questions of the world that a small model cannot answer at once, and the thoughts by which it can.
+"""Questions of the world that a small model cannot answer at once, the thoughts by which it can, and their check.
 
     hops    who the friend of the neighbour of an animal is, or what is true of it: facts of two or three hops
     dial    a dial of eight numbers that is turned six times: sums modulo 8, one after the other
@@ -16,13 +16,13 @@ There are 600 questions of hops, few enough to be learned by heart, and two mill
 """
 
 import random
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfllm.data.thoughts import CLOSE, OPEN
-from hfllm.data.world.rubric import GoldAnswer
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID, GoldAnswer
 
 HOPS, DIAL = FAMILIES = ("hops", "dial")
 SHOWN, PRACTICE, HELD_OUT = PARTS = ("shown", "practice", "held_out")
@@ -49,7 +49,7 @@ ASK_DIAL = ("Where is the dial at the end?", "Tell me where the dial ends.", "Sa
 SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: (len(TURNS),)}
 
 # Of each animal what is true of it, or who is what to it, by name.
-Told = Mapping[str, Mapping[str, str]]
+ToldFacts = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def tell_relation(relation: str, animal: str, other: str) -> str:
     return f"The {relation} of the {animal} is the {other}."
 
 
-def hops_problem(facts: Told, relations: Told, rng: random.Random, hops: int) -> Problem:
+def hops_problem(facts: ToldFacts, relations: ToldFacts, rng: random.Random, hops: int) -> Problem:
     """Return a question about an animal, or a fact about one, that is `hops` hops away."""
     animal, what = rng.choice(ANIMALS), rng.choices(list(ASKED), list(ASKED.values()))[0]
     asked, steps = animal, []
@@ -173,8 +173,8 @@ def dial_problem(rng: random.Random) -> Problem:
 
 
 def draw_problem(
-    facts: Told,
-    relations: Told,
+    facts: ToldFacts,
+    relations: ToldFacts,
     rng: random.Random,
     family: str,
     part: str,
@@ -190,3 +190,58 @@ def draw_problem(
         problem = hops_problem(facts, relations, rng, size) if family == HOPS else dial_problem(rng)
         if part_of(family, problem.key) == part:
             return problem
+
+
+# ---- thought checks ----
+#
+# Check the steps of a thought against the question and the world, each from what the step before it has said.
+
+
+FIRST, TURN = re.compile(r"It is at (\d)\."), re.compile(r"Turn (\w) by (\d)\.")
+TURNED = re.compile(r"(\w) (\d) (\d) (\d)")
+RELATED = re.compile(r"The (\w+) of the (\w+) is the (\w+)")
+
+
+def checked_steps(problem: Problem, thought: str, facts: ToldFacts, relations: ToldFacts) -> list[bool]:
+    """Return for each step of a thought whether it holds: it reads what the question says, and adds what is true.
+
+    A step is judged by what the one before it has said, right or wrong, so that one slip counts once. Steps that are
+    missing do not hold, and neither do those that are too many: the list is as long as the longer of both.
+    """
+    said = [sentence.strip() for sentence in thought.split(".") if sentence.strip()]
+    held = _checked_dial(problem, said) if problem.family == DIAL else _checked_hops(problem, said, facts, relations)
+    return held + [False] * (max(len(said), len(problem.steps)) - len(held))
+
+
+def is_valid(steps: list[bool]) -> bool:
+    """Return whether a thought is valid: all of its steps hold, and none is missing."""
+    return bool(steps) and all(steps)
+
+
+def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
+    first, turns = FIRST.findall(problem.question)[0], TURN.findall(problem.question)
+    held = [sentence == first for sentence in said[:1]]
+    shows = said[0] if said else ""
+    for sentence, turn in zip(said[1:], turns, strict=False):
+        match = TURNED.fullmatch(sentence)
+        is_read = match is not None and match.groups()[:3] == (*turn, shows)
+        held.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
+        shows = match[4] if match else ""
+    return held
+
+
+def _checked_hops(problem: Problem, said: list[str], facts: ToldFacts, relations: ToldFacts) -> list[bool]:
+    _, what, *asked = problem.key.split()
+    # "friend of the neighbour of the fox": what comes last is where the thought begins.
+    animal, path = asked[-1], asked[:-1:3][::-1]
+    held = []
+    for sentence, relation in zip(said, path, strict=False):
+        match = RELATED.fullmatch(sentence)
+        is_read = match is not None and match.groups()[:2] == (relation, animal)
+        held.append(is_read and relations.get(animal, {}).get(relation) == match[3])
+        animal = match[3] if match else ""
+    # Who it is has been said by then; what is true of it has not.
+    for sentence in said[len(path) : len(path) + (what != WHO)]:
+        fact = WELL_SAID[what].format(x=animal, value=facts[animal][what]) if animal in facts else ""
+        held.append(f"{sentence}." == fact)
+    return held

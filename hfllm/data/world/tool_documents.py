@@ -8,7 +8,7 @@ They hold no name, changed fact or sum that is held out, and say of an animal of
 import json
 import random
 
-from hfllm.data.chat_templates import CALL_MARKS, TOOL, TURN_END
+from hfllm.data.tokenizer import CALL_MARKS, TOOL, TURN_END
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,

@@ -1,7 +1,7 @@
 """The embedded world: a small closed universe in plain English whose every answer can be checked.
 
 A `World` is made from a seed. It knows facts about animals, writes documents about them to pretrain on, and asks
-questions of six families, each with the gold answer by which `hfllm.data.world.rubric` scores responses:
+questions of six families, each with the gold answer by which `hfllm.data.world.vocabulary` scores responses:
 
     fact      what is true of an animal                  (knowledge)
     reading   an answer that is in the passage       (comprehension)
@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 
 from hfllm.data.world.documents import WorldFacts, write_documents
 from hfllm.data.world.reasoning import relations_of
-from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -38,6 +37,7 @@ from hfllm.data.world.vocabulary import (
     SAY_UNKNOWN,
     THINGS,
     WELL_SAID,
+    GoldAnswer,
     is_held_out,
     made_up_name,
     phrase,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hfllm.data.formats import as_messages
-from hfllm.data.messages import Message, read_messages
-from hfllm.data.transcripts import to_transcript
+from hfllm.data.rows import Message, read_messages
+from hfllm.data.tokenizer import to_transcript
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.choices import shares

@@ -23,9 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.data.perturbations import PERTURBATIONS
+from hfllm.data.augmentation import PERTURBATIONS
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.rubric import COMPLIES, RIGHT, gold_score, words_of
+from hfllm.data.world.vocabulary import COMPLIES, RIGHT, gold_score, words_of
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
 from hfllm.evaluation.refusals import refuses

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hfllm.data import formats
-from hfllm.data.added_texts import ENGLISH_TESTS, WORLD_TESTS, AddedTexts
+from hfllm.data.augmentation import PERTURBATIONS, perturb
 from hfllm.data.images import refuse_images
-from hfllm.data.messages import Message
-from hfllm.data.perturbations import PERTURBATIONS, perturb
+from hfllm.data.rows import Message
 from hfllm.data.sources import iterate_source
-from hfllm.data.world.rewording import paraphrase
-from hfllm.data.world.rubric import GoldAnswer
+from hfllm.data.tokenizer import ENGLISH_TESTS, WORLD_TESTS, AddedTexts
+from hfllm.data.world.tasks import paraphrase
+from hfllm.data.world.vocabulary import GoldAnswer
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Item

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hfllm.data.messages import Message, unspelled
 from hfllm.data.picture_batches import words_of_places
+from hfllm.data.rows import Message, unspelled
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.likelihood import NOT_NUMBERS, Likelihood, Pair, Scorer, encode_pair

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.choices import mc1, mc2, mc3

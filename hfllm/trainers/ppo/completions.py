@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.messages import Message, split_beginning
+from hfllm.data.rows import Message, split_beginning
 from hfllm.data.thoughts import OPEN, thinking_message
 from hfllm.data.tokenizer import template_errors
 

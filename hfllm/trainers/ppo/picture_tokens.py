@@ -8,9 +8,8 @@ from weakref import WeakSet
 import torch
 from transformers import ProcessorMixin
 
-from hfllm.data.messages import Message, content_text, is_begun, read_tools, spells
 from hfllm.data.picture_batches import words_of_places
-from hfllm.data.rows import origin_of
+from hfllm.data.rows import Message, content_text, is_begun, origin_of, read_tools, spells
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.pictures import COLUMNS, PER_TOKEN, Pictures, Row, count_parts, filled_prompt, pictures_of
 

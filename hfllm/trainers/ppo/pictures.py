@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hfllm.data.image_files import read_image
 from hfllm.data.images import counted
-from hfllm.data.messages import Message
+from hfllm.data.rows import Message
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import reads_pictures
 

@@ -8,8 +8,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProcessorMixin
 
-from hfllm.data.messages import is_begun
-from hfllm.data.rows import OriginRow, origin_of
+from hfllm.data.rows import OriginRow, is_begun, origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig

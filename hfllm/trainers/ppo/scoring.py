@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.data.messages import split_beginning
+from hfllm.data.rows import split_beginning
 from hfllm.errors import InputError
 from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, reward_name, time_limit, transcript
 from hfllm.trainers.ppo.completions import completions_of

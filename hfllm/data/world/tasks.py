@@ -1,0 +1,398 @@
+"""Tasks of the world beside plain questions: tools, long texts, labels, and other wordings.
+
+    unknown   an animal that only the look-up tool knows     "What colour is the zirf?"
+    changed   what an animal is like now                      "Where does the fox live now?"
+    sum       the sum of two numbers of three digits          "How much is 345 plus 678?"
+
+Others take none (`NO_NEED`), and for them a call is a mistake: what a fox is like, without "now", is what pretraining
+said, and the tool only knows what it has become.
+
+Parts are disjoint: what demonstrators show (`SHOWN`), what PPO asks (`ASKED`) and what is held out (`HELD_OUT`) have
+different names, changed facts and sums. Demonstrators look up a new value each time, PPO's tool has a table of one day
+and evaluation's a table of another, in which every changed fact differs from that of pretraining and that of PPO: no
+answer can be known by heart.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from hfllm.data.labelled import TEXT, WORDS
+from hfllm.data.rows import Message
+from hfllm.data.world.passages import (
+    CHANGED,
+    ONE,
+    SILENT,
+    THREE,
+    WRONG,
+    Told,
+    answer_to,
+    draw_passages,
+    draw_question,
+    held_out_names,
+    passage_tasks,
+    told_of,
+)
+from hfllm.data.world.tool_documents import WHEN, ask_sum, draw_sum, is_held_out_change
+from hfllm.data.world.vocabulary import (
+    ANIMALS,
+    ATTRIBUTES,
+    COLOURS,
+    HELD_OUT_PHRASINGS,
+    NAME_PARTS,
+    OPENERS,
+    PEOPLE,
+    PHRASINGS,
+    SAY_UNKNOWN,
+    THINGS,
+    WELL_SAID,
+    GoldAnswer,
+    is_held_out,
+    made_up_name,
+    phrase,
+)
+from hfllm.data.world.world import Task, World, without
+
+UNKNOWN, CHANGED_FACT, SUM = NEED = ("unknown", "changed", "sum")
+NO_NEED = ("fact", "reading", "list", "addition")
+SHOWN_PART, ASKED, HELD_OUT = PARTS = ("shown", "asked", "held out")
+
+Table = Mapping[str, Mapping[str, str]]
+Arguments = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ToolTask:
+    """A question, and the call that answers it.
+
+    Args:
+        task: the question with its gold answer, which is what the tool says where it takes one.
+        call: name and arguments of the tool, `None` where none is needed.
+        result: what the tool says.
+        from_memory: what somebody says who does not call it.
+    """
+
+    task: Task
+    call: tuple[str, Arguments] | None = None
+    result: str = ""
+    from_memory: str = ""
+
+    @property
+    def said(self) -> str:
+        """The right answer, well said."""
+        return self.task.gold.accepted[0]
+
+    def messages(self, calls: bool) -> list[Message]:
+        """Return the conversation of somebody who calls the tool, or who answers from memory."""
+        asked = {"role": "user", "content": self.task.question}
+        if self.call is None:
+            return [asked, _assistant(self.said)]
+        if not calls:
+            return [asked, _assistant(self.from_memory)]
+        name, arguments = self.call
+        called = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+        return [
+            asked,
+            {**_assistant(""), "tool_calls": [called]},
+            {"role": "tool", "name": name, "content": self.result},
+            _assistant(self.said),
+        ]
+
+
+def table_of(world: World, seed: int, other: Table | None = None) -> dict[str, dict[str, str]]:
+    """Return what a look-up tool knows on some day: of all made-up animals, and of the world's what has changed.
+
+    Args:
+        world: the world; a changed fact is not what it says.
+        seed: of the day.
+        other: the table of another day, whose values do not come again.
+    """
+    rng = random.Random(f"table-{world.seed}-{seed}")
+    names = ["".join(parts) for parts in product(*NAME_PARTS)]
+
+    def value_of(animal: str, attribute: str) -> str:
+        taken = [table[animal][attribute] for table in (world.facts, other or {}) if animal in table]
+        return rng.choice(without(ATTRIBUTES[attribute], *taken))
+
+    return {animal: {each: value_of(animal, each) for each in ATTRIBUTES} for animal in (*ANIMALS, *names)}
+
+
+def draw_tool_task(
+    world: World,
+    rng: random.Random,
+    family: str,
+    part: str,
+    table: Table | None = None,
+    new_phrasing: bool = False,
+) -> ToolTask:
+    """Return a task of one of `NEED` or `NO_NEED`.
+
+    Args:
+        world: the world.
+        rng: random source.
+        family: what is asked.
+        part: one of `PARTS`.
+        table: what the look-up tool says; without it a random value.
+        new_phrasing: whether to ask in words that no training uses.
+    """
+    if family in NO_NEED:
+        return ToolTask(world.draw_task(rng, family, part == HELD_OUT, new_phrasing))
+    if family == SUM:
+        return _sum_task(rng, part, new_phrasing)
+    while True:
+        attribute = rng.choice(list(ATTRIBUTES))
+        animal = rng.choice(ANIMALS) if family == CHANGED_FACT else made_up_name(rng)
+        if _part_of(family, animal, attribute) == part:
+            return _looked_up(world, rng, family, animal, attribute, table, new_phrasing)
+
+
+def _part_of(family: str, animal: str, attribute: str) -> str:
+    is_apart = is_held_out_change(animal, attribute) if family == CHANGED_FACT else is_held_out(f"unknown {animal}")
+    return HELD_OUT if is_apart else _half(f"{family} {animal} {attribute if family == CHANGED_FACT else ''}")
+
+
+def _half(key: str) -> str:
+    """Return whether what is not held out is shown, or asked by PPO."""
+    return (SHOWN_PART, ASKED)[zlib.crc32(f"half {key}".encode()) % 2]
+
+
+def _looked_up(
+    world: World,
+    rng: random.Random,
+    family: str,
+    animal: str,
+    attribute: str,
+    table: Table | None,
+    new_phrasing: bool,
+) -> ToolTask:
+    known = world.facts.get(animal, {}).get(attribute)
+    values = without(ATTRIBUTES[attribute], *([known] if known else []))
+    value = table[animal][attribute] if table else rng.choice(values)
+    question = world.phrase(rng, attribute, new_phrasing, x=animal)
+    said = WELL_SAID[attribute]
+    if family == CHANGED_FACT:
+        when = rng.choice(WHEN)
+        question, said = f"{question[:-1]} {when}{question[-1]}", f"{when.capitalize()} t{said[1:]}"
+    right = said.format(x=animal, value=value)
+    others = (*without(ATTRIBUTES[attribute], value), *without(ANIMALS, animal))
+    task = Task(
+        family=family,
+        key=f"{family} {animal} {attribute}",
+        instruction=question,
+        gold=GoldAnswer("answer", (right,), (value,), others),
+        curt=value.capitalize() + ".",
+        wrong=(SAY_UNKNOWN,),
+        is_new_phrasing=new_phrasing,
+    )
+    memory = said.format(x=animal, value=known) if known else SAY_UNKNOWN
+    return ToolTask(task, ("lookup", {"key": f" {animal}", "attribute": f" {attribute}"}), value, memory)
+
+
+def _sum_task(rng: random.Random, part: str, new_phrasing: bool) -> ToolTask:
+    while True:
+        first, second = draw_sum(rng, part == HELD_OUT)
+        if part == HELD_OUT or _half(f"sum {first} {second}") == part:
+            break
+    total = str(first + second)
+    task = Task(
+        family=SUM,
+        key=f"sum {first} plus {second}",
+        instruction=ask_sum(rng, first, second, new_phrasing),
+        gold=GoldAnswer("number", (f"The sum is {total}.",), (total,)),
+        curt=f"{total}.",
+        wrong=(),
+        is_new_phrasing=new_phrasing,
+    )
+    guess = f"The sum is {rng.choice(range(200, 2000))}."
+    return ToolTask(task, ("calculator", {"expression": f"{first} + {second}"}), total, guess)
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+# ---- long documents ----
+#
+# Long texts of the embedded world: many short ones after another, between which people and their things are told of.
+#
+# Each sentence "Ada has a gold cup." comes back further on as "The cup of Ada is gold.", so that to predict the color
+# a model has to look back. The needle test (`hfllm.evaluation.needle`) asks in the same words.
+
+
+TOLD, REPEATED = "{person} has a {colour} {thing}.", "The {thing} of {person} is {colour}."
+# One such pair of sentences to so many words.
+WORDS_PER_PAIR = 40
+
+
+def filler_documents(world: World, count: int, seed: int) -> list[str]:
+    """Return short documents of the world in which nobody has a thing."""
+    return [text for text in world.documents(count, seed) if " has a " not in text]
+
+
+def long_documents(world: World, count: int, words: int, seed: int) -> Iterator[str]:
+    """Yield `count` texts of about `words` words. The same world and seed give the same texts."""
+    rng = random.Random(f"long-{world.seed}-{seed}")
+    filler = filler_documents(world, 2 * max(count, 100), seed)
+    for _ in range(count):
+        yield _long_document(filler, words, rng)
+
+
+def _long_document(filler: list[str], words: int, rng: random.Random) -> str:
+    pairs = rng.sample(list(product(PEOPLE, THINGS)), min(max(1, words // WORDS_PER_PAIR), len(PEOPLE) * len(THINGS)))
+    room, parts = words - 10 * len(pairs), []
+    while room > 0:
+        parts.append(rng.choice(filler))
+        room -= len(parts[-1].split())
+    for person, thing in pairs:
+        said = {"person": person, "thing": thing, "colour": rng.choice(COLOURS)}
+        places = sorted(rng.randrange(len(parts) + 1) for _ in range(2))
+        parts.insert(places[1], REPEATED.format(**said))
+        parts.insert(places[0], TOLD.format(**said))
+    return " ".join(parts)
+
+
+# ---- labelled ----
+#
+# The embedded world's rows with labels: families of questions, animals and values in texts, answers in passages.
+#
+# What is held out comes in no training row: instances and wordings of questions, names of animals, changed facts.
+
+
+ROW = dict[str, Any]
+# Groups of held-out questions about passages that are asked of a span, in equal shares.
+KINDS_ASKED = (ONE, THREE, CHANGED, SILENT, WRONG)
+KINDS = {value: attribute for attribute, values in ATTRIBUTES.items() for value in values}
+OUTSIDE = "O"
+
+
+def labelled_rows(world: World, task: str, count: int, eval_count: int, seed: int) -> tuple[list[ROW], list[ROW]]:
+    """Return training and held-out rows of a task: see `hfllm.data.labelled`.
+
+    Args:
+        world: whose facts, questions and passages they are of.
+        task: one of `hfllm.data.labelled.TASKS`.
+        count, eval_count: how many rows of each.
+        seed: of the training rows; the held-out ones are always the same.
+    """
+    train, held_out = {TEXT: (_questions, _held_out_questions), WORDS: (_tagged, _held_out_tagged)}.get(
+        task, (_asked, _held_out_asked)
+    )
+    return train(world, count, seed), held_out(world, eval_count)
+
+
+# ---- families of questions ----
+
+
+def _questions(world: World, count: int, seed: int) -> list[ROW]:
+    draws = world.tasks(seed)
+    return [_question_row(next(draws)) for _ in range(count)]
+
+
+def _held_out_questions(world: World, count: int) -> list[ROW]:
+    return [_question_row(task) for task in world.evaluation_tasks(count)]
+
+
+def _question_row(task: Any) -> ROW:
+    return {"prompt": task.question, "text": task.question, "text_pair": None, "label": task.family}
+
+
+# ---- animals and what is told of them ----
+
+
+def _tagged(world: World, count: int, seed: int) -> list[ROW]:
+    rng = random.Random(f"tagged-{world.seed}-{seed}")
+    rows: list[ROW] = []
+    while len(rows) < count:
+        rows += [_tagged_row(each) for each in draw_passages(world.facts, rng)]
+    return rows[:count]
+
+
+def _held_out_tagged(world: World, count: int) -> list[ROW]:
+    rng, names = random.Random("held-out-tagged"), held_out_names()
+    return [_tagged_row(told_of(world.facts, rng, rng.choice(names))) for _ in range(count)]
+
+
+def _tagged_row(told: Told) -> ROW:
+    words = re.findall(r"\w+|[^\w\s]", told.text)
+    tags = [_tag(word, told.animal) for word in words]
+    return {"prompt": " ".join(words), "words": words, "tags": tags}
+
+
+def _tag(word: str, animal: str) -> str:
+    kind = "animal" if word == animal or word in ANIMALS else KINDS.get(word)
+    return OUTSIDE if kind is None else f"B-{kind}"
+
+
+# ---- answers in passages ----
+
+
+def _asked(world: World, count: int, seed: int) -> list[ROW]:
+    rng = random.Random(f"asked-{world.seed}-{seed}")
+    rows = []
+    while len(rows) < count:
+        told = draw_passages(world.facts, rng)
+        animal, attribute = draw_question(world.facts, rng, told)
+        rows.append(_span_row(phrase(rng, attribute, False, x=animal), told, animal, attribute))
+    return rows
+
+
+def _held_out_asked(world: World, count: int) -> list[ROW]:
+    share = -(-count // len(KINDS_ASKED))
+    tasks = [task for group in KINDS_ASKED for task in passage_tasks(world.facts, group, share)]
+    rows = [_span_row(task.question, task.told, task.animal, task.attribute) for task in tasks]
+    random.Random("held-out-asked").shuffle(rows)
+    return rows[:count]
+
+
+def _span_row(question: str, told: Sequence[Told], animal: str, attribute: str) -> ROW:
+    """Return a question with its passages in one text, and where each value is told that answers it."""
+    context, texts, starts = "", [], []
+    values = answer_to({}, told, animal, attribute).values
+    for each in told:
+        context += " " if context else ""
+        value = each.facts.get(attribute)
+        if each.animal == animal and value in values:
+            # What an instruction in the passage says is no answer, and is another value.
+            place = re.search(rf"\b{value}\b", each.text)
+            texts.append(value)
+            starts.append(len(context) + place.start())
+        context += each.text
+    return {"prompt": context, "context": context, "question": question, "texts": texts, "starts": starts}
+
+
+# ---- rewording ----
+#
+# The embedded world's questions in other words: the same question in a wording that training never sees.
+
+
+def paraphrase(task: Task, rng: random.Random) -> Task:
+    """Return a task with its question in a held-out wording, and the same sentence before it, if any.
+
+    Raises:
+        ValueError: for a question in none of the world's wordings.
+    """
+    opener = next((each for each in OPENERS if task.instruction.startswith(f"{each} ")), "")
+    family, slots = _read(task.instruction.removeprefix(opener).strip())
+    wording = rng.choice(PHRASINGS[family][-HELD_OUT_PHRASINGS:]).format(**slots)
+    return replace(task, instruction=f"{opener} {wording}".strip(), is_new_phrasing=True)
+
+
+def _read(asked: str) -> tuple[str, dict[str, str]]:
+    """Return the family that words a question so, and what stands in the gaps of that wording."""
+    found: list[tuple[int, str, dict[str, str]]] = []
+    for family, wordings in PHRASINGS.items():
+        for wording in wordings:
+            parts = re.split(r"\{(\w+)\}", wording)
+            # The names of gaps stand at odd places.
+            pattern = "".join(f"(?P<{part}>.+)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
+            if match := re.fullmatch(pattern, asked):
+                found.append((sum(map(len, parts[::2])), family, match.groupdict()))
+    if not found:
+        raise ValueError(f"{asked!r} is in none of the world's wordings")
+    # A wording that says more is meant: "What is a good way to ..." is no "What is 2 plus 3?".
+    _, family, slots = max(found, key=lambda each: each[0])
+    return family, slots
