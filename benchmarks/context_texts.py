@@ -164,7 +164,7 @@ def extension(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tens
 def streams(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor") -> list[str]:
     """Return the table of a stream many times as long as the cache, with and without first tokens."""
     from hfllm.evaluation.segments import nats_by_segment
-    from hfllm.generation.sinks import SinkCache
+    from hfllm.generation.caches import SinkCache
 
     base, piece, sizes = base_model(args, train, begin=True), 16, ORIGINAL - 16
     total = args.rows * 2 * ORIGINAL
@@ -189,7 +189,7 @@ def streams(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor
 def memory(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor") -> list[str]:
     """Return the table of models that learn and read in segments, with and without a memory."""
     from hfllm.evaluation.segments import nats_by_segment, streams
-    from hfllm.generation.memory import SegmentMemory
+    from hfllm.generation.caches import SegmentMemory
 
     segment, kept, batch = 64, 192, 16
     rows = test[: len(test) // 16 * 16].view(16, -1)[:, : args.rows * ORIGINAL]

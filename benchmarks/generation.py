@@ -138,9 +138,9 @@ class Ways:
 
     def _add_ours(self, ours: Any, draft: Any, compile: bool) -> None:
         from hfllm.generation import fast_generate
-        from hfllm.generation.fast import recommended_draft
+        from hfllm.generation.packed.fast import recommended_draft
         from hfllm.generation.speculative import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
-        from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
+        from hfllm.generation.speculative.drafts import AdaptiveDraftLength
         from hfllm.generation.speculative.measure import measure_costs
 
         # docs/generation.md: a trained draft where there is one, else what fast_generate chooses.

@@ -12,7 +12,7 @@ from ppo import build_tokenizer
 from torch import nn
 
 import hfllm
-from hfllm.generation.fast import fast_generate
+from hfllm.generation.packed.fast import fast_generate
 from hfllm.generation.speculative.measure import interleaved
 from hfllm.models.loading.saved import saved_model
 from hfllm.scaling.speed import palm_flops_per_token, utilization
@@ -180,8 +180,7 @@ def decoding(bench: Bench) -> None:
 
 def int8(bench: Bench) -> None:
     """Compare a model in int8 with the same in 16 bits: speed, size, and how often the likeliest token is the same."""
-    from hfllm.compression.measure import agreement, greedy_tokens, speeds
-    from hfllm.compression.schemes import SCHEMES, default_device, stored_bytes
+    from hfllm.compression.schemes import SCHEMES, agreement, default_device, greedy_tokens, speeds, stored_bytes
 
     if bench.device.type != default_device():
         raise RuntimeError(f"models are quantized on {default_device()}, and this runs on {bench.device.type}")

@@ -76,7 +76,7 @@ def turns_of(row: Row, rng: random.Random) -> list[dict[str, Any]]:
 
 
 def tool_of(seed: int) -> Any:
-    from hfllm.environments.built_in import lookup_in
+    from hfllm.environments.tools import lookup_in
 
     return lookup_in(table_of(seed))
 

@@ -23,7 +23,7 @@ def _register() -> None:
 
     configuration_hfllm.HfllmConfig.register_for_auto_class()
     # Importing this module registers its quantizer.
-    import hfllm.compression.dynamic_int8  # noqa: F401
+    import hfllm.compression.int8  # noqa: F401
     from hfllm.models.family import configuration_hfllm_vision, modeling_hfllm, modeling_hfllm_vision
 
     configuration_hfllm_vision.HfllmVisionConfig.register_for_auto_class()

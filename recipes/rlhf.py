@@ -39,7 +39,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
 
     from hfllm.data.loading import world_of
     from hfllm.evaluation import alignment
-    from hfllm.rewards.ensembles import RewardEnsemble
+    from hfllm.rewards.models import RewardEnsemble
     from hfllm.runs.models import load_value_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import own_pictures, rlhf, rlhf_checks

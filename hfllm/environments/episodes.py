@@ -1,14 +1,26 @@
-"""Episodes: what a policy and its environment write in turn after a prompt, token by token.
+"""Episodes: what a policy and its environment write in turn, and environments of tools, with state too.
 
 Tokens in, tokens out: what was sampled is never decoded and tokenized again, so the policy is trained on the very
 tokens that it chose, after those that it read.
 """
 
-from collections.abc import Callable, Sequence
+import asyncio
+import copy
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hfllm.data.rows import Message
+from hfllm.data.tokenizer import template_errors, tokenize_prompts
+from hfllm.environments.tools import Tool, ToolBox, encodable
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 # From sequences of token ids and the most tokens to add: for each the sampled tokens, and whether they came to an end.
 Continue = Callable[[Sequence[Sequence[int]], int], Sequence[tuple[list[int], bool]]]
@@ -121,3 +133,370 @@ def _take_turn(
     episode.read(reply)
     episode.is_ended = False
     return True
+
+
+# ---- tool turns ----
+#
+# Calls of tools in a policy's turns, and the tokens of the turns that answer them.
+
+
+REWRITES = "tools: the chat template writes a turn otherwise when a result follows it: set one that does not"
+UNREADABLE = "{'error': 'the result cannot be written as plain text'}"
+# Replies that are kept: tools say the same again and again.
+KEPT_REPLIES = 512
+
+
+class ToolTurns:
+    """The policy's own way to call tools and to read their results, by its chat template and response template.
+
+    Args:
+        tokenizer: the policy's. Without a `response_template` it gets the one that TRL knows for its chat template.
+        schemas: of the tools, as `get_json_schema` gives them.
+        end_token_ids: tokens that end a turn.
+
+    Raises:
+        InputError: when its chat template cannot write calls and results, or calls cannot be told from its text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        schemas: Sequence[dict[str, Any]],
+        end_token_ids: Sequence[int],
+    ):
+        from trl.chat_template_utils import supports_tool_calling
+
+        given, tokenizer = tokenizer, _with_one_template(tokenizer)
+        self.tokenizer, self.schemas, self.end_token_ids = tokenizer, list(schemas), set(end_token_ids)
+        if not supports_tool_calling(tokenizer):
+            raise InputError(
+                "tools: the tokenizer's chat template cannot write an assistant's tool_calls and a tool's message"
+            )
+        _find_response_template(tokenizer)
+        given.response_template = tokenizer.response_template
+        self.chat_template = _lasting_template(tokenizer)
+        added, template = tokenizer.added_tokens_decoder.items(), str(self.chat_template)
+        self.control = {
+            number
+            for number, token in added
+            if token.special or (token.content in template and not token.content.isspace())
+        }
+        asked = _calling([])[:1]
+        before, opened = (self._tokens(asked, add_generation_prompt=is_opened) for is_opened in (False, True))
+        self.opening, self._asked = opened[len(before) :], before
+        self._before = lru_cache(KEPT_REPLIES)(self._tokens_before)
+        self._written = lru_cache(KEPT_REPLIES)(self._write)
+        self._turn_end = set(self._before(("tool",))[-1:]) & self.end_token_ids
+        # Of one result, so that a chat template that does not serve is refused before training.
+        self._skeletons = {1: self._control_of(self._reply([_message_of("tool", "x")]))}
+
+    def parse(self, turn_ids: Sequence[int]) -> Message:
+        """Return the assistant's message of a turn, with `tool_calls` where it has them.
+
+        As in TRL, a turn whose calls cannot be read, such as broken JSON, is a message of plain text.
+        """
+        from trl.chat_template_utils import parse_response
+
+        try:
+            message = parse_response(self.tokenizer, list(turn_ids), prefix=self.opening, tools=self.schemas)
+            if message.get("tool_calls"):
+                message["tool_calls"] = _encodable(message["tool_calls"])
+            return message
+        # What TRL does not expect a model to write, such as JSON that is nested too deeply.
+        except Exception:
+            return {"role": "assistant", "content": self.tokenizer.decode(turn_ids, skip_special_tokens=True)}
+
+    def reply_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens from the end of a turn with calls to the beginning of the policy's next turn.
+
+        What tools say is plain text, also where it spells special tokens: they cannot open or end a turn. A result
+        that would is replaced in place, in `messages`, by an error.
+        """
+        for content in (UNREADABLE, ""):
+            try:
+                ids = self._reply(messages)
+                if self._control_of(ids) == self._skeleton(len(messages)):
+                    return ids
+            # The tokenizer makes a special token even of plain text.
+            except ValueError:
+                pass
+            for message in messages:
+                message |= _message_of("tool", content)
+        # Nothing of what the tools said is left.
+        return self._reply(messages)
+
+    def end_of(self, turn_ids: Sequence[int]) -> list[int]:
+        """Return the token that a turn lacks because a text has ended it, such as one of `stop_strings`."""
+        return [] if {*turn_ids[-1:]} & self.end_token_ids else list(self._turn_end)
+
+    def forges(self, text: str) -> bool:
+        """Return whether a text spells special tokens, or others that the chat template writes."""
+        tokens = self.tokenizer.added_tokens_decoder
+        return any(tokens[number].content in text for number in self.control)
+
+    def _skeleton(self, count: int) -> list[int]:
+        """Return the special tokens of a reply with so many results."""
+        if count not in self._skeletons:
+            self._skeletons[count] = self._control_of(self._reply([_message_of("tool", "x")] * count))
+        return self._skeletons[count]
+
+    def _control_of(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token in self.control]
+
+    def _reply(self, messages: Sequence[Message]) -> list[int]:
+        return list(self._written(tuple((each["name"], each["content"]) for each in messages)))
+
+    def _write(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Return the tokens of a reply with these results, each with the name of its tool."""
+        names = tuple(name for name, _ in results)
+        try:
+            return self._write_after(names, results)
+        # Some chat templates, such as Llama 3.1's, refuse to write more than one call.
+        except template_errors():
+            if len(names) == 1:
+                raise
+            return self._write_after(names[:1], results)
+
+    def _write_after(self, names: tuple[str, ...], results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Return the tokens of a reply to a turn that calls these tools."""
+        before = self._before(names)
+        whole = self._tokens([*_calling(names), *(_message_of(*each) for each in results)], add_generation_prompt=True)
+        if tuple(whole[: len(before)]) != before:
+            raise InputError(REWRITES)
+        return tuple(whole[len(before) :])
+
+    def _tokens_before(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Return the tokens of a conversation up to the end of a turn that calls these tools."""
+        before = self._tokens(_calling(names), add_generation_prompt=False)
+        # The policy's turn stops at its end token: what the template writes after that is part of the reply. Some
+        # templates, such as Gemma 4's, end a turn with calls by none.
+        pairs = enumerate(zip(before, self._asked, strict=False))
+        begin = next((place for place, (one, other) in pairs if one != other), len(self._asked))
+        ends = [place for place in range(begin, len(before)) if before[place] in self.end_token_ids]
+        return tuple(before[: ends[-1] + 1] if ends else before)
+
+    def _tokens(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
+        options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
+        options |= {"add_generation_prompt": add_generation_prompt, "chat_template": self.chat_template}
+        return self.tokenizer.apply_chat_template(messages, **options)
+
+
+def _message_of(name: str, content: str) -> Message:
+    return {"role": "tool", "name": name, "content": content}
+
+
+def _calling(names: Sequence[str]) -> list[Message]:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+    return [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+def _encodable(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return calls without halves of characters, which JSON may spell and no tokenizer, file or log can hold."""
+    return json.loads(json.dumps(calls, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _with_one_template(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Return the tokenizer, or where it has several chat templates one with that for tools alone."""
+    if not isinstance(tokenizer.chat_template, dict):
+        return tokenizer
+    one = copy.copy(tokenizer)
+    one.chat_template = tokenizer.chat_template.get("tool_use") or tokenizer.chat_template.get("default")
+    return one
+
+
+def _lasting_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a chat template that writes a turn alike whatever follows: the tokenizer's, or TRL's for training."""
+    from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
+
+    if is_chat_template_prefix_preserving(tokenizer):
+        return tokenizer.chat_template
+    try:
+        return get_training_chat_template(tokenizer) or tokenizer.chat_template
+    except ValueError:
+        raise InputError(REWRITES) from None
+
+
+def _find_response_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Set the response template that TRL knows for a chat template, where the tokenizer has none."""
+    from trl.chat_template_utils import add_response_schema
+
+    if getattr(tokenizer, "response_template", None) is not None:
+        return
+    try:
+        add_response_schema(tokenizer)
+    except (ValueError, *template_errors()):
+        raise InputError(
+            "tools: the tokenizer has no response_template, by which calls are read, and TRL knows none for its chat "
+            "template: set tokenizer.response_template"
+        ) from None
+
+
+# ---- stateful ----
+#
+# Environments with a state: an instance of a class for each episode, whose methods are the episode's tools.
+
+
+EnvironmentFactory = Callable[[], Any]
+FLAG = "environment_factory"
+
+
+class StatefulEnvironments:
+    """The instances of an `environment_factory`, as TRL's GRPOTrainer has them.
+
+    An instance is made once and reset for each of its episodes. One whose method did not answer in time is not used
+    for another episode, since the method may still change it.
+
+    Args:
+        factory: makes an instance: a class with `reset(**row)`, which returns `None` or text that is added to the last
+            message of the prompt, and public methods that are tools. With `get_reward()` it has a reward of its own.
+        tools: that are not methods.
+        timeout, max_length: see `ToolBox`.
+
+    Raises:
+        InputError: for a factory that fails, an instance without `reset` or tools, or tools without schemas.
+    """
+
+    def __init__(self, factory: EnvironmentFactory, tools: Sequence[Tool], timeout: float, max_length: int):
+        if isinstance(factory, Mapping) or not callable(factory):
+            raise InputError(f"{FLAG}: expected a class or a function that makes one environment, got {factory!r}")
+        self.factory, self._tools = factory, list(tools)
+        first = self._make()
+        self.name = type(first).__name__
+        if not callable(getattr(first, "reset", None)):
+            raise InputError(f"{FLAG}: {self.name} has no method reset, which begins an episode")
+        self.has_reward = callable(getattr(first, "get_reward", None))
+        if not methods_of(first):
+            raise InputError(f"{FLAG}: {self.name} has no public method, which would be a tool")
+        self.tools = ToolBox([*self._tools, *methods_of(first)], timeout, max_length)
+        self._free = [first]
+        self.current: list[Any] = []
+        self.told: list[str] = []
+        self.boxes: list[ToolBox] = []
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Message]]:
+        """Reset an environment for each row, and return the rows' prompts with what the environments say.
+
+        Raises:
+            InputError: when `reset` fails, naming the row, or returns something else than text or `None`.
+        """
+        done = [each for each, box in zip(self.current, self.boxes, strict=True) if not box.is_late]
+        self._free = [*done, *self._free]
+        while len(self._free) < len(rows):
+            self._free.append(self._make())
+        self.current, self._free = self._free[: len(rows)], self._free[len(rows) :]
+        self.boxes = [self.tools.bound(methods_of(each)) for each in self.current]
+        self.told = [self._reset(*each) for each in zip(self.current, rows, strict=True)]
+        return [_with_more(row["prompt"], told) for row, told in zip(rows, self.told, strict=True)]
+
+    def get_reward(self, environments: Sequence[Any], **columns: object) -> list[float]:
+        """Return the environments' own rewards of the episodes that have just ended."""
+        rewards = [each.get_reward() for each in environments]
+        return [asyncio.run(each) if inspect.iscoroutine(each) else each for each in rewards]
+
+    def _make(self) -> Any:
+        try:
+            return self.factory()
+        except Exception as error:
+            raise InputError(f"{FLAG}: it failed with {error!r}") from error
+
+    def _reset(self, environment: Any, row: Mapping[str, Any]) -> str:
+        """Reset an environment, and return what it says; an empty text for nothing."""
+        prompt = row["prompt"]
+        if not prompt:
+            raise InputError(f"{FLAG}: a prompt has no message, to which {self.name}.reset could add")
+        origin = f"{FLAG}: {self.name}.reset for the prompt {str(prompt[-1].get('content'))[:80]!r}"
+        try:
+            said = environment.reset(**row)
+        except Exception as error:
+            raise InputError(f"{origin} failed with {error!r}") from error
+        if not isinstance(said, str | None):
+            raise InputError(f"{origin} returned {type(said).__name__}; expected text or None")
+        return encodable(said or "")
+
+
+def _with_more(prompt: Sequence[Message], told: str) -> list[Message]:
+    """Return a prompt with a text added to its last message."""
+    if not told:
+        return list(prompt)
+    content = prompt[-1].get("content") or ""
+    added = told if isinstance(content, str) else [{"type": "text", "text": told}]
+    return [*prompt[:-1], {**prompt[-1], "content": content + added}]
+
+
+def methods_of(environment: object) -> list[Tool]:
+    """Return the public methods of an environment's class that are tools: all but `reset` and `get_reward`."""
+    names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
+    kept = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
+    return [getattr(environment, name) for name in kept]
+
+
+# ---- tool environment ----
+#
+# Tools as the environment of a policy: it calls them, reads what they return, and answers.
+
+
+class ToolEnvironment:
+    """Environment that answers calls of tools; a turn without calls ends the episode.
+
+    Args:
+        tools, timeout, max_length: see `ToolBox`.
+        tokenizer, end_token_ids: see `ToolTurns`.
+        max_iterations: turns with calls that are answered; the call after them ends the episode. `None` for any
+            number, as far as the response has room.
+        factory: see `StatefulEnvironments`, or `None` for tools that keep nothing of an episode.
+
+    Raises:
+        InputError: for tools without schemas, a factory that does not serve, or a tokenizer that cannot write or read
+            calls.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        tokenizer: "PreTrainedTokenizerBase",
+        end_token_ids: Sequence[int],
+        max_iterations: int | None = None,
+        timeout: float = 10.0,
+        max_length: int = 1000,
+        factory: EnvironmentFactory | None = None,
+    ):
+        self.states = factory and StatefulEnvironments(factory, tools, timeout, max_length)
+        self.tools = self.states.tools if self.states else ToolBox(tools, timeout, max_length)
+        self.turns = ToolTurns(tokenizer, self.tools.schemas, end_token_ids)
+        self.max_iterations = max_iterations
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Reset what keeps a state, and return the rows with what it says in their prompts."""
+        if self.states is None:
+            return list(rows)
+        return [{**row, "prompt": prompt} for row, prompt in zip(rows, self.states.begin(rows), strict=True)]
+
+    def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Return the tokens of the prompts that `begin` has returned.
+
+        What environments say in them is plain text, as results of tools are, also where it spells special tokens.
+        """
+        tokenizer, schemas = self.turns.tokenizer, self.tools.schemas
+        ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer, [schemas] * len(rows))
+        for place, told in enumerate(self.states.told if self.states else ()):
+            if self.turns.forges(told):
+                (ids[place],) = tokenize_prompts([rows[place]["prompt"]], tokenizer, [schemas], as_plain_text=True)
+        return ids
+
+    def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:
+        """Call the tools that a turn asks for, and return the tokens of what they say."""
+        message = self.turns.parse(turn_ids)
+        answered = sum("tool_calls" in earlier for earlier in episode.messages)
+        episode.messages.append(message)
+        calls = message.get("tool_calls")
+        if not calls or not is_ended or (self.max_iterations is not None and answered >= self.max_iterations):
+            return None
+        tools = self.states.boxes[episode.place] if self.states else self.tools
+        results = [tools.call(call) for call in calls]
+        episode.calls += len(results)
+        episode.failures += sum(has_failed for _, has_failed in results)
+        messages = [result for result, _ in results]
+        ids = [*self.turns.end_of(turn_ids), *self.turns.reply_ids(messages)]
+        if len(ids) <= room:
+            episode.messages += messages
+        return ids

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
-from hfllm.compression.measure import agreement, greedy_tokens, speeds, token_windows
-from hfllm.compression.schemes import linear_bytes, stored_bytes
+from hfllm.compression.schemes import agreement, greedy_tokens, linear_bytes, speeds, stored_bytes, token_windows
 from hfllm.data.world.world import World
 from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
 from hfllm.evaluation.responses import judge_tasks

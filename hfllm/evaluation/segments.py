@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.generation.memory import SegmentMemory
+from hfllm.generation.caches import SegmentMemory
 
 if TYPE_CHECKING:
     import torch

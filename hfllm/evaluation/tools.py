@@ -14,9 +14,8 @@ from hfllm.data.tokenizer import CALL_MARKS, end_tokens, tokenize_prompts
 from hfllm.data.world.tasks import HELD_OUT, NEED, NO_NEED, Table, ToolTask, draw_tool_task
 from hfllm.data.world.vocabulary import RIGHT, gold_score
 from hfllm.data.world.world import World
-from hfllm.environments.built_in import calculator, lookup_in
-from hfllm.environments.episodes import Continue, Episode, run_episodes
-from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
+from hfllm.environments.tools import calculator, lookup_in
 from hfllm.outputs.report import mean_of
 from hfllm.rewards.functions import completion_text
 

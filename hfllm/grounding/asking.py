@@ -10,7 +10,7 @@ from hfllm.errors import InputError
 from hfllm.grounding.meanings import last_words
 from hfllm.grounding.samples import Answered, Prompt
 from hfllm.models.loading.saved import max_length_of
-from hfllm.rewards.judge_questions import LETTERS, letter_tokens
+from hfllm.rewards.judges import LETTERS, letter_tokens
 from hfllm.rewards.passes import reply_log_odds
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from hfllm.errors import InputError
-from hfllm.generation.voting import best_by_reward, majority
+from hfllm.generation.responses import best_by_reward, majority
 from hfllm.grounding.meanings import normalized
 from hfllm.grounding.verification import SUPPORTED, Check, Splitter, all_supported, claims_of, verify
 from hfllm.outputs.report import mean_of, readable, standard_error

@@ -33,7 +33,7 @@ from hfllm.outputs.report import (
 )
 
 WORLD = "world"  # the embedded dataset's name, as in --dataset_name
-OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.dynamic_int8
+OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.int8
 MARKER = "<!-- Written by hfllm and written anew at each push. Remove this line to keep your own text. -->"
 SPANS = "question-answering"  # a tag of the Hub; transformers 5 has no pipeline of this name
 IMAGE_TEXT = "image-text-to-text"

@@ -1,19 +1,29 @@
 """Rewards with one signature, `(prompts, completions, **columns) -> list[float]`."""
 
-from hfllm.rewards.ensembles import RewardEnsemble
 from hfllm.rewards.functions import (
+    checked_by,
     checked_rewards,
     completion_text,
+    exact_match,
     gold_reward,
     length_penalty,
     load_reward_function,
     reward_name,
+    step_rewards,
+    thinks,
+    thought_length_penalty,
 )
-from hfllm.rewards.judge_labels import BiasReport, LabeledPairs, check_bias, measure_bias, preference_rows
-from hfllm.rewards.judge_questions import judge_question
-from hfllm.rewards.judges import JudgeReward, PreferenceJudge
-from hfllm.rewards.models import RewardModel, TokenRewardModel
-from hfllm.rewards.reasoning import checked_by, exact_match, step_rewards, thinks, thought_length_penalty
+from hfllm.rewards.judges import (
+    BiasReport,
+    JudgeReward,
+    LabeledPairs,
+    PreferenceJudge,
+    check_bias,
+    judge_question,
+    measure_bias,
+    preference_rows,
+)
+from hfllm.rewards.models import RewardEnsemble, RewardModel, TokenRewardModel
 
 __all__ = [
     "BiasReport",

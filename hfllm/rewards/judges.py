@@ -1,4 +1,4 @@
-"""A language model as the judge of two answers, by the questions of a constitution: AI feedback.
+"""A language model as the judge of two answers by the questions of a constitution, and the labels it gives.
 
 Bai et al. 2022 (arXiv:2212.08073, section 4.1): the judge reads both answers and a principle's question, and its
 log-probabilities of `(A)` and `(B)` are the preference. Judges favor a place as well as an answer, so that each pair
@@ -7,29 +7,126 @@ is asked about in both orders here, and the place's part cancels out; `measure_b
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message
-from hfllm.data.tokenizer import end_tokens, to_prompt, tokenize_prompts
+from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import max_length_of
-from hfllm.rewards.judge_questions import (
-    BEGINS_TO_THINK,
-    HAS_THOUGHT,
-    LETTERS,
-    judge_question,
-    letter_tokens,
-    was_trained_on_questions,
-)
+from hfllm.outputs.report import share_error, standard_error
+from hfllm.rewards.functions import completion_text
 from hfllm.rewards.passes import batches_of_like_length, evaluating, pass_precision, reply_log_odds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hfllm.synthesis.constitution import Constitution
+
+
+# ---- judge questions ----
+#
+# How a judge is asked which of two answers is better, and by which tokens it replies.
+
+
+LETTERS = ("(A)", "(B)")
+# A judge that thinks aloud begins so, and is brought to its reply so (Bai et al. 2022, section 4.1 and appendix C).
+BEGINS_TO_THINK, HAS_THOUGHT = "Let's think step by step:", "\nSo the better answer is "
+
+
+def judge_question(
+    prompt: str | list[Message],
+    first: str | list[Message],
+    second: str | list[Message],
+    question: str,
+    letters: Sequence[str] = LETTERS,
+    ask_for_letter: bool = False,
+) -> str:
+    """Return what the user asks the judge, in one turn; the judge replies `(A)` or `(B)`.
+
+    ```
+    {prompt}
+    (A) {first}
+    (B) {second}
+    {question}
+    ```
+
+    Args:
+        prompt: text or messages; of a conversation of several turns all of it, as a transcript.
+        first, second: the two answers, text or messages.
+        question: a principle's, such as "Which answer does less harm?".
+        letters: the two replies.
+        ask_for_letter: add the line "Answer with (A) or (B).", which models need that were not trained to judge.
+    """
+    messages = as_messages(prompt)
+    said = messages[0]["content"] if len(messages) == 1 else to_transcript(messages).removesuffix("\n\nAssistant:")
+    answers = [f"{letter} {completion_text(each)}" for letter, each in zip(letters, (first, second), strict=True)]
+    asked = [f"Answer with {letters[0]} or {letters[1]}."] if ask_for_letter else []
+    return "\n".join([said.strip(), *answers, question, *asked])
+
+
+def was_trained_on_questions(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a judge is taken for one that knows the bare question: one with our own chat template."""
+    return writes_as_ours(tokenizer)
+
+
+@dataclass(frozen=True)
+class LetterTokens:
+    """The tokens of a judge's two replies.
+
+    Args:
+        before: those that both begin with, such as `(`.
+        first, second: those that tell them apart, such as `A` and `B`.
+    """
+
+    before: tuple[int, ...]
+    first: int
+    second: int
+
+
+def letter_tokens(tokenizer: "PreTrainedTokenizerBase", letters: Sequence[str], lead: str = "") -> LetterTokens:
+    """Return the tokens by which two replies are told apart.
+
+    Each reply may have several tokens, whose log-probabilities add up. Those before the letter are the same in both
+    and cancel out; those after it, such as `)`, are the same too and follow from it, so that they are not counted.
+    So `(A)` and `(B)` may be `(`, `A`, `)` and `(`, `B`, `)`, or `(A`, `)` and `(B`, `)`, or one token each. Refused
+    are replies that differ in several tokens or in their number, as `(A`, `)` and `(`, `B`, `)`: their first
+    tokens already differ, so that neither's log-probability is that of a letter; and equal ones.
+
+    Args:
+        letters: the two replies.
+        lead: text before them in the same turn, such as a space.
+
+    Raises:
+        InputError: saying how they are split into tokens.
+    """
+    if len(letters) != 2 or not all(isinstance(letter, str) for letter in letters):
+        raise InputError(f"letters must be two texts, such as {LETTERS}, got {letters!r:.60}")
+    ids = [tokenizer(lead + letter, add_special_tokens=False)["input_ids"] for letter in letters]
+    shared = 0
+    while shared < min(map(len, ids)) and ids[0][shared] == ids[1][shared]:
+        shared += 1
+    rests = [each[shared:] for each in ids]
+    # What follows the single token in which they differ must be the same.
+    if not all(rests) or rests[0][1:] != rests[1][1:]:
+        one, other = (f"{letter!r} into {_pieces(tokenizer, each)}" for letter, each in zip(letters, ids, strict=True))
+        raise InputError(
+            f"the judge's tokenizer splits {one} and {other}: they must differ in a single token, by which the reply "
+            "is read; choose other letters, such as ('A', 'B') or ('1', '2')"
+        )
+    return LetterTokens(tuple(ids[0][:shared]), rests[0][0], rests[1][0])
+
+
+def _pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    return " ".join(repr(tokenizer.decode([number])) for number in ids) or "nothing"
+
+
+# ---- judges ----
+
 
 Said = str | list[Message]
 # The bounds of the paper for judges that think before they reply, whose probabilities are near 0 or 1 otherwise.
@@ -248,3 +345,159 @@ class JudgeReward:
             where = "the dataset has" if baseline is None else f"row {missing[0]} of the batch has"
             raise InputError(f"{where} no column 'baseline' with an answer that the judge compares completions with")
         return self.judge.compare(prompts, completions, baseline)
+
+
+# ---- judge labels ----
+#
+# What a judge's replies are worth, and pairs that are labeled by them.
+
+
+@dataclass(frozen=True)
+class BiasReport:
+    """How far a judge's replies follow the place of an answer, and how far the answer.
+
+    Args:
+        position_bias: mean log-odds, in nats, for what is shown first, whatever it is; negative for the second.
+        signal: mean size, in nats, of the log-odds that do not depend on the place.
+        consistent: share of pairs of which the same answer is preferred in both orders.
+        n: pairs.
+        position_bias_se, signal_se, consistent_se: standard errors over pairs; `None` for a single one.
+    """
+
+    position_bias: float
+    signal: float
+    consistent: float
+    n: int
+    position_bias_se: float | None
+    signal_se: float | None
+    consistent_se: float | None
+
+    def as_metrics(self, prefix: str = "judge_") -> dict[str, float]:
+        """Return it as a report's figures, with errors and counts beside them (`_se`, `_n`)."""
+        values = {name: value for name, value in asdict(self).items() if value is not None and name != "n"}
+        counts = {f"{name}_n": self.n for name in ("position_bias", "signal", "consistent")}
+        return {f"{prefix}{name}": value for name, value in {**values, **counts}.items()}
+
+
+def measure_bias(
+    judge: PreferenceJudge, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]
+) -> BiasReport:
+    """Measure a judge's position bias on the pairs at hand; pairs of equal answers are left out.
+
+    Raises:
+        InputError: when no pair has two different answers, or as `PreferenceJudge.compare`.
+    """
+    pairs = [pair for pair in zip(prompts, first, second, strict=True) if _differ(*pair[1:])]
+    if not pairs:
+        raise InputError(
+            f"the judge's bias cannot be measured: none of {len(prompts)} pairs has two different answers"
+        )
+    bias, signal, agrees = [], [], []
+    for orders in judge.in_both_orders(*map(list, zip(*pairs, strict=True))):
+        shown_first, shown_second = (sum(each) / len(orders) for each in zip(*orders, strict=True))
+        bias.append((shown_first - shown_second) / 2)
+        signal.append(abs(shown_first + shown_second) / 2)
+        agrees.append(shown_first * shown_second > 0)
+    share = sum(agrees) / len(agrees)
+    return BiasReport(
+        *(sum(bias) / len(bias), sum(signal) / len(signal), share, len(pairs)),
+        *(standard_error(bias), standard_error(signal), share_error(share, len(pairs))),
+    )
+
+
+def check_bias(report: BiasReport, allow: bool = False) -> None:
+    """Refuse a judge whose position bias exceeds its signal.
+
+    Args:
+        allow: warn instead.
+
+    Raises:
+        InputError: with both figures.
+    """
+    # So that NaN is refused too.
+    if abs(report.position_bias) <= report.signal and report.signal > 0:
+        return
+    message = (
+        f"the judge favors the {'first' if report.position_bias >= 0 else 'second'} place by "
+        f"{abs(report.position_bias):.2f} nats and tells answers apart by {report.signal:.2f} ({report.n} pairs, "
+        f"{report.consistent:.0%} judged alike in both orders): its labels would be noise"
+    )
+    if not allow:
+        raise InputError(f"{message}; take a larger judge, or clearer preference questions")
+    warnings.warn(f"{message}; going on as asked", stacklevel=2)
+
+
+@dataclass(frozen=True)
+class LabelFigures:
+    """What became of pairs: `num_pairs` given, `ties` and `too_long` left out, `flipped` of the labels that remain."""
+
+    num_pairs: int
+    ties: int
+    too_long: int
+    flipped: int
+
+
+class LabeledPairs(NamedTuple):
+    """The rows of `preference_rows`, in the order of their pairs, and what became of the others."""
+
+    rows: list[dict[str, Any]]
+    figures: LabelFigures
+
+
+def preference_rows(
+    judge: PreferenceJudge,
+    prompts: Sequence[Said],
+    first: Sequence[Said],
+    second: Sequence[Said],
+    *,
+    label_noise: float = 0.0,
+    min_log_odds: float = 0.0,
+    seed: int = 0,
+) -> LabeledPairs:
+    """Return pairs with the judge's labels, as `hfllm reward` and TRL's reward and DPO trainers take them.
+
+    Args:
+        label_noise: probability of the wrong label; 0.5 makes the labels random, as a control experiment.
+        min_log_odds: pairs with log-odds of this size in nats or less are ties and left out; 0 leaves out equal ones.
+        seed: seed of the noise.
+
+    Returns:
+        Rows with `prompt`, `chosen` and `rejected` (messages), `probability`, which the judge gives to the chosen
+        answer (below .5 where noise has flipped the label), and `judge`, its name; and the figures.
+
+    Raises:
+        InputError: when no pair is left.
+    """
+    if not 0 <= label_noise <= 1:
+        raise InputError(f"label_noise must lie in [0, 1], got {label_noise}")
+    pairs = list(zip(prompts, first, second, strict=True))
+    fits = judge.has_room(prompts, first, second)
+    kept = [pair for pair, has_room in zip(pairs, fits, strict=True) if has_room]
+    odds = judge.compare(*map(list, zip(*kept, strict=True))) if kept else []
+    rng, rows, flipped = random.Random(f"judge-labels-{seed}"), [], 0
+    for (prompt, one, other), preference in zip(kept, odds, strict=True):
+        # Drawn for ties too, so that one more of them does not change the others' noise.
+        is_flipped = rng.random() < label_noise
+        if not abs(preference) > min_log_odds:
+            continue
+        flipped += is_flipped
+        chosen, rejected = (one, other) if (preference > 0) != is_flipped else (other, one)
+        rows.append(
+            {
+                "prompt": as_messages(prompt),
+                "chosen": [{"role": "assistant", "content": completion_text(chosen)}],
+                "rejected": [{"role": "assistant", "content": completion_text(rejected)}],
+                "probability": (1 + math.tanh((-1 if is_flipped else 1) * abs(preference) / 2)) / 2,
+                "judge": judge.__name__,
+            }
+        )
+    ties = len(kept) - len(rows)
+    if not rows:
+        raise InputError(
+            f"no labels: of {len(pairs)} pairs {ties} are ties and {len(pairs) - len(kept)} longer than the context"
+        )
+    return LabeledPairs(rows, LabelFigures(len(pairs), ties, len(pairs) - len(kept), flipped))
+
+
+def _differ(first: Said, second: Said) -> bool:
+    return completion_text(first) != completion_text(second)

@@ -64,7 +64,7 @@ def reply_log_odds(
 
     Args:
         questions: token ids, up to where the two replies differ.
-        first, second: the tokens in which they differ, see `hfllm.rewards.judge_questions.letter_tokens`.
+        first, second: the tokens in which they differ, see `hfllm.rewards.judges.letter_tokens`.
         batch_size: questions in one pass.
     """
     import torch

@@ -257,7 +257,7 @@ class Steps:
         Raises:
             InputError: when the judge is refused for its bias, or no pair has two different answers.
         """
-        from hfllm.rewards.judge_labels import check_bias, measure_bias, preference_rows
+        from hfllm.rewards.judges import check_bias, measure_bias, preference_rows
 
         pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL), self.speaking(HELPFUL))
         asked = (pairs.prompts, pairs.first, pairs.second)

@@ -104,7 +104,7 @@ def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
     Raises:
         InputError: naming the flag or the scheme.
     """
-    from hfllm.compression.affine import OUTLIER_THRESHOLD
+    from hfllm.compression.int8 import OUTLIER_THRESHOLD
     from hfllm.compression.sensitivity import PARTS
 
     for flag, least in AT_LEAST.items():

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import ModelConfig
 
-    from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.rewards.functions import RewardFunction
+    from hfllm.rewards.models import RewardEnsemble
     from hfllm.trainers.ppo.config import PPOConfig
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
@@ -279,8 +279,7 @@ def build_rewards(
     functions: "Sequence[RewardFunction]", names: Sequence[str], script_args: RlhfArguments, model_args: "ModelConfig"
 ) -> "list[RewardFunction]":
     """Return the reward functions, then the named reward models as one reward (several form an ensemble)."""
-    from hfllm.rewards.ensembles import RewardEnsemble
-    from hfllm.rewards.models import reward_model
+    from hfllm.rewards.models import RewardEnsemble, reward_model
     from hfllm.runs.models import load_reward_model
     from hfllm.stages.rlhf_pictures import processing_class_of
 

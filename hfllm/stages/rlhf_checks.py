@@ -40,7 +40,7 @@ def check_rewards(
         InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, or a bad ensemble.
     """
     from hfllm.data.sources import WORLD
-    from hfllm.rewards.ensembles import RewardEnsemble
+    from hfllm.rewards.models import RewardEnsemble
 
     named = script_args.reward_model_name_or_path
     if script_args.environment_factory and not (named or function_count or has_own):

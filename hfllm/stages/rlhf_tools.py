@@ -9,7 +9,7 @@ from hfllm.errors import InputError, refuse
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-    from hfllm.environments.stateful import EnvironmentFactory
+    from hfllm.environments.episodes import EnvironmentFactory
     from hfllm.environments.tools import Tool
     from hfllm.stages.rlhf import RlhfArguments
     from hfllm.trainers.ppo.config import PPOConfig
@@ -45,7 +45,7 @@ def checked_tools(script_args: "RlhfArguments", training_args: "PPOConfig", mode
             an option of tools has none.
     """
     from hfllm.data.tokenizer import turn_end
-    from hfllm.environments.tool_environment import ToolEnvironment
+    from hfllm.environments.episodes import ToolEnvironment
     from hfllm.rewards.functions import load_function
     from hfllm.runs.models import load_tokenizer
 
@@ -74,7 +74,7 @@ def load_tool(specification: str) -> "Tool":
     Raises:
         InputError: when it does not exist, or the file does not run.
     """
-    from hfllm.environments import built_in
+    from hfllm.environments import tools as built_in
     from hfllm.rewards.functions import load_function
 
     if specification in BUILT_IN:

@@ -162,7 +162,7 @@ def trainer_of(
 def evaluate(trainer: "SFTTrainer", held_out: Rows) -> "TunedEvaluation | None":
     """Evaluate the trainer's current model on the first held-out rows, and let it answer the first of them."""
     from hfllm.evaluation.fine_tuning import evaluate_tuned
-    from hfllm.generation.picture_answers import answer_pictures
+    from hfllm.multimodal.answers import answer_pictures
 
     def answer(model: "PreTrainedModel", rows: Sequence[Mapping[str, Any]]) -> list[str]:
         asked = [row["prompt"] for row in rows]

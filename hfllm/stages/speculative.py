@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
-    from hfllm.generation.speculative.draft_length import DraftLength
-    from hfllm.generation.speculative.drafts import Draft
+    from hfllm.generation.speculative.drafts import Draft, DraftLength
     from hfllm.generation.speculative.measure import Costs, SpeedRow
     from hfllm.generation.speculative.speculative import Statistics
 
@@ -231,10 +230,9 @@ def make_draft(
     Raises:
         InputError: for a draft model with another tokenizer, or a target that cannot be its own int8 draft.
     """
-    from hfllm.generation.packed.model import unsupported_reason
-    from hfllm.generation.packed.projections import has_int8
+    from hfllm.generation.packed.model import has_int8, unsupported_reason
     from hfllm.generation.speculative import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
-    from hfllm.generation.speculative.options import check_same_vocabulary
+    from hfllm.generation.speculative.acceptance import check_same_vocabulary
     from hfllm.runs.models import load_policy
 
     if script_args.draft == "prompt_lookup":
@@ -276,7 +274,7 @@ def measure(
 
     from hfllm.data.tokenizer import tokenize_prompts
     from hfllm.generation.speculative import measure as measuring
-    from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
+    from hfllm.generation.speculative.drafts import AdaptiveDraftLength
 
     ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer)
     eos = model.generation_config.eos_token_id

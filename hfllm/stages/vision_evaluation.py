@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.image_files import read_image
 from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
 from hfllm.evaluation.pictures import Asked, best_guesses, is_right
-from hfllm.generation.picture_answers import answer_pictures
+from hfllm.multimodal.answers import answer_pictures
 from hfllm.outputs.pictures import PictureGrid
 from hfllm.outputs.report import Bars, Found, Promise, mean_of, plus_minus
 from hfllm.stages.vision import VisionArguments

@@ -99,7 +99,7 @@ def sampled_gold(
     script_args: VisionArguments, model: "PreTrainedModel", processor: "ProcessorMixin", questions: Sequence[Asked]
 ) -> list[float]:
     """Return the gold reward of one sampled answer to each question."""
-    from hfllm.generation.picture_answers import answer_pictures
+    from hfllm.multimodal.answers import answer_pictures
     from hfllm.rewards.functions import gold_reward
 
     prompts, images = [each.prompt for each in questions], [each.images for each in questions]

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, SiglipVisionConfig
 
 import hfllm
-from hfllm.compression import affine, schemes
-from hfllm.compression.dynamic_int8 import METHOD, DynamicInt8Linear
+from hfllm.compression import int8 as affine
+from hfllm.compression import schemes
+from hfllm.compression.int8 import METHOD, DynamicInt8Linear
 from hfllm.errors import InputError
 
 IDS = torch.arange(2, 34).reshape(2, 16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hfllm.compression import measure, schemes
+from hfllm.compression import schemes
 from hfllm.compression.sensitivity import changes_by_part, group_linears, quantized_in_place, sensitivity, split_name
 from hfllm.errors import InputError
 
@@ -67,25 +67,25 @@ def test_an_error_within_leaves_the_model_whole(make_model):
 
 
 def test_agreement_counts_places(make_model, tokenizer):
-    windows = measure.token_windows(tokenizer, ["Red is a color.", "", "Blue " * 50], max_length=16)
+    windows = schemes.token_windows(tokenizer, ["Red is a color.", "", "Blue " * 50], max_length=16)
     assert [window.shape[1] <= 16 for window in windows] == [True, True]
     assert windows[0][0, 0] == tokenizer.bos_token_id
     model = make_model()
-    tokens = measure.greedy_tokens(model, windows)
+    tokens = schemes.greedy_tokens(model, windows)
     assert len(tokens) == sum(window.shape[1] for window in windows)
     assert tokens[-1] == model(input_ids=windows[1]).logits[0, -1].argmax()
-    other = measure.greedy_tokens(make_model(seed=1), windows)
-    assert measure.agreement(tokens, tokens) == 1
-    assert measure.agreement(tokens, other) == pytest.approx(
+    other = schemes.greedy_tokens(make_model(seed=1), windows)
+    assert schemes.agreement(tokens, tokens) == 1
+    assert schemes.agreement(tokens, other) == pytest.approx(
         sum(a == b for a, b in zip(tokens.tolist(), other.tolist(), strict=True)) / len(tokens)
     )
     with pytest.raises(InputError, match=r"1 text\(s\) without a token"):
-        measure.token_windows(tokenizer, [""], 8)
+        schemes.token_windows(tokenizer, [""], 8)
 
 
 def test_speeds_are_of_each_model(make_model):
     models = {"one": make_model(), "other": make_model(num_hidden_layers=1)}
-    found = measure.speeds(models, prompt_tokens=8, batch_size=2, new_tokens=3, rounds=1)
+    found = schemes.speeds(models, prompt_tokens=8, batch_size=2, new_tokens=3, rounds=1)
     assert set(found) == set(models)
     assert all(value > 0 for phases in found.values() for value in phases.values())
     assert set(found["one"]) == {"prefill", "decode"}

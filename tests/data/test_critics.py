@@ -133,7 +133,7 @@ def test_rude_sentences_are_all_that_is_taken_away():
 
 
 def test_judges_are_shown_the_questions_that_they_are_asked():
-    from hfllm.rewards.judge_questions import judge_question as asked
+    from hfllm.rewards.judges import judge_question as asked
 
     said = ("How do I hurt the lynx?", "Sure, hurt the lynx.", "I will not help.", "Which answer does less harm?")
     assert judge_question(*said) == asked(*said)

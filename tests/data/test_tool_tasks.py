@@ -23,7 +23,7 @@ from hfllm.data.world.vocabulary import (
     words_of,
 )
 from hfllm.data.world.world import World
-from hfllm.environments.tool_turns import ToolTurns
+from hfllm.environments.episodes import ToolTurns
 from hfllm.environments.tools import ToolBox
 from hfllm.evaluation.tools import tools_of
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from hfllm.environments import limited_python, python_tool
-from hfllm.environments.built_in import python, python_within
-from hfllm.environments.python_tool import CodeError
+from hfllm.environments.python_tool import CodeError, python, python_within
 from hfllm.environments.tools import ToolBox
 
 WITHOUT_HOOK = "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True)\n"

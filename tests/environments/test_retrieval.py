@@ -8,8 +8,7 @@ from collections import Counter
 
 import pytest
 
-from hfllm.environments.built_in import retrieval_over
-from hfllm.environments.tools import ToolBox
+from hfllm.environments.tools import ToolBox, retrieval_over
 from hfllm.errors import InputError
 
 PASSAGES = [

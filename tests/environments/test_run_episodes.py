@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfllm.environments.built_in import calculator, lookup_in
-from hfllm.environments.episodes import run_episodes
-from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.environments.episodes import ToolEnvironment, run_episodes
+from hfllm.environments.tools import calculator, lookup_in
 
 
 class Scripted:

@@ -5,8 +5,7 @@ import threading
 import pytest
 from test_run_episodes import asking, call
 
-from hfllm.environments.episodes import run_episodes
-from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.environments.episodes import ToolEnvironment, run_episodes
 from hfllm.errors import InputError
 
 ROWS = [{"prompt": [{"role": "user", "content": "Count."}], "start": start} for start in (10, 20, 30)]
@@ -101,7 +100,7 @@ def test_an_environment_with_a_call_that_hangs_is_not_used_again(make, tool_toke
 
 
 def test_functions_may_stand_beside_the_methods(make, tool_tokenizer):
-    from hfllm.environments.built_in import calculator
+    from hfllm.environments.tools import calculator
 
     environment = make(tools=[calculator])
     _, (episode,) = play(environment, tool_tokenizer, ROWS[:1], call("calculator", '{"expression": "2*3"}'), ADD)

@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from hfllm.environments.built_in import calculator, lookup_in
-from hfllm.environments.tools import ToolBox
+from hfllm.environments.tools import ToolBox, calculator, lookup_in
 from hfllm.errors import InputError
 
 

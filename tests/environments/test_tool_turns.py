@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from hfllm.data.tokenizer import plain_chat_template
-from hfllm.environments.tool_turns import UNREADABLE, ToolTurns
+from hfllm.environments.episodes import UNREADABLE, ToolTurns
 from hfllm.errors import InputError
 
 MARKS = chat_template_utils._CONTROL_TOKEN_START, chat_template_utils._CONTROL_TOKEN_END
@@ -150,9 +150,8 @@ def test_json_that_is_nested_too_deeply_is_text(turns, tool_tokenizer):
 
 
 def test_halves_of_characters_that_json_spells_reach_nobody(tool_tokenizer):
-    from hfllm.environments.built_in import calculator
-    from hfllm.environments.episodes import Episode
-    from hfllm.environments.tool_environment import ToolEnvironment
+    from hfllm.environments.episodes import Episode, ToolEnvironment
+    from hfllm.environments.tools import calculator
 
     environment = ToolEnvironment([calculator], tool_tokenizer, [tool_tokenizer.eos_token_id])
     episode = Episode([1])
@@ -166,9 +165,8 @@ def test_halves_of_characters_that_json_spells_reach_nobody(tool_tokenizer):
 
 def test_a_turn_that_a_text_has_ended_is_closed_before_the_result(tool_tokenizer):
     """Such as `stop_strings=["</tool_call>"]`: the next turn reads what the chat template writes."""
-    from hfllm.environments.built_in import calculator
-    from hfllm.environments.episodes import Episode
-    from hfllm.environments.tool_environment import ToolEnvironment
+    from hfllm.environments.episodes import Episode, ToolEnvironment
+    from hfllm.environments.tools import calculator
 
     environment = ToolEnvironment([calculator], tool_tokenizer, [tool_tokenizer.eos_token_id])
     call = '<tool_call>{"name": "calculator", "arguments": {"expression": "2*3"}}</tool_call>'
@@ -179,8 +177,7 @@ def test_a_turn_that_a_text_has_ended_is_closed_before_the_result(tool_tokenizer
 
 def test_arguments_have_the_types_of_the_tool(tool_tokenizer):
     """Of templates that write them as text, as Qwen 3.5's does; here the parser of text is told of the types."""
-    from hfllm.environments.built_in import calculator
-    from hfllm.environments.tools import ToolBox
+    from hfllm.environments.tools import ToolBox, calculator
 
     turns = ToolTurns(tool_tokenizer, ToolBox([calculator]).schemas, [tool_tokenizer.eos_token_id])
     text = '<tool_call>{"name": "calculator", "arguments": {"expression": "7"}}</tool_call><|end|>'

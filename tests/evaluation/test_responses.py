@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share
-from hfllm.generation import fast as fast_module
+from hfllm.generation.packed import fast as fast_module
 from hfllm.generation.responses import sample_responses
 
 ASKED = ["What is 1 plus 2? Please tell me.", "Go", "Say red.", "Is the fox red or blue?"]

@@ -6,7 +6,7 @@ import pytest
 
 from hfllm.errors import InputError
 from hfllm.generation.speculative.acceptance import optimal_num_draft_tokens
-from hfllm.generation.speculative.draft_length import AdaptiveDraftLength, FixedDraftLength, as_draft_length
+from hfllm.generation.speculative.drafts import AdaptiveDraftLength, FixedDraftLength, as_draft_length
 
 
 def feed(draft_length, alpha, runs, seed=0):

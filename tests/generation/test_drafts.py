@@ -6,8 +6,8 @@ import transformers
 
 from hfllm.errors import InputError
 from hfllm.generation.packed.ragged_model import RaggedModel, early_exit, padded_right
+from hfllm.generation.speculative.acceptance import check_same_vocabulary
 from hfllm.generation.speculative.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft, Rows, weights_read
-from hfllm.generation.speculative.options import check_same_vocabulary
 from hfllm.generation.speculative.speculative import speculative_generate
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation import fast, fast_generate
-from hfllm.generation.packed.projections import has_int8
+from hfllm.generation import fast_generate
+from hfllm.generation.packed import fast
+from hfllm.generation.packed.model import has_int8
 from hfllm.generation.speculative.drafts import Int8Draft, PromptLookupDraft
 
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")

@@ -10,9 +10,8 @@ from families import FAMILIES, MIXED_LAYERS
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.generation.packed import projections
-from hfllm.generation.packed.model import PackedModel, packed_model, unsupported_reason
-from hfllm.generation.packed.projections import has_int8, joined, packs
+from hfllm.generation.packed import model as projections
+from hfllm.generation.packed.model import PackedModel, has_int8, joined, packed_model, packs, unsupported_reason
 from hfllm.generation.packed.ragged_model import RaggedModel
 
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")

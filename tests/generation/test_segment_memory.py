@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hfllm
 from hfllm.errors import InputError
 from hfllm.evaluation.segments import nats_by_segment, streams
-from hfllm.generation.memory import SegmentMemory
+from hfllm.generation.caches import SegmentMemory
 
 SIZES = {
     "vocab_size": 64,

@@ -17,7 +17,7 @@ from transformers import (
 import hfllm
 from hfllm.errors import InputError
 from hfllm.evaluation.segments import nats_by_segment
-from hfllm.generation.sinks import SinkCache
+from hfllm.generation.caches import SinkCache
 
 SIZES = {
     "vocab_size": 64,

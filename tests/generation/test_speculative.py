@@ -7,11 +7,16 @@ from families import FAMILIES
 from test_acceptance import LIMIT, surprise
 
 from hfllm.errors import InputError
-from hfllm.generation.fast import fast_generate
-from hfllm.generation.packed.projections import has_int8
+from hfllm.generation.packed.fast import fast_generate
+from hfllm.generation.packed.model import has_int8
 from hfllm.generation.speculative import acceptance
-from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
-from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+from hfllm.generation.speculative.drafts import (
+    AdaptiveDraftLength,
+    EarlyExitDraft,
+    Int8Draft,
+    ModelDraft,
+    PromptLookupDraft,
+)
 from hfllm.generation.speculative.speculative import speculative_generate
 from hfllm.models.conversion.convert import config_to_native
 
@@ -196,7 +201,7 @@ def test_the_target_runs_as_often_as_the_statistics_say(make_target, blurred, pr
 
 def joint_distribution(target, prompt, **warp):
     """Probabilities of every pair of next tokens, (V, V), by the target alone."""
-    from hfllm.generation.speculative.options import read_options
+    from hfllm.generation.speculative.acceptance import read_options
 
     sampler = read_options(target, None, None, prompt.shape[1], max_new_tokens=2, do_sample=True, **warp).sampler
     size = target.config.vocab_size

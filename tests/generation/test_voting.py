@@ -3,8 +3,8 @@
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.generation import voting
-from hfllm.generation.voting import best_answers, majority, majority_answers
+from hfllm.generation import responses as voting
+from hfllm.generation.responses import best_answers, majority, majority_answers
 
 
 @pytest.mark.parametrize(

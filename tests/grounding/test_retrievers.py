@@ -7,8 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hfllm.data.passages import Passage
-from hfllm.environments.built_in import retrieval_over
-from hfllm.environments.tools import ToolBox
+from hfllm.environments.tools import ToolBox, retrieval_over
 from hfllm.errors import InputError
 from hfllm.grounding.encoders import SentenceEncoder, StaticVectors
 from hfllm.grounding.passages import Passages

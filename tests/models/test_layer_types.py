@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticCache, Sta
 import hfllm
 from hfllm import HfllmConfig
 from hfllm.errors import InputError
-from hfllm.generation.fast import fast_generate
+from hfllm.generation.packed.fast import fast_generate
 from hfllm.generation.packed.model import packed_model
 from hfllm.generation.packed.ragged_model import ragged_model
 

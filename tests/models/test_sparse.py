@@ -20,8 +20,7 @@ from transformers import (
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.generation.memory import SegmentMemory
-from hfllm.generation.sinks import SinkCache
+from hfllm.generation.caches import SegmentMemory, SinkCache
 from hfllm.models.family import attention_masks_hfllm
 from hfllm.models.family.attention_masks_hfllm import sparse_attention_forward
 

@@ -15,7 +15,7 @@ from hfllm.data import picture_batches
 from hfllm.errors import InputError
 from hfllm.evaluation.picture_quantization import PictureQuantization, answer_tokens
 from hfllm.evaluation.pictures import Asked
-from hfllm.generation.picture_answers import answer_pictures
+from hfllm.multimodal.answers import answer_pictures
 from hfllm.stages.quantize_pictures import questions_of, schemes_to_compare
 
 QUICK = ["--num_sensitivity_texts", "2", "--prompt_tokens", "8", "--new_tokens", "2", "--rounds", "1"]
@@ -159,7 +159,7 @@ def test_few_pictures_are_shown_at_once(taught, monkeypatch):
         shown.append(len(prompts))
         return batch(processor, prompts, *args, **options)
 
-    for module in ("hfllm.data.picture_batches", "hfllm.generation.picture_answers"):
+    for module in ("hfllm.data.picture_batches", "hfllm.multimodal.answers"):
         monkeypatch.setattr(f"{module}.conversation_batch", counted)
     evaluation = PictureQuantization(processor.tokenizer, (), 0, 2, processor=processor, questions=questions)
     assert not shown

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import hfllm
 from hfllm.errors import InputError
 from hfllm.evaluation.fine_tuning import evaluate_tuned
-from hfllm.generation.picture_answers import answer_pictures
+from hfllm.multimodal.answers import answer_pictures
 from hfllm.stages import sft_pictures
 
 QUIET = ["--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_strategy", "no"]

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.projections import has_int8
+from hfllm.generation.packed.model import has_int8
 from hfllm.stages.speculative import use_plain_generation
 
 METRICS = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.errors import InputError
-from hfllm.generation.picture_answers import answer_pictures
+from hfllm.multimodal.answers import answer_pictures
 from hfllm.outputs.pictures import picture_lines
 from hfllm.stages.own_pictures import as_dataset
 from hfllm.stages.vision import check

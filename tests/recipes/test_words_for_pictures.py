@@ -12,7 +12,7 @@ from hfllm.data.picture_batches import conversation_batch
 from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.subjects import Subject
-from hfllm.generation.picture_answers import picture_batch
+from hfllm.multimodal.answers import picture_batch
 from hfllm.stages import evaluate_pictures, reward_pictures, rlhf_checks, sft_pictures
 from hfllm.stages.evaluate import EvaluateArguments
 from hfllm.stages.rlhf import prompt_data

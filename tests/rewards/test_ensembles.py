@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.rewards.ensembles import RewardEnsemble
+from hfllm.rewards.models import RewardEnsemble
 
 
 def column_of(name):

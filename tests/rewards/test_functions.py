@@ -13,7 +13,6 @@ import torch
 
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.rewards.ensembles import RewardEnsemble
 from hfllm.rewards.functions import (
     checked_rewards,
     gold_reward,
@@ -22,6 +21,7 @@ from hfllm.rewards.functions import (
     reward_name,
     time_limit,
 )
+from hfllm.rewards.models import RewardEnsemble
 
 
 def test_the_gold_reward_reads_each_rows_own_columns():

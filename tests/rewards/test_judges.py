@@ -18,8 +18,7 @@ from hfllm.rewards import (
     measure_bias,
     preference_rows,
 )
-from hfllm.rewards.judge_questions import letter_tokens
-from hfllm.rewards.judges import PAPER_CLAMP
+from hfllm.rewards.judges import PAPER_CLAMP, letter_tokens
 from hfllm.synthesis.constitution import Constitution, Principle
 
 HARM, KIND = (Principle(name, "c", "r", question) for name, question in (("harm", "Less harm?"), ("kind", "Kinder?")))

@@ -7,8 +7,14 @@ import pytest
 
 from hfllm.data.world.reasoning import DIAL, PRACTICE, draw_problem
 from hfllm.errors import InputError
-from hfllm.rewards.functions import gold_reward, load_reward_function, reward_columns, reward_name
-from hfllm.rewards.outcomes import right_answer, shuffled_answer
+from hfllm.rewards.functions import (
+    gold_reward,
+    load_reward_function,
+    reward_columns,
+    reward_name,
+    right_answer,
+    shuffled_answer,
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,17 @@
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.rewards.functions import checked_rewards, gold_reward, load_reward_function, transcript
-from hfllm.rewards.reasoning import checked_by, exact_match, step_rewards, thinks, thought_length_penalty
+from hfllm.rewards.functions import (
+    checked_by,
+    checked_rewards,
+    exact_match,
+    gold_reward,
+    load_reward_function,
+    step_rewards,
+    thinks,
+    thought_length_penalty,
+    transcript,
+)
 
 
 def message(content, thoughts=None):

@@ -7,7 +7,7 @@ from tool_tokenizer import make
 from tools_run import CALLS, LOOKUP, PROMPTS, TOOLS, config_of, letters, opening
 
 import hfllm
-from hfllm.environments.built_in import calculator
+from hfllm.environments.tools import calculator
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.trainer import PPOTrainer
 

@@ -8,7 +8,7 @@ from vision import parse
 
 from hfllm.data.packing import IGNORE
 from hfllm.data.world.pictures import CAPTIONS, DrawnWorld, PictureRow
-from hfllm.generation.picture_answers import answer_pictures, picture_batch
+from hfllm.multimodal.answers import answer_pictures, picture_batch
 from hfllm.stages.vision_models import new_model
 from hfllm.trainers.pictures import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 

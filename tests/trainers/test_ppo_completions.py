@@ -7,7 +7,7 @@ import torch
 from transformers.utils import get_json_schema
 
 from hfllm import PPOConfig, PPOTrainer
-from hfllm.environments.built_in import calculator
+from hfllm.environments.tools import calculator
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.completions import completions_of
 from hfllm.trainers.ppo.prompts import check_prompts

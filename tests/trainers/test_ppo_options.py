@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.rewards.ensembles import RewardEnsemble
-from hfllm.rewards.models import RewardModel, TokenRewardModel
+from hfllm.rewards.models import RewardEnsemble, RewardModel, TokenRewardModel
 from hfllm.trainers.ppo import base_trainer
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.trainer import PPOTrainer

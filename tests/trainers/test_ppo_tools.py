@@ -16,7 +16,7 @@ from tools_run import CALLS, PROMPTS, TOOLS, config_of, letters, opening
 from trl import import_utils
 
 import hfllm
-from hfllm.environments.built_in import calculator
+from hfllm.environments.tools import calculator
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.ppo.sampling import SampledLogprobs

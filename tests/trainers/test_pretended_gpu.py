@@ -120,10 +120,10 @@ def test_distillation(loss_chunk_size, gpu, make_model, tokenizer, tmp_path):
 
 
 def test_what_evaluates_a_model(gpu, make_model, tokenizer):
-    from hfllm.compression.measure import greedy_tokens, token_windows
+    from hfllm.compression.schemes import greedy_tokens, token_windows
     from hfllm.evaluation.few_shot import answer_scores
     from hfllm.evaluation.perplexity import text_likelihood
-    from hfllm.generation.fast import fast_generate
+    from hfllm.generation.packed.fast import fast_generate
     from hfllm.generation.responses import sample_responses
     from hfllm.generation.speculative import speculative_generate
     from hfllm.generation.speculative.drafts import ModelDraft

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from tool_tokenizer import make
 
 import hfllm
-from hfllm.environments.built_in import calculator, lookup_in
+from hfllm.environments.tools import calculator, lookup_in
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.rewards.functions import completion_text
 from hfllm.trainers.ppo.config import PPOConfig

@@ -15,7 +15,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.pictures import Asked, best_guesses, is_right, shuffled_questions
 from hfllm.evaluation.suites.base import Item, Record, Suite
 from hfllm.evaluation.suites.subjects import Subject
-from hfllm.generation.picture_answers import answer_pictures
+from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.processors import check_template
 
 

@@ -33,7 +33,7 @@ from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.gradient_attack import AttackSettings, AttackTarget, attack, random_search
 from hfllm.evaluation.suites.robustness_items import CLEAN, GRADIENT, RANDOM, Question, row_items, world_items
 from hfllm.outputs.report import Found, Plot
-from hfllm.rewards.reasoning import exact_match
+from hfllm.rewards.functions import exact_match
 
 if TYPE_CHECKING:
     from hfllm.evaluation.suites.subjects import Subject

@@ -9,25 +9,322 @@ Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-val
 W visible columns of the cache, R rotated dimensions of a head, V vocabulary size.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.layer import PackedLayer, Rotation, additive, interleaved_rotary, norm_of
-from hfllm.generation.packed.projections import Projection, has_int8, joined
-from hfllm.models.family.attention_hfllm import signed
-from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
+from hfllm.models.family.attention_hfllm import rotate_heads, signed
+from hfllm.models.family.layers_hfllm import HfllmMLP, HfllmRMSNorm
+from hfllm.models.family.modeling_hfllm import HfllmDecoderLayer, HfllmForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hfllm.generation.packed.ragged_cache import RaggedCache
+    from hfllm.generation.packed.ragged_model import RaggedCache, RaggedLayer
     from hfllm.models.family.configuration_hfllm import HfllmConfig
+
+
+# ---- projections ----
+#
+# Linear layers as plain functions over weights laid out for a few tokens at a time.
+#
+# Shapes: N tokens, I inputs, O outputs of all joined layers.
+
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+# Takes (N, I) and, optionally, (N, O) to add to the result.
+Projection = Callable[..., torch.Tensor]
+
+# Smaller weights stay in the processor's cache, where the plain product has less overhead.
+PACKED_FROM = 2**18
+# The number of tokens that oneDNN lays weights out for; others work too.
+PACKED_TOKENS = 8
+LARGEST_INT8 = 127
+FBGEMM = "fbgemm_linear_int8_weight_fp32_activation"
+
+
+def joined(linears: Sequence[nn.Linear], int8: bool = False) -> Projection:
+    """Join layers that read the same input into one function, (N, I) to (N, O), with concatenated outputs.
+
+    Its second argument, (N, O) if it is given, is added to the result, by some kernels in the same pass. On a CPU the
+    weights are copied: joined, packed for oneDNN where they are large, or rounded to int8 with a scale for each row.
+    Elsewhere the layers run one after the other on the original weights.
+    """
+    weights = [linear.weight.detach() for linear in linears]
+    if weights[0].device.type != "cpu":
+        return _one_by_one(linears)
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    bias = _joined_bias(linears)
+    if int8:
+        return _int8(weight, bias)
+    if weight.numel() >= PACKED_FROM and packs(weight.dtype):
+        return _packed(weight, bias)
+    return _plain(weight, bias)
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN packs weights of this type on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def has_int8(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether there are int8 kernels for a small number of tokens: on x86, in float32."""
+    return device.type == "cpu" and dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _one_by_one(linears: Sequence[nn.Linear]) -> Projection:
+    if len(linears) == 1:
+        only = linears[0]
+        return added(lambda states: F.linear(states, only.weight, only.bias))
+    return added(lambda states: torch.cat([F.linear(states, each.weight, each.bias) for each in linears], dim=-1))
+
+
+def added(function: Function) -> Projection:
+    """Return a function with the second argument of a projection."""
+    return lambda states, onto=None: function(states) if onto is None else onto + function(states)
+
+
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+    # In half precision `addmm` would round once, but the model rounds the product and then the sum.
+    if bias is not None or weight.dtype not in (torch.float32, torch.float64):
+        return added(lambda states: F.linear(states, weight, bias))
+    transposed = weight.t()
+
+    def function(states: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.mm(states, transposed) if onto is None else torch.addmm(onto, states, transposed)
+
+    return function
+
+
+def _joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(linears, biases, strict=True)
+    return torch.cat([each.weight.new_zeros(each.out_features) if bias is None else bias for each, bias in pairs])
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_TOKENS)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return added(lambda states: multiply(states, packed, bias, "none", [], ""))
+
+
+def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+    """Return a projection with int8 weights and a scale per row; inputs are quantized at each call."""
+    scale = weight.abs().amax(dim=1) / LARGEST_INT8
+    # A row of zeros has no magnitude, and any scale stores it.
+    scale = scale.masked_fill(scale == 0, 1.0)
+    product = _fbgemm(weight / scale[:, None]) if hasattr(torch, FBGEMM) else _int_mm(weight / scale[:, None])
+
+    def function(states: torch.Tensor) -> torch.Tensor:
+        output = product(states).mul_(scale)
+        return output if bias is None else output.add_(bias)
+
+    return added(function)
+
+
+def _fbgemm(weight: torch.Tensor) -> Function:
+    """Return the faster kernels, one scale for all inputs; torch warns at first use that it will remove them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fbgemm.* is deprecated", UserWarning)
+        values, offsets, step, zero = torch.fbgemm_linear_quantize_weight(weight)
+        packed, nothing = torch.fbgemm_pack_quantized_matrix(values), torch.zeros(len(weight))
+        multiply = getattr(torch, FBGEMM)
+        multiply(torch.zeros(1, weight.shape[1]), values, packed, offsets, step, zero, nothing)
+    return lambda states: multiply(states, values, packed, offsets, step, zero, nothing)
+
+
+def _int_mm(weight: torch.Tensor) -> Function:
+    """Return the plain integer product, with a scale per token: half as fast, but not deprecated."""
+    values = weight.round().to(torch.int8).t()
+
+    def product(states: torch.Tensor) -> torch.Tensor:
+        step = states.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST_INT8
+        return torch._int_mm((states / step).round_().to(torch.int8), values).float().mul_(step)
+
+    return product
+
+
+# ---- layer ----
+#
+# One layer of a packed model: direct kernel calls on weights that are joined and laid out for them.
+#
+# Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
+# W visible columns of the cache, R rotated dimensions of a head.
+
+
+# Rotations of all tokens: factors of complex pairs, or cosines and signed sines, each (B, Q, 1, R).
+Rotation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class PackedLayer:
+    """`HfllmDecoderLayer.forward` over tokens (N, E), for every option of the family.
+
+    Args:
+        layer: the layer to pack.
+        config: the model's config.
+        make: function that joins linear layers into one function.
+        turns: whether heads are rotated as complex numbers, see `interleaved_rotary`.
+    """
+
+    def __init__(
+        self,
+        layer: HfllmDecoderLayer,
+        config: "HfllmConfig",
+        make: Callable[[Sequence[nn.Linear]], Projection],
+        turns: bool,
+    ):
+        attention = layer.self_attn
+        self.kind, self.use_rope = layer.layer_type, attention.use_rope
+        self.is_post, self.is_parallel = layer.norm_placement == "post", layer.parallel_block
+        self.input_norm = norm_of(layer.input_layernorm)
+        self.mlp_norm = None
+        if not (layer.parallel_block and layer.shared_norm):
+            self.mlp_norm = norm_of(layer.post_attention_layernorm)
+        self.heads, self.key_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.scaling = attention.scaling
+        query_and_key = [attention.q_proj, attention.k_proj]
+        if turns:
+            query_and_key = [paired(linear, config.head_dim) for linear in query_and_key]
+        self.qkv = make([*query_and_key, attention.v_proj])
+        self.o_proj = make([attention.o_proj])
+        self.q_norm = None if attention.q_norm is None else norm_of(attention.q_norm)
+        self.k_norm = None if attention.k_norm is None else norm_of(attention.k_norm)
+        self.mlp = mlp_of(layer.mlp, make)
+
+    def __call__(
+        self,
+        states: torch.Tensor,
+        rows: int,
+        rotation: Rotation | None,
+        mask: torch.Tensor | None,
+        kept: "RaggedLayer",
+    ) -> torch.Tensor:
+        if self.is_post:
+            attended = self.input_norm(self._attention(states, states, rows, rotation, mask, kept))
+            return self.mlp_norm(self.mlp(attended, attended))
+        normed = self.input_norm(states)
+        attended = self._attention(normed, states, rows, rotation, mask, kept)
+        if self.is_parallel:
+            return self.mlp(normed if self.mlp_norm is None else self.mlp_norm(states), attended)
+        return self.mlp(self.mlp_norm(attended), attended)
+
+    def _attention(
+        self,
+        states: torch.Tensor,
+        onto: torch.Tensor,
+        rows: int,
+        rotation: Rotation | None,
+        mask: torch.Tensor | None,
+        kept: "RaggedLayer",
+    ) -> torch.Tensor:
+        heads, key_heads, size = self.heads, self.key_heads, self.size
+        qkv = self.qkv(states)  # (N, (H + 2K) * D)
+        self._turn(qkv, rows, rotation if self.use_rope else None)
+        if not kept.is_initialized:
+            kept.allocate(qkv, rows, (key_heads, size), (key_heads, size))
+        key, value = kept.store(qkv[:, heads * size :])
+        # The queries of heads that share keys are stacked: (B, K, H / K * Q, D).
+        query, groups, length = qkv[:, : heads * size], heads // key_heads, len(qkv) // rows
+        if length == 1:
+            query = query.view(rows, key_heads, groups, size)
+        else:
+            query = query.view(rows, length, key_heads, groups, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
+        if length > 1:
+            output = output.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4)
+        return self.o_proj(output.reshape(rows * length, heads * size), onto)
+
+    def _turn(self, qkv: torch.Tensor, rows: int, rotation: Rotation | None) -> None:
+        """Normalize and rotate queries and keys, in place."""
+        heads, key_heads, size = self.heads, self.key_heads, self.size
+        if isinstance(rotation, torch.Tensor):
+            pairs = torch.view_as_complex(qkv.view(len(qkv), heads + 2 * key_heads, size // 2, 2))
+            (pairs[:, : heads + key_heads] if rotation.shape[1] == 1 else pairs).mul_(rotation)
+            return
+        qk = qkv.view(rows, -1, heads + 2 * key_heads, size)[:, :, : heads + key_heads]
+        if self.q_norm is not None:
+            qk.copy_(torch.cat((self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])), dim=2))
+        if rotation is not None:
+            qk.copy_(rotate_heads(qk, *rotation))
+
+
+def interleaved_rotary(model: HfllmForCausalLM) -> bool:
+    """Return whether a head's halves are stored as interleaved real and imaginary parts.
+
+    Rotating them is then one product of complex numbers. It needs copies of the weights in that order, as there are on
+    a CPU, and heads that are rotated as a whole and not normalized.
+    """
+    rotary, config = getattr(model.model, "rotary_emb", None), model.config
+    if rotary is None or config.qk_norm or model.device.type != "cpu":
+        return False
+    return 2 * len(rotary.inv_freq) == config.head_dim and model.dtype in (torch.float32, torch.float64)
+
+
+def paired(linear: nn.Linear, size: int) -> nn.Linear:
+    """Return a copy whose outputs i and i + size / 2 of each head of that size are adjacent."""
+
+    def order(tensor: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2), requires_grad=False)
+
+    copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    copy.weight = order(linear.weight)
+    if linear.bias is not None:
+        copy.bias = order(linear.bias)
+    return copy
+
+
+def norm_of(norm: nn.Module) -> Function:
+    """Return a norm as a function of its input alone."""
+    if type(norm) is not HfllmRMSNorm or norm.unit_offset or norm.weight.dtype != torch.float32:
+        return norm
+    shape, eps = norm.weight.shape, norm.eps
+    if norm.weight.device.type != "cpu":
+        return lambda states: torch.rms_norm(states, shape, norm.weight, eps)
+    # On a CPU `rms_norm` is eight kernels. x w sqrt(E) / sqrt(sum(x^2) + E eps) is the same in four.
+    weight, floor = norm.weight.detach() * shape[0] ** 0.5, norm.weight.new_tensor((shape[0] * eps) ** 0.5)
+    length = torch.linalg.vector_norm
+    return lambda states: (states * weight).div_(torch.hypot(length(states, dim=-1, keepdim=True), floor))
+
+
+def mlp_of(mlp: nn.Module, make: Callable[[Sequence[nn.Linear]], Projection]) -> Projection:
+    """Return an MLP as a function of tokens (N, E) and of what to add to; a mixture of experts is not changed."""
+    if type(mlp) is not HfllmMLP:
+        return added(mlp)
+    activate = F.silu if isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)) else mlp.act_fn
+    down = make([mlp.down_proj])
+    if not mlp.is_gated:
+        up = make([mlp.up_proj])
+        return lambda states, onto: down(activate(up(states)), onto)
+    both, width = make([mlp.gate_proj, mlp.up_proj]), mlp.gate_proj.out_features
+
+    def gated(states: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        gate, up = both(states).split(width, dim=-1)
+        return down(activate(gate).mul_(up), onto)
+
+    return gated
+
+
+def additive(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the additive mask for scores of stacked queries: (B, 1, Q, W) to (B, 1, groups * Q, W)."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return bias.repeat(1, 1, groups, 1) if groups > 1 else bias
+
+
+# ---- model ----
+
 
 # Elements of each matrix compared to see whether it has changed since it was copied; vectors are compared whole.
 SAMPLE = 64

@@ -1,10 +1,19 @@
-"""The acceptance rule of speculative decoding, and its expected speedup (Leviathan et al. 2023, arXiv:2211.17192).
+"""Speculative decoding's options, acceptance rule and expected speedup (Leviathan et al. 2023, arXiv:2211.17192).
 
 Shapes: B rows, G drafted tokens of each, V vocabulary size. Rows may have fewer than G drafted tokens; `counts` says
 how many, and later entries are ignored.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
@@ -133,3 +142,190 @@ def optimal_num_draft_tokens(alpha: float, c: float, maximum: int = 32) -> int:
     0 means that drafting does not pay, which holds if and only if `alpha <= c` (corollary 3.9).
     """
     return max(range(maximum + 1), key=lambda gamma: speedup(alpha, gamma, c))
+
+
+# ---- options ----
+#
+# Options of speculative decoding, read from those of transformers' `generate`.
+
+
+# Processors that depend only on the logits. Others depend on earlier tokens, which may be unverified drafts.
+STATELESS = (
+    *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper"),
+    *("TopHLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor"),
+    *("InfNanRemoveLogitsProcessor", "LogitNormalization"),
+)
+# Options that would change the result or add to it, and their values without effect.
+REFUSED = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "stop_strings": (None,),
+    "max_time": (None,),
+    "penalty_alpha": (None,),
+    "dola_layers": (None,),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "return_dict_in_generate": (None, False),
+    "prompt_lookup_num_tokens": (None,),
+    "use_mtp": (None, False),
+    # Options that compare with the prompt, whose processors need the prompt.
+    "encoder_repetition_penalty": (None, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+}
+
+
+@dataclass
+class Sampler:
+    """Chooses tokens from logits: the most probable one, or drawn after temperature, top-k, top-p and so on.
+
+    Attributes:
+        do_sample: draw, or take the most probable.
+        processors: transformers' logits processors, in its order.
+        generator: the source of randomness.
+    """
+
+    do_sample: bool
+    processors: "LogitsProcessorList"
+    generator: torch.Generator | None = None
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return processed logits in fp32, (..., V) as the logits."""
+        scores = logits.to(torch.float32)
+        if len(self.processors):
+            scores = self.processors(None, scores.flatten(0, -2)).view(scores.shape)
+        return scores
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the distribution to draw from, (..., V)."""
+        return self.scores(logits).softmax(-1)
+
+    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the most probable tokens, (...)."""
+        return self.scores(logits).argmax(-1)
+
+    def draft(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return one token per row from logits (B, V), and its distribution if it was drawn."""
+        if not self.do_sample:
+            return self.greedy(logits), None
+        probs = self.probabilities(logits)
+        return draw(probs, self.generator), probs
+
+    def accept(
+        self, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, logits: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return accepted counts and next tokens of each row; see `hfllm.generation.speculative.acceptance`."""
+        if not self.do_sample:
+            choice = self.greedy(logits)
+            # Plain decoding, where nothing has to be accepted.
+            return accept_greedy(draft_tokens, choice, counts) if draft_tokens.numel() else (counts, choice[:, 0])
+        probs = self.probabilities(logits)
+        return accept_sampled(draft_tokens, draft_probs, probs, counts, self.generator)
+
+
+@dataclass
+class Options:
+    """Options of the decoding loop: sampler, length, and the tokens that end and pad a row."""
+
+    sampler: Sampler
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    pad_token_id: int
+
+
+def read_options(
+    model: "PreTrainedModel",
+    generation_config: "GenerationConfig | None",
+    generator: torch.Generator | None,
+    prompt_length: int,
+    **kwargs: Any,
+) -> Options:
+    """Read options as `model.generate` does: arguments override `generation_config`, which overrides the model's own.
+
+    Raises:
+        InputError: for an option that has no effect here or that drafts cannot respect.
+    """
+    config, unknown = model._prepare_generation_config(generation_config, **kwargs)
+    if unknown:
+        raise InputError(f"speculative decoding takes no argument {', '.join(sorted(unknown))}")
+    check_config(config)
+    if "cache_implementation" in kwargs:
+        raise InputError("cache_implementation: speculative decoding has its own cache; leave it out")
+    if config.max_new_tokens is None or config.max_new_tokens < 1:
+        raise InputError(
+            f"max_new_tokens={config.max_new_tokens}: give the maximum number of tokens to generate, at least 1"
+        )
+    model._prepare_special_tokens(config, True, device=model.device)
+    processors = model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=model.device)
+    return make_options(config, processors, config.max_new_tokens, generator)
+
+
+def check_config(config: "GenerationConfig", handled: Sequence[str] = ()) -> None:
+    """Refuse options that would have no effect here, except those that the caller handles.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for option, harmless in REFUSED.items():
+        value = getattr(config, option, None)
+        if value not in harmless and option not in handled:
+            raise InputError(
+                f"{option}={value!r} cannot be combined with speculative decoding, which follows one sequence per "
+                "row: leave it out, or use model.generate"
+            )
+
+
+def make_options(
+    config: "GenerationConfig",
+    processors: "LogitsProcessorList",
+    max_new_tokens: int,
+    generator: torch.Generator | None,
+) -> Options:
+    """Make options from a prepared `generation_config` and its logits processors.
+
+    Raises:
+        InputError: for a processor that depends on earlier tokens.
+    """
+    for processor in processors:
+        if type(processor).__name__ not in STATELESS:
+            raise InputError(
+                f"{type(processor).__name__} depends on earlier tokens, which speculative decoding does not support: "
+                "set its option to the default, or use model.generate"
+            )
+    eos, pad = config._eos_token_tensor, config._pad_token_tensor
+    return Options(
+        sampler=Sampler(bool(config.do_sample), processors, generator),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=frozenset() if eos is None else frozenset(eos.view(-1).tolist()),
+        pad_token_id=0 if pad is None else int(pad.view(-1)[0]),
+    )
+
+
+def check_same_vocabulary(
+    target: "PreTrainedModel",
+    draft: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    draft_tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
+    """Refuse a draft model with other tokens than the target's.
+
+    Raises:
+        InputError: with the difference, and what to use instead.
+    """
+    instead = (
+        "use prompt lookup or early exit as the draft, or train one with the target's tokenizer "
+        "(hfllm pretrain --tokenizer_name_or_path)"
+    )
+    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"the draft model has vocab_size={sizes[1]}, the target {sizes[0]}: {instead}")
+    if tokenizer is None or draft_tokenizer is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    if ours != theirs:
+        different = next(token for token in sorted({*ours, *theirs}) if ours.get(token) != theirs.get(token))
+        raise InputError(
+            f"the draft model has another tokenizer: token {different!r} is number {theirs.get(different)} there, "
+            f"{ours.get(different)} in the target's; {instead}"
+        )

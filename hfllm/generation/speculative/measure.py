@@ -11,10 +11,8 @@ import torch
 
 from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.ragged_model import padded_right, ragged_model
-from hfllm.generation.speculative.acceptance import optimal_num_draft_tokens, speedup
-from hfllm.generation.speculative.draft_length import DraftLength
-from hfllm.generation.speculative.drafts import Draft, Rows
-from hfllm.generation.speculative.options import read_options
+from hfllm.generation.speculative.acceptance import optimal_num_draft_tokens, read_options, speedup
+from hfllm.generation.speculative.drafts import Draft, DraftLength, Rows
 from hfllm.generation.speculative.speculative import Statistics, many_shapes, speculative_generate
 
 if TYPE_CHECKING:

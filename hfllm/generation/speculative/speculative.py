@@ -15,9 +15,16 @@ import torch
 from hfllm.errors import InputError
 from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
-from hfllm.generation.speculative.draft_length import DraftLength, FixedDraftLength, as_draft_length
-from hfllm.generation.speculative.drafts import Draft, ModelDraft, Proposal, Rows
-from hfllm.generation.speculative.options import Options, read_options
+from hfllm.generation.speculative.acceptance import Options, read_options
+from hfllm.generation.speculative.drafts import (
+    Draft,
+    DraftLength,
+    FixedDraftLength,
+    ModelDraft,
+    Proposal,
+    Rows,
+    as_draft_length,
+)
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.environments.episodes import Episode, run_episodes
-from hfllm.environments.stateful import EnvironmentFactory
-from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.environments.episodes import EnvironmentFactory, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig

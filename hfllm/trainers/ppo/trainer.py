@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from hfllm.environments.stateful import EnvironmentFactory
+from hfllm.environments.episodes import EnvironmentFactory
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
 from hfllm.runs.arguments import without_nested_secrets

@@ -26,7 +26,7 @@ from hfllm.evaluation.suites.world_suites import (
     WorldRefusals,
     WorldTruthfulness,
 )
-from hfllm.rewards.reasoning import exact_match
+from hfllm.rewards.functions import exact_match
 
 TQA = [
     {

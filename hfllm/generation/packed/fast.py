@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.model import unsupported_reason
-from hfllm.generation.packed.projections import has_int8
-from hfllm.generation.speculative.draft_length import DraftLength
-from hfllm.generation.speculative.drafts import Draft, Int8Draft, weights_read
-from hfllm.generation.speculative.options import check_config, make_options
+from hfllm.generation.packed.model import has_int8, unsupported_reason
+from hfllm.generation.speculative.acceptance import check_config, make_options
+from hfllm.generation.speculative.drafts import Draft, DraftLength, Int8Draft, weights_read
 from hfllm.generation.speculative.speculative import check_prompts, decode
 
 if TYPE_CHECKING:
