@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.classify import LIBRARY, ClassifyArguments, default_settings
 
 if TYPE_CHECKING:

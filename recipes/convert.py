@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.convert import ConvertArguments
 
 
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
 @trusts_code_if_asked
 def main(script_args: ConvertArguments) -> dict[str, float]:
     """Convert, compare, write the report. Return the metrics."""
-    from hfllm.runs.adapters import whole_model
+    from hfllm.runs.models import whole_model
     from hfllm.runs.stage import Stage
     from hfllm.stages.convert import check, convert, stages_before
 

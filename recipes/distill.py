@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import given_values, parse_recipe, run
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.distill import DistillArguments, without_contradicted, world_settings
 from hfllm.trainers.distillation.options import DistillationOptions
 

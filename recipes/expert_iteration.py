@@ -17,8 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.expert_iteration import ExpertIterationArguments
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         return {}
 
     evaluations = [
-        expert_iteration_evaluation.evaluate(script_args, load(place), eval_rows, functions) for place in range(len(rounds.models))
+        expert_iteration_evaluation.evaluate(script_args, load(place), eval_rows, functions)
+        for place in range(len(rounds.models))
     ]
     metrics = expert_iteration_evaluation.found_metrics(script_args, evaluations, kept)
     return stage.finish(

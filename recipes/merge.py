@@ -10,8 +10,8 @@ precision and stored in the base's own; both are compared on random tokens. A fo
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.merge import MergeArguments
 
 

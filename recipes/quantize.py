@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.quantize import QuantizeArguments
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     """Make what is missing, quantize, measure, save, report. Return the metrics."""
     from hfllm.compression.schemes import default_device, quiet_bitsandbytes
     from hfllm.outputs.card import loading_lines
-    from hfllm.runs.adapters import whole_model
     from hfllm.runs.command_line import main_process
-    from hfllm.runs.models import load_policy
+    from hfllm.runs.models import load_policy, whole_model
     from hfllm.runs.stage import Stage
     from hfllm.stages import quantize, quantize_pictures
     from hfllm.stages.architecture import config_to_train

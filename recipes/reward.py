@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.reward import RewardArguments
 
 if TYPE_CHECKING:
@@ -38,9 +38,8 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
 
     from hfllm.data.loading import world_of
     from hfllm.outputs.report import plus_minus, share_error, with_error
-    from hfllm.runs.adapters import load_scorer_to_train
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, fitting_length, load_tokenizer, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, load_scorer_to_train, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import own_pictures, reward, reward_pictures
     from hfllm.stages.architecture import check_adapter

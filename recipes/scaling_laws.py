@@ -13,8 +13,8 @@ are fitted, a larger run is predicted by the better one, and then trained. docs/
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.scaling_laws import ScalingArguments
 
 

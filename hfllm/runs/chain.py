@@ -27,8 +27,8 @@ from hfllm.outputs.hub import refuse_changed_files, refuse_foreign_files
 from hfllm.outputs.report import read_report
 from hfllm.runs import schedule
 from hfllm.runs.command_line import finished_run, main_process
-from hfllm.runs.failures import explained
 from hfllm.runs.lock import LOCK_FILE, lock, release
+from hfllm.runs.output import explained
 from hfllm.runs.parser import read_yaml
 from hfllm.runs.recipes import load_recipe, settings_file
 from hfllm.runs.stage import stage_arguments

@@ -19,9 +19,8 @@ from hfllm.data.child_processes import be_launcher, end_children_with_this_proce
 from hfllm.errors import InputError, MachineError, redact, without_credentials
 from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
 from hfllm.outputs.report import compared, read_report
-from hfllm.runs.failures import explained, what_is_saved
-from hfllm.runs.json_flags import check_json_flags
-from hfllm.runs.libraries import check_libraries
+from hfllm.runs.flags import check_json_flags, check_libraries, check_ranges
+from hfllm.runs.output import explained, hide_unhelpful_output, what_is_saved
 from hfllm.runs.parser import (
     HelpFormatter,
     PlainParser,
@@ -31,8 +30,6 @@ from hfllm.runs.parser import (
     read_yaml,
     training_parser,
 )
-from hfllm.runs.quiet import hide_unhelpful_output
-from hfllm.runs.ranges import check_ranges
 from hfllm.runs.recipes import settings_file
 
 # Here, since a process that is spawned imports the recipe again, and does not run it.

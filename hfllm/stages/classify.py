@@ -137,8 +137,7 @@ def load_with_head(
     import transformers
 
     from hfllm.data.labelled import check_tokenizer
-    from hfllm.runs.adapters import load_head_to_train
-    from hfllm.runs.models import load_tokenizer, peft_config
+    from hfllm.runs.models import load_head_to_train, load_tokenizer, peft_config
 
     auto_name, task_type = HEADS[task]
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)

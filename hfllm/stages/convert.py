@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
-from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.runs.flags import RemoteCodeArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
-from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.stages import rlhf
 from hfllm.trainers.learning_rate import BatchArguments
 

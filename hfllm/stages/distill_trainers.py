@@ -89,7 +89,7 @@ def make_student(
     """Return the untrained student, the same for the same seed; an adapter by name is trained further."""
     from transformers import set_seed
 
-    from hfllm.runs.adapters import load_to_train
+    from hfllm.runs.models import load_to_train
 
     set_seed(training_args.seed)
     if model_args.model_name_or_path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
 from hfllm.runs.chain import Chain, chain_before
-from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.stages.evaluate_lm_eval import LmEvalArguments
 from hfllm.stages.own_pictures import PictureArguments
 

@@ -11,8 +11,8 @@ from hfllm.errors import InputError, refuse
 from hfllm.runs import schedule
 from hfllm.runs.chain import Chain, Parsed, chain_before, output_dir_of, run_stage
 from hfllm.runs.command_line import main_process
+from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import load_recipe, settings_file
-from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.stages.constitution import flags_for_all, flags_of_adapter
 from hfllm.trainers.ppo.options import REWARD_TIMEOUT
 

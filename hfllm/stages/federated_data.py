@@ -235,9 +235,8 @@ def load_local(
 
     from hfllm.federation.lora import freeze_a
     from hfllm.federation.updates import weights_sha256
-    from hfllm.runs.adapters import load_to_train
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import fitting_length, peft_config
+    from hfllm.runs.models import fitting_length, load_to_train, peft_config
     from hfllm.stages import federated_pairs, sft
     from hfllm.stages.federated_learner import LocalLearner
     from hfllm.trainers.trl_trainers import SFTTrainer

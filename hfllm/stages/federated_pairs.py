@@ -27,8 +27,7 @@ def load_scorer(
     Raises:
         InputError: when they cannot be loaded.
     """
-    from hfllm.runs.adapters import load_scorer_to_train
-    from hfllm.runs.models import load_tokenizer
+    from hfllm.runs.models import load_scorer_to_train, load_tokenizer
 
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     model = load_scorer_to_train(model_args, training_args.output_dir)

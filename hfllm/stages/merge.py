@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.runs.flags import RemoteCodeArguments
 
 if TYPE_CHECKING:
     from hfllm.models.loading.adapters import SavedAdapter
@@ -51,9 +51,9 @@ def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dic
         InputError: when they do not fit or cannot be merged, or the outputs differ by more than rounding.
     """
     from hfllm.models.loading.adapters import auto_class_of, load_to_merge, merge
+    from hfllm.models.loading.saved import max_length_of
     from hfllm.models.loading.weights import is_rounding, logits_of, random_tokens
-    from hfllm.runs.adapters import save_merged, scorer_settings
-    from hfllm.runs.models import max_length_of
+    from hfllm.runs.models import save_merged, scorer_settings
 
     adapted, dtypes, has_new_head = load_to_merge(adapter, auto_class_of(adapter), **scorer_settings(adapter))
     if has_new_head:

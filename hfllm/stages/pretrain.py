@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from hfllm.data.loading import TextArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
+from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
-from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.stages.architecture import ARCHITECTURE, ArchitectureArguments, architecture_of
 from hfllm.trainers.learning_rate import BatchArguments
 

@@ -9,7 +9,7 @@ from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.errors import InputError, refuse
 from hfllm.outputs.report import Bars
 from hfllm.runs.chain import Chain, chain_before
-from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.stages.own_pictures import OF_PICTURES, PictureArguments, given_flags
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
         InputError: when it is quantized already, a scheme has nothing to quantize, a name of --skip_modules is not
             a layer's, or the timed tokens exceed the model's context.
     """
-    from hfllm.models.loading.saved import empty_model, is_for_pictures, refuse_quantized
-    from hfllm.runs.models import max_length_of
+    from hfllm.models.loading.saved import empty_model, is_for_pictures, max_length_of, refuse_quantized
 
     sees = is_for_pictures(config)
     for flag in given_flags(script_args, OF_PICTURES):

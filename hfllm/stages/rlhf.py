@@ -10,7 +10,7 @@ from hfllm.data.loading import RowArguments
 from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
-from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.stages.own_pictures import FreezingArguments
 from hfllm.stages.rlhf_tools import NO_TOOLS, PolicyTools
 from hfllm.trainers.learning_rate import BatchArguments

@@ -91,16 +91,9 @@ def check_models(
             an adapter that does not, weights that cannot be trained, or `--use_vllm` without vLLM.
     """
     from hfllm.models.devices import forked_random
-    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.models.loading.saved import is_for_pictures, max_length_of
     from hfllm.rewards.models import reward_model
-    from hfllm.runs.models import (
-        check_trainable,
-        load_reward_model,
-        load_value_model,
-        max_length_of,
-        peft_config,
-        try_adapter,
-    )
+    from hfllm.runs.models import check_trainable, load_reward_model, load_value_model, peft_config, try_adapter
     from hfllm.stages.rlhf_pictures import (
         check_frozen,
         check_rows,
@@ -169,8 +162,8 @@ def fitting_prompts(
     """
     from hfllm.data import formats
     from hfllm.data.rows import Dropped, origin_of
+    from hfllm.models.loading.saved import max_length_of
     from hfllm.runs.command_line import say
-    from hfllm.runs.models import max_length_of
     from hfllm.stages.own_pictures import WORDS_FOR_A_PICTURE
     from hfllm.stages.rlhf_pictures import check_rows, load_processing_class, words_for_a_picture
     from hfllm.trainers.ppo.prompts import EMPTY, unfit_prompts

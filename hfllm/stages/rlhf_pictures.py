@@ -82,7 +82,7 @@ def load_policy(
         InputError: when either cannot be loaded.
     """
     from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.runs.adapters import load_to_train
+    from hfllm.runs.models import load_to_train
 
     if not is_for_pictures(config):
         return load_to_train(model_args, output_dir)

@@ -12,8 +12,8 @@ from hfllm.errors import InputError, refuse
 from hfllm.fingerprint import file_fingerprint
 from hfllm.outputs.report import CHANGED, CONTENTS, read_report
 from hfllm.runs.command_line import finished_run, main_process
+from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
-from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.runs.stage import Stage
 
 if TYPE_CHECKING:

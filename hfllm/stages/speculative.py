@@ -8,7 +8,7 @@ from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse
 from hfllm.outputs.report import Plot
 from hfllm.runs.chain import Chain, chain_before
-from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.runs.flags import RemoteCodeArguments
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase

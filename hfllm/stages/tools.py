@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.runs.flags import RemoteCodeArguments
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

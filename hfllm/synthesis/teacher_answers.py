@@ -8,8 +8,8 @@ from hfllm.data.rows import split_beginning
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation import responses
+from hfllm.models.loading.saved import max_length_of
 from hfllm.runs.command_line import main_process
-from hfllm.runs.models import max_length_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

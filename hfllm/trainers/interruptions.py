@@ -20,9 +20,9 @@ from transformers.trainer_utils import TrainOutput
 
 from hfllm.errors import InputError, Interrupted, MachineError
 from hfllm.outputs.checkpoints import is_complete
-from hfllm.runs.failures import explained, what_is_saved
-from hfllm.runs.resuming import refuse_without_state
+from hfllm.runs.output import explained, what_is_saved
 from hfllm.runs.schedule import current_job
+from hfllm.runs.stage import refuse_without_state
 from hfllm.trainers.checksums import Checksums
 from hfllm.trainers.monitors import add_to_logs
 from hfllm.trainers.run_record import RunRecord, WholeTrainLoss, check_contents, with_contents

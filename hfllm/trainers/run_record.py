@@ -14,7 +14,7 @@ from hfllm.errors import InputError
 from hfllm.fingerprint import FORM, file_fingerprint, fingerprint
 from hfllm.outputs.checkpoints import RECORD, record_of, state_of
 from hfllm.runs.identity import model_files
-from hfllm.runs.resuming import made_with
+from hfllm.runs.stage import made_with
 
 if TYPE_CHECKING:
     from datasets import Dataset

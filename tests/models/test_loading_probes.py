@@ -12,7 +12,7 @@ from hfllm.data import tokenizer as chat_templates
 from hfllm.errors import InputError
 from hfllm.models.loading import probes
 from hfllm.models.loading.saved import saved_tokenizer
-from hfllm.runs.failures import explained
+from hfllm.runs.output import explained
 
 ENDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # Of published tokenizers: Llama 3, GPT-4o and DeepSeek V3's numbers; Seed-OSS groups digits from the right.

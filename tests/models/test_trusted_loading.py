@@ -20,8 +20,8 @@ from hfllm.models.loading.adapters import find_adapter, load_base, load_scorer
 from hfllm.models.loading.weights import load_weights_of
 from hfllm.outputs.files import model_files
 from hfllm.runs.command_line import run_arguments
+from hfllm.runs.flags import RemoteCodeArguments, trusts_code_if_asked
 from hfllm.runs.models import load_config, load_policy, load_reward_model, load_tokenizer
-from hfllm.runs.remote_code import RemoteCodeArguments, trusts_code_if_asked
 from hfllm.stages.convert import find_tokenizer
 from hfllm.trainers.distillation.students import load_teacher
 from hfllm.trainers.ppo.setup import scorer_from_name
@@ -276,6 +276,9 @@ def loads_of(file):
             is_auto = name == "from_pretrained" or (name == "from_config" and "Auto" in owner) or name == "pipeline"
             if is_auto and owner not in ("PeftModel", "PeftConfig"):
                 yield node.lineno, name, {keyword.arg for keyword in node.keywords}
+
+
+LOADING = ROOT / "hfllm" / "models" / "loading" / "saved.py"
 
 
 LOADING = ROOT / "hfllm" / "models" / "loading" / "saved.py"

@@ -30,8 +30,8 @@ from hfllm.outputs.report import Report
 from hfllm.rewards.functions import checked_rewards, load_reward_function
 from hfllm.runs import command_line, schedule
 from hfllm.runs.arguments import changed
-from hfllm.runs.failures import explained
-from hfllm.runs.ranges import check_ranges
+from hfllm.runs.flags import check_ranges
+from hfllm.runs.output import explained
 from hfllm.trainers.ppo.setup import with_total_steps
 
 STAGES = {

@@ -19,8 +19,8 @@ from accelerate.commands.config import default_config_file
 
 from hfllm.data.child_processes import LAUNCHER
 from hfllm.errors import InputError
-from hfllm.runs import accelerate_flags, launcher
-from hfllm.runs.accelerate_flags import ALONE, NOT_HANDED_OVER, WITH_VALUE, split_flags, with_shipped_configs
+from hfllm.runs import launcher
+from hfllm.runs.launcher import ALONE, NOT_HANDED_OVER, WITH_VALUE, split_flags, with_shipped_configs
 from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
 
 ROOT = Path(__file__).parent.parent.parent
@@ -131,7 +131,7 @@ def accelerates_view(words):
 @pytest.mark.parametrize("name", ["zero3", "zero3.yaml", "accelerate_configs/zero3.yaml"])
 def test_shipped_configs_are_found_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(accelerate_flags.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: object())
     words = with_shipped_configs(["--num_processes", "2", "--config_file", name, "--machine_rank", "0"])
     args, _ = accelerates_view(words)
     assert Path(args.config_file).samefile(ROOT / "accelerate_configs" / "zero3.yaml")
@@ -141,7 +141,7 @@ def test_shipped_configs_are_found_from_any_folder(name, tmp_path, monkeypatch):
 
 def test_configs_of_the_users_stay_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(accelerate_flags.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: object())
     values = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "ds_configs/zero2.json"}}
     Path("mine.yaml").write_text(yaml.safe_dump(values))
     Path("zero1").write_text(yaml.safe_dump({**values, "deepspeed_config": {"zero_stage": 1}}))
@@ -159,7 +159,7 @@ def test_configs_that_cannot_be_used_are_refused(tmp_path, monkeypatch):
         with_shipped_configs(["--config_file", "zero4"])
     with pytest.raises(InputError, match="no such file"):
         with_shipped_configs(["--config_file", "elsewhere/zero2.yaml"])
-    monkeypatch.setattr(accelerate_flags.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"zero2 needs DeepSpeed: pip install 'hfllm\[deepspeed\]'"):
         with_shipped_configs(["--config_file", "zero2"])
     assert with_shipped_configs(["--config_file", "ddp"])[1].endswith("ddp.yaml")

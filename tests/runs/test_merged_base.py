@@ -8,7 +8,7 @@ from trl import ModelConfig
 from hfllm.errors import InputError
 from hfllm.models.loading.adapters import SavedAdapter
 from hfllm.outputs.files import MERGED_FROM
-from hfllm.runs import adapters
+from hfllm.runs import models as adapters
 
 ADAPTER = SavedAdapter("org/adapter", {"base_model_name_or_path": "org/model"}, {})
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hfllm.errors import InputError
 from hfllm.models.loading.adapters import load_scorer
-from hfllm.runs import quiet
+from hfllm.runs import output as quiet
 from hfllm.runs.command_line import run
-from hfllm.runs.quiet import HUB_BARS, NEW_HEAD, UNHELPFUL, hide_unhelpful_output
+from hfllm.runs.output import HUB_BARS, NEW_HEAD, UNHELPFUL, hide_unhelpful_output
 
 # Where each library says what is dropped.
 SAID_IN = {

@@ -1,0 +1,329 @@
+"""What flags may be: ranges, JSON values, missing libraries, and trust in remote code.
+
+A learning rate below 0 or NaN, a batch of no rows or an adapter of rank 0 would otherwise train for minutes, or end
+somewhere in a library. Flags that a stage checks itself, with reasons of its own, are not here.
+"""
+
+import base64
+import binascii
+import difflib
+import importlib.util
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+# numpy's generators take no other seeds.
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that some flags take besides none at all.
+
+    Args:
+        accepted: the values in words, after "expected".
+        holds: whether a finite number is one of them.
+        flags: the flags.
+    """
+
+    accepted: str
+    holds: Callable[[float], bool]
+    flags: tuple[str, ...]
+
+
+RANGES = (
+    Range(
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("eval_accumulation_steps", "dataset_num_proc", "lora_r", "max_samples", "lora_alpha"),
+            *("num_examples", "num_pairs", "num_prompts", "num_eval_prompts", "num_samples", "response_length"),
+            *("max_length", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "max_position_embeddings", "student_layers_every", "student_hidden_size"),
+            *("student_num_hidden_layers", "student_num_attention_heads", "num_reward_models", "total_episodes"),
+            *("dataloader_prefetch_factor", "ddp_timeout", "retrieval_top_k"),
+        ),
+    ),
+    Range("at least 1, or -1 for --num_train_epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
+    Range(
+        "at least 0",
+        lambda value: value >= 0,
+        ("dataloader_num_workers", "num_documents", "sample_steps", "max_row_bytes"),
+    ),
+    Range(
+        "a number above 0",
+        lambda value: value > 0,
+        (
+            *("num_train_epochs", "adam_epsilon", "temperature", "logging_steps", "save_steps", "eval_steps"),
+            *("value_learning_rate", "initializer_range", "student_initializer_range", "peak_flops"),
+            *("neftune_noise_alpha", "uncertainty_coef"),
+        ),
+    ),
+    Range(
+        "a number of at least 0",
+        lambda value: value >= 0,
+        (
+            *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "world_seed"),
+            *("z_loss_coef", "loss_chunk_size", "center_rewards_coefficient", "router_aux_loss_coef", "judge_margin"),
+            "reward_timeout",
+        ),
+    ),
+    Range(
+        "a share in [0, 1]",
+        lambda value: 0 <= value <= 1,
+        ("warmup_ratio", "mixed_prompts", "share_of_thoughts", "grounded_fraction"),
+    ),
+    Range(
+        "a number in [0, 1)",
+        lambda value: 0 <= value < 1,
+        (
+            *("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"),
+            *("world_deeds", "world_reasoning", "world_tools", "world_passages"),
+        ),
+    ),
+    Range(
+        f"a whole number from 0 to {LARGEST_SEED}",
+        lambda value: 0 <= value <= LARGEST_SEED,
+        ("seed", "data_seed", "comparison_seed"),
+    ),
+)
+# Where no limit is a wish: gradients are measured, and none is clipped.
+MAY_BE_INFINITE = frozenset(("max_grad_norm",))
+OF_FLAG = {flag: each for each in RANGES for flag in each.flags}
+
+
+def check_ranges(*parsed: "DataclassInstance") -> None:
+    """Refuse numbers that make no sense for their flag, NaN and infinity among them.
+
+    Args:
+        parsed: the flags as parsed.
+
+    Raises:
+        InputError: naming the flag, the value and what is accepted.
+    """
+    # For recipes that also do something without training.
+    may_train_nothing = any(getattr(group, "may_train_nothing", False) for group in parsed)
+    for group in parsed:
+        hints = get_type_hints(type(group))
+        for item in fields(group):
+            if may_train_nothing and item.name == "max_steps" and getattr(group, item.name) == 0:
+                continue
+            if item.init:
+                _check(item.name, getattr(group, item.name), hints[item.name])
+
+
+def _check(flag: str, value: object, kind: object) -> None:
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if not {int, float} & set(options):
+        return
+    accepted = OF_FLAG[flag].accepted if flag in OF_FLAG else "a number"
+    if value is None:
+        if types.NoneType not in options:
+            raise InputError(f"--{flag} has no value: expected {accepted}")
+        return
+    # A truth value is a number to Python.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number:
+        # A field that takes other types too, such as warmup_steps in words, is the library's to judge.
+        if set(options) <= {int, float, types.NoneType}:
+            raise InputError(f"--{flag} {value!r}: expected {accepted}")
+        return
+    is_bounded = math.isfinite(value) or (flag in MAY_BE_INFINITE and value == math.inf)
+    if not is_bounded or (flag in OF_FLAG and not OF_FLAG[flag].holds(value)):
+        raise InputError(f"--{flag} {value}: expected {accepted}")
+
+
+# ---- libraries ----
+#
+# Whether what a flag asks for is installed, or exists at all: trackers, kinds of attention, kernels.
+#
+# The libraries look when a trainer is built or a model loaded, which may be after the stages before have been trained.
+
+
+# What to install for a tracker, where that has another name.
+PACKAGES = {"azure_ml": "azureml-core mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}
+# What to install for a version of flash attention.
+FLASH_PACKAGES = {"2": "flash-attn", "3": "flash-attn-3", "4": "flash-attn-4"}
+
+
+def check_libraries(*parsed: "DataclassInstance") -> None:
+    """Refuse flags that ask for what is not installed or does not exist.
+
+    Raises:
+        InputError: naming the flag, what is there, and what to install.
+    """
+    for group in parsed:
+        if trackers := getattr(group, "report_to", None):
+            check_trackers([trackers] if isinstance(trackers, str) else trackers)
+        if attention := getattr(group, "attn_implementation", None):
+            check_attention(attention)
+        if getattr(group, "use_liger_kernel", False) and importlib.util.find_spec("liger_kernel") is None:
+            raise InputError("--use_liger_kernel: not installed (pip install liger-kernel)")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers for `--report_to` that transformers does not know, or that are not installed.
+
+    Raises:
+        InputError: with the accepted names, or the package to install.
+    """
+    asked = [name for name in names if name not in ("none", "all")]
+    if not asked:
+        return
+    from transformers.integrations import integration_utils
+
+    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    there = set(integration_utils.get_available_reporting_integrations())
+    for name, is_there in (
+        ("flyte", integration_utils.is_flytekit_available),
+        ("azure_ml", integration_utils.is_azureml_available),
+    ):
+        there |= {name} if is_there() else set()
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"--report_to {name}: expected none, all or one of {', '.join(known)}{hint}")
+        if name not in there:
+            installed = ", ".join(sorted(there & set(known))) or "no tracker"
+            raise InputError(
+                f"--report_to {name}: not installed (pip install {PACKAGES.get(name, name)}); there is {installed}"
+            )
+
+
+def check_attention(name: str) -> None:
+    """Refuse an `--attn_implementation` that does not exist or is not installed.
+
+    Raises:
+        InputError: with those that are there, and the package to install.
+    """
+    from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX as FLASH
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # One that the Hub's kernels stand in for, or one of them by its repository.
+    has_kernels = importlib.util.find_spec("kernels") is not None
+    plain = name.removeprefix("paged|")
+    known = {"eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if not each.startswith("paged|"))}
+    missing = {
+        each
+        for each in known
+        if (version := re.fullmatch(r"flash_attention_(\d)", each))
+        and int(version[1]) in FLASH
+        and not FLASH[int(version[1])]["general_availability_check"]()
+    }
+    there = ", ".join(sorted(known - missing))
+    if plain in missing and not has_kernels:
+        package = FLASH_PACKAGES.get(plain[-1], "flash-attn")
+        raise InputError(
+            f"--attn_implementation {name}: not installed (pip install {package}, on a machine with a GPU that it "
+            f"supports); there is {there}"
+        )
+    if "/" in plain and not has_kernels:
+        raise InputError(
+            f"--attn_implementation {name}: kernels of the Hub need pip install kernels; there is {there}"
+        )
+    if plain not in known and "/" not in plain:
+        raise InputError(f"--attn_implementation {name}: unknown; there is {there}")
+
+
+# ---- json flags ----
+#
+# Flags that name a JSON file of an engine: DeepSpeed's, FSDP's, accelerate's.
+
+
+FLAGS = ("deepspeed", "fsdp_config", "accelerator_config")
+
+
+def check_json_flags(given: Mapping[str, Any]) -> None:
+    """Refuse a file that does not exist or does not hold a JSON object, and an object that cannot be read.
+
+    The libraries complain without the name of the flag.
+
+    Args:
+        given: what the user gives, by flag.
+
+    Raises:
+        InputError: naming the flag and the file.
+    """
+    for flag, value in given.items():
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            _check_object(flag, value)
+    for flag in FLAGS:
+        named = given.get(flag)
+        # An object may stand there itself, and DeepSpeed's in base64.
+        if not isinstance(named, str) or named.lstrip().startswith("{") or _is_encoded(named):
+            continue
+        path = Path(named)
+        if not path.is_file():
+            raise InputError(f"--{flag} {named}: no such file; expected a JSON file")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"--{flag} {named}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"--{flag} {named}: expected a JSON object, got {type(values).__name__}")
+
+
+def _check_object(flag: str, text: str) -> None:
+    """Refuse a JSON object that Python cannot hold: libraries say neither which flag it is nor what is wrong."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        # Perhaps a text that only begins so: who reads it says.
+        return
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--{flag} {text[:60]}...: cannot be read as JSON: {error}") from None
+
+
+def _is_encoded(text: str) -> bool:
+    try:
+        return isinstance(json.loads(base64.urlsafe_b64decode(text)), dict)
+    except (binascii.Error, ValueError, RecursionError):
+        return False
+
+
+# ---- remote code ----
+#
+# The flag that trusts the code of models, and the recipes that it holds for.
+
+
+Given, Made = ParamSpec("Given"), TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class RemoteCodeArguments:
+    """The flag, for recipes whose trainer's arguments do not have it."""
+
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the code that models bring along, and the kernels that their configs name."},
+    )
+
+
+def trusts_code_if_asked(main: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Return a recipe's `main` that runs code of models if its flags, or those of a recipe around it, trust it."""
+
+    @wraps(main)
+    def trusting(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        is_trusted = any(getattr(group, "trust_remote_code", False) is True for group in args)
+        if not is_trusted:
+            return main(*args, **kwargs)
+        from hfllm.models.loading.saved import trusting_remote_code
+
+        with trusting_remote_code(is_trusted):
+            return main(*args, **kwargs)
+
+    return trusting
