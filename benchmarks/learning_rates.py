@@ -6,7 +6,7 @@
 
 Every combination of the values given is one run of the same number of episodes from the same model. A row per run is
 printed and appended to `runs.jsonl` in the output folder, and the rewards over training are drawn to `rewards.png`.
-The default rates of `PPOConfig` (hfllm/trainers/ppo/default_rates.py) come from such tables; those measured are in
+The default rates of `PPOConfig` (hfllm/trainers/ppo/config.py) come from such tables; those measured are in
 benchmarks/results/learning_rates.md. Choose on one seed, judge on others.
 """
 

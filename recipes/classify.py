@@ -46,11 +46,11 @@ def main(
     from hfllm.stages.architecture import check_adapter
     from hfllm.stages.classify_evaluation import evaluate
     from hfllm.trainers.callbacks import use_plain_lines
-    from hfllm.trainers.heads import HeadTrainer
-    from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.mixins import train
+    from hfllm.trainers.monitors import StalledWeights
     from hfllm.trainers.run_record import final_train_loss
-    from hfllm.trainers.stalled_weights import StalledWeights
+    from hfllm.trainers.trl_trainers import HeadTrainer
 
     classify.check(script_args, training_args, model_args)
     stage = Stage("classify", script_args, training_args, model_args)

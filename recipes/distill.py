@@ -60,8 +60,8 @@ def main(
         student_trainer,
         without_teacher,
     )
-    from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.mixins import train
 
     # Refuse what cannot work before anything is trained.
     check(script_args, training_args, model_args)

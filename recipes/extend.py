@@ -45,7 +45,7 @@ def main(
     from hfllm.stages.architecture import config_to_train
     from hfllm.stages.extend_evaluation import ExtendEvaluation
     from hfllm.stages.extend_trainer import make_trainer
-    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
 
     # Refuse what cannot work before anything is trained.

@@ -50,10 +50,10 @@ def main(
     from hfllm.stages.pretrain import check
     from hfllm.stages.pretrain_models import load_or_make_base
     from hfllm.trainers.callbacks import use_plain_lines
-    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
-    from hfllm.trainers.sharding import gather_parameters
 
     check(script_args, training_args, model_args)
     stage = Stage("pretrain", script_args, training_args, model_args)

@@ -44,9 +44,9 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.stages import own_pictures, reward, reward_pictures
     from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
-    from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
-    from hfllm.trainers.stalled_weights import StalledWeights
+    from hfllm.trainers.mixins import train
+    from hfllm.trainers.monitors import StalledWeights
     from hfllm.trainers.trl_trainers import RewardTrainer
 
     reward.check(script_args, model_args)

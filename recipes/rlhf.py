@@ -48,10 +48,10 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.stages.rlhf_tools import checked_tools
     from hfllm.stages.vision_models import freeze
     from hfllm.trainers.callbacks import use_plain_lines
-    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.mixins import train
     from hfllm.trainers.ppo.trainer import PPOTrainer
-    from hfllm.trainers.sharding import gather_parameters
 
     # Refuse what cannot work before anything is trained.
     rlhf_checks.check(training_args)

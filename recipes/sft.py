@@ -41,10 +41,10 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.stages import own_pictures, rlhf_pictures, sft, sft_pictures, sft_retrieval
     from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
-    from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.mixins import train
+    from hfllm.trainers.monitors import StalledWeights
     from hfllm.trainers.run_record import final_train_loss
-    from hfllm.trainers.stalled_weights import StalledWeights
     from hfllm.trainers.trl_trainers import SFTTrainer
 
     sft.check(script_args, training_args, model_args)

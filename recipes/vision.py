@@ -39,7 +39,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     from hfllm.stages import own_pictures, vision, vision_data, vision_models, vision_ppo
     from hfllm.stages.vision_evaluation import evaluate
     from hfllm.trainers.callbacks import use_plain_lines
-    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
 
     vision.check(script_args, training_args, model_args)

@@ -12,7 +12,7 @@ from hfllm.stages.classify import ClassifyArguments
 from hfllm.stages.classify_data import Tokens
 
 if TYPE_CHECKING:
-    from hfllm.trainers.heads import HeadTrainer
+    from hfllm.trainers.trl_trainers import HeadTrainer
 
 CONTROLS = {"majority": majority, "bag_of_words": bag_of_words}
 # The figure of each task that says most, and its name in words.

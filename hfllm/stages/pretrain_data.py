@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from hfllm.trainers.pretraining.batch_plan import BatchPlan
+    from hfllm.trainers.pretraining.trainer import BatchPlan
 
 Batch = dict[str, "torch.Tensor"]
 Masking = Callable[[Batch, Sequence[int]], Batch]
@@ -53,7 +53,7 @@ def plan_of_run(
     mask: Masking | None,
 ) -> "BatchPlan":
     """Return the plan of the run: the sources' rows that each optimizer step learns from, on this process."""
-    from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
+    from hfllm.trainers.pretraining.trainer import BatchPlan, Schedule
 
     length, processes = script_args.max_length, training_args.world_size
     batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes

@@ -106,7 +106,7 @@ def padded_trainer(
     from transformers import DataCollatorForLanguageModeling
 
     from hfllm.data.packing import length_grouped, token_pieces
-    from hfllm.trainers.exact_evaluation import TokenMeanEvaluation
+    from hfllm.trainers.mixins import TokenMeanEvaluation
 
     (source,) = sources.values()
     texts = source["text"][:]

@@ -34,8 +34,8 @@ def watch(
     from pathlib import Path
 
     from hfllm.scaling.speed import palm_flops_per_token
+    from hfllm.trainers.callbacks import SampleCallback
     from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
-    from hfllm.trainers.samples import SampleCallback
 
     model, args = trainer.model, trainer.args
     plan = getattr(trainer, "plan", None)

@@ -158,7 +158,7 @@ def world_comparisons(
     from hfllm.evaluation.refusals import refuses
     from hfllm.runs.models import load_policy
     from hfllm.synthesis.comparisons import ComparisonSettings, compare_samples
-    from hfllm.trainers.sharding import unshard
+    from hfllm.trainers.engines import unshard
 
     model, tokenizer = load_policy(model_args)
     unshard(model).to(training_args.device)

@@ -92,6 +92,7 @@ def check_models(
     """
     from hfllm.models.devices import forked_random
     from hfllm.models.loading.saved import is_for_pictures, max_length_of
+    from hfllm.multimodal.processors import tokenizer_of
     from hfllm.rewards.models import reward_model
     from hfllm.runs.models import check_trainable, load_reward_model, load_value_model, peft_config, try_adapter
     from hfllm.stages.rlhf_pictures import (
@@ -101,7 +102,6 @@ def check_models(
         processing_class_of,
         refuse_words,
     )
-    from hfllm.trainers.ppo.pictures import tokenizer_of
     from hfllm.trainers.ppo.prompts import check_prompts
     from hfllm.trainers.ppo.setup import check_critic
     from hfllm.trainers.ppo.vllm_sampling import check_vllm

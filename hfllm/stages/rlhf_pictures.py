@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hfllm.data.rows import Message
+    from hfllm.multimodal.processors import ProcessingClass
     from hfllm.stages.own_pictures import FreezingArguments
     from hfllm.stages.rlhf import Row
-    from hfllm.trainers.ppo.pictures import ProcessingClass
 
 
 def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig") -> "ProcessingClass":
@@ -138,8 +138,8 @@ def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", ro
     Raises:
         InputError: naming the flag.
     """
+    from hfllm.multimodal.processors import has_pictures
     from hfllm.stages.own_pictures import FREEZING, check_freezing, given_flags
-    from hfllm.trainers.ppo.pictures import has_pictures
 
     frozen = given_flags(script_args, FREEZING)
     shows = bool(frozen) and any(has_pictures(row, "a row") for row in rows)

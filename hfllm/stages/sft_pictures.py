@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
     from hfllm.evaluation.fine_tuning import TunedEvaluation
-    from hfllm.trainers.ppo.pictures import ProcessingClass
+    from hfllm.multimodal.processors import ProcessingClass
     from hfllm.trainers.trl_trainers import SFTTrainer
 
 STAGE = "hfllm sft"

@@ -217,7 +217,7 @@ def new_trainer(
     """Return the trainer of a model that is made here: captions first, then questions."""
     from hfllm.runs.arguments import changed
     from hfllm.stages.pretrain_trainers import optimizer_of
-    from hfllm.trainers.pictures import PictureTrainer, TurnTokens
+    from hfllm.trainers.trl_trainers import PictureTrainer, TurnTokens
 
     questions, captions = question_rows(script_args, seed), caption_rows(script_args, seed)
     texts = [text for rows in (captions, questions) if rows is not None for text in rows.texts()]

@@ -1,21 +1,47 @@
-"""What a recipe's trainer prints: a plain line at each logging step, and on a terminal one moving line below them."""
+"""Callbacks of recipes: lines at each logging step, samples, tables, and checksums of checkpoints."""
 
+import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import (
+    CometCallback,
+    MLflowCallback,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
+from hfllm.errors import InputError
+from hfllm.outputs.checkpoints import write_checksums
 from hfllm.outputs.report import readable
 from hfllm.runs.schedule import current_job
+from hfllm.trainers.monitors import ThroughputCallback
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
+
 
 SHOWN = {
     "loss": "loss",
@@ -177,3 +203,290 @@ def use_plain_lines(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PlainPrinter() if trainer.args.disable_tqdm else MovingLine())
+
+
+# ---- checksums ----
+#
+# Write the checksums of each checkpoint when all processes have saved their parts of it.
+
+
+class Checksums(TrainerCallback):
+    """Callback that writes a checkpoint's checksums once it is whole; see `hfllm.outputs.checkpoints`."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        # Each process has written its own random state, and its part of the optimizer.
+        self.trainer.accelerator.wait_for_everyone()
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            write_checksums(folder)
+        # None begins the next checkpoint, or ends, before.
+        self.trainer.accelerator.wait_for_everyone()
+
+
+# ---- samples ----
+#
+# Sample from a model while it trains: a callback of the stock `Trainer` that does not change training.
+#
+#     trainer.add_callback(SampleCallback(tokenizer, ["The owl"], every_steps=100, output_file="samples.jsonl"))
+#
+# A `ThroughputCallback` passed to it does not count the sampling time.
+
+
+class SampleCallback(TrainerCallback):
+    """Callback that continues each prompt every `every_steps` steps and at the last one, in the main process.
+
+    Training is exactly as without it: its random state and the modules' training flags are restored. A run
+    that begins or resumes first removes rows of later steps from the file, since it will reach them again.
+
+    Args:
+        tokenizer: encodes prompts and decodes what is generated.
+        prompts: texts to continue, each after the tokenizer's start token if it has one.
+        every_steps: optimizer steps between samples.
+        output_file: JSON lines to append to: `step`, `prompt`, `completion`.
+        max_new_tokens: most tokens of a completion, fewer if the model's context ends earlier.
+        temperature: 0 means greedy.
+        seed: of the sampling, together with the step.
+        throughput: the callback that should not count the sampling time.
+
+    Attributes:
+        samples: the rows of the file.
+
+    Raises:
+        InputError: when an argument is out of its range, and, when training begins, when a prompt has no tokens or
+            fills the model's context, the file holds anything but samples, or the model is split over processes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        every_steps: int,
+        output_file: str | os.PathLike,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        throughput: ThroughputCallback | None = None,
+    ):
+        for name, value in (("every_steps", every_steps), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; expected at least 1")
+        if temperature < 0:
+            raise InputError(f"temperature is {temperature}; expected 0 (greedy) or above")
+        self.tokenizer, self.prompts, self.every_steps = tokenizer, list(prompts), every_steps
+        self.output_file = Path(output_file)
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.throughput = throughput
+        self.samples: list[dict[str, int | str]] = []
+
+    def _encode(self, prompt: str) -> list[int]:
+        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        return start + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: object,
+    ) -> None:
+        if is_split(model):
+            raise InputError("SampleCallback needs the whole model in one process: not FSDP, ZeRO-3 or DTensors")
+        context = max_length_of(model)
+        for prompt in self.prompts:
+            length = len(self._encode(prompt))
+            if not 0 < length < context:
+                raise InputError(f"prompt {prompt[:80]!r} has {length} tokens; expected 1 to {context - 1}")
+        if state.is_world_process_zero:
+            self.samples = _read_rows(self.output_file, state.global_step)
+            self.output_file.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.output_file.with_name(f"{self.output_file.name}.draft")
+            draft.write_text("".join(map(_line, self.samples)), encoding="utf-8")
+            draft.replace(self.output_file)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: object,
+    ) -> None:
+        is_due = state.global_step % self.every_steps == 0 or state.global_step == state.max_steps
+        if not is_due or not state.is_world_process_zero:
+            return
+        with self.throughput.paused() if self.throughput is not None else nullcontext():
+            rows = self._sample(model, state.global_step)
+        self.samples += rows
+        with self.output_file.open("a", encoding="utf-8") as file:
+            file.writelines(map(_line, rows))
+
+    def _sample(self, model: PreTrainedModel, step: int) -> list[dict[str, int | str]]:
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.bos_token_id} - {None}
+        drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature > 0 else {}
+        rows = []
+        with undisturbed(model):
+            torch.manual_seed(self.seed + step)
+            for prompt in self.prompts:
+                ids = torch.tensor([self._encode(prompt)], device=model.device)
+                length = ids.shape[1]
+                config = GenerationConfig(
+                    max_new_tokens=min(self.max_new_tokens, max_length_of(model) - length),
+                    do_sample=self.temperature > 0,
+                    use_cache=True,
+                    # A document's start token ends the document before it.
+                    eos_token_id=sorted(ends) or None,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    **drawn,
+                )
+                output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+                completion = self.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+                rows.append({"step": step, "prompt": prompt, "completion": completion})
+        return rows
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode; restore torch's random state and every training flag afterwards."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in devices]):
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def is_split(model: nn.Module) -> bool:
+    """Return whether each process holds only a part of the model: FSDP, DeepSpeed ZeRO-3 or tensor parallelism."""
+    spread = any(hasattr(each, "ds_id") or hasattr(each, "device_mesh") for each in model.parameters())
+    return spread or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def max_length_of(model: PreTrainedModel) -> float:
+    """Return the model's context in tokens, infinite if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def _line(row: dict[str, int | str]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _read_rows(file: Path, last_step: int) -> list[dict[str, int | str]]:
+    """Return the rows of a file up to a step, without a last line that is incomplete because the run was killed.
+
+    Raises:
+        InputError: when the file holds anything else, which must not be overwritten.
+    """
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else [""]
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+            is_ours = set(row) == {"step", "prompt", "completion"}
+        except (ValueError, TypeError, RecursionError):
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"{file}, line {number}: {line[:80]!r} is no sample; samples need their own file")
+        if row["step"] <= last_step:
+            rows.append(row)
+    return rows
+
+
+# ---- tables ----
+#
+# Log tables of completions to the integrations of `report_to`.
+
+
+Rows = Sequence[dict[str, Any]]
+
+
+def log_table(callbacks: Sequence[TrainerCallback], name: str, rows: Rows, step: int) -> None:
+    """Log rows to every integration among a trainer's callbacks that supports tables or text.
+
+    Args:
+        callbacks: the trainer's; those that are not integrations, or not yet set up, are skipped.
+        name: the name of the table.
+        rows: rows with the same columns.
+        step: the optimizer step.
+    """
+    for callback in callbacks:
+        for kind, log in BACK_ENDS.items():
+            if isinstance(callback, kind):
+                log(callback, name, rows, step)
+
+
+def storable(rows: Rows) -> list[dict[str, Any]]:
+    """Return rows in which a message's fields are text, other values as JSON text.
+
+    A column of a file has values of one kind: arguments of calls have any, and content is text or a list of parts.
+    """
+
+    def message(fields: Mapping[str, Any]) -> dict[str, str | None]:
+        return {
+            name: value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False, default=str)
+            for name, value in fields.items()
+        }
+
+    return [
+        {name: [message(each) for each in value] if isinstance(value, list) else value for name, value in row.items()}
+        for row in rows
+    ]
+
+
+def columns_of(rows: Rows) -> dict[str, list]:
+    """Return rows as columns."""
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def markdown_of(rows: Rows) -> str:
+    """Return rows as a markdown table, with line breaks and vertical bars escaped."""
+
+    def line(cells: Sequence) -> str:
+        shown = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " / ") for cell in shown) + " |"
+
+    return "\n".join([line(list(rows[0])), line(["-"] * len(rows[0])), *(line(list(row.values())) for row in rows)])
+
+
+def _wandb(callback: WandbCallback, name: str, rows: Rows, step: int) -> None:
+    if callback._wandb is not None and callback._wandb.run is not None:
+        table = callback._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        callback._wandb.log({name: table, "train/global_step": step})
+
+
+def _trackio(callback: TrackioCallback, name: str, rows: Rows, step: int) -> None:
+    import pandas
+
+    if callback._initialized:
+        callback._trackio.log({name: callback._trackio.Table(dataframe=pandas.DataFrame(columns_of(rows)))})
+
+
+def _tensorboard(callback: TensorBoardCallback, name: str, rows: Rows, step: int) -> None:
+    if callback.tb_writer is not None:
+        callback.tb_writer.add_text(name, markdown_of(rows), step)
+
+
+def _mlflow(callback: MLflowCallback, name: str, rows: Rows, step: int) -> None:
+    if callback._initialized:
+        callback._ml_flow.log_table(columns_of([{"step": step, **row} for row in rows]), f"{name}.json")
+
+
+def _comet(callback: CometCallback, name: str, rows: Rows, step: int) -> None:
+    if callback._experiment is not None:
+        data = [list(row.values()) for row in rows]
+        callback._experiment.log_table(f"{name}_{step}.csv", tabular_data=data, headers=list(rows[0]))
+
+
+BACK_ENDS: dict[type[TrainerCallback], Callable[[Any, str, Rows, int], None]] = {
+    WandbCallback: _wandb,
+    TrackioCallback: _trackio,
+    TensorBoardCallback: _tensorboard,
+    MLflowCallback: _mlflow,
+    CometCallback: _comet,
+}

@@ -1,4 +1,4 @@
-"""Monitor a run of the stock `Trainer`: its speed, and whether its loss has diverged.
+"""Monitor a run: its speed, whether its loss has diverged, and whether its weights or policy stand still.
 
     throughput = ThroughputCallback(tokens_per_step=65536, bytes_per_token=4.1)
     add_to_logs(trainer, throughput)
@@ -12,14 +12,16 @@ import statistics
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from hfllm.errors import InputError
+from hfllm.trainers.ppo.config import PPOConfig
 
 # Fewer losses do not give a useful median.
 FEWEST_LOSSES = 10
@@ -271,3 +273,142 @@ class LossSpikeGuard(TrainerCallback):
     ) -> None:
         if self._has_stopped:
             control.should_save = False
+
+
+# ---- stalled weights ----
+#
+# Warn of weights that training does not change, because their precision rounds the updates away.
+
+
+# Steps after the warm-up in which weights may change.
+WATCHED_STEPS = 8
+# In fp32 all of them do; in bf16, four in a hundred at a usual learning rate.
+LEAST_CHANGED = 0.5
+
+
+class StalledWeights(TrainerCallback):
+    """Callback that warns once if most weights of a layer in half precision are the same after several steps.
+
+    Numbers in bf16 have 8 bits: an update of less than 1/512 of a weight is rounded away. In fp32 under bf16 autocast
+    (`--dtype float32 --bf16`) the forward pass is as fast and no update is lost.
+    """
+
+    def __init__(self):
+        self._name, self._before, self._begin, self._due = "", None, 0, 0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        self._before = None
+        watched = _half_precision_weight(model)
+        if watched is not None:
+            self._name, weight = watched
+            self._before = weight.detach().clone()
+            self._begin = state.global_step
+            self._due = max(state.global_step, args.get_warmup_steps(state.max_steps)) + WATCHED_STEPS
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        if self._before is None or state.global_step < self._due:
+            return
+        weight = model.get_parameter(self._name).detach()
+        changed = (weight != self._before).float().mean().item()
+        self._before = None
+        if changed < LEAST_CHANGED and state.is_world_process_zero:
+            kind, steps = str(weight.dtype).removeprefix("torch."), state.global_step - self._begin
+            warnings.warn(
+                f"{self._name}: {changed:.0%} of the weights changed in {steps} steps, since {kind} "
+                "rounds small updates away: load the model in float32 and compute in bfloat16 "
+                "(--dtype float32 --bf16), or train an adapter (--use_peft)",
+                stacklevel=2,
+            )
+
+
+def _half_precision_weight(model: nn.Module | None) -> tuple[str, nn.Parameter] | None:
+    """Return the first trained weight of a linear layer in half precision, with its name."""
+    for name, parameter in model.named_parameters() if model is not None else ():
+        is_linear = parameter.dim() == 2 and "embed" not in name
+        # ZeRO-3 and FSDP split weights, and keep fp32 copies of their own.
+        is_split = hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh")
+        if is_linear and parameter.requires_grad and not is_split and parameter.dtype in (torch.bfloat16, torch.half):
+            return name, parameter
+    return None
+
+
+# ---- stalled policy ----
+#
+# Warn of PPO that learns nothing: a reward that is constant, or a policy that does not move.
+
+
+# Rollouts after which a policy that learns has left its reference by this much (nats per response), or has had this
+# share of its ratios clipped.
+WATCHED_ROLLOUTS, LEAST_KL, LEAST_CLIPPED = 10, 0.05, 0.002
+
+
+class StalledPolicy(TrainerCallback):
+    """Callback that warns once when PPO's reward is constant, and once when after some rollouts nothing has moved."""
+
+    def __init__(self):
+        self._first: Mapping[str, float] | None = None
+        self._begin, self._has_warned_of_reward, self._has_judged = 0, False, False
+
+    def on_train_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self._first, self._has_warned_of_reward, self._has_judged = None, False, False
+        # A resumed run is judged by its own rollouts.
+        self._begin = state.global_step
+
+    def on_log(
+        self,
+        args: PPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if not logs or "reward_std" not in logs or not state.is_world_process_zero:
+            return
+        if logs["reward_std"] == 0 and not self._has_warned_of_reward:
+            self._has_warned_of_reward = True
+            warnings.warn(
+                f"every response of a rollout got the reward {logs['reward']:.4g}, so there is nothing to learn from. "
+                "With prompts that are messages a completion is a list of messages as well: a reward function reads "
+                "its text by hfllm.rewards.completion_text",
+                stacklevel=2,
+            )
+        self._first = self._first or logs
+        if not self._has_judged and state.global_step - self._begin >= WATCHED_ROLLOUTS * args.steps_per_rollout:
+            self._has_judged = True
+            if reason := unmoved(self._first, logs, args):
+                warnings.warn(reason, stacklevel=2)
+
+
+def unmoved(first: Mapping[str, float], last: Mapping[str, float], args: PPOConfig) -> str | None:
+    """Return a warning if reward, KL and clip fraction say that the policy is where it began, else `None`.
+
+    Args:
+        first, last: log entries of PPO at the beginning and now.
+        args: with the size of a rollout, and the learning rate unless the optimizer is the caller's.
+    """
+    error = last["reward_std"] / (args.local_rollout_batch_size * args.world_size) ** 0.5
+    rise = last["reward"] - first["reward"]
+    kl = last.get("kl", last.get("approx_kl", 0.0))
+    has_moved = abs(rise) > 2 * 2**0.5 * error or kl > LEAST_KL or last.get("clip_fraction", 0.0) > LEAST_CLIPPED
+    if has_moved or last["reward_std"] == 0:
+        return None
+    rate = "the learning rate" if args.learning_rate is None else f"--learning_rate {args.learning_rate:g}"
+    return (
+        f"after {last['episode']:.0f} episodes nothing has moved: reward {first['reward']:.3g} to "
+        f"{last['reward']:.3g} (± {error:.2g}), KL {kl:.2g} nats per response, clip fraction "
+        f"{last.get('clip_fraction', 0.0):.2g}. {rate} may be too low (docs/ppo.md)"
+    )

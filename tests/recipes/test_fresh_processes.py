@@ -69,7 +69,7 @@ class Case:
 
     flags: Callable[[Files], list[str]]
     says: str = "resuming from checkpoint-"
-    place: str = "hfllm.trainers.checksums:write_checksums"
+    place: str = "hfllm.trainers.callbacks:write_checksums"
     number: int = 2
 
 

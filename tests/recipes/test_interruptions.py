@@ -14,7 +14,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
-from hfllm.trainers.interruptions import TERMINATED, check_shards
+from hfllm.trainers.mixins import TERMINATED, check_shards
 
 FLAGS = {
     "pretrain": [],

@@ -13,11 +13,11 @@ from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.multimodal.answers import picture_batch
+from hfllm.multimodal.processors import encode
 from hfllm.stages import evaluate_pictures, reward_pictures, rlhf_checks, sft_pictures
 from hfllm.stages.evaluate import EvaluateArguments
 from hfllm.stages.rlhf import prompt_data
 from hfllm.stages.rlhf_pictures import refuse_words
-from hfllm.trainers.ppo.picture_tokens import encode
 
 # One is also how datasets mark a place.
 TOKENS = ("<image>", "<|image|>")

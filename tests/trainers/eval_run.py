@@ -16,9 +16,8 @@ import hfllm
 from hfllm.data.packing import batch_of, pack
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.world import World
-from hfllm.trainers.exact_evaluation import TokenMeanEvaluation
-from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
-from hfllm.trainers.pretraining.trainer import PretrainTrainer
+from hfllm.trainers.mixins import TokenMeanEvaluation
+from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer, Schedule
 
 LENGTH = 32
 # Rows that two processes with two each share unevenly: one of the last batch is new, or three are.

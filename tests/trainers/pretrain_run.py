@@ -13,8 +13,7 @@ import hfllm
 from hfllm.data.packing import pack
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.world import World
-from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
-from hfllm.trainers.pretraining.trainer import PretrainTrainer
+from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer, Schedule
 
 LENGTH = 32
 

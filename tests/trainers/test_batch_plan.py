@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from hfllm.errors import InputError
-from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
+from hfllm.trainers.pretraining.trainer import BatchPlan, Schedule
 
 LENGTH = 8
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 import hfllm
-from hfllm.trainers.ppo.default_rates import HEAD_RATE, default_learning_rate, size_of
+from hfllm.trainers.ppo.config import HEAD_RATE, default_learning_rate, size_of
 
 
 @pytest.mark.parametrize(

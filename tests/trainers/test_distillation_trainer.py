@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from hfllm.compression.schemes import get_scheme
 from hfllm.errors import InputError
-from hfllm.trainers.distillation import students, teacher_memory
+from hfllm.trainers.distillation import data as distillation_data
+from hfllm.trainers.distillation import students
 from hfllm.trainers.distillation import trainer as distilling
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import DistillationCollator, tokenize_dataset
@@ -349,7 +350,7 @@ def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved)
 
 def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(saved, make_model, tmp_path, monkeypatch):
     model, free = make_model(), []
-    monkeypatch.setattr(teacher_memory, "available_memory", lambda: free[0])
+    monkeypatch.setattr(distillation_data, "available_memory", lambda: free[0])
     tables = 4 * model.model.embed_tokens.weight.numel()
     size, hub_id = 4 * model.num_parameters(), "someone/teacher"
     rest = size - tables
@@ -383,18 +384,18 @@ def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(saved, make_
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
-    monkeypatch.setattr(teacher_memory, "PROC_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(distillation_data, "PROC_MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    one, two = teacher_memory.CGROUPS
-    monkeypatch.setattr(teacher_memory, "CGROUPS", [(tmp_path, *one[1:]), (tmp_path, *two[1:])])
-    assert teacher_memory.available_memory() == 5000 * 1024
-    for (_, limit, use, prefix), most in zip(teacher_memory.CGROUPS, (4000, 3000), strict=True):
+    one, two = distillation_data.CGROUPS
+    monkeypatch.setattr(distillation_data, "CGROUPS", [(tmp_path, *one[1:]), (tmp_path, *two[1:])])
+    assert distillation_data.available_memory() == 5000 * 1024
+    for (_, limit, use, prefix), most in zip(distillation_data.CGROUPS, (4000, 3000), strict=True):
         (tmp_path / limit).write_text("max\n")
         (tmp_path / use).write_text("1500\n")
         (tmp_path / "memory.stat").write_text(f"anon 9\n{prefix}inactive_file 300\n{prefix}active_file 200\n")
-        assert teacher_memory.available_memory() == 5000 * 1024
+        assert distillation_data.available_memory() == 5000 * 1024
         (tmp_path / limit).write_text(f"{most}\n")
-        assert teacher_memory.available_memory() == most - 1000
+        assert distillation_data.available_memory() == most - 1000
         (tmp_path / limit).unlink()
 
 

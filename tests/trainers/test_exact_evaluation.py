@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 import hfllm
 from hfllm.data.packing import pack
-from hfllm.trainers.exact_evaluation import EachRowOnce, TokenMeanEvaluation
+from hfllm.trainers.mixins import EachRowOnce, TokenMeanEvaluation
 
 SCRIPT = Path(__file__).parent / "eval_run.py"
 ROOT = Path(__file__).parent.parent.parent

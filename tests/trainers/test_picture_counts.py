@@ -7,9 +7,8 @@ from PIL import Image
 
 from hfllm.data.rows import OriginRow
 from hfllm.errors import InputError
+from hfllm.multimodal.processors import encode, filled_prompt, what_is_counted
 from hfllm.trainers.ppo import prompts
-from hfllm.trainers.ppo.picture_tokens import encode, what_is_counted
-from hfllm.trainers.ppo.pictures import filled_prompt
 from hfllm.trainers.ppo.prompts import check_prompts, unfit_prompts
 
 

@@ -10,7 +10,7 @@ from hfllm.data.packing import IGNORE
 from hfllm.data.world.pictures import CAPTIONS, DrawnWorld, PictureRow
 from hfllm.multimodal.answers import answer_pictures, picture_batch
 from hfllm.stages.vision_models import new_model
-from hfllm.trainers.pictures import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
+from hfllm.trainers.trl_trainers import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 
 SMALL = [
     "--patch_size",

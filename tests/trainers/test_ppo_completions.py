@@ -9,8 +9,8 @@ from transformers.utils import get_json_schema
 from hfllm import PPOConfig, PPOTrainer
 from hfllm.environments.tools import calculator
 from hfllm.errors import InputError
-from hfllm.trainers.ppo.completions import completions_of
 from hfllm.trainers.ppo.prompts import check_prompts
+from hfllm.trainers.ppo.scoring import completions_of
 
 ASKED = [{"role": "user", "content": "Q"}]
 

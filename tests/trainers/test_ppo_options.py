@@ -14,7 +14,7 @@ import hfllm
 from hfllm.errors import InputError
 from hfllm.rewards.models import RewardEnsemble, RewardModel, TokenRewardModel
 from hfllm.trainers.ppo import base_trainer
-from hfllm.trainers.ppo.controllers import KLController, RunningMoments
+from hfllm.trainers.ppo.formulas import KLController, RunningMoments
 from hfllm.trainers.ppo.trainer import PPOTrainer
 
 

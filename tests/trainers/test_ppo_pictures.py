@@ -19,9 +19,8 @@ from transformers.integrations import deepspeed
 
 import hfllm
 from hfllm.errors import InputError
+from hfllm.multimodal.processors import Pictures, encode
 from hfllm.trainers.ppo import sampling
-from hfllm.trainers.ppo.picture_tokens import encode
-from hfllm.trainers.ppo.pictures import Pictures
 from hfllm.trainers.ppo.prompts import read_rows
 from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts
 from hfllm.trainers.ppo.setup import split_reference

@@ -19,9 +19,8 @@ import hfllm
 from hfllm.environments.tools import calculator
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
-from hfllm.trainers.ppo.sampling import SampledLogprobs
+from hfllm.trainers.ppo.sampling import SampledLogprobs, TurnCaches
 from hfllm.trainers.ppo.trainer import PPOTrainer
-from hfllm.trainers.ppo.turn_caches import TurnCaches
 
 RUN = Path(__file__).parent / "tools_run.py"
 

@@ -83,10 +83,9 @@ def test_pretraining_with_samples(gpu, make_model, tokenizer, world, tmp_path):
     from transformers import TrainingArguments
 
     from hfllm.data.packing import pack
-    from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
+    from hfllm.trainers.callbacks import SampleCallback
     from hfllm.trainers.pretraining.muon import muon_factory
-    from hfllm.trainers.pretraining.trainer import PretrainTrainer
-    from hfllm.trainers.samples import SampleCallback
+    from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer, Schedule
 
     rows, batch = pack(world.documents(60, seed=1), tokenizer, 32), Schedule.parse("64", "--batch_ramp")
     length = Schedule.parse("32", "--length_curriculum")

@@ -8,8 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hfllm.data.packing import batch_of, pack
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
-from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
-from hfllm.trainers.pretraining.trainer import PretrainTrainer
+from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer, Schedule
 
 LENGTH = 32
 

@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import hfllm
-from hfllm.trainers.interruptions import train
+from hfllm.trainers.mixins import train
 
 
 @pytest.mark.parametrize("separate_value_model", [False, True])

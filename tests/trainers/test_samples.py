@@ -8,8 +8,8 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from hfllm.errors import InputError
+from hfllm.trainers.callbacks import SampleCallback
 from hfllm.trainers.monitors import ThroughputCallback
-from hfllm.trainers.samples import SampleCallback
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hfllm.trainers.ppo.stalled_policy import WATCHED_ROLLOUTS, StalledPolicy, unmoved
-from hfllm.trainers.stalled_weights import StalledWeights
+from hfllm.trainers.monitors import WATCHED_ROLLOUTS, StalledPolicy, StalledWeights, unmoved
 
 
 def train_one_layer(dtype, rate, steps=10, warmup=0, begin=0):

@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import (
     WandbCallback,
 )
 
-from hfllm.trainers.tables import BACK_ENDS, log_table, markdown_of, storable
+from hfllm.trainers.callbacks import BACK_ENDS, log_table, markdown_of, storable
 
 ROWS = [
     {"prompt": "a|b", "completion": "one\ntwo", "reward": 0.123456},

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hfllm.trainers.ppo.rollout import pad_prompts
-from hfllm.trainers.ppo.turn_caches import TurnCaches
+from hfllm.trainers.ppo.sampling import TurnCaches
 
 LLAMA = LlamaConfig(
     vocab_size=64,

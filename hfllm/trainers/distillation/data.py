@@ -1,20 +1,33 @@
-"""Data for distillation: tokens, targets, and batches with the teacher's distributions."""
+"""Data for distillation: tokens, targets, and the teacher's distributions, in memory or in a cache."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE, token_ids
+from hfllm.data.prepared import Prepared
 from hfllm.data.rows import Dropped
 from hfllm.errors import InputError
-from hfllm.runs.command_line import say_once
+from hfllm.fingerprint import file_fingerprint, fingerprint
+from hfllm.models.loading.adapters import find_adapter
+from hfllm.models.loading.saved import empty_model, location_of, quantization_of, saved_config
+from hfllm.runs.command_line import say, say_once
+from hfllm.runs.identity import model_files
+from hfllm.trainers.distillation.losses import Teacher, TopK
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
 
 # A row of a dataset, in one of `FORMATS`.
 Row = Mapping[str, Any]
@@ -177,3 +190,256 @@ class DistillationCollator:
             for name in ("log_probs", "indices", "rest"):
                 batch[f"teacher_{name}"] = torch.cat([torch.as_tensor(row[f"teacher_{name}"]) for row in rows])
         return batch
+
+
+# ---- teacher cache ----
+#
+# A teacher's distributions on a dataset, computed once and kept on disk: its top k tokens and the rest as one.
+
+
+# Version of the stored format: another format makes another cache.
+LAYOUT = 1
+
+
+def description(
+    teacher: "str | PreTrainedModel",
+    settings: Mapping[str, object],
+    dataset: "Dataset",
+    temperature: float,
+    top_k: int,
+) -> dict[str, object]:
+    """Return what a cache's content depends on: a cache with another description is stale and is made again.
+
+    Args:
+        teacher: the model, identified by its weights, or its name, identified by the contents of its files if local.
+        settings: arguments to load a named teacher, including its revision and precision.
+        dataset: tokenized rows.
+    """
+    return {
+        "layout": LAYOUT,
+        "teacher": teacher if isinstance(teacher, str) else weights_hash(teacher),
+        "settings": fingerprint(settings, "settings of the teacher") if isinstance(teacher, str) else None,
+        "files": file_fingerprint(model_files(teacher), True) if isinstance(teacher, str) else None,
+        "rows": rows_hash(dataset),
+        "temperature": temperature,
+        "top_k": top_k,
+    }
+
+
+def weights_hash(model: "PreTrainedModel") -> str:
+    """Return a digest of a model's weights and their names."""
+    return fingerprint([(name, fingerprint(value, name)) for name, value in model.state_dict().items()])
+
+
+def rows_hash(dataset: "Dataset") -> str:
+    """Return a digest of tokenized rows and their targets."""
+    rows = ((list(row["input_ids"]), [label != IGNORE for label in row["labels"]]) for row in dataset)
+    return fingerprint([fingerprint(row, f"row {place}") for place, row in enumerate(rows)])
+
+
+def open_cache(
+    folder: Path,
+    name: str,
+    made_from: Mapping[str, object],
+    make: "Callable[[], Iterator[pyarrow.Table]]",
+    is_shared: bool,
+) -> "Dataset":
+    """Open the cache of one dataset; make it if it is missing, unfinished or stale.
+
+    Args:
+        folder: folder of all caches of a run.
+        name: name of this cache's dataset.
+        made_from: see `description`.
+        make: function that yields the tables.
+        is_shared: whether several runs share the folder, so that stale caches are kept.
+    """
+    prepared = Prepared(folder / name, made_from, is_shared)
+    if prepared.removed:
+        why = "what was stored is of other rows or flags, or an older hfllm's"
+        say(f"{folder / name}: the teacher is asked again: {why}")
+    return prepared.table("teacher", make)
+
+
+def teacher_tables(
+    loader: "DataLoader",
+    ask: Callable[[dict[str, torch.Tensor], torch.Tensor], Teacher],
+    temperature: float,
+    top_k: int,
+    chunk_size: int,
+) -> Iterator["pyarrow.Table"]:
+    """Yield one row per row of the dataset: the `TopK` of each position with a target, flattened.
+
+    Args:
+        loader: batches of the dataset in its order.
+        ask: function that returns the teacher's logits of a batch at the positions of a mask (B, L).
+        temperature, top_k: of the stored distributions.
+        chunk_size: tokens per chunk of logits; 0 means a whole batch.
+    """
+    import pyarrow
+
+    kinds = {"log_probs": pyarrow.float32(), "indices": pyarrow.int32(), "rest": pyarrow.float32()}
+    schema = pyarrow.schema([(name, pyarrow.large_list(kind)) for name, kind in kinds.items()])
+    for batch in loader:
+        kept = batch["shift_labels"] != IGNORE
+        counts, teacher = kept.sum(1).tolist(), ask(batch, kept)
+        size = chunk_size or sum(counts)
+        tops = [
+            TopK.of(teacher.take(slice(start, start + size)), temperature, top_k)
+            for start in range(0, sum(counts), size)
+        ]
+        columns = {name: torch.cat([getattr(top, name) for top in tops]).cpu() for name in kinds}
+        rows = {name: [part.flatten().numpy() for part in values.split(counts)] for name, values in columns.items()}
+        yield pyarrow.table(rows, schema=schema)
+
+
+class WithTeacher(torch.utils.data.Dataset):
+    """Tokenized rows together with the teacher's distributions."""
+
+    def __init__(self, rows: "Dataset", cache: "Dataset"):
+        if len(rows) != len(cache):
+            raise ValueError(f"{len(rows)} rows and {len(cache)} of the teacher's")
+        self.rows, self.cache = rows, cache.with_format("torch")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        said = self.cache[index]
+        places = len(said["rest"])
+        return {
+            **self.rows[index],
+            "teacher_log_probs": said["log_probs"].view(places, -1),
+            "teacher_indices": said["indices"].long().view(places, -1),
+            "teacher_rest": said["rest"],
+        }
+
+
+# ---- teacher memory ----
+#
+# Check whether a teacher fits into memory before loading it, by its architecture, without weights.
+
+
+PROC_MEMORY = Path("/proc/meminfo")
+# Folder, limit, use, and the beginning of the names in memory.stat, of version 2 and of version 1.
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+# Used where neither the settings nor the config say; a model that may fit must not be refused.
+UNKNOWN_DTYPE_BYTES = 2
+
+
+def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
+    """Refuse a model that is larger than memory, before it is loaded.
+
+    Args:
+        name: a folder or a Hub id; one whose architecture transformers does not have passes: its size is unknown.
+        settings: arguments of `from_pretrained`. With a `device_map` the model passes, since it may be spread, also to
+            disk; so it does under ZeRO-3, whose processes hold a part each.
+
+    Raises:
+        InputError: with both sizes and what to do.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if settings.get("device_map") is not None or is_deepspeed_zero3_enabled():
+        return
+    config = _config_of(name, settings)
+    size = None if config is None else loaded_bytes(config, settings)
+    bytes_free = available_memory()
+    if size is None or bytes_free is None or size <= bytes_free:
+        return
+    quantization = settings.get("quantization_config") or quantization_of(config)
+    smaller = (
+        'load it quantized (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or '
+    )
+    raise InputError(
+        f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {bytes_free / 2**30:.1f} GiB are free: "
+        f"{'' if quantization else smaller}let it write answers on a larger machine and train on those with "
+        "hfllm sft"
+    )
+
+
+def _config_of(name: str, settings: Mapping[str, object]) -> "PreTrainedConfig | None":
+    """Return the config of the model to load, for an adapter that of its base; `None` if it cannot be read."""
+    location = location_of(settings)
+    try:
+        adapter = find_adapter(name, **location)
+        return saved_config(name, **location) if adapter is None else adapter.base_config()
+    except (InputError, OSError, TypeError, ValueError, KeyError):
+        # Loading will report the error, or may succeed in another way.
+        return None
+
+
+def loaded_bytes(config: "PreTrainedConfig", settings: Mapping[str, object]) -> int | None:
+    """Return the bytes of a causal language model's loaded weights; for a quantized one a lower bound.
+
+    Args:
+        settings: arguments of `from_pretrained`.
+
+    Returns:
+        `None` for an architecture that transformers does not have.
+    """
+    try:
+        model = empty_model(config)
+    except InputError:
+        return None
+    model.tie_weights()
+    given = settings.get("dtype", settings.get("torch_dtype"))
+    size = _itemsize(given, config)
+    quantization = settings.get("quantization_config") or quantization_of(config)
+    share = _quantized_bytes(quantization)
+    if quantization and not isinstance(given, torch.dtype | str):
+        size = min(size, UNKNOWN_DTYPE_BYTES)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    total = 0.0
+    for parameter in model.parameters():
+        is_matrix = parameter.ndim > 1 and id(parameter) not in tables
+        total += parameter.numel() * (min(share, size) if quantization and is_matrix else size)
+    return int(total)
+
+
+def _itemsize(dtype: object, config: "PreTrainedConfig") -> int:
+    """Return the bytes of a weight loaded with this `dtype` of `from_pretrained`."""
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else UNKNOWN_DTYPE_BYTES
+
+
+def _quantized_bytes(quantization: "QuantizationConfigMixin | dict[str, Any]") -> float:
+    """Return the estimated bytes of a weight of a quantized matrix; 0 for an unknown method."""
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if values.get("load_in_8bit") or values.get("quant_method") == "hfllm_int8":
+        return 1.0
+    return 0.5 if values.get("load_in_4bit") else 0.0
+
+
+def available_memory() -> int | None:
+    """Return the free bytes of the accelerator's memory, else of the machine and container; `None` if unknown."""
+    if torch.accelerator.is_available() and hasattr(torch.accelerator, "get_memory_info"):
+        return torch.accelerator.get_memory_info()[0]
+    return min([*_of_machine(), *(free for group in CGROUPS for free in _of_cgroup(*group))], default=None)
+
+
+def _of_machine() -> list[int]:
+    try:
+        lines = PROC_MEMORY.read_text().splitlines()
+        return [next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))]
+    except (OSError, StopIteration):
+        pass
+    try:
+        return [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _of_cgroup(folder: Path, limit: str, use: str, prefix: str) -> list[int]:
+    """Return what a container's limit leaves free; cached files count as free, since they are dropped when needed."""
+    try:
+        most, used = (int((folder / name).read_text()) for name in (limit, use))
+        lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+    except (OSError, ValueError):
+        # No such group, or "max": no limit.
+        return []
+    kept = sum(int(line[1]) for line in lines if line[0] in (f"{prefix}inactive_file", f"{prefix}active_file"))
+    return [max(0, most - used + kept)]

@@ -14,7 +14,7 @@ from hfllm.models.family.configuration_fields_hfllm import WINDOWS, follow_layer
 from hfllm.models.loading.adapters import find_adapter, load_apart, load_merged
 from hfllm.models.loading.saved import location_of, reason_of
 from hfllm.models.loading.weights import cast_weights, load_weights_of
-from hfllm.trainers.distillation.teacher_memory import check_fits_memory
+from hfllm.trainers.distillation.data import check_fits_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

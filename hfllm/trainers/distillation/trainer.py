@@ -27,7 +27,15 @@ from hfllm.models.devices import refuse_data_parallel
 from hfllm.models.loading.saved import saved_tokenizer
 from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.trainers.distillation.config import DistillationConfig
-from hfllm.trainers.distillation.data import DistillationCollator, Row, tokenize_dataset
+from hfllm.trainers.distillation.data import (
+    DistillationCollator,
+    Row,
+    WithTeacher,
+    description,
+    open_cache,
+    teacher_tables,
+    tokenize_dataset,
+)
 from hfllm.trainers.distillation.losses import (
     Teacher,
     TeacherHead,
@@ -44,9 +52,8 @@ from hfllm.trainers.distillation.students import (
     load_teacher,
     logit_scale,
 )
-from hfllm.trainers.distillation.teacher_cache import WithTeacher, description, open_cache, teacher_tables
-from hfllm.trainers.dropout import disable_dropout
-from hfllm.trainers.exact_evaluation import TokenMeanEvaluation
+from hfllm.trainers.engines import disable_dropout
+from hfllm.trainers.mixins import TokenMeanEvaluation
 
 if TYPE_CHECKING:
     import pyarrow

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from hfllm.models.loading.saved import reads_pictures
-from hfllm.trainers.ppo.pictures import Pictures, place_tokens
+from hfllm.multimodal.processors import Pictures, place_tokens
 
 LEAST = torch.finfo(torch.float32).min
 

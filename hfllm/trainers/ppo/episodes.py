@@ -11,8 +11,7 @@ from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.rollout import pad_prompts
-from hfllm.trainers.ppo.sampling import SampledLogprobs
-from hfllm.trainers.ppo.turn_caches import TurnCaches
+from hfllm.trainers.ppo.sampling import SampledLogprobs, TurnCaches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

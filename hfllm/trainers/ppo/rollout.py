@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hfllm.trainers.ppo.pictures import Pictures
+from hfllm.multimodal.processors import Pictures
 
 # What the models read of a batch, besides pictures.
 MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask")

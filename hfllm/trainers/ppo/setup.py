@@ -34,13 +34,13 @@ from hfllm.models.loading.saved import (
     saved_tokenizer,
 )
 from hfllm.models.loading.weights import load_weights_of
+from hfllm.multimodal.processors import ProcessingClass, place_tokens, tokenizer_of
 from hfllm.rewards.functions import MOST_REWARD, RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, reward_model, scores_tokens
 from hfllm.runs.arguments import changed
+from hfllm.trainers.engines import gather_parameters, unshard
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.pictures import ProcessingClass, place_tokens, tokenizer_of
-from hfllm.trainers.sharding import gather_parameters, unshard
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

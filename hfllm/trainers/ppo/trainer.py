@@ -23,17 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from hfllm.environments.episodes import EnvironmentFactory
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
+from hfllm.multimodal import processors
+from hfllm.multimodal.processors import ProcessingClass, tokenizer_of
 from hfllm.runs.arguments import without_nested_secrets
-from hfllm.trainers.dropout import disable_dropout
-from hfllm.trainers.ppo import episodes, formulas, pictures
+from hfllm.trainers.engines import disable_dropout
+from hfllm.trainers.monitors import StalledPolicy, StalledWeights
+from hfllm.trainers.ppo import episodes, formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
-from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.controllers import KLController, RunningMoments
-from hfllm.trainers.ppo.default_rates import with_default_rates
-from hfllm.trainers.ppo.pictures import ProcessingClass, tokenizer_of
-from hfllm.trainers.ppo.prompts import check_prompts, read_rows, rollout_loader
-from hfllm.trainers.ppo.ptx import PretrainingBatches
+from hfllm.trainers.ppo.config import PPOConfig, with_default_rates
+from hfllm.trainers.ppo.formulas import KLController, RunningMoments
+from hfllm.trainers.ppo.prompts import PretrainingBatches, check_prompts, read_rows, rollout_loader
 from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts, with_actions
 from hfllm.trainers.ppo.scoring import Scorer, Scores
 from hfllm.trainers.ppo.setup import (
@@ -52,9 +52,7 @@ from hfllm.trainers.ppo.setup import (
     split_reference,
     with_total_steps,
 )
-from hfllm.trainers.ppo.stalled_policy import StalledPolicy
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
-from hfllm.trainers.stalled_weights import StalledWeights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,10 +149,10 @@ class PPOTrainer(ActorCriticTrainer):
         check_value_model(value_model, policy, reward_models(rewards))
         weights = [*reward_weights(args.reward_weights, len(rewards) - len(own)), *([1.0] * len(own))]
         self.scorer = Scorer(rewards, weights, tokenizer, args)
-        fits = (processing_class, args.response_length, self.context, self._schemas, pictures.unable_to_read(policy))
+        fits = (processing_class, args.response_length, self.context, self._schemas, processors.unable_to_read(policy))
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         counts = [(check_prompts(each, *fits), len(each)) for each in datasets if each is not None]
-        pictures.check_uses(args, counts, value_model, bool(self.environment or rollout_func))
+        processors.check_uses(args, counts, value_model, bool(self.environment or rollout_func))
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
         if optimizers[0] is None:
             args = with_default_rates(args, policy, value_model)

@@ -1,4 +1,4 @@
-"""Use models partitioned by DeepSpeed's ZeRO-3 outside of its engine."""
+"""Models inside of engines: partitioned by DeepSpeed's ZeRO-3, and without dropout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +39,23 @@ def unshard(model: nn.Module) -> nn.Module:
                     copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                     module._parameters[name] = whole.setdefault(parameter.ds_id, copy)
     return model
+
+
+# ---- dropout ----
+#
+# Switch dropout off permanently.
+
+
+def disable_dropout(*models: nn.Module | None) -> None:
+    """Set every dropout probability of the models to zero."""
+    for model in models:
+        if model is None:
+            continue
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            # Attention modules store the probability as a number, or read it from the config.
+            for holder in (module, getattr(module, "config", None)):
+                for name, value in vars(holder).items() if holder is not None else ():
+                    if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):
+                        setattr(holder, name, 0.0)
