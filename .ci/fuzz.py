@@ -223,7 +223,7 @@ def read_flags(path: Path) -> object:
 
 
 def read_message(path: Path) -> object:
-    from hfllm.federation.wire import from_bytes, read_update, size_limit, weights_from_bytes
+    from hfllm.federation.updates import from_bytes, read_update, size_limit, weights_from_bytes
 
     expected, data = _update()[1], path.read_bytes()
     for read in (
@@ -349,8 +349,7 @@ FLAGS = (
 def _update() -> tuple[tuple[bytes, ...], Any]:
     import torch
 
-    from hfllm.federation.updates import Expected, Update
-    from hfllm.federation.wire import to_bytes
+    from hfllm.federation.updates import Expected, Update, to_bytes
 
     tensors = {"w": torch.ones(4, 3), "v": torch.zeros(5).double(), "c": torch.ones(2, 2, 3).bfloat16()}
     update = Update("clinic", tensors, 70, 7, "0" * 64)

@@ -117,7 +117,7 @@ def standardized(scores: list[list[float]]) -> list[list[float]]:
 
 def curves_of(scores: list[list[list[float]]], gold: list[list[float]]) -> dict[str, list[Curve]]:
     """Return the best of 1, 2, 4 ... samples by each of five, by their minimum, their mean, and by `ALL`."""
-    from hfllm.evaluation.best_of_n import best_of_n_each
+    from hfllm.evaluation.alignment import best_of_n_each
 
     *alone, together = scores
     calibrated = [*zip(*map(standardized, alone), strict=True)]

@@ -23,11 +23,18 @@ from torch import Tensor
 import hfllm
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.world import World
-from hfllm.federation.accountant import check_row_budget, epsilon_of, noise_to_signal
-from hfllm.federation.membership import Canaries, make_canaries, measure_leak
-from hfllm.federation.privacy import private_average
-from hfllm.federation.row_privacy import RowPrivacy, RowSum
-from hfllm.federation.server_optimizers import server_optimizer
+from hfllm.federation.privacy import (
+    Canaries,
+    RowPrivacy,
+    RowSum,
+    check_row_budget,
+    epsilon_of,
+    make_canaries,
+    measure_leak,
+    noise_to_signal,
+    private_average,
+)
+from hfllm.federation.rounds import server_optimizer
 from hfllm.federation.updates import Update, changes, weights_sha256
 from hfllm.outputs.report import markdown_table
 

@@ -19,7 +19,7 @@ from hfllm.stages.constitution import RL, ConstitutionArguments, constitution_of
 from hfllm.stages.constitution_runs import HELPFUL, REWARD, SL, Course, course_of
 from hfllm.stages.constitution_steps import Steps
 from hfllm.stages.course import Speaking, load_speaking
-from hfllm.synthesis.revision_files import ROWS_FILE
+from hfllm.synthesis.revisions import ROWS_FILE
 from hfllm.trainers.ppo.formulas import full_kl
 
 if TYPE_CHECKING:

@@ -124,7 +124,7 @@ def extension(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tens
     """Return the table of extensions, untrained and trained, and of as much training without one."""
     import torch
 
-    from hfllm.evaluation.positions import nats_by_position
+    from hfllm.generation.scoring import nats_by_position
     from hfllm.models.extension import extend_model, extended_config
 
     length = ORIGINAL * FACTOR
@@ -163,7 +163,7 @@ def extension(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tens
 
 def streams(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor") -> list[str]:
     """Return the table of a stream many times as long as the cache, with and without first tokens."""
-    from hfllm.evaluation.segments import nats_by_segment
+    from hfllm.evaluation.long_texts import nats_by_segment
     from hfllm.generation.caches import SinkCache
 
     base, piece, sizes = base_model(args, train, begin=True), 16, ORIGINAL - 16
@@ -188,7 +188,7 @@ def streams(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor
 
 def memory(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor") -> list[str]:
     """Return the table of models that learn and read in segments, with and without a memory."""
-    from hfllm.evaluation.segments import nats_by_segment, streams
+    from hfllm.evaluation.long_texts import nats_by_segment, streams
     from hfllm.generation.caches import SegmentMemory
 
     segment, kept, batch = 64, 192, 16

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfllm.evaluation.suites.subjects import Subject
+from hfllm.evaluation.suites.base import Subject
 from hfllm.evaluation.suites.truthfulness import Question, TruthfulQA, asked_as
 from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
@@ -91,8 +91,8 @@ def coverage(names: Sequence[str]) -> None:
     from transformers import AutoModelForCausalLM
 
     from hfllm.data.world.world import World
-    from hfllm.evaluation.intervals import difference_interval, mean_interval
-    from hfllm.evaluation.responses import judge_tasks
+    from hfllm.evaluation.judged import judge_tasks
+    from hfllm.outputs.statistics import difference_interval, mean_interval
 
     torch.set_num_threads(1)
     tasks = list(islice(World(0).tasks(seed=11, held_out=True), POOL))

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hfllm.grounding.answers import GroundedAnswer, answer_with_passages
-from hfllm.grounding.found import Found
-from hfllm.grounding.meanings import normalized
 from hfllm.grounding.passages import Passages
-from hfllm.grounding.retrieval import BM25Retriever
+from hfllm.grounding.retrieval import BM25Retriever, Found
+from hfllm.grounding.uncertainty import normalized
 from hfllm.grounding.verification import all_supported, has_words, verify
 from hfllm.outputs.report import standard_error
 

@@ -58,9 +58,8 @@ def questions_of(count: int | None = None, seed: int = 0) -> tuple[list[str], li
 
 
 def recall_table(vectors: str | None, tokenizer: str | None) -> list[str]:
-    from hfllm.grounding.encoders import StaticVectors
     from hfllm.grounding.passages import Passages
-    from hfllm.grounding.retrieval import BM25Retriever, DenseRetriever, FusedRetriever
+    from hfllm.grounding.retrieval import BM25Retriever, DenseRetriever, FusedRetriever, StaticVectors
 
     bodies, gold, asked = questions_of()
     index_cpu, retriever = seconds(lambda: BM25Retriever(Passages.from_texts(bodies)))
@@ -234,9 +233,8 @@ def cost_table(name: str, prompts: int = 16, samples: int = 10, max_new_tokens: 
     """The cost of sampling in tokens and CPU-seconds, for questions about the documentation of Python."""
     from transformers import AutoModelForCausalLM
 
-    from hfllm.grounding.prompts import as_prompt
-    from hfllm.grounding.samples import answer_with_samples, sample_with_scores, sampling_cost
-    from hfllm.grounding.uncertainty import semantic_entropy
+    from hfllm.grounding.answers import as_prompt
+    from hfllm.grounding.uncertainty import answer_with_samples, sample_with_scores, sampling_cost, semantic_entropy
     from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
     model, tokenizer = saved_model(AutoModelForCausalLM, name, dtype="float32").eval(), saved_tokenizer(name)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 
 from hfllm.data.labelled import SPANS, TEXT, WORDS
 from hfllm.data.world.world import World
-from hfllm.evaluation.few_shot import ZERO_SHOT, answer_scores, make_probes
+from hfllm.evaluation.emergence import ZERO_SHOT, answer_scores, make_probes
 from hfllm.models.loading.saved import saved_model, saved_tokenizer
 from hfllm.outputs.report import markdown_table
 from hfllm.runs.recipes import load_recipe

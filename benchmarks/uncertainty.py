@@ -25,15 +25,12 @@ from transformers import (
 
 from hfllm.data.world.vocabulary import RIGHT, WELL_SAID, gold_meaning, gold_score
 from hfllm.data.world.world import Task, World
-from hfllm.grounding.asking import p_true
-from hfllm.grounding.choosing import best_rewarded, compare_choices, first_supported, majority_of_meaning
-from hfllm.grounding.conformal import control_risk, learn_then_test, over_splits
-from hfllm.grounding.samples import Answered, answer_with_samples, sampling_cost
-from hfllm.grounding.uncertainty import CONFIDENCE, uncertainties
-from hfllm.grounding.verification import contains
+from hfllm.grounding.abstention import control_risk, learn_then_test, over_splits
+from hfllm.grounding.uncertainty import CONFIDENCE, Answered, answer_with_samples, p_true, sampling_cost, uncertainties
+from hfllm.grounding.verification import best_rewarded, compare_choices, contains, first_supported, majority_of_meaning
 from hfllm.models.loading.saved import saved_model, saved_tokenizer
-from hfllm.outputs.calibration import auroc_within, ece, risk_coverage_plot, uncertainty_metrics
 from hfllm.outputs.report import markdown_table
+from hfllm.outputs.statistics import auroc_within, ece, risk_coverage_plot, uncertainty_metrics
 from hfllm.rewards.models import RewardModel
 
 

@@ -47,7 +47,7 @@ def main(
 ) -> dict[str, float]:
     """Make what is missing, distill, compare, save, report. Return the metrics."""
     from hfllm.data.loading import world_of
-    from hfllm.evaluation.distillation import distillation_plots, distillation_summary, gold_tables
+    from hfllm.evaluation.before_after import distillation_plots, distillation_summary, gold_tables
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
     from hfllm.runs.stage import Stage

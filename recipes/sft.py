@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"
 @trusts_code_if_asked
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Fine-tune, save, write the report. Return the metrics."""
-    from hfllm.evaluation import fine_tuning
+    from hfllm.evaluation import before_after
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_config, peft_config
     from hfllm.runs.stage import Stage
@@ -92,7 +92,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
             peft_config=peft_config(model_args),
         )
         tokenized = eval_dataset if sft.joins_rows(trainer_args) else None
-        evaluate = partial(fine_tuning.evaluate_tuned, trainer, test_rows, tokenized)
+        evaluate = partial(before_after.evaluate_tuned, trainer, test_rows, tokenized)
     use_plain_lines(trainer)
     trainer.add_callback(StalledWeights())
     untuned = evaluate()
@@ -108,13 +108,13 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         **dict(zip(("examples", "eval_examples"), counts, strict=True)),
         **({"dropped_rows": dropped} if dropped else {}),
         **grounded,
-        **fine_tuning.tuning_metrics(untuned, tuned),
+        **before_after.tuning_metrics(untuned, tuned),
         **shown,
         **scaled,
     }
-    result = fine_tuning.tuning_summary(metrics) or f"held-out loss {held_out_loss:.3f} nats per token"
+    result = before_after.tuning_summary(metrics) or f"held-out loss {held_out_loss:.3f} nats per token"
     summary = f"{metrics['examples']:,} responses, {result}{sft_pictures.control_summary(metrics)}"
-    tables, greeting = fine_tuning.tuning_tables(untuned, tuned), [{"role": "user", "content": "Hello!"}]
+    tables, greeting = before_after.tuning_tables(untuned, tuned), [{"role": "user", "content": "Hello!"}]
     lines = rlhf_pictures.next_lines(training_args.output_dir, greeting, config, model_args.use_peft)
     models = {"model": base_args.model_name_or_path}
     return stage.finish(metrics, trainer, summary, tables, next_steps=lines, models=models)

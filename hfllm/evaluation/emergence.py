@@ -1,16 +1,25 @@
-"""Test whether an ability appears suddenly or only seems to: probes of many runs, by two metrics side by side.
+"""Whether an ability appears suddenly: few-shot probes of many runs, by two metrics side by side.
 
 Wei et al. 2022, arXiv:2206.07682, call an ability emergent that smaller models lack; Schaeffer et al. 2023,
 arXiv:2304.15004, show that most such leaps come from the metric, which counts an answer only if every token is right.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hfllm.evaluation.few_shot import KINDS, METRICS, NEVER_TOLD, ZERO_SHOT, mean_scores
+from hfllm.data.world.vocabulary import PEOPLE, WELL_SAID
+from hfllm.data.world.world import FAMILIES, Task, World
+from hfllm.errors import InputError
+from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 NAMES = {
     "exact_match": "exact match",
@@ -133,3 +142,229 @@ def sharpest_step(values: Sequence[float]) -> float:
     rise = best[-1] - best[0]
     steps = [after - before for before, after in pairwise(best)]
     return max(steps) / rise if values[-1] > values[0] else 0.0
+
+
+# ---- few shot ----
+#
+# Probe a base model that was not taught to answer, by one metric that jumps and two that do not.
+#
+# Questions of the embedded world are written as in its documents (`Mia asks: ...`, `Tom says: ...`), so a
+# model that has only read can continue them. Each is scored in three ways on the tokens of the true answer:
+#
+#     exact match      1 if greedy decoding gives all of them
+#     token match      the share of them that are the most likely token given those before
+#     log-likelihood   their mean log probability, in nats
+#
+# The first multiplies the probabilities of all tokens, and may seem to leap while others rise evenly (Schaeffer et al.
+# 2023, arXiv:2304.15004, section 2).
+
+
+ZERO_SHOT, FEW_SHOT, CHAIN = "zero-shot", "few-shot", "chain-of-thought"
+KINDS = (ZERO_SHOT, FEW_SHOT, CHAIN)
+METRICS = ("exact_match", "token_match", "log_likelihood")
+# Families whose answers (saying "I do not know", refusing) no document contains; they also have no steps.
+NEVER_TOLD = ("unknown", "harm")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question as text to continue.
+
+    Args:
+        family: family of the world's task.
+        kind: one of `KINDS`.
+        prompt: text that ends before the answer (or before the thought).
+        answer: the model answer.
+        thought: a solver's reasoning before the answer, for a chain of thought; only its number of sentences is used.
+    """
+
+    family: str
+    kind: str
+    prompt: str
+    answer: str
+    thought: str = ""
+
+
+def thought_of(task: Task, world: World) -> str:
+    """Return the steps to the answer, in sentences as in the world's documents.
+
+    Raises:
+        InputError: for a family without steps.
+    """
+    words = task.key.split()
+    if task.family == "fact":
+        animal, asked = words[1:]
+        known = world.facts[animal]
+        return " ".join(WELL_SAID[each].format(x=animal, value=known[each]) for each in known if each != asked)
+    if task.family == "reading":
+        return task.input
+    if task.family == "list":
+        items = task.input.split(", ")
+        return f"The first item is {items[0]}. The last item is {items[-1]}."
+    if task.family == "addition":
+        total, *others = (int(word) for word in words[1::2])
+        steps = []
+        for term in others:
+            steps.append(f"{total} plus {term} is {total + term}.")
+            total += term
+        return " ".join(steps)
+    raise InputError(f"family {task.family!r} has no chain of thought; those that have: fact, reading, list, addition")
+
+
+def make_probes(world: World, count: int, shots: int, seed: int = 0) -> list[Probe]:
+    """Return `count` different questions per family, each zero-shot, few-shot and (if there are steps) with a thought.
+
+    The questions are held-out instances in phrasings of the documents; the solved examples before them are
+    others of the same family.
+
+    Args:
+        shots: solved examples before a few-shot or chain-of-thought question.
+
+    Raises:
+        InputError: when the world has fewer different questions of a family.
+    """
+    rng, probes = random.Random(f"probes-{world.seed}-{seed}"), []
+    for family in FAMILIES:
+        for task in _different(world, family, count, rng):
+            examples = [world.draw_task(rng, family) for _ in range(shots)]
+            answer, asked = task.gold.accepted[0], _asked(task, rng)
+            solved = "".join(f"{_asked(each, rng)} {each.gold.accepted[0]}\n" for each in examples)
+            probes.append(Probe(family, ZERO_SHOT, asked, answer))
+            probes.append(Probe(family, FEW_SHOT, solved + asked, answer))
+            if family not in NEVER_TOLD:
+                said = (f"{thought_of(each, world)} {each.gold.accepted[0]}\n" for each in examples)
+                prompt = "".join(f"{_asked(each, rng)} {text}" for each, text in zip(examples, said, strict=True))
+                probes.append(Probe(family, CHAIN, prompt + asked, answer, thought_of(task, world)))
+    return probes
+
+
+def run_probes(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    probes: Sequence[Probe],
+    batch_tokens: int = 4096,
+) -> list[dict[str, Any]]:
+    """Return the model's scores as rows with `family`, `kind`, and each of `METRICS`.
+
+    In a chain of thought the model first writes as many sentences as a solver would, greedily; the answer is
+    scored after them.
+    """
+    chained = [at for at, probe in enumerate(probes) if probe.kind == CHAIN]
+    ready = list(probes)
+    for at, thought in zip(chained, _think(model, tokenizer, [probes[at] for at in chained]), strict=True):
+        ready[at] = replace(probes[at], prompt=probes[at].prompt + thought)
+    scores = answer_scores(
+        model, tokenizer, [probe.prompt for probe in ready], [f" {probe.answer}" for probe in ready], batch_tokens
+    )
+    return [{"family": probe.family, "kind": probe.kind, **score} for probe, score in zip(ready, scores, strict=True)]
+
+
+def answer_scores(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    batch_tokens: int = 4096,
+) -> list[dict[str, float]]:
+    """Return exact match, token match and mean log-likelihood of each answer after its prompt, in one pass.
+
+    Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it, so
+    nothing has to be generated.
+
+    Raises:
+        InputError: for an answer without a token.
+    """
+    import torch
+
+    from hfllm.models.devices import most_logits
+
+    batch_tokens = min(batch_tokens, most_logits(model, model.device) or batch_tokens)
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    before = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    after = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    if [] in after:
+        raise InputError(f"answer {after.index([]) + 1} has no token")
+    order = sorted(range(len(prompts)), key=lambda at: len(before[at]) + len(after[at]))
+    scores: list[dict[str, float]] = [{} for _ in prompts]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for rows in _batches(order, [len(start) + len(before[at]) + len(after[at]) for at in order], batch_tokens):
+            pieces = [torch.tensor([*start, *before[at], *after[at]]) for at in rows]
+            # A causal model does not see padding on the right.
+            ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True).to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            for row, at in enumerate(rows):
+                end, size = len(pieces[row]), len(after[at])
+                predicted, target = logits[row, end - size - 1 : end - 1], ids[row, end - size : end]
+                hits = (predicted.argmax(-1) == target).float()
+                likelihood = predicted.log_softmax(-1).gather(-1, target[:, None]).mean()
+                scores[at] = {
+                    "exact_match": float(hits.min()),
+                    "token_match": float(hits.mean()),
+                    "log_likelihood": float(likelihood),
+                }
+    model.train(was_training)
+    return scores
+
+
+def mean_scores(rows: Sequence[dict[str, Any]], by: str = "kind") -> dict[str, dict[str, float]]:
+    """Return the mean of each metric for each value of the column `by`, with equal weight per family (or kind)."""
+    other = "family" if by == "kind" else "kind"
+    cells: dict[str, dict[str, list]] = {}
+    for row in rows:
+        cells.setdefault(row[by], {}).setdefault(row[other], []).append(row)
+    means = {}
+    for value, groups in cells.items():
+        each = [{name: sum(row[name] for row in group) / len(group) for name in METRICS} for group in groups.values()]
+        means[value] = {name: sum(group[name] for group in each) / len(each) for name in METRICS}
+    return means
+
+
+def _asked(task: Task, rng: random.Random) -> str:
+    person, other = rng.sample(PEOPLE, 2)
+    return f"{person} asks: {task.question}\n{other} says:"
+
+
+def _different(world: World, family: str, count: int, rng: random.Random) -> Iterator[Task]:
+    """Yield `count` held-out tasks of a family, no question twice."""
+    seen: set[str] = set()
+    for _ in range(20 * count + 1000):
+        task = world.draw_task(rng, family, held_out=True)
+        if task.question not in seen:
+            seen.add(task.question)
+            yield task
+            if len(seen) == count:
+                return
+    raise InputError(f"the world has {len(seen)} different questions of the family {family!r}, fewer than {count}")
+
+
+def _think(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
+    """Return the model's continuation of each prompt, with as many sentences as the thought has."""
+    if not probes:
+        return []
+    adds_start = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
+    start = "" if adds_start or tokenizer.bos_token is None else tokenizer.bos_token
+    longest = max(len(ids) for ids in tokenizer([f" {probe.thought}" for probe in probes])["input_ids"])
+    prompts = [start + probe.prompt for probe in probes]
+    said = sample_responses(model, tokenizer, prompts, longest + 8, do_sample=False, batch_size=64)
+    return [_sentences(text, probe.thought.count(".")) for (text,), probe in zip(said, probes, strict=True)]
+
+
+def _sentences(text: str, count: int) -> str:
+    """Return the first `count` sentences of the first line of `text`."""
+    line = text.split("\n")[0]
+    ends = [match.end() for match in re.finditer(r"\.(?=\s|$)", line)]
+    return line[: ends[count - 1]] if len(ends) >= count else line.rstrip()
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield rows from short to long in batches of at most `batch_tokens` tokens, padding included."""
+    rows: list[int] = []
+    for at, length in zip(order, lengths, strict=True):
+        if rows and (len(rows) + 1) * length > batch_tokens:
+            yield rows
+            rows = []
+        rows.append(at)
+    if rows:
+        yield rows

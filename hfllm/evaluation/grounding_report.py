@@ -22,7 +22,7 @@ from hfllm.data.world.passages import (
 )
 from hfllm.data.world.vocabulary import ATTRIBUTES
 from hfllm.evaluation.grounding import Answered
-from hfllm.evaluation.responses import JudgedAnswer, gold_by_group
+from hfllm.evaluation.judged import JudgedAnswer, gold_by_group
 from hfllm.outputs.report import Found, Plot, Promise, mean_of, plus_minus
 
 SFT, GROUNDED = "sft", "grounded"

@@ -1,14 +1,18 @@
-"""Questions about pictures with right answers, and the control: the same questions about other pictures."""
+"""Questions about pictures with right answers, the control with other pictures, and the suite of both."""
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from hfllm.data.image_files import image_key
 from hfllm.data.images import text_of
 from hfllm.data.world.pictures import Scene
+from hfllm.errors import InputError
+from hfllm.evaluation.suites.base import Item, Record, Subject, Suite
+from hfllm.multimodal.answers import answer_pictures
+from hfllm.multimodal.processors import check_template
 
 
 @dataclass(frozen=True)
@@ -92,3 +96,97 @@ def best_guesses(questions: Sequence[Asked], others: Sequence[Asked] = ()) -> li
         answers.setdefault(question.question, Counter())[question.answer] += 1
     overall = Counter(question.answer for question in others or questions)
     return [answers.get(question.question, overall).most_common(1)[0][0] for question in questions]
+
+
+# ---- pictures ----
+#
+# Questions about pictures with right answers, beside the same questions about other pictures.
+#
+#     right                 the answer, apart from case, spaces and a full stop; more is better
+#     right_other_pictures  the same with another question's picture: what the words alone give away
+#     best_guess            the most frequent answer to the same words, which is what is known without a picture
+#
+# A model that looks is right more often than both.
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A question.
+
+    Args:
+        asked: with its pictures and the right answer.
+        other: the pictures of another question that has as many; `None` where there is no other.
+        guess: the best answer without a picture.
+    """
+
+    asked: Asked
+    other: Sequence[Any] | None
+    guess: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Questions that are judged together.
+
+    Args:
+        name: before the number in the items' keys, and after the family in their groups; empty for rows of a file.
+        questions: all of them.
+        prior: others drawn likewise, by which the best guess is found; by default the questions.
+    """
+
+    name: str
+    questions: Sequence[Asked]
+    prior: Sequence[Asked] = ()
+
+
+class Pictures(Suite[Shown]):
+    """Questions about pictures.
+
+    Args:
+        parts: returns the questions; it is called when they are needed, and refuses what cannot be read.
+        max_new_tokens: longest answer.
+    """
+
+    name: ClassVar[str] = "pictures"
+    better: ClassVar[Mapping[str, int]] = {"right": 1}
+    primary: ClassVar[Sequence[str]] = ("right",)
+
+    def __init__(self, parts: Callable[[], Sequence[Part]], max_new_tokens: int = 16):
+        self.parts, self.max_new_tokens = parts, max_new_tokens
+
+    def items(self) -> list[Item[Shown]]:
+        return [item for part in self.parts() for item in _items(part)]
+
+    def judge(self, subject: Subject, items: Sequence[Item[Shown]]) -> Iterator[Record]:
+        if subject.processor is None:
+            raise InputError(f"--suites pictures: the model {subject.label!r} reads text alone")
+        check_template(subject.processor, subject.label)
+        for start in range(0, len(items), subject.batch_size):
+            yield from self._judge_block(subject, items[start : start + subject.batch_size])
+
+    def _judge_block(self, subject: Subject, items: Sequence[Item[Shown]]) -> Iterator[Record]:
+        subject.check_numbers(items[0].body.asked.question or "a")
+        said = self._answers(subject, [(item.body.asked, item.body.asked.images) for item in items])
+        shown = [item for item in items if item.body.other is not None]
+        others = self._answers(subject, [(item.body.asked, item.body.other or ()) for item in shown])
+        with_others = dict(zip((item.key for item in shown), others, strict=True))
+        for item, answer in zip(items, said, strict=True):
+            asked = item.body.asked
+            scores = {"right": is_right(answer, asked.answer), "best_guess": is_right(item.body.guess, asked.answer)}
+            if item.key in with_others:
+                scores["right_other_pictures"] = is_right(with_others[item.key], asked.answer)
+            yield self.record(subject, item, scores, asked.question, answer)
+
+    def _answers(self, subject: Subject, questions: Sequence[tuple[Asked, Sequence[Any]]]) -> list[str]:
+        prompts, images = [asked.prompt for asked, _ in questions], [shown for _, shown in questions]
+        return answer_pictures(subject.model, subject.processor, prompts, images, self.max_new_tokens)
+
+
+def _items(part: Part) -> list[Item[Shown]]:
+    others, guesses = shuffled_questions(part.questions), best_guesses(part.questions, part.prior)
+    made = []
+    for number, (asked, other, guess) in enumerate(zip(part.questions, others, guesses, strict=True), 1):
+        images = None if other.images is asked.images else other.images
+        key, group = f"{part.name}{' ' * bool(part.name)}{number}", asked.family or "all"
+        made.append(Item(key, f"{group}, {part.name}" if part.name else group, Shown(asked, images, guess)))
+    return made

@@ -1,7 +1,7 @@
 """Whether one model is better than another: one corrected verdict over the primary figures, and where they differ.
 
 Primary figures are those that a suite declares before anything is measured; controls and descriptive figures are not
-among them. All are tested together, paired by item, and adjusted by Holm's method: see `hfllm.evaluation.intervals`.
+among them. All are tested together, paired by item, and adjusted by Holm's method: see `hfllm.outputs.statistics`.
 """
 
 import sys
@@ -11,8 +11,7 @@ from itertools import count
 from typing import Any
 
 from hfllm.errors import InputError
-from hfllm.evaluation.intervals import clustered_interval, difference_interval, holm, paired_p_value
-from hfllm.outputs.calibration import Interval
+from hfllm.outputs.statistics import Interval, clustered_interval, difference_interval, holm, paired_p_value
 from hfllm.runs.command_line import main_process
 
 ALPHA = 0.05

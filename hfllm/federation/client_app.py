@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from hfllm.errors import InputError
 from hfllm.federation.flower import RECORD, record_of
 from hfllm.federation.transports import failed_by
-from hfllm.federation.wire import to_bytes, weights_from_bytes
+from hfllm.federation.updates import to_bytes, weights_from_bytes
 from hfllm.federation.worker import learner_of
 
 LOG = logging.getLogger(__name__)

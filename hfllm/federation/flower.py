@@ -15,8 +15,7 @@ from torch import Tensor
 
 from hfllm.errors import InputError
 from hfllm.federation.transports import Receiver, check_participants
-from hfllm.federation.updates import Failure, Update
-from hfllm.federation.wire import weights_to_bytes
+from hfllm.federation.updates import Failure, Update, weights_to_bytes
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hfllm.errors import InputError
-from hfllm.federation.averaging import weighted_average
+from hfllm.federation.rounds import weighted_average
 from hfllm.federation.updates import Update, rank_axis
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Client-level differential privacy: what any one organisation holds changes what the server learns only a little.
+"""Differential privacy of organisations and of rows, its accountant, and an attack that tests it.
 
 McMahan et al. 2018 (arXiv:1710.06963), algorithm 1 with a fixed denominator and equal weights: each change is clipped
 to a norm S, changes are summed, Gaussian noise of standard deviation z S is added, and the sum is divided by the
@@ -9,19 +9,24 @@ of floating-point numbers, whose gaps can reveal what was added to them (Mironov
 that.
 """
 
+import json
 import math
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from hfllm.errors import InputError
-from hfllm.federation.accountant import check_noise
-from hfllm.federation.averaging import WeightedSum, norm
-from hfllm.federation.updates import Expected, Update
+from hfllm.federation.rounds import WeightedSum, norm
+from hfllm.federation.updates import Expected, Update, replace_tensors
+from hfllm.outputs.statistics import Interval, as_numbers, auroc_interval
 
 
 def clipped(update: Update, clip_norm: float) -> tuple[Update, float]:
@@ -148,13 +153,484 @@ def normal(shape: Sequence[int], generator: torch.Generator | None = None) -> Te
     return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].view(tuple(shape))
 
 
-def draw_participants(
-    organisations: Sequence[str], sampling_rate: float, rng: random.Random | None = None
-) -> list[str]:
-    """Return who takes part in a round: each with this probability, independently, as the accountant assumes.
+# ---- row privacy ----
+#
+# Row-level differential privacy at an organisation: DP-SGD (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
+#
+# It is meant for rows where organisations are too few for client-level privacy (`privacy`), and acts before the server
+# sees anything. Each step draws each row by chance of its own (Poisson sampling), which the accountant's bound needs;
+# each row's gradient is cut to norm C, and their sum gets Gaussian noise of standard deviation z C. It is divided by
+# the number of rows that a step *expects*: the number that was drawn, and the tokens of a batch, are data too.
+#
+# Gradients by row are taken one row at a time: as slow as batches of one, right for every model whose rows do not mix.
+# Draws and noise are of the operating system's entropy. How long a step takes is not hidden.
+
+
+@dataclass(frozen=True)
+class RowPrivacy:
+    """How rows are protected.
 
     Args:
-        rng: by default the operating system's. Who takes part must stay unknown for the bound to hold.
+        clip_norm: C, the longest gradient of a row over all tensors together.
+        noise_multiplier: z; 0 clips alone.
+        generator, rng: of tests and measurements; by default the operating system draws. A known seed takes the
+            privacy away.
+
+    Raises:
+        InputError: for numbers out of range.
     """
-    rng = rng or random.SystemRandom()
-    return [name for name in organisations if rng.random() < sampling_rate]
+
+    clip_norm: float
+    noise_multiplier: float
+    generator: torch.Generator | None = None
+    rng: random.Random | None = None
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm, "row_clip_norm")
+        check_noise(self.noise_multiplier, "row_noise_multiplier")
+
+    def draw(self, num_rows: int, batch_size: int) -> list[int]:
+        """Return the rows of a step: each by the chance `sampling_rate`, independently; maybe none."""
+        rate, rng = sampling_rate(num_rows, batch_size), self.rng or random.SystemRandom()
+        return [place for place in range(num_rows) if rng.random() < rate]
+
+
+def sampling_rate(num_rows: int, batch_size: int) -> float:
+    """Return the chance of each row to be in a step, of which `batch_size` rows are expected."""
+    return min(1.0, batch_size / num_rows)
+
+
+class RowSum:
+    """Sum of the gradients of single rows of one step, each cut to a norm.
+
+    Args:
+        parameters: what is trained; their `grad` is read, cleared and in the end set.
+        privacy: the norm and the noise.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], privacy: RowPrivacy):
+        self.parameters, self.privacy = list(parameters), privacy
+        # Apple's GPUs have no float64.
+        devices = ["cpu" if each.device.type == "mps" else each.device for each in self.parameters]
+        self._sums = [
+            torch.zeros(each.shape, dtype=torch.float64, device=device)
+            for each, device in zip(self.parameters, devices, strict=True)
+        ]
+        for each in self.parameters:
+            # What a step that failed has left is another row's.
+            each.grad = None
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Add the gradient that the parameters hold, which is of one row, and clear it.
+
+        One with infinite values or NaN adds nothing: it must not reach the others.
+        """
+        gradients = [
+            None if each.grad is None else each.grad.to(total.device).double()
+            for each, total in zip(self.parameters, self._sums, strict=True)
+        ]
+        squares = [value.square().sum() for value in gradients if value is not None]
+        length = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        if 0 < length < float("inf"):
+            factor = min(1.0, self.privacy.clip_norm / length)
+            for total, value in zip(self._sums, gradients, strict=True):
+                if value is not None:
+                    total.add_(value, alpha=factor)
+        for each in self.parameters:
+            each.grad = None
+
+    @torch.no_grad()
+    def set_gradient(self, expected: float) -> None:
+        """Set the parameters' gradient to the noisy sum over the rows that a step expects."""
+        deviation = self.privacy.noise_multiplier * self.privacy.clip_norm
+        for each, total in zip(self.parameters, self._sums, strict=True):
+            noise = deviation * normal(each.shape, self.privacy.generator).to(total) if deviation else 0.0
+            each.grad = ((total + noise) / expected).to(each)
+
+
+class AnsweredRounds:
+    """The last change that an organisation sent, in a file: a round is answered once, or again by the same bits.
+
+    A round that is trained again has new noise: who sees both answers has less of it than the accountant counts.
+
+    Args:
+        path: of the file.
+        num_rounds: those that were counted.
+        settings: what their privacy was counted by, such as a hash of the flags and of the number of rows; rounds
+            under others are refused.
+    """
+
+    def __init__(self, path: Path, num_rounds: int, settings: str = ""):
+        self.path, self.num_rounds, self.settings = path, num_rounds, settings
+
+    def load(self, number: int, question: str) -> dict[str, Tensor] | None:
+        """Return the answer to a round that was answered, `None` for one that may be.
+
+        Args:
+            number: of the round.
+            question: what the answer depends on, such as a hash of the weights and the settings.
+
+        Raises:
+            InputError: for a round that is not counted, or was answered to another question.
+        """
+        if not 1 <= number <= self.num_rounds:
+            raise InputError(f"round {number}: the privacy of {self.num_rounds} rounds was counted, not of this one")
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as stream:
+                known = json.loads((stream.metadata() or {})["answered"])
+                answer = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            last, asked, settings = int(known["round"]), known["question"], known["settings"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.path} is damaged ({' '.join(str(error).split())[:100]}), so that it is not known which rounds "
+                "were answered: remove it to spend the privacy of a run anew"
+            ) from None
+        if number > last and settings == self.settings:
+            return None
+        if number == last and question == asked:
+            return answer
+        raise InputError(
+            f"round {number}: round {last} was answered to other weights or settings, and a second answer would spend "
+            f"privacy that is not counted; remove {self.path} to begin another run, whose privacy adds to this one's"
+        )
+
+    def keep(self, number: int, question: str, answer: Mapping[str, Tensor]) -> None:
+        """Keep the answer to a round, before it is sent."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        known = {"round": number, "question": question, "settings": self.settings}
+        replace_tensors(self.path, answer, {"answered": json.dumps(known)})
+
+
+# ---- accountant ----
+#
+# How much a run reveals: Renyi differential privacy of the subsampled Gaussian mechanism, converted to epsilon.
+#
+# In each round every organisation takes part with probability q, independently of others; the sum of their changes,
+# each clipped to norm S, gets Gaussian noise of standard deviation z S. Mironov, Talwar and Zhang 2019
+# (arXiv:1908.10530), theorem 4: the Renyi divergence of order a between outcomes with and without one organisation is
+# log(A) / (a - 1) with
+#
+#     A = E over x ~ N(0, z^2) of (1 - q + q exp((2x - 1) / (2 z^2)))^a
+#
+# That integral is taken by the trapezoid rule, whose error falls exponentially for such a function; rounds add up.
+# Orders become epsilon by Canonne, Kamath and Steinke 2020 (arXiv:2004.00010, proposition 12), or by Mironov's older,
+# looser rule (2017, arXiv:1702.07476, proposition 3), with which older tables were made.
+
+
+# Those of TensorFlow Privacy and opacus; the large ones are for little privacy loss.
+ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100)), *range(12, 64))
+# Points per standard deviation of the noise, and standard deviations on each side.
+DENSITY, REACH = 32, 12
+MOST = 10**9
+
+
+def epsilon_of(
+    sampling_rate: float, noise_multiplier: float, rounds: int, delta: float, conversion: str = "canonne"
+) -> float:
+    """Return the epsilon of a run: (epsilon, delta)-differential privacy of each organisation's whole data.
+
+    Args:
+        sampling_rate: probability that an organisation takes part in a round; 1 when all do.
+        noise_multiplier: standard deviation of the noise on the sum, in units of the clipping norm; 0 gives infinity.
+        delta: probability that the bound fails; well below 1 / organisations.
+        conversion: canonne, or mironov for the looser bound.
+
+    Raises:
+        InputError: for a number out of range.
+    """
+    if not 0 < sampling_rate <= 1:
+        raise InputError(f"sampling_rate is {sampling_rate}; expected above 0 and at most 1")
+    check_noise(noise_multiplier)
+    if not 0 < delta < 1:
+        raise InputError(f"delta is {delta}; expected between 0 and 1")
+    if rounds < 0:
+        raise InputError(f"rounds is {rounds}; expected 0 or more")
+    if conversion not in ("canonne", "mironov"):
+        raise InputError(f"conversion is {conversion!r}; expected canonne or mironov")
+    if rounds == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    orders = np.array(ORDERS)
+    divergences = rounds * np.array(renyi_divergences(sampling_rate, noise_multiplier))
+    if conversion == "mironov":
+        bounds = divergences - math.log(delta) / (orders - 1)
+    else:
+        bounds = divergences - (math.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
+    return max(float(bounds.min()), 0.0)
+
+
+def check_noise(noise_multiplier: float, name: str = "noise_multiplier") -> None:
+    """Refuse a noise multiplier that is no number from 0.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+        raise InputError(f"{name} is {noise_multiplier}; expected 0 or more")
+
+
+@lru_cache(maxsize=4096)
+def renyi_divergences(sampling_rate: float, noise_multiplier: float) -> tuple[float, ...]:
+    """Return the Renyi divergence of one round at each of `ORDERS`."""
+    if sampling_rate == 1:
+        return tuple(order / (2 * noise_multiplier**2) for order in ORDERS)
+    return tuple(_log_moment(order, sampling_rate, noise_multiplier) / (order - 1) for order in ORDERS)
+
+
+def _log_moment(order: float, rate: float, noise: float) -> float:
+    """Return log A of the module's docstring."""
+    # The integrand peaks near 0 and near `order`, each as wide as the noise.
+    count = math.ceil(DENSITY * (order / noise + 2 * REACH))
+    x, step = np.linspace(-REACH * noise, order + REACH * noise, count + 1, retstep=True)
+    log_density = -0.5 * (x / noise) ** 2 - math.log(noise * math.sqrt(2 * math.pi)) + math.log(step)
+    log_power = order * np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * x - 1) / (2 * noise**2))
+    top = float((log_density + log_power).max())
+    if top < 1:
+        # A is near 1: its distance from 1 is summed, which keeps its digits. Where the power is large, 1 is not.
+        near = np.exp(log_density) * np.expm1(np.minimum(log_power, 1))
+        far = np.exp(log_density + log_power) - np.exp(log_density)
+        return math.log1p(float(np.where(log_power > 1, far, near).sum()))
+    return top + math.log(float(np.exp(log_density + log_power - top).sum()))
+
+
+# ---- before a run ----
+
+
+def check_budget(
+    num_organisations: int,
+    participants: int,
+    rounds: int,
+    noise_multiplier: float,
+    delta: float,
+    max_epsilon: float,
+) -> float:
+    """Return the epsilon of a run, or refuse it before it starts.
+
+    Args:
+        num_organisations: of which each takes part in a round with probability participants / num_organisations.
+        participants: expected number in a round.
+        max_epsilon: the most that the user allows.
+
+    Raises:
+        InputError: when epsilon would be larger, with the number of organisations, of rounds and the noise that would
+            each meet the bound with all else as it is; and for numbers out of range.
+    """
+    if not 1 <= participants <= num_organisations:
+        raise InputError(
+            f"{participants} participants a round of {num_organisations} organisations: expected 1 to all of them"
+        )
+    if not max_epsilon > 0:
+        raise InputError(f"max_epsilon is {max_epsilon}; expected a number above 0")
+
+    def epsilon(
+        organisations: int = num_organisations, rounds: int = rounds, noise: float = noise_multiplier
+    ) -> float:
+        return epsilon_of(participants / organisations, noise, rounds, delta)
+
+    found = epsilon()
+    if found <= max_epsilon:
+        return found
+    organisations = _smallest(lambda count: epsilon(organisations=count) <= max_epsilon, num_organisations)
+    ways = [
+        f"{organisations:,} organisations of which {participants} take part" if organisations else "",
+        *_rounds_and_noise(
+            lambda rounds, noise: epsilon(rounds=rounds, noise=noise), rounds, noise_multiplier, max_epsilon
+        ),
+    ]
+    raise InputError(
+        f"epsilon would be {found:.3g} at delta {delta:g}, above max_epsilon {max_epsilon:g}, for {num_organisations} "
+        f"organisations with {participants} a round, {rounds} rounds and noise multiplier {noise_multiplier:g}; "
+        + _in_words(ways, "organisations")
+    )
+
+
+def check_row_budget(
+    num_rows: Mapping[str, int],
+    batch_size: int,
+    rounds: int,
+    local_steps: int,
+    noise_multiplier: float,
+    delta: float,
+    max_epsilon: float | None = None,
+) -> dict[str, float]:
+    """Return of each organisation what a run reveals of one of its rows, or refuse the run before it starts.
+
+    All rounds are counted, also where an organisation takes part in some of them only.
+
+    Args:
+        num_rows: rows of each organisation, of which each is in a step with probability batch_size / rows,
+            independently.
+        batch_size: rows that a step expects.
+        local_steps: optimizer steps of a round.
+        noise_multiplier: standard deviation of the noise on a step's sum, in units of the rows' clipping norm.
+        max_epsilon: the most that the user allows; by default anything.
+
+    Raises:
+        InputError: naming the organisation of fewest rows, with the number of rows, of rounds and the noise that would
+            each meet the bound with all else as it is; for a delta that is not below 1 / rows.
+    """
+
+    def epsilon(rows: int, rounds: int = rounds, noise: float = noise_multiplier) -> float:
+        return epsilon_of(min(1.0, batch_size / rows), noise, rounds * local_steps, delta)
+
+    if max_epsilon is not None and not max_epsilon > 0:
+        raise InputError(f"max_epsilon is {max_epsilon}; expected a number above 0")
+    most, fewest = max(num_rows, key=num_rows.__getitem__), min(num_rows, key=num_rows.__getitem__)
+    if not delta * num_rows[most] < 1:
+        raise InputError(
+            f"delta is {delta:g}, and organisation {most!r} has {num_rows[most]:,} rows; expected below 1 / rows: one "
+            "row in so many might be told in full"
+        )
+    found = {name: epsilon(rows) for name, rows in num_rows.items()}
+    few, worst = num_rows[fewest], found[fewest]
+    if max_epsilon is None or worst <= max_epsilon:
+        return found
+    rows = _smallest(lambda count: epsilon(count) <= max_epsilon, few)
+    ways = [
+        f"{rows:,} rows in each organisation" if rows else "",
+        *_rounds_and_noise(
+            lambda rounds, noise: epsilon(few, rounds, noise), rounds, noise_multiplier, max_epsilon, "a row noise"
+        ),
+    ]
+    raise InputError(
+        f"the row-level epsilon of organisation {fewest!r} would be {worst:.3g} at delta {delta:g}, above max_epsilon "
+        f"{max_epsilon:g}, for {few:,} rows, batches of {batch_size}, {rounds} rounds of {local_steps} steps and row "
+        f"noise multiplier {noise_multiplier:g}; " + _in_words(ways, "rows")
+    )
+
+
+def noise_to_signal(num_values: int, noise_multiplier: float, participants: int) -> float:
+    """Return the norm of the noise on the mean change, in units of the largest norm that the mean can have.
+
+    It is z sqrt(d) / n for d values and n participants: above 1, noise is most of what the server adds. An adapter of
+    158,080 values with 6 organisations and z = 1 has 66.
+    """
+    return noise_multiplier * math.sqrt(num_values) / participants
+
+
+def _rounds_and_noise(
+    epsilon: Callable[[int, float], float], rounds: int, noise: float, max_epsilon: float, what: str = "a noise"
+) -> list[str]:
+    """Return in words the rounds and the noise that would each meet a bound; empty texts where none does."""
+    # The most rounds are one less than the fewest that are too many.
+    too_many = _smallest(lambda count: epsilon(count, noise) > max_epsilon, 0)
+    # Less noise than there is does not meet it; to look at little of it takes long.
+    hundredths = _smallest(lambda count: epsilon(rounds, count / 100) <= max_epsilon, max(int(100 * noise), 1))
+    return [
+        _rounds_in_words(too_many - 1) if too_many is not None and too_many > 1 else "",
+        f"{what} multiplier of {hundredths / 100:.2f}" if hundredths else "",
+    ]
+
+
+def _in_words(ways: Sequence[str], what: str) -> str:
+    ways = [way for way in ways if way]
+    return f"each of these would meet it: {', or '.join(ways)}" if ways else f"no number of {what} or rounds would"
+
+
+def _rounds_in_words(rounds: int) -> str:
+    return "1 round" if rounds == 1 else f"{rounds:,} rounds"
+
+
+def _smallest(holds: Callable[[int], bool], start: int) -> int | None:
+    """Return the smallest number from `start` on at which something holds that holds from there on."""
+    low, high = start - 1, max(start, 1)
+    while not holds(high):
+        low, high = high, high * 2
+        if high > MOST:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+# ---- membership ----
+#
+# What a trained model gives away about rows: canaries, random texts of which some were trained on and others not.
+#
+# Carlini et al. 2019, "The Secret Sharer" (arXiv:1802.08232): the exposure of a canary is log2 of the number of
+# possible texts, less log2 of its rank among them by loss; here among those that were drawn and not trained on. A
+# membership test that looks at losses alone (Yeom et al. 2018, arXiv:1709.01604) has the area under its ROC curve as
+# figure: 1/2 where nothing can be told, which is also what a model shows that was trained on none of them: the
+# control.
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """Random texts, drawn alike: those that one organisation trains on, and those that nobody does."""
+
+    trained: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What losses of canaries show.
+
+    Args:
+        auroc: of telling trained ones from held-out ones by lower loss, with its interval.
+        exposure: mean over trained ones, in bits.
+        most_exposure: of one that has a lower loss than all that were held out.
+        no_exposure: mean exposure of a model that learned nothing of them.
+    """
+
+    auroc: Interval
+    exposure: float
+    most_exposure: float
+    no_exposure: float
+
+
+def make_canaries(trained: int, held_out: int, seed: int, length: int = 12, alphabet: str = LETTERS) -> Canaries:
+    """Return distinct random texts, of which a seed always draws the same.
+
+    Args:
+        trained: number of texts to insert into the rows of an organisation.
+        held_out: number of others, for the comparison.
+        length: characters, in groups of four.
+    """
+    rng, texts = random.Random(f"canaries {seed}"), set()
+    if trained < 1 or held_out < 1 or length < 1 or len(alphabet) ** length < 4 * (trained + held_out):
+        raise InputError(
+            f"canaries: {trained} trained and {held_out} held out, of {length} characters; expected 1 or more of "
+            "each, and texts long enough to be rare"
+        )
+    ordered: list[str] = []
+    while len(ordered) < trained + held_out:
+        drawn = "".join(rng.choices(alphabet, k=length))
+        text = " ".join(drawn[start : start + 4] for start in range(0, length, 4))
+        if text not in texts:
+            texts.add(text)
+            ordered.append(text)
+    return Canaries(tuple(ordered[:trained]), tuple(ordered[trained:]))
+
+
+def measure_leak(trained: Sequence[float], held_out: Sequence[float], level: float = 0.95) -> Leak:
+    """Return what the losses of canaries show.
+
+    Args:
+        trained: loss of each canary that was trained on; the same sum or mean for all.
+        held_out: of each that was not.
+        level: of the interval.
+
+    Raises:
+        InputError: for no losses, and NaN.
+    """
+    inside, outside = (
+        as_numbers(trained, "losses of trained canaries"),
+        as_numbers(held_out, "losses of held-out ones"),
+    )
+    losses = [*inside.tolist(), *outside.tolist()]
+    labels = [0] * len(inside) + [1] * len(outside)
+    count = len(outside)
+    # The canary itself is one of those that it is ranked among; a tie counts half.
+    ranks = [1 + float((outside < loss).sum()) + 0.5 * float((outside == loss).sum()) for loss in inside]
+    exposures = [math.log2(count + 1) - math.log2(rank) for rank in ranks]
+    chance = sum(math.log2(count + 1) - math.log2(rank) for rank in range(1, count + 2)) / (count + 1)
+    return Leak(auroc_interval(losses, labels, level), sum(exposures) / len(exposures), math.log2(count + 1), chance)

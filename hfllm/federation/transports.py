@@ -1,4 +1,4 @@
-"""How weights reach organisations and their updates come back: here within one process.
+"""How weights reach organisations and their updates come back: within one process, or in processes.
 
 Whatever a learner raises leaves its organization out of the round. An `InputError` says why in its own words; of
 another error the server is told the type only, since its message may show words of a row, and the traceback is in the
@@ -9,16 +9,32 @@ same round gives the same bits in one process (`InProcess`), in several (`proces
 machines (`flower.FlowerTransport`).
 """
 
+import json
 import logging
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 from torch import Tensor
 
 from hfllm.errors import InputError
-from hfllm.federation.updates import Expected, Failure, Update
-from hfllm.federation.wire import from_bytes, size_limit, to_bytes, weights_from_bytes, weights_to_bytes
+from hfllm.federation.updates import (
+    Expected,
+    Failure,
+    Update,
+    from_bytes,
+    read_update,
+    size_limit,
+    to_bytes,
+    weights_from_bytes,
+    weights_to_bytes,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -141,3 +157,179 @@ class InProcess(Receiver):
                 yield Failure(name, failed_by(error, name, "the log above"))
                 continue
             yield self.receive(data, name, expected)
+
+
+# ---- processes ----
+#
+# Organisations as processes of this machine, which train at the same time and exchange files in a folder.
+#
+# Each runs `python -m hfllm.federation.worker` and stays from round to round, so that it loads its model once. One
+# that dies, says that it cannot, or is late becomes a `Failure` that names it, and is started again for the next
+# round.
+
+
+# Seconds between two looks at what a process does.
+PAUSE = 0.05
+
+
+class SeveralProcesses(Receiver):
+    """One process for each organisation; a context manager, which ends them.
+
+    Args:
+        learner: `module:function`, which is called in the process as `function(organisation, settings)` and returns a
+            `transports.Learner`.
+        settings: by organisation, plain values that JSON can hold: paths and numbers, not rows.
+        folder: where weights, updates and each process's log lie.
+        timeout: seconds that an organisation has for a round, loading included; `None` for no end.
+        max_parallel: organisations that train at a time; by default one per core.
+        others: see `Receiver` and `InProcess`.
+    """
+
+    def __init__(
+        self,
+        learner: str,
+        settings: Mapping[str, Mapping[str, Any]],
+        folder: str | Path,
+        base_sha256: str,
+        timeout: float | None = None,
+        max_parallel: int | None = None,
+        compression: str = "none",
+        any_rank: bool = False,
+        max_bytes: int | None = None,
+    ):
+        super().__init__(base_sha256, any_rank, max_bytes)
+        self.learner, self.settings, self.folder = learner, settings, Path(folder)
+        self.timeout, self.compression = timeout, compression
+        self.max_parallel = max_parallel or os.cpu_count() or 1
+        self._workers: dict[str, _Worker] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # What a server that was killed has left.
+        for path in self.folder.glob("round-*"):
+            path.unlink(missing_ok=True)
+
+    def run_round(
+        self, round: int, weights: Mapping[str, Tensor], participants: Sequence[str]
+    ) -> Iterator[Update | Failure]:
+        """Train at all participants, `max_parallel` at a time; see `transports.Transport`."""
+        check_participants(participants, self.settings)
+        expected, message = self.expected(weights, round), weights_to_bytes(weights)
+        path = self.folder / f"round-{round}.safetensors"
+        path.write_bytes(message)
+        waiting, ended = list(participants), {}
+        running: dict[str, float] = {}
+        try:
+            for name in participants:
+                while name not in ended:
+                    while waiting and len(running) < self.max_parallel:
+                        each = waiting.pop(0)
+                        self.bytes_sent += len(message)
+                        running[each] = time.monotonic()
+                        self._worker(each).ask(round, path, self._update_path(round, each))
+                    self._collect(running, ended)
+                    if name not in ended:
+                        time.sleep(PAUSE)
+                yield self._handed_over(round, name, ended.pop(name), expected)
+        finally:
+            path.unlink(missing_ok=True)
+            for name in running:
+                # The round was left early: what they train now is of no use.
+                self._workers.pop(name).end()
+
+    def _collect(self, running: dict[str, float], ended: dict[str, str]) -> None:
+        """Move organisations that are done from `running` to `ended`, with the reason why they failed, or none."""
+        for name, since in list(running.items()):
+            worker = self._workers[name]
+            reason = worker.answer()
+            if reason is None and self.timeout is not None and time.monotonic() - since > self.timeout:
+                reason = f"organisation {name!r} was not ready after {self.timeout:g} seconds"
+                self._workers.pop(name).end()
+            elif reason is not None and not worker.is_alive():
+                self._workers.pop(name).end()
+            if reason is not None:
+                ended[name] = reason
+                del running[name]
+
+    def _handed_over(self, round: int, name: str, reason: str, expected: Expected) -> Update | Failure:
+        path = self._update_path(round, name)
+        try:
+            if reason:
+                return Failure(name, reason)
+            self.bytes_received += path.stat().st_size
+            return read_update(path, self.limit(expected), expected, name)
+        except InputError as error:
+            return Failure(name, str(error))
+        except OSError as error:
+            return Failure(name, f"the update of organisation {name!r} cannot be read: {error.strerror or error}")
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _update_path(self, round: int, name: str) -> Path:
+        # By place: a name may not be one of a file.
+        return self.folder / f"round-{round}-{list(self.settings).index(name)}.safetensors"
+
+    def _worker(self, name: str) -> "_Worker":
+        if name not in self._workers:
+            log = self.folder / f"organisation-{list(self.settings).index(name)}.log"
+            about = {"learner": self.learner, "organisation": name, "settings": dict(self.settings[name])}
+            about |= {"compression": self.compression, "log": str(log)}
+            self._workers[name] = _Worker(name, about, log)
+        return self._workers[name]
+
+    def close(self) -> None:
+        """End all processes."""
+        while self._workers:
+            self._workers.popitem()[1].end()
+
+    def __enter__(self) -> "SeveralProcesses":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """The process of one organisation."""
+
+    def __init__(self, name: str, about: Mapping[str, Any], log: Path):
+        self.name, self.log = name, log
+        self._log: IO[bytes] = log.open("ab")
+        command = [sys.executable, "-m", "hfllm.federation.worker"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._said = b""
+        self._tell(about)
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        # One that is dead is known by its `answer`.
+        with suppress(OSError):
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def ask(self, round: int, weights: Path, update: Path) -> None:
+        """Let it train from the weights in a file, and write the update into another."""
+        self._tell({"round": round, "weights": str(weights.absolute()), "update": str(update.absolute())})
+
+    def answer(self) -> str | None:
+        """Return why it failed, an empty text if it did not, and `None` while it trains."""
+        is_alive = self.is_alive()
+        self._said += self._process.stdout.read() or b""
+        if b"\n" in self._said:
+            line, _, self._said = self._said.partition(b"\n")
+            return json.loads(line)["reason"]
+        if is_alive:
+            return None
+        code = self._process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return f"the process of organisation {self.name!r} {how}; its log is {self.log}"
+
+    def is_alive(self) -> bool:
+        """Return whether the process runs."""
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """Kill it, and wait until it is gone."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with suppress(OSError):
+                stream.close()

@@ -42,7 +42,7 @@ def main() -> None:
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     about, learner = json.loads(lines.get()), None
     from hfllm.federation.transports import failed_by
-    from hfllm.federation.wire import to_bytes, weights_from_bytes
+    from hfllm.federation.updates import to_bytes, weights_from_bytes
 
     while True:
         request, reason = json.loads(lines.get()), ""

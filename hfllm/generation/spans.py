@@ -1,15 +1,18 @@
-"""Find answers in texts: the best span by scores of first and last tokens, which a model gives for each window."""
+"""Find answers in texts: the best span by scores of first and last tokens, and how right it is."""
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy
 
 from hfllm.data.labelled import Row, Window, check_tokenizer, encode_spans
-from hfllm.models.loading.saved import max_length_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 # First and last tokens of a window that are tried with each other.
 NUM_BEST = 20
@@ -43,6 +46,8 @@ def answer_spans(
         ValueError: when there are more questions than contexts, or the other way round.
     """
     import torch
+
+    from hfllm.models.loading.saved import max_length_of
 
     check_tokenizer(tokenizer)
     pairs = zip(questions, contexts, strict=True)
@@ -105,3 +110,35 @@ def _best_of(window: Window, starts: numpy.ndarray, ends: numpy.ndarray, most: i
         if first <= last < first + most
     ]
     return max(spans, default=None)
+
+
+# ---- spans ----
+#
+# Answers that are spans of a text, scored as SQuAD's are.
+#
+# Exact match and F1 compare lower-cased words without punctuation and without the articles a, an and the, with the
+# gold answer that fits best (Rajpurkar et al. 2016, arXiv:1606.05250, section 6). Of a question without an answer both
+# are 1 where nothing is said (Rajpurkar et al. 2018, arXiv:1806.03822).
+
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalized(text: str) -> list[str]:
+    """Return the words that SQuAD's script compares."""
+    without_marks = text.lower().translate(_PUNCTUATION)
+    return re.sub(r"\b(a|an|the)\b", " ", without_marks).split()
+
+
+def exact_and_f1(said: str, golds: Sequence[str]) -> tuple[float, float]:
+    """Return exact match and F1 of an answer against the gold one that fits best; none stands for no answer."""
+    pairs = [_exact_and_f1(normalized(said), normalized(gold)) for gold in golds or [""]]
+    return max(exact for exact, _ in pairs), max(f1 for _, f1 in pairs)
+
+
+def _exact_and_f1(said: list[str], gold: list[str]) -> tuple[float, float]:
+    exact = float(said == gold)
+    if not said or not gold:
+        return exact, exact
+    same = (Counter(said) & Counter(gold)).total()
+    return exact, 2 * same / (len(said) + len(gold))

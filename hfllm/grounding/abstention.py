@@ -1,16 +1,17 @@
-"""A threshold on uncertainty: the answer below it, and else "I do not know."."""
+"""Abstain above a threshold of uncertainty, chosen so that a stated share of errors holds (conformal)."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from hfllm.errors import InputError
-from hfllm.outputs.calibration import as_numbers
-from hfllm.outputs.report import write_atomically
+from hfllm.outputs.report import standard_error, write_atomically
+from hfllm.outputs.statistics import as_numbers, as_pairs, check_share
 
 UNKNOWN = "I do not know."
 # JSON has no infinity.
@@ -35,7 +36,7 @@ class Abstainer:
         guarantee: what holds for new prompts, in words.
         rows: how many calibration rows it was found with.
         measure: name of the uncertainty, for readers.
-        alpha, delta: see `hfllm.grounding.conformal`.
+        alpha, delta: see `hfllm.grounding.abstention`.
 
     Raises:
         InputError: for a threshold that is no number, and other values of a type or size that they cannot have.
@@ -109,3 +110,287 @@ class Abstainer:
         except InputError as error:
             more = ", or 'never' or 'always'" if str(error).startswith("threshold") else ""
             raise InputError(f"{path}: {error}{more}") from None
+
+
+# ---- conformal ----
+#
+# When to abstain, so that a stated share of errors is kept: by conformal risk control, or by learn-then-test.
+#
+# Both find a threshold of the uncertainty from calibration rows whose answers were judged; an answer is given where
+# its uncertainty is below it. They promise different things:
+#
+# - `control_risk`: the risk of an answer that is **given and wrong**, over all prompts, is at most alpha **on
+#   average** over calibration sets. Abstaining from everything has risk 0. An answer among those given may be wrong
+#   more often.
+# - `learn_then_test`: the share of wrong answers **among those given** is at most alpha **with probability
+#   1 - delta** over calibration sets. This risk need not fall with the threshold, so that the first method does not
+#   apply to it.
+#
+# Both hold for prompts like the calibration rows (exchangeable, for learn-then-test independent). Neither holds for
+# other kinds of prompts, such as new phrasings, or after the model or the measure has changed.
+
+
+CORRECTIONS = ("fixed_sequence", "bonferroni")
+P_VALUES = ("hoeffding_bentkus", "binomial")
+# Without thresholds of the user's, this share of the rows places them and is not tested.
+PLACING = 1 / 5
+# Thresholds begin where this many times the fewest rows that can pass are answered.
+ROOM = 2
+
+
+def rows_needed(alpha: float) -> int:
+    """Return the fewest calibration rows with which `control_risk` and `conformal_quantile` can promise `alpha`.
+
+    Without a single wrong answer the bound is 1 / (n + 1).
+
+    Raises:
+        InputError: for an alpha that is not between 0 and 1.
+    """
+    check_share(alpha, "alpha")
+    # One less than by exact numbers, since 1 / (n + 1) may round to alpha.
+    rows = max(math.ceil(1 / Fraction(alpha)) - 2, 0)
+    while 1 / (rows + 1) > alpha:
+        rows += 1
+    return rows
+
+
+def rows_needed_to_test(alpha: float, delta: float, tests: int = 1) -> int:
+    """Return the fewest answered rows, none of them wrong, that reject at level `delta / tests`.
+
+    This is the number that `learn_then_test` tests; where it places the thresholds itself, 1/`1 - PLACING` times as
+    many rows are needed in all.
+
+    Raises:
+        InputError: for an alpha or delta that is not between 0 and 1.
+    """
+    check_share(alpha, "alpha")
+    check_share(delta, "delta")
+    if tests < 1:
+        raise InputError(f"tests must be at least 1, got {tests}")
+    level = delta / tests
+    rows = max(math.floor(math.log(level) / math.log1p(-alpha)) - 1, 1)
+    while binomial_p(0, rows, alpha) > level:
+        # By more where doubles tell no neighbors apart.
+        rows += 1 + (rows >> 52)
+    return rows
+
+
+def conformal_quantile(scores: Sequence[float], alpha: float) -> float:
+    """Return the quantile of split conformal prediction: a new score is above it with probability at most `alpha`.
+
+    It is the ceil((n + 1)(1 - alpha))-th smallest of n exchangeable scores (Vovk et al. 2005; Angelopoulos and Bates
+    2021, arXiv:2107.07511, section 1).
+
+    Raises:
+        InputError: for NaN scores, a bad alpha, and fewer rows than `rows_needed(alpha)`.
+    """
+    numbers = np.sort(as_numbers(scores, "scores"))
+    _check_rows(len(numbers), alpha)
+    return float(numbers[len(numbers) - _most(len(numbers), alpha)])
+
+
+def control_risk(uncertainty: Sequence[float], wrong: Sequence[bool], alpha: float, measure: str = "") -> Abstainer:
+    """Return the abstainer that answers most while wrong answers that are given stay below a share of all prompts.
+
+    The loss of a prompt is 1 where its answer is given and wrong, and 0 else. It can only grow with the threshold, so
+    that conformal risk control applies (Angelopoulos et al. 2022, arXiv:2208.02814, theorem 1, with B = 1): of all
+    thresholds up to which (n / (n + 1)) R + 1 / (n + 1) <= alpha, where R is the mean loss of the n rows, the largest.
+
+    **Guarantee**: for a new prompt P(given and wrong) <= alpha, in expectation over the calibration rows and the
+    prompt. It is no bound on the share of wrong answers among those given, nor one for every calibration set.
+
+    Args:
+        uncertainty: one number per calibration row, larger for less sure.
+        wrong: whether the answer is wrong.
+        alpha: largest risk, between 0 and 1.
+        measure: the uncertainty's name, kept for readers.
+
+    Raises:
+        InputError: for NaN, a bad alpha, and fewer rows than `rows_needed(alpha)`.
+    """
+    numbers, labels = as_pairs(uncertainty, wrong)
+    rows = len(numbers)
+    _check_rows(rows, alpha)
+    values, group = np.unique(numbers, return_inverse=True)
+    wrong_up_to = np.cumsum(np.bincount(group, labels, minlength=len(values)))
+    too_many = (wrong_up_to + 1) / (rows + 1) > alpha
+    # Answered is what lies below the first value that is too much; if none is, everything.
+    threshold = float(values[too_many.argmax()]) if too_many.any() else math.inf
+    guarantee = f"P(answered and wrong) <= {alpha:g} in expectation, for prompts like the {rows} calibration rows"
+    return Abstainer(threshold, guarantee, rows, measure, alpha)
+
+
+def binomial_p(wrong: float, rows: int, alpha: float) -> float:
+    """Return the exact p-value of "the risk is above alpha": P(Bin(rows, alpha) <= wrong); for losses of 0 and 1."""
+    return _binomial_cdf(math.floor(wrong), rows, alpha)
+
+
+def hoeffding_bentkus_p(loss: float, rows: int, alpha: float) -> float:
+    """Return the Hoeffding-Bentkus p-value of "the risk is above alpha", for losses in [0, 1].
+
+    Angelopoulos et al. 2021 (arXiv:2110.01052, proposition 2; Bates et al. 2021, arXiv:2101.02703): the smaller of
+    exp(-n h(min(R, alpha), alpha)) and e P(Bin(n, alpha) <= ceil(n R)), h the Kullback-Leibler divergence of coins.
+
+    Args:
+        loss: the sum n R of the losses.
+        rows: n.
+    """
+    if not rows:
+        return 1.0
+    mean = min(loss / rows, alpha)
+    parts = ((mean, alpha), (1 - mean, 1 - alpha))
+    divergence = sum(one * math.log(one / other) for one, other in parts if one > 0)
+    # Rounding of a sum of losses must not make a count of it the next one.
+    bentkus = math.e * _binomial_cdf(math.ceil(loss - 1e-9), rows, alpha)
+    return min(math.exp(-rows * divergence), bentkus, 1.0)
+
+
+def learn_then_test(
+    uncertainty: Sequence[float],
+    wrong: Sequence[bool],
+    alpha: float,
+    delta: float = 0.1,
+    thresholds: Sequence[float] | None = None,
+    correction: str = "fixed_sequence",
+    p_value: str = "hoeffding_bentkus",
+    num_thresholds: int = 20,
+    seed: int = 0,
+    measure: str = "",
+) -> Abstainer:
+    """Return the abstainer that answers most while wrong answers stay below a share of those given.
+
+    Learn-then-test (Angelopoulos et al. 2021, arXiv:2110.01052): each threshold is a hypothesis "more than alpha of
+    the answers given are wrong", tested on the rows that it answers. Kept is the largest threshold that is rejected:
+    in fixed order from the surest on until the first that is not (`fixed_sequence`), or each at delta over their
+    number (`bonferroni`).
+
+    **Guarantee**: P(wrong | given) <= alpha with probability at least 1 - delta over the calibration rows, if these
+    are independent. Where nothing is rejected the abstainer never answers.
+
+    Args:
+        uncertainty, wrong, alpha, measure: as in `control_risk`.
+        delta: how often the guarantee may fail, between 0 and 1.
+        thresholds: to test; they must not come from these rows. By default a random fifth of the rows (`seed`) places
+            `num_thresholds` of them by its quantiles, and the others are tested.
+        correction: one of `CORRECTIONS`.
+        p_value: one of `P_VALUES`; the binomial one is exact here and answers a little more.
+
+    Raises:
+        InputError: for NaN, a bad argument, and too few rows, with the number that is needed.
+    """
+    numbers, labels = as_pairs(uncertainty, wrong)
+    if correction not in CORRECTIONS or p_value not in P_VALUES:
+        raise InputError(
+            f"correction must be one of {', '.join(CORRECTIONS)} and p_value of {', '.join(P_VALUES)}, "
+            f"got {correction!r} and {p_value!r}"
+        )
+    if num_thresholds < 1:
+        raise InputError(f"num_thresholds must be at least 1, got {num_thresholds}")
+    tests = num_thresholds if thresholds is None else len(as_numbers(thresholds, "thresholds"))
+    fewest = rows_needed_to_test(alpha, delta, tests if correction == "bonferroni" else 1)
+    tested = np.arange(len(numbers))
+    if thresholds is None:
+        order, placing = np.random.default_rng(seed).permutation(len(numbers)), int(PLACING * len(numbers))
+        tested = order[placing:]
+        _check_tested(len(tested), len(numbers), fewest, math.ceil(fewest / (1 - PLACING)), alpha, delta)
+        thresholds = _placed(numbers[order[:placing]], fewest / len(tested), num_thresholds)
+    _check_tested(len(tested), len(numbers), fewest, fewest, alpha, delta)
+    level = delta / len(thresholds) if correction == "bonferroni" else delta
+    test, best = (hoeffding_bentkus_p if p_value == P_VALUES[0] else binomial_p), -math.inf
+    for threshold in sorted(float(each) for each in thresholds):
+        answered = numbers[tested] < threshold
+        if test(float(labels[tested][answered].sum()), int(answered.sum()), alpha) <= level:
+            best = threshold
+        elif correction == "fixed_sequence":
+            break
+    guarantee = (
+        f"P(wrong | answered) <= {alpha:g} with probability {1 - delta:g} over calibration sets, for prompts like the "
+        f"{len(numbers)} calibration rows"
+    )
+    return Abstainer(best, guarantee, len(numbers), measure, alpha, delta)
+
+
+def over_splits(
+    uncertainty: Sequence[float],
+    wrong: Sequence[bool],
+    fit: Callable[[np.ndarray, np.ndarray], Abstainer],
+    splits: int = 200,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Return what a method does on random halves: found on one, counted on the other, and the reverse.
+
+    Args:
+        fit: `(uncertainty, wrong) -> Abstainer`, such as `partial(control_risk, alpha=0.05)`.
+        splits: how often; at least 2.
+
+    Returns:
+        `risk` (given and wrong, share of all) and `coverage` (share given), with `_se`; `selective_risk`, the share of
+        wrong answers among those given, over the splits that give any; for learn-then-test `exceeded`, the share of
+        splits whose selective risk is above alpha, which has the chance of the second half in it.
+
+    Raises:
+        InputError: as `fit`, for fewer than 2 splits or 2 rows.
+    """
+    numbers, labels = as_pairs(uncertainty, wrong)
+    if splits < 2 or len(numbers) < 2:
+        raise InputError(f"expected at least 2 splits and 2 rows, got {splits} and {len(numbers)}")
+    rng, half, order = np.random.default_rng(seed), len(numbers) // 2, np.arange(len(numbers))
+    risks, coverages, among, exceeded = [], [], [], []
+    for split in range(splits):
+        # Each split in both directions: what one half has too many of, the other lacks.
+        order = np.roll(order, half) if split % 2 else rng.permutation(len(numbers))
+        found = fit(numbers[order[:half]], labels[order[:half]])
+        given = found.answers(numbers[order[half:]])
+        errors = float((labels[order[half:]] * given).sum())
+        risks.append(errors / len(given))
+        coverages.append(float(given.mean()))
+        among += [errors / given.sum()] if given.any() else []
+        exceeded += [bool(given.any()) and among[-1] > found.alpha] if found.delta is not None else []
+    figures = {"risk": risks, "coverage": coverages, "selective_risk": among, "exceeded": exceeded}
+    means = {name: float(np.mean(values)) for name, values in figures.items() if values}
+    return {**means, **{f"{name}_se": standard_error(figures[name]) for name in ("risk", "coverage")}}
+
+
+def _check_rows(rows: int, alpha: float) -> None:
+    if rows < (needed := rows_needed(alpha)):
+        raise InputError(f"alpha={alpha:g} needs at least {needed} calibration rows, got {rows}")
+
+
+def _check_tested(tested: int, rows: int, fewest: int, needed: int, alpha: float, delta: float) -> None:
+    if tested < fewest:
+        raise InputError(f"alpha={alpha:g} with delta={delta:g} needs at least {needed} calibration rows, got {rows}")
+
+
+def _most(rows: int, alpha: float) -> int:
+    """Return the most k with k / (rows + 1) <= alpha, as a division, so that 0.1 of 20 is 2 whatever its digits."""
+    count = math.ceil(alpha * (rows + 1)) + 1
+    while count / (rows + 1) > alpha:
+        count -= 1
+    return count
+
+
+def _placed(scores: np.ndarray, fewest: float, count: int) -> list[float]:
+    """Return thresholds by the quantiles of scores, from where enough rows are answered to all.
+
+    Each lies at the next higher score, so that equal scores are answered together.
+    """
+    values = np.unique(scores)
+    shares = np.linspace(min(ROOM * fewest, 1), 1, count)
+    reached = np.quantile(scores, shares, method="inverted_cdf") if len(scores) else []
+    above = np.append(values, math.inf)[np.searchsorted(values, reached, side="right")]
+    return sorted({*above.tolist(), math.inf})
+
+
+def _binomial_cdf(most: int, n: int, p: float) -> float:
+    """Return P(Bin(n, p) <= most)."""
+    if most >= n:
+        return 1.0
+    if most < 0:
+        return 0.0
+    k = np.arange(1, most + 1)
+    # Of choosing k of n: each from the one before, so that the work does not grow with n.
+    log_choices = np.concatenate([[0.0], np.cumsum(np.log((float(n) + 1 - k) / k))])
+    k = np.arange(most + 1)
+    logs = log_choices + k * math.log(p) + (float(n) - k) * math.log1p(-p)
+    top = logs.max()
+    return min(float(np.exp(logs - top).sum() * math.exp(top)), 1.0)

@@ -1,24 +1,366 @@
-"""Answer questions from passages that a retriever finds, and say which of them an answer cites."""
+"""Answer questions from passages: their prompts, citations, and the mean over passages (RAG)."""
 
+import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from hfllm.data.passages import citations_of, without_citations
-from hfllm.data.tokenizer import plain_text, tokenize_prompts
+from hfllm.data.passages import citations_of, with_passages, without_citations
+from hfllm.data.rows import Message
+from hfllm.data.tokenizer import end_tokens, plain_text, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation.responses import Response, sample_with_ends
-from hfllm.grounding.found import Found, Retriever
-from hfllm.grounding.instructions import without_instructions
-from hfllm.grounding.marginal import passage_weights, rag_sequence_answers, rag_token_answers
 from hfllm.grounding.passages import Passages, check_tokenizer
-from hfllm.grounding.prompts import Prompt, as_prompt, check_questions, check_room, grounded, question_of
-from hfllm.grounding.retrieval import scoring_enough
+from hfllm.grounding.retrieval import Found, Retriever, scoring_enough
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+
+# ---- prompts ----
+#
+# Put passages into prompts, and check that they leave room for an answer.
+
+
+# A text, or messages for a chat template.
+Prompt = str | list[Message]
+
+
+def last_question(messages: Sequence[Message]) -> int | None:
+    """Return the place of the last message of the user, `None` without one."""
+    return next((place for place in reversed(range(len(messages))) if messages[place]["role"] == "user"), None)
+
+
+def question_of(prompt: Prompt) -> str:
+    """Return what a prompt asks: the text, or the last message of the user.
+
+    Raises:
+        InputError: when there is none.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    place = last_question(prompt)
+    if place is None:
+        raise InputError(f"a prompt without a message of the user: {str(prompt)[:80]!r}")
+    return prompt[place]["content"]
+
+
+def grounded(prompt: Prompt, texts: Sequence[str]) -> Prompt:
+    """Return a prompt with passages before its last question; without passages the prompt. It is not changed itself.
+
+    Args:
+        prompt: a text, or messages of which one is the user's.
+        texts: the passages, the best first.
+    """
+    if isinstance(prompt, str) or not texts:
+        return with_passages(prompt, texts) if texts else prompt
+    place = last_question(prompt)
+    asked = {**prompt[place], "content": with_passages(prompt[place]["content"], texts)}
+    return [*prompt[:place], asked, *prompt[place + 1 :]]
+
+
+def as_prompt(question: Prompt, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+    """Return a question as a message of the user, where the tokenizer has a chat template."""
+    if isinstance(question, str) and tokenizer.chat_template:
+        return [{"role": "user", "content": question}]
+    return question
+
+
+def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse questions that are no texts and no conversations, or that the tokenizer cannot write.
+
+    Raises:
+        InputError: with the question's number.
+    """
+    if isinstance(questions, str):
+        raise InputError(f"questions must be a list, got the text {questions!r:.60}")
+    for number, question in enumerate(questions, 1):
+        if not isinstance(question, (str, list)):
+            raise InputError(f"question {number} must be a text or a list of messages, got {question!r:.60}")
+        if not isinstance(question, str) and not tokenizer.chat_template:
+            raise InputError(
+                f"question {number} is a conversation, and the tokenizer has no chat template: give texts"
+            )
+        try:
+            str(question_of(question)).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"question {number} has half a character (a lone surrogate)") from None
+
+
+def check_room(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tokens: Sequence[Sequence[int]],
+    found: Sequence[Sequence[Found]],
+    max_new_tokens: int,
+    numbers: Sequence[int] | None = None,
+) -> None:
+    """Refuse prompts that leave no room for an answer in the model's context.
+
+    Args:
+        tokens: of each prompt.
+        found: the passages of each.
+        max_new_tokens: of an answer.
+        numbers: of the questions, where one has several prompts.
+
+    Raises:
+        InputError: with the question's number, the longest of its passages and the context; or for an empty prompt.
+    """
+    from hfllm.models.loading.saved import max_length_of
+
+    context = max_length_of(model.config)
+    for number, prompt, passages in zip(numbers or range(1, len(tokens) + 1), tokens, found, strict=True):
+        if not prompt:
+            raise InputError(f"question {number} has no token")
+        if context is None or len(prompt) + max_new_tokens <= context:
+            continue
+        said = f"question {number}: its prompt with {len(passages)} passage(s) has {len(prompt)} tokens"
+        limit = f"with max_new_tokens={max_new_tokens} more than the model's context of {context}"
+        if not passages:
+            raise InputError(f"{said}, {limit}")
+        longest = max((each.passage for each in passages), key=lambda passage: len(passage.text))
+        size = len(tokenizer(longest.text, add_special_tokens=False)["input_ids"])
+        raise InputError(
+            f"{said}, {limit} ({longest.source or 'the longest passage'} has {size}): take a smaller top_k, or cut "
+            "passages to fewer max_tokens"
+        )
+
+
+# ---- marginal ----
+#
+# Answer from several passages apart, each in a prompt of its own: RAG-Sequence and RAG-Token.
+#
+# Both are mixtures over the passages z of a question x (Lewis et al. 2020, arXiv:2005.11401, section 2.1).
+# RAG-Sequence takes one passage for the whole answer, RAG-Token may take another one for each token:
+#
+#     p(y | x) = sum_z p(z | x) prod_i p(y_i | x, z, y_<i)
+#     p(y | x) = prod_i sum_z p(z | x) p(y_i | x, z, y_<i)
+#
+# With a single passage both are what the model says with that passage.
+
+
+class Marginal(NamedTuple):
+    """Log-probabilities of an answer, in nats: by RAG-Sequence and by RAG-Token."""
+
+    sequence: float
+    token: float
+
+
+def passage_weights(scores: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """Return p(z | x) of the passages of a question: the softmax of their scores, as in the paper.
+
+    Args:
+        scores: of a retriever.
+        temperature: what scores are divided by; cosines, from -1 to 1, are nearly uniform at 1.
+
+    Raises:
+        InputError: for a score that is not finite, or a temperature that is not above 0.
+    """
+    if not all(map(math.isfinite, scores)):
+        raise InputError(f"scores of passages must be finite, got {list(scores)}"[:160])
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature must be a number above 0, got {temperature}")
+    powers = [math.exp((score - max(scores)) / temperature) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def marginal_log_probs(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    weights: Sequence[float],
+    answer: Sequence[int],
+    batch_size: int = 16,
+) -> Marginal:
+    """Return the log-probabilities of an answer to a question.
+
+    Args:
+        prompts: the question with each passage.
+        weights: p(z | x) of each, as `passage_weights` gives them.
+        answer: its tokens, with the one that ends it if that is meant too.
+        batch_size: prompts of a pass.
+    """
+    import torch
+
+    tokens = tokenize_prompts(prompts, tokenizer)
+    by_passage = torch.stack(_log_probs(model, tokens, [answer] * len(tokens), batch_size))
+    shares = torch.tensor(weights, dtype=torch.float64).log()
+    sequence = torch.logsumexp(shares + by_passage.sum(1), 0)
+    return Marginal(sequence.item(), torch.logsumexp(shares[:, None] + by_passage, 0).sum().item())
+
+
+def rag_sequence_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[Prompt]],
+    weights: Sequence[Sequence[float]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[Response]:
+    """Return the answer to each question that is likeliest by RAG-Sequence, of the greedy ones under each passage.
+
+    Each is scored under all passages ("thorough decoding" of the paper, with greedy answers in place of beams).
+
+    Args:
+        prompts: for each question, it with each of its passages.
+        weights: p(z | x) of each.
+        max_new_tokens: of an answer; what it cuts off is scored as far as it goes.
+        batch_size: prompts of a pass.
+    """
+    import torch
+
+    flat = _tokens(tokenizer, prompts)
+    said = _decoded(model, tokenizer, flat, max_new_tokens, batch_size)
+    answers, start = [], 0
+    for shares in weights:
+        places = range(start, start + len(shares))
+        start += len(shares)
+        candidates = list(dict.fromkeys(said[place] for place in places))
+        best = candidates[0]
+        if len(candidates) > 1:
+            pairs = [(flat[place], candidate) for candidate in candidates for place in places]
+            scores = torch.stack([each.sum() for each in _log_probs(model, *zip(*pairs, strict=True), batch_size)])
+            scores = scores.view(len(candidates), len(shares)) + torch.tensor(shares, dtype=torch.float64).log()
+            best = candidates[int(torch.logsumexp(scores, 1).argmax())]
+        answers.append(_response(tokenizer, model, best))
+    return answers
+
+
+def rag_token_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[Prompt]],
+    weights: Sequence[Sequence[float]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[Response]:
+    """Return the greedy answer to each question by RAG-Token: each token is the likeliest of the mixture.
+
+    Args:
+        prompts: for each question, it with each of its passages.
+        weights: p(z | x) of each.
+        max_new_tokens: of an answer.
+        batch_size: prompts of a pass, or those of one question if they are more.
+    """
+    flat, answers, start = _tokens(tokenizer, prompts), [], 0
+    group: list[Sequence[float]] = []
+    for place, shares in enumerate(weights):
+        group.append(shares)
+        is_last = place + 1 == len(weights)
+        if is_last or sum(map(len, group)) + len(weights[place + 1]) > batch_size:
+            rows = flat[start : start + sum(map(len, group))]
+            said = _decoded(model, tokenizer, rows, max_new_tokens, len(rows), _mixture(group, model.device))
+            first = 0
+            for shares in group:
+                answers.append(_response(tokenizer, model, said[first]))
+                first += len(shares)
+            start, group = start + len(rows), []
+    return answers
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[Prompt]]) -> list[list[int]]:
+    """Return the tokens of all prompts, question by question."""
+    # One by one, since texts and messages may be mixed.
+    return [tokenize_prompts([prompt], tokenizer)[0] for each in prompts for prompt in each]
+
+
+def _mixture(weights: Sequence[Sequence[float]], device: "torch.device") -> "LogitsProcessor":
+    """Return what gives all prompts of a question the mixture's log-probabilities, so that all get the same token."""
+    import torch
+    from transformers import LogitsProcessor
+
+    shares = torch.tensor([share for each in weights for share in each], dtype=torch.float64, device=device).log()
+    sizes = [len(each) for each in weights]
+
+    class Mixture(LogitsProcessor):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+            # In 64 bits no two different logits become one: a single passage decodes as without the mixture.
+            parts = (scores.double().log_softmax(-1) + shares[:, None]).split(sizes)
+            return torch.cat([part.logsumexp(0, keepdim=True).expand_as(part) for part in parts])
+
+    return Mixture()
+
+
+def _decoded(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tokens: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    processor: "LogitsProcessor | None" = None,
+) -> list[tuple[int, ...]]:
+    """Return greedy answers to prompts, as tokens up to the one that ends them, with it."""
+    import torch
+
+    ends, answers = sorted(end_tokens(tokenizer, model)), []
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(tokens), batch_size):
+        batch = {"input_ids": list(tokens[start : start + batch_size])}
+        batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                **batch,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                logits_processor=[] if processor is None else [processor],
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends,
+                use_cache=True,
+            )
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            answers.append(tuple(row[: end + 1]))
+    model.train(was_training)
+    return answers
+
+
+def _log_probs(
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
+) -> "list[torch.Tensor]":
+    """Return the log-probability of each token of an answer after its prompt, in 64 bits."""
+    import inspect
+
+    import torch
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+    was_training, found = model.training, []
+    model.eval()
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts[part], answers[part], strict=True)]
+        longest = max(map(len, rows))
+        # What is on the right of a causal model's tokens does not reach them, so that any token serves to pad.
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
+        # Logits of the answers alone, which are at the end: those of whole prompts would take much memory.
+        first = min(len(prompt) for prompt in prompts[part]) - 1
+        keep = {"logits_to_keep": longest - first} if keeps_logits else {}
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
+        left_out = longest - logits.shape[1]
+        for place, (row, answer) in enumerate(zip(rows, answers[part], strict=True)):
+            begins = len(row) - len(answer) - 1 - left_out
+            predicted = logits[place, begins : begins + len(answer)].double().log_softmax(-1)
+            targets = ids[place, len(row) - len(answer) : len(row), None]
+            found.append(predicted.gather(1, targets)[:, 0].cpu())
+    model.train(was_training)
+    return found
+
+
+def _response(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", tokens: Sequence[int]) -> Response:
+    has_ended = bool(tokens) and tokens[-1] in end_tokens(tokenizer, model)
+    return Response(tokenizer.decode(tokens, skip_special_tokens=True), has_ended)
+
+
+# ---- answers ----
+
 
 MARGINALS = {"sequence": rag_sequence_answers, "token": rag_token_answers}
 
@@ -86,10 +428,10 @@ def answer_with_passages(
         seed: of the sampling.
         do_sample: sample at temperature 1.
         batch_size: prompts of a pass.
-        marginal: `sequence` or `token`: each passage in a prompt of its own, see `hfllm.grounding.marginal`.
+        marginal: `sequence` or `token`: each passage in a prompt of its own, see `hfllm.grounding.answers`.
         weight_temperature: what scores are divided by before the softmax that weighs passages there.
         drop_instructions: leave out sentences of passages that tell the reader what to do, see
-            `hfllm.grounding.instructions`; the `passages` of an answer are as they were found.
+            `hfllm.grounding.answers`; the `passages` of an answer are as they were found.
 
     Passages cannot open or end a turn: control tokens that they spell are broken, see `hfllm.data.tokenizer`.
 
@@ -166,3 +508,49 @@ def _mixed(
     check_room(model, tokenizer, tokens, alone, max_new_tokens, numbers)
     weights = [passage_weights([each.score for each in given], temperature) if given else [1.0] for given in found]
     return MARGINALS[marginal](model, tokenizer, prompts, weights, max_new_tokens, batch_size)
+
+
+# ---- instructions ----
+#
+# Sentences in passages that tell the reader what to do, found by their words and left out before a model reads them.
+#
+# What a model reads it may follow (indirect prompt injection: Greshake et al. 2023, arXiv:2302.12173), and a small one
+# cannot be taught not to within minutes. Rules of this kind cost nothing and are the same for every model. They miss
+# instructions in other words, in other languages or spelled oddly, and take some sentences of manuals and recipes,
+# which do tell the reader what to do: they are one line of defense, not all of it.
+
+
+# What an instruction to an assistant begins with, after words of politeness or emphasis.
+_COMMANDS = (
+    *("say", "tell", "answer", "reply", "respond", "repeat", "print", "output", "write", "claim that", "pretend"),
+    *("ignore", "forget", "disregard", "override", "act", "behave", "roleplay", "translate", "summarize", "summarise"),
+    *("reveal", "show me", "send", "call", "execute", "run", "do not", "don't", "never", "always", "stop", "refuse"),
+    *("only say", "only answer", "only reply", "begin your", "start your", "end your"),
+)
+_POLITE = r"(?:(?:please|now|then|also|just|important|note|attention|system|assistant|user|instructions?|ai)\W+)*"
+_BEGINS = re.compile(rf"\W*{_POLITE}(?:{'|'.join(_COMMANDS)})\b", re.IGNORECASE)
+# To the reader, in other words.
+_ADDRESSES = re.compile(
+    r"\byou (?:must|should|shall|will|have to|need to|are to|are now|may only|can only)\b"
+    r"|\byou (?:say|tell|answer|reply|respond)\b"
+    r"|\b(?:i|we) (?:want|ask|order|need|tell|command|instruct|beg|would like) you\b"
+    r"|\b(?:previous|above|earlier|prior|your|all) (?:instructions|rules|orders|prompts?|guidelines)\b"
+    r"|\bsystem prompt\b",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
+
+
+def is_instruction(sentence: str) -> bool:
+    """Return whether a sentence tells its reader what to do, as far as its words tell."""
+    return bool(_BEGINS.match(sentence) or _ADDRESSES.search(sentence))
+
+
+def without_instructions(text: str) -> str:
+    """Return a text without its sentences that are instructions; what remains is joined by single spaces.
+
+    A text that has none is returned as it is, its spaces and line ends too.
+    """
+    sentences = _SENTENCE.split(text)
+    kept = [sentence for sentence in sentences if not is_instruction(sentence)]
+    return text if len(kept) == len(sentences) else " ".join(" ".join(kept).split())

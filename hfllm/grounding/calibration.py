@@ -1,6 +1,6 @@
-"""Does a model know when it is wrong? The figures of `hfllm.outputs.calibration`, by their names here too."""
+"""Does a model know when it is wrong? The figures of `hfllm.outputs.statistics`, by their names here too."""
 
-from hfllm.outputs.calibration import (
+from hfllm.outputs.statistics import (
     Bin,
     Interval,
     as_numbers,

@@ -1,30 +1,106 @@
-"""Find the passages that a question is to be answered from: by words, by vectors, by both, and only if good enough."""
+"""Find the passages for a question: by words, by vectors, by both, and only if good enough."""
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
+from uuid import uuid4
 
-from hfllm.data.word_index import FILE, WordIndex, import_bm25s
+from hfllm import durable
+from hfllm.data.passages import Passage
+from hfllm.data.word_index import FILE, WordIndex, best_places, import_bm25s, words_of
 from hfllm.errors import InputError
-from hfllm.grounding.dense import DenseRetriever
-from hfllm.grounding.found import Found, Retriever, check_queries, found_of, refuse_empty
+from hfllm.fingerprint import fingerprint
 from hfllm.grounding.passages import Passages, loaded_passages
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import numpy as np
+    from numpy.typing import NDArray
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "BM25Retriever",
-    "DenseRetriever",
-    "Found",
-    "FusedRetriever",
-    "Gated",
-    "Retriever",
-    "scoring_enough",
-    "search_tool",
-]
+
+# ---- found ----
+#
+# What a retriever is and gives, and what all of them refuse.
+
+
+@dataclass(frozen=True)
+class Found:
+    """A passage that was found.
+
+    Args:
+        place: its place among the passages.
+        passage: the passage.
+        score: how well it fits; the scale is the retriever's.
+    """
+
+    place: int
+    passage: Passage
+    score: float
+
+
+class Retriever(Protocol):
+    """What finds passages.
+
+    Attributes:
+        passages: where it searches.
+    """
+
+    passages: Passages
+
+    def retrieve(self, queries: Sequence[str], top_k: int = 3) -> list[list[Found]]:
+        """Return the `top_k` best passages of each query, the best first; of equal ones the earlier comes first.
+
+        Fewer, or none, where no more fit or are there.
+
+        Raises:
+            InputError: for a `top_k` below 1, or queries that are no list of texts.
+        """
+        ...
+
+
+def found_of(passages: Passages, rankings: Sequence[Sequence[tuple[int, float]]]) -> list[list[Found]]:
+    """Return the passages of places and scores, for each query."""
+    texts = passages.at(place for ranked in rankings for place, _ in ranked)
+    return [[Found(place, texts[place], score) for place, score in ranked] for ranked in rankings]
+
+
+def check_queries(queries: Sequence[str], top_k: int) -> None:
+    """Refuse what no retriever can answer.
+
+    Raises:
+        InputError: for a `top_k` below 1, or queries that are no list of texts.
+    """
+    if not isinstance(top_k, Integral):
+        raise InputError(f"top_k must be a whole number, got {top_k!r:.40}")
+    if top_k < 1:
+        raise InputError(f"top_k must be at least 1, got {top_k}")
+    if isinstance(queries, str):
+        raise InputError(f"queries must be a list of texts, got the text {queries!r:.60}")
+    # What can be read once only would be empty after this.
+    if not hasattr(queries, "__len__"):
+        raise InputError(f"queries must be a list of texts, got {queries!r:.60}")
+    if not all(isinstance(query, str) for query in queries):
+        wrong = next(query for query in queries if not isinstance(query, str))
+        raise InputError(f"queries must be texts, got {wrong!r:.60}")
+
+
+def refuse_empty(passages: Passages, what: str) -> None:
+    """Refuse to index nothing.
+
+    Raises:
+        InputError: when there is no passage.
+    """
+    if not len(passages):
+        raise InputError(f"{what}: there are no passages to search")
+
+
+# ---- retrieval ----
 
 
 class BM25Retriever:
@@ -196,3 +272,375 @@ def search_tool(retriever: Retriever, top_k: int = 3) -> Callable[[str], str]:
         return "\n".join(" ".join(each.passage.text.split()) for each in found)
 
     return search
+
+
+# ---- encoders ----
+#
+# Give texts vectors: by a sentence encoder of transformers, or as the mean of vectors of their words or tokens.
+
+
+class Encoder(Protocol):
+    """What gives texts vectors.
+
+    Attributes:
+        identity: what tells its vectors from those of another, in a saved index.
+    """
+
+    identity: str
+
+    def encode(self, texts: Sequence[str]) -> "NDArray[np.float32]":
+        """Return the vectors of texts (texts, size), each of length 1."""
+        ...
+
+
+class SentenceEncoder:
+    """A model of transformers: the mean of its last hidden states, padding left out, at length 1.
+
+    This is "mean pooling" of Sentence-BERT (Reimers and Gurevych 2019, arXiv:1908.10084), E5, GTE and others.
+
+    Args:
+        model: the model without a head (`AutoModel`), on its device.
+        tokenizer: the tokenizer; what it adds to a text, such as `[CLS]`, is part of the mean.
+        batch_size: texts of a pass.
+        max_length: the most tokens of a text; by default what the model is made for.
+        truncation: cut longer texts, which are otherwise refused.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        batch_size: int = 64,
+        max_length: int | None = None,
+        truncation: bool = False,
+    ):
+        from hfllm.data.tokenizer import padding_token
+        from hfllm.models.loading.saved import max_length_of
+        from hfllm.models.loading.weights import weights_fingerprint
+
+        self.model, self.tokenizer, self.batch_size, self.truncation = model.eval(), tokenizer, batch_size, truncation
+        limits = (max_length, max_length_of(model.config), tokenizer.model_max_length)
+        self.max_length = min(limit for limit in limits if limit is not None)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = padding_token(tokenizer)
+        self.identity = weights_fingerprint(model)
+        self.words = fingerprint(tokenizer.get_vocab(), "vocabulary")
+
+    @classmethod
+    def load(cls, name: str, **options: int | bool) -> Self:
+        """Return the encoder of a folder or a Hub id.
+
+        Args:
+            name: the folder or id.
+            options: other arguments of the encoder.
+
+        Raises:
+            InputError: when there is none.
+        """
+        from transformers import AutoModel
+
+        from hfllm.models.loading.saved import reason_of, saved_model, saved_tokenizer
+
+        try:
+            return cls(saved_model(AutoModel, name), saved_tokenizer(name), **options)
+        except (OSError, ValueError) as error:
+            raise InputError(f"encoder {name!r} could not be loaded: {reason_of(error)}") from None
+
+    def encode(self, texts: Sequence[str]) -> "NDArray[np.float32]":
+        """Return the vectors of texts (texts, size), each of length 1.
+
+        Raises:
+            InputError: for a text that is longer than `max_length`, unless it is to be cut.
+        """
+        import numpy as np
+        import torch
+
+        if not texts:
+            return np.zeros((0, 0), np.float32)
+        options = {"truncation": True, "max_length": self.max_length} if self.truncation else {}
+        tokens = self.tokenizer(list(texts), **options)["input_ids"]
+        longest = max(range(len(tokens)), key=lambda place: len(tokens[place]))
+        if len(tokens[longest]) > self.max_length:
+            raise InputError(
+                f"text {longest} of {len(texts)} has {len(tokens[longest])} tokens, and the encoder reads "
+                f"{self.max_length}: cut passages to fewer max_tokens, or say truncation=True ({texts[longest]!r:.40})"
+            )
+        # Texts of like length together.
+        order = sorted(range(len(tokens)), key=lambda place: len(tokens[place]))
+        vectors: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(texts)
+        with torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                places = order[start : start + self.batch_size]
+                batch = self.tokenizer.pad({"input_ids": [tokens[place] for place in places]}, return_tensors="pt")
+                batch = batch.to(self.model.device)
+                states = self.model(**batch).last_hidden_state.float()
+                mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+                means = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+                for place, vector in zip(places, torch.nn.functional.normalize(means, dim=-1).cpu(), strict=True):
+                    vectors[place] = vector.numpy()
+        return np.stack(vectors)
+
+
+class StaticVectors:
+    """The mean of the vectors of a text's words or tokens, at length 1; a text without any has a vector of zeros.
+
+    Args:
+        vectors: a vector for each word or token (words, size).
+        vocabulary: the row of each word, without letter case, or the tokenizer whose token ids are the rows.
+
+    Raises:
+        InputError: when a vector is not finite, or the vocabulary names rows that are not there.
+    """
+
+    def __init__(self, vectors: "NDArray[np.floating]", vocabulary: "Mapping[str, int] | Tokenizer"):
+        import numpy as np
+
+        self.vectors, self.vocabulary = np.ascontiguousarray(vectors, np.float32), vocabulary
+        if self.vectors.ndim != 2 or not np.isfinite(self.vectors).all():
+            what = f"shape {self.vectors.shape}" if self.vectors.ndim != 2 else "numbers that are not finite"
+            raise InputError(f"StaticVectors: vectors of {what}; expected a row of finite numbers for each word")
+        is_table = isinstance(vocabulary, Mapping)
+        rows = max(vocabulary.values(), default=-1) + 1 if is_table else vocabulary.get_vocab_size()
+        if rows > len(self.vectors) or (is_table and min(vocabulary.values(), default=0) < 0):
+            raise InputError(f"StaticVectors: a vocabulary of {rows:,} rows, and {len(self.vectors):,} vectors")
+        self.identity = hashlib.blake2b(self.vectors.tobytes(), digest_size=16).hexdigest()
+        self.words = fingerprint(vocabulary if is_table else vocabulary.get_vocab(), "vocabulary")
+
+    @classmethod
+    def load(cls, vectors: str | Path, tokenizer: str | Path) -> Self:
+        """Return the vectors of a safetensors file, such as WordLlama's.
+
+        Args:
+            vectors: a file with a single matrix.
+            tokenizer: the `tokenizer.json` of the tokenizers library whose tokens are its rows.
+
+        Raises:
+            InputError: when a file is missing, damaged or holds something else.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        from tokenizers import Tokenizer
+
+        for path in (vectors, tokenizer):
+            if not Path(path).is_file():
+                raise InputError(f"{path}: no such file")
+        try:
+            # Torch reads bf16 too, which numpy does not know.
+            tensors = [tensor for tensor in load_file(vectors).values() if tensor.ndim == 2]
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{vectors}: not safetensors, or damaged: {str(error).splitlines()[0][:80]}") from None
+        if len(tensors) != 1:
+            raise InputError(f"{vectors}: {len(tensors)} matrices; expected one, with a row for each token")
+        try:
+            vocabulary = Tokenizer.from_file(str(tokenizer))
+        # The library raises this class itself.
+        except Exception as error:
+            raise InputError(f"{tokenizer}: no tokenizer.json: {str(error).splitlines()[0][:80]}") from None
+        vocabulary.no_padding()
+        vocabulary.no_truncation()
+        return cls(tensors[0].float().numpy(), vocabulary)
+
+    def encode(self, texts: Sequence[str]) -> "NDArray[np.float32]":
+        """Return the vectors of texts (texts, size), each of length 1 or, without a known word, of zeros."""
+        import numpy as np
+
+        means = np.zeros((len(texts), self.vectors.shape[1]), np.float32)
+        for place, rows in enumerate(self._rows(texts)):
+            if rows:
+                means[place] = self.vectors[rows].mean(0)
+        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+
+    def _rows(self, texts: Sequence[str]) -> list[list[int]]:
+        if isinstance(self.vocabulary, Mapping):
+            return [[self.vocabulary[word] for word in words_of(text) if word in self.vocabulary] for text in texts]
+        return [each.ids for each in self.vocabulary.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+# ---- dense ----
+#
+# Find passages by vectors, and keep these in a file.
+
+
+VECTORS_FILE = "vectors.safetensors"
+FORMAT = "hfllm vectors 1"
+# Passages that are encoded together.
+BATCH = 1 << 12
+
+
+class DenseRetriever:
+    """Finds passages by the cosine of their vectors with that of a query, compared with all of them.
+
+    Args:
+        passages: where to search. What is added to them later is encoded by the next query.
+        encoder: gives texts vectors of length 1: see `hfllm.grounding.retrieval`.
+        query_prefix: what stands before each query, where an encoder was trained so, such as `query: `.
+        passage_prefix: the same for passages.
+
+    Raises:
+        InputError: when there are no passages, or a vector is not finite.
+    """
+
+    def __init__(self, passages: Passages, encoder: Encoder, query_prefix: str = "", passage_prefix: str = ""):
+        refuse_empty(passages, "DenseRetriever")
+        self.passages, self.encoder = passages, encoder
+        self.query_prefix, self.passage_prefix = query_prefix, passage_prefix
+        self._vectors: NDArray[np.float32] | None = None
+        self._catch_up()
+
+    def retrieve(self, queries: Sequence[str], top_k: int = 3) -> list[list[Found]]:
+        """Return the passages of each query: see `Retriever`; scores are from -1 to 1.
+
+        A query whose vector is of zeros, such as one without a known word, finds nothing.
+        """
+        check_queries(queries, top_k)
+        vectors, ranked = self._catch_up(), []
+        asked = _encoded(self.encoder, [self.query_prefix + query for query in queries], "query", 0)
+        # One by one, so that the scores of all passages are held for a single query.
+        for vector in asked if queries else ():
+            if len(vector) != vectors.shape[1]:
+                raise InputError(f"the encoder gives {len(vector)} values, and the passages have {vectors.shape[1]}")
+            ranked.append(_nearest(vectors, vector, top_k) if vector.any() else [])
+        return found_of(self.passages, ranked)
+
+    def save(self, folder: str | Path) -> None:
+        """Write passages and vectors to a folder, beside which a `BM25Retriever` of these passages may be saved."""
+        from safetensors.numpy import save_file
+
+        vectors = self._catch_up()
+        self.passages.save(folder)
+        path = Path(folder, VECTORS_FILE)
+        # Of its own, since another process may save into the same folder.
+        unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
+        try:
+            save_file({"vectors": vectors}, unfinished, {"format": FORMAT, **self._about()})
+            durable.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        encoder: Encoder,
+        query_prefix: str = "",
+        passage_prefix: str = "",
+        passages: Passages | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> Self:
+        """Return the retriever that `save` has written, without encoding its passages again.
+
+        Args:
+            folder: where it is.
+            encoder: the one that it was made with.
+            query_prefix: what stands before each query.
+            passage_prefix: what stood before each passage.
+            passages: its passages, where they are loaded already.
+            tokenizer: that of the model which reads them, to be compared with the one that cut them.
+
+        Raises:
+            InputError: when a file is missing or damaged, the vectors are another encoder's or of other passages, or
+                another tokenizer cut these.
+        """
+        retriever = cls.__new__(cls)
+        retriever.passages = loaded_passages(folder, passages, tokenizer)
+        refuse_empty(retriever.passages, f"DenseRetriever of {folder}")
+        retriever.encoder, retriever.query_prefix, retriever.passage_prefix = encoder, query_prefix, passage_prefix
+        retriever._vectors = _stored(Path(folder, VECTORS_FILE), retriever._about(), len(retriever.passages))
+        return retriever
+
+    def _about(self) -> dict[str, str]:
+        """Return what the vectors depend on."""
+        about = {"passages": self.passages.digest, "encoder": self.encoder.identity}
+        # Of an encoder of your own its identity says everything.
+        about |= {"words": self.encoder.words} if hasattr(self.encoder, "words") else {}
+        return about | {"passage_prefix": self.passage_prefix}
+
+    def _catch_up(self) -> "NDArray[np.float32]":
+        """Encode the passages that have no vector yet. Return the vectors of all (passages, size)."""
+        import numpy as np
+
+        parts = [] if self._vectors is None else [self._vectors]
+        known = sum(map(len, parts))
+        texts = (self.passage_prefix + text for text in self.passages.texts(known))
+        while batch := list(islice(texts, BATCH)):
+            parts.append(_encoded(self.encoder, batch, "passage", known))
+            known += len(batch)
+        self._vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._vectors
+
+
+def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_k: int) -> list[tuple[int, float]]:
+    """Return place and score of the vectors whose product with another is largest; of equal ones the earlier first.
+
+    In a product with all of them equal vectors may get different last digits, so that those near the best are
+    multiplied once more, each by itself.
+
+    Raises:
+        InputError: for vectors so long that their products are not finite.
+    """
+    import numpy as np
+
+    scores = vectors @ vector
+    if not np.isfinite(scores).all():
+        raise InputError("products of vectors are not finite: an encoder gives vectors of length 1")
+    slack = 1e-5 * max(1.0, float(np.abs(scores).max()))
+    near = np.flatnonzero(scores >= scores[best_places(scores, top_k)[-1]] - slack)
+    parts = [near[start : start + BATCH] for start in range(0, len(near), BATCH)]
+    exact = np.concatenate([(vectors[part] * vector.astype(np.float64)).sum(1) for part in parts])
+    places = best_places(exact, top_k)
+    return list(zip(near[places].tolist(), exact[places].tolist(), strict=True))
+
+
+def _encoded(encoder: Encoder, texts: Sequence[str], what: str, first: int) -> "NDArray[np.float32]":
+    """Return the vectors of texts, checked.
+
+    Raises:
+        InputError: when they are not a row of finite numbers each.
+    """
+    import numpy as np
+
+    vectors = np.ascontiguousarray(encoder.encode(texts), np.float32)
+    if texts and (vectors.ndim != 2 or len(vectors) != len(texts)):
+        raise InputError(f"the encoder gives an array of shape {vectors.shape} for {len(texts)} texts")
+    return _finite(vectors, what, first)
+
+
+def _finite(vectors: "NDArray[np.float32]", what: str, first: int) -> "NDArray[np.float32]":
+    import numpy as np
+
+    is_bad = ~np.isfinite(vectors).all(-1)
+    if is_bad.any():
+        raise InputError(f"the vector of {what} {first + int(is_bad.argmax())} is not finite (NaN or infinity)")
+    return vectors
+
+
+def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float32]":
+    """Return the vectors of a file of `count` passages."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such vectors")
+    try:
+        with safe_open(path, "numpy") as stored:
+            metadata, vectors = stored.metadata() or {}, stored.get_tensor("vectors")
+    # Of the last two for types that numpy lacks.
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: no vectors of passages, or damaged: {str(error).splitlines()[0][:80]}") from None
+    _refuse_other(path, metadata, {"format": FORMAT, **about})
+    if vectors.dtype.name != "float32" or vectors.ndim != 2 or len(vectors) != count:
+        raise InputError(
+            f"{path}: {vectors.dtype} of shape {vectors.shape}; expected float32, a row for each of {count}"
+        )
+    return _finite(vectors, f"{path}: passage", 0)
+
+
+def _refuse_other(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+    names = {"passages": "other passages", "encoder": "another encoder", "passage_prefix": "another passage_prefix"}
+    names["words"] = "an encoder of another vocabulary"
+    # Earlier versions did not note the vocabulary.
+    before = {"words": expected.get("words"), **found}
+    for key, value in expected.items():
+        if before.get(key) != value:
+            what = names.get(key, "another format")
+            raise InputError(f"{path}: made with {what} ({found.get(key)!r:.60}, here {value!r:.60}): make it anew")

@@ -3,24 +3,263 @@
     rows = answer_with_samples(model, tokenizer, prompts, n=10, max_new_tokens=40)
     numbers = uncertainties(rows)  # by the names of MEASURES
 
-Every measure takes rows and their meanings (`hfllm.grounding.meanings`; by default normalized words), and returns (N,)
-float64. `CONFIDENCE` turns those that are based on a probability into one. P(True) is in `hfllm.grounding.asking`.
+Every measure takes rows and their meanings (by default normalized words), and returns (N,) float64. `CONFIDENCE` turns
+those that are based on a probability into one. P(True) asks the model itself.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import random
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hfllm.data.formats import as_messages
+from hfllm.data.passages import without_citations
+from hfllm.data.tokenizer import end_tokens, plain_text, to_prompt, tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.grounding.meanings import meanings_of
-from hfllm.grounding.samples import Answered, Prompt, ScoredAnswer
-from hfllm.grounding.scoring import score_answers
+from hfllm.generation.scoring import (
+    NOT_FINITE,
+    Prompt,
+    ScoredAnswer,
+    batches_of_like_length,
+    evaluating,
+    pass_precision,
+    prompt_tokens,
+    reply_log_odds,
+    score_answers,
+)
+from hfllm.models.loading.saved import max_length_of
+from hfllm.rewards.judges import LETTERS, letter_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfllm.grounding.verification import EntailmentModel
+
+
+# ---- samples ----
+#
+# Answers with their log-probabilities: sampled from a model, or any text scored by one.
+#
+# Log-probabilities are those of the model itself, at temperature 1 and without its generation config's penalties, of
+# all tokens of an answer, its end token too.
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with the answer that was given, and others that were sampled to see how sure the model is.
+
+    Args:
+        prompt: text or messages.
+        given: the answer that is right or wrong, such as the greedy one.
+        samples: of the same model, at temperature 1.
+    """
+
+    prompt: Prompt
+    given: ScoredAnswer
+    samples: tuple[ScoredAnswer, ...] = ()
+
+
+def answer_with_samples(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    n: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[Answered]:
+    """Answer each prompt greedily, and sample `n` more answers; see `sample_with_scores`."""
+    options = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
+    given = sample_with_scores(model, tokenizer, prompts, 1, do_sample=False, **options)
+    samples = sample_with_scores(model, tokenizer, prompts, n, **options)
+    return [
+        Answered(prompt, first, tuple(others))
+        for prompt, (first,), others in zip(prompts, given, samples, strict=True)
+    ]
+
+
+def sample_with_scores(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    n: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> list[list[ScoredAnswer]]:
+    """Sample `n` answers to each prompt with the log-probabilities of their tokens, or decode greedily.
+
+    The chance of each answer comes from the seed, its prompt's place and its number alone, so that any `batch_size`
+    gives the same answers, up to the rounding of the model's logits. Nothing changes the caller's random state. The
+    model may be an adapter's, in any precision.
+
+    Args:
+        prompts: texts, or lists of messages for the tokenizer's chat template.
+        n: answers per prompt; 1 without `do_sample`.
+        temperature: of the sampling; the log-probabilities are those at 1. Entropies need samples at 1.
+        batch_size: answers that are written together; a device's memory may allow fewer.
+
+    Returns:
+        One list of `n` answers per prompt.
+
+    Raises:
+        InputError: for a bad argument, a prompt without tokens or without room for an answer in the model's context,
+            an encoder-decoder model, or logits that are not finite.
+    """
+    _check(model, n, max_new_tokens, do_sample, temperature, batch_size)
+    ids = prompt_tokens(model, tokenizer, prompts, max_new_tokens)
+    rows = [(place, number) for place in range(len(ids)) for number in range(n)]
+    ends, answers = sorted(end_tokens(tokenizer, model)), {}
+    with _plainly(model):
+        for batch in batches_of_like_length(model, [len(ids[place]) for place, _ in rows], batch_size):
+            keys = [f"{seed}-{rows[row][0]}-{rows[row][1]}" for row in batch]
+            drawn = [_chances(key, max_new_tokens) for key in keys] if do_sample else None
+            tokens, logprobs = _generate(
+                model, [ids[rows[row][0]] for row in batch], drawn, temperature, max_new_tokens, ends, _pad(tokenizer)
+            )
+            for row, said, numbers in zip(batch, tokens, logprobs, strict=True):
+                length = next((place + 1 for place, token in enumerate(said) if token in ends), len(said))
+                text = tokenizer.decode(said[:length], skip_special_tokens=True)
+                has_ended = said[length - 1] in ends
+                answers[rows[row]] = ScoredAnswer(text, tuple(numbers[:length]), tuple(said[:length]), has_ended)
+    return [[answers[place, number] for number in range(n)] for place in range(len(ids))]
+
+
+def sampling_cost(rows: Sequence[Answered]) -> dict[str, float]:
+    """Return what the samples cost beside the answers, in tokens that the model wrote.
+
+    Returns:
+        Per prompt `given_tokens` and `sampled_tokens`, and `times_as_many`: all of them over those of given answers.
+
+    Raises:
+        InputError: for no rows, or answers without tokens.
+    """
+    if not rows:
+        raise InputError("the cost of sampling: there are no answers")
+    given = sum(len(row.given.token_logprobs) for row in rows) / len(rows)
+    if not given:
+        raise InputError("the cost of sampling: the answers have no token")
+    sampled = sum(len(sample.token_logprobs) for row in rows for sample in row.samples) / len(rows)
+    return {"given_tokens": given, "sampled_tokens": sampled, "times_as_many": (given + sampled) / given}
+
+
+def _check(
+    model: "PreTrainedModel", n: int, max_new_tokens: int, do_sample: bool, temperature: float, batch_size: int
+) -> None:
+    for name, number in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(number, Integral):
+            raise InputError(f"{name} must be a whole number, got {number!r:.40}")
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, got {number}")
+    if not do_sample and n != 1:
+        raise InputError(f"n must be 1 without do_sample, got {n}: greedy answers are all the same")
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+        raise InputError(f"temperature must be above 0, got {temperature!r:.40}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError("the model is an encoder and a decoder; expected a causal language model")
+
+
+def _chances(key: str, count: int) -> list[float]:
+    draw = random.Random(f"answer-{key}")
+    return [draw.random() for _ in range(count)]
+
+
+def _pad(tokenizer: "PreTrainedTokenizerBase") -> int:
+    # What padding is does not count: it is masked.
+    return next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
+
+
+def _generate(
+    model: "PreTrainedModel",
+    prompts: Sequence[list[int]],
+    chances: Sequence[list[float]] | None,
+    temperature: float,
+    max_new_tokens: int,
+    ends: list[int],
+    pad: int,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Return the tokens after each prompt and their log-probabilities, unspecified after the end."""
+    import torch
+    from transformers import LogitsProcessorList
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(each)) + each for each in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], device=model.device)
+    record = _drawing(chances, temperature)
+    with torch.inference_mode(), pass_precision(model):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=ends or None,
+            logits_processor=LogitsProcessorList([record]),
+            use_cache=True,
+        )
+    return output[:, longest:].tolist(), torch.stack(record.logprobs, 1).tolist()
+
+
+def _drawing(chances: Sequence[list[float]] | None, temperature: float) -> "LogitsProcessor":
+    """Return a logits processor that chooses each row's token by its own chance, and notes its log-probability.
+
+    Generation takes the token of the highest logit, so that all others are set to minus infinity.
+    """
+    import torch
+    from transformers import LogitsProcessor
+
+    class Draw(LogitsProcessor):
+        def __init__(self):
+            self.logprobs: list[torch.Tensor] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            # Probabilities of large vocabularies add up in 64 bits, which Apple's GPUs do not have.
+            wide = torch.float32 if scores.device.type == "mps" else torch.float64
+            own = scores.to(wide).log_softmax(-1)
+            if not bool(own.amax(-1).isfinite().all()):
+                raise InputError(NOT_FINITE)
+            if chances is None:
+                token = scores.argmax(-1, keepdim=True)
+            else:
+                column = torch.tensor([row[len(self.logprobs)] for row in chances], dtype=wide, device=scores.device)
+                reached = (own / temperature).softmax(-1).cumsum(-1)
+                # The first token whose sum is above the chance: one of probability 0 is never it.
+                token = torch.searchsorted(reached, column[:, None] * reached[:, -1:], right=True)
+                token = token.clamp(max=scores.shape[-1] - 1)
+            self.logprobs.append(own.gather(-1, token)[:, 0])
+            return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+    return Draw()
+
+
+@contextmanager
+def _plainly(model: "PreTrainedModel") -> Iterator[None]:
+    """Evaluate a model without its own generation config, which fills unset values, such as by a penalty."""
+    from transformers import GenerationConfig
+
+    below = model.get_base_model() if hasattr(model, "get_base_model") else model
+    configs = [(each, each.generation_config) for each in (model, below)]
+    with evaluating(model):
+        for each, _ in configs:
+            each.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            for each, config in configs:
+                each.generation_config = config
+
+
+# ---- uncertainty ----
+
 
 Meanings = Sequence[Sequence[Hashable]]
 
@@ -256,3 +495,239 @@ def _entropy(shares: np.ndarray) -> float:
 def _mean(numbers: Iterable[float]) -> float:
     listed = list(numbers)
     return math.fsum(listed) / len(listed)
+
+
+# ---- meanings ----
+#
+# Which answers mean the same: by their normalized words, by a function of the user's, or by an entailment model.
+
+
+Same = Callable[[str, str], bool]
+# A number keeps its sign and its point.
+_WORD = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\w+")
+_ARTICLES = frozenset(("a", "an", "the"))
+
+
+def normalized(text: str) -> str:
+    """Return the words of a text without case, punctuation, articles and citations, by which equal texts are equal.
+
+    As for SQuAD's exact match (Rajpurkar et al. 2016, arXiv:1606.05250), but numbers keep sign and point. A text
+    without words is itself, without spaces around it.
+    """
+    said = without_citations(text).casefold()
+    words = [word for word in _WORD.findall(said) if word not in _ARTICLES]
+    return " ".join(words) or said.strip()
+
+
+def meanings_of(rows: Sequence[Answered], same: "Same | EntailmentModel | None" = None) -> list[list[int]]:
+    """Return a number for the meaning of each answer of a row: first that of the given one, then of the samples.
+
+    Answers are compared with the first of each meaning so far, in their order (Kuhn et al. 2023, arXiv:2302.09664,
+    algorithm 1). Empty answers are one meaning, which no other has. To tell meanings by yourself, such as by the word
+    that counts, hand the measures a list of any labels per row instead.
+
+    Args:
+        rows: prompts with their answers.
+        same: `(answer, answer) -> bool`, or an entailment model, which reads each answer after its prompt and must
+            find each to follow from the other. By default normalized words must be equal.
+    """
+    texts = [[row.given.text, *(sample.text for sample in row.samples)] for row in rows]
+    if same is None:
+        return [_numbered([normalized(text) for text in said], lambda one, other: one == other) for said in texts]
+    if hasattr(same, "in_both_directions"):
+        prompts = [last_words(row.prompt) for row in rows]
+        kinds = [list(dict.fromkeys(text for text in said if text.strip())) for said in texts]
+        pairs = [
+            (row, one, other)
+            for row, said in enumerate(kinds)
+            for place, one in enumerate(said)
+            for other in said[place + 1 :]
+        ]
+        found = same.in_both_directions(
+            [f"{prompts[row]} {one}".strip() for row, one, _ in pairs],
+            [f"{prompts[row]} {other}".strip() for row, _, other in pairs],
+        )
+        agree = {pair for pair, agrees in zip(pairs, found, strict=True) if agrees}
+        return [
+            _numbered(said, lambda one, other, row=row: (row, one, other) in agree or (row, other, one) in agree)
+            for row, said in enumerate(texts)
+        ]
+    return [_numbered(said, same) for said in texts]
+
+
+def _numbered(texts: Sequence[str], same: Same) -> list[int]:
+    firsts: list[str] = []
+    numbers: dict[str, int] = {}
+    for text in texts:
+        key = text if text.strip() else ""
+        if key in numbers:
+            continue
+        alike = (numbers[first] for first in firsts if first and key and bool(same(first, key)))
+        numbers[key] = next(alike, len(firsts))
+        if numbers[key] == len(firsts):
+            firsts.append(key)
+    return [numbers[text if text.strip() else ""] for text in texts]
+
+
+def last_words(prompt: Prompt) -> str:
+    """Return what a prompt asks: of a conversation its last turn."""
+    content = as_messages(prompt)[-1]["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+
+
+# ---- asking ----
+#
+# Ask a language model whether something is true: P(True) of an answer, and whether a passage supports a claim.
+
+
+def log_odds(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[str],
+    options: tuple[str, str] = ("True", "False"),
+    both_orders: bool = True,
+    letters: tuple[str, str] = LETTERS,
+    batch_size: int = 32,
+) -> list[float]:
+    """Return, for each question, log P(first option) - log P(second option) of the model's reply, in nats.
+
+    The options stand below the question as `(A)` and `(B)`, and the letter is the reply. A question is the user's
+    turn, or a transcript for a tokenizer without chat template.
+
+    Args:
+        both_orders: ask with the options in both orders and average, so that a liking for a letter cancels out.
+        letters: the two replies, which must differ in a single token.
+        batch_size: questions in one pass.
+
+    Raises:
+        InputError: for letters that cannot be told apart, a tokenizer without padding token, a question that is longer
+            than the model's context, and logits that are not finite.
+    """
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
+    if not questions:
+        return []
+    # A transcript ends with a colon.
+    tokens = letter_tokens(tokenizer, letters, "" if tokenizer.chat_template else " ")
+    orders = (options, options[::-1]) if both_orders else (options,)
+    asked = [
+        "\n".join([question, *(f"{letter} {option}" for letter, option in zip(letters, order, strict=True))])
+        for question in questions
+        for order in orders
+    ]
+    # Each text once: the same claim stands in many answers.
+    texts = list(dict.fromkeys(asked))
+    prompts = [to_prompt([{"role": "user", "content": text}], tokenizer) for text in texts]
+    ids = [[*each, *tokens.before] for each in tokenize_prompts(prompts, tokenizer)]
+    context = max_length_of(model.config)
+    for text, each in zip(texts, ids, strict=True):
+        if context is not None and len(each) >= context:
+            number = asked.index(text) // len(orders) + 1
+            raise InputError(f"question {number} takes {len(each)} tokens, and the model's context has {context}")
+    odds = reply_log_odds(model, tokenizer, ids, tokens.first, tokens.second, batch_size)
+    if not np.isfinite(odds).all():
+        raise InputError("the model's logits are not finite: its weights may be damaged, or the precision too low")
+    by_text = dict(zip(texts, odds, strict=True))
+    count = len(orders)
+    return [
+        sum(by_text[text] * (-1) ** place for place, text in enumerate(asked[first : first + count])) / count
+        for first in range(0, len(asked), count)
+    ]
+
+
+def p_true(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Answered],
+    show_samples: bool = True,
+    both_orders: bool = True,
+    letters: tuple[str, str] = LETTERS,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Return the uncertainty 1 - P(True) of each given answer, in [0, 1]: (N,).
+
+    The model reads its own answer, with its samples as brainstormed ideas, and is asked whether it is true or false
+    (Kadavath et al. 2022, arXiv:2207.05221, section 3). Small models, and those that were not trained to be asked so,
+    know little of it.
+
+    Args:
+        rows: prompts with their answers.
+        show_samples: whether the samples stand before the answer.
+        both_orders, letters, batch_size: see `log_odds`.
+
+    Raises:
+        InputError: as `log_odds`.
+    """
+    questions = [
+        _is_true(row.prompt, row.given.text, [each.text for each in row.samples] if show_samples else [])
+        for row in rows
+    ]
+    odds = log_odds(model, tokenizer, questions, both_orders=both_orders, letters=letters, batch_size=batch_size)
+    # 1 - P(True), without loss where P(True) is nearly 1.
+    return np.array([np.exp(-np.logaddexp(0.0, value)) for value in odds], dtype=np.float64)
+
+
+class AskedModel:
+    """A language model as a check of claims: asked whether a passage says so, yes or no.
+
+    Args:
+        model, tokenizer: of any causal language model.
+        questions: wordings with the places `{passage}` and `{claim}`; the log-odds of all are averaged.
+        letters, batch_size: see `log_odds`.
+
+    Raises:
+        InputError: for a wording without these places.
+    """
+
+    QUESTIONS = (
+        "{passage}\nIs it said above that: {claim}",
+        "Text: {passage}\nClaim: {claim}\nDoes the text support the claim?",
+    )
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        questions: Sequence[str] = QUESTIONS,
+        letters: tuple[str, str] = LETTERS,
+        batch_size: int = 32,
+    ):
+        for question in questions:
+            if "{passage}" not in question or "{claim}" not in question:
+                raise InputError(f"a question must have the places {{passage}} and {{claim}}, got {question[:60]!r}")
+        if not questions:
+            raise InputError("questions: at least one wording is needed")
+        self.model, self.tokenizer, self.questions = model, tokenizer, tuple(questions)
+        self.letters, self.batch_size = letters, batch_size
+
+    def __call__(self, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
+        """Return for each claim the probability that its passage supports it, by the mean log-odds.
+
+        Raises:
+            InputError: as `log_odds`.
+        """
+        # A passage must not answer by a turn of its own.
+        plain = plain_text(self.tokenizer)
+        # Not by str.format: a text may hold braces of its own.
+        asked = [
+            _filled(question, plain(passage), plain(claim))
+            for claim, passage in zip(claims, passages, strict=True)
+            for question in self.questions
+        ]
+        odds = log_odds(
+            self.model, self.tokenizer, asked, ("Yes", "No"), letters=self.letters, batch_size=self.batch_size
+        )
+        means = np.array(odds, dtype=np.float64).reshape(len(claims), len(self.questions)).mean(1)
+        return [float(np.exp(-np.logaddexp(0.0, -value))) for value in means]
+
+
+def _filled(question: str, passage: str, claim: str) -> str:
+    parts = [part.replace("{claim}", claim) for part in question.split("{passage}")]
+    return passage.join(parts)
+
+
+def _is_true(prompt: Prompt, answer: str, ideas: Sequence[str]) -> str:
+    lines = [f"Question: {last_words(prompt).strip()}"]
+    if ideas:
+        lines += ["Here are some brainstormed ideas:", *(idea.strip() for idea in ideas)]
+    return "\n".join([*lines, f"Possible answer: {answer.strip()}", "Is the possible answer:"])

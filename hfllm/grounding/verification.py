@@ -1,19 +1,30 @@
-"""Are an answer's claims in the passages? Each is checked; what no passage supports is revised or dropped.
+"""Whether an answer's claims are in the passages (entailment): what none supports is revised or dropped.
 
 A check is a function of two lists, `(claims, passages) -> scores`, which says for each pair in [0, 1] how well the
 passage supports the claim; above 1/2 it does. `contains`, `has_words`, an `EntailmentModel`
-(`hfllm.grounding.entailment`), an `AskedModel` (`hfllm.grounding.asking`) and any function of yours are checks.
+(`hfllm.grounding.verification`), an `AskedModel` (`hfllm.grounding.uncertainty`) and any function of yours are checks.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hfllm.data.passages import without_citations
+from hfllm.data.tokenizer import plain_text
 from hfllm.errors import InputError
+from hfllm.generation.responses import best_by_reward, majority
+from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision
 from hfllm.grounding.abstention import UNKNOWN
-from hfllm.grounding.meanings import normalized
+from hfllm.grounding.uncertainty import normalized
+from hfllm.models.loading.saved import max_length_of
+from hfllm.outputs.report import mean_of, readable, standard_error
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 Check = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 Splitter = Callable[[str], Sequence[str]]
@@ -248,3 +259,244 @@ def _scores(check: Check, claims: Sequence[str], passages: Sequence[str]) -> lis
 def _citations_before_points(answer: str) -> str:
     """Return an answer whose citations stand before the point that ends their sentence: `red [1].`, not `red. [1]`."""
     return _CITED_POINT.sub(r"\2\1", answer)
+
+
+# ---- entailment ----
+#
+# Whether a text follows from another, by a model of transformers that was trained to say so (NLI).
+
+
+ENTAILMENT = "entailment"
+
+
+class EntailmentModel:
+    """A sequence-classification model with a label `entailment`, such as one that was trained on MNLI.
+
+    It is a check of claims (`hfllm.grounding.verification`), and tells which answers mean the same
+    (`hfllm.grounding.uncertainty`).
+
+    Args:
+        model: from `AutoModelForSequenceClassification`; `config.id2label` names its labels.
+        tokenizer: its own.
+        batch_size: pairs in one pass.
+
+    Raises:
+        InputError: when the model has no such label, its config does not name labels, or its tokenizer has no padding
+            token or tokens that the model has no embeddings for.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 32):
+        from hfllm.models.loading.saved import check_vocabulary
+
+        labels = {number: str(label) for number, label in (model.config.id2label or {}).items()}
+        found = [int(number) for number, label in labels.items() if label.strip().casefold() == ENTAILMENT]
+        if len(found) != 1 or len(labels) < 2:
+            named = ", ".join(labels.values()) or "none"
+            raise InputError(
+                f"the entailment model's labels are {named}; expected one of two or more to be {ENTAILMENT!r}: name "
+                "them in config.id2label, or take a model that was trained on natural language inference"
+            )
+        if tokenizer.pad_token_id is None:
+            raise InputError("the entailment model's tokenizer has no padding token: set tokenizer.pad_token")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        check_vocabulary(model, tokenizer, "entailment model")
+        if model.config.pad_token_id is None:
+            # Decoders read the label at the last token that is not padding.
+            model.config.pad_token_id = tokenizer.pad_token_id
+        self.model, self.tokenizer, self.batch_size, self.label = model, tokenizer, batch_size, found[0]
+
+    def __call__(self, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
+        """Return for each claim the probability that its passage entails it.
+
+        Raises:
+            InputError: naming a pair that is longer than the model's context, and for logits that are not finite.
+        """
+        return [float(row[self.label]) for row in self._probabilities(passages, claims)]
+
+    def in_both_directions(self, first: Sequence[str], second: Sequence[str]) -> list[bool]:
+        """Return for each pair whether each text entails the other: it is the most probable label both times.
+
+        Raises:
+            InputError: as a call.
+        """
+        rows = self._probabilities([*first, *second], [*second, *first])
+        entails = [int(row.argmax()) == self.label for row in rows]
+        return [one and other for one, other in zip(entails[: len(first)], entails[len(first) :], strict=True)]
+
+    def _probabilities(self, premises: Sequence[str], hypotheses: Sequence[str]) -> list["torch.Tensor"]:
+        """Return the probabilities of the labels, (labels,) each."""
+        import torch
+
+        if not premises:
+            return []
+        # What separates premise and hypothesis must not be spelled by a text.
+        plain = plain_text(self.tokenizer)
+        encoded = self.tokenizer(list(map(plain, premises)), list(map(plain, hypotheses)), verbose=False)
+        lengths, context = [len(ids) for ids in encoded["input_ids"]], max_length_of(self.model.config)
+        for number, length in enumerate(lengths, 1):
+            if context is not None and length > context:
+                raise InputError(
+                    f"pair {number} has {length} tokens, and the entailment model reads {context}: cut passages into "
+                    f"shorter ones; it begins {premises[number - 1][:40]!r}"
+                )
+        found: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
+        with evaluating(self.model), torch.inference_mode(), pass_precision(self.model):
+            for rows in batches_of_like_length(self.model, lengths, self.batch_size):
+                batch = self.tokenizer.pad(
+                    {name: [values[row] for row in rows] for name, values in encoded.items()},
+                    padding_side="right",
+                    return_tensors="pt",
+                ).to(self.model.device)
+                probabilities = self.model(**batch).logits.float().softmax(-1).cpu()
+                if bool(probabilities.isnan().any()):
+                    raise InputError("the entailment model's logits are not finite: its weights may be damaged")
+                for row, numbers in zip(rows, probabilities, strict=True):
+                    found[row] = numbers
+        return found
+
+
+# ---- choosing ----
+#
+# Which of several answers to keep: the first that a passage supports, the best by a reward, that of the majority.
+
+
+# For each prompt the place of the answer to keep, or `None` to abstain.
+Choice = list[int | None]
+
+
+def first_supported(
+    samples: Sequence[Sequence[str]],
+    passages: Sequence[Sequence[str]],
+    check: Check,
+    splitter: Splitter = claims_of,
+    threshold: float = SUPPORTED,
+) -> Choice:
+    """Return for each prompt the place of its first answer that passages support; `None` where they support none.
+
+    Args:
+        samples: answers per prompt.
+        passages: for each prompt the texts to check against.
+        check, splitter, threshold: see `hfllm.grounding.verification.verify`.
+
+    Raises:
+        InputError: as `verify`.
+    """
+    _check_rows(samples, passages=passages)
+    flat = [(row, place) for row, answers in enumerate(samples) for place in range(len(answers))]
+    claims = verify(
+        [samples[row][place] for row, place in flat], [passages[row] for row, _ in flat], check, splitter, threshold
+    )
+    chosen: Choice = [None] * len(samples)
+    for (row, place), said in reversed(list(zip(flat, claims, strict=True))):
+        if all_supported(said):
+            chosen[row] = place
+    return chosen
+
+
+def best_rewarded(
+    prompts: Sequence[str | list], samples: Sequence[Sequence[str | list]], reward: Callable[..., Sequence[float]]
+) -> Choice:
+    """Return for each prompt the place of the answer that a reward, such as a `RewardModel`, scores highest.
+
+    A reward model scores how an answer is put as much as whether it is true, and the best of many is the one that
+    exploits it most: it may lose to greedy decoding. Compare them, see `compare_choices`.
+
+    Args:
+        prompts: texts or messages.
+        samples: answers per prompt, texts or messages.
+        reward: `(prompts, completions) -> numbers`.
+
+    Raises:
+        InputError: for a prompt without answers, and scores that are NaN.
+    """
+    _check_rows(samples, prompts=prompts)
+    return [place for place, _ in best_by_reward(prompts, samples, reward)]
+
+
+def majority_of_meaning(
+    samples: Sequence[Sequence[str]], meanings: Sequence[Sequence[Hashable]] | None = None
+) -> Choice:
+    """Return for each prompt the place of the first answer with the most frequent meaning (self-consistency).
+
+    Args:
+        samples: answers per prompt.
+        meanings: a label for each; by default their normalized words. Empty answers come last.
+
+    Raises:
+        InputError: for a prompt without answers, or meanings that do not match.
+    """
+    _check_rows(samples, **({} if meanings is None else {"meanings": meanings}))
+    chosen: Choice = []
+    for row, answers in enumerate(samples):
+        labels = [normalized(text) for text in answers] if meanings is None else list(meanings[row])
+        if len(labels) != len(answers):
+            raise InputError(f"prompt {row + 1} has {len(answers)} answers and {len(labels)} meanings")
+        # As `majority` takes them: a text for each meaning, none for an empty answer.
+        numbers = {label: str(number) for number, label in enumerate(dict.fromkeys(labels), 1)}
+        votes = [numbers[label] if text.strip() else "" for text, label in zip(answers, labels, strict=True)]
+        chosen.append(votes.index(majority(votes)[0]))
+    return chosen
+
+
+def compare_choices(
+    right: Sequence[Sequence[float]],
+    choices: Mapping[str, Sequence[int | None]],
+    greedy: Sequence[float] | None = None,
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Return a report's metrics and table of ways to choose an answer, also where they lose.
+
+    Args:
+        right: for each prompt how right each of its samples is, from 0 to 1.
+        choices: by their names, such as `first_supported`, `best_rewarded` and `majority_of_meaning` return them.
+        greedy: how right the greedy answers are.
+
+    Returns:
+        The metrics `NAME_right`, `NAME_wrong` and `NAME_abstained` as shares of all prompts, with `_se` and `_n`;
+        besides the choices there are `one_sample`, `greedy` and `best_possible`, the best of all samples. And for each
+        way a row of a table, whose last column is the difference to one sample of the same prompt with its error.
+
+    Raises:
+        InputError: where these do not match, or are empty.
+    """
+    if not right or not all(len(row) for row in right):
+        raise InputError("to compare choices there must be prompts, each with at least one answer")
+    first = [float(row[0]) for row in right]
+    ways: dict[str, list[float | None]] = {"one_sample": list(first)}
+    if greedy is not None:
+        ways["greedy"] = [float(value) for value in greedy]
+    for name, choice in choices.items():
+        _check_rows(right, **{name: choice})
+        for row, (values, place) in enumerate(zip(right, choice, strict=True), 1):
+            if place is not None and not 0 <= place < len(values):
+                raise InputError(f"{name} chose answer {place} of prompt {row}, which has {len(values)}")
+        ways[name] = [None if place is None else float(row[place]) for row, place in zip(right, choice, strict=True)]
+    ways["best_possible"] = [float(max(row)) for row in right]
+    metrics: dict[str, float] = {}
+    table = []
+    for name, values in ways.items():
+        _check_rows(right, **{name: values})
+        scores = [value or 0.0 for value in values]
+        parts = {
+            "right": scores,
+            "wrong": [0.0 if value is None else 1 - value for value in values],
+            "abstained": [float(value is None) for value in values],
+        }
+        for part, numbers in parts.items():
+            metrics |= mean_of(f"{name}_{part}", numbers)
+        gains = [score - single for score, single in zip(scores, first, strict=True)]
+        error = standard_error(gains)
+        shown = {part: f"{sum(numbers) / len(numbers):.3f}" for part, numbers in parts.items()}
+        gain = f"{sum(gains) / len(gains):+.3f}" + ("" if error is None else f" ± {readable(error, 2)}")
+        gain = "" if name == "one_sample" else gain
+        table.append({"answer kept": name.replace("_", " "), **shown, "right, against one sample": gain})
+    return metrics, table
+
+
+def _check_rows(samples: Sequence[Sequence[object]], **others: Sequence[object]) -> None:
+    for name, other in others.items():
+        if len(other) != len(samples):
+            raise InputError(f"there are answers to {len(samples)} prompts, and {name} of {len(other)}")
+    for number, row in enumerate(samples, 1):
+        if not len(row):
+            raise InputError(f"prompt {number} has no answers to choose from")

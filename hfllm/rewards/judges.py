@@ -17,10 +17,10 @@ from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
 from hfllm.errors import InputError
+from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.report import share_error, standard_error
 from hfllm.rewards.functions import completion_text
-from hfllm.rewards.passes import batches_of_like_length, evaluating, pass_precision, reply_log_odds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,9 +9,9 @@ from hfllm.data.picture_batches import conversation_batch, words_of_places
 from hfllm.data.rows import Message, read_tools, unspelled, words_of
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.generation.scoring import batches_of_like_length, pass_precision
 from hfllm.models.loading.saved import reads_pictures
 from hfllm.rewards.functions import BEGINNING, RewardFunction, checked_rewards, reward_name
-from hfllm.rewards.passes import batches_of_like_length, pass_precision
 
 if TYPE_CHECKING:
     import torch

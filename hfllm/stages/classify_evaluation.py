@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.labelled import SPANS, TEXT, WORDS, Row
-from hfllm.evaluation import classification, spans
-from hfllm.evaluation.bag_of_words import bag_of_words, majority
+from hfllm.evaluation import classification
+from hfllm.evaluation.classification import bag_of_words, majority
+from hfllm.generation import spans
 from hfllm.generation.spans import best_spans
 from hfllm.outputs.report import Bars, Found, plus_minus
 from hfllm.stages.classify import ClassifyArguments

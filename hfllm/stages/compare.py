@@ -15,7 +15,6 @@ from typing import Any
 
 from hfllm.data.sources import iterate_source, parse_json
 from hfllm.errors import InputError, refuse
-from hfllm.evaluation.intervals import mean_interval
 from hfllm.evaluation.verdicts import (
     ALPHA,
     Compared,
@@ -29,6 +28,7 @@ from hfllm.evaluation.verdicts import (
     verdict_table,
 )
 from hfllm.outputs.report import Found, write_atomically
+from hfllm.outputs.statistics import mean_interval
 from hfllm.stages.evaluate import labels_of
 from hfllm.stages.evaluate_report import CHANGES, refuse_foreign_changes, slug
 
@@ -351,12 +351,17 @@ def _metrics(script_args: CompareArguments, part: tuple[str, str], *logs: Mappin
 @cache
 def own_metrics() -> dict[str, tuple[frozenset[str], dict[str, int]]]:
     """Return the primary metrics of each of our suites that has some, and in which direction metrics are better."""
-    from hfllm.evaluation.suites import few_shot, pictures, preferences, refusals_suite, robustness, truthfulness
-    from hfllm.evaluation.suites import world_suites
+    from hfllm.evaluation import pictures
+    from hfllm.evaluation.suites import few_shot, preferences, refusals, robustness, truthfulness, world_suites
 
     kinds = [
-        *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals_suite.XSTest, robustness.Robustness),
-        *(truthfulness.TruthfulQA, world_suites.WorldTruthfulness, world_suites.WorldPreferences, world_suites.WorldRefusals),
+        *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals.XSTest, robustness.Robustness),
+        *(
+            truthfulness.TruthfulQA,
+            world_suites.WorldTruthfulness,
+            world_suites.WorldPreferences,
+            world_suites.WorldRefusals,
+        ),
         world_suites.WorldFewShot,
     ]
     found: dict[str, tuple[frozenset[str], dict[str, int]]] = {}

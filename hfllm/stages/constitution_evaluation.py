@@ -92,7 +92,7 @@ def figures_of_revisions(steps: Steps) -> dict[str, float]:
 
 
 def _values(texts: Sequence[str]) -> dict[str, list[float]]:
-    from hfllm.evaluation.refusals import refuses
+    from hfllm.evaluation.suites.refusals import refuses
 
     return {
         "refusals": [float(refuses(text)) for text in texts],

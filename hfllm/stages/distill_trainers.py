@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
-    from hfllm.evaluation.distillation import GoldEvaluation
+    from hfllm.evaluation.before_after import GoldEvaluation
     from hfllm.trainers.distillation.config import DistillationConfig
     from hfllm.trainers.distillation.trainer import DistillationTrainer
 
@@ -57,8 +57,7 @@ def rows_to_teach(script_args: DistillArguments, teacher: Loaded, rows: Rows, se
         InputError: when no answer can be written.
     """
     from hfllm.data.formats import last_turn
-    from hfllm.synthesis.prompt_mixing import mix_prompts
-    from hfllm.synthesis.teacher_answers import write_answers
+    from hfllm.synthesis.answers import mix_prompts, write_answers
 
     answers = whose_answers(script_args)
     if answers == "data":
@@ -148,7 +147,7 @@ def compare(
     from torch.utils.data import DataLoader
 
     from hfllm.data.loading import world_of
-    from hfllm.evaluation.distillation import fit_metrics, gold_metrics, judge_model
+    from hfllm.evaluation.before_after import fit_metrics, gold_metrics, judge_model
     from hfllm.trainers.run_record import final_train_loss
 
     trainer = trainers["student"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
     from trl import ModelConfig
 
-    from hfllm.evaluation.suites.subjects import Subject
+    from hfllm.evaluation.suites.base import Subject
 
 # What is judged where no suite is named.
 DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
@@ -184,7 +184,7 @@ def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[S
 
     import torch
 
-    from hfllm.evaluation.suites.subjects import Subject
+    from hfllm.evaluation.suites.base import Subject
     from hfllm.runs.models import saved_tokenizer
     from hfllm.stages.course import load_speaking
 

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from hfllm.errors import InputError, refuse
-from hfllm.evaluation.suites.overlap import missing_overlaps
+from hfllm.evaluation.suites.base import missing_overlaps
 from hfllm.fingerprint import file_fingerprint
 from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.command_line import say

@@ -7,8 +7,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.stages.own_pictures import OF_PICTURES, given_flags
 
 if TYPE_CHECKING:
-    from hfllm.evaluation.pictures import Asked
-    from hfllm.evaluation.suites.pictures import Part
+    from hfllm.evaluation.pictures import Asked, Part
     from hfllm.stages.evaluate import EvaluateArguments
 
 SUITE = "pictures"
@@ -40,7 +39,7 @@ def parts_of(script_args: "EvaluateArguments") -> "list[Part]":
     Raises:
         InputError: when a row or, with `--bad_images refuse`, a picture cannot be read.
     """
-    from hfllm.evaluation.suites.pictures import Part
+    from hfllm.evaluation.pictures import Part
     from hfllm.stages.evaluate import NUM_WORLD_ITEMS
     from hfllm.stages.vision import DRAWN, VisionArguments
     from hfllm.stages.vision_data import SHUFFLED, eval_parts, prior_of

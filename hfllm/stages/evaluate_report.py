@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.errors import InputError
-from hfllm.evaluation.intervals import difference_interval, mean_interval
 from hfllm.evaluation.suites.base import Record, Suite
 from hfllm.evaluation.verdicts import (
     Compared,
@@ -19,8 +18,8 @@ from hfllm.evaluation.verdicts import (
     verdict_metrics,
     verdict_table,
 )
-from hfllm.outputs.calibration import Interval
 from hfllm.outputs.report import Bars, Found, Plot, write_atomically
+from hfllm.outputs.statistics import Interval, difference_interval, mean_interval
 
 # The items in which models differ, and how long a line of them may be.
 CHANGES, MOST_READ = "changes.jsonl", 1 << 24

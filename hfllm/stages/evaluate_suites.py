@@ -8,7 +8,7 @@ from hfllm.evaluation.suites.base import Suite
 from hfllm.stages.evaluate import NUM_WORLD_ITEMS, EvaluateArguments
 
 if TYPE_CHECKING:
-    from hfllm.evaluation.suites.subjects import Subject
+    from hfllm.evaluation.suites.base import Subject
 
 Build = Callable[["EvaluateArguments", "Subject | None"], Suite]
 
@@ -51,7 +51,7 @@ def _hhh(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
 
 def _refusals(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
     if script_args.xstest_file:
-        from hfllm.evaluation.suites.refusals_suite import XSTest
+        from hfllm.evaluation.suites.refusals import XSTest
 
         return XSTest(script_args.xstest_file, script_args.num_items, judge, script_args.max_new_tokens)
     from hfllm.evaluation.suites.world_suites import WorldRefusals
@@ -101,7 +101,7 @@ def _robustness(script_args: EvaluateArguments, judge: "Subject | None") -> Suit
 
 
 def _pictures(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
-    from hfllm.evaluation.suites.pictures import Pictures
+    from hfllm.evaluation.pictures import Pictures
     from hfllm.stages.evaluate_pictures import parts_of
 
     return Pictures(partial(parts_of, script_args), script_args.max_new_tokens)

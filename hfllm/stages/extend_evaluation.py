@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hfllm.data.packing import start_of
-from hfllm.evaluation.needle import NeedleGrid, find_needles
-from hfllm.evaluation.positions import bits_by_range, edges_of, nats_by_position
+from hfllm.evaluation.long_texts import NeedleGrid, find_needles
+from hfllm.generation.scoring import bits_by_range, edges_of, nats_by_position
 from hfllm.outputs.report import Found, Plot, change_of, mean_of
 from hfllm.runs.command_line import say
 from hfllm.stages.extend import ExtendArguments

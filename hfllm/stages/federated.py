@@ -19,8 +19,8 @@ from hfllm.runs.recipes import settings_file
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
+    from hfllm.federation.privacy import RowPrivacy
     from hfllm.federation.rounds import RoundSettings
-    from hfllm.federation.row_privacy import RowPrivacy
 
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
 MEAN, MEDIAN, TRIMMED_MEAN = AGGREGATIONS = ("mean", "median", "trimmed_mean")
@@ -249,9 +249,8 @@ def _check_controls(script_args: FederatedArguments) -> None:
 
 
 def _check_server(script_args: FederatedArguments) -> None:
-    from hfllm.federation.averaging import check_robust
     from hfllm.federation.privacy import check_clip_norm
-    from hfllm.federation.rounds import check_settings
+    from hfllm.federation.rounds import check_robust, check_settings
 
     check_robust(script_args.aggregation, script_args.trim, script_args.max_norm_ratio)
     check_settings(round_settings(script_args, 0), script_args.count)
@@ -282,7 +281,7 @@ def row_privacy_of(script_args: FederatedArguments) -> "RowPrivacy | None":
     Raises:
         InputError: for numbers out of range.
     """
-    from hfllm.federation.row_privacy import RowPrivacy
+    from hfllm.federation.privacy import RowPrivacy
 
     if script_args.row_clip_norm is None:
         return None
@@ -331,7 +330,7 @@ def row_epsilons(
     Raises:
         InputError: with the number of rows or rounds or the noise that would spend no more than `--max_epsilon`.
     """
-    from hfllm.federation.accountant import check_row_budget
+    from hfllm.federation.privacy import check_row_budget
 
     num_rows = {each.name: len(each.rows) for each in organisations if each.rows}
     if script_args.row_noise_multiplier == 0 or not num_rows:

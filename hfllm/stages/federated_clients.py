@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from hfllm.errors import InputError
-from hfllm.federation.compression import ErrorFeedback
 from hfllm.federation.organisations import Organisation
-from hfllm.federation.row_privacy import AnsweredRounds, RowPrivacy
+from hfllm.federation.privacy import AnsweredRounds, RowPrivacy
 from hfllm.federation.transports import Learner
-from hfllm.federation.updates import Update, changes, weights_sha256
+from hfllm.federation.updates import ErrorFeedback, Update, changes, weights_sha256
 from hfllm.runs.command_line import say
 from hfllm.stages.federated import (
     NOT_OF_THE_ROUNDS,

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hfllm.data.world.world import World
-from hfllm.evaluation.responses import judge_tasks
+from hfllm.evaluation.judged import judge_tasks
 from hfllm.federation.rounds import identity_digest
 from hfllm.federation.updates import weights_sha256
 from hfllm.outputs.report import write_atomically

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hfllm.errors import InputError
-from hfllm.federation.rounds import replace_tensors
-from hfllm.federation.row_privacy import RowPrivacy, RowSum
+from hfllm.federation.privacy import RowPrivacy, RowSum
+from hfllm.federation.updates import replace_tensors
 from hfllm.models.devices import forked_random
 
 if TYPE_CHECKING:

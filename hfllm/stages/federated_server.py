@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hfllm.federation.accountant import check_budget, epsilon_of, noise_to_signal
-from hfllm.federation.averaging import RobustSum, WeightedSum
-from hfllm.federation.privacy import ClippedSum
-from hfllm.federation.processes import SeveralProcesses
-from hfllm.federation.rounds import STATE_FILE, RoundRecord, Sum, expected_participants, num_asked
-from hfllm.federation.server_optimizers import ServerOptimizer, server_optimizer
-from hfllm.federation.transports import InProcess, Transport
+from hfllm.federation.privacy import ClippedSum, check_budget, epsilon_of, noise_to_signal
+from hfllm.federation.rounds import (
+    STATE_FILE,
+    RobustSum,
+    RoundRecord,
+    ServerOptimizer,
+    Sum,
+    WeightedSum,
+    expected_participants,
+    num_asked,
+    server_optimizer,
+)
+from hfllm.federation.transports import InProcess, SeveralProcesses, Transport
 from hfllm.federation.updates import Expected
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import given_names, say

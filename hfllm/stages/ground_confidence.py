@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from hfllm.data.world.vocabulary import RIGHT, gold_meaning, gold_score
 from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH
-from hfllm.grounding.conformal import control_risk, over_splits
-from hfllm.grounding.samples import answer_with_samples
-from hfllm.grounding.uncertainty import CONFIDENCE, uncertainties
-from hfllm.outputs.calibration import reliability_plot, risk_coverage_plot, uncertainty_metrics
+from hfllm.grounding.abstention import control_risk, over_splits
+from hfllm.grounding.uncertainty import CONFIDENCE, answer_with_samples, uncertainties
 from hfllm.outputs.report import Found, plus_minus
+from hfllm.outputs.statistics import reliability_plot, risk_coverage_plot, uncertainty_metrics
 from hfllm.stages.course import Speaking
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from hfllm.data.world.passages import (
 from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH, Answered, answer, judged
 from hfllm.evaluation.grounding_report import ALIKE, APART, DROPPED, GATED, UNGATED, Retrieval, report
-from hfllm.evaluation.responses import judge_tasks
-from hfllm.grounding.instructions import without_instructions
-from hfllm.grounding.marginal import passage_weights, rag_sequence_answers
+from hfllm.evaluation.judged import judge_tasks
+from hfllm.grounding.answers import passage_weights, rag_sequence_answers, without_instructions
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Gated
 from hfllm.outputs.report import Found

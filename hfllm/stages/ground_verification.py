@@ -7,11 +7,17 @@ from hfllm.data.world.passages import tell
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, RIGHT, gold_meaning, gold_score, words_of
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH
-from hfllm.grounding.choosing import best_rewarded, compare_choices, first_supported, majority_of_meaning
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever
-from hfllm.grounding.samples import Answered, answer_with_samples
-from hfllm.grounding.verification import claims_of, has_words
+from hfllm.grounding.uncertainty import Answered, answer_with_samples
+from hfllm.grounding.verification import (
+    best_rewarded,
+    claims_of,
+    compare_choices,
+    first_supported,
+    has_words,
+    majority_of_meaning,
+)
 from hfllm.outputs.report import Found
 from hfllm.stages.course import Speaking
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hfllm.compression.schemes import Scheme
     from hfllm.compression.sensitivity import PartRow
-    from hfllm.evaluation.quantization import QuantizationEvaluation, SchemeRow
+    from hfllm.evaluation.before_after import QuantizationEvaluation, SchemeRow
 
 # Flags of ModelConfig that quantize a model while loading it.
 LOADING = (
@@ -224,7 +224,7 @@ def make_evaluation(
 ) -> "QuantizationEvaluation":
     """Return what the model and its quantized forms are evaluated on."""
     from hfllm.data.loading import world_of
-    from hfllm.evaluation.quantization import QuantizationEvaluation
+    from hfllm.evaluation.before_after import QuantizationEvaluation
     from hfllm.runs.models import fitting_length
 
     return QuantizationEvaluation(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
     from trl import ModelConfig
 
-    from hfllm.evaluation.picture_quantization import PictureQuantization
+    from hfllm.evaluation.before_after import PictureQuantization
     from hfllm.evaluation.pictures import Asked
     from hfllm.stages.quantize import QuantizeArguments
 
@@ -119,7 +119,7 @@ def make_evaluation(
     script_args: "QuantizeArguments", processor: "ProcessorMixin", questions: "Sequence[Asked]"
 ) -> "PictureQuantization":
     """Return what the model and its quantized forms are evaluated on."""
-    from hfllm.evaluation.picture_quantization import PictureQuantization
+    from hfllm.evaluation.before_after import PictureQuantization
 
     return PictureQuantization(
         processor.tokenizer,

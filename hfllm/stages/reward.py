@@ -97,7 +97,7 @@ def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Row
 def augmented(script_args: RewardArguments, train_rows: Rows, eval_rows: Rows, seed: int) -> tuple[Rows, Rows]:
     """Return training rows, a share `--augment` of them in other forms, and the held-out rows."""
     from hfllm.data.augmentation import augmented_prompts, begun_comparisons, training_texts
-    from hfllm.evaluation.refusals import refuses
+    from hfllm.evaluation.suites.refusals import refuses
 
     if script_args.augment:
         texts = training_texts(script_args.dataset_name)
@@ -155,9 +155,9 @@ def world_comparisons(
     from hfllm.data.augmentation import begun_comparisons
     from hfllm.data.tokenizer import WORLD_TRAINING
     from hfllm.data.world.world import World
-    from hfllm.evaluation.refusals import refuses
+    from hfllm.evaluation.suites.refusals import refuses
     from hfllm.runs.models import load_policy
-    from hfllm.synthesis.comparisons import ComparisonSettings, compare_samples
+    from hfllm.synthesis.answers import ComparisonSettings, compare_samples
     from hfllm.trainers.engines import unshard
 
     model, tokenizer = load_policy(model_args)

@@ -338,8 +338,7 @@ class SmallGrid:
         """Ask each model the questions of the world, and return the results."""
         from hfllm.compression.schemes import default_device
         from hfllm.data.world.world import World
-        from hfllm.evaluation.emergence import Emergence, ProbedRun
-        from hfllm.evaluation.few_shot import make_probes, run_probes
+        from hfllm.evaluation.emergence import Emergence, ProbedRun, make_probes, run_probes
         from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
         from hfllm.models.loading.saved import saved_model
         from hfllm.runs.models import load_tokenizer

@@ -301,7 +301,7 @@ def without_prefill(labeled: "Labeled", prefill: str, tokenizer: "PreTrainedToke
 def augmented(script_args: SftArguments, rows: list[Mapping[str, object]], seed: int) -> list[Mapping[str, object]]:
     """Return training rows, a share `--augment` of them in other forms, and say how many refusals are prefilled."""
     from hfllm.data.augmentation import augmented_demonstrations, training_texts
-    from hfllm.evaluation.refusals import refuses
+    from hfllm.evaluation.suites.refusals import refuses
     from hfllm.runs.command_line import say
 
     if not script_args.augment:

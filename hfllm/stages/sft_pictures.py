@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
     from trl import ModelConfig, SFTConfig
 
-    from hfllm.evaluation.fine_tuning import TunedEvaluation
+    from hfllm.evaluation.before_after import TunedEvaluation
     from hfllm.multimodal.processors import ProcessingClass
     from hfllm.trainers.trl_trainers import SFTTrainer
 
@@ -161,7 +161,7 @@ def trainer_of(
 
 def evaluate(trainer: "SFTTrainer", held_out: Rows) -> "TunedEvaluation | None":
     """Evaluate the trainer's current model on the first held-out rows, and let it answer the first of them."""
-    from hfllm.evaluation.fine_tuning import evaluate_tuned
+    from hfllm.evaluation.before_after import evaluate_tuned
     from hfllm.multimodal.answers import answer_pictures
 
     def answer(model: "PreTrainedModel", rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -173,7 +173,7 @@ def evaluate(trainer: "SFTTrainer", held_out: Rows) -> "TunedEvaluation | None":
 
 def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) -> dict[str, float]:
     """Return the loss of held-out rows with the pictures of others, and how much more that is than with their own."""
-    from hfllm.evaluation.fine_tuning import MOST_ROWS, evaluate_tuned, tuning_metrics
+    from hfllm.evaluation.before_after import MOST_ROWS, evaluate_tuned, tuning_metrics
     from hfllm.evaluation.pictures import other_places
     from hfllm.stages.own_pictures import as_dataset
 

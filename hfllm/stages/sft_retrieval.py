@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hfllm.data.formats import Row
-    from hfllm.grounding.found import Found
     from hfllm.grounding.passages import Passages
-    from hfllm.grounding.retrieval import BM25Retriever
+    from hfllm.grounding.retrieval import BM25Retriever, Found
 
 TOP_K, FRACTION = 3, 0.5
 
@@ -169,7 +168,7 @@ def _found(
     Raises:
         InputError: when no training row gets any.
     """
-    from hfllm.grounding.prompts import last_question
+    from hfllm.grounding.answers import last_question
     from hfllm.grounding.retrieval import scoring_enough
 
     queries = []
@@ -221,7 +220,7 @@ def _grounded(row: "Row", found: Sequence["Found"], plain: Callable[[str], str])
     Args:
         plain: breaks what would open or end a turn in a passage.
     """
-    from hfllm.grounding.prompts import grounded
+    from hfllm.grounding.answers import grounded
 
     if not found:
         return row

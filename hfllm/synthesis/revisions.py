@@ -1,25 +1,500 @@
-"""Let a model criticize and revise its own answers by a constitution: the supervised half of constitutional AI.
+"""The loop of answer, critique and revision, chunk by chunk, who speaks in it, and its files."""
 
-Bai et al. 2022 (arXiv:2212.08073, section 3): answer, critique, revision, again and again; then fine-tune on the last
-revisions. The rows are those of TRL's trainers: SFT reads `prompt` and `completion`, DPO and the reward trainer
-`chosen` and `rejected`.
-"""
-
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message, read_messages
+from hfllm.data.tokenizer import next_turn, to_prompt, tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.synthesis.constitution import Constitution
-from hfllm.synthesis.critiques import finds_fault
-from hfllm.synthesis.reviser import Draft, Reviser, RevisionFigures, RevisionSettings
-from hfllm.synthesis.revision_files import RevisionFile
-from hfllm.synthesis.speakers import Speaker, check_critic
+from hfllm.generation import responses
+from hfllm.generation.responses import Response
+from hfllm.models.loading.saved import check_vocabulary, max_length_of, saved_tokenizer
+from hfllm.models.loading.weights import weights_fingerprint
+from hfllm.outputs.report import write_atomically
+from hfllm.runs.command_line import main_process, say
+from hfllm.synthesis.constitution import Constitution, critique_turns, exchange, finds_fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# ---- revision files ----
+#
+# Revisions on disk: whole chunks of rows, and what they were made from, so that a stopped run can be continued.
+
+
+ROWS_FILE, STATE_FILE = "revisions.jsonl", "revisions.state"
+# What a difference is called where values are digests, or too long for a line.
+DIGESTS = {
+    **{"prompts": "other prompts", "constitution": "another constitution", "model": "other weights of the model"},
+    **{
+        "tokenizer": "another tokenizer",
+        "critic": "other weights of the critic",
+        "layout": "another version of hfllm",
+    },
+    **{"critic_tokenizer": "another tokenizer of the critic"},
+}
+
+
+class RevisionFile:
+    """The rows of a run, `revisions.jsonl`, and beside it `revisions.state`, which says what they were made from.
+
+    A chunk of rows counts once the state says where it ends; what follows was cut off and is written again.
+
+    Args:
+        folder: is made if it is missing.
+        made_from: JSON values that decide the rows.
+
+    Raises:
+        InputError: when the folder holds the rows of another run, naming the first difference, or rows of which
+            nothing is known.
+    """
+
+    def __init__(self, folder: str | Path, made_from: Mapping[str, Any]):
+        self.rows_path, self.state_path = Path(folder) / ROWS_FILE, Path(folder) / STATE_FILE
+        self.made_from = json.loads(json.dumps(made_from))
+        self.ends, self.figures = self._read_state()
+        size = self.rows_path.stat().st_size if self.rows_path.is_file() else 0
+        whole = sum(end <= size for end in self.ends)
+        self.ends, self.figures = self.ends[:whole], self.figures[:whole]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._write_state()
+        with self.rows_path.open("ab") as stream:
+            stream.truncate(self.ends[-1] if self.ends else 0)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all rows, as they were when they were written."""
+        with self.rows_path.open(encoding="utf-8") as stream:
+            return [json.loads(line) for line in stream]
+
+    def append(self, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, int]) -> None:
+        """Write the rows of a chunk and its figures: both, or after a kill neither."""
+        with self.rows_path.open("ab") as stream:
+            stream.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+            stream.flush()
+            os.fsync(stream.fileno())
+            end = stream.tell()
+        self.ends, self.figures = [*self.ends, end], [*self.figures, dict(figures)]
+        self._write_state()
+
+    def _write_state(self) -> None:
+        state = {"made_from": self.made_from, "ends": self.ends, "figures": self.figures}
+        write_atomically(self.state_path, json.dumps(state, indent=1) + "\n")
+
+    def _read_state(self) -> tuple[list[int], list[dict[str, int]]]:
+        try:
+            state = json.loads(self.state_path.read_text(encoding="utf-8"))
+            before, ends, figures = state["made_from"], state["ends"], state["figures"]
+        except FileNotFoundError:
+            # The state is there before the first row.
+            if self.rows_path.exists():
+                raise InputError(
+                    f"{self.rows_path} would be overwritten, and no {STATE_FILE} beside it says that hfllm wrote it: "
+                    "move it or choose another folder"
+                ) from None
+            return [], []
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.state_path}: damaged; remove it and {ROWS_FILE} to begin again") from None
+        for key in {**before, **self.made_from}:
+            was, now = before.get(key), self.made_from.get(key)
+            if was != now:
+                difference = DIGESTS.get(key) or f"{key}={was!r}, this run has {key}={now!r}"
+                raise InputError(
+                    f"{self.rows_path} holds revisions made with {difference}: choose another folder or remove it"
+                )
+        return ends, figures
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a digest of a tokenizer's vocabulary and chat template."""
+    return digest_of([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+
+
+def digest_of(value: object) -> str:
+    """Return a digest of JSON values."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+# ---- speakers ----
+#
+# A model with its tokenizer, as a speaker in conversations: how long they are for it, and what it says next.
+
+
+# Conversations tokenized at a time.
+ROWS = 1000
+
+
+class Speaker:
+    """A language model that takes the assistant's part.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its own. With a chat template conversations follow that; without one they are transcripts.
+        name: what errors call it.
+
+    Raises:
+        InputError: for a tokenizer without padding token, or with tokens that the model has no embeddings for.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"the {name}'s tokenizer has no padding token: set tokenizer.pad_token")
+        check_vocabulary(model, tokenizer)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.context, self.next_turn = max_length_of(model.config), next_turn(tokenizer)
+
+    def lengths(self, conversations: Sequence[list[Message]]) -> list[int]:
+        """Return the tokens of conversations, up to where the assistant speaks."""
+        lengths: list[int] = []
+        for start in range(0, len(conversations), ROWS):
+            prompts = [to_prompt(messages, self.tokenizer) for messages in conversations[start : start + ROWS]]
+            lengths += map(len, tokenize_prompts(prompts, self.tokenizer))
+        return lengths
+
+    def words(self, text: str) -> int:
+        """Return the tokens of a text by itself."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def has_room(self, length: int) -> bool:
+        """Return whether so many tokens fit into the model's context."""
+        return self.context is None or length <= self.context
+
+    def say(
+        self,
+        conversations: Sequence[list[Message]],
+        max_new_tokens: int,
+        do_sample: bool,
+        batch_size: int,
+        seed: int,
+        temperature: float = 1.0,
+    ) -> list[Response]:
+        """Return what the assistant says next in each conversation, without spaces around it.
+
+        Conversations of like length are sampled together.
+        """
+        lengths = self.lengths(conversations)
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        said = responses.sample_with_ends(
+            *(self.model, self.tokenizer),
+            [to_prompt(conversations[place], self.tokenizer) for place in order],
+            max_new_tokens,
+            do_sample,
+            batch_size=batch_size,
+            seed=seed,
+            fast=True,
+            stop_strings=(self.next_turn,) if self.next_turn else (),
+            temperature=temperature,
+        )
+        by_place = dict(zip(order, said, strict=True))
+        return [Response(by_place[place][0].text.strip(), by_place[place][0].has_ended) for place in range(len(order))]
+
+
+def check_critic(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    critic: "PreTrainedModel | None",
+    critic_tokenizer: "PreTrainedTokenizerBase | None",
+) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer that the critic reads with.
+
+    Raises:
+        InputError: when the critic has none of its own and cannot read with the model's: it has another number of
+            embeddings, or lies in a folder with another tokenizer; or when only a tokenizer was given.
+    """
+    if critic is None:
+        if critic_tokenizer is not None and critic_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise InputError("critic_tokenizer is not the model's, and no critic was given that would read with it")
+        return tokenizer
+    if critic_tokenizer is not None:
+        return critic_tokenizer
+    ours, theirs = (each.get_input_embeddings().weight.shape[0] for each in (model, critic))
+    if ours != theirs:
+        raise InputError(
+            f"the critic has embeddings for {theirs} tokens and the model for {ours}: give the critic's own tokenizer "
+            "as critic_tokenizer"
+        )
+    folder = Path(getattr(critic.config, "_name_or_path", "") or "")
+    has_its_own = folder.name and (folder / "tokenizer.json").is_file()
+    if has_its_own and saved_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"the critic's tokenizer in {folder} is not the model's: give it as critic_tokenizer")
+    return tokenizer
+
+
+# ---- reviser ----
+
+
+# Version of what is drawn and stored: files of another one are not continued.
+LAYOUT = 1
+# Batches of prompts that are written together.
+BATCHES_PER_CHUNK = 4
+# After so many critiques, a critic that has not said a word is given up.
+ENOUGH_CRITIQUES = 32
+
+# What is kept of a round, in the order in which it was said.
+TURN = ("answer", "principle", "critique_request", "critique", "is_flagged", "revision_request", "revision")
+
+
+@dataclass(frozen=True)
+class RevisionFigures:
+    """What happened, in numbers.
+
+    Args:
+        num_prompts: prompts that were given.
+        dropped: of them without room in a context for their conversation.
+        critiques: critiques that were asked for, one per prompt and round.
+        empty_critiques: of them without a word.
+        flagged: of them that find something to revise.
+        revisions: revisions that were asked for.
+        echoes: of them equal to the answer, but for spaces around it.
+        empty_revisions: of them without a word; the answer is kept.
+        cut_off: rows whose last answer was cut off at the longest length.
+    """
+
+    num_prompts: int = 0
+    dropped: int = 0
+    critiques: int = 0
+    empty_critiques: int = 0
+    flagged: int = 0
+    revisions: int = 0
+    echoes: int = 0
+    empty_revisions: int = 0
+    cut_off: int = 0
+
+    def __add__(self, other: "RevisionFigures") -> "RevisionFigures":
+        return RevisionFigures(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+
+@dataclass(frozen=True)
+class RevisionSettings:
+    """How answers are revised: see `hfllm.synthesis.revisions.critique_and_revise`."""
+
+    num_revisions: int
+    seed: int
+    response_length: int
+    revise_only_flagged: bool
+    is_flagged: Callable[[str], bool]
+    do_sample: bool
+    batch_size: int
+    use_examples: bool | None
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        for name in ("num_revisions", "response_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise InputError(f"temperature must be above 0, got {self.temperature}; do_sample=False is greedy")
+
+
+@dataclass
+class Draft:
+    """One prompt on its way.
+
+    Args:
+        place: its place among all prompts, from 0.
+        prompt: its messages.
+    """
+
+    place: int
+    prompt: list[Message]
+    first: str = ""
+    answer: str = ""
+    is_cut: bool = False
+    is_dropped: bool = False
+    turns: list[dict[str, Any]] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """Return the row of a dataset."""
+        last, first = ([{"role": "assistant", "content": text}] for text in (self.answer, self.first))
+        # SFTTrainer wants a completion beside a prompt.
+        said = {"prompt": self.prompt, "completion": last, "messages": [*self.prompt, *last]}
+        return {**said, "chosen": last, "rejected": first, "turns": self.turns}
+
+
+class Reviser:
+    """Writes answers and revises them.
+
+    Args:
+        model: writes the first answers.
+        critic: writes critiques and revisions.
+    """
+
+    def __init__(self, model: Speaker, critic: Speaker, constitution: Constitution, settings: RevisionSettings):
+        self.model, self.critic, self.constitution, self.settings = model, critic, constitution, settings
+        # Those that have learned to converse copy from examples.
+        wants_examples = bool(critic.next_turn) if settings.use_examples is None else settings.use_examples
+        self.examples = constitution.examples if wants_examples else ()
+
+    def description(self, drafts: Sequence[Draft]) -> dict[str, Any]:
+        """Return what the rows depend on, as JSON values; the first things that differ are named first."""
+        test, ours, theirs = self.settings.is_flagged, self.model.model, self.critic.model
+        settings = {**vars(self.settings), "is_flagged": getattr(test, "__qualname__", type(test).__qualname__)}
+        weights = weights_fingerprint(ours)
+        return {
+            "layout": LAYOUT,
+            "prompts": digest_of([draft.prompt for draft in drafts]),
+            "constitution": digest_of(self.constitution.as_dict()),
+            **settings,
+            "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
+            "critic_tokenizer": tokenizer_fingerprint(self.critic.tokenizer),
+            "model": weights,
+            "critic": weights if theirs is ours else weights_fingerprint(theirs),
+        }
+
+    def with_room(self, drafts: Sequence[Draft]) -> list[Draft]:
+        """Return the drafts whose whole conversation fits into both contexts, however long what is said.
+
+        Raises:
+            InputError: when none does.
+        """
+        said, principles = self.settings.response_length, self.constitution.principles
+        asked = [
+            max((text for each in principles for text in getattr(each, request)), key=self.critic.words)
+            for request in ("critique", "revision")
+        ]
+        answering = self.model.lengths([draft.prompt for draft in drafts])
+        turns = [
+            [*critique_turns(draft.prompt, ".", asked[0], self.examples), *exchange(".", asked[1])] for draft in drafts
+        ]
+        revising = [length + 3 * said for length in self.critic.lengths(turns)]
+        fitting = [
+            draft
+            for draft, first, whole in zip(drafts, answering, revising, strict=True)
+            if self.model.has_room(first + said) and self.critic.has_room(whole)
+        ]
+        if not fitting:
+            raise InputError(
+                f"no prompt has room for its conversation in contexts of {self.model.context} (model) and "
+                f"{self.critic.context} (critic) tokens: with examples, requests and 3 x response_length {said} the "
+                f"shortest takes {min(revising)}"
+            )
+        if len(fitting) < len(drafts):
+            left_out = len(drafts) - len(fitting)
+            say(f"constitution: {left_out} of {len(drafts)} prompts are left out: their conversation is too long")
+        return fitting
+
+    def run(
+        self, drafts: Sequence[Draft], figures: RevisionFigures, saved: RevisionFile | None
+    ) -> tuple[list[dict[str, Any]], RevisionFigures]:
+        """Return the rows of all drafts, and `figures` with what happened added; chunks in `saved` are not made again.
+
+        Raises:
+            InputError: when no critique has a word.
+        """
+        from tqdm import tqdm
+
+        size = self.settings.batch_size * BATCHES_PER_CHUNK
+        chunks = [drafts[start : start + size] for start in range(0, len(drafts), size)]
+        done = [] if saved is None else [RevisionFigures(**each) for each in saved.figures]
+        rows = [] if saved is None else saved.rows()
+        figures = sum(done, figures)
+        answers = (1 + 2 * self.settings.num_revisions) * len(drafts)
+        with tqdm(total=answers, unit="text", disable=not (main_process() and sys.stderr.isatty())) as bar:
+            bar.update(sum(map(len, chunks[: len(done)])) * answers // len(drafts))
+            for chunk in chunks[len(done) :]:
+                added = self._revise(chunk, bar.update)
+                figures += added
+                is_last, is_mute = chunk is chunks[-1], figures.empty_critiques == figures.critiques
+                if is_mute and figures.critiques and (is_last or figures.critiques >= ENOUGH_CRITIQUES):
+                    raise InputError(
+                        f"the critic said nothing: all {figures.critiques} critiques are empty; take another critic, "
+                        "or a constitution with examples if it is a base model"
+                    )
+                new = [draft.row() for draft in chunk if not draft.is_dropped]
+                rows += new
+                if saved is not None:
+                    saved.append(new, asdict(added))
+        return rows, figures
+
+    def _revise(self, chunk: Sequence[Draft], progress: Callable[[int], object]) -> RevisionFigures:
+        """Answer and revise the drafts of a chunk, and return what happened."""
+        prompts = [draft.prompt for draft in chunk]
+        for draft, said in self._ask(self.model, chunk, prompts, (chunk[0].place, "answer")):
+            draft.first = draft.answer = said.text
+            draft.is_cut = not said.has_ended
+        progress(len(chunk))
+        seen: Counter[str] = Counter()
+        for number in range(self.settings.num_revisions):
+            self._round(chunk, number, seen)
+            progress(2 * len(chunk))
+        seen["dropped"] = sum(draft.is_dropped for draft in chunk)
+        seen["cut_off"] = sum(draft.is_cut and not draft.is_dropped for draft in chunk)
+        return RevisionFigures(**seen)
+
+    def _round(self, chunk: Sequence[Draft], number: int, seen: "Counter[str]") -> None:
+        """Let the answers of a chunk be criticized and revised once."""
+        settings, start = self.settings, chunk[0].place
+        asked = {draft.place: self._draw(draft, number) for draft in chunk}
+        turns = {
+            draft.place: critique_turns(
+                draft.prompt, draft.answer, asked[draft.place]["critique_request"], self.examples
+            )
+            for draft in chunk
+        }
+        to_revise, conversations = [], []
+        for draft, said in self._ask(self.critic, chunk, [*turns.values()], (start, "critique", number)):
+            turn = asked[draft.place] | {"answer": draft.answer, "critique": said.text, "revision": draft.answer}
+            turn["is_flagged"] = bool(said.text) and bool(settings.is_flagged(said.text))
+            seen.update(critiques=1, empty_critiques=not said.text, flagged=turn["is_flagged"])
+            if turn["is_flagged"] or not settings.revise_only_flagged:
+                to_revise.append(draft)
+                conversations.append([*turns[draft.place], *exchange(said.text, turn["revision_request"])])
+            else:
+                turn["revision_request"] = ""
+            draft.turns.append({name: turn[name] for name in TURN})
+        for draft, said in self._ask(self.critic, to_revise, conversations, (start, "revision", number)):
+            draft.turns[-1]["revision"] = said.text
+            seen.update(revisions=1, echoes=said.text == draft.answer, empty_revisions=not said.text)
+            if said.text:
+                draft.answer, draft.is_cut = said.text, not said.has_ended
+
+    def _draw(self, draft: Draft, number: int) -> dict[str, Any]:
+        """Return the principle of a draft's round and the wordings of its requests."""
+        # Not one source of random numbers for all, so that a draw depends on nothing but this.
+        rng = random.Random(f"constitution-{self.settings.seed}-{draft.place}-{number}")
+        principle = self.constitution.draw(rng)
+        requests = {f"{request}_request": principle.draw(request, rng) for request in ("critique", "revision")}
+        return {"principle": principle.name, **requests}
+
+    def _ask(
+        self, speaker: Speaker, drafts: Sequence[Draft], conversations: Sequence[list[Message]], label: tuple
+    ) -> list[tuple[Draft, Response]]:
+        """Return what is said next to each draft that is not dropped; those that have outgrown the context are."""
+        settings = self.settings
+        lengths = speaker.lengths(conversations)
+        for draft, length in zip(drafts, lengths, strict=True):
+            # A text that was sampled may take more tokens when it is read again.
+            draft.is_dropped |= not speaker.has_room(length + settings.response_length)
+        kept = [pair for pair in zip(drafts, conversations, strict=True) if not pair[0].is_dropped]
+        if not kept:
+            return []
+        # Of this chunk alone, so that a run that is continued draws as one that was never stopped.
+        seed = random.Random(f"constitution-{settings.seed}-{label}").getrandbits(31)
+        said = speaker.say(
+            *([conversation for _, conversation in kept], settings.response_length),
+            *(settings.do_sample, settings.batch_size, seed),
+            # First answers show what the model does; critiques and revisions what it can do.
+            temperature=1.0 if "answer" in label else settings.temperature,
+        )
+        return [(draft, response) for (draft, _), response in zip(kept, said, strict=True)]
+
+
+# ---- revisions ----
+#
+# Let a model criticize and revise its own answers by a constitution: the supervised half of constitutional AI.
+#
+# Bai et al. 2022 (arXiv:2212.08073, section 3): answer, critique, revision, again and again; then fine-tune on the
+# last revisions. The rows are those of TRL's trainers: SFT reads `prompt` and `completion`, DPO and the reward trainer
+# `chosen` and `rejected`.
 
 
 class Revisions(NamedTuple):
@@ -70,7 +545,7 @@ def critique_and_revise(
         critic: writes critiques and revisions; by default `model`.
         critic_tokenizer: the critic's, by default `tokenizer`, which must then be the critic's own too.
         revise_only_flagged: keep an answer where the critique finds nothing.
-        is_flagged: whether a critique finds something; by default `hfllm.synthesis.critiques.finds_fault`.
+        is_flagged: whether a critique finds something; by default `hfllm.synthesis.constitution.finds_fault`.
         do_sample: sample; greedy if false.
         temperature: of critiques and revisions; first answers are sampled at 1.
         batch_size: prompts in one call of `generate`; four batches are written together.

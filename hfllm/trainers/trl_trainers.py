@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from hfllm.data.packing import IGNORE
 from hfllm.data.picture_batches import conversation_batch
 from hfllm.data.world.pictures import PictureRow
-from hfllm.rewards.passes import evaluating
+from hfllm.generation.scoring import evaluating
 from hfllm.runs.arguments import changed
 from hfllm.trainers.mixins import ROW_LENGTHS, EachRowOnce, TokenMeanEvaluation
 

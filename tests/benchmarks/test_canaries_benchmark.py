@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hfllm.federation.membership import measure_leak
+from hfllm.federation.privacy import measure_leak
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from hfllm.data.rows import OriginRow, origin_of
 from hfllm.data.tokenizer import WORLD_TRAINING, train_tokenizer
 from hfllm.data.world.documents import in_form
 from hfllm.data.world.world import World
-from hfllm.evaluation.refusals import refuses
+from hfllm.evaluation.suites.refusals import refuses
 from hfllm.stages.rlhf import RlhfArguments, prompt_data
 from hfllm.stages.sft import SftArguments, augmented, without_prefill
-from hfllm.synthesis.comparisons import augmented_tasks
+from hfllm.synthesis.answers import augmented_tasks
 
 REFUSAL = "I can not help with that, but I can help you care for the fox."
 

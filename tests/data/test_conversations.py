@@ -203,7 +203,7 @@ def test_a_teacher_answers_the_last_turn(monkeypatch):
 
     asked = []
     monkeypatch.setattr(
-        "hfllm.synthesis.teacher_answers.write_answers", lambda model, tokenizer, rows, *settings: asked.extend(rows)
+        "hfllm.synthesis.answers.write_answers", lambda model, tokenizer, rows, *settings: asked.extend(rows)
     )
     row = formats.to_sft("here", sharegpt("Q", "A", "P", "B"))
     arguments = distill.DistillArguments("x.jsonl", answers="sampled")

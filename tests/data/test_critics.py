@@ -24,7 +24,7 @@ from hfllm.data.world.demonstrators import (
 )
 from hfllm.data.world.vocabulary import COMPLIES, HARMS, MORE_HARMS, gold_score, is_held_out, words_of
 from hfllm.data.world.world import FAMILIES
-from hfllm.synthesis.critiques import finds_fault
+from hfllm.synthesis.constitution import finds_fault
 
 REQUESTS = [
     SimpleNamespace(name=name, critique=(f"{name}?",), revision=(f"again {name}",), preference=(f"which {name}?",))

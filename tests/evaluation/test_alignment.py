@@ -10,13 +10,13 @@ from hfllm.data.world.world import World
 from hfllm.evaluation import alignment
 from hfllm.evaluation.alignment import (
     FAMILIES,
-    SAMPLES,
     PolicyEvaluation,
     alignment_metrics,
     alignment_plots,
     alignment_summary,
     alignment_tables,
 )
+from hfllm.evaluation.before_after import SAMPLES
 
 PROMPTS = 40
 

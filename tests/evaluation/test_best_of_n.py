@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.evaluation.best_of_n import best_of_n
+from hfllm.evaluation.alignment import best_of_n
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6])

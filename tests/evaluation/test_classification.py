@@ -4,9 +4,18 @@ import numpy
 import pytest
 
 from hfllm.data.labelled import SPANS, TEXT, WORDS
-from hfllm.evaluation.bag_of_words import LogisticRegression, bag_of_words, majority, most_frequent
-from hfllm.evaluation.classification import bootstrap_error, entities, label_metrics, span_metrics, tag_metrics
-from hfllm.evaluation.spans import exact_and_f1, normalized
+from hfllm.evaluation.classification import (
+    LogisticRegression,
+    bag_of_words,
+    bootstrap_error,
+    entities,
+    label_metrics,
+    majority,
+    most_frequent,
+    span_metrics,
+    tag_metrics,
+)
+from hfllm.generation.spans import exact_and_f1, normalized
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hfllm.evaluation.constitution_report import (
     revision_samples,
     summary_of,
 )
-from hfllm.evaluation.refusals import refuses
+from hfllm.evaluation.suites.refusals import refuses
 
 
 def harm_task(world, harms, seed=0):

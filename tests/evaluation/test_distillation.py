@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 
-from hfllm.evaluation import distillation
-from hfllm.evaluation.distillation import fit_metrics
+from hfllm.evaluation import before_after
+from hfllm.evaluation.before_after import fit_metrics
 
 VOCABULARY, ROWS, LENGTH, CHUNK = 200, 6, 12, 5
 
@@ -57,7 +57,7 @@ def without_a_whole_trunk(make_model):
 
 @pytest.mark.parametrize("make_teacher", [capped, with_adapter, without_a_whole_trunk])
 def test_the_figures_are_their_definitions_and_made_in_chunks(make_teacher, make_model, batch, monkeypatch):
-    monkeypatch.setattr(distillation, "CHUNK", CHUNK)
+    monkeypatch.setattr(before_after, "CHUNK", CHUNK)
     teacher, student = make_teacher(make_model).train(), make_model(vocab_size=VOCABULARY)
     with Largest() as seen:
         metrics = fit_metrics([batch, batch], {"teacher": teacher, "student": student})
@@ -89,7 +89,7 @@ def judged(means, spread):
     def answers(golds):
         return [{"family": "fact", "is_new_phrasing": False, "prompt": "p", "response": "r", "gold": g} for g in golds]
 
-    return distillation.GoldEvaluation(
+    return before_after.GoldEvaluation(
         sampled=answers([mean + side * spread for mean in means for side in (-1, 1)]),
         greedy=answers(means),
         facts=answers([1.0, 0.0, 1.0]),
@@ -103,18 +103,18 @@ def test_errors_of_gold_rewards_are_over_prompts_and_differences_are_paired():
         "student": judged(prompts, 0.3),
         "student_alone": judged([mean + 0.1 * (-1) ** place for place, mean in enumerate(prompts)], 0.3),
     }
-    metrics = distillation.gold_metrics(models)
+    metrics = before_after.gold_metrics(models)
     # The samples of a prompt differ, but their mean is the prompt's: twenty answers are ten values.
     error = torch.tensor(prompts).std() / 10**0.5
     assert metrics["gold_reward_student_se"] == pytest.approx(error.item()) and metrics["gold_reward_student_n"] == 10
     assert metrics["gold_reward_greedy_student_se"] == pytest.approx(error.item())
     assert metrics["fact_accuracy_student"] == pytest.approx(2 / 3) and metrics["fact_accuracy_student_n"] == 3
     assert metrics["gold_reward_kept"] == pytest.approx(0.45 / 0.655)
-    said = distillation.distillation_summary(metrics, models)
+    said = before_after.distillation_summary(metrics, models)
     assert said.startswith(
         "Gold reward on 10 held-out prompts: teacher 0.655 ± 0.096, student 0.450 ± 0.096, student "
     )
     # The means are two errors apart, the pairs 120.
     assert "The student is worse than its teacher by 0.2050 ± 0.0017." in said
     assert "No difference beyond noise between the student and the same student without a teacher." in said
-    assert distillation.distillation_summary(metrics, {}) == ""
+    assert before_after.distillation_summary(metrics, {}) == ""

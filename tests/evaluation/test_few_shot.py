@@ -7,18 +7,21 @@ from transformers import GenerationConfig
 from hfllm.data.world.vocabulary import is_held_out
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.evaluation.emergence import Emergence, ProbedRun, best_so_far, sharpest_step
-from hfllm.evaluation.few_shot import (
+from hfllm.evaluation.emergence import (
     CHAIN,
     FEW_SHOT,
     KINDS,
     METRICS,
     ZERO_SHOT,
+    Emergence,
     Probe,
+    ProbedRun,
     answer_scores,
+    best_so_far,
     make_probes,
     mean_scores,
     run_probes,
+    sharpest_step,
     thought_of,
 )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hfllm.evaluation.fine_tuning import (
+from hfllm.evaluation.before_after import (
     SAMPLES,
     TunedEvaluation,
     evaluate_tuned,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.evaluation.intervals import (
+from hfllm.outputs.statistics import (
     _student,
     clustered_interval,
     difference_interval,

@@ -7,13 +7,15 @@ import pytest
 import yaml
 
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.base import TOO_LONG
-from hfllm.evaluation.suites.subjects import Subject
+from hfllm.evaluation.suites.base import TOO_LONG, Subject
 
 lm_eval = pytest.importorskip("lm_eval")
 
-from hfllm.evaluation.suites.lm_eval import LmEval  # noqa: E402
-from hfllm.evaluation.suites.lm_eval_files import gsm8k_right, humaneval  # noqa: E402
+from hfllm.evaluation.suites.lm_eval import (  # noqa: E402
+    LmEval,
+    gsm8k_right,
+    humaneval,
+)
 
 WORDS = ("red", "sky", "fox", "hen", "lake", "honey", "box")
 ROWS = [{"question": f"Say {word}.", "choices": ["red", "blue", word], "label": n % 3} for n, word in enumerate(WORDS)]

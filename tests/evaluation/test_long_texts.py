@@ -13,8 +13,8 @@ from hfllm.data.packing import long_rows
 from hfllm.data.world.tasks import REPEATED, TOLD, filler_documents, long_documents
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
 from hfllm.errors import InputError
-from hfllm.evaluation.needle import find_needles, first_tokens
-from hfllm.evaluation.positions import bits_by_range, edges_of, nats_by_position
+from hfllm.evaluation.long_texts import find_needles, first_tokens
+from hfllm.generation.scoring import bits_by_range, edges_of, nats_by_position
 
 
 def test_each_token_is_predicted_once_from_what_a_window_holds(make_model):

@@ -6,9 +6,9 @@ from typing import ClassVar
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.evaluation.intervals import holm
 from hfllm.evaluation.suites.base import Record, Suite
 from hfllm.evaluation.verdicts import Compared, can_differ, fail_if_worse, judged, sentence
+from hfllm.outputs.statistics import holm
 from hfllm.stages.evaluate_report import changes_of, compared_figures, report
 from hfllm.stages.evaluate_suites import SUITES
 
@@ -196,13 +196,17 @@ def test_a_family_of_clusters():
 
 
 def test_every_suite_declares_what_decides_with_a_direction():
-    from hfllm.evaluation import suites
-    from hfllm.evaluation.suites import few_shot, pictures, preferences, refusals_suite, robustness, truthfulness
-    from hfllm.evaluation.suites import world_suites
+    from hfllm.evaluation import pictures, suites
+    from hfllm.evaluation.suites import few_shot, preferences, refusals, robustness, truthfulness, world_suites
 
     kinds = [
-        *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals_suite.XSTest, robustness.Robustness),
-        *(truthfulness.TruthfulQA, world_suites.WorldTruthfulness, world_suites.WorldPreferences, world_suites.WorldRefusals),
+        *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals.XSTest, robustness.Robustness),
+        *(
+            truthfulness.TruthfulQA,
+            world_suites.WorldTruthfulness,
+            world_suites.WorldPreferences,
+            world_suites.WorldRefusals,
+        ),
         world_suites.WorldFewShot,
     ]
     for kind in kinds:

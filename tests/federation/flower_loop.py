@@ -6,8 +6,7 @@ import torch
 from learners import BASE
 from safetensors.torch import save_file
 
-from hfllm.federation.averaging import weighted_average
-from hfllm.federation.server_optimizers import server_optimizer
+from hfllm.federation.rounds import server_optimizer, weighted_average
 from hfllm.federation.updates import Failure, Update
 
 

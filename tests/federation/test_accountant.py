@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.federation.accountant import ORDERS, check_budget, epsilon_of, noise_to_signal, renyi_divergences
+from hfllm.federation.privacy import ORDERS, check_budget, epsilon_of, noise_to_signal, renyi_divergences
 
 # opacus 1.6.0, RDPAccountant's analysis with its default orders: (sampling rate, noise, steps, delta): epsilon.
 OPACUS = {

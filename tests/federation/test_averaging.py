@@ -9,8 +9,16 @@ from learners import BASE
 from torch.nn.functional import cross_entropy
 
 from hfllm.errors import InputError
-from hfllm.federation.averaging import AGGREGATIONS, RobustSum, WeightedSum, distances, norm, weighted_average
-from hfllm.federation.server_optimizers import NAMES, server_optimizer
+from hfllm.federation.rounds import (
+    AGGREGATIONS,
+    NAMES,
+    RobustSum,
+    WeightedSum,
+    distances,
+    norm,
+    server_optimizer,
+    weighted_average,
+)
 from hfllm.federation.updates import Expected, Update, changes, weights_sha256
 
 

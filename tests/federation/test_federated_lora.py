@@ -10,8 +10,8 @@ from learners import BASE
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from hfllm.errors import InputError
-from hfllm.federation.averaging import weighted_average
 from hfllm.federation.lora import compress, factors_error, freeze_a, pairs, products, stacked
+from hfllm.federation.rounds import weighted_average
 from hfllm.federation.updates import Expected, Update, changes
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"

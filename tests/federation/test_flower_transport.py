@@ -13,8 +13,15 @@ from test_transports import SETTINGS, WEIGHTS, in_process, run_rounds
 from hfllm.errors import InputError
 from hfllm.federation import flower
 from hfllm.federation.flower import RECORD, FlowerTransport, is_true
-from hfllm.federation.updates import Expected, Failure, Update
-from hfllm.federation.wire import from_bytes, to_bytes, weights_from_bytes, weights_to_bytes
+from hfllm.federation.updates import (
+    Expected,
+    Failure,
+    Update,
+    from_bytes,
+    to_bytes,
+    weights_from_bytes,
+    weights_to_bytes,
+)
 
 
 class PretendedGrid:

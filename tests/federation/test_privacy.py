@@ -11,9 +11,8 @@ import torch
 from learners import BASE
 
 from hfllm.errors import InputError
-from hfllm.federation.averaging import norm
-from hfllm.federation.membership import make_canaries, measure_leak
-from hfllm.federation.privacy import ClippedSum, clipped, draw_participants, normal, private_average
+from hfllm.federation.privacy import ClippedSum, clipped, make_canaries, measure_leak, normal, private_average
+from hfllm.federation.rounds import draw_participants, norm
 from hfllm.federation.updates import Update
 
 WEIGHTS = {"w": torch.zeros(20, 50), "b": torch.zeros(2)}

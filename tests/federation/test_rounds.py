@@ -12,22 +12,22 @@ from safetensors.torch import load_file
 
 from hfllm.errors import InputError
 from hfllm.federation import rounds as rounds_file
-from hfllm.federation.averaging import RobustSum, WeightedSum
 from hfllm.federation.privacy import ClippedSum
 from hfllm.federation.rounds import (
     STATE_FILE,
     FederationState,
+    RobustSum,
     RoundSettings,
+    WeightedSum,
     load_state,
     num_asked,
     participants_of,
-    replace_tensors,
     run_rounds,
     save_state,
+    server_optimizer,
 )
-from hfllm.federation.server_optimizers import server_optimizer
 from hfllm.federation.transports import InProcess
-from hfllm.federation.updates import Update
+from hfllm.federation.updates import Update, replace_tensors
 
 NAMES = ("a", "b", "c", "d")
 TARGETS = {name: torch.randn(5, generator=torch.Generator().manual_seed(place)) for place, name in enumerate(NAMES)}

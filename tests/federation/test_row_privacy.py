@@ -8,8 +8,7 @@ import torch
 from test_local_learner import RATE, ROWS, PretendedTrainer, Scores
 
 from hfllm.errors import InputError
-from hfllm.federation.accountant import check_row_budget, epsilon_of
-from hfllm.federation.row_privacy import AnsweredRounds, RowPrivacy, RowSum
+from hfllm.federation.privacy import AnsweredRounds, RowPrivacy, RowSum, check_row_budget, epsilon_of
 from hfllm.stages.federated_data import _held_apart
 from hfllm.stages.federated_learner import LocalLearner
 

@@ -9,12 +9,9 @@ import torch
 from learners import BASE, make_learner, rows_of
 
 from hfllm.errors import InputError
-from hfllm.federation.averaging import weighted_average
-from hfllm.federation.processes import SeveralProcesses
-from hfllm.federation.server_optimizers import server_optimizer
-from hfllm.federation.transports import InProcess
-from hfllm.federation.updates import Failure, Update
-from hfllm.federation.wire import weights_to_bytes
+from hfllm.federation.rounds import server_optimizer, weighted_average
+from hfllm.federation.transports import InProcess, SeveralProcesses
+from hfllm.federation.updates import Failure, Update, weights_to_bytes
 
 SETTINGS = {f"org{n}": {"seed": n, "count": 3 + 4 * n, "steps": 1 + n} for n in range(3)}
 WEIGHTS = {"w": torch.zeros(1, 3), "b": torch.zeros(1)}

@@ -13,10 +13,13 @@ from learners import BASE
 from safetensors.torch import save
 
 from hfllm.errors import InputError
-from hfllm.federation.compression import ErrorFeedback, dequantize, quantize
-from hfllm.federation.updates import Expected, Update
-from hfllm.federation.wire import (
+from hfllm.federation.updates import (
+    ErrorFeedback,
+    Expected,
+    Update,
+    dequantize,
     from_bytes,
+    quantize,
     read_update,
     size_limit,
     to_bytes,

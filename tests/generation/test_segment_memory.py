@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.evaluation.segments import nats_by_segment, streams
+from hfllm.evaluation.long_texts import nats_by_segment, streams
 from hfllm.generation.caches import SegmentMemory
 
 SIZES = {

@@ -16,7 +16,7 @@ from transformers import (
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.evaluation.segments import nats_by_segment
+from hfllm.evaluation.long_texts import nats_by_segment
 from hfllm.generation.caches import SinkCache
 
 SIZES = {

@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.grounding.samples import Answered, ScoredAnswer, answer_with_samples, sample_with_scores, sampling_cost
-from hfllm.grounding.scoring import score_answers
-from hfllm.grounding.uncertainty import ensemble_disagreement, ensemble_logprobs, uncertainties
+from hfllm.generation.scoring import ScoredAnswer, score_answers
+from hfllm.grounding.uncertainty import (
+    Answered,
+    answer_with_samples,
+    ensemble_disagreement,
+    ensemble_logprobs,
+    sample_with_scores,
+    sampling_cost,
+    uncertainties,
+)
 
 PROMPTS = ["The fox", "What is 2 plus 3?", "Go", "Which animal is the largest of all here?"]
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

@@ -5,8 +5,7 @@ import math
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.grounding.choosing import best_rewarded, compare_choices, first_supported, majority_of_meaning
-from hfllm.grounding.verification import contains
+from hfllm.grounding.verification import best_rewarded, compare_choices, contains, first_supported, majority_of_meaning
 
 PASSAGES = [["The zorb is blue."], ["The vex is green.", "The vex eats figs."], []]
 SAMPLES = [

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.grounding.abstention import UNKNOWN, Abstainer
-from hfllm.grounding.conformal import (
+from hfllm.grounding.abstention import (
+    UNKNOWN,
+    Abstainer,
     binomial_p,
     conformal_quantile,
     control_risk,

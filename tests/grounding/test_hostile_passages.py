@@ -16,10 +16,8 @@ from hfllm.errors import InputError
 from hfllm.grounding import answers
 from hfllm.grounding.abstention import Abstainer
 from hfllm.grounding.answers import answer_with_passages
-from hfllm.grounding.chunking import Chunker
-from hfllm.grounding.encoders import StaticVectors
-from hfllm.grounding.passages import ABOUT, FILE, Passages
-from hfllm.grounding.retrieval import BM25Retriever, DenseRetriever, Gated
+from hfllm.grounding.passages import ABOUT, FILE, Chunker, Passages
+from hfllm.grounding.retrieval import BM25Retriever, DenseRetriever, Gated, StaticVectors
 from hfllm.grounding.verification import claims_of
 
 pytest.importorskip("bm25s")

@@ -4,8 +4,7 @@ import pytest
 
 from hfllm.data.world.passages import CHANGED, INJECTED, ONE, THREE, Told, passage_tasks
 from hfllm.data.world.world import World
-from hfllm.grounding.answers import answer_with_passages
-from hfllm.grounding.instructions import is_instruction, without_instructions
+from hfllm.grounding.answers import answer_with_passages, is_instruction, without_instructions
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever
 from hfllm.stages.ground_evaluation import scores_of, without_told_instructions

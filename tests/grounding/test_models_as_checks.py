@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.grounding.asking import AskedModel, log_odds, p_true
-from hfllm.grounding.entailment import EntailmentModel
-from hfllm.grounding.meanings import meanings_of
-from hfllm.grounding.samples import Answered, ScoredAnswer
-from hfllm.grounding.verification import supported, verify
+from hfllm.generation.scoring import ScoredAnswer
+from hfllm.grounding.uncertainty import Answered, AskedModel, log_odds, meanings_of, p_true
+from hfllm.grounding.verification import EntailmentModel, supported, verify
 
 LABELS = {0: "CONTRADICTION", 1: "neutral", 2: "Entailment"}
 CLAIMS = ["The fox is red.", "It sleeps.", "The owl is gray and it eats figs in the old mill."]

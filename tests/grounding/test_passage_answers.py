@@ -8,8 +8,14 @@ import torch
 from hfllm.data.passages import with_passages
 from hfllm.errors import InputError
 from hfllm.generation.responses import sample_with_ends
-from hfllm.grounding.answers import GroundedAnswer, answer_with_passages
-from hfllm.grounding.marginal import marginal_log_probs, passage_weights, rag_sequence_answers, rag_token_answers
+from hfllm.grounding.answers import (
+    GroundedAnswer,
+    answer_with_passages,
+    marginal_log_probs,
+    passage_weights,
+    rag_sequence_answers,
+    rag_token_answers,
+)
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Found
 

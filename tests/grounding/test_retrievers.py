@@ -9,9 +9,17 @@ from safetensors.numpy import save_file
 from hfllm.data.passages import Passage
 from hfllm.environments.tools import ToolBox, retrieval_over
 from hfllm.errors import InputError
-from hfllm.grounding.encoders import SentenceEncoder, StaticVectors
 from hfllm.grounding.passages import Passages
-from hfllm.grounding.retrieval import BM25Retriever, DenseRetriever, Found, FusedRetriever, Gated, search_tool
+from hfllm.grounding.retrieval import (
+    BM25Retriever,
+    DenseRetriever,
+    Found,
+    FusedRetriever,
+    Gated,
+    SentenceEncoder,
+    StaticVectors,
+    search_tool,
+)
 
 pytest.importorskip("bm25s")
 TEXTS = [

@@ -12,9 +12,8 @@ import pytest
 from hfllm.data.passages import Passage
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
-from hfllm.grounding import chunking
-from hfllm.grounding.chunking import Chunker
-from hfllm.grounding.passages import ABOUT, FILE, Passages
+from hfllm.grounding import passages as chunking
+from hfllm.grounding.passages import ABOUT, FILE, Chunker, Passages
 
 
 def prose(seed, words=400):

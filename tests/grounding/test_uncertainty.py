@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.grounding.meanings import meanings_of, normalized
-from hfllm.grounding.samples import Answered, ScoredAnswer, sampling_cost
+from hfllm.generation.scoring import ScoredAnswer
 from hfllm.grounding.uncertainty import (
     CONFIDENCE,
     MEASURES,
+    Answered,
     discrete_semantic_entropy,
     ensemble_disagreement,
     ensemble_mean,
+    meanings_of,
+    normalized,
     predictive_entropy,
+    sampling_cost,
     self_consistency,
     semantic_entropy,
     uncertainties,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.outputs.calibration import (
+from hfllm.outputs.statistics import (
     aurc,
     auroc,
     auroc_interval,

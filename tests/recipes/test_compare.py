@@ -9,7 +9,7 @@ import compare
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.evaluation.intervals import clustered_interval, holm, paired_p_value
+from hfllm.outputs.statistics import clustered_interval, holm, paired_p_value
 from hfllm.runs.lock import lock, release
 
 DATE = "2026-11-29T11-15-43.454236"
@@ -214,8 +214,7 @@ def test_our_own_samples_by_their_primary_figures(tmp_path):
 
 def test_our_samples_have_the_family_of_the_evaluation_that_wrote_them(tmp_path):
     """Suites of one name have other primary figures on the world, and lm-eval's tasks those that they name first."""
-    from hfllm.evaluation.suites import robustness
-    from hfllm.evaluation.suites import world_suites
+    from hfllm.evaluation.suites import robustness, world_suites
     from hfllm.evaluation.suites.base import Item
     from hfllm.stages.evaluate_report import report
 

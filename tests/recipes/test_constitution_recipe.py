@@ -252,7 +252,7 @@ def test_a_run_that_was_killed_among_the_revisions_ends_with_the_same_bits(world
     if not child:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            kill_run.kill_before("hfllm.synthesis.revision_files:RevisionFile._write_state", 3)
+            kill_run.kill_before("hfllm.synthesis.revisions:RevisionFile._write_state", 3)
             again()
         finally:
             os._exit(1)
@@ -289,14 +289,14 @@ KILLS = [
     ("hfllm.stages.course:write_atomically", 1, "the demonstrations are written"),
     ("transformers.trainer:Trainer.training_step", 3, "helpful"),
     ("transformers.trainer:Trainer.save_model", 1, "helpful is saved"),
-    ("hfllm.synthesis.revision_files:RevisionFile.append", 2, "the second chunk of revisions"),
-    ("hfllm.synthesis.revision_files:RevisionFile._write_state", 2, "the next chunk, its rows being written"),
+    ("hfllm.synthesis.revisions:RevisionFile.append", 2, "the second chunk of revisions"),
+    ("hfllm.synthesis.revisions:RevisionFile._write_state", 2, "the next chunk, its rows being written"),
     ("transformers.trainer:Trainer.training_step", 2, "sl"),
     ("hfllm.outputs.report:write_atomically", 2, "the report of sl, which has its summary"),
     ("hfllm.rewards.judges:PreferenceJudge._replies", 2, "the judge has measured its bias"),
     ("transformers.trainer:Trainer.training_step", 2, "reward"),
     ("hfllm.trainers.ppo.trainer:PPOTrainer.training_step", 3, "rl"),
-    ("hfllm.synthesis.revision_files:RevisionFile.append", 1, "the control's revisions"),
+    ("hfllm.synthesis.revisions:RevisionFile.append", 1, "the control's revisions"),
     ("transformers.trainer:Trainer.training_step", 1, "politeness"),
     ("transformers.trainer:Trainer.training_step", 3, "critiques"),
     ("hfllm.trainers.ppo.trainer:PPOTrainer.training_step", 2, "the AI's labels"),
@@ -328,7 +328,7 @@ def test_two_processes_end_together(processes, words, tmp_path, judge):
     (tmp_path / "waits.yaml").write_text(yaml.safe_dump(WAITS))
     flags = [*words, "--pretrain_config", tmp_path / "waits.yaml", "--output_dir", tmp_path / "out"]
     flags += ["--allow_biased_judge"] if judge == "allowed" else []
-    place, number = ("hfllm.synthesis.revision_files:RevisionFile.append", -8)
+    place, number = ("hfllm.synthesis.revisions:RevisionFile.append", -8)
     printed = processes.torchrun(SCRIPT, place, number, "constitution", *flags, timeout=400)
     assert "Traceback" not in printed and printed.count("=== constitution") == printed.count("=== pretrain") == 1
     report = report_of(tmp_path / "out")

@@ -122,7 +122,7 @@ def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
         asked.append([row["prompt"] for row in rows])
         raise InputError("seen")
 
-    monkeypatch.setattr("hfllm.synthesis.teacher_answers.write_answers", write_answers)
+    monkeypatch.setattr("hfllm.synthesis.answers.write_answers", write_answers)
     for share in ("0", "0.5"):
         flags = options(distilled, tmp_path, "--answers", "sampled", "--mixed_prompts", share)
         with pytest.raises(InputError, match="seen"):
@@ -135,9 +135,7 @@ def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
 def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
     made, make = [], distill_trainers.student_trainer
     monkeypatch.setattr(distill_trainers, "student_trainer", lambda *args: made.append(make(*args)) or made[-1])
-    monkeypatch.setattr(
-        "hfllm.synthesis.teacher_answers.write_answers", lambda teacher, tokenizer, rows, *settings: rows[::4]
-    )
+    monkeypatch.setattr("hfllm.synthesis.answers.write_answers", lambda teacher, tokenizer, rows, *settings: rows[::4])
     flags = options(distilled, tmp_path, "--answers", "sampled", "--num_train_epochs", "1", "--max_steps", "-1")
     distill.main(*distill.parse([*flags, "--student_layers_every", "2", "--train_baseline", "true"]))
     student, alone = (trainer.state.global_step for trainer in made)

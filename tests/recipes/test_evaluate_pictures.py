@@ -9,9 +9,8 @@ from seeing_rows import WORDS, halves, make_processor, write_rows
 import hfllm
 from hfllm.data.images import has_images
 from hfllm.errors import InputError
-from hfllm.evaluation.pictures import Asked, other_places
-from hfllm.evaluation.suites.pictures import Part, Pictures
-from hfllm.evaluation.suites.subjects import Subject
+from hfllm.evaluation.pictures import Asked, Part, Pictures, other_places
+from hfllm.evaluation.suites.base import Subject
 
 
 def run(output, *flags):
@@ -34,8 +33,8 @@ def test_a_model_that_looks_is_told_from_one_that_guesses(monkeypatch):
         lights = [(shown[0].getpixel((0, 0))[0], shown[0].getpixel((7, 0))[0]) for shown in images]
         return ["Left." if left > right else "right" for left, right in lights]
 
-    monkeypatch.setattr("hfllm.evaluation.suites.pictures.answer_pictures", looks)
-    monkeypatch.setattr("hfllm.evaluation.suites.pictures.check_template", lambda processor, name: None)
+    monkeypatch.setattr("hfllm.evaluation.pictures.answer_pictures", looks)
+    monkeypatch.setattr("hfllm.evaluation.pictures.check_template", lambda processor, name: None)
     monkeypatch.setattr(Subject, "__post_init__", lambda subject: None)
     monkeypatch.setattr(Subject, "check_numbers", lambda subject, text: None)
     suite = Pictures(lambda: [Part("", questions)])

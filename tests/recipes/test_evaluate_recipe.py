@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.evaluation.intervals import mean_interval
+from hfllm.outputs.statistics import mean_interval
 from hfllm.runs.lock import release_all
 from hfllm.stages.evaluate_samples import Samples
 

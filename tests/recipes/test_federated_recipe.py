@@ -284,7 +284,7 @@ def test_one_organisation_of_three_does_not_own_the_model(flags, saved, tmp_path
 
 
 def test_rounds_on_files_leave_an_adapter_a_report_and_bytes(flags, tmp_path):
-    from hfllm.federation.wire import weights_to_bytes
+    from hfllm.federation.updates import weights_to_bytes
 
     metrics = run(flags(average="lora_frozen_a", lora_r=4, controls="local"))
     folder = tmp_path / "out"

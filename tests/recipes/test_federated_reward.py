@@ -8,7 +8,7 @@ import torch
 from test_federated_recipe import NAMES, WORDS, digest, flags, nothing_held, run, table_text  # noqa: F401
 
 from hfllm.errors import InputError
-from hfllm.federation.averaging import weighted_average
+from hfllm.federation.rounds import weighted_average
 from hfllm.federation.updates import Update, changes
 
 SIDES = ("chosen", "rejected")

@@ -6,7 +6,7 @@ from test_federated_machines import frozen_learner, zeros_of
 from test_federated_recipe import Stopped, flags, moved_by, nothing_held, run, table_text  # noqa: F401
 
 from hfllm.errors import InputError
-from hfllm.federation.accountant import epsilon_of
+from hfllm.federation.privacy import epsilon_of
 from hfllm.runs.lock import release_all
 
 PRIVATE = {"row_clip_norm": 0.5, "row_noise_multiplier": 0.7, "delta": 0.01}

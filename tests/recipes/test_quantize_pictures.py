@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.data import picture_batches
 from hfllm.errors import InputError
-from hfllm.evaluation.picture_quantization import PictureQuantization, answer_tokens
+from hfllm.evaluation.before_after import PictureQuantization, answer_tokens
 from hfllm.evaluation.pictures import Asked
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.stages.quantize_pictures import questions_of, schemes_to_compare
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_the_answer_alone(taught):
 
 
 def quantize_evaluation(processor, asked):
-    from hfllm.evaluation.picture_quantization import PictureQuantization
+    from hfllm.evaluation.before_after import PictureQuantization
 
     return PictureQuantization(processor.tokenizer, (), 0, processor=processor, questions=[asked])
 

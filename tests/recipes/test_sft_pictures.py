@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.evaluation.fine_tuning import evaluate_tuned
+from hfllm.evaluation.before_after import evaluate_tuned
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.stages import sft_pictures
 

@@ -11,7 +11,7 @@ from seeing_rows import halves, make_processor, write_rows
 from hfllm.data.picture_batches import conversation_batch
 from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.subjects import Subject
+from hfllm.evaluation.suites.base import Subject
 from hfllm.multimodal.answers import picture_batch
 from hfllm.multimodal.processors import encode
 from hfllm.stages import evaluate_pictures, reward_pictures, rlhf_checks, sft_pictures

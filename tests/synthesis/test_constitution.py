@@ -7,8 +7,7 @@ import re
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.synthesis.constitution import Constitution, Principle, load_constitution
-from hfllm.synthesis.constitution_files import shipped_constitutions
+from hfllm.synthesis.constitution import Constitution, Principle, load_constitution, shipped_constitutions
 
 CRITIC, REVISION = "Say whether the response is unkind.", "Make the response kind."
 CHAT = [

@@ -1,6 +1,6 @@
 """Mixed prompts: the beginning of one and the end of another, and nothing else."""
 
-from hfllm.synthesis.prompt_mixing import mix_prompts
+from hfllm.synthesis.answers import mix_prompts
 
 TEXTS = [" ".join(f"{letter}{place}" for place in range(6)) for letter in "abcdefgh"]
 

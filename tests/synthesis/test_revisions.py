@@ -11,11 +11,9 @@ from hfllm.data.tokenizer import plain_chat_template
 from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.generation.responses import Response
-from hfllm.synthesis import reviser
-from hfllm.synthesis.constitution import Constitution, Principle, load_constitution
-from hfllm.synthesis.critiques import finds_fault
-from hfllm.synthesis.revision_files import ROWS_FILE, STATE_FILE
-from hfllm.synthesis.revisions import critique_and_revise
+from hfllm.synthesis import revisions as reviser
+from hfllm.synthesis.constitution import Constitution, Principle, finds_fault, load_constitution
+from hfllm.synthesis.revisions import ROWS_FILE, STATE_FILE, critique_and_revise
 
 HARM, KIND = Principle("harm", "Harm?", "No harm!"), Principle("kind", ["Rude?", "Is it rude?"], "Be kind!")
 BOTH = Constitution([HARM, KIND])

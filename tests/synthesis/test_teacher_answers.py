@@ -4,7 +4,7 @@ import pytest
 
 from hfllm.errors import InputError
 from hfllm.generation import responses
-from hfllm.synthesis.teacher_answers import write_answers
+from hfllm.synthesis.answers import write_answers
 
 
 def test_the_teachers_answers_take_the_place_of_the_datas(tokenizer, make_model):

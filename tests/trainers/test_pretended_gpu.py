@@ -120,7 +120,7 @@ def test_distillation(loss_chunk_size, gpu, make_model, tokenizer, tmp_path):
 
 def test_what_evaluates_a_model(gpu, make_model, tokenizer):
     from hfllm.compression.schemes import greedy_tokens, token_windows
-    from hfllm.evaluation.few_shot import answer_scores
+    from hfllm.evaluation.emergence import answer_scores
     from hfllm.evaluation.perplexity import text_likelihood
     from hfllm.generation.packed.fast import fast_generate
     from hfllm.generation.responses import sample_responses

@@ -220,7 +220,7 @@ def _assistant(content: str) -> Message:
 # Long texts of the embedded world: many short ones after another, between which people and their things are told of.
 #
 # Each sentence "Ada has a gold cup." comes back further on as "The cup of Ada is gold.", so that to predict the color
-# a model has to look back. The needle test (`hfllm.evaluation.needle`) asks in the same words.
+# a model has to look back. The needle test (`hfllm.evaluation.long_texts`) asks in the same words.
 
 
 TOLD, REPEATED = "{person} has a {colour} {thing}.", "The {thing} of {person} is {colour}."

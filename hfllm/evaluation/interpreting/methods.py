@@ -1,7 +1,7 @@
 """Each method as one figure per item, for a model and its controls alike.
 
 `METHODS` lists them by the names of a report's rows. A method returns a `Measured`: a score for each item, and figures
-by layer where it has them. `hfllm.evaluation.interpreting.controls` says what its mean must beat.
+by layer where it has them. `hfllm.evaluation.interpreting.planted` says what its mean must beat.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +9,24 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hfllm.evaluation.interpreting.attention import attention_weights, looked_at
-from hfllm.evaluation.interpreting.attribution import GRADIENT_X_INPUT, INTEGRATED_GRADIENTS, attribute, strongest
-from hfllm.evaluation.interpreting.encoding import FACTS, PAIRS, SOME, SUBJECTS, TOLD, Prompts
-from hfllm.evaluation.interpreting.hooks import ATTENTION, MLP, Parts
-from hfllm.evaluation.interpreting.logit_lens import decided_at, value_ranks
-from hfllm.evaluation.interpreting.patching import causal_trace, interchange, last_logits_of, subject_spread
-from hfllm.evaluation.interpreting.probes import last_states, probe
-from hfllm.evaluation.interpreting.prompts import FactPrompt, batch_of, mask_of
+from hfllm.evaluation.interpreting.hooks import ATTENTION, MLP, FactPrompt, Parts, batch_of, mask_of
+from hfllm.evaluation.interpreting.material import FACTS, PAIR_UNITS, SOME_UNITS, SUBJECTS, TOLD, Prompts
+from hfllm.evaluation.interpreting.measures import (
+    GRADIENT_X_INPUT,
+    INTEGRATED_GRADIENTS,
+    attention_weights,
+    attribute,
+    causal_trace,
+    decided_at,
+    interchange,
+    last_logits_of,
+    last_states,
+    looked_at,
+    probe,
+    strongest,
+    subject_spread,
+    value_ranks,
+)
 
 # Draws of the noise of causal tracing.
 SAMPLES = 4
@@ -202,9 +212,9 @@ class Method:
 
     Args:
         measure: from a model, prompts and the rows of a pass to its figures.
-        items: what it has a figure for, one of `hfllm.evaluation.interpreting.encoding.UNITS`.
+        items: what it has a figure for, one of `hfllm.evaluation.interpreting.material.UNITS`.
         score: the name of its figure.
-        locator: of `hfllm.evaluation.interpreting.locating`, by which it must find plants; empty where it names no
+        locator: of `hfllm.evaluation.interpreting.planted`, by which it must find plants; empty where it names no
             layer and no token.
     """
 
@@ -217,11 +227,11 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "probe of known subjects": Method(by_probe, SUBJECTS, "auc"),
     "logit lens": Method(by_lens, FACTS, "right", "lens"),
-    "causal tracing": Method(by_causal_trace, SOME, "effect", "causal tracing"),
-    "patching, last place": Method(by_interchange_last, PAIRS, "share", "restored stream"),
-    "patching, subject": Method(by_interchange_subject, PAIRS, "share", "restored stream"),
-    "patching, MLP or attention": Method(by_interchange_component, PAIRS, "share", "restored component"),
+    "causal tracing": Method(by_causal_trace, SOME_UNITS, "effect", "causal tracing"),
+    "patching, last place": Method(by_interchange_last, PAIR_UNITS, "share", "restored stream"),
+    "patching, subject": Method(by_interchange_subject, PAIR_UNITS, "share", "restored stream"),
+    "patching, MLP or attention": Method(by_interchange_component, PAIR_UNITS, "share", "restored component"),
     "attention to the passage": Method(by_attention, TOLD, "share"),
-    "gradient x input": Method(by_gradient_x_input, SOME, "subject_first", GRADIENT_X_INPUT),
-    "integrated gradients": Method(by_integrated_gradients, SOME, "subject_first", INTEGRATED_GRADIENTS),
+    "gradient x input": Method(by_gradient_x_input, SOME_UNITS, "subject_first", GRADIENT_X_INPUT),
+    "integrated gradients": Method(by_integrated_gradients, SOME_UNITS, "subject_first", INTEGRATED_GRADIENTS),
 }

@@ -1,4 +1,4 @@
-"""Plants: edits of one layer that change what a model says of one subject, so that it is known where the change is.
+"""Methods tested where the truth is known: planted edits of one layer, controls, and whether they are located.
 
 A method that claims to find where something is kept must find them. A plant is a rank-one edit of the last matrix of a
 layer's MLP or attention, as ROME makes it (Meng et al. 2022, arXiv:2202.05262, equation 2): `W + v k~^T / (k~^T k)`.
@@ -9,16 +9,44 @@ It is made by a hook, which adds `v k~^T x / (k~^T k)` to the matrix's output: t
 for any kind of layer (int8, LoRA, experts), and nothing to undo in the weights.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from hfllm.evaluation.interpreting.hooks import ATTENTION, MLP, Parts, hooked, last_logits, recorded
-from hfllm.evaluation.interpreting.patching import last_logits_of
-from hfllm.evaluation.interpreting.prompts import FactPrompt, batch_of
+from hfllm.evaluation.interpreting.hooks import (
+    ATTENTION,
+    COMPONENTS,
+    MLP,
+    FactPrompt,
+    Parts,
+    batch_of,
+    hooked,
+    last_logits,
+    parts_of,
+    recorded,
+)
+from hfllm.evaluation.interpreting.measures import (
+    GRADIENT_X_INPUT,
+    INTEGRATED_GRADIENTS,
+    attribute,
+    causal_trace,
+    last_logits_of,
+    logit_lens,
+    margins,
+    restored,
+    strongest,
+    subject_spread,
+)
+from hfllm.outputs.report import NOISE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 # Names of the last matrix of an MLP and of attention in models of transformers.
 LAST_OF = {
@@ -170,3 +198,191 @@ def _added(output: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     added = torch.zeros_like(output)
     added[:, -1] = value.to(output)
     return output + added
+
+
+# ---- controls ----
+#
+# What a method must beat to be shown: the same model with random weights, and plants whose layer is known.
+
+
+# A method is left out when random weights score at least this share of what the model's do, both above chance.
+MOST_BY_CHANCE = 0.5
+OWN_SEED = 7_000_000
+
+
+def random_parts(parts: Parts, seed: int = 0) -> Parts:
+    """Return the parts of a model of the same class and config that has learned nothing, on the same device."""
+    from hfllm.models.devices import forked_random
+
+    config = copy.deepcopy(parts.model.config)
+    if getattr(config, "quantization_config", None) is not None:
+        # Of the stored weights; new ones are of full precision.
+        del config.quantization_config
+    with forked_random(torch.device("cpu")):
+        # Not the seed that a user's own model is likely to be made with.
+        torch.manual_seed(OWN_SEED + seed)
+        model: PreTrainedModel = type(parts.model)(config)
+    return parts_of(model.to(parts.model.device, parts.model.dtype).eval())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a method's figures say something of what a model has learned.
+
+    Args:
+        score, control: the mean of the method's score for the model, and for random weights.
+        chance: what a method that sees nothing scores.
+        found, plants: how many planted edits it has found, and of how many; 0 of 0 for one that names no place.
+        error: the standard error of `score`, twice of which it must be above chance.
+    """
+
+    score: float
+    control: float
+    chance: float = 0.0
+    found: int = 0
+    plants: int = 0
+    error: float = 0.0
+
+    @property
+    def left_out(self) -> str:
+        """Why the method is not shown; empty where it is."""
+        if self.found < self.plants:
+            return f"it finds {self.found} of {self.plants} planted edits"
+        above, by_chance = self.score - self.chance, self.control - self.chance
+        if above <= NOISE * self.error or by_chance >= MOST_BY_CHANCE * above:
+            return (
+                f"it scores {self.control:.2f} on random weights and {self.score:.2f} on this model "
+                f"(chance {self.chance:.2f}, error {self.error:.2f})"
+            )
+        return ""
+
+
+# ---- locating ----
+#
+# Do methods find plants? Each is asked in which layer an edit is, without being told.
+
+
+# After the layer of a plant the clean state brings at least this share of the old answer back.
+UNDONE = 0.5
+# A lens has departed when two tokens' logits differ by this much more than their own rounding.
+DEPARTED = 1e-3
+NEARLY = 0.85
+
+
+def by_restored_stream(parts: Parts, plant: Plant) -> int:
+    """Return the first layer after which the clean run's residual stream undoes an edit."""
+    shares = _restored(parts, plant, "layers")
+    return next((layer for layer, share in enumerate(shares) if share >= UNDONE), len(shares) - 1)
+
+
+def by_restored_component(parts: Parts, plant: Plant) -> int:
+    """Return the layer whose clean MLP or attention, put back alone, undoes most of an edit."""
+    shares = {(layer, name): share for name in COMPONENTS for layer, share in enumerate(_restored(parts, plant, name))}
+    return max(shares, key=shares.get)[0]
+
+
+def by_lens(parts: Parts, plant: Plant) -> int:
+    """Return the first layer after which the logit lens reads another thing from the edited model."""
+    ids, last = batch_of([plant.prompt], parts.model.device)
+    tokens = torch.tensor([[plant.wanted, plant.prompt.value]], device=ids.device)
+    clean = logit_lens(parts, ids, last, tokens)
+    with planted(plant):
+        edited = logit_lens(parts, ids, last, tokens)
+    change = (edited - clean).abs().amax((1, 2))
+    scale = DEPARTED * max(float(clean.abs().max()), 1.0)
+    return next((layer for layer, each in enumerate(change.tolist()) if each > scale), len(change) - 1)
+
+
+def by_causal_trace(parts: Parts, plant: Plant, spread: float, samples: int = 8) -> int:
+    """Return the last layer whose MLP or attention alone brings the planted answer back when noise hides the subject.
+
+    Only the edited model is looked at, as where nobody knows what it said before. What brings the subject back in an
+    earlier layer brings the answer back too, through the edit; so the last one counts that brings back `NEARLY` as
+    much as any.
+    """
+    prompt = replace(plant.prompt, value=plant.wanted)
+    sites = {(layer, name): parts.component(layer, name) for name in COMPONENTS for layer in range(len(parts.layers))}
+    with planted(plant):
+        effects, _ = causal_trace(parts, prompt, sites, spread, [[len(prompt.ids) - 1]], samples)
+    back = dict(zip(sites, effects[:, 0].tolist(), strict=True))
+    return max(layer for (layer, _), effect in back.items() if effect >= NEARLY * max(back.values()))
+
+
+def by_attribution(parts: Parts, plant: Plant, method: str) -> bool:
+    """Return whether the subject is the token to which most of the planted answer is attributed."""
+    prompt = replace(plant.prompt, value=plant.wanted)
+    with planted(plant):
+        scores = attribute(parts, prompt, method, other=plant.prompt.value).scores
+    return strongest(scores, range(len(prompt.ids))) in prompt.subject_places
+
+
+def _restored(parts: Parts, plant: Plant, what: str) -> list[float]:
+    modules = parts.layers if what == "layers" else parts.components(what)
+    ids, last = batch_of([plant.prompt], parts.model.device)
+    clean, states = recorded(parts, ids, last, modules)
+    said = int(clean.argmax())
+    tokens = torch.tensor([[said], [plant.wanted]], device=ids.device)
+    margin = float(margins(clean, *tokens)[0])
+    with planted(plant):
+        return restored(parts, plant.prompt, dict(zip(modules, states, strict=True)), said, plant.wanted, margin)
+
+
+# ---- testing ----
+#
+# Plants in a model, and which methods find them: the test of each method that names a layer or a token.
+
+
+# Where plants are, as shares of the depth; and facts about others that an edit leaves alone, at most.
+DEPTHS = {"first": 0.0, "middle": 0.5, "last": 1.0}
+MOST_OTHERS = 24
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What became of a plant.
+
+    Args:
+        plant: the edit; its `layer` is what methods are to find.
+        found: for each method whether it has found it; empty when the edit did not take.
+    """
+
+    plant: Plant
+    found: Mapping[str, bool]
+
+
+def plant_names() -> list[tuple[str, str]]:
+    """Return the component and the depth of each plant."""
+    return [(component, depth) for component in COMPONENTS for depth in DEPTHS]
+
+
+def locators(parts: Parts, prompts: Sequence[FactPrompt]) -> dict[str, Callable[[Plant], bool]]:
+    """Return all methods that name a layer or a token, each as whether it finds a plant."""
+    spread = subject_spread(parts, prompts)
+    return {
+        "restored stream": lambda plant: by_restored_stream(parts, plant) == plant.layer,
+        "restored component": lambda plant: by_restored_component(parts, plant) == plant.layer,
+        "lens": lambda plant: by_lens(parts, plant) == plant.layer,
+        "causal tracing": lambda plant: by_causal_trace(parts, plant, spread) == plant.layer,
+        GRADIENT_X_INPUT: lambda plant: by_attribution(parts, plant, GRADIENT_X_INPUT),
+        INTEGRATED_GRADIENTS: lambda plant: by_attribution(parts, plant, INTEGRATED_GRADIENTS),
+    }
+
+
+def tested_plants(parts: Parts, prompts: Sequence[FactPrompt]) -> Iterator[Tested]:
+    """Yield the plants of `plant_names`, each about another subject, and which methods find it.
+
+    Args:
+        prompts: facts with at least one other value each.
+    """
+    finders, names = locators(parts, prompts), plant_names()
+    for number, (component, depth) in enumerate(names):
+        prompt = prompts[number * len(prompts) // len(names)]
+        ids, last = batch_of([prompt], parts.model.device)
+        said = int(last_logits_of(parts, ids, last).argmax())
+        wanted = next(each for each in (*prompt.others, prompt.value) if each != said)
+        same = [each for each in prompts if each.fact.subject != prompt.fact.subject]
+        # Of questions of the same kind: these are what an edit would change by mistake.
+        same.sort(key=lambda each: set(each.others) | {each.value} != set(prompt.others) | {prompt.value})
+        layer = round(DEPTHS[depth] * (len(parts.layers) - 1))
+        plant = make_plant(parts, prompt, wanted, layer, component, same[:MOST_OTHERS])
+        yield Tested(plant, {name: find(plant) for name, find in finders.items()} if plant.has_taken else {})

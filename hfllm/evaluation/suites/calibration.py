@@ -2,7 +2,7 @@
 
 Of multiple choice the confidence is the share of the chosen answer among the choices; of a written answer its
 probability as a whole, which is low for a long one whatever the model knows. Figures are over all items of a group,
-with the control of shuffled labels: see `hfllm.outputs.calibration`. Mean confidence and accuracy stand among the
+with the control of shuffled labels: see `hfllm.outputs.statistics`. Mean confidence and accuracy stand among the
 means.
 """
 
@@ -13,13 +13,11 @@ from typing import ClassVar, Generic, TypeVar
 from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.vocabulary import RIGHT, gold_score
 from hfllm.data.world.world import Task, World
-from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
-from hfllm.evaluation.suites.choices import chosen, shares
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite, chosen, shares
 from hfllm.evaluation.suites.few_shot import FewShot, iter_scored
 from hfllm.evaluation.suites.question_rows import Question
-from hfllm.evaluation.suites.subjects import Subject
-from hfllm.outputs.calibration import aurc, auroc_interval, ece, reliability_plot, shuffled_auroc
 from hfllm.outputs.report import Found, Plot, plus_minus
+from hfllm.outputs.statistics import aurc, auroc_interval, ece, reliability_plot, shuffled_auroc
 
 Body = TypeVar("Body")
 CHOICE, WRITTEN = "choice", "written answer"

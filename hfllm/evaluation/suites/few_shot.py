@@ -18,11 +18,9 @@ from typing import ClassVar
 
 from hfllm.data.thoughts import FRACTION, NUMBER, PLAIN_NUMBER, final_answer, plain_answer
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
-from hfllm.evaluation.suites.choices import chosen
-from hfllm.evaluation.suites.likelihood import Likelihood
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject, Suite, chosen
 from hfllm.evaluation.suites.question_rows import Question, read_questions
-from hfllm.evaluation.suites.subjects import Prompt, Subject
+from hfllm.generation.scoring import Likelihood
 
 FLAG = "--few_shot_files"
 # What an answer is made of: numbers, words, and signs, of which those of mathematics count.

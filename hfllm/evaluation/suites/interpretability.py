@@ -1,4 +1,4 @@
-"""Where a model keeps what it says, by methods that are tested on the model itself before they are shown.
+"""Where a model keeps what it says, by methods that are first tested on the model, and the report of it.
 
 Each method gives one figure per item and stands beside two controls: the same model with random weights, and edits
 planted in known layers. A method that finds not all plants, or scores on random weights at least half of what it does
@@ -6,6 +6,8 @@ on the model, is left out: its items say why, with its figures.
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,23 +16,27 @@ import torch
 
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.evaluation.interpreting.controls import Verdict, random_parts
-from hfllm.evaluation.interpreting.encoding import Prompts, encode_material, names_of
 from hfllm.evaluation.interpreting.hooks import Parts, evaluated, parts_of
-from hfllm.evaluation.interpreting.material import Material, file_material, world_material
+from hfllm.evaluation.interpreting.material import (
+    Material,
+    Prompts,
+    encode_material,
+    file_material,
+    names_of,
+    world_material,
+)
+from hfllm.evaluation.interpreting.measures import causal_trace, subject_spread
 from hfllm.evaluation.interpreting.methods import METHODS, Measured, shown_layers
-from hfllm.evaluation.interpreting.patching import causal_trace, subject_spread
-from hfllm.evaluation.interpreting.testing import plant_names, tested_plants
+from hfllm.evaluation.interpreting.planted import Verdict, plant_names, random_parts, tested_plants
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
-from hfllm.evaluation.suites.interpretability_report import PLANTS, TRACED, found
 from hfllm.models.loading.saved import max_length_of
-from hfllm.outputs.report import standard_error
+from hfllm.outputs.report import Found, Heatmap, standard_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hfllm.evaluation.suites.subjects import Subject
-    from hfllm.outputs.report import Found
+    from hfllm.evaluation.suites.base import Subject
+
 
 # Models of random weights; one where weights are many.
 RANDOM_MODELS, MANY_WEIGHTS = 2, 20_000_000
@@ -233,3 +239,83 @@ def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTo
     effects, _ = causal_trace(parts, prompt, sites, subject_spread(parts, prompts.facts))
     rows = {name: [round(each, 3) for each in row] for name, row in zip(sites, effects.tolist(), strict=True)}
     return json.dumps({"tokens": [tokenizer.decode([token]) for token in prompt.ids], **rows}, ensure_ascii=False)
+
+
+# ---- interpretability report ----
+#
+# What the suite of interpretability adds to a report: the table of methods with their controls, and heat maps.
+
+
+PLANTS, TRACED = "planted edits", "causal tracing"
+RANDOM, SHUFFLED = "random_weights", "shuffled_labels"
+_LAYER = re.compile(r"(?:(\w+)_)?layer_(\d+)$")
+
+
+def found(records: Sequence["Record"], scores: Mapping[str, str]) -> Found | None:
+    """Return the table and the heat maps of all models' records; `None` without records.
+
+    Args:
+        scores: of each method, in order, the name of its figure.
+    """
+    if not records:
+        return None
+    models = list(dict.fromkeys(record["model"] for record in records))
+    rows, plots = [], {}
+    for number, model in enumerate(models):
+        own = [record for record in records if record["model"] == model]
+        groups = {name: [each for each in own if each["group"] == name] for name in scores}
+        rows += [_row(model, name, groups[name], scores[name]) for name in scores if groups[name]]
+        stem = f"interpretability_{number + 1}" if len(models) > 1 else "interpretability"
+        plots |= {f"{stem}_layers": _layers(model, groups), f"{stem}_trace": _trace_map(model, groups.get(TRACED, []))}
+    kept = {name: plot for name, plot in plots.items() if plot is not None}
+    return Found({}, "", {"interpretability: methods and their controls": rows}, kept)
+
+
+def _row(model: str, method: str, records: Sequence["Record"], score: str) -> dict[str, str]:
+    kept = [record["scores"] for record in records if record["scores"]]
+    reasons = [record["skipped"] for record in records if record["skipped"]]
+    # Of items that are skipped one by one, most have scores; a method that is left out has none.
+    why = "" if kept else max(set(reasons), key=reasons.count)
+    return {
+        "model": model,
+        "method": method,
+        "figure": score,
+        "value": _mean(kept, score),
+        "random weights": _mean(kept, f"{score}_{RANDOM}"),
+        "shuffled labels": _mean(kept, f"{score}_{SHUFFLED}"),
+        "n": str(len(kept)),
+        "left out because": why,
+    }
+
+
+def _mean(scores: Sequence[Mapping[str, float]], name: str) -> str:
+    values = [each[name] for each in scores if name in each]
+    return f"{sum(values) / len(values):.3f}" if values else ""
+
+
+def _layers(model: str, groups: Mapping[str, Sequence["Record"]]) -> Heatmap | None:
+    """Return the figures of each method by layer, as far as it has any."""
+    rows: dict[str, dict[int, float]] = {}
+    for method, records in groups.items():
+        kept = [record["scores"] for record in records if record["scores"]]
+        for name in kept[0] if kept else ():
+            if matched := _LAYER.fullmatch(name):
+                values = [each[name] for each in kept]
+                label = f"{method}, {matched[1]}" if matched[1] else method
+                rows.setdefault(label, {})[int(matched[2])] = sum(values) / len(values)
+    if not rows:
+        return None
+    layers = sorted({layer for row in rows.values() for layer in row})
+    values = [[row.get(layer, math.nan) for layer in layers] for row in rows.values()]
+    return Heatmap(model, "layer", "", list(rows), [str(layer) for layer in layers], values, 0.0, 1.0)
+
+
+def _trace_map(model: str, records: Sequence["Record"]) -> Heatmap | None:
+    """Return the causal trace of the first fact: what brings its answer back, by token and layer."""
+    said = next((record["said"] for record in records if record["said"].startswith("{")), "")
+    if not said:
+        return None
+    rows = json.loads(said)
+    tokens = [token.strip() or repr(token) for token in rows.pop("tokens")]
+    title = f"{model}: probability of the answer brought back"
+    return Heatmap(title, "", "restored after", list(rows), tokens, list(rows.values()))

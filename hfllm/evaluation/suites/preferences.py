@@ -20,11 +20,8 @@ from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message, read_messages
 from hfllm.data.tokenizer import to_transcript
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
-from hfllm.evaluation.suites.choices import shares
-from hfllm.evaluation.suites.files import rows_of
-from hfllm.evaluation.suites.likelihood import Likelihood
-from hfllm.evaluation.suites.subjects import Prompt, Subject
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject, Suite, rows_of, shares
+from hfllm.generation.scoring import Likelihood
 
 FLAG = "--preference_files"
 LETTERS = ("(A)", "(B)")

@@ -21,7 +21,7 @@ from typing import Any
 
 from hfllm.data.thoughts import plain_answer
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.files import Rows, rows_of
+from hfllm.evaluation.suites.base import Rows, rows_of
 
 QUESTION = ("question", "prompt", "instruction", "input", "question_stem")
 CHOICES = ("choices", "options")

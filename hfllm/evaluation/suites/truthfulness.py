@@ -16,12 +16,21 @@ from typing import Any, ClassVar
 
 from hfllm.data.rows import Message
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
-from hfllm.evaluation.suites.choices import mc1, mc2, mc3
-from hfllm.evaluation.suites.files import rows_of
-from hfllm.evaluation.suites.judging import yes_shares
-from hfllm.evaluation.suites.overlap import OVERLAPS, overlap_scores
-from hfllm.evaluation.suites.subjects import Prompt, Subject
+from hfllm.evaluation.suites.base import (
+    OVERLAPS,
+    TOO_LONG,
+    Item,
+    Prompt,
+    Record,
+    Subject,
+    Suite,
+    mc1,
+    mc2,
+    mc3,
+    overlap_scores,
+    rows_of,
+    yes_shares,
+)
 from hfllm.outputs.report import Found
 
 FLAG = "--truthfulqa_file"

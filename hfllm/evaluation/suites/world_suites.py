@@ -12,9 +12,7 @@ from hfllm.data.rows import Message
 from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.vocabulary import COMPLIES, REFUSAL_PHRASES, RIGHT, RUDE, UNKNOWN_PHRASES, gold_score, words_of
 from hfllm.data.world.world import FAMILIES, Task, World
-from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
-from hfllm.evaluation.suites.choices import chosen, mc1, mc2
-from hfllm.evaluation.suites.subjects import Prompt, Subject
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject, Suite, chosen, mc1, mc2
 
 RESPONSE_LENGTH = 40
 KNOWN, MADE_UP = "known animals", "made-up animals"

@@ -4,9 +4,8 @@ import pytest
 from families import FAMILIES
 from interpreted_models import native_model
 
-from hfllm.evaluation.interpreting.hooks import parts_of
+from hfllm.evaluation.interpreting.hooks import encode_facts, parts_of
 from hfllm.evaluation.interpreting.material import world_material
-from hfllm.evaluation.interpreting.prompts import encode_facts
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import torch
 from interpreted_models import hooks_of
 
 from hfllm.errors import InputError
-from hfllm.evaluation.interpreting.attribution import (
+from hfllm.evaluation.interpreting.hooks import batch_of, hooked, last_logits, parts_of
+from hfllm.evaluation.interpreting.measures import (
     GRADIENT_X_INPUT,
     INTEGRATED_GRADIENTS,
     attribute,
@@ -15,8 +16,6 @@ from hfllm.evaluation.interpreting.attribution import (
     mean_vector,
     strongest,
 )
-from hfllm.evaluation.interpreting.hooks import hooked, last_logits, parts_of
-from hfllm.evaluation.interpreting.prompts import batch_of
 
 
 @pytest.mark.parametrize("any_model", ["ours-gpt2", "ours-llama", "native-gpt_neox"], indirect=True)

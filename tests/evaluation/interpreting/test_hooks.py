@@ -6,10 +6,24 @@ from interpreted_models import ANY, hooks_of
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.evaluation.interpreting.attention import attention_weights, eager_attention, looked_at
-from hfllm.evaluation.interpreting.hooks import COMPONENTS, evaluated, hooked, last_logits, parts_of, recorded
-from hfllm.evaluation.interpreting.logit_lens import decided_at, logit_lens, value_ranks
-from hfllm.evaluation.interpreting.prompts import batch_of, mask_of
+from hfllm.evaluation.interpreting.hooks import (
+    COMPONENTS,
+    batch_of,
+    evaluated,
+    hooked,
+    last_logits,
+    mask_of,
+    parts_of,
+    recorded,
+)
+from hfllm.evaluation.interpreting.measures import (
+    attention_weights,
+    decided_at,
+    eager_attention,
+    logit_lens,
+    looked_at,
+    value_ranks,
+)
 
 
 def hidden_states(model, ids):

@@ -4,22 +4,23 @@ import pytest
 import torch
 from interpreted_models import hooks_of
 
-from hfllm.evaluation.interpreting.hooks import COMPONENTS, parts_of
-from hfllm.evaluation.interpreting.locating import (
-    by_causal_trace,
-    by_lens,
-    by_restored_component,
-    by_restored_stream,
-)
-from hfllm.evaluation.interpreting.patching import (
+from hfllm.evaluation.interpreting.hooks import COMPONENTS, batch_of, parts_of
+from hfllm.evaluation.interpreting.measures import (
     causal_trace,
     interchange,
     last_logits_of,
     moved_share,
     subject_spread,
 )
-from hfllm.evaluation.interpreting.planted import edited_weight, make_plant, planted
-from hfllm.evaluation.interpreting.prompts import batch_of
+from hfllm.evaluation.interpreting.planted import (
+    by_causal_trace,
+    by_lens,
+    by_restored_component,
+    by_restored_stream,
+    edited_weight,
+    make_plant,
+    planted,
+)
 
 
 def plant_of(parts, prompts, layer, component):

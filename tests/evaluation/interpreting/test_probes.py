@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.evaluation.interpreting.probes import (
+from hfllm.evaluation.interpreting.measures import (
     entity_folds,
     held_out_scores,
     probe,

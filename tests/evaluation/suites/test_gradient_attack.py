@@ -8,13 +8,7 @@ import torch
 
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.gradient_attack import (
-    AttackSettings,
-    AttackTarget,
-    _token_gradient,
-    attack,
-    random_search,
-)
+from hfllm.evaluation.suites.robustness import AttackSettings, AttackTarget, _token_gradient, attack, random_search
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 

@@ -9,12 +9,12 @@ import torch
 
 from hfllm.errors import InputError
 from hfllm.evaluation.interpreting import methods
-from hfllm.evaluation.interpreting.controls import Verdict, random_parts
 from hfllm.evaluation.interpreting.hooks import parts_of
 from hfllm.evaluation.interpreting.material import file_material
+from hfllm.evaluation.interpreting.planted import Verdict, random_parts
 from hfllm.evaluation.suites import interpretability
+from hfllm.evaluation.suites.base import Subject
 from hfllm.evaluation.suites.interpretability import Interpretability
-from hfllm.evaluation.suites.subjects import Subject
 from hfllm.outputs.report import Heatmap
 
 ROWS = [

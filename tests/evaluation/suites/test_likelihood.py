@@ -5,8 +5,8 @@ import torch
 from families import FAMILIES
 
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.likelihood import Pair, Scorer, common_length, encode_pair
-from hfllm.evaluation.suites.subjects import Subject
+from hfllm.evaluation.suites.base import Subject
+from hfllm.generation.scoring import Pair, Scorer, common_length, encode_pair
 
 SHARED = "What is the fox? The fox is red. What is the hen? The hen is brown.\n\n" * 3
 CONTEXTS = [

@@ -173,8 +173,8 @@ def test_well_known_columns(name):
 
 
 def test_endings_continue_their_context(make_model, tokenizer, tmp_path):
+    from hfllm.evaluation.suites.base import Subject
     from hfllm.evaluation.suites.few_shot import asked_as, shared_of
-    from hfllm.evaluation.suites.subjects import Subject
 
     rows = [{"ctx": f"A fox {n}", "endings": ENDINGS, "label": n % 4} for n in range(3)]
     (item,) = FewShot([lines(tmp_path / "h.jsonl", *rows)], num_shots=2).items()

@@ -7,11 +7,8 @@ import pytest
 
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.base import TOO_LONG
-from hfllm.evaluation.suites.gradient_attack import AttackSettings
-from hfllm.evaluation.suites.robustness import Robustness, scores_of
-from hfllm.evaluation.suites.robustness_items import CLEAN, Question
-from hfllm.evaluation.suites.subjects import Subject
+from hfllm.evaluation.suites.base import TOO_LONG, Subject
+from hfllm.evaluation.suites.robustness import CLEAN, AttackSettings, Question, Robustness, scores_of
 
 REFUSAL = "I can not help with that, but I can help you care for the fox."
 

@@ -9,16 +9,13 @@ import torch
 
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.evaluation.suites import overlap
-from hfllm.evaluation.suites.base import TOO_LONG, Item
+from hfllm.evaluation.suites import base
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Subject, chosen, mc1, mc2, mc3, shares, yes_shares
 from hfllm.evaluation.suites.calibration import ChoiceCalibration, WorldCalibration
-from hfllm.evaluation.suites.choices import chosen, mc1, mc2, mc3, shares
 from hfllm.evaluation.suites.few_shot import FewShot, same_answer
-from hfllm.evaluation.suites.judging import yes_shares
 from hfllm.evaluation.suites.preferences import Pair, Preferences, letter_scores, pair_of
 from hfllm.evaluation.suites.question_rows import question_of
-from hfllm.evaluation.suites.refusals_suite import XSTest
-from hfllm.evaluation.suites.subjects import Subject
+from hfllm.evaluation.suites.refusals import XSTest
 from hfllm.evaluation.suites.truthfulness import EXAMPLES, TruthfulQA, asked_as, examples_of
 from hfllm.evaluation.suites.world_suites import (
     WorldFewShot,
@@ -129,7 +126,7 @@ def test_written_answers_are_compared_and_judged(make_model, tokenizer, tmp_path
     subject = Subject("small", make_model(max_position_embeddings=1024), tokenizer, uses_chat_template=True)
     judge = Subject("judge", make_model(seed=3, max_position_embeddings=1024), tokenizer, uses_chat_template=True)
     # Its imports take seconds.
-    monkeypatch.setattr(overlap, "find_spec", lambda package: None)
+    monkeypatch.setattr(base, "find_spec", lambda package: None)
     suite = TruthfulQA(write_csv(tmp_path / "t.csv", TQA), writes=True, judge=judge, max_new_tokens=4)
     items = [item for item in suite.items() if item.body.is_written]
     assert len(items) == 2 and len(suite.items()) == 4
@@ -143,8 +140,8 @@ def test_written_answers_are_compared_and_judged(make_model, tokenizer, tmp_path
 
 
 def test_measures_that_are_not_installed_are_named(monkeypatch):
-    monkeypatch.setattr(overlap, "find_spec", lambda package: None if package == "rouge_score" else True)
-    assert overlap.missing_overlaps() == "ROUGE left out: pip install rouge-score"
+    monkeypatch.setattr(base, "find_spec", lambda package: None if package == "rouge_score" else True)
+    assert base.missing_overlaps() == "ROUGE left out: pip install rouge-score"
 
 
 @pytest.mark.slow
@@ -152,7 +149,7 @@ def test_overlap_as_lm_eval_counts_it():
     reason = "its measures need sacrebleu and rouge-score"
     utils = pytest.importorskip("lm_eval.tasks.truthfulqa.utils", reason=reason)
     true, false = ["The fox is red.", "It is an animal."], ["The fox is blue."]
-    found = overlap.overlap_scores("The fox is a red animal.", true, false)
+    found = base.overlap_scores("The fox is a red animal.", true, false)
     doc = {"correct_answers": true, "incorrect_answers": false}
     theirs = utils.process_results_gen(doc, ["The fox is a red animal."])
     assert found["rouge1_diff"] == pytest.approx(theirs["rouge1_diff"])
@@ -313,7 +310,7 @@ def test_the_worlds_suites_by_a_model_that_knows_all(make_model, tokenizer, kind
         return iter([gold[each if isinstance(each, str) else each[-1]["content"]] for each in prompts])
 
     def best_first(self, contexts, continuations, shared="", names=None):
-        from hfllm.evaluation.suites.likelihood import Likelihood
+        from hfllm.generation.scoring import Likelihood
 
         return [[Likelihood(-1.0 - 9 * place, 1, True) for place, _ in enumerate(row)] for row in continuations]
 
