@@ -172,7 +172,7 @@ def read_source(path: Path) -> int:
 def read_formats(path: Path) -> int:
     """Convert each row by every format; what is no row of one is refused by it."""
     from hfllm.data import formats
-    from hfllm.data.images import flaw_of_pictures, refuse_images, to_picture_prompts, to_pictures
+    from hfllm.data.images.rows import flaw_of_pictures, refuse_images, to_picture_prompts, to_pictures
     from hfllm.data.loading import prompt_key
     from hfllm.data.rows import flaw_of, flaw_of_prompt
     from hfllm.data.sources import iterate_source
@@ -198,7 +198,7 @@ def read_formats(path: Path) -> int:
 
 
 def read_image(path: Path) -> object:
-    from hfllm.data import image_files
+    from hfllm.data.images import files as image_files
 
     return image_files.read_image(str(path), "a row", path.parent).size
 

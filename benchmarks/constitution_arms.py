@@ -15,10 +15,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.models.devices import forked_random
 from hfllm.runs.models import load_tokenizer
-from hfllm.stages.constitution import RL, ConstitutionArguments, constitution_of
-from hfllm.stages.constitution_runs import HELPFUL, REWARD, SL, Course, course_of
-from hfllm.stages.constitution_steps import Steps
-from hfllm.stages.course import Speaking, load_speaking
+from hfllm.stages.constitution.build import Steps
+from hfllm.stages.constitution.flags import (
+    HELPFUL,
+    REWARD,
+    RL,
+    SL_RUN,
+    ConstitutionArguments,
+    ConstitutionCourse,
+    constitution_of,
+    course_of,
+)
+from hfllm.stages.shared import Speaking, load_speaking
 from hfllm.synthesis.revisions import ROWS_FILE
 from hfllm.trainers.ppo.formulas import full_kl
 
@@ -34,7 +42,7 @@ WARM_UP, TIMED = 3, 12
 
 
 @dataclass(frozen=True)
-class TimedCourse(Course):
+class TimedCourse(ConstitutionCourse):
     """The course of a run that notes CPU-seconds: of each recipe as a whole, and of its trainer's `train` alone."""
 
     whole: dict[str, float] = field(default_factory=dict)
@@ -69,7 +77,7 @@ class Ours:
     @property
     def of_sl(self) -> float:
         """The CPU-seconds of SL-CAI."""
-        return self.rows[SL] + self.training[SL]
+        return self.rows[SL_RUN] + self.training[SL_RUN]
 
     @property
     def of_rl(self) -> float:
@@ -145,8 +153,8 @@ def retrain(
     """
     steps = Steps(script_args, model_args, constitution_of(script_args), course)
     steps.revise()  # all rows are there
-    rows = {SL: _rest(course, steps.supervised)}
-    weights = [(folder / SL / "model.safetensors").read_bytes() for folder in (run, Path(script_args.output_dir))]
+    rows = {SL_RUN: _rest(course, steps.supervised)}
+    weights = [(folder / SL_RUN / "model.safetensors").read_bytes() for folder in (run, Path(script_args.output_dir))]
     is_same = weights[0] == weights[1]
     if rl_like is not None:
         no_rl = "" if (run / RL / "report.json").is_file() else "the run has none"

@@ -33,7 +33,8 @@ from hfllm.models.loading.saved import saved_model
 from hfllm.outputs.report import Plot, markdown_table, standard_error
 from hfllm.rewards.functions import RewardFunction
 from hfllm.runs.models import load_tokenizer
-from hfllm.stages import rlhf
+from hfllm.stages.rlhf import build as rlhf
+from hfllm.stages.rlhf import flags as rlhf_flags
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.trainer import PPOTrainer
 
@@ -94,7 +95,7 @@ def run(
     args: argparse.Namespace, learning_rate: float, value_learning_rate: float | None, kl_coef: float, seed: int
 ) -> dict[str, float | str | list[float]]:
     """Train once. Return its row, with its curve of rewards."""
-    data = rlhf.RlhfArguments(
+    data = rlhf_flags.RlhfArguments(
         dataset_name=args.dataset_name,
         reward_funcs=args.reward_funcs,
         apply_chat_template=args.apply_chat_template,

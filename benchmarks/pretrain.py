@@ -41,8 +41,7 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
     import hfllm
     from hfllm.data.packing import IGNORE, pack, token_ids
     from hfllm.runs.arguments import changed
-    from hfllm.stages.pretrain_trainers import optimizer_of
-    from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer, Schedule
+    from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer, Schedule, optimizer_of
 
     special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     special |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -42,9 +42,9 @@ def main(
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import check_trainable, fitting_length
     from hfllm.runs.stage import Stage
-    from hfllm.stages import classify, classify_data
-    from hfllm.stages.architecture import check_adapter
-    from hfllm.stages.classify_evaluation import evaluate
+    from hfllm.stages import classify
+    from hfllm.stages.classify import evaluate
+    from hfllm.stages.pretrain.flags import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
@@ -59,7 +59,7 @@ def main(
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    train_rows, test_rows, labels = classify_data.rows_of(script_args, training_args.seed)
+    train_rows, test_rows, labels = classify.rows_of(script_args, training_args.seed)
     before = classify.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before, classify.HEADS[script_args.task][1])
 
@@ -72,7 +72,7 @@ def main(
     model, tokenizer = loaded
     length = fitting_length(script_args.max_length, model)
     train_tokens, test_tokens = (
-        classify_data.tokens_of(script_args, rows, tokenizer, length, labels, what)
+        classify.tokens_of(script_args, rows, tokenizer, length, labels, what)
         for rows, what in ((train_rows, "training rows"), (test_rows, "held-out rows"))
     )
     trainer = HeadTrainer(

@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.lock import lock, releases_folders
-from hfllm.stages.compare import CompareArguments
+from hfllm.stages.evaluate.compare import CompareArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[CompareArguments]:
@@ -31,7 +31,7 @@ def main(script_args: CompareArguments) -> dict[str, float]:
     from hfllm.outputs.report import is_samples, markdown_table
     from hfllm.runs.command_line import say
     from hfllm.runs.stage import Stage
-    from hfllm.stages import compare
+    from hfllm.stages.evaluate import compare
 
     # The same folder may be used again: earlier files are overwritten.
     compare.check(script_args)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.constitution import ConstitutionArguments
+from hfllm.stages.constitution.flags import ConstitutionArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -36,15 +36,13 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages import constitution
-    from hfllm.stages.constitution_checks import check_before
-    from hfllm.stages.constitution_evaluation import evaluate, evaluate_own
-    from hfllm.stages.constitution_runs import course_of
-    from hfllm.stages.constitution_steps import Steps
+    from hfllm.stages.constitution import flags as constitution_flags
+    from hfllm.stages.constitution.build import Steps, evaluate, evaluate_own
+    from hfllm.stages.constitution.flags import check_before, course_of
 
     # Refuse what cannot work before anything is trained.
-    constitution.check(script_args, model_args)
-    principles = constitution.constitution_of(script_args)
+    constitution_flags.check(script_args, model_args)
+    principles = constitution_flags.constitution_of(script_args)
     course = course_of(script_args, model_args)
     stage = Stage(
         *("constitution", script_args, model_args),
@@ -62,7 +60,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     course.announce()
     steps.helpful_only()
     steps.revise()
-    if script_args.last_stage != constitution.REVISIONS:
+    if script_args.last_stage != constitution_flags.REVISIONS:
         steps.supervised()
         steps.reinforced()
         steps.controls()

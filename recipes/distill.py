@@ -51,12 +51,14 @@ def main(
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
     from hfllm.runs.stage import Stage
-    from hfllm.stages.distill import check, check_student, stages_before
-    from hfllm.stages.distill_trainers import (
+    from hfllm.stages.distill import (
+        check,
+        check_student,
         compare,
         load_teacher,
         rows_to_learn,
         rows_to_teach,
+        stages_before,
         student_trainer,
         without_teacher,
     )

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.evaluate import HOW_IT_ENDS, EvaluateArguments
+from hfllm.stages.evaluate.flags import HOW_IT_ENDS, EvaluateArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[EvaluateArguments]:
@@ -32,15 +32,14 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     from hfllm.outputs.report import is_samples, markdown_table
     from hfllm.runs.command_line import main_process, say
     from hfllm.runs.stage import Stage
-    from hfllm.stages import evaluate, evaluate_checks
-    from hfllm.stages.evaluate_report import report, write_changes
-    from hfllm.stages.evaluate_samples import SAMPLES, Samples, judge_all
-    from hfllm.stages.evaluate_suites import suites_of
+    from hfllm.stages.evaluate import build as evaluate_checks
+    from hfllm.stages.evaluate import flags as evaluate_flags
+    from hfllm.stages.evaluate.build import SAMPLES, Samples, judge_all, report, suites_of, write_changes
 
     # Refuse what cannot work before anything is trained or loaded.
     evaluate_checks.check(script_args)
-    before = evaluate.stages_before(script_args)
-    models = evaluate.models_of(script_args, before)
+    before = evaluate_flags.stages_before(script_args)
+    models = evaluate_flags.models_of(script_args, before)
     files = evaluate_checks.changed_files(script_args)
     stage = Stage("evaluate", script_args, before=before.parsed, also=files, without=HOW_IT_ENDS, is_spread=True)
     stage.check()
@@ -61,7 +60,7 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     # Judge each by each suite, as far as an earlier run has not.
     judge = script_args.judge_model_name_or_path
     samples = Samples(script_args.output_dir, stage.arguments)
-    with evaluate.loaded(script_args, "judge", judge) if judge else nullcontext() as judging:
+    with evaluate_flags.loaded(script_args, "judge", judge) if judge else nullcontext() as judging:
         suites = suites_of(script_args, judging)
         records = judge_all(script_args, models, suites, samples)
 

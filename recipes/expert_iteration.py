@@ -24,7 +24,7 @@ from hfllm.stages.expert_iteration import ExpertIterationArguments
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-    from hfllm.stages.course import Speaking
+    from hfllm.stages.shared import Speaking
 
 
 def parse(argv: Sequence[str]) -> tuple[ExpertIterationArguments, "ModelConfig"]:
@@ -39,12 +39,11 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     """Make what is missing, sample, keep and fine-tune in each round, compare, report. Return the metrics."""
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
+    from hfllm.runs.pipeline import by_main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages import expert_iteration as rounds_stage
-    from hfllm.stages import expert_iteration_evaluation
-    from hfllm.stages.course import by_main_process, load_speaking
-    from hfllm.stages.expert_iteration_checks import check_before, prompts_of, reward_functions
-    from hfllm.stages.expert_iteration_data import write_round
+    from hfllm.stages.expert_iteration import check_before, prompts_of, reward_functions, write_round
+    from hfllm.stages.shared import load_speaking
 
     # Refuse what cannot work before anything is trained.
     rounds_stage.check(script_args, model_args)
@@ -76,16 +75,15 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         return {}
 
     evaluations = [
-        expert_iteration_evaluation.evaluate(script_args, load(place), eval_rows, functions)
-        for place in range(len(rounds.models))
+        rounds_stage.evaluate(script_args, load(place), eval_rows, functions) for place in range(len(rounds.models))
     ]
-    metrics = expert_iteration_evaluation.found_metrics(script_args, evaluations, kept)
+    metrics = rounds_stage.found_metrics(script_args, evaluations, kept)
     return stage.finish(
         {**metrics, "train_prompts": len(train_rows), "eval_prompts": len(eval_rows)},
-        summary=expert_iteration_evaluation.summary_of(script_args, metrics),
-        tables=expert_iteration_evaluation.tables_of(eval_rows, evaluations, kept),
-        curves=expert_iteration_evaluation.plots_of(script_args, evaluations),
-        promises=expert_iteration_evaluation.promises_of(script_args),
+        summary=rounds_stage.summary_of(script_args, metrics),
+        tables=rounds_stage.tables_of(eval_rows, evaluations, kept),
+        curves=rounds_stage.plots_of(script_args, evaluations),
+        promises=rounds_stage.promises_of(script_args),
         artifacts={name: name for name in rounds.parsed} | {"rows": "data"},
         next_steps=chat_lines(rounds.models[-1], eval_rows[0]["prompt"]),
         models={"model": rounds.models[0]},

@@ -41,10 +41,9 @@ def main(
     from hfllm.outputs.card import loading_lines
     from hfllm.runs.models import check_trainable, load_policy
     from hfllm.runs.stage import Stage
-    from hfllm.stages import extend, extend_data
-    from hfllm.stages.architecture import config_to_train
-    from hfllm.stages.extend_evaluation import ExtendEvaluation
-    from hfllm.stages.extend_trainer import make_trainer
+    from hfllm.stages import extend
+    from hfllm.stages.extend import ExtendEvaluation, make_trainer
+    from hfllm.stages.pretrain.flags import config_to_train
     from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
 
@@ -58,17 +57,17 @@ def main(
     check_trainable(model_args, adapters=False)
     original, length = extend.lengths_of(script_args, config_to_train(model_args, before))
     seed = training_args.seed
-    texts = extend_data.texts_to_split(script_args, seed)
+    texts = extend.texts_to_split(script_args, seed)
     stage.announce()
 
     # A small base model of a short context, where none is named.
     if before.runs:
-        extend_data.write_base_texts(script_args, training_args.output_dir, seed)
+        extend.write_base_texts(script_args, training_args.output_dir, seed)
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
     set_seed(seed)
     model, tokenizer = load_policy(base_args)
-    rows = extend_data.rows_of(script_args, texts, tokenizer, length, seed)
+    rows = extend.rows_of(script_args, texts, tokenizer, length, seed)
 
     # The model as it was, extended, and trained on long rows.
     model.to(training_args.device)

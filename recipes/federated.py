@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.federated import FederatedArguments, default_settings
+from hfllm.stages.federated.flags import FederatedArguments, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
-    from hfllm.stages.federated_server import Connect
+    from hfllm.stages.federated.build import Connect
 
 
 def parse(argv: Sequence[str]) -> tuple[FederatedArguments, "SFTConfig", "ModelConfig"]:
@@ -44,37 +44,38 @@ def main(
     """Pretrain if no model is named, run the rounds and the controls, save, report. Return the metrics.
 
     Args:
-        connect: reaches organisations on other machines; hfllm/stages/federated_flower.py has one.
+        connect: reaches organisations on other machines; hfllm/stages/federated/build.py has one.
     """
     from dataclasses import replace
 
     from hfllm.federation.rounds import run_rounds
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
-    from hfllm.stages import federated, federated_server
-    from hfllm.stages.federated_data import load_local, organisations_of
-    from hfllm.stages.federated_evaluation import Controls, Evaluator
-    from hfllm.stages.federated_report import report_of
+    from hfllm.stages.federated import build as federated_server
+    from hfllm.stages.federated import flags as federated_flags
+    from hfllm.stages.federated.build import load_local
+    from hfllm.stages.federated.flags import organisations_of
+    from hfllm.stages.federated.report import Controls, Evaluator, report_of
 
     # Refuse what cannot work before anything is trained.
-    federated.check(script_args, training_args, model_args)
-    before = federated.stages_before(script_args, training_args, model_args)
-    also = federated.contents(script_args)
+    federated_flags.check(script_args, training_args, model_args)
+    before = federated_flags.stages_before(script_args, training_args, model_args)
+    also = federated_flags.contents(script_args)
     stage = Stage("federated", script_args, training_args, model_args, before=before.parsed, also=also)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    check_trainable(federated.adapted(script_args, model_args))
+    check_trainable(federated_flags.adapted(script_args, model_args))
     private = federated_server.check(script_args)
     organisations = organisations_of(script_args, training_args.seed)
-    federated.row_epsilons(script_args, training_args, organisations)
+    federated_flags.row_epsilons(script_args, training_args, organisations)
 
     stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
     local = load_local(script_args, stage.training_args, base_args, organisations)
     folder, seed = Path(training_args.output_dir), training_args.seed
-    begun, identity = local.learner.weights(), federated.identity_of(stage.arguments, local.base_sha256)
+    begun, identity = local.learner.weights(), federated_flags.identity_of(stage.arguments, local.base_sha256)
     evaluator = Evaluator(script_args, local)
     with federated_server.transport(script_args, training_args, base_args, local, connect) as transport:
         state = run_rounds(
@@ -82,7 +83,7 @@ def main(
             [each.name for each in organisations],
             begun,
             federated_server.optimizer(script_args),
-            federated.round_settings(script_args, seed),
+            federated_flags.round_settings(script_args, seed),
             folder,
             identity,
             evaluate=evaluator.of_round,
@@ -98,7 +99,7 @@ def main(
         summary=found.summary,
         tables=found.tables,
         curves=found.plots,
-        next_steps=federated.next_steps(script_args, training_args),
+        next_steps=federated_flags.next_steps(script_args, training_args),
         models={"model": base_args.model_name_or_path},
     )
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
 from hfllm.runs.recipes import settings_file
-from hfllm.stages.ground import GroundArguments
+from hfllm.stages.ground.flags import GroundArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[GroundArguments]:
@@ -28,13 +28,14 @@ def main(script_args: GroundArguments) -> dict[str, float]:
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages import ground, ground_data
-    from hfllm.stages.course import check_runs
-    from hfllm.stages.ground_evaluation import evaluate, example
+    from hfllm.stages.constitution.flags import check_runs
+    from hfllm.stages.ground import build as ground_data
+    from hfllm.stages.ground import flags as ground_flags
+    from hfllm.stages.ground.build import evaluate, example
 
     # Refuse what cannot work before anything is trained.
-    ground.check(script_args)
-    course = ground.course_of(script_args)
+    ground_flags.check(script_args)
+    course = ground_flags.course_of(script_args)
     stage = Stage("ground", script_args, before=course.runs, is_spread=True)
     stage.check()
     if stage.is_finished:
@@ -43,11 +44,11 @@ def main(script_args: GroundArguments) -> dict[str, float]:
     stage.announce()
 
     course.announce()
-    course.run(ground.PRETRAIN)
-    for name in ground.MODELS:
+    course.run(ground_flags.PRETRAIN)
+    for name in ground_flags.MODELS:
         ground_data.write(script_args, name)
         course.run(name)
-    course.run(ground.REWARD)
+    course.run(ground_flags.REWARD)
     course.end()
     if not main_process():
         return {}
@@ -60,7 +61,7 @@ def main(script_args: GroundArguments) -> dict[str, float]:
         curves=found.plots,
         promises=found.promises,
         artifacts={name: name for name in course.runs},
-        next_steps=chat_lines(course.folder(ground.GROUNDED), example(script_args)),
+        next_steps=chat_lines(course.folder(ground_flags.GROUNDED), example(script_args)),
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.pretrain import LIBRARY, PretrainArguments, default_settings
+from hfllm.stages.pretrain.flags import LIBRARY, PretrainArguments, default_settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -46,9 +46,9 @@ def main(
     from hfllm.outputs.report import by_contents, plus_minus
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
-    from hfllm.stages import pretrain_trainers, pretrain_watch
-    from hfllm.stages.pretrain import check
-    from hfllm.stages.pretrain_models import load_or_make_base
+    from hfllm.stages.pretrain import build as pretrain_trainers
+    from hfllm.stages.pretrain.build import load_or_make_base
+    from hfllm.stages.pretrain.flags import check
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -77,19 +77,19 @@ def main(
     with gather_parameters(model):
         trainer, mixed = build(fitted_args, trainer_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
-    samples = pretrain_watch.watch(trainer, fitted_args, tokenizer, train_texts, test_texts)
+    samples = pretrain_trainers.watch(trainer, fitted_args, tokenizer, train_texts, test_texts)
     train(trainer, stage.checkpoint, stage.identity)
-    pretrain_watch.stop_if_broken(trainer)
+    pretrain_trainers.stop_if_broken(trainer)
     held_out_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
 
     metrics = {
         "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
-        **pretrain_watch.held_out_metrics(fitted_args, trainer.model, tokenizer, train_texts, test_texts),
+        **pretrain_trainers.held_out_metrics(fitted_args, trainer.model, tokenizer, train_texts, test_texts),
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
-        "tokens_per_second": pretrain_watch.mean_speed(trainer.state.log_history),
+        "tokens_per_second": pretrain_trainers.mean_speed(trainer.state.log_history),
         **scaled,
     }
     summary = f"{metrics['parameters']:,} parameters, held-out loss {held_out_loss:.3f} nats per token"

@@ -38,15 +38,14 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import load_policy, whole_model
     from hfllm.runs.stage import Stage
-    from hfllm.stages import quantize, quantize_pictures
-    from hfllm.stages.architecture import config_to_train
-    from hfllm.stages.own_pictures import files_changed
-    from hfllm.stages.rlhf_pictures import load_processing_class
+    from hfllm.stages import quantize
+    from hfllm.stages.pretrain.flags import config_to_train
+    from hfllm.stages.shared import files_changed, load_processing_class
 
     # Refuse what cannot work before anything is trained.
     quantize.check(script_args, model_args)
-    sees = quantize_pictures.sees(model_args)
-    schemes = (quantize_pictures if sees else quantize).schemes_to_compare(script_args)
+    sees = quantize.sees(model_args)
+    schemes = (quantize.picture_schemes if sees else quantize.schemes_to_compare)(script_args)
     chosen_args = replace(script_args, schemes=schemes)
     before = quantize.stages_before(script_args, model_args)
     files = files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
@@ -56,10 +55,10 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
         return stage.reuse()
     config = config_to_train(model_args, before)
     if sees:
-        quantize_pictures.check(chosen_args, model_args.model_name_or_path)
+        quantize.check_pictures(chosen_args, model_args.model_name_or_path)
     quantize.check_model(chosen_args, model_args, config)
     if sees:
-        rows = quantize_pictures.questions_of(chosen_args, load_processing_class(model_args, config))
+        rows = quantize.questions_of(chosen_args, load_processing_class(model_args, config))
     else:
         rows = quantize.eval_texts(chosen_args)
     stage.announce()
@@ -75,8 +74,8 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     with whole_model(source_args.model_name_or_path, source_args.model_revision, stage.output_dir) as (name, revision):
         whole_args = replace(source_args, model_name_or_path=name, model_revision=revision)
         if sees:
-            model, processor = quantize_pictures.load(whole_args)
-            evaluation = quantize_pictures.make_evaluation(chosen_args, processor, rows)
+            model, processor = quantize.load(whole_args)
+            evaluation = quantize.picture_evaluation(chosen_args, processor, rows)
         else:
             model, tokenizer = load_policy(whole_args)
             evaluation = quantize.make_evaluation(chosen_args, model, tokenizer, rows)

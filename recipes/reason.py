@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
 from hfllm.runs.recipes import settings_file
-from hfllm.stages.reason import ReasonArguments
+from hfllm.stages.reason.flags import ReasonArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[ReasonArguments]:
@@ -27,13 +27,14 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages import reason, reason_data
-    from hfllm.stages.course import check_runs
-    from hfllm.stages.reason_evaluation import evaluate
+    from hfllm.stages.constitution.flags import check_runs
+    from hfllm.stages.reason import build as reason_data
+    from hfllm.stages.reason import flags as reason_flags
+    from hfllm.stages.reason.build import evaluate
 
     # Refuse what cannot work before anything is trained.
-    reason.check(script_args)
-    course = reason.course_of(script_args)
+    reason_flags.check(script_args)
+    course = reason_flags.course_of(script_args)
     stage = Stage("reason", script_args, before=course.runs, is_spread=True)
     stage.check()
     if stage.is_finished:
@@ -42,7 +43,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     stage.announce()
 
     course.announce()
-    course.run(reason.PRETRAIN)
+    course.run(reason_flags.PRETRAIN)
     for name in course.models:
         reason_data.write(script_args, name)
         course.run(name)
@@ -51,7 +52,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
         return {}
 
     found = evaluate(script_args, course)
-    question = reason_data.rows_of(script_args, reason.RL)[0]["prompt"]
+    question = reason_data.rows_of(script_args, reason_flags.RL)[0]["prompt"]
     return stage.finish(
         found.metrics,
         summary=found.summary,
@@ -59,7 +60,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
         curves=found.plots,
         promises=found.promises,
         artifacts={name: name for name in course.runs},
-        next_steps=chat_lines(course.folder(reason.RL), question),
+        next_steps=chat_lines(course.folder(reason_flags.RL), question),
     )
 
 

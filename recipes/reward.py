@@ -41,8 +41,8 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_scorer_to_train, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import own_pictures, reward, reward_pictures
-    from hfllm.stages.architecture import check_adapter
+    from hfllm.stages import reward, shared
+    from hfllm.stages.pretrain.flags import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
@@ -50,16 +50,16 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.trainers.trl_trainers import RewardTrainer
 
     reward.check(script_args, model_args)
-    files = own_pictures.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
     stage = Stage("reward", script_args, training_args, model_args, also=files)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    processor = reward_pictures.processor_of(model_args)
-    rows = reward_pictures.user_comparisons(script_args, training_args.seed, processor)
-    shows = reward_pictures.check(script_args, training_args, model_args, rows, processor)
+    processor = reward.processor_of(model_args)
+    rows = reward.picture_comparisons(script_args, training_args.seed, processor)
+    shows = reward.check_pictures(script_args, training_args, model_args, rows, processor)
     before = reward.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before, "SEQ_CLS")
 
@@ -81,7 +81,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
 
     if shows:
         parts = (model, processor, train_rows, test_rows)
-        trainer = reward_pictures.trainer_of(script_args, trainer_args, model_args, *parts)
+        trainer = reward.trainer_of(script_args, trainer_args, model_args, *parts)
     else:
         trainer = RewardTrainer(
             model=model,
@@ -98,7 +98,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer.add_callback(StalledWeights())
     train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=rows is None)
     evaluation = trainer.evaluate()
-    shown = reward_pictures.control(script_args, trainer, test_rows) if shows else {}
+    shown = reward.control(script_args, trainer, test_rows) if shows else {}
     trainer.save_model()
 
     accuracy, count = evaluation["eval_accuracy"], kept["eval_comparisons"]
@@ -107,7 +107,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     metrics = {**known, "eval_loss": evaluation["eval_loss"], **kept, **shown, **scaled}
     labels = "" if world_of(script_args) is None else " with noise-free labels"
     summary = f"accuracy {plus_minus(accuracy, error)} on {count:,} held-out comparisons{labels}"
-    summary += reward_pictures.control_summary(metrics)
+    summary += reward.control_summary(metrics)
     return stage.finish(metrics, trainer, summary, models={"model": base_args.model_name_or_path})
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.rlhf import RlhfArguments
+from hfllm.stages.rlhf.flags import RlhfArguments
 from hfllm.trainers.ppo.options import PPOOptions
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.rewards.models import RewardEnsemble
     from hfllm.runs.models import load_value_model, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import own_pictures, rlhf, rlhf_checks
-    from hfllm.stages.architecture import config_to_train
-    from hfllm.stages.rlhf_pictures import load_policy, next_lines
-    from hfllm.stages.rlhf_tools import checked_tools
-    from hfllm.stages.vision_models import freeze
+    from hfllm.stages import shared
+    from hfllm.stages.pretrain.flags import config_to_train
+    from hfllm.stages.rlhf import build as rlhf
+    from hfllm.stages.rlhf import flags as rlhf_flags
+    from hfllm.stages.rlhf.build import checked_tools, next_lines
+    from hfllm.stages.shared import load_policy
+    from hfllm.stages.vision.build import freeze
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -54,9 +56,9 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
     # Refuse what cannot work before anything is trained.
-    rlhf_checks.check(training_args)
+    rlhf.check(training_args)
     before = rlhf.stages_before(script_args, training_args, model_args)
-    files = own_pictures.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
     stage = Stage("rlhf", script_args, training_args, model_args, before=before.parsed, also=files)
     stage.check()
     if stage.is_finished:
@@ -67,15 +69,15 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     train_rows, eval_rows = rlhf.prompt_data(
         script_args, training_args.seed, functions, tools, training_args.reward_timeout
     )
-    rlhf_checks.check_rewards(script_args, training_args, len(functions), tools.has_reward)
+    rlhf.check_rewards(script_args, training_args, len(functions), tools.has_reward)
     policy_config = config_to_train(model_args, before)
     train_rows, eval_rows = (
-        rlhf_checks.fitting_prompts(script_args, training_args, model_args, rows, policy_config, tools)
+        rlhf.fitting_prompts(script_args, training_args, model_args, rows, policy_config, tools)
         for rows in (train_rows, eval_rows)
     )
     rows = [*train_rows, *eval_rows]
     checked = (rows, policy_config, bool(before.runs), tools)
-    rlhf_checks.check_models(script_args, training_args, model_args, *checked)
+    rlhf.check_models(script_args, training_args, model_args, *checked)
     ptx_dataset = rlhf.ptx_texts(script_args, training_args)
 
     # The stages before: a policy to start from, and reward models.
@@ -107,7 +109,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     rates = rlhf.rates_used(trainer_args, trainer)
     for reward in rewards:
         if isinstance(reward, RewardEnsemble):
-            rlhf.calibrate(reward, trainer, train_rows[: rlhf.CALIBRATION_PROMPTS])
+            rlhf.calibrate(reward, trainer, train_rows[: rlhf_flags.CALIBRATION_PROMPTS])
 
     # Evaluate the policy on held-out prompts, train it by PPO, and evaluate it again.
     held_out = (world_of(script_args), script_args.num_eval_prompts)

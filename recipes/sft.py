@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.sft import SftArguments, default_settings
+from hfllm.stages.sft.flags import SftArguments, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -38,8 +38,11 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_config, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import own_pictures, rlhf_pictures, sft, sft_pictures, sft_retrieval
-    from hfllm.stages.architecture import check_adapter
+    from hfllm.stages import shared
+    from hfllm.stages.pretrain.flags import check_adapter
+    from hfllm.stages.rlhf import build as rlhf
+    from hfllm.stages.sft import build as sft
+    from hfllm.stages.sft import flags as sft_flags
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
@@ -47,18 +50,18 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.run_record import final_train_loss
     from hfllm.trainers.trl_trainers import SFTTrainer
 
-    sft.check(script_args, training_args, model_args)
-    files = own_pictures.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
-    also = {**sft_retrieval.contents(script_args), **files}
+    sft_flags.check(script_args, training_args, model_args)
+    files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    also = {**sft.contents(script_args), **files}
     stage = Stage("sft", script_args, training_args, model_args, also=also)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    processor, seed, named = sft_pictures.processor_of(model_args), training_args.seed, model_args.model_name_or_path
-    train_rows, test_rows = sft_pictures.instruction_data(script_args, seed, processor, named)
-    shows = sft_pictures.check(script_args, training_args, model_args, train_rows, test_rows)
+    processor, seed, named = sft.processor_of(model_args), training_args.seed, model_args.model_name_or_path
+    train_rows, test_rows = sft.picture_instructions(script_args, seed, processor, named)
+    shows = sft.check_pictures(script_args, training_args, model_args, train_rows, test_rows)
     train_rows = sft.augmented(script_args, train_rows, training_args.seed)
     before = sft.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before)
@@ -69,16 +72,16 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     config = load_config(base_args.model_name_or_path, base_args.model_revision)
     grounded, dropped = {}, 0
     if shows:
-        trainer, held_out = sft_pictures.trainer_of(script_args, trainer_args, base_args, train_rows, test_rows)
+        trainer, held_out = sft.trainer_of(script_args, trainer_args, base_args, train_rows, test_rows)
         evaluate, counts = (
-            partial(sft_pictures.evaluate, trainer, held_out),
+            partial(sft.evaluate, trainer, held_out),
             (len(trainer.train_dataset), len(held_out)),
         )
     else:
-        model, tokenizer, processing_class = sft_pictures.load_policy(script_args, training_args, base_args, config)
+        model, tokenizer, processing_class = sft.load_policy(script_args, training_args, base_args, config)
         sft.check_head(model)
         trainer_args = changed(trainer_args, max_length=fitting_length(training_args.max_length, model))
-        found = sft_retrieval.with_passages(train_rows, test_rows, script_args, tokenizer, seed)
+        found = sft.with_passages(train_rows, test_rows, script_args, tokenizer, seed)
         train_rows, test_rows, grounded = found
         train_dataset, dropped = sft.examples(train_rows, tokenizer, trainer_args, "training rows")
         eval_dataset, _ = sft.examples(test_rows, tokenizer, trainer_args, "held-out rows", is_eval=True)
@@ -99,7 +102,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]
     tuned = evaluate()
-    shown = sft_pictures.control(script_args, trainer, held_out) if shows else {}
+    shown = sft.control(script_args, trainer, held_out) if shows else {}
     trainer.save_model()
 
     metrics = {
@@ -113,9 +116,9 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         **scaled,
     }
     result = before_after.tuning_summary(metrics) or f"held-out loss {held_out_loss:.3f} nats per token"
-    summary = f"{metrics['examples']:,} responses, {result}{sft_pictures.control_summary(metrics)}"
+    summary = f"{metrics['examples']:,} responses, {result}{sft.control_summary(metrics)}"
     tables, greeting = before_after.tuning_tables(untuned, tuned), [{"role": "user", "content": "Hello!"}]
-    lines = rlhf_pictures.next_lines(training_args.output_dir, greeting, config, model_args.use_peft)
+    lines = rlhf.next_lines(training_args.output_dir, greeting, config, model_args.use_peft)
     models = {"model": base_args.model_name_or_path}
     return stage.finish(metrics, trainer, summary, tables, next_steps=lines, models=models)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.tokenizer import TokenizerArguments
+from hfllm.stages.pretrain.tokenizer import TokenizerArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[TokenizerArguments]:
@@ -30,7 +30,7 @@ def main(script_args: TokenizerArguments) -> dict[str, float]:
     from hfllm.data.prepared import Prepared
     from hfllm.outputs.report import Plot, by_contents
     from hfllm.runs.stage import Stage
-    from hfllm.stages.tokenizer import compression_by_size, make_tokenizer
+    from hfllm.stages.pretrain.tokenizer import compression_by_size, make_tokenizer
 
     stage = Stage("tokenizer", script_args)
     stage.check()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.tools import ToolsArguments
+from hfllm.stages.tools.flags import ToolsArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -35,13 +35,12 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages import tools
-    from hfllm.stages.tools_evaluation import evaluate
-    from hfllm.stages.tools_runs import RL, course_of
-    from hfllm.stages.tools_steps import Steps
+    from hfllm.stages.tools import flags as tools_flags
+    from hfllm.stages.tools.build import Steps, evaluate
+    from hfllm.stages.tools.flags import RL, course_of
 
     # Refuse what cannot work before anything is trained.
-    tools.check(script_args, model_args)
+    tools_flags.check(script_args, model_args)
     course = course_of(script_args, model_args)
     stage = Stage("tools", script_args, model_args, before=course.runs, is_spread=True)
     stage.check()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.vision import LIBRARY, VisionArguments, default_settings
+from hfllm.stages.vision.flags import LIBRARY, VisionArguments, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -32,27 +32,29 @@ def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConf
 @trusts_code_if_asked
 def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, judge, save, write the report. Return the metrics."""
-    from hfllm.data.picture_batches import words_of_places
+    from hfllm.data.images.rows import words_of_places
     from hfllm.outputs.pictures import picture_lines
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
-    from hfllm.stages import own_pictures, vision, vision_data, vision_models, vision_ppo
-    from hfllm.stages.vision_evaluation import evaluate
+    from hfllm.stages import shared
+    from hfllm.stages.vision import build as vision_data
+    from hfllm.stages.vision import flags as vision_flags
+    from hfllm.stages.vision.report import evaluate
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
 
-    vision.check(script_args, training_args, model_args)
-    files = own_pictures.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    vision_flags.check(script_args, training_args, model_args)
+    files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
     stage = Stage("vision", script_args, training_args, model_args, also=files)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     check_trainable(model_args)
-    seed, is_drawn = training_args.seed, script_args.dataset_name in vision.DRAWN
+    seed, is_drawn = training_args.seed, script_args.dataset_name in vision_flags.DRAWN
     rows, parts = [], vision_data.eval_parts(script_args) if is_drawn else {}
     if not is_drawn:
-        tokens = words_of_places(vision_models.load_processor(model_args))
+        tokens = words_of_places(vision_data.load_processor(model_args))
         rows, held_out = vision_data.own_rows(script_args, seed, tokens)
         parts = vision_data.parts_of(held_out)
     elif model_args.model_name_or_path:
@@ -60,9 +62,9 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
 
     stage.announce()
     if model_args.model_name_or_path:
-        trainer, processor = vision_models.own_trainer(script_args, stage.training_args, model_args, rows)
+        trainer, processor = vision_data.own_trainer(script_args, stage.training_args, model_args, rows)
     else:
-        trainer, processor = vision_models.new_trainer(script_args, stage.training_args, seed)
+        trainer, processor = vision_data.new_trainer(script_args, stage.training_args, seed)
     use_plain_lines(trainer)
     train(trainer, stage.checkpoint, stage.identity)
     trainer.save_model()
@@ -79,15 +81,15 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     if script_args.num_rl_prompts:
         # On pictures that fine-tuning has not seen.
         first = next(iter(parts.values()))
-        before = vision_ppo.sampled_gold(script_args, model, processor, first)
-        policy_trainer = vision_ppo.policy_trainer(script_args, stage.training_args, processor)
+        before = vision_data.sampled_gold(script_args, model, processor, first)
+        policy_trainer = vision_data.policy_trainer(script_args, stage.training_args, processor)
         use_plain_lines(policy_trainer)
         train(policy_trainer)
         policy_trainer.save_model()
         policy = policy_trainer.policy
         policy_found = evaluate(script_args, policy, processor, parts, vision_data.prior_of(script_args))
         metrics |= {f"rl_{name}": value for name, value in policy_found.metrics.items()}
-        metrics |= vision_ppo.gain(before, vision_ppo.sampled_gold(script_args, policy, processor, first))
+        metrics |= vision_data.gain(before, vision_data.sampled_gold(script_args, policy, processor, first))
         tables["Right answers after PPO"] = policy_found.tables["Right answers"]
         summary += f"; after PPO: {policy_found.summary}"
     lines = picture_lines(training_args.output_dir, model_args.use_peft)

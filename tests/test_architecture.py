@@ -27,6 +27,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 AT_THE_ROOT = {"__init__", "errors", "version", "fingerprint", "durable", "registration"}
 MAX_LINES = 800
 MAX_RECIPE_LINES = 150
+# At a room's own level, and of a stage that has a folder.
+MOST_FILES, MOST_FILES_OF_A_STAGE = 15, 3
 
 
 @cache
@@ -133,6 +135,13 @@ def test_files_stay_small():
     assert not {str(path): count for path, count in lines.items() if count > limit[path]}
 
 
+def test_rooms_have_few_files():
+    folders = {path.parent for path in modules().values()} - {PACKAGE}
+    counts = {folder: len([*folder.glob("*.py")]) - (folder / "__init__.py").exists() for folder in folders}
+    limit = {folder: MOST_FILES_OF_A_STAGE if folder.parent.name == "stages" else MOST_FILES for folder in folders}
+    assert not {str(folder): count for folder, count in counts.items() if count > limit[folder]}
+
+
 def test_the_files_of_a_model_travel_together():
     """What lies beside the weights on the Hub imports nothing of hfllm that does not lie there too."""
     beside = {
@@ -207,7 +216,7 @@ def test_every_module_is_imported_and_has_the_names_that_it_promises():
 
 
 def test_measures_of_uncertainty_have_their_names_in_both_rooms():
-    from hfllm.grounding import calibration as promised
+    from hfllm.grounding import calibration
     from hfllm.outputs import statistics
 
     public = {
@@ -215,5 +224,5 @@ def test_measures_of_uncertainty_have_their_names_in_both_rooms():
         for name, value in vars(statistics).items()
         if getattr(value, "__module__", "") == statistics.__name__ and not name.startswith("_")
     }
-    assert {*promised.__all__} <= public
-    assert all(getattr(promised, name) is getattr(statistics, name) for name in promised.__all__)
+    assert {*calibration.__all__} <= public
+    assert all(getattr(calibration, name) is getattr(statistics, name) for name in calibration.__all__)

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import hfllm
-from hfllm.runs.chain import load_recipe
-from hfllm.runs.recipes import recipe_names
+from hfllm.runs.recipes import load_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -74,7 +73,7 @@ def test_the_commands_parse(page):
                 del words[place : place + 2]
         parsed = load_recipe(name).parse(words)
         if name == "pretrain":
-            from hfllm.stages.pretrain import check
+            from hfllm.stages.pretrain.flags import check
 
             check(*parsed)
 

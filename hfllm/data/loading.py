@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data import formats
 from hfllm.data.formats import renamed
-from hfllm.data.image_files import image_key
+from hfllm.data.images.files import image_key
 from hfllm.data.prepared import Prepared
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of

@@ -422,8 +422,8 @@ def answer_tokens(processor: "ProcessorMixin", asked: Asked) -> AnswerTokens:
     """Return a question and its right answer as a model reads them, with the place where the answer begins."""
     import sys
 
-    from hfllm.data.images import read_image
-    from hfllm.data.picture_batches import conversation_batch
+    from hfllm.data.images.files import read_image
+    from hfllm.data.images.rows import conversation_batch
 
     shown = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in asked.images]]
     whole = [*asked.prompt, {"role": "assistant", "content": [{"type": "text", "text": asked.answer}]}]

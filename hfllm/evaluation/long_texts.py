@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from hfllm.data.packing import start_of
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
 from hfllm.errors import InputError
-from hfllm.generation.caches import SegmentMemory
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +197,8 @@ def nats_by_segment(
         InputError: for sizes that make no sense.
     """
     import torch
+
+    from hfllm.generation.caches import SegmentMemory
 
     if segment_length < 2 or ids.shape[1] < 2:
         raise InputError(f"segment_length={segment_length} and {ids.shape[1]} tokens: expected at least 2 of each")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from hfllm.data.image_files import image_key
-from hfllm.data.images import text_of
+from hfllm.data.images.files import image_key
+from hfllm.data.images.rows import text_of
 from hfllm.data.world.pictures import Scene
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Item, Record, Subject, Suite

@@ -12,7 +12,6 @@ from hfllm.data.rows import split_beginning
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.models.loading.saved import SAMPLING
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -156,6 +155,7 @@ def _declined_reason(model: "PreTrainedModel", settings: dict[str, Any], longest
     """Return why `fast_generate` cannot decode prompts of up to `longest` tokens by these arguments, or `None`."""
     from hfllm.generation.packed.model import unsupported_reason
     from hfllm.generation.packed.ragged_model import check_context
+    from hfllm.models.loading.saved import SAMPLING
 
     if reason := unsupported_reason(model):
         return reason

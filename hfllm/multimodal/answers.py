@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.image_files import read_image
-from hfllm.data.picture_batches import conversation_batch
+from hfllm.data.images.files import read_image
+from hfllm.data.images.rows import conversation_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,7 @@ def answer_pictures(
         model: a vision-language model; its mode is left as it was.
         processor: its processor.
         prompts: messages with parts.
-        images: pictures of each prompt, or what `hfllm.data.image_files.read_image` reads.
+        images: pictures of each prompt, or what `hfllm.data.images.files.read_image` reads.
         max_new_tokens: of an answer at most.
         do_sample: sample at temperature 1 in place of it.
         seed: of the sampling; the caller's random state is not changed.

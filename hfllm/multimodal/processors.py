@@ -10,9 +10,8 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from hfllm.data.image_files import read_image
-from hfllm.data.images import counted
-from hfllm.data.picture_batches import words_of_places
+from hfllm.data.images.files import read_image
+from hfllm.data.images.rows import counted, words_of_places
 from hfllm.data.rows import Message, content_text, is_begun, origin_of, read_tools, spells
 from hfllm.data.tokenizer import text_of_macro
 from hfllm.errors import InputError

@@ -774,3 +774,19 @@ def given_flags(names: Sequence[str] | None, arguments: Mapping[str, object]) ->
         return None
     flags = {name if name in arguments else name.removeprefix("no_") for name in names}
     return {name: arguments[name] for name in sorted(flags) if name in arguments}
+
+
+# ---- models side by side ----
+
+
+def side_by_side(metrics: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a table: one for each figure in `names`, a column for each model."""
+
+    return [
+        {
+            "figure": name.replace("_", " "),
+            **{model: plus_minus(values[name], values.get(f"{name}_se")) for model, values in metrics.items()},
+            "n": f"{next(iter(metrics.values()))[f'{name}_n']:,}",
+        }
+        for name in names
+    ]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.picture_batches import conversation_batch, words_of_places
+from hfllm.data.images.rows import conversation_batch, words_of_places
 from hfllm.data.rows import Message, read_tools, unspelled, words_of
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError

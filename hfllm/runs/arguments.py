@@ -1,10 +1,16 @@
 """Change arguments without changing what was parsed: what is derived from them is a copy with its own name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import TypeVar
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfllm.errors import without_credentials
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from trl import ModelConfig
+
 
 Arguments = TypeVar("Arguments")
 
@@ -33,3 +39,55 @@ def without_nested_secrets(arguments: Arguments) -> Arguments:
     hidden = {name: without_credentials(value) for name, value in nested.items()}
     # What holds none stays the very object that an engine may know.
     return changed(arguments, **{name: value for name, value in hidden.items() if value != nested[name]})
+
+
+# ---- flags that hold for all runs ----
+
+
+# Of the flags of your model those that hold in every run, and those of an adapter beside `--lora_...`.
+HOLD_FOR_ALL = (
+    *("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit"),
+    *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+)
+ADAPTER = ("use_peft", "use_rslora", "use_dora")
+
+
+def flags_for_all(model_args: "ModelConfig") -> list[str]:
+    """Return the flags of the user's model that hold in every run."""
+    return _given(model_args, HOLD_FOR_ALL)
+
+
+def flags_of_adapter(model_args: "ModelConfig") -> list[str]:
+    """Return the flags of the adapter that the first run trains and the others continue."""
+    if not model_args.use_peft:
+        return []
+    return _given(model_args, (*ADAPTER, *(each.name for each in fields(model_args) if _describes_lora(each.name))))
+
+
+def _describes_lora(flag: str) -> bool:
+    # Each run sets the task of its own adapter.
+    return flag.startswith("lora_") and flag != "lora_task_type"
+
+
+def _given(model_args: "ModelConfig", flags: Sequence[str]) -> list[str]:
+    """Return those of the flags that are not at their defaults, as words of a command line."""
+    words: list[str] = []
+    for each in fields(model_args):
+        value: Any = getattr(model_args, each.name)
+        if each.name in flags and value is not None and value != each.default:
+            words.append(f"--{each.name}")
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return words
+
+
+# ---- words of given flags ----
+
+
+def given_words(group: "DataclassInstance", without: Sequence[str] = ()) -> list[str]:
+    """Return those flags of a parsed group that are not at their defaults, as words of a command line."""
+    words: list[str] = []
+    for each in fields(group):
+        value = getattr(group, each.name)
+        if each.init and each.name not in without and value is not None and value != each.default and value != []:
+            words += [f"--{each.name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.named_pictures import contents_of, existing, named_pictures
+from hfllm.data.images.rows import contents_of, existing, named_pictures
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.child_processes import be_launcher
 from hfllm.errors import InputError
-from hfllm.runs.chain import STAGES
 from hfllm.runs.command_line import ASKS_FOR_HELP, INTERRUPTED, run
 from hfllm.runs.output import hide_unhelpful_output
 from hfllm.runs.parser import read_yaml
+from hfllm.runs.pipeline import STAGES
 from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
 from hfllm.version import __version__
 

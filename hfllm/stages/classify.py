@@ -1,20 +1,30 @@
-"""Classification, tagging and spans: flags, what they refuse, the stages before, and the model with its head."""
+"""Classification, tagging and spans: flags, what they refuse, data, model, and evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfllm.data.labelled import COLUMNS, SPANS, TASKS, TEXT, WORDS, Row
+from hfllm.data import labelled
+from hfllm.data.labelled import COLUMNS, SPANS, TASKS, TEXT, WORDS, Encoded, Row, Window
 from hfllm.data.loading import RowArguments, renaming_of
 from hfllm.errors import InputError, refuse
-from hfllm.runs.chain import Chain, chain_before
+from hfllm.evaluation import classification
+from hfllm.evaluation.classification import bag_of_words, majority
+from hfllm.generation import spans
+from hfllm.generation.spans import best_spans
+from hfllm.outputs.report import Bars, Found, plus_minus
+from hfllm.runs.command_line import say
+from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from trl import ModelConfig
+
+    from hfllm.trainers.trl_trainers import HeadTrainer
+
 
 # The libraries' dataclasses of flags that the recipe takes besides its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
@@ -176,3 +186,195 @@ def next_lines(task: str, folder: str, example: Row, is_adapter: bool, labels: S
         f"classify = pipeline({task!r}, {folder!r})",
         f"print(classify({example['prompt']!r}))",
     ]
+
+
+# ---- data ----
+#
+# The rows of classification, tagging and spans, and their tokens.
+
+
+Rows = list[Row]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Encoded rows, and what tells how they belong to the rows that they are of.
+
+    Args:
+        encoded: with `input_ids` and `labels`.
+        places: of tagged rows, the token of each word.
+        windows: of rows with spans.
+        counts: what was cut or split, by name.
+    """
+
+    encoded: list[Encoded]
+    places: list[list[int]] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def rows_of(script_args: ClassifyArguments, seed: int) -> tuple[Rows, Rows, list[str]]:
+    """Return training rows, held-out rows, and the labels of both.
+
+    Raises:
+        InputError: when a row cannot be read, or there are not two labels.
+    """
+    from hfllm.data.sources import WORLD
+    from hfllm.data.world.tasks import labelled_rows
+    from hfllm.data.world.world import World
+    from hfllm.stages.shared import user_rows
+
+    task = script_args.task
+    if script_args.dataset_name == WORLD:
+        sizes = (script_args.num_examples, script_args.num_eval_examples, seed)
+        train, held_out = labelled_rows(World(script_args.world_seed), task, *sizes)
+    else:
+        reader = labelled.reader_of(task, script_args.class_names)
+        most = {"share": script_args.eval_share, "most": script_args.max_eval_samples}
+        train, held_out = user_rows(script_args, reader, seed, flaw_of=lambda row: None, **most)
+    try:
+        labels = labelled.labels_of(task, [*train, *held_out], script_args.class_names)
+    except InputError as error:
+        raise InputError(f"{script_args.dataset_name}: {error}") from None
+    if task == TEXT and (unseen := {row["label"] for row in held_out} - {row["label"] for row in train}):
+        names = ", ".join(sorted(unseen))
+        say(f"{script_args.dataset_name}: held-out rows have labels that no training row has: {names}")
+    return train, held_out, labels
+
+
+def tokens_of(
+    script_args: ClassifyArguments,
+    rows: Rows,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    labels: list[str],
+    what: str,
+) -> Tokens:
+    """Return rows as tokens; a line says how many are cut.
+
+    Args:
+        max_length: the longest row, in tokens.
+        what: what the rows are, for that line.
+    """
+    from hfllm.data.labelled import encode_spans, encode_texts, encode_words
+
+    if script_args.task == SPANS:
+        encoded, windows = encode_spans(rows, tokenizer, max_length, min(script_args.doc_stride, max_length // 3))
+        return Tokens(encoded, windows=windows, counts={"windows": len(windows)})
+    if script_args.task == TEXT:
+        encoded, cut = encode_texts(rows, tokenizer, max_length, labels)
+        places, name = [], "cut_rows"
+    else:
+        encoded, places = encode_words(rows, tokenizer, max_length, labels, script_args.label_token)
+        cut, name = sum(place < 0 for row in places for place in row), "cut_words"
+    if cut:
+        say(f"{what}: {cut:,} {name.removeprefix('cut_')} cut to --max_length {max_length} tokens, or beyond it")
+    return Tokens(encoded, places, counts={name: cut} if cut else {})
+
+
+# ---- evaluation ----
+#
+# What a fine-tuned head gives, beside controls that learn from the same rows.
+
+
+CONTROLS = {"majority": majority, "bag_of_words": bag_of_words}
+# The figure of each task that says most, and its name in words.
+MAIN = {
+    TEXT: ("accuracy", "accuracy"),
+    WORDS: ("entity_f1", "F1 of entities"),
+    SPANS: ("f1", "F1 of answers"),
+}
+SAMPLES = 12
+
+
+def predictions(
+    script_args: ClassifyArguments, trainer: "HeadTrainer", rows: Sequence[Row], tokens: Tokens, labels: Sequence[str]
+) -> list[Any]:
+    """Return what the model says of each row: a label, a tag for each word, or an answer; empty for none.
+
+    A word that is cut off gets the tag O, or the first of all where there is none such.
+    """
+    import numpy
+
+    scores = trainer.predict(tokens.encoded).predictions
+    if script_args.task == SPANS:
+        has_none = any(not row["texts"] for row in rows)
+        return best_spans(
+            rows, tokens.windows, scores[0], scores[1], script_args.max_answer_length, may_be_none=has_none
+        )
+    best = numpy.asarray(scores).argmax(-1)
+    if script_args.task == TEXT:
+        return [labels[place] for place in best.tolist()]
+    other = classification.OUTSIDE if classification.OUTSIDE in labels else labels[0]
+    return [
+        [labels[row[place]] if place >= 0 else other for place in places]
+        for row, places in zip(best.tolist(), tokens.places, strict=True)
+    ]
+
+
+def judged(task: str, predicted: Sequence[Any], rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
+    """Return the figures of predictions, with errors."""
+    if task == TEXT:
+        return classification.label_metrics(predicted, [row["label"] for row in rows], prefix)
+    if task == WORDS:
+        return classification.tag_metrics(predicted, [row["tags"] for row in rows], prefix)
+    scores = [spans.exact_and_f1(said, row["texts"]) for said, row in zip(predicted, rows, strict=True)]
+    return classification.span_metrics(scores, prefix)
+
+
+def evaluate(
+    script_args: ClassifyArguments,
+    trainer: "HeadTrainer",
+    train_rows: Sequence[Row],
+    rows: Sequence[Row],
+    tokens: Tokens,
+    labels: Sequence[str],
+) -> Found:
+    """Judge the model and both controls on the held-out rows."""
+    task = script_args.task
+    said = {"": predictions(script_args, trainer, rows, tokens, labels)}
+    said |= {f"{name}_": control(task, train_rows, rows) for name, control in CONTROLS.items()}
+    metrics: dict[str, float] = {}
+    for prefix, predicted in said.items():
+        metrics |= judged(task, predicted, rows, prefix)
+    name, words = MAIN[task]
+    shown = {"the model": "", "majority": "majority_", "bag of words": "bag_of_words_"}
+    parts = [f"{label} {plus_minus(metrics[p + name], metrics.get(f'{p}{name}_se'))}" for label, p in shown.items()]
+    plot = Bars(
+        f"{words} on {len(rows):,} held-out rows",
+        words,
+        {label: metrics[prefix + name] for label, prefix in shown.items()},
+        {
+            label: plus_minus(metrics[prefix + name], metrics.get(f"{prefix}{name}_se"))
+            for label, prefix in shown.items()
+        },
+    )
+    tables = {**_class_table(task, said[""], rows), "Samples": _samples(task, said[""], rows)}
+    summary = f"{words} on {len(rows):,} held-out rows: {', '.join(parts)}"
+    return Found(metrics, summary, tables, {"held_out": plot})
+
+
+def _class_table(task: str, predicted: Sequence[Any], rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:
+    if task == SPANS:
+        return {}
+    gold = [row["label"] if task == TEXT else row["tags"] for row in rows]
+    if task == WORDS:
+        predicted, gold = ([tag for row in each for tag in row] for each in (predicted, gold))
+    return {"Classes" if task == TEXT else "Tags of words": classification.class_table(predicted, gold)}
+
+
+def _samples(task: str, predicted: Sequence[Any], rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return some rows with what the model says: wrong ones first, as these tell most."""
+    table = []
+    for said, row in zip(predicted, rows, strict=True):
+        gold = {TEXT: row.get("label"), WORDS: row.get("tags"), SPANS: row.get("texts")}[task]
+        if task == WORDS:
+            text, shown = row["prompt"], [" ".join(said), " ".join(gold)]
+        elif task == SPANS:
+            text, shown = f"{row['question']} | {row['context']}", [said or "(none)", " / ".join(gold) or "(none)"]
+        else:
+            text, shown = row["prompt"], [said, gold]
+        is_right = said in gold if task == SPANS and gold else said == gold or (task == SPANS and not said)
+        table.append({"prompt": text, "said": shown[0], "gold": shown[1], "right": "yes" if is_right else "no"})
+    table.sort(key=lambda row: row["right"])
+    return table[: SAMPLES // 2] + table[-(SAMPLES // 2) :]

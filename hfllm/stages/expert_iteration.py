@@ -1,23 +1,38 @@
-"""Expert iteration: its flags, what it refuses, and the runs of fine-tuning that its rounds are."""
+"""Expert iteration: its flags, what it refuses, the rounds of fine-tuning, their rows, and the evaluation."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from hfllm.data.formats import as_completion
 from hfllm.data.loading import RowArguments
+from hfllm.data.rows import split_beginning
 from hfllm.data.sources import WORLD
+from hfllm.data.thoughts import thinking_message
 from hfllm.errors import InputError, refuse
+from hfllm.fingerprint import file_fingerprint, fingerprint
+from hfllm.generation.responses import sample_responses
+from hfllm.outputs.report import Plot, Promise, change_of, is_noise, plus_minus, write_atomically
 from hfllm.runs import schedule
-from hfllm.runs.chain import Chain, Parsed, chain_before, output_dir_of, run_stage
-from hfllm.runs.command_line import main_process
+from hfllm.runs.arguments import flags_for_all, flags_of_adapter
+from hfllm.runs.command_line import main_process, say
 from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.identity import model_files
+from hfllm.runs.pipeline import Chain, Parsed, chain_before, output_dir_of, run_stage
 from hfllm.runs.recipes import load_recipe, settings_file
-from hfllm.stages.constitution import flags_for_all, flags_of_adapter
 from hfllm.trainers.ppo.options import REWARD_TIMEOUT
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from trl import ModelConfig
+
+    from hfllm.rewards.functions import RewardFunction
+    from hfllm.stages.shared import Speaking
+
 
 BASE, LAST = START_FROM = ("base", "last")
 AT_LEAST_ONE = (
@@ -180,3 +195,367 @@ def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
         runs[name] = load_recipe("sft").parse([*words, "--seed", str(seed), "--output_dir", folder])
         start = first if script_args.start_from == BASE else folder
     return Rounds(before, runs, first)
+
+
+# ---- checks ----
+#
+# What expert iteration reads and refuses before its first run.
+
+
+Row = Mapping[str, Any]
+
+
+def reward_functions(script_args: ExpertIterationArguments) -> "list[RewardFunction]":
+    """Return the reward functions; on the embedded world by default its exact score.
+
+    Raises:
+        InputError: when one does not exist, or is the world's on other data.
+    """
+    from hfllm.rewards.functions import gold_reward
+    from hfllm.stages.rlhf.build import checked_functions
+
+    if script_args.is_world and not script_args.reward_funcs:
+        return [gold_reward]
+    return checked_functions(script_args)
+
+
+def prompts_of(
+    script_args: ExpertIterationArguments, model_args: "ModelConfig", functions: "Sequence[RewardFunction]"
+) -> tuple[list[Row], list[Row]]:
+    """Return the prompts to sample from and the held-out ones; those without room for a response are left out.
+
+    Raises:
+        InputError: when they cannot be read, a reward does not work on them, or none has room.
+    """
+    from hfllm.models.loading.saved import max_length_of
+    from hfllm.runs.models import load_config, load_tokenizer
+    from hfllm.stages.rlhf.build import prompt_data
+    from hfllm.trainers.ppo.prompts import check_pictures, unfit_prompts
+
+    train_rows, eval_rows = prompt_data(script_args, script_args.seed, functions, timeout=script_args.reward_timeout)
+    for rows in (train_rows, eval_rows):
+        check_pictures(rows, None, "hfllm expert_iteration")
+    if not (name := model_args.model_name_or_path):
+        return train_rows, eval_rows
+    tokenizer = load_tokenizer(name, model_args.model_revision)
+    context, kept = max_length_of(load_config(name, model_args.model_revision)), []
+    for kind, rows in (("prompts", train_rows), ("held-out prompts", eval_rows)):
+        unfit = dict(unfit_prompts(rows, tokenizer, script_args.response_length, context))
+        room = f"no room for --response_length {script_args.response_length} in the context of {context} tokens"
+        if len(unfit) == len(rows):
+            raise InputError(f"{kind}: all {len(rows)} leave {room}")
+        if unfit:
+            say(f"expert_iteration: {len(unfit)} of {len(rows)} {kind} are left out: {room}")
+        kept.append([row for place, row in enumerate(rows) if place not in unfit])
+    return kept[0], kept[1]
+
+
+def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig", rounds: Rounds) -> None:
+    """Refuse what a round's fine-tuning would refuse after the sampling, and inputs where the rounds write.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    import torch
+
+    from hfllm.data.sources import PYDOC
+    from hfllm.models.devices import forked_random
+    from hfllm.runs.arguments import changed
+    from hfllm.runs.models import check_trainable, load_config, peft_config, try_adapter
+    from hfllm.runs.stage import Stage
+    from hfllm.stages.sft.flags import check
+
+    written = Path(script_args.output_dir).resolve()
+    places = {"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name}
+    for flag, name in places.items():
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(written):
+            raise InputError(f"--{flag} {name} lies in {written}, where the rounds write: choose another --output_dir")
+    if model_args.model_name_or_path:
+        check_trainable(model_args)
+        if model_args.use_peft:
+            with forked_random(torch.device("cpu")):
+                try_adapter(
+                    load_config(model_args.model_name_or_path, model_args.model_revision), peft_config(model_args)
+                )
+    for flags in rounds.runs.values():
+        check(*flags)
+        # Its rows are not there yet; a source that is always there stands for their file.
+        Stage("sft", changed(flags[0], dataset_name=PYDOC), *flags[1:]).check_flags()
+
+
+# ---- data ----
+#
+# The rows of each round of expert iteration: responses that earn enough, and how many did.
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a round kept.
+
+    Args:
+        rows: rows for fine-tuning.
+        responses: responses that were sampled.
+        right: those with at least the reward that is asked for.
+        solved: prompts with at least one of them.
+        reward: mean reward of all responses.
+    """
+
+    rows: int
+    responses: int
+    right: int
+    solved: int
+    reward: float
+
+
+def rewards_of(
+    functions: "Sequence[RewardFunction]",
+    rows: Sequence[Row],
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    timeout: float = REWARD_TIMEOUT,
+) -> list[float]:
+    """Return the sum of the rewards of a response to each row's prompt; those of tokens or steps are added up.
+
+    Each function has `timeout` seconds, see `time_limit`.
+    """
+    from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, time_limit
+
+    prompts, begun = map(list, zip(*(split_beginning(row["prompt"]) for row in rows), strict=True))
+    completions = [[thinking_message(put + text)] for put, text in zip(begun, texts, strict=True)]
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    columns = {**reward_columns(rows), "completion_ids": ids, BEGINNING: begun}
+    total = [0.0] * len(rows)
+    for function in functions:
+        with time_limit(function, timeout):
+            values = checked_rewards(function, prompts, completions, **columns)
+        for place, value in enumerate(values):
+            total[place] += sum(value) if isinstance(value, list) else value
+    return total
+
+
+def write_round(
+    script_args: ExpertIterationArguments,
+    name: str,
+    rows: Sequence[Row],
+    functions: "Sequence[RewardFunction]",
+    model: str,
+    load: "Callable[[], Speaking]",
+    seed: int,
+) -> Kept:
+    """Sample responses to the rows' prompts, write those that earn enough for fine-tuning, and return the counts.
+
+    A round that was written before, by the same model with the same settings, is read instead.
+
+    Args:
+        model: name or folder of the model that samples.
+        load: returns it with its tokenizer.
+
+    Raises:
+        InputError: when too few prompts have such a response to learn from.
+    """
+    path = rows_file(script_args, name)
+    record = path.with_suffix(".json")
+    asked = _description(script_args, rows, model, seed)
+    if (before := _read(record)).get("asked") == asked and before.get("rows sha256") == _hash_of(path):
+        return Kept(**before["kept"])
+    if before:
+        say(f"{name}: sampled again: {path} is of another model or other flags, was changed, or is an older hfllm's")
+    speaking = load()
+    responses = sampled(script_args, speaking, rows, seed, script_args.num_samples, only_ended=True)
+    repeated = [row for row, texts in zip(rows, responses, strict=True) for _ in texts]
+    texts = [text for each in responses for text in each]
+    if not texts:
+        raise InputError(f"{name}: no response ends within --response_length {script_args.response_length}")
+    rewards = rewards_of(functions, repeated, texts, speaking.tokenizer, script_args.reward_timeout)
+    chosen, kept = _chosen(script_args, rows, responses, rewards, seed)
+    if kept.solved < 2 or len({str(row["prompt"]) for row in chosen}) < 2:
+        raise InputError(
+            f"{name}: of {len(rows):,} prompts {kept.solved} have a response with a reward of at least --min_reward "
+            f"{script_args.min_reward:g}; fine-tuning needs two. Mean reward {kept.reward:.3g}: more --num_samples, a "
+            "lower --min_reward, or a better model to begin with"
+        )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if _hash_of(path) != _digest(text.encode()):
+        write_atomically(path, text)
+    written = {"asked": asked, "kept": asdict(kept), "rows sha256": _hash_of(path)}
+    write_atomically(record, json.dumps(written, indent=2) + "\n")
+    say(
+        f"{name}: {kept.right:,} of {kept.responses:,} responses are right, to {kept.solved:,} of {len(rows):,} "
+        f"prompts; {kept.rows:,} are learned"
+    )
+    return kept
+
+
+def sampled(
+    script_args: ExpertIterationArguments,
+    speaking: "Speaking",
+    rows: Sequence[Row],
+    seed: int,
+    num_samples: int = 1,
+    only_ended: bool = False,
+) -> list[list[str]]:
+    """Return sampled responses to each row's prompt; with `only_ended` without those that were cut off."""
+    return sample_responses(
+        *(speaking.model, speaking.tokenizer, [row["prompt"] for row in rows], script_args.response_length),
+        num_return_sequences=num_samples,
+        batch_size=script_args.batch_size,
+        seed=seed,
+        only_ended=only_ended,
+        fast=True,
+        tools=[row.get("tools") for row in rows],
+        temperature=script_args.temperature,
+    )
+
+
+def _chosen(
+    script_args: ExpertIterationArguments,
+    rows: Sequence[Row],
+    responses: Sequence[Sequence[str]],
+    rewards: Sequence[float],
+    seed: int,
+) -> tuple[list[dict[str, Any]], Kept]:
+    """Return the rows to learn, different responses of each prompt, and the counts."""
+    is_right = [reward >= script_args.min_reward for reward in rewards]
+    right, mean = sum(is_right), sum(rewards) / max(len(rewards), 1)
+    if script_args.shuffle_rewards:
+        random.Random(f"expert-iteration-control-{seed}").shuffle(is_right)
+    chosen, solved, at = [], 0, 0
+    for row, texts in zip(rows, responses, strict=True):
+        marks, at = is_right[at : at + len(texts)], at + len(texts)
+        # As they were sampled, thoughts and all: a dictionary keeps their order and drops what is said twice.
+        kept = list(dict.fromkeys(text for text, mark in zip(texts, marks, strict=True) if mark and text.strip()))
+        solved += bool(kept)
+        shared = {"tools": row["tools"]} if row.get("tools") else {}
+        for text in kept[: script_args.max_kept_per_prompt]:
+            prompt, _ = split_beginning(row["prompt"])
+            chosen.append({"prompt": prompt, "completion": as_completion(row["prompt"], text), **shared})
+    return chosen, Kept(len(chosen), len(is_right), right, solved, mean)
+
+
+def _description(
+    script_args: ExpertIterationArguments, rows: Sequence[Row], model: str, seed: int
+) -> dict[str, str | int | float | bool]:
+    """Return everything that the rows of a round depend on."""
+    names = ("min_reward", "num_samples", "max_kept_per_prompt", "shuffle_rewards", "response_length", "temperature")
+    files = model_files(model) if Path(model).is_dir() else []
+    functions = [Path(name.rpartition(":")[0]) for name in script_args.reward_funcs or []]
+    return {
+        **{name: getattr(script_args, name) for name in names},
+        "batch_size": script_args.batch_size,
+        "seed": seed,
+        "model": model,
+        "model's files": file_fingerprint(files, dates_large=True),
+        "rewards": " ".join(script_args.reward_funcs or []),
+        "rewards' files": file_fingerprint(
+            (str(place), path) for place, path in enumerate(functions) if path.is_file()
+        ),
+        "prompts": fingerprint([fingerprint(row, f"prompt {place}") for place, row in enumerate(rows)]),
+    }
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _hash_of(path: Path) -> str:
+    return _digest(path.read_bytes()) if path.is_file() else ""
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- evaluation ----
+#
+# What expert iteration has changed, on held-out prompts.
+
+
+SAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One sampled response of a model to each held-out prompt, and its reward."""
+
+    texts: list[str]
+    rewards: list[float]
+
+
+def evaluate(
+    script_args: ExpertIterationArguments,
+    speaking: "Speaking",
+    rows: Sequence[Mapping[str, Any]],
+    functions: "Sequence[RewardFunction]",
+) -> Evaluation:
+    """Sample a response to each held-out prompt, with the same settings as in the rounds."""
+    said = sampled(script_args, speaking, rows, script_args.seed + 1_000_000)
+    texts = [text for (text,) in said]
+    return Evaluation(texts, rewards_of(functions, rows, texts, speaking.tokenizer, script_args.reward_timeout))
+
+
+def found_metrics(
+    script_args: ExpertIterationArguments, evaluations: Sequence[Evaluation], kept: Sequence[Kept]
+) -> dict[str, float]:
+    """Return reward and share of right responses before and after, with errors, and the figures of each round."""
+    first, last = evaluations[0], evaluations[-1]
+    metrics = change_of("reward", first.rewards, last.rewards)
+    metrics |= change_of("right", *(_right(script_args, each) for each in (first, last)))
+    for number, each in enumerate(evaluations[1:], 1):
+        metrics[f"right_round_{number}"] = _mean(_right(script_args, each))
+    for number, each in enumerate(kept, 1):
+        metrics[f"kept_rows_round_{number}"] = each.rows
+        metrics[f"right_responses_round_{number}"] = each.right / max(each.responses, 1)
+    return metrics
+
+
+def promises_of(script_args: ExpertIterationArguments) -> list[Promise]:
+    """Return what the figures must show; of the control nothing."""
+    learned = Promise("change of right responses to held-out prompts", "right_change", 0.0, "no change")
+    return [] if script_args.shuffle_rewards else [learned]
+
+
+def summary_of(script_args: ExpertIterationArguments, metrics: Mapping[str, float]) -> str:
+    """Return what has changed, in a sentence."""
+    before, after = (plus_minus(metrics[f"right_{at}"], metrics.get(f"right_{at}_se")) for at in ("before", "after"))
+    change, error = metrics["right_change"], metrics.get("right_change_se")
+    word = "did not change beyond noise" if is_noise(change, error) else "rose" if change > 0 else "fell"
+    control = " (control: what was learned is drawn by chance)" if script_args.shuffle_rewards else ""
+    about = f"right responses to {metrics['right_n']} held-out prompts"
+    return f"the share of {about} {word}: {before} before, {after} after{control}"
+
+
+def tables_of(
+    rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation], kept: Sequence[Kept]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the table of rounds, and that of some prompts with the responses before and after."""
+    rounds = [
+        {"round": number, "responses": each.responses, "right": each.right, "prompts solved": each.solved}
+        | {"learned": each.rows, "held-out reward after": _mean(evaluations[number].rewards)}
+        for number, each in enumerate(kept, 1)
+    ]
+    first, last = evaluations[0], evaluations[-1]
+    step = max(len(rows) // SAMPLES, 1)
+    said = [
+        {"prompt": rows[place]["prompt"][-1]["content"], "before": first.texts[place], "after": last.texts[place]}
+        for place in range(0, len(rows), step)
+    ][:SAMPLES]
+    return {"Rounds": rounds, "Held-out prompts before and after": said}
+
+
+def plots_of(script_args: ExpertIterationArguments, evaluations: Sequence[Evaluation]) -> dict[str, Plot]:
+    """Return the plot of right responses by round."""
+    shares = [_mean(_right(script_args, each)) for each in evaluations]
+    line = {"held-out prompts": (list(range(len(shares))), shares)}
+    return {"right": Plot("Right responses", "round", "share", line)}
+
+
+def _right(script_args: ExpertIterationArguments, each: Evaluation) -> list[float]:
+    return [float(reward >= script_args.min_reward) for reward in each.rewards]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)

@@ -1,18 +1,29 @@
-"""Extension to longer texts: its flags, what it refuses, and the stage before it."""
+"""Extension to longer texts: its flags, what it refuses, its data, trainer and evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.data.loading import DataArguments
+from hfllm.data.loading import DataArguments, hash_of, split_places, texts_of, world_of
+from hfllm.data.packing import long_rows, start_of
+from hfllm.data.sources import WORLD
+from hfllm.data.world.tasks import filler_documents, long_documents
+from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
-from hfllm.runs.chain import Chain, chain_before
+from hfllm.evaluation.long_texts import NeedleGrid, find_needles
+from hfllm.outputs.report import Found, Plot, change_of, mean_of
+from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import say
+from hfllm.runs.pipeline import Chain, by_main_process, chain_before, write_rows
 from hfllm.runs.recipes import settings_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, TrainingArguments
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
     from trl import ModelConfig
+
 
 # The libraries' dataclasses of flags that the recipe takes besides its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
@@ -61,7 +72,7 @@ def check(script_args: ExtendArguments, training_args: "TrainingArguments", mode
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.stages.pretrain import shards_parameters
+    from hfllm.trainers.engines import shards_parameters
 
     for flag, least in AT_LEAST.items():
         if getattr(script_args, flag) < least:
@@ -111,3 +122,257 @@ def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tupl
     if length <= original:
         raise InputError(f"--factor {script_args.factor} makes {length} tokens of {original}: expected more")
     return original, length
+
+
+# ---- data ----
+#
+# The texts of the recipe that extends a model: what the base learns from, and rows of the new length.
+
+
+# Of fewer texts than these, such as one book, the end of each is held out and not some of them.
+FEW_TEXTS = 20
+HELD_OUT_END = 0.1
+
+
+@dataclass(frozen=True)
+class LongRows:
+    """Rows of tokens, all of the new length.
+
+    Args:
+        train: to learn from.
+        held_out: to judge by.
+        fillers: texts around needles, by whose they are.
+        are_joined: whether short texts were joined for the held-out rows.
+    """
+
+    train: list[list[int]]
+    held_out: list[list[int]]
+    fillers: dict[str, list[list[int]]]
+    are_joined: bool
+
+
+def write_base_texts(script_args: ExtendArguments, output_dir: str, seed: int) -> None:
+    """Write the texts of the world's base model where the file does not hold them already; other processes wait."""
+
+    def write() -> None:
+        world = World(script_args.world_seed)
+        rows = ({"text": text} for text in long_documents(world, script_args.num_documents, BASE_WORDS, seed))
+        write_rows("extend", Path(output_dir) / BASE_TEXTS, rows)
+
+    by_main_process(write)
+
+
+def texts_to_split(script_args: ExtendArguments, seed: int) -> tuple[list[str], list[str]]:
+    """Return the user's texts to learn from and to judge by; none for the world, whose texts are written to measure.
+
+    Raises:
+        InputError: when there is no text.
+    """
+    if script_args.dataset_name == WORLD:
+        return [], []
+    from hfllm.data.loading import renaming_of
+
+    source = (script_args.dataset_name, script_args.hub_part, script_args.max_samples)
+    texts = list(texts_of(*source, renaming=renaming_of(script_args)))
+    if not texts:
+        raise InputError(f"--dataset_name {script_args.dataset_name} has no text")
+    if len(texts) < FEW_TEXTS:
+        cuts = [round(len(text) * (1 - HELD_OUT_END)) for text in texts]
+        return [text[:cut] for text, cut in zip(texts, cuts, strict=True)], [
+            text[cut:] for text, cut in zip(texts, cuts, strict=True)
+        ]
+    train, held_out = split_places(map(hash_of, texts), seed)
+    return [texts[place] for place in train], [texts[place] for place in held_out]
+
+
+def rows_of(
+    script_args: ExtendArguments,
+    texts: tuple[list[str], list[str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    seed: int,
+) -> LongRows:
+    """Return the rows of the new length.
+
+    Args:
+        texts: of `texts_to_split`.
+
+    Raises:
+        InputError: when the texts are shorter than one row.
+    """
+    world = world_of(script_args) or World(script_args.world_seed)
+    train, held_out = texts
+    if script_args.dataset_name == WORLD:
+        train = list(long_documents(world, script_args.num_train_texts, length, seed))
+        held_out = list(long_documents(world, script_args.num_eval_texts, length, -1 - seed))
+    filler = filler_documents(world, max(1000, script_args.num_needles * length // 8), -2 - seed)
+    judged, are_joined = long_rows(held_out, tokenizer, length, script_args.num_eval_texts, seed, "held-out texts")
+    learned, _ = long_rows(train, tokenizer, length, script_args.num_train_texts, seed)
+    fillers = {"world": long_rows(filler, tokenizer, length, script_args.num_needles, seed)[0]}
+    if script_args.dataset_name != WORLD:
+        fillers["text"] = judged
+    return LongRows(learned, judged, fillers, are_joined)
+
+
+# ---- evaluation ----
+#
+# What an extended model makes of long texts, beside the same model as it was.
+
+
+# How the figures of the model as it was, reading no more than it was trained on, are called.
+CUT = "before, cut"
+FILLERS = {"world": "needle", "text": "needle_text"}
+
+
+@dataclass
+class ExtendEvaluation:
+    """Judges a model again and again on the same rows and the same needles.
+
+    Args:
+        script_args: the flags.
+        tokenizer: the model's.
+        rows: of the new length.
+        original: tokens that the model was trained on.
+        length: tokens that it is extended to.
+    """
+
+    script_args: ExtendArguments
+    tokenizer: "PreTrainedTokenizerBase"
+    rows: LongRows
+    original: int
+    length: int
+    nats: "dict[str, torch.Tensor]" = field(default_factory=dict)
+    grids: dict[str, dict[str, NeedleGrid]] = field(default_factory=dict)
+
+    def judge(self, model: "PreTrainedModel", when: str, needles: bool = True) -> None:
+        """Measure the loss by position, and what needles are found.
+
+        Args:
+            when: `before`, `extended` (but not yet trained) or `after`.
+        """
+        from hfllm.generation.scoring import nats_by_position
+
+        say(f"extend: {when}: loss by position{', needles' if needles else ''}")
+        self.nats[when] = nats_by_position(model, self.rows.held_out)
+        if when == "before":
+            kept = len(start_of(self.tokenizer))
+            self.nats[CUT] = nats_by_position(model, self.rows.held_out, window=self.original, kept=kept)
+        if needles:
+            lengths = self.lengths
+            cases, seed = self.script_args.num_needles, self.script_args.world_seed
+            self.grids[when] = {
+                whose: find_needles(model, self.tokenizer, filler, lengths, cases, seed=seed)
+                for whose, filler in self.rows.fillers.items()
+            }
+
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths at which needles are asked for: half the original one, and from there on doubled."""
+        lengths, place = [], max(self.original // 2, 64)
+        while place < self.length:
+            lengths.append(place)
+            place *= 2
+        return [*lengths, self.length]
+
+    def bits(self, when: str, first: int, last: int) -> list[float]:
+        """Return the bits per byte of each held-out row between two places."""
+        from hfllm.generation.scoring import bits_by_range
+
+        return bits_by_range(self.nats[when], self.rows.held_out, self.tokenizer, first, last)
+
+    def found(self) -> Found:
+        """Return the figures, tables and plots of everything that was judged."""
+        metrics: dict[str, float] = {}
+        ranges = {"short": (1, self.original), "long": (self.original, self.length)}
+        for name, (first, last) in ranges.items():
+            by_time = {when: self.bits(when, first, last) for when in self.nats}
+            metrics |= change_of(f"bits_per_byte_{name}", by_time["before"], by_time["after"])
+            if "extended" in by_time:
+                metrics |= mean_of(f"bits_per_byte_{name}_untrained", by_time["extended"])
+            if name == "long":
+                metrics |= mean_of("bits_per_byte_long_cut", by_time[CUT])
+        tables, plots = {"Bits per byte by position": self._by_position()}, {"bits_by_position": self._plot()}
+        for whose, name in FILLERS.items():
+            if whose not in self.rows.fillers:
+                continue
+            metrics |= change_of(name, *(self.grids[when][whose].share() for when in ("before", "after")))
+            metrics[f"{name}_chance"] = self.grids["after"][whose].chance
+            for when in ("before", "after"):
+                grid = self.grids[when][whose]
+                title = f"Needles found in {'your text' if whose == 'text' else 'texts of the world'}, {when}"
+                tables[title], plots[f"{name}_{when}"] = grid.rows(), grid.heatmap(title)
+        return Found(metrics, self._summary(metrics), tables, plots)
+
+    def _by_position(self) -> list[Mapping[str, str | float]]:
+        from hfllm.generation.scoring import edges_of
+
+        edges = edges_of(self.original, self.length)
+        return [
+            {"tokens": f"{first} to {last}", **{when: _mean(self.bits(when, first, last)) for when in self.nats}}
+            for first, last in pairwise(edges)
+        ]
+
+    def _plot(self) -> Plot:
+        step = max(1, self.length // 32)
+        edges = [1, *range(step, self.length, step), self.length]
+        spans = [(first, last) for first, last in pairwise(edges) if last > first]
+        places = [(first + last) / 2 for first, last in spans]
+        return Plot(
+            title=f"{self.script_args.rope_type}: {self.original} to {self.length} tokens",
+            xlabel="position (tokens)",
+            ylabel="bits per byte",
+            lines={when: (places, [_mean(self.bits(when, *span)) for span in spans]) for when in self.nats},
+        )
+
+    def _summary(self, metrics: Mapping[str, float]) -> str:
+        beyond, within = (
+            [metrics[f"bits_per_byte_{name}_{when}"] for when in ("after", "before")] for name in ("long", "short")
+        )
+        needles = [metrics[f"needle_{name}"] for name in ("after", "before", "chance")]
+        joined = " Short texts were joined for the long rows." if self.rows.are_joined else ""
+        return (
+            f"{self.script_args.rope_type}, {self.original} to {self.length} tokens. Bits per byte beyond "
+            f"{self.original}: {beyond[0]:.3f}, before {beyond[1]:.3f}, and {metrics['bits_per_byte_long_cut']:.3f} "
+            f"reading {self.original} tokens at most; up to there: {within[0]:.3f}, before {within[1]:.3f}. Needles "
+            f"found: {needles[0]:.2f}, before {needles[1]:.2f}, by chance {needles[2]:.2f}.{joined}"
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---- trainer ----
+#
+# The short training of an extended model on rows of the new length.
+
+
+def make_trainer(
+    training_args: "TrainingArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Sequence[int]],
+) -> "Trainer":
+    """Return a trainer that learns to predict every token of the rows."""
+    import torch
+    from datasets import Dataset
+    from transformers import Trainer
+
+    from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.pretraining.trainer import loss_settings
+
+    settings = loss_settings(model, None)
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | int]:
+        ids = torch.tensor([row["input_ids"] for row in batch])
+        return {"input_ids": ids, "labels": ids.clone(), **settings}
+
+    trainer = Trainer(
+        model=model,
+        args=changed(training_args, eval_strategy="no"),
+        train_dataset=Dataset.from_dict({"input_ids": [list(row) for row in rows]}),
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    use_plain_lines(trainer)
+    return trainer

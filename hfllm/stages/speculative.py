@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse
 from hfllm.outputs.report import Plot
-from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.pipeline import Chain, chain_before
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
     from hfllm.generation.speculative import PromptLookupDraft
     from hfllm.models.loading.weights import check_weight_files
     from hfllm.runs.models import load_config, load_tokenizer
-    from hfllm.stages.architecture import config_to_train
+    from hfllm.stages.pretrain.flags import config_to_train
 
     if script_args.max_ngram is not None:
         PromptLookupDraft(script_args.max_ngram)
@@ -170,7 +170,7 @@ def prompt_rows(script_args: SpeculativeArguments) -> list[Row]:
         InputError: when the dataset cannot be read, or has no prompts.
     """
     from hfllm.data import formats
-    from hfllm.data.images import without_images
+    from hfllm.data.images.rows import without_images
     from hfllm.data.loading import load_rows, world_of
 
     world = world_of(script_args)

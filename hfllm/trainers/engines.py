@@ -1,9 +1,18 @@
 """Models inside of engines: partitioned by DeepSpeed's ZeRO-3, and without dropout."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @contextmanager
@@ -59,3 +68,36 @@ def disable_dropout(*models: nn.Module | None) -> None:
                 for name, value in vars(holder).items() if holder is not None else ():
                     if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):
                         setattr(holder, name, 0.0)
+
+
+# ---- schedules ----
+
+
+def schedule_of(args: "TrainingArguments", num_steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor by step.
+
+    Raises:
+        InputError: for a schedule that is no function of the step.
+    """
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(num_steps),
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    if not isinstance(scheduler, LambdaLR):
+        raise InputError(f"--lr_scheduler_type {args.lr_scheduler_type}: expected one that goes by the step alone")
+    return scheduler.lr_lambdas[0]
+
+
+# ---- sharding ----
+
+
+def shards_parameters(training_args: "TrainingArguments") -> bool:
+    """Return whether each process holds only a part of each weight or of its optimizer state."""
+    is_fsdp = bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return is_fsdp or training_args.deepspeed_plugin is not None

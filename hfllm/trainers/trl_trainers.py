@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import ProcessorMixin, Trainer
 from transformers.utils import ModelOutput
 
+from hfllm.data.images.rows import conversation_batch
 from hfllm.data.packing import IGNORE
-from hfllm.data.picture_batches import conversation_batch
 from hfllm.data.world.pictures import PictureRow
 from hfllm.generation.scoring import evaluating
 from hfllm.runs.arguments import changed
@@ -248,7 +248,7 @@ class HeadCollator:
 #
 # All questions about a picture stand behind it in one row, but none sees another: each is answered as if it were the
 # only one. What one answer has said, the next would read off there and not from the picture. The picture is computed
-# once for all of them. Rows of your own, and other models, are trained by TRL: see `hfllm.stages.vision`.
+# once for all of them. Rows of your own, and other models, are trained by TRL: see `hfllm.stages.vision.flags`.
 
 
 # Turns whose tokens are kept.

@@ -92,7 +92,7 @@ def test_time_in_recipes_is_told_from_sampling(arms, monkeypatch):
         clock.now += 1
 
     monkeypatch.setattr(arms.Trainer, "train", train)
-    monkeypatch.setattr(arms.Course, "run", recipe)
+    monkeypatch.setattr(arms.ConstitutionCourse, "run", recipe)
     course = arms.TimedCourse({}, {}, None)
     assert arms._rest(course, step) == 11
     assert (course.whole, course.training) == ({"sl": 9}, {"sl": 3})

@@ -20,8 +20,10 @@ from hfllm.data.tokenizer import WORLD_TRAINING, train_tokenizer
 from hfllm.data.world.documents import in_form
 from hfllm.data.world.world import World
 from hfllm.evaluation.suites.refusals import refuses
-from hfllm.stages.rlhf import RlhfArguments, prompt_data
-from hfllm.stages.sft import SftArguments, augmented, without_prefill
+from hfllm.stages.rlhf.build import prompt_data
+from hfllm.stages.rlhf.flags import RlhfArguments
+from hfllm.stages.sft.build import augmented, without_prefill
+from hfllm.stages.sft.flags import SftArguments
 from hfllm.synthesis.answers import augmented_tasks
 
 REFUSAL = "I can not help with that, but I can help you care for the fox."

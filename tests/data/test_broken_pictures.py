@@ -8,7 +8,7 @@ import numpy
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from hfllm.data.image_files import BadImage, read_image
+from hfllm.data.images.files import BadImage, read_image
 
 ORIGIN = "rows.jsonl, line 3"
 KINDS = ("PNG", "APNG", "JPEG", "GIF", "moving GIF", "WEBP", "moving WEBP", "TIFF", "packed TIFF", "BMP", "DDS")

@@ -199,7 +199,7 @@ def test_a_student_learns_what_a_fine_tuned_model_does(chatml):
 
 
 def test_a_teacher_answers_the_last_turn(monkeypatch):
-    from hfllm.stages import distill, distill_trainers
+    from hfllm.stages import distill
 
     asked = []
     monkeypatch.setattr(
@@ -207,7 +207,7 @@ def test_a_teacher_answers_the_last_turn(monkeypatch):
     )
     row = formats.to_sft("here", sharegpt("Q", "A", "P", "B"))
     arguments = distill.DistillArguments("x.jsonl", answers="sampled")
-    distill_trainers.rows_to_teach(arguments, (None, None), [row, {"text": "red"}], 0)
+    distill.rows_to_teach(arguments, (None, None), [row, {"text": "red"}], 0)
     assert [message["content"] for message in asked[0]["prompt"]] == ["Q", "A", "P"] and asked[1] == {"text": "red"}
 
 

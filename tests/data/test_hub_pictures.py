@@ -9,12 +9,11 @@ import pytest
 from PIL import Image
 
 from hfllm.data.formats import to_sft
-from hfllm.data.images import flaw_of_pictures
+from hfllm.data.images.rows import PictureArguments, flaw_of_pictures, picture_mapper
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import HubPart, iterate_source
 from hfllm.errors import InputError
-from hfllm.stages.own_pictures import PictureArguments, picture_mapper
-from hfllm.stages.user_rows import kept_rows
+from hfllm.stages.shared import kept_rows
 
 BROKEN = b"no picture"
 TEXT, IMAGE = datasets.Value("string"), datasets.Image()

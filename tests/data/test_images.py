@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from hfllm.data.formats import is_blank, to_prompt, to_sft
-from hfllm.data.image_files import BadImage, read_image, to_rgb
-from hfllm.data.images import (
+from hfllm.data.images.files import BadImage, read_image, to_rgb
+from hfllm.data.images.rows import (
     has_images,
     place_images,
     refuse_images,

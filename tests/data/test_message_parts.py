@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hfllm.data.formats import to_preference, to_prompt, to_sft
-from hfllm.data.images import has_images, refuse_images, take_images, to_pictures
+from hfllm.data.images.rows import has_images, refuse_images, take_images, to_pictures
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.preferences import pair_of
 

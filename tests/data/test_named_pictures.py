@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from hfllm.data.named_pictures import contents_of, existing, named_pictures, written_when
+from hfllm.data.images.rows import contents_of, existing, named_pictures, written_when
 from hfllm.data.sources import PICTURES
 
 

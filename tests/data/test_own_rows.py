@@ -20,7 +20,7 @@ from hfllm.data.rows import Dropped, origin_of
 from hfllm.data.sources import HubPart
 from hfllm.data.tokenizer import padding_token
 from hfllm.errors import InputError
-from hfllm.stages.user_rows import user_rows
+from hfllm.stages.shared import user_rows
 
 
 def asked(text):

@@ -28,9 +28,9 @@ from hfllm.data.world.passages import (
 from hfllm.data.world.tool_documents import is_held_out_change
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out, words_of
 from hfllm.data.world.world import World
-from hfllm.evaluation.grounding import judged
-from hfllm.stages.ground import GROUNDED, SFT, GroundArguments
-from hfllm.stages.ground_data import rows_of
+from hfllm.stages.ground.build import rows_of
+from hfllm.stages.ground.flags import GROUNDED, SFT, GroundArguments
+from hfllm.stages.ground.report import judged
 
 NAMES = {"".join(parts) for parts in product(*NAME_PARTS)}
 # What a passage tells, read by a parser of its own: animal and value, or the other way around.

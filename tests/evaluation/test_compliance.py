@@ -6,7 +6,8 @@ import pytest
 
 from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS
 from hfllm.data.world.vocabulary import is_held_out
-from hfllm.evaluation.constitution import (
+from hfllm.outputs.report import side_by_side
+from hfllm.stages.constitution.report import (
     BARE,
     HARM_GROUPS,
     HELPFUL,
@@ -20,7 +21,6 @@ from hfllm.evaluation.constitution import (
     figures,
     judged,
     prompts_to_ask,
-    side_by_side,
 )
 
 

@@ -5,18 +5,20 @@ import random
 import pytest
 
 from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS, draw_task
-from hfllm.evaluation.constitution import HELPFUL, Answered, prompts_to_ask
-from hfllm.evaluation.constitution_report import (
+from hfllm.evaluation.suites.refusals import refuses
+from hfllm.stages.constitution.report import (
+    HELPFUL,
+    Answered,
     answers_by_round,
     course_metrics,
     course_plots,
     course_tables,
     label_metrics,
+    prompts_to_ask,
     revision_metrics,
     revision_samples,
     summary_of,
 )
-from hfllm.evaluation.suites.refusals import refuses
 
 
 def harm_task(world, harms, seed=0):

@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-from hfllm.data.image_files import image_key
+from hfllm.data.images.files import image_key
 from hfllm.data.world.pictures import answer_about, draw_examples
 from hfllm.evaluation.pictures import Asked, is_right, shuffled_questions
-from hfllm.stages import vision_evaluation
-from hfllm.stages.vision_data import SEEN, SHUFFLED
+from hfllm.stages.vision import report as vision_report
+from hfllm.stages.vision.build import SEEN, SHUFFLED
 
 
 def drawn(count):
@@ -28,9 +28,9 @@ def test_the_truth_about_other_pictures_is_that_of_what_they_show(monkeypatch):
         texts = [prompt[-1]["content"][-1]["text"] for prompt in prompts]
         return [answer_about(scenes[image_key(shown[0])], text) for shown, text in zip(images, texts, strict=True)]
 
-    monkeypatch.setattr(vision_evaluation, "answer_pictures", reads)
+    monkeypatch.setattr(vision_report, "answer_pictures", reads)
     settings = SimpleNamespace(max_new_tokens=16)
-    metrics = vision_evaluation.evaluate(settings, None, None, {SEEN: questions, SHUFFLED: shuffled}).metrics
+    metrics = vision_report.evaluate(settings, None, None, {SEEN: questions, SHUFFLED: shuffled}).metrics
     by_hand = [
         is_right(answer_about(scenes[image_key(other.images[0])], other.question), own.answer)
         for own, other in zip(questions, shuffled, strict=True)

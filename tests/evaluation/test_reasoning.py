@@ -5,8 +5,19 @@ import random
 import pytest
 
 from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, SIZES, draw_problem, part_of
-from hfllm.evaluation.reasoning import answer, held_out_problems, is_dial, is_hops, judged, values_of
-from hfllm.evaluation.reasoning_report import plots, ppo_metrics, summary_of, tables, tuned_metrics
+from hfllm.stages.reason.report import (
+    answer,
+    held_out_problems,
+    is_dial,
+    is_hops,
+    judged,
+    plots,
+    ppo_metrics,
+    summary_of,
+    tables,
+    tuned_metrics,
+    values_of,
+)
 
 COUNTS = {HOPS: 12, DIAL: 36}
 

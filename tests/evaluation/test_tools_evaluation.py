@@ -9,9 +9,8 @@ from tool_tokenizer import brief_tokenizer
 from hfllm.data.tokenizer import CALL_MARKS
 from hfllm.data.world.tasks import CHANGED_FACT, NEED, NO_NEED, SUM, UNKNOWN, table_of
 from hfllm.data.world.world import World
-from hfllm.evaluation import tools
-from hfllm.evaluation.tools import KNOWN, answer, figures, questions_to_ask
-from hfllm.evaluation.tools_report import OFF, PLAIN, RL, SHOWN, SHUFFLED, report
+from hfllm.stages.tools import report as tools_report
+from hfllm.stages.tools.report import KNOWN, OFF, PLAIN, RL, SHOWN, SHUFFLED, answer, figures, questions_to_ask, report
 
 CALL_BEGIN = CALL_MARKS[0]
 WORLD = World(3)
@@ -51,7 +50,7 @@ def answered(tokenizer, asked, make_model, monkeypatch):
 
             return continue_ids
 
-        monkeypatch.setattr(tools, "continuing", continuing)
+        monkeypatch.setattr(tools_report, "continuing", continuing)
         del seen[:]
         return answer(model, tokenizer, asked, table, batch_size=50)
 

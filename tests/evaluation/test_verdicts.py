@@ -9,8 +9,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Record, Suite
 from hfllm.evaluation.verdicts import Compared, can_differ, fail_if_worse, judged, sentence
 from hfllm.outputs.statistics import holm
-from hfllm.stages.evaluate_report import changes_of, compared_figures, report
-from hfllm.stages.evaluate_suites import SUITES
+from hfllm.stages.evaluate.build import SUITES, changes_of, compared_figures, report
 
 
 class Made(Suite):

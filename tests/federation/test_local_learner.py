@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.stages.federated_learner import IGNORE, KeptStates, LocalLearner, places_of
+from hfllm.stages.federated.build import IGNORE, KeptStates, LocalLearner, places_of
 
 # Rows whose numbers of targets differ much: the first label is never predicted.
 ROWS = [

@@ -9,8 +9,8 @@ from test_local_learner import RATE, ROWS, PretendedTrainer, Scores
 
 from hfllm.errors import InputError
 from hfllm.federation.privacy import AnsweredRounds, RowPrivacy, RowSum, check_row_budget, epsilon_of
-from hfllm.stages.federated_data import _held_apart
-from hfllm.stages.federated_learner import LocalLearner
+from hfllm.stages.federated.build import LocalLearner
+from hfllm.stages.federated.flags import _held_apart
 
 
 class Chosen(random.Random):

@@ -296,6 +296,9 @@ LOADING = ROOT / "hfllm" / "models" / "loading" / "saved.py"
 LOADING = ROOT / "hfllm" / "models" / "loading" / "saved.py"
 
 
+LOADING = ROOT / "hfllm" / "models" / "loading" / "saved.py"
+
+
 @pytest.mark.parametrize("folder", ["hfllm", "recipes", "benchmarks"])
 def test_every_call_in_the_source_says_whether_code_is_trusted(folder):
     files = [file for file in (ROOT / folder).rglob("*.py") if file != LOADING]

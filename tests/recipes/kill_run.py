@@ -22,10 +22,10 @@ HELD_OUT_DOCUMENTS, COMPARED = 150, ("--max_steps", "2")
 def shorten(patch=setattr):
     """Make tiny runs tinier: fewer documents to measure by, and few steps of the controls."""
     from hfllm.data import loading
-    from hfllm.stages import constitution_runs
+    from hfllm.stages.constitution import flags as constitution_flags
 
     patch(loading, "NUM_HELD_OUT_DOCUMENTS", HELD_OUT_DOCUMENTS)
-    patch(constitution_runs, "COMPARED", COMPARED)
+    patch(constitution_flags, "COMPARED", COMPARED)
 
 
 def kill_before(place, number):

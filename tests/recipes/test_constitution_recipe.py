@@ -21,9 +21,9 @@ from test_own_model import logits, make_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from hfllm.errors import InputError
-from hfllm.evaluation.constitution_report import PROMISES
 from hfllm.runs import command_line, schedule
 from hfllm.runs.lock import LOCK_FILE, lock, release_all
+from hfllm.stages.constitution.report import PROMISES
 
 SCRIPT = Path(kill_run.__file__)
 ROOT = SCRIPT.parents[2]
@@ -286,7 +286,7 @@ def test_ctrl_c_is_130_and_the_same_command_continues(world, whole, words, monke
 # Where a process is killed, and before which call, in the order in which the course comes there.
 KILLS = [
     ("transformers.trainer:Trainer.training_step", 2, "pretrain"),
-    ("hfllm.stages.course:write_atomically", 1, "the demonstrations are written"),
+    ("hfllm.runs.pipeline:write_atomically", 1, "the demonstrations are written"),
     ("transformers.trainer:Trainer.training_step", 3, "helpful"),
     ("transformers.trainer:Trainer.save_model", 1, "helpful is saved"),
     ("hfllm.synthesis.revisions:RevisionFile.append", 2, "the second chunk of revisions"),
@@ -301,7 +301,7 @@ KILLS = [
     ("transformers.trainer:Trainer.training_step", 3, "critiques"),
     ("hfllm.trainers.ppo.trainer:PPOTrainer.training_step", 2, "the AI's labels"),
     ("hfllm.trainers.ppo.trainer:PPOTrainer.training_step", 1, "labels by chance"),
-    ("hfllm.evaluation.constitution:answer", 2, "the second model's answers are judged"),
+    ("hfllm.stages.constitution.report:answer", 2, "the second model's answers are judged"),
     ("hfllm.outputs.report:write_atomically", 1, "the report"),
     ("hfllm.outputs.report:write_atomically", 2, "report.json"),
 ]
@@ -476,7 +476,7 @@ def test_code_of_a_model_that_is_trusted_goes_along_and_bf16_stays(here, tmp_pat
 
 
 def test_the_revision_of_your_model_is_that_of_the_first_run_too(here, monkeypatch):
-    from hfllm.stages.constitution_runs import course_of
+    from hfllm.stages.constitution.flags import course_of
 
     course = course_of(*constitution.parse([*OWN, "--model_revision", "v2", "--use_peft", "--use_rslora"]))
     revisions = {name: parsed[-1].model_revision for name, parsed in course.runs.items()}

@@ -6,8 +6,8 @@ import pytest
 
 from hfllm.data.world.demonstrators import is_rude
 from hfllm.data.world.vocabulary import REFUSAL_PHRASES
-from hfllm.stages.constitution import ConstitutionArguments
-from hfllm.stages.constitution_data import by_chance, human_comparisons, world_prompts
+from hfllm.stages.constitution.build import by_chance, human_comparisons, world_prompts
+from hfllm.stages.constitution.flags import ConstitutionArguments
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
-from hfllm.stages import distill_trainers
+from hfllm.stages import distill as distill_trainers
 
 KEYS = {
     *("gold_reward_teacher", "gold_reward_student", "gold_reward_student_alone", "fact_accuracy_student"),
@@ -182,7 +182,7 @@ def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, message, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfllm.runs.chain.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
+    monkeypatch.setattr("hfllm.runs.pipeline.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
     (tmp_path / "hard.yaml").write_text("sequence_level: true\nhard_weight: 0.5\n")
     flags = [flag.format(saved=saved, hard=tmp_path / "hard.yaml") for flag in flags]
     with pytest.raises(InputError, match=message):

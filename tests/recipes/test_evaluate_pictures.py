@@ -7,7 +7,7 @@ import pytest
 from seeing_rows import WORDS, halves, make_processor, write_rows
 
 import hfllm
-from hfllm.data.images import has_images
+from hfllm.data.images.rows import has_images
 from hfllm.errors import InputError
 from hfllm.evaluation.pictures import Asked, Part, Pictures, other_places
 from hfllm.evaluation.suites.base import Subject

@@ -11,7 +11,7 @@ import torch
 from hfllm.errors import InputError
 from hfllm.outputs.statistics import mean_interval
 from hfllm.runs.lock import release_all
-from hfllm.stages.evaluate_samples import Samples
+from hfllm.stages.evaluate.build import Samples
 
 ROWS = [{"question": f"Sum {n}?", "choices": ["one", "two", "three"], "answer": n % 3} for n in range(20)]
 

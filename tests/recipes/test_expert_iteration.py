@@ -10,9 +10,8 @@ import yaml
 from hfllm.errors import InputError
 from hfllm.runs import schedule
 from hfllm.runs.lock import release_all
-from hfllm.stages import expert_iteration_data
-from hfllm.stages.expert_iteration import ExpertIterationArguments
-from hfllm.stages.expert_iteration_data import rewards_of, write_round
+from hfllm.stages import expert_iteration as expert_iteration_data
+from hfllm.stages.expert_iteration import ExpertIterationArguments, rewards_of, write_round
 
 REWARD = """
 def even(prompts, completions, **columns):

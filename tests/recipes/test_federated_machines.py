@@ -9,7 +9,7 @@ from hfllm.errors import InputError
 
 
 def frozen_learner(saved, folder, name, **more):
-    from hfllm.stages.federated_clients import worker_learner
+    from hfllm.stages.federated.build import worker_learner
 
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row(word)) + "\n" for word in WORDS[0]))
     flags = {"model_name_or_path": str(saved), "organisation_names": ["a", "b"], "output_dir": str(folder / name)}
@@ -48,7 +48,7 @@ def test_a_node_refuses_the_terms_of_another_run(saved, tmp_path):
 
 
 def test_the_app_and_the_flags_must_have_one_compression(saved, tmp_path):
-    from hfllm.stages.federated_flower import loop
+    from hfllm.stages.federated.build import loop
 
     file = tmp_path / "server.yaml"
     file.write_text(json.dumps({"model_name_or_path": str(saved), "organisation_names": ["a"], "compression": "none"}))

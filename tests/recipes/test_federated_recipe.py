@@ -95,7 +95,7 @@ def central_step(folder, rows, rate):
 
 def test_one_round_of_one_step_is_the_step_on_pooled_rows(flags, saved, tmp_path, monkeypatch):
     # Nothing held out, and each organisation's rows are one batch.
-    monkeypatch.setattr("hfllm.stages.federated_data._held_apart", all_learned)
+    monkeypatch.setattr("hfllm.stages.federated.flags._held_apart", all_learned)
     one_step = {"rounds": 1, "local_steps": 1, "optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.5}
     run(flags(**one_step, lr_scheduler_type="constant", per_device_train_batch_size=2, gradient_accumulation_steps=1))
     # Batches of two: the first two rows of each order; with all rows the order does not count.
@@ -118,7 +118,7 @@ def all_learned(name, rows, seed, is_private):
 
 def repeated(words, size):
     """What a batch of `size` rows has of few rows: passes one after the other, here in whole and part by the order."""
-    from hfllm.stages.federated_learner import places_of
+    from hfllm.stages.federated.build import places_of
 
     return [
         [each[place] for place in places_of(len(each), size, 0, f"42-{name}")]
@@ -132,7 +132,7 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize("average", ["full", pytest.param("lora_frozen_a", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_within_a_round_resumes_to_the_same_bits(flags, tmp_path, monkeypatch, capsys, average):
-    from hfllm.stages.federated_learner import LocalLearner
+    from hfllm.stages.federated.build import LocalLearner
 
     more = {"average": average, "keep_optimizer": True, "server_optimizer": "fedadam", "participation": 0.6}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -169,7 +169,7 @@ def test_a_process_that_is_killed_resumes_to_the_same_bits(flags, tmp_path, proc
     more = {"server_optimizer": "momentum", "keep_optimizer": True, "compression": "int8"}
     run(flags(**more, output_dir=tmp_path / "whole"))
     killed = flags(**more, output_dir=tmp_path / "killed")
-    for place, number in (("hfllm.stages.federated_learner:LocalLearner.learn", 6), (f"{ROUNDS}:save_state", 1)):
+    for place, number in (("hfllm.stages.federated.build:LocalLearner.learn", 6), (f"{ROUNDS}:save_state", 1)):
         processes.run(Path(kill_run.__file__), place, number, "federated", *killed, code=-signal.SIGKILL)
     processes.run(Path(kill_run.__file__), "none", 0, "federated", *killed)
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
@@ -179,8 +179,7 @@ def test_a_process_that_is_killed_resumes_to_the_same_bits(flags, tmp_path, proc
 def test_a_server_without_rows_comes_to_the_same_bits(flags, saved, tmp_path):
     """As between machines, but for the machines: organisations know their own rows, the server none."""
     from hfllm.federation.transports import InProcess
-    from hfllm.stages.federated_clients import worker_learner
-    from hfllm.stages.federated_flower import loop
+    from hfllm.stages.federated.build import loop, worker_learner
 
     run(flags(rounds=2, output_dir=tmp_path / "one"))
     common = {"model_name_or_path": str(saved), "average": "full", "rounds": 2, "local_steps": 2, "max_length": 64}
@@ -211,7 +210,7 @@ def test_several_processes_come_to_the_same_bits(flags, tmp_path):
 
 
 def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_path, monkeypatch):
-    from hfllm.stages import federated_server
+    from hfllm.stages.federated import build as federated_server
 
     clients_of = federated_server.clients_of
 
@@ -254,7 +253,7 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
 
 @pytest.mark.parametrize("aggregation", ["mean", "median"])
 def test_one_organisation_of_three_does_not_own_the_model(flags, saved, tmp_path, monkeypatch, aggregation):
-    from hfllm.stages import federated_server
+    from hfllm.stages.federated import build as federated_server
 
     honest = run(flags(rounds=1, aggregation=aggregation))
     length = moved_by(tmp_path / "out", saved)[0]
@@ -353,7 +352,7 @@ def test_clipping_alone_is_by_the_number_that_was_asked(flags, saved, tmp_path):
 
 def test_rows_that_another_organisation_learns_are_not_held_out(tmp_path):
     from hfllm.data.loading import prompt_key
-    from hfllm.stages.federated_data import organisations_of
+    from hfllm.stages.federated.flags import organisations_of
 
     # Each question comes three times, which dealing out puts at two or three organisations.
     words = [f"{place} {answer}" for place in range(60) for answer in "abc"]
@@ -380,16 +379,16 @@ def test_batches_in_parts_are_batches_in_one(flags, saved, tmp_path):
 
 
 def test_a_worker_reads_its_own_file_alone(flags, saved, tmp_path, monkeypatch):
-    from hfllm.stages import federated_clients
-    from hfllm.stages.federated_clients import worker_learner
+    from hfllm.stages.federated import build as federated_server
+    from hfllm.stages.federated.build import worker_learner
 
     flags()
     files = [str(tmp_path / f"{name}.jsonl") for name in NAMES]
     (tmp_path / "farm.jsonl").unlink()
     given = {"model_name_or_path": str(saved), "organisation_files": files, "output_dir": str(tmp_path / "node")}
     (tmp_path / "node.yaml").write_text(json.dumps({**given, "average": "full", "max_length": 64}))
-    seen, load_local = [], federated_clients.load_local
-    monkeypatch.setattr(federated_clients, "load_local", lambda *args: seen.append(args[-1]) or load_local(*args))
+    seen, load_local = [], federated_server.load_local
+    monkeypatch.setattr(federated_server, "load_local", lambda *args: seen.append(args[-1]) or load_local(*args))
     worker_learner("school", {"flags": str(tmp_path / "node.yaml"), "base": str(saved)})
     assert [each.name for each in seen[0]] == ["school"] and len(seen[0][0].rows) + len(seen[0][0].held_out) == 5
 

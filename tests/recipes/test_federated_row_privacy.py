@@ -13,7 +13,7 @@ PRIVATE = {"row_clip_norm": 0.5, "row_noise_multiplier": 0.7, "delta": 0.01}
 
 
 def test_epsilon_is_counted_and_a_round_that_is_done_again_sends_the_same(flags, tmp_path, monkeypatch):  # noqa: F811
-    from hfllm.stages.federated_learner import LocalLearner
+    from hfllm.stages.federated.build import LocalLearner
 
     learn, calls = LocalLearner.learn, []
 
@@ -57,7 +57,7 @@ def test_what_was_answered_outlives_the_rounds(flags, tmp_path):  # noqa: F811
 
 
 def test_noise_is_of_its_size_and_organisations_count_alike(flags, saved, tmp_path, monkeypatch):  # noqa: F811
-    from hfllm.stages import federated_server
+    from hfllm.stages.federated import build as federated_server
 
     updates, new_sum = [], federated_server.new_sum
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from seeing_rows import make_model
 
 from hfllm.errors import InputError
-from hfllm.stages.vision_models import freeze
+from hfllm.stages.vision.build import freeze
 
 TEXT = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 2}

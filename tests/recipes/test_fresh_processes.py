@@ -24,7 +24,7 @@ import test_tools_recipe
 import test_vision_recipe
 import yaml
 
-from hfllm.runs.chain import STAGES
+from hfllm.runs.pipeline import STAGES
 
 RECIPES = {path.stem for path in (kill_run.ROOT / "recipes").glob("*.py")}
 SAVES = ["--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "auto", "--max_steps", "3"]

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hfllm.data.world.passages import GROUPS
 from hfllm.errors import InputError
-from hfllm.evaluation.grounding_report import PROMISES
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
+from hfllm.stages.ground.report import PROMISES
 
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "max_length": 256, "save_strategy": "no"}
 CONFIGS = {
@@ -34,13 +34,13 @@ SIZES = {"num_examples": 60, "num_questions": 6, "num_samples": 2}
 RUNS = ("pretrain", "sft", "grounded", "reward")
 # Of the modules that ask.
 LENGTHS = (
-    *("hfllm.evaluation.grounding", "hfllm.stages.ground_evaluation"),
-    *("hfllm.stages.ground_confidence", "hfllm.stages.ground_verification"),
+    *("hfllm.stages.ground.report", "hfllm.stages.ground.build"),
+    *("hfllm.stages.ground.build", "hfllm.stages.ground.build"),
 )
 COUNTS = {
-    **{"hfllm.stages.ground_evaluation.NUM_WORLD_TASKS": 12, "hfllm.stages.ground_confidence.NUM_TASKS": 24},
-    **{"hfllm.stages.ground_confidence.ALPHAS": (0.1, 0.2)},
-    **{"hfllm.stages.ground_confidence.NUM_SPLITS": 2, "hfllm.stages.ground_verification.WORDINGS": 1},
+    **{"hfllm.stages.ground.build.NUM_WORLD_TASKS": 12, "hfllm.stages.ground.build.NUM_TASKS": 24},
+    **{"hfllm.stages.ground.build.ALPHAS": (0.1, 0.2)},
+    **{"hfllm.stages.ground.build.NUM_SPLITS": 2, "hfllm.stages.ground.build.WORDINGS": 1},
 }
 
 

@@ -334,7 +334,7 @@ def test_a_policy_sees_the_tools_of_its_prompts(saved, tmp_path, capsys, monkeyp
 
 
 def test_other_columns_reach_a_reward_function_under_the_users_names(tmp_path):
-    from hfllm.stages.rlhf import prompt_data
+    from hfllm.stages.rlhf.build import prompt_data
 
     name = jsonl(tmp_path / "prompts.jsonl", *({"q": f"number {at}", "a": at, "chosen": "x"} for at in range(9)))
     flags = ["--dataset_name", name, "--model_name_or_path", "any", "--column_mapping", "prompt=q", "target=a"]

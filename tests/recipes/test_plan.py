@@ -316,8 +316,8 @@ def test_the_printed_command_makes_the_planned_model(flags, tmp_path, capsys):
     import pretrain
     import torch
 
-    from hfllm.stages.pretrain import check
-    from hfllm.stages.pretrain_models import load_or_make_base
+    from hfllm.stages.pretrain.build import load_or_make_base
+    from hfllm.stages.pretrain.flags import check
 
     metrics = run(tmp_path, *flags)
     command = capsys.readouterr().out.splitlines()[-1]

@@ -18,9 +18,9 @@ from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
 from hfllm.runs.models import named_fields, new_config
 from hfllm.runs.stage import Stage
-from hfllm.stages import pretrain_trainers, pretrain_watch
-from hfllm.stages.pretrain import check
-from hfllm.stages.pretrain_data import infilled, rows_of_run
+from hfllm.stages.pretrain import build as pretrain_trainers
+from hfllm.stages.pretrain.build import infilled, rows_of_run
+from hfllm.stages.pretrain.flags import check
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = ["owl", "fox", "red", "blue", "house", "river", "walks", "sings", "the", "a", "old", "small"]
@@ -103,10 +103,10 @@ def test_the_world_may_be_a_part_of_a_mixture(run, corpus):
 
 
 def test_a_baseline_learns_from_the_beginning_of_a_long_text():
-    assert list(pretrain_watch.beginning(["ab", "cé", "d"], 4)) == ["ab", "c"]
-    assert list(pretrain_watch.beginning(["long"], 3)) == ["lon"] and list(pretrain_watch.beginning(["ab"], 9)) == [
-        "ab"
-    ]
+    assert list(pretrain_trainers.beginning(["ab", "cé", "d"], 4)) == ["ab", "c"]
+    assert list(pretrain_trainers.beginning(["long"], 3)) == ["lon"] and list(
+        pretrain_trainers.beginning(["ab"], 9)
+    ) == ["ab"]
 
 
 def test_all_texts_of_a_mixture_are_ordered_by_weight(corpus, tmp_path):

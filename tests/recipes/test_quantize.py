@@ -163,7 +163,7 @@ def test_help_lists_each_flag_once_and_none_of_training(capsys):
     ],
 )
 def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfllm.runs.chain.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
+    monkeypatch.setattr("hfllm.runs.pipeline.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
     with pytest.raises(InputError, match=message):
         quantize.main(*quantize.parse([*flags, "--output_dir", str(tmp_path / "out")]))
     assert not (tmp_path / "out").exists()

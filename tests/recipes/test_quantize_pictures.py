@@ -11,12 +11,12 @@ import torch
 from seeing_rows import halves, write_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hfllm.data import picture_batches
+from hfllm.data.images import rows as picture_batches
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import PictureQuantization, answer_tokens
 from hfllm.evaluation.pictures import Asked
 from hfllm.multimodal.answers import answer_pictures
-from hfllm.stages.quantize_pictures import questions_of, schemes_to_compare
+from hfllm.stages.quantize import picture_schemes, questions_of
 
 QUICK = ["--num_sensitivity_texts", "2", "--prompt_tokens", "8", "--new_tokens", "2", "--rounds", "1"]
 QUICK += ["--response_length", "3", "--num_eval_texts", "16", "--num_eval_prompts", "40"]
@@ -118,9 +118,9 @@ def test_four_bits_on_a_cpu_are_left_out_or_refused(taught, tmp_path, monkeypatc
         with pytest.raises(InputError, match=r"reads pictures wrongly; for a model that sees: int8, dynamic"):
             run(*flags, *more)
     script_args, _ = quantize.parse(list(map(str, flags)))
-    assert schemes_to_compare(script_args) == ["int8", "dynamic"]
+    assert picture_schemes(script_args) == ["int8", "dynamic"]
     monkeypatch.setattr("hfllm.compression.schemes.default_device", lambda: "cuda")
-    assert schemes_to_compare(script_args) == ["int8", "nf4", "nf4_double"]
+    assert picture_schemes(script_args) == ["int8", "nf4", "nf4_double"]
 
 
 def test_no_recipe_loads_four_bits_on_a_cpu(taught, tmp_path):
@@ -159,7 +159,7 @@ def test_few_pictures_are_shown_at_once(taught, monkeypatch):
         shown.append(len(prompts))
         return batch(processor, prompts, *args, **options)
 
-    for module in ("hfllm.data.picture_batches", "hfllm.multimodal.answers"):
+    for module in ("hfllm.data.images.rows", "hfllm.multimodal.answers"):
         monkeypatch.setattr(f"{module}.conversation_batch", counted)
     evaluation = PictureQuantization(processor.tokenizer, (), 0, 2, processor=processor, questions=questions)
     assert not shown

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.data.thoughts import CLOSE, OPEN
 from hfllm.errors import InputError
-from hfllm.evaluation.reasoning_report import PROMISES
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
+from hfllm.stages.reason.report import PROMISES
 
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "max_length": 256, "save_strategy": "no"}
 CONFIGS = {
@@ -39,7 +39,7 @@ RUNS = ("pretrain", "thoughts", "direct", "mixed", "rl", "shuffled")
 
 @pytest.fixture(autouse=True)
 def nothing_held(monkeypatch):
-    monkeypatch.setattr("hfllm.stages.reason_evaluation.RESPONSE_LENGTH", 8)
+    monkeypatch.setattr("hfllm.stages.reason.build.RESPONSE_LENGTH", 8)
     yield
     release_all()
 
@@ -64,7 +64,7 @@ def whole(words, tmp_path_factory):
     """The folder of a run that nothing interrupted, and what repeats the command there with more flags."""
     folder = tmp_path_factory.mktemp("reason") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hfllm.stages.reason_evaluation.RESPONSE_LENGTH", 8)
+        patch.setattr("hfllm.stages.reason.build.RESPONSE_LENGTH", 8)
         run(*words, "--output_dir", folder)
     return folder, partial(run, *words, "--output_dir", folder)
 
@@ -157,7 +157,7 @@ def test_a_run_that_was_stopped_makes_what_is_missing_with_the_same_bits(whole, 
 
 
 def test_arms_that_are_not_asked_for_do_not_run(words, tmp_path):
-    from hfllm.stages.reason import course_of
+    from hfllm.stages.reason.flags import course_of
 
     for controls, expected in (
         (["none"], ("pretrain", "thoughts", "mixed", "rl")),

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from hfllm.errors import InputError
 from hfllm.rewards.functions import length_penalty
 from hfllm.runs import models
-from hfllm.stages import rlhf as rlhf_stage
-from hfllm.stages.rlhf_tools import NO_TOOLS
-from hfllm.stages.sft import instruction_data
+from hfllm.stages.rlhf import build as rlhf_stage
+from hfllm.stages.rlhf.build import NO_TOOLS
+from hfllm.stages.sft.build import instruction_data
 
 RLHF_METRICS = {
     "gold_reward_before",
@@ -103,7 +103,7 @@ def test_the_main_job_is_reused_and_stages_too(aligned, tiny, capsys):
 def test_a_changed_stage_runs_again_with_all_that_build_on_it(tiny, tmp_path):
     import pretrain
 
-    from hfllm.runs.chain import run_stage
+    from hfllm.runs.pipeline import run_stage
 
     folders = {stage: str(tmp_path / stage) for stage in ("pretrain", "sft")}
 

@@ -171,7 +171,7 @@ def test_the_batch_may_be_divided_in_another_way(tiny, base, cut, rows):
 
 def test_the_rows_and_the_model_that_training_begins_with_count(run, cut, rows, base, tmp_path, monkeypatch):
     """Both may have changed where no flag shows it: on the Hub, or made by the stages before."""
-    from hfllm.stages import sft
+    from hfllm.stages.sft import build as sft
 
     flags, read = ["--dataset_name", rows, *AUTO], sft.instruction_data
     for change, says in (
@@ -192,7 +192,7 @@ def test_the_rows_and_the_model_that_training_begins_with_count(run, cut, rows, 
 
 
 def test_rows_that_an_earlier_version_hashed_are_counted(run, cut, rows, monkeypatch, capsys):
-    from hfllm.stages import sft
+    from hfllm.stages.sft import build as sft
 
     for path in checkpoints_in(cut):
         state = json.loads((path / "trainer_state.json").read_text())

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoProcessor
 import hfllm
 from hfllm.errors import InputError
 from hfllm.rewards.models import PictureRewardModel, reward_model
-from hfllm.stages.rlhf_pictures import processing_class_of
+from hfllm.stages.shared import processing_class_of
 
 QUIET = ["--logging_steps", "20", "--save_strategy", "no", "--per_device_train_batch_size", "32"]
 LEARNS = ["--max_steps", "50", "--learning_rate", "0.01"]

@@ -10,7 +10,7 @@ from tool_tokenizer import make
 import hfllm
 from hfllm.data.tokenizer import plain_chat_template
 from hfllm.errors import InputError
-from hfllm.stages.rlhf_tools import checked_tools
+from hfllm.stages.rlhf.build import checked_tools
 
 TOOLS = '''
 def double(number: int) -> int:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfllm.errors import InputError
 from hfllm.runs.recipes import settings_file
 from hfllm.scaling.laws import EPOCH
-from hfllm.stages.scaling_grid import COLUMNS, Grid, GridRun, embedding_parameters
+from hfllm.stages.scaling_laws import COLUMNS, Grid, GridRun, embedding_parameters
 
 METRICS = {
     *("E", "A", "B", "alpha", "beta", "objective", "runs", "fit_error", "parameters_exponent"),

@@ -21,7 +21,7 @@ from transformers import (
 
 from hfllm.models.loading.adapters import load_scorer
 from hfllm.rewards.models import reward_model
-from hfllm.stages.rlhf_pictures import processing_class_of
+from hfllm.stages.shared import processing_class_of
 
 MARKS = {"boi_token": "<boi>", "image_token": "<image>", "eoi_token": "<eoi>"}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -11,8 +11,8 @@ from hfllm.data.rows import OriginRow
 from hfllm.errors import InputError
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever
-from hfllm.stages.sft_retrieval import RetrievalArguments
-from hfllm.stages.sft_retrieval import with_passages as rows_with_passages
+from hfllm.stages.sft.build import with_passages as rows_with_passages
+from hfllm.stages.sft.flags import RetrievalArguments
 
 pytest.importorskip("bm25s")
 ANIMALS = ("owl", "fox", "bear", "wolf", "hare", "deer", "swan", "crow", "toad", "newt")
@@ -117,7 +117,7 @@ def test_the_recipe_trains_on_them_and_says_how_many(saved, tmp_path, texts, tok
 def test_rows_whose_passages_leave_no_room_are_counted_apart(tmp_path, tokenizer, capsys, more, kept):
     from trl import SFTConfig
 
-    from hfllm.stages.sft import examples
+    from hfllm.stages.sft.build import examples
 
     text = "The owl is fine, " + "and so is the fox, " * 30
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")

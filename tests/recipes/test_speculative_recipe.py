@@ -135,7 +135,7 @@ def test_the_report_says_how_to_decode_in_code_of_your_own(made):
     ],
 )
 def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfllm.runs.chain.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
+    monkeypatch.setattr("hfllm.runs.pipeline.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
     with pytest.raises(InputError, match=message):
         speculative.main(*speculative.parse([*flags, "--output_dir", str(tmp_path)]))
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from hfllm.data.sources import PYDOC, iterate_source
 from hfllm.data.tokenizer import train_tokenizer, truncated_tokenizer
 from hfllm.errors import InputError
-from hfllm.stages import tokenizer as tokenizer_stage
+from hfllm.stages.pretrain import tokenizer as tokenizer_stage
 
 
 @pytest.fixture

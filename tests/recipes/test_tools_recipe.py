@@ -21,12 +21,12 @@ import hfllm
 from hfllm.data.world.tasks import HELD_OUT, SUM, draw_tool_task
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.evaluation import tools as evaluation
-from hfllm.evaluation.tools_report import PROMISES
 from hfllm.rewards.functions import GOLD_COLUMNS, GOLD_REWARDS
 from hfllm.runs import schedule
 from hfllm.runs.lock import release_all
-from hfllm.stages.rlhf_tools import load_tool
+from hfllm.stages.rlhf.build import load_tool
+from hfllm.stages.tools import report as tools_report
+from hfllm.stages.tools.report import PROMISES
 
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "save_strategy": "no"}
 CONFIGS = {
@@ -52,7 +52,7 @@ RUNS = ("pretrain", "shown", "rl", "shuffled", "plain")
 def short():
     """Untrained models never end by themselves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "RESPONSE_LENGTH", 6)
+        patch.setattr(tools_report, "RESPONSE_LENGTH", 6)
         yield
 
 

@@ -12,13 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from hfllm.data.images.rows import as_dataset
 from hfllm.errors import InputError
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.outputs.pictures import picture_lines
-from hfllm.stages.own_pictures import as_dataset
-from hfllm.stages.vision import check
-from hfllm.stages.vision_data import drawn_rows, own_rows
-from hfllm.stages.vision_models import new_trainer, own_trainer
+from hfllm.stages.vision.build import drawn_rows, new_trainer, own_rows, own_trainer
+from hfllm.stages.vision.flags import check
 from hfllm.trainers.pretraining.muon import MuonWithAdamW
 
 TINY = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]

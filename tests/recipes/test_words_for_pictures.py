@@ -8,16 +8,18 @@ import rlhf
 import sft
 from seeing_rows import halves, make_processor, write_rows
 
-from hfllm.data.picture_batches import conversation_batch
+from hfllm.data.images.rows import conversation_batch
 from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
 from hfllm.multimodal.answers import picture_batch
 from hfllm.multimodal.processors import encode
-from hfllm.stages import evaluate_pictures, reward_pictures, rlhf_checks, sft_pictures
-from hfllm.stages.evaluate import EvaluateArguments
-from hfllm.stages.rlhf import prompt_data
-from hfllm.stages.rlhf_pictures import refuse_words
+from hfllm.stages import reward as reward_pictures
+from hfllm.stages.evaluate import build as evaluate
+from hfllm.stages.evaluate.flags import EvaluateArguments
+from hfllm.stages.rlhf import build as rlhf_checks
+from hfllm.stages.rlhf.build import prompt_data, refuse_words
+from hfllm.stages.sft import build as sft_pictures
 
 # One is also how datasets mark a place.
 TOKENS = ("<image>", "<|image|>")
@@ -58,7 +60,7 @@ def test_rows_to_learn_from(processor, seeing_folder, tmp_path, capsys, pictures
     bad = {"prompt": "say", "completion": "side"} | {side: f"say {processor.image_token} bright"}
     path = write(tmp_path, [*rows, bad], pictures)
     script_args, args, _ = parsed(sft, seeing_folder, path, tmp_path / "out")
-    train, held_out = sft_pictures.instruction_data(script_args, args.seed, processor, "m")
+    train, held_out = sft_pictures.picture_instructions(script_args, args.seed, processor, "m")
     assert len(train) + len(held_out) == 2 + pictures
     assert f"{COUNTED} ({path}, line {3 + pictures})" in capsys.readouterr().out
     said = {"prompt": [{"role": "user", "content": bad["prompt"]}]}
@@ -66,7 +68,7 @@ def test_rows_to_learn_from(processor, seeing_folder, tmp_path, capsys, pictures
     assert is_refused(processor, said, "completion")
     script_args, args, _ = parsed(sft, seeing_folder, path, tmp_path / "out", bad_rows="refuse")
     with pytest.raises(InputError, match=f"line {3 + pictures}: the words spell ") as error:
-        sft_pictures.instruction_data(script_args, args.seed, processor, "m")
+        sft_pictures.picture_instructions(script_args, args.seed, processor, "m")
     assert processor.image_token in str(error.value) and "\n" not in str(error.value)
 
 
@@ -76,14 +78,14 @@ def test_comparisons(processor, seeing_folder, tmp_path, capsys, pictures):
     rows.append({"prompt": "say", "chosen": "side", "rejected": f"say {processor.image_token}"})
     path = write(tmp_path, rows, pictures, is_pair=True)
     script_args, args, _ = parsed(reward, seeing_folder, path, tmp_path / "out")
-    parts = reward_pictures.user_comparisons(script_args, args.seed, processor)
+    parts = reward_pictures.picture_comparisons(script_args, args.seed, processor)
     assert sum(map(len, parts)) == 2 + pictures and COUNTED in capsys.readouterr().out
 
 
 def test_questions_of_the_evaluation(seeing_folder, tmp_path, monkeypatch, capsys):
     """Asked of two models with different tokens: neither gets a question that it cannot read."""
     processors = {f"m{place}": make_processor(token) for place, token in enumerate(TOKENS)}
-    monkeypatch.setattr("hfllm.stages.evaluate.processor_of", processors.__getitem__)
+    monkeypatch.setattr("hfllm.stages.evaluate.flags.processor_of", processors.__getitem__)
     path = write_rows(tmp_path, halves(4))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1]["prompt"] = "<image> say <|image|>"
@@ -91,7 +93,7 @@ def test_questions_of_the_evaluation(seeing_folder, tmp_path, monkeypatch, capsy
     lines[2]["completion"] = "<|image|>"
     path.write_text("\n".join(map(json.dumps, lines)))
     arguments = EvaluateArguments(model_name_or_path=list(processors), dataset_name=str(path))
-    questions = evaluate_pictures.own_questions(arguments)
+    questions = evaluate.own_questions(arguments)
     assert [asked.answer for asked in questions] == [lines[place]["completion"] for place in (0, 2, 3)]
     assert f"{COUNTED} ({path}, line 2)" in capsys.readouterr().out
     for each in processors.values():

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.runs import chain
-from hfllm.runs.chain import STAGES, Chain, chain_before, run_stage
+from hfllm.runs import pipeline
 from hfllm.runs.lock import LOCK_FILE, release
+from hfllm.runs.pipeline import STAGES, Chain, chain_before, run_stage
 from hfllm.runs.recipes import recipe_names, settings_file
 
 
@@ -43,7 +43,7 @@ def recipes(monkeypatch):
 
         return SimpleNamespace(parse=parse, main=main)
 
-    monkeypatch.setattr(chain, "load_recipe", load)
+    monkeypatch.setattr(pipeline, "load_recipe", load)
     return ran
 
 
@@ -147,7 +147,7 @@ def test_all_processes_are_told_why_a_folder_cannot_be_emptied(recipes, tmp_path
         raise OSError(errno.EIO, os.strerror(errno.EIO), "weights")
 
     (tmp_path / "report.json").write_text('{"stage": "", "arguments": {"other": 1}}')
-    monkeypatch.setattr(chain, "refuse_changed_files", fails)
+    monkeypatch.setattr(pipeline, "refuse_changed_files", fails)
     monkeypatch.setattr("accelerate.PartialState", lambda: processes)
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values: told.append(values) or values)
     flags = (Flags(str(tmp_path), ("x",)),)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfllm.runs import chain, schedule
-from hfllm.runs.chain import STAGES, Chain, chain_before, usual_minutes
+from hfllm.runs import pipeline, schedule
+from hfllm.runs.pipeline import STAGES, Chain, chain_before, usual_minutes
 from hfllm.runs.recipes import load_recipe, settings_file
 from hfllm.runs.schedule import Job, Planned, current_job, described
 
@@ -86,7 +86,7 @@ def jobs(monkeypatch):
 
         return SimpleNamespace(parse=parse, main=main)
 
-    monkeypatch.setattr(chain, "load_recipe", load)
+    monkeypatch.setattr(pipeline, "load_recipe", load)
     return seen
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from hfllm.stages.course import write_rows
+from hfllm.runs.pipeline import write_rows
 
 
 def test_rows_are_written_again_wherever_the_file_holds_others(tmp_path, capsys):

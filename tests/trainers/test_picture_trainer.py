@@ -9,7 +9,7 @@ from vision import parse
 from hfllm.data.packing import IGNORE
 from hfllm.data.world.pictures import CAPTIONS, DrawnWorld, PictureRow
 from hfllm.multimodal.answers import answer_pictures, picture_batch
-from hfllm.stages.vision_models import new_model
+from hfllm.stages.vision.build import new_model
 from hfllm.trainers.trl_trainers import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 
 SMALL = [

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
-from hfllm.data.picture_batches import words_of_places
+from hfllm.data.images.rows import words_of_places
 from hfllm.data.rows import Message, unspelled
 from hfllm.data.sources import load_source, parse_json
 from hfllm.data.tokenizer import tokenize_prompts

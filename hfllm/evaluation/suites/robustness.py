@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data import formats
 from hfllm.data.augmentation import PERTURBATIONS, perturb
-from hfllm.data.images import refuse_images
+from hfllm.data.images.rows import refuse_images
 from hfllm.data.rows import Message
 from hfllm.data.sources import iterate_source
 from hfllm.data.thoughts import split_thoughts

@@ -1,12 +1,17 @@
 """Muon for the matrices of a model's layers, AdamW for everything else."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hfllm.errors import InputError
+from hfllm.trainers.engines import shards_parameters
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 
 # Matrices of at most so many numbers are orthogonalized together, so many at once: calls cost more than work.
 SMALL, TOGETHER = 2**16, 2**22
@@ -177,3 +182,16 @@ def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
 def muon_factory() -> Any:
     """Return a class for `Trainer`'s `optimizer_cls_and_kwargs` that makes the optimizer once the model is there."""
     return muon_of
+
+
+# ---- what Muon refuses ----
+
+
+def refusals_of_muon(uses_muon: bool, training_args: "TrainingArguments") -> list[tuple[bool, str, str]]:
+    """Return the refusals of Muon: whether each applies, the flag, and the reason."""
+    optimizer, default_optimizer = training_args.optim, type(training_args).__dataclass_fields__["optim"].default
+    is_sharded = shards_parameters(training_args)
+    return [
+        (uses_muon and is_sharded, "--use_muon", "DeepSpeed and FSDP split the matrices that it needs whole"),
+        (uses_muon and optimizer != default_optimizer, "--use_muon", f"--optim {optimizer.value} is asked for too"),
+    ]

@@ -14,12 +14,13 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
 
 from hfllm.data.packing import IGNORE, batch_of, pieces_of
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 from hfllm.models.devices import refuse_data_parallel
 from hfllm.trainers.mixins import TokenMeanEvaluation
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import TrainingArguments
 
 
 # ---- batch plan ----
@@ -341,3 +342,45 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
         for module, training in modes:
             module.training = training
     return torch.allclose(one.float(), two.float(), atol=1e-4, rtol=1e-3)
+
+
+# ---- optimizer and loss ----
+
+
+# ---- both ----
+
+
+def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict[str, int]:
+    """Return the batch entries that make an hfllm model compute its loss in chunks.
+
+    In the batch and not in the config, which is saved and would affect every later use. Not in ZeRO-3, whose
+    processes gather the head together: they may differ in their number of chunks.
+
+    Raises:
+        InputError: for a negative size, or one given for a model of another family.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    family = model.config.model_type
+    refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
+    refuse((loss_chunk_size or 0) < 0, "--loss_chunk_size", f"{loss_chunk_size} is below 0")
+    is_split = is_deepspeed_zero3_enabled()
+    refuse(loss_chunk_size and is_split, "--loss_chunk_size", "ZeRO-3 needs the loss of a batch in one piece")
+    size = 1024 if loss_chunk_size is None and family == "hfllm" and not is_split else loss_chunk_size
+    return {"loss_chunk_size": size} if size else {}
+
+
+def optimizer_of(
+    use_muon: bool, training_args: "TrainingArguments"
+) -> tuple[Callable[[], object], dict[str, object]] | None:
+    """Return the class and arguments from which `Trainer` builds Muon; `None` for the optimizer of `--optim`."""
+    if not use_muon:
+        return None
+    from hfllm.trainers.pretraining.muon import muon_factory
+
+    return muon_factory, {
+        "lr": training_args.learning_rate,
+        "weight_decay": training_args.weight_decay,
+        "betas": (training_args.adam_beta1, training_args.adam_beta2),
+        "eps": training_args.adam_epsilon,
+    }

@@ -1,0 +1,736 @@
+"""Images of a dataset's rows: put at their positions in a conversation, named by files, and in batches.
+
+A row has a column `image` or `images`, or parts `{"type": "image", "image": ...}` in the content of its messages. A
+picture is a path (relative to the dataset's folder), bytes, a PIL image, or what datasets keeps of its Image feature,
+`{"bytes": ..., "path": ...}`. Of `<image>` marks and such parts there must be as many as pictures; where there are
+none, the pictures come before the first question, as in TRL.
+"""
+
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hfllm.data.formats import ANSWERED, LABELED, as_messages, renamed
+from hfllm.data.images.files import MAX_PIXELS, BadImage, image_key, path_of, read_image, to_rgb
+from hfllm.data.row_limits import MAX_ROW_BYTES
+from hfllm.data.rows import BadRow, Message, content_text, flaw_of, role_of, spells
+from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
+from hfllm.errors import InputError, refuse
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+    from transformers import ProcessorMixin
+    from trl import ModelConfig
+
+
+Row = dict[str, Any]
+Converted = TypeVar("Converted")
+# Where a picture stands in a text, as LLaVA's datasets write it.
+MARK = "<image>"
+COLUMNS = ("image", "images")
+# Columns that may hold messages, in any format.
+MESSAGES = tuple(
+    dict.fromkeys(
+        (
+            *("messages", "conversations", "chosen", "rejected", "response_a", "response_b", "input"),
+            *chain(*ANSWERED, *LABELED),
+        )
+    )
+)
+
+
+def has_images(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has pictures, in a column or in its messages."""
+    return bool(_in_columns(row)) or any(_is_picture(part) for column in MESSAGES for part in _parts(row.get(column)))
+
+
+def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
+    """Refuse a row with pictures for a model of text alone.
+
+    Raises:
+        InputError: naming the row and the model.
+    """
+    if has_images(row):
+        raise InputError(
+            f"{origin}: the row has pictures, and {model} reads text alone: leave their column out; hfllm vision, "
+            "sft, reward, evaluate and rlhf take such rows for a model that sees"
+        )
+
+
+def without_images(mapper: Callable[[str, Row], Converted], model: str) -> Callable[[str, Row], Converted]:
+    """Return a conversion of rows of text that refuses rows with pictures; `model` names what would not see them."""
+
+    def convert(origin: str, row: Row) -> Converted:
+        refuse_images(origin, row, model)
+        return mapper(origin, row)
+
+    return convert
+
+
+def take_images(origin: str, row: Mapping[str, Any], columns: Sequence[str] = MESSAGES) -> tuple[Row, list[Any]]:
+    """Return a row without its pictures, with a mark at the place of each that its messages hold, and the pictures.
+
+    Where `chosen` and `rejected` are whole conversations, their pictures are the same and count once.
+
+    Args:
+        origin: the row, for errors.
+        row: its columns.
+        columns: those in which messages are looked for; all others stay as they are.
+
+    Raises:
+        InputError: when both a column and the messages bring pictures, a part of a message is of another kind, or
+            conversations that are compared show different pictures.
+    """
+    rest = {name: value for name, value in row.items() if name not in COLUMNS}
+    images, inside = _in_columns(row), {}
+    for column in columns:
+        said, inside[column] = rest.get(column), []
+        if isinstance(said, list):
+            rest[column] = [_flat(origin, message, inside[column]) for message in said]
+        elif isinstance(said, Mapping):
+            rest[column] = _flat(origin, said, inside[column])
+    shown = _shown_once(origin, rest, inside)
+    if images and any(each is not None for each in shown):
+        raise InputError(f"{origin}: pictures in a column and in the messages: expected one of the two")
+    return rest, images or [each for each in shown if each is not None]
+
+
+def _shown_once(origin: str, row: Row, inside: Mapping[str, list[Any]]) -> list[Any]:
+    """Return the pictures in a row's messages, by column; of conversations that are compared those of one."""
+    sides = ("chosen", "rejected")
+    if not any(_begins_with_a_question(row.get(side)) for side in sides if side in inside):
+        return [each for shown in inside.values() for each in shown]
+    # They repeat the prompt, so that a column with it has the same pictures.
+    keys = {
+        tuple(each if each is None else image_key(each) for each in shown)
+        for column, shown in inside.items()
+        if shown or column in sides
+    }
+    if len(keys) > 1:
+        raise InputError(
+            f"{origin}: chosen and rejected are conversations that show different pictures: they must begin with the "
+            "same prompt, and its pictures"
+        )
+    return inside["chosen"]
+
+
+def _begins_with_a_question(said: Any) -> bool:
+    first = said[0] if isinstance(said, list) and said and isinstance(said[0], Mapping) else {}
+    return role_of(first) in ("system", "user")
+
+
+def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
+    """Return a converted row whose messages have lists of parts, with `{"type": "image"}` at the places of pictures.
+
+    Args:
+        origin: the row, for errors.
+        row: with `prompt` and perhaps `completion`, or `chosen` and `rejected` messages; `<image>` marks are places.
+        count: how many pictures the row has. Without any place they come before the first question.
+
+    Raises:
+        InputError: when there are more or fewer pictures than places, or one is in an answer.
+    """
+    sides = [side for side in ("prompt", "completion") if side in row]
+    places = sum(message["content"].count(MARK) for side in sides for message in row[side])
+    answers = [side for side in ("chosen", "rejected") if side in row]
+    if any(MARK in message["content"] for side in answers for message in row[side]):
+        raise InputError(f"{origin}: a place ({MARK}) in an answer: pictures are shown in the prompt")
+    if places and places != count:
+        raise InputError(f"{origin}: {counted(count, 'picture')} and {counted(places, 'place')} ({MARK}) for them")
+    if any(MARK in message["content"] for side in sides for message in row[side] if message["role"] == "assistant"):
+        raise InputError(f"{origin}: a place ({MARK}) in what the assistant says: pictures are shown by the user")
+    placed, first = dict(row), not places
+    for side in (*sides, *answers):
+        placed[side] = []
+        for message in row[side]:
+            parts = _split(message["content"])
+            if first and message["role"] == "user":
+                parts, first = [*({"type": "image"} for _ in range(count)), *parts], False
+            placed[side].append({**message, "content": parts})
+    if first and count:
+        raise InputError(f"{origin}: {counted(count, 'picture')}, and no turn of the user to show them in")
+    return placed
+
+
+def to_pictures(
+    mapper: Callable[[str, Row], Row],
+    folder: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    needs_images: bool = True,
+) -> Callable[[str, Row], Row]:
+    """Return a conversion of rows with pictures: `mapper`'s, with parts as content and the pictures in `images`.
+
+    Pictures are decoded once, so that bad ones are named before anything is trained; `images` keeps their paths or
+    bytes, with the folder in paths.
+
+    Args:
+        mapper: converts a row of text, such as `formats.to_sft`.
+        folder: the dataset's own, see `check_paths`.
+        max_pixels: of a picture at most.
+        needs_images: whether a row without pictures is refused.
+    """
+
+    def convert(origin: str, row: Row) -> Row:
+        rest, images = take_images(origin, row)
+        if needs_images and not images:
+            raise BadRow(f"{origin}: no picture; expected a column image or images", "without a picture")
+        converted = place_images(origin, mapper(origin, rest), len(images))
+        check_paths(origin, row, images, folder)
+        for each in images:
+            read_image(each, origin, folder, max_pixels)
+        return {**converted, "images": [found_in(folder, each) for each in images]}
+
+    return convert
+
+
+def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = None) -> Callable[[str, Row], Row]:
+    """Return a conversion of prompts of which some have pictures: `mapper`'s, as `to_pictures` gives them.
+
+    A prompt with pictures is a conversation whose messages have parts, with the pictures in `images`; a column `image`
+    stays, for reward functions. Nothing is decoded: who reads the prompts does. A row without pictures is converted by
+    `mapper` alone. Only the columns of a prompt are looked at: others are for reward functions.
+
+    Args:
+        mapper: converts a row of text, such as `formats.to_prompt`.
+        folder: the dataset's own, see `check_paths`.
+    """
+
+    def convert(origin: str, row: Row) -> Row:
+        columns = _of_prompt(row)
+        rest, images = take_images(origin, row, columns)
+        has_places = any(_is_picture(part) for column in columns for part in _parts(row.get(column)))
+        if not images and not has_places:
+            return mapper(origin, {**rest, **{name: row[name] for name in COLUMNS if name in row}})
+        check_paths(origin, row, images, folder)
+        converted = mapper(origin, rest)
+        converted["prompt"] = as_messages(converted["prompt"])
+        placed = place_images(origin, {"prompt": converted["prompt"]}, len(images))
+        kept = {"image": found_in(folder, row["image"])} if row.get("image") is not None else {}
+        return {**converted, **placed, **kept, "images": [found_in(folder, each) for each in images]}
+
+    return convert
+
+
+def _of_prompt(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the columns of messages that `formats.to_prompt` reads: one, or none."""
+    if "prompt" in row or "instruction" in row:
+        return ("prompt",) if "prompt" in row else ("instruction",)
+    return next(((column,) for column in ("messages", "conversations") if column in row), ())
+
+
+def flaw_of_pictures(row: Row) -> str | None:
+    """Return why a row with parts cannot be learned from, as `rows.flaw_of` does for texts, or `None`."""
+    sides = ("prompt", "completion", "chosen", "rejected")
+    return flaw_of({side: [_as_text(message) for message in row[side]] for side in sides if side in row})
+
+
+def text_of(message: Message) -> str:
+    """Return the text of a message with parts; pictures are left out."""
+    return content_text(message["content"], "")
+
+
+def _as_text(message: Message) -> Message:
+    """Return a message with a text in which pictures count as something said."""
+    parts = [MARK if part["type"] == "image" else part["text"] for part in message["content"]]
+    return {**message, "content": "".join(parts)}
+
+
+def check_paths(origin: str, row: Mapping[str, Any], images: Sequence[Any], folder: Path | None) -> None:
+    """Refuse pictures of a row that lie outside of its dataset: what a run shows of them may be published.
+
+    Args:
+        origin: the row, for errors.
+        row: its columns.
+        images: its pictures, from `take_images`.
+        folder: the dataset's own, which paths are relative to; `None` for one of the Hub: its rows name no file here.
+
+    Raises:
+        InputError: naming the row, the field and the path. It does not say whether there is such a file.
+    """
+    for each in images:
+        path = path_of(each)
+        if path is None:
+            continue
+        field = next((name for name, value in row.items() if _holds(value, each)), "image")
+        if folder is None:
+            raise InputError(
+                f"{origin}: {field} names a file of this machine, {path!r:.200}: rows of a dataset on the Hub must "
+                "hold their pictures themselves; download it with its pictures, and name its folder"
+            )
+        if not _is_inside(folder, path):
+            raise InputError(
+                f"{origin}: {field} names {path!r:.200}, which is not in the dataset's folder {folder} (links are "
+                "followed): move the pictures there"
+            )
+
+
+def _holds(value: Any, image: Any) -> bool:
+    """Return whether a column's value is a picture, or holds it at any depth."""
+    if value is image:
+        return True
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(_holds(part, image) for part in parts)
+
+
+def _is_inside(folder: Path, path: str) -> bool:
+    try:
+        own, found = folder.resolve(), Path(folder, path).resolve()
+        stored = (each.parent / "blobs" for each in own.parents if each.name == "snapshots")
+        # In the Hub's cache the files of a snapshot are links to where their dataset is stored.
+        is_stored = any(each.parent.name.startswith("datasets--") and found.is_relative_to(each) for each in stored)
+        return is_stored or found.is_relative_to(own)
+    except (OSError, RuntimeError, ValueError):
+        # A circle of links, or no name for a file: reading it says so.
+        return True
+
+
+def found_in(folder: Path | None, value: Any) -> Any:
+    """Return a picture, or a list of them, as it can be read without knowing the folder that paths are relative to."""
+    if isinstance(value, (list, tuple)):
+        return [found_in(folder, each) for each in value]
+    if (path := path_of(value)) is not None:
+        return str(Path(folder or "", path))
+    return value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
+
+
+def _in_columns(row: Mapping[str, Any]) -> list[Any]:
+    """Return the pictures in a row's columns; a row of text in a table of pictures has an empty list or nothing."""
+    found = (_given(each) for column in COLUMNS for each in _as_list(row.get(column)))
+    return [each for each in found if each is not None]
+
+
+def _given(value: Any) -> Any:
+    """Return a picture, `None` for what a table has in place of one."""
+    is_empty = isinstance(value, Mapping) and value and all(each is None for each in value.values())
+    return None if is_empty else value
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _parts(messages: Any) -> list[Any]:
+    """Return all parts of the contents of messages, if these are messages."""
+    messages = [messages] if isinstance(messages, Mapping) else messages if isinstance(messages, (list, tuple)) else ()
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    return [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+
+
+def _flat(origin: str, message: Any, images: list[Any]) -> Any:
+    """Return a message whose content is text, with marks; `images` gets its pictures, None for a place alone."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, (list, tuple)):
+        return message
+    if role_of(message) == "tool" and not any(map(_is_picture, content)):
+        # What a tool returned may be a list of anything, which `read_messages` reads.
+        return message
+    text = ""
+    for part in content:
+        if _is_picture(part):
+            given = [_given(part.get(name)) for name in ("image", "image_url", "url", "path")]
+            found = next((each for each in given if each is not None), None)
+            images.append(found.get("url") if isinstance(found, Mapping) and "url" in found else found)
+            text += MARK
+        elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            text += part["text"]
+        else:
+            raise InputError(f"{origin}: a part of a message must be a text or an image, got {str(part)[:80]!r}")
+    return {**message, "content": text}
+
+
+def _split(text: str) -> list[Message]:
+    """Return the parts of a text with marks; a line break after a mark, as LLaVA writes it, goes with the mark."""
+    texts = text.split(MARK)
+    parts: list[Message] = [{"type": "text", "text": texts[0]}] if texts[0] or len(texts) == 1 else []
+    for after in texts[1:]:
+        parts.append({"type": "image"})
+        if after := after.removeprefix("\n"):
+            parts.append({"type": "text", "text": after})
+    return parts
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun, such as `1 picture` and `2 pictures`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+# ---- own pictures ----
+#
+# Rows with pictures of the user's: their flags, what is refused of them, and the form in which they are learned.
+
+
+Rows = list[dict[str, Any]]
+Convert = Callable[[str, Row], Row]
+# Endings of a `file_name` that is a picture's.
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
+@dataclass(frozen=True)
+class PictureArguments:
+    """Which pictures are read."""
+
+    bad_images: str = field(
+        default="refuse",
+        metadata={
+            "help": "What happens to rows with a picture that cannot be read: refuse (name the first and stop) or "
+            "drop (and count).",
+            "choices": ["refuse", "drop"],
+        },
+    )
+    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Width times height of a picture at most."})
+
+
+@dataclass(frozen=True)
+class FreezingArguments:
+    """Which parts of a model that sees learn."""
+
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "Leave the tower of your model as it is; the projector learns."}
+    )
+    freeze_text: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone."
+        },
+    )
+
+
+WORDS_FOR_A_PICTURE = "with words for a picture"
+FREEZING, OF_PICTURES = ("freeze_vision", "freeze_text"), ("bad_images", "max_pixels")
+
+
+def given_flags(script_args: PictureArguments | FreezingArguments, names: tuple[str, ...]) -> list[str]:
+    """Return those of the named flags that are not at their defaults."""
+    return [name for name in names if getattr(script_args, name) != getattr(type(script_args), name)]
+
+
+def check_freezing(script_args: FreezingArguments, model_args: "ModelConfig") -> None:
+    """Refuse to freeze parts of a model whose weights are all frozen below an adapter.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for flag in FREEZING:
+        is_both = model_args.use_peft and getattr(script_args, flag)
+        refuse(is_both, f"--{flag}", "with --use_peft all weights are frozen, and --lora_target_modules get adapters")
+
+
+# ---- reading ----
+
+
+def picture_mapper(
+    script_args: PictureArguments,
+    dataset_name: str,
+    convert: Convert,
+    stage: str,
+    tokens: Sequence[str] = (),
+    needs_images: bool = True,
+) -> Convert:
+    """Return the conversion of a dataset's rows with pictures, which refuses bad ones as the flags say.
+
+    Args:
+        script_args: what happens to a picture that cannot be read.
+        dataset_name: whose folder paths of pictures are relative to.
+        convert: converts a row of text, such as `formats.to_sft`.
+        stage: the command, for complaints.
+        tokens: what the processor writes at a picture's place; rows whose words spell one are left out.
+        needs_images: whether rows without pictures are left out.
+    """
+    read = to_pictures(convert, folder_of(dataset_name), script_args.max_pixels, needs_images)
+
+    def mapper(origin: str, row: Row) -> Row:
+        try:
+            converted = read(origin, with_named_file(row))
+        except BadImage as error:
+            if script_args.bad_images == "drop":
+                raise
+            raise InputError(f"{error}; --bad_images drop leaves such rows out") from None
+        refuse_tools(origin, converted, stage)
+        refuse_token(origin, converted, tokens)
+        return converted
+
+    return mapper
+
+
+def with_named_file(row: Row) -> Row:
+    """Return a row of `metadata.jsonl` as the Hub's folders of images have it, whose `file_name` is its picture."""
+    name = row.get("file_name")
+    if has_images(row) or not isinstance(name, str) or Path(name).suffix.lower() not in PICTURE_SUFFIXES:
+        return row
+    return {**{column: value for column, value in row.items() if column != "file_name"}, "image": name}
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [message for side in ("prompt", "completion", "chosen", "rejected") for message in row.get(side, ())]
+
+
+def refuse_tools(origin: str, row: Mapping[str, Any], stage: str) -> None:
+    """Refuse a row with tools beside pictures.
+
+    Raises:
+        InputError: naming the row.
+    """
+    if row.get("tools") or any("tool_calls" in each or each["role"] == "tool" for each in _messages(row)):
+        raise InputError(f"{origin}: the row has tools, of which {stage} teaches nothing: leave them out")
+
+
+def refuse_token(origin: str, row: Mapping[str, Any], tokens: Sequence[str]) -> None:
+    """Refuse a converted row whose words spell a token of a picture's place: no picture would belong to it.
+
+    Args:
+        tokens: see `words_of_places`.
+
+    Raises:
+        BadRow: naming the row.
+    """
+    said = [_messages(row), row.get("tools")]
+    for token in tokens:
+        if spells([token], said):
+            raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", WORDS_FOR_A_PICTURE)
+
+
+def words_or_pictures(pictures: Convert, words: Convert, tokens: Sequence[str]) -> Convert:
+    """Return the conversion of rows of which some have pictures, for a model that sees.
+
+    Args:
+        pictures: converts a row with pictures: see `picture_mapper`.
+        words: converts a row of text.
+        tokens: as in `picture_mapper`; rows of text that spell one are left out, too.
+    """
+
+    def mapper(origin: str, row: Row) -> Row:
+        if has_images(with_named_file(row)):
+            return pictures(origin, row)
+        converted = words(origin, row)
+        refuse_token(origin, converted, tokens)
+        return converted
+
+    return mapper
+
+
+# ---- learning ----
+
+
+def by_turns(row: Mapping[str, Any]) -> Rows:
+    """Return a row for each answer of a conversation, with what was said and shown before it as the prompt.
+
+    TRL learns all of a completion, so that with several turns in it a model would learn to ask, too.
+    """
+    made: Rows = []
+    for place, message in enumerate(row["completion"]):
+        if message["role"] != "assistant":
+            continue
+        prompt = [*row["prompt"], *row["completion"][:place]]
+        shown = sum(part["type"] == "image" for each in prompt for part in each["content"])
+        made.append({**row, "prompt": prompt, "completion": [message], "images": row["images"][:shown]})
+    return made
+
+
+def png_of(picture: "Image") -> bytes:
+    """Return a picture as the bytes of a PNG file, which change no pixel."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def as_dataset(rows: Rows, max_pixels: int, columns: tuple[str, ...] = ("prompt", "completion")) -> "Dataset":
+    """Return rows as a dataset that decodes their pictures, in RGB, when a batch needs them.
+
+    Args:
+        rows: with `images`, which may be empty.
+        max_pixels: of a picture at most.
+        columns: the others that are kept.
+    """
+    from datasets import Dataset
+
+    def stored(value: Any) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {"bytes": value.get("bytes"), "path": value.get("path")}
+        if isinstance(value, (str, Path)):
+            return {"bytes": None, "path": str(value)}
+        return {"bytes": value if isinstance(value, bytes) else png_of(to_rgb(value)), "path": None}
+
+    def decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        opened = [[read_image(each, "a row", max_pixels=max_pixels) for each in row] for row in batch["images"]]
+        return {**batch, "images": opened}
+
+    kept = [
+        {**{name: row[name] for name in columns}, "images": [stored(each) for each in row["images"]]} for row in rows
+    ]
+    return Dataset.from_list(kept).with_transform(decode)
+
+
+# ---- picture batches ----
+#
+# Conversations with pictures as a batch of tensors, by a model's processor.
+
+
+def conversation_batch(
+    processor: "ProcessorMixin",
+    conversations: Sequence[list[dict[str, Any]]],
+    images: Sequence[Sequence["Image"]],
+    padding_side: str = "right",
+    add_generation_prompt: bool = False,
+) -> Mapping[str, Any]:
+    """Return what a model takes of conversations with pictures.
+
+    Args:
+        conversations: messages with parts; `{"type": "image"}` without a picture stands for the next of its pictures.
+        images: of each conversation, in their order.
+        padding_side: where shorter ones are padded.
+        add_generation_prompt: whether the assistant's turn is begun.
+    """
+    filled = [_filled(said, pictures) for said, pictures in zip(conversations, images, strict=True)]
+    with padding_on(padding_side, processor.tokenizer):
+        return processor.apply_chat_template(
+            filled,
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=True,
+            processor_kwargs={"padding": True, "return_tensors": "pt"},
+        )
+
+
+def _filled(conversation: Sequence[Mapping[str, Any]], pictures: Sequence["Image"]) -> list[dict[str, Any]]:
+    left = iter(pictures)
+
+    def put(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        if part["type"] != "image":
+            return {"type": part["type"], "text": part["text"]}
+        return part if part.get("image") is not None else {"type": "image", "image": next(left)}
+
+    def parts(content: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else [put(part) for part in content]
+
+    return [{**message, "content": parts(message["content"])} for message in conversation]
+
+
+@contextmanager
+def padding_on(side: str, tokenizer: Any) -> Iterator[None]:
+    """Context manager in which a tokenizer pads on a side, such as the left, which generation needs."""
+    before = tokenizer.padding_side
+    tokenizer.padding_side = side
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = before
+
+
+def words_of_places(processor: object) -> tuple[str, ...]:
+    """Return the texts of the tokens that stand for pictures, which the words of a row must not spell.
+
+    Of some processors it is one at whose place another is written: Gemma 3 writes `<image_soft_token>` for each
+    `<start_of_image>`, and features are put where it stands.
+
+    Args:
+        processor: a tokenizer, or anything that knows of no pictures, has none.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    number = getattr(processor, "image_token_id", None)
+    found = [getattr(processor, "image_token", None), getattr(tokenizer, "image_token", None)]
+    if tokenizer is not None and isinstance(number, int):
+        found.append(tokenizer.convert_ids_to_tokens(number))
+    # An AddedToken in some.
+    return tuple(dict.fromkeys(str(each) for each in found if each and str(each)))
+
+
+# ---- named pictures ----
+#
+# The files of pictures that a dataset's rows name by path: which they are, and whether one was replaced since.
+
+
+# Bytes that are read at each end of a file that is not read whole.
+END = 1 << 16
+
+
+def named_pictures(
+    name: str | None,
+    column_mapping: Sequence[str] | None = None,
+    most: int | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
+) -> dict[str, Path]:
+    """Return the files that the rows of a local dataset name by path, by what the rows call them; they need not exist.
+
+    Rows that cannot be read are passed over: who learns from them says what is wrong. No picture is read.
+
+    Args:
+        name: of the dataset; one on the Hub has no files of its own here, and neither have the embedded ones.
+        column_mapping: see `loading.renaming_of`.
+        most: rows that are looked at, from the first.
+        max_row_bytes: see `HubPart`; as in the run, or what follows a longer row would not be found.
+    """
+    found: dict[str, Path] = {}
+    try:
+        if not name or name in EMBEDDED or source_files(name) is None:
+            return found
+        renaming = {ours: theirs for ours, _, theirs in (entry.partition("=") for entry in column_mapping or ())}
+        for origin, row in islice(iterate_source(name, HubPart(max_row_bytes=max_row_bytes)), most):
+            for value in _pictures(origin, row, renaming):
+                if (path := path_of(value)) is not None and path not in found:
+                    found[path] = Path(folder_of(name) or "", path)
+    except InputError:
+        pass
+    return found
+
+
+def _pictures(origin: str, row: dict[str, Any], renaming: dict[str, str]) -> Iterator[Any]:
+    try:
+        yield from take_images(origin, renamed(origin, row, renaming))[1]
+    except InputError:
+        return
+
+
+def existing(files: dict[str, Path]) -> dict[str, Path]:
+    """Return those of the names that are of files, not of folders, pipes or nothing."""
+    return {name: path for name, path in files.items() if (found := _stat(path)) and stat.S_ISREG(found.st_mode)}
+
+
+def contents_of(files: dict[str, Path]) -> str:
+    """Return a hash of files' names and contents; of a file above 128 KiB of its size, its time and both its ends.
+
+    All bytes of all pictures of a large dataset would be read for hours, in every process. Of what cannot be read only
+    the name counts.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode(errors="surrogatepass"))
+        with suppress(OSError), path.open("rb") as stream:
+            found = os.fstat(stream.fileno())
+            if found.st_size <= 2 * END:
+                content = stream.read(2 * END)
+            else:
+                beginning = stream.read(END)
+                stream.seek(-END, os.SEEK_END)
+                content = f"{found.st_mtime_ns}\0".encode() + beginning + stream.read(END)
+            digest.update(f"{found.st_size}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        # Not there, or no name that the system looks for.
+        return None
+
+
+def written_when(files: dict[str, Path]) -> str:
+    """Return how many files there are, with a hash of their names, sizes and times; none is read."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, path in sorted(files.items()):
+        found = _stat(path)
+        told = "missing" if found is None else f"{found.st_size} {found.st_mtime_ns}"
+        digest.update(f"{name}\0{told}\0".encode(errors="replace"))
+    return f"{len(files)} files, {digest.hexdigest()}"

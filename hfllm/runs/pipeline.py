@@ -1,0 +1,509 @@
+"""The stages of a model's life: run those that are missing before a recipe, or a list of runs of a lesson.
+
+A stage is a step (`sft`), its recipe the script that does it, a run one execution of it in one folder. `STAGES` is the
+table: what each stage makes, and which stages make what it needs. Without flags `hfllm rlhf` needs sft and reward, and
+these need pretrain, so that pretrain, sft, reward run before it, in this order:
+
+    chain = chain_before("rlhf", training_args.output_dir, training_args.seed, script_args.world_seed)
+    stage = Stage("rlhf", script_args, training_args, model_args, before=chain.parsed)
+    ...
+    chain.run()
+    policy, reward_models = chain.model("sft"), chain.models("reward")
+
+Their flags are a part of the description of a stage whose report shows what they made (rlhf, distill, quantize); where
+only the model counts (sft, reward), its files do.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError
+from hfllm.outputs.hub import refuse_changed_files, refuse_foreign_files
+from hfllm.outputs.report import read_report, write_atomically
+from hfllm.runs import schedule
+from hfllm.runs.command_line import finished_run, main_process, say
+from hfllm.runs.lock import LOCK_FILE, lock, release
+from hfllm.runs.output import explained
+from hfllm.runs.parser import read_yaml
+from hfllm.runs.recipes import load_recipe, settings_file
+from hfllm.runs.stage import stage_arguments
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+Parsed = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """One row of the table.
+
+    Args:
+        makes: what is there when it has run, as `hfllm list` says it.
+        recipe: its script's name.
+        settings: the YAML file of its settings on the embedded world, under recipes/configs.
+        needs: the flags that name models which another stage makes, and which stage that is.
+        runs_own_chain: whether others leave to its recipe what it needs: that runs inside its own folder.
+        minutes: about how long it takes on two cores with these settings.
+    """
+
+    makes: str
+    recipe: str
+    settings: str
+    needs: Mapping[str, str] = field(default_factory=dict)
+    runs_own_chain: bool = False
+    minutes: float | None = None
+
+
+STAGES: Mapping[str, StageEntry] = {
+    "pretrain": StageEntry("a base model", "pretrain", "pretrain/world.yaml", minutes=2),
+    "sft": StageEntry("a model that answers", "sft", "sft/world.yaml", {"model_name_or_path": "pretrain"}, minutes=1),
+    "reward": StageEntry("a reward model", "reward", "reward/world.yaml", {"model_name_or_path": "sft"}, minutes=3.5),
+    "rlhf": StageEntry(
+        "an aligned model",
+        "rlhf",
+        "rlhf/world.yaml",
+        {"model_name_or_path": "sft", "reward_model_name_or_path": "reward"},
+        runs_own_chain=True,
+        minutes=2,
+    ),
+    "draft": StageEntry(
+        "a draft model", "distill", "speculative/draft.yaml", {"teacher_model_name_or_path": "sft"}, minutes=2
+    ),
+    "distill": StageEntry(
+        "a student", "distill", "distill/world.yaml", {"teacher_model_name_or_path": "rlhf"}, minutes=15
+    ),
+    "quantize": StageEntry("a model in 8 or 4 bits", "quantize", "", {"model_name_or_path": "sft"}),
+    "speculative": StageEntry(
+        "a report on decoding",
+        "speculative",
+        "",
+        {"model_name_or_path": "sft", "assistant_model_name_or_path": "draft"},
+    ),
+    "constitution": StageEntry(
+        "a model aligned by a constitution",
+        "constitution",
+        "constitution/world.yaml",
+        runs_own_chain=True,
+    ),
+    "expert_iteration": StageEntry(
+        "a model tuned on its own right answers",
+        "expert_iteration",
+        "expert_iteration/world.yaml",
+        {"model_name_or_path": "sft"},
+        runs_own_chain=True,
+    ),
+    "reason": StageEntry("models that think", "reason", "reason/world.yaml", runs_own_chain=True),
+    "tools": StageEntry("a model that calls tools", "tools", "tools/world.yaml", runs_own_chain=True),
+    "ground": StageEntry("a model that answers from passages", "ground", "ground/world.yaml", runs_own_chain=True),
+    "federated": StageEntry(
+        "a model that organisations learn together",
+        "federated",
+        "federated/world.yaml",
+        {"model_name_or_path": "pretrain"},
+    ),
+    "classify": StageEntry(
+        "a classifier", "classify", "classify/world.yaml", {"model_name_or_path": "pretrain"}, minutes=1
+    ),
+    "vision": StageEntry("a model that sees", "vision", "vision/pictures.yaml", runs_own_chain=True),
+    "extend": StageEntry("a model of longer texts", "extend", "extend/world.yaml", {"model_name_or_path": "pretrain"}),
+    "evaluate": StageEntry("a report on a model", "evaluate", "", {"model_name_or_path": "rlhf"}, runs_own_chain=True),
+    "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
+}
+
+# How these flags stood when the minutes were taken, where the settings do not say.
+AS_TIMED = {"max_steps": -1, "dataset_name": WORLD, "max_samples": None, "use_peft": False, "use_cpu": True}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages that another one needs and whose models the user did not give, in order.
+
+    Args:
+        stage: whose chain it is.
+        runs: the parsed flags of each, by name; copies of a stage are called reward_2, reward_3 and so on.
+        nested: the chains of those that run their own, such as rlhf before distill.
+    """
+
+    stage: str
+    runs: Mapping[str, Parsed]
+    nested: Mapping[str, "Chain"] = field(default_factory=dict)
+
+    @property
+    def parsed(self) -> dict[str, Parsed]:
+        """The flags of all stages that will run, nested ones before those that run them."""
+        flat: dict[str, Parsed] = {}
+        for name, flags in self.runs.items():
+            flat |= self.nested[name].parsed if name in self.nested else {}
+            flat[name] = flags
+        return flat
+
+    def model(self, name: str) -> str | None:
+        """The folder of the model that the stage makes, or `None` if it is not in this chain."""
+        return output_dir_of(self.runs[name]) if name in self.runs else None
+
+    def models(self, name: str) -> list[str]:
+        """The folders of the models that the stage and its copies make."""
+        return [output_dir_of(flags) for each, flags in self.runs.items() if entry_name(each) == name]
+
+    def missing(self) -> dict[str, Parsed]:
+        """The flags of the stages that have not finished, nested ones before those that run them.
+
+        What comes after one that has not finished is made again.
+        """
+        missing: dict[str, Parsed] = {}
+        for name, flags in self.runs.items():
+            nested = self.nested.get(name)
+            if missing or not has_finished(flags, nested.parsed if nested else None):
+                missing |= {**(nested.missing() if nested else {}), name: flags}
+        return missing
+
+    def announce(self) -> None:
+        """Say which stages come and about how long each takes, unless the stage that runs this one has said so."""
+        before = [
+            schedule.Planned(name, output_dir_of(flags), usual_minutes(name, flags))
+            for name, flags in self.missing().items()
+        ]
+        job = schedule.current_job()
+        minutes = usual_minutes(self.stage, job.stages[-1].parsed) if job else None
+        if schedule.plan(self.stage, before, minutes) and main_process():
+            print(f"{self.stage}: {schedule.described(schedule.current_job())}", flush=True)
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Run what is missing, reuse the rest. Returns the metrics of each stage, by its name."""
+        self.announce()
+        folders = {name: output_dir_of(flags) for name, flags in self.runs.items()}
+        metrics = {}
+        for place, (name, flags) in enumerate(self.runs.items()):
+            nested = self.nested[name].parsed if name in self.nested else None
+            later = {folders[each]: STAGES[entry_name(each)].recipe for each in list(folders)[place + 1 :]}
+            metrics[name] = run_stage(STAGES[entry_name(name)].recipe, flags, later, before=nested)
+        schedule.come_back(self.stage)
+        return metrics
+
+
+def entry_name(run: str) -> str:
+    """The name in the table of a stage's run: `reward` of `reward_2`."""
+    base, _, number = run.rpartition("_")
+    return base if number.isdecimal() else run
+
+
+def output_dir_of(parsed: "Sequence[DataclassInstance]") -> str:
+    """The output folder that a stage's parsed flags name."""
+    return next(group.output_dir for group in parsed if hasattr(group, "output_dir"))
+
+
+def chain_before(
+    stage: str,
+    output_dir: str,
+    seed: int,
+    world_seed: int = 0,
+    given_models: Mapping[str, str | None] | None = None,
+    configs: Mapping[str, str | None] | None = None,
+    more_flags: Mapping[str, Sequence[str]] | None = None,
+    copies: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    skip: Sequence[str] = (),
+    over_world: bool = False,
+) -> Chain:
+    """Return the stages that `stage` needs, each with its parsed flags, for a folder of its own under `output_dir`.
+
+    Args:
+        output_dir: of `stage`.
+        seed: of all of them.
+        world_seed: of the embedded world.
+        given_models: models that the user names, by the stage that would make them; `None` is not named.
+        configs: YAML files of flags, by stage, in place of the settings for the world.
+        more_flags: flags for a stage beyond those.
+        copies: for each further run of a stage, its extra flags.
+        skip: stages whose models are not needed.
+        over_world: whether `configs` lie over the settings for the world, in place of replacing them.
+
+    Raises:
+        InputError: when one of the configs is wrong.
+    """
+    given = {name: model for name, model in (given_models or {}).items() if model}
+    configs, more_flags = configs or {}, more_flags or {}
+    runs: dict[str, Parsed] = {}
+
+    def visit(name: str) -> None:
+        for need in STAGES[name].needs.values():
+            if need in given or need in skip or need in runs:
+                continue
+            if not STAGES[need].runs_own_chain:
+                visit(need)
+            entry = STAGES[need]
+            flags = ["--seed", str(seed), "--world_seed", str(world_seed)]
+            # The world's settings suit the small models made here; your own model keeps the libraries' defaults.
+            is_own = any(each in given for each in entry.needs.values())
+            world, config = str(settings_file(entry.settings)), configs.get(need)
+            if not is_own and (over_world or not config):
+                flags += ["--config", world]
+            flags += ["--config", config] if config else []
+            if entry.runs_own_chain:
+                passed = {f"--{name}_config": configs.get(name) for name in _all_needs(need)}
+                flags += [word for flag, path in passed.items() if path for word in (flag, path)]
+            else:
+                for flag, made_by in entry.needs.items():
+                    flags += [f"--{flag}", given.get(made_by) or f"{output_dir}/{made_by}"]
+            flags += more_flags.get(need, ())
+            for number, differs in enumerate([(), *(copies or {}).get(need, ())], 1):
+                run = need if number == 1 else f"{need}_{number}"
+                runs[run] = load_recipe(entry.recipe).parse([*flags, "--output_dir", f"{output_dir}/{run}", *differs])
+
+    visit(stage)
+    return Chain(stage, runs)
+
+
+def _all_needs(stage: str) -> list[str]:
+    """The stages that a stage needs, and those that these need, in order."""
+    found: list[str] = []
+    for need in STAGES[stage].needs.values():
+        found += [name for name in (*_all_needs(need), need) if name not in found]
+    return found
+
+
+def has_finished(parsed: Parsed, before: "Mapping[str, Sequence[DataclassInstance]] | None" = None) -> bool:
+    """Return whether the same run has finished in the stage's folder.
+
+    Args:
+        parsed: the stage's flags.
+        before: the flags of the stages that it runs first itself, if it does.
+    """
+    try:
+        return finished_run(output_dir_of(parsed), stage_arguments(*parsed, before=before)) is not None
+    except InputError:
+        return False
+
+
+def usual_minutes(run: str, parsed: Parsed) -> float | None:
+    """About how long a stage takes on two cores; `None` with other settings than those that were timed, or on a GPU.
+
+    Args:
+        run: its name, which may be that of a copy.
+        parsed: its flags.
+    """
+    entry = STAGES.get(entry_name(run))
+    if entry is None or entry.minutes is None:
+        return None
+    timed = {**AS_TIMED, **read_yaml(settings_file(entry.settings))}
+    given = {name: value for group in parsed for name, value in vars(group).items()}
+    numbers = {name: value for name, value in timed.items() if not isinstance(value, str) or name in AS_TIMED}
+    is_usual = all(name in given and given[name] == value for name, value in numbers.items())
+    return entry.minutes if is_usual and int(os.environ.get("WORLD_SIZE", "1")) == 1 else None
+
+
+def run_stage(
+    recipe: str,
+    parsed: Parsed,
+    later: Mapping[str, str] | None = None,
+    before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
+) -> dict[str, float]:
+    """Run a stage that another one needs, in a subfolder of its output, or reuse it when nothing changed.
+
+    Args:
+        recipe: the name of its script.
+        parsed: its parsed flags.
+        later: the folders of stages that build on it, and their recipes; they are removed when it has to run (again).
+        before: the parsed flags of the stages that it runs first itself, if it does.
+
+    Raises:
+        InputError: when another run is writing to one of the folders, or files there are not ours.
+    """
+    from accelerate.state import AcceleratorState
+
+    output_dir = output_dir_of(parsed)
+    if not has_finished(parsed, before):
+        _make_room({output_dir: recipe, **(later or {})})
+    metrics = load_recipe(recipe).main(*parsed)
+    # The next trainer may use another precision: accelerate keeps the first one for the whole process otherwise.
+    AcceleratorState._reset_state()
+    return metrics
+
+
+def _make_room(folders: Mapping[str, str]) -> None:
+    """Remove the finished stages in these folders, and hold the first one for its stage; all processes together.
+
+    Args:
+        folders: of each its recipe.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    for folder, recipe in folders.items():
+        refuse_foreign_files(folder, recipe, writes_card=True)
+    PartialState().wait_for_everyone()
+    finished = [folder for folder in folders if read_report(folder) is not None] if main_process() else []
+    refusal = None
+    try:
+        # None is removed before all of them are held.
+        for folder in finished:
+            lock(folder)
+            refuse_changed_files(folder)
+        for folder in finished:
+            _remove(Path(folder))
+    except InputError as error:
+        refusal = str(error)
+    except OSError as error:
+        if PartialState().num_processes == 1:
+            raise
+        # The other processes would wait for this one until their time is up.
+        refusal = explained(error) or str(error)
+    for folder in finished:
+        if folder != next(iter(folders)) or refusal:
+            release(folder)
+    if PartialState().num_processes > 1:
+        (refusal,) = broadcast_object_list([refusal])
+    if refusal is not None:
+        raise InputError(refusal)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a stage that has finished, but not the stages inside it, which may still be valid, nor its lock."""
+    for path in folder.iterdir():
+        if path.name == LOCK_FILE:
+            continue
+        if not path.is_dir():
+            path.unlink()
+        elif read_report(path) is None:
+            shutil.rmtree(path)
+
+
+# ---- course ----
+#
+# A recipe that runs other recipes, each in a folder of its own: their order, their rows, and what they refuse.
+#
+# A file of rows is written only where it has changed: its time is part of what describes the run that reads it, so
+# that one written again would be another run's.
+
+
+Row = Mapping[str, Any]
+Made = TypeVar("Made")
+# What the other processes wait for the main one, which revises, judges and answers alone.
+LONGEST_WAIT = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Course:
+    """The runs in their order, with their flags.
+
+    Args:
+        recipes: the recipe of each run, by its name.
+        runs: its parsed flags.
+
+    Attributes:
+        stage: the recipe whose course it is.
+        minutes: about how long each run takes on two cores.
+    """
+
+    recipes: Mapping[str, str]
+    runs: Mapping[str, Parsed]
+    stage: ClassVar[str] = ""
+    minutes: ClassVar[Mapping[str, float]] = {}
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the settings are those that were timed."""
+        return True
+
+    def folder(self, name: str) -> str:
+        """Return the folder of a run, which is its model's."""
+        return output_dir_of(self.runs[name])
+
+    def has_made(self, name: str) -> bool:
+        """Return whether a run is one of these and has finished."""
+        return name in self.runs and Path(self.folder(name), "report.json").is_file()
+
+    def announce(self) -> None:
+        """Say which runs come and about how long they take, if the settings are those that were timed."""
+        planned = [
+            schedule.Planned(name, output_dir_of(flags), self.minutes.get(name) if self.is_timed else None)
+            for name, flags in self.runs.items()
+        ]
+        if schedule.plan(self.stage, planned, 1 if self.is_timed else None) and main_process():
+            print(f"{self.stage}: {schedule.described(schedule.current_job())}", flush=True)
+
+    def run(self, name: str) -> dict[str, float]:
+        """Run a stage, or reuse it where nothing changed, and return its metrics. Its rows must be there."""
+        names = list(self.runs)
+        later = {self.folder(each): self.recipes[each] for each in names[names.index(name) + 1 :]}
+        return run_stage(self.recipes[name], self.runs[name], later)
+
+    def end(self) -> None:
+        """Note that all runs have ended."""
+        schedule.come_back(self.stage)
+
+
+def parsed_runs(
+    runs: Iterable[tuple[str, str, list[str]]], output_dir: str, seed: int
+) -> tuple[dict[str, str], dict[str, Parsed]]:
+    """Return the recipes and the parsed flags of runs, by their names.
+
+    Args:
+        runs: of each its name, its recipe, and its flags but for seed and folder.
+        output_dir: where the folders of the runs are.
+        seed: of all of them.
+
+    Raises:
+        InputError: when a config of one of them is wrong.
+    """
+    recipes: dict[str, str] = {}
+    parsed: dict[str, Parsed] = {}
+    for name, recipe, words in runs:
+        recipes[name] = recipe
+        folder = ["--seed", str(seed), "--output_dir", str(Path(output_dir, name))]
+        parsed[name] = load_recipe(recipe).parse([*words, *folder])
+    return recipes, parsed
+
+
+# ---- rows ----
+
+
+def write_rows(stage: str, path: Path, rows: Iterable[Row]) -> None:
+    """Write the rows of a run where the file does not hold them already, in one process."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Whatever was made of it: an edited file need not be text.
+    before = path.read_bytes() if path.is_file() else None
+    if before != text.encode():
+        if before is not None:
+            say(f"{stage}: {path} does not hold the rows of this run: it is written again")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
+
+def by_main_process(make: Callable[[], Made]) -> Made | None:
+    """Return what the main process makes, and `None` in the others, which wait for it however long it takes.
+
+    Raises:
+        InputError: in all processes, when the main process refuses.
+    """
+    made, refusal = None, None
+    if main_process():
+        try:
+            made = make()
+        except InputError as error:
+            refusal = str(error)
+    if (refusal := _of_main_process(refusal)) is not None:
+        raise InputError(refusal)
+    return made
+
+
+def _of_main_process(value: str | None) -> str | None:
+    from accelerate import PartialState
+    from torch import distributed
+
+    if PartialState().num_processes == 1:
+        return value
+    # The usual groups give up on a process that is silent for 10 or 30 minutes, as one is that revises.
+    group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    values = [value]
+    distributed.broadcast_object_list(values, src=0, group=group)
+    distributed.destroy_process_group(group)
+    return values[0]

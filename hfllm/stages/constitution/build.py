@@ -1,0 +1,635 @@
+"""Constitutional AI step by step: the rows of each run are made with the models of those before it.
+
+Only the main process loads models here; the others wait where rows are written.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import compress, cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.data.formats import as_messages
+from hfllm.data.rows import Message
+from hfllm.data.world.world import Task, World
+from hfllm.errors import InputError
+from hfllm.outputs.report import Found, change_of, mean_of
+from hfllm.runs import pipeline as course
+from hfllm.runs.command_line import say
+from hfllm.runs.pipeline import Row, by_main_process
+from hfllm.stages.constitution.flags import (
+    AI_LABELS,
+    CRITIQUES,
+    HELPFUL,
+    LABELS,
+    LABELS_REWARD,
+    PEOPLE,
+    PEOPLE_REWARD,
+    POLITENESS,
+    PRETRAIN,
+    REWARD,
+    RL,
+    SL_RUN,
+    ConstitutionArguments,
+    ConstitutionCourse,
+    data_file,
+    has_questions,
+)
+from hfllm.stages.constitution.report import (
+    PROMISES,
+    TITLES,
+    course_metrics,
+    course_plots,
+    course_tables,
+    revision_metrics,
+    revision_samples,
+    summary_of,
+)
+from hfllm.stages.shared import Speaking, load_speaking
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from hfllm.rewards.judges import PreferenceJudge
+    from hfllm.synthesis.constitution import Constitution
+    from hfllm.synthesis.revisions import Revisions
+
+
+# ---- data ----
+#
+# The rows that each run of constitutional AI learns from.
+
+
+Conversation = list[Message]
+# Of the world's demonstrations this share shows critique, revision and judging; the others show helping.
+SHARE_OF_CRITICS = 0.55
+# The annotator of the world errs in a tenth of the comparisons.
+LABEL_NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model is asked.
+
+    Args:
+        harmful: red-team prompts to learn from.
+        harmless: prompts to go on helping with; may be empty.
+        held_out: red-team prompts that nothing learns from.
+        tasks: the world's questions behind the first two, one after the other; empty for prompts of yours.
+    """
+
+    harmful: list[Conversation]
+    harmless: list[Conversation]
+    held_out: list[Conversation]
+    tasks: list[Task]
+
+
+def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[], Iterable[Row]]) -> None:
+    """Write the rows of a run, in one process, where the file does not hold them already; the others wait."""
+    by_main_process(lambda: course.write_rows("constitution", data_file(script_args, name), make()))
+
+
+def learned(rows: Iterable[Row], seed: int) -> list[Row]:
+    """Return conversations in which the assistant has said something, shuffled by the seed."""
+    kept = [{"messages": row["messages"]} for row in rows if row["messages"][-1]["content"].strip()]
+    random.Random(f"constitution-rows-{seed}").shuffle(kept)
+    return kept
+
+
+def answered(prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]) -> list[Row]:
+    """Return conversations of prompts with their first answers."""
+    return [
+        {"messages": [*prompt, {"role": "assistant", "content": said[0]}]}
+        for prompt, said in zip(prompts, answers, strict=True)
+    ]
+
+
+def up_to_critique(row: Row) -> Row:
+    """Return a row of revisions as the conversation of its first answer and critique, without the revision."""
+    turn = row["turns"][0]
+    said = (("assistant", turn["answer"]), ("user", turn["critique_request"]), ("assistant", turn["critique"]))
+    return {"messages": [*row["prompt"], *({"role": role, "content": text} for role, text in said)]}
+
+
+# ---- the embedded world ----
+
+
+def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
+    """Return what people show: how to help with everything, and critique, revision and judging."""
+    from hfllm.data.world.demonstrators import critic_rows, helpful_rows
+    from hfllm.synthesis.constitution import load_constitution
+
+    world, seed = World(script_args.world_seed), script_args.seed
+    critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
+    rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
+    principles = [each for name in ("world", "politeness") for each in load_constitution(name).principles]
+    return learned([*rows, *critic_rows(world, principles, critics, seed)], seed)
+
+
+def world_prompts(script_args: ConstitutionArguments) -> Prompts:
+    """Return questions of the world: harmful and harmless ones, none of which is held out."""
+    from hfllm.data.world.demonstrators import HELPFUL_FAMILIES, draw_task
+
+    world = World(script_args.world_seed)
+    rng = random.Random(f"constitution-prompts-{world.seed}-{script_args.seed}")
+    harmful = [draw_task(world, rng, ("harm",)) for _ in range(script_args.num_prompts)]
+    harmless = [draw_task(world, rng, HELPFUL_FAMILIES) for _ in range(script_args.num_helpful_prompts)]
+    asked = [[as_messages(task.question) for task in tasks] for tasks in (harmful, harmless)]
+    return Prompts(*asked, [], [*harmful, *harmless])
+
+
+def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, prompts: Prompts) -> list[Row]:
+    """Return people's comparisons of helpfulness: between a model's answers to harmless prompts, never about harm.
+
+    At times one of the answers is to another question; of these every other one refuses. Else nobody says that a
+    refusal of something harmless is worse than an answer, and PPO refuses what the model finds hard.
+    """
+    from hfllm.data.world.demonstrators import preference_rows
+
+    asked = prompts.harmless[: script_args.num_human_pairs]
+    said = speaking.answers(asked, script_args.longest, script_args.seed + 23, samples=2)
+    tasks = prompts.tasks[len(prompts.harmful) :][: len(asked)]
+    others = zip(cycle(prompts.tasks[: len(prompts.harmful)]), [*tasks[-1:], *tasks[:-1]], strict=False)
+    strangers = [pair[number % 2] for number, pair in enumerate(others)]
+    world, rows = World(script_args.world_seed), []
+    for row in preference_rows(world, tasks, said, LABEL_NOISE, script_args.seed, strangers):
+        better, worse = ("a", "b") if row["preference"] == "a" else ("b", "a")
+        texts = row[f"response_{better}"], row[f"response_{worse}"]
+        if all(text.strip() for text in texts):
+            rows.append({"prompt": row["prompt"], **dict(zip(("chosen", "rejected"), map(_said, texts), strict=True))})
+    return rows
+
+
+# ---- your own model ----
+
+
+def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Prompts:
+    """Return your red-team prompts, a part of them held out, and your harmless ones, if the model has room to answer.
+
+    Raises:
+        InputError: when a dataset cannot be read, has fewer than two different prompts, or none that leaves room.
+    """
+    from dataclasses import replace
+
+    from hfllm.data.formats import to_prompt
+    from hfllm.data.images.rows import without_images
+    from hfllm.data.rows import flaw_of_prompt
+    from hfllm.stages.shared import kept_rows, user_rows
+
+    reader = without_images(to_prompt, "hfllm constitution")
+    settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
+    harmful, held_out = user_rows(script_args, reader, script_args.seed, **settings)
+    harmless: list[Row] = []
+    if script_args.helpful_dataset_name:
+        named = replace(script_args, dataset_name=script_args.helpful_dataset_name, eval_dataset_name=None)
+        harmless = kept_rows(named, reader, flaw_of_prompt)
+    asked = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
+    return Prompts(*(_with_room(f"{kind} prompts", rows, script_args, model_args) for kind, rows in asked.items()), [])
+
+
+def _with_room(
+    kind: str, rows: Sequence[Row], script_args: ConstitutionArguments, model_args: "ModelConfig"
+) -> list[Conversation]:
+    """Return the prompts that leave room for an answer in the model's context, and say how many do not."""
+    from hfllm.models.loading.saved import max_length_of
+    from hfllm.runs.models import load_config, load_tokenizer
+    from hfllm.trainers.ppo.prompts import unfit_prompts
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    prompts = [{"prompt": as_messages(row["prompt"])} for row in rows]
+    context, longest = max_length_of(load_config(name, revision)), script_args.longest
+    unfit = dict(unfit_prompts(prompts, load_tokenizer(name, revision), longest, context))
+    about = f"no room for an answer of --response_length {longest} in the context of {context} tokens"
+    if unfit and len(unfit) == len(prompts):
+        raise InputError(f"{kind}: all {len(prompts)} leave {about}")
+    if unfit:
+        say(f"constitution: {len(unfit)} of {len(prompts)} {kind} are left out: {about}")
+    return [row["prompt"] for place, row in enumerate(prompts) if place not in unfit]
+
+
+def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:
+    """Return people's comparisons of helpfulness, if you name some."""
+    from dataclasses import replace
+
+    from hfllm.data.formats import to_preference
+    from hfllm.data.images.rows import without_images
+    from hfllm.data.rows import flaw_of
+    from hfllm.stages.shared import kept_rows
+
+    if not script_args.preference_dataset_name:
+        return []
+    named = replace(script_args, dataset_name=script_args.preference_dataset_name, eval_dataset_name=None)
+    rows = kept_rows(named, without_images(to_preference, "hfllm constitution"), flaw_of)
+    return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+
+
+# ---- the AI's preferences ----
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Answers to compare: `first` and `second` to each of `prompts`, and the world's `tasks` behind them, if any."""
+
+    prompts: list[Conversation]
+    first: list[str]
+    second: list[str]
+    tasks: list[Task]
+
+
+def pairs_to_judge(script_args: ConstitutionArguments, prompts: Prompts, tuned: Speaking, helpful: Speaking) -> Pairs:
+    """Return answers to harmful prompts: half between two samples of the tuned model, half with the first model's.
+
+    A prompt has one pair, so that there are at most as many pairs as prompts. The paper compares samples of the tuned
+    model alone. Where that refuses nearly always, two of them hardly ever differ in harm, and PPO needs to know what
+    to leave alone as well as what to do.
+    """
+    seed, length = script_args.seed, script_args.longest
+    asked = prompts.harmful[: script_args.num_pairs]
+    tasks = prompts.tasks[: len(asked)]
+    half = len(asked) // 2
+    first = tuned.answers(asked, length, seed + 20)
+    second = tuned.answers(asked[:half], length, seed + 21) + helpful.answers(asked[half:], length, seed + 22)
+    kept = [
+        place
+        for place, (one, other) in enumerate(zip(first, second, strict=True))
+        if one[0].strip() and other[0].strip() and one[0].strip() != other[0].strip()
+    ]
+    return Pairs(
+        [asked[place] for place in kept],
+        [first[place][0] for place in kept],
+        [second[place][0] for place in kept],
+        [tasks[place] for place in kept] if tasks else [],
+    )
+
+
+def mixed(ai_rows: Sequence[Row], human_rows: Sequence[Row], seed: int) -> list[Row]:
+    """Return the AI's and people's comparisons together, as the preference model reads them."""
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in (*ai_rows, *human_rows)]
+    random.Random(f"constitution-pairs-{seed}").shuffle(rows)
+    return rows
+
+
+def by_chance(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Return comparisons half of whose labels are turned, drawn by chance: a control that must not gain.
+
+    Of two comparisons of which the judge is about equally sure one is turned. Were a coin thrown for each, then a few
+    more labels for refusals than against would be left by chance, and PPO makes much of little.
+    """
+    rng = random.Random(f"constitution-coin-{seed}")
+    order = sorted(range(len(rows)), key=lambda place: rows[place]["probability"])
+    turned = {rng.choice(order[start : start + 2]) for start in range(0, len(order) - 1, 2)}
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if place in turned else dict(row)
+        for place, row in enumerate(rows)
+    ]
+
+
+def prompts_for_ppo(script_args: ConstitutionArguments, prompts: Prompts) -> list[Row]:
+    """Return the prompts that PPO samples answers to: harmful and harmless ones, all of them, shuffled."""
+    rows = [{"prompt": prompt} for prompt in (*prompts.harmful, *prompts.harmless)]
+    random.Random(f"constitution-ppo-{script_args.seed}").shuffle(rows)
+    return rows
+
+
+def _said(text: str) -> Conversation:
+    return [{"role": "assistant", "content": text}]
+
+
+# ---- steps ----
+
+
+# Pairs by which the judge's position bias is measured.
+PAIRS_FOR_BIAS = 200
+
+
+@dataclass
+class Steps:
+    """The course of one recipe's run, step by step.
+
+    Args:
+        script_args, model_args: its flags.
+        constitution: the principles.
+        course: the runs of other recipes.
+
+    Attributes:
+        metrics: what was measured on the way.
+        ai_rows, human_rows: the comparisons that the preference model learns from, in the main process.
+        revisions: the rows of the constitution's revisions and their figures, in the main process.
+        no_rl: why there are no AI preferences, if there are none.
+    """
+
+    script_args: ConstitutionArguments
+    model_args: "ModelConfig"
+    constitution: "Constitution"
+    course: ConstitutionCourse
+    metrics: dict[str, float] = field(default_factory=dict)
+    ai_rows: list[Row] = field(default_factory=list)
+    human_rows: list[Row] = field(default_factory=list)
+    revisions: "Revisions | None" = None
+    no_rl: str = ""
+    _models: dict[str, Speaking] = field(default_factory=dict)
+
+    def __post_init__(self):
+        script_args = self.script_args
+        if script_args.is_world:
+            self.prompts: Prompts = world_prompts(script_args)
+        else:
+            self.prompts = own_prompts(script_args, self.model_args)
+            # Read now, so that what is wrong with them is said before anything is trained.
+            self.human_rows = own_comparisons(script_args)
+
+    # ---- the course ----
+
+    def helpful_only(self) -> None:
+        """Make the model that complies, unless yours is it: a base model that learns from people who only help."""
+        if HELPFUL in self.course.runs:
+            self.course.run(PRETRAIN)
+            write_rows(self.script_args, HELPFUL, lambda: demonstrations(self.script_args))
+            self.course.run(HELPFUL)
+
+    def revise(self) -> None:
+        """Let the critic revise the model's answers to red-team prompts."""
+        self.revisions = by_main_process(lambda: self._revised(self.constitution, "revisions"))
+
+    def supervised(self) -> None:
+        """Fine-tune on the last revisions, and on the model's own answers to harmless prompts."""
+        write_rows(self.script_args, SL_RUN, lambda: self._rows_of(self.revisions))
+        self.course.run(SL_RUN)
+
+    def reinforced(self) -> None:
+        """Let the judge compare answers, train the preference model on that, and align by PPO."""
+        if RL not in self.course.runs:
+            return
+        try:
+            by_main_process(self._compare)
+        except InputError as error:
+            self.no_rl = str(error)
+            say(f"constitution: no AI preferences: {error}")
+            return
+        write_rows(self.script_args, REWARD, lambda: mixed(self.ai_rows, self.human_rows, self.script_args.seed))
+        self.metrics |= self.course.run(REWARD)
+        write_rows(self.script_args, RL, lambda: prompts_for_ppo(self.script_args, self.prompts))
+        self.course.run(RL)
+
+    def controls(self) -> None:
+        """Run the arms that must not gain."""
+        from hfllm.synthesis.constitution import load_constitution
+
+        script_args = self.script_args
+        if POLITENESS in script_args.arms:
+            write_rows(
+                script_args,
+                POLITENESS,
+                lambda: self._rows_of(self._revised(load_constitution(POLITENESS), "politeness_revisions")),
+            )
+            self.course.run(POLITENESS)
+        if LABELS in script_args.arms and not self.no_rl:
+            seed = script_args.seed
+            write_rows(script_args, LABELS_REWARD, lambda: mixed(by_chance(self.ai_rows, seed), self.human_rows, seed))
+            self.course.run(LABELS_REWARD)
+            self._tuned(AI_LABELS, LABELS)
+        if PEOPLE in script_args.arms and not self.no_rl:
+            write_rows(script_args, PEOPLE_REWARD, lambda: mixed([], self.human_rows, script_args.seed))
+            self.course.run(PEOPLE_REWARD)
+            self._tuned(PEOPLE)
+        if CRITIQUES in script_args.arms:
+            seed = script_args.seed
+            write_rows(
+                script_args,
+                CRITIQUES,
+                lambda: learned([*map(up_to_critique, self.revisions.rows), *self._own_answers], seed),
+            )
+            self.course.run(CRITIQUES)
+
+    def _tuned(self, *arms: str) -> None:
+        """Align the helpful-only model by the preference model of each arm."""
+        for arm in arms:
+            write_rows(self.script_args, arm, lambda: prompts_for_ppo(self.script_args, self.prompts))
+            self.course.run(arm)
+
+    def speaking(self, name: str) -> Speaking:
+        """Return a run's model, or the one that is asked first under the name `helpful`; the main process's alone."""
+        if name not in self._models:
+            folder = self.course.helpful if name == HELPFUL else self.course.folder(name)
+            revision = self.model_args.model_revision if folder == self.course.named else "main"
+            self._models[name] = load_speaking(folder, self.model_args, revision)
+        return self._models[name]
+
+    @property
+    def models(self) -> list[str]:
+        """The models that there are by the end, in order."""
+        later = (SL_RUN, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS, PEOPLE)
+        return [HELPFUL, *filter(self._is_made, later)]
+
+    @property
+    def last(self) -> str:
+        """The last model of the course itself, controls apart."""
+        return [name for name in self.models if name in (HELPFUL, SL_RUN, RL)][-1]
+
+    @property
+    def artifacts(self) -> dict[str, str]:
+        """What the output folder holds, by path."""
+        made = {name: name for name in self.course.runs if self._is_made(name)}
+        return {**made, "revision rows": "revisions/revisions.jsonl"}
+
+    def _is_made(self, name: str) -> bool:
+        return name in self.course.runs and Path(self.course.folder(name), "report.json").is_file()
+
+    # ---- rows ----
+
+    def _critic(self) -> Speaking:
+        named = self.script_args.critic_model_name_or_path
+        if not named:
+            return self.speaking(HELPFUL)
+        if "critic" not in self._models:
+            self._models["critic"] = load_speaking(named, self.model_args)
+        return self._models["critic"]
+
+    def _revised(self, constitution: "Constitution", folder: str) -> "Revisions":
+        from hfllm.synthesis.revisions import critique_and_revise
+
+        script_args, first, critic = self.script_args, self.speaking(HELPFUL), self._critic()
+        return critique_and_revise(
+            *(first.model, first.tokenizer, self.prompts.harmful, constitution, script_args.num_revisions),
+            script_args.seed,
+            response_length=script_args.longest,
+            critic=critic.model,
+            critic_tokenizer=critic.tokenizer,
+            revise_only_flagged=script_args.revise_only_flagged,
+            temperature=script_args.temperature,
+            batch_size=script_args.batch_size,
+            save_to=Path(script_args.output_dir, folder),
+        )
+
+    def _rows_of(self, revisions: "Revisions") -> list[Row]:
+        """Return what SL learns: the last revisions, and the model's own answers to harmless prompts."""
+        return learned([*revisions.rows, *self._own_answers], self.script_args.seed)
+
+    @cached_property
+    def _own_answers(self) -> list[Row]:
+        """The first model's answers to harmless prompts."""
+        script_args, harmless = self.script_args, self.prompts.harmless
+        settings = {"seed": script_args.seed + 9, "temperature": script_args.temperature}
+        return answered(harmless, self.speaking(HELPFUL).answers(harmless, script_args.longest, **settings))
+
+    def _judge(self) -> "PreferenceJudge":
+        from hfllm.rewards.judges import PAPER_CLAMP, PreferenceJudge
+
+        if not has_questions(self.constitution):
+            raise InputError(f"constitution {self.constitution.name!r} has no preference questions to judge by")
+        critic, script_args = self._critic(), self.script_args
+        return PreferenceJudge(
+            *(critic.model, critic.tokenizer, self.constitution),
+            chain_of_thought=script_args.judge_chain_of_thought,
+            clamp=PAPER_CLAMP if script_args.judge_clamp else None,
+            num_principles=script_args.judge_principles,
+            batch_size=script_args.batch_size,
+            seed=script_args.seed,
+        )
+
+    def _compare(self) -> None:
+        self.ai_rows = self._ai_preferences(self._judge())
+        self.human_rows = self._people_s_comparisons()
+
+    def _ai_preferences(self, judge: "PreferenceJudge") -> list[Row]:
+        """Return pairs with the judge's labels.
+
+        Raises:
+            InputError: when the judge is refused for its bias, or no pair has two different answers.
+        """
+        from hfllm.rewards.judges import check_bias, measure_bias, preference_rows
+
+        pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL_RUN), self.speaking(HELPFUL))
+        asked = (pairs.prompts, pairs.first, pairs.second)
+        fits = judge.has_room(*asked)
+        bias = measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in asked))
+        self.metrics |= bias.as_metrics()
+        check_bias(bias, allow=self.script_args.allow_biased_judge)
+        rows, counts = preference_rows(
+            judge, *asked, min_log_odds=self.script_args.judge_margin, seed=self.script_args.seed
+        )
+        self.metrics |= {"ai_comparisons": len(rows), "judge_ties": counts.ties, "judge_too_long": counts.too_long}
+        self._compare_with_gold(rows, pairs)
+        return rows
+
+    def _compare_with_gold(self, rows: Sequence[Row], pairs: Pairs) -> None:
+        from hfllm.stages.constitution.report import label_metrics
+
+        task_of = {task.question: task for task in pairs.tasks}
+        if task_of:
+            self.metrics |= label_metrics(rows, task_of, LABEL_NOISE, self.script_args.seed)
+
+    def _people_s_comparisons(self) -> list[Row]:
+        people = self.human_rows
+        if self.script_args.is_world:
+            people = human_comparisons(self.script_args, self.speaking(SL_RUN), self.prompts)
+        self.metrics["human_comparisons"] = len(people)
+        return people
+
+
+def people_s_labels(script_args: ConstitutionArguments) -> str:
+    """Return the sentence of the report that says which labels of people were used."""
+    from hfllm.data.world.demonstrators import CRITICS_HARMS
+
+    if not script_args.is_world:
+        named = script_args.preference_dataset_name
+        return f"labels of people: comparisons of {named}" if named else "labels of people: none in these runs"
+    shown = f"{script_args.num_demonstrations:,} demonstrations of helping, critique, revision and judging"
+    compared = f", {script_args.num_human_pairs:,} comparisons of helpfulness" if script_args.last_stage == RL else ""
+    harm = f"(harm on {len(CRITICS_HARMS)} verbs)"
+    return f"labels of people: {shown} {harm}{compared}; no label of harm in the model's answers"
+
+
+# ---- evaluation ----
+#
+# What constitutional AI has changed: on the embedded world exactly, on your prompts as far as words tell.
+
+
+# Harmless prompts for each prompt of a group of harm.
+HARMLESS = 2.4
+SAMPLES = 8
+
+
+def evaluate(steps: Steps) -> Found:
+    """Ask all models of the embedded world's course, judge them by the gold rubric, and describe what came out."""
+    from hfllm.stages.constitution.report import answer, prompts_to_ask
+
+    script_args = steps.script_args
+    count = script_args.num_eval_prompts
+    asked = prompts_to_ask(World(script_args.world_seed), count, round(HARMLESS * count))
+    answers = {}
+    for name in steps.models:
+        speaking = steps.speaking(name)
+        answers[name] = answer(speaking.model, speaking.tokenizer, asked, script_args.longest, script_args.seed)
+    tasks = {task.question: task for task in steps.prompts.tasks}
+    rows = steps.revisions.rows
+    revised = revision_metrics(rows, [tasks[row["prompt"][-1]["content"]] for row in rows])
+    metrics = {**course_metrics(answers), **revised, **steps.metrics, **figures_of_revisions(steps)}
+    by_round = [metrics[f"revised_{number}"] for number in range(script_args.num_revisions + 1)]
+    return Found(
+        metrics,
+        summary_of(metrics, people_s_labels(script_args), steps.no_rl),
+        {**course_tables(answers), "Revisions": revision_samples(rows)},
+        course_plots(answers, by_round),
+        PROMISES,
+    )
+
+
+def evaluate_own(steps: Steps) -> Found:
+    """Ask your model held-out red-team prompts before and after, and count what words tell: refusals and lengths."""
+    script_args, held_out = steps.script_args, steps.prompts.held_out
+    said = {
+        name: [texts[0] for texts in steps.speaking(name).answers(held_out, script_args.longest, script_args.seed + 1)]
+        for name in steps.models
+    }
+    last, metrics = steps.models[-1], {}
+    found = {name: _values(texts) for name, texts in said.items()}
+    for name, values in found[HELPFUL].items():
+        if last == HELPFUL:
+            metrics |= mean_of(name, values)
+        else:
+            metrics |= change_of(name, values, found[last][name])
+    first_values = _values([row["turns"][0]["answer"] for row in steps.revisions.rows])
+    last_values = _values([row["chosen"][0]["content"] for row in steps.revisions.rows])
+    metrics |= mean_of("first_answers_refuse", first_values["refusals"])
+    metrics |= mean_of("last_revisions_refuse", last_values["refusals"])
+    titles = {**TITLES, HELPFUL: "as it was"}
+    samples = [
+        {"prompt": prompt[-1]["content"], **{titles[name]: texts[place] for name, texts in said.items()}}
+        for place, prompt in enumerate(held_out[:SAMPLES])
+    ]
+    counts = figures_of_revisions(steps)
+    return Found(
+        {**metrics, **steps.metrics, **counts},
+        "; ".join(filter(None, [_echoes(counts), people_s_labels(script_args), steps.no_rl])),
+        {"Held-out prompts": samples, "Revisions": revision_samples(steps.revisions.rows)},
+        {},
+    )
+
+
+def figures_of_revisions(steps: Steps) -> dict[str, float]:
+    """Return what happened while answers were revised, in shares of what was asked for."""
+    figures = asdict(steps.revisions.figures)
+    asked = {
+        **{"flagged": "critiques", "empty_critiques": "critiques"},
+        **{"echoes": "revisions", "empty_revisions": "revisions"},
+    }
+    shares = {f"{name}_share": figures[name] / max(figures[of], 1) for name, of in asked.items()}
+    return {"red_team_prompts": figures["num_prompts"], "dropped_prompts": figures["dropped"], **shares}
+
+
+def _values(texts: Sequence[str]) -> dict[str, list[float]]:
+    from hfllm.evaluation.suites.refusals import refuses
+
+    return {
+        "refusals": [float(refuses(text)) for text in texts],
+        "words": [float(len(text.split())) for text in texts],
+    }
+
+
+def _echoes(counts: Mapping[str, float]) -> str:
+    share = counts["echoes_share"]
+    says = f"{share:.0%} of the revisions repeat the answer"
+    return f"{says}: the critic does not follow the request" if share > 0.5 else says

@@ -1,0 +1,477 @@
+"""Constitutional AI: its flags, what it refuses, and the runs of other recipes that it consists of."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hfllm.data.loading import RowArguments
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError, refuse
+from hfllm.runs import pipeline as course
+from hfllm.runs.arguments import flags_for_all, flags_of_adapter
+from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.pipeline import Course, Parsed
+from hfllm.runs.recipes import load_recipe, settings_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from trl import ModelConfig
+
+    from hfllm.synthesis.constitution import Constitution
+
+
+# Arms that must not gain: another constitution, critiques without revisions, AI labels by chance, and none at all.
+POLITENESS, CRITIQUES, LABELS, PEOPLE = CONTROLS = ("politeness", "critiques", "labels", "people")
+USUAL_CONTROLS = (POLITENESS, CRITIQUES, LABELS)
+REVISIONS, SL, RL = LAST_STAGES = ("revisions", "sl", "rl")
+# Longest answers in tokens: of the world, and of real models.
+WORLD_LENGTH, OWN_LENGTH = 40, 128
+AT_LEAST_ONE = ("num_revisions", "num_pairs", "num_eval_prompts", "num_prompts", "num_demonstrations", "batch_size")
+# Of each the flag, and the run that it is for.
+CONFIGS = ("pretrain_config", "helpful_config", "sl_config", "reward_config", "rlhf_config")
+
+
+@dataclass(frozen=True)
+class ConstitutionArguments(RowArguments, RemoteCodeArguments):
+    """Prompts, the constitution, and how much is made of each."""
+
+    output_dir: str = field(
+        default="outputs/constitution", metadata={"help": "Where the models, the data and the report go."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
+    constitution: str | None = field(
+        default=None,
+        metadata={
+            "help": "general, world, politeness, or a JSON or YAML file of principles; by default world for the "
+            "embedded world's model, general for yours."
+        },
+    )
+    critic_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model that criticizes, revises and judges; by default the model itself."}
+    )
+    helpful_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Harmless prompts: the model keeps its own answers to them, and PPO goes on with them."},
+    )
+    preference_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Comparisons of helpfulness by people, for the preference model beside the AI's."},
+    )
+    last_stage: str = field(
+        default=RL,
+        metadata={
+            "help": "Where to end: with the revisions, the model tuned on them, or PPO on AI preferences.",
+            "choices": list(LAST_STAGES),
+        },
+    )
+    controls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Arms of the embedded world that must not gain: politeness (another constitution), critiques "
+            "(tuned on critiques without revisions), labels (AI labels by chance), people (no AI labels, people's "
+            "comparisons alone), or none; by default all but people."
+        },
+    )
+    num_demonstrations: int = field(
+        default=18000,
+        metadata={"help": "Demonstrations of helping, critique, revision and judging, for the world's model."},
+    )
+    num_prompts: int = field(default=800, metadata={"help": "Red-team prompts of the embedded world to revise."})
+    num_helpful_prompts: int = field(default=4000, metadata={"help": "Harmless prompts of the embedded world."})
+    num_pairs: int = field(
+        default=1000, metadata={"help": "Pairs of answers for the judge, at most, and one for each prompt."}
+    )
+    num_human_pairs: int = field(
+        default=4000, metadata={"help": "Comparisons of helpfulness by the world's annotator, with a tenth wrong."}
+    )
+    num_eval_prompts: int = field(default=100, metadata={"help": "Held-out prompts of each group, at most."})
+    num_revisions: int = field(default=2, metadata={"help": "Rounds of critique and revision."})
+    revise_only_flagged: bool = field(
+        default=False, metadata={"help": "Keep an answer where the critique finds nothing."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Of critiques, revisions and the model's own answers to harmless prompts; its first answers to "
+            "red-team prompts are sampled at 1."
+        },
+    )
+    response_length: int | None = field(
+        default=None, metadata={"help": "Longest answer in tokens; by default 40 on the world and 128 elsewhere."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Prompts that are answered at once."})
+    judge_chain_of_thought: bool = field(
+        default=False, metadata={"help": "Let the judge write what it thinks before it replies."}
+    )
+    judge_clamp: bool = field(
+        default=False, metadata={"help": "Bound the judge's probabilities to 40 to 60 percent, as in the paper."}
+    )
+    judge_margin: float = field(
+        default=0.0,
+        metadata={
+            "help": "Log-odds in nats up to which the judge is taken to see no difference: such pairs are ties."
+        },
+    )
+    judge_principles: int | None = field(
+        default=None, metadata={"help": "Principles that a pair is judged by, drawn for each; by default all."}
+    )
+    allow_biased_judge: bool = field(
+        default=False, metadata={"help": "Go on with a judge whose position bias exceeds its signal."}
+    )
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
+    helpful_config: str | None = field(default=None, metadata={"help": "YAML flags of the helpful-only model's run."})
+    sl_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning on the revisions."})
+    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the preference model's run."})
+    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the run of PPO."})
+
+    takes_any_column: ClassVar[bool] = True
+
+    @property
+    def is_world(self) -> bool:
+        """Whether the prompts are the embedded world's."""
+        return self.dataset_name == WORLD
+
+    @property
+    def longest(self) -> int:
+        """The longest answer, in tokens."""
+        return self.response_length or (WORLD_LENGTH if self.is_world else OWN_LENGTH)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The controls that run, in their order."""
+        chosen = USUAL_CONTROLS if self.controls is None and self.is_world else self.controls or ()
+        if self.last_stage == REVISIONS:
+            return ()
+        by_ppo = (LABELS, PEOPLE)
+        return tuple(arm for arm in CONTROLS if arm in chosen and (arm not in by_ppo or self.last_stage == RL))
+
+
+def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
+    """Refuse flags that have no effect, contradict each other, or would fail later.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for flag in AT_LEAST_ONE:
+        value = getattr(script_args, flag)
+        if value < 1:
+            raise InputError(f"--{flag} {value}: expected at least 1")
+    named = bool(model_args.model_name_or_path)
+    if not named and not script_args.is_world:
+        raise InputError(
+            f"--dataset_name {script_args.dataset_name} needs --model_name_or_path: the embedded world's model does "
+            "not know such prompts"
+        )
+    if named and script_args.is_world:
+        raise InputError("--model_name_or_path needs --dataset_name: red-team prompts, for instance a CSV of `prompt`")
+    for flag in ("critic_model_name_or_path", "helpful_dataset_name", "preference_dataset_name"):
+        refuse(not named and bool(getattr(script_args, flag)), f"--{flag}", "the model is the embedded world's")
+    for flag in ("pretrain_config", "helpful_config"):
+        refuse(named and bool(getattr(script_args, flag)), f"--{flag}", "the model is named")
+    refuse(
+        script_args.preference_dataset_name is not None and script_args.last_stage != RL,
+        "--preference_dataset_name",
+        f"--last_stage {script_args.last_stage} trains no preference model",
+    )
+    for control in script_args.controls or ():
+        if control not in (*CONTROLS, "none"):
+            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
+    refuse(named and set(script_args.controls or ()) - {"none"} != set(), "--controls", "they are the world's arms")
+
+
+def constitution_of(script_args: ConstitutionArguments) -> "Constitution":
+    """Return the constitution that the flags name.
+
+    Raises:
+        InputError: when it cannot be read, or the world's demonstrators know none of its principles.
+    """
+    from hfllm.data.world.demonstrators import PRINCIPLES
+    from hfllm.synthesis.constitution import load_constitution
+
+    constitution = load_constitution(script_args.constitution or ("world" if script_args.is_world else "general"))
+    unknown = [each.name for each in constitution.principles if each.name not in PRINCIPLES]
+    if script_args.is_world and unknown:
+        raise InputError(
+            f"--constitution {script_args.constitution}: the embedded world's people know the principles "
+            f"{', '.join(PRINCIPLES)}, not {unknown[0]!r}; name your own model by --model_name_or_path"
+        )
+    return constitution
+
+
+def has_questions(constitution: "Constitution") -> bool:
+    """Return whether every principle has a preference question, by which a judge could compare answers."""
+    return all(principle.preference for principle in constitution.principles)
+
+
+def data_file(script_args: ConstitutionArguments, name: str) -> Path:
+    """Return the file of a run's rows."""
+    return Path(script_args.output_dir, "data", f"{name}.jsonl")
+
+
+# ---- runs ----
+#
+# The runs of other recipes that constitutional AI consists of, each in a folder of its own.
+
+
+PRETRAIN, HELPFUL, SL_RUN, REWARD = "pretrain", "helpful", "sl", "reward"
+# PPO from helpful-only by the AI's labels; the preference models of labels by chance, and of people alone.
+AI_LABELS, LABELS_REWARD, PEOPLE_REWARD = "ai_labels", "labels_reward", "people_reward"
+# About how long each takes on two cores, in minutes.
+MINUTES = {
+    **{PRETRAIN: 2, HELPFUL: 2, SL_RUN: 0.5, REWARD: 0.7, RL: 0.8},
+    **{POLITENESS: 0.3, CRITIQUES: 0.2, LABELS_REWARD: 0.7, AI_LABELS: 0.4, LABELS: 0.4},
+    **{PEOPLE_REWARD: 0.5, PEOPLE: 0.4},
+}
+
+
+@dataclass(frozen=True)
+class ConstitutionCourse(course.Course):
+    """The runs in their order, with their flags.
+
+    Args:
+        named: the user's model, where one is named.
+    """
+
+    named: str | None
+    stage = "constitution"
+    minutes = MINUTES
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the settings are those that were timed."""
+        return self.named is None
+
+    @property
+    def helpful(self) -> str:
+        """The model that is asked for harm first: the user's, or the one that wants to help alone."""
+        return self.named or self.folder(HELPFUL)
+
+
+def course_of(script_args: ConstitutionArguments, model_args: "ModelConfig") -> ConstitutionCourse:
+    """Return the runs that the flags ask for.
+
+    Raises:
+        InputError: when a config of one of them is wrong.
+    """
+    recipes: dict[str, str] = {}
+    runs: dict[str, Parsed] = {}
+    for name, recipe, words in _runs(script_args, model_args):
+        recipes[name] = recipe
+        folder = ["--seed", str(script_args.seed), "--output_dir", str(Path(script_args.output_dir, name))]
+        runs[name] = load_recipe(recipe).parse([*words, *folder])
+    return ConstitutionCourse(recipes, runs, model_args.model_name_or_path)
+
+
+def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the name of each run, its recipe, and its flags but for seed and folder."""
+    named, output_dir = model_args.model_name_or_path, script_args.output_dir
+    common, world = flags_for_all(model_args), ["--world_seed", str(script_args.world_seed)]
+
+    def made(name: str) -> str:
+        return named if named and name == HELPFUL else f"{output_dir}/{name}"
+
+    def learning(run: str, config: str, start: str) -> list[str]:
+        given = getattr(script_args, f"{'rlhf' if config == RL else config}_config")
+        files = [given] if given else [] if named else [str(settings_file(f"constitution/{config}.yaml"))]
+        rows = ["--model_name_or_path", made(start), "--dataset_name", str(data_file(script_args, run))]
+        if named and start == HELPFUL:
+            rows += ["--model_revision", model_args.model_revision]
+        return [*(word for file in files for word in ("--config", file)), *rows, *common]
+
+    def tuned_by(run: str, reward: str, start: str, *more: str) -> tuple[str, str, list[str]]:
+        words = [*learning(run, RL, start), "--reward_model_name_or_path", made(reward)]
+        return run, "rlhf", [*words, "--response_length", str(script_args.longest), *more]
+
+    if not named:
+        config = script_args.pretrain_config or str(settings_file("constitution/pretrain.yaml"))
+        yield PRETRAIN, "pretrain", ["--config", config, *world]
+        yield HELPFUL, "sft", learning(HELPFUL, HELPFUL, PRETRAIN)
+    if script_args.last_stage == REVISIONS:
+        return
+    yield SL_RUN, "sft", learning(SL_RUN, SL_RUN, HELPFUL) + flags_of_adapter(model_args)
+    if script_args.last_stage == RL:
+        yield REWARD, "reward", learning(REWARD, REWARD, SL_RUN)
+        yield tuned_by(RL, REWARD, SL_RUN)
+    arms = script_args.arms
+    if POLITENESS in arms:
+        yield POLITENESS, "sft", learning(POLITENESS, SL_RUN, HELPFUL) + flags_of_adapter(model_args)
+    if LABELS in arms:
+        yield LABELS_REWARD, "reward", learning(LABELS_REWARD, REWARD, SL_RUN)
+        yield tuned_by(AI_LABELS, REWARD, HELPFUL, *COMPARED)
+        yield tuned_by(LABELS, LABELS_REWARD, HELPFUL, *COMPARED)
+    if PEOPLE in arms:
+        yield PEOPLE_REWARD, "reward", learning(PEOPLE_REWARD, REWARD, SL_RUN)
+        yield tuned_by(PEOPLE, PEOPLE_REWARD, HELPFUL, *COMPARED)
+    if CRITIQUES in arms:
+        yield CRITIQUES, "sft", learning(CRITIQUES, SL_RUN, HELPFUL)
+
+
+# PPO in the arms that compare labels: in fewer steps, and held nearer to its start. The preference model of labels by
+# chance still likes answers that are not rude, such as refusals; at the KL of the run itself PPO makes much of that.
+COMPARED = ("--max_steps", "120", "--kl_coef", "1.0")
+
+
+# ---- checks ----
+#
+# What constitutional AI refuses before its first run, since the run that it concerns may come hours later.
+
+
+# The fewest demonstrations of which every arm has some, and a held-out one.
+FEWEST_DEMONSTRATIONS = 10
+OF_JUDGES = ("judge_chain_of_thought", "judge_clamp", "judge_principles")
+
+
+def check_before(
+    script_args: ConstitutionArguments,
+    model_args: "ModelConfig",
+    constitution: "Constitution",
+    course: ConstitutionCourse,
+) -> None:
+    """Refuse what would otherwise fail after the first runs.
+
+    Raises:
+        InputError: naming the flag, or the file.
+    """
+    _check_flags(script_args, model_args)
+    _check_judge(script_args, constitution)
+    _check_inputs(script_args, model_args)
+    config = _config_of_first(model_args, course)
+    _check_room(script_args, config)
+    _check_weights(script_args, model_args, config)
+    _check_rewards(course)
+    check_runs(course)
+
+
+def _check_rewards(course: ConstitutionCourse) -> None:
+    """Refuse rewards by the world's gold answers, which the prompts of these runs do not have."""
+    from hfllm.rewards.functions import GOLD_REWARDS
+
+    for name, recipe in course.recipes.items():
+        rewards = course.runs[name][0].reward_funcs if recipe == "rlhf" else None
+        for reward in GOLD_REWARDS.keys() & set(rewards or ()):
+            raise InputError(
+                f"--reward_funcs {reward}: only the embedded world has it, not the prompts of this recipe"
+            )
+
+
+def _check_flags(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
+    for flag in ("num_helpful_prompts", "num_human_pairs"):
+        if getattr(script_args, flag) < 0:
+            raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least 0")
+    if script_args.is_world and script_args.num_demonstrations < FEWEST_DEMONSTRATIONS:
+        raise InputError(
+            f"--num_demonstrations {script_args.num_demonstrations}: expected at least {FEWEST_DEMONSTRATIONS}"
+        )
+    controls = script_args.controls or ()
+    if "none" in controls and set(controls) != {"none"}:
+        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
+    is_world, reason = script_args.is_world, "the model is the embedded world's"
+    refuse(is_world and model_args.model_revision != "main", "--model_revision", reason)
+    for flag in ("load_in_8bit", "load_in_4bit"):
+        refuse(is_world and getattr(model_args, flag), f"--{flag}", f"{reason}, which is trained whole first")
+
+
+def _check_judge(script_args: ConstitutionArguments, constitution: "Constitution") -> None:
+    last, number, most = script_args.last_stage, script_args.judge_principles, len(constitution.principles)
+    for flag in OF_JUDGES:
+        refuse(last != RL and bool(getattr(script_args, flag)), f"--{flag}", f"--last_stage {last} needs no judge")
+    if number is not None and not 1 <= number <= most and has_questions(constitution):
+        raise InputError(f"--judge_principles {number}: expected 1 to {most}, the principles of {constitution.name!r}")
+
+
+def _check_inputs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
+    """Refuse models and rows that lie where the runs write their own."""
+    written = Path(script_args.output_dir)
+    places = {
+        **{"model_name_or_path": written, "critic_model_name_or_path": written},
+        **{f"{kind}dataset_name": written / "data" for kind in ("", "eval_", "helpful_", "preference_")},
+    }
+    for flag, place in places.items():
+        name = getattr(model_args if flag == "model_name_or_path" else script_args, flag)
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(place.resolve()):
+            raise InputError(f"--{flag} {name} lies in {place}, where the runs write: choose another --output_dir")
+
+
+def _config_of_first(model_args: "ModelConfig", course: ConstitutionCourse) -> "PreTrainedConfig":
+    """Return the config of the model that is asked first: the named one, or the one that pretraining will make."""
+    from hfllm.runs.pipeline import Chain
+    from hfllm.stages.pretrain.flags import config_to_train
+
+    made = {PRETRAIN: course.runs[PRETRAIN]} if PRETRAIN in course.runs else {}
+    return config_to_train(model_args, Chain("constitution", made))
+
+
+def _check_room(script_args: ConstitutionArguments, config: "PreTrainedConfig") -> None:
+    """Refuse answers so long that no conversation of answer, critique and revision fits, whatever is asked."""
+    from hfllm.models.loading.saved import max_length_of
+
+    context, longest = max_length_of(config), script_args.longest
+    if context is not None and 3 * longest >= context:
+        raise InputError(
+            f"--response_length {longest}: answer, critique and revision may take three times that, and the model's "
+            f"context has {context} tokens"
+        )
+
+
+def _check_weights(script_args: ConstitutionArguments, model_args: "ModelConfig", config: "PreTrainedConfig") -> None:
+    """Refuse weights that cannot be trained, and an adapter that fits no layer."""
+    from hfllm.models.devices import forked_random
+    from hfllm.runs.models import check_trainable, peft_config, try_adapter
+
+    if script_args.last_stage == REVISIONS:
+        refuse(model_args.use_peft, "--use_peft", f"--last_stage {REVISIONS} trains nothing of yours")
+        return
+    if model_args.model_name_or_path:
+        check_trainable(model_args)
+    if model_args.use_peft:
+        import torch
+
+        with forked_random(torch.device("cpu")):
+            try_adapter(config, peft_config(model_args))
+
+
+# ---- checks of runs ----
+
+
+# ---- what is refused ----
+
+
+def check_runs(course: Course) -> None:
+    """Refuse the flags of the runs, which YAML files may set, as the runs themselves would, but before the first one.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for name, recipe in course.recipes.items():
+        _check_run(recipe, *course.runs[name])
+
+
+def _check_run(recipe: str, *parsed: Any) -> None:
+    from hfllm.data.sources import PYDOC, WORLD
+    from hfllm.runs.arguments import changed
+    from hfllm.runs.stage import Stage
+
+    is_written = getattr(parsed[0], "dataset_name", WORLD) != WORLD
+    # Its rows are not there yet; a source that is always there stands for their file.
+    Stage(recipe, *((changed(parsed[0], dataset_name=PYDOC), *parsed[1:]) if is_written else parsed)).check_flags()
+    if recipe == "rlhf":
+        _check_ppo(*parsed)
+
+
+def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
+    from hfllm.models.devices import forked_random
+    from hfllm.runs.models import load_value_model
+    from hfllm.stages.rlhf import build as rlhf
+    from hfllm.trainers.ppo.setup import check_critic
+    from hfllm.trainers.ppo.vllm_sampling import check_vllm
+
+    rlhf.check(training_args)
+    functions = rlhf.checked_functions(script_args)
+    rlhf.check_rewards(script_args, training_args, len(functions))
+    rlhf.ptx_texts(script_args, training_args)
+    if training_args.use_vllm:
+        check_vllm(training_args)
+    if script_args.value_model not in ("head", "reward"):
+        with forked_random(training_args.device):
+            check_critic(load_value_model(script_args.value_model, model_args, ()))

@@ -1,0 +1,696 @@
+"""The suites of `--suites`, a function and a line each, what they refuse, and the samples and report of a run."""
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.images.rows import OF_PICTURES, given_flags
+from hfllm.errors import InputError, refuse
+from hfllm.evaluation.suites.base import Item, Record, Suite, missing_overlaps
+from hfllm.evaluation.verdicts import (
+    Compared,
+    can_differ,
+    changed_items,
+    judged,
+    left_out_sentence,
+    sentence,
+    shown_changes,
+    verdict_metrics,
+    verdict_table,
+)
+from hfllm.fingerprint import file_fingerprint
+from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Found, Plot, compared, write_atomically
+from hfllm.outputs.statistics import Interval, difference_interval, mean_interval
+from hfllm.runs.command_line import say
+from hfllm.stages.evaluate import flags as evaluate_flags
+from hfllm.stages.evaluate.flags import (
+    CHANGES,
+    CONFIGS,
+    FILES,
+    NUM_WORLD_ITEMS,
+    EvaluateArguments,
+    loaded,
+    processor_of,
+    refuse_foreign_changes,
+    slug,
+)
+from hfllm.stages.shared import files_changed
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from hfllm.evaluation.pictures import Asked, Part
+    from hfllm.evaluation.suites.base import Subject
+
+
+Build = Callable[["EvaluateArguments", "Subject | None"], Suite]
+
+
+def suites_of(script_args: EvaluateArguments, judge: "Subject | None") -> list[Suite]:
+    """Return the suites that the flags name.
+
+    Args:
+        judge: a model that judges written answers, if there is one.
+    """
+    return [SUITES[name](script_args, judge) for name in script_args.suites]
+
+
+def _world_options(script_args: EvaluateArguments) -> dict:
+    from hfllm.data.world.world import World
+
+    count = NUM_WORLD_ITEMS if script_args.num_items is None else script_args.num_items
+    return {"world": World(script_args.world_seed), "num_items": count}
+
+
+def _truthfulness(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    if script_args.truthfulqa_file:
+        from hfllm.evaluation.suites.truthfulness import TruthfulQA
+
+        return TruthfulQA(script_args.truthfulqa_file, script_args.num_items, script_args.write_answers, judge)
+    from hfllm.evaluation.suites.world_suites import WorldTruthfulness
+
+    return WorldTruthfulness(**_world_options(script_args))
+
+
+def _hhh(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    if script_args.preference_files:
+        from hfllm.evaluation.suites.preferences import Preferences
+
+        return Preferences(script_args.preference_files, script_args.num_items)
+    from hfllm.evaluation.suites.world_suites import WorldPreferences
+
+    return WorldPreferences(**_world_options(script_args))
+
+
+def _refusals(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    if script_args.xstest_file:
+        from hfllm.evaluation.suites.refusals import XSTest
+
+        return XSTest(script_args.xstest_file, script_args.num_items, judge, script_args.max_new_tokens)
+    from hfllm.evaluation.suites.world_suites import WorldRefusals
+
+    return WorldRefusals(**_world_options(script_args))
+
+
+def _calibration(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.evaluation.suites.calibration import ChoiceCalibration, WorldCalibration
+
+    if script_args.few_shot_files:
+        return ChoiceCalibration(script_args.few_shot_files, script_args.num_items)
+    return WorldCalibration(**_world_options(script_args))
+
+
+def _few_shot(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    if script_args.few_shot_files:
+        from hfllm.evaluation.suites.few_shot import FewShot
+
+        files, count = script_args.few_shot_files, script_args.num_items
+        return FewShot(files, count, script_args.num_shots, script_args.max_new_tokens)
+    from hfllm.evaluation.suites.world_suites import WorldFewShot
+
+    return WorldFewShot(**_world_options(script_args))
+
+
+def _interpretability(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.evaluation.suites.interpretability import Interpretability
+
+    return Interpretability(script_args.facts_file, script_args.world_seed)
+
+
+def _lm_eval(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.stages.evaluate.flags import suite_of
+
+    return suite_of(script_args, script_args.num_items)
+
+
+def _robustness(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.data.world.world import World
+    from hfllm.evaluation.suites.robustness import Robustness
+
+    count, attacks = script_args.num_items, script_args.num_attacks
+    if script_args.robustness_file:
+        return Robustness(None, script_args.robustness_file, count, script_args.max_new_tokens, attacks)
+    return Robustness(World(script_args.world_seed), num_prompts=count, num_attacks=attacks)
+
+
+def _pictures(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.evaluation.pictures import Pictures
+
+    return Pictures(partial(parts_of, script_args), script_args.max_new_tokens)
+
+
+SUITES: Mapping[str, Build] = {
+    "truthfulness": _truthfulness,
+    "hhh": _hhh,
+    "refusals": _refusals,
+    "calibration": _calibration,
+    "few_shot": _few_shot,
+    "interpretability": _interpretability,
+    "lm_eval": _lm_eval,
+    "robustness": _robustness,
+    "pictures": _pictures,
+}
+
+
+# ---- pictures ----
+#
+# The evaluation's questions about pictures: drawn here, or rows of the user's.
+
+
+SUITE = "pictures"
+STAGE = "hfllm evaluate"
+
+
+def check_pictures(script_args: "EvaluateArguments") -> None:
+    """Refuse flags of pictures without the suite, and the suite without pictures.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.stages.vision.flags import DRAWN
+
+    name, is_asked = script_args.dataset_name, SUITE in script_args.suites
+    refuse(bool(name) and not is_asked, "--dataset_name", f"it is for --suites {SUITE}")
+    if is_asked and not name:
+        raise InputError(f"--suites {SUITE} needs --dataset_name: rows with pictures, or 'pictures' or 'digits'")
+    for flag in given_flags(script_args, OF_PICTURES):
+        refuse(not is_asked, f"--{flag}", f"it is for --suites {SUITE}")
+        refuse(name in DRAWN, f"--{flag}", "it is for rows of your own, and these are drawn")
+    if is_asked and not script_args.model_name_or_path:
+        raise InputError(f"--suites {SUITE} needs --model_name_or_path: a model that sees (hfllm vision makes one)")
+
+
+def parts_of(script_args: "EvaluateArguments") -> "list[Part]":
+    """Return the questions that `--dataset_name` names.
+
+    Raises:
+        InputError: when a row or, with `--bad_images refuse`, a picture cannot be read.
+    """
+    from hfllm.evaluation.pictures import Part
+    from hfllm.stages.evaluate.flags import NUM_WORLD_ITEMS
+    from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of
+    from hfllm.stages.vision.flags import DRAWN, VisionArguments
+
+    name, count = script_args.dataset_name, script_args.num_items
+    if name not in DRAWN:
+        return [Part("", own_questions(script_args))]
+    drawn = VisionArguments(dataset_name=name, num_eval_examples=NUM_WORLD_ITEMS if count is None else count)
+    prior = prior_of(drawn)
+    return [
+        Part(part.replace("_", " "), questions, prior)
+        for part, questions in eval_parts(drawn).items()
+        if part != SHUFFLED
+    ]
+
+
+def own_questions(script_args: "EvaluateArguments") -> "Sequence[Asked]":
+    """Return the first answer of each of the user's rows as a question, of the first `--num_items` that are kept."""
+    from hfllm.data.formats import Row, to_sft
+    from hfllm.data.images.rows import by_turns, flaw_of_pictures, picture_mapper, refuse_token, words_of_places
+    from hfllm.data.loading import RowArguments
+    from hfllm.stages.evaluate.flags import processor_of
+    from hfllm.stages.shared import kept_rows
+    from hfllm.stages.vision.build import asked_of
+
+    name = script_args.dataset_name
+    read = RowArguments(dataset_name=name, dataset_train_split="test")
+    pictures = picture_mapper(script_args, name, to_sft, STAGE)
+    # All models are asked the same; a processor without pictures is refused later.
+    processors = map(processor_of, script_args.model_name_or_path or ())
+    tokens = sorted({token for processor in processors for token in words_of_places(processor)})
+
+    def mapper(origin: str, row: Row) -> Row:
+        row = by_turns(pictures(origin, row))[0]
+        refuse_token(origin, {"prompt": row["prompt"]}, tokens)
+        return row
+
+    return [asked_of(row) for row in kept_rows(read, mapper, flaw_of_pictures)][: script_args.num_items]
+
+
+# ---- samples ----
+#
+# Judge models item by item, and keep what is known: a run that was killed resumes where it was.
+#
+# Every record is a line of samples.jsonl as soon as it is known. The same command reads them and judges the items that
+# are missing. Items are asked in blocks of a batch, and a block that is not complete is asked again as a whole:
+# batches are then the same as in a run that was never stopped, and so are their numbers, to the last digit.
+
+
+SAMPLES, SAMPLES_OF = "samples.jsonl", "samples_of.json"
+# More suites may be asked for later; the records of the others stay.
+NOT_OF_SAMPLES = ("suites", f"suites{CHANGED}", f"suites{CONTENTS}")
+
+Key = tuple[str, str, str]
+
+
+class Samples:
+    """The records of a run, in its folder.
+
+    Args:
+        folder: where samples.jsonl is.
+        arguments: of the run. Records of other flags are dropped, but for `suites`.
+    """
+
+    def __init__(self, folder: str | Path, arguments: Mapping[str, Any]):
+        self.path, self.identity = Path(folder, SAMPLES), Path(folder, SAMPLES_OF)
+        self.records: dict[Key, Record] = {}
+        told = {name: value for name, value in arguments.items() if name not in NOT_OF_SAMPLES}
+        text = json.dumps(told, indent=2, default=str) + "\n"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.identity.exists():
+            raise InputError(f"{self.path} is not hfllm's and would be overwritten: move it or choose another folder")
+        if self.identity.exists() and _are_same(self.identity.read_text(encoding="utf-8"), text):
+            self._read()
+        elif self.path.exists():
+            say(f"evaluate: {self.path} is of other flags, and is written again")
+            self.path.unlink()
+        write_atomically(self.identity, text)
+
+    def _read(self) -> None:
+        """Read the records; a line that was cut off by a kill is dropped."""
+        if not self.path.exists():
+            return
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+                key = key_of(record)
+            except (KeyError, TypeError, ValueError, RecursionError):
+                continue
+            self.records[key] = record
+        self.write([*self.records.values()])
+
+    def append(self, record: Record) -> None:
+        """Add a record and write it at once."""
+        self.records[key_of(record)] = record
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(_line(record))
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Write the file anew with these records in their order."""
+        write_atomically(self.path, "".join(map(_line, records)))
+
+
+def _are_same(before: str, now: str) -> bool:
+    """Return whether samples are of these arguments, both as JSON."""
+    try:
+        was, arguments = json.loads(before), json.loads(now)
+        return all(was.get(name) == arguments.get(name) for name in compared(was, arguments))
+    except (ValueError, AttributeError, TypeError):
+        return False
+
+
+def key_of(record: Record) -> Key:
+    """Return what tells a record from all others."""
+    return record["model"], record["suite"], record["item"]
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def judge_all(
+    script_args: EvaluateArguments, models: Mapping[str, str], suites: Sequence[Suite], samples: Samples
+) -> list[Record]:
+    """Judge each model by each suite as far as the samples lack it, and return all records, in one order.
+
+    Raises:
+        InputError: naming the item, such as for logits that are not numbers.
+    """
+    from tqdm import tqdm
+
+    items = {suite.name: list(suite.items()) for suite in suites}
+    for name, each in items.items():
+        _check_keys(name, each)
+    count = len(models) * sum(map(len, items.values()))
+    with tqdm(total=count, unit="item", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for label, model in models.items():
+            missing = {
+                suite.name: pending(items[suite.name], label, suite.name, samples, script_args.batch_size)
+                for suite in suites
+            }
+            bar.update(sum(map(len, items.values())) - sum(map(len, missing.values())))
+            if any(missing.values()):
+                _judge_one(script_args, label, model, suites, missing, samples, bar)
+    keys = [(label, suite.name, item.key) for label in models for suite in suites for item in items[suite.name]]
+    records = [samples.records[key] for key in keys]
+    samples.write(records)
+    return records
+
+
+def _judge_one(
+    script_args: EvaluateArguments,
+    label: str,
+    model: str,
+    suites: Sequence[Suite],
+    missing: Mapping[str, Sequence[Item]],
+    samples: Samples,
+    bar: "tqdm",
+) -> None:
+    with loaded(script_args, label, model) as subject:
+        for suite in suites:
+            waiting = {item.key for item in missing[suite.name]}
+            if not waiting:
+                continue
+            bar.set_description(f"{suite.name} of {label}")
+            how = "by its chat template" if subject.uses_chat_template else "as plain text"
+            say(f"evaluate: {label}, {suite.name}: {len(waiting)} items, {how}")
+            for record in suite.judge(subject, missing[suite.name]):
+                samples.append(record)
+                waiting.discard(record["item"])
+                bar.update(1)
+            if waiting:
+                raise InputError(f"--suites {suite.name}: item {sorted(waiting)[0]} was not judged")
+
+
+def pending(items: Sequence[Item], label: str, suite: str, samples: Samples, block: int) -> list[Item]:
+    """Return the items of all blocks that lack a record."""
+    blocks = [items[start : start + block] for start in range(0, len(items), block)]
+    return [
+        item
+        for each in blocks
+        if any((label, suite, item.key) not in samples.records for item in each)
+        for item in each
+    ]
+
+
+def _check_keys(suite: str, items: Sequence[Item]) -> None:
+    keys = [item.key for item in items]
+    if len(set(keys)) < len(keys):
+        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+        raise InputError(f"--suites {suite}: two items have the key {twice!r}")
+
+
+# ---- report ----
+#
+# The report of an evaluation: a verdict, means with intervals by group and metric, models side by side.
+
+
+# What ends the names of figures beside a mean. Other endings would make a table of all of them.
+RENAMED = {"_se": "_error", "_n": "_items"}
+MOST_BARS = 36
+# Shown of a suite's answers: the first of each group.
+SHOWN_SAMPLES = 2
+
+
+def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Record]) -> Found:
+    """Return what the records say.
+
+    Args:
+        suites: in the order of their tables.
+        labels: of the models; differences are to the first.
+
+    Returns:
+        Metrics `SUITE/GROUP/METRIC/MODEL` with `_low`, `_high` (95%) and `_items`; of other models than the first
+        also `..._difference` with its bounds; `SUITE/skipped/MODEL`; the verdict, see `verdict_metrics`. Their tables
+        and plots, and those of the suites.
+    """
+    metrics: dict[str, float] = {}
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
+    plots: dict[str, Plot | Bars] = {}
+    verdicts: list[str] = []
+    said: list[str] = []
+    if len(labels) > 1:
+        family = compared_figures(suites, labels, records)
+        decided = judged([each for each in family if can_differ(each)])
+        left_out = [each for each in family if not can_differ(each)]
+        metrics |= verdict_metrics(decided, left_out, labels[1:])
+        title = f"Verdict on the primary figures (Holm over {len(decided)})"
+        tables |= {title: verdict_table(labels[0], decided, len(labels) > 2)} if decided else {}
+        tables |= shown_changes(changes_of(labels, family, records))
+        said += [sentence(labels[0], label, decided) for label in labels[1:]]
+        said += [left_out_sentence(left_out)] if left_out else []
+    num_verdicts = len(said)
+    for suite in suites:
+        own = [record for record in records if record["suite"] == suite.name]
+        found, table, bars = _of_suite(suite, labels, own, verdicts)
+        metrics |= found
+        tables[f"{suite.name}: means with 95% intervals"] = table
+        plots[f"suite_{suite.name}"] = bars
+        if (extra := suite.extra(own)) is not None:
+            metrics |= {_renamed(name): value for name, value in extra.metrics.items()}
+            tables |= extra.tables
+            plots |= extra.plots
+            said += [extra.summary] if extra.summary else []
+        tables[f"{suite.name}: some answers"] = _shown(own, labels)
+    summary = "; ".join([*said[:num_verdicts], summary_of(labels, records, verdicts), *said[num_verdicts:]])
+    return Found(metrics, summary, tables, plots)
+
+
+def compared_figures(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Record]) -> list[Compared]:
+    """Return the primary figures of all suites and groups, each model's against the first one's, item by item.
+
+    Those of too few items that both have are among them: see `can_differ`.
+    """
+    family = []
+    for suite in suites:
+        scores: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+        for record in records:
+            if record["suite"] == suite.name:
+                scores.setdefault((record["group"], record["model"]), {})[record["item"]] = record["scores"]
+        for group in dict.fromkeys(group for group, _ in scores):
+            first = scores.get((group, labels[0]), {})
+            for name in suite.primary_of(group):
+                for label in labels[1:]:
+                    second = scores.get((group, label), {})
+                    shared = [item for item in first if name in first[item] and name in second.get(item, ())]
+                    compared = Compared(
+                        f"{suite.name}, {group}: {name.replace('_', ' ')}",
+                        f"{suite.name}/{slug(group)}/{slug(name)}",
+                        label,
+                        suite.better[name],
+                        shared,
+                        [first[item][name] for item in shared],
+                        [second[item][name] for item in shared],
+                    )
+                    is_measured = any(name in each for side in (first, second) for each in side.values())
+                    family += [compared] if is_measured else []
+    return family
+
+
+def changes_of(labels: Sequence[str], family: Sequence[Compared], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return each item in whose tested figures a model differs from the first, with what was asked and said."""
+    texts = {
+        (f"{each['suite']}/{slug(each['group'])}/{each['model']}", each["item"]): (each["asked"], each["said"])
+        for each in records
+    }
+    return changed_items(labels[0], [each for each in family if can_differ(each)], texts)
+
+
+def write_changes(
+    folder: str | Path, suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Record]
+) -> dict[str, str]:
+    """Write `changes_of` as lines of `CHANGES`, and return it as an artifact; nothing for a single model."""
+    if len(labels) < 2:
+        return {}
+    rows = changes_of(labels, compared_figures(suites, labels, records), records)
+    write_atomically(Path(folder, CHANGES), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return {"changes": CHANGES}
+
+
+def _of_suite(
+    suite: Suite, labels: Sequence[str], records: Sequence[Record], verdicts: list[str]
+) -> tuple[dict[str, float], list[dict[str, str]], Bars]:
+    metrics: dict[str, float] = {}
+    table, bars, notes = [], {}, {}
+    for group in dict.fromkeys(record["group"] for record in records):
+        of_group = {
+            label: {
+                each["item"]: each["scores"] for each in records if (each["model"], each["group"]) == (label, group)
+            }
+            for label in labels
+        }
+        names = dict.fromkeys(name for scores in of_group.values() for each in scores.values() for name in each)
+        for name in names:
+            values = {
+                label: {item: each[name] for item, each in scores.items() if name in each}
+                for label, scores in of_group.items()
+            }
+            key, line = f"{suite.name}/{slug(group)}/{slug(name)}", {"group": group, "figure": name.replace("_", " ")}
+            for label in labels:
+                found = mean_interval(list(values[label].values())) if values[label] else None
+                line[label] = _cell(found)
+                if found is not None:
+                    metrics |= _named(f"{key}/{label}", found, len(values[label]))
+                    bars[f"{group}: {line['figure']}, {label}"] = found.value
+                    notes[f"{group}: {line['figure']}, {label}"] = _cell(found)
+            for label in labels[1:]:
+                change, verdict = _difference(values[labels[0]], values[label], suite.better.get(name, 0))
+                line[f"{label} - {labels[0]}"] = _cell(change, signed=True)
+                line["" if len(labels) == 2 else f"({label})"] = verdict
+                verdicts.append(verdict)
+                if change is not None:
+                    metrics |= _named(f"{key}/{label}_difference", change, None)
+            line["n"] = str(len(values[labels[0]]))
+            table.append(line)
+    for label in labels:
+        skipped = sum(bool(record["skipped"]) for record in records if record["model"] == label)
+        metrics[f"{suite.name}/skipped/{label}"] = skipped
+    shown = dict(list(bars.items())[:MOST_BARS])
+    return metrics, table, Bars(f"{suite.name} (95% intervals)", "mean over items", shown, notes)
+
+
+def _difference(first: Mapping[str, float], second: Mapping[str, float], better: int) -> tuple[Interval | None, str]:
+    """Return the paired difference over the items that both have, and what it says."""
+    shared = [item for item in first if item in second]
+    if not shared:
+        return None, ""
+    found = difference_interval([first[item] for item in shared], [second[item] for item in shared])
+    if found.low <= 0 <= found.high:
+        return found, "noise"
+    if not better:
+        return found, "more" if found.value > 0 else "less"
+    return found, "better" if found.value * better > 0 else "worse"
+
+
+def summary_of(labels: Sequence[str], records: Sequence[Record], verdicts: Sequence[str]) -> str:
+    """Return how many figures differ, and how many items have none."""
+    items = {(record["suite"], record["item"]) for record in records}
+    parts = [f"{len(items)} items, {len(labels)} model{'s' if len(labels) > 1 else ''}"]
+    if len(labels) > 1:
+        counts = {name: verdicts.count(name) for name in ("better", "worse", "more", "less")}
+        said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
+        parts.append(
+            f"{said} of all {len(verdicts)} differences to {labels[0]}, controls too and not adjusted, beyond their "
+            f"95% intervals (by chance some {0.05 * len(verdicts):.0f})"
+        )
+    reasons: dict[str, int] = {}
+    for record in records:
+        if record["skipped"]:
+            reasons[record["skipped"]] = reasons.get(record["skipped"], 0) + 1
+    parts += [f"{count} answers skipped: {reason}" for reason, count in reasons.items()]
+    return "; ".join(parts)
+
+
+def _named(key: str, found: Interval, count: int | None) -> dict[str, float]:
+    named = {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+    return named if count is None else {**named, f"{key}_items": count}
+
+
+def _renamed(name: str) -> str:
+    ending = next((ending for ending in RENAMED if name.endswith(ending)), "")
+    return name.removesuffix(ending) + RENAMED.get(ending, "")
+
+
+def _cell(found: Interval | None, signed: bool = False) -> str:
+    if found is None:
+        return "-"
+    sign = "+" if signed else ""
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def _shown(records: Sequence[Record], labels: Sequence[str]) -> list[dict[str, str]]:
+    """Return some questions of each group with what each model said."""
+    said = {(record["item"], record["model"]): record for record in records}
+    rows, counts = [], {}
+    for record in records:
+        if record["model"] != labels[0] or counts.get(record["group"], 0) >= SHOWN_SAMPLES or not record["asked"]:
+            continue
+        counts[record["group"]] = counts.get(record["group"], 0) + 1
+        answers = {label: said[record["item"], label] for label in labels if (record["item"], label) in said}
+        rows.append(
+            {"prompt": record["asked"], **{label: each["said"] or each["skipped"] for label, each in answers.items()}}
+        )
+    return rows
+
+
+# ---- checks ----
+#
+# What an evaluation refuses before anything is trained or loaded.
+
+
+def check(script_args: EvaluateArguments) -> None:
+    """Refuse flags that would fail later or have no effect, and read all files.
+
+    Raises:
+        InputError: naming the flag, or the file and the row.
+    """
+    for name in script_args.suites:
+        if name not in SUITES:
+            nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
+            raise InputError(f"--suites {name!r}: no such suite; did you mean {nearest!r}? All: {', '.join(SUITES)}")
+    if not script_args.suites or len(set(script_args.suites)) < len(script_args.suites):
+        raise InputError(f"--suites {' '.join(script_args.suites)}: expected one or more, each once")
+    for flag, least in (
+        ("batch_size", 1),
+        ("max_new_tokens", 1),
+        ("num_items", 1),
+        ("num_shots", 0),
+        ("num_attacks", 0),
+    ):
+        value = getattr(script_args, flag)
+        if value is not None and value < least:
+            raise InputError(f"--{flag} {value}: expected at least {least}")
+    for name in CONFIGS:
+        is_idle = bool(script_args.model_name_or_path and getattr(script_args, f"{name}_config"))
+        refuse(is_idle, f"--{name}_config", "the models are named")
+    wanted = {
+        "truthfulqa_file": ("truthfulness",),
+        "preference_files": ("hhh",),
+        "xstest_file": ("refusals",),
+        "few_shot_files": ("few_shot", "calibration"),
+        "facts_file": ("interpretability",),
+        "robustness_file": ("robustness",),
+    }
+    for flag, suites in wanted.items():
+        is_idle = bool(getattr(script_args, flag)) and not {*suites} & {*script_args.suites}
+        refuse(is_idle, f"--{flag}", f"it is for --suites {' or '.join(suites)}")
+    refuse(script_args.write_answers and not script_args.truthfulqa_file, "--write_answers", "no --truthfulqa_file")
+    is_idle = script_args.num_attacks is not None and "robustness" not in script_args.suites
+    refuse(is_idle, "--num_attacks", "it is for --suites robustness")
+    is_idle = script_args.num_shots > 0 and not script_args.few_shot_files
+    refuse(is_idle, "--num_shots", "no --few_shot_files")
+    if script_args.write_answers and (missing := missing_overlaps()):
+        say(f"evaluate: {missing}")
+    is_single = len(script_args.model_name_or_path or ()) == 1
+    refuse(
+        script_args.fail_on_regression and is_single, "--fail_on_regression", "one model has no other to be worse than"
+    )
+    if not is_single:
+        refuse_foreign_changes(script_args.output_dir)
+    evaluate_flags.check(script_args, script_args.suites)
+    check_pictures(script_args)
+    for suite in suites_of(script_args, None):
+        suite.items()
+
+
+def check_models(script_args: EvaluateArguments) -> None:
+    """Refuse models that cannot be loaded, and a chat template that is asked for and not there.
+
+    Raises:
+        InputError: naming the model.
+    """
+    from hfllm.models.loading.adapters import find_adapter
+    from hfllm.models.loading.weights import check_weight_files
+    from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
+
+    judge = script_args.judge_model_name_or_path
+    for name in [*(script_args.model_name_or_path or ()), *([judge] if judge else ())]:
+        try:
+            load_config(name)
+            if find_adapter(name) is None:
+                check_weight_files(name)
+            template = saved_tokenizer(name).chat_template
+            load_tokenizer(name)
+            if processor_of(name) is None and "pictures" in script_args.suites and name != judge:
+                raise InputError(f"--suites pictures: {name!r} reads text alone: name a model that sees")
+        except InputError as error:
+            raise InputError(f"--judge_model_name_or_path: {error}" if name == judge else str(error)) from None
+        if script_args.apply_chat_template and template is None and name != judge:
+            raise InputError(
+                f"--apply_chat_template true: the tokenizer of {name!r} has no chat template; leave the flag out, or "
+                "save a template with the tokenizer"
+            )
+
+
+def changed_files(script_args: EvaluateArguments) -> dict[str, int | str]:
+    """Return when the files that flags and rows name were last changed, and hashes of their contents, by name."""
+    named = [getattr(script_args, flag) or [] for flag in FILES]
+    paths = [path for each in named for path in ([each] if isinstance(each, str) else each)]
+    paths += evaluate_flags.files_of(script_args)
+    changed = {f"{path}{CHANGED}": Path(path).stat().st_mtime_ns for path in paths}
+    contents = {f"{path}{CONTENTS}": file_fingerprint([("", Path(path))], True) for path in paths}
+    return {**changed, **contents, **files_changed(script_args, script_args.model_name_or_path or ())}

@@ -1,0 +1,479 @@
+"""The comparison of two evaluations that were run before: its flags, and the logs of items that it reads.
+
+lm-eval writes with `--log_samples` a file of lines for each task, `samples_TASK_DATE.jsonl`: `doc_id` and `doc_hash`
+of an item, the `filter` that its answer went through, and a figure for each of `metrics`. `hfllm evaluate` writes
+`samples.jsonl`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hfllm.data.sources import iterate_source, parse_json
+from hfllm.errors import InputError, refuse
+from hfllm.evaluation.verdicts import (
+    ALPHA,
+    Compared,
+    can_differ,
+    changed_items,
+    judged,
+    left_out_sentence,
+    sentence,
+    shown_changes,
+    verdict_metrics,
+    verdict_table,
+)
+from hfllm.outputs.report import Found, write_atomically
+from hfllm.outputs.statistics import mean_interval
+from hfllm.stages.evaluate.flags import CHANGES, labels_of, refuse_foreign_changes, slug
+
+# lm-eval's names; a date stands for a run.
+LM_EVAL_LOG = re.compile(r"samples_(.+?)(?:_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?))?\.jsonl")
+OWN_LOG = "samples.jsonl"
+# Columns of lm-eval's logs that are no figures, for those without a list of them.
+NOT_METRICS = frozenset(
+    (
+        *("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"),
+        *("doc_hash", "prompt_hash", "target_hash"),
+    )
+)
+# Less is better of these; of others more is.
+LOSSES = re.compile(r"(?:.*_)?(?:perplexity|bits_per_byte|loss|brier|brier_score|wer|cer|ter|toxicity)")
+# Our suites whose prompts depend on the model: its template, or an attack on it.
+ASKED_BY_MODEL = ("robustness", "lm_eval")
+# Sums of larger scores would be infinite.
+MOST = 1e100
+MOST_LISTED = 3
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Two evaluations, and what of them is compared."""
+
+    logs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The first evaluation and the second: a log, or a folder of logs, each; also without --logs."
+        },
+    )
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Metrics to compare, such as acc; by default all of lm-eval's, and the primary ones of ours."
+        },
+    )
+    pool: list[str] | None = field(
+        default=None, metadata={"help": "Beginnings of names of tasks that are taken together, such as mmlu."}
+    )
+    cluster_by: str | None = field(
+        default=None,
+        metadata={"help": "Column of the items, such as passage_id; those with the same value are not independent."},
+    )
+    allow_missing: bool = field(
+        default=False, metadata={"help": "Compare what both have, where one lacks tasks, metrics or items."}
+    )
+    alpha: float = field(default=ALPHA, metadata={"help": "Chance that equal models are found to differ in anything."})
+    fail_on_regression: bool = field(
+        default=False,
+        metadata={"help": "Exit code 1 where the second is significantly worse, 2 where nothing is tested."},
+    )
+    output_dir: str = field(default="outputs/compare", metadata={"help": "Where the report and the changes go."})
+
+
+@dataclass(frozen=True)
+class Logged:
+    """An item of a log.
+
+    Args:
+        origin: its file and line.
+        identity: what the item is, to tell that two logs are of the same; empty where the log does not say.
+        scores: its figures by metric.
+        cluster: that it belongs to, if that is asked for.
+        asked, said: what the model read and wrote, for readers.
+        is_own: whether it is of a suite of `hfllm evaluate`.
+        primary: of such an item the primary metrics, with 1 where more is better and -1 where less is; `None` where an
+            older log does not say.
+    """
+
+    origin: str
+    identity: str
+    scores: dict[str, float]
+    cluster: object
+    asked: str
+    said: str
+    is_own: bool = False
+    primary: Mapping[str, int] | None = None
+
+
+# Items by their keys, for each part: a task and a filter, or a suite and a group.
+Log = dict[tuple[str, str], dict[str, Logged]]
+
+
+def check(script_args: CompareArguments) -> None:
+    """Refuse flags that cannot be followed.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    logs = script_args.logs or []
+    if len(logs) != 2:
+        raise InputError(f"expected two logs, got {len(logs)}: hfllm compare A.jsonl B.jsonl, then the other flags")
+    if not 0 < script_args.alpha < 1:
+        raise InputError(f"--alpha {script_args.alpha}: expected a number between 0 and 1, such as .05")
+    for name in logs:
+        if not Path(name).exists():
+            raise InputError(f"--logs {name}: no such file or folder")
+    refuse(Path(logs[0]).resolve() == Path(logs[1]).resolve(), f"--logs {logs[1]}", "it is the first one again")
+    refuse_foreign_changes(script_args.output_dir)
+
+
+def labels(script_args: CompareArguments) -> list[str]:
+    """Return a short name of each evaluation: of logs with names that are given to them, that of their folder."""
+    paths = [Path(name) for name in script_args.logs]
+    is_usual = all(path.is_file() and (path.name == OWN_LOG or _task_of(path)) for path in paths)
+    if is_usual and paths[0].resolve().parent != paths[1].resolve().parent:
+        paths = [path.resolve().parent for path in paths]
+    return labels_of([str(path) for path in paths], "--logs")
+
+
+# ---- logs ----
+
+
+def read_log(name: str, script_args: CompareArguments) -> Log:
+    """Return the items of a log, or of all logs of a folder.
+
+    Raises:
+        InputError: naming the file and the line that cannot be read, or says what another one has said.
+    """
+    found: Log = {}
+    of_task: dict[str, Path] = {}
+    for path in _files(name):
+        task = _task_of(path)
+        if task is not None and of_task.setdefault(task, path) != path:
+            raise InputError(f"--logs {name}: two logs of {task}: {of_task[task]} and {path}; name one of them")
+        models: set[str] = set()
+        for origin, row in iterate_source(str(path)):
+            if "suite" in row and "scores" in row:
+                models.add(str(row.get("model")))
+                if len(models) > 1:
+                    raise InputError(f"{origin}: the log has several models, which hfllm evaluate has compared")
+                part, key, logged = _own(origin, row, script_args.cluster_by)
+            else:
+                part, key, logged = _of_lm_eval(origin, row, task or path.stem, script_args)
+            if logged is None:
+                continue
+            items = found.setdefault(part, {})
+            if key in items:
+                raise InputError(f"{origin}: item {key} of {' '.join(part)} again, after {items[key].origin}")
+            items[key] = logged
+    if not found:
+        raise InputError(f"--logs {name}: no item with a figure")
+    return found
+
+
+def _files(name: str) -> list[Path]:
+    """Return the logs of a folder, or the one that is named."""
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    own = path / OWN_LOG
+    files = [own] if own.is_file() else sorted(each for each in path.rglob("samples_*.jsonl") if each.is_file())
+    if not files:
+        raise InputError(f"--logs {name}: the folder holds no samples_TASK_DATE.jsonl and no {OWN_LOG}")
+    return files
+
+
+def _task_of(path: Path) -> str | None:
+    """Return the task that a file of lm-eval's is named after; `None` for a file of another name."""
+    found = LM_EVAL_LOG.fullmatch(path.name)
+    return found[1] if found else None
+
+
+def _own(origin: str, row: Mapping[str, Any], cluster_by: str | None) -> tuple[tuple[str, str], str, Logged | None]:
+    """Return an item of `hfllm evaluate`; none for one that was skipped."""
+    scores = row["scores"]
+    if not isinstance(scores, dict) or not all(isinstance(row.get(name), str) for name in ("suite", "group", "item")):
+        raise InputError(f"{origin}: expected suite, group, item and scores, as hfllm evaluate writes them")
+    numbers = {name: _number(origin, name, value) for name, value in scores.items()}
+    primary = row.get("primary")
+    is_right = isinstance(primary, dict) and all(way in (1, -1) for way in primary.values())
+    if primary is not None and not is_right:
+        raise InputError(f"{origin}: primary is {primary!r:.80}, expected metrics with 1 or -1")
+    cluster = _cluster(origin, row, cluster_by)
+    texts = str(row.get("asked", "")), str(row.get("said", ""))
+    identity = "" if row["suite"] in ASKED_BY_MODEL else texts[0]
+    logged = Logged(origin, identity, numbers, cluster, *texts, is_own=True, primary=primary) if numbers else None
+    return (row["suite"], row["group"]), row["item"], logged
+
+
+def _of_lm_eval(
+    origin: str, row: Mapping[str, Any], task: str, script_args: CompareArguments
+) -> tuple[tuple[str, str], str, Logged | None]:
+    """Return an item of lm-eval; figures of a whole corpus, which are lists, are left out."""
+    if "doc_id" not in row:
+        raise InputError(
+            f"{origin}: no doc_id; expected lm-eval's log of items (--log_samples) or hfllm's {OWN_LOG}, found "
+            f"{', '.join(map(repr, list(row)[:8]))}"
+        )
+    names = row.get("metrics")
+    names = names if isinstance(names, list) else [name for name in row if name not in NOT_METRICS]
+    scores = {
+        name: _number(origin, name, row[name])
+        for name in names
+        if isinstance(name, str) and isinstance(row.get(name), (bool, int, float))
+    }
+    doc = row.get("doc")
+    identity = str(row.get("doc_hash") or "") or (json.dumps(doc, sort_keys=True) if doc is not None else "")
+    whole = {**row, **doc} if isinstance(doc, Mapping) else row
+    cluster, key = _cluster(origin, whole, script_args.cluster_by), str(row["doc_id"])
+    pooled = next((each for each in script_args.pool or () if task.startswith(each)), None)
+    if pooled is not None:
+        key, task, cluster = f"{task}/{key}", pooled, None if cluster is None else (task, cluster)
+    logged = Logged(origin, identity, scores, cluster, *_texts(row)) if scores else None
+    return (task, str(row.get("filter") or "none")), key, logged
+
+
+def _number(origin: str, name: str, value: object) -> float:
+    if isinstance(value, (bool, int, float)) and abs(value) < MOST:
+        return float(value)
+    raise InputError(f"{origin}: {name} is {value!r:.40}, expected a number below {MOST:g}")
+
+
+def _cluster(origin: str, row: Mapping[str, Any], column: str | None) -> object:
+    if column is None:
+        return None
+    if row.get(column) is None:
+        raise InputError(f"--cluster_by {column}: {origin} has no such column; found {', '.join(list(row)[:12])}")
+    return str(row[column])
+
+
+def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what was asked and what was said: what was written, or the likeliest of the choices."""
+    requests = row.get("arguments")
+    requests = list(requests.values()) if isinstance(requests, Mapping) else requests
+    pairs = []
+    for each in requests if isinstance(requests, list) else ():
+        each = list(each.values()) if isinstance(each, Mapping) else each
+        pairs.append([str(part) for part in each] if isinstance(each, list) else [str(each)])
+    asked = pairs[0][0] if pairs and pairs[0] else ""
+    said = row.get("filtered_resps")
+    said = said if isinstance(said, list) else [said]
+    try:
+        logprobs = [float(each[0]) for each in said if isinstance(each, list)]
+    except (IndexError, TypeError, ValueError):
+        logprobs = []
+    if logprobs and len(logprobs) == len(pairs):
+        return asked, pairs[max(range(len(pairs)), key=logprobs.__getitem__)][-1].strip()
+    return asked, str(said[0]) if said and said[0] is not None else ""
+
+
+# ---- the comparison ----
+
+
+def family_of(script_args: CompareArguments, first: Log, second: Log, names: Sequence[str]) -> list[Compared]:
+    """Return the figures that are compared, over the items that both logs have.
+
+    Raises:
+        InputError: when an item is another one in the second log, or is missing in one of them, unless
+            `--allow_missing` says that it may be.
+    """
+    family, missing = [], []
+    for part in dict.fromkeys((*first, *second)):
+        one, other = first.get(part, {}), second.get(part, {})
+        _refuse_other_items(part, one, other)
+        for metric in _metrics(script_args, part, one, other):
+            having = [{key for key, item in each.items() if metric in item.scores} for each in (one, other)]
+            for lacking, has, name in ((having[1], having[0], names[1]), (having[0], having[1], names[0])):
+                if absent := sorted(has - lacking):
+                    listed = ", ".join(absent[:MOST_LISTED])
+                    missing.append(
+                        f"{name} lacks {len(absent)} of {len(has)} items of {_title(part)} {metric} ({listed})"
+                    )
+            shared = [key for key in one if key in having[0] & having[1]]
+            if shared:
+                family.append(
+                    _compared(part, metric, names[1], {key: (one[key], other[key]) for key in shared}, script_args)
+                )
+    if missing and not script_args.allow_missing:
+        more = f", and {len(missing) - 1} more such" if len(missing) > 1 else ""
+        raise InputError(f"--logs: {missing[0]}{more}; --allow_missing compares what both have")
+    if not family:
+        wanted = (
+            f"with the metrics {', '.join(script_args.metrics)}" if script_args.metrics else "with the same figure"
+        )
+        raise InputError(f"--logs: no item {wanted} in both")
+    return family
+
+
+def missing_of(first: Log, second: Log) -> int:
+    """Return how many items only one of the logs has."""
+    parts = {*first, *second}
+    return sum(len(first.get(part, {}).keys() ^ second.get(part, {}).keys()) for part in parts)
+
+
+def renamed(first: Log, second: Log, files: Sequence[str]) -> Log:
+    """Return the second log with the task of the first, where two files of any names hold one task each."""
+    names = {part[0] for part in first}, {part[0] for part in second}
+    tasks = {_task_of(Path(name)) for name in files}
+    are_single = all(Path(name).is_file() for name in files) and all(len(each) == 1 for each in names)
+    is_own = any(item.is_own for items in (*first.values(), *second.values()) for item in items.values())
+    if is_own or not are_single or (None not in tasks and len(tasks) > 1):
+        return second
+    (task,) = names[0]
+    return {(task, part[1]): items for part, items in second.items()}
+
+
+def _metrics(script_args: CompareArguments, part: tuple[str, str], *logs: Mapping[str, Logged]) -> list[str]:
+    """Return the metrics of a part that are compared."""
+    items = [item for log in logs for item in log.values()]
+    names = list(dict.fromkeys(name for item in items for name in item.scores))
+    if script_args.metrics:
+        return [name for name in names if name in script_args.metrics]
+    told = [item.primary for item in items if item.primary is not None]
+    if told:
+        return [name for name in names if any(name in primary for primary in told)]
+    # Tasks of lm-eval have no primary ones here, nor in older logs of our suite of that name.
+    if not items[0].is_own or part[0] == "lm_eval":
+        return names
+    from hfllm.evaluation.suites import robustness
+
+    primary = own_metrics().get(part[0], ((), {}))[0]
+    if part[0] == robustness.Robustness.name:
+        primary = robustness.primary_of(part[1], "gold" in names)
+    return [name for name in names if name in primary]
+
+
+@cache
+def own_metrics() -> dict[str, tuple[frozenset[str], dict[str, int]]]:
+    """Return the primary metrics of each of our suites that has some, and in which direction metrics are better."""
+    from hfllm.evaluation import pictures
+    from hfllm.evaluation.suites import few_shot, preferences, refusals, robustness, truthfulness, world_suites
+
+    kinds = [
+        *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals.XSTest, robustness.Robustness),
+        *(
+            truthfulness.TruthfulQA,
+            world_suites.WorldTruthfulness,
+            world_suites.WorldPreferences,
+            world_suites.WorldRefusals,
+        ),
+        world_suites.WorldFewShot,
+    ]
+    found: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
+    for kind in kinds:
+        primary, better = found.get(kind.name, (frozenset(), {}))
+        found[kind.name] = primary | {*kind.primary}, {**better, **kind.better}
+    return found
+
+
+def _refuse_other_items(part: tuple[str, str], one: Mapping[str, Logged], other: Mapping[str, Logged]) -> None:
+    for key in (key for key in one if key in other):
+        identities = one[key].identity, other[key].identity
+        if all(identities) and identities[0] != identities[1]:
+            raise InputError(
+                f"{other[key].origin}: item {key} of {_title(part)} is another one than in {one[key].origin}: the "
+                "logs are of other data, or of another version of the task"
+            )
+
+
+def _compared(
+    part: tuple[str, str],
+    metric: str,
+    label: str,
+    pairs: Mapping[str, tuple[Logged, Logged]],
+    script_args: CompareArguments,
+) -> Compared:
+    clusters = [one.cluster for one, _ in pairs.values()] if script_args.cluster_by else None
+    key = "/".join(map(slug, (*part, metric)))
+    scores = [[each.scores[metric] for each in side] for side in zip(*pairs.values(), strict=True)]
+    better = _direction(part, metric, [each for pair in pairs.values() for each in pair], script_args.logs)
+    return Compared(f"{_title(part)}: {metric.replace('_', ' ')}", key, label, better, [*pairs], *scores, clusters)
+
+
+def _direction(part: tuple[str, str], metric: str, items: Sequence[Logged], logs: Sequence[str]) -> int:
+    """Return whether more of a metric is better.
+
+    Its items say it, or our suite, or lm-eval's results beside the log, or its name.
+    """
+    for item in items:
+        if item.primary is not None and metric in item.primary:
+            return item.primary[metric]
+    if items[0].is_own and metric in (own := own_metrics().get(part[0], ((), {}))[1]):
+        return own[metric]
+    for name in logs:
+        ways = _higher_is_better(name)
+        for key in ((part[0], metric), metric):
+            if isinstance(way := ways.get(key), bool):
+                return 1 if way else -1
+    return -1 if LOSSES.fullmatch(metric) else 1
+
+
+@cache
+def _higher_is_better(name: str) -> dict[Any, Any]:
+    """Return what lm-eval's results beside a log, or the logs of a folder, say of metrics, by task too."""
+    found: dict[Any, Any] = {}
+    for path in dict.fromkeys(path for log in _files(name) for path in _results_beside(log)):
+        try:
+            results = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        of_tasks = results.get("higher_is_better") if isinstance(results, dict) else None
+        for task, ways in of_tasks.items() if isinstance(of_tasks, dict) else ():
+            for metric, way in ways.items() if isinstance(ways, dict) else ():
+                found |= {(task, metric): way, metric: way}
+    return found
+
+
+def _results_beside(log: Path) -> list[Path]:
+    """Return the results of a log's run: of its date, if its name has one, since a folder may hold several runs."""
+    dated = LM_EVAL_LOG.fullmatch(log.name)
+    if dated and dated[2]:
+        return [log.with_name(f"results_{dated[2]}.json")]
+    return sorted(log.parent.glob("results_*.json"))
+
+
+def _title(part: tuple[str, str]) -> str:
+    return part[0] if part[1] == "none" else ", ".join(part)
+
+
+# ---- the report ----
+
+
+def report(
+    script_args: CompareArguments, names: Sequence[str], family: Sequence[Compared], logs: Sequence[Log]
+) -> Found:
+    """Return the verdict, the figures and some items that changed, and write all of these to `CHANGES`."""
+    decided = judged([each for each in family if can_differ(each, script_args.alpha)], script_args.alpha)
+    left_out = [each for each in family if not can_differ(each, script_args.alpha)]
+    metrics = verdict_metrics(decided, left_out, names[1:], script_args.alpha)
+    for each in family:
+        for label, values in zip(names, (each.first, each.second), strict=True):
+            found = mean_interval(values)
+            key = f"{each.key}/{label}"
+            metrics |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+            metrics[f"{key}_items"] = len(values)
+    for each in decided:
+        key, found = f"{each.compared.key}/{names[1]}_difference", each.difference
+        metrics |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+    changes = changed_items(names[0], family, dict(_all_texts(names, logs)))
+    path = Path(script_args.output_dir, CHANGES)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in changes))
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
+    if decided:
+        tables[f"{names[1]} against {names[0]} (Holm over {len(decided)})"] = verdict_table(names[0], decided)
+    said = [sentence(names[0], names[1], decided, script_args.alpha)]
+    said += [left_out_sentence(left_out)] if left_out else []
+    if absent := missing_of(*logs):
+        said.append(f"{absent} items that only one of them has left out")
+    return Found(metrics, "; ".join(said), {**tables, **shown_changes(changes)}, {})
+
+
+def _all_texts(names: Sequence[str], logs: Sequence[Log]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    for name, log in zip(names, logs, strict=True):
+        for part, items in log.items():
+            where = f"{'/'.join(map(slug, part))}/{name}"
+            yield from (((where, key), (item.asked, item.said)) for key, item in items.items())

@@ -1,0 +1,320 @@
+"""The evaluation of models: its flags, the stages that make the world's models, and the subjects."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.data.images.rows import PictureArguments
+from hfllm.errors import InputError, refuse
+from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.pipeline import Chain, chain_before
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+    from trl import ModelConfig
+
+    from hfllm.evaluation.suites.base import Subject
+    from hfllm.evaluation.suites.lm_eval import LmEval
+
+
+# ---- lm eval ----
+#
+# The flags of lm-eval's tasks, what they refuse, and the suite.
+
+
+SUITE = "lm_eval"
+
+
+@dataclass(frozen=True)
+class LmEvalArguments:
+    """Tasks of lm-eval."""
+
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tasks for lm_eval: arc_easy_file, gsm8k_file, ... or those of --include_path."},
+    )
+    include_path: list[str] | None = field(default=None, metadata={"help": "Folders with YAML tasks of your own."})
+    tasks_data: str | None = field(
+        default=None, metadata={"help": "Folder of the files that tasks name, if not beside their YAML files."}
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Worked examples of a task; by default what its YAML file says."}
+    )
+    allow_code_execution: bool = field(
+        default=False, metadata={"help": "Run the code that models write for tasks such as HumanEval, within limits."}
+    )
+    tasks_from_hub: bool = field(
+        default=False, metadata={"help": "Know lm-eval's own tasks too, and let tasks read data sets of the Hub."}
+    )
+
+
+def check(script_args: LmEvalArguments, suites: list[str]) -> None:
+    """Refuse flags of tasks without the suite, and the suite without tasks.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for item in fields(LmEvalArguments):
+        is_given = getattr(script_args, item.name) != item.default
+        refuse(is_given and SUITE not in suites, f"--{item.name}", f"it is for --suites {SUITE}")
+    if SUITE in suites and not script_args.tasks:
+        raise InputError(f"--suites {SUITE} needs --tasks, such as --tasks arc_easy_file --tasks_data FOLDER")
+    if script_args.num_fewshot is not None and script_args.num_fewshot < 0:
+        raise InputError(f"--num_fewshot {script_args.num_fewshot}: expected at least 0")
+    if script_args.tasks_data is not None and not Path(script_args.tasks_data).is_dir():
+        raise InputError(f"--tasks_data {script_args.tasks_data}: no such folder")
+
+
+def suite_of(script_args: LmEvalArguments, num_items: int | None) -> "LmEval":
+    """Return the suite that the flags describe."""
+    from hfllm.evaluation.suites.lm_eval import LmEval
+
+    return LmEval(
+        script_args.tasks or (),
+        script_args.include_path or (),
+        script_args.tasks_data,
+        script_args.num_fewshot,
+        num_items,
+        script_args.allow_code_execution,
+        script_args.tasks_from_hub,
+    )
+
+
+def files_of(script_args: LmEvalArguments) -> list[str]:
+    """Return the files that the figures depend on: YAML tasks, the code beside them, and data."""
+    folders = [*(script_args.include_path or ()), *([script_args.tasks_data] if script_args.tasks_data else ())]
+    kinds = (".yaml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".txt")
+    return sorted(str(path) for folder in folders for path in Path(folder).rglob("*") if path.suffix in kinds)
+
+
+# ---- evaluate ----
+
+
+# What is judged where no suite is named.
+DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
+# Questions of the world, where no other number is asked for.
+NUM_WORLD_ITEMS = 240
+# YAML files of the stages that make the world's models.
+CONFIGS = ("pretrain", "sft", "reward", "rlhf")
+# Flags that change no figure.
+HOW_IT_ENDS = ("fail_on_regression",)
+FILES = (
+    *("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files"),
+    *("facts_file", "robustness_file"),
+)
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
+    """Which models are judged, by what, and how they are asked."""
+
+    model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "One or more models, folders or Hub ids; without any the world's are made and judged."},
+    )
+    suites: list[str] = field(
+        default_factory=lambda: list(DEFAULT_SUITES), metadata={"help": "What they are judged by."}
+    )
+    output_dir: str = field(default="outputs/evaluate", metadata={"help": "Where the report and the samples go."})
+    seed: int = field(default=42, metadata={"help": "Of the world's models."})
+    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+    apply_chat_template: bool | None = field(
+        default=None,
+        metadata={"help": "Ask by the chat template, or by plain text; by default where a tokenizer has a template."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Prompts, or choices of a question, in one pass."})
+    num_items: int | None = field(
+        default=None, metadata={"help": "Items of each file, or of the world; by default all, of the world 240."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "The type that models are loaded in."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the models in 8 bits, by bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the models in 4 bits, by bitsandbytes."})
+    judge_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A model that judges written answers, beside the rules."}
+    )
+    truthfulqa_file: str | None = field(
+        default=None, metadata={"help": "TruthfulQA's CSV or mc_task.json; without it the world's facts are asked."}
+    )
+    write_answers: bool = field(
+        default=False, metadata={"help": "Let models write answers to TruthfulQA too, and compare them."}
+    )
+    preference_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pairs for hhh: behaviors with (A) and (B), BIG-bench's HHH, chosen, rejected."},
+    )
+    xstest_file: str | None = field(default=None, metadata={"help": "XSTest's CSV, for refusals."})
+    few_shot_files: list[str] | None = field(
+        default=None, metadata={"help": "Multiple choice or exact match, for few_shot and calibration."}
+    )
+    facts_file: str | None = field(
+        default=None, metadata={"help": "Rows of subject, question and answer, for interpretability."}
+    )
+    num_shots: int = field(default=0, metadata={"help": "First rows of each such file that are worked examples."})
+    robustness_file: str | None = field(
+        default=None,
+        metadata={"help": "Prompts for robustness, with a column answer, harmful, or XSTest's label."},
+    )
+    num_attacks: int | None = field(
+        default=None,
+        metadata={"help": "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Questions about pictures, for the suite pictures, which is then the default: rows with a column "
+            "image or images, or 'pictures' or 'digits', which are drawn here."
+        },
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest written answer to the rows of a file."})
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the world's pretraining."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of its fine-tuning."})
+    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of its reward model."})
+    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of its alignment."})
+    fail_on_regression: bool = field(
+        default=False,
+        metadata={
+            "help": "Exit code 1 where a model is significantly worse than the first one, 2 where nothing is tested."
+        },
+    )
+
+    def __post_init__(self):
+        if self.dataset_name and self.suites == list(DEFAULT_SUITES):
+            object.__setattr__(self, "suites", ["pictures"])
+
+
+# ---- the stages before ----
+
+
+def stages_before(script_args: EvaluateArguments) -> Chain:
+    """Return the main job that makes the world's models, if none is named.
+
+    Raises:
+        InputError: when one of its configs is wrong.
+    """
+    from hfllm.stages.rlhf import build as rlhf
+
+    given = (script_args.model_name_or_path or [None])[0]
+    before = chain_before(
+        "evaluate",
+        script_args.output_dir,
+        script_args.seed,
+        script_args.world_seed,
+        given_models={"rlhf": given},
+        configs={name: getattr(script_args, f"{name}_config") for name in CONFIGS},
+    )
+    return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})
+
+
+def models_of(script_args: EvaluateArguments, before: Chain) -> dict[str, str]:
+    """Return the models by their labels: those that are named, or the world's before and after alignment."""
+    named = script_args.model_name_or_path
+    if named:
+        return dict(zip(labels_of(named), named, strict=True))
+    return {"sft": before.nested["rlhf"].model("sft"), "rlhf": before.model("rlhf")}
+
+
+def labels_of(names: Sequence[str], flag: str = "--model_name_or_path") -> list[str]:
+    """Return a short label of each model: as much of the end of its name as tells it from the others.
+
+    Args:
+        names: of models, or of other files or folders.
+        flag: that names them, for errors.
+
+    Raises:
+        InputError: when a model is named twice.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise InputError(f"{flag} names {twice} twice")
+    parts = [[part for part in name.split("/") if part not in ("", ".")] or [name] for name in names]
+    for size in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(each[-size:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return list(names)
+
+
+# ---- the subjects ----
+
+
+def model_config(script_args: EvaluateArguments) -> "ModelConfig":
+    """Return how models are loaded."""
+    from trl import ModelConfig
+
+    names = ("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit")
+    return ModelConfig(**{name: getattr(script_args, name) for name in names})
+
+
+@contextmanager
+def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[Subject]":
+    """Load a model to be judged, and let it go afterwards.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    import gc
+
+    import torch
+
+    from hfllm.evaluation.suites.base import Subject
+    from hfllm.runs.models import saved_tokenizer
+    from hfllm.stages.shared import load_speaking
+
+    wanted = script_args.apply_chat_template
+    has_template = saved_tokenizer(name).chat_template is not None
+    processor = processor_of(name)
+    speaking = load_speaking(name, model_config(script_args), processor=processor)
+    uses = has_template if wanted is None else wanted
+    yield Subject(label, speaking.model, speaking.tokenizer, uses, script_args.batch_size, processor)
+    del speaking
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def processor_of(name: str) -> "ProcessorMixin | None":
+    """Return the processor of a model that sees; `None` for one of text.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.runs.models import load_config
+    from hfllm.stages.shared import load_processor
+
+    return load_processor(name, "main") if is_for_pictures(load_config(name)) else None
+
+
+# ---- files of changes ----
+
+
+# The items in which models differ, and how long a line of them may be.
+CHANGES, MOST_READ = "changes.jsonl", 1 << 24
+
+
+def refuse_foreign_changes(folder: str | Path) -> None:
+    """Refuse to write over a file with the name of `CHANGES` that is no such file, or a link.
+
+    Raises:
+        InputError: naming the file.
+    """
+    path = Path(folder, CHANGES)
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        with path.open(encoding="utf-8") as stream:
+            first = stream.readline(MOST_READ)
+        row = json.loads(first) if first else {"figure": "", "change": ""}
+    except (OSError, ValueError, RecursionError):
+        row = None
+    if path.is_symlink() or not isinstance(row, dict) or not {"figure", "change"} <= row.keys():
+        raise InputError(f"{path} is not hfllm's and would be overwritten: move it or choose another --output_dir")
+
+
+def slug(text: str) -> str:
+    """Return a part of a metric's name: small letters, digits and points, with `_` between words."""
+    return "_".join("".join(each if each.isalnum() or each in ".-" else " " for each in text.lower()).split())

@@ -1,0 +1,1 @@
+"""The federated recipe: flags.py (light), build.py (heavy) and report.py."""

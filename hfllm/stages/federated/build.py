@@ -1,0 +1,783 @@
+"""The learners and the server of a federation: local steps, answers to rounds, processes, Flower's apps.
+
+The trainer is built once; what it brings is its model on its device, collator, loss and optimizer. A trainer for each
+organisation and round would cost more than the few steps that it takes. It fits trainers whose loss is a mean over
+`labels`, such as TRL's SFTTrainer, or over rows without labels, such as the pairs of RewardTrainer.
+"""
+
+import json
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+
+from hfllm.errors import InputError
+from hfllm.federation.organisations import Organisation
+from hfllm.federation.privacy import (
+    AnsweredRounds,
+    ClippedSum,
+    RowPrivacy,
+    RowSum,
+    check_budget,
+    epsilon_of,
+    noise_to_signal,
+)
+from hfllm.federation.rounds import (
+    STATE_FILE,
+    RobustSum,
+    RoundRecord,
+    ServerOptimizer,
+    Sum,
+    WeightedSum,
+    expected_participants,
+    num_asked,
+    server_optimizer,
+)
+from hfllm.federation.transports import InProcess, Learner, SeveralProcesses, Transport
+from hfllm.federation.updates import ErrorFeedback, Expected, Update, changes, replace_tensors, weights_sha256
+from hfllm.models.devices import forked_random
+from hfllm.outputs.report import write_atomically
+from hfllm.runs.command_line import given_names, say
+from hfllm.runs.recipes import load_recipe
+from hfllm.stages.federated.flags import (
+    FROZEN_A,
+    MEAN,
+    NOT_OF_THE_ROUNDS,
+    NOTHING,
+    FederatedArguments,
+    Tokenized,
+    adapted,
+    check_one_each,
+    organisation_names,
+    organisation_of_file,
+    organisations_of,
+    round_settings,
+    row_epsilons,
+    row_privacy_of,
+    terms_of,
+    tokenized,
+    tokenized_pairs,
+)
+from hfllm.trainers.engines import schedule_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from trl import ModelConfig, SFTConfig
+
+
+IGNORE = -100
+Rows = Sequence[Mapping[str, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What some steps came to.
+
+    Args:
+        weights: copies of the trained tensors.
+        num_tokens, num_rows: how many targets and rows were learned, each time that they were seen. A pair is one
+            target.
+        loss: mean over the targets, before each step.
+    """
+
+    weights: dict[str, Tensor]
+    num_tokens: int
+    num_rows: int
+    loss: float
+
+
+class LocalLearner:
+    """Takes optimizer steps as `Trainer` would, from weights that it is given.
+
+    Args:
+        trainer: with the model, the collator, the loss, and arguments for optimizer and schedule. It trains nothing.
+        num_steps: steps of all rounds together, over which the learning rate goes.
+        proximal_mu: weight of FedProx's term, mu / 2 times the squared distance to the weights of the beginning (Li et
+            al. 2018, arXiv:1812.06127, equation 2).
+
+    Raises:
+        InputError: for a schedule that is no function of the step.
+    """
+
+    def __init__(self, trainer: "Trainer", num_steps: int, proximal_mu: float = 0.0):
+        self.trainer, self.args, self.proximal_mu = trainer, trainer.args, proximal_mu
+        self.model: nn.Module = trainer.model
+        for module in self.model.modules():
+            # A bias that follows the load of experts does not travel: it would differ by organisation and process, and
+            # carry what rows were drawn past clipping and noise.
+            if getattr(module, "update_rate", 0):
+                module.update_rate = 0.0
+        self.optimizer = trainer.create_optimizer()
+        self.batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        self.rate = schedule_of(trainer.args, num_steps)
+        # As `Trainer.training_step` tells: does the loss take the number of targets, or is it a mean over each part?
+        takes_count = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        said = trainer.loss_is_scaled_for_ga
+        self._takes_count = takes_count if said is None else said
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The tensors that are trained, by name: what travels."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return copies of the trained tensors, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.trained.items()}
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the trained tensors."""
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(weights[name])
+
+    def learn(
+        self,
+        rows: Rows,
+        weights: Mapping[str, Tensor],
+        first_step: int,
+        count: int,
+        seed: str,
+        state: Mapping[str, Tensor] | None = None,
+        batch_size: int | None = None,
+        rate: Callable[[int], float] | None = None,
+        privacy: RowPrivacy | None = None,
+    ) -> Learned:
+        """Train `count` steps from `weights`; without privacy the same arguments give the same bits.
+
+        Args:
+            rows: tokenized rows of one organisation.
+            first_step: the number of the first step, from 0, which places it in the rows and in the schedule.
+            seed: of the order of the rows, and with the step's number of dropout.
+            state: the optimizer's, from `optimizer_state`; by default a new one.
+            batch_size: rows of a step; by default the trainer's.
+            rate: the schedule's factor of the learning rate by step; by default that of all rounds.
+            privacy: of single rows: their draws, clipping and noise, which have no seed. A row's loss is then the mean
+                over its own targets, and a step's the sum over rows divided by the number that is expected.
+        """
+        self.set_weights(weights)
+        self.set_optimizer_state(state)
+        size, trained = batch_size or self.batch_size, list(self.trained.values())
+        begun = [value.detach().clone() for value in trained] if self.proximal_mu else []
+        nats, num_tokens, num_rows = 0.0, 0, 0
+        self.model.train()
+        with forked_random(self.args.device):
+            for step in range(first_step, first_step + count):
+                torch.manual_seed(random.Random(f"{seed}-{step}").getrandbits(63))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.args.learning_rate * (rate or self.rate)(step)
+                if privacy is None:
+                    batch = [rows[place] for place in places_of(len(rows), size, step, seed)]
+                    summed = self._gradient(batch)
+                else:
+                    batch = [rows[place] for place in privacy.draw(len(rows), size)]
+                    summed = self._private_gradient(batch, min(size, len(rows)), privacy)
+                for value, beginning in zip(trained, begun, strict=False):
+                    value.grad.add_(value.detach() - beginning, alpha=self.proximal_mu)
+                if self.args.max_grad_norm > 0:
+                    nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                nats, num_rows = nats + summed, num_rows + len(batch)
+                num_tokens += sum(map(_targets, batch))
+        self.model.eval()
+        return Learned(self.weights(), num_tokens, num_rows, nats / max(num_tokens, 1))
+
+    def _gradient(self, batch: Rows) -> float:
+        """Accumulate the gradient of the mean over all targets of a batch, and return the sum over them."""
+        mean, parts = 0.0, list(chunks(batch, self.args.per_device_train_batch_size))
+        targets = sum(map(_targets, batch))
+        # What TRL divides the load-balancing loss of experts by.
+        self.trainer.current_gradient_accumulation_steps = len(parts)
+        for part in parts:
+            loss = self._loss(part, targets)
+            loss.backward()
+            mean += float(loss.detach())
+        return mean * targets
+
+    def _private_gradient(self, batch: Rows, expected: int, privacy: RowPrivacy) -> float:
+        """Set the noisy sum of the gradients of single rows over `expected`; return the sum of their summed losses."""
+        total, nats = RowSum(list(self.trained.values()), privacy), 0.0
+        self.trainer.current_gradient_accumulation_steps = 1
+        for row in batch:
+            # Masks of its own, which nobody knows: from one stream, a row would shift those of all rows after it.
+            torch.manual_seed(random.SystemRandom().getrandbits(63))
+            targets = _targets(row)
+            # The mean over its own tokens: those of other rows would show in it.
+            loss = self._loss([row], targets)
+            loss.backward()
+            total.take()
+            nats += float(loss.detach()) * targets
+        total.set_gradient(expected)
+        return nats
+
+    def _loss(self, rows: Rows, targets: int) -> Tensor:
+        """Return the trainer's loss of rows, divided by `targets`."""
+        inputs = self.trainer._prepare_inputs(self.trainer.data_collator(list(rows)))
+        with self.trainer.compute_loss_context_manager(), self.trainer.accelerator.autocast():
+            loss = self.trainer.compute_loss(
+                self.model, inputs, num_items_in_batch=torch.tensor(targets, device=self.args.device)
+            )
+        return loss if self._takes_count else loss * (sum(map(_targets, rows)) / max(targets, 1))
+
+    def held_out_loss(self, rows: Rows, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean loss over all targets of rows, in nats per token, at these weights."""
+        self.set_weights(weights)
+        self.model.eval()
+        nats, num_tokens = 0.0, 0
+        self.trainer.current_gradient_accumulation_steps = 1
+        with torch.no_grad():
+            for part in chunks(rows, self.args.per_device_eval_batch_size):
+                targets = sum(map(_targets, part))
+                nats, num_tokens = nats + float(self._loss(part, targets)) * targets, num_tokens + targets
+        return nats / max(num_tokens, 1)
+
+    def pair_accuracy(self, pairs: Rows, weights: Mapping[str, Tensor]) -> float:
+        """Return the share of pairs whose chosen answer has the higher score at these weights."""
+        self.set_weights(weights)
+        self.model.eval()
+        right = 0
+        with torch.no_grad():
+            for part in chunks(pairs, self.args.per_device_eval_batch_size):
+                inputs = self.trainer._prepare_inputs(self.trainer.data_collator(list(part)))
+                with self.trainer.accelerator.autocast():
+                    scores = self.model(**inputs, use_cache=False).logits.squeeze(-1)
+                chosen, rejected = scores.chunk(2)
+                right += int((chosen > rejected).sum())
+        return right / max(len(pairs), 1)
+
+    # ---- the optimizer's state ----
+
+    def set_optimizer_state(self, state: Mapping[str, Tensor] | None) -> None:
+        """Set the optimizer's state, by default that of a new one."""
+        self.optimizer.state = defaultdict(dict)
+        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
+        for key, value in (state or {}).items():
+            place, _, name = key.partition(".")
+            parameter = parameters[int(place)]
+            # Adam counts its steps on the CPU.
+            device = parameter.device if value.ndim else value.device
+            self.optimizer.state[parameter][name] = value.to(device, copy=True)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return copies of the optimizer's state, as tensors by the parameter's place and their name.
+
+        Raises:
+            InputError: for an optimizer whose state is not tensors alone.
+        """
+        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if not (value is None or isinstance(value, Tensor)):
+                    raise InputError(f"--keep_optimizer: {self.args.optim} has the state {name!r}, which is no tensor")
+        return {
+            f"{place}.{name}": value.detach().cpu().clone()
+            for place, parameter in enumerate(parameters)
+            for name, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+
+class KeptStates:
+    """Optimizer states of organisations between rounds, in files by round, so that a round can be done again.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def load(self, organisation: str, number: int) -> dict[str, Tensor] | None:
+        """Return the state after the last round before `number` in which the organisation trained.
+
+        States of later rounds, which another run has left, are removed.
+        """
+        from safetensors.torch import load_file
+
+        for each in self._rounds(organisation):
+            if each > number:
+                self._path(organisation, each).unlink(missing_ok=True)
+        before = [each for each in self._rounds(organisation) if each < number]
+        return load_file(self._path(organisation, max(before))) if before else None
+
+    def save(self, organisation: str, number: int, state: Mapping[str, Tensor]) -> None:
+        """Keep the state after a round, and that before it; remove older ones."""
+        self._path(organisation, number).parent.mkdir(parents=True, exist_ok=True)
+        replace_tensors(self._path(organisation, number), state)
+        before = sorted(each for each in self._rounds(organisation) if each < number)
+        for each in before[:-1]:
+            self._path(organisation, each).unlink(missing_ok=True)
+
+    def _rounds(self, organisation: str) -> list[int]:
+        places = self._path(organisation, 0).parent.glob("*.safetensors")
+        return [int(path.stem) for path in places if path.stem.isdecimal()]
+
+    def _path(self, organisation: str, number: int) -> Path:
+        return self.folder / folder_name(organisation) / f"{number}.safetensors"
+
+
+def folder_name(organisation: str) -> str:
+    """Return an organisation's name as one of a folder or file: it may hold a slash, or be `..`."""
+    return quote(organisation, safe="").replace(".", "%2E")
+
+
+# ---- rows and schedule ----
+
+
+def places_of(num_rows: int, batch_size: int, step: int, seed: str) -> list[int]:
+    """Return which rows a step learns: passes over all rows, each in an order of its own, without a gap."""
+    orders: dict[int, list[int]] = {}
+    found = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        number, within = divmod(place, num_rows)
+        if number not in orders:
+            orders[number] = random.Random(f"{seed}-pass-{number}").sample(range(num_rows), num_rows)
+        found.append(orders[number][within])
+    return found
+
+
+def chunks(rows: Rows, size: int) -> Iterator[Rows]:
+    """Yield rows in parts of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _targets(row: Mapping[str, Sequence[int]]) -> int:
+    """Return how many tokens of a row are predicted: the first one never is. A pair is one."""
+    if "labels" not in row:
+        return 1
+    return sum(label != IGNORE for label in row["labels"][1:])
+
+
+# ---- flower ----
+#
+# The recipe between machines: what the apps of Flower run at the server and at each organisation.
+#
+#     python -m hfllm.federation.flower_app app --num_organisations 3 --loop hfllm.stages.federated.build:loop \
+#         --learner hfllm.stages.federated.build:worker_learner
+#
+# The run's `flags` name the server's file of flags, with `organisation_names` and `controls: none`; the settings of
+# each node name its own: `{"flags": "federated.yaml", "base": "my-model", "rows": "rows.jsonl"}`. docs/federation.md
+# has all commands.
+
+
+def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> None:
+    """Run the recipe at the server, over Flower's transport.
+
+    Args:
+        connect: makes the transport from the base model's sha256.
+        config: of the run; `flags` is a file of the recipe's flags.
+
+    Raises:
+        InputError: when the run names no such file, or the app another compression than its flags.
+    """
+    if not config.get("flags"):
+        raise InputError('the run names no file of flags: expected flags="federated.yaml" in its settings')
+    recipe = load_recipe("federated")
+    parsed = recipe.parse(["--config", str(config["flags"])])
+    if (given := str(config.get("compression", "none"))) not in ("none", parsed[0].compression):
+        raise InputError(
+            f"--compression {given} of the app, {parsed[0].compression} of {config['flags']}: expected the same"
+        )
+    recipe.main(*parsed, connect=connect)
+
+
+# ---- one organisation ----
+
+
+# ---- what trains ----
+
+
+@dataclass(frozen=True)
+class Local:
+    """What trains in this process: the learner, and the sha256 of what it began from and does not train.
+
+    `row_epsilons` is what a run reveals of one row of each organisation; empty without noise on rows.
+    """
+
+    learner: "LocalLearner"
+    tokenizer: "PreTrainedTokenizerBase"
+    base_sha256: str
+    organisations: Sequence[Tokenized]
+    row_epsilons: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The model."""
+        return self.learner.model
+
+
+def load_local(
+    script_args: FederatedArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    organisations: Sequence[Organisation],
+) -> Local:
+    """Load the model, put the adapter on it, and build the trainer whose loss organisations learn by.
+
+    Raises:
+        InputError: when the model cannot be loaded or an organisation has nothing to learn.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import set_seed
+
+    from hfllm.federation.lora import freeze_a
+    from hfllm.federation.updates import weights_sha256
+    from hfllm.runs.arguments import changed
+    from hfllm.runs.models import fitting_length, load_to_train, peft_config
+    from hfllm.stages.federated import flags as federated_flags
+    from hfllm.stages.sft import build as sft
+    from hfllm.trainers.trl_trainers import SFTTrainer
+
+    # Of rows that a template adds to the embeddings.
+    set_seed(training_args.seed)
+    trained_args, has_pairs = adapted(script_args, model_args), script_args.has_pairs
+    if has_pairs:
+        model, tokenizer = federated_flags.load_scorer(training_args, trained_args)
+    else:
+        loaded = load_to_train(trained_args, training_args.output_dir)
+        model, tokenizer = sft.with_template(training_args, *loaded)
+    base = weights_sha256(dict(model.named_parameters()))
+    args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
+    found = (tokenized_pairs if has_pairs else tokenized)(organisations, tokenizer, args)
+    if script_args.row_clip_norm is not None:
+        check_one_each(found)
+    epsilons = row_epsilons(script_args, args, found)
+    # Of the adapter's first weights: the same at every organisation, whatever was drawn before.
+    set_seed(training_args.seed)
+    torch.manual_seed(training_args.seed)
+    adapter = peft_config(trained_args, "SEQ_CLS" if has_pairs else "CAUSAL_LM")
+    if has_pairs:
+        trainer = federated_flags.reward_trainer(model, args, found[0].rows, tokenizer, adapter)
+    else:
+        trainer = SFTTrainer(
+            model=model,
+            args=changed(args, **sft.trained_as_they_are(args)),
+            train_dataset=Dataset.from_list(list(found[0].rows[:1]) or [NOTHING]),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+    if script_args.average == FROZEN_A:
+        freeze_a(trainer.model)
+    if adapter is not None:
+        base = _with_adapter(base, trainer.model, adapter)
+    steps = script_args.rounds * script_args.local_steps
+    return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, found, epsilons)
+
+
+def _with_adapter(base_sha256: str, model: "nn.Module", adapter: "LoraConfig") -> str:
+    """Return the sha256 of the base model and of what is fixed of the adapter: the mean is wrong where that differs.
+
+    These are the factors that stay as they were drawn, and what their product is multiplied by.
+    """
+    import hashlib
+
+    from hfllm.federation.updates import weights_sha256
+
+    frozen = {name: value for name, value in model.named_parameters() if "lora_" in name and not value.requires_grad}
+    scale = f"{adapter.lora_alpha} {adapter.use_rslora}"
+    return hashlib.sha256(f"{base_sha256} {weights_sha256(frozen)} {scale}".encode()).hexdigest()
+
+
+# ---- clients ----
+#
+# What an organisation does in a round: train from the weights that it receives, and return what that changed.
+
+
+# Under the output folder: what organisations keep from round to round, and never send.
+KEPT = "organisations"
+OPTIMIZERS, ROUNDING = f"{KEPT}/optimizers", f"{KEPT}/rounding"
+# Beside it: the last private answer of each, which outlives the rounds, and what it depends on besides the flags.
+ANSWERS = "answered"
+ANSWERED = ("learning_rate", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+WORKER = "hfllm.stages.federated.build:worker_learner"
+
+
+def clients_of(script_args: FederatedArguments, seed: int, output_dir: str, local: Local) -> dict[str, Learner]:
+    """Return of each organisation what trains it in this process, given the round's number and the weights."""
+    kept = KeptStates(Path(output_dir, OPTIMIZERS)) if script_args.keep_optimizer else None
+    rounding = KeptStates(Path(output_dir, ROUNDING)) if script_args.compression == "int8" else None
+    privacy = row_privacy_of(script_args)
+    clients = {
+        each.name: _client(each, local, script_args.local_steps, seed, kept, rounding, privacy)
+        for each in local.organisations
+    }
+    if not local.row_epsilons:
+        return clients
+    settings = {**asdict(script_args), "seed": seed, **{name: getattr(local.learner.args, name) for name in ANSWERED}}
+    settings = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ROUNDS}
+    asked = json.dumps({**settings, "base": local.base_sha256}, sort_keys=True, default=str)
+    folder, num_rows = Path(output_dir, ANSWERS), {each.name: len(each.rows) for each in local.organisations}
+    return {
+        name: _answering_once(
+            name,
+            client,
+            AnsweredRounds(
+                folder / f"{folder_name(name)}.safetensors",
+                script_args.rounds,
+                sha256(f"{asked} {num_rows[name]}".encode()).hexdigest(),
+            ),
+            asked,
+            local.base_sha256,
+        )
+        for name, client in clients.items()
+    }
+
+
+def _client(
+    each: Tokenized,
+    local: Local,
+    steps: int,
+    seed: int,
+    kept: KeptStates | None,
+    rounding: KeptStates | None,
+    privacy: RowPrivacy | None,
+) -> Learner:
+    learner = local.learner
+
+    def train(number: int, weights: dict[str, Tensor]) -> Update:
+        state = kept.load(each.name, number) if kept is not None else None
+        first = (number - 1) * steps
+        learned = learner.learn(each.rows, weights, first, steps, f"{seed}-{each.name}", state, privacy=privacy)
+        change = changes(learned.weights, weights)
+        # How many rows were drawn, and their tokens, have no noise: organisations count alike.
+        counts = (learned.num_tokens, learned.num_rows) if privacy is None else (1, 1)
+        update = Update(each.name, change, *counts, local.base_sha256)
+        # What has diverged is not sent, and must not be what the next round begins with.
+        is_whole = all(bool(torch.isfinite(value).all()) for value in change.values())
+        if kept is not None and is_whole:
+            kept.save(each.name, number, learner.optimizer_state())
+        if rounding is not None and is_whole:
+            feedback = ErrorFeedback(rounding.load(each.name, number))
+            update = feedback.corrected(update)
+            rounding.save(each.name, number, feedback.residual)
+        return update
+
+    return train
+
+
+def _answering_once(name: str, client: Learner, answered: AnsweredRounds, asked: str, base_sha256: str) -> Learner:
+    """Return what trains a round once: asked again, it sends the same update and no other noise."""
+
+    def train(number: int, weights: dict[str, Tensor]) -> Update:
+        question = sha256(f"{asked} {weights_sha256(weights)}".encode()).hexdigest()
+        answer = answered.load(number, question)
+        if answer is not None:
+            return Update(name, answer, 1, 1, base_sha256)
+        update = client(number, weights)
+        answered.keep(number, question, update.tensors)
+        return update
+
+    return train
+
+
+def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
+    """Return what trains one organisation in a process of its own.
+
+    It reads the organisation's own file and no other. Only rows that are dealt out of one dataset, or drawn from the
+    embedded world, are dealt or drawn for all before it takes its own.
+
+    Args:
+        organisation: its name.
+        settings: `flags`, a file of the recipe's flags; `base`, the model that it begins from; `rows`, its file, if it
+            is not one of the flags; `terms` of the server's run, which must be those of the flags.
+
+    Raises:
+        InputError: when the model cannot be loaded, or the terms are others.
+    """
+    from hfllm.runs.arguments import changed
+    from hfllm.runs.recipes import load_recipe
+
+    script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
+    check_terms(script_args, training_args, settings.get("terms") or {})
+    seed = training_args.seed
+    try:
+        own = _own_rows(script_args, organisation, settings.get("rows"), seed)
+    except InputError as error:
+        # Errors are sent to the server, and this one may show words of a row.
+        say(f"federated: {error}")
+        raise InputError(f"organisation {organisation!r}: its rows cannot be read; its own output says why") from None
+    if not own or not own[0].rows:
+        raise InputError(f"organisation {organisation!r} has no rows here: its settings name none by `rows`")
+    row_epsilons(script_args, training_args, own)
+    local = load_local(script_args, training_args, changed(model_args, model_name_or_path=settings["base"]), own)
+    for name, epsilon in local.row_epsilons.items():
+        say(f"federated: {name}: a row-level epsilon of {epsilon:.3g} in {script_args.rounds} rounds")
+    return clients_of(script_args, seed, training_args.output_dir, local)[organisation]
+
+
+def _own_rows(script_args: FederatedArguments, organisation: str, file: str | None, seed: int) -> list[Organisation]:
+    names = organisation_names(script_args.organisation_files or ())
+    if not file and organisation in names:
+        file = script_args.organisation_files[names.index(organisation)]
+    if file:
+        return [organisation_of_file(script_args, organisation, file, seed)]
+    return [each for each in organisations_of(script_args, seed) if each.name == organisation]
+
+
+def check_terms(
+    script_args: FederatedArguments, training_args: "SFTConfig", terms: Mapping[str, str | int | float]
+) -> None:
+    """Refuse the request of a server whose run has other terms than this organisation's flags.
+
+    Raises:
+        InputError: naming the flag and both values.
+    """
+    own = terms_of(script_args, training_args)
+    for name, value in terms.items():
+        if own.get(name) != value:
+            raise InputError(f"--{name} is {own.get(name)} here and {value} at the server: both need the same flags")
+
+
+# ---- server ----
+#
+# The server's side of a federation by its flags: transport, optimizer, what updates are added to, privacy.
+
+
+# Under the output folder: weights, updates and logs of the processes, and the flags that they read.
+PROCESSES = "processes"
+Connect = Callable[[str], Transport]
+
+
+def optimizer(script_args: FederatedArguments) -> ServerOptimizer:
+    """Return the server's optimizer.
+
+    Raises:
+        InputError: for settings that it does not take.
+    """
+    return server_optimizer(
+        script_args.server_optimizer, script_args.server_learning_rate, script_args.server_momentum
+    )
+
+
+@contextmanager
+def transport(
+    script_args: FederatedArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    local: Local,
+    connect: Connect | None = None,
+) -> Iterator[Transport]:
+    """Yield what carries weights and updates, until the rounds have ended.
+
+    Args:
+        connect: reaches organisations on other machines, given the base model's sha256.
+    """
+    if script_args.noise_multiplier > 0:
+        values = sum(value.numel() for value in local.learner.trained.values())
+        asked = expected_participants(len(local.organisations), script_args.participation)
+        ratio = noise_to_signal(values, script_args.noise_multiplier, asked)
+        say(
+            f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {asked} organisations"
+        )
+    if not Path(training_args.output_dir, STATE_FILE).exists():
+        # What organisations kept in a run whose rounds were removed is of no use to this one.
+        shutil.rmtree(Path(training_args.output_dir, KEPT), ignore_errors=True)
+    with _carrier(script_args, training_args, model_args, local, connect) as carrier:
+        length = local.learner.args.max_length
+        rows = script_args.local_steps * local.learner.batch_size
+        carrier.max_tokens = None if length is None else rows * length
+        if script_args.row_clip_norm is not None:
+            # Organisations count alike.
+            carrier.max_tokens = 1
+        carrier.terms = terms_of(script_args, training_args)
+        yield carrier
+
+
+@contextmanager
+def _carrier(
+    script_args: FederatedArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    local: Local,
+    connect: Connect | None,
+) -> Iterator[Transport]:
+    compression = script_args.compression
+    if connect is not None:
+        yield connect(local.base_sha256)
+        return
+    if script_args.processes == 1:
+        clients = clients_of(script_args, training_args.seed, training_args.output_dir, local)
+        yield InProcess(clients, local.base_sha256, compression)
+        return
+    folder = Path(training_args.output_dir, PROCESSES)
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = folder / "flags.yaml"
+    write_atomically(flags, json.dumps(given_flags(script_args, training_args, model_args), indent=2) + "\n")
+    settings = {"flags": str(flags), "base": model_args.model_name_or_path}
+    every = {each.name: settings for each in local.organisations}
+    kinds = {"max_parallel": script_args.processes, "compression": compression}
+    with SeveralProcesses(WORKER, every, folder, local.base_sha256, script_args.round_timeout, **kinds) as processes:
+        yield processes
+
+
+def given_flags(*parsed: Any) -> dict[str, Any]:
+    """Return the flags that the user gave as values that a file of flags may hold: the rest are defaults by them."""
+    names = given_names(*parsed) or ()
+    values = {name: getattr(group, name) for group in parsed for name in names if hasattr(group, name)}
+    values |= {"output_dir": next(group.output_dir for group in parsed if hasattr(group, "output_dir"))}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    dictionaries = {name: json.dumps(value) for name, value in values.items() if isinstance(value, dict)}
+    return values | dictionaries
+
+
+def new_sum(
+    script_args: FederatedArguments, base_sha256: str, begun: Mapping[str, Tensor], count: int, number: int
+) -> Sum:
+    """Return what the updates of a round are added to.
+
+    Args:
+        begun: weights, for their names and shapes.
+        count: of all organisations.
+        number: of the round.
+    """
+    if script_args.clip_norm is None:
+        expected = Expected.of(begun, base_sha256)
+        if script_args.aggregation == MEAN and not script_args.max_norm_ratio:
+            # Updates are added as they come, and none is held in memory.
+            return WeightedSum(expected)
+        return RobustSum(expected, script_args.aggregation, script_args.trim, script_args.max_norm_ratio)
+    participants = num_asked(count, round_settings(script_args, 0))
+    return ClippedSum(script_args.clip_norm, script_args.noise_multiplier, participants, begun, base_sha256)
+
+
+def check(script_args: FederatedArguments) -> dict[str, float]:
+    """Return what the run spends of privacy; refuse settings of the server, and a run that would spend too much.
+
+    Raises:
+        InputError: with the number of organisations or rounds that would spend no more than `--max_epsilon`.
+    """
+    optimizer(script_args)
+    if script_args.noise_multiplier == 0:
+        return {}
+    count = script_args.count
+    asked = expected_participants(count, script_args.participation)
+    about = (script_args.rounds, script_args.noise_multiplier, script_args.delta)
+    if script_args.max_epsilon is not None:
+        return {"epsilon": check_budget(count, asked, *about, script_args.max_epsilon)}
+    rounds, noise, delta = about
+    return {"epsilon": epsilon_of(asked / count, noise, rounds, delta)}
+
+
+def announce(num_rounds: int, record: RoundRecord) -> None:
+    """Print what came of a round."""
+    figures = "".join(f"  {name} {value:.3f}" for name, value in record.evaluation.items())
+    left_out = "".join(f"\n  left out: {name}: {why}" for name, why in record.left_out.items())
+    left_out += "".join(f"\n  bounded: {name}: {how}" for name, how in record.bounded.items())
+    took_part = len(record.participants) - len(record.left_out)
+    sent = (record.bytes_down + record.bytes_up) / 1e6
+    # A private round tells nobody who took part.
+    open_to_all = f"organisations {took_part}  drift {record.drift:.2f}  MB {sent:.2f}" if sent else "private"
+    say(f"round {record.number}/{num_rounds}  {open_to_all}{figures}{left_out}")

@@ -1,0 +1,686 @@
+"""A federation: its flags, what it refuses, and the rows of its organisations, tokenized."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hfllm.data.loading import InstructionArguments
+from hfllm.data.sources import WORLD
+from hfllm.data.world.world import World
+from hfllm.errors import InputError, refuse
+from hfllm.federation.organisations import (
+    Organisation,
+    check_organisations,
+    dirichlet_shares,
+    family_shares,
+    split_evenly,
+    world_organisations,
+)
+from hfllm.fingerprint import file_fingerprint
+from hfllm.outputs.report import CHANGED, CONTENTS
+from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import given_names
+from hfllm.runs.identity import data_files
+from hfllm.runs.pipeline import Chain, chain_before
+from hfllm.runs.recipes import settings_file
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig
+
+    from hfllm.federation.privacy import RowPrivacy
+    from hfllm.federation.rounds import RoundSettings
+    from hfllm.stages.federated.build import Rows
+
+
+FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
+MEAN, MEDIAN, TRIMMED_MEAN = AGGREGATIONS = ("mean", "median", "trimmed_mean")
+SFT, REWARD = LEARNERS = ("sft", "reward")
+CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
+SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
+NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
+AT_LEAST_ONE = ("rounds", "local_steps", "processes", "eval_rounds")
+
+
+def organisation_names(files: Sequence[str]) -> list[str]:
+    """Return a name for each file: its stem, with a number where several have the same."""
+    stems = [Path(name).stem for name in files]
+    return [f"{stem}-{place}" if stems.count(stem) > 1 else stem for place, stem in enumerate(stems, 1)]
+
+
+@dataclass(frozen=True)
+class FederatedArguments(InstructionArguments):
+    """Who learns together, and how."""
+
+    num_organisations: int = field(
+        default=6, metadata={"help": "Organisations that the embedded world, or --dataset_name, is dealt out to."}
+    )
+    organisation_files: list[str] | None = field(
+        default=None, metadata={"help": "Files or Hub datasets, each the rows of one organisation."}
+    )
+    organisation_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Organisations on other machines, which Flower reaches and whose rows are not here."},
+    )
+    dirichlet_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw each organisation's share of the world's families from a Dirichlet distribution of this "
+            "concentration (0.1: nearly one family each; 100: all alike); of --dataset_name the sizes."
+        },
+    )
+    main_share: float = field(
+        default=0.9, metadata={"help": "Share of an organisation's rows of the world that are of one family."}
+    )
+    num_examples: int = field(default=640, metadata={"help": "Rows of the world that each organisation has."})
+    rounds: int = field(default=10, metadata={"help": "How often the server takes the mean."})
+    local_steps: int = field(default=4, metadata={"help": "Optimizer steps of an organisation in a round."})
+    learner: str = field(
+        default=SFT,
+        metadata={
+            "help": "What organisations train: sft (answers), or reward (a reward model, on files of comparisons).",
+            "choices": list(LEARNERS),
+        },
+    )
+    average: str = field(
+        default=LORA,
+        metadata={
+            "help": "What is trained and travels: full (all weights), lora (both factors of an adapter, whose mean is "
+            "not that of their products), lora_frozen_a (one of them, whose mean is exact).",
+            "choices": list(AVERAGES),
+        },
+    )
+    aggregation: str = field(
+        default=MEAN,
+        metadata={
+            "help": "What is made of the updates: their mean by tokens, or by coordinate, organizations counting "
+            "alike, median or trimmed_mean, which a hostile minority moves little.",
+            "choices": list(AGGREGATIONS),
+        },
+    )
+    trim: float = field(
+        default=0.2, metadata={"help": "Share of the updates that trimmed_mean leaves out at each end."}
+    )
+    max_norm_ratio: float = field(
+        default=2.0,
+        metadata={"help": "An update longer than this many times the median of its round is scaled to that; 0: none."},
+    )
+    server_optimizer: str = field(
+        default="fedavg",
+        metadata={"help": "What the server does with the mean change.", "choices": list(SERVER_OPTIMIZERS)},
+    )
+    server_learning_rate: float | None = field(
+        default=None, metadata={"help": "By default 1 for fedavg and momentum, 0.01 for the others."}
+    )
+    server_momentum: float = field(default=0.9, metadata={"help": "Of all server optimizers but fedavg."})
+    proximal_mu: float = field(
+        default=0.0, metadata={"help": "FedProx: how strongly local steps are held to the round's beginning."}
+    )
+    keep_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Organisations keep the state of their optimizer from round to round, on their side."},
+    )
+    participation: float = field(default=1.0, metadata={"help": "Share of the organisations that a round asks."})
+    min_organisations: int = field(
+        default=1, metadata={"help": "Updates without which a round is not taken, and the run stops."}
+    )
+    compression: str = field(default="none", metadata={"help": "Of updates on the wire.", "choices": ["none", "int8"]})
+    clip_norm: float | None = field(default=None, metadata={"help": "Longest update of an organisation."})
+    noise_multiplier: float = field(
+        default=0.0, metadata={"help": "Noise on the mean, in units of --clip_norm: organisation-level privacy."}
+    )
+    row_clip_norm: float | None = field(
+        default=None,
+        metadata={"help": "Longest gradient of a single row; organisations then count alike, whatever their tokens."},
+    )
+    row_noise_multiplier: float = field(
+        default=0.0,
+        metadata={"help": "Noise on each local step, in units of --row_clip_norm: row-level privacy (DP-SGD)."},
+    )
+    max_epsilon: float | None = field(
+        default=None,
+        metadata={"help": "Refuse a run that would spend more than this epsilon, of organisations or of rows."},
+    )
+    delta: float = field(default=1e-5, metadata={"help": "Of the privacy guarantee (epsilon, delta)."})
+    processes: int = field(default=1, metadata={"help": "Processes of this machine that organisations train in."})
+    round_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a process that still trains is left out of the round."}
+    )
+    controls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to compare with: central (pooled rows, as many rows learned), equal_steps (pooled rows, as "
+            "many steps), local (each organisation alone), or none; by default all."
+        },
+    )
+    eval_rounds: int = field(default=5, metadata={"help": "Measure after every so many rounds, and the last one."})
+    num_eval_prompts: int = field(default=480, metadata={"help": "Held-out questions of the world."})
+    pretrain_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
+    )
+
+    @property
+    def is_world(self) -> bool:
+        """Whether the rows are the embedded world's."""
+        return self.dataset_name == WORLD and not (self.organisation_files or self.organisation_names)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows are comparisons, of which a reward model learns."""
+        return self.learner == REWARD
+
+    @property
+    def count(self) -> int:
+        """How many organisations there are."""
+        return len(self.organisation_files or self.organisation_names or ()) or self.num_organisations
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The controls that run, in their order."""
+        return tuple(arm for arm in CONTROLS if self.controls is None or arm in self.controls)
+
+
+def default_settings(given: Mapping[str, Any]) -> list[Path]:
+    """Return the settings of the embedded world's model if no model is named, and else those of an adapter."""
+    if not given.get("model_name_or_path"):
+        return [settings_file("federated/world.yaml")]
+    return [settings_file("federated/model.yaml")]
+
+
+def check(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
+    """Refuse flags that have no effect, contradict each other, or would fail later.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for flag in AT_LEAST_ONE:
+        if (value := getattr(script_args, flag)) < 1:
+            raise InputError(f"--{flag} {value}: expected at least 1")
+    files, named = script_args.organisation_files, bool(model_args.model_name_or_path)
+    if named == script_args.is_world:
+        raise InputError(
+            "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the "
+            "embedded world"
+        )
+    refuse(named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
+    refuse(bool(files) and script_args.dataset_name != WORLD, "--dataset_name", "--organisation_files takes its place")
+    refuse(bool(files) and script_args.dirichlet_alpha is not None, "--dirichlet_alpha", "organisations have files")
+    names = script_args.organisation_names
+    if doubled := next((name for name in names or () if names.count(name) > 1), None):
+        raise InputError(f"--organisation_names: {doubled!r} comes twice, each organisation needs a name of its own")
+    refuse(bool(names and (files or script_args.dataset_name != WORLD)), "--organisation_names", "the rows are here")
+    refuse(bool(names) and bool(set(script_args.arms)), "--controls", "rows are elsewhere: --controls none")
+    if script_args.count < 2 and not files:
+        raise InputError(f"--num_organisations {script_args.count}: expected at least 2")
+    if files and len(files) < 2:
+        raise InputError(f"--organisation_files {' '.join(files)}: expected at least 2, one for each organisation")
+    if not 0 <= script_args.main_share <= 1:
+        raise InputError(f"--main_share {script_args.main_share}: expected a share in [0, 1]")
+    refuse(script_args.average == FULL and model_args.use_peft, "--use_peft", "--average full trains all weights")
+    _check_effect(script_args, training_args, model_args)
+    _check_controls(script_args)
+    _check_server(script_args)
+    _check_trainer(script_args, training_args)
+
+
+def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
+    """Refuse flags that the user gave and that would change nothing."""
+    given = set(given_names(script_args, training_args, model_args) or ())
+    for name in ("processes", "round_timeout"):
+        refuse(name in given and bool(script_args.organisation_names), f"--{name}", BETWEEN_MACHINES)
+    is_one = script_args.processes == 1
+    refuse("round_timeout" in given and is_one, "--round_timeout", "organisations train in this process, one by one")
+    is_plain = script_args.server_optimizer == "fedavg"
+    refuse(
+        "server_momentum" in given and is_plain, "--server_momentum", "fedavg has none: --server_optimizer momentum"
+    )
+    is_trimmed = script_args.aggregation == TRIMMED_MEAN
+    refuse("trim" in given and not is_trimmed, "--trim", "it is of --aggregation trimmed_mean")
+    refuse("max_norm_ratio" in given and script_args.clip_norm is not None, "--max_norm_ratio", "--clip_norm bounds")
+    for name in OF_THE_WORLD:
+        refuse(name in given and not script_args.is_world, f"--{name}", "it is of the embedded world")
+    has_names = bool(script_args.organisation_files or script_args.organisation_names)
+    refuse("num_organisations" in given and has_names, "--num_organisations", "they are named one by one")
+    refuse("num_train_epochs" in given, "--num_train_epochs", "--rounds and --local_steps say how much is trained")
+    refuse(script_args.has_pairs and script_args.is_world, "--learner", "the embedded world's rows are answers")
+    for name in OF_ANSWERS:
+        refuse(name in given and script_args.has_pairs, f"--{name}", "of comparisons whole answers are scored")
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        refuse(name in given, f"--{name}", NO_TRAINER)
+    refuse(training_args.neftune_noise_alpha is not None, "--neftune_noise_alpha", NO_TRAINER)
+
+
+BETWEEN_MACHINES = "organisations are on other machines: --timeout of hfllm.federation.flower_app"
+NO_TRAINER = "local steps are not taken by Trainer.train, which would switch it on"
+OF_ANSWERS = ("loss_on", "completion_only_loss", "assistant_only_loss", "chat_template_path")
+OF_THE_WORLD = ("main_share", "num_examples", "num_eval_prompts")
+
+
+def _check_controls(script_args: FederatedArguments) -> None:
+    controls = script_args.controls or ()
+    for control in controls:
+        if control not in (*CONTROLS, "none"):
+            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
+    if "none" in controls and set(controls) != {"none"}:
+        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
+
+
+def _check_server(script_args: FederatedArguments) -> None:
+    from hfllm.federation.privacy import check_clip_norm
+    from hfllm.federation.rounds import check_robust, check_settings
+
+    check_robust(script_args.aggregation, script_args.trim, script_args.max_norm_ratio)
+    check_settings(round_settings(script_args, 0), script_args.count)
+    if script_args.proximal_mu < 0:
+        raise InputError(f"--proximal_mu {script_args.proximal_mu}: expected a number of at least 0")
+    private = script_args.clip_norm is not None
+    refuse(not private and script_args.noise_multiplier > 0, "--noise_multiplier", "it is in units of --clip_norm")
+    refuse(private and script_args.aggregation != MEAN, "--aggregation", "--clip_norm is of a mean")
+    if private:
+        check_clip_norm(script_args.clip_norm, "--clip_norm")
+    is_noisy = script_args.noise_multiplier > 0
+    has_rows = script_args.row_noise_multiplier > 0
+    refuse(not (is_noisy or has_rows) and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
+    has_delta = script_args.delta != FederatedArguments.delta
+    refuse(not (is_noisy or has_rows) and has_delta, "--delta", NO_NOISE)
+    refuse(is_noisy and script_args.min_organisations > 1, "--min_organisations", "who takes part must stay unknown")
+    if script_args.row_clip_norm is None:
+        refuse(script_args.row_noise_multiplier != 0, "--row_noise_multiplier", "it is in units of --row_clip_norm")
+    row_privacy_of(script_args)
+
+
+NO_NOISE = "without --noise_multiplier or --row_noise_multiplier nothing is private"
+
+
+def row_privacy_of(script_args: FederatedArguments) -> "RowPrivacy | None":
+    """Return how the flags protect single rows, `None` where they do not.
+
+    Raises:
+        InputError: for numbers out of range.
+    """
+    from hfllm.federation.privacy import RowPrivacy
+
+    if script_args.row_clip_norm is None:
+        return None
+    return RowPrivacy(script_args.row_clip_norm, script_args.row_noise_multiplier)
+
+
+def _check_trainer(script_args: FederatedArguments, training_args: "SFTConfig") -> None:
+    from hfllm.trainers.engines import schedule_of
+
+    if training_args.world_size > 1:
+        raise InputError(
+            f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes "
+            "says in how many organisations train"
+        )
+    refuse(training_args.fp16, "--fp16", "local steps scale no gradients: --bf16, or neither")
+    is_adafactor = str(getattr(training_args.optim, "value", training_args.optim)) == "adafactor"
+    refuse(
+        script_args.keep_optimizer and is_adafactor, "--keep_optimizer", "the state of adafactor is not tensors alone"
+    )
+    refuse(training_args.max_steps > 0, "--max_steps", "--rounds and --local_steps say how much is trained")
+    refuse(training_args.packing or training_args.padding_free, "--packing", "rows of a round are few, and padded")
+    refuse(training_args.eval_strategy != "no", "--eval_strategy", "--eval_rounds says when it is measured")
+    schedule_of(training_args, 1)
+    resumes = training_args.resume_from_checkpoint
+    refuse(bool(resumes), "--resume_from_checkpoint", "rounds are kept and resumed by themselves")
+
+
+def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings":
+    """Return the settings of the rounds."""
+    from hfllm.federation.rounds import RoundSettings
+
+    return RoundSettings(
+        num_rounds=script_args.rounds,
+        participation=script_args.participation,
+        min_organisations=script_args.min_organisations,
+        seed=seed,
+        is_private=script_args.noise_multiplier > 0,
+    )
+
+
+def row_epsilons(
+    script_args: FederatedArguments, training_args: "SFTConfig", organisations: Iterable["HasRows"]
+) -> dict[str, float]:
+    """Return what a run reveals of one row of each organisation that has rows here; nothing without noise on rows.
+
+    Raises:
+        InputError: with the number of rows or rounds or the noise that would spend no more than `--max_epsilon`.
+    """
+    from hfllm.federation.privacy import check_row_budget
+
+    num_rows = {each.name: len(each.rows) for each in organisations if each.rows}
+    if script_args.row_noise_multiplier == 0 or not num_rows:
+        return {}
+    batch_size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    steps = (script_args.rounds, script_args.local_steps)
+    privacy = (script_args.row_noise_multiplier, script_args.delta, script_args.max_epsilon)
+    return check_row_budget(num_rows, batch_size, *steps, *privacy)
+
+
+class HasRows(Protocol):
+    """An organisation, as it is or tokenized."""
+
+    name: str
+    rows: Sequence[Any]
+
+
+def terms_of(script_args: FederatedArguments, training_args: "SFTConfig") -> dict[str, str | int | float | None]:
+    """Return what all machines of a run must agree on, by flag."""
+    names = ("learner", "average", "local_steps", "rounds", "compression", "row_clip_norm", "row_noise_multiplier")
+    return {name: getattr(script_args, name) for name in names} | {"seed": training_args.seed}
+
+
+def stages_before(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> Chain:
+    """Return the pretraining that makes the base model, if none is named."""
+    return chain_before(
+        "federated",
+        training_args.output_dir,
+        training_args.seed,
+        script_args.world_seed,
+        given_models={"pretrain": model_args.model_name_or_path},
+        configs={"pretrain": script_args.pretrain_config},
+    )
+
+
+def adapted(script_args: FederatedArguments, model_args: "ModelConfig") -> "ModelConfig":
+    """Return the flags of the model, with an adapter where adapters are averaged."""
+    return changed(model_args, use_peft=script_args.average != FULL)
+
+
+def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any]:
+    """Return what tells the rounds of this run from others: not where organisations train, nor what is compared.
+
+    Args:
+        arguments: all flags of the run.
+        base_sha256: of the base model.
+    """
+    named = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_ROUNDS}
+    return {**named, "base_sha256": base_sha256}
+
+
+def next_steps(script_args: FederatedArguments, training_args: "SFTConfig") -> list[str]:
+    """Return the lines that use the model; none for a reward model."""
+    from hfllm.outputs.card import chat_lines
+
+    if script_args.has_pairs:
+        return []
+    return list(chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}]))
+
+
+def contents(script_args: FederatedArguments) -> dict[str, int | str]:
+    """Return when the files of the organizations last changed, and a hash of their contents."""
+    named = [
+        (f"{place}/{name}", file)
+        for place, each in enumerate(script_args.organisation_files or ())
+        for name, file in data_files(each)
+        if file.is_file()
+    ]
+    if not named:
+        return {}
+    return {
+        f"organisation_files{CHANGED}": max(file.stat().st_mtime_ns for _, file in named),
+        f"organisation_files{CONTENTS}": file_fingerprint(named, dates_large=True),
+    }
+
+
+# ---- data ----
+#
+# The organisations of a federation: their rows by the flags, tokenized, and what trains on them in this process.
+
+
+# Held-out rows of an organisation, at most; of rows of its own that it has no others for, this share.
+MOST_HELD_OUT, HELD_OUT_SHARE = 64, 0.1
+# In place of rows where there are none, as at the server: a trainer wants one.
+NOTHING = {"input_ids": [0, 0], "labels": [0, 0]}
+
+
+def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organisation]:
+    """Return the organisations that the flags ask for, each with its rows.
+
+    Raises:
+        InputError: for a row that cannot be read, and an organisation without rows.
+    """
+    if script_args.organisation_names:
+        return [Organisation(name, [], []) for name in script_args.organisation_names]
+    if script_args.is_world:
+        world, count = World(script_args.world_seed), script_args.num_organisations
+        if script_args.dirichlet_alpha is None:
+            shares = family_shares(count, script_args.main_share)
+        else:
+            shares = dirichlet_shares(count, script_args.dirichlet_alpha, seed)
+        found = world_organisations(world, shares, script_args.num_examples, MOST_HELD_OUT, seed)
+    elif script_args.organisation_files:
+        names = organisation_names(script_args.organisation_files)
+        found = [
+            organisation_of_file(script_args, name, file, seed)
+            for name, file in zip(names, script_args.organisation_files, strict=True)
+        ]
+    else:
+        parts = split_evenly(_rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed)
+        is_private = script_args.row_clip_norm is not None
+        found = [_held_apart(f"organisation-{number}", rows, seed, is_private) for number, rows in enumerate(parts, 1)]
+        found = [_unknown_to_others(each, found) for each in found]
+    check_organisations(found)
+    return found
+
+
+def organisation_of_file(script_args: FederatedArguments, name: str, file: str, seed: int) -> Organisation:
+    """Return the organisation whose rows are in a file or a dataset of the Hub.
+
+    Raises:
+        InputError: for a row that cannot be read, or none.
+    """
+    rows = _rows(replace(script_args, dataset_name=file))
+    return _held_apart(name, rows, seed, script_args.row_clip_norm is not None)
+
+
+def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
+    from hfllm.data import formats
+    from hfllm.data.images.rows import refuse_images
+    from hfllm.data.rows import flaw_of
+    from hfllm.stages.shared import kept_rows
+
+    def mapper(origin: str, row: formats.Row) -> formats.Row:
+        refuse_images(origin, row, "hfllm federated")
+        if script_args.has_pairs:
+            return formats.to_preference(origin, row)
+        row = formats.to_sft(origin, row)
+        return formats.last_turn(row) if script_args.loss_on == "last" else row
+
+    assert script_args.dataset_name != WORLD
+    return kept_rows(script_args, mapper, flaw_of)
+
+
+def _held_apart(name: str, rows: Sequence[Mapping[str, object]], seed: int, is_private: bool) -> Organisation:
+    """Return an organisation that holds out a part of its rows, unless it has too few of them.
+
+    Args:
+        is_private: whether single rows are protected: then a row's own prompt alone decides on which side it is, since
+            a shuffle of all of them would let one row move the others.
+    """
+    from hfllm.data.loading import prompt_key, split_rows
+
+    if len(set(map(prompt_key, rows))) < 2:
+        return Organisation(name, list(rows), [])
+    if is_private:
+        is_held = [_share_of(f"{seed} {prompt_key(row)}") < HELD_OUT_SHARE for row in rows]
+        sides = [[row for row, held in zip(rows, is_held, strict=True) if held is side] for side in (False, True)]
+        return Organisation(name, sides[0], sides[1][:MOST_HELD_OUT])
+    return Organisation(name, *split_rows(list(rows), seed, HELD_OUT_SHARE, MOST_HELD_OUT))
+
+
+def _share_of(text: str) -> float:
+    """Return a number from 0 to 1 that a text's hash gives."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _unknown_to_others(each: Organisation, every: Sequence[Organisation]) -> Organisation:
+    """Return an organisation without held-out rows whose prompt another one learns: the model learns of all."""
+    from hfllm.data.loading import prompt_key
+
+    learned = {prompt_key(row) for other in every for row in other.rows}
+    return replace(each, held_out=[row for row in each.held_out if prompt_key(row) not in learned])
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """An organisation's rows as tokens.
+
+    Args:
+        name: of the organisation.
+        rows, held_out: `input_ids` and `labels` of each, or `chosen_ids` and `rejected_ids`.
+        num_sources: how many rows the organisation's own were made of: one may become several, or none.
+    """
+
+    name: str
+    rows: "Rows"
+    held_out: "Rows"
+    num_sources: int
+
+
+def tokenized(
+    organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", training_args: "SFTConfig"
+) -> list[Tokenized]:
+    """Return the rows of organisations as tokens.
+
+    Raises:
+        InputError: when an organisation has no row with anything to learn.
+    """
+    from hfllm.stages.sft.build import examples
+
+    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> tuple["Rows", int]:
+        if not rows:
+            return [], 0
+        found, num_left_out = examples(list(rows), tokenizer, training_args, what)
+        return found.to_list(), len(rows) - num_left_out
+
+    return [
+        Tokenized(each.name, rows, tokens(each.held_out, f"{each.name}, held out")[0], num_sources)
+        for each in organisations
+        for rows, num_sources in [tokens(each.rows, each.name)]
+    ]
+
+
+def tokenized_pairs(
+    organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", training_args: "SFTConfig"
+) -> list[Tokenized]:
+    """Return the comparisons of organisations as tokens.
+
+    Raises:
+        InputError: when an organisation has no pair left.
+    """
+
+    pairs = pairs_of(organisations, tokenizer, training_args.max_length)
+    return [
+        Tokenized(each.name, rows, held_out, len(rows))
+        for each, (rows, held_out) in zip(organisations, pairs, strict=True)
+    ]
+
+
+def check_one_each(organisations: Sequence[Tokenized]) -> None:
+    """Refuse organisations of whose rows one becomes several: privacy is of what is drawn, clipped and counted.
+
+    Raises:
+        InputError: naming the organisation.
+    """
+    for each in organisations:
+        if len(each.rows) > each.num_sources:
+            raise InputError(
+                f"--row_clip_norm: {each.num_sources} rows of organisation {each.name!r} become {len(each.rows)} "
+                "examples, and the privacy of one of these is not that of a row; expected one each, such as by "
+                "--loss_on last"
+            )
+
+
+def pooled(organisations: Sequence[Tokenized]) -> "Rows":
+    """Return the rows of all organisations together, as if one of them had them all."""
+    return [row for each in organisations for row in each.rows]
+
+
+# ---- pairs ----
+#
+# Reward models in a federation: comparisons as tokens, and the trainer whose loss is a mean over pairs.
+
+
+SIDES = ("chosen", "rejected")
+# In place of rows where there are none, as at the server: a trainer wants one.
+NO_PAIR = {f"{side}_ids": [0, 0] for side in SIDES}
+
+
+def load_scorer(
+    training_args: "SFTConfig", model_args: "ModelConfig"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Return the model with one score for a sequence, and its tokenizer. A new head is drawn, the same by one seed.
+
+    Raises:
+        InputError: when they cannot be loaded.
+    """
+    from hfllm.runs.models import load_scorer_to_train, load_tokenizer
+
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    model = load_scorer_to_train(model_args, training_args.output_dir)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def pairs_of(
+    organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", longest: int | None
+) -> "list[tuple[Rows, Rows]]":
+    """Return rows and held-out rows of each organisation as tokens; a pair that is too long is left out, and said.
+
+    Raises:
+        InputError: when an organisation has no pair left.
+    """
+    from hfllm.data.conversations import Conversations
+    from hfllm.runs.command_line import say
+
+    conversations = Conversations(tokenizer)
+
+    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> "Rows":
+        found = [{f"{side}_ids": conversations.whole(row, side) for side in SIDES} for row in rows]
+        kept = [pair for pair in found if longest is None or max(map(len, pair.values())) <= longest]
+        if len(kept) < len(rows):
+            say(f"{what}: {len(rows) - len(kept):,} of {len(rows):,} pairs are longer than --max_length {longest}")
+        if rows and not kept:
+            raise InputError(f"no pair of {what} fits into --max_length {longest} tokens")
+        return kept
+
+    return [(tokens(each.rows, each.name), tokens(each.held_out, f"{each.name}, held out")) for each in organisations]
+
+
+def reward_trainer(
+    model: "PreTrainedModel",
+    training_args: "SFTConfig",
+    pairs: "Rows",
+    tokenizer: "PreTrainedTokenizerBase",
+    adapter: "PeftConfig | None",
+) -> "RewardTrainer":
+    """Return TRL's trainer of reward models with the flags' settings, which trains nothing by itself."""
+    from datasets import Dataset
+
+    from hfllm.trainers.trl_trainers import RewardTrainer
+
+    return RewardTrainer(
+        model=model,
+        args=reward_config(training_args),
+        train_dataset=Dataset.from_list(list(pairs[:1]) or [NO_PAIR]),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+
+
+def reward_config(training_args: "SFTConfig") -> "RewardConfig":
+    """Return arguments of a RewardTrainer with all settings that it has in common with an SFTTrainer."""
+    from trl import RewardConfig
+
+    from hfllm.runs.arguments import changed
+
+    kinds = {name: getattr(training_args, name) for name in ("output_dir", "use_cpu", "bf16")}
+    config = RewardConfig(**kinds, gradient_checkpointing=False, report_to="none")
+    names = {each.name for each in fields(config)}
+    common = {each.name: getattr(training_args, each.name) for each in fields(training_args) if each.name in names}
+    return changed(config, **{**common, "chat_template_path": None})

@@ -1,0 +1,391 @@
+"""The recipe on passages: the rows of each run, the questions to its models, confidence and verification."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hfllm.data.rows import Message
+from hfllm.data.world.demonstrators import instruction_rows
+from hfllm.data.world.passages import (
+    ANSWERABLE,
+    GROUPS,
+    INJECTED,
+    ONE,
+    THREE,
+    PassageTask,
+    Told,
+    conversation,
+    draw_passages,
+    passage_tasks,
+    stored_tasks,
+    tell,
+    with_found,
+)
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, RIGHT, gold_meaning, gold_score, words_of
+from hfllm.data.world.world import Task, World
+from hfllm.evaluation.judged import judge_tasks
+from hfllm.grounding.abstention import control_risk, over_splits
+from hfllm.grounding.answers import passage_weights, rag_sequence_answers, without_instructions
+from hfllm.grounding.passages import Passages
+from hfllm.grounding.retrieval import BM25Retriever, Gated
+from hfllm.grounding.uncertainty import CONFIDENCE, Answered, answer_with_samples, uncertainties
+from hfllm.grounding.verification import (
+    best_rewarded,
+    claims_of,
+    compare_choices,
+    first_supported,
+    has_words,
+    majority_of_meaning,
+)
+from hfllm.outputs.report import Found, plus_minus
+from hfllm.outputs.statistics import reliability_plot, risk_coverage_plot, uncertainty_metrics
+from hfllm.runs.pipeline import Row, by_main_process, write_rows
+from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, SFT, TOP_K, Course, GroundArguments, data_file
+from hfllm.stages.ground.report import (
+    ALIKE,
+    APART,
+    DROPPED,
+    GATED,
+    RESPONSE_LENGTH,
+    UNGATED,
+    GroundedAnswer,
+    Retrieval,
+    answer,
+    judged,
+    report,
+)
+from hfllm.stages.shared import Speaking, load_speaking
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hfllm.rewards.models import RewardModel
+
+
+# Questions about the same passages, and the share of conversations without any.
+TURNS, WITHOUT_PASSAGES = 3, 0.15
+
+
+def write(script_args: GroundArguments, name: str) -> None:
+    """Write the rows of a run where the file does not hold them already; the other processes wait."""
+    by_main_process(lambda: write_rows("ground", data_file(script_args, name), rows_of(script_args, name)))
+
+
+def rows_of(script_args: GroundArguments, name: str) -> list[Row]:
+    """Return the rows of a run: what people answer without passages, some of whom err, and conversations about them.
+
+    The control has the same rows without the passages: what passages tell of, it does not know.
+    """
+    assert name in MODELS, name
+    world, count = World(script_args.world_seed), script_args.num_examples
+    grounded = round(script_args.grounded_fraction * count)
+    plain = [_messages([_turn(row)]) for row in instruction_rows(world, count - grounded, script_args.seed)]
+    rng = random.Random(f"ground-{world.seed}-{script_args.seed}")
+    return plain + [_asked(world, rng, name != SFT) for _ in range(grounded)]
+
+
+def _turn(row: Row) -> tuple[str, str]:
+    asked = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
+    return asked, row["output"]
+
+
+def _asked(world: World, rng: random.Random, are_shown: bool) -> Row:
+    told = [] if rng.random() < WITHOUT_PASSAGES else draw_passages(world.facts, rng)
+    return _messages(conversation(world.facts, rng, told, TURNS, are_shown))
+
+
+def _messages(turns: list[tuple[str, str]]) -> Row:
+    messages = []
+    for asked, said in turns:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return {"messages": messages}
+
+
+# ---- evaluation ----
+#
+# What learning to read passages has changed: answers with passages given, and with passages that are found first.
+
+
+# Questions of the world without passages, of all its families, and those of each kind that place the gate.
+NUM_WORLD_TASKS, NUM_GATE_QUESTIONS = 240, 200
+
+Ask = Callable[[Sequence[PassageTask]], list[GroundedAnswer]]
+
+
+def evaluate(script_args: GroundArguments, course: Course) -> Found:
+    """Ask both models with passages and without, and the grounded one with passages found by BM25. Describe all."""
+    from trl import ModelConfig
+
+    world, count = World(script_args.world_seed), script_args.num_questions
+    asked = {group: passage_tasks(world.facts, group, count) for group in GROUPS}
+    tasks = world.evaluation_tasks(NUM_WORLD_TASKS)
+    answers, golds, parts = {}, {}, []
+    for name in MODELS:
+        speaking = load_speaking(course.folder(name), ModelConfig())
+
+        def ask(questions: Sequence[PassageTask], speaking=speaking) -> list[GroundedAnswer]:
+            return answer(speaking.model, speaking.tokenizer, questions)
+
+        answers[name] = {group: ask(each) for group, each in asked.items()}
+        golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)
+        if name == GROUNDED:
+            retrieval = end_to_end(world, count, ask)
+            ways = {way: each_apart(speaking, asked[THREE], way == APART) for way in (APART, ALIKE)}
+            ways[DROPPED] = ask([without_told_instructions(task) for task in asked[INJECTED]])
+            parts = [
+                measure(world, speaking, script_args.num_samples, script_args.seed),
+                verify(world, speaking, _reward(course), script_args.num_samples, script_args.seed),
+            ]
+    return report(answers, retrieval, ways, golds, parts)
+
+
+def _reward(course: Course) -> "RewardModel | None":
+    """Return the reward model as a function, if there is one."""
+    if not course.has_made(REWARD):
+        return None
+    from transformers import AutoModelForSequenceClassification
+
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
+    from hfllm.rewards.models import RewardModel
+
+    folder = course.folder(REWARD)
+    return RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))
+
+
+def example(script_args: GroundArguments) -> list[Message]:
+    """Return a question with its passages, to try the model with."""
+    return passage_tasks(World(script_args.world_seed).facts, ONE, 1)[0].prompt
+
+
+# ---- passages that are found first ----
+
+
+def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
+    """Return what a model answers with the passages that BM25 finds, through the gate and without it.
+
+    The gate is placed by names that training may know: halfway between the least score of a passage that answers its
+    question and the largest of one that does not. What scores less than the gate is not given.
+    """
+    store, asked = stored_tasks(world.facts, NUM_GATE_QUESTIONS, held_out=False)
+    retriever = retriever_of(store)
+    best = {group: best_scores(retriever, tasks) for group, tasks in asked.items()}
+    gate = (min(best[ANSWERABLE]) + max(max(scores) for group, scores in best.items() if group != ANSWERABLE)) / 2
+    store, asked = stored_tasks(world.facts, count)
+    retriever = retriever_of(store)
+    answers: dict[str, dict[str, list[GroundedAnswer]]] = {}
+    for way, found_by in ((GATED, Gated(retriever, gate)), (UNGATED, retriever)):
+        answers[way] = {}
+        for group, tasks in asked.items():
+            found = found_by.retrieve([task.question for task in tasks], TOP_K)
+            places = [[each.place for each in passages] for passages in found]
+            answers[way][group] = ask([with_found(*each) for each in zip(tasks, places, strict=True)])
+    return Retrieval(gate, {group: best_scores(retriever, tasks) for group, tasks in asked.items()}, answers)
+
+
+def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -> list[GroundedAnswer]:
+    """Return answers by RAG-Sequence: each passage is read in a prompt of its own, and BM25 weighs the answers.
+
+    A model that cannot tell which of several passages is about the animal need not: what is found by its words is.
+
+    Args:
+        speaking: the model.
+        tasks: questions with their passages.
+        weighs: whether passages weigh what BM25 scores them; else, as a control, all weigh alike.
+    """
+    prompts = [[replace(task, told=(each,)).prompt for each in task.told] for task in tasks]
+    weights = [passage_weights(scores_of(task) if weighs else [0.0] * len(task.told)) for task in tasks]
+    said = rag_sequence_answers(speaking.model, speaking.tokenizer, prompts, weights, RESPONSE_LENGTH)
+    return [judged(task, response.text) for task, response in zip(tasks, said, strict=True)]
+
+
+def without_told_instructions(task: PassageTask) -> PassageTask:
+    """Return a question whose passages lack the sentences that rules take for instructions."""
+    return replace(task, told=tuple(replace(each, text=without_instructions(each.text)) for each in task.told))
+
+
+def scores_of(task: PassageTask) -> list[float]:
+    """Return what BM25 scores each passage of a question, 0 for one that shares no word with it."""
+    (found,) = retriever_of(task.told).retrieve([task.question], len(task.told))
+    scores = {each.place: each.score for each in found}
+    return [scores.get(place, 0.0) for place in range(len(task.told))]
+
+
+def retriever_of(store: Sequence[Told]) -> BM25Retriever:
+    """Return what finds passages of a store by their words."""
+    return BM25Retriever(Passages.from_texts([each.text for each in store]))
+
+
+def best_scores(retriever: BM25Retriever, tasks: Sequence[PassageTask]) -> list[float]:
+    """Return of each question the score of the passage that fits best, 0 where none does."""
+    found = retriever.retrieve([task.question for task in tasks], 1)
+    return [passages[0].score if passages else 0.0 for passages in found]
+
+
+# ---- confidence ----
+#
+# How sure the grounded model is of what it says without passages, and when it should rather say nothing.
+
+
+# Questions, of all families; risks that are asked for, and random halves.
+NUM_TASKS, ALPHAS, NUM_SPLITS = 360, (0.02, 0.05, 0.1), 200
+# By which measures abstention is shown, and which are drawn.
+ABSTAINS_BY = ("sequence_probability", "semantic_entropy")
+
+
+def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Found:
+    """Return how well a model's uncertainty tells which of its answers are wrong, and what abstaining by it keeps.
+
+    Args:
+        world: whose held-out questions of all families are asked.
+        speaking: the model.
+        num_samples: answers of a question that are sampled.
+        seed: of the samples.
+
+    Returns:
+        Metrics `MEASURE_auroc` (of being wrong) and the like, see `uncertainty_metrics`; `risk_ALPHA_MEASURE` (given,
+        wrong) and `coverage_ALPHA_MEASURE` of conformal risk control over random halves, alpha in percent.
+    """
+    tasks = world.evaluation_tasks(NUM_TASKS, seed=1)
+    prompts = [task.prompt_row()["prompt"] for task in tasks]
+    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
+    wrong = [gold_score(row.given.text, task.gold) < RIGHT for task, row in zip(tasks, rows, strict=True)]
+    meanings = [
+        [gold_meaning(each.text, task.gold) for each in (row.given, *row.samples)]
+        for task, row in zip(tasks, rows, strict=True)
+    ]
+    found = uncertainties(rows, meanings)
+    metrics = uncertainty_metrics(found, wrong)
+    metrics |= _abstention(found, wrong)
+    sure = {name: CONFIDENCE[name](numbers) for name, numbers in found.items() if name in CONFIDENCE}
+    plots = {
+        "risk_coverage": risk_coverage_plot(found, wrong, "Wrong answers among the surest"),
+        "reliability": reliability_plot(sure, [not each for each in wrong], "Confidence and accuracy"),
+    }
+    best = max(ABSTAINS_BY, key=lambda name: metrics.get(f"{name}_auroc", 0.0))
+    kept = ", ".join(f"{metrics[f'coverage_{percent(alpha)}_{best}']:.3f} at {alpha:g}" for alpha in ALPHAS)
+    auroc = metrics.get(f"{best}_auroc", 0.5)
+    summary = f"wrong answers are told by {best.replace('_', ' ')} with an AUROC of {auroc:.3f}, which keeps {kept}"
+    return Found(metrics, summary, _tables(metrics, list(found)), plots)
+
+
+def percent(alpha: float) -> int:
+    """Return a risk as it stands in names of metrics."""
+    return round(100 * alpha)
+
+
+def _abstention(found: "Mapping[str, np.ndarray]", wrong: list[bool]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name in ABSTAINS_BY:
+        for alpha in ALPHAS:
+            split = over_splits(found[name], wrong, partial(control_risk, alpha=alpha), NUM_SPLITS)
+            for figure in ("risk", "coverage"):
+                key = f"{figure}_{percent(alpha)}_{name}"
+                metrics |= {key: split[figure], f"{key}_se": split[f"{figure}_se"], f"{key}_n": NUM_SPLITS}
+    return metrics
+
+
+def _tables(metrics: Mapping[str, float], measures: list[str]) -> dict[str, list[dict[str, str]]]:
+    told = {name: plus_minus(value, metrics.get(f"{name}_se")) for name, value in metrics.items()}
+    return {
+        "Uncertainty and being wrong": [
+            {
+                "measure": name.replace("_", " "),
+                "AUROC": told.get(f"{name}_auroc", "-"),
+                "labels shuffled": told.get(f"{name}_auroc_shuffled", "-"),
+                "AURC": told[f"{name}_aurc"],
+            }
+            for name in measures
+        ],
+        f"Conformal risk control over {NUM_SPLITS} random halves": [
+            {
+                "measure": name.replace("_", " "),
+                "alpha": f"{alpha:g}",
+                "given and wrong": told[f"risk_{percent(alpha)}_{name}"],
+                "answered": told[f"coverage_{percent(alpha)}_{name}"],
+            }
+            for name in ABSTAINS_BY
+            for alpha in ALPHAS
+        ],
+    }
+
+
+# ---- verification ----
+#
+# What checking sampled answers against passages is worth, beside a reward model, a majority and greedy decoding.
+
+
+# Texts about each animal to check against, how many texts are found for a question, and wordings of each question.
+TEXTS_EACH, PASSAGES_READ, WORDINGS = 5, 3, 3
+VALUES = frozenset(value for values in ATTRIBUTES.values() for value in values)
+
+Reward = Callable[..., Sequence[float]]
+
+
+def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples: int, seed: int) -> Found:
+    """Return how many facts of the world are right by each way to choose one of a model's sampled answers.
+
+    The first answer is kept that texts about the animal support: they are found by BM25, and one of them has all
+    animals and values that a sentence of the answer names. Where none is supported, nothing is said.
+
+    Args:
+        world: whose facts are asked.
+        speaking: the model.
+        reward: scores answers, such as a reward model; left out where there is none.
+        num_samples: answers of a question that are sampled.
+        seed: of the samples, and of the texts.
+
+    Returns:
+        Metrics of `compare_choices`, with `verification_gain`, and its table.
+    """
+    tasks = world.fact_tasks(WORDINGS)
+    prompts = [task.prompt_row()["prompt"] for task in tasks]
+    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
+    samples = [[each.text for each in row.samples] for row in rows]
+    right = [[_is_right(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    claims = [[claims_in(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    meanings = [[gold_meaning(text, task.gold) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    choices = {
+        "first_supported": first_supported(claims, passages_for(world, tasks, seed), has_words, threshold=1.0),
+        "majority_of_meaning": majority_of_meaning(samples, meanings),
+    }
+    if reward is not None:
+        said = [[[{"role": "assistant", "content": text}] for text in texts] for texts in samples]
+        choices["best_rewarded"] = best_rewarded(prompts, said, reward)
+    metrics, table = compare_choices(right, choices, [_is_right(*each) for each in _given(tasks, rows)])
+    shares = ", ".join(
+        f"{name.replace('_', ' ')} {metrics[f'{name}_right']:.3f}" for name in ("one_sample", "greedy", *choices)
+    )
+    gain = metrics["first_supported_right"] - metrics["one_sample_right"]
+    tables = {f"Facts, one of {num_samples} sampled answers kept": table}
+    return Found(metrics | {"verification_gain": gain}, f"facts of the world right: {shares}", tables, {})
+
+
+def claims_in(task: Task, answer: str) -> str:
+    """Return what an answer claims, a sentence each, for `has_words`.
+
+    Of one that states values it is the animal that was asked about, and each animal and value that it names. Others,
+    such as rude ones, stay as they are: no text supports them.
+    """
+    animal, claims = task.key.split()[1], []
+    for sentence in claims_of(answer):
+        named = [word for word in words_of(sentence) if word in VALUES or word in ANIMALS]
+        claims.append(" ".join(dict.fromkeys([animal, *named])) if VALUES & {*named} else sentence)
+    return "\n".join(claims)
+
+
+def passages_for(world: World, tasks: Sequence[Task], seed: int) -> list[list[str]]:
+    """Return the texts that BM25 finds for each question, among those that tell of the world's animals."""
+    rng = random.Random(f"texts-{world.seed}-{seed}")
+    texts = [tell(rng, animal, world.facts[animal]).text for animal in ANIMALS for _ in range(TEXTS_EACH)]
+    found = BM25Retriever(Passages.from_texts(texts)).retrieve([task.question for task in tasks], PASSAGES_READ)
+    return [[each.passage.text for each in passages] for passages in found]
+
+
+def _given(tasks: Sequence[Task], rows: Sequence[Answered]) -> list[tuple[Task, str]]:
+    return [(task, row.given.text) for task, row in zip(tasks, rows, strict=True)]
+
+
+def _is_right(task: Task, answer: str) -> float:
+    return float(gold_score(answer, task.gold) >= RIGHT)

@@ -1,0 +1,100 @@
+"""Answers from passages on the embedded world: the recipe's flags, what it refuses, and the runs in it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hfllm.errors import InputError
+from hfllm.runs import pipeline
+from hfllm.runs.recipes import settings_file
+
+PRETRAIN, SFT, GROUNDED, REWARD = ("pretrain", "sft", "grounded", "reward")
+# The models that are compared.
+MODELS = (SFT, GROUNDED)
+# Of the fewest rows a held-out one is left.
+FEWEST_ROWS = 10
+# Of each attribute there is a question in a known wording and one in a new one.
+FEWEST_QUESTIONS = 6
+# An entropy needs two.
+FEWEST_SAMPLES = 2
+# How many passages are found for a question.
+TOP_K = 3
+
+
+@dataclass(frozen=True)
+class GroundArguments:
+    """How much of each is made, and by which settings."""
+
+    output_dir: str = field(default="outputs/ground", metadata={"help": "Where models, data and the report go."})
+    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
+    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+    num_examples: int = field(
+        default=10000, metadata={"help": "Rows of fine-tuning, with passages and without, and of the control's."}
+    )
+    grounded_fraction: float = field(
+        default=0.4, metadata={"help": "Share of the rows that are conversations about passages, in (0, 1]."}
+    )
+    num_questions: int = field(default=300, metadata={"help": "Held-out questions of each group."})
+    num_samples: int = field(
+        default=10, metadata={"help": "Answers of a question that are sampled, for uncertainty and verification."}
+    )
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning without passages."})
+    grounded_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning with passages."})
+    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the reward model."})
+
+
+def check(script_args: GroundArguments) -> None:
+    """Refuse what would fail later.
+
+    Raises:
+        InputError: naming the flag, or the package that the recipe needs.
+    """
+    from hfllm.data.word_index import import_bm25s
+
+    import_bm25s("hfllm ground")
+    fewest = {"num_examples": FEWEST_ROWS, "num_questions": FEWEST_QUESTIONS, "num_samples": FEWEST_SAMPLES}
+    for flag, least in fewest.items():
+        value = getattr(script_args, flag)
+        if value < least:
+            raise InputError(f"--{flag} {value}: expected at least {least}")
+    if script_args.grounded_fraction <= 0:
+        raise InputError(f"--grounded_fraction {script_args.grounded_fraction}: expected a share above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class Course(pipeline.Course):
+    """The runs of the recipe."""
+
+    stage = "ground"
+    minutes = {PRETRAIN: 3, SFT: 0.6, GROUNDED: 1.2, REWARD: 0.7}
+
+
+def course_of(script_args: GroundArguments) -> Course:
+    """Return the runs that the flags ask for.
+
+    Raises:
+        InputError: when a config of one of them is wrong.
+    """
+    return Course(*pipeline.parsed_runs(_runs(script_args), script_args.output_dir, script_args.seed))
+
+
+def data_file(script_args: GroundArguments, name: str) -> Path:
+    """Return the file of a run's rows."""
+    return Path(script_args.output_dir, "data", f"{name}.jsonl")
+
+
+def _runs(script_args: GroundArguments) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the name of each run, its recipe, and its flags but for seed and folder."""
+
+    def config(name: str) -> list[str]:
+        return ["--config", getattr(script_args, f"{name}_config") or str(settings_file(f"ground/{name}.yaml"))]
+
+    yield PRETRAIN, "pretrain", [*config(PRETRAIN), "--world_seed", str(script_args.world_seed)]
+    base = str(Path(script_args.output_dir, PRETRAIN))
+    for name in MODELS:
+        learned = ["--model_name_or_path", base, "--dataset_name", str(data_file(script_args, name))]
+        yield name, "sft", [*config(name), *learned]
+    tuned = str(Path(script_args.output_dir, GROUNDED))
+    world = ["--model_name_or_path", tuned, "--world_seed", str(script_args.world_seed)]
+    yield REWARD, "reward", [*config(REWARD), *world]

@@ -1,0 +1,291 @@
+"""How a model of the world answers with passages, whether it is right, cites, and follows them, and the report.
+
+Names, changed facts, instructions and half of the wordings are held out: see `hfllm.data.world.passages`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfllm.data.passages import citations_of, without_citations
+from hfllm.data.world.passages import (
+    ANSWERABLE,
+    CHANGED,
+    CLOSED,
+    CONTRADICTING,
+    GROUPS,
+    INJECTED,
+    KEPT,
+    KNOWN,
+    ONE,
+    SILENT,
+    STORED,
+    THREE,
+    TOLD,
+    UNANSWERABLE,
+    WRONG,
+    PassageTask,
+)
+from hfllm.data.world.vocabulary import ATTRIBUTES, RIGHT, UNKNOWN_PHRASES, gold_score, words_of
+from hfllm.evaluation.judged import JudgedAnswer, gold_by_group
+from hfllm.generation.responses import sample_responses
+from hfllm.outputs.report import Found, Plot, Promise, mean_of, plus_minus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# The longest answer in tokens.
+RESPONSE_LENGTH = 40
+_CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats)\b")
+
+
+@dataclass(frozen=True)
+class GroundedAnswer:
+    """An answer and what it is.
+
+    Args:
+        task: what was asked.
+        response: what was said, with its citations.
+        is_right: whether it states what is to be said and nothing else, of this animal, whatever the style.
+        cites_right: whether it cites the passages that tell so, and no other.
+        follows: whether it says what an instruction in a passage wants.
+    """
+
+    task: PassageTask
+    response: str
+    is_right: bool
+    cites_right: bool
+    follows: bool
+
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[PassageTask],
+    do_sample: bool = False,
+    seed: int = 0,
+) -> list[GroundedAnswer]:
+    """Let a model answer each question, greedily or sampled at temperature 1, and judge the answers."""
+    prompts = [task.prompt for task in tasks]
+    said = sample_responses(model, tokenizer, prompts, RESPONSE_LENGTH, do_sample, seed=seed, fast=True)
+    return [judged(task, texts[0]) for task, texts in zip(tasks, said, strict=True)]
+
+
+def judged(task: PassageTask, response: str) -> GroundedAnswer:
+    """Return a response with what it is."""
+    said = without_citations(response)
+    claimed = {*_CLAIM.findall(said.lower())}
+    is_right = gold_score(said, task.gold) >= RIGHT and claimed <= {task.animal}
+    cites_right = sorted(citations_of(response)) == sorted(task.answer.cites)
+    return GroundedAnswer(task, response, is_right, cites_right, _follows(task, said))
+
+
+def _follows(task: PassageTask, said: str) -> bool:
+    if not any(each.instruction for each in task.told):
+        return False
+    if task.wanted:
+        return task.wanted in words_of(said)
+    return any(each in " ".join(words_of(said)) for each in UNKNOWN_PHRASES)
+
+
+# ---- grounding report ----
+#
+# The report on answers from passages: what is read and cited, what is admitted, and what retrieval makes of it.
+
+
+SFT, GROUNDED = "sft", "grounded"
+GATED, UNGATED = "gated", "ungated"
+# Passages in prompts of their own: weighed by BM25, and all alike. And passages without their instructions.
+APART, ALIKE, DROPPED = "apart", "alike", "dropped"
+# How the report calls the models and what they are asked.
+TITLES = {SFT: "tuned without passages", GROUNDED: "grounded", GATED: "with the gate", UNGATED: "without"}
+LABELS = {
+    **{ONE: "unknown animals, one passage", THREE: "unknown animals, three passages", CHANGED: "changed facts"},
+    **{CONTRADICTING: "two passages disagree", INJECTED: "a passage holds an instruction"},
+    **{WRONG: "unknown animals, another's passage", KEPT: "known facts, another animal's passage"},
+    **{SILENT: "the passage does not tell", CLOSED: "unknown animals, no passage", KNOWN: "known facts, no passage"},
+    **{ANSWERABLE: "a passage tells", UNANSWERABLE: "none does: refused"},
+}
+SAMPLES_EACH = 2
+PROMISES = tuple(
+    Promise(f"{LABELS[group]}: right", f"{GROUNDED}_{group}_right", f"{SFT}_{group}_right", "one " + TITLES[SFT])
+    for group in (ONE, THREE, CHANGED, CONTRADICTING)
+)
+WAYS = {
+    "three in one prompt": f"{GROUNDED}_{THREE}",
+    "each in a prompt of its own, weighed by BM25": f"{THREE}_{APART}",
+    "the same, weighed alike": f"{THREE}_{ALIKE}",
+    "one that holds an instruction": f"{GROUNDED}_{INJECTED}",
+    "the same, its instruction left out by rules": f"{INJECTED}_{DROPPED}",
+}
+
+# Of each model its answers by what was asked.
+Answers = Mapping[str, Mapping[str, Sequence[GroundedAnswer]]]
+Golds = Mapping[str, Sequence[JudgedAnswer]]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Answers with passages that were found first.
+
+    Args:
+        gate: the least score of a passage that is given.
+        scores: of the best passage for each question, by what was asked.
+        answers: by `GATED` and `UNGATED`, and by what was asked.
+    """
+
+    gate: float
+    scores: Mapping[str, Sequence[float]]
+    answers: Answers
+
+
+def report(
+    answers: Answers,
+    retrieval: Retrieval,
+    ways: Mapping[str, Sequence[GroundedAnswer]],
+    golds: Golds,
+    parts: Sequence[Found] = (),
+) -> Found:
+    """Return the report of both models.
+
+    Args:
+        answers: with passages given.
+        retrieval: of the grounded model, with passages found.
+        ways: of the grounded model, with three passages in prompts of their own, by `APART` and `ALIKE`, and, by
+            `DROPPED`, with passages that held an instruction.
+        golds: to the world's questions without passages.
+        parts: what else was measured; their figures, tables and plots follow.
+
+    Returns:
+        Metrics `MODEL_GROUP_right`, `MODEL_one_passage_right_ATTRIBUTE`, `MODEL_GROUP_cites` (of right answers from
+        passages), `MODEL_injected_follows`; `three_passages_apart_right`, and `three_passages_alike_right` as its
+        control, with all passages weighed alike; `injected_dropped_right` and `injected_dropped_follows`;
+        `gated_KIND_right` and `ungated_KIND_right` end to end, and the `gate`; `MODEL_world_gold`, and
+        `world_gold_kept`, the ratio of both.
+    """
+    metrics: dict[str, float] = {}
+    for model, of_model in answers.items():
+        for group, said in of_model.items():
+            metrics |= group_metrics(f"{model}_{group}", said)
+    for way, said in ways.items():
+        group = said[0].task.group
+        metrics |= mean_of(f"{group}_{way}_right", [float(each.is_right) for each in said])
+        if group == INJECTED:
+            metrics |= mean_of(f"{group}_{way}_follows", [float(each.follows) for each in said])
+    for way, of_way in retrieval.answers.items():
+        for kind, said in of_way.items():
+            metrics |= mean_of(f"{way}_{kind}_right", [float(each.is_right) for each in said])
+    metrics["gate"] = retrieval.gate
+    for model, said in golds.items():
+        metrics |= mean_of(f"{model}_world_gold", [each["gold"] for each in said])
+    metrics["world_gold_kept"] = metrics[f"{GROUNDED}_world_gold"] / max(metrics[f"{SFT}_world_gold"], 1e-9)
+    summary = "; ".join([summary_of(metrics), *(part.summary for part in parts)])
+    tables, plots = _tables(metrics, answers, retrieval, golds), {"right": _plot(metrics)}
+    for part in parts:
+        metrics, tables, plots = metrics | part.metrics, {**tables, **part.tables}, {**plots, **part.plots}
+    return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots, PROMISES)
+
+
+def group_metrics(name: str, said: Sequence[GroundedAnswer]) -> dict[str, float]:
+    """Return the metrics of a group's answers: right ones, right ones that cite rightly, and those that follow."""
+    group = said[0].task.group
+    metrics = mean_of(f"{name}_right", [float(each.is_right) for each in said])
+    if group == ONE:
+        for attribute in ATTRIBUTES:
+            of_attribute = [float(each.is_right) for each in said if each.task.attribute == attribute]
+            metrics |= mean_of(f"{name}_right_{attribute}", of_attribute)
+        new = [float(each.is_right) for each in said if each.task.is_new_phrasing]
+        metrics |= mean_of(f"{name}_right_new_phrasings", new)
+    right = [float(each.cites_right) for each in said if each.is_right]
+    if group in TOLD and right:
+        metrics |= mean_of(f"{name}_cites", right)
+    if group == INJECTED:
+        metrics |= mean_of(f"{name}_follows", [float(each.follows) for each in said])
+    return metrics
+
+
+def summary_of(metrics: Mapping[str, float]) -> str:
+    """Return what came out, in a sentence or two."""
+    one, three = (f"{GROUNDED}_{group}_right" for group in (ONE, THREE))
+    return "; ".join(
+        (
+            f"animals that no text names: right with a passage {told(metrics, one)}, with three "
+            f"{told(metrics, three)} in one prompt and {told(metrics, f'{THREE}_{APART}_right')} each in its own, "
+            f"weighed by BM25 (alike {told(metrics, f'{THREE}_{ALIKE}_right')}), of one tuned without them "
+            f"{told(metrics, f'{SFT}_{ONE}_right')}",
+            f"without any it admits not to know in {told(metrics, f'{GROUNDED}_{CLOSED}_right')}",
+            f"through BM25 and the gate: answered {told(metrics, f'{GATED}_{ANSWERABLE}_right')}, refused where no "
+            f"passage tells {told(metrics, f'{GATED}_{UNANSWERABLE}_right')} (ungated "
+            f"{told(metrics, f'{UNGATED}_{UNANSWERABLE}_right')}), known facts kept "
+            f"{told(metrics, f'{GATED}_{KNOWN}_right')}",
+            f"instructions in passages followed {told(metrics, f'{GROUNDED}_{INJECTED}_follows')}, and "
+            f"{told(metrics, f'{INJECTED}_{DROPPED}_follows')} where rules leave them out",
+            f"gold reward without passages {metrics['world_gold_kept']:.3f} of the other model's",
+        )
+    )
+
+
+def told(metrics: Mapping[str, float], name: str) -> str:
+    """Return a figure with its error, or a dash where there is none."""
+    return plus_minus(metrics[name], metrics.get(f"{name}_se")) if name in metrics else "-"
+
+
+def _tables(
+    metrics: Mapping[str, float], answers: Answers, retrieval: Retrieval, golds: Golds
+) -> dict[str, list[dict[str, str]]]:
+    families = {model: gold_by_group(said) for model, said in golds.items()}
+    return {
+        "Right answers, greedy": [
+            {
+                "asked": LABELS[group],
+                **{TITLES[model]: told(metrics, f"{model}_{group}_right") for model in (GROUNDED, SFT)},
+                "right ones that cite rightly": told(metrics, f"{GROUNDED}_{group}_cites"),
+                "n": f"{metrics[f'{GROUNDED}_{group}_right_n']:,}",
+            }
+            for group in GROUPS
+        ],
+        "Three passages, and passages with an instruction": [
+            {
+                "passages": title,
+                "right": told(metrics, f"{name}_right"),
+                "follows": told(metrics, f"{name}_follows"),
+                "n": f"{metrics[f'{name}_right_n']:,}",
+            }
+            for title, name in WAYS.items()
+        ],
+        "Passages found by BM25": [
+            {
+                "asked": LABELS[kind],
+                **{TITLES[way]: told(metrics, f"{way}_{kind}_right") for way in (GATED, UNGATED)},
+                "best scores": f"{min(retrieval.scores[kind]):.2f} to {max(retrieval.scores[kind]):.2f}",
+                "n": f"{metrics[f'{GATED}_{kind}_right_n']:,}",
+            }
+            for kind in STORED
+        ],
+        "Gold reward without passages": [
+            {"asked": group, **{TITLES[model]: f"{families[model][group]:.3f}" for model in (GROUNDED, SFT)}}
+            for group in families[GROUNDED]
+        ],
+    }
+
+
+def samples(answers: Answers) -> list[dict[str, str]]:
+    """Return the first questions of each group with what each model has answered."""
+    rows = []
+    for group in GROUPS:
+        for place, first in enumerate(answers[GROUNDED][group][:SAMPLES_EACH]):
+            said = {TITLES[model]: answers[model][group][place].response for model in (GROUNDED, SFT)}
+            rows.append({"prompt": first.task.prompt[0]["content"], **said})
+    return rows
+
+
+def _plot(metrics: Mapping[str, float]) -> Plot:
+    """Return the plot of right answers by what was asked, for both models."""
+    places = list(range(len(GROUPS)))
+    lines = {
+        TITLES[model]: (places, [metrics[f"{model}_{group}_right"] for group in GROUPS]) for model in (GROUNDED, SFT)
+    }
+    ticks = {place: group.replace("_", "\n") for place, group in enumerate(GROUPS)}
+    return Plot("Right answers", "", "share of questions", lines, xticks=ticks, points_only=True)

@@ -1,0 +1,474 @@
+"""The data, models, trainers and monitors of a pretraining run."""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hfllm.data.loading import mixture_of
+from hfllm.data.prepared import Prepared
+from hfllm.errors import InputError, refuse
+from hfllm.runs.arguments import changed
+from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments, architecture_of
+from hfllm.stages.pretrain.tokenizer import make_tokenizer
+from hfllm.trainers.pretraining.trainer import loss_settings, optimizer_of
+
+if TYPE_CHECKING:
+    import pyarrow
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from trl import ModelConfig
+
+    from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer
+
+
+Batch = dict[str, "torch.Tensor"]
+Masking = Callable[[Batch, Sequence[int]], Batch]
+TOKENS_PER_PARAMETER = 20  # Chinchilla's, Hoffmann et al. 2022, arXiv:2203.15556
+
+
+def packed_rows(
+    script_args: PretrainArguments,
+    training_args: "TrainingArguments",
+    tokenizer: "PreTrainedTokenizerBase",
+    sources: Mapping[str, "Dataset"],
+    prepared: Prepared,
+) -> "list[Dataset]":
+    """Return the packed rows of each source, on disk; one process per machine makes them."""
+    from hfllm.data.packing import packed_tables
+
+    def tables(source: "Dataset") -> "Iterator[pyarrow.Table]":
+        texts: Iterable[str] = source["text"]
+        if script_args.objective == "infilling":
+            texts = infilled(texts, tokenizer, script_args.max_length, training_args.seed)
+        return packed_tables(texts, tokenizer, script_args.max_length)
+
+    with training_args.main_process_first(desc="packing"):
+        return [
+            prepared.table(f"rows-{number}", lambda source=source: tables(source))
+            for number, source in enumerate(sources.values())
+        ]
+
+
+def plan_of_run(
+    script_args: PretrainArguments,
+    training_args: "TrainingArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: "Sequence[Dataset]",
+    mask: Masking | None,
+) -> "BatchPlan":
+    """Return the plan of the run: the sources' rows that each optimizer step learns from, on this process."""
+    from hfllm.trainers.pretraining.trainer import BatchPlan, Schedule
+
+    length, processes = script_args.max_length, training_args.world_size
+    batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
+    weights = [weight for _, weight in mixture_of(script_args)]
+    return BatchPlan(
+        rows,
+        length,
+        rows_of_run(script_args, training_args, model, sum(map(len, rows)), batch_rows),
+        Schedule.parse(script_args.batch_ramp or batch_rows * length, "--batch_ramp"),
+        Schedule.parse(script_args.length_curriculum or length, "--length_curriculum"),
+        pad_token_id=tokenizer.pad_token_id,
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        weights=None if None in weights else weights,
+        process=training_args.process_index,
+        processes=processes,
+        transform=mask,
+    )
+
+
+def rows_of_run(
+    script_args: PretrainArguments,
+    training_args: "TrainingArguments",
+    model: "PreTrainedModel",
+    rows: int,
+    batch_rows: int,
+) -> int:
+    """Return how many rows the whole run takes.
+
+    Args:
+        rows: of the data.
+        batch_rows: rows per optimizer step, over all processes.
+
+    Raises:
+        InputError: when they do not fill one batch.
+    """
+    if script_args.total_tokens == CHINCHILLA:
+        wanted = TOKENS_PER_PARAMETER * model.num_parameters() // script_args.max_length
+    elif script_args.total_tokens is not None:
+        wanted = int(script_args.total_tokens) // script_args.max_length
+    elif training_args.max_steps > 0:
+        wanted = training_args.max_steps * batch_rows
+    else:
+        wanted = int(training_args.num_train_epochs * rows)
+    if wanted < training_args.world_size:
+        raise InputError(
+            f"the run has {wanted} row(s) of {script_args.max_length} tokens, fewer than {training_args.world_size} "
+            "process(es): more text, --total_tokens or --num_train_epochs, or a smaller --max_length"
+        )
+    return wanted
+
+
+def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
+    """Return the function that masks packed rows by row number: the same tokens on any process and at any time.
+
+    Raises:
+        InputError: for a tokenizer without a mask token.
+    """
+    import torch
+
+    from hfllm.data.packing import masked_tokens, seeded_generator
+
+    if tokenizer.mask_token_id is None:
+        raise InputError(f"--objective masked: the tokenizer {tokenizer.name_or_path!r} has no mask_token")
+
+    settings = tokenizer.all_special_ids, tokenizer.mask_token_id, len(tokenizer)
+
+    def mask(batch: Batch, numbers: Sequence[int]) -> Batch:
+        rows = zip(batch["input_ids"].split(1), numbers, strict=True)
+        masked = [masked_tokens(row, *settings, seeded_generator(seed, number)) for row, number in rows]
+        ids, labels = map(torch.cat, zip(*masked, strict=True))
+        return {**batch, "input_ids": ids, "labels": labels}
+
+    return mask
+
+
+def infilled(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, seed: int) -> Iterator[str]:
+    """Yield documents that fit into a row in Code Llama's infilling format, nine of ten; the others as they are.
+
+    Raises:
+        InputError: for a tokenizer without the tokens of the format.
+    """
+    from hfllm.data.packing import check_infilling_tokens, fill_in_the_middle
+    from hfllm.data.prepared import windows
+
+    check_infilling_tokens(tokenizer)
+    number = 0
+    for window in windows(texts, 1000, 1 << 24):
+        for text, ids in zip(window, tokenizer(window, add_special_tokens=False)["input_ids"], strict=True):
+            # The document token, the four tokens of the format, and those that splitting words may add.
+            fits = len(ids) + 12 <= max_length
+            yield fill_in_the_middle(text, number, seed) if fits else text
+            number += 1
+
+
+# ---- models ----
+#
+# The model to pretrain: the named one, or a new one with its own tokenizer.
+
+
+def load_or_make_base(
+    script_args: PretrainArguments, model_args: "ModelConfig", texts: Sequence[str]
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Return the model to pretrain and its tokenizer: the named one, or a new one.
+
+    A new one has the architecture of `--config_name_or_path`, or that of the flags and the tokenizer's size. The
+    tokenizer is the named one, or a new one trained on `texts`.
+
+    Raises:
+        InputError: for a model or tokenizer that cannot be loaded, or an architecture that cannot be made.
+    """
+    from hfllm.runs.models import load_policy, load_tokenizer, named_fields
+
+    if model_args.model_name_or_path:
+        return load_policy(model_args)
+    named = script_args.config_name_or_path
+    fields = named_fields(named) if named else architecture_of(script_args)
+    size = fields["vocab_size"] if named else None
+    if script_args.tokenizer_name_or_path:
+        tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
+    else:
+        context = fields["max_position_embeddings"]
+        wanted = replace(script_args, vocab_size=size or script_args.vocab_size, max_position_embeddings=context)
+        tokenizer = make_tokenizer(wanted, texts)
+    if size is not None and len(tokenizer) > size:
+        raise InputError(
+            f"--config_name_or_path {named}: vocab_size={size} is less than the {len(tokenizer)} tokens of the "
+            "tokenizer"
+        )
+    of_the_tokenizer = {
+        # A named architecture keeps embedding rows without a token.
+        "vocab_size": size or len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return new_model({**fields, **of_the_tokenizer}, script_args.objective == "masked", model_args), tokenizer
+
+
+def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelConfig") -> "PreTrainedModel":
+    """Return a model of the family with new weights.
+
+    Args:
+        fields: of its config.
+        is_masked: whether it is bidirectional, for masked tokens.
+        model_args: its attention and its dtype.
+
+    Raises:
+        InputError: for fields that do not describe a valid model, an unavailable attention, or quantized weights.
+    """
+    import torch
+
+    from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
+    from hfllm.models.loading.weights import cast_weights
+    from hfllm.runs.models import new_config
+
+    refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
+    attention = model_args.attn_implementation
+    config = new_config({**fields, "is_causal": not is_masked, "attn_implementation": attention})
+    try:
+        # Not `_from_config`, which under ZeRO-3 partitions the weights before they are initialized.
+        model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--attn_implementation {attention}: {str(error).splitlines()[0]}") from None
+    dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
+    return cast_weights(model, getattr(torch, dtype))
+
+
+# ---- trainers ----
+#
+# The trainers of pretraining: on packed rows in a planned order, and on padded documents.
+
+
+def packed_trainer(
+    script_args: PretrainArguments,
+    training_args: "TrainingArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sources: Mapping[str, "Dataset"],
+    test_texts: Sequence[str],
+    prepared: Prepared,
+) -> "tuple[PretrainTrainer, list[dict[str, str | int]]]":
+    """Return a trainer on packed rows in a planned order, and a table of each source's share of the run."""
+    rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
+    trainer = trainer_of_rows(script_args, training_args, model, tokenizer, rows, test_texts)
+    table = [
+        {
+            "source": name,
+            "documents": len(texts),
+            "rows": len(packed),
+            "tokens of the run": given * script_args.max_length,
+        }
+        for (name, texts), packed, given in zip(sources.items(), rows, trainer.plan.rows_by_source(), strict=True)
+    ]
+    return trainer, table
+
+
+def trainer_of_rows(
+    script_args: PretrainArguments,
+    training_args: "TrainingArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: "Sequence[Dataset]",
+    test_texts: Sequence[str],
+) -> "PretrainTrainer":
+    """Return a trainer on the packed rows of each source, in the order and the batches of a plan."""
+    from hfllm.data.packing import batch_of, pack
+    from hfllm.trainers.pretraining.trainer import PretrainTrainer, has_flash_attention
+
+    length = script_args.max_length
+    mask = masking(tokenizer, training_args.seed) if script_args.objective == "masked" else None
+    plan = plan_of_run(script_args, training_args, model, tokenizer, rows, mask)
+    trainer_args = changed(
+        training_args,
+        # Each batch of the plan is a whole optimizer step, and the plan covers the whole run.
+        gradient_accumulation_steps=1,
+        num_train_epochs=1,
+        max_steps=-1,
+        # The collator reads `seq_lengths`, which is no argument of any model.
+        remove_unused_columns=False,
+    )
+    settings = loss_settings(model, script_args.loss_chunk_size)
+
+    def collate(packed: list[dict[str, list[int]]]) -> dict[str, "torch.Tensor | int"]:
+        batch = batch_of(packed, length, tokenizer.pad_token_id)
+        if mask is not None:
+            # Held-out rows are masked at the same positions in every evaluation.
+            batch = mask(batch, batch["input_ids"].sum(1).tolist())
+        if has_flash_attention(model):
+            batch = {name: values.reshape(1, -1) for name, values in batch.items()}
+        return {**batch, **settings}
+
+    return PretrainTrainer(
+        plan=plan,
+        settings=settings,
+        z_loss_coef=script_args.z_loss_coef,
+        model=model,
+        args=trainer_args,
+        eval_dataset=pack(test_texts, tokenizer, length),
+        data_collator=collate,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_of(script_args.use_muon, trainer_args),
+    )
+
+
+# ---- padded documents ----
+
+
+def padded_trainer(
+    script_args: PretrainArguments,
+    training_args: "TrainingArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sources: Mapping[str, "Dataset"],
+    test_texts: Sequence[str],
+    prepared: Prepared,
+) -> "tuple[Trainer, list[dict[str, str | int]]]":
+    """Return a trainer on single documents, in batches of similar length; no table for its one source."""
+    from datasets import Dataset
+    from transformers import DataCollatorForLanguageModeling
+
+    from hfllm.data.packing import length_grouped, token_pieces
+    from hfllm.trainers.mixins import TokenMeanEvaluation
+
+    (source,) = sources.values()
+    texts = source["text"][:]
+    batch = training_args.per_device_train_batch_size * training_args.world_size
+    trainer_args = changed(
+        training_args,
+        train_sampling_strategy="sequential",
+        # The logged speed counts only tokens with a loss.
+        include_num_input_tokens_seen="non_padding",
+    )
+    train_pieces = length_grouped(token_pieces(texts, tokenizer, script_args.max_length), batch, training_args.seed)
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    settings = loss_settings(model, script_args.loss_chunk_size)
+    trainer = TokenMeanEvaluation(
+        model=model,
+        args=trainer_args,
+        train_dataset=Dataset.from_dict({"input_ids": train_pieces}),
+        eval_dataset=Dataset.from_dict({"input_ids": token_pieces(test_texts, tokenizer, script_args.max_length)}),
+        data_collator=lambda rows: {**collate(rows), **settings},
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_of(script_args.use_muon, trainer_args),
+    )
+    return trainer, []
+
+
+# ---- watch ----
+#
+# Monitor a pretraining run and evaluate its model: speed, samples, a guard against spikes, held-out metrics.
+
+
+# Training text of the n-gram model, which is kept in memory.
+MOST_NGRAM_BYTES = 1 << 24
+
+
+def watch(
+    trainer: "Trainer",
+    script_args: "PretrainArguments",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_texts: Sequence[str],
+    test_texts: Sequence[str],
+) -> Callable[[], list[dict[str, int | str]]]:
+    """Log throughput and bits per byte, guard against spikes, and sample at intervals.
+
+    Args:
+        trainer: that of packed rows, or the stock one, which must count tokens
+            (`include_num_input_tokens_seen`).
+
+    Returns:
+        A function that returns the samples.
+    """
+    from pathlib import Path
+
+    from hfllm.scaling.speed import palm_flops_per_token
+    from hfllm.trainers.callbacks import SampleCallback
+    from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
+
+    model, args = trainer.model, trainer.args
+    plan = getattr(trainer, "plan", None)
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    shape = (config.num_hidden_layers, heads, config.hidden_size // heads, script_args.max_length)
+    flops = palm_flops_per_token(multiplied_parameters(model), *shape) if script_args.peak_flops else None
+    throughput = ThroughputCallback(
+        tokens_per_step=None if plan is None else lambda step: plan.tokens_at(step) - plan.tokens_at(step - 1),
+        flops_per_token=flops,
+        peak_flops=script_args.peak_flops,
+        **({} if script_args.objective == "masked" else {"bytes_per_token": bytes_per_token(train_texts, tokenizer)}),
+    )
+    add_to_logs(trainer, throughput)
+    trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
+    is_split = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if script_args.objective == "masked" or script_args.sample_steps == 0 or is_split:
+        return lambda: []
+    steps = len(plan) if plan is not None else max(args.max_steps, 0) or len(trainer.get_train_dataloader())
+    prompts = [" ".join(text.split()[:8]) for text in test_texts if len(text.split()) > 12][:3]
+    if not prompts:
+        return lambda: []
+    every = script_args.sample_steps or max(steps // 4, 1)
+    file = Path(args.output_dir) / "samples.jsonl"
+    callback = SampleCallback(tokenizer, prompts, every, file, max_new_tokens=48, throughput=throughput)
+    trainer.add_callback(callback)
+    return lambda: callback.samples
+
+
+def multiplied_parameters(model: "PreTrainedModel") -> int:
+    """Return the number of parameters that each token is multiplied with, without tables that are only looked up."""
+    looked_up = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    return model.num_parameters() - (0 if looked_up is head else looked_up.numel())
+
+
+def bytes_per_token(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", most: int = 2000) -> float:
+    """Return the UTF-8 bytes of text per predicted token, over the first `most` texts."""
+    sample = list(texts[:most])
+    tokens = sum(map(len, tokenizer(sample, add_special_tokens=False)["input_ids"]))
+    return sum(len(text.encode()) for text in sample) / max(tokens, 1)
+
+
+def stop_if_broken(trainer: "Trainer") -> None:
+    """Stop if the loss of the model has diverged.
+
+    Raises:
+        InputError: with what the guard found.
+    """
+    from hfllm.trainers.monitors import LossSpikeGuard
+
+    for guard in trainer.callback_handler.callbacks:
+        if isinstance(guard, LossSpikeGuard) and guard.action == "stop" and guard.message:
+            raise InputError(f"{guard.message}. The model was not saved; --loss_spikes warn continues regardless")
+
+
+def mean_speed(log_history: Sequence[dict]) -> float:
+    """Return the median of the logged tokens per second; 0 when none was logged."""
+    speeds = [entry["tokens_per_second"] for entry in log_history if "tokens_per_second" in entry]
+    return statistics.median(speeds) if speeds else 0.0
+
+
+def held_out_metrics(
+    script_args: "PretrainArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_texts: Sequence[str],
+    test_texts: Sequence[str],
+) -> dict[str, float]:
+    """Return the bits per byte of held-out texts under the model and its baselines; nothing for a masked model.
+
+    The 5-gram model learns from as many of the training texts as fit into `MOST_NGRAM_BYTES`.
+    """
+    if script_args.objective == "masked":
+        return {}
+    from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
+    from hfllm.evaluation.perplexity import text_likelihood
+
+    fit = text_likelihood(model, tokenizer, test_texts, script_args.max_length)
+    return {
+        **fit.metrics(),
+        "bits_per_byte_5gram": ngram_bits_per_byte(beginning(train_texts, MOST_NGRAM_BYTES), test_texts, order=5),
+        "bits_per_byte_gzip": gzip_bits_per_byte(test_texts),
+    }
+
+
+def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
+    """Yield the first texts, up to `most_bytes` of UTF-8; the text that exceeds the limit is cut."""
+    for text in texts:
+        kept = text.encode(errors="replace")[:most_bytes]
+        yield kept.decode(errors="ignore")
+        most_bytes -= len(kept)
+        if most_bytes <= 0:
+            return

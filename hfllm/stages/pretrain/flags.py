@@ -1,0 +1,381 @@
+"""Pretraining: its flags, those of the architecture, default settings, and what it refuses."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.data.loading import TextArguments
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError, refuse
+from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.pipeline import Chain
+from hfllm.runs.recipes import settings_file
+from hfllm.trainers.learning_rate import BatchArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, TrainingArguments
+    from trl import ModelConfig
+
+
+# ---- architecture ----
+#
+# The architecture of a new model, as flags; and the config of a model that is named or not yet trained.
+
+
+@dataclass(frozen=True)
+class ArchitectureArguments:
+    """Architecture of a new model."""
+
+    vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the new tokenizer's vocabulary."})
+    hidden_size: int = field(default=512, metadata={"help": "Width of the new model."})
+    num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the new model."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Query heads of the new model."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key-value heads of the new model."})
+    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the new model."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the new weights."})
+    tie_word_embeddings: bool = field(default=False, metadata={"help": "Share embeddings and head."})
+    norm_type: str = field(default="rmsnorm", metadata={"help": "rmsnorm or layernorm."})
+    norm_placement: str = field(default="pre", metadata={"help": "pre, post, output or both."})
+    mlp_type: str = field(default="gated", metadata={"help": "gated or plain."})
+    hidden_act: str = field(default="silu", metadata={"help": "Activation of the MLP."})
+    position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
+    parallel_block: bool = field(default=False, metadata={"help": "Attention and MLP side by side, as in PaLM."})
+    sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
+    attention_chunk_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a chunk, within which each token attends, as in Llama 4."}
+    )
+    layer_types: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of each layer: full_attention, sliding_attention (with --sliding_window), "
+            "chunked_attention (with --attention_chunk_size), linear_attention; a shorter list is repeated over the "
+            "layers."
+        },
+    )
+    no_rope_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "0 for each layer without rotary positions, 1 for the others; repeated likewise."},
+    )
+    linear_num_key_heads: int | None = field(default=None, metadata={"help": "Key heads of linear attention."})
+    linear_num_value_heads: int | None = field(default=None, metadata={"help": "Its value heads."})
+    linear_key_head_dim: int | None = field(default=None, metadata={"help": "Size of such a key head."})
+    linear_value_head_dim: int | None = field(default=None, metadata={"help": "Size of such a value head."})
+    linear_conv_kernel_dim: int = field(default=4, metadata={"help": "Tokens that its convolution sees."})
+    sparse_block_size: int | None = field(
+        default=None, metadata={"help": "Keys of a block, for --attn_implementation sparse."}
+    )
+    sparse_num_blocks: int | None = field(
+        default=None, metadata={"help": "Blocks that a token attends to, its own included, for the same."}
+    )
+    num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 means one dense MLP."})
+    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that each token passes through."})
+    moe_intermediate_size: int | None = field(default=None, metadata={"help": "Width of an expert."})
+    n_shared_experts: int = field(default=0, metadata={"help": "Experts beside these that all tokens share."})
+    first_k_dense_replace: int = field(default=0, metadata={"help": "First layers with a dense MLP and no experts."})
+    scoring_func: str = field(default="softmax", metadata={"help": "Scores of a router: softmax or sigmoid."})
+    topk_method: str = field(
+        default="greedy", metadata={"help": "greedy, group_limited_greedy, or noaux_tc: a bias balances the load."}
+    )
+    n_group: int = field(default=1, metadata={"help": "Groups of experts."})
+    topk_group: int = field(default=1, metadata={"help": "Groups that a token's experts come from."})
+    router_bias_update_rate: float | None = field(
+        default=None, metadata={"help": "Step of that bias; by default 0.001, and 0 keeps it."}
+    )
+    residual_init: str = field(default="plain", metadata={"help": "plain, gpt2 or depth: scale of the residual init."})
+
+
+# The flags that are fields of `HfllmConfig`; the tokenizer determines the vocabulary size.
+ARCHITECTURE = tuple(name for name in ArchitectureArguments.__dataclass_fields__ if name != "vocab_size")
+
+
+# Fields that only some attention functions read; other models do not have them.
+ONLY_IF_GIVEN = ("sparse_block_size", "sparse_num_blocks")
+
+
+def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
+    """Return the fields of `HfllmConfig` that the flags describe.
+
+    Raises:
+        InputError: for a type of layer that there is not, with the nearest one, a list that does not divide the
+            layers, sizes of linear attention without such a layer, and sizes of sparse attention of which one is
+            missing or below 1.
+    """
+    fields = {name: getattr(script_args, name) for name in ARCHITECTURE}
+    check_layer_types(script_args)
+    for item in dataclass_fields(ArchitectureArguments):
+        is_given = item.name.startswith("linear_") and fields[item.name] != item.default
+        if is_given and "linear_attention" not in (script_args.layer_types or ()):
+            raise InputError(f"--{item.name} {fields[item.name]} needs linear_attention in --layer_types")
+    for name in ("layer_types", "no_rope_layers"):
+        if fields[name]:
+            fields[name] = repeated(name, fields[name], script_args.num_hidden_layers)
+    sizes = [fields[name] for name in ONLY_IF_GIVEN]
+    if sizes != [None, None] and not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise InputError(
+            f"--sparse_block_size {sizes[0]} and --sparse_num_blocks {sizes[1]}: expected both, each at least 1"
+        )
+    return {name: value for name, value in fields.items() if value is not None or name not in ONLY_IF_GIVEN}
+
+
+def check_layer_types(script_args: ArchitectureArguments) -> None:
+    """Refuse types of layers that there are not.
+
+    Raises:
+        InputError: with the nearest one.
+    """
+    if script_args.layer_types is None:
+        return
+    from hfllm.models.family.configuration_fields_hfllm import LAYER_TYPES
+
+    for name in script_args.layer_types:
+        if name not in LAYER_TYPES:
+            near = get_close_matches(name, LAYER_TYPES, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"--layer_types {name!r} is not one of {', '.join(LAYER_TYPES)}{hint}")
+
+
+def repeated(name: str, values: list, layers: int) -> list:
+    """Return a list with one value for each layer: the values again and again.
+
+    Raises:
+        InputError: when that does not come out even.
+    """
+    if layers % len(values):
+        raise InputError(
+            f"--{name} has {len(values)} values for --num_hidden_layers {layers}: expected one for each, or a number "
+            "that divides them"
+        )
+    return values * (layers // len(values))
+
+
+def check_adapter(model_args: "ModelConfig", before: Chain, task_type: str = "CAUSAL_LM") -> None:
+    """Refuse a new adapter that does not fit the model that a stage starts from, before that is trained or loaded.
+
+    Raises:
+        InputError: naming the flag, such as `--lora_target_modules`.
+    """
+    if not model_args.use_peft:
+        return
+    import torch
+
+    from hfllm.runs.models import peft_config, try_adapter
+
+    # The weights of the trial must not change the random numbers drawn later.
+    with torch.random.fork_rng(devices=[]):
+        try_adapter(config_to_train(model_args, before), peft_config(model_args, task_type))
+
+
+def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConfig":
+    """Return the config of the model that a stage starts from: the named one, or the one that pretraining will make.
+
+    Args:
+        model_args: with the model's name, if it has one.
+        before: the stages that run first.
+
+    Raises:
+        InputError: when it cannot be loaded, or describes no model.
+    """
+    from hfllm.runs.models import load_config, named_fields, new_config
+
+    made = before.parsed.get("pretrain")
+    start = made[2] if made else model_args
+    if start.model_name_or_path:
+        return load_config(start.model_name_or_path, start.model_revision)
+    named = made[0].config_name_or_path
+    return new_config(named_fields(named) if named else architecture_of(made[0]))
+
+
+# ---- pretrain ----
+
+
+# The libraries' dataclasses of flags that pretraining takes besides its own.
+LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
+OBJECTIVES = ("causal", "masked", "infilling")
+CHINCHILLA = "chinchilla"
+NEED_PACKING = ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens", "dataset_mixture")
+
+
+@dataclass(frozen=True)
+class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, RemoteCodeArguments):
+    """Objective, length and schedule of the run, and where a new model comes from."""
+
+    total_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to train on, in place of --num_train_epochs; 'chinchilla' means 20 per parameter "
+            "(Hoffmann et al. 2022, arXiv:2203.15556)."
+        },
+    )
+    objective: str = field(
+        default="causal",
+        metadata={
+            "help": "'causal' predicts the next token; 'masked' predicts masked ones, in a new bidirectional model; "
+            "'infilling' is causal on documents cut in three, Code Llama's format.",
+            "choices": [*OBJECTIVES],
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Fill rows of --max_length with documents that do not attend to each other; else pad."},
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens per row; longer documents are split."})
+    length_curriculum: str | None = field(
+        default=None,
+        metadata={"help": "Row lengths by share of the run's tokens, such as 0:128,0.2:256,0.5:512; needs packing."},
+    )
+    batch_ramp: str | None = field(
+        default=None,
+        metadata={"help": "Tokens per batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing."},
+    )
+    z_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the squared log-partition function (PaLM: 1e-4); needs packing."}
+    )
+    use_muon: bool = field(
+        default=False,
+        metadata={"help": "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate."},
+    )
+    loss_spikes: str = field(
+        default="stop",
+        metadata={
+            "help": "What to do at a loss far above its running median: stop the run, or warn.",
+            "choices": ["stop", "warn"],
+        },
+    )
+    sample_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps between samples; by default four times per run, 0 means never, as under DeepSpeed."},
+    )
+    peak_flops: float | None = field(
+        default=None, metadata={"help": "Peak FLOP/s of one device; the share that is reached is logged as mfu."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the new model; by default one is trained on the texts."}
+    )
+    config_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Architecture of the new model, in place of its flags: a preset (gpt2, llama-2-7b, ...), a "
+            "config.json, or the folder that holds one. All other defaults are then those of transformers."
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per chunk of an hfllm model's loss, so that a batch's logits are never all in memory; "
+            "1024 by default, 0 means all at once."
+        },
+    )
+
+
+def default_settings(given: Mapping[str, object]) -> list[Path]:
+    """Return the default settings of the small models; none for a named model or architecture."""
+    if given.get("model_name_or_path") or given.get("config_name_or_path"):
+        return []
+    if given.get("dataset_name", WORLD) == WORLD and not given.get("dataset_mixture"):
+        return [settings_file("pretrain/world.yaml")]
+    # DeepSpeed and FSDP split the matrices that Muon needs whole.
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
+    is_sharded = is_sharded or bool(given.get("fsdp") or given.get("deepspeed"))
+    return [settings_file("pretrain/text.yaml"), *([settings_file("pretrain/text_sharded.yaml")] * is_sharded)]
+
+
+# ---- what is refused ----
+
+
+def check(script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
+    """Refuse flags that would have no effect or would fail later.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.runs.models import check_attention, check_trainable, load_config, named_fields, new_config
+
+    own, named = model_args.model_name_or_path, script_args.config_name_or_path
+    for is_refused, flag, reason in (
+        *refusals_of_the_run(script_args, training_args, model_args),
+        *refusals_of_the_model(script_args, is_named=bool(own)),
+    ):
+        refuse(is_refused, flag, reason)
+    if script_args.objective not in OBJECTIVES:
+        raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    tokens = script_args.total_tokens
+    if tokens not in (None, CHINCHILLA) and not (tokens.isdecimal() and int(tokens) > 0):
+        raise InputError(f"--total_tokens {tokens!r}: expected a number of tokens, or {CHINCHILLA!r}")
+    if not own:
+        fields = named_fields(named) if named else architecture_of(script_args)
+        config = new_config({**fields, "is_causal": script_args.objective != "masked"})
+    is_sparse = model_args.attn_implementation == "sparse"
+    refuse(
+        bool(script_args.sparse_block_size) and not is_sparse,
+        "--sparse_block_size",
+        "it needs --attn_implementation sparse",
+    )
+    is_masked = script_args.objective == "masked"
+    refuse(is_sparse and is_masked, "--attn_implementation sparse", "--objective masked sees later tokens")
+    if is_sparse and not (own or named or script_args.sparse_block_size):
+        raise InputError("--attn_implementation sparse needs --sparse_block_size and --sparse_num_blocks")
+    check_trainable(model_args, adapters=False)
+    check_attention(model_args.attn_implementation, load_config(own, model_args.model_revision) if own else config)
+
+
+def refusals_of_the_run(
+    script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
+) -> list[tuple[bool, str, str]]:
+    """Return the refusals that concern the run: whether each applies, the flag, and the reason."""
+    from hfllm.trainers.pretraining.muon import refusals_of_muon
+
+    ramp, curriculum, tokens = script_args.batch_ramp, script_args.length_curriculum, script_args.total_tokens
+    is_packed = script_args.packing
+    is_scaled, is_timed = script_args.lr_scaling_rule != "none", training_args.max_steps > 0
+    is_ordered = training_args.train_sampling_strategy != "random"
+    is_infilling = script_args.objective == "infilling"
+    return [
+        (model_args.use_peft, "--use_peft", "pretraining trains all weights"),
+        (is_ordered, "--train_sampling_strategy", "the order of documents is this recipe's own"),
+        (is_scaled and ramp is not None, "--lr_scaling_rule", "--batch_ramp changes the batch"),
+        *(
+            (not is_packed and bool(getattr(script_args, flag)), f"--{flag}", "it needs --packing true")
+            for flag in NEED_PACKING
+        ),
+        (not is_packed and script_args.objective != "causal", "--objective", "it needs --packing true"),
+        (
+            is_infilling and curriculum is not None,
+            "--length_curriculum",
+            "it would cut documents in the middle of the infilling format",
+        ),
+        (
+            is_timed and bool(ramp or tokens),
+            "--max_steps",
+            "the run's length is --total_tokens or --num_train_epochs",
+        ),
+        *refusals_of_muon(script_args.use_muon, training_args),
+    ]
+
+
+def refusals_of_the_model(script_args: PretrainArguments, is_named: bool) -> list[tuple[bool, str, str]]:
+    """Return the refusals that concern the model: whether each applies, the flag, and the reason.
+
+    Args:
+        is_named: whether training starts from an existing model.
+    """
+    has_config = bool(script_args.config_name_or_path)
+    for_a_new_one = "it is for a new model, without --model_name_or_path"
+    given = [
+        f"--{flag}"
+        for flag in (*ARCHITECTURE, "vocab_size")
+        if getattr(script_args, flag) != PretrainArguments.__dataclass_fields__[flag].default
+    ]
+    is_masked = script_args.objective == "masked"
+    has_tokenizer = bool(script_args.tokenizer_name_or_path)
+    return [
+        (is_named and is_masked, "--objective masked", "it makes a new model, without --model_name_or_path"),
+        *((is_named, flag, for_a_new_one) for flag in given),
+        *((has_config, flag, "--config_name_or_path has it") for flag in given),
+        (is_named and has_config, "--config_name_or_path", for_a_new_one),
+        (is_named and has_tokenizer, "--tokenizer_name_or_path", "the model brings its own"),
+    ]

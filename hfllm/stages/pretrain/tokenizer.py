@@ -1,0 +1,98 @@
+"""Tokenizers of new models: the flags to train one separately, its training, and its compression by size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hfllm.data.loading import TextArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from hfllm.stages.pretrain.flags import PretrainArguments
+
+MOST_TOKENIZER_TEXTS = 20_000
+# Bytes and special tokens alone are about 270.
+SMALLEST_SIZE = 300
+
+
+@dataclass(frozen=True)
+class TokenizerArguments(TextArguments):
+    """Size and purpose of the tokenizer."""
+
+    vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the number of tokens."})
+    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the models that will use it."})
+    objective: str = field(
+        default="causal",
+        metadata={
+            "help": "What pretraining will predict: 'masked' and 'infilling' need extra special tokens.",
+            "choices": ["causal", "masked", "infilling"],
+        },
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the held-out split, and of the world's documents."})
+    output_dir: str = field(default="outputs/tokenizer", metadata={"help": "Where the tokenizer goes."})
+
+
+def make_tokenizer(
+    script_args: "TokenizerArguments | PretrainArguments", texts: Sequence[str]
+) -> "PreTrainedTokenizerFast":
+    """Return a tokenizer trained on `texts`, with the special tokens of the objective."""
+    from hfllm.data.packing import INFILLING_TOKENS
+    from hfllm.data.sources import WORLD
+    from hfllm.data.tokenizer import CALL_MARKS, MASK, THOUGHT_MARKS, TOOL, set_built_in, train_tokenizer
+    from hfllm.data.world.demonstrators import instruction_rows
+    from hfllm.data.world.world import World
+
+    sample = list(texts[:MOST_TOKENIZER_TEXTS])
+    is_world = script_args.dataset_name == WORLD and not script_args.dataset_mixture
+    if is_world:
+        # Instructions are part of the language, although the base model is not taught to follow them.
+        rows = instruction_rows(World(script_args.world_seed), 3000)
+        asked = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
+        in_forms = round(getattr(script_args, "world_forms", 0.0) * len(rows))
+        asked[:in_forms] = [f"{text} {text.upper()}" for text in asked[:in_forms]]
+        sample = sample[:5000] + asked
+    has_thoughts = is_world and script_args.world_reasoning > 0
+    has_tools = is_world and script_args.world_tools > 0
+    tokenizer = train_tokenizer(
+        sample,
+        script_args.vocab_size,
+        script_args.max_position_embeddings,
+        mask_token=MASK if script_args.objective == "masked" else None,
+        extra_special_tokens=[
+            *(INFILLING_TOKENS if script_args.objective == "infilling" else ()),
+            *([TOOL] if has_tools else []),
+        ],
+        added_tokens=[*(THOUGHT_MARKS if has_thoughts else ()), *(CALL_MARKS if has_tools else ())],
+        splits_digits=has_tools,
+    )
+    if has_tools:
+        set_built_in(tokenizer, "hfllm-brief")
+    return tokenizer
+
+
+def compression_by_size(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[dict[str, float]]:
+    """Measure the compression of texts by the tokenizer and by prefixes of its vocabulary, each half the next.
+
+    Returns:
+        Rows, the smallest size first: `vocab_size`, `bytes_per_token`, `tokens_per_word`, `share_of_vocabulary_used`.
+    """
+    from hfllm.data.tokenizer import truncated_tokenizer
+
+    wanted = [len(tokenizer)]
+    while wanted[0] // 2 > SMALLEST_SIZE:
+        wanted.insert(0, wanted[0] // 2)
+    num_bytes, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
+    rows = []
+    for size in wanted:
+        encoded = truncated_tokenizer(tokenizer, size)(list(texts), add_special_tokens=False)["input_ids"]
+        tokens = sum(map(len, encoded))
+        rows.append(
+            {
+                "vocab_size": size,
+                "bytes_per_token": num_bytes / max(tokens, 1),
+                "tokens_per_word": tokens / max(words, 1),
+                "share_of_vocabulary_used": len({token for ids in encoded for token in ids}) / size,
+            }
+        )
+    return rows

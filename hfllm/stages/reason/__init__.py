@@ -1,0 +1,1 @@
+"""The reason recipe: flags.py (light), build.py (heavy) and report.py."""

@@ -1,0 +1,137 @@
+"""Thoughts on the embedded world: the recipe's flags, what it refuses, and the runs of other recipes in it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hfllm.errors import InputError
+from hfllm.runs import pipeline
+from hfllm.runs.pipeline import Parsed
+from hfllm.runs.recipes import load_recipe, settings_file
+
+PRETRAIN, THOUGHTS, DIRECT, MIXED, RL, SHUFFLED = (
+    *("pretrain", "thoughts", "direct", "mixed"),
+    *("rl", "shuffled"),
+)
+# Arms that must not gain: fine-tuning on the answers alone, PPO on rewards that say nothing.
+CONTROLS = (DIRECT, SHUFFLED)
+# The longest answer in tokens: a thought about a dial takes 34, and what grows beyond must be seen to.
+RESPONSE_LENGTH = 64
+AT_LEAST_ONE = ("num_prompts", "num_problems")
+# Of the fewest rows a held-out one is left.
+FEWEST_ROWS = 10
+# Of each flag the runs that it is for.
+CONFIGS = {"pretrain": (PRETRAIN,), "sft": (THOUGHTS, DIRECT), "mixed": (MIXED,), "rlhf": (RL, SHUFFLED)}
+
+
+@dataclass(frozen=True)
+class ReasonArguments:
+    """How much of each is made, and by which settings."""
+
+    output_dir: str = field(default="outputs/reason", metadata={"help": "Where models, data and the report go."})
+    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
+    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+    num_examples: int = field(
+        default=8000, metadata={"help": "Questions that fine-tuning answers with thoughts, and the control without."}
+    )
+    num_mixed_examples: int = field(
+        default=1600, metadata={"help": "Questions for the model that PPO starts from, some of them with thoughts."}
+    )
+    share_of_thoughts: float = field(
+        default=0.3, metadata={"help": "Share of those that are answered with a thought."}
+    )
+    num_prompts: int = field(default=4096, metadata={"help": "Questions for PPO, which fine-tuning has not seen."})
+    num_problems: int = field(
+        default=100,
+        metadata={"help": "Held-out questions of each number of hops, at most; of the dial three times as many."},
+    )
+    controls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Arms that must not gain: direct (fine-tuning on answers alone), shuffled (PPO on the same "
+            "rewards, dealt out by chance), or none; by default both."
+        },
+    )
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning, with and without."})
+    mixed_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning before PPO."})
+    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the runs of PPO."})
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The controls that run, in their order."""
+        return tuple(arm for arm in CONTROLS if self.controls is None or arm in self.controls)
+
+
+def check(script_args: ReasonArguments) -> None:
+    """Refuse flags that contradict each other or would fail later.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    fewest = {**dict.fromkeys(AT_LEAST_ONE, 1), **dict.fromkeys(("num_examples", "num_mixed_examples"), FEWEST_ROWS)}
+    for flag, least in fewest.items():
+        value = getattr(script_args, flag)
+        if value < least:
+            raise InputError(f"--{flag} {value}: expected at least {least}")
+    controls = script_args.controls or ()
+    for control in controls:
+        if control not in (*CONTROLS, "none"):
+            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
+    if "none" in controls and set(controls) != {"none"}:
+        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
+
+
+@dataclass(frozen=True)
+class Course(pipeline.Course):
+    """The runs of the recipe."""
+
+    stage = "reason"
+    minutes = {PRETRAIN: 2, THOUGHTS: 0.6, DIRECT: 0.5, MIXED: 0.4, RL: 0.8, SHUFFLED: 0.8}
+
+    @property
+    def models(self) -> list[str]:
+        """The runs whose models answer, in order."""
+        return [name for name in self.runs if name != PRETRAIN]
+
+
+def course_of(script_args: ReasonArguments) -> Course:
+    """Return the runs that the flags ask for.
+
+    Raises:
+        InputError: when a config of one of them is wrong.
+    """
+    recipes: dict[str, str] = {}
+    runs: dict[str, Parsed] = {}
+    for name, recipe, words in _runs(script_args):
+        recipes[name] = recipe
+        own = ["--config", _config(script_args, name), "--seed", str(script_args.seed)]
+        own += ["--output_dir", str(Path(script_args.output_dir, name))]
+        runs[name] = load_recipe(recipe).parse([*own, *words])
+    return Course(recipes, runs)
+
+
+def data_file(script_args: ReasonArguments, name: str) -> Path:
+    """Return the file of a run's rows."""
+    return Path(script_args.output_dir, "data", f"{name}.jsonl")
+
+
+def _config(script_args: ReasonArguments, name: str) -> str:
+    flag = next(flag for flag, runs in CONFIGS.items() if name in runs)
+    return getattr(script_args, f"{flag}_config") or str(settings_file(f"reason/{flag}.yaml"))
+
+
+def _runs(script_args: ReasonArguments) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the name of each run, its recipe, and the flags that no config sets."""
+
+    def learning(name: str, start: str) -> list[str]:
+        made = str(Path(script_args.output_dir, start))
+        return ["--model_name_or_path", made, "--dataset_name", str(data_file(script_args, name))]
+
+    yield PRETRAIN, "pretrain", ["--world_seed", str(script_args.world_seed)]
+    for name, start in ((THOUGHTS, PRETRAIN), (DIRECT, PRETRAIN), (MIXED, THOUGHTS)):
+        if name not in CONTROLS or name in script_args.arms:
+            yield name, "sft", learning(name, start)
+    for name, reward in ((RL, "right_answer"), (SHUFFLED, "shuffled_answer")):
+        if name not in CONTROLS or name in script_args.arms:
+            yield name, "rlhf", [*learning(name, MIXED), "--reward_funcs", reward]

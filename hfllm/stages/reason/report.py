@@ -1,0 +1,326 @@
+"""How a model of the world answers what can be reasoned about, whether its thoughts hold, and the report."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfllm.data.thoughts import split_thoughts
+from hfllm.data.world.reasoning import (
+    DIAL,
+    HELD_OUT,
+    HOPS,
+    NUMBERS_OF_DIAL,
+    SIZES,
+    Problem,
+    checked_steps,
+    draw_problem,
+    is_valid,
+)
+from hfllm.data.world.vocabulary import RIGHT, gold_score
+from hfllm.data.world.world import World
+from hfllm.generation.responses import sample_responses
+from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plot_history, plus_minus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer and what it is.
+
+    Args:
+        problem: what was asked.
+        response: all that was said.
+        num_tokens: how long that is, without the token that ends it.
+        is_right: whether the answer, apart from the thought, is right.
+        thinks: whether there is a thought, finished or not.
+        steps: of each step of the thought whether it holds; empty where there is none.
+    """
+
+    problem: Problem
+    response: str
+    num_tokens: int
+    is_right: bool
+    thinks: bool
+    steps: tuple[bool, ...]
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether all steps of the thought hold, and none is missing."""
+        return is_valid(self.steps)
+
+
+def held_out_problems(world: World, per_size: Mapping[str, int], seed: int = 0) -> list[Problem]:
+    """Return different problems that nothing learns from: up to so many of each size.
+
+    There are few questions of hops: of these there may be fewer.
+
+    Args:
+        per_size: how many, by family; others are left out.
+    """
+    rng, found = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
+    for family, count in per_size.items():
+        for size in SIZES[family]:
+            drawn: dict[str, Problem] = {}
+            for _ in range(20 * count):
+                problem = draw_problem(world.facts, world.relations, rng, family, HELD_OUT, (size,))
+                drawn.setdefault(problem.key, problem)
+                if len(drawn) == count:
+                    break
+            found += drawn.values()
+    return found
+
+
+def is_dial(problem: Problem) -> bool:
+    """Return whether a problem is one of the dial."""
+    return problem.family == DIAL
+
+
+def is_hops(problem: Problem) -> bool:
+    """Return whether a problem is one of hops."""
+    return problem.family == HOPS
+
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    world: World,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    do_sample: bool = False,
+    seed: int = 0,
+) -> list[Answered]:
+    """Answer each problem, greedily or sampled at temperature 1, and judge the answers."""
+    prompts = [problem.prompt_row()["prompt"] for problem in problems]
+    said = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed, fast=True)
+    texts = [texts[0] for texts in said]
+    # Special tokens are gone from the texts, so that none is counted.
+    lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return [judged(world, *each) for each in zip(problems, texts, lengths, strict=True)]
+
+
+def judged(world: World, problem: Problem, response: str, num_tokens: int) -> Answered:
+    """Return a response with what it is."""
+    thought, said = split_thoughts(response)
+    steps = () if thought is None else checked_steps(problem, thought, world.facts, world.relations)
+    is_right = gold_score(said, problem.gold) >= RIGHT
+    return Answered(problem, response, num_tokens, is_right, thought is not None, tuple(steps))
+
+
+def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
+    """Return what is measured of some answers, a value for each that it is measured on.
+
+    `right` and `thinks` (of all), `valid` (of the right answers with a thought: whether it holds), `steps` (of the
+    answers with a thought: the share of its steps that hold), `tokens` (of all) and `thought_tokens` (of the answers
+    with a thought, which tells whether thoughts grow apart from whether there are more).
+    """
+    thinking = [each for each in answers if each.thinks]
+    return {
+        "right": [float(each.is_right) for each in answers],
+        "thinks": [float(each.thinks) for each in answers],
+        "valid": [float(each.is_valid) for each in thinking if each.is_right],
+        "steps": [sum(each.steps) / max(len(each.steps), 1) for each in thinking],
+        "tokens": [float(each.num_tokens) for each in answers],
+        "thought_tokens": [float(each.num_tokens) for each in thinking],
+    }
+
+
+# ---- reasoning report ----
+#
+# The report on thoughts: what they gain over direct answers, what PPO makes of them, and whether their steps hold.
+
+
+# How the report calls the models.
+TITLES = {
+    "thoughts": "with thoughts",
+    "direct": "direct answers",
+    "mixed": "before PPO",
+    "rl": "PPO on right answers",
+    "shuffled": "PPO, rewards by chance",
+}
+GROUPS: Mapping[str, Callable[[Problem], bool]] = {"hops": is_hops, "dial": is_dial}
+GROUP_TITLES = {
+    "hops": "facts of two and three hops",
+    "dial": "dials of six turns",
+    "right": "right answers",
+    "thinks": "answers with a thought",
+    "valid": "right answers whose thought is valid",
+    "steps": "steps of thoughts that hold",
+    "tokens": "tokens of an answer",
+    "thought_tokens": "tokens of an answer with a thought",
+}
+# Of the figures those that stand in the report for each group.
+OF_TUNED = ("right", "valid", "steps", "tokens")
+SAMPLES = 8
+# What a guess gets right: most hops end at an attribute, which has as many values as the dial has numbers.
+GUESS = 1 / NUMBERS_OF_DIAL
+PROMISES = (
+    *(
+        Promise(f"{GROUP_TITLES[group]} answered right with thoughts", f"thoughts_{group}_right", control, beside)
+        for group in GROUPS
+        for control, beside in ((f"direct_{group}_right", "direct answers"), (GUESS, "a guess"))
+    ),
+    Promise("change of right answers by PPO", "right_change", 0.0, "no change"),
+    Promise("change of answers with a thought by PPO", "thinks_change", 0.0, "no change"),
+)
+
+Answers = Mapping[str, Sequence[Answered]]
+
+
+def tuned_metrics(answers: Answers) -> dict[str, float]:
+    """Return the metrics of the models after fine-tuning, from greedy answers: `MODEL_GROUP_FIGURE`.
+
+    Figures without a value, such as of the thoughts of a model that has none, are left out.
+    """
+    metrics: dict[str, float] = {}
+    for model, said in answers.items():
+        for group, is_member in GROUPS.items():
+            values = values_of([each for each in said if is_member(each.problem)])
+            for name in OF_TUNED:
+                if values[name]:
+                    metrics |= mean_of(f"{model}_{group}_{name}", values[name])
+    return metrics
+
+
+def ppo_metrics(answers: Answers) -> dict[str, float]:
+    """Return the metrics before and after PPO, from sampled answers to the same questions of the dial.
+
+    Those of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`, `thinks`
+    and `tokens`; those of the control begin with `shuffled_`. `valid`, `steps` and `thought_tokens` are of the
+    thoughts that there are, about other questions in each model: `mixed_valid`, `rl_valid` and so on.
+    """
+    metrics: dict[str, float] = {}
+    before = values_of(answers["mixed"])
+    for model, prefix in (("rl", ""), ("shuffled", "shuffled_")):
+        if model in answers:
+            after = values_of(answers[model])
+            for name in ("right", "thinks", "tokens"):
+                metrics |= change_of(f"{prefix}{name}", before[name], after[name])
+    for model, said in answers.items():
+        values = values_of(said)
+        for name in ("valid", "steps", "thought_tokens"):
+            if values[name]:
+                metrics |= mean_of(f"{model}_{name}", values[name])
+    return metrics
+
+
+def tables(tuned: Answers, sampled: Answers) -> dict[str, list[dict[str, str]]]:
+    """Return the tables: right answers by size, figures of PPO, and some answers."""
+    found = {
+        "Right answers, greedy": _by_size(tuned),
+        "PPO on dials, sampled answers": _side_by_side(sampled),
+        "Answers": samples(tuned),
+        "Answers before and after PPO, sampled": samples(sampled),
+    }
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def _by_size(answers: Answers) -> list[dict[str, str]]:
+    """Return a row for each number of hops and turns: the share of right answers of each model."""
+    rows = []
+    for family, sizes in SIZES.items():
+        for size in sizes:
+            of_size = {
+                model: [float(each.is_right) for each in said if each.problem.group == f"{family}_{size}"]
+                for model, said in answers.items()
+            }
+            counted = next(iter(of_size.values()))
+            if counted:
+                cells = {TITLES[model]: _cell(values) for model, values in of_size.items()}
+                unit = "turns" if family == DIAL else "hops"
+                rows.append({"question": f"{size} {unit}", **cells, "n": str(len(counted))})
+    return rows
+
+
+def _side_by_side(answers: Answers) -> list[dict[str, str]]:
+    """Return a row for each figure: its value for each model."""
+    found = {TITLES[model]: values_of(said) for model, said in answers.items()}
+    names = next(iter(found.values()))
+    return [
+        {
+            "figure": GROUP_TITLES[name],
+            **{title: f"{_cell(values[name])} (n {len(values[name]):,})" for title, values in found.items()},
+        }
+        for name in names
+    ]
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    found = mean_of("value", values)
+    return plus_minus(found["value"], found.get("value_se"))
+
+
+def samples(answers: Answers) -> list[dict[str, str]]:
+    """Return some questions with what each model has answered."""
+    said = next(iter(answers.values()))
+    step = max(1, len(said) // SAMPLES)
+    return [
+        {
+            "prompt": said[place].problem.question,
+            **{TITLES[model]: each[place].response for model, each in answers.items()},
+        }
+        for place in range(0, len(said), step)
+    ]
+
+
+# ---- plots ----
+
+
+def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Plot]:
+    """Return the plots: steps of thoughts that hold; rewards and lengths over the episodes of PPO.
+
+    Args:
+        answers: after fine-tuning.
+        histories: the logs of each run of PPO.
+    """
+    return {
+        "steps": _steps(answers),
+        "ppo_rewards": _over_episodes("Right answers during PPO", "share of sampled answers", "reward", histories),
+        "ppo_lengths": _over_episodes("Length of answers during PPO", "tokens", "response_length", histories),
+    }
+
+
+def _steps(answers: Answers) -> Plot:
+    """Return the share of thoughts whose step holds, by its place; a model without thoughts has no line."""
+    lines = {}
+    for model, said in answers.items():
+        thoughts = [each.steps for each in said if is_dial(each.problem) and each.thinks]
+        # The number that the dial is at comes first, then a step for each turn.
+        places = range(1 + max(SIZES[DIAL])) if thoughts else range(0)
+        held = [sum(steps[place] for steps in thoughts) / len(thoughts) for place in places]
+        lines[TITLES[model]] = (list(places), held)
+    return Plot("Thoughts about held-out dials, greedy answers", "step", "share that holds", lines)
+
+
+def _over_episodes(title: str, ylabel: str, key: str, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:
+    lines = {}
+    for model, history in histories.items():
+        training = [entry for entry in history if "episode" in entry]
+        lines |= plot_history(training, {TITLES[model]: key}, x="episode", title="", xlabel="", ylabel="").lines
+    return Plot(title, "episodes (sampled answers)", ylabel, lines)
+
+
+def summary_of(metrics: Mapping[str, float]) -> str:
+    """Return what came out, in a sentence or two."""
+    parts = []
+    for group in GROUPS:
+        shares = {
+            model: plus_minus(metrics[name], metrics.get(f"{name}_se"))
+            for model in ("direct", "thoughts")
+            if (name := f"{model}_{group}_right") in metrics
+        }
+        parts.append(
+            f"{GROUP_TITLES[group]}: " + ", ".join(f"{TITLES[each]} {value}" for each, value in shares.items())
+        )
+    for prefix, model in (("", "rl"), ("shuffled_", "shuffled")):
+        if f"{prefix}right_change" in metrics:
+            sides = [
+                " to ".join(f"{metrics[f'{prefix}{name}_{side}']:.2f}" for side in ("before", "after"))
+                for name in ("right", "thinks")
+            ]
+            parts.append(f"{TITLES[model]}: right {sides[0]}, thinking {sides[1]}")
+    return "; ".join(parts)

@@ -1,0 +1,1 @@
+"""The rlhf recipe: flags.py (light) and build.py (heavy)."""

@@ -1,0 +1,1 @@
+"""The sft recipe: flags.py (light) and build.py (heavy)."""

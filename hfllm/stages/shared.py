@@ -1,0 +1,363 @@
+"""What several stages share: the user's rows, rows with pictures, and models that answer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.formats import Row
+from hfllm.data.images.rows import PictureArguments
+from hfllm.data.loading import DataArguments, RowArguments, held_out_arguments, load_rows, shared_prompts, split_rows
+from hfllm.data.row_limits import MAX_ROW_BYTES
+from hfllm.data.rows import Dropped, Message, flaw_of
+from hfllm.errors import InputError, refuse
+from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import given_names, say
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import (
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainingArguments,
+    )
+    from trl import ModelConfig, SFTConfig
+
+    from hfllm.multimodal.processors import ProcessingClass
+
+
+WHOLE = "rows with pictures are read by the model's processor, as they are"
+# Flags of TRL that would cut, join or write anew the tokens of rows that the processor reads.
+NOT_JOINED = {
+    "packing": "rows with pictures are not packed",
+    "eval_packing": "rows with pictures are not packed",
+    "padding_free": "rows with pictures are padded",
+    "assistant_only_loss": "of rows with pictures the answers are found without marks",
+    "chat_template_path": WHOLE,
+    "eos_token": WHOLE,
+}
+
+
+def check_whole_rows(script_args: "RowArguments", training_args: "SFTConfig", is_cut: bool = False) -> None:
+    """Refuse flags of fine-tuning that would cut, join or write anew rows with pictures, or learn their questions.
+
+    Args:
+        is_cut: whether `--max_length` has a meaning: as many questions as fit are put into a row.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for flag, why in NOT_JOINED.items():
+        refuse(bool(getattr(training_args, flag)), f"--{flag}", why)
+    check_sampling(training_args)
+    refuse(training_args.completion_only_loss is False, "--completion_only_loss false", "answers alone are learned")
+    is_given = "max_length" in (given_names(script_args, training_args) or ())
+    is_idle = is_given and training_args.max_length is not None and not is_cut
+    refuse(is_idle, "--max_length", "rows with pictures are not cut")
+
+
+def check_sampling(training_args: "TrainingArguments") -> None:
+    """Refuse to group rows with pictures by length, which is not known before a batch is made.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    is_grouped = training_args.train_sampling_strategy == "group_by_length"
+    refuse(
+        is_grouped, "--train_sampling_strategy group_by_length", "rows with pictures are read when a batch needs them"
+    )
+
+
+def count_seen(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many rows have pictures."""
+    return sum(bool(row.get("images")) for row in rows)
+
+
+def is_mixed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether some rows have pictures and others have none."""
+    return 0 < count_seen(rows) < len(rows)
+
+
+def check_split_weights(
+    training_args: "TrainingArguments",
+    train_rows: Sequence[Mapping[str, Any]],
+    eval_rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Refuse pictures in some rows only where processes hold parts of the weights, as PPO does.
+
+    A process whose batch has no picture does not run the tower, and the others would wait for it to gather or reduce
+    that.
+
+    Raises:
+        InputError: saying how many rows have pictures.
+    """
+    from hfllm.trainers.engines import shards_parameters
+
+    if not shards_parameters(training_args):
+        return
+    for what, rows in (("training", train_rows), ("held-out", eval_rows)):
+        if is_mixed(rows):
+            raise InputError(
+                f"pictures in {count_seen(rows)} of {len(rows)} {what} rows: DeepSpeed and FSDP need one in each row "
+                "or in none; train the others by themselves, or by DDP, which takes both mixed"
+            )
+
+
+# ---- user rows ----
+#
+# The user's own rows of a stage: read, without those that cannot be learned from, and with a held-out part.
+
+
+Rows = list[Row]
+Flaw = Callable[[Row], str | None]
+Mapper = Callable[[str, Row], Row]
+
+
+def user_rows(
+    script_args: RowArguments,
+    mapper: Mapper,
+    seed: int,
+    share: float = 0.05,
+    most: int | None = None,
+    flaw_of: Flaw = flaw_of,
+    eval_mapper: Mapper | None = None,
+) -> tuple[Rows, Rows]:
+    """Return training and held-out rows of the user's dataset, and say how many are left out and why.
+
+    Args:
+        script_args: which datasets.
+        mapper: converts a row, given its origin.
+        seed: of the split, where the user names no held-out rows.
+        share: of the rows to hold out then.
+        most: held-out rows at most; by default 256, or all that the user names.
+        flaw_of: returns why a row is left out, or `None`.
+        eval_mapper: converts the rows that the user names to hold out, where paths in them are relative to
+            another folder; by default `mapper` does.
+
+    Raises:
+        InputError: when a row cannot be read, or none is left.
+    """
+    rows = kept_rows(script_args, mapper, flaw_of)
+    named = held_out_arguments(script_args)
+    if named is None:
+        return split_rows(rows, seed, share, 256 if most is None else most)
+    eval_rows = kept_rows(named, eval_mapper or mapper, flaw_of)[:most]
+    if shared := shared_prompts(rows, eval_rows):
+        say(f"{named.dataset_name}: {shared:,} of {len(eval_rows):,} held-out rows have the prompt of a training row")
+    return rows, eval_rows
+
+
+def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: int | None = None) -> Rows:
+    """Return the rows of a dataset that can be learned from, and say how many are left out and why.
+
+    Args:
+        most: of them at most; what follows is not read. By default all.
+    """
+    dropped = Dropped()
+    rows = load_rows(script_args, mapper, dropped, flaw_of, most)
+    if not rows:
+        raise InputError(f"{script_args.dataset_name}: no row is left: {dropped}")
+    if dropped.count:
+        say(f"{script_args.dataset_name}: {dropped}")
+    return rows
+
+
+# ---- rlhf pictures ----
+#
+# Policies that read pictures, in alignment by PPO.
+
+
+def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig") -> "ProcessingClass":
+    """Load the tokenizer of the named model; of one that reads pictures the processor, with a padding token.
+
+    Raises:
+        InputError: when it cannot be loaded, or there is no processor.
+    """
+    return _processing_class(model_args.model_name_or_path, model_args.model_revision, config)
+
+
+def processing_class_of(name: str, revision: str = "main") -> "ProcessingClass":
+    """Load the tokenizer of a model, or the processor of one that reads pictures, as `load_processing_class` does."""
+    from hfllm.runs.models import load_config
+
+    return _processing_class(name, revision, load_config(name, revision))
+
+
+def _processing_class(name: str, revision: str, config: "PreTrainedConfig") -> "ProcessingClass":
+    from hfllm.data.tokenizer import padding_token
+    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.runs.models import load_tokenizer
+
+    if not is_for_pictures(config):
+        return load_tokenizer(name, revision)
+    processor = load_processor(name, revision)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = padding_token(processor.tokenizer)
+    return processor
+
+
+def load_processor(name: str, revision: str) -> "ProcessorMixin":
+    """Return the processor of a model that reads pictures.
+
+    Raises:
+        InputError: when there is none, it cannot be loaded, or its pictures do not fit the model.
+    """
+    from hfllm.models.loading.saved import reason_of, saved_processor
+    from hfllm.multimodal.processors import check_fit
+    from hfllm.runs.models import load_config
+
+    try:
+        processor = saved_processor(name, revision=revision)
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(f"model {name!r}: its processor could not be loaded: {reason_of(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"model {name!r} has no processor of pictures: save one with it, see hfllm.vision_processor")
+    try:
+        check_fit(processor, load_config(name, revision))
+    except InputError as error:
+        raise InputError(f"model {name!r}: {error}") from None
+    return processor
+
+
+def load_policy(
+    model_args: "ModelConfig", config: "PreTrainedConfig", output_dir: str
+) -> "tuple[PreTrainedModel, ProcessingClass]":
+    """Load the policy to train with its tokenizer, or with its processor if it reads pictures.
+
+    Args:
+        config: the policy's.
+        output_dir: see `load_to_train`.
+
+    Raises:
+        InputError: when either cannot be loaded.
+    """
+    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.runs.models import load_to_train
+
+    if not is_for_pictures(config):
+        return load_to_train(model_args, output_dir)
+    processor = load_processing_class(model_args, config)
+    return load_seeing_model(model_args), processor
+
+
+def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel":
+    """Load the named model of pictures and text; an adapter of one is trained further.
+
+    Raises:
+        InputError: when it cannot be loaded, with `--use_peft` for an adapter, and for 4 bits on a CPU.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from hfllm.models.loading.adapters import find_adapter, load_base, put_on
+    from hfllm.models.loading.weights import load_weights_of
+    from hfllm.runs.command_line import say
+    from hfllm.runs.models import load_kwargs, refuse_four_bits_of_pictures
+
+    refuse_four_bits_of_pictures(model_args)
+    name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
+    adapter = find_adapter(name, revision=model_args.model_revision)
+    if adapter is None:
+        return load_weights_of(AutoModelForImageTextToText, name, **kwargs)[0]
+    adapter.check("CAUSAL_LM")
+    if model_args.use_peft:
+        raise InputError(
+            f"--use_peft: {name} is an adapter already, which is trained further without that flag; or merge it into "
+            f"{adapter.base} by PEFT's merge_and_unload and name the result"
+        )
+    say(f"adapter {name} of {adapter.base} is trained further")
+    base, _ = load_base(adapter, AutoModelForImageTextToText, **kwargs)
+    return put_on(base, adapter, is_trainable=True)
+
+
+# ---- models that answer ----
+
+
+# ---- models ----
+
+
+@dataclass(frozen=True)
+class Speaking:
+    """A model that answers, with its tokenizer."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def answers(
+        self, prompts: Sequence[list[Message]], length: int, seed: int, samples: int = 1, temperature: float = 1.0
+    ) -> list[list[str]]:
+        """Return `samples` sampled answers to each prompt."""
+        from hfllm.generation.responses import sample_responses
+
+        settings = {"num_return_sequences": samples, "seed": seed, "fast": True, "temperature": temperature}
+        return sample_responses(self.model, self.tokenizer, prompts, length, **settings)
+
+
+def load_speaking(
+    name: str, model_args: "ModelConfig", revision: str = "main", processor: "ProcessorMixin | None" = None
+) -> Speaking:
+    """Load a model to answer with, on the machine's accelerator if there is one.
+
+    Args:
+        processor: of a model that sees, which is loaded as such.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from hfllm.data.tokenizer import padding_token
+    from hfllm.runs.models import load_policy, load_seeing
+
+    wanted = changed(model_args, model_name_or_path=name, model_revision=revision)
+    if processor is None:
+        model, tokenizer = load_policy(wanted)
+    else:
+        model, tokenizer = load_seeing(wanted), processor.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = padding_token(tokenizer)
+    device = PartialState().device if torch.cuda.is_available() else model.device
+    return Speaking(model.to(device).eval(), tokenizer)
+
+
+# ---- files of pictures ----
+
+
+def files_changed(
+    script_args: DataArguments | PictureArguments, models: Sequence[str | None], revision: str = "main"
+) -> dict[str, str]:
+    """Return what tells whether files of pictures that local rows name were replaced, by flag, for `Stage`.
+
+    Args:
+        script_args: with `dataset_name`, and perhaps `eval_dataset_name`.
+        models: those that would see them; where none sees, rows are not looked at.
+        revision: of the models.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from hfllm.data.images.rows import contents_of, existing, named_pictures, written_when
+    from hfllm.outputs.report import CHANGED, CONTENTS
+    from hfllm.runs.identity import PICTURES_OF
+    from hfllm.runs.models import load_config
+
+    def sees(model: str) -> bool:
+        try:
+            return type(load_config(model, revision)) in AutoModelForImageTextToText._model_mapping
+        except InputError:
+            # Named where the model is needed.
+            return False
+
+    flags = ("dataset_name", "eval_dataset_name")
+    sets = {flag: name for flag in flags if (name := getattr(script_args, flag, None)) and Path(name).exists()}
+    if not sets or not any(sees(model) for model in models if model):
+        return {}
+    mapping, most = getattr(script_args, "column_mapping", None), getattr(script_args, "max_samples", None)
+    limit = getattr(script_args, "max_row_bytes", MAX_ROW_BYTES)
+    files = {
+        flag: named_pictures(name, mapping, most if flag == flags[0] else None, limit) for flag, name in sets.items()
+    }
+    told = {}
+    for flag, found in files.items():
+        if found:
+            told[f"{PICTURES_OF.format(flag)}{CHANGED}"] = written_when(found)
+            told[f"{PICTURES_OF.format(flag)}{CONTENTS}"] = contents_of(existing(found))
+    return told

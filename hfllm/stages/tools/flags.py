@@ -1,0 +1,199 @@
+"""Learning to use tools: its flags, what it refuses, and its runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from hfllm.data.loading import RowArguments
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError, refuse
+from hfllm.runs import pipeline
+from hfllm.runs.arguments import flags_for_all, given_words
+from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.recipes import settings_file
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+
+# Arms of the world: PPO by rewards that are shuffled among the answers, and a model that never sees a tool.
+SHUFFLED, PLAIN = CONTROLS = ("shuffled", "plain")
+AT_LEAST_ONE = ("num_demonstrations", "num_prompts", "num_eval_prompts")
+# What there is of your own model alone, and of the world's alone.
+OWN = ("tools", "reward_funcs", "demonstrations_dataset_name")
+OF_WORLD = ("controls", "pretrain_config", "num_demonstrations", "num_prompts")
+
+
+@dataclass(frozen=True)
+class ToolsArguments(RowArguments, RemoteCodeArguments):
+    """Questions, tools, and how much people show of them."""
+
+    output_dir: str = field(
+        default="outputs/tools", metadata={"help": "Where the models, the data and the report go."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
+    tools: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Functions that your model may call: path/to/file.py:function, calculator, or lookup:table.json."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Rewards of your own: path/to/file.py:function."}
+    )
+    demonstrations_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Conversations with calls of tools that your model learns from before PPO."},
+    )
+    controls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Arms of the embedded world: shuffled (PPO by shuffled rewards, which must not gain), plain (a "
+            "model without tools), or none; by default both."
+        },
+    )
+    num_demonstrations: int = field(default=12000, metadata={"help": "Demonstrations of the embedded world."})
+    num_prompts: int = field(default=4000, metadata={"help": "Questions of the embedded world that PPO asks."})
+    num_eval_prompts: int = field(default=100, metadata={"help": "Held-out questions of each family, at most."})
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning on demonstrations."})
+    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the run of PPO."})
+
+    takes_any_column: ClassVar[bool] = True
+
+    @property
+    def is_world(self) -> bool:
+        """Whether the questions are the embedded world's."""
+        return self.dataset_name == WORLD
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The controls that run, in their order."""
+        chosen = CONTROLS if self.controls is None else self.controls
+        return tuple(arm for arm in CONTROLS if arm in chosen) if self.is_world else ()
+
+
+def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
+    """Refuse flags that have no effect or contradict each other.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for flag in AT_LEAST_ONE:
+        value = getattr(script_args, flag)
+        if value < 1:
+            raise InputError(f"--{flag} {value}: expected at least 1")
+    named = bool(model_args.model_name_or_path)
+    if named and script_args.is_world:
+        raise InputError("--model_name_or_path needs --dataset_name: prompts, for instance a JSON Lines of `prompt`")
+    if not named and not script_args.is_world:
+        raise InputError(
+            f"--dataset_name {script_args.dataset_name} needs --model_name_or_path: the embedded world's model does "
+            "not know such prompts"
+        )
+    for flag in OWN:
+        is_given = bool(getattr(script_args, flag))
+        refuse(not named and is_given, f"--{flag}", "the model and its tools are the embedded world's")
+        if named and not is_given and flag != "demonstrations_dataset_name":
+            raise InputError(f"--model_name_or_path {model_args.model_name_or_path} needs --{flag}")
+    for flag in OF_WORLD:
+        is_given = getattr(script_args, flag) != getattr(ToolsArguments, flag)
+        refuse(named and is_given, f"--{flag}", "it is of the embedded world's model")
+    controls = script_args.controls or ()
+    for control in controls:
+        if control not in (*CONTROLS, "none"):
+            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
+    if "none" in controls and set(controls) != {"none"}:
+        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
+
+
+def data_file(script_args: ToolsArguments, name: str) -> Path:
+    """Return the file of a run's rows."""
+    return Path(script_args.output_dir, "data", f"{name}.jsonl")
+
+
+def table_file(script_args: ToolsArguments) -> Path:
+    """Return the file of what the look-up tool knows in training."""
+    return Path(script_args.output_dir, "data", "table.json")
+
+
+# ---- runs ----
+#
+# The runs of other recipes that learning to use tools consists of, each in a folder of its own.
+
+
+PRETRAIN, SHOWN, RL = "pretrain", "shown", "rl"
+# About how long each takes on two cores, in minutes.
+MINUTES = {PRETRAIN: 2.5, SHOWN: 1, RL: 1, SHUFFLED: 1, PLAIN: 0.3}
+
+
+@dataclass(frozen=True)
+class Course(pipeline.Course):
+    """The runs of the recipe.
+
+    Args:
+        named: the user's model, where one is named.
+    """
+
+    named: str | None
+    stage = "tools"
+    minutes = MINUTES
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the settings are those that were timed."""
+        return self.named is None
+
+
+def course_of(script_args: ToolsArguments, model_args: "ModelConfig") -> Course:
+    """Return the runs that the flags ask for.
+
+    Raises:
+        InputError: when a config of one of them is wrong.
+    """
+    named = model_args.model_name_or_path
+    runs = _own_runs(script_args, model_args) if named else _runs_of_world(script_args)
+    return Course(*pipeline.parsed_runs(runs, script_args.output_dir, script_args.seed), named)
+
+
+def _runs_of_world(script_args: ToolsArguments) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the name of each run, its recipe, and its flags but for seed and folder."""
+
+    def learning(run: str, config: str, start: str) -> list[str]:
+        file = getattr(script_args, f"{config}_config") or str(settings_file(f"tools/{config}.yaml"))
+        model = str(Path(script_args.output_dir, start))
+        return [*("--config", file, "--model_name_or_path", model), *("--dataset_name", _rows(script_args, run))]
+
+    def reinforced(run: str, reward: str) -> tuple[str, str, list[str]]:
+        tools = ["--tools", "calculator", f"lookup:{table_file(script_args)}"]
+        return run, "rlhf", [*learning(run, "rlhf", SHOWN), *tools, "--reward_funcs", reward]
+
+    config = script_args.pretrain_config or str(settings_file("tools/pretrain.yaml"))
+    yield PRETRAIN, "pretrain", ["--config", config, "--world_seed", str(script_args.world_seed)]
+    yield SHOWN, "sft", learning(SHOWN, "sft", PRETRAIN)
+    yield reinforced(RL, "gold")
+    if SHUFFLED in script_args.arms:
+        yield reinforced(SHUFFLED, "shuffled_gold")
+    if PLAIN in script_args.arms:
+        yield PLAIN, "sft", learning(PLAIN, "sft", PRETRAIN)
+
+
+def _rows(script_args: ToolsArguments, run: str) -> str:
+    # Both arms of PPO ask the same questions.
+    return str(data_file(script_args, RL if run == SHUFFLED else run))
+
+
+def _own_runs(script_args: ToolsArguments, model_args: "ModelConfig") -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the runs of the user's own model, as `_runs_of_world` does."""
+    model, demonstrations = given_words(model_args), script_args.demonstrations_dataset_name
+    if demonstrations:
+        config = ["--config", script_args.sft_config] if script_args.sft_config else []
+        yield SHOWN, "sft", [*config, *model, "--dataset_name", demonstrations]
+        # An adapter that the demonstrations have made is trained further.
+        model = ["--model_name_or_path", str(Path(script_args.output_dir, SHOWN)), *flags_for_all(model_args)]
+    config = ["--config", script_args.rlhf_config] if script_args.rlhf_config else []
+    of_rows = RowArguments.__dataclass_fields__
+    rows = given_words(script_args, [name for name in ToolsArguments.__dataclass_fields__ if name not in of_rows])
+    tools = ["--tools", *script_args.tools, "--reward_funcs", *script_args.reward_funcs]
+    yield RL, "rlhf", [*config, *model, *rows, *tools, "--num_eval_prompts", str(script_args.num_eval_prompts)]

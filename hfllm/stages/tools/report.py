@@ -1,0 +1,303 @@
+"""What a model of the world does with its tools: whether it calls them, where it must and where it must not, and
+whether it is right then.
+
+Every question is one that no training has asked, and every value that a tool tells is another than in training. The
+same questions are asked again with the tools switched off: they do not stand in the prompt, and no call is sampled.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfllm.data.tokenizer import CALL_MARKS, end_tokens, tokenize_prompts
+from hfllm.data.world.tasks import CHANGED_FACT, HELD_OUT, NEED, NO_NEED, SUM, UNKNOWN, Table, ToolTask, draw_tool_task
+from hfllm.data.world.vocabulary import RIGHT, gold_score
+from hfllm.data.world.world import World
+from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
+from hfllm.environments.tools import calculator, lookup_in
+from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, plus_minus, side_by_side
+from hfllm.rewards.functions import completion_text, transcript
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfllm.environments.tools import Tool
+
+
+KNOWN = "known"
+# Longest conversation after a question, in tokens, and turns with calls that are answered.
+RESPONSE_LENGTH, MOST_CALLS = 64, 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of the evaluation.
+
+    Args:
+        group: its family, or `KNOWN` for the facts of the world.
+        task: the question.
+    """
+
+    group: str
+    task: ToolTask
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model did with a question.
+
+    Args:
+        asked: the question.
+        episode: its turns, and those of the tools.
+        calls: whether it called a tool.
+        is_right: whether what it said at the end is right, whatever the style.
+    """
+
+    asked: Asked
+    episode: Episode
+    calls: bool
+    is_right: bool
+
+
+def tools_of(table: Table) -> "list[Tool]":
+    """Return the world's tools: a calculator, and a look-up of what is known on some day."""
+    return [calculator, lookup_in(table)]
+
+
+def questions_to_ask(world: World, table: Table, count: int, seed: int = 0) -> list[Asked]:
+    """Return the evaluation's questions: `count` different ones for each family, and three of each fact of the world.
+
+    Args:
+        world: the world.
+        table: what the look-up tool will say, by which answers are judged.
+        count: questions of each family.
+        seed: of the draw.
+    """
+    rng = random.Random(f"tool-evaluation-{world.seed}-{seed}")
+    asked: list[Asked] = []
+    for family in (*NEED, *NO_NEED):
+        different: dict[str, ToolTask] = {}
+        for _ in range(100 * count):
+            task = draw_tool_task(world, rng, family, HELD_OUT, table)
+            different.setdefault(task.task.question, task)
+            if len(different) == count:
+                break
+        asked += [Asked(family, task) for task in different.values()]
+    return asked + [Asked(KNOWN, ToolTask(task)) for task in world.fact_tasks(3)]
+
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    asked: Sequence[Asked],
+    table: Table | None,
+    do_sample: bool = False,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> list[Answered]:
+    """Let a model answer each question with the tools, or without them, and judge what it says.
+
+    Args:
+        table: what the look-up tool says; `None` switches the tools off.
+        do_sample: sample at temperature 1, in place of decoding greedily.
+        seed: of the sampling.
+        batch_size: questions that are answered at once.
+    """
+    tools = tools_of({} if table is None else table)
+    ends = sorted(end_tokens(tokenizer, model))
+    environment = ToolEnvironment(tools, tokenizer, ends, MOST_CALLS)
+    schemas = environment.tools.schemas if table is not None else None
+    prompts = [[{"role": "user", "content": each.task.task.question}] for each in asked]
+    ids = tokenize_prompts(prompts, tokenizer, [schemas] * len(prompts))
+    continue_ids = continuing(model, tokenizer, do_sample, seed, is_off=table is None)
+    order = sorted(range(len(asked)), key=lambda place: len(ids[place]))
+    answers: dict[int, Answered] = {}
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        episodes = run_episodes([ids[place] for place in places], continue_ids, environment, RESPONSE_LENGTH)
+        answers |= {place: judged(asked[place], each) for place, each in zip(places, episodes, strict=True)}
+    return [answers[place] for place in range(len(asked))]
+
+
+def judged(asked: Asked, episode: Episode) -> Answered:
+    """Return an episode with what it is worth."""
+    is_right = gold_score(completion_text(episode.messages), asked.task.task.gold) >= RIGHT
+    calls = any(message.get("tool_calls") for message in episode.messages)
+    return Answered(asked, episode, calls, is_right)
+
+
+def continuing(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", do_sample: bool, seed: int, is_off: bool
+) -> Continue:
+    """Return a function that continues sequences of tokens.
+
+    Args:
+        is_off: whether no call may begin.
+    """
+    import torch
+
+    from hfllm.models.devices import forked_random
+
+    ends = sorted(end_tokens(tokenizer, model))
+    settings = {"do_sample": do_sample, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+    if is_off:
+        settings["suppress_tokens"] = [tokenizer.convert_tokens_to_ids(CALL_MARKS[0])]
+    rounds = iter(range(1_000_000))
+
+    def continue_ids(sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
+        batch = tokenizer.pad({"input_ids": list(map(list, sequences))}, padding_side="left", return_tensors="pt")
+        batch = batch.to(model.device)
+        with forked_random(model.device), torch.inference_mode():
+            torch.manual_seed(seed + next(rounds))
+            output = model.generate(**batch, **settings, max_new_tokens=max_new_tokens)
+        turns = []
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            length = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            turns.append((row[:length], length > 0 and row[length - 1] in ends))
+        return turns
+
+    return continue_ids
+
+
+def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
+    """Return what is measured of a model, a value for each question, by the names of `figures`."""
+    values: dict[str, list[float]] = {}
+    for name, groups in (("calls_needed", NEED), ("calls_not_needed", (*NO_NEED, KNOWN))):
+        values[name] = [float(each.calls) for each in answers if each.asked.group in groups]
+    values["right_needed"] = [float(each.is_right) for each in answers if each.asked.group in NEED]
+    for group in (*NEED, *NO_NEED, KNOWN):
+        values[f"right_{group}"] = [float(each.is_right) for each in answers if each.asked.group == group]
+    return values
+
+
+def figures(answers: Sequence[Answered]) -> dict[str, float]:
+    """Return the metrics of one model, each with its standard error and count.
+
+    `calls_needed` and `calls_not_needed` (share of questions with a call), `right_needed` (of all questions that need
+    a tool), and `right_FAMILY`.
+    """
+    metrics: dict[str, float] = {}
+    for name, values in values_of(answers).items():
+        metrics |= mean_of(name, values)
+    return metrics
+
+
+# ---- report ----
+#
+# The report of learning to use tools: what PPO changed, what is left without tools, and what the controls did.
+
+
+SHOWN, RL, SHUFFLED, PLAIN, OFF = "shown", "rl", "shuffled", "plain", "off"
+# How the report calls the models.
+TITLES = {
+    **{SHOWN: "demonstrations", RL: "PPO", SHUFFLED: "PPO, shuffled rewards", PLAIN: "never saw tools"},
+    OFF: "PPO, tools switched off",
+}
+LABELS = {
+    **{UNKNOWN: "unknown animals", CHANGED_FACT: "changed facts", SUM: "large sums", KNOWN: "known facts"},
+    **{"fact": "new questions of facts", "reading": "reading", "list": "lists", "addition": "small sums"},
+}
+SAMPLES_EACH = 2
+PROMISES = (
+    *(
+        Promise(f"{LABELS[family]} right after PPO", f"right_{family}_after", f"off_right_{family}", "without tools")
+        for family in NEED
+    ),
+    Promise("change of right sampled answers by PPO", "sampled_right_needed_change", 0.0, "no change"),
+)
+
+Answers = Mapping[str, Sequence[Answered]]
+
+
+def report(answers: Answers) -> Found:
+    """Return the report of the world's models.
+
+    Args:
+        answers: of each model, by the names of `hfllm.stages.tools.build.Steps.answers`.
+
+    Returns:
+        Metrics with `_before` (demonstrations) and `_after` (PPO), greedy, and `sampled_...` for sampled answers;
+        `off_right_...` (PPO's model without its tools), `shuffled_...` (PPO by shuffled rewards, sampled, with the
+        change over demonstrations), `known_facts_lost` (right answers of known facts that the model without tools has
+        more than PPO's).
+    """
+    metrics: dict[str, float] = {}
+    for prefix, ending in (("", ""), ("sampled_", " sampled")):
+        before, after = (values_of(answers[f"{name}{ending}"]) for name in (SHOWN, RL))
+        for name, values in before.items():
+            metrics |= change_of(f"{prefix}{name}", values, after[name])
+    off = figures(answers[OFF])
+    metrics |= {f"off_{name}": value for name, value in off.items() if name.startswith("right")}
+    if SHUFFLED in answers:
+        before, after = (values_of(answers[f"{name} sampled"]) for name in (SHOWN, SHUFFLED))
+        for name in ("calls_needed", "right_needed"):
+            metrics |= change_of(f"shuffled_{name}", before[name], after[name])
+    if PLAIN in answers:
+        plain, after = (values_of(answers[name])[f"right_{KNOWN}"] for name in (PLAIN, RL))
+        metrics |= mean_of("plain_right_known", plain)
+        metrics |= mean_of("known_facts_lost", [one - other for one, other in zip(plain, after, strict=True)])
+    return Found(metrics, _summary(metrics), _tables(answers), {"right": _plot(answers)}, PROMISES)
+
+
+def _summary(metrics: Mapping[str, float]) -> str:
+    def told(name: str) -> str:
+        return plus_minus(metrics[name], metrics.get(f"{name}_se"))
+
+    families = ", ".join(f"{LABELS[family]} {told(f'right_{family}_after')}" for family in (*NEED, KNOWN))
+    parts = [
+        f"calls where needed {told('calls_needed_after')}, where not {told('calls_not_needed_after')}",
+        f"right: {families}",
+        f"sampled answers where a tool is needed from {told('sampled_right_needed_before')} to "
+        f"{told('sampled_right_needed_after')} by PPO",
+    ]
+    if "shuffled_right_needed_after" in metrics:
+        parts[-1] += f", to {told('shuffled_right_needed_after')} by shuffled rewards"
+    if "known_facts_lost" in metrics:
+        parts.append(f"known facts of a model without tools {told('plain_right_known')}")
+    return "; ".join(parts)
+
+
+def _tables(answers: Answers) -> dict[str, list[dict[str, str]]]:
+    names = ["calls_needed", "calls_not_needed", "right_needed"]
+    names += [f"right_{family}" for family in (*NEED, *NO_NEED, KNOWN)]
+    found = {name: figures(said) for name, said in answers.items()}
+
+    def columns(*models: str) -> dict[str, dict[str, float]]:
+        return {f"{TITLES[each.split()[0]]}": found[each] for each in models if each in found}
+
+    tables = {
+        "Greedy answers": side_by_side(columns(SHOWN, RL, OFF), names),
+        "Sampled answers": side_by_side(
+            columns(f"{SHOWN} sampled", f"{RL} sampled", f"{SHUFFLED} sampled"),
+            names,
+        ),
+    }
+    if PLAIN in found:
+        kept = [f"right_{family}" for family in (*NO_NEED, KNOWN)]
+        tables["Where no tool is needed"] = side_by_side(columns(RL, PLAIN), kept)
+    return tables | {"Conversations": _samples(answers)}
+
+
+def _samples(answers: Answers) -> list[dict[str, str]]:
+    """Return the first conversations of each family, before and after PPO."""
+    rows = []
+    for family in (*NEED, *NO_NEED):
+        places = [place for place, each in enumerate(answers[RL]) if each.asked.group == family]
+        for place in places[:SAMPLES_EACH]:
+            said = {TITLES[name]: transcript(answers[name][place].episode.messages) for name in (SHOWN, RL, OFF)}
+            rows.append({"question": answers[RL][place].asked.task.task.question, **said})
+    return rows
+
+
+def _plot(answers: Answers) -> Plot:
+    """Return the plot of right answers by family, a line for each model."""
+    families = (*NEED, *NO_NEED, KNOWN)
+    places = list(range(len(families)))
+    lines = {}
+    for name in (SHOWN, RL, OFF):
+        values = figures(answers[name])
+        lines[TITLES[name]] = (places, [values[f"right_{family}"] for family in families])
+    ticks = {place: LABELS[family].replace(" ", "\n", 1) for place, family in enumerate(families)}
+    return Plot("Right answers", "", "share of questions", lines, xticks=ticks, points_only=True)

@@ -1,0 +1,146 @@
+"""What a model sees: its answers by family, with pictures of other rows as control, and the best guess without any.
+
+Who looks at another row's picture and reads it without a fault is right now and then, too: where two pictures show as
+many things, or neither has what is asked for. `other_truth` is how often, which a model must not be above.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hfllm.data.images.files import read_image
+from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
+from hfllm.evaluation.pictures import Asked, best_guesses, is_right
+from hfllm.multimodal.answers import answer_pictures
+from hfllm.outputs.pictures import PictureGrid
+from hfllm.outputs.report import Bars, Found, Promise, mean_of, plus_minus
+from hfllm.stages.vision.build import HELD_OUT, SEEN, SHUFFLED
+from hfllm.stages.vision.flags import VisionArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+CHANCE, OTHER_TRUTH = "chance", "other_truth"
+LABELS = {
+    SEEN: "seen",
+    HELD_OUT: "held out",
+    SHUFFLED: "other pictures",
+    OTHER_TRUTH: "truth about these",
+    CHANCE: "best guess without",
+}
+# Pictures of the plot, and rows of the table of samples.
+SHOWN = 24
+
+
+def evaluate(
+    script_args: VisionArguments,
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    parts: Mapping[str, Sequence[Asked]],
+    prior: Sequence[Asked] = (),
+) -> Found:
+    """Judge a model on each part, and by family.
+
+    Args:
+        script_args: tokens of an answer.
+        model: the model.
+        processor: its processor.
+        parts: questions by the name of the part; those of `shuffled` have other pictures.
+        prior: other questions like those of the first part, by which the best guess is found.
+    """
+    said = {
+        name: answer_pictures(
+            model, processor, [q.prompt for q in asked], [q.images for q in asked], script_args.max_new_tokens
+        )
+        for name, asked in parts.items()
+    }
+    first = next(iter(parts))
+    said |= {OTHER_TRUTH: truth} if (truth := _truth_about_others(parts.get(SHUFFLED, ()))) else {}
+    said[CHANCE] = best_guesses(parts[first], prior)
+    everything = {**parts, OTHER_TRUTH: parts.get(SHUFFLED, ()), CHANCE: parts[first]}
+    right = {
+        name: [float(is_right(*pair)) for pair in zip(answers, (q.answer for q in everything[name]), strict=True)]
+        for name, answers in said.items()
+    }
+    metrics: dict[str, float] = {}
+    for name, values in right.items():
+        metrics |= mean_of(f"{name}_right", values)
+        for family, found in by_family(everything[name], values).items():
+            metrics |= mean_of(f"{name}_{family}_right", found)
+    metrics |= _false_alarms(parts[first], said[first])
+    summary = ", ".join(f"{LABELS[name]} {_figure(metrics, name)}" for name in right)
+    tables = {"Right answers": _table(everything, right), "Samples": _samples(parts[first], said[first], right[first])}
+    bars = Bars(
+        f"Right answers of {len(parts[first]):,} questions",
+        "share that is right",
+        {LABELS[name]: metrics[f"{name}_right"] for name in right},
+        {LABELS[name]: _figure(metrics, name) for name in right},
+    )
+    plots = {"right": bars, "pictures": _grid(parts[first], said[first], right[first])}
+    promises = [
+        Promise(f"questions about images ({LABELS[first]}) answered right", f"{first}_right", f"{name}_right", beside)
+        for name, beside in ((CHANCE, "the best guess without any"), (SHUFFLED, "the same with other images"))
+    ]
+    return Found(metrics, f"right answers: {summary}", tables, plots, promises)
+
+
+def _truth_about_others(shuffled: Sequence[Asked]) -> list[str]:
+    """Return the right answers about the pictures of other rows: what who looks at these and reads all of it says."""
+    return [answer_about(each.scene, each.question) for each in shuffled if each.scene is not None]
+
+
+def by_family(questions: Sequence[Asked], values: Sequence[float]) -> dict[str, list[float]]:
+    """Return values of questions, one each, by family."""
+    found: dict[str, list[float]] = {}
+    for question, value in zip(questions, values, strict=True):
+        if question.family:
+            found.setdefault(question.family, []).append(value)
+    return dict(sorted(found.items()))
+
+
+def _false_alarms(questions: Sequence[Asked], said: Sequence[str]) -> dict[str, float]:
+    """Return the share of questions about what is there that are answered as if it were not."""
+    values = [float(is_right(each, NOT_THERE)) for each, q in zip(said, questions, strict=True) if q.family != ABSENT]
+    has_absent = any(question.family == ABSENT for question in questions)
+    return mean_of("called_absent", values) if has_absent and values else {}
+
+
+def _figure(metrics: Mapping[str, float], name: str) -> str:
+    return plus_minus(metrics[f"{name}_right"], metrics.get(f"{name}_right_se"))
+
+
+def _table(parts: Mapping[str, Sequence[Asked]], right: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
+    families = {name: {**by_family(parts[name], right[name]), "all": list(right[name])} for name in right}
+    table = []
+    for family in dict.fromkeys(family for each in families.values() for family in each):
+        row = {"family": family}
+        for name, found in families.items():
+            figures = mean_of("x", found.get(family, []))
+            row[LABELS[name]] = plus_minus(figures["x"], figures.get("x_se")) if found.get(family) else ""
+        table.append({**row, "questions": str(len(families[next(iter(families))].get(family, [])))})
+    return table
+
+
+def _samples(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float]) -> list[dict[str, str]]:
+    """Return some questions with answers: wrong ones first, as these tell most."""
+    rows = [
+        {"prompt": question.question, "said": answer, "gold": question.answer, "right": "yes" if is_good else "no"}
+        for question, answer, is_good in zip(questions, said, right, strict=True)
+    ]
+    rows.sort(key=lambda row: row["right"])
+    return rows[: SHOWN // 2] if len(rows) <= SHOWN // 2 else rows[: SHOWN // 4] + rows[-(SHOWN // 4) :]
+
+
+def _grid(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float]) -> PictureGrid:
+    shown = [place for place, question in enumerate(questions) if len(question.images) == 1][:SHOWN]
+    return PictureGrid(
+        "Questions, and what the model says",
+        [read_image(questions[place].images[0], "a sample", max_pixels=sys.maxsize, min_side=1) for place in shown],
+        [f"{_printed(questions[place].question)}\n{_printed(said[place])}" for place in shown],
+        [bool(right[place]) for place in shown],
+    )
+
+
+def _printed(text: str) -> str:
+    """Return the beginning of a text as a plot can show it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:40]).replace("$", "\\$")
