@@ -1,7 +1,7 @@
 """The house rules: imports point down the floors, no circles, small files, a light import, registration."""
 
-import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 from functools import cache
@@ -32,48 +32,25 @@ MOST_FILES, MOST_FILES_OF_A_STAGE = 15, 3
 
 
 @cache
+def house():
+    """What `.ci/house.py` measures of this checkout."""
+    spec = importlib.util.spec_from_file_location("house", ROOT / ".ci" / "house.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.House(ROOT)
+
+
 def modules() -> dict[str, Path]:
-    """Every module of the package and its file."""
-    names = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return names
+    return house().modules
 
 
-@cache
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in it, except for type checking only.
-
-    `from package import module` names the module, `from module import name` the module of the name.
-    """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                package = path.relative_to(ROOT).parts[: -node.level]
-                base = ".".join([*package, *([base] if base else [])])
-            wholes = {f"{base}.{alias.name}" for alias in node.names}
-            found |= {whole if whole in modules() else base for whole in wholes}
-    return found
+    return house().imports(path)
 
 
 @cache
 def arrows() -> dict[str, set[str]]:
-    """What each module of the package imports of the package."""
-    return {name: imports(path) & modules().keys() for name, path in modules().items()}
+    return house().arrows()
 
 
 def room(module: str) -> str:
