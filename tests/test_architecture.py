@@ -18,8 +18,10 @@ FLOORS = (
     {"fingerprint", "durable"},
     {"models", "data", "outputs"},
     {"generation"},
-    {"scaling", "rewards", "environments", "compression", "multimodal", "runs"},
-    {"trainers", "evaluation", "grounding", "synthesis", "federation"},
+    {"scaling", "environments", "compression", "multimodal", "runs"},
+    {"synthesis"},
+    {"rewards"},
+    {"trainers", "evaluation", "grounding", "federation"},
     {"stages", "registration"},
     {"__init__"},
 )
@@ -50,7 +52,8 @@ def imports(path: Path) -> set[str]:
 
 @cache
 def arrows() -> dict[str, set[str]]:
-    return house().arrows()
+    """What each module imports of the package, also for type checking only."""
+    return house().arrows(typing=True)
 
 
 def room(module: str) -> str:

@@ -1,6 +1,6 @@
 """Key-value caches: attention sinks, memory per token and speed, measured for a model.
 
-Speculative decoding has its own cache (`hfllm.generation.packed.ragged_model`), which is measured too.
+Speculative decoding has its own cache (`hfllm.generation.packed.model`), which is measured too.
 """
 
 import inspect

@@ -554,3 +554,21 @@ def without_instructions(text: str) -> str:
     sentences = _SENTENCE.split(text)
     kept = [sentence for sentence in sentences if not is_instruction(sentence)]
     return text if len(kept) == len(sentences) else " ".join(" ".join(kept).split())
+
+
+# ---- equal texts ----
+
+# A number keeps its sign and its point.
+_WORD = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\w+")
+_ARTICLES = frozenset(("a", "an", "the"))
+
+
+def normalized(text: str) -> str:
+    """Return the words of a text without case, punctuation, articles and citations, by which equal texts are equal.
+
+    As for SQuAD's exact match (Rajpurkar et al. 2016, arXiv:1606.05250), but numbers keep sign and point. A text
+    without words is itself, without spaces around it.
+    """
+    said = without_citations(text).casefold()
+    words = [word for word in _WORD.findall(said) if word not in _ARTICLES]
+    return " ".join(words) or said.strip()

@@ -9,7 +9,6 @@ those that are based on a probability into one. P(True) asks the model itself.
 
 import math
 import random
-import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hfllm.data.formats import as_messages
-from hfllm.data.passages import without_citations
 from hfllm.data.tokenizer import end_tokens, plain_text, to_prompt, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation.scoring import (
@@ -34,6 +32,7 @@ from hfllm.generation.scoring import (
     reply_log_odds,
     score_answers,
 )
+from hfllm.grounding.answers import normalized
 from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.judges import LETTERS, letter_tokens
 
@@ -503,20 +502,6 @@ def _mean(numbers: Iterable[float]) -> float:
 
 
 Same = Callable[[str, str], bool]
-# A number keeps its sign and its point.
-_WORD = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\w+")
-_ARTICLES = frozenset(("a", "an", "the"))
-
-
-def normalized(text: str) -> str:
-    """Return the words of a text without case, punctuation, articles and citations, by which equal texts are equal.
-
-    As for SQuAD's exact match (Rajpurkar et al. 2016, arXiv:1606.05250), but numbers keep sign and point. A text
-    without words is itself, without spaces around it.
-    """
-    said = without_citations(text).casefold()
-    words = [word for word in _WORD.findall(said) if word not in _ARTICLES]
-    return " ".join(words) or said.strip()
 
 
 def meanings_of(rows: Sequence[Answered], same: "Same | EntailmentModel | None" = None) -> list[list[int]]:

@@ -17,7 +17,7 @@ from hfllm.errors import InputError
 from hfllm.generation.responses import best_by_reward, majority
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision
 from hfllm.grounding.abstention import UNKNOWN
-from hfllm.grounding.uncertainty import normalized
+from hfllm.grounding.answers import normalized
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.report import mean_of, readable, standard_error
 

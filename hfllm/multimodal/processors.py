@@ -1,6 +1,5 @@
 """Processors of pictures: a conversation as tokens and pixels, and the batches and positions of PPO."""
 
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from hfllm.models.loading.saved import reads_pictures
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, LlavaProcessor, PreTrainedConfig, PreTrainedModel
-
-    from hfllm.trainers.ppo.config import PPOConfig
 
 
 IMAGE_TOKEN = "<|image|>"
@@ -333,35 +330,6 @@ def tokenizer_of(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
 def unable_to_read(policy: "PreTrainedModel") -> str | None:
     """Return a policy that reads no pictures, in words for a complaint; `None` for one that does."""
     return None if reads_pictures(policy) else f"the policy ({type(policy).__name__})"
-
-
-def check_uses(
-    args: "PPOConfig", counts: Sequence[tuple[int, int]], value_model: "PreTrainedModel | None", samples: bool
-) -> None:
-    """Refuse what cannot carry pictures, and warn of a critic that does not read them.
-
-    Args:
-        counts: for each dataset its prompts with pictures, and all.
-        samples: whether something else than the trainer samples: tools, environments, a `rollout_func`.
-
-    Raises:
-        InputError: naming the option.
-    """
-    if not any(count for count, _ in counts):
-        return
-    if args.use_vllm:
-        raise InputError("use_vllm=True with pictures: PPO gives vLLM no pictures; leave use_vllm out")
-    if samples:
-        raise InputError(
-            "tools, environment_factory and rollout_func read no pictures: leave the pictures out, or them"
-        )
-    # Also where accelerate brings it, and not the flag.
-    if args.deepspeed_plugin is not None and any(0 < count < total for count, total in counts):
-        # A process whose prompts have none would not take part in gathering or reducing the vision tower.
-        raise InputError("deepspeed with pictures in some prompts only: give each prompt a picture, or use DDP")
-    if value_model is not None and not reads_pictures(getattr(value_model, value_model.base_model_prefix)):
-        kind = type(value_model).__name__
-        warnings.warn(f"value_model ({kind}) reads no pictures: its values go by the words alone", stacklevel=3)
 
 
 def place_tokens(model: "PreTrainedModel") -> set[int]:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.multimodal.processors import check_uses
 from hfllm.stages.rlhf.build import prompt_data
 from hfllm.trainers.ppo.prompts import read_rows
+from hfllm.trainers.ppo.setup import check_uses
 from hfllm.trainers.ppo.trainer import PPOTrainer
 
 REWARD = """

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-    from .configuration_hfllm import HfllmConfig
-
 
 MLP_LAYER_TYPES = ("dense", "sparse")
 CHOICES = {
@@ -69,7 +67,7 @@ class ExpertFields:
     router_bias_update_rate: int | float | None = None
 
 
-def fill_experts(config: "HfllmConfig", others: dict[str, object]) -> None:
+def fill_experts(config: "PreTrainedConfig", others: dict[str, object]) -> None:
     """Set what is not given: how the load is balanced, and `mlp_layer_types` to `None` where it says so anyway.
 
     Args:
@@ -100,7 +98,7 @@ def fill_experts(config: "HfllmConfig", others: dict[str, object]) -> None:
         config.mlp_layer_types = None
 
 
-def follow_layers(config: "HfllmConfig") -> None:
+def follow_layers(config: "PreTrainedConfig") -> None:
     """Let a config follow new `mlp_layer_types`: `None` where all are alike, and no experts where none are sparse."""
     kinds = set(config.mlp_layer_types or ())
     if kinds == {"dense"}:
@@ -111,32 +109,32 @@ def follow_layers(config: "HfllmConfig") -> None:
         config.mlp_layer_types = None
 
 
-def is_sparse(config: "HfllmConfig", layer_idx: int) -> bool:
+def is_sparse(config: "PreTrainedConfig", layer_idx: int) -> bool:
     """Return whether a layer has experts."""
     if config.mlp_layer_types is None:
         return bool(config.num_local_experts)
     return config.mlp_layer_types[layer_idx] == "sparse"
 
 
-def num_sparse_layers(config: "HfllmConfig") -> int:
+def num_sparse_layers(config: "PreTrainedConfig") -> int:
     """Return the number of layers that have experts."""
     kinds = config.mlp_layer_types
     return config.num_hidden_layers * bool(config.num_local_experts) if kinds is None else kinds.count("sparse")
 
 
-def expert_width(config: "HfllmConfig") -> int:
+def expert_width(config: "PreTrainedConfig") -> int:
     """Return the inner width of one expert."""
     return config.intermediate_size if config.moe_intermediate_size is None else config.moe_intermediate_size
 
 
-def shared_width(config: "HfllmConfig") -> int:
+def shared_width(config: "PreTrainedConfig") -> int:
     """Return the inner width of the MLP that all tokens pass through beside their experts, 0 if there is none."""
     if config.shared_expert_intermediate_size is not None:
         return config.shared_expert_intermediate_size
     return config.n_shared_experts * expert_width(config)
 
 
-def mlp_parameters(config: "HfllmConfig", active_only: bool = False) -> int:
+def mlp_parameters(config: "PreTrainedConfig", active_only: bool = False) -> int:
     """Return the number of weights of all layers' MLPs, experts and routers."""
     hidden, inner = config.hidden_size, 2 if config.mlp_type == "gated" else 1
 
@@ -151,7 +149,7 @@ def mlp_parameters(config: "HfllmConfig", active_only: bool = False) -> int:
     return layers * sparse + (config.num_hidden_layers - layers) * mlp(config.intermediate_size)
 
 
-def absent_rules(config: "HfllmConfig") -> list[str]:
+def absent_rules(config: "PreTrainedConfig") -> list[str]:
     """Return parts of the names in rules of parallelism that no layer of this model has."""
     sparse = num_sparse_layers(config)
     absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if sparse == config.num_hidden_layers else []
@@ -159,7 +157,7 @@ def absent_rules(config: "HfllmConfig") -> list[str]:
     return absent + ([] if sparse and shared_width(config) else ["mlp.shared_experts"])
 
 
-def check_experts(config: "HfllmConfig") -> None:
+def check_experts(config: "PreTrainedConfig") -> None:
     """Refuse fields of experts that are invalid or do not fit together.
 
     Raises:
@@ -191,7 +189,7 @@ def check_experts(config: "HfllmConfig") -> None:
         raise ValueError(f"router_bias_update_rate={rate} needs topk_method='noaux_tc', got {config.topk_method!r}")
 
 
-def _check_layers(config: "HfllmConfig") -> None:
+def _check_layers(config: "PreTrainedConfig") -> None:
     kinds, number = config.mlp_layer_types, config.num_local_experts
     if kinds is None:
         return
@@ -209,7 +207,7 @@ def _check_layers(config: "HfllmConfig") -> None:
         raise ValueError(f"mlp_layer_types with 'sparse' needs num_local_experts of at least 1, got {number}")
 
 
-def _check_widths(config: "HfllmConfig") -> None:
+def _check_widths(config: "PreTrainedConfig") -> None:
     for field in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if getattr(config, field) is not None and getattr(config, field) < 1:
             raise ValueError(f"{field} must be at least 1 or None, got {getattr(config, field)}")
@@ -224,7 +222,7 @@ def _check_widths(config: "HfllmConfig") -> None:
         raise ValueError("shared_expert_gate=True needs n_shared_experts or shared_expert_intermediate_size")
 
 
-def _check_groups(config: "HfllmConfig") -> None:
+def _check_groups(config: "PreTrainedConfig") -> None:
     groups, chosen, number = config.n_group, config.topk_group, config.num_local_experts
     if groups < 1 or (number and number % groups):
         raise ValueError(f"n_group={groups} must divide num_local_experts={number}")
@@ -277,7 +275,7 @@ class LatentFields:
     rope_interleave: bool = False
 
 
-def fill_latent_sizes(config: "HfllmConfig") -> None:
+def fill_latent_sizes(config: "PreTrainedConfig") -> None:
     """Set the sizes of latent attention that are not given, if the model has it.
 
     A head without positions and a value have `hidden_size / num_attention_heads` numbers, and the rotated part half of
@@ -295,7 +293,7 @@ def fill_latent_sizes(config: "HfllmConfig") -> None:
     config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
 
 
-def check_latent(config: "HfllmConfig") -> None:
+def check_latent(config: "PreTrainedConfig") -> None:
     """Refuse sizes of latent attention without it, and what does not fit it.
 
     Raises:
@@ -333,7 +331,7 @@ def check_latent(config: "HfllmConfig") -> None:
             )
 
 
-def latent_parameters(config: "HfllmConfig") -> int:
+def latent_parameters(config: "PreTrainedConfig") -> int:
     """Return the weights of one layer's latent attention, with its norms."""
     hidden, heads, rank, value = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
     nope, shared, compressed = config.qk_nope_head_dim, config.qk_rope_head_dim, config.q_lora_rank
@@ -386,20 +384,20 @@ ROPE_NUMBERS = (
 )
 
 
-def filled_layer_types(config: "HfllmConfig") -> list[str]:
+def filled_layer_types(config: "PreTrainedConfig") -> list[str]:
     """Return the config's own `layer_types`, or one type for all layers, which the window decides."""
     if config.layer_types is not None:
         return list(config.layer_types)
     return [_type_of_window(config)] * config.num_hidden_layers
 
 
-def own_window(config: "HfllmConfig", layer_idx: int) -> int | None:
+def own_window(config: "PreTrainedConfig", layer_idx: int) -> int | None:
     """Return how many tokens a layer sees at most, its own included; `None` for no limit."""
     field = WINDOWS.get(config.layer_types[layer_idx])
     return None if field is None else getattr(config, field)
 
 
-def _type_of_window(config: "HfllmConfig") -> str:
+def _type_of_window(config: "PreTrainedConfig") -> str:
     """Return the type of layer that the first window of the config is for."""
     types = (kind for kind, field in WINDOWS.items() if getattr(config, field) is not None)
     return next(types, "full_attention")
@@ -410,7 +408,7 @@ def has_sparse_sizes(config: "PreTrainedConfig") -> bool:
     return any(getattr(config, field, None) is not None for field in SPARSE_SIZES)
 
 
-def follow_edits(config: "HfllmConfig") -> None:
+def follow_edits(config: "PreTrainedConfig") -> None:
     """Let what is filled in follow fields that were set since, when a model is built or the config saved.
 
     A list that says the same of all layers follows their number and the window, as `from_pretrained(name,
@@ -430,13 +428,13 @@ def follow_edits(config: "HfllmConfig") -> None:
         config.no_rope_layers = config.no_rope_layers[:1] * number
 
 
-def filled_no_rope_layers(config: "HfllmConfig") -> list[int] | None:
+def filled_no_rope_layers(config: "PreTrainedConfig") -> list[int] | None:
     """Return `no_rope_layers`, or `None`, its other form, if that says 1 of every layer."""
     layers = config.no_rope_layers
     return None if layers is None or layers == [1] * config.num_hidden_layers else list(layers)
 
 
-def fill_linear_sizes(config: "HfllmConfig") -> None:
+def fill_linear_sizes(config: "PreTrainedConfig") -> None:
     """Set the sizes of linear attention that are not given to OLMo Hybrid's, if the model has such layers."""
     if "linear_attention" not in config.layer_types or config.num_attention_heads < 1:
         return
@@ -449,7 +447,7 @@ def fill_linear_sizes(config: "HfllmConfig") -> None:
         config.linear_value_head_dim = 2 * config.linear_key_head_dim
 
 
-def check_layers(config: "HfllmConfig") -> None:
+def check_layers(config: "PreTrainedConfig") -> None:
     """Refuse lists of another length than the model has layers, unknown types, and what does not fit these.
 
     Raises:
@@ -511,7 +509,7 @@ def check_rope_values(rope: "Mapping[str, object]") -> None:
             raise ValueError(f"rope_parameters.{key} must be a number {least}, got {value!r}")
 
 
-def _check_linear(config: "HfllmConfig") -> None:
+def _check_linear(config: "PreTrainedConfig") -> None:
     if set(config.layer_types) == {"linear_attention"}:
         raise ValueError(
             "layer_types has linear_attention alone: at least one layer must be full_attention, sliding_attention or "
@@ -539,7 +537,7 @@ def _check_linear(config: "HfllmConfig") -> None:
             raise ValueError(f"{least}={getattr(config, least)} must lie between 0 and {most}={getattr(config, most)}")
 
 
-def _check_types(config: "HfllmConfig") -> None:
+def _check_types(config: "PreTrainedConfig") -> None:
     for kind in config.layer_types:
         if kind not in LAYER_TYPES:
             near = get_close_matches(str(kind), LAYER_TYPES, n=1, cutoff=0.4)

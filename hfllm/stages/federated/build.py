@@ -55,6 +55,7 @@ from hfllm.stages.federated.flags import (
     NOT_OF_THE_ROUNDS,
     NOTHING,
     FederatedArguments,
+    Rows,
     Tokenized,
     adapted,
     check_one_each,
@@ -77,7 +78,6 @@ if TYPE_CHECKING:
 
 
 IGNORE = -100
-Rows = Sequence[Mapping[str, Sequence[int]]]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from hfllm.federation.privacy import RowPrivacy
     from hfllm.federation.rounds import RoundSettings
-    from hfllm.stages.federated.build import Rows
 
 
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
@@ -42,6 +41,8 @@ SFT, REWARD = LEARNERS = ("sft", "reward")
 CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
 SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
 NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
+# Tokens of rows, by column.
+Rows = Sequence[Mapping[str, Sequence[int]]]
 AT_LEAST_ONE = ("rounds", "local_steps", "processes", "eval_rounds")
 
 
@@ -537,8 +538,8 @@ class Tokenized:
     """
 
     name: str
-    rows: "Rows"
-    held_out: "Rows"
+    rows: Rows
+    held_out: Rows
     num_sources: int
 
 
@@ -552,7 +553,7 @@ def tokenized(
     """
     from hfllm.stages.sft.build import examples
 
-    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> tuple["Rows", int]:
+    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> tuple[Rows, int]:
         if not rows:
             return [], 0
         found, num_left_out = examples(list(rows), tokenizer, training_args, what)
@@ -596,7 +597,7 @@ def check_one_each(organisations: Sequence[Tokenized]) -> None:
             )
 
 
-def pooled(organisations: Sequence[Tokenized]) -> "Rows":
+def pooled(organisations: Sequence[Tokenized]) -> Rows:
     """Return the rows of all organisations together, as if one of them had them all."""
     return [row for each in organisations for row in each.rows]
 
@@ -629,7 +630,7 @@ def load_scorer(
 
 def pairs_of(
     organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", longest: int | None
-) -> "list[tuple[Rows, Rows]]":
+) -> list[tuple[Rows, Rows]]:
     """Return rows and held-out rows of each organisation as tokens; a pair that is too long is left out, and said.
 
     Raises:
@@ -640,7 +641,7 @@ def pairs_of(
 
     conversations = Conversations(tokenizer)
 
-    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> "Rows":
+    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> Rows:
         found = [{f"{side}_ids": conversations.whole(row, side) for side in SIDES} for row in rows]
         kept = [pair for pair in found if longest is None or max(map(len, pair.values())) <= longest]
         if len(kept) < len(rows):
@@ -655,7 +656,7 @@ def pairs_of(
 def reward_trainer(
     model: "PreTrainedModel",
     training_args: "SFTConfig",
-    pairs: "Rows",
+    pairs: Rows,
     tokenizer: "PreTrainedTokenizerBase",
     adapter: "PeftConfig | None",
 ) -> "RewardTrainer":

@@ -16,7 +16,7 @@ from hfllm.trainers.ppo.sampling import SampledLogprobs, TurnCaches
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hfllm.trainers.ppo.trainer import PPOTrainer
+    from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 
 # What a `rollout_func` returns besides columns for the rewards; TRL's names, and `completions` and `is_ended`.
 NEEDED, KNOWN = ("prompt_ids", "completion_ids"), ("env_mask", "logprobs", "completions", "is_ended")
@@ -45,7 +45,7 @@ def as_batch(episodes: Sequence[Episode], pad_token_id: int, device: torch.devic
     }
 
 
-def check_engine(trainer: "PPOTrainer") -> None:
+def check_engine(trainer: "ActorCriticTrainer") -> None:
     """Refuse tools where all processes must sample in step: their episodes have different numbers of turns.
 
     Raises:
@@ -90,7 +90,9 @@ def own_rewards(environment: ToolEnvironment | None) -> list[Callable[..., list[
     return [reward]
 
 
-def act(rows: Sequence[Mapping[str, Any]], environment: ToolEnvironment, trainer: "PPOTrainer") -> dict[str, Any]:
+def act(
+    rows: Sequence[Mapping[str, Any]], environment: ToolEnvironment, trainer: "ActorCriticTrainer"
+) -> dict[str, Any]:
     """Return the episodes of a policy with tools as `as_batch` does, with their `completions` and `metrics`.
 
     Raises:
@@ -125,7 +127,7 @@ def act(rows: Sequence[Mapping[str, Any]], environment: ToolEnvironment, trainer
 def _recorded(
     prompts: Sequence[Sequence[int]],
     environment: ToolEnvironment,
-    trainer: "PPOTrainer",
+    trainer: "ActorCriticTrainer",
     witness: SampledLogprobs | None,
 ) -> list[Episode]:
     """Run episodes, and let the witness record each turn at its place."""
@@ -143,7 +145,7 @@ def _recorded(
 
 
 def from_rollout_func(
-    output: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], trainer: "PPOTrainer"
+    output: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], trainer: "ActorCriticTrainer"
 ) -> dict[str, Any]:
     """Return what the user's `rollout_func` made of the rows' prompts, as `as_batch` does.
 
@@ -182,7 +184,7 @@ def from_rollout_func(
     return batch
 
 
-def _check(episode: Episode, origin: str, trainer: "PPOTrainer") -> None:
+def _check(episode: Episode, origin: str, trainer: "ActorCriticTrainer") -> None:
     """Refuse an episode that does not fit the model, or actions that the policy cannot have chosen."""
     length, longest, context = len(episode.response_ids), trainer.args.response_length, trainer.context
     if len(episode.action_mask) != length:

@@ -39,6 +39,7 @@ from hfllm.trainers.ppo.scoring import Scorer, Scores
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
     build_rewards,
+    check_uses,
     check_value_model,
     place_frozen,
     policy_from_name,
@@ -152,7 +153,7 @@ class PPOTrainer(ActorCriticTrainer):
         fits = (processing_class, args.response_length, self.context, self._schemas, processors.unable_to_read(policy))
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         counts = [(check_prompts(each, *fits), len(each)) for each in datasets if each is not None]
-        processors.check_uses(args, counts, value_model, bool(self.environment or rollout_func))
+        check_uses(args, counts, value_model, bool(self.environment or rollout_func))
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
         if optimizers[0] is None:
             args = with_default_rates(args, policy, value_model)
