@@ -32,15 +32,15 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     from hfllm.outputs.report import is_samples, markdown_table
     from hfllm.runs.command_line import main_process, say
     from hfllm.runs.stage import Stage
-    from hfllm.stages.evaluate import build as evaluate_checks
+    from hfllm.stages.evaluate import build as evaluate
     from hfllm.stages.evaluate import flags as evaluate_flags
     from hfllm.stages.evaluate.build import SAMPLES, Samples, judge_all, report, suites_of, write_changes
 
     # Refuse what cannot work before anything is trained or loaded.
-    evaluate_checks.check(script_args)
+    evaluate.check(script_args)
     before = evaluate_flags.stages_before(script_args)
     models = evaluate_flags.models_of(script_args, before)
-    files = evaluate_checks.changed_files(script_args)
+    files = evaluate.changed_files(script_args)
     stage = Stage("evaluate", script_args, before=before.parsed, also=files, without=HOW_IT_ENDS, is_spread=True)
     stage.check()
     first, *others = models
@@ -49,7 +49,7 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
         if script_args.fail_on_regression:
             fail_if_worse(metrics, first, others)
         return metrics
-    evaluate_checks.check_models(script_args)
+    evaluate.check_models(script_args)
     stage.announce()
 
     # The world's models, if none is named.

@@ -41,13 +41,13 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     from hfllm.runs.command_line import main_process
     from hfllm.runs.pipeline import by_main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages import expert_iteration as rounds_stage
+    from hfllm.stages import expert_iteration
     from hfllm.stages.expert_iteration import check_before, prompts_of, reward_functions, write_round
     from hfllm.stages.shared import load_speaking
 
     # Refuse what cannot work before anything is trained.
-    rounds_stage.check(script_args, model_args)
-    rounds = rounds_stage.rounds_of(script_args, model_args)
+    expert_iteration.check(script_args, model_args)
+    rounds = expert_iteration.rounds_of(script_args, model_args)
     stage = Stage("expert_iteration", script_args, model_args, before=rounds.parsed, is_spread=True)
     stage.check()
     if stage.is_finished:
@@ -75,15 +75,16 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         return {}
 
     evaluations = [
-        rounds_stage.evaluate(script_args, load(place), eval_rows, functions) for place in range(len(rounds.models))
+        expert_iteration.evaluate(script_args, load(place), eval_rows, functions)
+        for place in range(len(rounds.models))
     ]
-    metrics = rounds_stage.found_metrics(script_args, evaluations, kept)
+    metrics = expert_iteration.found_metrics(script_args, evaluations, kept)
     return stage.finish(
         {**metrics, "train_prompts": len(train_rows), "eval_prompts": len(eval_rows)},
-        summary=rounds_stage.summary_of(script_args, metrics),
-        tables=rounds_stage.tables_of(eval_rows, evaluations, kept),
-        curves=rounds_stage.plots_of(script_args, evaluations),
-        promises=rounds_stage.promises_of(script_args),
+        summary=expert_iteration.summary_of(script_args, metrics),
+        tables=expert_iteration.tables_of(eval_rows, evaluations, kept),
+        curves=expert_iteration.plots_of(script_args, evaluations),
+        promises=expert_iteration.promises_of(script_args),
         artifacts={name: name for name in rounds.parsed} | {"rows": "data"},
         next_steps=chat_lines(rounds.models[-1], eval_rows[0]["prompt"]),
         models={"model": rounds.models[0]},

@@ -51,7 +51,7 @@ def main(
     from hfllm.federation.rounds import run_rounds
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
-    from hfllm.stages.federated import build as federated_server
+    from hfllm.stages.federated import build as federated
     from hfllm.stages.federated import flags as federated_flags
     from hfllm.stages.federated.build import load_local
     from hfllm.stages.federated.flags import organisations_of
@@ -66,7 +66,7 @@ def main(
     if stage.is_finished:
         return stage.reuse()
     check_trainable(federated_flags.adapted(script_args, model_args))
-    private = federated_server.check(script_args)
+    private = federated.check(script_args)
     organisations = organisations_of(script_args, training_args.seed)
     federated_flags.row_epsilons(script_args, training_args, organisations)
 
@@ -77,18 +77,18 @@ def main(
     folder, seed = Path(training_args.output_dir), training_args.seed
     begun, identity = local.learner.weights(), federated_flags.identity_of(stage.arguments, local.base_sha256)
     evaluator = Evaluator(script_args, local)
-    with federated_server.transport(script_args, training_args, base_args, local, connect) as transport:
+    with federated.transport(script_args, training_args, base_args, local, connect) as transport:
         state = run_rounds(
             transport,
             [each.name for each in organisations],
             begun,
-            federated_server.optimizer(script_args),
+            federated.optimizer(script_args),
             federated_flags.round_settings(script_args, seed),
             folder,
             identity,
             evaluate=evaluator.of_round,
-            new_sum=partial(federated_server.new_sum, script_args, local.base_sha256, begun, len(organisations)),
-            announce=partial(federated_server.announce, script_args.rounds),
+            new_sum=partial(federated.new_sum, script_args, local.base_sha256, begun, len(organisations)),
+            announce=partial(federated.announce, script_args.rounds),
         )
     controls = Controls(script_args, seed, local, evaluator, begun, folder, identity).run()
     found = report_of(script_args, local, state.records, evaluator.measure(state.weights), controls, private)

@@ -29,7 +29,7 @@ def main(script_args: GroundArguments) -> dict[str, float]:
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages.constitution.flags import check_runs
-    from hfllm.stages.ground import build as ground_data
+    from hfllm.stages.ground import build as ground
     from hfllm.stages.ground import flags as ground_flags
     from hfllm.stages.ground.build import evaluate, example
 
@@ -46,7 +46,7 @@ def main(script_args: GroundArguments) -> dict[str, float]:
     course.announce()
     course.run(ground_flags.PRETRAIN)
     for name in ground_flags.MODELS:
-        ground_data.write(script_args, name)
+        ground.write(script_args, name)
         course.run(name)
     course.run(ground_flags.REWARD)
     course.end()

@@ -46,7 +46,7 @@ def main(
     from hfllm.outputs.report import by_contents, plus_minus
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
-    from hfllm.stages.pretrain import build as pretrain_trainers
+    from hfllm.stages.pretrain import build as pretrain
     from hfllm.stages.pretrain.build import load_or_make_base
     from hfllm.stages.pretrain.flags import check
     from hfllm.trainers.callbacks import use_plain_lines
@@ -72,24 +72,24 @@ def main(
     fitted_args = replace(script_args, max_length=fitting_length(script_args.max_length, model))
 
     # Packed rows in planned batches, or padded documents.
-    build = pretrain_trainers.packed_trainer if script_args.packing else pretrain_trainers.padded_trainer
+    build = pretrain.packed_trainer if script_args.packing else pretrain.padded_trainer
     # The trainer counts the model's parameters and checks that it separates packed documents.
     with gather_parameters(model):
         trainer, mixed = build(fitted_args, trainer_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
-    samples = pretrain_trainers.watch(trainer, fitted_args, tokenizer, train_texts, test_texts)
+    samples = pretrain.watch(trainer, fitted_args, tokenizer, train_texts, test_texts)
     train(trainer, stage.checkpoint, stage.identity)
-    pretrain_trainers.stop_if_broken(trainer)
+    pretrain.stop_if_broken(trainer)
     held_out_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
 
     metrics = {
         "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
-        **pretrain_trainers.held_out_metrics(fitted_args, trainer.model, tokenizer, train_texts, test_texts),
+        **pretrain.held_out_metrics(fitted_args, trainer.model, tokenizer, train_texts, test_texts),
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
-        "tokens_per_second": pretrain_trainers.mean_speed(trainer.state.log_history),
+        "tokens_per_second": pretrain.mean_speed(trainer.state.log_history),
         **scaled,
     }
     summary = f"{metrics['parameters']:,} parameters, held-out loss {held_out_loss:.3f} nats per token"

@@ -28,7 +28,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages.constitution.flags import check_runs
-    from hfllm.stages.reason import build as reason_data
+    from hfllm.stages.reason import build as reason
     from hfllm.stages.reason import flags as reason_flags
     from hfllm.stages.reason.build import evaluate
 
@@ -45,14 +45,14 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     course.announce()
     course.run(reason_flags.PRETRAIN)
     for name in course.models:
-        reason_data.write(script_args, name)
+        reason.write(script_args, name)
         course.run(name)
     course.end()
     if not main_process():
         return {}
 
     found = evaluate(script_args, course)
-    question = reason_data.rows_of(script_args, reason_flags.RL)[0]["prompt"]
+    question = reason.rows_of(script_args, reason_flags.RL)[0]["prompt"]
     return stage.finish(
         found.metrics,
         summary=found.summary,

@@ -37,7 +37,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
-    from hfllm.stages.vision import build as vision_data
+    from hfllm.stages.vision import build as vision
     from hfllm.stages.vision import flags as vision_flags
     from hfllm.stages.vision.report import evaluate
     from hfllm.trainers.callbacks import use_plain_lines
@@ -52,25 +52,25 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         return stage.reuse()
     check_trainable(model_args)
     seed, is_drawn = training_args.seed, script_args.dataset_name in vision_flags.DRAWN
-    rows, parts = [], vision_data.eval_parts(script_args) if is_drawn else {}
+    rows, parts = [], vision.eval_parts(script_args) if is_drawn else {}
     if not is_drawn:
-        tokens = words_of_places(vision_data.load_processor(model_args))
-        rows, held_out = vision_data.own_rows(script_args, seed, tokens)
-        parts = vision_data.parts_of(held_out)
+        tokens = words_of_places(vision.load_processor(model_args))
+        rows, held_out = vision.own_rows(script_args, seed, tokens)
+        parts = vision.parts_of(held_out)
     elif model_args.model_name_or_path:
-        rows = vision_data.drawn_rows(script_args, seed)
+        rows = vision.drawn_rows(script_args, seed)
 
     stage.announce()
     if model_args.model_name_or_path:
-        trainer, processor = vision_data.own_trainer(script_args, stage.training_args, model_args, rows)
+        trainer, processor = vision.own_trainer(script_args, stage.training_args, model_args, rows)
     else:
-        trainer, processor = vision_data.new_trainer(script_args, stage.training_args, seed)
+        trainer, processor = vision.new_trainer(script_args, stage.training_args, seed)
     use_plain_lines(trainer)
     train(trainer, stage.checkpoint, stage.identity)
     trainer.save_model()
     model = trainer.accelerator.unwrap_model(trainer.model)
 
-    found = evaluate(script_args, model, processor, parts, vision_data.prior_of(script_args))
+    found = evaluate(script_args, model, processor, parts, vision.prior_of(script_args))
     summary, tables, plots = found.summary, dict(found.tables), dict(found.plots)
     metrics = {
         **found.metrics,
@@ -81,15 +81,15 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     if script_args.num_rl_prompts:
         # On pictures that fine-tuning has not seen.
         first = next(iter(parts.values()))
-        before = vision_data.sampled_gold(script_args, model, processor, first)
-        policy_trainer = vision_data.policy_trainer(script_args, stage.training_args, processor)
+        before = vision.sampled_gold(script_args, model, processor, first)
+        policy_trainer = vision.policy_trainer(script_args, stage.training_args, processor)
         use_plain_lines(policy_trainer)
         train(policy_trainer)
         policy_trainer.save_model()
         policy = policy_trainer.policy
-        policy_found = evaluate(script_args, policy, processor, parts, vision_data.prior_of(script_args))
+        policy_found = evaluate(script_args, policy, processor, parts, vision.prior_of(script_args))
         metrics |= {f"rl_{name}": value for name, value in policy_found.metrics.items()}
-        metrics |= vision_data.gain(before, vision_data.sampled_gold(script_args, policy, processor, first))
+        metrics |= vision.gain(before, vision.sampled_gold(script_args, policy, processor, first))
         tables["Right answers after PPO"] = policy_found.tables["Right answers"]
         summary += f"; after PPO: {policy_found.summary}"
     lines = picture_lines(training_args.output_dir, model_args.use_peft)

@@ -129,11 +129,11 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
     Raises:
         InputError: when it cannot be loaded.
     """
-    from hfllm.models.loading import saved as loading
     from hfllm.models.loading.adapters import find_adapter
+    from hfllm.models.loading.saved import saved_tokenizer
 
     try:
-        return loading.saved_tokenizer(name, revision=revision)
+        return saved_tokenizer(name, revision=revision)
     except Exception as error:
         # The tokenizers library has no class for what it cannot read, and a field may be missing.
         if not isinstance(error, (KeyError, OSError, TypeError, ValueError)) and type(error) is not Exception:
@@ -142,7 +142,7 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
         if adapter is None:
             raise _unloadable(name, error, "the tokenizer of model" if Path(name).is_dir() else "model") from error
     try:
-        return loading.saved_tokenizer(adapter.base, **adapter.base_location)
+        return saved_tokenizer(adapter.base, **adapter.base_location)
     except (OSError, ValueError) as error:
         raise adapter.unloadable(error) from error
 
@@ -288,10 +288,10 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
     Raises:
         InputError: when it cannot be loaded, or has another number of labels.
     """
-    from hfllm.models.loading import adapters as scorers
+    from hfllm.models.loading.adapters import load_scorer
 
     try:
-        return scorers.load_scorer(name, **{**load_kwargs(model_args), "revision": revision})
+        return load_scorer(name, **{**load_kwargs(model_args), "revision": revision})
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise

@@ -273,7 +273,7 @@ def measure(
     import torch
 
     from hfllm.data.tokenizer import tokenize_prompts
-    from hfllm.generation.speculative import measure as measuring
+    from hfllm.generation.speculative import measure
     from hfllm.generation.speculative.drafts import AdaptiveDraftLength
 
     ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer)
@@ -285,7 +285,7 @@ def measure(
         "compile": script_args.compile,
     }
     timed = batches(ids[: script_args.num_timed_prompts], script_args.batch_size, tokenizer, model)
-    costs = measuring.measure_costs(model, draft, timed[0], compile=script_args.compile)
+    costs = measure.measure_costs(model, draft, timed[0], compile=script_args.compile)
 
     def asked() -> "int | DraftLength":
         # A new one each time, since it adapts to what it has seen.
@@ -293,15 +293,15 @@ def measure(
         return AdaptiveDraftLength(costs.per_draft) if number == "adaptive" else int(number)
 
     compared = batches(ids, COMPARED_BATCH, tokenizer, model)
-    share = measuring.identical_share(model, draft, compared, num_draft_tokens=asked(), **options)
+    share = measure.identical_share(model, draft, compared, num_draft_tokens=asked(), **options)
     lengths = {str(number): number for number in script_args.num_draft_tokens_compared}
     lengths[f"{script_args.num_draft_tokens} (asked for)"] = asked()
-    seconds, speeds = measuring.speed_by_num_draft_tokens(
+    seconds, speeds = measure.speed_by_num_draft_tokens(
         model, draft, timed, lengths, costs, script_args.rounds, **options
     )
     sampling = {"do_sample": True, "temperature": script_args.temperature, "top_k": 0, "num_draft_tokens": asked()}
     generator = torch.Generator(model.device).manual_seed(script_args.seed)
-    sampled = measuring.speculative(model, draft, timed, **options, **sampling, generator=generator)[1]
+    sampled = measure.speculative(model, draft, timed, **options, **sampling, generator=generator)[1]
     return speculation_metrics(share, costs, seconds, speeds, sampled), speeds
 
 

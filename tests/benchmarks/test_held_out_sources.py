@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hfllm.scaling import planner as advice
+from hfllm.scaling import planner as planner_module
 from hfllm.scaling.devices import find_device
 from hfllm.scaling.planner import Request, choose, plan
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
@@ -53,8 +53,8 @@ def test_free_blocks_that_are_kept_are_the_most_that_the_fitted_runs_allow(sourc
 
 
 def test_whole_runs_take_longer_by_what_the_planner_says(sources, whole):
-    assert sources.factor(whole) == pytest.approx(advice.WHOLE_RUN, rel=0.03)
-    low, high = advice.WHOLE_RUN_RANGE
+    assert sources.factor(whole) == pytest.approx(planner_module.WHOLE_RUN, rel=0.03)
+    low, high = planner_module.WHOLE_RUN_RANGE
     assert sum(low <= 1 / run.ratio <= high for run in whole) >= 0.75 * len(whole)
     a100 = [number for number, run in enumerate(whole) if run.family == "a100"]
     plain, corrected = (
@@ -101,12 +101,12 @@ def test_the_fit_finds_the_constants_that_made_the_times(sources):
 def test_what_the_factor_is_for(given, says):
     shape = Shape.from_config(NAMED_SHAPES["megatron-1.7b"])
     request = Request(**{"shape": shape, "device": find_device("h100"), **given})
-    assert advice.whole_run_factor(request) == (advice.WHOLE_RUN if says else 1)
+    assert planner_module.whole_run_factor(request) == (planner_module.WHOLE_RUN if says else 1)
     plans = [choose(plan(request))]
-    lines = [line for line in advice.sentences(plans[0], plans, request) if "whole runs" in line]
+    lines = [line for line in planner_module.sentences(plans[0], plans, request) if "whole runs" in line]
     assert len(lines) == says
     if says:
-        assert f"about {advice.duration(1.5 * plans[0].days)}" in lines[0]
+        assert f"about {planner_module.duration(1.5 * plans[0].days)}" in lines[0]
 
 
 @pytest.mark.slow

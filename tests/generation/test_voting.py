@@ -3,7 +3,7 @@
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.generation import responses as voting
+from hfllm.generation import responses as responses_module
 from hfllm.generation.responses import best_answers, majority, majority_answers
 
 
@@ -31,7 +31,7 @@ def sampled(monkeypatch):
         asked.update(sampling, n=num_return_sequences, longest=max_new_tokens)
         return [SAID for _ in prompts]
 
-    monkeypatch.setattr(voting, "sample_responses", sample)
+    monkeypatch.setattr(responses_module, "sample_responses", sample)
     return asked
 
 

@@ -12,7 +12,7 @@ import pytest
 from hfllm.data.passages import Passage
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
-from hfllm.grounding import passages as chunking
+from hfllm.grounding import passages as passages_module
 from hfllm.grounding.passages import ABOUT, FILE, Chunker, Passages
 
 
@@ -60,7 +60,7 @@ def test_a_document_that_is_read_in_parts_is_cut_as_at_once(tokenizer, monkeypat
     chunker = Chunker(tokenizer, 40, 10)
     whole = [list(chunker.chunks(document)) for document in documents]
     for size in (60, 500, 2000):
-        monkeypatch.setattr(chunking, "SEGMENT", size)
+        monkeypatch.setattr(passages_module, "SEGMENT", size)
         assert [list(chunker.chunks(document)) for document in documents[:3]] == whole[:3]
     assert whole[4:] == [[], []]
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
-from hfllm.data import tokenizer as chat_templates
+from hfllm.data import tokenizer as tokenizer_module
 from hfllm.errors import InputError
 from hfllm.models.loading import probes
 from hfllm.models.loading.saved import saved_tokenizer
@@ -57,8 +57,8 @@ def test_a_chat_template_that_does_not_end_is_refused(name):
 @pytest.mark.parametrize(
     "template",
     [
-        *(each.chat_template() for each in chat_templates.BUILT_IN.values()),
-        chat_templates.plain_chat_template(),
+        *(each.chat_template() for each in tokenizer_module.BUILT_IN.values()),
+        tokenizer_module.plain_chat_template(),
         "{{ raise_exception('only for images') }}",
         "{% for m in messages %}{{ m.content",
         "{% generation %}{{ 1 / 0 }}{% endgeneration %}{{ strftime_now('%Y') }}{{ tools | tojson(indent=2) }}",

@@ -2,12 +2,12 @@
 
 import torch
 
-from hfllm.models.loading import weights as fingerprint
+from hfllm.models.loading import weights as weights_module
 from hfllm.models.loading.weights import weights_fingerprint
 
 
 def test_models_are_told_apart_by_their_weights(make_model, monkeypatch):
-    monkeypatch.setattr(fingerprint, "MOST_VALUES", 64)
+    monkeypatch.setattr(weights_module, "MOST_VALUES", 64)
     model = make_model()
     before = weights_fingerprint(model)
     assert before == weights_fingerprint(make_model()) != weights_fingerprint(make_model(seed=1))

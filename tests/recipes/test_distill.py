@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
-from hfllm.stages import distill as distill_trainers
+from hfllm.stages import distill as distill_module
 
 KEYS = {
     *("gold_reward_teacher", "gold_reward_student", "gold_reward_student_alone", "fact_accuracy_student"),
@@ -133,8 +133,8 @@ def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
 
 
 def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
-    made, make = [], distill_trainers.student_trainer
-    monkeypatch.setattr(distill_trainers, "student_trainer", lambda *args: made.append(make(*args)) or made[-1])
+    made, make = [], distill_module.student_trainer
+    monkeypatch.setattr(distill_module, "student_trainer", lambda *args: made.append(make(*args)) or made[-1])
     monkeypatch.setattr("hfllm.synthesis.answers.write_answers", lambda teacher, tokenizer, rows, *settings: rows[::4])
     flags = options(distilled, tmp_path, "--answers", "sampled", "--num_train_epochs", "1", "--max_steps", "-1")
     distill.main(*distill.parse([*flags, "--student_layers_every", "2", "--train_baseline", "true"]))
@@ -192,7 +192,7 @@ def test_flags_that_contradict_each_other_are_refused(flags, message, saved, tmp
 def test_a_teachers_settings_are_of_its_loading(saved):
     def load(settings):
         flags = ["--teacher_model_name_or_path", str(saved), "--teacher_model_init_kwargs", json.dumps(settings)]
-        return distill_trainers.load_teacher(distill.parse(flags)[1])[0]
+        return distill_module.load_teacher(distill.parse(flags)[1])[0]
 
     assert load({"revision": "main", "dtype": "bfloat16"}).dtype == torch.bfloat16
     for settings, message in (

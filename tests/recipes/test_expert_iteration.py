@@ -10,7 +10,7 @@ import yaml
 from hfllm.errors import InputError
 from hfllm.runs import schedule
 from hfllm.runs.lock import release_all
-from hfllm.stages import expert_iteration as expert_iteration_data
+from hfllm.stages import expert_iteration as expert_iteration_module
 from hfllm.stages.expert_iteration import ExpertIterationArguments, rewards_of, write_round
 
 REWARD = """
@@ -65,7 +65,7 @@ def talkative(monkeypatch):
                 said[-1].append(f"<think>{prompt[-1]['content']}</think>" * (at == 2) + "a" * (number % 4))
         return said
 
-    monkeypatch.setattr(expert_iteration_data, "sample_responses", sample)
+    monkeypatch.setattr(expert_iteration_module, "sample_responses", sample)
     return asked
 
 
@@ -176,12 +176,12 @@ ROWS = [{"prompt": [{"role": "user", "content": str(at)}]} for at in range(4)]
 
 def test_what_is_kept_of_a_round():
     rewards = [1.0, 0.9, 1.0, 1.0, 1.0, 0.0]
-    rows, kept = expert_iteration_data._chosen(arguments_of(), ROWS, RESPONSES, rewards, 0)
+    rows, kept = expert_iteration_module._chosen(arguments_of(), ROWS, RESPONSES, rewards, 0)
     said = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows]
     # Not what was said twice, nor what says nothing.
     assert said == [("0", "one"), ("1", "three")]
     assert (kept.rows, kept.responses, kept.right, kept.solved) == (2, 6, 4, 2) and abs(kept.reward - 4.9 / 6) < 1e-9
-    rows, _ = expert_iteration_data._chosen(
+    rows, _ = expert_iteration_module._chosen(
         arguments_of(min_reward=0.5, max_kept_per_prompt=1), ROWS, RESPONSES, rewards, 0
     )
     assert [row["completion"][0]["content"] for row in rows] == ["one", "three"]
@@ -190,8 +190,8 @@ def test_what_is_kept_of_a_round():
 def test_the_control_keeps_as_many_by_chance():
     responses = [[f"{row} {at}" for at in range(10)] for row in range(4)]
     rewards = [float(at < 3) for row in range(4) for at in range(10)]
-    right, _ = expert_iteration_data._chosen(arguments_of(), ROWS, responses, rewards, 0)
-    drawn, kept = expert_iteration_data._chosen(arguments_of(shuffle_rewards=True), ROWS, responses, rewards, 0)
+    right, _ = expert_iteration_module._chosen(arguments_of(), ROWS, responses, rewards, 0)
+    drawn, kept = expert_iteration_module._chosen(arguments_of(shuffle_rewards=True), ROWS, responses, rewards, 0)
     said = [row["completion"][0]["content"] for row in drawn]
     assert len(said) == len(right) == kept.right == 12
     assert 0 < sum(int(text[-1]) < 3 for text in said) < 9

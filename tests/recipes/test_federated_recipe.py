@@ -210,9 +210,9 @@ def test_several_processes_come_to_the_same_bits(flags, tmp_path):
 
 
 def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_path, monkeypatch):
-    from hfllm.stages.federated import build as federated_server
+    from hfllm.stages.federated import build as federated_build
 
-    clients_of = federated_server.clients_of
+    clients_of = federated_build.clients_of
 
     def failing(*args):
         clients = clients_of(*args)
@@ -238,7 +238,7 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
 
         return clients | {"shop": late, "school": diverged, "farm": wrong}
 
-    monkeypatch.setattr(federated_server, "clients_of", failing)
+    monkeypatch.setattr(federated_build, "clients_of", failing)
     metrics = run(flags())
     assert metrics["updates_left_out"] == 4
     text = table_text(tmp_path / "out")
@@ -253,7 +253,7 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
 
 @pytest.mark.parametrize("aggregation", ["mean", "median"])
 def test_one_organisation_of_three_does_not_own_the_model(flags, saved, tmp_path, monkeypatch, aggregation):
-    from hfllm.stages.federated import build as federated_server
+    from hfllm.stages.federated import build as federated_build
 
     honest = run(flags(rounds=1, aggregation=aggregation))
     length = moved_by(tmp_path / "out", saved)[0]
@@ -262,7 +262,7 @@ def test_one_organisation_of_three_does_not_own_the_model(flags, saved, tmp_path
         # The bound has not acted: the bits are those without one.
         run(flags(rounds=1, max_norm_ratio=0, output_dir=tmp_path / "free"))
         assert digest(tmp_path / "free") == digest(tmp_path / "out")
-    clients_of = federated_server.clients_of
+    clients_of = federated_build.clients_of
 
     def hostile(number, weights):
         tensors = {name: torch.full_like(value, 1e30) for name, value in weights.items()}
@@ -275,7 +275,7 @@ def test_one_organisation_of_three_does_not_own_the_model(flags, saved, tmp_path
         shop.append(clients["shop"])
         return clients | {"shop": hostile}
 
-    monkeypatch.setattr(federated_server, "clients_of", with_one)
+    monkeypatch.setattr(federated_build, "clients_of", with_one)
     metrics = run(flags(rounds=1, aggregation=aggregation, output_dir=tmp_path / "hostile"))
     assert metrics["updates_bounded"] == 1 and "| 1 | shop | a norm of " in table_text(tmp_path / "hostile")
     # By its share of twice the length of the others.
@@ -379,7 +379,7 @@ def test_batches_in_parts_are_batches_in_one(flags, saved, tmp_path):
 
 
 def test_a_worker_reads_its_own_file_alone(flags, saved, tmp_path, monkeypatch):
-    from hfllm.stages.federated import build as federated_server
+    from hfllm.stages.federated import build as federated_build
     from hfllm.stages.federated.build import worker_learner
 
     flags()
@@ -387,8 +387,8 @@ def test_a_worker_reads_its_own_file_alone(flags, saved, tmp_path, monkeypatch):
     (tmp_path / "farm.jsonl").unlink()
     given = {"model_name_or_path": str(saved), "organisation_files": files, "output_dir": str(tmp_path / "node")}
     (tmp_path / "node.yaml").write_text(json.dumps({**given, "average": "full", "max_length": 64}))
-    seen, load_local = [], federated_server.load_local
-    monkeypatch.setattr(federated_server, "load_local", lambda *args: seen.append(args[-1]) or load_local(*args))
+    seen, load_local = [], federated_build.load_local
+    monkeypatch.setattr(federated_build, "load_local", lambda *args: seen.append(args[-1]) or load_local(*args))
     worker_learner("school", {"flags": str(tmp_path / "node.yaml"), "base": str(saved)})
     assert [each.name for each in seen[0]] == ["school"] and len(seen[0][0].rows) + len(seen[0][0].held_out) == 5
 

@@ -18,7 +18,7 @@ from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
 from hfllm.runs.models import named_fields, new_config
 from hfllm.runs.stage import Stage
-from hfllm.stages.pretrain import build as pretrain_trainers
+from hfllm.stages.pretrain import build as pretrain_build
 from hfllm.stages.pretrain.build import infilled, rows_of_run
 from hfllm.stages.pretrain.flags import check
 
@@ -103,10 +103,10 @@ def test_the_world_may_be_a_part_of_a_mixture(run, corpus):
 
 
 def test_a_baseline_learns_from_the_beginning_of_a_long_text():
-    assert list(pretrain_trainers.beginning(["ab", "cé", "d"], 4)) == ["ab", "c"]
-    assert list(pretrain_trainers.beginning(["long"], 3)) == ["lon"] and list(
-        pretrain_trainers.beginning(["ab"], 9)
-    ) == ["ab"]
+    assert list(pretrain_build.beginning(["ab", "cé", "d"], 4)) == ["ab", "c"]
+    assert list(pretrain_build.beginning(["long"], 3)) == ["lon"] and list(pretrain_build.beginning(["ab"], 9)) == [
+        "ab"
+    ]
 
 
 def test_all_texts_of_a_mixture_are_ordered_by_weight(corpus, tmp_path):
@@ -131,8 +131,8 @@ def test_nothing_is_held_out_of_one_dataset_that_another_trains_on(corpus, tmp_p
 
 def test_flags_reach_a_new_model(run, corpus, tmp_path, monkeypatch):
     made = []
-    build = pretrain_trainers.packed_trainer
-    monkeypatch.setattr(pretrain_trainers, "packed_trainer", lambda *args: made.append(args[2]) or build(*args))
+    build = pretrain_build.packed_trainer
+    monkeypatch.setattr(pretrain_build, "packed_trainer", lambda *args: made.append(args[2]) or build(*args))
     run(dataset_name=corpus[0], attn_implementation="eager", dtype="bfloat16", total_tokens=640)
     assert made[0].config._attn_implementation == "eager" and made[0].dtype == torch.bfloat16
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -11,7 +11,7 @@ import torch
 from seeing_rows import halves, write_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hfllm.data.images import rows as picture_batches
+from hfllm.data.images import rows as image_rows
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import PictureQuantization, answer_tokens
 from hfllm.evaluation.pictures import Asked
@@ -153,7 +153,7 @@ def test_few_pictures_are_shown_at_once(taught, monkeypatch):
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which side"}]}]
     questions = [Asked(prompt, [row["image"]], row["side"]) for row in halves(20)]
     shown = []
-    batch = picture_batches.conversation_batch
+    batch = image_rows.conversation_batch
 
     def counted(processor, prompts, *args, **options):
         shown.append(len(prompts))

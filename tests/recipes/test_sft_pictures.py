@@ -15,7 +15,7 @@ import hfllm
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import evaluate_tuned
 from hfllm.multimodal.answers import answer_pictures
-from hfllm.stages.sft import build as sft_pictures
+from hfllm.stages.sft import build as sft_build
 
 QUIET = ["--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_strategy", "no"]
 
@@ -57,10 +57,10 @@ def test_rows_with_and_without_pictures_are_mixed(seeing_folder, texts, tmp_path
     rows.write_text(rows.read_text() + "\n" + "\n".join(texts.read_text().splitlines()[:12]))
     named = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--output_dir", tmp_path / "out"]
     script_args, args, model_args = sft.parse(list(map(str, named)))
-    processor = sft_pictures.processor_of(model_args)
-    train, held_out = sft_pictures.picture_instructions(script_args, 3, processor, "m")
+    processor = sft_build.processor_of(model_args)
+    train, held_out = sft_build.picture_instructions(script_args, 3, processor, "m")
     assert sum(len(row["images"]) for row in (*train, *held_out)) == 8 and len(train) + len(held_out) == 20
-    trainer, _ = sft_pictures.trainer_of(script_args, args, model_args, train, train)
+    trainer, _ = sft_build.trainer_of(script_args, args, model_args, train, train)
     together = evaluate_tuned(trainer, [], trainer.train_dataset, collate=trainer.data_collator).rows
     for place in range(len(train)):
         batch = trainer.data_collator([trainer.train_dataset[place]])
@@ -196,17 +196,17 @@ def test_pictures_in_some_rows_alone_are_refused_where_weights_are_split(seeing_
     rows = write_rows(tmp_path / "data", halves(4))
     named = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--output_dir", tmp_path / "out"]
     script_args, args, model_args = sft.parse(list(map(str, named)))
-    all_seen = sft_pictures.picture_instructions(script_args, 3, sft_pictures.processor_of(model_args), "m")
-    assert sft_pictures.check_pictures(script_args, args, model_args, *all_seen)
+    all_seen = sft_build.picture_instructions(script_args, 3, sft_build.processor_of(model_args), "m")
+    assert sft_build.check_pictures(script_args, args, model_args, *all_seen)
     rows.write_text(rows.read_text() + "\n" + "\n".join(texts.read_text().splitlines()[:12]))
     with pytest.raises(InputError, match=r"pictures in 4 of 1\d training rows: DeepSpeed and FSDP") as error:
         run(seeing_folder / "model", rows, tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     # Of processes with all of the weights each waits for what it has not used.
-    mixed = sft_pictures.picture_instructions(script_args, 3, sft_pictures.processor_of(model_args), "m")
-    assert sft_pictures.check_pictures(script_args, args, model_args, *mixed)
-    trainer, _ = sft_pictures.trainer_of(script_args, args, model_args, *mixed)
+    mixed = sft_build.picture_instructions(script_args, 3, sft_build.processor_of(model_args), "m")
+    assert sft_build.check_pictures(script_args, args, model_args, *mixed)
+    trainer, _ = sft_build.trainer_of(script_args, args, model_args, *mixed)
     assert trainer.args.ddp_find_unused_parameters
 
 

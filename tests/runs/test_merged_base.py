@@ -8,7 +8,7 @@ from trl import ModelConfig
 from hfllm.errors import InputError
 from hfllm.models.loading.adapters import SavedAdapter
 from hfllm.outputs.files import MERGED_FROM
-from hfllm.runs import models as adapters
+from hfllm.runs import models as models_module
 
 ADAPTER = SavedAdapter("org/adapter", {"base_model_name_or_path": "org/model"}, {})
 
@@ -17,7 +17,7 @@ ADAPTER = SavedAdapter("org/adapter", {"base_model_name_or_path": "org/model"}, 
 def merged(monkeypatch):
     """The folders that were written, in place of the models in them."""
     written = []
-    monkeypatch.setattr(adapters, "write_merged", lambda adapter, folder: written.append(folder))
+    monkeypatch.setattr(models_module, "write_merged", lambda adapter, folder: written.append(folder))
     return written
 
 
@@ -28,17 +28,17 @@ def test_a_folder_of_the_user_is_kept(tmp_path, merged, files):
     for name in files:
         (place / name).write_text("{}")
     with pytest.raises(InputError, match="base is where the adapter 'org/adapter' would be merged, and holds"):
-        adapters.on_merged_base(ADAPTER, ModelConfig(), str(tmp_path))
+        models_module.on_merged_base(ADAPTER, ModelConfig(), str(tmp_path))
     assert sorted(path.name for path in place.iterdir()) == sorted(files) and not merged
 
 
 @pytest.mark.parametrize("left", ["nothing", "the same", "another adapter's"])
 def test_what_such_a_run_left_is_replaced_if_it_is_another_adapters(tmp_path, merged, left):
-    place, record = tmp_path / "base", adapters.merge_record(ADAPTER)
+    place, record = tmp_path / "base", models_module.merge_record(ADAPTER)
     if left != "nothing":
         place.mkdir()
         record |= {} if left == "the same" else {"adapter": "org/another"}
         (place / MERGED_FROM).write_text(json.dumps(record))
-    found = adapters.on_merged_base(ADAPTER, ModelConfig(model_revision="v1"), str(tmp_path))
+    found = models_module.on_merged_base(ADAPTER, ModelConfig(model_revision="v1"), str(tmp_path))
     assert (found.model_name_or_path, found.model_revision) == (str(place), "main")
     assert merged == ([] if left == "the same" else [place])

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hfllm.errors import InputError
 from hfllm.models.loading.adapters import load_scorer
-from hfllm.runs import output as quiet
+from hfllm.runs import output as output_module
 from hfllm.runs.command_line import run
 from hfllm.runs.output import HUB_BARS, NEW_HEAD, UNHELPFUL, hide_unhelpful_output
 
@@ -27,10 +27,10 @@ SAID_IN = {
 @pytest.fixture
 def hidden(monkeypatch):
     """The output with what is unhelpful hidden, as in a run of a recipe."""
-    monkeypatch.setattr(quiet.os, "environ", {})
+    monkeypatch.setattr(output_module.os, "environ", {})
     with warnings.catch_warnings():
         hide_unhelpful_output()
-        yield quiet.os.environ
+        yield output_module.os.environ
     enable_progress_bars()
     for each in UNHELPFUL:
         logging.getLogger(each.logger).removeFilter(each)
@@ -128,11 +128,11 @@ def test_bars_of_loading_and_saving_are_off_and_downloads_keep_theirs(hidden, mo
 
 
 def test_the_user_has_the_last_word(monkeypatch):
-    monkeypatch.setattr(quiet.os, "environ", {"HF_DATASETS_DISABLE_PROGRESS_BARS": "0", HUB_BARS: "0"})
-    monkeypatch.setattr(quiet, "UNHELPFUL", ())
+    monkeypatch.setattr(output_module.os, "environ", {"HF_DATASETS_DISABLE_PROGRESS_BARS": "0", HUB_BARS: "0"})
+    monkeypatch.setattr(output_module, "UNHELPFUL", ())
     with warnings.catch_warnings():
         hide_unhelpful_output()
-    assert quiet.os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "0"
+    assert output_module.os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "0"
     assert not are_progress_bars_disabled()
     logging.getLogger("transformers.modeling_utils").removeFilter(NEW_HEAD)
 

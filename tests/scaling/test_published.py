@@ -3,7 +3,7 @@
 import pytest
 
 from hfllm.models.family.presets import preset
-from hfllm.scaling import speed as flops
+from hfllm.scaling import speed as speed_module
 from hfllm.scaling.memory import PRECISIONS, korthikanti_activations, zero_state_bytes
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 
@@ -45,7 +45,7 @@ MEGATRON = {
 def test_megatron_sizes(name, billions):
     """Narayanan et al. 2021, arXiv:2104.04473, equation 2 and table 1; to the digit printed."""
     one = shape(name)
-    formula = flops.megatron_parameters(one.num_hidden_layers, one.hidden_size, 51200, 2048)
+    formula = speed_module.megatron_parameters(one.num_hidden_layers, one.hidden_size, 51200, 2048)
     assert round(formula / 1e9, 1) == billions
     # The formula has no final norm.
     assert one.num_parameters() - 2 * one.hidden_size == pytest.approx(formula, rel=1e-12)
@@ -57,17 +57,17 @@ def test_megatron_sizes(name, billions):
 )
 def test_megatron_days(parameters, tokens, devices, achieved, days):
     """arXiv:2104.04473, section 5.1: 34 days for GPT-3, 84 for the trillion; 0.2%."""
-    assert flops.training_days(parameters, tokens, devices, achieved) == pytest.approx(days, rel=0.002)
-    assert flops.training_days(parameters, tokens, devices, achieved, recompute=False) == pytest.approx(
+    assert speed_module.training_days(parameters, tokens, devices, achieved) == pytest.approx(days, rel=0.002)
+    assert speed_module.training_days(parameters, tokens, devices, achieved, recompute=False) == pytest.approx(
         days * 6 / 8, rel=0.002
     )
 
 
 def test_pipeline_bubble():
     """arXiv:2104.04473, section 2.2: (p-1)/m; the trillion's 64 stages and 512 micro-batches give 0.123."""
-    assert flops.pipeline_bubble(64, 512) == pytest.approx(0.123, abs=5e-4)
-    assert flops.pipeline_bubble(64, 512, interleave=4) == pytest.approx(0.123 / 4, abs=5e-4)
-    assert flops.pipeline_bubble(1, 8) == 0
+    assert speed_module.pipeline_bubble(64, 512) == pytest.approx(0.123, abs=5e-4)
+    assert speed_module.pipeline_bubble(64, 512, interleave=4) == pytest.approx(0.123 / 4, abs=5e-4)
+    assert speed_module.pipeline_bubble(1, 8) == 0
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_pipeline_bubble():
 def test_palm_utilization(parameters, sizes, speed, chips, peak, without, whole):
     """Chowdhery et al. 2022, arXiv:2204.02311, table 3 and appendix B: PaLM 540B and MT-NLG 530B; 0.1 points."""
     for attention, percent in ((False, without), (True, whole)):
-        per_token = flops.palm_flops_per_token(parameters, *sizes, 2048, attention)
-        assert 100 * flops.utilization(speed, per_token, chips, peak) == pytest.approx(percent, abs=0.1)
+        per_token = speed_module.palm_flops_per_token(parameters, *sizes, 2048, attention)
+        assert 100 * speed_module.utilization(speed, per_token, chips, peak) == pytest.approx(percent, abs=0.1)
 
 
 def test_palm_preset_has_those_sizes():
@@ -110,7 +110,8 @@ def test_korthikanti_overhead(name, percent):
     """arXiv:2205.05198, section 5: FLOPs that selective recomputation adds; 0.05 points."""
     one = shape(name)
     sizes = one.num_hidden_layers, one.hidden_size, 51200, 2048, 1
-    more = flops.megatron_flops_per_batch(*sizes, recompute="selective") / flops.megatron_flops_per_batch(*sizes)
+    per_batch = speed_module.megatron_flops_per_batch
+    more = per_batch(*sizes, recompute="selective") / per_batch(*sizes)
     assert 100 * (more - 1) == pytest.approx(percent, abs=0.05)
 
 
@@ -126,9 +127,9 @@ def test_korthikanti_overhead(name, percent):
 def test_korthikanti_utilization(layers, hidden, batch, devices, seconds, mfu, hfu):
     """arXiv:2205.05198, table 5, from its times of a step; 0.2 points, since 1.10 s has three digits."""
     for recompute, percent in (("none", mfu), ("selective", hfu)):
-        work = flops.megatron_flops_per_batch(layers, hidden, 51200, 2048, batch, recompute)
+        work = speed_module.megatron_flops_per_batch(layers, hidden, 51200, 2048, batch, recompute)
         per_token = work / (batch * 2048)
-        reached = flops.utilization(batch * 2048 / seconds, per_token, devices, A100)
+        reached = speed_module.utilization(batch * 2048 / seconds, per_token, devices, A100)
         assert 100 * reached == pytest.approx(percent, abs=0.2)
 
 
@@ -136,7 +137,7 @@ def test_full_recomputation_is_four_passes_of_the_layers():
     """arXiv:2104.04473, equation 3: 96 B s l h^2 (1 + s/(6h) + V/(16lh))."""
     layers, h, v, s, b = 96, 12288, 51200, 2048, 7
     equation = 96 * b * s * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
-    assert flops.megatron_flops_per_batch(layers, h, v, s, b, "full") == pytest.approx(equation, rel=1e-12)
+    assert speed_module.megatron_flops_per_batch(layers, h, v, s, b, "full") == pytest.approx(equation, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -154,15 +155,15 @@ def test_key_value_bytes(name, per_token):
 
 def test_gpt3_training_flops():
     """Brown et al. 2020, arXiv:2005.14165, table D.1: 3.14e23 for 300B tokens; 0.2%."""
-    assert flops.training_flops(shape("gpt3-175b").num_parameters(), 300e9) == pytest.approx(3.14e23, rel=0.002)
+    assert speed_module.training_flops(shape("gpt3-175b").num_parameters(), 300e9) == pytest.approx(3.14e23, rel=0.002)
 
 
 def test_llama_days():
     """Touvron et al. 2023, arXiv:2302.13971, section 2.4: 380 tokens/s on each of 2,048 A100, 1.4T tokens, 21 days."""
-    assert flops.days_at_speed(1.4e12, 380 * 2048) == pytest.approx(20.8, abs=0.05)
+    assert speed_module.days_at_speed(1.4e12, 380 * 2048) == pytest.approx(20.8, abs=0.05)
 
 
 def test_palm_batch_ramp():
     """arXiv:2204.02311, section 5: 512, 1024 and 2048 sequences until steps 50k, 115k and 255k; 776B tokens; 0.1%."""
-    tokens = flops.ramp_tokens([(512, 50_000), (1024, 115_000), (2048, 255_000)], 2048)
+    tokens = speed_module.ramp_tokens([(512, 50_000), (1024, 115_000), (2048, 255_000)], 2048)
     assert tokens == pytest.approx(776e9, rel=0.001)

@@ -11,7 +11,7 @@ from hfllm.data.tokenizer import plain_chat_template
 from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.generation.responses import Response
-from hfllm.synthesis import revisions as reviser
+from hfllm.synthesis import revisions as revisions_module
 from hfllm.synthesis.constitution import Constitution, Principle, finds_fault, load_constitution
 from hfllm.synthesis.revisions import ROWS_FILE, STATE_FILE, critique_and_revise
 
@@ -87,7 +87,7 @@ def test_every_turn_is_asked_for_and_kept(script, revise):
             asked | {"answer": "Good.", "critique": "", "is_flagged": False, "revision": "Good."},
         ],
     }
-    assert figures == reviser.RevisionFigures(
+    assert figures == revisions_module.RevisionFigures(
         num_prompts=1, critiques=2, empty_critiques=1, flagged=1, revisions=2, echoes=1
     )
 
@@ -106,7 +106,7 @@ def test_answers_are_kept_where_nothing_is_found_or_said(script, revise):
     assert [row["chosen"][0]["content"] for row in rows] == ["Rude", "Kind", "Rude"]
     assert [row["turns"][0]["revision_request"] for row in rows] == ["", "No harm!", "No harm!"]
     counts = {"critiques": 3, "flagged": 2, "revisions": 2, "empty_revisions": 1, "cut_off": 1}
-    assert figures == reviser.RevisionFigures(num_prompts=3, **counts)
+    assert figures == revisions_module.RevisionFigures(num_prompts=3, **counts)
     # Everything is revised otherwise; and what counts as a find can be said.
     rows, _ = revise(["Go"], Constitution([HARM]))
     assert rows[0]["chosen"][0]["content"] == "Kind" and not rows[0]["turns"][0]["is_flagged"]
@@ -213,7 +213,7 @@ def test_a_base_model_reads_transcripts_and_stops_at_the_next_turn(script, revis
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_at_any_chunk_gives_the_same_bits(revise, make_model, monkeypatch, tmp_path):
-    monkeypatch.setattr(reviser, "BATCHES_PER_CHUNK", 1)
+    monkeypatch.setattr(revisions_module, "BATCHES_PER_CHUNK", 1)
     prompts, revise = [*PROMPTS, *PROMPTS[:3]], partial(revise, model=make_model())
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -222,7 +222,7 @@ def test_a_run_that_was_killed_at_any_chunk_gives_the_same_bits(revise, make_mod
     assert whole == revise(prompts, num_revisions=2) and whole.rows != revise(prompts, num_revisions=2, seed=1).rows
     written = (tmp_path / "whole" / ROWS_FILE).read_bytes()
     assert [json.loads(line) for line in written.splitlines()] == whole.rows
-    append = reviser.RevisionFile.append
+    append = revisions_module.RevisionFile.append
     for kill in range(6):
         folder, chunks = tmp_path / f"killed{kill}", []
 
@@ -235,13 +235,13 @@ def test_a_run_that_was_killed_at_any_chunk_gives_the_same_bits(revise, make_mod
             chunks.append(chunk)
             append(file, *chunk)
 
-        monkeypatch.setattr(reviser.RevisionFile, "append", stop)
+        monkeypatch.setattr(revisions_module.RevisionFile, "append", stop)
         with pytest.raises(KeyboardInterrupt):
             revise(prompts, num_revisions=2, save_to=folder)
         assert len(chunks) == kill
         again = []
         monkeypatch.setattr(
-            reviser.RevisionFile,
+            revisions_module.RevisionFile,
             "append",
             lambda file, *chunk, again=again: (again.append(chunk), append(file, *chunk)),
         )
@@ -250,7 +250,7 @@ def test_a_run_that_was_killed_at_any_chunk_gives_the_same_bits(revise, make_mod
 
 
 def test_a_file_that_lost_its_end_is_continued_after_the_last_whole_chunk(revise, monkeypatch, tmp_path):
-    monkeypatch.setattr(reviser, "BATCHES_PER_CHUNK", 1)
+    monkeypatch.setattr(revisions_module, "BATCHES_PER_CHUNK", 1)
     whole = revise(save_to=tmp_path)
     written = (tmp_path / ROWS_FILE).read_bytes()
     (tmp_path / ROWS_FILE).write_bytes(written[:-5])

@@ -34,7 +34,6 @@ from fsspec.compression import register_compression
 from loguru import logger
 
 from hfllm.data.child_processes import WorkerEnded, Workers
-from hfllm.data.curation import filters as content
 from hfllm.data.curation.duplicates import (
     DecontaminationFilter,
     DuplicateFilter,
@@ -43,7 +42,19 @@ from hfllm.data.curation.duplicates import (
     evaluation_texts,
     minhash_config,
 )
-from hfllm.data.curation.filters import SpamModel, fit, read_labeled
+from hfllm.data.curation.filters import (
+    C4QualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+    LanguageFilter,
+    LengthFilter,
+    SpamFilter,
+    SpamModel,
+    ToxicityFilter,
+    fit,
+    read_labeled,
+    read_phrases,
+)
 from hfllm.data.curation.inputs import NOT_A_DOCUMENT, Input, Item, find_inputs, read_documents, text_column
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.perplexity import FitPerplexity, PerplexityFilter, Sample, check_judge
@@ -126,17 +137,15 @@ def document_filters(options: CurationOptions, examples: Callable[[str], Example
         examples: function from a filter's name to the writer for examples of its drops.
     """
     kinds: dict[str, Callable[[], BaseFilter]] = {
-        "length": lambda: content.LengthFilter(options.min_words),
-        "language": lambda: content.LanguageFilter(options.languages, options.min_language_score),
-        "gopher_quality": lambda: content.GopherQualityFilter(
+        "length": lambda: LengthFilter(options.min_words),
+        "language": lambda: LanguageFilter(options.languages, options.min_language_score),
+        "gopher_quality": lambda: GopherQualityFilter(
             options.min_quality_words, options.max_quality_words, options.min_stop_words
         ),
-        "gopher_repetition": lambda: content.GopherRepetitionFilter(),
-        "c4_quality": lambda: content.C4QualityFilter(options.min_sentences, options.min_line_words),
-        "spam": lambda: content.SpamFilter(_spam_model(options), options.max_spam_score),
-        "toxicity": lambda: content.ToxicityFilter(
-            content.read_phrases(options.toxic_words), options.max_toxic_matches
-        ),
+        "gopher_repetition": lambda: GopherRepetitionFilter(),
+        "c4_quality": lambda: C4QualityFilter(options.min_sentences, options.min_line_words),
+        "spam": lambda: SpamFilter(_spam_model(options), options.max_spam_score),
+        "toxicity": lambda: ToxicityFilter(read_phrases(options.toxic_words), options.max_toxic_matches),
         "decontamination": lambda: DecontaminationFilter(
             evaluation_texts(options.decontaminate), options.contamination_ngram
         ),

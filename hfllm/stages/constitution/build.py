@@ -16,7 +16,7 @@ from hfllm.data.rows import Message
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.outputs.report import Found, change_of, mean_of
-from hfllm.runs import pipeline as course
+from hfllm.runs import pipeline
 from hfllm.runs.command_line import say
 from hfllm.runs.pipeline import Row, by_main_process
 from hfllm.stages.constitution.flags import (
@@ -88,7 +88,7 @@ class Prompts:
 
 def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[], Iterable[Row]]) -> None:
     """Write the rows of a run, in one process, where the file does not hold them already; the others wait."""
-    by_main_process(lambda: course.write_rows("constitution", data_file(script_args, name), make()))
+    by_main_process(lambda: pipeline.write_rows("constitution", data_file(script_args, name), make()))
 
 
 def learned(rows: Iterable[Row], seed: int) -> list[Row]:

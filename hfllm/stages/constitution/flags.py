@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.runs import pipeline as course
+from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, flags_of_adapter
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Course, Parsed
@@ -226,7 +226,7 @@ MINUTES = {
 
 
 @dataclass(frozen=True)
-class ConstitutionCourse(course.Course):
+class ConstitutionCourse(pipeline.Course):
     """The runs in their order, with their flags.
 
     Args:

@@ -267,11 +267,11 @@ def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
     """
     from hfllm.multimodal.processors import check_template
     from hfllm.runs.models import load_config
-    from hfllm.stages import shared as rlhf_pictures
+    from hfllm.stages import shared
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     refuse_text_model(name, load_config(name, revision))
-    processor = rlhf_pictures.load_processor(name, revision)
+    processor = shared.load_processor(name, revision)
     check_template(processor, name)
     return processor
 

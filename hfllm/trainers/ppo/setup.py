@@ -21,7 +21,7 @@ from transformers import (
 from hfllm.data.tokenizer import configured_ends, turn_end
 from hfllm.errors import InputError
 from hfllm.models.devices import built_whole, forked_random
-from hfllm.models.loading import adapters as scorers
+from hfllm.models.loading import adapters
 from hfllm.models.loading.adapters import find_adapter
 from hfllm.models.loading.saved import (
     check_vocabulary,
@@ -98,7 +98,7 @@ def processing_class_of(model: str | PreTrainedModel, load_kwargs: dict[str, Any
 
 def scorer_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load a model with one score per sequence, or per token if it was saved as a model for tokens."""
-    return scorers.load_scorer(name, scorers.scorer_class(name), **{"dtype": torch.float32, **load_kwargs})
+    return adapters.load_scorer(name, adapters.scorer_class(name), **{"dtype": torch.float32, **load_kwargs})
 
 
 def split_reference(
