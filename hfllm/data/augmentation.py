@@ -9,13 +9,14 @@ to help and then refuse, learned from the refusal on, make a refusal more than i
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hfllm.data.rows import OriginRow
 from hfllm.data.sources import WORLD
 from hfllm.data.tokenizer import ENGLISH_TRAINING, WORLD_TRAINING, AddedTexts
 from hfllm.errors import InputError
+from hfllm.flags import flag
 
 Row = Mapping[str, Any]
 # Perturbations, their strength, and how often each is chosen.
@@ -43,12 +44,10 @@ HARM = "harm"
 class AugmentationArguments:
     """Training on questions in other forms."""
 
-    augment: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the training questions to ask in another form: upper or lower case, no punctuation, "
-            "typing errors, sentences around them; refusals are learned behind a promise too (docs/evaluation.md)."
-        },
+    augment: float = flag(
+        0.0,
+        "Share of the training questions to ask in another form: upper or lower case, no punctuation, "
+        "typing errors, sentences around them; refusals are learned behind a promise too (docs/evaluation.md).",
     )
 
     def __post_init__(self):

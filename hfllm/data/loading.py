@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,6 +16,7 @@ from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,31 +30,21 @@ NUM_HELD_OUT_DOCUMENTS = 1000
 class DataArguments:
     """Where the data comes from."""
 
-    dataset_name: str = field(
-        default=WORLD,
-        metadata={
-            "help": "'world' (embedded), a local file or folder, or a dataset id on the Hub; for text also 'pydoc', "
-            "the documentation of this Python."
-        },
+    dataset_name: str = flag(
+        WORLD,
+        "'world' (embedded), a local file or folder, or a dataset id on the Hub; for text also 'pydoc', "
+        "the documentation of this Python.",
     )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split of a Hub dataset to train on, or a slice of it: train[:1%%]."}
+    dataset_train_split: str = flag("train", "Split of a Hub dataset to train on, or a slice of it: train[:1%%].")
+    dataset_config: str | None = flag(None, "Configuration of a Hub dataset.")
+    dataset_revision: str | None = flag(None, "Branch, tag or commit of a Hub dataset.")
+    dataset_streaming: bool = flag(False, "Read a Hub dataset row by row, without downloading all of it first.")
+    max_samples: int | None = flag(None, "Use at most this many rows of a dataset.")
+    max_row_bytes: int = flag(MAX_ROW_BYTES, "Refuse a dataset with a longer row, before it is in memory; 0: none.")
+    column_mapping: list[str] | None = flag(
+        None, "Other names of the dataset's columns, each OURS=THEIRS: prompt=question response=answer."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read a Hub dataset row by row, without downloading all of it first."}
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "Use at most this many rows of a dataset."})
-    max_row_bytes: int = field(
-        default=MAX_ROW_BYTES,
-        metadata={"help": "Refuse a dataset with a longer row, before it is in memory; 0: none."},
-    )
-    column_mapping: list[str] | None = field(
-        default=None,
-        metadata={"help": "Other names of the dataset's columns, each OURS=THEIRS: prompt=question response=answer."},
-    )
-    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+    world_seed: int = flag(0, "Seed of the embedded world's facts.")
 
     # Whether a column that no format has may be of use, such as to a reward function.
     takes_any_column: ClassVar[bool] = False
@@ -69,21 +60,17 @@ class DataArguments:
 class RowArguments(DataArguments):
     """Where the data comes from, what is held out, and which rows are left out."""
 
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Held-out rows of your own, named as --dataset_name; by default a part of the rows."},
+    eval_dataset_name: str | None = flag(
+        None, "Held-out rows of your own, named as --dataset_name; by default a part of the rows."
     )
-    dataset_test_split: str | None = field(
-        default=None,
-        metadata={"help": "Split of held-out rows: of --eval_dataset_name (test by default), or of --dataset_name."},
+    dataset_test_split: str | None = flag(
+        None, "Split of held-out rows: of --eval_dataset_name (test by default), or of --dataset_name."
     )
-    bad_rows: str = field(
-        default="drop",
-        metadata={
-            "help": "What happens to rows with an empty answer, two turns of one side in a row, equal answers or a "
-            "tie: drop (and count) or refuse (name the first and stop).",
-            "choices": ["drop", "refuse"],
-        },
+    bad_rows: str = flag(
+        "drop",
+        "What happens to rows with an empty answer, two turns of one side in a row, equal answers or a "
+        "tie: drop (and count) or refuse (name the first and stop).",
+        choices=["drop", "refuse"],
     )
 
 
@@ -91,12 +78,10 @@ class RowArguments(DataArguments):
 class InstructionArguments(RowArguments):
     """Instructions and conversations, and what is learned of them."""
 
-    loss_on: str = field(
-        default="all",
-        metadata={
-            "help": "Which of the assistant's turns of a conversation are learned: all of them, or the last alone.",
-            "choices": ["all", "last"],
-        },
+    loss_on: str = flag(
+        "all",
+        "Which of the assistant's turns of a conversation are learned: all of them, or the last alone.",
+        choices=["all", "last"],
     )
 
 
@@ -104,34 +89,24 @@ class InstructionArguments(RowArguments):
 class TextArguments(DataArguments):
     """Which texts, and how many."""
 
-    num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
-    world_deeds: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of them that speak of deeds, harmful ones too: constitutional AI starts from such a model."
-        },
+    num_documents: int = flag(40000, "Documents of the embedded world to train on.")
+    world_deeds: float = flag(
+        0.0, "Share of them that speak of deeds, harmful ones too: constitutional AI starts from such a model."
     )
-    world_reasoning: float = field(
-        default=0.0,
-        metadata={"help": "Share of them to reason about, with thoughts that do: recipes/reason.py starts from them."},
+    world_reasoning: float = flag(
+        0.0, "Share of them to reason about, with thoughts that do: recipes/reason.py starts from them."
     )
-    world_tools: float = field(
-        default=0.0,
-        metadata={"help": "Share of them in which people call tools: a model that is to use tools starts from them."},
+    world_tools: float = flag(
+        0.0, "Share of them in which people call tools: a model that is to use tools starts from them."
     )
-    world_passages: float = field(
-        default=0.0,
-        metadata={"help": "Share of them in which people answer from passages: recipes/ground.py starts from them."},
+    world_passages: float = flag(
+        0.0, "Share of them in which people answer from passages: recipes/ground.py starts from them."
     )
-    world_forms: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of them in upper case or without punctuation, so that questions may be asked so too."
-        },
+    world_forms: float = flag(
+        0.0, "Share of them in upper case or without punctuation, so that questions may be asked so too."
     )
-    dataset_mixture: list[str] | None = field(
-        default=None,
-        metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."},
+    dataset_mixture: list[str] | None = flag(
+        None, "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."
     )
 
 
@@ -153,10 +128,10 @@ def check_source(script_args: DataArguments) -> None:
     )
     if not isinstance(script_args, DataArguments):
         return
-    for flag in ("dataset_config", "dataset_revision"):
-        refuse(is_mixed and getattr(script_args, flag) is not None, f"--{flag}", "a mixture has several datasets")
-    for flag in ("eval_dataset_name", "dataset_test_split", "column_mapping"):
-        refuse(is_sized and bool(getattr(script_args, flag, None)), f"--{flag}", "the data is the embedded world's")
+    for name in ("dataset_config", "dataset_revision"):
+        refuse(is_mixed and getattr(script_args, name) is not None, f"--{name}", "a mixture has several datasets")
+    for name in ("eval_dataset_name", "dataset_test_split", "column_mapping"):
+        refuse(is_sized and bool(getattr(script_args, name, None)), f"--{name}", "the data is the embedded world's")
     renaming_of(script_args)
     _check_hub_flags(script_args, is_mixed)
 
@@ -164,8 +139,8 @@ def check_source(script_args: DataArguments) -> None:
 def _check_hub_flags(script_args: DataArguments, is_mixed: bool) -> None:
     names = [script_args.dataset_name, getattr(script_args, "eval_dataset_name", None)]
     is_local = not is_mixed and all(name in (None, *EMBEDDED) or source_files(name) is not None for name in names)
-    for flag in ("dataset_config", "dataset_revision", "dataset_streaming", "dataset_test_split"):
-        refuse(is_local and bool(getattr(script_args, flag, None)), f"--{flag}", "it is for a dataset on the Hub")
+    for each in ("dataset_config", "dataset_revision", "dataset_streaming", "dataset_test_split"):
+        refuse(is_local and bool(getattr(script_args, each, None)), f"--{each}", "it is for a dataset on the Hub")
     split = script_args.dataset_train_split
     refuse(
         is_local and split != DataArguments.dataset_train_split,

@@ -13,12 +13,13 @@ import math
 import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hfllm.errors import InputError
+from hfllm.flags import flag
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -258,23 +259,23 @@ def check_json_flags(given: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the flag and the file.
     """
-    for flag, value in given.items():
+    for name, value in given.items():
         if isinstance(value, str) and value.lstrip().startswith("{"):
-            _check_object(flag, value)
-    for flag in FLAGS:
-        named = given.get(flag)
+            _check_object(name, value)
+    for name in FLAGS:
+        named = given.get(name)
         # An object may stand there itself, and DeepSpeed's in base64.
         if not isinstance(named, str) or named.lstrip().startswith("{") or _is_encoded(named):
             continue
         path = Path(named)
         if not path.is_file():
-            raise InputError(f"--{flag} {named}: no such file; expected a JSON file")
+            raise InputError(f"--{name} {named}: no such file; expected a JSON file")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"--{flag} {named}: not JSON: {error}") from None
+            raise InputError(f"--{name} {named}: not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise InputError(f"--{flag} {named}: expected a JSON object, got {type(values).__name__}")
+            raise InputError(f"--{name} {named}: expected a JSON object, got {type(values).__name__}")
 
 
 def _check_object(flag: str, text: str) -> None:
@@ -307,9 +308,8 @@ Given, Made = ParamSpec("Given"), TypeVar("Made")
 class RemoteCodeArguments:
     """The flag, for recipes whose trainer's arguments do not have it."""
 
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run the code that models bring along, and the kernels that their configs name."},
+    trust_remote_code: bool = flag(
+        False, "Run the code that models bring along, and the kernels that their configs name."
     )
 
 

@@ -13,13 +13,14 @@ import math
 import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.layouts import DDP, DEEPSPEED, MEGATRON, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout, is_balanced
 from hfllm.scaling.memory import ATTENTION, PRECISIONS, Memory, Precision, device_memory
@@ -100,10 +101,10 @@ class Request:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST:
                 raise InputError(f"--{name} {value} must be at least 1, and at most {LARGEST:,}")
-        for name, flag in {"efficiency": "efficiency", "mfu": "mfu", "usable": "usable_memory"}.items():
+        for name, each in {"efficiency": "efficiency", "mfu": "mfu", "usable": "usable_memory"}.items():
             value = getattr(self, name)
             if value is not None and not LEAST_SHARE <= value <= 1:
-                raise InputError(f"--{flag} {value} must lie between {LEAST_SHARE} and 1")
+                raise InputError(f"--{each} {value} must lie between {LEAST_SHARE} and 1")
         if self.tokens is None:
             self.tokens = 20.0 * self.shape.num_parameters()
         elif not 1 <= self.tokens <= MOST_TOKENS:
@@ -553,106 +554,68 @@ def _with_replicas(chosen: Plan, request: Request, data: int, rows: int) -> Larg
 class PlanArguments:
     """The model, the devices, and the run."""
 
-    preset: str | None = field(
-        default=None, metadata={"help": "A published model; gpt3-1t unless --config_path is given."}
+    preset: str | None = flag(None, "A published model; gpt3-1t unless --config_path is given.")
+    config_path: str | None = flag(None, "A config.json, or the folder that holds one.")
+    num_devices: int = flag(1024, "Accelerators, of all machines together.")
+    device: str = flag(
+        "h100",
+        "h100, h100-500w (limited to 500 W), h200, gh200, b200, mi300x, h800, a100-80gb, a100-40gb, v100, "
+        "rtx4090, or cpu: this machine.",
     )
-    config_path: str | None = field(default=None, metadata={"help": "A config.json, or the folder that holds one."})
-    num_devices: int = field(default=1024, metadata={"help": "Accelerators, of all machines together."})
-    device: str = field(
-        default="h100",
-        metadata={
-            "help": "h100, h100-500w (limited to 500 W), h200, gh200, b200, mi300x, h800, a100-80gb, a100-40gb, v100, "
-            "rtx4090, or cpu: this machine."
-        },
+    device_memory_gb: float | None = flag(None, "The device's memory, in GiB, if it differs.")
+    device_peak_tflops: float | None = flag(
+        None, "The device's peak in the precision, in TFLOP/s without sparsity, if it differs."
     )
-    device_memory_gb: float | None = field(
-        default=None, metadata={"help": "The device's memory, in GiB, if it differs."}
+    devices_per_node: int | None = flag(
+        None, "Devices per machine, if not the default; for a CPU, processes that share it."
     )
-    device_peak_tflops: float | None = field(
-        default=None,
-        metadata={"help": "The device's peak in the precision, in TFLOP/s without sparsity, if it differs."},
+    network_gbps: float | None = flag(
+        None,
+        "Gigabits per second of the network to other machines, in one direction and for each device, if "
+        "it differs: a machine's link divided by the devices that share it.",
     )
-    devices_per_node: int | None = field(
-        default=None, metadata={"help": "Devices per machine, if not the default; for a CPU, processes that share it."}
+    max_length: int | None = flag(None, "Tokens per row; by default 2048, or the model's positions if it has fewer.")
+    images_per_row: int = flag(1, "Pictures per row, of a model with a vision tower.")
+    global_batch_size: int = flag(3072, "Rows per step, over all devices.")
+    tokens: float | None = flag(None, "Tokens to train on; by default 20 per parameter.")
+    precision: str = flag("bf16", "bf16, fp16, fp8 (the layers' products; not in the recipes) or fp32.")
+    attention: str = flag(
+        "flash",
+        "flash keeps no scores, like SDPA's kernels; flash1 is its slower first generation; eager keeps all of them.",
     )
-    network_gbps: float | None = field(
-        default=None,
-        metadata={
-            "help": "Gigabits per second of the network to other machines, in one direction and for each device, if "
-            "it differs: a machine's link divided by the devices that share it."
-        },
+    loss_chunk_size: int | None = flag(
+        None,
+        "Tokens per chunk of logits, 0 means a whole micro-batch; by default the 1024 of "
+        "hfllm pretrain. DeepSpeed's ZeRO-3 and Megatron-LM do not use chunks.",
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens per row; by default 2048, or the model's positions if it has fewer."}
+    mfu: float | None = flag(None, "Measured share of the peak; by default each layout's estimate.")
+    efficiency: float | None = flag(
+        None, "Share of the peak that matrix products reach, for the estimate; by default the device's."
     )
-    images_per_row: int = field(default=1, metadata={"help": "Pictures per row, of a model with a vision tower."})
-    global_batch_size: int = field(default=3072, metadata={"help": "Rows per step, over all devices."})
-    tokens: float | None = field(default=None, metadata={"help": "Tokens to train on; by default 20 per parameter."})
-    precision: str = field(
-        default="bf16", metadata={"help": "bf16, fp16, fp8 (the layers' products; not in the recipes) or fp32."}
+    usable_memory: float | None = flag(None, "Share of the memory to use; by default 0.97 of a GPU's, 0.9 of a CPU's.")
+    tensor_parallel: int | None = flag(None, "Fix this degree instead of searching it.")
+    pipeline_parallel: int | None = flag(None, "Likewise: stages.")
+    expert_parallel: int | None = flag(None, "Likewise: devices that share the experts.")
+    zero_stage: int | None = flag(None, "Likewise: 0, 1, 2 or 3.")
+    recompute: str | None = flag(None, "Likewise: none, selective or full.")
+    micro_batch_size: int | None = flag(None, "Likewise: rows a device takes at once.")
+    interleave: int | None = flag(None, "Likewise: chunks of layers on each stage.")
+    context_parallel: int | None = flag(None, "Likewise: devices that share each row; searched from 32,768 tokens on.")
+    overlap_experts: bool = flag(False, "The exchange with experts hides behind work, as in DualPipe.")
+    torch_compile: bool = flag(
+        False, "The layers are compiled, which makes them faster; what they then keep is not planned."
     )
-    attention: str = field(
-        default="flash",
-        metadata={
-            "help": "flash keeps no scores, like SDPA's kernels; flash1 is its slower first generation; eager keeps "
-            "all of them."
-        },
+    sequence_parallel: bool = flag(True, "Megatron-LM's tensor parallelism also splits what lies between matrices.")
+    fsdp: bool = flag(False, "torch's FSDP2 shards by ZeRO-3, in place of DeepSpeed; in the recipes not by default.")
+    fused_loss: bool = flag(
+        False,
+        "One kernel computes the loss and the gradient of the logits in 16 bits (Liger, FlashAttention, "
+        "Transformer Engine); not in the recipes.",
     )
-    loss_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens per chunk of logits, 0 means a whole micro-batch; by default the 1024 of "
-            "hfllm pretrain. DeepSpeed's ZeRO-3 and Megatron-LM do not use chunks."
-        },
-    )
-    mfu: float | None = field(
-        default=None, metadata={"help": "Measured share of the peak; by default each layout's estimate."}
-    )
-    efficiency: float | None = field(
-        default=None,
-        metadata={"help": "Share of the peak that matrix products reach, for the estimate; by default the device's."},
-    )
-    usable_memory: float | None = field(
-        default=None, metadata={"help": "Share of the memory to use; by default 0.97 of a GPU's, 0.9 of a CPU's."}
-    )
-    tensor_parallel: int | None = field(default=None, metadata={"help": "Fix this degree instead of searching it."})
-    pipeline_parallel: int | None = field(default=None, metadata={"help": "Likewise: stages."})
-    expert_parallel: int | None = field(default=None, metadata={"help": "Likewise: devices that share the experts."})
-    zero_stage: int | None = field(default=None, metadata={"help": "Likewise: 0, 1, 2 or 3."})
-    recompute: str | None = field(default=None, metadata={"help": "Likewise: none, selective or full."})
-    micro_batch_size: int | None = field(default=None, metadata={"help": "Likewise: rows a device takes at once."})
-    interleave: int | None = field(default=None, metadata={"help": "Likewise: chunks of layers on each stage."})
-    context_parallel: int | None = field(
-        default=None, metadata={"help": "Likewise: devices that share each row; searched from 32,768 tokens on."}
-    )
-    overlap_experts: bool = field(
-        default=False, metadata={"help": "The exchange with experts hides behind work, as in DualPipe."}
-    )
-    torch_compile: bool = field(
-        default=False,
-        metadata={"help": "The layers are compiled, which makes them faster; what they then keep is not planned."},
-    )
-    sequence_parallel: bool = field(
-        default=True,
-        metadata={"help": "Megatron-LM's tensor parallelism also splits what lies between matrices."},
-    )
-    fsdp: bool = field(
-        default=False,
-        metadata={"help": "torch's FSDP2 shards by ZeRO-3, in place of DeepSpeed; in the recipes not by default."},
-    )
-    fused_loss: bool = field(
-        default=False,
-        metadata={
-            "help": "One kernel computes the loss and the gradient of the logits in 16 bits (Liger, FlashAttention, "
-            "Transformer Engine); not in the recipes."
-        },
-    )
-    target_days: float = field(
-        default=90.0, metadata={"help": "If the plan takes longer, say how many devices would take so long."}
-    )
-    top: int = field(default=10, metadata={"help": "Layouts to list."})
-    plot: bool = field(default=False, metadata={"help": "Draw the chosen layout's memory; takes a second."})
-    output_dir: str = field(default="outputs/plan", metadata={"help": "Where the report and the launch files go."})
+    target_days: float = flag(90.0, "If the plan takes longer, say how many devices would take so long.")
+    top: int = flag(10, "Layouts to list.")
+    plot: bool = flag(False, "Draw the chosen layout's memory; takes a second.")
+    output_dir: str = flag("outputs/plan", "Where the report and the launch files go.")
 
 
 def check(script_args: PlanArguments) -> None:
@@ -739,7 +702,7 @@ def make_request(script_args: PlanArguments, shape: Shape) -> Request:
     held += ("micro_batch_size", "interleave")
     same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
     same += ("overlap_experts", "torch_compile", "sequence_parallel", "fsdp", "fused_loss")
-    options = {flag: getattr(script_args, flag) for flag in (*held, *same)}
+    options = {name: getattr(script_args, name) for name in (*held, *same)}
     length = script_args.max_length
     options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length
     return Request(shape, make_device(script_args), usable=script_args.usable_memory, **options)
@@ -760,10 +723,10 @@ def make_device(script_args: PlanArguments) -> Device:
         "far": ("network_gbps", 1e9 / 8),
     }
     changes = {}
-    for name, (flag, unit) in given.items():
-        value = getattr(script_args, flag)
+    for name, (each, unit) in given.items():
+        value = getattr(script_args, each)
         if value is not None and not 0 < value <= LARGEST:
-            raise InputError(f"--{flag} {value} must be above 0, and at most {LARGEST:,}")
+            raise InputError(f"--{each} {value} must be above 0, and at most {LARGEST:,}")
         if value is not None:
             changes[name] = value * unit
     # Each process has its own device, but the processes of a CPU share the machine.

@@ -11,6 +11,7 @@ from hfllm.data.loading import RowArguments, renaming_of
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation import classification
 from hfllm.evaluation.classification import bag_of_words, majority
+from hfllm.flags import flag
 from hfllm.generation import spans
 from hfllm.generation.spans import best_spans
 from hfllm.outputs.report import Bars, Found, plus_minus
@@ -39,39 +40,30 @@ HEADS = {
 class ClassifyArguments(RowArguments, BatchArguments):
     """Which labels are learned, and from what."""
 
-    task: str = field(
-        default=TEXT,
-        metadata={
-            "help": "text-classification: a label for a text; token-classification: a tag for each word; "
-            "question-answering: a span of a context.",
-            "choices": [*TASKS],
-        },
+    task: str = flag(
+        TEXT,
+        "text-classification: a label for a text; token-classification: a tag for each word; "
+        "question-answering: a span of a context.",
+        choices=[*TASKS],
     )
-    num_examples: int = field(default=3000, metadata={"help": "Rows of the embedded world to train on."})
-    num_eval_examples: int = field(default=600, metadata={"help": "Held-out rows of the embedded world."})
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the labels, in order, where the rows write them as numbers from 0."}
+    num_examples: int = flag(3000, "Rows of the embedded world to train on.")
+    num_eval_examples: int = flag(600, "Held-out rows of the embedded world.")
+    class_names: list[str] | None = flag(
+        None, "Names of the labels, in order, where the rows write them as numbers from 0."
     )
-    max_length: int = field(
-        default=384,
-        metadata={"help": "Tokens of a row; of a longer text the end is cut, of a context windows are made."},
+    max_length: int = flag(384, "Tokens of a row; of a longer text the end is cut, of a context windows are made.")
+    doc_stride: int = flag(128, "Tokens that two neighboring windows of a long context share.")
+    max_answer_length: int = flag(30, "The longest answer that is looked for, in tokens.")
+    label_token: str = flag(
+        "first",
+        "The token of a word that has its tag: the first, as is usual, or the last, at which a causal "
+        "model has read the whole word.",
+        choices=["first", "last"],
     )
-    doc_stride: int = field(
-        default=128, metadata={"help": "Tokens that two neighboring windows of a long context share."}
-    )
-    max_answer_length: int = field(default=30, metadata={"help": "The longest answer that is looked for, in tokens."})
-    label_token: str = field(
-        default="first",
-        metadata={
-            "help": "The token of a word that has its tag: the first, as is usual, or the last, at which a causal "
-            "model has read the whole word.",
-            "choices": ["first", "last"],
-        },
-    )
-    eval_share: float = field(default=0.2, metadata={"help": "Share of your rows to hold out, if you name no others."})
-    max_eval_samples: int = field(default=2000, metadata={"help": "Held-out rows at most."})
-    pretrain_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
+    eval_share: float = flag(0.2, "Share of your rows to hold out, if you name no others.")
+    max_eval_samples: int = flag(2000, "Held-out rows at most.")
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the pretraining that makes the base model, if none is named."
     )
 
     # Its columns are no format's of conversations; `check` looks at them.

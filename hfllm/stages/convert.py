@@ -1,11 +1,12 @@
 """Conversion between hfllm and the native classes, and merging adapters: flags and the work itself."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 
@@ -19,22 +20,18 @@ if TYPE_CHECKING:
 class ConvertArguments(RemoteCodeArguments):
     """What to convert, and into what."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A local folder or a Hub id; without it the world's base model is made first."}
+    model_name_or_path: str | None = flag(
+        None, "A local folder or a Hub id; without it the world's base model is made first."
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub id."})
-    gguf_file: str | None = field(default=None, metadata={"help": "A GGUF file of the source, to dequantize."})
-    output_dir: str = field(default="outputs/convert", metadata={"help": "Where the converted model goes."})
-    native_type: str | None = field(
-        default=None, metadata={"help": "Native family to write, such as llama; by default the first that fits."}
-    )
-    max_shard_size: str = field(default="50GB", metadata={"help": "Largest weight file to write."})
-    verify: bool = field(default=True, metadata={"help": "Compare both models' logits on random tokens."})
-    pretrain_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the pretraining that makes the model, if none is named."}
-    )
-    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
-    seed: int = field(default=42, metadata={"help": "Seed of the pretraining and of the random tokens."})
+    model_revision: str = flag("main", "Branch, tag or commit of a Hub id.")
+    gguf_file: str | None = flag(None, "A GGUF file of the source, to dequantize.")
+    output_dir: str = flag("outputs/convert", "Where the converted model goes.")
+    native_type: str | None = flag(None, "Native family to write, such as llama; by default the first that fits.")
+    max_shard_size: str = flag("50GB", "Largest weight file to write.")
+    verify: bool = flag(True, "Compare both models' logits on random tokens.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining that makes the model, if none is named.")
+    world_seed: int = flag(0, "Seed of the embedded world's facts.")
+    seed: int = flag(42, "Seed of the pretraining and of the random tokens.")
 
 
 def check(script_args: ConvertArguments, target: Path) -> None:
@@ -138,11 +135,11 @@ def logit_difference(one: "PreTrainedModel", other: "PreTrainedModel", seed: int
 class MergeArguments(RemoteCodeArguments):
     """The adapter, and where the whole model goes."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The adapter: a local folder or a Hub id."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub id."})
-    output_dir: str = field(default="outputs/merge", metadata={"help": "Where the whole model goes."})
-    max_shard_size: str = field(default="50GB", metadata={"help": "Largest weight file to write."})
-    seed: int = field(default=42, metadata={"help": "Seed of the random tokens on which both are compared."})
+    model_name_or_path: str | None = flag(None, "The adapter: a local folder or a Hub id.")
+    model_revision: str = flag("main", "Branch, tag or commit of a Hub id.")
+    output_dir: str = flag("outputs/merge", "Where the whole model goes.")
+    max_shard_size: str = flag("50GB", "Largest weight file to write.")
+    seed: int = flag(42, "Seed of the random tokens on which both are compared.")
 
 
 def adapter_to_merge(script_args: MergeArguments) -> "SavedAdapter":

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hfllm import durable
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
+from hfllm.flags import flag
 from hfllm.outputs.report import Bars, write_atomically
 from hfllm.runs.recipes import settings_file
 
@@ -44,7 +45,7 @@ NOTES = {
 class CurateArguments(CurationOptions):
     """Where the shards go."""
 
-    output_dir: str = field(default="outputs/curate", metadata={"help": "Where shards and report go."})
+    output_dir: str = flag("outputs/curate", "Where shards and report go.")
 
 
 def settings(given: Mapping[str, Any]) -> list[Path]:

@@ -1,13 +1,14 @@
 """Distillation: its flags, what it refuses, the stages before it, and its trainers."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs.arguments import changed
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
@@ -36,52 +37,43 @@ Refusal = tuple[object, str, str]
 class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments):
     """The student, what it learns from, and the settings of the stages before."""
 
-    student_layers_every: int | None = field(
-        default=None, metadata={"help": "Build the student from every n-th layer of the teacher; by default 3."}
+    student_layers_every: int | None = flag(
+        None, "Build the student from every n-th layer of the teacher; by default 3."
     )
-    student_hidden_size: int | None = field(default=None, metadata={"help": "Width of a new student."})
-    student_num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new student."})
-    student_num_attention_heads: int | None = field(default=None, metadata={"help": "Query heads of a new student."})
-    student_initializer_range: float | None = field(
-        default=None, metadata={"help": "Standard deviation of a new student's weights; the teacher's by default."}
+    student_hidden_size: int | None = flag(None, "Width of a new student.")
+    student_num_hidden_layers: int | None = flag(None, "Layers of a new student.")
+    student_num_attention_heads: int | None = flag(None, "Query heads of a new student.")
+    student_initializer_range: float | None = flag(
+        None, "Standard deviation of a new student's weights; the teacher's by default."
     )
-    answers: str | None = field(
-        default=None,
-        metadata={
-            "help": "Whose answers the student learns from: the data's, or the teacher's, sampled at temperature 1 or "
-            "greedy. By default the data's, and greedy ones with --sequence_level; the world's settings: sampled.",
-            "choices": ["data", "sampled", "greedy"],
-        },
+    answers: str | None = flag(
+        None,
+        "Whose answers the student learns from: the data's, or the teacher's, sampled at temperature 1 or "
+        "greedy. By default the data's, and greedy ones with --sequence_level; the world's settings: sampled.",
+        choices=["data", "sampled", "greedy"],
     )
-    mixed_prompts: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the prompts whose end, from some word on, is taken from another. The teacher answers "
-            "questions of no dataset, and the student learns more from it (Beyer et al. 2022, arXiv:2106.05237)."
-        },
+    mixed_prompts: float = flag(
+        0.0,
+        "Share of the prompts whose end, from some word on, is taken from another. The teacher answers "
+        "questions of no dataset, and the student learns more from it (Beyer et al. 2022, arXiv:2106.05237).",
     )
-    sequence_level: bool = field(
-        default=False,
-        metadata={
-            "help": "Train on the teacher's answers as data, instead of on its distributions "
-            "(Kim & Rush 2016, arXiv:1606.07947, section 3.2)."
-        },
+    sequence_level: bool = flag(
+        False,
+        "Train on the teacher's answers as data, instead of on its distributions "
+        "(Kim & Rush 2016, arXiv:1606.07947, section 3.2).",
     )
-    train_baseline: bool = field(
-        default=True, metadata={"help": "Also train the same student without the teacher, for as many steps."}
+    train_baseline: bool = flag(True, "Also train the same student without the teacher, for as many steps.")
+    num_examples: int = flag(9600, "Demonstrations of the embedded world to train on.")
+    num_documents: int = flag(0, "Documents of the embedded world to train on as well.")
+    num_eval_prompts: int = flag(600, "Held-out prompts of the world to answer.")
+    num_samples: int = flag(4, "Answers sampled to each at temperature 1.")
+    response_length: int | None = flag(
+        None, "Longest answer, in tokens: by default 40 on the embedded world, else 256."
     )
-    num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
-    num_documents: int = field(default=0, metadata={"help": "Documents of the embedded world to train on as well."})
-    num_eval_prompts: int = field(default=600, metadata={"help": "Held-out prompts of the world to answer."})
-    num_samples: int = field(default=4, metadata={"help": "Answers sampled to each at temperature 1."})
-    response_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest answer, in tokens: by default 40 on the embedded world, else 256."},
-    )
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's pretraining."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's fine-tuning."})
-    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's reward model."})
-    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's rlhf."})
+    pretrain_config: str | None = flag(None, "YAML flags of the teacher's pretraining.")
+    sft_config: str | None = flag(None, "YAML flags of the teacher's fine-tuning.")
+    reward_config: str | None = flag(None, "YAML flags of the teacher's reward model.")
+    rlhf_config: str | None = flag(None, "YAML flags of the teacher's rlhf.")
 
 
 def world_settings(given: Mapping[str, object]) -> list[Path]:
@@ -157,12 +149,12 @@ def check(script_args: DistillArguments, training_args: "DistillationConfig", mo
     """
     if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
         raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
-    for is_refused, flag, reason in (
+    for is_refused, name, reason in (
         *_refused_of_the_student(script_args, model_args),
         *_refused_of_the_teacher(script_args, training_args),
         *_refused_of_the_answers(script_args, training_args),
     ):
-        refuse(bool(is_refused), f"--{flag}", reason)
+        refuse(bool(is_refused), f"--{name}", reason)
 
 
 def _refused_of_the_student(script_args: DistillArguments, model_args: "ModelConfig") -> Iterator[Refusal]:

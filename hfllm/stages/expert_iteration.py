@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from hfllm.data.sources import WORLD
 from hfllm.data.thoughts import thinking_message
 from hfllm.errors import InputError, refuse
 from hfllm.fingerprint import file_fingerprint, fingerprint
+from hfllm.flags import flag
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, Promise, change_of, is_noise, plus_minus, write_atomically
 from hfllm.runs import schedule
@@ -49,43 +50,34 @@ AT_LEAST_ONE = (
 class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
     """Prompts, the reward, and how much is sampled and kept."""
 
-    output_dir: str = field(
-        default="outputs/expert_iteration", metadata={"help": "Where the models, the data and the report go."}
+    output_dir: str = flag("outputs/expert_iteration", "Where the models, the data and the report go.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
+    reward_funcs: list[str] | None = flag(
+        None,
+        "Reward functions: path/to/file.py:function, exact_match (the final answer is that of the column "
+        "answer), or gold (the embedded world's); several are added.",
     )
-    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions: path/to/file.py:function, exact_match (the final answer is that of the column "
-            "answer), or gold (the embedded world's); several are added."
-        },
+    reward_timeout: float = flag(REWARD_TIMEOUT, "Seconds after which a reward function is given up; 0: none.")
+    min_reward: float = flag(1.0, "Responses with at least this reward are kept.")
+    num_rounds: int = flag(2, "Rounds of sampling and fine-tuning.")
+    num_samples: int = flag(4, "Responses sampled for each prompt in a round.")
+    max_kept_per_prompt: int = flag(2, "Different responses kept of a prompt, at most.")
+    start_from: str = flag(
+        BASE,
+        "What a round tunes: base, the model of the beginning (STaR), or last, that of the round before.",
+        choices=list(START_FROM),
     )
-    reward_timeout: float = field(
-        default=REWARD_TIMEOUT, metadata={"help": "Seconds after which a reward function is given up; 0: none."}
+    shuffle_rewards: bool = flag(
+        False, "Control that must not gain: keep as many responses, drawn by chance, as were right."
     )
-    min_reward: float = field(default=1.0, metadata={"help": "Responses with at least this reward are kept."})
-    num_rounds: int = field(default=2, metadata={"help": "Rounds of sampling and fine-tuning."})
-    num_samples: int = field(default=4, metadata={"help": "Responses sampled for each prompt in a round."})
-    max_kept_per_prompt: int = field(default=2, metadata={"help": "Different responses kept of a prompt, at most."})
-    start_from: str = field(
-        default=BASE,
-        metadata={
-            "help": "What a round tunes: base, the model of the beginning (STaR), or last, that of the round before.",
-            "choices": list(START_FROM),
-        },
-    )
-    shuffle_rewards: bool = field(
-        default=False,
-        metadata={"help": "Control that must not gain: keep as many responses, drawn by chance, as were right."},
-    )
-    response_length: int = field(default=256, metadata={"help": "Longest response in tokens; longer ones are cut."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling; above 0."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts that are answered at once."})
-    num_prompts: int = field(default=1500, metadata={"help": "Prompts of the embedded world to sample from."})
-    num_eval_prompts: int = field(default=100, metadata={"help": "Held-out prompts, at most this many."})
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining stage."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the world model's fine-tuning."})
-    round_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning in each round."})
+    response_length: int = flag(256, "Longest response in tokens; longer ones are cut.")
+    temperature: float = flag(1.0, "Of the sampling; above 0.")
+    batch_size: int = flag(64, "Prompts that are answered at once.")
+    num_prompts: int = flag(1500, "Prompts of the embedded world to sample from.")
+    num_eval_prompts: int = flag(100, "Held-out prompts, at most this many.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.")
+    sft_config: str | None = flag(None, "YAML flags of the world model's fine-tuning.")
+    round_config: str | None = flag(None, "YAML flags of the fine-tuning in each round.")
 
     # Other columns go to the reward functions.
     takes_any_column: ClassVar[bool] = True
@@ -104,16 +96,16 @@ def check(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> N
     Raises:
         InputError: naming the flag.
     """
-    for flag in AT_LEAST_ONE:
-        if (value := getattr(script_args, flag)) < 1:
-            raise InputError(f"--{flag} {value}: expected at least 1")
+    for name in AT_LEAST_ONE:
+        if (value := getattr(script_args, name)) < 1:
+            raise InputError(f"--{name} {value}: expected at least 1")
     named = bool(model_args.model_name_or_path)
     if named == script_args.is_world:
         raise InputError("--model_name_or_path and --dataset_name: give both, or neither for the embedded world")
     if named and not script_args.reward_funcs:
         raise InputError("--reward_funcs is needed: exact_match, or path/to/file.py:function")
-    for flag in ("pretrain_config", "sft_config"):
-        refuse(named and bool(getattr(script_args, flag)), f"--{flag}", "the model is named")
+    for name in ("pretrain_config", "sft_config"):
+        refuse(named and bool(getattr(script_args, name)), f"--{name}", "the model is named")
     refuse(not named and model_args.use_peft, "--use_peft", "the world's model is trained whole")
 
 
@@ -267,9 +259,9 @@ def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig
 
     written = Path(script_args.output_dir).resolve()
     places = {"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name}
-    for flag, name in places.items():
+    for each, name in places.items():
         if name and Path(name).exists() and Path(name).resolve().is_relative_to(written):
-            raise InputError(f"--{flag} {name} lies in {written}, where the rounds write: choose another --output_dir")
+            raise InputError(f"--{each} {name} lies in {written}, where the rounds write: choose another --output_dir")
     if model_args.model_name_or_path:
         check_trainable(model_args)
         if model_args.use_peft:

@@ -13,6 +13,7 @@ from hfllm.data.world.tasks import filler_documents, long_documents
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
+from hfllm.flags import flag
 from hfllm.outputs.report import Found, Plot, change_of, mean_of
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
@@ -44,17 +45,16 @@ class ExtendArguments(DataArguments):
             "choices": ["linear", "ntk", "dynamic", "yarn", "llama3"],
         },
     )
-    factor: float = field(default=4.0, metadata={"help": "How many times longer the context becomes, above 1."})
-    original_max_position_embeddings: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of the longest text that the model was trained on; by default its context."},
+    factor: float = flag(4.0, "How many times longer the context becomes, above 1.")
+    original_max_position_embeddings: int | None = flag(
+        None, "Tokens of the longest text that the model was trained on; by default its context."
     )
-    num_documents: int = field(default=12000, metadata={"help": "Texts of the world for the base model made here."})
-    num_train_texts: int = field(default=512, metadata={"help": "Rows of the new length to train on, at most."})
-    num_eval_texts: int = field(default=16, metadata={"help": "Held-out rows of the new length, at most."})
-    num_needles: int = field(default=8, metadata={"help": "Needles for each length and depth."})
-    pretrain_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
+    num_documents: int = flag(12000, "Texts of the world for the base model made here.")
+    num_train_texts: int = flag(512, "Rows of the new length to train on, at most.")
+    num_eval_texts: int = flag(16, "Held-out rows of the new length, at most.")
+    num_needles: int = flag(8, "Needles for each length and depth.")
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the pretraining that makes the base model, if none is named."
     )
 
     # `--max_steps 0` extends without training.
@@ -74,12 +74,12 @@ def check(script_args: ExtendArguments, training_args: "TrainingArguments", mode
     """
     from hfllm.trainers.engines import shards_parameters
 
-    for flag, least in AT_LEAST.items():
-        if getattr(script_args, flag) < least:
-            raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least {least}")
+    for name, least in AT_LEAST.items():
+        if getattr(script_args, name) < least:
+            raise InputError(f"--{name} {getattr(script_args, name)}: expected at least {least}")
     refuse(model_args.use_peft, "--use_peft", "all weights are trained; --max_steps 0 trains none")
-    for flag in ("load_in_8bit", "load_in_4bit"):
-        refuse(getattr(model_args, flag), f"--{flag}", "the extended model is saved in full precision")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        refuse(getattr(model_args, name), f"--{name}", "the extended model is saved in full precision")
     is_split = shards_parameters(training_args)
     refuse(is_split, "DeepSpeed or FSDP", "the model is judged whole in each process")
     is_named = bool(model_args.model_name_or_path)

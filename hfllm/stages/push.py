@@ -1,9 +1,10 @@
 """Publishing a finished model: its flags, and what it refuses."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hfllm.errors import InputError
+from hfllm.flags import flag
 from hfllm.outputs.files import CONFIG
 
 
@@ -11,25 +12,17 @@ from hfllm.outputs.files import CONFIG
 class PushArguments:
     """What to publish, and where."""
 
-    model_name_or_path: str = field(
-        default="outputs/rlhf", metadata={"help": "The output folder of a finished run, or any saved model."}
+    model_name_or_path: str = flag("outputs/rlhf", "The output folder of a finished run, or any saved model.")
+    hub_model_id: str | None = flag(
+        None, "The repository: owner/name, or a name in your own account. Created if missing."
     )
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={"help": "The repository: owner/name, or a name in your own account. Created if missing."},
+    private: bool = flag(False, "Make a new repository private; an existing one must be.")
+    revision: str | None = flag(None, "The branch, created if missing (default: main).")
+    commit_message: str = flag("Upload model", "The commit's first line.")
+    hub_token: str | None = flag(
+        None, "Access token. Better: HF_TOKEN or `hf auth login`, since other users can see command lines."
     )
-    private: bool = field(default=False, metadata={"help": "Make a new repository private; an existing one must be."})
-    revision: str | None = field(default=None, metadata={"help": "The branch, created if missing (default: main)."})
-    commit_message: str = field(default="Upload model", metadata={"help": "The commit's first line."})
-    hub_token: str | None = field(
-        default=None,
-        metadata={
-            "help": "Access token. Better: HF_TOKEN or `hf auth login`, since other users can see command lines."
-        },
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Write the card and list the files, without network access."}
-    )
+    dry_run: bool = flag(False, "Write the card and list the files, without network access.")
 
 
 def check(script_args: PushArguments) -> None:

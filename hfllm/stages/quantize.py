@@ -1,7 +1,7 @@
 """Quantization: its flags, what it refuses, the stages before it, and the comparison, of pictures too."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from hfllm.data.images.rows import (
@@ -15,6 +15,7 @@ from hfllm.data.images.rows import (
 from hfllm.data.loading import DataArguments, RowArguments
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.outputs.report import Bars
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
@@ -54,54 +55,41 @@ SHOWN_PARTS = 30
 class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
     """The schemes, the texts or pictures that they are evaluated on, and how."""
 
-    output_dir: str = field(default="outputs/quantize", metadata={"help": "Where the model and the report go."})
-    seed: int = field(default=42, metadata={"help": "Seed of the texts of the world, and of its models."})
-    schemes: list[str] | None = field(
-        default=None, metadata={"help": "Schemes to compare; by default all that run on this machine."}
+    output_dir: str = flag("outputs/quantize", "Where the model and the report go.")
+    seed: int = flag(42, "Seed of the texts of the world, and of its models.")
+    schemes: list[str] | None = flag(None, "Schemes to compare; by default all that run on this machine.")
+    save_scheme: str = flag("int8", "Scheme to save, which the metrics describe.")
+    skip_modules: list[str] | None = flag(
+        None, "Linear layers not to quantize: ends or beginnings of their names, such as v_proj."
     )
-    save_scheme: str = field(default="int8", metadata={"help": "Scheme to save, which the metrics describe."})
-    skip_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Linear layers not to quantize: ends or beginnings of their names, such as v_proj."},
+    llm_int8_threshold: float = flag(
+        6.0,
+        "Magnitude from which int8 multiplies a feature of the input in floating point; 0 means never. "
+        "A lower value takes more time and loses less accuracy.",
     )
-    llm_int8_threshold: float = field(
-        default=6.0,
-        metadata={
-            "help": "Magnitude from which int8 multiplies a feature of the input in floating point; 0 means never. "
-            "A lower value takes more time and loses less accuracy."
-        },
+    num_eval_texts: int = flag(
+        256, "Texts for the perplexity, at most this many; of a model that sees, answers for the loss."
     )
-    num_eval_texts: int = field(
-        default=256,
-        metadata={"help": "Texts for the perplexity, at most this many; of a model that sees, answers for the loss."},
+    max_length: int = flag(512, "Tokens per window for the perplexity.")
+    num_eval_prompts: int = flag(
+        600, "Questions of the world for the gold reward; of a model that sees, those about pictures."
     )
-    max_length: int = field(default=512, metadata={"help": "Tokens per window for the perplexity."})
-    num_eval_prompts: int = field(
-        default=600,
-        metadata={"help": "Questions of the world for the gold reward; of a model that sees, those about pictures."},
+    response_length: int = flag(40, "Longest answer to them, in tokens.")
+    sensitivity: list[str] = flag(
+        ("layer", "kind"),
+        "Parts to quantize one at a time: each linear, layer or kind of layer; or none.",
     )
-    response_length: int = field(default=40, metadata={"help": "Longest answer to them, in tokens."})
-    sensitivity: list[str] = field(
-        default_factory=lambda: ["layer", "kind"],
-        metadata={"help": "Parts to quantize one at a time: each linear, layer or kind of layer; or none."},
-    )
-    num_sensitivity_texts: int = field(
-        default=32, metadata={"help": "Texts to measure the loss with each such part quantized."}
-    )
-    prompt_tokens: int = field(default=128, metadata={"help": "Tokens of each of the four timed prompts."})
-    new_tokens: int = field(default=32, metadata={"help": "Tokens to generate when timed."})
-    rounds: int = field(
-        default=5, metadata={"help": "Repetitions of the timing; the median is reported, 0 means no timing."}
-    )
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining stage."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning stage."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Publish the saved model at the end."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Where: owner/name or name; by default the output folder's name."}
-    )
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to publish on; created if missing."})
-    hub_token: str | None = field(default=None, metadata={"help": "Access token; better HF_TOKEN or hf auth login."})
+    num_sensitivity_texts: int = flag(32, "Texts to measure the loss with each such part quantized.")
+    prompt_tokens: int = flag(128, "Tokens of each of the four timed prompts.")
+    new_tokens: int = flag(32, "Tokens to generate when timed.")
+    rounds: int = flag(5, "Repetitions of the timing; the median is reported, 0 means no timing.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.")
+    sft_config: str | None = flag(None, "YAML flags of the fine-tuning stage.")
+    push_to_hub: bool = flag(False, "Publish the saved model at the end.")
+    hub_model_id: str | None = flag(None, "Where: owner/name or name; by default the output folder's name.")
+    hub_private_repo: bool | None = flag(None, "Whether a new repository is private.")
+    hub_revision: str | None = flag(None, "Branch to publish on; created if missing.")
+    hub_token: str | None = flag(None, "Access token; better HF_TOKEN or hf auth login.")
 
 
 # ---- what is refused ----
@@ -116,20 +104,20 @@ def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
     from hfllm.compression.int8 import OUTLIER_THRESHOLD
     from hfllm.compression.sensitivity import PARTS
 
-    for flag, least in AT_LEAST.items():
-        value = getattr(script_args, flag)
+    for each, least in AT_LEAST.items():
+        value = getattr(script_args, each)
         if value < least:
-            raise InputError(f"--{flag} {value}: expected at least {least}")
+            raise InputError(f"--{each} {value}: expected at least {least}")
     for word in script_args.sensitivity:
         if word not in PARTS and script_args.sensitivity != ["none"]:
             raise InputError(f"--sensitivity {word!r}: expected some of {', '.join(PARTS)}, or none")
     refuse(model_args.use_peft, "--use_peft", "nothing is trained; adapters go onto the saved model")
-    for flag in LOADING:
-        is_given = getattr(model_args, flag) != getattr(type(model_args), flag)
-        refuse(is_given, f"--{flag}", "--schemes says how to quantize")
+    for each in LOADING:
+        is_given = getattr(model_args, each) != getattr(type(model_args), each)
+        refuse(is_given, f"--{each}", "--schemes says how to quantize")
     is_named = bool(model_args.model_name_or_path)
-    for flag in ("pretrain_config", "sft_config"):
-        refuse(is_named and bool(getattr(script_args, flag)), f"--{flag}", "the model is named")
+    for each in ("pretrain_config", "sft_config"):
+        refuse(is_named and bool(getattr(script_args, each)), f"--{each}", "the model is named")
     schemes = schemes_to_compare(script_args)
     is_idle = "int8" not in schemes and script_args.llm_int8_threshold != OUTLIER_THRESHOLD
     refuse(is_idle, "--llm_int8_threshold", "no scheme is int8")
@@ -150,8 +138,8 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
     from hfllm.models.loading.saved import empty_model, is_for_pictures, max_length_of, refuse_quantized
 
     sees = is_for_pictures(config)
-    for flag in given_flags(script_args, OF_PICTURES):
-        refuse(not sees, f"--{flag}", "the model reads text alone")
+    for each in given_flags(script_args, OF_PICTURES):
+        refuse(not sees, f"--{each}", "the model reads text alone")
     if not sees and script_args.dataset_name in (PICTURES, DIGITS):
         raise InputError(f"--dataset_name {script_args.dataset_name}: the model reads text alone")
     if model_args.model_name_or_path:

@@ -1,7 +1,7 @@
 """Reward modeling: its flags, what it refuses, the stages before it, and its comparisons, of pictures too."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.augmentation import AugmentationArguments
@@ -15,6 +15,7 @@ from hfllm.data.images.rows import (
 )
 from hfllm.data.loading import RowArguments
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -33,28 +34,17 @@ Rows = list[Mapping[str, Any]]
 class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, FreezingArguments, PictureArguments):
     """Comparison data."""
 
-    num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
-    on_policy_fraction: float = field(
-        default=2 / 3, metadata={"help": "Share of the world's comparisons between the model's own samples."}
+    num_pairs: int = flag(6000, "Prompts of the embedded world to compare responses to.")
+    on_policy_fraction: float = flag(2 / 3, "Share of the world's comparisons between the model's own samples.")
+    num_samples: int = flag(3, "Samples of the model for each prompt of that share.")
+    label_noise: float = flag(0.1, "Share of wrong labels in the world's comparisons; 0.5 makes them worthless.")
+    comparison_seed: int | None = flag(
+        None, "Seed of the world's comparisons, if not --seed, to train several models on the same ones."
     )
-    num_samples: int = field(default=3, metadata={"help": "Samples of the model for each prompt of that share."})
-    label_noise: float = field(
-        default=0.1, metadata={"help": "Share of wrong labels in the world's comparisons; 0.5 makes them worthless."}
-    )
-    comparison_seed: int | None = field(
-        default=None,
-        metadata={"help": "Seed of the world's comparisons, if not --seed, to train several models on the same ones."},
-    )
-    response_length: int = field(default=40, metadata={"help": "Longest response sampled for comparison, in tokens."})
-    num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to compare on."})
-    pretrain_config: str | None = field(
-        default=None,
-        metadata={"help": "YAML flags of the pretraining, over those for the world."},
-    )
-    sft_config: str | None = field(
-        default=None,
-        metadata={"help": "YAML flags of the fine-tuning, over those for the world."},
-    )
+    response_length: int = flag(40, "Longest response sampled for comparison, in tokens.")
+    num_eval_prompts: int = flag(360, "Held-out prompts of the world to compare on.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining, over those for the world.")
+    sft_config: str | None = flag(None, "YAML flags of the fine-tuning, over those for the world.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,8 +62,8 @@ def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
     from hfllm.data.sources import WORLD
 
     is_named, is_world = bool(model_args.model_name_or_path), script_args.dataset_name == WORLD
-    for flag in ("pretrain_config", "sft_config"):
-        refuse(is_named and bool(getattr(script_args, flag)), f"--{flag}", "the model is named")
+    for name in ("pretrain_config", "sft_config"):
+        refuse(is_named and bool(getattr(script_args, name)), f"--{name}", "the model is named")
     has_seed = script_args.comparison_seed is not None
     refuse(has_seed and not is_world, "--comparison_seed", "it applies only to the embedded world")
 
@@ -295,8 +285,8 @@ def check_pictures(
     from hfllm.stages.shared import check_sampling, check_split_weights
 
     shows = rows is not None and shows_pictures(*rows)
-    for flag in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
-        refuse(not shows, f"--{flag}", "no row has a picture")
+    for name in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
+        refuse(not shows, f"--{name}", "no row has a picture")
     sees = processor is not None
     # It would be read with another one by whoever takes it with its processor.
     refuse(
@@ -313,9 +303,9 @@ def check_pictures(
     is_given = "max_length" in (given_names(script_args, training_args) or ())
     refuse(is_given and training_args.max_length is not None, "--max_length", "rows with pictures are not cut")
     refuse(bool(script_args.augment), "--augment", "the rows have pictures")
-    for flag in ("eos_token", "pad_to_multiple_of"):
-        is_given = bool(getattr(training_args, flag, None))
-        refuse(is_given, f"--{flag}", "rows with pictures are read by the model's processor, as they are")
+    for name in ("eos_token", "pad_to_multiple_of"):
+        is_given = bool(getattr(training_args, name, None))
+        refuse(is_given, f"--{name}", "rows with pictures are read by the model's processor, as they are")
     return True
 
 

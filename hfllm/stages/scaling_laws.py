@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from hfllm.data.loading import DataArguments
 from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.fingerprint import file_fingerprint
+from hfllm.flags import flag
 from hfllm.outputs.report import CHANGED, CONTENTS, read_report
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import finished_run, main_process, parse_recipe
@@ -49,68 +50,48 @@ LARGEST_SEED = 2**32 - 1  # numpy's, which transformers seeds
 class ScalingArguments(DataArguments, RemoteCodeArguments):
     """Runs to fit, or a grid of runs to train."""
 
-    dataset_name: str = field(
-        default=PYDOC,
-        metadata={
-            "help": "Texts of the grid: 'pydoc', the documentation of this Python, 'world' (embedded), a local file "
-            "or folder, or a dataset id on the Hub."
-        },
+    dataset_name: str = flag(
+        PYDOC,
+        "Texts of the grid: 'pydoc', the documentation of this Python, 'world' (embedded), a local file "
+        "or folder, or a dataset id on the Hub.",
     )
-    runs: str | None = field(
-        default=None, metadata={"help": "CSV file of finished runs; without it a grid is trained."}
+    runs: str | None = flag(None, "CSV file of finished runs; without it a grid is trained.")
+    parameters_column: str | None = flag(None, "Its column of N, if not a common name.")
+    tokens_column: str | None = flag(None, "Its column of D, if not a common name.")
+    loss_column: str | None = flag(None, "Its column of losses, if not a common name.")
+    held_out_share: float = flag(0.1, "Share of the file's runs, those with the most compute, to predict.")
+    outliers: str = flag(
+        "keep",
+        "What to do with the file's runs that are far from the law of the others: 'keep' and name them, "
+        "or 'drop' them.",
+        choices=["keep", "drop"],
     )
-    parameters_column: str | None = field(default=None, metadata={"help": "Its column of N, if not a common name."})
-    tokens_column: str | None = field(default=None, metadata={"help": "Its column of D, if not a common name."})
-    loss_column: str | None = field(default=None, metadata={"help": "Its column of losses, if not a common name."})
-    held_out_share: float = field(
-        default=0.1, metadata={"help": "Share of the file's runs, those with the most compute, to predict."}
+    resamples: int = flag(1000, "Bootstrap resamples behind the 95%% intervals.")
+    huber_delta: float = flag(1e-3, "Error in log loss above which the Huber loss is linear.")
+    isoflop_tolerance: float = flag(
+        0.05, "How far the compute of runs may lie above or below their IsoFLOP budget, as a share."
     )
-    outliers: str = field(
-        default="keep",
-        metadata={
-            "help": "What to do with the file's runs that are far from the law of the others: 'keep' and name them, "
-            "or 'drop' them.",
-            "choices": ["keep", "drop"],
-        },
+    budgets: list[float] | None = flag(
+        None, "FLOPs to divide between N and D in the report; by default ten times the largest run's."
     )
-    resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples behind the 95%% intervals."})
-    huber_delta: float = field(
-        default=1e-3, metadata={"help": "Error in log loss above which the Huber loss is linear."}
+    grid: list[str] = flag(
+        GRID,
+        "Models and their training tokens: WIDTHxLAYERS:TOKENS,... once per model.",
     )
-    isoflop_tolerance: float = field(
-        default=0.05,
-        metadata={"help": "How far the compute of runs may lie above or below their IsoFLOP budget, as a share."},
+    held_out_run: str = flag(
+        "64x3:2400000", "The run to predict, WIDTHxLAYERS:TOKENS, with more compute than any of the grid."
     )
-    budgets: list[float] | None = field(
-        default=None,
-        metadata={"help": "FLOPs to divide between N and D in the report; by default ten times the largest run's."},
+    count_parameters: str = flag(
+        "total",
+        "N of the grid: 'total', Chinchilla's, or 'non_embedding', Kaplan's. runs.csv has both.",
+        choices=list(COUNTS),
     )
-    grid: list[str] = field(
-        default_factory=lambda: [*GRID],
-        metadata={"help": "Models and their training tokens: WIDTHxLAYERS:TOKENS,... once per model."},
-    )
-    held_out_run: str = field(
-        default="64x3:2400000",
-        metadata={"help": "The run to predict, WIDTHxLAYERS:TOKENS, with more compute than any of the grid."},
-    )
-    count_parameters: str = field(
-        default="total",
-        metadata={
-            "help": "N of the grid: 'total', Chinchilla's, or 'non_embedding', Kaplan's. runs.csv has both.",
-            "choices": list(COUNTS),
-        },
-    )
-    pretrain_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of `hfllm pretrain` for all runs of the grid."}
-    )
-    probe: bool = field(
-        default=False,
-        metadata={"help": "Ask each size the world's questions, and plot exact match beside log-likelihood."},
-    )
-    probe_questions: int = field(default=50, metadata={"help": "Questions of each task family."})
-    probe_shots: int = field(default=1, metadata={"help": "Solved examples before a few-shot question."})
-    seed: int = field(default=42, metadata={"help": "Seed of the grid's data and weights, and of the bootstrap."})
-    output_dir: str = field(default="outputs/scaling_laws", metadata={"help": "Where runs, models and report go."})
+    pretrain_config: str | None = flag(None, "YAML flags of `hfllm pretrain` for all runs of the grid.")
+    probe: bool = flag(False, "Ask each size the world's questions, and plot exact match beside log-likelihood.")
+    probe_questions: int = flag(50, "Questions of each task family.")
+    probe_shots: int = flag(1, "Solved examples before a few-shot question.")
+    seed: int = flag(42, "Seed of the grid's data and weights, and of the bootstrap.")
+    output_dir: str = flag("outputs/scaling_laws", "Where runs, models and report go.")
 
 
 # ---- what is refused ----
@@ -122,9 +103,9 @@ def check(script_args: ScalingArguments) -> None:
     Raises:
         InputError: naming the flag.
     """
-    for is_refused, flag, reason in refusals(script_args):
-        refuse(is_refused, f"--{flag}", reason)
-    for flag, is_right, expected in (
+    for is_refused, name, reason in refusals(script_args):
+        refuse(is_refused, f"--{name}", reason)
+    for name, is_right, expected in (
         ("resamples", script_args.resamples >= 10, "be at least 10"),
         ("probe_questions", script_args.probe_questions >= 1, "be at least 1"),
         ("probe_shots", script_args.probe_shots >= 1, "be at least 1"),
@@ -134,7 +115,7 @@ def check(script_args: ScalingArguments) -> None:
         ("seed", 0 <= script_args.seed <= LARGEST_SEED, f"lie between 0 and {LARGEST_SEED}"),
     ):
         if not is_right:
-            raise InputError(f"--{flag} must {expected}, got {getattr(script_args, flag)}")
+            raise InputError(f"--{name} must {expected}, got {getattr(script_args, name)}")
     for budget in script_args.budgets or []:
         if not 0 < budget < float("inf"):
             raise InputError(f"--budgets {budget}: FLOPs must be above 0 and finite")
@@ -145,9 +126,9 @@ def refusals(script_args: ScalingArguments) -> Iterator[tuple[bool, str, str]]:
     plain = ScalingArguments()
     given = {item.name for item in fields(plain) if getattr(script_args, item.name) != getattr(plain, item.name)}
     is_table, is_world = bool(script_args.runs), script_args.dataset_name == WORLD
-    yield from ((is_table and flag in given, flag, "it is for the grid, which --runs replaces") for flag in GRID_FLAGS)
-    yield from ((not is_table and flag in given, flag, "it is for --runs") for flag in TABLE_FLAGS)
-    yield from ((not script_args.probe and flag in given, flag, "it needs --probe") for flag in PROBE_FLAGS)
+    yield from ((is_table and name in given, name, "it is for the grid, which --runs replaces") for name in GRID_FLAGS)
+    yield from ((not is_table and name in given, name, "it is for --runs") for name in TABLE_FLAGS)
+    yield from ((not script_args.probe and name in given, name, "it needs --probe") for name in PROBE_FLAGS)
     yield script_args.probe and not is_world, "probe", "its questions need --dataset_name world"
     yield not is_world and "world_seed" in given, "world_seed", "it is for --dataset_name world"
     yield is_world and "max_samples" in given, "max_samples", "the world is as large as the runs need"
@@ -166,10 +147,10 @@ class ScalingStage(Stage):
     redo = "remove report.json there to redo it"
 
     def __init__(self, script_args: ScalingArguments):
-        named = {flag: Path(getattr(script_args, flag) or "") for flag in ("runs", "pretrain_config")}
-        files = {flag: path for flag, path in named.items() if path.is_file()}
-        written: dict[str, Any] = {f"{flag}{CHANGED}": path.stat().st_mtime_ns for flag, path in files.items()}
-        written |= {f"{flag}{CONTENTS}": file_fingerprint([("", path)], True) for flag, path in files.items()}
+        named = {name: Path(getattr(script_args, name) or "") for name in ("runs", "pretrain_config")}
+        files = {name: path for name, path in named.items() if path.is_file()}
+        written: dict[str, Any] = {f"{name}{CHANGED}": path.stat().st_mtime_ns for name, path in files.items()}
+        written |= {f"{name}{CONTENTS}": file_fingerprint([("", path)], True) for name, path in files.items()}
         super().__init__("scaling_laws", script_args, also=written)
 
     @cached_property
@@ -181,7 +162,7 @@ class ScalingStage(Stage):
         before = report["arguments"]
         if self.arguments["probe"] and before.get("probe"):
             return finished_run(self.output_dir, self.arguments)
-        apart_from_probe = self.arguments | {flag: before.get(flag) for flag in PROBE_FLAGS}
+        apart_from_probe = self.arguments | {name: before.get(name) for name in PROBE_FLAGS}
         done = finished_run(self.output_dir, apart_from_probe)
         return None if self.arguments["probe"] else done
 
@@ -281,9 +262,9 @@ class SmallGrid:
             "max_samples",
             "world_seed",
         )
-        for flag in of_data:
-            if (value := getattr(script_args, flag)) is not None:
-                flags += [f"--{flag}", str(value)]
+        for name in of_data:
+            if (value := getattr(script_args, name)) is not None:
+                flags += [f"--{name}", str(value)]
         flags += ["--dataset_streaming", str(script_args.dataset_streaming)]
         flags += ["--column_mapping", *script_args.column_mapping] if script_args.column_mapping else []
         own = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
@@ -453,14 +434,14 @@ class Grid:
         self.folder, self.longest = Path(folder), longest
         self.flags = [*flags, "--output_dir", str(folder)]
         script_args, training_args, model_args = parse_run(self.flags)
-        for is_refused, flag, reason in (
+        for is_refused, name, reason in (
             (not script_args.packing, "--packing false", "a run's tokens are counted in packed rows"),
             (script_args.objective != "causal", "--objective", "the law is that of next tokens"),
             (bool(script_args.dataset_mixture), "--dataset_mixture", "the runs read one dataset"),
             (bool(model_args.model_name_or_path), "--model_name_or_path", "the runs start from nothing"),
             (bool(script_args.config_name_or_path), "--config_name_or_path", "each run has its own size"),
         ):
-            refuse(is_refused, flag, reason)
+            refuse(is_refused, name, reason)
         settings = {**stage_arguments(script_args, training_args, model_args), "longest run": longest}
         self.learning_rate, self.is_main = training_args.learning_rate, main_process()
         if not sys.stderr.isatty():

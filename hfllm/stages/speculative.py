@@ -1,11 +1,12 @@
 """Speculative decoding: its flags, what it refuses, the stages before it, its draft, and what is measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.outputs.report import Plot
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
@@ -36,37 +37,28 @@ COMPARED_BATCH = 16
 class SpeculativeArguments(DataArguments, RemoteCodeArguments):
     """The draft, the prompts, and what is measured."""
 
-    output_dir: str = field(default="outputs/speculative", metadata={"help": "Where the report goes."})
-    seed: int = field(default=42, metadata={"help": "Seed of the samples, and of the world's models."})
-    draft: str = field(default="model", metadata={"help": "Where draft tokens come from.", "choices": list(DRAFTS)})
-    assistant_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The draft model: smaller, with the target's tokenizer."}
+    output_dir: str = flag("outputs/speculative", "Where the report goes.")
+    seed: int = flag(42, "Seed of the samples, and of the world's models.")
+    draft: str = flag("model", "Where draft tokens come from.", choices=list(DRAFTS))
+    assistant_model_name_or_path: str | None = flag(None, "The draft model: smaller, with the target's tokenizer.")
+    early_exit_layers: int | None = flag(
+        None, "Layers of the target that draft, with --draft early_exit; half by default."
     )
-    early_exit_layers: int | None = field(
-        default=None, metadata={"help": "Layers of the target that draft, with --draft early_exit; half by default."}
+    max_ngram: int | None = flag(
+        None, "Longest sequence that --draft prompt_lookup searches for; by default 3 tokens."
     )
-    max_ngram: int | None = field(
-        default=None,
-        metadata={"help": "Longest sequence that --draft prompt_lookup searches for; by default 3 tokens."},
-    )
-    num_draft_tokens: str = field(
-        default="adaptive", metadata={"help": "Number of draft tokens for the metrics, or 'adaptive'."}
-    )
-    num_draft_tokens_compared: list[int] = field(
-        default_factory=lambda: [1, 2, 3, 4, 6, 8], metadata={"help": "Numbers of draft tokens for the plot."}
-    )
-    num_prompts: int = field(default=300, metadata={"help": "Prompts whose greedy answers are compared."})
-    num_timed_prompts: int = field(default=16, metadata={"help": "How many of them are timed."})
-    batch_size: int = field(default=1, metadata={"help": "Prompts answered at a time when timed."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
-    rounds: int = field(default=5, metadata={"help": "Repetitions of each measurement; the median is reported."})
-    compile: bool = field(default=False, metadata={"help": "Run the models through torch.compile."})
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's pretraining."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's fine-tuning."})
-    draft_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the distillation that makes the draft model."}
-    )
+    num_draft_tokens: str = flag("adaptive", "Number of draft tokens for the metrics, or 'adaptive'.")
+    num_draft_tokens_compared: list[int] = flag((1, 2, 3, 4, 6, 8), "Numbers of draft tokens for the plot.")
+    num_prompts: int = flag(300, "Prompts whose greedy answers are compared.")
+    num_timed_prompts: int = flag(16, "How many of them are timed.")
+    batch_size: int = flag(1, "Prompts answered at a time when timed.")
+    max_new_tokens: int = flag(64, "Longest answer, in tokens.")
+    temperature: float = flag(1.0, "Temperature of the samples.")
+    rounds: int = flag(5, "Repetitions of each measurement; the median is reported.")
+    compile: bool = flag(False, "Run the models through torch.compile.")
+    pretrain_config: str | None = flag(None, "YAML flags of the target's pretraining.")
+    sft_config: str | None = flag(None, "YAML flags of the target's fine-tuning.")
+    draft_config: str | None = flag(None, "YAML flags of the distillation that makes the draft model.")
 
 
 # ---- what is refused ----
@@ -86,16 +78,16 @@ def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
         raise InputError(f"--num_draft_tokens {asked!r}: expected a number of tokens, or 'adaptive'")
     if not compared or min(compared) < 1:
         raise InputError(f"--num_draft_tokens_compared {compared}: expected numbers of at least 1")
-    for flag in POSITIVE:
-        if getattr(script_args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least 1")
+    for name in POSITIVE:
+        if getattr(script_args, name) < 1:
+            raise InputError(f"--{name} {getattr(script_args, name)}: expected at least 1")
     if script_args.temperature <= 0:
         raise InputError(f"--temperature {script_args.temperature}: expected a number above 0")
-    for flag, needed in OF_DRAFT.items():
-        is_given = getattr(script_args, flag) is not None
-        refuse(is_given and draft != needed, f"--{flag}", f"it is for --draft {needed}")
-    for flag in ("pretrain_config", "sft_config", "draft_config"):
-        refuse(bool(own and getattr(script_args, flag)), f"--{flag}", "the model is named")
+    for name, needed in OF_DRAFT.items():
+        is_given = getattr(script_args, name) is not None
+        refuse(is_given and draft != needed, f"--{name}", f"it is for --draft {needed}")
+    for name in ("pretrain_config", "sft_config", "draft_config"):
+        refuse(bool(own and getattr(script_args, name)), f"--{name}", "the model is named")
     is_named = bool(script_args.assistant_model_name_or_path)
     refuse(bool(is_named and script_args.draft_config), "--draft_config", "the draft model is named")
     refuse(model_args.use_peft, "--use_peft", "nothing is trained")

@@ -1,10 +1,11 @@
 """Scale a learning rate that was tuned with one batch size to another."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from hfllm.errors import InputError
+from hfllm.flags import flag
 from hfllm.runs.arguments import changed
 
 if TYPE_CHECKING:
@@ -26,19 +27,14 @@ RULES = {
 class BatchArguments:
     """How the learning rate depends on the batch size."""
 
-    lr_scaling_rule: str = field(
-        default="none",
-        metadata={
-            "help": "How --learning_rate grows with the global batch: 'sqrt' (for Adam, arXiv:2205.10287) or "
-            "'linear' (for SGD, arXiv:1706.02677) of its ratio to --lr_scaling_base_batch_size.",
-            "choices": ["none", "sqrt", "linear"],
-        },
+    lr_scaling_rule: str = flag(
+        "none",
+        "How --learning_rate grows with the global batch: 'sqrt' (for Adam, arXiv:2205.10287) or "
+        "'linear' (for SGD, arXiv:1706.02677) of its ratio to --lr_scaling_base_batch_size.",
+        choices=["none", "sqrt", "linear"],
     )
-    lr_scaling_base_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Global batch that --learning_rate was tuned for: sequences per optimizer step, all processes."
-        },
+    lr_scaling_base_batch_size: int | None = flag(
+        None, "Global batch that --learning_rate was tuned for: sequences per optimizer step, all processes."
     )
 
 

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,7 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Message, content_text, flaw_of, role_of, spells
 from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -381,29 +382,22 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".
 class PictureArguments:
     """Which pictures are read."""
 
-    bad_images: str = field(
-        default="refuse",
-        metadata={
-            "help": "What happens to rows with a picture that cannot be read: refuse (name the first and stop) or "
-            "drop (and count).",
-            "choices": ["refuse", "drop"],
-        },
+    bad_images: str = flag(
+        "refuse",
+        "What happens to rows with a picture that cannot be read: refuse (name the first and stop) or "
+        "drop (and count).",
+        choices=["refuse", "drop"],
     )
-    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Width times height of a picture at most."})
+    max_pixels: int = flag(MAX_PIXELS, "Width times height of a picture at most.")
 
 
 @dataclass(frozen=True)
 class FreezingArguments:
     """Which parts of a model that sees learn."""
 
-    freeze_vision: bool = field(
-        default=False, metadata={"help": "Leave the tower of your model as it is; the projector learns."}
-    )
-    freeze_text: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone."
-        },
+    freeze_vision: bool = flag(False, "Leave the tower of your model as it is; the projector learns.")
+    freeze_text: bool = flag(
+        False, "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone."
     )
 
 
@@ -422,9 +416,9 @@ def check_freezing(script_args: FreezingArguments, model_args: "ModelConfig") ->
     Raises:
         InputError: naming the flag.
     """
-    for flag in FREEZING:
-        is_both = model_args.use_peft and getattr(script_args, flag)
-        refuse(is_both, f"--{flag}", "with --use_peft all weights are frozen, and --lora_target_modules get adapters")
+    for name in FREEZING:
+        is_both = model_args.use_peft and getattr(script_args, name)
+        refuse(is_both, f"--{name}", "with --use_peft all weights are frozen, and --lora_target_modules get adapters")
 
 
 # ---- reading ----

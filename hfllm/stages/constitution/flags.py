@@ -1,13 +1,14 @@
 """Constitutional AI: its flags, what it refuses, and the runs of other recipes that it consists of."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, flags_of_adapter
 from hfllm.runs.flags import RemoteCodeArguments
@@ -36,94 +37,62 @@ CONFIGS = ("pretrain_config", "helpful_config", "sl_config", "reward_config", "r
 class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     """Prompts, the constitution, and how much is made of each."""
 
-    output_dir: str = field(
-        default="outputs/constitution", metadata={"help": "Where the models, the data and the report go."}
+    output_dir: str = flag("outputs/constitution", "Where the models, the data and the report go.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
+    constitution: str | None = flag(
+        None,
+        "general, world, politeness, or a JSON or YAML file of principles; by default world for the "
+        "embedded world's model, general for yours.",
     )
-    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
-    constitution: str | None = field(
-        default=None,
-        metadata={
-            "help": "general, world, politeness, or a JSON or YAML file of principles; by default world for the "
-            "embedded world's model, general for yours."
-        },
+    critic_model_name_or_path: str | None = flag(
+        None, "Model that criticizes, revises and judges; by default the model itself."
     )
-    critic_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model that criticizes, revises and judges; by default the model itself."}
+    helpful_dataset_name: str | None = flag(
+        None, "Harmless prompts: the model keeps its own answers to them, and PPO goes on with them."
     )
-    helpful_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Harmless prompts: the model keeps its own answers to them, and PPO goes on with them."},
+    preference_dataset_name: str | None = flag(
+        None, "Comparisons of helpfulness by people, for the preference model beside the AI's."
     )
-    preference_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Comparisons of helpfulness by people, for the preference model beside the AI's."},
+    last_stage: str = flag(
+        RL,
+        "Where to end: with the revisions, the model tuned on them, or PPO on AI preferences.",
+        choices=list(LAST_STAGES),
     )
-    last_stage: str = field(
-        default=RL,
-        metadata={
-            "help": "Where to end: with the revisions, the model tuned on them, or PPO on AI preferences.",
-            "choices": list(LAST_STAGES),
-        },
+    controls: list[str] | None = flag(
+        None,
+        "Arms of the embedded world that must not gain: politeness (another constitution), critiques "
+        "(tuned on critiques without revisions), labels (AI labels by chance), people (no AI labels, people's "
+        "comparisons alone), or none; by default all but people.",
     )
-    controls: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Arms of the embedded world that must not gain: politeness (another constitution), critiques "
-            "(tuned on critiques without revisions), labels (AI labels by chance), people (no AI labels, people's "
-            "comparisons alone), or none; by default all but people."
-        },
+    num_demonstrations: int = flag(
+        18000, "Demonstrations of helping, critique, revision and judging, for the world's model."
     )
-    num_demonstrations: int = field(
-        default=18000,
-        metadata={"help": "Demonstrations of helping, critique, revision and judging, for the world's model."},
+    num_prompts: int = flag(800, "Red-team prompts of the embedded world to revise.")
+    num_helpful_prompts: int = flag(4000, "Harmless prompts of the embedded world.")
+    num_pairs: int = flag(1000, "Pairs of answers for the judge, at most, and one for each prompt.")
+    num_human_pairs: int = flag(4000, "Comparisons of helpfulness by the world's annotator, with a tenth wrong.")
+    num_eval_prompts: int = flag(100, "Held-out prompts of each group, at most.")
+    num_revisions: int = flag(2, "Rounds of critique and revision.")
+    revise_only_flagged: bool = flag(False, "Keep an answer where the critique finds nothing.")
+    temperature: float = flag(
+        1.0,
+        "Of critiques, revisions and the model's own answers to harmless prompts; its first answers to "
+        "red-team prompts are sampled at 1.",
     )
-    num_prompts: int = field(default=800, metadata={"help": "Red-team prompts of the embedded world to revise."})
-    num_helpful_prompts: int = field(default=4000, metadata={"help": "Harmless prompts of the embedded world."})
-    num_pairs: int = field(
-        default=1000, metadata={"help": "Pairs of answers for the judge, at most, and one for each prompt."}
+    response_length: int | None = flag(None, "Longest answer in tokens; by default 40 on the world and 128 elsewhere.")
+    batch_size: int = flag(64, "Prompts that are answered at once.")
+    judge_chain_of_thought: bool = flag(False, "Let the judge write what it thinks before it replies.")
+    judge_clamp: bool = flag(False, "Bound the judge's probabilities to 40 to 60 percent, as in the paper.")
+    judge_margin: float = flag(
+        0.0, "Log-odds in nats up to which the judge is taken to see no difference: such pairs are ties."
     )
-    num_human_pairs: int = field(
-        default=4000, metadata={"help": "Comparisons of helpfulness by the world's annotator, with a tenth wrong."}
-    )
-    num_eval_prompts: int = field(default=100, metadata={"help": "Held-out prompts of each group, at most."})
-    num_revisions: int = field(default=2, metadata={"help": "Rounds of critique and revision."})
-    revise_only_flagged: bool = field(
-        default=False, metadata={"help": "Keep an answer where the critique finds nothing."}
-    )
-    temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "Of critiques, revisions and the model's own answers to harmless prompts; its first answers to "
-            "red-team prompts are sampled at 1."
-        },
-    )
-    response_length: int | None = field(
-        default=None, metadata={"help": "Longest answer in tokens; by default 40 on the world and 128 elsewhere."}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Prompts that are answered at once."})
-    judge_chain_of_thought: bool = field(
-        default=False, metadata={"help": "Let the judge write what it thinks before it replies."}
-    )
-    judge_clamp: bool = field(
-        default=False, metadata={"help": "Bound the judge's probabilities to 40 to 60 percent, as in the paper."}
-    )
-    judge_margin: float = field(
-        default=0.0,
-        metadata={
-            "help": "Log-odds in nats up to which the judge is taken to see no difference: such pairs are ties."
-        },
-    )
-    judge_principles: int | None = field(
-        default=None, metadata={"help": "Principles that a pair is judged by, drawn for each; by default all."}
-    )
-    allow_biased_judge: bool = field(
-        default=False, metadata={"help": "Go on with a judge whose position bias exceeds its signal."}
-    )
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
-    helpful_config: str | None = field(default=None, metadata={"help": "YAML flags of the helpful-only model's run."})
-    sl_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning on the revisions."})
-    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the preference model's run."})
-    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the run of PPO."})
+    judge_principles: int | None = flag(None, "Principles that a pair is judged by, drawn for each; by default all.")
+    allow_biased_judge: bool = flag(False, "Go on with a judge whose position bias exceeds its signal.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
+    helpful_config: str | None = flag(None, "YAML flags of the helpful-only model's run.")
+    sl_config: str | None = flag(None, "YAML flags of fine-tuning on the revisions.")
+    reward_config: str | None = flag(None, "YAML flags of the preference model's run.")
+    rlhf_config: str | None = flag(None, "YAML flags of the run of PPO.")
 
     takes_any_column: ClassVar[bool] = True
 
@@ -153,10 +122,10 @@ def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None
     Raises:
         InputError: naming the flag.
     """
-    for flag in AT_LEAST_ONE:
-        value = getattr(script_args, flag)
+    for name in AT_LEAST_ONE:
+        value = getattr(script_args, name)
         if value < 1:
-            raise InputError(f"--{flag} {value}: expected at least 1")
+            raise InputError(f"--{name} {value}: expected at least 1")
     named = bool(model_args.model_name_or_path)
     if not named and not script_args.is_world:
         raise InputError(
@@ -165,10 +134,10 @@ def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None
         )
     if named and script_args.is_world:
         raise InputError("--model_name_or_path needs --dataset_name: red-team prompts, for instance a CSV of `prompt`")
-    for flag in ("critic_model_name_or_path", "helpful_dataset_name", "preference_dataset_name"):
-        refuse(not named and bool(getattr(script_args, flag)), f"--{flag}", "the model is the embedded world's")
-    for flag in ("pretrain_config", "helpful_config"):
-        refuse(named and bool(getattr(script_args, flag)), f"--{flag}", "the model is named")
+    for name in ("critic_model_name_or_path", "helpful_dataset_name", "preference_dataset_name"):
+        refuse(not named and bool(getattr(script_args, name)), f"--{name}", "the model is the embedded world's")
+    for name in ("pretrain_config", "helpful_config"):
+        refuse(named and bool(getattr(script_args, name)), f"--{name}", "the model is named")
     refuse(
         script_args.preference_dataset_name is not None and script_args.last_stage != RL,
         "--preference_dataset_name",
@@ -356,9 +325,9 @@ def _check_rewards(course: ConstitutionCourse) -> None:
 
 
 def _check_flags(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
-    for flag in ("num_helpful_prompts", "num_human_pairs"):
-        if getattr(script_args, flag) < 0:
-            raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least 0")
+    for name in ("num_helpful_prompts", "num_human_pairs"):
+        if getattr(script_args, name) < 0:
+            raise InputError(f"--{name} {getattr(script_args, name)}: expected at least 0")
     if script_args.is_world and script_args.num_demonstrations < FEWEST_DEMONSTRATIONS:
         raise InputError(
             f"--num_demonstrations {script_args.num_demonstrations}: expected at least {FEWEST_DEMONSTRATIONS}"
@@ -368,14 +337,14 @@ def _check_flags(script_args: ConstitutionArguments, model_args: "ModelConfig") 
         raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
     is_world, reason = script_args.is_world, "the model is the embedded world's"
     refuse(is_world and model_args.model_revision != "main", "--model_revision", reason)
-    for flag in ("load_in_8bit", "load_in_4bit"):
-        refuse(is_world and getattr(model_args, flag), f"--{flag}", f"{reason}, which is trained whole first")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        refuse(is_world and getattr(model_args, name), f"--{name}", f"{reason}, which is trained whole first")
 
 
 def _check_judge(script_args: ConstitutionArguments, constitution: "Constitution") -> None:
     last, number, most = script_args.last_stage, script_args.judge_principles, len(constitution.principles)
-    for flag in OF_JUDGES:
-        refuse(last != RL and bool(getattr(script_args, flag)), f"--{flag}", f"--last_stage {last} needs no judge")
+    for name in OF_JUDGES:
+        refuse(last != RL and bool(getattr(script_args, name)), f"--{name}", f"--last_stage {last} needs no judge")
     if number is not None and not 1 <= number <= most and has_questions(constitution):
         raise InputError(f"--judge_principles {number}: expected 1 to {most}, the principles of {constitution.name!r}")
 
@@ -387,10 +356,10 @@ def _check_inputs(script_args: ConstitutionArguments, model_args: "ModelConfig")
         **{"model_name_or_path": written, "critic_model_name_or_path": written},
         **{f"{kind}dataset_name": written / "data" for kind in ("", "eval_", "helpful_", "preference_")},
     }
-    for flag, place in places.items():
-        name = getattr(model_args if flag == "model_name_or_path" else script_args, flag)
+    for each, place in places.items():
+        name = getattr(model_args if each == "model_name_or_path" else script_args, each)
         if name and Path(name).exists() and Path(name).resolve().is_relative_to(place.resolve()):
-            raise InputError(f"--{flag} {name} lies in {place}, where the runs write: choose another --output_dir")
+            raise InputError(f"--{each} {name} lies in {place}, where the runs write: choose another --output_dir")
 
 
 def _config_of_first(model_args: "ModelConfig", course: ConstitutionCourse) -> "PreTrainedConfig":

@@ -8,7 +8,7 @@ of an item, the `filter` that its answer went through, and a figure for each of 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hfllm.evaluation.verdicts import (
     verdict_metrics,
     verdict_table,
 )
+from hfllm.flags import flag
 from hfllm.outputs.report import Found, write_atomically
 from hfllm.outputs.statistics import mean_interval
 from hfllm.stages.evaluate.flags import CHANGES, labels_of, refuse_foreign_changes, slug
@@ -54,34 +55,22 @@ MOST_LISTED = 3
 class CompareArguments:
     """Two evaluations, and what of them is compared."""
 
-    logs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "The first evaluation and the second: a log, or a folder of logs, each; also without --logs."
-        },
+    logs: list[str] | None = flag(
+        None, "The first evaluation and the second: a log, or a folder of logs, each; also without --logs."
     )
-    metrics: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Metrics to compare, such as acc; by default all of lm-eval's, and the primary ones of ours."
-        },
+    metrics: list[str] | None = flag(
+        None, "Metrics to compare, such as acc; by default all of lm-eval's, and the primary ones of ours."
     )
-    pool: list[str] | None = field(
-        default=None, metadata={"help": "Beginnings of names of tasks that are taken together, such as mmlu."}
+    pool: list[str] | None = flag(None, "Beginnings of names of tasks that are taken together, such as mmlu.")
+    cluster_by: str | None = flag(
+        None, "Column of the items, such as passage_id; those with the same value are not independent."
     )
-    cluster_by: str | None = field(
-        default=None,
-        metadata={"help": "Column of the items, such as passage_id; those with the same value are not independent."},
+    allow_missing: bool = flag(False, "Compare what both have, where one lacks tasks, metrics or items.")
+    alpha: float = flag(ALPHA, "Chance that equal models are found to differ in anything.")
+    fail_on_regression: bool = flag(
+        False, "Exit code 1 where the second is significantly worse, 2 where nothing is tested."
     )
-    allow_missing: bool = field(
-        default=False, metadata={"help": "Compare what both have, where one lacks tasks, metrics or items."}
-    )
-    alpha: float = field(default=ALPHA, metadata={"help": "Chance that equal models are found to differ in anything."})
-    fail_on_regression: bool = field(
-        default=False,
-        metadata={"help": "Exit code 1 where the second is significantly worse, 2 where nothing is tested."},
-    )
-    output_dir: str = field(default="outputs/compare", metadata={"help": "Where the report and the changes go."})
+    output_dir: str = flag("outputs/compare", "Where the report and the changes go.")
 
 
 @dataclass(frozen=True)

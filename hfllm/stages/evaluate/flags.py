@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.data.images.rows import PictureArguments
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 
@@ -32,23 +33,16 @@ SUITE = "lm_eval"
 class LmEvalArguments:
     """Tasks of lm-eval."""
 
-    tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "Tasks for lm_eval: arc_easy_file, gsm8k_file, ... or those of --include_path."},
+    tasks: list[str] | None = flag(
+        None, "Tasks for lm_eval: arc_easy_file, gsm8k_file, ... or those of --include_path."
     )
-    include_path: list[str] | None = field(default=None, metadata={"help": "Folders with YAML tasks of your own."})
-    tasks_data: str | None = field(
-        default=None, metadata={"help": "Folder of the files that tasks name, if not beside their YAML files."}
+    include_path: list[str] | None = flag(None, "Folders with YAML tasks of your own.")
+    tasks_data: str | None = flag(None, "Folder of the files that tasks name, if not beside their YAML files.")
+    num_fewshot: int | None = flag(None, "Worked examples of a task; by default what its YAML file says.")
+    allow_code_execution: bool = flag(
+        False, "Run the code that models write for tasks such as HumanEval, within limits."
     )
-    num_fewshot: int | None = field(
-        default=None, metadata={"help": "Worked examples of a task; by default what its YAML file says."}
-    )
-    allow_code_execution: bool = field(
-        default=False, metadata={"help": "Run the code that models write for tasks such as HumanEval, within limits."}
-    )
-    tasks_from_hub: bool = field(
-        default=False, metadata={"help": "Know lm-eval's own tasks too, and let tasks read data sets of the Hub."}
-    )
+    tasks_from_hub: bool = flag(False, "Know lm-eval's own tasks too, and let tasks read data sets of the Hub.")
 
 
 def check(script_args: LmEvalArguments, suites: list[str]) -> None:
@@ -111,74 +105,52 @@ FILES = (
 class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     """Which models are judged, by what, and how they are asked."""
 
-    model_name_or_path: list[str] | None = field(
-        default=None,
-        metadata={"help": "One or more models, folders or Hub ids; without any the world's are made and judged."},
+    model_name_or_path: list[str] | None = flag(
+        None, "One or more models, folders or Hub ids; without any the world's are made and judged."
     )
-    suites: list[str] = field(
-        default_factory=lambda: list(DEFAULT_SUITES), metadata={"help": "What they are judged by."}
+    suites: list[str] = flag(DEFAULT_SUITES, "What they are judged by.")
+    output_dir: str = flag("outputs/evaluate", "Where the report and the samples go.")
+    seed: int = flag(42, "Of the world's models.")
+    world_seed: int = flag(0, "Seed of the embedded world's facts.")
+    apply_chat_template: bool | None = flag(
+        None, "Ask by the chat template, or by plain text; by default where a tokenizer has a template."
     )
-    output_dir: str = field(default="outputs/evaluate", metadata={"help": "Where the report and the samples go."})
-    seed: int = field(default=42, metadata={"help": "Of the world's models."})
-    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
-    apply_chat_template: bool | None = field(
-        default=None,
-        metadata={"help": "Ask by the chat template, or by plain text; by default where a tokenizer has a template."},
+    batch_size: int = flag(32, "Prompts, or choices of a question, in one pass.")
+    num_items: int | None = flag(None, "Items of each file, or of the world; by default all, of the world 240.")
+    dtype: str = flag("float32", "The type that models are loaded in.")
+    attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ...")
+    load_in_8bit: bool = flag(False, "Load the models in 8 bits, by bitsandbytes.")
+    load_in_4bit: bool = flag(False, "Load the models in 4 bits, by bitsandbytes.")
+    judge_model_name_or_path: str | None = flag(None, "A model that judges written answers, beside the rules.")
+    truthfulqa_file: str | None = flag(
+        None, "TruthfulQA's CSV or mc_task.json; without it the world's facts are asked."
     )
-    batch_size: int = field(default=32, metadata={"help": "Prompts, or choices of a question, in one pass."})
-    num_items: int | None = field(
-        default=None, metadata={"help": "Items of each file, or of the world; by default all, of the world 240."}
+    write_answers: bool = flag(False, "Let models write answers to TruthfulQA too, and compare them.")
+    preference_files: list[str] | None = flag(
+        None, "Pairs for hhh: behaviors with (A) and (B), BIG-bench's HHH, chosen, rejected."
     )
-    dtype: str = field(default="float32", metadata={"help": "The type that models are loaded in."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Load the models in 8 bits, by bitsandbytes."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load the models in 4 bits, by bitsandbytes."})
-    judge_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A model that judges written answers, beside the rules."}
+    xstest_file: str | None = flag(None, "XSTest's CSV, for refusals.")
+    few_shot_files: list[str] | None = flag(None, "Multiple choice or exact match, for few_shot and calibration.")
+    facts_file: str | None = flag(None, "Rows of subject, question and answer, for interpretability.")
+    num_shots: int = flag(0, "First rows of each such file that are worked examples.")
+    robustness_file: str | None = flag(
+        None, "Prompts for robustness, with a column answer, harmful, or XSTest's label."
     )
-    truthfulqa_file: str | None = field(
-        default=None, metadata={"help": "TruthfulQA's CSV or mc_task.json; without it the world's facts are asked."}
+    num_attacks: int | None = flag(
+        None, "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file."
     )
-    write_answers: bool = field(
-        default=False, metadata={"help": "Let models write answers to TruthfulQA too, and compare them."}
+    dataset_name: str | None = flag(
+        None,
+        "Questions about pictures, for the suite pictures, which is then the default: rows with a column "
+        "image or images, or 'pictures' or 'digits', which are drawn here.",
     )
-    preference_files: list[str] | None = field(
-        default=None,
-        metadata={"help": "Pairs for hhh: behaviors with (A) and (B), BIG-bench's HHH, chosen, rejected."},
-    )
-    xstest_file: str | None = field(default=None, metadata={"help": "XSTest's CSV, for refusals."})
-    few_shot_files: list[str] | None = field(
-        default=None, metadata={"help": "Multiple choice or exact match, for few_shot and calibration."}
-    )
-    facts_file: str | None = field(
-        default=None, metadata={"help": "Rows of subject, question and answer, for interpretability."}
-    )
-    num_shots: int = field(default=0, metadata={"help": "First rows of each such file that are worked examples."})
-    robustness_file: str | None = field(
-        default=None,
-        metadata={"help": "Prompts for robustness, with a column answer, harmful, or XSTest's label."},
-    )
-    num_attacks: int | None = field(
-        default=None,
-        metadata={"help": "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file."},
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Questions about pictures, for the suite pictures, which is then the default: rows with a column "
-            "image or images, or 'pictures' or 'digits', which are drawn here."
-        },
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest written answer to the rows of a file."})
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the world's pretraining."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of its fine-tuning."})
-    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of its reward model."})
-    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of its alignment."})
-    fail_on_regression: bool = field(
-        default=False,
-        metadata={
-            "help": "Exit code 1 where a model is significantly worse than the first one, 2 where nothing is tested."
-        },
+    max_new_tokens: int = flag(64, "Longest written answer to the rows of a file.")
+    pretrain_config: str | None = flag(None, "YAML flags of the world's pretraining.")
+    sft_config: str | None = flag(None, "YAML flags of its fine-tuning.")
+    reward_config: str | None = flag(None, "YAML flags of its reward model.")
+    rlhf_config: str | None = flag(None, "YAML flags of its alignment.")
+    fail_on_regression: bool = flag(
+        False, "Exit code 1 where a model is significantly worse than the first one, 2 where nothing is tested."
     )
 
     def __post_init__(self):

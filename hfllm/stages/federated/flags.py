@@ -1,7 +1,7 @@
 """A federation: its flags, what it refuses, and the rows of its organisations, tokenized."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,7 @@ from hfllm.federation.organisations import (
     world_organisations,
 )
 from hfllm.fingerprint import file_fingerprint
+from hfllm.flags import flag
 from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import given_names
@@ -56,111 +57,78 @@ def organisation_names(files: Sequence[str]) -> list[str]:
 class FederatedArguments(InstructionArguments):
     """Who learns together, and how."""
 
-    num_organisations: int = field(
-        default=6, metadata={"help": "Organisations that the embedded world, or --dataset_name, is dealt out to."}
+    num_organisations: int = flag(6, "Organisations that the embedded world, or --dataset_name, is dealt out to.")
+    organisation_files: list[str] | None = flag(None, "Files or Hub datasets, each the rows of one organisation.")
+    organisation_names: list[str] | None = flag(
+        None, "Organisations on other machines, which Flower reaches and whose rows are not here."
     )
-    organisation_files: list[str] | None = field(
-        default=None, metadata={"help": "Files or Hub datasets, each the rows of one organisation."}
+    dirichlet_alpha: float | None = flag(
+        None,
+        "Draw each organisation's share of the world's families from a Dirichlet distribution of this "
+        "concentration (0.1: nearly one family each; 100: all alike); of --dataset_name the sizes.",
     )
-    organisation_names: list[str] | None = field(
-        default=None,
-        metadata={"help": "Organisations on other machines, which Flower reaches and whose rows are not here."},
+    main_share: float = flag(0.9, "Share of an organisation's rows of the world that are of one family.")
+    num_examples: int = flag(640, "Rows of the world that each organisation has.")
+    rounds: int = flag(10, "How often the server takes the mean.")
+    local_steps: int = flag(4, "Optimizer steps of an organisation in a round.")
+    learner: str = flag(
+        SFT,
+        "What organisations train: sft (answers), or reward (a reward model, on files of comparisons).",
+        choices=list(LEARNERS),
     )
-    dirichlet_alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Draw each organisation's share of the world's families from a Dirichlet distribution of this "
-            "concentration (0.1: nearly one family each; 100: all alike); of --dataset_name the sizes."
-        },
+    average: str = flag(
+        LORA,
+        "What is trained and travels: full (all weights), lora (both factors of an adapter, whose mean is "
+        "not that of their products), lora_frozen_a (one of them, whose mean is exact).",
+        choices=list(AVERAGES),
     )
-    main_share: float = field(
-        default=0.9, metadata={"help": "Share of an organisation's rows of the world that are of one family."}
+    aggregation: str = flag(
+        MEAN,
+        "What is made of the updates: their mean by tokens, or by coordinate, organizations counting "
+        "alike, median or trimmed_mean, which a hostile minority moves little.",
+        choices=list(AGGREGATIONS),
     )
-    num_examples: int = field(default=640, metadata={"help": "Rows of the world that each organisation has."})
-    rounds: int = field(default=10, metadata={"help": "How often the server takes the mean."})
-    local_steps: int = field(default=4, metadata={"help": "Optimizer steps of an organisation in a round."})
-    learner: str = field(
-        default=SFT,
-        metadata={
-            "help": "What organisations train: sft (answers), or reward (a reward model, on files of comparisons).",
-            "choices": list(LEARNERS),
-        },
+    trim: float = flag(0.2, "Share of the updates that trimmed_mean leaves out at each end.")
+    max_norm_ratio: float = flag(
+        2.0, "An update longer than this many times the median of its round is scaled to that; 0: none."
     )
-    average: str = field(
-        default=LORA,
-        metadata={
-            "help": "What is trained and travels: full (all weights), lora (both factors of an adapter, whose mean is "
-            "not that of their products), lora_frozen_a (one of them, whose mean is exact).",
-            "choices": list(AVERAGES),
-        },
+    server_optimizer: str = flag(
+        "fedavg", "What the server does with the mean change.", choices=list(SERVER_OPTIMIZERS)
     )
-    aggregation: str = field(
-        default=MEAN,
-        metadata={
-            "help": "What is made of the updates: their mean by tokens, or by coordinate, organizations counting "
-            "alike, median or trimmed_mean, which a hostile minority moves little.",
-            "choices": list(AGGREGATIONS),
-        },
+    server_learning_rate: float | None = flag(None, "By default 1 for fedavg and momentum, 0.01 for the others.")
+    server_momentum: float = flag(0.9, "Of all server optimizers but fedavg.")
+    proximal_mu: float = flag(0.0, "FedProx: how strongly local steps are held to the round's beginning.")
+    keep_optimizer: bool = flag(
+        False, "Organisations keep the state of their optimizer from round to round, on their side."
     )
-    trim: float = field(
-        default=0.2, metadata={"help": "Share of the updates that trimmed_mean leaves out at each end."}
+    participation: float = flag(1.0, "Share of the organisations that a round asks.")
+    min_organisations: int = flag(1, "Updates without which a round is not taken, and the run stops.")
+    compression: str = flag("none", "Of updates on the wire.", choices=["none", "int8"])
+    clip_norm: float | None = flag(None, "Longest update of an organisation.")
+    noise_multiplier: float = flag(0.0, "Noise on the mean, in units of --clip_norm: organisation-level privacy.")
+    row_clip_norm: float | None = flag(
+        None, "Longest gradient of a single row; organisations then count alike, whatever their tokens."
     )
-    max_norm_ratio: float = field(
-        default=2.0,
-        metadata={"help": "An update longer than this many times the median of its round is scaled to that; 0: none."},
+    row_noise_multiplier: float = flag(
+        0.0, "Noise on each local step, in units of --row_clip_norm: row-level privacy (DP-SGD)."
     )
-    server_optimizer: str = field(
-        default="fedavg",
-        metadata={"help": "What the server does with the mean change.", "choices": list(SERVER_OPTIMIZERS)},
+    max_epsilon: float | None = flag(
+        None, "Refuse a run that would spend more than this epsilon, of organisations or of rows."
     )
-    server_learning_rate: float | None = field(
-        default=None, metadata={"help": "By default 1 for fedavg and momentum, 0.01 for the others."}
+    delta: float = flag(1e-5, "Of the privacy guarantee (epsilon, delta).")
+    processes: int = flag(1, "Processes of this machine that organisations train in.")
+    round_timeout: float | None = flag(
+        None, "Seconds after which a process that still trains is left out of the round."
     )
-    server_momentum: float = field(default=0.9, metadata={"help": "Of all server optimizers but fedavg."})
-    proximal_mu: float = field(
-        default=0.0, metadata={"help": "FedProx: how strongly local steps are held to the round's beginning."}
+    controls: list[str] | None = flag(
+        None,
+        "What to compare with: central (pooled rows, as many rows learned), equal_steps (pooled rows, as "
+        "many steps), local (each organisation alone), or none; by default all.",
     )
-    keep_optimizer: bool = field(
-        default=False,
-        metadata={"help": "Organisations keep the state of their optimizer from round to round, on their side."},
-    )
-    participation: float = field(default=1.0, metadata={"help": "Share of the organisations that a round asks."})
-    min_organisations: int = field(
-        default=1, metadata={"help": "Updates without which a round is not taken, and the run stops."}
-    )
-    compression: str = field(default="none", metadata={"help": "Of updates on the wire.", "choices": ["none", "int8"]})
-    clip_norm: float | None = field(default=None, metadata={"help": "Longest update of an organisation."})
-    noise_multiplier: float = field(
-        default=0.0, metadata={"help": "Noise on the mean, in units of --clip_norm: organisation-level privacy."}
-    )
-    row_clip_norm: float | None = field(
-        default=None,
-        metadata={"help": "Longest gradient of a single row; organisations then count alike, whatever their tokens."},
-    )
-    row_noise_multiplier: float = field(
-        default=0.0,
-        metadata={"help": "Noise on each local step, in units of --row_clip_norm: row-level privacy (DP-SGD)."},
-    )
-    max_epsilon: float | None = field(
-        default=None,
-        metadata={"help": "Refuse a run that would spend more than this epsilon, of organisations or of rows."},
-    )
-    delta: float = field(default=1e-5, metadata={"help": "Of the privacy guarantee (epsilon, delta)."})
-    processes: int = field(default=1, metadata={"help": "Processes of this machine that organisations train in."})
-    round_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds after which a process that still trains is left out of the round."}
-    )
-    controls: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What to compare with: central (pooled rows, as many rows learned), equal_steps (pooled rows, as "
-            "many steps), local (each organisation alone), or none; by default all."
-        },
-    )
-    eval_rounds: int = field(default=5, metadata={"help": "Measure after every so many rounds, and the last one."})
-    num_eval_prompts: int = field(default=480, metadata={"help": "Held-out questions of the world."})
-    pretrain_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
+    eval_rounds: int = flag(5, "Measure after every so many rounds, and the last one.")
+    num_eval_prompts: int = flag(480, "Held-out questions of the world.")
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the pretraining that makes the base model, if none is named."
     )
 
     @property
@@ -197,9 +165,9 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
     Raises:
         InputError: naming the flag.
     """
-    for flag in AT_LEAST_ONE:
-        if (value := getattr(script_args, flag)) < 1:
-            raise InputError(f"--{flag} {value}: expected at least 1")
+    for each in AT_LEAST_ONE:
+        if (value := getattr(script_args, each)) < 1:
+            raise InputError(f"--{each} {value}: expected at least 1")
     files, named = script_args.organisation_files, bool(model_args.model_name_or_path)
     if named == script_args.is_world:
         raise InputError(

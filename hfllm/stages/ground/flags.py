@@ -1,10 +1,11 @@
 """Answers from passages on the embedded world: the recipe's flags, what it refuses, and the runs in it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hfllm.errors import InputError
+from hfllm.flags import flag
 from hfllm.runs import pipeline
 from hfllm.runs.recipes import settings_file
 
@@ -25,23 +26,17 @@ TOP_K = 3
 class GroundArguments:
     """How much of each is made, and by which settings."""
 
-    output_dir: str = field(default="outputs/ground", metadata={"help": "Where models, data and the report go."})
-    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
-    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
-    num_examples: int = field(
-        default=10000, metadata={"help": "Rows of fine-tuning, with passages and without, and of the control's."}
-    )
-    grounded_fraction: float = field(
-        default=0.4, metadata={"help": "Share of the rows that are conversations about passages, in (0, 1]."}
-    )
-    num_questions: int = field(default=300, metadata={"help": "Held-out questions of each group."})
-    num_samples: int = field(
-        default=10, metadata={"help": "Answers of a question that are sampled, for uncertainty and verification."}
-    )
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning without passages."})
-    grounded_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning with passages."})
-    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the reward model."})
+    output_dir: str = flag("outputs/ground", "Where models, data and the report go.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
+    world_seed: int = flag(0, "Seed of the embedded world's facts.")
+    num_examples: int = flag(10000, "Rows of fine-tuning, with passages and without, and of the control's.")
+    grounded_fraction: float = flag(0.4, "Share of the rows that are conversations about passages, in (0, 1].")
+    num_questions: int = flag(300, "Held-out questions of each group.")
+    num_samples: int = flag(10, "Answers of a question that are sampled, for uncertainty and verification.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
+    sft_config: str | None = flag(None, "YAML flags of fine-tuning without passages.")
+    grounded_config: str | None = flag(None, "YAML flags of fine-tuning with passages.")
+    reward_config: str | None = flag(None, "YAML flags of the reward model.")
 
 
 def check(script_args: GroundArguments) -> None:
@@ -54,10 +49,10 @@ def check(script_args: GroundArguments) -> None:
 
     import_bm25s("hfllm ground")
     fewest = {"num_examples": FEWEST_ROWS, "num_questions": FEWEST_QUESTIONS, "num_samples": FEWEST_SAMPLES}
-    for flag, least in fewest.items():
-        value = getattr(script_args, flag)
+    for name, least in fewest.items():
+        value = getattr(script_args, name)
         if value < least:
-            raise InputError(f"--{flag} {value}: expected at least {least}")
+            raise InputError(f"--{name} {value}: expected at least {least}")
     if script_args.grounded_fraction <= 0:
         raise InputError(f"--grounded_fraction {script_args.grounded_fraction}: expected a share above 0, at most 1")
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.loading import TextArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain
 from hfllm.runs.recipes import settings_file
@@ -30,62 +31,49 @@ if TYPE_CHECKING:
 class ArchitectureArguments:
     """Architecture of a new model."""
 
-    vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the new tokenizer's vocabulary."})
-    hidden_size: int = field(default=512, metadata={"help": "Width of the new model."})
-    num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the new model."})
-    num_attention_heads: int = field(default=8, metadata={"help": "Query heads of the new model."})
-    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key-value heads of the new model."})
-    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the new model."})
-    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the new weights."})
-    tie_word_embeddings: bool = field(default=False, metadata={"help": "Share embeddings and head."})
-    norm_type: str = field(default="rmsnorm", metadata={"help": "rmsnorm or layernorm."})
-    norm_placement: str = field(default="pre", metadata={"help": "pre, post, output or both."})
-    mlp_type: str = field(default="gated", metadata={"help": "gated or plain."})
-    hidden_act: str = field(default="silu", metadata={"help": "Activation of the MLP."})
-    position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
-    parallel_block: bool = field(default=False, metadata={"help": "Attention and MLP side by side, as in PaLM."})
-    sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
-    attention_chunk_size: int | None = field(
-        default=None, metadata={"help": "Tokens of a chunk, within which each token attends, as in Llama 4."}
+    vocab_size: int = flag(8192, "Upper bound on the new tokenizer's vocabulary.")
+    hidden_size: int = flag(512, "Width of the new model.")
+    num_hidden_layers: int = flag(8, "Layers of the new model.")
+    num_attention_heads: int = flag(8, "Query heads of the new model.")
+    num_key_value_heads: int | None = flag(None, "Key-value heads of the new model.")
+    max_position_embeddings: int = flag(2048, "Context of the new model.")
+    initializer_range: float = flag(0.02, "Standard deviation of the new weights.")
+    tie_word_embeddings: bool = flag(False, "Share embeddings and head.")
+    norm_type: str = flag("rmsnorm", "rmsnorm or layernorm.")
+    norm_placement: str = flag("pre", "pre, post, output or both.")
+    mlp_type: str = flag("gated", "gated or plain.")
+    hidden_act: str = flag("silu", "Activation of the MLP.")
+    position_embedding_type: str = flag("rope", "rope, learned or none.")
+    parallel_block: bool = flag(False, "Attention and MLP side by side, as in PaLM.")
+    sliding_window: int | None = flag(None, "Tokens that each token attends to at most.")
+    attention_chunk_size: int | None = flag(None, "Tokens of a chunk, within which each token attends, as in Llama 4.")
+    layer_types: list[str] | None = flag(
+        None,
+        "Attention of each layer: full_attention, sliding_attention (with --sliding_window), "
+        "chunked_attention (with --attention_chunk_size), linear_attention; a shorter list is repeated over the "
+        "layers.",
     )
-    layer_types: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Attention of each layer: full_attention, sliding_attention (with --sliding_window), "
-            "chunked_attention (with --attention_chunk_size), linear_attention; a shorter list is repeated over the "
-            "layers."
-        },
+    no_rope_layers: list[int] | None = flag(
+        None, "0 for each layer without rotary positions, 1 for the others; repeated likewise."
     )
-    no_rope_layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "0 for each layer without rotary positions, 1 for the others; repeated likewise."},
-    )
-    linear_num_key_heads: int | None = field(default=None, metadata={"help": "Key heads of linear attention."})
-    linear_num_value_heads: int | None = field(default=None, metadata={"help": "Its value heads."})
-    linear_key_head_dim: int | None = field(default=None, metadata={"help": "Size of such a key head."})
-    linear_value_head_dim: int | None = field(default=None, metadata={"help": "Size of such a value head."})
-    linear_conv_kernel_dim: int = field(default=4, metadata={"help": "Tokens that its convolution sees."})
-    sparse_block_size: int | None = field(
-        default=None, metadata={"help": "Keys of a block, for --attn_implementation sparse."}
-    )
-    sparse_num_blocks: int | None = field(
-        default=None, metadata={"help": "Blocks that a token attends to, its own included, for the same."}
-    )
-    num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 means one dense MLP."})
-    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that each token passes through."})
-    moe_intermediate_size: int | None = field(default=None, metadata={"help": "Width of an expert."})
-    n_shared_experts: int = field(default=0, metadata={"help": "Experts beside these that all tokens share."})
-    first_k_dense_replace: int = field(default=0, metadata={"help": "First layers with a dense MLP and no experts."})
-    scoring_func: str = field(default="softmax", metadata={"help": "Scores of a router: softmax or sigmoid."})
-    topk_method: str = field(
-        default="greedy", metadata={"help": "greedy, group_limited_greedy, or noaux_tc: a bias balances the load."}
-    )
-    n_group: int = field(default=1, metadata={"help": "Groups of experts."})
-    topk_group: int = field(default=1, metadata={"help": "Groups that a token's experts come from."})
-    router_bias_update_rate: float | None = field(
-        default=None, metadata={"help": "Step of that bias; by default 0.001, and 0 keeps it."}
-    )
-    residual_init: str = field(default="plain", metadata={"help": "plain, gpt2 or depth: scale of the residual init."})
+    linear_num_key_heads: int | None = flag(None, "Key heads of linear attention.")
+    linear_num_value_heads: int | None = flag(None, "Its value heads.")
+    linear_key_head_dim: int | None = flag(None, "Size of such a key head.")
+    linear_value_head_dim: int | None = flag(None, "Size of such a value head.")
+    linear_conv_kernel_dim: int = flag(4, "Tokens that its convolution sees.")
+    sparse_block_size: int | None = flag(None, "Keys of a block, for --attn_implementation sparse.")
+    sparse_num_blocks: int | None = flag(None, "Blocks that a token attends to, its own included, for the same.")
+    num_local_experts: int = flag(0, "Experts of each layer; 0 means one dense MLP.")
+    num_experts_per_tok: int = flag(2, "Experts that each token passes through.")
+    moe_intermediate_size: int | None = flag(None, "Width of an expert.")
+    n_shared_experts: int = flag(0, "Experts beside these that all tokens share.")
+    first_k_dense_replace: int = flag(0, "First layers with a dense MLP and no experts.")
+    scoring_func: str = flag("softmax", "Scores of a router: softmax or sigmoid.")
+    topk_method: str = flag("greedy", "greedy, group_limited_greedy, or noaux_tc: a bias balances the load.")
+    n_group: int = flag(1, "Groups of experts.")
+    topk_group: int = flag(1, "Groups that a token's experts come from.")
+    router_bias_update_rate: float | None = flag(None, "Step of that bias; by default 0.001, and 0 keeps it.")
+    residual_init: str = flag("plain", "plain, gpt2 or depth: scale of the residual init.")
 
 
 # The flags that are fields of `HfllmConfig`; the tokenizer determines the vocabulary size.
@@ -203,71 +191,46 @@ NEED_PACKING = ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens"
 class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, RemoteCodeArguments):
     """Objective, length and schedule of the run, and where a new model comes from."""
 
-    total_tokens: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens to train on, in place of --num_train_epochs; 'chinchilla' means 20 per parameter "
-            "(Hoffmann et al. 2022, arXiv:2203.15556)."
-        },
+    total_tokens: str | None = flag(
+        None,
+        "Tokens to train on, in place of --num_train_epochs; 'chinchilla' means 20 per parameter "
+        "(Hoffmann et al. 2022, arXiv:2203.15556).",
     )
-    objective: str = field(
-        default="causal",
-        metadata={
-            "help": "'causal' predicts the next token; 'masked' predicts masked ones, in a new bidirectional model; "
-            "'infilling' is causal on documents cut in three, Code Llama's format.",
-            "choices": [*OBJECTIVES],
-        },
+    objective: str = flag(
+        "causal",
+        "'causal' predicts the next token; 'masked' predicts masked ones, in a new bidirectional model; "
+        "'infilling' is causal on documents cut in three, Code Llama's format.",
+        choices=[*OBJECTIVES],
     )
-    packing: bool = field(
-        default=True,
-        metadata={"help": "Fill rows of --max_length with documents that do not attend to each other; else pad."},
+    packing: bool = flag(True, "Fill rows of --max_length with documents that do not attend to each other; else pad.")
+    max_length: int = flag(512, "Tokens per row; longer documents are split.")
+    length_curriculum: str | None = flag(
+        None, "Row lengths by share of the run's tokens, such as 0:128,0.2:256,0.5:512; needs packing."
     )
-    max_length: int = field(default=512, metadata={"help": "Tokens per row; longer documents are split."})
-    length_curriculum: str | None = field(
-        default=None,
-        metadata={"help": "Row lengths by share of the run's tokens, such as 0:128,0.2:256,0.5:512; needs packing."},
+    batch_ramp: str | None = flag(
+        None, "Tokens per batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing."
     )
-    batch_ramp: str | None = field(
-        default=None,
-        metadata={"help": "Tokens per batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing."},
+    z_loss_coef: float = flag(0.0, "Weight of the squared log-partition function (PaLM: 1e-4); needs packing.")
+    use_muon: bool = flag(False, "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.")
+    loss_spikes: str = flag(
+        "stop", "What to do at a loss far above its running median: stop the run, or warn.", choices=["stop", "warn"]
     )
-    z_loss_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the squared log-partition function (PaLM: 1e-4); needs packing."}
+    sample_steps: int | None = flag(
+        None, "Steps between samples; by default four times per run, 0 means never, as under DeepSpeed."
     )
-    use_muon: bool = field(
-        default=False,
-        metadata={"help": "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate."},
+    peak_flops: float | None = flag(None, "Peak FLOP/s of one device; the share that is reached is logged as mfu.")
+    tokenizer_name_or_path: str | None = flag(
+        None, "Tokenizer of the new model; by default one is trained on the texts."
     )
-    loss_spikes: str = field(
-        default="stop",
-        metadata={
-            "help": "What to do at a loss far above its running median: stop the run, or warn.",
-            "choices": ["stop", "warn"],
-        },
+    config_name_or_path: str | None = flag(
+        None,
+        "Architecture of the new model, in place of its flags: a preset (gpt2, llama-2-7b, ...), a "
+        "config.json, or the folder that holds one. All other defaults are then those of transformers.",
     )
-    sample_steps: int | None = field(
-        default=None,
-        metadata={"help": "Steps between samples; by default four times per run, 0 means never, as under DeepSpeed."},
-    )
-    peak_flops: float | None = field(
-        default=None, metadata={"help": "Peak FLOP/s of one device; the share that is reached is logged as mfu."}
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the new model; by default one is trained on the texts."}
-    )
-    config_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Architecture of the new model, in place of its flags: a preset (gpt2, llama-2-7b, ...), a "
-            "config.json, or the folder that holds one. All other defaults are then those of transformers."
-        },
-    )
-    loss_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens per chunk of an hfllm model's loss, so that a batch's logits are never all in memory; "
-            "1024 by default, 0 means all at once."
-        },
+    loss_chunk_size: int | None = flag(
+        None,
+        "Tokens per chunk of an hfllm model's loss, so that a batch's logits are never all in memory; "
+        "1024 by default, 0 means all at once.",
     )
 
 
@@ -296,11 +259,11 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
     from hfllm.runs.models import check_attention, check_trainable, load_config, named_fields, new_config
 
     own, named = model_args.model_name_or_path, script_args.config_name_or_path
-    for is_refused, flag, reason in (
+    for is_refused, name, reason in (
         *refusals_of_the_run(script_args, training_args, model_args),
         *refusals_of_the_model(script_args, is_named=bool(own)),
     ):
-        refuse(is_refused, flag, reason)
+        refuse(is_refused, name, reason)
     if script_args.objective not in OBJECTIVES:
         raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
     tokens = script_args.total_tokens
@@ -339,8 +302,8 @@ def refusals_of_the_run(
         (is_ordered, "--train_sampling_strategy", "the order of documents is this recipe's own"),
         (is_scaled and ramp is not None, "--lr_scaling_rule", "--batch_ramp changes the batch"),
         *(
-            (not is_packed and bool(getattr(script_args, flag)), f"--{flag}", "it needs --packing true")
-            for flag in NEED_PACKING
+            (not is_packed and bool(getattr(script_args, name)), f"--{name}", "it needs --packing true")
+            for name in NEED_PACKING
         ),
         (not is_packed and script_args.objective != "causal", "--objective", "it needs --packing true"),
         (
@@ -366,16 +329,16 @@ def refusals_of_the_model(script_args: PretrainArguments, is_named: bool) -> lis
     has_config = bool(script_args.config_name_or_path)
     for_a_new_one = "it is for a new model, without --model_name_or_path"
     given = [
-        f"--{flag}"
-        for flag in (*ARCHITECTURE, "vocab_size")
-        if getattr(script_args, flag) != PretrainArguments.__dataclass_fields__[flag].default
+        f"--{name}"
+        for name in (*ARCHITECTURE, "vocab_size")
+        if getattr(script_args, name) != PretrainArguments.__dataclass_fields__[name].default
     ]
     is_masked = script_args.objective == "masked"
     has_tokenizer = bool(script_args.tokenizer_name_or_path)
     return [
         (is_named and is_masked, "--objective masked", "it makes a new model, without --model_name_or_path"),
-        *((is_named, flag, for_a_new_one) for flag in given),
-        *((has_config, flag, "--config_name_or_path has it") for flag in given),
+        *((is_named, name, for_a_new_one) for name in given),
+        *((has_config, name, "--config_name_or_path has it") for name in given),
         (is_named and has_config, "--config_name_or_path", for_a_new_one),
         (is_named and has_tokenizer, "--tokenizer_name_or_path", "the model brings its own"),
     ]

@@ -1,10 +1,11 @@
 """Tokenizers of new models: the flags to train one separately, its training, and its compression by size."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import TextArguments
+from hfllm.flags import flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -20,17 +21,15 @@ SMALLEST_SIZE = 300
 class TokenizerArguments(TextArguments):
     """Size and purpose of the tokenizer."""
 
-    vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the number of tokens."})
-    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the models that will use it."})
-    objective: str = field(
-        default="causal",
-        metadata={
-            "help": "What pretraining will predict: 'masked' and 'infilling' need extra special tokens.",
-            "choices": ["causal", "masked", "infilling"],
-        },
+    vocab_size: int = flag(8192, "Upper bound on the number of tokens.")
+    max_position_embeddings: int = flag(2048, "Context of the models that will use it.")
+    objective: str = flag(
+        "causal",
+        "What pretraining will predict: 'masked' and 'infilling' need extra special tokens.",
+        choices=["causal", "masked", "infilling"],
     )
-    seed: int = field(default=42, metadata={"help": "Seed of the held-out split, and of the world's documents."})
-    output_dir: str = field(default="outputs/tokenizer", metadata={"help": "Where the tokenizer goes."})
+    seed: int = flag(42, "Seed of the held-out split, and of the world's documents.")
+    output_dir: str = flag("outputs/tokenizer", "Where the tokenizer goes.")
 
 
 def make_tokenizer(

@@ -1,10 +1,11 @@
 """Thoughts on the embedded world: the recipe's flags, what it refuses, and the runs of other recipes in it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hfllm.errors import InputError
+from hfllm.flags import flag
 from hfllm.runs import pipeline
 from hfllm.runs.pipeline import Parsed
 from hfllm.runs.recipes import load_recipe, settings_file
@@ -28,34 +29,25 @@ CONFIGS = {"pretrain": (PRETRAIN,), "sft": (THOUGHTS, DIRECT), "mixed": (MIXED,)
 class ReasonArguments:
     """How much of each is made, and by which settings."""
 
-    output_dir: str = field(default="outputs/reason", metadata={"help": "Where models, data and the report go."})
-    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
-    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
-    num_examples: int = field(
-        default=8000, metadata={"help": "Questions that fine-tuning answers with thoughts, and the control without."}
+    output_dir: str = flag("outputs/reason", "Where models, data and the report go.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
+    world_seed: int = flag(0, "Seed of the embedded world's facts.")
+    num_examples: int = flag(8000, "Questions that fine-tuning answers with thoughts, and the control without.")
+    num_mixed_examples: int = flag(1600, "Questions for the model that PPO starts from, some of them with thoughts.")
+    share_of_thoughts: float = flag(0.3, "Share of those that are answered with a thought.")
+    num_prompts: int = flag(4096, "Questions for PPO, which fine-tuning has not seen.")
+    num_problems: int = flag(
+        100, "Held-out questions of each number of hops, at most; of the dial three times as many."
     )
-    num_mixed_examples: int = field(
-        default=1600, metadata={"help": "Questions for the model that PPO starts from, some of them with thoughts."}
+    controls: list[str] | None = flag(
+        None,
+        "Arms that must not gain: direct (fine-tuning on answers alone), shuffled (PPO on the same "
+        "rewards, dealt out by chance), or none; by default both.",
     )
-    share_of_thoughts: float = field(
-        default=0.3, metadata={"help": "Share of those that are answered with a thought."}
-    )
-    num_prompts: int = field(default=4096, metadata={"help": "Questions for PPO, which fine-tuning has not seen."})
-    num_problems: int = field(
-        default=100,
-        metadata={"help": "Held-out questions of each number of hops, at most; of the dial three times as many."},
-    )
-    controls: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Arms that must not gain: direct (fine-tuning on answers alone), shuffled (PPO on the same "
-            "rewards, dealt out by chance), or none; by default both."
-        },
-    )
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning, with and without."})
-    mixed_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning before PPO."})
-    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the runs of PPO."})
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
+    sft_config: str | None = flag(None, "YAML flags of fine-tuning, with and without.")
+    mixed_config: str | None = flag(None, "YAML flags of fine-tuning before PPO.")
+    rlhf_config: str | None = flag(None, "YAML flags of the runs of PPO.")
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -70,10 +62,10 @@ def check(script_args: ReasonArguments) -> None:
         InputError: naming the flag.
     """
     fewest = {**dict.fromkeys(AT_LEAST_ONE, 1), **dict.fromkeys(("num_examples", "num_mixed_examples"), FEWEST_ROWS)}
-    for flag, least in fewest.items():
-        value = getattr(script_args, flag)
+    for name, least in fewest.items():
+        value = getattr(script_args, name)
         if value < least:
-            raise InputError(f"--{flag} {value}: expected at least {least}")
+            raise InputError(f"--{name} {value}: expected at least {least}")
     controls = script_args.controls or ()
     for control in controls:
         if control not in (*CONTROLS, "none"):
@@ -117,8 +109,8 @@ def data_file(script_args: ReasonArguments, name: str) -> Path:
 
 
 def _config(script_args: ReasonArguments, name: str) -> str:
-    flag = next(flag for flag, runs in CONFIGS.items() if name in runs)
-    return getattr(script_args, f"{flag}_config") or str(settings_file(f"reason/{flag}.yaml"))
+    each = next(each for each, runs in CONFIGS.items() if name in runs)
+    return getattr(script_args, f"{each}_config") or str(settings_file(f"reason/{each}.yaml"))
 
 
 def _runs(script_args: ReasonArguments) -> Iterator[tuple[str, str, list[str]]]:

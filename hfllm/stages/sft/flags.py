@@ -1,7 +1,7 @@
 """Fine-tuning on instructions: its flags, what it refuses, and its data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from hfllm.data.images.rows import FreezingArguments, PictureArguments
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import PYDOC, source_files
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -27,23 +28,18 @@ TOP_K, FRACTION = 3, 0.5
 class RetrievalArguments:
     """Passages before the questions of some rows, so that a model learns to answer from what it is given."""
 
-    retrieval_dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Passages that are found for a row's last question and put before it: a folder of saved passages, "
-            "or texts, named as --dataset_name, which are cut (docs/grounding.md)."
-        },
+    retrieval_dataset_name: str | None = flag(
+        None,
+        "Passages that are found for a row's last question and put before it: a folder of saved passages, "
+        "or texts, named as --dataset_name, which are cut (docs/grounding.md).",
     )
     # None, and not their values, since without the first flag they mean nothing.
-    retrieval_top_k: int | None = field(
-        default=None, metadata={"help": f"The most passages of a row; {TOP_K} by default."}
+    retrieval_top_k: int | None = flag(None, f"The most passages of a row; {TOP_K} by default.")
+    retrieval_min_score: float | None = flag(
+        None, "Passages with a lower BM25 score are not put there; by default all are."
     )
-    retrieval_min_score: float | None = field(
-        default=None, metadata={"help": "Passages with a lower BM25 score are not put there; by default all are."}
-    )
-    grounded_fraction: float | None = field(
-        default=None,
-        metadata={"help": f"Share of the rows that get passages; the others stay as they are. {FRACTION} by default."},
+    grounded_fraction: float | None = flag(
+        None, f"Share of the rows that get passages; the others stay as they are. {FRACTION} by default."
     )
 
 
@@ -56,9 +52,9 @@ def check_retrieval(script_args: RetrievalArguments) -> None:
     from hfllm.data.word_index import import_bm25s
 
     name = script_args.retrieval_dataset_name
-    for flag in ("retrieval_top_k", "retrieval_min_score", "grounded_fraction"):
+    for each in ("retrieval_top_k", "retrieval_min_score", "grounded_fraction"):
         refuse(
-            name is None and getattr(script_args, flag) is not None, f"--{flag}", "it needs --retrieval_dataset_name"
+            name is None and getattr(script_args, each) is not None, f"--{each}", "it needs --retrieval_dataset_name"
         )
     if name is None:
         return
@@ -101,16 +97,14 @@ class SftArguments(
 ):
     """Instruction data."""
 
-    num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
-    added_tokens: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens to add to the model, such as <think> </think>; without, they are written by those that "
-            "there are (docs/reasoning.md)."
-        },
+    num_examples: int = flag(9600, "Demonstrations of the embedded world to train on.")
+    added_tokens: list[str] | None = flag(
+        None,
+        "Tokens to add to the model, such as <think> </think>; without, they are written by those that "
+        "there are (docs/reasoning.md).",
     )
-    pretrain_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the pretraining that makes the base model, if none is named."
     )
 
 

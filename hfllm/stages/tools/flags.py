@@ -1,13 +1,14 @@
 """Learning to use tools: its flags, what it refuses, and its runs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, given_words
 from hfllm.runs.flags import RemoteCodeArguments
@@ -29,36 +30,26 @@ OF_WORLD = ("controls", "pretrain_config", "num_demonstrations", "num_prompts")
 class ToolsArguments(RowArguments, RemoteCodeArguments):
     """Questions, tools, and how much people show of them."""
 
-    output_dir: str = field(
-        default="outputs/tools", metadata={"help": "Where the models, the data and the report go."}
+    output_dir: str = flag("outputs/tools", "Where the models, the data and the report go.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
+    tools: list[str] | None = flag(
+        None, "Functions that your model may call: path/to/file.py:function, calculator, or lookup:table.json."
     )
-    seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
-    tools: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Functions that your model may call: path/to/file.py:function, calculator, or lookup:table.json."
-        },
+    reward_funcs: list[str] | None = flag(None, "Rewards of your own: path/to/file.py:function.")
+    demonstrations_dataset_name: str | None = flag(
+        None, "Conversations with calls of tools that your model learns from before PPO."
     )
-    reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Rewards of your own: path/to/file.py:function."}
+    controls: list[str] | None = flag(
+        None,
+        "Arms of the embedded world: shuffled (PPO by shuffled rewards, which must not gain), plain (a "
+        "model without tools), or none; by default both.",
     )
-    demonstrations_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Conversations with calls of tools that your model learns from before PPO."},
-    )
-    controls: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Arms of the embedded world: shuffled (PPO by shuffled rewards, which must not gain), plain (a "
-            "model without tools), or none; by default both."
-        },
-    )
-    num_demonstrations: int = field(default=12000, metadata={"help": "Demonstrations of the embedded world."})
-    num_prompts: int = field(default=4000, metadata={"help": "Questions of the embedded world that PPO asks."})
-    num_eval_prompts: int = field(default=100, metadata={"help": "Held-out questions of each family, at most."})
-    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning on demonstrations."})
-    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the run of PPO."})
+    num_demonstrations: int = flag(12000, "Demonstrations of the embedded world.")
+    num_prompts: int = flag(4000, "Questions of the embedded world that PPO asks.")
+    num_eval_prompts: int = flag(100, "Held-out questions of each family, at most.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
+    sft_config: str | None = flag(None, "YAML flags of fine-tuning on demonstrations.")
+    rlhf_config: str | None = flag(None, "YAML flags of the run of PPO.")
 
     takes_any_column: ClassVar[bool] = True
 
@@ -80,10 +71,10 @@ def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
     Raises:
         InputError: naming the flag.
     """
-    for flag in AT_LEAST_ONE:
-        value = getattr(script_args, flag)
+    for name in AT_LEAST_ONE:
+        value = getattr(script_args, name)
         if value < 1:
-            raise InputError(f"--{flag} {value}: expected at least 1")
+            raise InputError(f"--{name} {value}: expected at least 1")
     named = bool(model_args.model_name_or_path)
     if named and script_args.is_world:
         raise InputError("--model_name_or_path needs --dataset_name: prompts, for instance a JSON Lines of `prompt`")
@@ -92,14 +83,14 @@ def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
             f"--dataset_name {script_args.dataset_name} needs --model_name_or_path: the embedded world's model does "
             "not know such prompts"
         )
-    for flag in OWN:
-        is_given = bool(getattr(script_args, flag))
-        refuse(not named and is_given, f"--{flag}", "the model and its tools are the embedded world's")
-        if named and not is_given and flag != "demonstrations_dataset_name":
-            raise InputError(f"--model_name_or_path {model_args.model_name_or_path} needs --{flag}")
-    for flag in OF_WORLD:
-        is_given = getattr(script_args, flag) != getattr(ToolsArguments, flag)
-        refuse(named and is_given, f"--{flag}", "it is of the embedded world's model")
+    for name in OWN:
+        is_given = bool(getattr(script_args, name))
+        refuse(not named and is_given, f"--{name}", "the model and its tools are the embedded world's")
+        if named and not is_given and name != "demonstrations_dataset_name":
+            raise InputError(f"--model_name_or_path {model_args.model_name_or_path} needs --{name}")
+    for name in OF_WORLD:
+        is_given = getattr(script_args, name) != getattr(ToolsArguments, name)
+        refuse(named and is_given, f"--{name}", "it is of the embedded world's model")
     controls = script_args.controls or ()
     for control in controls:
         if control not in (*CONTROLS, "none"):

@@ -1,7 +1,7 @@
 """Learning to see: the recipe's flags, what it refuses, and the settings of each way to run it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +10,7 @@ from hfllm.data.loading import RowArguments
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.data.world.pictures import picture_side
 from hfllm.errors import InputError, refuse
+from hfllm.flags import flag
 from hfllm.runs.recipes import settings_file
 from hfllm.stages.shared import check_whole_rows
 
@@ -36,48 +37,35 @@ MOST_ABSENT = 0.999
 class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     """Which pictures and questions, the model that is made for them, and which of its parts learn."""
 
-    dataset_name: str = field(
-        default=PICTURES,
-        metadata={
-            "help": "'pictures' (the drawn world), 'digits' (scikit-learn's), or rows of your own with a column image "
-            "or images: a local file or folder, or a dataset id on the Hub."
-        },
+    dataset_name: str = flag(
+        PICTURES,
+        "'pictures' (the drawn world), 'digits' (scikit-learn's), or rows of your own with a column image "
+        "or images: a local file or folder, or a dataset id on the Hub.",
     )
-    num_captions: int = field(default=6400, metadata={"help": "Pictures with captions, which are learned first."})
+    num_captions: int = flag(6400, "Pictures with captions, which are learned first.")
     takes_any_column: ClassVar[bool] = True
 
-    num_examples: int = field(default=51200, metadata={"help": "Pictures with questions to train on."})
-    questions_per_picture: int = field(
-        default=4, metadata={"help": "Questions about each at most: as many as --max_length tokens hold."}
+    num_examples: int = flag(51200, "Pictures with questions to train on.")
+    questions_per_picture: int = flag(4, "Questions about each at most: as many as --max_length tokens hold.")
+    share_absent: float | None = flag(
+        None,
+        "Share of questions about what is not there among those that are drawn, in training; by default 5 "
+        "of 23. About half as many more remain, since what a picture does not allow is drawn again. Few of them "
+        "leave PPO something to teach.",
     )
-    share_absent: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of questions about what is not there among those that are drawn, in training; by default 5 "
-            "of 23. About half as many more remain, since what a picture does not allow is drawn again. Few of them "
-            "leave PPO something to teach."
-        },
-    )
-    num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
-    max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
-    num_rl_prompts: int = field(
-        default=0, metadata={"help": "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out."}
-    )
-    rl_learning_rate: float = field(default=1e-4, metadata={"help": "The highest learning rate of PPO."})
-    kl_coef: float = field(default=0.02, metadata={"help": "Weight of the KL penalty of PPO."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Tokens of an answer at most, in the evaluation."})
-    hidden_size: int = field(default=64, metadata={"help": "Width of the decoder that is made."})
-    vision_hidden_size: int | None = field(
-        default=None, metadata={"help": "Width of the tower; by default that of the decoder."}
-    )
-    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of the decoder."})
-    num_vision_layers: int = field(default=2, metadata={"help": "Layers of the tower."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Heads of both."})
-    patch_size: int = field(default=12, metadata={"help": "Side of a patch, in pixels."})
-    use_muon: bool = field(
-        default=False,
-        metadata={"help": "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate."},
-    )
+    num_eval_examples: int = flag(1000, "Questions of each part of the evaluation.")
+    max_eval_samples: int = flag(256, "Held-out rows of your own at most.")
+    num_rl_prompts: int = flag(0, "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out.")
+    rl_learning_rate: float = flag(1e-4, "The highest learning rate of PPO.")
+    kl_coef: float = flag(0.02, "Weight of the KL penalty of PPO.")
+    max_new_tokens: int = flag(16, "Tokens of an answer at most, in the evaluation.")
+    hidden_size: int = flag(64, "Width of the decoder that is made.")
+    vision_hidden_size: int | None = flag(None, "Width of the tower; by default that of the decoder.")
+    num_hidden_layers: int = flag(3, "Layers of the decoder.")
+    num_vision_layers: int = flag(2, "Layers of the tower.")
+    num_attention_heads: int = flag(4, "Heads of both.")
+    patch_size: int = flag(12, "Side of a patch, in pixels.")
+    use_muon: bool = flag(False, "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.")
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:
@@ -102,11 +90,11 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
             f"--dataset_name {name}: rows of your own take a vision-language model of your own "
             f"(--model_name_or_path), or pictures that are drawn here: {', '.join(DRAWN)}"
         )
-    for flag in FREEZING:
-        refuse(not is_named and getattr(script_args, flag), f"--{flag}", "the model is made here, and knows nothing")
-    for flag in OF_NEW_MODELS:
-        is_given = getattr(script_args, flag) != getattr(VisionArguments, flag)
-        refuse(is_named and is_given, f"--{flag}", "it is for the model that is made here, and one is named")
+    for each in FREEZING:
+        refuse(not is_named and getattr(script_args, each), f"--{each}", "the model is made here, and knows nothing")
+    for each in OF_NEW_MODELS:
+        is_given = getattr(script_args, each) != getattr(VisionArguments, each)
+        refuse(is_named and is_given, f"--{each}", "it is for the model that is made here, and one is named")
     refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
     check_freezing(script_args, model_args)
     _refuse_unused(script_args)
@@ -116,7 +104,7 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     has_ppo = script_args.num_rl_prompts > 0
     refuse(name not in DRAWN and has_ppo, "--num_rl_prompts", "the gold is that of drawn pictures")
     refuse(model_args.use_peft and has_ppo, "--num_rl_prompts", "PPO starts from a whole model here, not an adapter")
-    for flag, least in (
+    for each, least in (
         ("num_captions", 0),
         ("num_rl_prompts", 0),
         ("num_examples", 1),
@@ -124,8 +112,8 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
         ("max_eval_samples", 1),
         ("max_new_tokens", 1),
     ):
-        if getattr(script_args, flag) < least:
-            raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least {least}")
+        if getattr(script_args, each) < least:
+            raise InputError(f"--{each} {getattr(script_args, each)}: expected at least {least}")
     share = script_args.share_absent
     refuse(name == DIGITS and share is not None, "--share_absent", "every digit that is asked for is there")
     if share is not None and not 0 <= share <= MOST_ABSENT:
@@ -134,18 +122,18 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     if not 1 <= script_args.questions_per_picture <= most:
         raise InputError(f"--questions_per_picture {script_args.questions_per_picture}: expected 1 to {most}")
     heads = script_args.num_attention_heads
-    for flag in ("hidden_size", "vision_hidden_size"):
-        width = getattr(script_args, flag)
+    for each in ("hidden_size", "vision_hidden_size"):
+        width = getattr(script_args, each)
         if width is not None and (width < 1 or width % (2 * heads)):
-            raise InputError(f"--{flag} {width}: expected a multiple of twice --num_attention_heads {heads}")
+            raise InputError(f"--{each} {width}: expected a multiple of twice --num_attention_heads {heads}")
     _check_patches(script_args)
 
 
 def _check_muon(script_args: VisionArguments, training_args: "SFTConfig") -> None:
     from hfllm.trainers.pretraining.muon import refusals_of_muon
 
-    for condition, flag, reason in refusals_of_muon(script_args.use_muon, training_args):
-        refuse(condition, flag, reason)
+    for condition, name, reason in refusals_of_muon(script_args.use_muon, training_args):
+        refuse(condition, name, reason)
 
 
 def _refuse_unused(script_args: VisionArguments) -> None:
@@ -156,9 +144,9 @@ def _refuse_unused(script_args: VisionArguments) -> None:
         (OF_OWN_ROWS, is_drawn, "it is for rows of your own, and these are drawn"),
         (OF_PPO, script_args.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds"),
     ):
-        for flag in names:
-            is_given = getattr(script_args, flag) != getattr(VisionArguments, flag)
-            refuse(is_unused and is_given, f"--{flag}", why)
+        for name in names:
+            is_given = getattr(script_args, name) != getattr(VisionArguments, name)
+            refuse(is_unused and is_given, f"--{name}", why)
 
 
 def _check_patches(script_args: VisionArguments) -> None:

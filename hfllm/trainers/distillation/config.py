@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hfllm.flags import flag
 from hfllm.trainers.distillation.losses import LossSettings
-from hfllm.trainers.distillation.options import DistillationOptions, option
+from hfllm.trainers.distillation.options import DistillationOptions
 
 NOT_NEGATIVE = ("soft_weight", "hard_weight", "hidden_weight", "loss_chunk_size")
 AT_LEAST_ONE = ("teacher_top_k", "max_length")
@@ -19,8 +20,8 @@ class DistillationConfig(DistillationOptions, TrainingArguments):
     Distillation's options are in `hfllm/trainers/distillation/options.py`.
     """
 
-    logging_steps: float = option(10, "Log every X optimizer steps; below 1, a share of all steps.")
-    remove_unused_columns: bool | None = option(False, "Keep False: the trainer reads the dataset's columns itself.")
+    logging_steps: float = flag(10, "Log every X optimizer steps; below 1, a share of all steps.")
+    remove_unused_columns: bool | None = flag(False, "Keep False: the trainer reads the dataset's columns itself.")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 

@@ -3,30 +3,27 @@
 They are not frozen, since `DistillationConfig` also inherits from transformers' `TrainingArguments`, which are not.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-
-def option(default: Any, text: str) -> Any:
-    """Return a dataclass field with its help."""
-    return field(default=default, metadata={"help": text})
+from hfllm.flags import flag
 
 
 @dataclass
 class TeacherOptions:
     """The teacher."""
 
-    teacher_model_name_or_path: str | None = option(None, "Model name or path of the teacher.")
-    teacher_model_revision: str | None = option(None, "Revision of the teacher.")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
+    teacher_model_name_or_path: str | None = flag(None, "Model name or path of the teacher.")
+    teacher_model_revision: str | None = flag(None, "Revision of the teacher.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = flag(
         None, "Keyword arguments of `from_pretrained` for a teacher given by name."
     )
-    teacher_top_k: int | None = option(
+    teacher_top_k: int | None = flag(
         None,
         "Run the teacher once, keep this many of its most likely tokens per position on disk, and train on them. By "
         "default it runs at every step and is compared on the whole vocabulary.",
     )
-    teacher_cache_dir: str | None = option(
+    teacher_cache_dir: str | None = flag(
         None,
         "Folder of this cache, which several runs may share: nothing in it is removed. By default teacher_cache in "
         "the output folder, where stale files are removed.",
@@ -37,19 +34,19 @@ class TeacherOptions:
 class LossOptions:
     """The loss, and the tokens that it is computed on."""
 
-    temperature: float = option(3.0, "Temperature of both distributions in the divergence.")
-    beta: float = option(
+    temperature: float = flag(3.0, "Temperature of both distributions in the divergence.")
+    beta: float = flag(
         0.0, "Divergence: 0 is the forward KL, 1 the reverse KL, values between are generalized Jensen-Shannon."
     )
-    soft_weight: float = option(0.7, "Weight of the divergence, times the squared temperature.")
-    hard_weight: float = option(0.3, "Weight of the cross-entropy with the data.")
-    hidden_weight: float = option(
+    soft_weight: float = flag(0.7, "Weight of the divergence, times the squared temperature.")
+    hard_weight: float = flag(0.3, "Weight of the cross-entropy with the data.")
+    hidden_weight: float = flag(
         0.0,
         "Weight of the mean squared distance between hidden states, each student layer against one of the teacher's.",
     )
-    max_length: int | None = option(1024, "Longest row in tokens; longer rows are cut at the end.")
-    disable_dropout: bool = option(False, "Switch the student's dropout off.")
-    loss_chunk_size: int = option(256, "Tokens per chunk of logits, of student and teacher; 0 means a whole batch.")
+    max_length: int | None = flag(1024, "Longest row in tokens; longer rows are cut at the end.")
+    disable_dropout: bool = flag(False, "Switch the student's dropout off.")
+    loss_chunk_size: int = flag(256, "Tokens per chunk of logits, of student and teacher; 0 means a whole batch.")
 
 
 @dataclass

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
+from hfllm.flags import flag
 from hfllm.runs.arguments import changed
-from hfllm.trainers.ppo.options import KL_ESTIMATORS, KL_PLACES, VLLM_MODES, PPOOptions, option
+from hfllm.trainers.ppo.options import KL_ESTIMATORS, KL_PLACES, VLLM_MODES, PPOOptions
 
 AT_LEAST_ONE = (
     *("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length", "num_generations"),
@@ -46,16 +47,16 @@ class PPOConfig(PPOOptions, TrainingArguments):
     schedule count optimizer steps, as everywhere in transformers.
     """
 
-    learning_rate: float | None = option(
+    learning_rate: float | None = flag(
         None,
         "Initial learning rate; by default from the model's size, higher for an adapter (docs/ppo.md).",
     )
-    per_device_train_batch_size: int = option(16, "Episodes of an optimizer step on each device.")
-    logging_steps: float = option(10, "Log every X optimizer steps; below 1, a share of all steps.")
-    remove_unused_columns: bool | None = option(
+    per_device_train_batch_size: int = flag(16, "Episodes of an optimizer step on each device.")
+    logging_steps: float = flag(10, "Log every X optimizer steps; below 1, a share of all steps.")
+    remove_unused_columns: bool | None = flag(
         False, "Keep False: reward functions receive the dataset's extra columns."
     )
-    model_init_kwargs: dict[str, Any] | str | None = option(
+    model_init_kwargs: dict[str, Any] | str | None = flag(
         None, "Keyword arguments of `from_pretrained` when the model is given by name."
     )
 

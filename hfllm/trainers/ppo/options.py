@@ -3,8 +3,10 @@
 They are not frozen, since `PPOConfig` also inherits from transformers' `TrainingArguments`, which are not.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from hfllm.flags import flag
 
 # See hfllm/trainers/ppo/formulas.py.
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -14,27 +16,22 @@ VLLM_MODES = ("colocate", "server")
 REWARD_TIMEOUT = 1800.0
 
 
-def option(default: Any, text: str, **metadata: Any) -> Any:
-    """Return a dataclass field with its help; `metadata` is passed on to the flag."""
-    return field(default=default, metadata={"help": text, **metadata})
-
-
 @dataclass
 class RolloutOptions:
     """Rollouts, and the passes over each."""
 
-    total_episodes: int | None = option(None, "Total number of responses to sample; sets `max_steps` when given.")
-    num_ppo_epochs: int = option(2, "Passes over each rollout.")
-    num_mini_batches: int = option(4, "Optimizer steps in each pass over a rollout.")
-    num_generations: int = option(1, "Responses sampled for each prompt of a rollout.")
-    disable_dropout: bool = option(True, "Switch dropout off, so that the ratio is 1 before the first update.")
-    local_rollout_forward_batch_size: int = option(64, "Sequences per forward pass without gradient, on each process.")
-    length_bucket_size: int | None = option(
+    total_episodes: int | None = flag(None, "Total number of responses to sample; sets `max_steps` when given.")
+    num_ppo_epochs: int = flag(2, "Passes over each rollout.")
+    num_mini_batches: int = flag(4, "Optimizer steps in each pass over a rollout.")
+    num_generations: int = flag(1, "Responses sampled for each prompt of a rollout.")
+    disable_dropout: bool = flag(True, "Switch dropout off, so that the ratio is 1 before the first update.")
+    local_rollout_forward_batch_size: int = flag(64, "Sequences per forward pass without gradient, on each process.")
+    length_bucket_size: int | None = flag(
         None,
         "Split micro-batches into passes so that no sequence is padded by this many tokens or more. By default "
         "8 on a CPU and 256 elsewhere; with DeepSpeed micro-batches stay whole.",
     )
-    max_tokens_per_pass: int | None = option(
+    max_tokens_per_pass: int | None = flag(
         None,
         "Most tokens of one forward and backward pass; larger micro-batches are split. By default 768 on "
         "a CPU, where larger passes cost memory and save no time (fewer with vocabularies above 5,000); elsewhere "
@@ -46,12 +43,12 @@ class RolloutOptions:
 class SamplingOptions:
     """Sampling."""
 
-    response_length: int = option(53, "Longest response to sample, in tokens, with the results of tools.")
-    temperature: float = option(1.0, "Sampling temperature.")
-    generation_kwargs: dict[str, Any] | str | None = option(
+    response_length: int = flag(53, "Longest response to sample, in tokens, with the results of tools.")
+    temperature: float = flag(1.0, "Sampling temperature.")
+    generation_kwargs: dict[str, Any] | str | None = flag(
         None, "More arguments for `GenerationConfig`, such as top_k, top_p or stop_strings."
     )
-    log_completions: bool = option(
+    log_completions: bool = flag(
         False, "Keep prompts, completions and rewards as parquet, one file per rollout and process."
     )
 
@@ -60,94 +57,94 @@ class SamplingOptions:
 class ToolOptions:
     """Tools that the policy may call, which are the trainer's argument `tools`."""
 
-    max_tool_calling_iterations: int | None = option(
+    max_tool_calling_iterations: int | None = flag(
         None, "Turns with calls of tools that are answered; by default as many as the response has room for."
     )
-    tool_timeout: float = option(10.0, "Seconds after which a call of a tool is given up.")
-    max_tool_result_length: int = option(1000, "Characters beyond which the result of a tool is cut.")
+    tool_timeout: float = flag(10.0, "Seconds after which a call of a tool is given up.")
+    max_tool_result_length: int = flag(1000, "Characters beyond which the result of a tool is cut.")
 
 
 @dataclass
 class RewardOptions:
     """Rewards and advantages."""
 
-    reward_weights: list[float] | None = option(
+    reward_weights: list[float] | None = flag(
         None, "One weight for each reward function; 0 logs a reward without training on it."
     )
-    reward_timeout: float = option(
+    reward_timeout: float = flag(
         REWARD_TIMEOUT, "Seconds after which a reward function is given up, and the run with it; 0: none."
     )
-    missing_eos_penalty: float | None = option(
+    missing_eos_penalty: float | None = flag(
         None, "Subtracted from the score of a response that was cut off at `response_length`."
     )
-    normalize_rewards: bool = option(False, "Divide scores by the running standard deviation, less the running mean.")
-    reward_clip: float | None = option(None, "Clip scores to this size, after normalization.")
-    whiten_rewards: bool = option(False, "Scale rewards to unit variance.")
-    whiten_advantages: bool = option(True, "Scale advantages to zero mean, unit variance.")
-    advantage_clip: float | None = option(None, "Clip advantages to this size, after whitening.")
-    gamma: float = option(1.0, "Discount factor.")
-    lam: float = option(0.95, "Lambda of generalized advantage estimation.")
+    normalize_rewards: bool = flag(False, "Divide scores by the running standard deviation, less the running mean.")
+    reward_clip: float | None = flag(None, "Clip scores to this size, after normalization.")
+    whiten_rewards: bool = flag(False, "Scale rewards to unit variance.")
+    whiten_advantages: bool = flag(True, "Scale advantages to zero mean, unit variance.")
+    advantage_clip: float | None = flag(None, "Clip advantages to this size, after whitening.")
+    gamma: float = flag(1.0, "Discount factor.")
+    lam: float = flag(0.95, "Lambda of generalized advantage estimation.")
 
 
 @dataclass
 class ReferenceOptions:
     """The reference model, near which the policy is kept."""
 
-    kl_coef: float = option(0.05, "Weight of the KL penalty to the reference; 0 keeps no reference.")
-    kl_estimator: str = option(
+    kl_coef: float = flag(0.05, "Weight of the KL penalty to the reference; 0 keeps no reference.")
+    kl_estimator: str = flag(
         "k1", "Estimator of the per-token KL; 'full' sums over the vocabulary.", choices=[*KL_ESTIMATORS, "full"]
     )
-    kl_penalty: str = option("reward", "Where the KL is penalized.", choices=list(KL_PLACES))
-    kl_target: float | None = option(
+    kl_penalty: str = flag("reward", "Where the KL is penalized.", choices=list(KL_PLACES))
+    kl_target: float | None = flag(
         None, "Steer `kl_coef` towards this KL, in nats per response (Ziegler et al. 2019, section 2.2)."
     )
-    kl_horizon: int = option(10_000, "Episodes over which a steered `kl_coef` may change by a fifth.")
-    sync_ref_model: bool = option(False, "Move the reference towards the policy at intervals.")
-    ref_model_sync_steps: int = option(512, "Optimizer steps between two such moves.")
-    ref_model_mixup_alpha: float = option(0.6, "Share of the policy in such a move; 1 copies it.")
+    kl_horizon: int = flag(10_000, "Episodes over which a steered `kl_coef` may change by a fifth.")
+    sync_ref_model: bool = flag(False, "Move the reference towards the policy at intervals.")
+    ref_model_sync_steps: int = flag(512, "Optimizer steps between two such moves.")
+    ref_model_mixup_alpha: float = flag(0.6, "Share of the policy in such a move; 1 copies it.")
 
 
 @dataclass
 class LossOptions:
     """The loss."""
 
-    cliprange: float = option(0.2, "Clip range of the policy's probability ratio.")
-    dual_clip: float | None = option(
+    cliprange: float = flag(0.2, "Clip range of the policy's probability ratio.")
+    dual_clip: float | None = flag(
         None, "Bound, above 1, on the ratio's effect where the advantage is negative (arXiv:1912.09729)."
     )
-    target_kl: float | None = option(
+    target_kl: float | None = flag(
         None,
         "Skip the rest of a rollout's optimizer steps once the KL to its sampling policy, per token, exceeds this.",
     )
-    entropy_coef: float = option(0.0, "Weight of an entropy bonus, per token.")
-    ptx_coef: float = option(0.0, "Weight of the language-modeling loss on the trainer's `ptx_dataset`.")
-    vf_coef: float = option(0.1, "Weight of the value loss.")
-    cliprange_value: float | None = option(0.2, "Clip range of the values; None for no clipping.")
-    value_learning_rate: float | None = option(
+    entropy_coef: float = flag(0.0, "Weight of an entropy bonus, per token.")
+    ptx_coef: float = flag(0.0, "Weight of the language-modeling loss on the trainer's `ptx_dataset`.")
+    vf_coef: float = flag(0.1, "Weight of the value loss.")
+    cliprange_value: float | None = flag(0.2, "Clip range of the values; None for no clipping.")
+    value_learning_rate: float | None = flag(
         None,
         "Learning rate of the critic's own weights; by default that of a new head, or of all weights (docs/ppo.md).",
     )
-    critic_warmup_steps: int = option(0, "Optimizer steps at the beginning that train only the critic.")
+    critic_warmup_steps: int = flag(0, "Optimizer steps at the beginning that train only the critic.")
 
 
 @dataclass
 class VllmOptions:
     """Sampling by vLLM."""
 
-    use_vllm: bool = option(False, "Sample by vLLM, through TRL's back end; needs `pip install 'trl[vllm]'`.")
-    vllm_mode: str = option(
+    use_vllm: bool = flag(False, "Sample by vLLM, through TRL's back end; needs `pip install 'trl[vllm]'`.")
+    vllm_mode: str = flag(
         "colocate", "vLLM in this process, or a server started by `vllm serve`.", choices=list(VLLM_MODES)
     )
-    vllm_model_impl: str = option("vllm", "Whose model code vLLM runs: 'vllm' or 'transformers'.")
-    vllm_enable_sleep_mode: bool = option(False, "Let vLLM free the accelerator's memory during the updates.")
-    vllm_server_base_url: str | None = option(None, "URL of the server, in place of host and port.")
-    vllm_server_host: str = option("0.0.0.0", "Host of the server.")
-    vllm_server_port: int = option(8000, "Port of the server.")
-    vllm_server_timeout: float = option(240.0, "Seconds to wait for the server.")
-    vllm_group_port: int = option(51216, "Port for sending the weights to the server.")
-    vllm_gpu_memory_utilization: float = option(0.3, "Share of the accelerator's memory for vLLM in this process.")
-    vllm_max_model_length: int | None = option(None, "Longest prompt and response; by default the model's context.")
-    vllm_tensor_parallel_size: int = option(1, "Accelerators that share one vLLM in this process.")
+    vllm_model_impl: str = flag("vllm", "Whose model code vLLM runs: 'vllm' or 'transformers'.")
+    vllm_enable_sleep_mode: bool = flag(False, "Let vLLM free the accelerator's memory during the updates.")
+    vllm_server_base_url: str | None = flag(None, "URL of the server, in place of host and port.")
+    vllm_server_host: str = flag("0.0.0.0", "Host of the server.")
+    vllm_server_port: int = flag(8000, "Port of the server.")
+    vllm_server_timeout: float = flag(240.0, "Seconds to wait for the server.")
+    vllm_group_port: int = flag(51216, "Port for sending the weights to the server.")
+    vllm_gpu_memory_utilization: float = flag(0.3, "Share of the accelerator's memory for vLLM in this process.")
+    vllm_max_model_length: int | None = flag(None, "Longest prompt and response; by default the model's context.")
+    vllm_tensor_parallel_size: int = flag(1, "Accelerators that share one vLLM in this process.")
 
 
 @dataclass

@@ -1,0 +1,197 @@
+"""Flags that say beside their defaults which values they take, and when they have no effect.
+
+    NAMED = Fact(lambda flags: bool(flags.model_name_or_path), "the model is named")
+
+    @dataclass(frozen=True)
+    class Arguments:
+        num_prompts: int = flag(4000, "Questions of the world.", takes=at_least(1), never=NAMED)
+
+`check_flags` holds them to it. No library here, so that a list of flags is printed at once.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# The attribute of parsed flags that names those which the user gave.
+GIVEN = "given_flags"
+# What stands in a list of names for none of them.
+NO_NAME = "none"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a flag takes.
+
+    Args:
+        words: the numbers in words, after "expected".
+        holds: whether a number is one of them.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+def at_least(least: int) -> Range:
+    """Return the range of whole numbers from `least` on."""
+    return Range(f"at least {least}", lambda value: value >= least)
+
+
+POSITIVE = Range("a number above 0", lambda value: value > 0)
+NOT_NEGATIVE = Range("a number of at least 0", lambda value: value >= 0)
+SHARE = Range("a share in [0, 1]", lambda value: 0 <= value <= 1)
+BELOW_ONE = Range("a number in [0, 1)", lambda value: 0 <= value < 1)
+SEEDS = 2**32
+# numpy's generators take no other seeds.
+SEED = Range(f"a whole number from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a run is or is not, by which some flags have no effect.
+
+    Args:
+        holds: function from all flags to whether it is so.
+        reason: why a flag has no effect, as its refusal says it.
+    """
+
+    holds: Callable[["Flags"], Any]
+    reason: str
+
+    def because(self, reason: str) -> "Fact":
+        """Return the fact with another reason."""
+        return replace(self, reason=reason)
+
+    def absent(self, reason: str) -> "Fact":
+        """Return the fact that this one does not hold."""
+        return Fact(lambda flags: not self.holds(flags), reason)
+
+
+ALWAYS = Fact(lambda flags: True, "it has no effect")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one flag takes, and when it has no effect.
+
+    Args:
+        takes: the numbers.
+        some_of: the names that a list may hold, or none of them by the word none.
+        never: facts beside which the flag is refused.
+    """
+
+    takes: Range | None = None
+    some_of: tuple[str, ...] = ()
+    never: tuple[Fact, ...] = ()
+
+
+class Help(str):
+    """A flag's help that holds its rules: parsers hand whatever stands beside it to argparse, which takes no more."""
+
+    rules = Rules()
+
+
+def flag(
+    default: Any,
+    text: str,
+    *,
+    choices: Sequence[str] | None = None,
+    takes: Range | None = None,
+    some_of: Sequence[str] = (),
+    never: Fact | tuple[Fact, ...] = (),
+) -> Any:
+    """Return a dataclass field that is a flag, with its help and what it refuses.
+
+    Args:
+        default: a tuple stands for a list, and a function makes the default.
+        text: the help.
+        choices: the words that it takes.
+        takes: the numbers that it takes, besides none at all.
+        some_of: the names that a list of them may hold; none of them is the single word none.
+        never: facts beside which it has no effect. A flag that is not at its default is refused then.
+    """
+    help_ = Help(text)
+    help_.rules = Rules(takes, tuple(some_of), never if isinstance(never, tuple) else (never,))
+    metadata = {"help": help_, **({"choices": list(choices)} if choices else {})}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
+
+
+class Flags:
+    """All flags of a run by name, whichever dataclass declares them; one that none declares is `None`."""
+
+    def __init__(self, *parsed: "DataclassInstance") -> None:
+        self._parsed = parsed
+
+    def __getattr__(self, name: str) -> Any:
+        return next((getattr(group, name) for group in self._parsed if hasattr(group, name)), None)
+
+
+def rules_of(kind: "type[DataclassInstance]") -> dict[str, Rules]:
+    """Return the rules of each flag of a dataclass that has some."""
+    helps = {item.name: item.metadata.get("help") for item in fields(kind)}
+    return {name: text.rules for name, text in helps.items() if isinstance(text, Help)}
+
+
+def check_flags(*parsed: "DataclassInstance") -> None:
+    """Refuse values that flags do not take, and flags that would have no effect.
+
+    A dataclass may refuse flags of the others by its attribute `refused`: for each name the facts beside which that
+    flag has no effect.
+
+    Args:
+        parsed: the dataclasses of a run's flags.
+
+    Raises:
+        InputError: naming the flag, and the value or why it has no effect.
+    """
+    flags = Flags(*parsed)
+    for group in parsed:
+        for name, rules in rules_of(type(group)).items():
+            value = getattr(group, name)
+            check_number(name, value, rules.takes)
+            _check_names(name, value, rules.some_of)
+    for name, facts in _refusals(parsed):
+        for fact in facts:
+            if fact.holds(flags) and is_set(name, *parsed):
+                raise InputError(f"--{name} cannot be used here: {fact.reason}")
+
+
+def check_number(name: str, value: object, takes: Range | None) -> None:
+    """Refuse a number that a flag does not take."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if takes is not None and is_number and not (math.isfinite(value) and takes.holds(value)):
+        raise InputError(f"--{name} {value}: expected {takes.words}")
+
+
+def _check_names(name: str, values: Sequence[str] | None, some_of: tuple[str, ...]) -> None:
+    for value in (values or ()) if some_of else ():
+        if value not in (*some_of, NO_NAME):
+            raise InputError(f"--{name} {value!r}: expected some of {', '.join(some_of)}, or none")
+        if value == NO_NAME and {*values} != {NO_NAME}:
+            raise InputError(f"--{name} {' '.join(values)}: expected arms, or none alone")
+
+
+def _refusals(parsed: "Sequence[DataclassInstance]") -> Iterator[tuple[str, tuple[Fact, ...]]]:
+    for group in parsed:
+        for name, rules in rules_of(type(group)).items():
+            yield name, rules.never
+        yield from getattr(group, "refused", {}).items()
+
+
+def is_set(name: str, *parsed: "DataclassInstance") -> bool:
+    """Return whether a flag is not at its default, and was the user's choice where the flags were parsed."""
+    given = next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
+    for group in parsed:
+        for item in fields(group):
+            if item.name == name:
+                default = item.default if item.default is not MISSING else item.default_factory()
+                return getattr(group, name) != default and (given is None or name in given)
+    return False
