@@ -10,7 +10,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # The attribute of parsed flags that names those which the user gave.
 GIVEN = "given_flags"
+# Values by which a flag asks for nothing.
+OFF = (None, False, "", "no", "none", [])
 # What stands in a list of names for none of them.
 NO_NAME = "none"
 
@@ -58,7 +60,7 @@ class Fact:
 
     Args:
         holds: function from all flags to whether it is so.
-        reason: why a flag has no effect, as its refusal says it.
+        reason: why a flag has no effect, as its refusal says it; `{name}` stands for the value of another flag.
     """
 
     holds: Callable[["Flags"], Any]
@@ -73,7 +75,11 @@ class Fact:
         return Fact(lambda flags: not self.holds(flags), reason)
 
 
+# For each flag of a library the fact, or facts, beside which a stage refuses it.
+Refused = Mapping[str, Fact | tuple[Fact, ...]]
 ALWAYS = Fact(lambda flags: True, "it has no effect")
+NAMED = Fact(lambda flags: bool(flags.model_name_or_path), "the model is named")
+UNNAMED = Fact(lambda flags: "model_name_or_path" in flags and not flags.model_name_or_path, "no model is named")
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def flag(
         never: facts beside which it has no effect. A flag that is not at its default is refused then.
     """
     help_ = Help(text)
-    help_.rules = Rules(takes, tuple(some_of), never if isinstance(never, tuple) else (never,))
+    help_.rules = Rules(takes, tuple(some_of), _several(never))
     metadata = {"help": help_, **({"choices": list(choices)} if choices else {})}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -125,13 +131,21 @@ def flag(
 
 
 class Flags:
-    """All flags of a run by name, whichever dataclass declares them; one that none declares is `None`."""
+    """All flags of a run by name, whichever dataclass declares them, and what else is known; `None` for the rest."""
 
-    def __init__(self, *parsed: "DataclassInstance") -> None:
-        self._parsed = parsed
+    def __init__(self, *parsed: "DataclassInstance", **known: object) -> None:
+        self._parsed, self._known = parsed, known
 
     def __getattr__(self, name: str) -> Any:
+        if name in self._known:
+            return self._known[name]
         return next((getattr(group, name) for group in self._parsed if hasattr(group, name)), None)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known or any(hasattr(group, name) for group in self._parsed)
 
 
 def rules_of(kind: "type[DataclassInstance]") -> dict[str, Rules]:
@@ -140,28 +154,28 @@ def rules_of(kind: "type[DataclassInstance]") -> dict[str, Rules]:
     return {name: text.rules for name, text in helps.items() if isinstance(text, Help)}
 
 
-def check_flags(*parsed: "DataclassInstance") -> None:
+def check_flags(*parsed: "DataclassInstance", **known: object) -> None:
     """Refuse values that flags do not take, and flags that would have no effect.
 
-    A dataclass may refuse flags of the others by its attribute `refused`: for each name the facts beside which that
-    flag has no effect.
+    A dataclass refuses flags of the others by its attribute `refused`, such as `{"use_peft": NAMED}`.
 
     Args:
         parsed: the dataclasses of a run's flags.
+        known: what else is known by now, such as `shows`, whether a row has pictures; facts take it for a flag.
 
     Raises:
         InputError: naming the flag, and the value or why it has no effect.
     """
-    flags = Flags(*parsed)
+    flags = Flags(*parsed, **known)
     for group in parsed:
         for name, rules in rules_of(type(group)).items():
             value = getattr(group, name)
             check_number(name, value, rules.takes)
             _check_names(name, value, rules.some_of)
     for name, facts in _refusals(parsed):
-        for fact in facts:
-            if fact.holds(flags) and is_set(name, *parsed):
-                raise InputError(f"--{name} cannot be used here: {fact.reason}")
+        for fact in _several(facts):
+            if is_set(name, *parsed) and fact.holds(flags):
+                raise InputError(f"--{name} cannot be used here: {fact.reason.format_map(flags)}")
 
 
 def check_number(name: str, value: object, takes: Range | None) -> None:
@@ -179,19 +193,30 @@ def _check_names(name: str, values: Sequence[str] | None, some_of: tuple[str, ..
             raise InputError(f"--{name} {' '.join(values)}: expected arms, or none alone")
 
 
-def _refusals(parsed: "Sequence[DataclassInstance]") -> Iterator[tuple[str, tuple[Fact, ...]]]:
+def _several(facts: Fact | tuple[Fact, ...]) -> tuple[Fact, ...]:
+    return facts if isinstance(facts, tuple) else (facts,)
+
+
+def _refusals(parsed: "Sequence[DataclassInstance]") -> Iterator[tuple[str, Fact | tuple[Fact, ...]]]:
     for group in parsed:
         for name, rules in rules_of(type(group)).items():
             yield name, rules.never
-        yield from getattr(group, "refused", {}).items()
+        for kind in type(group).__mro__:
+            yield from vars(kind).get("refused", {}).items()
 
 
 def is_set(name: str, *parsed: "DataclassInstance") -> bool:
-    """Return whether a flag is not at its default, and was the user's choice where the flags were parsed."""
+    """Return whether a flag asks for something: the user named it and did not switch it off.
+
+    Where the flags were not parsed, whether it is not at its default.
+    """
     given = next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
     for group in parsed:
         for item in fields(group):
             if item.name == name:
-                default = item.default if item.default is not MISSING else item.default_factory()
-                return getattr(group, name) != default and (given is None or name in given)
+                value = getattr(group, name)
+                is_other = value != (item.default if item.default is not MISSING else item.default_factory())
+                if given is None:
+                    return is_other
+                return bool({name, f"no_{name}"} & {*given}) and (is_other or value not in OFF)
     return False

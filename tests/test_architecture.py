@@ -15,7 +15,7 @@ PACKAGE = ROOT / "hfllm"
 # From the ground up. A room imports from itself and from floors below its own, never from its neighbors.
 FLOORS = (
     {"errors", "version"},
-    {"fingerprint", "durable"},
+    {"fingerprint", "durable", "flags"},
     {"models", "data", "outputs"},
     {"generation"},
     {"scaling", "environments", "compression", "multimodal", "runs"},
@@ -26,7 +26,7 @@ FLOORS = (
     {"__init__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-AT_THE_ROOT = {"__init__", "errors", "version", "fingerprint", "durable", "registration"}
+AT_THE_ROOT = {"__init__", "errors", "version", "fingerprint", "durable", "flags", "registration"}
 MAX_LINES = 800
 MAX_RECIPE_LINES = 150
 # At a room's own level, and of a stage that has a folder.

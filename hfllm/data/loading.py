@@ -15,8 +15,8 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
-from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.errors import InputError
+from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, Fact, Refused, at_least, flag
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,6 +24,36 @@ if TYPE_CHECKING:
 
 # Of the embedded world, for pretraining.
 NUM_HELD_OUT_DOCUMENTS = 1000
+
+
+ON_WORLD = Fact(lambda flags: flags.dataset_name == WORLD, "the data is the embedded world's")
+MIXED = Fact(lambda flags: flags.dataset_mixture, "a mixture has several datasets")
+# Drawn or told here, as much of it as a run asks for. A federation may have a file of each organisation in its place.
+MADE_HERE = Fact(
+    lambda flags: (
+        flags.dataset_name in (WORLD, PICTURES, DIGITS) and not (flags.dataset_mixture or flags.organisation_files)
+    ),
+    "the data is the embedded world's",
+)
+NOT_ON_THE_HUB = Fact(
+    lambda flags: (
+        not flags.dataset_mixture
+        and all(_is_here(name) for name in (flags.dataset_name, flags.eval_dataset_name) if name is not None)
+    ),
+    "it is for a dataset on the Hub",
+)
+SLICED = Fact(
+    lambda flags: "[" in flags.dataset_train_split or "[" in (flags.dataset_test_split or ""),
+    "a stream has no slices: name a whole split, and --max_samples",
+)
+HELD_WHOLE = Fact(
+    lambda flags: flags.holds_rows and flags.max_samples is None,
+    "the rows are held in memory: say how many by --max_samples",
+)
+
+
+def _is_here(name: str) -> bool:
+    return name in EMBEDDED or source_files(name) is not None
 
 
 @dataclass(frozen=True)
@@ -35,19 +65,36 @@ class DataArguments:
         "'world' (embedded), a local file or folder, or a dataset id on the Hub; for text also 'pydoc', "
         "the documentation of this Python.",
     )
-    dataset_train_split: str = flag("train", "Split of a Hub dataset to train on, or a slice of it: train[:1%%].")
-    dataset_config: str | None = flag(None, "Configuration of a Hub dataset.")
-    dataset_revision: str | None = flag(None, "Branch, tag or commit of a Hub dataset.")
-    dataset_streaming: bool = flag(False, "Read a Hub dataset row by row, without downloading all of it first.")
-    max_samples: int | None = flag(None, "Use at most this many rows of a dataset.")
-    max_row_bytes: int = flag(MAX_ROW_BYTES, "Refuse a dataset with a longer row, before it is in memory; 0: none.")
-    column_mapping: list[str] | None = flag(
-        None, "Other names of the dataset's columns, each OURS=THEIRS: prompt=question response=answer."
+    dataset_train_split: str = flag(
+        "train", "Split of a Hub dataset to train on, or a slice of it: train[:1%%].", never=NOT_ON_THE_HUB
     )
-    world_seed: int = flag(0, "Seed of the embedded world's facts.")
+    dataset_config: str | None = flag(None, "Configuration of a Hub dataset.", never=(MIXED, NOT_ON_THE_HUB))
+    dataset_revision: str | None = flag(None, "Branch, tag or commit of a Hub dataset.", never=(MIXED, NOT_ON_THE_HUB))
+    dataset_streaming: bool = flag(
+        False,
+        "Read a Hub dataset row by row, without downloading all of it first.",
+        never=(NOT_ON_THE_HUB, SLICED, HELD_WHOLE),
+    )
+    max_samples: int | None = flag(
+        None,
+        "Use at most this many rows of a dataset.",
+        takes=at_least(1),
+        never=MADE_HERE.because("the world is sized by --num_..."),
+    )
+    max_row_bytes: int = flag(
+        MAX_ROW_BYTES, "Refuse a dataset with a longer row, before it is in memory; 0: none.", takes=at_least(0)
+    )
+    column_mapping: list[str] | None = flag(
+        None,
+        "Other names of the dataset's columns, each OURS=THEIRS: prompt=question response=answer.",
+        never=MADE_HERE,
+    )
+    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
 
     # Whether a column that no format has may be of use, such as to a reward function.
     takes_any_column: ClassVar[bool] = False
+    # Whether all rows are in memory at once: texts of pretraining go to the disk as they arrive.
+    holds_rows: ClassVar[bool] = True
 
     @property
     def hub_part(self) -> HubPart:
@@ -61,10 +108,12 @@ class RowArguments(DataArguments):
     """Where the data comes from, what is held out, and which rows are left out."""
 
     eval_dataset_name: str | None = flag(
-        None, "Held-out rows of your own, named as --dataset_name; by default a part of the rows."
+        None, "Held-out rows of your own, named as --dataset_name; by default a part of the rows.", never=MADE_HERE
     )
     dataset_test_split: str | None = flag(
-        None, "Split of held-out rows: of --eval_dataset_name (test by default), or of --dataset_name."
+        None,
+        "Split of held-out rows: of --eval_dataset_name (test by default), or of --dataset_name.",
+        never=(MADE_HERE, NOT_ON_THE_HUB),
     )
     bad_rows: str = flag(
         "drop",
@@ -89,18 +138,24 @@ class InstructionArguments(RowArguments):
 class TextArguments(DataArguments):
     """Which texts, and how many."""
 
-    num_documents: int = flag(40000, "Documents of the embedded world to train on.")
+    num_documents: int = flag(40000, "Documents of the embedded world to train on.", takes=at_least(0))
     world_deeds: float = flag(
-        0.0, "Share of them that speak of deeds, harmful ones too: constitutional AI starts from such a model."
+        0.0,
+        "Share of them that speak of deeds, harmful ones too: constitutional AI starts from such a model.",
+        takes=BELOW_ONE,
     )
     world_reasoning: float = flag(
-        0.0, "Share of them to reason about, with thoughts that do: recipes/reason.py starts from them."
+        0.0,
+        "Share of them to reason about, with thoughts that do: recipes/reason.py starts from them.",
+        takes=BELOW_ONE,
     )
     world_tools: float = flag(
-        0.0, "Share of them in which people call tools: a model that is to use tools starts from them."
+        0.0,
+        "Share of them in which people call tools: a model that is to use tools starts from them.",
+        takes=BELOW_ONE,
     )
     world_passages: float = flag(
-        0.0, "Share of them in which people answer from passages: recipes/ground.py starts from them."
+        0.0, "Share of them in which people answer from passages: recipes/ground.py starts from them.", takes=BELOW_ONE
     )
     world_forms: float = flag(
         0.0, "Share of them in upper case or without punctuation, so that questions may be asked so too."
@@ -109,50 +164,20 @@ class TextArguments(DataArguments):
         None, "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."
     )
 
+    holds_rows: ClassVar[bool] = False
+    refused: ClassVar[Refused] = {"dataset_name": MIXED.because("--dataset_mixture takes its place")}
+
 
 def check_source(script_args: DataArguments) -> None:
-    """Refuse flags of the data that would have no effect or cannot work.
+    """Refuse files that do not exist, and columns that no format has.
 
     Raises:
-        InputError: naming the flag.
+        InputError: naming the flag or the file.
     """
-    is_world, is_mixed = script_args.dataset_name == WORLD, bool(getattr(script_args, "dataset_mixture", None))
-    refuse(is_mixed and not is_world, "--dataset_name", "--dataset_mixture takes its place")
-    # A federation may have a file of each organisation in place of it.
-    has_files = bool(getattr(script_args, "organisation_files", None))
-    is_sized = script_args.dataset_name in (WORLD, PICTURES, DIGITS) and not is_mixed and not has_files
-    refuse(
-        is_sized and getattr(script_args, "max_samples", None) is not None,
-        "--max_samples",
-        "the world is sized by --num_...",
-    )
-    if not isinstance(script_args, DataArguments):
-        return
-    for name in ("dataset_config", "dataset_revision"):
-        refuse(is_mixed and getattr(script_args, name) is not None, f"--{name}", "a mixture has several datasets")
-    for name in ("eval_dataset_name", "dataset_test_split", "column_mapping"):
-        refuse(is_sized and bool(getattr(script_args, name, None)), f"--{name}", "the data is the embedded world's")
+    if not getattr(script_args, "dataset_mixture", None):
+        for name in (script_args.dataset_name, getattr(script_args, "eval_dataset_name", None)):
+            _ = name is None or _is_here(name)
     renaming_of(script_args)
-    _check_hub_flags(script_args, is_mixed)
-
-
-def _check_hub_flags(script_args: DataArguments, is_mixed: bool) -> None:
-    names = [script_args.dataset_name, getattr(script_args, "eval_dataset_name", None)]
-    is_local = not is_mixed and all(name in (None, *EMBEDDED) or source_files(name) is not None for name in names)
-    for each in ("dataset_config", "dataset_revision", "dataset_streaming", "dataset_test_split"):
-        refuse(is_local and bool(getattr(script_args, each, None)), f"--{each}", "it is for a dataset on the Hub")
-    split = script_args.dataset_train_split
-    refuse(
-        is_local and split != DataArguments.dataset_train_split,
-        "--dataset_train_split",
-        "it is for a dataset on the Hub",
-    )
-    if script_args.dataset_streaming:
-        is_slice = "[" in split or "[" in (getattr(script_args, "dataset_test_split", None) or "")
-        refuse(is_slice, "--dataset_streaming", "a stream has no slices: name a whole split, and --max_samples")
-        # Texts of pretraining go to the disk as they arrive.
-        in_memory = not isinstance(script_args, TextArguments) and script_args.max_samples is None
-        refuse(in_memory, "--dataset_streaming", "the rows are held in memory: say how many by --max_samples")
 
 
 def renaming_of(script_args: DataArguments) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.flags import NOT_NEGATIVE, at_least, flag
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.layouts import DDP, DEEPSPEED, MEGATRON, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout, is_balanced
 from hfllm.scaling.memory import ATTENTION, PRECISIONS, Memory, Precision, device_memory
@@ -574,7 +574,9 @@ class PlanArguments:
         "Gigabits per second of the network to other machines, in one direction and for each device, if "
         "it differs: a machine's link divided by the devices that share it.",
     )
-    max_length: int | None = flag(None, "Tokens per row; by default 2048, or the model's positions if it has fewer.")
+    max_length: int | None = flag(
+        None, "Tokens per row; by default 2048, or the model's positions if it has fewer.", takes=at_least(1)
+    )
     images_per_row: int = flag(1, "Pictures per row, of a model with a vision tower.")
     global_batch_size: int = flag(3072, "Rows per step, over all devices.")
     tokens: float | None = flag(None, "Tokens to train on; by default 20 per parameter.")
@@ -587,6 +589,7 @@ class PlanArguments:
         None,
         "Tokens per chunk of logits, 0 means a whole micro-batch; by default the 1024 of "
         "hfllm pretrain. DeepSpeed's ZeRO-3 and Megatron-LM do not use chunks.",
+        takes=NOT_NEGATIVE,
     )
     mfu: float | None = flag(None, "Measured share of the peak; by default each layout's estimate.")
     efficiency: float | None = flag(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data import labelled
 from hfllm.data.labelled import COLUMNS, SPANS, TASKS, TEXT, WORDS, Encoded, Row, Window
-from hfllm.data.loading import RowArguments, renaming_of
-from hfllm.errors import InputError, refuse
+from hfllm.data.loading import ON_WORLD, RowArguments, renaming_of
+from hfllm.errors import InputError
 from hfllm.evaluation import classification
 from hfllm.evaluation.classification import bag_of_words, majority
-from hfllm.flags import flag
+from hfllm.flags import ALWAYS, NAMED, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.generation import spans
 from hfllm.generation.spans import best_spans
 from hfllm.outputs.report import Bars, Found, plus_minus
@@ -46,37 +46,44 @@ class ClassifyArguments(RowArguments, BatchArguments):
         "question-answering: a span of a context.",
         choices=[*TASKS],
     )
-    num_examples: int = flag(3000, "Rows of the embedded world to train on.")
-    num_eval_examples: int = flag(600, "Held-out rows of the embedded world.")
+    num_examples: int = flag(3000, "Rows of the embedded world to train on.", takes=at_least(1))
+    num_eval_examples: int = flag(600, "Held-out rows of the embedded world.", takes=at_least(1))
     class_names: list[str] | None = flag(
-        None, "Names of the labels, in order, where the rows write them as numbers from 0."
+        None,
+        "Names of the labels, in order, where the rows write them as numbers from 0.",
+        never=(
+            Fact(lambda flags: flags.task == SPANS, "spans have no labels"),
+            ON_WORLD.because("the world's labels have names"),
+        ),
     )
-    max_length: int = flag(384, "Tokens of a row; of a longer text the end is cut, of a context windows are made.")
+    max_length: int = flag(
+        384, "Tokens of a row; of a longer text the end is cut, of a context windows are made.", takes=at_least(1)
+    )
     doc_stride: int = flag(128, "Tokens that two neighboring windows of a long context share.")
-    max_answer_length: int = flag(30, "The longest answer that is looked for, in tokens.")
+    max_answer_length: int = flag(30, "The longest answer that is looked for, in tokens.", takes=at_least(1))
     label_token: str = flag(
         "first",
         "The token of a word that has its tag: the first, as is usual, or the last, at which a causal "
         "model has read the whole word.",
         choices=["first", "last"],
+        never=Fact(lambda flags: flags.task != WORDS, f"it is for {WORDS}"),
     )
-    eval_share: float = flag(0.2, "Share of your rows to hold out, if you name no others.")
-    max_eval_samples: int = flag(2000, "Held-out rows at most.")
+    eval_share: float = flag(
+        0.2,
+        "Share of your rows to hold out, if you name no others.",
+        takes=Range("a share between 0 and 1", lambda value: 0 < value < 1),
+    )
+    max_eval_samples: int = flag(2000, "Held-out rows at most.", takes=at_least(1))
     pretrain_config: str | None = flag(
-        None, "YAML flags of the pretraining that makes the base model, if none is named."
+        None,
+        "YAML flags of the pretraining that makes the base model, if none is named.",
+        never=NAMED.because("a model is named"),
     )
 
     # Its columns are no format's of conversations; `check` looks at them.
     takes_any_column: ClassVar[bool] = True
 
-    def __post_init__(self):
-        if not 0 < self.eval_share < 1:
-            raise ValueError(f"eval_share must lie between 0 and 1, got {self.eval_share}")
-        for name in ("max_length", "max_answer_length", "num_examples", "num_eval_examples", "max_eval_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.task == SPANS and not 0 <= self.doc_stride < self.max_length:
-            raise ValueError(f"doc_stride must lie in [0, max_length), got {self.doc_stride} of {self.max_length}")
+    refused: ClassVar[Refused] = {"label_smoothing_factor": ALWAYS.because("labels are learned as they are")}
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:
@@ -92,16 +99,13 @@ def check(script_args: ClassifyArguments, training_args: "TrainingArguments", mo
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.data.sources import WORLD
-
-    task, is_world = script_args.task, script_args.dataset_name == WORLD
-    refuse(
-        bool(model_args.model_name_or_path and script_args.pretrain_config), "--pretrain_config", "a model is named"
-    )
-    refuse(task == SPANS and bool(script_args.class_names), "--class_names", "spans have no labels")
-    refuse(is_world and bool(script_args.class_names), "--class_names", "the world's labels have names")
-    refuse(task != WORDS and script_args.label_token != "first", "--label_token", f"it is for {WORDS}")
-    refuse(training_args.label_smoothing_factor > 0, "--label_smoothing_factor", "labels are learned as they are")
+    check_flags(script_args, training_args, model_args)
+    task = script_args.task
+    if task == SPANS and not 0 <= script_args.doc_stride < script_args.max_length:
+        raise InputError(
+            f"--doc_stride {script_args.doc_stride}: expected at least 0 and less than --max_length "
+            f"{script_args.max_length}"
+        )
     for ours in renaming_of(script_args):
         if ours not in COLUMNS[task]:
             raise InputError(

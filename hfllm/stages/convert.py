@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.errors import InputError
+from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 
@@ -29,9 +29,11 @@ class ConvertArguments(RemoteCodeArguments):
     native_type: str | None = flag(None, "Native family to write, such as llama; by default the first that fits.")
     max_shard_size: str = flag("50GB", "Largest weight file to write.")
     verify: bool = flag(True, "Compare both models' logits on random tokens.")
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining that makes the model, if none is named.")
-    world_seed: int = flag(0, "Seed of the embedded world's facts.")
-    seed: int = flag(42, "Seed of the pretraining and of the random tokens.")
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the pretraining that makes the model, if none is named.", never=NAMED
+    )
+    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
+    seed: int = flag(42, "Seed of the pretraining and of the random tokens.", takes=SEED)
 
 
 def check(script_args: ConvertArguments, target: Path) -> None:
@@ -42,8 +44,7 @@ def check(script_args: ConvertArguments, target: Path) -> None:
     """
     from hfllm.models.conversion.convert import check_empty
 
-    is_idle = bool(script_args.model_name_or_path and script_args.pretrain_config)
-    refuse(is_idle, "--pretrain_config", "the model is named")
+    check_flags(script_args)
     check_empty(target)
 
 
@@ -139,7 +140,7 @@ class MergeArguments(RemoteCodeArguments):
     model_revision: str = flag("main", "Branch, tag or commit of a Hub id.")
     output_dir: str = flag("outputs/merge", "Where the whole model goes.")
     max_shard_size: str = flag("50GB", "Largest weight file to write.")
-    seed: int = flag(42, "Seed of the random tokens on which both are compared.")
+    seed: int = flag(42, "Seed of the random tokens on which both are compared.", takes=SEED)
 
 
 def adapter_to_merge(script_args: MergeArguments) -> "SavedAdapter":

@@ -1,14 +1,14 @@
 """Distillation: its flags, what it refuses, the stages before it, and its trainers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.data.loading import InstructionArguments
+from hfllm.data.loading import ON_WORLD, InstructionArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.flags import NAMED, POSITIVE, SHARE, UNNAMED, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.arguments import changed
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
@@ -29,8 +29,19 @@ SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attent
 NEW_STUDENT = (*SIZES, "student_initializer_range")
 # The stages whose settings `--NAME_config` names.
 OF_TEACHER = ("pretrain", "sft", "reward", "rlhf")
-# A refusal: whether it applies, the flag, and the reason.
-Refusal = tuple[object, str, str]
+TEACHER_NAMED = Fact(lambda flags: flags.teacher_model_name_or_path, "the teacher is named")
+# Of weights that are loaded in few bits: they learn nothing but an adapter.
+NO_ADAPTER = Fact(
+    lambda flags: not (flags.use_peft and flags.model_name_or_path),
+    "it applies to the student, which then needs --model_name_or_path and --use_peft; for a teacher use "
+    "--teacher_model_init_kwargs",
+)
+SEQUENCES = Fact(lambda flags: flags.sequence_level, "--sequence_level learns only from answers")
+
+
+def whose_answers(script_args: "DistillArguments") -> str:
+    """Return `data`, `sampled` or `greedy`."""
+    return script_args.answers or ("greedy" if script_args.sequence_level else "data")
 
 
 @dataclass(frozen=True)
@@ -38,13 +49,25 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
     """The student, what it learns from, and the settings of the stages before."""
 
     student_layers_every: int | None = flag(
-        None, "Build the student from every n-th layer of the teacher; by default 3."
+        None,
+        "Build the student from every n-th layer of the teacher; by default 3.",
+        takes=at_least(2),
+        never=NAMED.because("the student is named"),
     )
-    student_hidden_size: int | None = flag(None, "Width of a new student.")
-    student_num_hidden_layers: int | None = flag(None, "Layers of a new student.")
-    student_num_attention_heads: int | None = flag(None, "Query heads of a new student.")
+    student_hidden_size: int | None = flag(
+        None, "Width of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
+    )
+    student_num_hidden_layers: int | None = flag(
+        None, "Layers of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
+    )
+    student_num_attention_heads: int | None = flag(
+        None, "Query heads of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
+    )
     student_initializer_range: float | None = flag(
-        None, "Standard deviation of a new student's weights; the teacher's by default."
+        None,
+        "Standard deviation of a new student's weights; the teacher's by default.",
+        takes=POSITIVE,
+        never=NAMED.because("the student is named"),
     )
     answers: str | None = flag(
         None,
@@ -56,6 +79,11 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         0.0,
         "Share of the prompts whose end, from some word on, is taken from another. The teacher answers "
         "questions of no dataset, and the student learns more from it (Beyer et al. 2022, arXiv:2106.05237).",
+        takes=SHARE,
+        never=Fact(
+            lambda flags: whose_answers(flags) == "data",
+            "no data answers such prompts; --answers sampled lets the teacher do it",
+        ),
     )
     sequence_level: bool = flag(
         False,
@@ -63,17 +91,49 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         "(Kim & Rush 2016, arXiv:1606.07947, section 3.2).",
     )
     train_baseline: bool = flag(True, "Also train the same student without the teacher, for as many steps.")
-    num_examples: int = flag(9600, "Demonstrations of the embedded world to train on.")
-    num_documents: int = flag(0, "Documents of the embedded world to train on as well.")
-    num_eval_prompts: int = flag(600, "Held-out prompts of the world to answer.")
-    num_samples: int = flag(4, "Answers sampled to each at temperature 1.")
-    response_length: int | None = flag(
-        None, "Longest answer, in tokens: by default 40 on the embedded world, else 256."
+    num_examples: int = flag(
+        9600,
+        "Demonstrations of the embedded world to train on.",
+        takes=at_least(1),
+        never=ON_WORLD.absent("it is for the world; use --max_samples"),
     )
-    pretrain_config: str | None = flag(None, "YAML flags of the teacher's pretraining.")
-    sft_config: str | None = flag(None, "YAML flags of the teacher's fine-tuning.")
-    reward_config: str | None = flag(None, "YAML flags of the teacher's reward model.")
-    rlhf_config: str | None = flag(None, "YAML flags of the teacher's rlhf.")
+    num_documents: int = flag(
+        0,
+        "Documents of the embedded world to train on as well.",
+        takes=at_least(0),
+        never=ON_WORLD.absent("only the embedded world has documents"),
+    )
+    num_eval_prompts: int = flag(600, "Held-out prompts of the world to answer.", takes=at_least(1))
+    num_samples: int = flag(4, "Answers sampled to each at temperature 1.", takes=at_least(1))
+    response_length: int | None = flag(
+        None,
+        "Longest answer, in tokens: by default 40 on the embedded world, else 256.",
+        takes=at_least(1),
+        never=Fact(
+            lambda flags: flags.dataset_name != WORLD and whose_answers(flags) == "data",
+            "the answers are the data's; --answers sampled lets the teacher write them",
+        ),
+    )
+    pretrain_config: str | None = flag(None, "YAML flags of the teacher's pretraining.", never=TEACHER_NAMED)
+    sft_config: str | None = flag(None, "YAML flags of the teacher's fine-tuning.", never=TEACHER_NAMED)
+    reward_config: str | None = flag(None, "YAML flags of the teacher's reward model.", never=TEACHER_NAMED)
+    rlhf_config: str | None = flag(None, "YAML flags of the teacher's rlhf.", never=TEACHER_NAMED)
+
+    refused: ClassVar[Refused] = {
+        **dict.fromkeys(("load_in_8bit", "load_in_4bit"), NO_ADAPTER),
+        "use_peft": UNNAMED.because(
+            "the adapter's base, a new student, would be saved nowhere: name a student by --model_name_or_path"
+        ),
+        "attn_implementation": UNNAMED.because("the student is not named"),
+        "teacher_model_revision": TEACHER_NAMED.absent("the teacher is not named"),
+        "loss_on": Fact(
+            lambda flags: whose_answers(flags) != "data" and flags.dataset_name != WORLD,
+            "the teacher answers the last turn of a conversation, and that is learned",
+        ),
+        **dict.fromkeys(
+            ("teacher_top_k", "hidden_weight", "temperature", "beta", "soft_weight", "hard_weight"), SEQUENCES
+        ),
+    }
 
 
 def world_settings(given: Mapping[str, object]) -> list[Path]:
@@ -88,22 +148,13 @@ def without_contradicted(script_args: DistillArguments, given: Mapping[str, obje
     Args:
         script_args: as parsed.
         given: the flags that the user gave.
-
-    Raises:
-        InputError: when a flag that the user gave has no effect, see `check_given`.
     """
-    check_given(script_args, given)
     contradicted = [
         *(NEW_STUDENT if script_args.student_layers_every else ()),
         *(("mixed_prompts",) if whose_answers(script_args) == "data" else ()),
     ]
     defaults = DistillArguments()
     return replace(script_args, **{name: getattr(defaults, name) for name in contradicted if name not in given})
-
-
-def whose_answers(script_args: DistillArguments) -> str:
-    """Return `data`, `sampled` or `greedy`."""
-    return script_args.answers or ("greedy" if script_args.sequence_level else "data")
 
 
 def longest_answer(script_args: DistillArguments) -> int:
@@ -127,20 +178,6 @@ def new_student(script_args: DistillArguments, teacher: "PreTrainedModel") -> "P
 # ---- what is refused ----
 
 
-def check_given(script_args: DistillArguments, given: Mapping[str, object]) -> None:
-    """Refuse flags without effect if the user gave them; the world's settings may contain them.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    for name in ("temperature", "beta", "soft_weight", "hard_weight") if script_args.sequence_level else ():
-        refuse(name in given, f"--{name}", "--sequence_level learns only from answers")
-    is_world, is_data = script_args.dataset_name == WORLD, whose_answers(script_args) == "data"
-    refuse("num_examples" in given and not is_world, "--num_examples", "it is for the world; use --max_samples")
-    is_idle = "response_length" in given and not is_world and is_data
-    refuse(is_idle, "--response_length", "the answers are the data's; --answers sampled lets the teacher write them")
-
-
 def check(script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig") -> None:
     """Refuse flags that contradict each other or would have no effect, before anything is trained.
 
@@ -149,54 +186,12 @@ def check(script_args: DistillArguments, training_args: "DistillationConfig", mo
     """
     if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
         raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
-    for is_refused, name, reason in (
-        *_refused_of_the_student(script_args, model_args),
-        *_refused_of_the_teacher(script_args, training_args),
-        *_refused_of_the_answers(script_args, training_args),
-    ):
-        refuse(bool(is_refused), f"--{name}", reason)
-
-
-def _refused_of_the_student(script_args: DistillArguments, model_args: "ModelConfig") -> Iterator[Refusal]:
-    named, every = model_args.model_name_or_path, script_args.student_layers_every
+    check_flags(script_args, training_args, model_args)
     sizes = [name for name in NEW_STUDENT if getattr(script_args, name) is not None]
-    first = sizes[0] if sizes else "student_layers_every"
-    yield named and (sizes or every), first, "the student is named"
-    yield sizes and every, "student_layers_every", f"--{first} describes a new student"
-    yield every is not None and every < 2, "student_layers_every", f"at least 2, got {every}"
-    reason = "it applies to the student, which then needs --model_name_or_path and --use_peft; for a teacher use "
-    for name in ("load_in_8bit", "load_in_4bit"):
-        is_idle = getattr(model_args, name) and not (model_args.use_peft and named)
-        yield is_idle, name, reason + "--teacher_model_init_kwargs"
-    reason = "the adapter's base, a new student, would be saved nowhere: name a student by --model_name_or_path"
-    yield model_args.use_peft and not named, "use_peft", reason
-    yield model_args.attn_implementation and not named, "attn_implementation", "the student is not named"
-
-
-def _refused_of_the_teacher(script_args: DistillArguments, training_args: "DistillationConfig") -> Iterator[Refusal]:
-    named = training_args.teacher_model_name_or_path
-    for name in OF_TEACHER:
-        yield named and getattr(script_args, f"{name}_config"), f"{name}_config", "the teacher is named"
-    yield training_args.teacher_model_revision and not named, "teacher_model_revision", "the teacher is not named"
-
-
-def _refused_of_the_answers(script_args: DistillArguments, training_args: "DistillationConfig") -> Iterator[Refusal]:
-    is_sequence_level, is_world = script_args.sequence_level, script_args.dataset_name == WORLD
-    yield script_args.num_documents and not is_world, "num_documents", "only the embedded world has documents"
-    is_from_data = is_sequence_level and script_args.answers == "data"
-    reason = "the teacher answers the last turn of a conversation, and that is learned"
-    yield (
-        script_args.loss_on == "last" and whose_answers(script_args) != "data" and not is_world,
-        "loss_on last",
-        reason,
-    )
-    yield is_from_data, "answers data", "--sequence_level learns from the teacher's answers"
-    is_unanswered = script_args.mixed_prompts and whose_answers(script_args) == "data"
-    reason = "no data answers such prompts; --answers sampled lets the teacher do it"
-    yield is_unanswered, "mixed_prompts", reason
-    for name in ("teacher_top_k", "hidden_weight"):
-        is_idle = is_sequence_level and getattr(training_args, name)
-        yield is_idle, name, "--sequence_level learns only from answers"
+    is_both = bool(sizes and script_args.student_layers_every)
+    refuse(is_both, "--student_layers_every", f"--{''.join(sizes[:1])} describes a new student")
+    is_from_data = script_args.sequence_level and script_args.answers == "data"
+    refuse(is_from_data, "--answers data", "--sequence_level learns from the teacher's answers")
 
 
 def check_student(script_args: DistillArguments, model_args: "ModelConfig", before: Chain) -> None:

@@ -13,9 +13,9 @@ from hfllm.data.loading import RowArguments
 from hfllm.data.rows import split_beginning
 from hfllm.data.sources import WORLD
 from hfllm.data.thoughts import thinking_message
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint, fingerprint
-from hfllm.flags import flag
+from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Refused, at_least, check_flags, flag
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, Promise, change_of, is_noise, plus_minus, write_atomically
 from hfllm.runs import schedule
@@ -36,14 +36,6 @@ if TYPE_CHECKING:
 
 
 BASE, LAST = START_FROM = ("base", "last")
-AT_LEAST_ONE = (
-    "num_rounds",
-    "num_samples",
-    "max_kept_per_prompt",
-    "num_eval_prompts",
-    "response_length",
-    "batch_size",
-)
 
 
 @dataclass(frozen=True)
@@ -51,17 +43,19 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
     """Prompts, the reward, and how much is sampled and kept."""
 
     output_dir: str = flag("outputs/expert_iteration", "Where the models, the data and the report go.")
-    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.", takes=SEED)
     reward_funcs: list[str] | None = flag(
         None,
         "Reward functions: path/to/file.py:function, exact_match (the final answer is that of the column "
         "answer), or gold (the embedded world's); several are added.",
     )
-    reward_timeout: float = flag(REWARD_TIMEOUT, "Seconds after which a reward function is given up; 0: none.")
+    reward_timeout: float = flag(
+        REWARD_TIMEOUT, "Seconds after which a reward function is given up; 0: none.", takes=NOT_NEGATIVE
+    )
     min_reward: float = flag(1.0, "Responses with at least this reward are kept.")
-    num_rounds: int = flag(2, "Rounds of sampling and fine-tuning.")
-    num_samples: int = flag(4, "Responses sampled for each prompt in a round.")
-    max_kept_per_prompt: int = flag(2, "Different responses kept of a prompt, at most.")
+    num_rounds: int = flag(2, "Rounds of sampling and fine-tuning.", takes=at_least(1))
+    num_samples: int = flag(4, "Responses sampled for each prompt in a round.", takes=at_least(1))
+    max_kept_per_prompt: int = flag(2, "Different responses kept of a prompt, at most.", takes=at_least(1))
     start_from: str = flag(
         BASE,
         "What a round tunes: base, the model of the beginning (STaR), or last, that of the round before.",
@@ -70,19 +64,20 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
     shuffle_rewards: bool = flag(
         False, "Control that must not gain: keep as many responses, drawn by chance, as were right."
     )
-    response_length: int = flag(256, "Longest response in tokens; longer ones are cut.")
-    temperature: float = flag(1.0, "Of the sampling; above 0.")
-    batch_size: int = flag(64, "Prompts that are answered at once.")
-    num_prompts: int = flag(1500, "Prompts of the embedded world to sample from.")
-    num_eval_prompts: int = flag(100, "Held-out prompts, at most this many.")
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.")
-    sft_config: str | None = flag(None, "YAML flags of the world model's fine-tuning.")
+    response_length: int = flag(256, "Longest response in tokens; longer ones are cut.", takes=at_least(1))
+    temperature: float = flag(1.0, "Of the sampling; above 0.", takes=POSITIVE)
+    batch_size: int = flag(64, "Prompts that are answered at once.", takes=at_least(1))
+    num_prompts: int = flag(1500, "Prompts of the embedded world to sample from.", takes=at_least(1))
+    num_eval_prompts: int = flag(100, "Held-out prompts, at most this many.", takes=at_least(1))
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.", never=NAMED)
+    sft_config: str | None = flag(None, "YAML flags of the world model's fine-tuning.", never=NAMED)
     round_config: str | None = flag(None, "YAML flags of the fine-tuning in each round.")
 
     # Other columns go to the reward functions.
     takes_any_column: ClassVar[bool] = True
     # As in fine-tuning, a text is a user's turn.
     apply_chat_template: ClassVar[bool] = True
+    refused: ClassVar[Refused] = {"use_peft": UNNAMED.because("the world's model is trained whole")}
 
     @property
     def is_world(self) -> bool:
@@ -96,17 +91,12 @@ def check(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> N
     Raises:
         InputError: naming the flag.
     """
-    for name in AT_LEAST_ONE:
-        if (value := getattr(script_args, name)) < 1:
-            raise InputError(f"--{name} {value}: expected at least 1")
+    check_flags(script_args, model_args)
     named = bool(model_args.model_name_or_path)
     if named == script_args.is_world:
         raise InputError("--model_name_or_path and --dataset_name: give both, or neither for the embedded world")
     if named and not script_args.reward_funcs:
         raise InputError("--reward_funcs is needed: exact_match, or path/to/file.py:function")
-    for name in ("pretrain_config", "sft_config"):
-        refuse(named and bool(getattr(script_args, name)), f"--{name}", "the model is named")
-    refuse(not named and model_args.use_peft, "--use_peft", "the world's model is trained whole")
 
 
 @dataclass(frozen=True)

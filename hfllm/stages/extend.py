@@ -13,7 +13,7 @@ from hfllm.data.world.tasks import filler_documents, long_documents
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
-from hfllm.flags import flag
+from hfllm.flags import ALWAYS, NAMED, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Found, Plot, change_of, mean_of
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 # The libraries' dataclasses of flags that the recipe takes besides its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
-AT_LEAST = {"num_eval_texts": 2, "num_needles": 1}
 # Texts that the base model of the world learns from, under the output folder; so many words fill 128 tokens.
 BASE_TEXTS, BASE_WORDS = "base_texts.jsonl", 88
 
@@ -49,16 +48,22 @@ class ExtendArguments(DataArguments):
     original_max_position_embeddings: int | None = flag(
         None, "Tokens of the longest text that the model was trained on; by default its context."
     )
-    num_documents: int = flag(12000, "Texts of the world for the base model made here.")
+    num_documents: int = flag(12000, "Texts of the world for the base model made here.", takes=at_least(0))
     num_train_texts: int = flag(512, "Rows of the new length to train on, at most.")
-    num_eval_texts: int = flag(16, "Held-out rows of the new length, at most.")
-    num_needles: int = flag(8, "Needles for each length and depth.")
+    num_eval_texts: int = flag(16, "Held-out rows of the new length, at most.", takes=at_least(2))
+    num_needles: int = flag(8, "Needles for each length and depth.", takes=at_least(1))
     pretrain_config: str | None = flag(
-        None, "YAML flags of the pretraining that makes the base model, if none is named."
+        None, "YAML flags of the pretraining that makes the base model, if none is named.", never=NAMED
     )
 
     # `--max_steps 0` extends without training.
     may_train_nothing: ClassVar[bool] = True
+    refused: ClassVar[Refused] = {
+        "use_peft": ALWAYS.because("all weights are trained; --max_steps 0 trains none"),
+        "load_in_8bit": ALWAYS.because("the extended model is saved in full precision"),
+        "load_in_4bit": ALWAYS.because("the extended model is saved in full precision"),
+        "resume_from_checkpoint": Fact(lambda flags: flags.max_steps == 0, "--max_steps 0 trains nothing"),
+    }
 
 
 def default_settings(given: Mapping[str, object]) -> list[Path]:
@@ -74,18 +79,9 @@ def check(script_args: ExtendArguments, training_args: "TrainingArguments", mode
     """
     from hfllm.trainers.engines import shards_parameters
 
-    for name, least in AT_LEAST.items():
-        if getattr(script_args, name) < least:
-            raise InputError(f"--{name} {getattr(script_args, name)}: expected at least {least}")
-    refuse(model_args.use_peft, "--use_peft", "all weights are trained; --max_steps 0 trains none")
-    for name in ("load_in_8bit", "load_in_4bit"):
-        refuse(getattr(model_args, name), f"--{name}", "the extended model is saved in full precision")
+    check_flags(script_args, training_args, model_args)
     is_split = shards_parameters(training_args)
     refuse(is_split, "DeepSpeed or FSDP", "the model is judged whole in each process")
-    is_named = bool(model_args.model_name_or_path)
-    refuse(is_named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
-    is_idle = training_args.max_steps == 0 and training_args.resume_from_checkpoint is not None
-    refuse(is_idle, "--resume_from_checkpoint", "--max_steps 0 trains nothing")
 
 
 def stages_before(

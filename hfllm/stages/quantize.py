@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.images.rows import (
     OF_PICTURES,
     PictureArguments,
     by_turns,
-    given_flags,
     picture_mapper,
     words_of_places,
 )
 from hfllm.data.loading import DataArguments, RowArguments
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.flags import ALWAYS, NAMED, SEED, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Bars
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
@@ -38,16 +37,6 @@ LOADING = (
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 )
-AT_LEAST = {
-    "num_eval_texts": 1,
-    "max_length": 2,
-    "num_eval_prompts": 1,
-    "response_length": 1,
-    "num_sensitivity_texts": 1,
-    "prompt_tokens": 1,
-    "new_tokens": 1,
-    "rounds": 0,
-}
 SHOWN_PARTS = 30
 
 
@@ -56,7 +45,7 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
     """The schemes, the texts or pictures that they are evaluated on, and how."""
 
     output_dir: str = flag("outputs/quantize", "Where the model and the report go.")
-    seed: int = flag(42, "Seed of the texts of the world, and of its models.")
+    seed: int = flag(42, "Seed of the texts of the world, and of its models.", takes=SEED)
     schemes: list[str] | None = flag(None, "Schemes to compare; by default all that run on this machine.")
     save_scheme: str = flag("int8", "Scheme to save, which the metrics describe.")
     skip_modules: list[str] | None = flag(
@@ -68,28 +57,40 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
         "A lower value takes more time and loses less accuracy.",
     )
     num_eval_texts: int = flag(
-        256, "Texts for the perplexity, at most this many; of a model that sees, answers for the loss."
+        256,
+        "Texts for the perplexity, at most this many; of a model that sees, answers for the loss.",
+        takes=at_least(1),
     )
-    max_length: int = flag(512, "Tokens per window for the perplexity.")
+    max_length: int = flag(512, "Tokens per window for the perplexity.", takes=at_least(2))
     num_eval_prompts: int = flag(
-        600, "Questions of the world for the gold reward; of a model that sees, those about pictures."
+        600,
+        "Questions of the world for the gold reward; of a model that sees, those about pictures.",
+        takes=at_least(1),
     )
-    response_length: int = flag(40, "Longest answer to them, in tokens.")
+    response_length: int = flag(40, "Longest answer to them, in tokens.", takes=at_least(1))
     sensitivity: list[str] = flag(
         ("layer", "kind"),
         "Parts to quantize one at a time: each linear, layer or kind of layer; or none.",
     )
-    num_sensitivity_texts: int = flag(32, "Texts to measure the loss with each such part quantized.")
-    prompt_tokens: int = flag(128, "Tokens of each of the four timed prompts.")
-    new_tokens: int = flag(32, "Tokens to generate when timed.")
-    rounds: int = flag(5, "Repetitions of the timing; the median is reported, 0 means no timing.")
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.")
-    sft_config: str | None = flag(None, "YAML flags of the fine-tuning stage.")
+    num_sensitivity_texts: int = flag(
+        32, "Texts to measure the loss with each such part quantized.", takes=at_least(1)
+    )
+    prompt_tokens: int = flag(128, "Tokens of each of the four timed prompts.", takes=at_least(1))
+    new_tokens: int = flag(32, "Tokens to generate when timed.", takes=at_least(1))
+    rounds: int = flag(5, "Repetitions of the timing; the median is reported, 0 means no timing.", takes=at_least(0))
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.", never=NAMED)
+    sft_config: str | None = flag(None, "YAML flags of the fine-tuning stage.", never=NAMED)
     push_to_hub: bool = flag(False, "Publish the saved model at the end.")
     hub_model_id: str | None = flag(None, "Where: owner/name or name; by default the output folder's name.")
     hub_private_repo: bool | None = flag(None, "Whether a new repository is private.")
     hub_revision: str | None = flag(None, "Branch to publish on; created if missing.")
     hub_token: str | None = flag(None, "Access token; better HF_TOKEN or hf auth login.")
+
+    refused: ClassVar[Refused] = {
+        "use_peft": ALWAYS.because("nothing is trained; adapters go onto the saved model"),
+        **dict.fromkeys(OF_PICTURES, Fact(lambda flags: flags.sees is False, "the model reads text alone")),
+        **dict.fromkeys(LOADING, ALWAYS.because("--schemes says how to quantize")),
+    }
 
 
 # ---- what is refused ----
@@ -104,20 +105,10 @@ def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
     from hfllm.compression.int8 import OUTLIER_THRESHOLD
     from hfllm.compression.sensitivity import PARTS
 
-    for each, least in AT_LEAST.items():
-        value = getattr(script_args, each)
-        if value < least:
-            raise InputError(f"--{each} {value}: expected at least {least}")
+    check_flags(script_args, model_args)
     for word in script_args.sensitivity:
         if word not in PARTS and script_args.sensitivity != ["none"]:
             raise InputError(f"--sensitivity {word!r}: expected some of {', '.join(PARTS)}, or none")
-    refuse(model_args.use_peft, "--use_peft", "nothing is trained; adapters go onto the saved model")
-    for each in LOADING:
-        is_given = getattr(model_args, each) != getattr(type(model_args), each)
-        refuse(is_given, f"--{each}", "--schemes says how to quantize")
-    is_named = bool(model_args.model_name_or_path)
-    for each in ("pretrain_config", "sft_config"):
-        refuse(is_named and bool(getattr(script_args, each)), f"--{each}", "the model is named")
     schemes = schemes_to_compare(script_args)
     is_idle = "int8" not in schemes and script_args.llm_int8_threshold != OUTLIER_THRESHOLD
     refuse(is_idle, "--llm_int8_threshold", "no scheme is int8")
@@ -138,8 +129,7 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
     from hfllm.models.loading.saved import empty_model, is_for_pictures, max_length_of, refuse_quantized
 
     sees = is_for_pictures(config)
-    for each in given_flags(script_args, OF_PICTURES):
-        refuse(not sees, f"--{each}", "the model reads text alone")
+    check_flags(script_args, model_args, sees=sees)
     if not sees and script_args.dataset_name in (PICTURES, DIGITS):
         raise InputError(f"--dataset_name {script_args.dataset_name}: the model reads text alone")
     if model_args.model_name_or_path:

@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import (
-    FREEZING,
-    OF_PICTURES,
+    SEES,
+    SHOWS,
     FreezingArguments,
     PictureArguments,
-    given_flags,
     words_of_places,
 )
-from hfllm.data.loading import RowArguments
+from hfllm.data.loading import ON_WORLD, RowArguments
 from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, check_flags, flag
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -34,23 +33,34 @@ Rows = list[Mapping[str, Any]]
 class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, FreezingArguments, PictureArguments):
     """Comparison data."""
 
-    num_pairs: int = flag(6000, "Prompts of the embedded world to compare responses to.")
-    on_policy_fraction: float = flag(2 / 3, "Share of the world's comparisons between the model's own samples.")
-    num_samples: int = flag(3, "Samples of the model for each prompt of that share.")
-    label_noise: float = flag(0.1, "Share of wrong labels in the world's comparisons; 0.5 makes them worthless.")
-    comparison_seed: int | None = flag(
-        None, "Seed of the world's comparisons, if not --seed, to train several models on the same ones."
+    num_pairs: int = flag(6000, "Prompts of the embedded world to compare responses to.", takes=at_least(1))
+    on_policy_fraction: float = flag(
+        2 / 3, "Share of the world's comparisons between the model's own samples.", takes=SHARE
     )
-    response_length: int = flag(40, "Longest response sampled for comparison, in tokens.")
-    num_eval_prompts: int = flag(360, "Held-out prompts of the world to compare on.")
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining, over those for the world.")
-    sft_config: str | None = flag(None, "YAML flags of the fine-tuning, over those for the world.")
+    num_samples: int = flag(3, "Samples of the model for each prompt of that share.", takes=at_least(1))
+    label_noise: float = flag(
+        0.1, "Share of wrong labels in the world's comparisons; 0.5 makes them worthless.", takes=SHARE
+    )
+    comparison_seed: int | None = flag(
+        None,
+        "Seed of the world's comparisons, if not --seed, to train several models on the same ones.",
+        never=ON_WORLD.absent("it applies only to the embedded world"),
+        takes=SEED,
+    )
+    response_length: int = flag(40, "Longest response sampled for comparison, in tokens.", takes=at_least(1))
+    num_eval_prompts: int = flag(360, "Held-out prompts of the world to compare on.", takes=at_least(1))
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining, over those for the world.", never=NAMED)
+    sft_config: str | None = flag(None, "YAML flags of the fine-tuning, over those for the world.", never=NAMED)
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("on_policy_fraction", "label_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+    refused: ClassVar[Refused] = {
+        "augment": SHOWS,
+        # It would be read with another one by whoever takes it with its processor.
+        "chat_template_path": SEES,
+        **dict.fromkeys(
+            ("eos_token", "pad_to_multiple_of"),
+            SHOWS.because("rows with pictures are read by the model's processor, as they are"),
+        ),
+    }
 
 
 def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
@@ -59,13 +69,7 @@ def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.data.sources import WORLD
-
-    is_named, is_world = bool(model_args.model_name_or_path), script_args.dataset_name == WORLD
-    for name in ("pretrain_config", "sft_config"):
-        refuse(is_named and bool(getattr(script_args, name)), f"--{name}", "the model is named")
-    has_seed = script_args.comparison_seed is not None
-    refuse(has_seed and not is_world, "--comparison_seed", "it applies only to the embedded world")
+    check_flags(script_args, model_args)
 
 
 def stages_before(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> Chain:
@@ -278,34 +282,20 @@ def check_pictures(
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.data.images.rows import check_freezing
     from hfllm.multimodal.processors import check_template
     from hfllm.runs.command_line import given_names
     from hfllm.stages.sft.build import shows_pictures
     from hfllm.stages.shared import check_sampling, check_split_weights
 
     shows = rows is not None and shows_pictures(*rows)
-    for name in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
-        refuse(not shows, f"--{name}", "no row has a picture")
-    sees = processor is not None
-    # It would be read with another one by whoever takes it with its processor.
-    refuse(
-        sees and bool(training_args.chat_template_path),
-        "--chat_template_path",
-        "the model sees: its processor has one",
-    )
+    check_flags(script_args, training_args, model_args, shows=shows, sees=processor is not None)
     if not shows:
         return False
     check_template(processor, model_args.model_name_or_path)
-    check_freezing(script_args, model_args)
     check_split_weights(training_args, *rows)
     check_sampling(training_args)
     is_given = "max_length" in (given_names(script_args, training_args) or ())
     refuse(is_given and training_args.max_length is not None, "--max_length", "rows with pictures are not cut")
-    refuse(bool(script_args.augment), "--augment", "the rows have pictures")
-    for name in ("eos_token", "pad_to_multiple_of"):
-        is_given = bool(getattr(training_args, name, None))
-        refuse(is_given, f"--{name}", "rows with pictures are read by the model's processor, as they are")
     return True
 
 

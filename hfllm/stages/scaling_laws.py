@@ -7,17 +7,17 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfllm.data.loading import DataArguments
+from hfllm.data.loading import ON_WORLD, DataArguments
 from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.fingerprint import file_fingerprint
-from hfllm.flags import flag
+from hfllm.flags import POSITIVE, SEED, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import CHANGED, CONTENTS, read_report
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import finished_run, main_process, parse_recipe
@@ -39,11 +39,10 @@ if TYPE_CHECKING:
 
 GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
 COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
-TABLE_FLAGS = ("parameters_column", "tokens_column", "loss_column", "held_out_share", "outliers")
-GRID_FLAGS = ("grid", "held_out_run", "count_parameters", "pretrain_config", "probe")
-GRID_FLAGS += tuple(item.name for item in fields(DataArguments))
 PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
-LARGEST_SEED = 2**32 - 1  # numpy's, which transformers seeds
+OF_TABLES = Fact(lambda flags: not flags.runs, "it is for --runs")
+OF_GRIDS = OF_TABLES.absent("it is for the grid, which --runs replaces")
+NO_PROBE = Fact(lambda flags: not flags.probe, "it needs --probe")
 
 
 @dataclass(frozen=True)
@@ -56,42 +55,62 @@ class ScalingArguments(DataArguments, RemoteCodeArguments):
         "or folder, or a dataset id on the Hub.",
     )
     runs: str | None = flag(None, "CSV file of finished runs; without it a grid is trained.")
-    parameters_column: str | None = flag(None, "Its column of N, if not a common name.")
-    tokens_column: str | None = flag(None, "Its column of D, if not a common name.")
-    loss_column: str | None = flag(None, "Its column of losses, if not a common name.")
-    held_out_share: float = flag(0.1, "Share of the file's runs, those with the most compute, to predict.")
+    parameters_column: str | None = flag(None, "Its column of N, if not a common name.", never=OF_TABLES)
+    tokens_column: str | None = flag(None, "Its column of D, if not a common name.", never=OF_TABLES)
+    loss_column: str | None = flag(None, "Its column of losses, if not a common name.", never=OF_TABLES)
+    held_out_share: float = flag(
+        0.1,
+        "Share of the file's runs, those with the most compute, to predict.",
+        takes=Range("a share between 0 and 1", lambda value: 0 < value < 1),
+        never=OF_TABLES,
+    )
     outliers: str = flag(
         "keep",
         "What to do with the file's runs that are far from the law of the others: 'keep' and name them, "
         "or 'drop' them.",
         choices=["keep", "drop"],
+        never=OF_TABLES,
     )
-    resamples: int = flag(1000, "Bootstrap resamples behind the 95%% intervals.")
-    huber_delta: float = flag(1e-3, "Error in log loss above which the Huber loss is linear.")
+    resamples: int = flag(1000, "Bootstrap resamples behind the 95%% intervals.", takes=at_least(10))
+    huber_delta: float = flag(1e-3, "Error in log loss above which the Huber loss is linear.", takes=POSITIVE)
     isoflop_tolerance: float = flag(
-        0.05, "How far the compute of runs may lie above or below their IsoFLOP budget, as a share."
+        0.05, "How far the compute of runs may lie above or below their IsoFLOP budget, as a share.", takes=POSITIVE
     )
     budgets: list[float] | None = flag(
         None, "FLOPs to divide between N and D in the report; by default ten times the largest run's."
     )
     grid: list[str] = flag(
-        GRID,
-        "Models and their training tokens: WIDTHxLAYERS:TOKENS,... once per model.",
+        GRID, "Models and their training tokens: WIDTHxLAYERS:TOKENS,... once per model.", never=OF_GRIDS
     )
     held_out_run: str = flag(
-        "64x3:2400000", "The run to predict, WIDTHxLAYERS:TOKENS, with more compute than any of the grid."
+        "64x3:2400000",
+        "The run to predict, WIDTHxLAYERS:TOKENS, with more compute than any of the grid.",
+        never=OF_GRIDS,
     )
     count_parameters: str = flag(
         "total",
         "N of the grid: 'total', Chinchilla's, or 'non_embedding', Kaplan's. runs.csv has both.",
         choices=list(COUNTS),
+        never=OF_GRIDS,
     )
-    pretrain_config: str | None = flag(None, "YAML flags of `hfllm pretrain` for all runs of the grid.")
-    probe: bool = flag(False, "Ask each size the world's questions, and plot exact match beside log-likelihood.")
-    probe_questions: int = flag(50, "Questions of each task family.")
-    probe_shots: int = flag(1, "Solved examples before a few-shot question.")
-    seed: int = flag(42, "Seed of the grid's data and weights, and of the bootstrap.")
+    pretrain_config: str | None = flag(
+        None, "YAML flags of `hfllm pretrain` for all runs of the grid.", never=OF_GRIDS
+    )
+    probe: bool = flag(
+        False,
+        "Ask each size the world's questions, and plot exact match beside log-likelihood.",
+        never=(OF_GRIDS, ON_WORLD.absent("its questions need --dataset_name world")),
+    )
+    probe_questions: int = flag(50, "Questions of each task family.", takes=at_least(1), never=NO_PROBE)
+    probe_shots: int = flag(1, "Solved examples before a few-shot question.", takes=at_least(1), never=NO_PROBE)
+    seed: int = flag(42, "Seed of the grid's data and weights, and of the bootstrap.", takes=SEED)
     output_dir: str = flag("outputs/scaling_laws", "Where runs, models and report go.")
+
+    refused: ClassVar[Refused] = {
+        **dict.fromkeys([item.name for item in fields(DataArguments)], OF_GRIDS),
+        "world_seed": (OF_GRIDS, ON_WORLD.absent("it is for --dataset_name world")),
+        "max_samples": (OF_GRIDS, ON_WORLD.because("the world is as large as the runs need")),
+    }
 
 
 # ---- what is refused ----
@@ -103,35 +122,10 @@ def check(script_args: ScalingArguments) -> None:
     Raises:
         InputError: naming the flag.
     """
-    for is_refused, name, reason in refusals(script_args):
-        refuse(is_refused, f"--{name}", reason)
-    for name, is_right, expected in (
-        ("resamples", script_args.resamples >= 10, "be at least 10"),
-        ("probe_questions", script_args.probe_questions >= 1, "be at least 1"),
-        ("probe_shots", script_args.probe_shots >= 1, "be at least 1"),
-        ("huber_delta", 0 < script_args.huber_delta < float("inf"), "be above 0 and finite"),
-        ("isoflop_tolerance", 0 < script_args.isoflop_tolerance < float("inf"), "be above 0 and finite"),
-        ("held_out_share", 0 < script_args.held_out_share < 1, "lie between 0 and 1"),
-        ("seed", 0 <= script_args.seed <= LARGEST_SEED, f"lie between 0 and {LARGEST_SEED}"),
-    ):
-        if not is_right:
-            raise InputError(f"--{name} must {expected}, got {getattr(script_args, name)}")
+    check_flags(script_args)
     for budget in script_args.budgets or []:
         if not 0 < budget < float("inf"):
             raise InputError(f"--budgets {budget}: FLOPs must be above 0 and finite")
-
-
-def refusals(script_args: ScalingArguments) -> Iterator[tuple[bool, str, str]]:
-    """Yield flags that would have no effect: whether each is given, the flag, and the reason."""
-    plain = ScalingArguments()
-    given = {item.name for item in fields(plain) if getattr(script_args, item.name) != getattr(plain, item.name)}
-    is_table, is_world = bool(script_args.runs), script_args.dataset_name == WORLD
-    yield from ((is_table and name in given, name, "it is for the grid, which --runs replaces") for name in GRID_FLAGS)
-    yield from ((not is_table and name in given, name, "it is for --runs") for name in TABLE_FLAGS)
-    yield from ((not script_args.probe and name in given, name, "it needs --probe") for name in PROBE_FLAGS)
-    yield script_args.probe and not is_world, "probe", "its questions need --dataset_name world"
-    yield not is_world and "world_seed" in given, "world_seed", "it is for --dataset_name world"
-    yield is_world and "max_samples" in given, "max_samples", "the world is as large as the runs need"
 
 
 # ---- the run ----
@@ -553,7 +547,6 @@ class Grid:
         from hfllm.data.loading import load_texts
         from hfllm.data.packing import packed_tables
         from hfllm.data.prepared import Prepared
-        from hfllm.data.sources import WORLD
         from hfllm.runs.models import load_tokenizer
         from hfllm.stages.pretrain.tokenizer import make_tokenizer
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Plot
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
@@ -21,16 +21,12 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 DRAFTS = ("model", "int8", "prompt_lookup", "early_exit")
-# Flags that describe a draft, and the draft that each is for.
-OF_DRAFT = {
-    "assistant_model_name_or_path": "model",
-    "draft_config": "model",
-    "early_exit_layers": "early_exit",
-    "max_ngram": "prompt_lookup",
-}
-POSITIVE = ("num_prompts", "num_timed_prompts", "batch_size", "max_new_tokens", "rounds")
 # Batch size for the comparison of answers.
 COMPARED_BATCH = 16
+
+
+def _not_drafted_by(draft: str) -> Fact:
+    return Fact(lambda flags: flags.draft != draft, f"it is for --draft {draft}")
 
 
 @dataclass(frozen=True)
@@ -38,27 +34,47 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
     """The draft, the prompts, and what is measured."""
 
     output_dir: str = flag("outputs/speculative", "Where the report goes.")
-    seed: int = flag(42, "Seed of the samples, and of the world's models.")
+    seed: int = flag(42, "Seed of the samples, and of the world's models.", takes=SEED)
     draft: str = flag("model", "Where draft tokens come from.", choices=list(DRAFTS))
-    assistant_model_name_or_path: str | None = flag(None, "The draft model: smaller, with the target's tokenizer.")
+    assistant_model_name_or_path: str | None = flag(
+        None, "The draft model: smaller, with the target's tokenizer.", never=_not_drafted_by("model")
+    )
     early_exit_layers: int | None = flag(
-        None, "Layers of the target that draft, with --draft early_exit; half by default."
+        None,
+        "Layers of the target that draft, with --draft early_exit; half by default.",
+        never=_not_drafted_by("early_exit"),
     )
     max_ngram: int | None = flag(
-        None, "Longest sequence that --draft prompt_lookup searches for; by default 3 tokens."
+        None,
+        "Longest sequence that --draft prompt_lookup searches for; by default 3 tokens.",
+        never=_not_drafted_by("prompt_lookup"),
     )
     num_draft_tokens: str = flag("adaptive", "Number of draft tokens for the metrics, or 'adaptive'.")
     num_draft_tokens_compared: list[int] = flag((1, 2, 3, 4, 6, 8), "Numbers of draft tokens for the plot.")
-    num_prompts: int = flag(300, "Prompts whose greedy answers are compared.")
-    num_timed_prompts: int = flag(16, "How many of them are timed.")
-    batch_size: int = flag(1, "Prompts answered at a time when timed.")
-    max_new_tokens: int = flag(64, "Longest answer, in tokens.")
-    temperature: float = flag(1.0, "Temperature of the samples.")
-    rounds: int = flag(5, "Repetitions of each measurement; the median is reported.")
-    compile: bool = flag(False, "Run the models through torch.compile.")
-    pretrain_config: str | None = flag(None, "YAML flags of the target's pretraining.")
-    sft_config: str | None = flag(None, "YAML flags of the target's fine-tuning.")
-    draft_config: str | None = flag(None, "YAML flags of the distillation that makes the draft model.")
+    num_prompts: int = flag(300, "Prompts whose greedy answers are compared.", takes=at_least(1))
+    num_timed_prompts: int = flag(16, "How many of them are timed.", takes=at_least(1))
+    batch_size: int = flag(1, "Prompts answered at a time when timed.", takes=at_least(1))
+    max_new_tokens: int = flag(64, "Longest answer, in tokens.", takes=at_least(1))
+    temperature: float = flag(1.0, "Temperature of the samples.", takes=POSITIVE)
+    rounds: int = flag(5, "Repetitions of each measurement; the median is reported.", takes=at_least(1))
+    compile: bool = flag(
+        False,
+        "Run the models through torch.compile.",
+        never=Fact(lambda flags: flags.draft == "int8", "the int8 draft uses packed weights, which are not compiled"),
+    )
+    pretrain_config: str | None = flag(None, "YAML flags of the target's pretraining.", never=NAMED)
+    sft_config: str | None = flag(None, "YAML flags of the target's fine-tuning.", never=NAMED)
+    draft_config: str | None = flag(
+        None,
+        "YAML flags of the distillation that makes the draft model.",
+        never=(
+            NAMED,
+            Fact(lambda flags: flags.assistant_model_name_or_path, "the draft model is named"),
+            _not_drafted_by("model"),
+        ),
+    )
+
+    refused: ClassVar[Refused] = {"use_peft": ALWAYS.because("nothing is trained")}
 
 
 # ---- what is refused ----
@@ -78,22 +94,8 @@ def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
         raise InputError(f"--num_draft_tokens {asked!r}: expected a number of tokens, or 'adaptive'")
     if not compared or min(compared) < 1:
         raise InputError(f"--num_draft_tokens_compared {compared}: expected numbers of at least 1")
-    for name in POSITIVE:
-        if getattr(script_args, name) < 1:
-            raise InputError(f"--{name} {getattr(script_args, name)}: expected at least 1")
-    if script_args.temperature <= 0:
-        raise InputError(f"--temperature {script_args.temperature}: expected a number above 0")
-    for name, needed in OF_DRAFT.items():
-        is_given = getattr(script_args, name) is not None
-        refuse(is_given and draft != needed, f"--{name}", f"it is for --draft {needed}")
-    for name in ("pretrain_config", "sft_config", "draft_config"):
-        refuse(bool(own and getattr(script_args, name)), f"--{name}", "the model is named")
-    is_named = bool(script_args.assistant_model_name_or_path)
-    refuse(bool(is_named and script_args.draft_config), "--draft_config", "the draft model is named")
-    refuse(model_args.use_peft, "--use_peft", "nothing is trained")
-    is_compiled = script_args.compile and draft == "int8"
-    refuse(is_compiled, "--compile", "the int8 draft uses packed weights, which are not compiled")
-    if own and draft == "model" and not is_named:
+    check_flags(script_args, model_args)
+    if own and draft == "model" and not script_args.assistant_model_name_or_path:
         raise InputError(
             f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
             f"tokenizer (hfllm distill --teacher_model_name_or_path {own} makes one), or --draft int8, prompt_lookup "

@@ -109,7 +109,7 @@ def test_bad_values_and_configs(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         assert expected in complaint("sft", "--config", tmp_path / "bad.yaml")
     assert "num_ppo_epochs must be at least 1, got 0" in complaint("rlhf", "--num_ppo_epochs", 0)
-    assert "label_noise must lie in [0, 1], got 2" in complaint("reward", "--label_noise", 2)
+    assert "--label_noise 2.0: expected a share in [0, 1]" in complaint("reward", "--label_noise", 2)
     assert "--fp16 does nothing on a CPU" in complaint("sft", "--fp16", "true", "--output_dir", tmp_path / "o")
 
 

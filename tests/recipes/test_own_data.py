@@ -148,7 +148,7 @@ def test_sft_says_what_it_cannot_learn(flags, tmp_path, saved):
     message = complaint(sft, flags(*MODEL_ROWS, max_length=4))
     assert message.startswith("training rows: nothing to learn is left: 7 of 7 rows dropped")
     both = {"completion_only_loss": "false", "loss_on": "last"}
-    assert "--loss_on last cannot be used here" in complaint(sft, flags(*MODEL_ROWS, **both))
+    assert "--loss_on cannot be used here" in complaint(sft, flags(*MODEL_ROWS, **both))
     assert "--eos_token '<nowhere>'" in complaint(sft, flags(*MODEL_ROWS, eos_token="<nowhere>"))
     assert "--chat_template_path nowhere" in complaint(sft, flags(*MODEL_ROWS, chat_template_path="nowhere"))
     template = saved / "chat_template.jinja"

@@ -274,7 +274,7 @@ def test_text_of_less_than_one_row_is_one_row(run, tmp_path):
         ({"total_tokens": "640", "max_steps": 3}, "--max_steps cannot be used here"),
         ({"objective": "masked", "model_name_or_path": "nowhere"}, "--objective masked cannot be used here"),
         ({"z_loss_coef": "-1"}, "--z_loss_coef -1.0: expected a number of at least 0"),
-        ({"model_name_or_path": "nowhere"}, "--hidden_size cannot be used here: it is for a new model"),
+        ({"model_name_or_path": "nowhere"}, "--vocab_size cannot be used here: it is for a new model"),
         ({"load_in_4bit": "true"}, "--load_in_4bit cannot be used here: such weights cannot be trained"),
     ],
 )
@@ -394,7 +394,7 @@ def test_a_model_without_sparse_attention_has_no_sizes_of_it(run, corpus, tmp_pa
             "--objective masked sees later tokens",
         ),
         (["--no_rope_layers", "2"], "no_rope_layers=.* must be one 0"),
-        (["--sparse_block_size", "8"], "--sparse_num_blocks None: expected both"),
+        (["--attn_implementation", "sparse", "--sparse_block_size", "8"], "--sparse_num_blocks None: expected both"),
         (["--sparse_block_size", "8", "--sparse_num_blocks", "2"], "it needs --attn_implementation sparse"),
         (["--attn_implementation", "sparse"], "needs --sparse_block_size and --sparse_num_blocks"),
         (["--layer_type", "full_attention"], "did you mean 'layer_types'"),

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
-from hfllm.flags import flag
+from hfllm.flags import SEED, at_least, flag
 
 FILTERS = (
     *("length", "language", "gopher_quality", "gopher_repetition", "c4_quality", "spam", "toxicity"),
@@ -45,7 +45,7 @@ class CurationOptions:
     max_document_bytes: int = flag(
         5_000_000, "Longer lines, passages, cells and web pages are dropped without reading them."
     )
-    max_samples: int | None = flag(None, "Read at most this many documents in each task.")
+    max_samples: int | None = flag(None, "Read at most this many documents in each task.", takes=at_least(1))
 
     filters: list[str] = flag(FILTERS, f"Which filters run, in their own order: {', '.join(FILTERS)}.")
     min_words: int = flag(10, "length: minimum words of a document.")
@@ -76,7 +76,7 @@ class CurationOptions:
     tasks: int = flag(1, "Number of parts of the input files, and of output shards.")
     workers: int = flag(1, "Tasks that run at once on this machine.")
     examples: int = flag(3, "Dropped documents to show per reason and task.")
-    seed: int = flag(42, "Seed of the samples and the hashes.")
+    seed: int = flag(42, "Seed of the samples and the hashes.", takes=SEED)
 
     def __post_init__(self) -> None:
         _one_of("--txt_documents", self.txt_documents, TXT_DOCUMENTS)

@@ -22,14 +22,13 @@ from hfllm.data.images.files import MAX_PIXELS, BadImage, image_key, path_of, re
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Message, content_text, flaw_of, role_of, spells
 from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
-from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.errors import InputError
+from hfllm.flags import Fact, flag
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
     from transformers import ProcessorMixin
-    from trl import ModelConfig
 
 
 Row = dict[str, Any]
@@ -378,6 +377,12 @@ Convert = Callable[[str, Row], Row]
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
+# Known once the rows are read.
+NO_PICTURES = Fact(lambda flags: flags.shows is False, "no row has a picture")
+SHOWS = Fact(lambda flags: flags.shows, "the rows have pictures")
+SEES = Fact(lambda flags: flags.sees, "the model sees: its processor has one")
+
+
 @dataclass(frozen=True)
 class PictureArguments:
     """Which pictures are read."""
@@ -387,38 +392,32 @@ class PictureArguments:
         "What happens to rows with a picture that cannot be read: refuse (name the first and stop) or "
         "drop (and count).",
         choices=["refuse", "drop"],
+        never=NO_PICTURES,
     )
-    max_pixels: int = flag(MAX_PIXELS, "Width times height of a picture at most.")
+    max_pixels: int = flag(MAX_PIXELS, "Width times height of a picture at most.", never=NO_PICTURES)
+
+
+BELOW_AN_ADAPTER = Fact(
+    lambda flags: flags.use_peft, "with --use_peft all weights are frozen, and --lora_target_modules get adapters"
+)
 
 
 @dataclass(frozen=True)
 class FreezingArguments:
     """Which parts of a model that sees learn."""
 
-    freeze_vision: bool = flag(False, "Leave the tower of your model as it is; the projector learns.")
+    freeze_vision: bool = flag(
+        False, "Leave the tower of your model as it is; the projector learns.", never=(NO_PICTURES, BELOW_AN_ADAPTER)
+    )
     freeze_text: bool = flag(
-        False, "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone."
+        False,
+        "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone.",
+        never=(NO_PICTURES, BELOW_AN_ADAPTER),
     )
 
 
 WORDS_FOR_A_PICTURE = "with words for a picture"
 FREEZING, OF_PICTURES = ("freeze_vision", "freeze_text"), ("bad_images", "max_pixels")
-
-
-def given_flags(script_args: PictureArguments | FreezingArguments, names: tuple[str, ...]) -> list[str]:
-    """Return those of the named flags that are not at their defaults."""
-    return [name for name in names if getattr(script_args, name) != getattr(type(script_args), name)]
-
-
-def check_freezing(script_args: FreezingArguments, model_args: "ModelConfig") -> None:
-    """Refuse to freeze parts of a model whose weights are all frozen below an adapter.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    for name in FREEZING:
-        is_both = model_args.use_peft and getattr(script_args, name)
-        refuse(is_both, f"--{name}", "with --use_peft all weights are frozen, and --lora_target_modules get adapters")
 
 
 # ---- reading ----

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import WORLD
-from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.errors import InputError
+from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, flags_of_adapter
 from hfllm.runs.flags import RemoteCodeArguments
@@ -28,7 +28,8 @@ USUAL_CONTROLS = (POLITENESS, CRITIQUES, LABELS)
 REVISIONS, SL, RL = LAST_STAGES = ("revisions", "sl", "rl")
 # Longest answers in tokens: of the world, and of real models.
 WORLD_LENGTH, OWN_LENGTH = 40, 128
-AT_LEAST_ONE = ("num_revisions", "num_pairs", "num_eval_prompts", "num_prompts", "num_demonstrations", "batch_size")
+IS_WORLDS = "the model is the embedded world's"
+NO_PPO = Fact(lambda flags: flags.last_stage != RL, "--last_stage {last_stage} has no PPO")
 # Of each the flag, and the run that it is for.
 CONFIGS = ("pretrain_config", "helpful_config", "sl_config", "reward_config", "rlhf_config")
 
@@ -38,20 +39,26 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     """Prompts, the constitution, and how much is made of each."""
 
     output_dir: str = flag("outputs/constitution", "Where the models, the data and the report go.")
-    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.", takes=SEED)
     constitution: str | None = flag(
         None,
         "general, world, politeness, or a JSON or YAML file of principles; by default world for the "
         "embedded world's model, general for yours.",
     )
     critic_model_name_or_path: str | None = flag(
-        None, "Model that criticizes, revises and judges; by default the model itself."
+        None,
+        "Model that criticizes, revises and judges; by default the model itself.",
+        never=UNNAMED.because(IS_WORLDS),
     )
     helpful_dataset_name: str | None = flag(
-        None, "Harmless prompts: the model keeps its own answers to them, and PPO goes on with them."
+        None,
+        "Harmless prompts: the model keeps its own answers to them, and PPO goes on with them.",
+        never=UNNAMED.because(IS_WORLDS),
     )
     preference_dataset_name: str | None = flag(
-        None, "Comparisons of helpfulness by people, for the preference model beside the AI's."
+        None,
+        "Comparisons of helpfulness by people, for the preference model beside the AI's.",
+        never=(UNNAMED.because(IS_WORLDS), NO_PPO.because("--last_stage {last_stage} trains no preference model")),
     )
     last_stage: str = flag(
         RL,
@@ -63,38 +70,70 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
         "Arms of the embedded world that must not gain: politeness (another constitution), critiques "
         "(tuned on critiques without revisions), labels (AI labels by chance), people (no AI labels, people's "
         "comparisons alone), or none; by default all but people.",
+        some_of=CONTROLS,
+        never=Fact(
+            lambda flags: flags.model_name_or_path and [*flags.controls] != ["none"], "they are the world's arms"
+        ),
     )
     num_demonstrations: int = flag(
-        18000, "Demonstrations of helping, critique, revision and judging, for the world's model."
+        18000, "Demonstrations of helping, critique, revision and judging, for the world's model.", takes=at_least(1)
     )
-    num_prompts: int = flag(800, "Red-team prompts of the embedded world to revise.")
-    num_helpful_prompts: int = flag(4000, "Harmless prompts of the embedded world.")
-    num_pairs: int = flag(1000, "Pairs of answers for the judge, at most, and one for each prompt.")
-    num_human_pairs: int = flag(4000, "Comparisons of helpfulness by the world's annotator, with a tenth wrong.")
-    num_eval_prompts: int = flag(100, "Held-out prompts of each group, at most.")
-    num_revisions: int = flag(2, "Rounds of critique and revision.")
+    num_prompts: int = flag(800, "Red-team prompts of the embedded world to revise.", takes=at_least(1))
+    num_helpful_prompts: int = flag(4000, "Harmless prompts of the embedded world.", takes=at_least(0))
+    num_pairs: int = flag(1000, "Pairs of answers for the judge, at most, and one for each prompt.", takes=at_least(1))
+    num_human_pairs: int = flag(
+        4000, "Comparisons of helpfulness by the world's annotator, with a tenth wrong.", takes=at_least(0)
+    )
+    num_eval_prompts: int = flag(100, "Held-out prompts of each group, at most.", takes=at_least(1))
+    num_revisions: int = flag(2, "Rounds of critique and revision.", takes=at_least(1))
     revise_only_flagged: bool = flag(False, "Keep an answer where the critique finds nothing.")
     temperature: float = flag(
         1.0,
         "Of critiques, revisions and the model's own answers to harmless prompts; its first answers to "
         "red-team prompts are sampled at 1.",
+        takes=POSITIVE,
     )
-    response_length: int | None = flag(None, "Longest answer in tokens; by default 40 on the world and 128 elsewhere.")
-    batch_size: int = flag(64, "Prompts that are answered at once.")
-    judge_chain_of_thought: bool = flag(False, "Let the judge write what it thinks before it replies.")
-    judge_clamp: bool = flag(False, "Bound the judge's probabilities to 40 to 60 percent, as in the paper.")
+    response_length: int | None = flag(
+        None, "Longest answer in tokens; by default 40 on the world and 128 elsewhere.", takes=at_least(1)
+    )
+    batch_size: int = flag(64, "Prompts that are answered at once.", takes=at_least(1))
+    judge_chain_of_thought: bool = flag(
+        False,
+        "Let the judge write what it thinks before it replies.",
+        never=NO_PPO.because("--last_stage {last_stage} needs no judge"),
+    )
+    judge_clamp: bool = flag(
+        False,
+        "Bound the judge's probabilities to 40 to 60 percent, as in the paper.",
+        never=NO_PPO.because("--last_stage {last_stage} needs no judge"),
+    )
     judge_margin: float = flag(
-        0.0, "Log-odds in nats up to which the judge is taken to see no difference: such pairs are ties."
+        0.0,
+        "Log-odds in nats up to which the judge is taken to see no difference: such pairs are ties.",
+        takes=NOT_NEGATIVE,
     )
-    judge_principles: int | None = flag(None, "Principles that a pair is judged by, drawn for each; by default all.")
+    judge_principles: int | None = flag(
+        None,
+        "Principles that a pair is judged by, drawn for each; by default all.",
+        never=NO_PPO.because("--last_stage {last_stage} needs no judge"),
+    )
     allow_biased_judge: bool = flag(False, "Go on with a judge whose position bias exceeds its signal.")
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
-    helpful_config: str | None = flag(None, "YAML flags of the helpful-only model's run.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.", never=NAMED)
+    helpful_config: str | None = flag(None, "YAML flags of the helpful-only model's run.", never=NAMED)
     sl_config: str | None = flag(None, "YAML flags of fine-tuning on the revisions.")
     reward_config: str | None = flag(None, "YAML flags of the preference model's run.")
     rlhf_config: str | None = flag(None, "YAML flags of the run of PPO.")
 
     takes_any_column: ClassVar[bool] = True
+    refused: ClassVar[Refused] = {
+        "model_revision": UNNAMED.because(IS_WORLDS),
+        **dict.fromkeys(
+            ("load_in_8bit", "load_in_4bit"), UNNAMED.because(f"{IS_WORLDS}, which is trained whole first")
+        ),
+        "use_peft": Fact(
+            lambda flags: flags.last_stage == REVISIONS, f"--last_stage {REVISIONS} trains nothing of yours"
+        ),
+    }
 
     @property
     def is_world(self) -> bool:
@@ -122,10 +161,7 @@ def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None
     Raises:
         InputError: naming the flag.
     """
-    for name in AT_LEAST_ONE:
-        value = getattr(script_args, name)
-        if value < 1:
-            raise InputError(f"--{name} {value}: expected at least 1")
+    check_flags(script_args, model_args)
     named = bool(model_args.model_name_or_path)
     if not named and not script_args.is_world:
         raise InputError(
@@ -134,19 +170,6 @@ def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None
         )
     if named and script_args.is_world:
         raise InputError("--model_name_or_path needs --dataset_name: red-team prompts, for instance a CSV of `prompt`")
-    for name in ("critic_model_name_or_path", "helpful_dataset_name", "preference_dataset_name"):
-        refuse(not named and bool(getattr(script_args, name)), f"--{name}", "the model is the embedded world's")
-    for name in ("pretrain_config", "helpful_config"):
-        refuse(named and bool(getattr(script_args, name)), f"--{name}", "the model is named")
-    refuse(
-        script_args.preference_dataset_name is not None and script_args.last_stage != RL,
-        "--preference_dataset_name",
-        f"--last_stage {script_args.last_stage} trains no preference model",
-    )
-    for control in script_args.controls or ():
-        if control not in (*CONTROLS, "none"):
-            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
-    refuse(named and set(script_args.controls or ()) - {"none"} != set(), "--controls", "they are the world's arms")
 
 
 def constitution_of(script_args: ConstitutionArguments) -> "Constitution":
@@ -288,7 +311,6 @@ COMPARED = ("--max_steps", "120", "--kl_coef", "1.0")
 
 # The fewest demonstrations of which every arm has some, and a held-out one.
 FEWEST_DEMONSTRATIONS = 10
-OF_JUDGES = ("judge_chain_of_thought", "judge_clamp", "judge_principles")
 
 
 def check_before(
@@ -302,7 +324,7 @@ def check_before(
     Raises:
         InputError: naming the flag, or the file.
     """
-    _check_flags(script_args, model_args)
+    _check_flags(script_args)
     _check_judge(script_args, constitution)
     _check_inputs(script_args, model_args)
     config = _config_of_first(model_args, course)
@@ -324,27 +346,15 @@ def _check_rewards(course: ConstitutionCourse) -> None:
             )
 
 
-def _check_flags(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
-    for name in ("num_helpful_prompts", "num_human_pairs"):
-        if getattr(script_args, name) < 0:
-            raise InputError(f"--{name} {getattr(script_args, name)}: expected at least 0")
+def _check_flags(script_args: ConstitutionArguments) -> None:
     if script_args.is_world and script_args.num_demonstrations < FEWEST_DEMONSTRATIONS:
         raise InputError(
             f"--num_demonstrations {script_args.num_demonstrations}: expected at least {FEWEST_DEMONSTRATIONS}"
         )
-    controls = script_args.controls or ()
-    if "none" in controls and set(controls) != {"none"}:
-        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
-    is_world, reason = script_args.is_world, "the model is the embedded world's"
-    refuse(is_world and model_args.model_revision != "main", "--model_revision", reason)
-    for name in ("load_in_8bit", "load_in_4bit"):
-        refuse(is_world and getattr(model_args, name), f"--{name}", f"{reason}, which is trained whole first")
 
 
 def _check_judge(script_args: ConstitutionArguments, constitution: "Constitution") -> None:
-    last, number, most = script_args.last_stage, script_args.judge_principles, len(constitution.principles)
-    for name in OF_JUDGES:
-        refuse(last != RL and bool(getattr(script_args, name)), f"--{name}", f"--last_stage {last} needs no judge")
+    number, most = script_args.judge_principles, len(constitution.principles)
     if number is not None and not 1 <= number <= most and has_questions(constitution):
         raise InputError(f"--judge_principles {number}: expected 1 to {most}, the principles of {constitution.name!r}")
 
@@ -389,7 +399,6 @@ def _check_weights(script_args: ConstitutionArguments, model_args: "ModelConfig"
     from hfllm.runs.models import check_trainable, peft_config, try_adapter
 
     if script_args.last_stage == REVISIONS:
-        refuse(model_args.use_peft, "--use_peft", f"--last_stage {REVISIONS} trains nothing of yours")
         return
     if model_args.model_name_or_path:
         check_trainable(model_args)

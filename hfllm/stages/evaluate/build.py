@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.images.rows import OF_PICTURES, given_flags
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Item, Record, Suite, missing_overlaps
 from hfllm.evaluation.verdicts import (
     Compared,
@@ -23,13 +22,13 @@ from hfllm.evaluation.verdicts import (
     verdict_table,
 )
 from hfllm.fingerprint import file_fingerprint
+from hfllm.flags import check_flags
 from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Found, Plot, compared, write_atomically
 from hfllm.outputs.statistics import Interval, difference_interval, mean_interval
 from hfllm.runs.command_line import say
 from hfllm.stages.evaluate import flags as evaluate_flags
 from hfllm.stages.evaluate.flags import (
     CHANGES,
-    CONFIGS,
     FILES,
     NUM_WORLD_ITEMS,
     EvaluateArguments,
@@ -171,15 +170,10 @@ def check_pictures(script_args: "EvaluateArguments") -> None:
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.stages.vision.flags import DRAWN
 
     name, is_asked = script_args.dataset_name, SUITE in script_args.suites
-    refuse(bool(name) and not is_asked, "--dataset_name", f"it is for --suites {SUITE}")
     if is_asked and not name:
         raise InputError(f"--suites {SUITE} needs --dataset_name: rows with pictures, or 'pictures' or 'digits'")
-    for flag in given_flags(script_args, OF_PICTURES):
-        refuse(not is_asked, f"--{flag}", f"it is for --suites {SUITE}")
-        refuse(name in DRAWN, f"--{flag}", "it is for rows of your own, and these are drawn")
     if is_asked and not script_args.model_name_or_path:
         raise InputError(f"--suites {SUITE} needs --model_name_or_path: a model that sees (hfllm vision makes one)")
 
@@ -614,42 +608,10 @@ def check(script_args: EvaluateArguments) -> None:
             raise InputError(f"--suites {name!r}: no such suite; did you mean {nearest!r}? All: {', '.join(SUITES)}")
     if not script_args.suites or len(set(script_args.suites)) < len(script_args.suites):
         raise InputError(f"--suites {' '.join(script_args.suites)}: expected one or more, each once")
-    for flag, least in (
-        ("batch_size", 1),
-        ("max_new_tokens", 1),
-        ("num_items", 1),
-        ("num_shots", 0),
-        ("num_attacks", 0),
-    ):
-        value = getattr(script_args, flag)
-        if value is not None and value < least:
-            raise InputError(f"--{flag} {value}: expected at least {least}")
-    for name in CONFIGS:
-        is_idle = bool(script_args.model_name_or_path and getattr(script_args, f"{name}_config"))
-        refuse(is_idle, f"--{name}_config", "the models are named")
-    wanted = {
-        "truthfulqa_file": ("truthfulness",),
-        "preference_files": ("hhh",),
-        "xstest_file": ("refusals",),
-        "few_shot_files": ("few_shot", "calibration"),
-        "facts_file": ("interpretability",),
-        "robustness_file": ("robustness",),
-    }
-    for flag, suites in wanted.items():
-        is_idle = bool(getattr(script_args, flag)) and not {*suites} & {*script_args.suites}
-        refuse(is_idle, f"--{flag}", f"it is for --suites {' or '.join(suites)}")
-    refuse(script_args.write_answers and not script_args.truthfulqa_file, "--write_answers", "no --truthfulqa_file")
-    is_idle = script_args.num_attacks is not None and "robustness" not in script_args.suites
-    refuse(is_idle, "--num_attacks", "it is for --suites robustness")
-    is_idle = script_args.num_shots > 0 and not script_args.few_shot_files
-    refuse(is_idle, "--num_shots", "no --few_shot_files")
+    check_flags(script_args)
     if script_args.write_answers and (missing := missing_overlaps()):
         say(f"evaluate: {missing}")
-    is_single = len(script_args.model_name_or_path or ()) == 1
-    refuse(
-        script_args.fail_on_regression and is_single, "--fail_on_regression", "one model has no other to be worse than"
-    )
-    if not is_single:
+    if len(script_args.model_name_or_path or ()) != 1:
         refuse_foreign_changes(script_args.output_dir)
     evaluate_flags.check(script_args, script_args.suites)
     check_pictures(script_args)

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.data.images.rows import PictureArguments
-from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.data.images.rows import OF_PICTURES, PictureArguments
+from hfllm.data.sources import DIGITS, PICTURES
+from hfllm.errors import InputError
+from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, Fact, Refused, at_least, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 
@@ -29,20 +30,33 @@ if TYPE_CHECKING:
 SUITE = "lm_eval"
 
 
+def _not_asked(*suites: str) -> Fact:
+    return Fact(lambda flags: not {*suites} & {*flags.suites}, f"it is for --suites {' or '.join(suites)}")
+
+
+NO_TASKS = _not_asked(SUITE)
+
+
 @dataclass(frozen=True)
 class LmEvalArguments:
     """Tasks of lm-eval."""
 
     tasks: list[str] | None = flag(
-        None, "Tasks for lm_eval: arc_easy_file, gsm8k_file, ... or those of --include_path."
+        None, "Tasks for lm_eval: arc_easy_file, gsm8k_file, ... or those of --include_path.", never=NO_TASKS
     )
-    include_path: list[str] | None = flag(None, "Folders with YAML tasks of your own.")
-    tasks_data: str | None = flag(None, "Folder of the files that tasks name, if not beside their YAML files.")
-    num_fewshot: int | None = flag(None, "Worked examples of a task; by default what its YAML file says.")
+    include_path: list[str] | None = flag(None, "Folders with YAML tasks of your own.", never=NO_TASKS)
+    tasks_data: str | None = flag(
+        None, "Folder of the files that tasks name, if not beside their YAML files.", never=NO_TASKS
+    )
+    num_fewshot: int | None = flag(
+        None, "Worked examples of a task; by default what its YAML file says.", takes=at_least(0), never=NO_TASKS
+    )
     allow_code_execution: bool = flag(
-        False, "Run the code that models write for tasks such as HumanEval, within limits."
+        False, "Run the code that models write for tasks such as HumanEval, within limits.", never=NO_TASKS
     )
-    tasks_from_hub: bool = flag(False, "Know lm-eval's own tasks too, and let tasks read data sets of the Hub.")
+    tasks_from_hub: bool = flag(
+        False, "Know lm-eval's own tasks too, and let tasks read data sets of the Hub.", never=NO_TASKS
+    )
 
 
 def check(script_args: LmEvalArguments, suites: list[str]) -> None:
@@ -51,13 +65,8 @@ def check(script_args: LmEvalArguments, suites: list[str]) -> None:
     Raises:
         InputError: naming the flag.
     """
-    for item in fields(LmEvalArguments):
-        is_given = getattr(script_args, item.name) != item.default
-        refuse(is_given and SUITE not in suites, f"--{item.name}", f"it is for --suites {SUITE}")
     if SUITE in suites and not script_args.tasks:
         raise InputError(f"--suites {SUITE} needs --tasks, such as --tasks arc_easy_file --tasks_data FOLDER")
-    if script_args.num_fewshot is not None and script_args.num_fewshot < 0:
-        raise InputError(f"--num_fewshot {script_args.num_fewshot}: expected at least 0")
     if script_args.tasks_data is not None and not Path(script_args.tasks_data).is_dir():
         raise InputError(f"--tasks_data {script_args.tasks_data}: no such folder")
 
@@ -110,47 +119,89 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     )
     suites: list[str] = flag(DEFAULT_SUITES, "What they are judged by.")
     output_dir: str = flag("outputs/evaluate", "Where the report and the samples go.")
-    seed: int = flag(42, "Of the world's models.")
-    world_seed: int = flag(0, "Seed of the embedded world's facts.")
+    seed: int = flag(42, "Of the world's models.", takes=SEED)
+    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
     apply_chat_template: bool | None = flag(
         None, "Ask by the chat template, or by plain text; by default where a tokenizer has a template."
     )
-    batch_size: int = flag(32, "Prompts, or choices of a question, in one pass.")
-    num_items: int | None = flag(None, "Items of each file, or of the world; by default all, of the world 240.")
+    batch_size: int = flag(32, "Prompts, or choices of a question, in one pass.", takes=at_least(1))
+    num_items: int | None = flag(
+        None, "Items of each file, or of the world; by default all, of the world 240.", takes=at_least(1)
+    )
     dtype: str = flag("float32", "The type that models are loaded in.")
     attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ...")
     load_in_8bit: bool = flag(False, "Load the models in 8 bits, by bitsandbytes.")
     load_in_4bit: bool = flag(False, "Load the models in 4 bits, by bitsandbytes.")
     judge_model_name_or_path: str | None = flag(None, "A model that judges written answers, beside the rules.")
     truthfulqa_file: str | None = flag(
-        None, "TruthfulQA's CSV or mc_task.json; without it the world's facts are asked."
+        None,
+        "TruthfulQA's CSV or mc_task.json; without it the world's facts are asked.",
+        never=_not_asked("truthfulness"),
     )
-    write_answers: bool = flag(False, "Let models write answers to TruthfulQA too, and compare them.")
+    write_answers: bool = flag(
+        False,
+        "Let models write answers to TruthfulQA too, and compare them.",
+        never=Fact(lambda flags: not flags.truthfulqa_file, "no --truthfulqa_file"),
+    )
     preference_files: list[str] | None = flag(
-        None, "Pairs for hhh: behaviors with (A) and (B), BIG-bench's HHH, chosen, rejected."
+        None, "Pairs for hhh: behaviors with (A) and (B), BIG-bench's HHH, chosen, rejected.", never=_not_asked("hhh")
     )
-    xstest_file: str | None = flag(None, "XSTest's CSV, for refusals.")
-    few_shot_files: list[str] | None = flag(None, "Multiple choice or exact match, for few_shot and calibration.")
-    facts_file: str | None = flag(None, "Rows of subject, question and answer, for interpretability.")
-    num_shots: int = flag(0, "First rows of each such file that are worked examples.")
+    xstest_file: str | None = flag(None, "XSTest's CSV, for refusals.", never=_not_asked("refusals"))
+    few_shot_files: list[str] | None = flag(
+        None,
+        "Multiple choice or exact match, for few_shot and calibration.",
+        never=_not_asked("few_shot", "calibration"),
+    )
+    facts_file: str | None = flag(
+        None, "Rows of subject, question and answer, for interpretability.", never=_not_asked("interpretability")
+    )
+    num_shots: int = flag(
+        0,
+        "First rows of each such file that are worked examples.",
+        takes=at_least(0),
+        never=Fact(lambda flags: not flags.few_shot_files, "no --few_shot_files"),
+    )
     robustness_file: str | None = flag(
-        None, "Prompts for robustness, with a column answer, harmful, or XSTest's label."
+        None,
+        "Prompts for robustness, with a column answer, harmful, or XSTest's label.",
+        never=_not_asked("robustness"),
     )
     num_attacks: int | None = flag(
-        None, "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file."
+        None,
+        "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file.",
+        takes=at_least(0),
+        never=_not_asked("robustness"),
     )
     dataset_name: str | None = flag(
         None,
         "Questions about pictures, for the suite pictures, which is then the default: rows with a column "
         "image or images, or 'pictures' or 'digits', which are drawn here.",
+        never=_not_asked("pictures"),
     )
-    max_new_tokens: int = flag(64, "Longest written answer to the rows of a file.")
-    pretrain_config: str | None = flag(None, "YAML flags of the world's pretraining.")
-    sft_config: str | None = flag(None, "YAML flags of its fine-tuning.")
-    reward_config: str | None = flag(None, "YAML flags of its reward model.")
-    rlhf_config: str | None = flag(None, "YAML flags of its alignment.")
+    max_new_tokens: int = flag(64, "Longest written answer to the rows of a file.", takes=at_least(1))
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the world's pretraining.", never=NAMED.because("the models are named")
+    )
+    sft_config: str | None = flag(None, "YAML flags of its fine-tuning.", never=NAMED.because("the models are named"))
+    reward_config: str | None = flag(
+        None, "YAML flags of its reward model.", never=NAMED.because("the models are named")
+    )
+    rlhf_config: str | None = flag(None, "YAML flags of its alignment.", never=NAMED.because("the models are named"))
     fail_on_regression: bool = flag(
-        False, "Exit code 1 where a model is significantly worse than the first one, 2 where nothing is tested."
+        False,
+        "Exit code 1 where a model is significantly worse than the first one, 2 where nothing is tested.",
+        never=Fact(lambda flags: len(flags.model_name_or_path or ()) == 1, "one model has no other to be worse than"),
+    )
+
+    refused: ClassVar[Refused] = dict.fromkeys(
+        OF_PICTURES,
+        (
+            _not_asked("pictures"),
+            Fact(
+                lambda flags: flags.dataset_name in (PICTURES, DIGITS),
+                "it is for rows of your own, and these are drawn",
+            ),
+        ),
     )
 
     def __post_init__(self):

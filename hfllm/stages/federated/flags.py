@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD
@@ -19,7 +19,7 @@ from hfllm.federation.organisations import (
     world_organisations,
 )
 from hfllm.fingerprint import file_fingerprint
-from hfllm.flags import flag
+from hfllm.flags import ALWAYS, NAMED, NOT_NEGATIVE, SHARE, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import given_names
@@ -44,7 +44,25 @@ SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
 NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
 # Tokens of rows, by column.
 Rows = Sequence[Mapping[str, Sequence[int]]]
-AT_LEAST_ONE = ("rounds", "local_steps", "processes", "eval_rounds")
+LENGTH = "--rounds and --local_steps say how much is trained"
+BETWEEN_MACHINES = "organisations are on other machines: --timeout of hfllm.federation.flower_app"
+ELSEWHERE = Fact(lambda flags: flags.organisation_names, "organisations are on other machines")
+NOT_WORLD = Fact(
+    lambda flags: flags.dataset_name != WORLD or flags.organisation_files or flags.organisation_names,
+    "it is of the embedded world",
+)
+CLIPPED = Fact(lambda flags: flags.clip_norm is not None, "--clip_norm is given")
+NO_NOISE = Fact(
+    lambda flags: not (flags.noise_multiplier > 0 or flags.row_noise_multiplier > 0),
+    "without --noise_multiplier or --row_noise_multiplier nothing is private",
+)
+NO_TRAINER = "local steps are not taken by Trainer.train, which would switch it on"
+OF_PAIRS = Fact(lambda flags: flags.learner == REWARD, "of comparisons whole answers are scored")
+
+
+def is_adafactor(optim: object) -> bool:
+    """Return whether `--optim`, a word or the library's name of it, is Adafactor."""
+    return str(getattr(optim, "value", optim)) == "adafactor"
 
 
 def organisation_names(files: Sequence[str]) -> list[str]:
@@ -57,24 +75,34 @@ def organisation_names(files: Sequence[str]) -> list[str]:
 class FederatedArguments(InstructionArguments):
     """Who learns together, and how."""
 
-    num_organisations: int = flag(6, "Organisations that the embedded world, or --dataset_name, is dealt out to.")
+    num_organisations: int = flag(
+        6,
+        "Organisations that the embedded world, or --dataset_name, is dealt out to.",
+        never=Fact(lambda flags: flags.organisation_files or flags.organisation_names, "they are named one by one"),
+    )
     organisation_files: list[str] | None = flag(None, "Files or Hub datasets, each the rows of one organisation.")
     organisation_names: list[str] | None = flag(
-        None, "Organisations on other machines, which Flower reaches and whose rows are not here."
+        None,
+        "Organisations on other machines, which Flower reaches and whose rows are not here.",
+        never=Fact(lambda flags: flags.organisation_files or flags.dataset_name != WORLD, "the rows are here"),
     )
     dirichlet_alpha: float | None = flag(
         None,
         "Draw each organisation's share of the world's families from a Dirichlet distribution of this "
         "concentration (0.1: nearly one family each; 100: all alike); of --dataset_name the sizes.",
+        never=Fact(lambda flags: flags.organisation_files, "organisations have files"),
     )
-    main_share: float = flag(0.9, "Share of an organisation's rows of the world that are of one family.")
-    num_examples: int = flag(640, "Rows of the world that each organisation has.")
-    rounds: int = flag(10, "How often the server takes the mean.")
-    local_steps: int = flag(4, "Optimizer steps of an organisation in a round.")
+    main_share: float = flag(
+        0.9, "Share of an organisation's rows of the world that are of one family.", takes=SHARE, never=NOT_WORLD
+    )
+    num_examples: int = flag(640, "Rows of the world that each organisation has.", never=NOT_WORLD, takes=at_least(1))
+    rounds: int = flag(10, "How often the server takes the mean.", takes=at_least(1))
+    local_steps: int = flag(4, "Optimizer steps of an organisation in a round.", takes=at_least(1))
     learner: str = flag(
         SFT,
         "What organisations train: sft (answers), or reward (a reward model, on files of comparisons).",
         choices=list(LEARNERS),
+        never=NOT_WORLD.absent("the embedded world's rows are answers"),
     )
     average: str = flag(
         LORA,
@@ -87,49 +115,97 @@ class FederatedArguments(InstructionArguments):
         "What is made of the updates: their mean by tokens, or by coordinate, organizations counting "
         "alike, median or trimmed_mean, which a hostile minority moves little.",
         choices=list(AGGREGATIONS),
+        never=CLIPPED.because("--clip_norm is of a mean"),
     )
-    trim: float = flag(0.2, "Share of the updates that trimmed_mean leaves out at each end.")
+    trim: float = flag(
+        0.2,
+        "Share of the updates that trimmed_mean leaves out at each end.",
+        never=Fact(lambda flags: flags.aggregation != TRIMMED_MEAN, "it is of --aggregation trimmed_mean"),
+    )
     max_norm_ratio: float = flag(
-        2.0, "An update longer than this many times the median of its round is scaled to that; 0: none."
+        2.0,
+        "An update longer than this many times the median of its round is scaled to that; 0: none.",
+        never=CLIPPED.because("--clip_norm bounds"),
     )
     server_optimizer: str = flag(
         "fedavg", "What the server does with the mean change.", choices=list(SERVER_OPTIMIZERS)
     )
     server_learning_rate: float | None = flag(None, "By default 1 for fedavg and momentum, 0.01 for the others.")
-    server_momentum: float = flag(0.9, "Of all server optimizers but fedavg.")
-    proximal_mu: float = flag(0.0, "FedProx: how strongly local steps are held to the round's beginning.")
+    server_momentum: float = flag(
+        0.9,
+        "Of all server optimizers but fedavg.",
+        never=Fact(lambda flags: flags.server_optimizer == "fedavg", "fedavg has none: --server_optimizer momentum"),
+    )
+    proximal_mu: float = flag(
+        0.0, "FedProx: how strongly local steps are held to the round's beginning.", takes=NOT_NEGATIVE
+    )
     keep_optimizer: bool = flag(
-        False, "Organisations keep the state of their optimizer from round to round, on their side."
+        False,
+        "Organisations keep the state of their optimizer from round to round, on their side.",
+        never=Fact(lambda flags: is_adafactor(flags.optim), "the state of adafactor is not tensors alone"),
     )
     participation: float = flag(1.0, "Share of the organisations that a round asks.")
-    min_organisations: int = flag(1, "Updates without which a round is not taken, and the run stops.")
+    min_organisations: int = flag(
+        1,
+        "Updates without which a round is not taken, and the run stops.",
+        never=Fact(lambda flags: flags.noise_multiplier > 0, "who takes part must stay unknown"),
+    )
     compression: str = flag("none", "Of updates on the wire.", choices=["none", "int8"])
     clip_norm: float | None = flag(None, "Longest update of an organisation.")
-    noise_multiplier: float = flag(0.0, "Noise on the mean, in units of --clip_norm: organisation-level privacy.")
+    noise_multiplier: float = flag(
+        0.0,
+        "Noise on the mean, in units of --clip_norm: organisation-level privacy.",
+        never=CLIPPED.absent("it is in units of --clip_norm"),
+    )
     row_clip_norm: float | None = flag(
         None, "Longest gradient of a single row; organisations then count alike, whatever their tokens."
     )
     row_noise_multiplier: float = flag(
-        0.0, "Noise on each local step, in units of --row_clip_norm: row-level privacy (DP-SGD)."
+        0.0,
+        "Noise on each local step, in units of --row_clip_norm: row-level privacy (DP-SGD).",
+        never=Fact(lambda flags: flags.row_clip_norm is None, "it is in units of --row_clip_norm"),
     )
     max_epsilon: float | None = flag(
-        None, "Refuse a run that would spend more than this epsilon, of organisations or of rows."
+        None, "Refuse a run that would spend more than this epsilon, of organisations or of rows.", never=NO_NOISE
     )
-    delta: float = flag(1e-5, "Of the privacy guarantee (epsilon, delta).")
-    processes: int = flag(1, "Processes of this machine that organisations train in.")
+    delta: float = flag(1e-5, "Of the privacy guarantee (epsilon, delta).", never=NO_NOISE)
+    processes: int = flag(
+        1,
+        "Processes of this machine that organisations train in.",
+        takes=at_least(1),
+        never=ELSEWHERE.because(BETWEEN_MACHINES),
+    )
     round_timeout: float | None = flag(
-        None, "Seconds after which a process that still trains is left out of the round."
+        None,
+        "Seconds after which a process that still trains is left out of the round.",
+        never=(
+            ELSEWHERE.because(BETWEEN_MACHINES),
+            Fact(lambda flags: flags.processes == 1, "organisations train in this process, one by one"),
+        ),
     )
     controls: list[str] | None = flag(
         None,
         "What to compare with: central (pooled rows, as many rows learned), equal_steps (pooled rows, as "
         "many steps), local (each organisation alone), or none; by default all.",
+        some_of=CONTROLS,
     )
-    eval_rounds: int = flag(5, "Measure after every so many rounds, and the last one.")
-    num_eval_prompts: int = flag(480, "Held-out questions of the world.")
+    eval_rounds: int = flag(5, "Measure after every so many rounds, and the last one.", takes=at_least(1))
+    num_eval_prompts: int = flag(480, "Held-out questions of the world.", never=NOT_WORLD, takes=at_least(1))
     pretrain_config: str | None = flag(
-        None, "YAML flags of the pretraining that makes the base model, if none is named."
+        None, "YAML flags of the pretraining that makes the base model, if none is named.", never=NAMED
     )
+
+    refused: ClassVar[Refused] = {
+        "dataset_name": Fact(lambda flags: flags.organisation_files, "--organisation_files takes its place"),
+        "use_peft": Fact(lambda flags: flags.average == FULL, "--average full trains all weights"),
+        **dict.fromkeys(("loss_on", "completion_only_loss", "assistant_only_loss", "chat_template_path"), OF_PAIRS),
+        "neftune_noise_alpha": ALWAYS.because(NO_TRAINER),
+        **dict.fromkeys(("num_train_epochs", "max_steps"), ALWAYS.because(LENGTH)),
+        "fp16": ALWAYS.because("local steps scale no gradients: --bf16, or neither"),
+        **dict.fromkeys(("packing", "padding_free"), ALWAYS.because("rows of a round are few, and padded")),
+        "eval_strategy": ALWAYS.because("--eval_rounds says when it is measured"),
+        "resume_from_checkpoint": ALWAYS.because("rounds are kept and resumed by themselves"),
+    }
 
     @property
     def is_world(self) -> bool:
@@ -165,76 +241,26 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
     Raises:
         InputError: naming the flag.
     """
-    for each in AT_LEAST_ONE:
-        if (value := getattr(script_args, each)) < 1:
-            raise InputError(f"--{each} {value}: expected at least 1")
+    check_flags(script_args, training_args, model_args)
+    # On by default, and off where a machine has no accelerator: it matters whether the user asks for it.
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        refuse(name in (given_names(script_args, training_args) or ()), f"--{name}", NO_TRAINER)
     files, named = script_args.organisation_files, bool(model_args.model_name_or_path)
     if named == script_args.is_world:
         raise InputError(
             "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the "
             "embedded world"
         )
-    refuse(named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
-    refuse(bool(files) and script_args.dataset_name != WORLD, "--dataset_name", "--organisation_files takes its place")
-    refuse(bool(files) and script_args.dirichlet_alpha is not None, "--dirichlet_alpha", "organisations have files")
     names = script_args.organisation_names
     if doubled := next((name for name in names or () if names.count(name) > 1), None):
         raise InputError(f"--organisation_names: {doubled!r} comes twice, each organisation needs a name of its own")
-    refuse(bool(names and (files or script_args.dataset_name != WORLD)), "--organisation_names", "the rows are here")
     refuse(bool(names) and bool(set(script_args.arms)), "--controls", "rows are elsewhere: --controls none")
     if script_args.count < 2 and not files:
         raise InputError(f"--num_organisations {script_args.count}: expected at least 2")
     if files and len(files) < 2:
         raise InputError(f"--organisation_files {' '.join(files)}: expected at least 2, one for each organisation")
-    if not 0 <= script_args.main_share <= 1:
-        raise InputError(f"--main_share {script_args.main_share}: expected a share in [0, 1]")
-    refuse(script_args.average == FULL and model_args.use_peft, "--use_peft", "--average full trains all weights")
-    _check_effect(script_args, training_args, model_args)
-    _check_controls(script_args)
     _check_server(script_args)
     _check_trainer(script_args, training_args)
-
-
-def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that the user gave and that would change nothing."""
-    given = set(given_names(script_args, training_args, model_args) or ())
-    for name in ("processes", "round_timeout"):
-        refuse(name in given and bool(script_args.organisation_names), f"--{name}", BETWEEN_MACHINES)
-    is_one = script_args.processes == 1
-    refuse("round_timeout" in given and is_one, "--round_timeout", "organisations train in this process, one by one")
-    is_plain = script_args.server_optimizer == "fedavg"
-    refuse(
-        "server_momentum" in given and is_plain, "--server_momentum", "fedavg has none: --server_optimizer momentum"
-    )
-    is_trimmed = script_args.aggregation == TRIMMED_MEAN
-    refuse("trim" in given and not is_trimmed, "--trim", "it is of --aggregation trimmed_mean")
-    refuse("max_norm_ratio" in given and script_args.clip_norm is not None, "--max_norm_ratio", "--clip_norm bounds")
-    for name in OF_THE_WORLD:
-        refuse(name in given and not script_args.is_world, f"--{name}", "it is of the embedded world")
-    has_names = bool(script_args.organisation_files or script_args.organisation_names)
-    refuse("num_organisations" in given and has_names, "--num_organisations", "they are named one by one")
-    refuse("num_train_epochs" in given, "--num_train_epochs", "--rounds and --local_steps say how much is trained")
-    refuse(script_args.has_pairs and script_args.is_world, "--learner", "the embedded world's rows are answers")
-    for name in OF_ANSWERS:
-        refuse(name in given and script_args.has_pairs, f"--{name}", "of comparisons whole answers are scored")
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        refuse(name in given, f"--{name}", NO_TRAINER)
-    refuse(training_args.neftune_noise_alpha is not None, "--neftune_noise_alpha", NO_TRAINER)
-
-
-BETWEEN_MACHINES = "organisations are on other machines: --timeout of hfllm.federation.flower_app"
-NO_TRAINER = "local steps are not taken by Trainer.train, which would switch it on"
-OF_ANSWERS = ("loss_on", "completion_only_loss", "assistant_only_loss", "chat_template_path")
-OF_THE_WORLD = ("main_share", "num_examples", "num_eval_prompts")
-
-
-def _check_controls(script_args: FederatedArguments) -> None:
-    controls = script_args.controls or ()
-    for control in controls:
-        if control not in (*CONTROLS, "none"):
-            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
-    if "none" in controls and set(controls) != {"none"}:
-        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
 
 
 def _check_server(script_args: FederatedArguments) -> None:
@@ -243,25 +269,10 @@ def _check_server(script_args: FederatedArguments) -> None:
 
     check_robust(script_args.aggregation, script_args.trim, script_args.max_norm_ratio)
     check_settings(round_settings(script_args, 0), script_args.count)
-    if script_args.proximal_mu < 0:
-        raise InputError(f"--proximal_mu {script_args.proximal_mu}: expected a number of at least 0")
     private = script_args.clip_norm is not None
-    refuse(not private and script_args.noise_multiplier > 0, "--noise_multiplier", "it is in units of --clip_norm")
-    refuse(private and script_args.aggregation != MEAN, "--aggregation", "--clip_norm is of a mean")
     if private:
         check_clip_norm(script_args.clip_norm, "--clip_norm")
-    is_noisy = script_args.noise_multiplier > 0
-    has_rows = script_args.row_noise_multiplier > 0
-    refuse(not (is_noisy or has_rows) and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
-    has_delta = script_args.delta != FederatedArguments.delta
-    refuse(not (is_noisy or has_rows) and has_delta, "--delta", NO_NOISE)
-    refuse(is_noisy and script_args.min_organisations > 1, "--min_organisations", "who takes part must stay unknown")
-    if script_args.row_clip_norm is None:
-        refuse(script_args.row_noise_multiplier != 0, "--row_noise_multiplier", "it is in units of --row_clip_norm")
     row_privacy_of(script_args)
-
-
-NO_NOISE = "without --noise_multiplier or --row_noise_multiplier nothing is private"
 
 
 def row_privacy_of(script_args: FederatedArguments) -> "RowPrivacy | None":
@@ -285,17 +296,7 @@ def _check_trainer(script_args: FederatedArguments, training_args: "SFTConfig") 
             f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes "
             "says in how many organisations train"
         )
-    refuse(training_args.fp16, "--fp16", "local steps scale no gradients: --bf16, or neither")
-    is_adafactor = str(getattr(training_args.optim, "value", training_args.optim)) == "adafactor"
-    refuse(
-        script_args.keep_optimizer and is_adafactor, "--keep_optimizer", "the state of adafactor is not tensors alone"
-    )
-    refuse(training_args.max_steps > 0, "--max_steps", "--rounds and --local_steps say how much is trained")
-    refuse(training_args.packing or training_args.padding_free, "--packing", "rows of a round are few, and padded")
-    refuse(training_args.eval_strategy != "no", "--eval_strategy", "--eval_rounds says when it is measured")
     schedule_of(training_args, 1)
-    resumes = training_args.resume_from_checkpoint
-    refuse(bool(resumes), "--resume_from_checkpoint", "rounds are kept and resumed by themselves")
 
 
 def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings":

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfllm.errors import InputError
-from hfllm.flags import flag
+from hfllm.flags import NOT_NEGATIVE, SEED, Range, at_least, check_flags, flag
 from hfllm.runs import pipeline
 from hfllm.runs.recipes import settings_file
 
@@ -27,12 +26,20 @@ class GroundArguments:
     """How much of each is made, and by which settings."""
 
     output_dir: str = flag("outputs/ground", "Where models, data and the report go.")
-    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
-    world_seed: int = flag(0, "Seed of the embedded world's facts.")
-    num_examples: int = flag(10000, "Rows of fine-tuning, with passages and without, and of the control's.")
-    grounded_fraction: float = flag(0.4, "Share of the rows that are conversations about passages, in (0, 1].")
-    num_questions: int = flag(300, "Held-out questions of each group.")
-    num_samples: int = flag(10, "Answers of a question that are sampled, for uncertainty and verification.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.", takes=SEED)
+    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
+    num_examples: int = flag(
+        10000, "Rows of fine-tuning, with passages and without, and of the control's.", takes=at_least(FEWEST_ROWS)
+    )
+    grounded_fraction: float = flag(
+        0.4,
+        "Share of the rows that are conversations about passages, in (0, 1].",
+        takes=Range("a share above 0, at most 1", lambda value: 0 < value <= 1),
+    )
+    num_questions: int = flag(300, "Held-out questions of each group.", takes=at_least(FEWEST_QUESTIONS))
+    num_samples: int = flag(
+        10, "Answers of a question that are sampled, for uncertainty and verification.", takes=at_least(FEWEST_SAMPLES)
+    )
     pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
     sft_config: str | None = flag(None, "YAML flags of fine-tuning without passages.")
     grounded_config: str | None = flag(None, "YAML flags of fine-tuning with passages.")
@@ -48,13 +55,7 @@ def check(script_args: GroundArguments) -> None:
     from hfllm.data.word_index import import_bm25s
 
     import_bm25s("hfllm ground")
-    fewest = {"num_examples": FEWEST_ROWS, "num_questions": FEWEST_QUESTIONS, "num_samples": FEWEST_SAMPLES}
-    for name, least in fewest.items():
-        value = getattr(script_args, name)
-        if value < least:
-            raise InputError(f"--{name} {value}: expected at least {least}")
-    if script_args.grounded_fraction <= 0:
-        raise InputError(f"--grounded_fraction {script_args.grounded_fraction}: expected a share above 0, at most 1")
+    check_flags(script_args)
 
 
 @dataclass(frozen=True)

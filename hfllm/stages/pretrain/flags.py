@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.loading import TextArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.flags import ALWAYS, NAMED, NOT_NEGATIVE, POSITIVE, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain
 from hfllm.runs.recipes import settings_file
@@ -27,53 +27,78 @@ if TYPE_CHECKING:
 # The architecture of a new model, as flags; and the config of a model that is named or not yet trained.
 
 
+FOR_A_NEW_MODEL = (
+    NAMED.because("it is for a new model, without --model_name_or_path"),
+    Fact(lambda flags: flags.config_name_or_path, "--config_name_or_path has it"),
+)
+OF_SPARSE = (
+    *FOR_A_NEW_MODEL,
+    Fact(lambda flags: flags.attn_implementation != "sparse", "it needs --attn_implementation sparse"),
+)
+
+
 @dataclass(frozen=True)
 class ArchitectureArguments:
     """Architecture of a new model."""
 
-    vocab_size: int = flag(8192, "Upper bound on the new tokenizer's vocabulary.")
-    hidden_size: int = flag(512, "Width of the new model.")
-    num_hidden_layers: int = flag(8, "Layers of the new model.")
-    num_attention_heads: int = flag(8, "Query heads of the new model.")
-    num_key_value_heads: int | None = flag(None, "Key-value heads of the new model.")
-    max_position_embeddings: int = flag(2048, "Context of the new model.")
-    initializer_range: float = flag(0.02, "Standard deviation of the new weights.")
-    tie_word_embeddings: bool = flag(False, "Share embeddings and head.")
-    norm_type: str = flag("rmsnorm", "rmsnorm or layernorm.")
-    norm_placement: str = flag("pre", "pre, post, output or both.")
-    mlp_type: str = flag("gated", "gated or plain.")
-    hidden_act: str = flag("silu", "Activation of the MLP.")
-    position_embedding_type: str = flag("rope", "rope, learned or none.")
-    parallel_block: bool = flag(False, "Attention and MLP side by side, as in PaLM.")
-    sliding_window: int | None = flag(None, "Tokens that each token attends to at most.")
-    attention_chunk_size: int | None = flag(None, "Tokens of a chunk, within which each token attends, as in Llama 4.")
+    vocab_size: int = flag(
+        8192, "Upper bound on the new tokenizer's vocabulary.", takes=at_least(1), never=FOR_A_NEW_MODEL
+    )
+    hidden_size: int = flag(512, "Width of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL)
+    num_hidden_layers: int = flag(8, "Layers of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL)
+    num_attention_heads: int = flag(8, "Query heads of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL)
+    num_key_value_heads: int | None = flag(
+        None, "Key-value heads of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL
+    )
+    max_position_embeddings: int = flag(2048, "Context of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL)
+    initializer_range: float = flag(
+        0.02, "Standard deviation of the new weights.", takes=POSITIVE, never=FOR_A_NEW_MODEL
+    )
+    tie_word_embeddings: bool = flag(False, "Share embeddings and head.", never=FOR_A_NEW_MODEL)
+    norm_type: str = flag("rmsnorm", "rmsnorm or layernorm.", never=FOR_A_NEW_MODEL)
+    norm_placement: str = flag("pre", "pre, post, output or both.", never=FOR_A_NEW_MODEL)
+    mlp_type: str = flag("gated", "gated or plain.", never=FOR_A_NEW_MODEL)
+    hidden_act: str = flag("silu", "Activation of the MLP.", never=FOR_A_NEW_MODEL)
+    position_embedding_type: str = flag("rope", "rope, learned or none.", never=FOR_A_NEW_MODEL)
+    parallel_block: bool = flag(False, "Attention and MLP side by side, as in PaLM.", never=FOR_A_NEW_MODEL)
+    sliding_window: int | None = flag(None, "Tokens that each token attends to at most.", never=FOR_A_NEW_MODEL)
+    attention_chunk_size: int | None = flag(
+        None, "Tokens of a chunk, within which each token attends, as in Llama 4.", never=FOR_A_NEW_MODEL
+    )
     layer_types: list[str] | None = flag(
         None,
         "Attention of each layer: full_attention, sliding_attention (with --sliding_window), "
         "chunked_attention (with --attention_chunk_size), linear_attention; a shorter list is repeated over the "
         "layers.",
+        never=FOR_A_NEW_MODEL,
     )
     no_rope_layers: list[int] | None = flag(
-        None, "0 for each layer without rotary positions, 1 for the others; repeated likewise."
+        None, "0 for each layer without rotary positions, 1 for the others; repeated likewise.", never=FOR_A_NEW_MODEL
     )
-    linear_num_key_heads: int | None = flag(None, "Key heads of linear attention.")
-    linear_num_value_heads: int | None = flag(None, "Its value heads.")
-    linear_key_head_dim: int | None = flag(None, "Size of such a key head.")
-    linear_value_head_dim: int | None = flag(None, "Size of such a value head.")
-    linear_conv_kernel_dim: int = flag(4, "Tokens that its convolution sees.")
-    sparse_block_size: int | None = flag(None, "Keys of a block, for --attn_implementation sparse.")
-    sparse_num_blocks: int | None = flag(None, "Blocks that a token attends to, its own included, for the same.")
-    num_local_experts: int = flag(0, "Experts of each layer; 0 means one dense MLP.")
-    num_experts_per_tok: int = flag(2, "Experts that each token passes through.")
-    moe_intermediate_size: int | None = flag(None, "Width of an expert.")
-    n_shared_experts: int = flag(0, "Experts beside these that all tokens share.")
-    first_k_dense_replace: int = flag(0, "First layers with a dense MLP and no experts.")
-    scoring_func: str = flag("softmax", "Scores of a router: softmax or sigmoid.")
-    topk_method: str = flag("greedy", "greedy, group_limited_greedy, or noaux_tc: a bias balances the load.")
-    n_group: int = flag(1, "Groups of experts.")
-    topk_group: int = flag(1, "Groups that a token's experts come from.")
-    router_bias_update_rate: float | None = flag(None, "Step of that bias; by default 0.001, and 0 keeps it.")
-    residual_init: str = flag("plain", "plain, gpt2 or depth: scale of the residual init.")
+    linear_num_key_heads: int | None = flag(None, "Key heads of linear attention.", never=FOR_A_NEW_MODEL)
+    linear_num_value_heads: int | None = flag(None, "Its value heads.", never=FOR_A_NEW_MODEL)
+    linear_key_head_dim: int | None = flag(None, "Size of such a key head.", never=FOR_A_NEW_MODEL)
+    linear_value_head_dim: int | None = flag(None, "Size of such a value head.", never=FOR_A_NEW_MODEL)
+    linear_conv_kernel_dim: int = flag(4, "Tokens that its convolution sees.", never=FOR_A_NEW_MODEL)
+    sparse_block_size: int | None = flag(None, "Keys of a block, for --attn_implementation sparse.", never=OF_SPARSE)
+    sparse_num_blocks: int | None = flag(
+        None, "Blocks that a token attends to, its own included, for the same.", never=FOR_A_NEW_MODEL
+    )
+    num_local_experts: int = flag(0, "Experts of each layer; 0 means one dense MLP.", never=FOR_A_NEW_MODEL)
+    num_experts_per_tok: int = flag(2, "Experts that each token passes through.", never=FOR_A_NEW_MODEL)
+    moe_intermediate_size: int | None = flag(None, "Width of an expert.", never=FOR_A_NEW_MODEL)
+    n_shared_experts: int = flag(0, "Experts beside these that all tokens share.", never=FOR_A_NEW_MODEL)
+    first_k_dense_replace: int = flag(0, "First layers with a dense MLP and no experts.", never=FOR_A_NEW_MODEL)
+    scoring_func: str = flag("softmax", "Scores of a router: softmax or sigmoid.", never=FOR_A_NEW_MODEL)
+    topk_method: str = flag(
+        "greedy", "greedy, group_limited_greedy, or noaux_tc: a bias balances the load.", never=FOR_A_NEW_MODEL
+    )
+    n_group: int = flag(1, "Groups of experts.", never=FOR_A_NEW_MODEL)
+    topk_group: int = flag(1, "Groups that a token's experts come from.", never=FOR_A_NEW_MODEL)
+    router_bias_update_rate: float | None = flag(
+        None, "Step of that bias; by default 0.001, and 0 keeps it.", never=FOR_A_NEW_MODEL
+    )
+    residual_init: str = flag("plain", "plain, gpt2 or depth: scale of the residual init.", never=FOR_A_NEW_MODEL)
 
 
 # The flags that are fields of `HfllmConfig`; the tokenizer determines the vocabulary size.
@@ -184,7 +209,7 @@ def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConf
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 OBJECTIVES = ("causal", "masked", "infilling")
 CHINCHILLA = "chinchilla"
-NEED_PACKING = ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens", "dataset_mixture")
+UNPACKED = Fact(lambda flags: not flags.packing, "it needs --packing true")
 
 
 @dataclass(frozen=True)
@@ -195,43 +220,77 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, Re
         None,
         "Tokens to train on, in place of --num_train_epochs; 'chinchilla' means 20 per parameter "
         "(Hoffmann et al. 2022, arXiv:2203.15556).",
+        never=UNPACKED,
     )
     objective: str = flag(
         "causal",
         "'causal' predicts the next token; 'masked' predicts masked ones, in a new bidirectional model; "
         "'infilling' is causal on documents cut in three, Code Llama's format.",
         choices=[*OBJECTIVES],
+        never=UNPACKED,
     )
     packing: bool = flag(True, "Fill rows of --max_length with documents that do not attend to each other; else pad.")
-    max_length: int = flag(512, "Tokens per row; longer documents are split.")
+    max_length: int = flag(512, "Tokens per row; longer documents are split.", takes=at_least(1))
     length_curriculum: str | None = flag(
-        None, "Row lengths by share of the run's tokens, such as 0:128,0.2:256,0.5:512; needs packing."
+        None,
+        "Row lengths by share of the run's tokens, such as 0:128,0.2:256,0.5:512; needs packing.",
+        never=(
+            UNPACKED,
+            Fact(
+                lambda flags: flags.objective == "infilling",
+                "it would cut documents in the middle of the infilling format",
+            ),
+        ),
     )
     batch_ramp: str | None = flag(
-        None, "Tokens per batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing."
+        None, "Tokens per batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing.", never=UNPACKED
     )
-    z_loss_coef: float = flag(0.0, "Weight of the squared log-partition function (PaLM: 1e-4); needs packing.")
+    z_loss_coef: float = flag(
+        0.0,
+        "Weight of the squared log-partition function (PaLM: 1e-4); needs packing.",
+        takes=NOT_NEGATIVE,
+        never=UNPACKED,
+    )
     use_muon: bool = flag(False, "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.")
     loss_spikes: str = flag(
         "stop", "What to do at a loss far above its running median: stop the run, or warn.", choices=["stop", "warn"]
     )
     sample_steps: int | None = flag(
-        None, "Steps between samples; by default four times per run, 0 means never, as under DeepSpeed."
+        None,
+        "Steps between samples; by default four times per run, 0 means never, as under DeepSpeed.",
+        takes=at_least(0),
     )
-    peak_flops: float | None = flag(None, "Peak FLOP/s of one device; the share that is reached is logged as mfu.")
+    peak_flops: float | None = flag(
+        None, "Peak FLOP/s of one device; the share that is reached is logged as mfu.", takes=POSITIVE
+    )
     tokenizer_name_or_path: str | None = flag(
-        None, "Tokenizer of the new model; by default one is trained on the texts."
+        None,
+        "Tokenizer of the new model; by default one is trained on the texts.",
+        never=NAMED.because("the model brings its own"),
     )
     config_name_or_path: str | None = flag(
         None,
         "Architecture of the new model, in place of its flags: a preset (gpt2, llama-2-7b, ...), a "
         "config.json, or the folder that holds one. All other defaults are then those of transformers.",
+        never=FOR_A_NEW_MODEL[0],
     )
     loss_chunk_size: int | None = flag(
         None,
         "Tokens per chunk of an hfllm model's loss, so that a batch's logits are never all in memory; "
         "1024 by default, 0 means all at once.",
+        takes=NOT_NEGATIVE,
     )
+
+    refused: ClassVar[Refused] = {
+        "use_peft": ALWAYS.because("pretraining trains all weights"),
+        "train_sampling_strategy": ALWAYS.because("the order of documents is this recipe's own"),
+        "lr_scaling_rule": Fact(lambda flags: flags.batch_ramp is not None, "--batch_ramp changes the batch"),
+        "dataset_mixture": UNPACKED,
+        "max_steps": Fact(
+            lambda flags: flags.batch_ramp or flags.total_tokens,
+            "the run's length is --total_tokens or --num_train_epochs",
+        ),
+    }
 
 
 def default_settings(given: Mapping[str, object]) -> list[Path]:
@@ -257,12 +316,14 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
         InputError: naming the flag.
     """
     from hfllm.runs.models import check_attention, check_trainable, load_config, named_fields, new_config
+    from hfllm.trainers.pretraining.muon import refusals_of_muon
 
     own, named = model_args.model_name_or_path, script_args.config_name_or_path
-    for is_refused, name, reason in (
-        *refusals_of_the_run(script_args, training_args, model_args),
-        *refusals_of_the_model(script_args, is_named=bool(own)),
-    ):
+    is_masked = script_args.objective == "masked"
+    reason = "it makes a new model, without --model_name_or_path"
+    refuse(bool(own) and is_masked, "--objective masked", reason)
+    check_flags(script_args, training_args, model_args)
+    for is_refused, name, reason in refusals_of_muon(script_args.use_muon, training_args):
         refuse(is_refused, name, reason)
     if script_args.objective not in OBJECTIVES:
         raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
@@ -271,74 +332,10 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
         raise InputError(f"--total_tokens {tokens!r}: expected a number of tokens, or {CHINCHILLA!r}")
     if not own:
         fields = named_fields(named) if named else architecture_of(script_args)
-        config = new_config({**fields, "is_causal": script_args.objective != "masked"})
+        config = new_config({**fields, "is_causal": not is_masked})
     is_sparse = model_args.attn_implementation == "sparse"
-    refuse(
-        bool(script_args.sparse_block_size) and not is_sparse,
-        "--sparse_block_size",
-        "it needs --attn_implementation sparse",
-    )
-    is_masked = script_args.objective == "masked"
     refuse(is_sparse and is_masked, "--attn_implementation sparse", "--objective masked sees later tokens")
     if is_sparse and not (own or named or script_args.sparse_block_size):
         raise InputError("--attn_implementation sparse needs --sparse_block_size and --sparse_num_blocks")
     check_trainable(model_args, adapters=False)
     check_attention(model_args.attn_implementation, load_config(own, model_args.model_revision) if own else config)
-
-
-def refusals_of_the_run(
-    script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
-) -> list[tuple[bool, str, str]]:
-    """Return the refusals that concern the run: whether each applies, the flag, and the reason."""
-    from hfllm.trainers.pretraining.muon import refusals_of_muon
-
-    ramp, curriculum, tokens = script_args.batch_ramp, script_args.length_curriculum, script_args.total_tokens
-    is_packed = script_args.packing
-    is_scaled, is_timed = script_args.lr_scaling_rule != "none", training_args.max_steps > 0
-    is_ordered = training_args.train_sampling_strategy != "random"
-    is_infilling = script_args.objective == "infilling"
-    return [
-        (model_args.use_peft, "--use_peft", "pretraining trains all weights"),
-        (is_ordered, "--train_sampling_strategy", "the order of documents is this recipe's own"),
-        (is_scaled and ramp is not None, "--lr_scaling_rule", "--batch_ramp changes the batch"),
-        *(
-            (not is_packed and bool(getattr(script_args, name)), f"--{name}", "it needs --packing true")
-            for name in NEED_PACKING
-        ),
-        (not is_packed and script_args.objective != "causal", "--objective", "it needs --packing true"),
-        (
-            is_infilling and curriculum is not None,
-            "--length_curriculum",
-            "it would cut documents in the middle of the infilling format",
-        ),
-        (
-            is_timed and bool(ramp or tokens),
-            "--max_steps",
-            "the run's length is --total_tokens or --num_train_epochs",
-        ),
-        *refusals_of_muon(script_args.use_muon, training_args),
-    ]
-
-
-def refusals_of_the_model(script_args: PretrainArguments, is_named: bool) -> list[tuple[bool, str, str]]:
-    """Return the refusals that concern the model: whether each applies, the flag, and the reason.
-
-    Args:
-        is_named: whether training starts from an existing model.
-    """
-    has_config = bool(script_args.config_name_or_path)
-    for_a_new_one = "it is for a new model, without --model_name_or_path"
-    given = [
-        f"--{name}"
-        for name in (*ARCHITECTURE, "vocab_size")
-        if getattr(script_args, name) != PretrainArguments.__dataclass_fields__[name].default
-    ]
-    is_masked = script_args.objective == "masked"
-    has_tokenizer = bool(script_args.tokenizer_name_or_path)
-    return [
-        (is_named and is_masked, "--objective masked", "it makes a new model, without --model_name_or_path"),
-        *((is_named, name, for_a_new_one) for name in given),
-        *((has_config, name, "--config_name_or_path has it") for name in given),
-        (is_named and has_config, "--config_name_or_path", for_a_new_one),
-        (is_named and has_tokenizer, "--tokenizer_name_or_path", "the model brings its own"),
-    ]

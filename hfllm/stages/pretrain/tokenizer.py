@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import TextArguments
-from hfllm.flags import flag
+from hfllm.flags import SEED, at_least, flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,14 +21,14 @@ SMALLEST_SIZE = 300
 class TokenizerArguments(TextArguments):
     """Size and purpose of the tokenizer."""
 
-    vocab_size: int = flag(8192, "Upper bound on the number of tokens.")
-    max_position_embeddings: int = flag(2048, "Context of the models that will use it.")
+    vocab_size: int = flag(8192, "Upper bound on the number of tokens.", takes=at_least(1))
+    max_position_embeddings: int = flag(2048, "Context of the models that will use it.", takes=at_least(1))
     objective: str = flag(
         "causal",
         "What pretraining will predict: 'masked' and 'infilling' need extra special tokens.",
         choices=["causal", "masked", "infilling"],
     )
-    seed: int = flag(42, "Seed of the held-out split, and of the world's documents.")
+    seed: int = flag(42, "Seed of the held-out split, and of the world's documents.", takes=SEED)
     output_dir: str = flag("outputs/tokenizer", "Where the tokenizer goes.")
 
 

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfllm.errors import InputError
-from hfllm.flags import flag
+from hfllm.flags import NOT_NEGATIVE, SEED, SHARE, at_least, check_flags, flag
 from hfllm.runs import pipeline
 from hfllm.runs.pipeline import Parsed
 from hfllm.runs.recipes import load_recipe, settings_file
@@ -18,7 +17,6 @@ PRETRAIN, THOUGHTS, DIRECT, MIXED, RL, SHUFFLED = (
 CONTROLS = (DIRECT, SHUFFLED)
 # The longest answer in tokens: a thought about a dial takes 34, and what grows beyond must be seen to.
 RESPONSE_LENGTH = 64
-AT_LEAST_ONE = ("num_prompts", "num_problems")
 # Of the fewest rows a held-out one is left.
 FEWEST_ROWS = 10
 # Of each flag the runs that it is for.
@@ -30,19 +28,24 @@ class ReasonArguments:
     """How much of each is made, and by which settings."""
 
     output_dir: str = flag("outputs/reason", "Where models, data and the report go.")
-    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
-    world_seed: int = flag(0, "Seed of the embedded world's facts.")
-    num_examples: int = flag(8000, "Questions that fine-tuning answers with thoughts, and the control without.")
-    num_mixed_examples: int = flag(1600, "Questions for the model that PPO starts from, some of them with thoughts.")
-    share_of_thoughts: float = flag(0.3, "Share of those that are answered with a thought.")
-    num_prompts: int = flag(4096, "Questions for PPO, which fine-tuning has not seen.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.", takes=SEED)
+    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
+    num_examples: int = flag(
+        8000, "Questions that fine-tuning answers with thoughts, and the control without.", takes=at_least(FEWEST_ROWS)
+    )
+    num_mixed_examples: int = flag(
+        1600, "Questions for the model that PPO starts from, some of them with thoughts.", takes=at_least(FEWEST_ROWS)
+    )
+    share_of_thoughts: float = flag(0.3, "Share of those that are answered with a thought.", takes=SHARE)
+    num_prompts: int = flag(4096, "Questions for PPO, which fine-tuning has not seen.", takes=at_least(1))
     num_problems: int = flag(
-        100, "Held-out questions of each number of hops, at most; of the dial three times as many."
+        100, "Held-out questions of each number of hops, at most; of the dial three times as many.", takes=at_least(1)
     )
     controls: list[str] | None = flag(
         None,
         "Arms that must not gain: direct (fine-tuning on answers alone), shuffled (PPO on the same "
         "rewards, dealt out by chance), or none; by default both.",
+        some_of=CONTROLS,
     )
     pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
     sft_config: str | None = flag(None, "YAML flags of fine-tuning, with and without.")
@@ -61,17 +64,7 @@ def check(script_args: ReasonArguments) -> None:
     Raises:
         InputError: naming the flag.
     """
-    fewest = {**dict.fromkeys(AT_LEAST_ONE, 1), **dict.fromkeys(("num_examples", "num_mixed_examples"), FEWEST_ROWS)}
-    for name, least in fewest.items():
-        value = getattr(script_args, name)
-        if value < least:
-            raise InputError(f"--{name} {value}: expected at least {least}")
-    controls = script_args.controls or ()
-    for control in controls:
-        if control not in (*CONTROLS, "none"):
-            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
-    if "none" in controls and set(controls) != {"none"}:
-        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
+    check_flags(script_args)
 
 
 @dataclass(frozen=True)

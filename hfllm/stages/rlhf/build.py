@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfllm.data.loading import RowArguments
 from hfllm.errors import InputError, refuse
+from hfllm.flags import check_flags
 from hfllm.runs.arguments import changed
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.stages.rlhf.flags import RlhfArguments, Row
@@ -558,14 +559,11 @@ def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", ro
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.data.images.rows import FREEZING, check_freezing, given_flags
     from hfllm.multimodal.processors import has_pictures
 
-    frozen = given_flags(script_args, FREEZING)
-    shows = bool(frozen) and any(has_pictures(row, "a row") for row in rows)
-    for flag in frozen:
-        refuse(not shows, f"--{flag}", "no row has a picture")
-    check_freezing(script_args, model_args)
+    is_frozen = script_args.freeze_vision or script_args.freeze_text
+    shows = is_frozen and any(has_pictures(row, "a row") for row in rows)
+    check_flags(script_args, model_args, shows=shows)
 
 
 def words_for_a_picture(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> list[int]:

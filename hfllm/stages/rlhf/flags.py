@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import FreezingArguments
 from hfllm.data.loading import RowArguments
-from hfllm.flags import flag
+from hfllm.flags import POSITIVE, at_least, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -22,11 +22,15 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
     reward_model_name_or_path: list[str] | None = flag(
         None, "Sequence-classification model with one label, used as the reward; several form an ensemble."
     )
-    num_reward_models: int = flag(1, "Reward models to train on the same comparisons, when none is named.")
+    num_reward_models: int = flag(
+        1, "Reward models to train on the same comparisons, when none is named.", takes=at_least(1)
+    )
     reward_aggregation: str = flag(
         "worst", "How the scores of an ensemble are combined.", choices=["mean", "worst", "uncertainty"]
     )
-    uncertainty_coef: float = flag(1.0, "Weight of the ensemble's variance with --reward_aggregation uncertainty.")
+    uncertainty_coef: float = flag(
+        1.0, "Weight of the ensemble's variance with --reward_aggregation uncertainty.", takes=POSITIVE
+    )
     reward_funcs: list[str] | None = flag(
         None,
         "Reward functions: path/to/file.py:function, exact_match (the final answer is that of the column "
@@ -50,8 +54,8 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         "Leave out prompts that are empty, leave no room for a response or spell the token of a picture, "
         "instead of stopping.",
     )
-    num_prompts: int = flag(8192, "Prompts of the embedded world to sample from.")
-    num_eval_prompts: int = flag(360, "Held-out prompts, at most this many.")
+    num_prompts: int = flag(8192, "Prompts of the embedded world to sample from.", takes=at_least(1))
+    num_eval_prompts: int = flag(360, "Held-out prompts, at most this many.", takes=at_least(1))
     pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.")
     sft_config: str | None = flag(None, "YAML flags of the fine-tuning stage.")
     reward_config: str | None = flag(None, "YAML flags of the reward-model stage.")

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.augmentation import PREFILL
-from hfllm.data.images.rows import FREEZING, OF_PICTURES, Rows, given_flags, words_of_places
+from hfllm.data.images.rows import Rows, words_of_places
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.packing import IGNORE
 from hfllm.data.rows import OriginRow, origin_of
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError, refuse
+from hfllm.flags import check_flags
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, SftArguments, _files
 
@@ -370,27 +371,21 @@ def check_pictures(
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.data.images.rows import by_turns, check_freezing
+    from hfllm.data.images.rows import by_turns
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.shared import check_split_weights, check_whole_rows
 
     shows = shows_pictures(train_rows, eval_rows)
-    for flag in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
-        refuse(not shows, f"--{flag}", "no row has a picture")
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    if shows or (name and is_for_pictures(load_config(name, revision))):
-        refuse(bool(script_args.added_tokens), "--added_tokens", "the model sees, and its tokens are its processor's")
-        refuse(bool(training_args.chat_template_path), "--chat_template_path", "the model sees: its processor has one")
+    sees = shows or bool(name and is_for_pictures(load_config(name, revision)))
+    check_flags(script_args, training_args, model_args, shows=shows, sees=sees)
     if not shows:
         return False
-    check_freezing(script_args, model_args)
     # The first answers of a conversation may come before its first picture.
     turns = ([turn for row in rows for turn in by_turns(row)] for rows in (train_rows, eval_rows))
     check_split_weights(training_args, *turns)
     check_whole_rows(script_args, training_args)
-    refuse(bool(script_args.augment), "--augment", "the rows have pictures")
-    refuse(bool(script_args.retrieval_dataset_name), "--retrieval_dataset_name", "the rows have pictures")
     return True
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
-from hfllm.data.images.rows import FreezingArguments, PictureArguments
+from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, PictureArguments
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import PYDOC, source_files
 from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.flags import ALWAYS, NAMED, SHARE, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 TOP_K, FRACTION = 3, 0.5
+NO_PASSAGES = Fact(lambda flags: flags.retrieval_dataset_name is None, "it needs --retrieval_dataset_name")
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,20 @@ class RetrievalArguments:
         None,
         "Passages that are found for a row's last question and put before it: a folder of saved passages, "
         "or texts, named as --dataset_name, which are cut (docs/grounding.md).",
+        never=SHOWS,
     )
     # None, and not their values, since without the first flag they mean nothing.
-    retrieval_top_k: int | None = flag(None, f"The most passages of a row; {TOP_K} by default.")
+    retrieval_top_k: int | None = flag(
+        None, f"The most passages of a row; {TOP_K} by default.", never=NO_PASSAGES, takes=at_least(1)
+    )
     retrieval_min_score: float | None = flag(
-        None, "Passages with a lower BM25 score are not put there; by default all are."
+        None, "Passages with a lower BM25 score are not put there; by default all are.", never=NO_PASSAGES
     )
     grounded_fraction: float | None = flag(
-        None, f"Share of the rows that get passages; the others stay as they are. {FRACTION} by default."
+        None,
+        f"Share of the rows that get passages; the others stay as they are. {FRACTION} by default.",
+        never=NO_PASSAGES,
+        takes=SHARE,
     )
 
 
@@ -52,10 +59,6 @@ def check_retrieval(script_args: RetrievalArguments) -> None:
     from hfllm.data.word_index import import_bm25s
 
     name = script_args.retrieval_dataset_name
-    for each in ("retrieval_top_k", "retrieval_min_score", "grounded_fraction"):
-        refuse(
-            name is None and getattr(script_args, each) is not None, f"--{each}", "it needs --retrieval_dataset_name"
-        )
     if name is None:
         return
     refuse(script_args.grounded_fraction == 0, "--grounded_fraction 0", "no row gets passages: leave out the flags")
@@ -83,6 +86,7 @@ def _files(name: str) -> list[Path]:
 # ---- sft ----
 
 
+LEARNS_ALL = Fact(lambda flags: flags.completion_only_loss is False, "--completion_only_loss false learns every token")
 NO_ROWS = "an adapter has no rows for new tokens: train all weights, or leave the flag out"
 
 
@@ -97,15 +101,25 @@ class SftArguments(
 ):
     """Instruction data."""
 
-    num_examples: int = flag(9600, "Demonstrations of the embedded world to train on.")
+    num_examples: int = flag(9600, "Demonstrations of the embedded world to train on.", takes=at_least(1))
     added_tokens: list[str] | None = flag(
         None,
         "Tokens to add to the model, such as <think> </think>; without, they are written by those that "
         "there are (docs/reasoning.md).",
+        never=Fact(lambda flags: flags.use_peft, NO_ROWS),
     )
     pretrain_config: str | None = flag(
-        None, "YAML flags of the pretraining that makes the base model, if none is named."
+        None, "YAML flags of the pretraining that makes the base model, if none is named.", never=NAMED
     )
+
+    refused: ClassVar[Refused] = {
+        "loss_on": LEARNS_ALL,
+        "augment": SHOWS,
+        "added_tokens": SEES.because("the model sees, and its tokens are its processor's"),
+        "chat_template_path": SEES,
+        "assistant_only_loss": LEARNS_ALL,
+        "dataset_kwargs": ALWAYS.because("rows are tokenized here; name the columns by --column_mapping"),
+    }
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:
@@ -135,15 +149,7 @@ def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mo
     Raises:
         InputError: naming the flag.
     """
-    is_named = bool(model_args.model_name_or_path)
-    refuse(is_named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
-    is_everything = training_args.completion_only_loss is False
-    reason = "--completion_only_loss false learns every token"
-    refuse(is_everything and script_args.loss_on == "last", "--loss_on last", reason)
-    refuse(is_everything and training_args.assistant_only_loss, "--assistant_only_loss", reason)
-    reason = "rows are tokenized here; name the columns by --column_mapping"
-    refuse(training_args.dataset_kwargs is not None, "--dataset_kwargs", reason)
-    refuse(bool(script_args.added_tokens) and model_args.use_peft, "--added_tokens", NO_ROWS)
+    check_flags(script_args, training_args, model_args)
     check_retrieval(script_args)
     if training_args.packing and training_args.max_length is None:
         raise InputError("--packing needs --max_length, the length of a packed row")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import WORLD
-from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.errors import InputError
+from hfllm.flags import NAMED, SEED, UNNAMED, at_least, check_flags, flag
 from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, given_words
 from hfllm.runs.flags import RemoteCodeArguments
@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 # Arms of the world: PPO by rewards that are shuffled among the answers, and a model that never sees a tool.
 SHUFFLED, PLAIN = CONTROLS = ("shuffled", "plain")
-AT_LEAST_ONE = ("num_demonstrations", "num_prompts", "num_eval_prompts")
-# What there is of your own model alone, and of the world's alone.
-OWN = ("tools", "reward_funcs", "demonstrations_dataset_name")
-OF_WORLD = ("controls", "pretrain_config", "num_demonstrations", "num_prompts")
+# Why flags of a model of your own, and those of the world's, have no effect.
+OF_THE_WORLD, IS_WORLDS = "the model and its tools are the embedded world's", "it is of the embedded world's model"
 
 
 @dataclass(frozen=True)
@@ -31,23 +29,35 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
     """Questions, tools, and how much people show of them."""
 
     output_dir: str = flag("outputs/tools", "Where the models, the data and the report go.")
-    seed: int = flag(42, "Of data and weights: the same seed, the same result.")
+    seed: int = flag(42, "Of data and weights: the same seed, the same result.", takes=SEED)
     tools: list[str] | None = flag(
-        None, "Functions that your model may call: path/to/file.py:function, calculator, or lookup:table.json."
+        None,
+        "Functions that your model may call: path/to/file.py:function, calculator, or lookup:table.json.",
+        never=UNNAMED.because(OF_THE_WORLD),
     )
-    reward_funcs: list[str] | None = flag(None, "Rewards of your own: path/to/file.py:function.")
+    reward_funcs: list[str] | None = flag(
+        None, "Rewards of your own: path/to/file.py:function.", never=UNNAMED.because(OF_THE_WORLD)
+    )
     demonstrations_dataset_name: str | None = flag(
-        None, "Conversations with calls of tools that your model learns from before PPO."
+        None,
+        "Conversations with calls of tools that your model learns from before PPO.",
+        never=UNNAMED.because(OF_THE_WORLD),
     )
     controls: list[str] | None = flag(
         None,
         "Arms of the embedded world: shuffled (PPO by shuffled rewards, which must not gain), plain (a "
         "model without tools), or none; by default both.",
+        some_of=CONTROLS,
+        never=NAMED.because(IS_WORLDS),
     )
-    num_demonstrations: int = flag(12000, "Demonstrations of the embedded world.")
-    num_prompts: int = flag(4000, "Questions of the embedded world that PPO asks.")
-    num_eval_prompts: int = flag(100, "Held-out questions of each family, at most.")
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
+    num_demonstrations: int = flag(
+        12000, "Demonstrations of the embedded world.", takes=at_least(1), never=NAMED.because(IS_WORLDS)
+    )
+    num_prompts: int = flag(
+        4000, "Questions of the embedded world that PPO asks.", takes=at_least(1), never=NAMED.because(IS_WORLDS)
+    )
+    num_eval_prompts: int = flag(100, "Held-out questions of each family, at most.", takes=at_least(1))
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.", never=NAMED.because(IS_WORLDS))
     sft_config: str | None = flag(None, "YAML flags of fine-tuning on demonstrations.")
     rlhf_config: str | None = flag(None, "YAML flags of the run of PPO.")
 
@@ -71,10 +81,7 @@ def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
     Raises:
         InputError: naming the flag.
     """
-    for name in AT_LEAST_ONE:
-        value = getattr(script_args, name)
-        if value < 1:
-            raise InputError(f"--{name} {value}: expected at least 1")
+    check_flags(script_args, model_args)
     named = bool(model_args.model_name_or_path)
     if named and script_args.is_world:
         raise InputError("--model_name_or_path needs --dataset_name: prompts, for instance a JSON Lines of `prompt`")
@@ -83,20 +90,9 @@ def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
             f"--dataset_name {script_args.dataset_name} needs --model_name_or_path: the embedded world's model does "
             "not know such prompts"
         )
-    for name in OWN:
-        is_given = bool(getattr(script_args, name))
-        refuse(not named and is_given, f"--{name}", "the model and its tools are the embedded world's")
-        if named and not is_given and name != "demonstrations_dataset_name":
+    for name in ("tools", "reward_funcs") if named else ():
+        if not getattr(script_args, name):
             raise InputError(f"--model_name_or_path {model_args.model_name_or_path} needs --{name}")
-    for name in OF_WORLD:
-        is_given = getattr(script_args, name) != getattr(ToolsArguments, name)
-        refuse(named and is_given, f"--{name}", "it is of the embedded world's model")
-    controls = script_args.controls or ()
-    for control in controls:
-        if control not in (*CONTROLS, "none"):
-            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
-    if "none" in controls and set(controls) != {"none"}:
-        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
 
 
 def data_file(script_args: ToolsArguments, name: str) -> Path:

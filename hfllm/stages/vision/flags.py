@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfllm.data.images.rows import FREEZING, OF_PICTURES, FreezingArguments, PictureArguments, check_freezing
+from hfllm.data.images.rows import FREEZING, OF_PICTURES, FreezingArguments, PictureArguments
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.data.world.pictures import picture_side
 from hfllm.errors import InputError, refuse
-from hfllm.flags import flag
+from hfllm.flags import NAMED, UNNAMED, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file
 from hfllm.stages.shared import check_whole_rows
 
@@ -20,15 +20,12 @@ if TYPE_CHECKING:
 LIBRARY = ("trl.SFTConfig", "trl.ModelConfig")
 # What is drawn here, for which a small model is made if none is named.
 DRAWN = (PICTURES, DIGITS)
-# Flags of a model that is made here.
-OF_NEW_MODELS = (
-    *("num_captions", "hidden_size", "num_hidden_layers", "num_vision_layers", "num_attention_heads", "patch_size"),
-    *("vision_hidden_size", "use_muon"),
+FOR_NEW_MODELS = NAMED.because("it is for the model that is made here, and one is named")
+FOR_DRAWN_ROWS = Fact(
+    lambda flags: flags.dataset_name not in DRAWN, "the rows are your own: --max_samples takes the first of them"
 )
-# Flags of drawn rows, of rows of the user's, and of PPO.
-OF_DRAWN_ROWS = ("num_examples", "questions_per_picture", "num_eval_examples", "share_absent")
-OF_OWN_ROWS = (*OF_PICTURES, "max_eval_samples")
-OF_PPO = ("rl_learning_rate", "kl_coef")
+FOR_OWN_ROWS = FOR_DRAWN_ROWS.absent("it is for rows of your own, and these are drawn")
+FOR_PPO = Fact(lambda flags: flags.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds")
 # The largest share of questions about what is not there: from some on nothing else would be learned.
 MOST_ABSENT = 0.999
 
@@ -42,30 +39,61 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
         "'pictures' (the drawn world), 'digits' (scikit-learn's), or rows of your own with a column image "
         "or images: a local file or folder, or a dataset id on the Hub.",
     )
-    num_captions: int = flag(6400, "Pictures with captions, which are learned first.")
+    num_captions: int = flag(
+        6400, "Pictures with captions, which are learned first.", takes=at_least(0), never=FOR_NEW_MODELS
+    )
     takes_any_column: ClassVar[bool] = True
 
-    num_examples: int = flag(51200, "Pictures with questions to train on.")
-    questions_per_picture: int = flag(4, "Questions about each at most: as many as --max_length tokens hold.")
+    num_examples: int = flag(51200, "Pictures with questions to train on.", takes=at_least(1), never=FOR_DRAWN_ROWS)
+    questions_per_picture: int = flag(
+        4, "Questions about each at most: as many as --max_length tokens hold.", never=FOR_DRAWN_ROWS
+    )
     share_absent: float | None = flag(
         None,
         "Share of questions about what is not there among those that are drawn, in training; by default 5 "
         "of 23. About half as many more remain, since what a picture does not allow is drawn again. Few of them "
         "leave PPO something to teach.",
+        takes=Range(f"at least 0, and at most {MOST_ABSENT}", lambda value: 0 <= value <= MOST_ABSENT),
+        never=(
+            FOR_DRAWN_ROWS,
+            Fact(lambda flags: flags.dataset_name == DIGITS, "every digit that is asked for is there"),
+        ),
     )
-    num_eval_examples: int = flag(1000, "Questions of each part of the evaluation.")
-    max_eval_samples: int = flag(256, "Held-out rows of your own at most.")
-    num_rl_prompts: int = flag(0, "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out.")
-    rl_learning_rate: float = flag(1e-4, "The highest learning rate of PPO.")
-    kl_coef: float = flag(0.02, "Weight of the KL penalty of PPO.")
-    max_new_tokens: int = flag(16, "Tokens of an answer at most, in the evaluation.")
-    hidden_size: int = flag(64, "Width of the decoder that is made.")
-    vision_hidden_size: int | None = flag(None, "Width of the tower; by default that of the decoder.")
-    num_hidden_layers: int = flag(3, "Layers of the decoder.")
-    num_vision_layers: int = flag(2, "Layers of the tower.")
-    num_attention_heads: int = flag(4, "Heads of both.")
-    patch_size: int = flag(12, "Side of a patch, in pixels.")
-    use_muon: bool = flag(False, "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.")
+    num_eval_examples: int = flag(
+        1000, "Questions of each part of the evaluation.", takes=at_least(2), never=FOR_DRAWN_ROWS
+    )
+    max_eval_samples: int = flag(256, "Held-out rows of your own at most.", takes=at_least(1), never=FOR_OWN_ROWS)
+    num_rl_prompts: int = flag(
+        0,
+        "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out.",
+        takes=at_least(0),
+        never=(
+            FOR_DRAWN_ROWS.because("the gold is that of drawn pictures"),
+            Fact(lambda flags: flags.use_peft, "PPO starts from a whole model here, not an adapter"),
+        ),
+    )
+    rl_learning_rate: float = flag(1e-4, "The highest learning rate of PPO.", never=FOR_PPO)
+    kl_coef: float = flag(0.02, "Weight of the KL penalty of PPO.", never=FOR_PPO)
+    max_new_tokens: int = flag(16, "Tokens of an answer at most, in the evaluation.", takes=at_least(1))
+    hidden_size: int = flag(64, "Width of the decoder that is made.", never=FOR_NEW_MODELS, takes=at_least(1))
+    vision_hidden_size: int | None = flag(
+        None, "Width of the tower; by default that of the decoder.", never=FOR_NEW_MODELS
+    )
+    num_hidden_layers: int = flag(3, "Layers of the decoder.", never=FOR_NEW_MODELS, takes=at_least(1))
+    num_vision_layers: int = flag(2, "Layers of the tower.", never=FOR_NEW_MODELS)
+    num_attention_heads: int = flag(4, "Heads of both.", never=FOR_NEW_MODELS, takes=at_least(1))
+    patch_size: int = flag(12, "Side of a patch, in pixels.", never=FOR_NEW_MODELS)
+    use_muon: bool = flag(
+        False,
+        "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.",
+        never=FOR_NEW_MODELS,
+    )
+
+    refused: ClassVar[Refused] = {
+        **dict.fromkeys(FREEZING, UNNAMED.because("the model is made here, and knows nothing")),
+        **dict.fromkeys(OF_PICTURES, FOR_OWN_ROWS),
+        "use_peft": UNNAMED.because("the model is made here: all of its weights learn"),
+    }
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:
@@ -90,34 +118,10 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
             f"--dataset_name {name}: rows of your own take a vision-language model of your own "
             f"(--model_name_or_path), or pictures that are drawn here: {', '.join(DRAWN)}"
         )
-    for each in FREEZING:
-        refuse(not is_named and getattr(script_args, each), f"--{each}", "the model is made here, and knows nothing")
-    for each in OF_NEW_MODELS:
-        is_given = getattr(script_args, each) != getattr(VisionArguments, each)
-        refuse(is_named and is_given, f"--{each}", "it is for the model that is made here, and one is named")
-    refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
-    check_freezing(script_args, model_args)
-    _refuse_unused(script_args)
+    check_flags(script_args, training_args, model_args)
     # Questions about drawn pictures are put into the rows of a model that is made here.
     check_whole_rows(script_args, training_args, is_cut=not is_named)
     _check_muon(script_args, training_args)
-    has_ppo = script_args.num_rl_prompts > 0
-    refuse(name not in DRAWN and has_ppo, "--num_rl_prompts", "the gold is that of drawn pictures")
-    refuse(model_args.use_peft and has_ppo, "--num_rl_prompts", "PPO starts from a whole model here, not an adapter")
-    for each, least in (
-        ("num_captions", 0),
-        ("num_rl_prompts", 0),
-        ("num_examples", 1),
-        ("num_eval_examples", 2),
-        ("max_eval_samples", 1),
-        ("max_new_tokens", 1),
-    ):
-        if getattr(script_args, each) < least:
-            raise InputError(f"--{each} {getattr(script_args, each)}: expected at least {least}")
-    share = script_args.share_absent
-    refuse(name == DIGITS and share is not None, "--share_absent", "every digit that is asked for is there")
-    if share is not None and not 0 <= share <= MOST_ABSENT:
-        raise InputError(f"--share_absent {share}: expected at least 0, and at most {MOST_ABSENT}")
     most = 2 if name == DIGITS else 16
     if not 1 <= script_args.questions_per_picture <= most:
         raise InputError(f"--questions_per_picture {script_args.questions_per_picture}: expected 1 to {most}")
@@ -134,19 +138,6 @@ def _check_muon(script_args: VisionArguments, training_args: "SFTConfig") -> Non
 
     for condition, name, reason in refusals_of_muon(script_args.use_muon, training_args):
         refuse(condition, name, reason)
-
-
-def _refuse_unused(script_args: VisionArguments) -> None:
-    """Refuse flags that are given and have no effect."""
-    is_drawn = script_args.dataset_name in DRAWN
-    for names, is_unused, why in (
-        (OF_DRAWN_ROWS, not is_drawn, "the rows are your own: --max_samples takes the first of them"),
-        (OF_OWN_ROWS, is_drawn, "it is for rows of your own, and these are drawn"),
-        (OF_PPO, script_args.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds"),
-    ):
-        for name in names:
-            is_given = getattr(script_args, name) != getattr(VisionArguments, name)
-            refuse(is_unused and is_given, f"--{name}", why)
 
 
 def _check_patches(script_args: VisionArguments) -> None:

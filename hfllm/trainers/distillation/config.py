@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hfllm.flags import flag
+from hfllm.flags import POSITIVE, flag
 from hfllm.trainers.distillation.losses import LossSettings
 from hfllm.trainers.distillation.options import DistillationOptions
 
@@ -20,7 +20,7 @@ class DistillationConfig(DistillationOptions, TrainingArguments):
     Distillation's options are in `hfllm/trainers/distillation/options.py`.
     """
 
-    logging_steps: float = flag(10, "Log every X optimizer steps; below 1, a share of all steps.")
+    logging_steps: float = flag(10, "Log every X optimizer steps; below 1, a share of all steps.", takes=POSITIVE)
     remove_unused_columns: bool | None = flag(False, "Keep False: the trainer reads the dataset's columns itself.")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]

@@ -6,7 +6,7 @@ They are not frozen, since `DistillationConfig` also inherits from transformers'
 from dataclasses import dataclass
 from typing import Any
 
-from hfllm.flags import flag
+from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, flag
 
 
 @dataclass
@@ -34,7 +34,7 @@ class TeacherOptions:
 class LossOptions:
     """The loss, and the tokens that it is computed on."""
 
-    temperature: float = flag(3.0, "Temperature of both distributions in the divergence.")
+    temperature: float = flag(3.0, "Temperature of both distributions in the divergence.", takes=POSITIVE)
     beta: float = flag(
         0.0, "Divergence: 0 is the forward KL, 1 the reverse KL, values between are generalized Jensen-Shannon."
     )
@@ -44,9 +44,11 @@ class LossOptions:
         0.0,
         "Weight of the mean squared distance between hidden states, each student layer against one of the teacher's.",
     )
-    max_length: int | None = flag(1024, "Longest row in tokens; longer rows are cut at the end.")
+    max_length: int | None = flag(1024, "Longest row in tokens; longer rows are cut at the end.", takes=at_least(1))
     disable_dropout: bool = flag(False, "Switch the student's dropout off.")
-    loss_chunk_size: int = flag(256, "Tokens per chunk of logits, of student and teacher; 0 means a whole batch.")
+    loss_chunk_size: int = flag(
+        256, "Tokens per chunk of logits, of student and teacher; 0 means a whole batch.", takes=NOT_NEGATIVE
+    )
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
-from hfllm.flags import flag
+from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, flag
 from hfllm.runs.arguments import changed
 from hfllm.trainers.ppo.options import KL_ESTIMATORS, KL_PLACES, VLLM_MODES, PPOOptions
 
@@ -24,7 +24,7 @@ ABOVE_ZERO = (
     "value_learning_rate",
     "tool_timeout",
 )
-NOT_NEGATIVE = (
+AT_LEAST_ZERO = (
     "kl_coef",
     "vf_coef",
     "entropy_coef",
@@ -50,9 +50,10 @@ class PPOConfig(PPOOptions, TrainingArguments):
     learning_rate: float | None = flag(
         None,
         "Initial learning rate; by default from the model's size, higher for an adapter (docs/ppo.md).",
+        takes=NOT_NEGATIVE,
     )
-    per_device_train_batch_size: int = flag(16, "Episodes of an optimizer step on each device.")
-    logging_steps: float = flag(10, "Log every X optimizer steps; below 1, a share of all steps.")
+    per_device_train_batch_size: int = flag(16, "Episodes of an optimizer step on each device.", takes=at_least(1))
+    logging_steps: float = flag(10, "Log every X optimizer steps; below 1, a share of all steps.", takes=POSITIVE)
     remove_unused_columns: bool | None = flag(
         False, "Keep False: reward functions receive the dataset's extra columns."
     )
@@ -95,7 +96,7 @@ class PPOConfig(PPOOptions, TrainingArguments):
         for names, is_good, accepted in (
             (AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
             (ABOVE_ZERO, lambda value: value > 0, "be above 0"),
-            (NOT_NEGATIVE, lambda value: value >= 0, "not be negative"),
+            (AT_LEAST_ZERO, lambda value: value >= 0, "not be negative"),
             (SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
             (("dual_clip",), lambda value: value > 1, "be above 1"),
         ):

@@ -6,7 +6,7 @@ They are not frozen, since `PPOConfig` also inherits from transformers' `Trainin
 from dataclasses import dataclass
 from typing import Any
 
-from hfllm.flags import flag
+from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, flag
 
 # See hfllm/trainers/ppo/formulas.py.
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -20,7 +20,9 @@ REWARD_TIMEOUT = 1800.0
 class RolloutOptions:
     """Rollouts, and the passes over each."""
 
-    total_episodes: int | None = flag(None, "Total number of responses to sample; sets `max_steps` when given.")
+    total_episodes: int | None = flag(
+        None, "Total number of responses to sample; sets `max_steps` when given.", takes=at_least(1)
+    )
     num_ppo_epochs: int = flag(2, "Passes over each rollout.")
     num_mini_batches: int = flag(4, "Optimizer steps in each pass over a rollout.")
     num_generations: int = flag(1, "Responses sampled for each prompt of a rollout.")
@@ -43,8 +45,10 @@ class RolloutOptions:
 class SamplingOptions:
     """Sampling."""
 
-    response_length: int = flag(53, "Longest response to sample, in tokens, with the results of tools.")
-    temperature: float = flag(1.0, "Sampling temperature.")
+    response_length: int = flag(
+        53, "Longest response to sample, in tokens, with the results of tools.", takes=at_least(1)
+    )
+    temperature: float = flag(1.0, "Sampling temperature.", takes=POSITIVE)
     generation_kwargs: dict[str, Any] | str | None = flag(
         None, "More arguments for `GenerationConfig`, such as top_k, top_p or stop_strings."
     )
@@ -72,7 +76,9 @@ class RewardOptions:
         None, "One weight for each reward function; 0 logs a reward without training on it."
     )
     reward_timeout: float = flag(
-        REWARD_TIMEOUT, "Seconds after which a reward function is given up, and the run with it; 0: none."
+        REWARD_TIMEOUT,
+        "Seconds after which a reward function is given up, and the run with it; 0: none.",
+        takes=NOT_NEGATIVE,
     )
     missing_eos_penalty: float | None = flag(
         None, "Subtracted from the score of a response that was cut off at `response_length`."
@@ -123,6 +129,7 @@ class LossOptions:
     value_learning_rate: float | None = flag(
         None,
         "Learning rate of the critic's own weights; by default that of a new head, or of all weights (docs/ppo.md).",
+        takes=POSITIVE,
     )
     critic_warmup_steps: int = flag(0, "Optimizer steps at the beginning that train only the critic.")
 
