@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # The attribute of parsed flags that names those which the user gave.
 GIVEN = "given_flags"
-# Values by which a flag asks for nothing.
-OFF = (None, False, "", "no", "none", [])
+# Defaults by which a flag asks for nothing, though it is named.
+OFF = (None, False, "", "no", "none", [], -1)
 # What stands in a list of names for none of them.
 NO_NAME = "none"
 
