@@ -192,7 +192,7 @@ def augmented_demonstrations(
 # What is perturbed is a question's first line; what follows is material, such as a passage, a list or code, and stays.
 #
 # Robustness tests perturb questions (`hfllm.evaluation.suites.robustness`), and training may see some of them
-# perturbed (`hfllm.data.augmentation`). The sentences that are added differ between the two, see `AddedTexts`.
+# perturbed. The sentences that are added differ between the two, see `AddedTexts`.
 
 
 # Marks between words; those inside of words and numbers, such as an apostrophe, stay.

@@ -1,4 +1,4 @@
-"""Key-value caches: attention sinks, memory per token and speed, measured for a model.
+"""Key-value caches: attention sinks, memory across segments, and the bytes and speed of each kind for a model.
 
 Speculative decoding has its own cache (`hfllm.generation.packed.model`), which is measured too.
 """

@@ -36,7 +36,7 @@ class Abstainer:
         guarantee: what holds for new prompts, in words.
         rows: how many calibration rows it was found with.
         measure: name of the uncertainty, for readers.
-        alpha, delta: see `hfllm.grounding.abstention`.
+        alpha, delta: see `control_risk` and `learn_then_test`.
 
     Raises:
         InputError: for a threshold that is no number, and other values of a type or size that they cannot have.

@@ -1,4 +1,4 @@
-"""A plot of pictures in a grid, each with a few lines below it."""
+"""A plot of pictures in a grid with lines below each, and the Python that loads a model that sees."""
 
 import textwrap
 from collections.abc import Sequence

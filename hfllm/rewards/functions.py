@@ -340,6 +340,8 @@ shuffled_answer = shuffled(right_answer, "shuffled_answer", _texts)
 #
 # Thoughts are what a message has as `reasoning_content`, or a text between `<think>` and `</think>`. The answer is
 # what is said besides; an answer that is given in the thoughts alone counts as none.
+
+
 # Where a step of a solution ends: at a line break, or after a sentence.
 STEP_END = r"\n+|(?<=[.!?])\s+"
 

@@ -1,4 +1,4 @@
-"""Models inside of engines: partitioned by DeepSpeed's ZeRO-3, and without dropout."""
+"""Models inside of engines: partitioned by DeepSpeed's ZeRO-3, without dropout, and at the rates of a schedule."""
 
 import os
 from collections.abc import Callable, Iterator

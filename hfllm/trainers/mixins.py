@@ -341,7 +341,7 @@ class EachRowOnce(Trainer):
 
 
 class TokenMeanEvaluation(EachRowOnce):
-    """Mixin whose `eval_loss` is the mean over all targets of the held-out rows; see this file's docstring."""
+    """Mixin whose `eval_loss` is the mean over all targets of the held-out rows; the comment above says why."""
 
     def prediction_step(
         self,

@@ -4,7 +4,7 @@
     add_to_logs(trainer, throughput)
     trainer.add_callback(LossSpikeGuard())
 
-For samples of the model during training see samples.py.
+For samples of the model during training see `callbacks.SampleCallback`.
 """
 
 import math

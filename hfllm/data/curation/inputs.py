@@ -175,7 +175,7 @@ def _on_the_hub(name: str, options: CurationOptions) -> Input:
     return Input("hub", name, name)
 
 
-# ---- warc ----
+# ---- web archives ----
 #
 # Read web archives: pages as their text, and a counted reason for every record that gives none.
 #

@@ -65,7 +65,7 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(33))
 
 
-# ---- html text ----
+# ---- text of web pages ----
 #
 # The text of a web page: its main content by resiliparse or trafilatura, else all of its visible text.
 #
@@ -227,7 +227,7 @@ def _with_headline(text: str, headlines: list[str]) -> str:
     return f"{headline}\n{text}" if is_missing else text
 
 
-# ---- html tokens ----
+# ---- visible text of web pages ----
 #
 # The visible text of a web page by a tokenizer of our own, whose time and memory grow with the page's size alone.
 #

@@ -227,7 +227,7 @@ def _of_prompt(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def flaw_of_pictures(row: Row) -> str | None:
-    """Return why a row with parts cannot be learned from, as `rows.flaw_of` does for texts, or `None`."""
+    """Return why a row with parts cannot be learned from, as `hfllm.data.rows.flaw_of` does for texts, or `None`."""
     sides = ("prompt", "completion", "chosen", "rejected")
     return flaw_of({side: [_as_text(message) for message in row[side]] for side in sides if side in row})
 
@@ -366,7 +366,7 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-# ---- own pictures ----
+# ---- the user's pictures ----
 #
 # Rows with pictures of the user's: their flags, what is refused of them, and the form in which they are learned.
 

@@ -241,7 +241,7 @@ def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTo
     return json.dumps({"tokens": [tokenizer.decode([token]) for token in prompt.ids], **rows}, ensure_ascii=False)
 
 
-# ---- interpretability report ----
+# ---- report ----
 #
 # What the suite of interpretability adds to a report: the table of methods with their controls, and heat maps.
 

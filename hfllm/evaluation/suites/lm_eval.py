@@ -326,7 +326,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# ---- lm eval files ----
+# ---- rows of local files ----
 #
 # Functions that the shipped YAML tasks of lm-eval name: they read rows of local files, and judge what was said.
 

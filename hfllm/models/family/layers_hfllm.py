@@ -183,8 +183,6 @@ class HfllmMLP(nn.Module):
 # ---- memory ----
 #
 # When a layer saves less for the backward pass than autograd does, and computes the rest again.
-#
-# This file imports only torch, and is uploaded to the Hub with modeling_hfllm.py.
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
