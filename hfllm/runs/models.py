@@ -371,8 +371,6 @@ def linear_layers(model: "PreTrainedModel") -> list[str]:
 def _unloadable(name: str, error: Exception, what: str = "model") -> InputError:
     if isinstance(error, InputError):
         return error
-    from hfllm.models.loading.saved import reason_of
-
     return InputError(f"{what} {name!r} could not be loaded: {reason_of(error)}")
 
 
