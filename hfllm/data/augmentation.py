@@ -18,6 +18,9 @@ from hfllm.data.tokenizer import ENGLISH_TRAINING, WORLD_TRAINING, AddedTexts
 from hfllm.errors import InputError
 from hfllm.flags import flag
 
+# ---- augmented rows ----
+
+
 Row = Mapping[str, Any]
 # Perturbations, their strength, and how often each is chosen.
 FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- rows ----
+
+
 Row = Mapping[str, Any]
 TEXT, WORDS, SPANS = TASKS = ("text-classification", "token-classification", "question-answering")
 COLUMNS = {

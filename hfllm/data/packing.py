@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- packing ----
+
+
 IGNORE = -100
 # Window that is packed at a time: large enough to fill rows well, small enough for memory.
 MOST_DOCUMENTS, MOST_CHARACTERS = 20_000, 1 << 24

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
+# ---- files and the Hub ----
+
+
 WORLD, PYDOC = "world", "pydoc"
 # Rows with pictures: the drawn world, and the digits that come with scikit-learn.
 PICTURES, DIGITS = "pictures", "digits"

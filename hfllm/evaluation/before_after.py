@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     Answer = Callable[[PreTrainedModel, Sequence[Row]], list[str]]
 
 
+# ---- fine-tuning ----
+
+
 # Held-out rows and prompts that are read, so that it takes a small part of the training.
 MOST_ROWS, MOST_PROMPTS, ANSWER_LENGTH = 64, 8, 48
 SAMPLES = "The same prompts before and after"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from hfllm.outputs.report import Heatmap
 
 
+# ---- one sentence at any depth ----
+
+
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAID = "{person} has a {colour} {thing}."
 ASKED = "The {thing} of {person} is"

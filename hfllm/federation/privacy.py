@@ -28,6 +28,8 @@ from hfllm.federation.rounds import WeightedSum, norm
 from hfllm.federation.updates import Expected, Update, replace_tensors
 from hfllm.outputs.statistics import Interval, as_numbers, auroc_interval
 
+# ---- privacy of organisations ----
+
 
 def clipped(update: Update, clip_norm: float) -> tuple[Update, float]:
     """Return the update, scaled to at most this norm over all tensors together, and the norm that it had.

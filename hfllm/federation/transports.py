@@ -36,6 +36,9 @@ from hfllm.federation.updates import (
     weights_to_bytes,
 )
 
+# ---- one process ----
+
+
 LOG = logging.getLogger(__name__)
 
 # Trains on the rows of one organisation in round `round`, from these weights, and returns what changed.

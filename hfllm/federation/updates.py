@@ -20,6 +20,8 @@ from torch import Tensor
 from hfllm import durable
 from hfllm.errors import InputError
 
+# ---- updates ----
+
 
 @dataclass(frozen=True)
 class Update:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+# ---- kinds of caches ----
+
+
 # transformers' caches by the names used here. "sliding" is the dynamic cache of a model with sliding windows.
 KINDS = ("dynamic", "static", "sliding", "fp8", "int4", "offloaded")
 

@@ -13,6 +13,9 @@ from hfllm.errors import InputError
 from hfllm.outputs.report import standard_error, write_atomically
 from hfllm.outputs.statistics import as_numbers, as_pairs, check_share
 
+# ---- the abstainer ----
+
+
 UNKNOWN = "I do not know."
 # JSON has no infinity.
 _NAMED = {"never": -math.inf, "always": math.inf}

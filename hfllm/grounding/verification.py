@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- claims ----
+
+
 Check = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 Splitter = Callable[[str], Sequence[str]]
 # `(question, answer, unsupported claims, passages) -> answer`

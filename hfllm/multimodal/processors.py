@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 
 
+# ---- processors ----
+
+
 IMAGE_TOKEN = "<|image|>"
 # Of the towers whose published weights were trained with colors of their own mean and spread.
 IMAGE_PROCESSORS = {

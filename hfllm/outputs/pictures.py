@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+# ---- picture grids ----
+
+
 # Letters of a caption that a line has room for, over all columns.
 LINE = 132
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- reward functions ----
+
+
 RewardFunction = Callable[..., list[float]]
 # What a reward function gets from the trainer, so that no column of a dataset can have these names. With tools or a
 # `rollout_func` also `action_mask`, which takes the place of such a column.

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from hfllm.models.loading.adapters import SavedAdapter
 
 
+# ---- models and tokenizers ----
+
+
 # Quantization methods that may allow training the weights; transformers itself refuses where they do not.
 TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
 

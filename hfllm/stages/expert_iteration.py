@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from hfllm.stages.shared import Speaking
 
 
+# ---- flags ----
+
+
 BASE, LAST = START_FROM = ("base", "last")
 
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from hfllm.evaluation.pictures import Asked
 
 
+# ---- flags ----
+
+
 # Flags of ModelConfig that quantize a model while loading it.
 LOADING = (
     "load_in_8bit",

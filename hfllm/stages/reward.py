@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from hfllm.trainers.trl_trainers import PictureRewardTrainer
 
 
+# ---- flags and comparisons ----
+
+
 Rows = list[Mapping[str, Any]]
 
 

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from hfllm.scaling.studies import Forecast
 
 
+# ---- flags ----
+
+
 GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
 COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
 PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from hfllm.multimodal.processors import ProcessingClass
 
 
+# ---- checks of several stages ----
+
+
 WHOLE = "rows with pictures are read by the model's processor, as they are"
 # Flags of TRL that would cut, join or write anew the tokens of rows that the processor reads.
 NOT_JOINED = {

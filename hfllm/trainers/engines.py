@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+# ---- ZeRO-3 ----
+
+
 @contextmanager
 def gather_parameters(model: nn.Module) -> Iterator[None]:
     """Gather a model partitioned by ZeRO-3 within this context; every process has to enter."""

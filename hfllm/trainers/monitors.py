@@ -23,6 +23,9 @@ from transformers.trainer_callback import DefaultFlowCallback
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
 
+# ---- speed and divergence ----
+
+
 # Fewer losses do not give a useful median.
 FEWEST_LOSSES = 10
 # The median absolute deviation of a normal distribution times this is its standard deviation.

@@ -23,6 +23,8 @@ from hfllm.generation.scoring import evaluating
 from hfllm.runs.arguments import changed
 from hfllm.trainers.mixins import ROW_LENGTHS, EachRowOnce, TokenMeanEvaluation
 
+# ---- TRL's trainers ----
+
 
 class SFTTrainer(TokenMeanEvaluation, trl.SFTTrainer):
     """TRL's SFTTrainer; `eval_loss`, `eval_entropy` and `eval_mean_token_accuracy` are means over all targets."""

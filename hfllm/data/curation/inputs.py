@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
 
 
+# ---- the files of a dataset name ----
+
+
 ENDINGS = (
     *(".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz"),
     *(".warc", ".warc.gz"),

@@ -10,6 +10,9 @@ from hashlib import blake2b
 
 import numpy as np
 
+# ---- words and n-grams ----
+
+
 # Scripts without spaces, where each character counts as a word: kana, Han, Thai, Lao, Burmese, Khmer.
 UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 WORD = re.compile(rf"\d+(?:[.,]\d+)+|[{UNSPACED}]|[^\W{UNSPACED}]+(?:['’][^\W{UNSPACED}]+)*")

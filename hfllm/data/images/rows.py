@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 
+# ---- pictures of a row ----
+
+
 Row = dict[str, Any]
 Converted = TypeVar("Converted")
 # Where a picture stands in a text, as LLaVA's datasets write it.

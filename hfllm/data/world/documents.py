@@ -44,6 +44,8 @@ from hfllm.data.world.vocabulary import (
 )
 from hfllm.errors import InputError
 
+# ---- documents ----
+
 
 @dataclass(frozen=True)
 class WorldFacts:

@@ -6,6 +6,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# ---- words and wordings ----
+
+
 ANIMALS = [
     *("fox", "bear", "owl", "frog", "duck", "goat", "wolf", "hare", "crow", "deer"),
     *("toad", "mole", "swan", "crab", "seal", "lynx", "newt", "moth", "hen", "mouse"),

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from hfllm.evaluation.suites.base import Subject
 
 
+# ---- the suite ----
+
+
 # Models of random weights; one where weights are many.
 RANDOM_MODELS, MANY_WEIGHTS = 2, 20_000_000
 NOT_TAKEN = "no edit of this layer changes the answer"

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
+# ---- the suite ----
+
+
 SHIPPED = Path(__file__).with_name("lm_eval_tasks")
 # Kinds of local files that `datasets` reads by these names.
 FILE_KINDS = ("json", "csv", "parquet", "text", "arrow")

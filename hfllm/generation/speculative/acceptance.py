@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- acceptance ----
+
+
 def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
     """Return `norm(max(p - q, 0))`, from which a rejected token is replaced (section 2.3), shape (..., V).
 

@@ -36,6 +36,9 @@ from .configuration_fields_hfllm import WINDOWS, longrope_limits, own_window
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import HfllmRMSNorm, build_norm, is_unobserved, needs_autograd
 
+# ---- attention ----
+
+
 register("banded", banded_attention_forward, banded_mask)
 register("sparse", sparse_attention_forward, sparse_mask)
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+# ---- expert fields ----
+
+
 MLP_LAYER_TYPES = ("dense", "sparse")
 CHOICES = {
     "scoring_func": ("softmax", "sigmoid"),

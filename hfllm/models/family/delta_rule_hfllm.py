@@ -20,6 +20,9 @@ from transformers.activations import ACT2FN
 
 from .layers_hfllm import needs_autograd
 
+# ---- the rule ----
+
+
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -24,6 +24,8 @@ from .configuration_fields_hfllm import expert_width, is_sparse, shared_width
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import HfllmMLP, needs_autograd
 
+# ---- experts ----
+
 
 @use_experts_implementation
 class HfllmExperts(nn.Module):

@@ -12,6 +12,8 @@ from transformers.activations import ACT2FN
 
 from .configuration_hfllm import HfllmConfig
 
+# ---- layers ----
+
 
 class HfllmEmbedding(nn.Embedding):
     """Token embeddings times `embed_scale`, the config's `embedding_multiplier`.

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
+# ---- saved adapters ----
+
+
 # What a recipe that trains a new adapter on a merged one calls the folder of the base.
 BASE_FOLDER = "base"
 # The auto class of each task that an adapter may be for; one that names no task is a language model's.

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
+# ---- weight files ----
+
+
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 # What older versions of transformers stored and this one computes anew.
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".cos_cached", ".sin_cached", ".position_ids")

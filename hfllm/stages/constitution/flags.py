@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from hfllm.synthesis.constitution import Constitution
 
 
+# ---- flags ----
+
+
 # Arms that must not gain: another constitution, critiques without revisions, AI labels by chance, and none at all.
 POLITENESS, CRITIQUES, LABELS, PEOPLE = CONTROLS = ("politeness", "critiques", "labels", "people")
 USUAL_CONTROLS = (POLITENESS, CRITIQUES, LABELS)

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from hfllm.evaluation.suites.base import Subject
 
 
+# ---- suites ----
+
+
 Build = Callable[["EvaluateArguments", "Subject | None"], Suite]
 
 

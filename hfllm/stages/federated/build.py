@@ -72,6 +72,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 
+# ---- the learner ----
+
+
 IGNORE = -100
 
 

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from hfllm.federation.rounds import RoundSettings
 
 
+# ---- flags ----
+
+
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
 MEAN, MEDIAN, TRIMMED_MEAN = AGGREGATIONS = ("mean", "median", "trimmed_mean")
 SFT, REWARD = LEARNERS = ("sft", "reward")

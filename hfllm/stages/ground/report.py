@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- judged answers ----
+
+
 # The longest answer in tokens.
 RESPONSE_LENGTH = 40
 _CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats)\b")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer
 
 
+# ---- rows ----
+
+
 Batch = dict[str, "torch.Tensor"]
 Masking = Callable[[Batch, Sequence[int]], Batch]
 TOKENS_PER_PARAMETER = 20  # Chinchilla's, Hoffmann et al. 2022, arXiv:2203.15556

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- judged answers ----
+
+
 @dataclass(frozen=True)
 class Answered:
     """An answer and what it is.

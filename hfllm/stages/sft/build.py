@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from hfllm.trainers.trl_trainers import SFTTrainer
 
 
+# ---- rows ----
+
+
 def check_head(model: "PreTrainedModel") -> None:
     """Refuse to train an adapter of the output head further: TRL reads the head's own weights, past the adapter.
 

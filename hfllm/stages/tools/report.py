@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from hfllm.environments.tools import Tool
 
 
+# ---- judged answers ----
+
+
 KNOWN = "known"
 # Longest conversation after a question, in tokens, and turns with calls that are answered.
 RESPONSE_LENGTH, MOST_CALLS = 64, 2

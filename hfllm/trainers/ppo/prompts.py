@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- prompts ----
+
+
 EMPTY = "is empty"
 # Prompts with pictures whose numbers of tokens are kept.
 KEPT_COUNTS = 100_000
