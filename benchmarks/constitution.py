@@ -40,7 +40,7 @@ from constitution_arms import (
 from hfllm.data.world.world import World
 from hfllm.outputs.report import markdown_table, mean_of, plus_minus, readable, write_atomically
 from hfllm.stages.constitution.build import HARMLESS
-from hfllm.stages.constitution.flags import HELPFUL, REWARD, RL, SL_RUN, ConstitutionArguments, course_of
+from hfllm.stages.constitution.flags import HELPFUL, REWARD, RL, SL, ConstitutionArguments, course_of
 from hfllm.stages.constitution.report import HELPFUL as HARMLESS_GROUP
 from hfllm.stages.constitution.report import (
     NEW,
@@ -61,7 +61,7 @@ Arm = dict[str, float]
 DPO_SHORT, DPO_LONG, DPO_AI = PEERS = ("dpo_sl", "dpo_rl", "dpo_ai")
 TITLES = {
     HELPFUL: "helpful-only",
-    SL_RUN: "hfllm, SL-CAI",
+    SL: "hfllm, SL-CAI",
     DPO_SHORT: "TRL, DPO on the revisions, as long as SL-CAI",
     RL: "hfllm, RL-CAI after SL-CAI",
     DPO_LONG: "TRL, DPO on the revisions, as long as both",
@@ -165,7 +165,7 @@ class Comparison:
         ours = self.ours
         arms = {
             HELPFUL: self.measured(HELPFUL, self.run / HELPFUL, {"cpu_seconds": 0.0}),
-            SL_RUN: self.measured(SL_RUN, Path(ours.folder, SL_RUN), {"cpu_seconds": ours.of_sl}),
+            SL: self.measured(SL, Path(ours.folder, SL), {"cpu_seconds": ours.of_sl}),
         }
         if not ours.no_rl:
             arms[RL] = self.measured(RL, Path(ours.folder, RL), {"cpu_seconds": ours.of_sl + ours.of_rl})
@@ -183,7 +183,7 @@ class Comparison:
             elif name == DPO_AI:
                 # What it learns from is sampled and judged for it, too.
                 before, seconds = ours.of_sl + ours.rows[REWARD], ours.of_rl_training
-                start, pairs = Path(ours.folder, SL_RUN), pairs_of_ai(ours.folder)
+                start, pairs = Path(ours.folder, SL), pairs_of_ai(ours.folder)
             dpo = DPO(start, pairs, self._sft_config(), self.args.beta, self.args.loss_type, self.seed)
             key = str(start)
             if key not in self._steps:
@@ -198,7 +198,7 @@ class Comparison:
 
     def _sft_config(self) -> "SFTConfig":
         return next(
-            each for each in course_of(self.course_args, self.model_args).runs[SL_RUN] if hasattr(each, "max_length")
+            each for each in course_of(self.course_args, self.model_args).runs[SL] if hasattr(each, "max_length")
         )
 
     def _of(self, groups: Sequence[str]) -> list[Asked]:

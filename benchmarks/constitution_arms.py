@@ -20,7 +20,7 @@ from hfllm.stages.constitution.flags import (
     HELPFUL,
     REWARD,
     RL,
-    SL_RUN,
+    SL,
     ConstitutionArguments,
     ConstitutionCourse,
     constitution_of,
@@ -77,7 +77,7 @@ class Ours:
     @property
     def of_sl(self) -> float:
         """The CPU-seconds of SL-CAI."""
-        return self.rows[SL_RUN] + self.training[SL_RUN]
+        return self.rows[SL] + self.training[SL]
 
     @property
     def of_rl(self) -> float:
@@ -153,8 +153,8 @@ def retrain(
     """
     steps = Steps(script_args, model_args, constitution_of(script_args), course)
     steps.revise()  # all rows are there
-    rows = {SL_RUN: _rest(course, steps.supervised)}
-    weights = [(folder / SL_RUN / "model.safetensors").read_bytes() for folder in (run, Path(script_args.output_dir))]
+    rows = {SL: _rest(course, steps.supervised)}
+    weights = [(folder / SL / "model.safetensors").read_bytes() for folder in (run, Path(script_args.output_dir))]
     is_same = weights[0] == weights[1]
     if rl_like is not None:
         no_rl = "" if (run / RL / "report.json").is_file() else "the run has none"

@@ -20,6 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfllm.errors import InputError
 
+# ---- int8 in plain tensors ----
+
+
 GRANULARITIES = ("tensor", "channel", "group")
 # Magnitude from which an input feature counts as an outlier (Dettmers et al. 2022, section 3.2).
 OUTLIER_THRESHOLD = 6.0

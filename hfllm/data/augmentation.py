@@ -18,6 +18,9 @@ from hfllm.data.tokenizer import ENGLISH_TRAINING, WORLD_TRAINING, AddedTexts
 from hfllm.errors import InputError
 from hfllm.flags import flag
 
+# ---- augmented rows ----
+
+
 Row = Mapping[str, Any]
 # Perturbations, their strength, and how often each is chosen.
 FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
@@ -192,7 +195,7 @@ def augmented_demonstrations(
 # What is perturbed is a question's first line; what follows is material, such as a passage, a list or code, and stays.
 #
 # Robustness tests perturb questions (`hfllm.evaluation.suites.robustness`), and training may see some of them
-# perturbed (`hfllm.data.augmentation`). The sentences that are added differ between the two, see `AddedTexts`.
+# perturbed. The sentences that are added differ between the two, see `AddedTexts`.
 
 
 # Marks between words; those inside of words and numbers, such as an apostrophe, stay.

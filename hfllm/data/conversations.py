@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- tokens and labels ----
+
+
 Row = Mapping[str, Any]
 # Rows that are tokenized at a time.
 ROWS = 1000

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- rows ----
+
+
 Row = Mapping[str, Any]
 TEXT, WORDS, SPANS = TASKS = ("text-classification", "token-classification", "question-answering")
 COLUMNS = {
@@ -152,7 +155,7 @@ def labels_of(task: str, rows: Sequence[Row], class_names: Sequence[str] | None 
     return [*class_names] if class_names else sorted(found)
 
 
-# ---- labelled tokens ----
+# ---- tokens with labels ----
 #
 # Tokens of rows with labels: of texts, of words with a label on one token each, and windows of long contexts.
 #

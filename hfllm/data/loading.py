@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# ---- rows and texts ----
+
+
 # Of the embedded world, for pretraining.
 NUM_HELD_OUT_DOCUMENTS = 1000
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- packing ----
+
+
 IGNORE = -100
 # Window that is packed at a time: large enough to fill rows well, small enough for memory.
 MOST_DOCUMENTS, MOST_CHARACTERS = 20_000, 1 << 24
@@ -197,7 +200,6 @@ def length_grouped(
 
 # Tokens that begin a prefix, a suffix and a middle, and the one that ends the middle.
 INFILLING_TOKENS = ("<PRE>", "<SUF>", "<MID>", "<EOT>")
-IGNORED = -100
 
 
 def fill_in_the_middle(text: str, index: int, seed: int = 0, rate: float = 0.9, spm_rate: float = 0.5) -> str:
@@ -306,7 +308,7 @@ def masked_tokens(
     others = ordinary_ids[torch.randint(len(ordinary_ids), input_ids.shape, generator=generator)]
     masked = torch.where(chosen & (fate < 0.8), mask_token_id, input_ids)
     masked = torch.where(chosen & (fate >= 0.9), others, masked)
-    return masked, torch.where(chosen, input_ids, IGNORED)
+    return masked, torch.where(chosen, input_ids, IGNORE)
 
 
 def _check_probability(name: str, value: float) -> None:

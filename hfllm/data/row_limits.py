@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData
 
 
+# ---- limits ----
+
+
 # Of a row: some four million tokens, or a photograph. Reading and tokenizing one takes forty times its length.
 MAX_ROW_BYTES = 1 << 24
 # What a file may hold per byte that it is long, once it holds much: text compresses to a tenth, tables of repeated

@@ -9,6 +9,9 @@ from typing import Any
 from hfllm.data.sources import parse_json
 from hfllm.errors import InputError
 
+# ---- rows and their flaws ----
+
+
 NO_QUESTION = "without a question"
 NO_ANSWER, DOUBLED, EQUAL, TIE = "without an answer", "with doubled turns", "with equal answers", "with a tie"
 UNDESIRED = "with the label false, answers that are not wanted"

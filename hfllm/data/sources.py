@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
+# ---- files and the Hub ----
+
+
 WORLD, PYDOC = "world", "pydoc"
 # Rows with pictures: the drawn world, and the digits that come with scikit-learn.
 PICTURES, DIGITS = "pictures", "digits"
@@ -208,9 +211,9 @@ def _limited_lines(file: Path, stream: IO[bytes], limit: int) -> Iterator[bytes]
 
 def _read_jsonl(file: Path, limit: int) -> Iterator[tuple[int, dict[str, Any]]]:
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-        for number, undecoded in enumerate(_limited_lines(file, stream, limit), 1):
+        for number, raw in enumerate(_limited_lines(file, stream, limit), 1):
             # Line by line, to name a line that is not UTF-8; some editors begin a file with a byte order mark.
-            line = undecoded.decode("utf-8-sig")
+            line = raw.decode("utf-8-sig")
             if not line.strip():
                 continue
             try:
@@ -321,10 +324,10 @@ def _read_paragraphs(file: Path, limit: int) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     with file.open("rb") as stream:
-        for number, undecoded in enumerate(chain(_limited_lines(file, stream, limit), [b"\n"]), 1):
+        for number, raw in enumerate(chain(_limited_lines(file, stream, limit), [b"\n"]), 1):
             # Line by line, so that paragraphs before a line that is not UTF-8 are counted correctly.
-            lines.append(undecoded.decode("utf-8-sig").replace("\r\n", "\n"))
-            size += len(undecoded)
+            lines.append(raw.decode("utf-8-sig").replace("\r\n", "\n"))
+            size += len(raw)
             if not lines[-1].strip():
                 text = "".join(lines).strip()
                 if text:
@@ -537,7 +540,7 @@ def undecoded(name: str, rows: "Dataset | IterableDataset") -> "Iterable[dict[st
 
     What is streamed has paths on the Hub, and what lies in files of their own has paths where datasets has stored
     them. Those within the dataset's own repository are read here, and all others are left as they are: rows are
-    written by others, and may name what is not theirs to read. `images.to_pictures` refuses these.
+    written by others, and may name what is not theirs to read. `images.rows.to_pictures` refuses these.
 
     Args:
         name: the dataset's id on the Hub.

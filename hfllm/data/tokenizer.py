@@ -1,5 +1,6 @@
 """Tokenizers: a new model's byte-level BPE, chat templates, added tokens, and prompts for any model."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -262,8 +263,6 @@ def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -
         tokenizer: from `train_tokenizer`; it is not changed.
         vocab_size: upper bound on the number of tokens, at most the tokenizer's.
     """
-    import json
-
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- episodes ----
+
+
 # From sequences of token ids and the most tokens to add: for each the sampled tokens, and whether they came to an end.
 Continue = Callable[[Sequence[Sequence[int]], int], Sequence[tuple[list[int], bool]]]
 

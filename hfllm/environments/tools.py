@@ -16,6 +16,9 @@ from hfllm.data.rows import Message
 from hfllm.data.word_index import WordIndex, import_bm25s, words_of
 from hfllm.errors import InputError
 
+# ---- calls ----
+
+
 Tool = Callable[..., Any]
 
 

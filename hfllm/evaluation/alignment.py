@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
+# ---- before and after ----
+
+
 class PolicyTrainer(Protocol):
     """The parts of a trainer used here: its policy, its precision, and its own evaluation with what that keeps."""
 

@@ -1,5 +1,6 @@
 """Compare a model before and after fine-tuning, quantization or distillation, on the same rows and prompts."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     Row = Mapping[str, Any]
     Collate = Callable[[Sequence[Row]], Row]
     Answer = Callable[[PreTrainedModel, Sequence[Row]], list[str]]
+
+
+# ---- fine-tuning ----
 
 
 # Held-out rows and prompts that are read, so that it takes a small part of the training.
@@ -232,7 +236,7 @@ class QuantizationEvaluation:
         world: the embedded world for a gold reward, or `None` for none.
         num_eval_prompts: number of the world's questions.
         response_length: longest answer, in tokens.
-        timing: arguments of `measure.speeds`.
+        timing: arguments of `schemes.speeds`.
         rounds: repetitions of the timing; 0 means no timing.
     """
 
@@ -420,8 +424,6 @@ class PictureQuantization(QuantizationEvaluation):
 
 def answer_tokens(processor: "ProcessorMixin", asked: Asked) -> AnswerTokens:
     """Return a question and its right answer as a model reads them, with the place where the answer begins."""
-    import sys
-
     from hfllm.data.images.files import read_image
     from hfllm.data.images.rows import conversation_batch
 

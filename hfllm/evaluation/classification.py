@@ -18,6 +18,10 @@ from hfllm.outputs.report import mean_of, share_error, with_error
 if TYPE_CHECKING:
     import torch
 
+
+# ---- figures of labels ----
+
+
 RESAMPLES = 500
 # First word, last word, type.
 Entity = tuple[int, int, str]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- many runs ----
+
+
 NAMES = {
     "exact_match": "exact match",
     "token_match": "token match",

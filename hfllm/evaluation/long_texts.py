@@ -1,4 +1,4 @@
-"""Long texts: whether a model finds one sentence at any depth, and its loss by position.
+"""Long texts: whether a model finds one sentence at any depth, and what a memory across segments gains.
 
 The sentence says the color of somebody's thing; at the end the same sentence begins again, and the color that the
 model finds most likely is taken as its answer. Nothing has to be written or followed, so that base models can do it.
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from hfllm.outputs.report import Heatmap
+
+
+# ---- one sentence at any depth ----
 
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

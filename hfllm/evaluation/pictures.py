@@ -14,6 +14,8 @@ from hfllm.evaluation.suites.base import Item, Record, Subject, Suite
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.processors import check_template
 
+# ---- questions and controls ----
+
 
 @dataclass(frozen=True)
 class Asked:

@@ -4,7 +4,7 @@ McMahan et al. 2018 (arXiv:1710.06963), algorithm 1 with a fixed denominator and
 to a norm S, changes are summed, Gaussian noise of standard deviation z S is added, and the sum is divided by the
 expected number of participants, whoever came. Weights by tokens are left out on purpose: a count is data too.
 
-The bound holds for a server that is trusted to clip and add the noise; `accountant` says what it is. The noise is one
+The bound holds for a server that is trusted to clip and add the noise; `epsilon_of` says what it is. The noise is one
 of floating-point numbers, whose gaps can reveal what was added to them (Mironov 2012); nothing here guards against
 that.
 """
@@ -27,6 +27,8 @@ from hfllm.errors import InputError
 from hfllm.federation.rounds import WeightedSum, norm
 from hfllm.federation.updates import Expected, Update, replace_tensors
 from hfllm.outputs.statistics import Interval, as_numbers, auroc_interval
+
+# ---- privacy of organisations ----
 
 
 def clipped(update: Update, clip_norm: float) -> tuple[Update, float]:
@@ -157,10 +159,11 @@ def normal(shape: Sequence[int], generator: torch.Generator | None = None) -> Te
 #
 # Row-level differential privacy at an organisation: DP-SGD (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 #
-# It is meant for rows where organisations are too few for client-level privacy (`privacy`), and acts before the server
-# sees anything. Each step draws each row by chance of its own (Poisson sampling), which the accountant's bound needs;
-# each row's gradient is cut to norm C, and their sum gets Gaussian noise of standard deviation z C. It is divided by
-# the number of rows that a step *expects*: the number that was drawn, and the tokens of a batch, are data too.
+# It is meant for rows where organisations are too few for client-level privacy (`ClippedSum`), and acts before the
+# server sees anything. Each step draws each row by chance of its own (Poisson sampling), which the accountant's bound
+# needs; each row's gradient is cut to norm C, and their sum gets Gaussian noise of standard deviation z C. It is
+# divided by the number of rows that a step *expects*: the number that was drawn, and the tokens of a batch, are data
+# too.
 #
 # Gradients by row are taken one row at a time: as slow as batches of one, right for every model whose rows do not mix.
 # Draws and noise are of the operating system's entropy. How long a step takes is not hidden.
@@ -382,7 +385,7 @@ def renyi_divergences(sampling_rate: float, noise_multiplier: float) -> tuple[fl
 
 
 def _log_moment(order: float, rate: float, noise: float) -> float:
-    """Return log A of the module's docstring."""
+    """Return log A of the formula above."""
     # The integrand peaks near 0 and near `order`, each as wide as the noise.
     count = math.ceil(DENSITY * (order / noise + 2 * REACH))
     x, step = np.linspace(-REACH * noise, order + REACH * noise, count + 1, retstep=True)

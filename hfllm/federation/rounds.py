@@ -310,7 +310,7 @@ class ServerOptimizer:
 
         Args:
             weights: those that the organisations began the round with.
-            average: the mean of their changes, from `averaging` or `privacy`.
+            average: the mean of their changes, from `WeightedSum`, `RobustSum` or `privacy.ClippedSum`.
 
         Raises:
             InputError: when the two have other names.
@@ -409,7 +409,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Sum(Protocol):
-    """What updates of a round are added to; `averaging.RobustSum` is one."""
+    """What updates of a round are added to; `RobustSum` is one."""
 
     def add(self, update: Update) -> None: ...
 

@@ -4,8 +4,8 @@ Whatever a learner raises leaves its organization out of the round. An `InputErr
 another error the server is told the type only, since its message may show words of a row, and the traceback is in the
 organization's own log.
 
-Every transport carries the same bytes (`wire`) and hands updates over in the order of the participants, so that the
-same round gives the same bits in one process (`InProcess`), in several (`processes.SeveralProcesses`) and between
+Every transport carries the same bytes (`updates.to_bytes`) and hands updates over in the order of the participants, so
+that the same round gives the same bits in one process (`InProcess`), in several (`SeveralProcesses`) and between
 machines (`flower.FlowerTransport`).
 """
 
@@ -35,6 +35,9 @@ from hfllm.federation.updates import (
     weights_from_bytes,
     weights_to_bytes,
 )
+
+# ---- one process ----
+
 
 LOG = logging.getLogger(__name__)
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from hfllm import durable
 from hfllm.errors import InputError
 
+# ---- updates ----
+
 
 @dataclass(frozen=True)
 class Update:
@@ -32,7 +34,7 @@ class Update:
             average.
         num_rows: rows that it trained on in this round.
         base_sha256: `weights_sha256` of the model that it began from before the first round.
-        round: the round that it answers; by default what sends it says so (`wire.to_bytes`).
+        round: the round that it answers; by default what sends it says so (`to_bytes`).
     """
 
     organisation: str
@@ -210,7 +212,7 @@ def to_bytes(update: Update, compression: str = "none", round: int | None = None
     """Return an update as bytes.
 
     Args:
-        compression: none, or int8 with a scale per row; see `compression.ErrorFeedback`.
+        compression: none, or int8 with a scale per row; see `ErrorFeedback`.
         round: that was asked for; written where the update names none itself.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The process of one organisation: `python -m hfllm.federation.worker`, started by `processes.SeveralProcesses`.
+"""The process of one organisation: `python -m hfllm.federation.worker`, started by `transports.SeveralProcesses`.
 
 It reads a line of JSON that says who it is, then one per round, and answers each round with a line that gives the
 reason why it failed, or none. What learners print, and the traceback of what they raise, goes to its log. When the

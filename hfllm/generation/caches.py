@@ -1,4 +1,4 @@
-"""Key-value caches: attention sinks, memory per token and speed, measured for a model.
+"""Key-value caches: attention sinks, memory across segments, and the bytes and speed of each kind for a model.
 
 Speculative decoding has its own cache (`hfllm.generation.packed.model`), which is measured too.
 """
@@ -28,6 +28,9 @@ from hfllm.models.family.configuration_fields_hfllm import cached_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# ---- kinds of caches ----
 
 
 # transformers' caches by the names used here. "sliding" is the dynamic cache of a model with sliding windows.

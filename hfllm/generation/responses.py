@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- sampling ----
+
+
 # Fields of a generation config that choose no token, or that every call below sets itself.
 NO_OPTIONS = frozenset(("transformers_version", "bos_token_id", "decoder_start_token_id", "max_length"))
 # What was said of each model, so that it is said once.

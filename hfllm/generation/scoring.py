@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 
+# ---- likelihoods ----
+
+
 # A pass of its own for fewer tokens costs more than it saves.
 FEWEST_SHARED = 8
 # How far log-probabilities read in two parts may be from those read whole, in nats, before they are read whole.

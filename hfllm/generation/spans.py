@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- finding spans ----
+
+
 # First and last tokens of a window that are tried with each other.
 NUM_BEST = 20
 

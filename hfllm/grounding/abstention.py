@@ -13,6 +13,9 @@ from hfllm.errors import InputError
 from hfllm.outputs.report import standard_error, write_atomically
 from hfllm.outputs.statistics import as_numbers, as_pairs, check_share
 
+# ---- the abstainer ----
+
+
 UNKNOWN = "I do not know."
 # JSON has no infinity.
 _NAMED = {"never": -math.inf, "always": math.inf}
@@ -36,7 +39,7 @@ class Abstainer:
         guarantee: what holds for new prompts, in words.
         rows: how many calibration rows it was found with.
         measure: name of the uncertainty, for readers.
-        alpha, delta: see `hfllm.grounding.abstention`.
+        alpha, delta: see `control_risk` and `learn_then_test`.
 
     Raises:
         InputError: for a threshold that is no number, and other values of a type or size that they cannot have.

@@ -428,10 +428,10 @@ def answer_with_passages(
         seed: of the sampling.
         do_sample: sample at temperature 1.
         batch_size: prompts of a pass.
-        marginal: `sequence` or `token`: each passage in a prompt of its own, see `hfllm.grounding.answers`.
+        marginal: `sequence` or `token`: each passage in a prompt of its own, see `rag_sequence_answers`.
         weight_temperature: what scores are divided by before the softmax that weighs passages there.
         drop_instructions: leave out sentences of passages that tell the reader what to do, see
-            `hfllm.grounding.answers`; the `passages` of an answer are as they were found.
+            `without_instructions`; the `passages` of an answer are as they were found.
 
     Passages cannot open or end a turn: control tokens that they spell are broken, see `hfllm.data.tokenizer`.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# ---- found ----
+# ---- what a retriever is ----
 #
 # What a retriever is and gives, and what all of them refuse.
 
@@ -472,7 +472,7 @@ class DenseRetriever:
 
     Args:
         passages: where to search. What is added to them later is encoded by the next query.
-        encoder: gives texts vectors of length 1: see `hfllm.grounding.retrieval`.
+        encoder: gives texts vectors of length 1: see `Encoder`.
         query_prefix: what stands before each query, where an encoder was trained so, such as `query: `.
         passage_prefix: the same for passages.
 

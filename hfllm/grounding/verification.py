@@ -1,8 +1,8 @@
 """Whether an answer's claims are in the passages (entailment): what none supports is revised or dropped.
 
 A check is a function of two lists, `(claims, passages) -> scores`, which says for each pair in [0, 1] how well the
-passage supports the claim; above 1/2 it does. `contains`, `has_words`, an `EntailmentModel`
-(`hfllm.grounding.verification`), an `AskedModel` (`hfllm.grounding.uncertainty`) and any function of yours are checks.
+passage supports the claim; above 1/2 it does. `contains`, `has_words`, an `EntailmentModel`, an
+`AskedModel` (`hfllm.grounding.uncertainty`) and any function of yours are checks.
 """
 
 import math
@@ -24,6 +24,9 @@ from hfllm.outputs.report import mean_of, readable, standard_error
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# ---- claims ----
 
 
 Check = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -272,8 +275,7 @@ ENTAILMENT = "entailment"
 class EntailmentModel:
     """A sequence-classification model with a label `entailment`, such as one that was trained on MNLI.
 
-    It is a check of claims (`hfllm.grounding.verification`), and tells which answers mean the same
-    (`hfllm.grounding.uncertainty`).
+    It is a check of claims, and tells which answers mean the same (`hfllm.grounding.uncertainty`).
 
     Args:
         model: from `AutoModelForSequenceClassification`; `config.id2label` names its labels.
@@ -377,7 +379,7 @@ def first_supported(
     Args:
         samples: answers per prompt.
         passages: for each prompt the texts to check against.
-        check, splitter, threshold: see `hfllm.grounding.verification.verify`.
+        check, splitter, threshold: see `verify`.
 
     Raises:
         InputError: as `verify`.

@@ -1,6 +1,7 @@
-"""What a device allows: its native precision, the tokens that fit into one pass, and one process for each device.
+"""What a device allows, and how models are built on it.
 
-And models that are whole on each process where others are partitioned.
+Its native precision, the tokens that fit into one pass, and one process for each device; random numbers that leave no
+trace, and models that are whole on each process where others are partitioned.
 """
 
 from collections.abc import Iterator

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 
 
+# ---- processors ----
+
+
 IMAGE_TOKEN = "<|image|>"
 # Of the towers whose published weights were trained with colors of their own mean and spread.
 IMAGE_PROCESSORS = {
@@ -31,7 +34,7 @@ IMAGE_PROCESSORS = {
 
 
 def vision_processor(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     vision_config: "PreTrainedConfig",
     *,
     image_token: str = IMAGE_TOKEN,
@@ -83,7 +86,7 @@ def vision_processor(
     return processor
 
 
-def picture_template(tokenizer: "PreTrainedTokenizerBase", image_token: str = IMAGE_TOKEN) -> str:
+def picture_template(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> str:
     """Return a tokenizer's chat template, with `image_token` for each part `{"type": "image"}` of a message.
 
     Templates of this package, which refuse pictures, are taught that; others must know it.
@@ -114,7 +117,7 @@ def picture_template(tokenizer: "PreTrainedTokenizerBase", image_token: str = IM
     return template
 
 
-def check_processor(processor: "ProcessorMixin", vision_config: "PreTrainedConfig") -> None:
+def check_processor(processor: ProcessorMixin, vision_config: "PreTrainedConfig") -> None:
     """Refuse a processor that makes pictures of another size than a tower takes, or counts its vectors otherwise.
 
     Args:
@@ -138,7 +141,7 @@ def check_processor(processor: "ProcessorMixin", vision_config: "PreTrainedConfi
         )
 
 
-def check_fit(processor: "ProcessorMixin", config: "PreTrainedConfig") -> None:
+def check_fit(processor: ProcessorMixin, config: "PreTrainedConfig") -> None:
     """Refuse a processor of Llava's layout whose pictures, or whose image tokens, are not those that a model takes.
 
     Others, and towers whose vectors are not known, are left to the model.
@@ -171,7 +174,7 @@ def check_fit(processor: "ProcessorMixin", config: "PreTrainedConfig") -> None:
         )
 
 
-def check_template(processor: "ProcessorMixin", name: str) -> None:
+def check_template(processor: ProcessorMixin, name: str) -> None:
     """Refuse a processor without a chat template that writes a question about a picture.
 
     Args:
@@ -221,7 +224,7 @@ def _image_processor(model_type: str, size: tuple[int, int]) -> "BaseImageProces
     return kind(size=exact, do_center_crop=False, do_convert_rgb=True)
 
 
-def _add_special(tokenizer: "PreTrainedTokenizerBase", token: str) -> None:
+def _add_special(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
     from transformers import AddedToken
 
     if token not in tokenizer.get_vocab():
@@ -434,7 +437,7 @@ TOGETHER = 16
 # Modes of pictures that are drawn in memory, and can be read.
 DRAWN_MODES = ("L", "RGB", "RGBA")
 # Processors whose results leave doubt, so that it is not tried again.
-_ONE_BY_ONE: "WeakSet[ProcessorMixin]" = WeakSet()
+_ONE_BY_ONE: WeakSet[ProcessorMixin] = WeakSet()
 
 
 def encode(

@@ -32,6 +32,9 @@ from hfllm.outputs.report import (
     write_atomically,
 )
 
+# ---- the card ----
+
+
 WORLD = "world"  # the embedded dataset's name, as in --dataset_name
 OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.int8
 MARKER = "<!-- Written by hfllm and written anew at each push. Remove this line to keep your own text. -->"

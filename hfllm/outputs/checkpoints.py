@@ -13,6 +13,9 @@ from typing import Any
 from hfllm.durable import sync, sync_folder
 from hfllm.outputs.report import write_atomically
 
+# ---- checkpoints ----
+
+
 STATE_FILE = "trainer_state.json"
 # Under this key Trainer's state, which is written last, holds what a run records of itself.
 RECORD = "hfllm"

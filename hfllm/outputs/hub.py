@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
+# ---- publishing ----
+
+
 # Seconds before each new attempt. Each request in an attempt is also retried by huggingface_hub.
 WAITS = (2, 8, 30)
 PASSING = frozenset((408, 429, 500, 502, 503, 504))

@@ -1,4 +1,4 @@
-"""A plot of pictures in a grid, each with a few lines below it."""
+"""A plot of pictures in a grid with lines below each, and the Python that loads a model that sees."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,6 +10,9 @@ from hfllm.outputs.report import new_figure, save_figure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+# ---- picture grids ----
 
 
 # Letters of a caption that a line has room for, over all columns.

@@ -15,6 +15,8 @@ import numpy as np
 from hfllm.errors import InputError
 from hfllm.outputs.report import Plot, ratio_error, standard_error
 
+# ---- uncertainty and truth ----
+
 
 @dataclass(frozen=True)
 class Interval:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- reward functions ----
+
+
 RewardFunction = Callable[..., list[float]]
 # What a reward function gets from the trainer, so that no column of a dataset can have these names. With tools or a
 # `rollout_func` also `action_mask`, which takes the place of such a column.
@@ -340,6 +343,8 @@ shuffled_answer = shuffled(right_answer, "shuffled_answer", _texts)
 #
 # Thoughts are what a message has as `reasoning_content`, or a text between `<think>` and `</think>`. The answer is
 # what is said besides; an answer that is given in the thoughts alone counts as none.
+
+
 # Where a step of a solution ends: at a line break, or after a sentence.
 STEP_END = r"\n+|(?<=[.!?])\s+"
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
+# ---- reward models ----
+
+
 class RewardModel:
     """A sequence-classification model as a reward function, with its own tokenizer and chat template.
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+# ---- values ----
+
+
 # What flags of the libraries take; those of hfllm say it themselves.
 OF_LIBRARIES = {
     at_least(1): (

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     import psutil
 
 
+# ---- the command ----
+
+
 # What one process does, however many devices there are.
 IN_ONE_PROCESS = frozenset(("compare", "curate", "merge", "plan", "push", "tokenizer"))
 # What `accelerate launch` warns of when it is not said.

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from hfllm.models.loading.adapters import SavedAdapter
 
 
+# ---- models and tokenizers ----
+
+
 # Quantization methods that may allow training the weights; transformers itself refuses where they do not.
 TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
 
@@ -371,8 +374,6 @@ def linear_layers(model: "PreTrainedModel") -> list[str]:
 def _unloadable(name: str, error: Exception, what: str = "model") -> InputError:
     if isinstance(error, InputError):
         return error
-    from hfllm.models.loading.saved import reason_of
-
     return InputError(f"{what} {name!r} could not be loaded: {reason_of(error)}")
 
 

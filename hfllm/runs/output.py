@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+# ---- unhelpful output ----
+
+
 # A load report's rows, and what a scorer made from a language model has in it: a head that is about to be trained in
 # the place of the one that predicts tokens. A reward model that is used without its head is refused (rewards/models).
 _ROW = re.compile(r"^(\S+)\s*\|\s*(?:\x1b\[\d+m)?([A-Z]+)", re.MULTILINE)

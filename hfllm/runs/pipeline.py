@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+# ---- the stages before ----
+
+
 Parsed = tuple[Any, ...]
 
 

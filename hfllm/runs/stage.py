@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 
+# ---- one run ----
+
+
 # Folders in the output folder that a stage removes at its very end, by stage.
 NEEDED_UNTIL_DONE = {"pretrain": "prepared", "tokenizer": "prepared", "curate": "unfinished"}
 

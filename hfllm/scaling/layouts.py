@@ -7,6 +7,9 @@ from functools import cache, cached_property
 from hfllm.errors import InputError
 from hfllm.scaling.shapes import Shape
 
+# ---- layouts ----
+
+
 RECOMPUTE = ("none", "selective", "full")
 # Engines of a layout; accelerate launches all of them. The recipes run the first three directly, the next two need a
 # model that is loaded for tensor parallelism, and Megatron-LM has its own models.

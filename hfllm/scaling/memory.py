@@ -2,7 +2,7 @@
 
     device_memory(shape, Layout(data=8, zero_stage=2), PRECISIONS["bf16"], sequence_length=4096).peak
 
-The activations themselves are counted in activations.py.
+The activations themselves are counted in the first section.
 """
 
 from collections.abc import Iterator

@@ -15,6 +15,9 @@ from hfllm.scaling.planner import Plan, Request, sentences, whole_run_factor
 from hfllm.scaling.shapes import LATENT, MIXTURE, Shape
 from hfllm.scaling.speed import flops_per_token
 
+# ---- the report ----
+
+
 ENGINES = {
     "single": "accelerate",
     "ddp": "accelerate (DDP)",

@@ -27,6 +27,9 @@ from hfllm.scaling.memory import ATTENTION, PRECISIONS, Memory, Precision, devic
 from hfllm.scaling.shapes import LARGEST, NAMED_SHAPES, Shape
 from hfllm.scaling.speed import SECONDS_PER_DAY, Speed, estimate, pipeline_bubble
 
+# ---- plans ----
+
+
 # The default of `hfllm pretrain`, which DeepSpeed's ZeRO-3 does not support.
 LOSS_CHUNK_SIZE = 1024
 # A smaller share is a typing error, and would give infinite numbers.

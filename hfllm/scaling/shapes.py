@@ -706,8 +706,8 @@ def _converted(config: Mapping[str, Any]) -> dict[str, Any]:
 #
 # What layers of different types cost: keys that a query is scored against, and bytes that linear attention keeps.
 #
-# The sizes of blocks and pieces are those of `banded_hfllm.py` and `delta_rule_hfllm.py`, which import torch; a test
-# holds them together.
+# The sizes of blocks and pieces are those of `attention_masks_hfllm.py` and `delta_rule_hfllm.py`, which import torch;
+# a test holds them together.
 
 
 SMALLEST_BLOCK = 64

@@ -13,6 +13,9 @@ from hfllm.scaling.layouts import DDP, MEGATRON, Layout, stage_layers
 from hfllm.scaling.memory import Precision, layer_activations
 from hfllm.scaling.shapes import Shape, scored_keys
 
+# ---- the time of a step ----
+
+
 # How often operations between matrix products (norms, activations, softmax) move a layer's kept bytes through memory:
 # once in three of these forward, the rest backward.
 TRAVERSALS = 10

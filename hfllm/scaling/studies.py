@@ -12,6 +12,9 @@ from hfllm.errors import InputError
 from hfllm.scaling.fitting import DELTA, Bootstrap, CenteredRuns, Fit, Runs, minimize, resampled_weights
 from hfllm.scaling.laws import KaplanLaw, PowerLaw
 
+# ---- approaches 1 and 2 ----
+
+
 FEWEST_SIZES = 4
 
 

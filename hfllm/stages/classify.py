@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from hfllm.trainers.trl_trainers import HeadTrainer
 
 
+# ---- flags ----
+
+
 # The libraries' dataclasses of flags that the recipe takes besides its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 HEADS = {

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hfllm.models.loading.adapters import SavedAdapter
 
 
+# ---- conversion ----
+
+
 @dataclass(frozen=True)
 class ConvertArguments(RemoteCodeArguments):
     """What to convert, and into what."""

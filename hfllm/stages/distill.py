@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from hfllm.trainers.distillation.trainer import DistillationTrainer
 
 
+# ---- flags ----
+
+
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
 NEW_STUDENT = (*SIZES, "student_initializer_range")
 # The stages whose settings `--NAME_config` names.

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from hfllm.stages.shared import Speaking
 
 
+# ---- flags ----
+
+
 BASE, LAST = START_FROM = ("base", "last")
 
 
@@ -245,7 +248,7 @@ def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, load_config, peft_config, try_adapter
     from hfllm.runs.stage import Stage
-    from hfllm.stages.sft.flags import check
+    from hfllm.stages.sft import flags as sft_flags
 
     written = Path(script_args.output_dir).resolve()
     places = {"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name}
@@ -260,7 +263,7 @@ def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig
                     load_config(model_args.model_name_or_path, model_args.model_revision), peft_config(model_args)
                 )
     for flags in rounds.runs.values():
-        check(*flags)
+        sft_flags.check(*flags)
         # Its rows are not there yet; a source that is always there stands for their file.
         Stage("sft", changed(flags[0], dataset_name=PYDOC), *flags[1:]).check_flags()
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
 
+# ---- flags ----
+
+
 # The libraries' dataclasses of flags that the recipe takes besides its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 # Texts that the base model of the world learns from, under the output folder; so many words fill 128 tokens.

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from hfllm.evaluation.pictures import Asked
 
 
+# ---- flags ----
+
+
 # Flags of ModelConfig that quantize a model while loading it.
 LOADING = (
     "load_in_8bit",
@@ -128,9 +131,9 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
     """
     from hfllm.models.loading.saved import empty_model, is_for_pictures, max_length_of, refuse_quantized
 
-    sees = is_for_pictures(config)
-    check_flags(script_args, model_args, sees=sees)
-    if not sees and script_args.dataset_name in (PICTURES, DIGITS):
+    reads_pictures = is_for_pictures(config)
+    check_flags(script_args, model_args, sees=reads_pictures)
+    if not reads_pictures and script_args.dataset_name in (PICTURES, DIGITS):
         raise InputError(f"--dataset_name {script_args.dataset_name}: the model reads text alone")
     if model_args.model_name_or_path:
         refuse_quantized(config, model_args.model_name_or_path)
@@ -140,7 +143,7 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
             f"--prompt_tokens {script_args.prompt_tokens} and --new_tokens {script_args.new_tokens} are {timed} "
             f"tokens, the model's context is {context}: choose fewer, or --rounds 0 for no timing"
         )
-    model = empty_model(config, "IMAGE_TEXT" if sees else "CAUSAL_LM")
+    model = empty_model(config, "IMAGE_TEXT" if reads_pictures else "CAUSAL_LM")
     for name in schemes_to_compare(script_args):
         scheme_of(script_args, name).left(model)
 
@@ -339,8 +342,8 @@ def sees(model_args: "ModelConfig") -> bool:
     return bool(name) and is_for_pictures(load_config(name, model_args.model_revision))
 
 
-def picture_schemes(script_args: "QuantizeArguments") -> list[str]:
-    """Return the names of the schemes as `quantize.schemes_to_compare` does, without those that read pictures wrongly.
+def picture_schemes(script_args: QuantizeArguments) -> list[str]:
+    """Return the names of the schemes as `schemes_to_compare` does, without those that read pictures wrongly.
 
     bitsandbytes' 4-bit kernel for CPUs takes its input for contiguous. What SigLIP hands to the projector may not be:
     patches are the columns of what a convolution gave, and sums keep them so.
@@ -363,7 +366,7 @@ def picture_schemes(script_args: "QuantizeArguments") -> list[str]:
     return [name for name in names if name not in wrong]
 
 
-def check_pictures(script_args: "QuantizeArguments", name: str) -> None:
+def check_pictures(script_args: QuantizeArguments, name: str) -> None:
     """Refuse flags that do not go with a model that sees.
 
     Args:
@@ -381,7 +384,7 @@ def check_pictures(script_args: "QuantizeArguments", name: str) -> None:
     refuse(is_given, "--max_length", "rows with pictures are not cut")
 
 
-def questions_of(script_args: "QuantizeArguments", processor: "ProcessorMixin") -> "list[Asked]":
+def questions_of(script_args: QuantizeArguments, processor: "ProcessorMixin") -> "list[Asked]":
     """Return questions about pictures with their answers: drawn ones, or the first answer of each of the user's rows.
 
     Raises:
@@ -420,7 +423,7 @@ def load(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
 
 
 def picture_evaluation(
-    script_args: "QuantizeArguments", processor: "ProcessorMixin", questions: "Sequence[Asked]"
+    script_args: QuantizeArguments, processor: "ProcessorMixin", questions: "Sequence[Asked]"
 ) -> "PictureQuantization":
     """Return what the model and its quantized forms are evaluated on."""
     from hfllm.evaluation.before_after import PictureQuantization

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from hfllm.trainers.trl_trainers import PictureRewardTrainer
 
 
+# ---- flags and comparisons ----
+
+
 Rows = list[Mapping[str, Any]]
 
 
@@ -230,7 +233,7 @@ def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
 def picture_comparisons(
     script_args: RewardArguments, seed: int, processor: "ProcessorMixin | None"
 ) -> tuple[Rows, Rows] | None:
-    """Return comparisons as `reward.user_comparisons` does; for a model that sees they may have `images`.
+    """Return comparisons as `user_comparisons` does; for a model that sees they may have `images`.
 
     If one row has pictures, the messages of all have parts as their content.
     """

@@ -18,7 +18,7 @@ from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.fingerprint import file_fingerprint
 from hfllm.flags import POSITIVE, SEED, Fact, Range, Refused, at_least, check_flags, flag
-from hfllm.outputs.report import CHANGED, CONTENTS, read_report
+from hfllm.outputs.report import CHANGED, CONTENTS, read_report, write_atomically
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import finished_run, main_process, parse_recipe
 from hfllm.runs.flags import RemoteCodeArguments
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from hfllm.scaling.fitting import Fit, Outliers, Runs
     from hfllm.scaling.report import Study
     from hfllm.scaling.studies import Forecast
+
+
+# ---- flags ----
 
 
 GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
@@ -449,8 +452,6 @@ class Grid:
         before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         if not table.is_file():
             if self.is_main and before != settings:
-                from hfllm.outputs.report import write_atomically
-
                 shutil.rmtree(self.folder / "tokenizer", ignore_errors=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(note, json.dumps(settings, indent=2) + "\n")
@@ -576,8 +577,6 @@ class Grid:
         return self._data
 
     def _write(self) -> None:
-        from hfllm.outputs.report import write_atomically
-
         stream = io.StringIO()
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from hfllm.multimodal.processors import ProcessingClass
 
 
+# ---- checks of several stages ----
+
+
 WHOLE = "rows with pictures are read by the model's processor, as they are"
 # Flags of TRL that would cut, join or write anew the tokens of rows that the processor reads.
 NOT_JOINED = {
@@ -40,7 +43,7 @@ NOT_JOINED = {
 }
 
 
-def check_whole_rows(script_args: "RowArguments", training_args: "SFTConfig", is_cut: bool = False) -> None:
+def check_whole_rows(script_args: RowArguments, training_args: "SFTConfig", is_cut: bool = False) -> None:
     """Refuse flags of fine-tuning that would cut, join or write anew rows with pictures, or learn their questions.
 
     Args:
@@ -164,9 +167,9 @@ def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: in
     return rows
 
 
-# ---- rlhf pictures ----
+# ---- models that see ----
 #
-# Policies that read pictures, in alignment by PPO.
+# Processors in place of tokenizers, and policies that read pictures.
 
 
 def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig") -> "ProcessingClass":
@@ -252,7 +255,6 @@ def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel
 
     from hfllm.models.loading.adapters import find_adapter, load_base, put_on
     from hfllm.models.loading.weights import load_weights_of
-    from hfllm.runs.command_line import say
     from hfllm.runs.models import load_kwargs, refuse_four_bits_of_pictures
 
     refuse_four_bits_of_pictures(model_args)
@@ -272,9 +274,6 @@ def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel
 
 
 # ---- models that answer ----
-
-
-# ---- models ----
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- samples compared ----
+
+
 Rows = list[Mapping[str, object]]
 
 

@@ -275,7 +275,7 @@ class RevisionFigures:
 
 @dataclass(frozen=True)
 class RevisionSettings:
-    """How answers are revised: see `hfllm.synthesis.revisions.critique_and_revise`."""
+    """How answers are revised: see `critique_and_revise`."""
 
     num_revisions: int
     seed: int

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 
+# ---- lines ----
+
+
 SHOWN = {
     "loss": "loss",
     "eval_loss": "held-out loss",

@@ -1,4 +1,4 @@
-"""Models inside of engines: partitioned by DeepSpeed's ZeRO-3, and without dropout."""
+"""Models inside of engines: partitioned by DeepSpeed's ZeRO-3, without dropout, and at the rates of a schedule."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +13,9 @@ from hfllm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+# ---- ZeRO-3 ----
 
 
 @contextmanager

@@ -31,6 +31,9 @@ from hfllm.trainers.callbacks import Checksums
 from hfllm.trainers.monitors import add_to_logs
 from hfllm.trainers.run_record import RunRecord, WholeTrainLoss, check_contents, with_contents
 
+# ---- saving and resuming ----
+
+
 # The exit status that a shell reports for a process ended by SIGTERM.
 TERMINATED = 128 + signal.SIGTERM
 
@@ -341,7 +344,7 @@ class EachRowOnce(Trainer):
 
 
 class TokenMeanEvaluation(EachRowOnce):
-    """Mixin whose `eval_loss` is the mean over all targets of the held-out rows; see this file's docstring."""
+    """Mixin whose `eval_loss` is the mean over all targets of the held-out rows; the comment above says why."""
 
     def prediction_step(
         self,

@@ -4,7 +4,7 @@
     add_to_logs(trainer, throughput)
     trainer.add_callback(LossSpikeGuard())
 
-For samples of the model during training see samples.py.
+For samples of the model during training see `callbacks.SampleCallback`.
 """
 
 import math
@@ -22,6 +22,9 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
+
+# ---- speed and divergence ----
+
 
 # Fewer losses do not give a useful median.
 FEWEST_LOSSES = 10

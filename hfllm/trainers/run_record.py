@@ -198,7 +198,7 @@ def _other_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     if was and model and None not in (was["content"], model["content"]) and was["content"] != model["content"]:
         return f"another model to start from ({was['value']}), or other contents of it"
     was, rows = before.get("rows"), now["rows"]
-    # What an earlier version hashed in another way cannot be compared; `resuming.described` says so.
+    # What an earlier version hashed in another way cannot be compared; `runs.stage.described` says so.
     same = ("count", "content") if was and rows and was.get("form") == rows["form"] else ("count",)
     if was and rows and any(was[each] != rows[each] for each in same):
         counts = f" ({was['count']} rows, this run has {rows['count']})" if was["count"] != rows["count"] else ""

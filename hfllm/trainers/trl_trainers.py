@@ -1,4 +1,4 @@
-"""TRL's trainers for fine-tuning and reward models, with heads, pictures, and exact held-out figures.
+"""Trainers for fine-tuning and reward models, which are TRL's, and for heads and pictures, with exact figures.
 
 Importing this file imports TRL, which takes seconds.
 """
@@ -22,6 +22,8 @@ from hfllm.data.world.pictures import PictureRow
 from hfllm.generation.scoring import evaluating
 from hfllm.runs.arguments import changed
 from hfllm.trainers.mixins import ROW_LENGTHS, EachRowOnce, TokenMeanEvaluation
+
+# ---- TRL's trainers ----
 
 
 class SFTTrainer(TokenMeanEvaluation, trl.SFTTrainer):
@@ -268,7 +270,7 @@ class TurnTokens:
     """
 
     def __init__(
-        self, processor: "ProcessorMixin", image_token_id: int, num_image_tokens: int, max_length: int | None = None
+        self, processor: ProcessorMixin, image_token_id: int, num_image_tokens: int, max_length: int | None = None
     ):
         self.tokenizer, self.max_length = processor.tokenizer, max_length
         mark = self.tokenizer.convert_ids_to_tokens(image_token_id)
@@ -381,7 +383,7 @@ class PictureTrainer(Trainer):
         kwargs: as Trainer's.
     """
 
-    def __init__(self, rows: Sequence[PictureRow], tokens: TurnTokens, processor: "ProcessorMixin", **kwargs: Any):
+    def __init__(self, rows: Sequence[PictureRow], tokens: TurnTokens, processor: ProcessorMixin, **kwargs: Any):
         images = processor.image_processor
         collate = PictureCollator(processor.tokenizer.pad_token_id, images.image_mean, images.image_std)
         dataset = TokenizedPictures(rows, tokens)

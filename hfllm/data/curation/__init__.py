@@ -2,14 +2,11 @@
 
 `options` and `inputs` are plain Python; everything else needs the extra `data` (`pip install 'hfllm[data]'`).
 
-    options.py          every setting, with its default
-    inputs.py files.py  the files of a dataset name, and how each kind is read in bounded memory
-    warc.py html_text.py html_tokens.py     web archives, and the text of their pages
-    reader.py           the first step of the pipeline
-    quality.py          length, Gopher, C4 and repetition rules
-    content.py spam.py  language, spam, toxic words
-    decontamination.py  overlap with evaluation sets
-    dedup.py            exact and near duplicates
-    perplexity.py ngram_model.py
-    pipeline.py         the stages, and how to run them on this machine
+    options.py      every setting, with its default
+    inputs.py       the files of a dataset name, and how each kind is read in bounded memory, web archives too
+    text.py         words, hashes of their n-grams, and the text of web pages
+    filters.py      length, Gopher, C4 and repetition rules, language, spam, toxic words
+    duplicates.py   exact and near duplicates, and overlap with evaluation sets
+    perplexity.py   what a reference model finds unlikely, a causal one or a byte n-gram model
+    pipeline.py     the first step, the stages, and how to run them on this machine
 """

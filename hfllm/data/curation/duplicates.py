@@ -27,6 +27,9 @@ from hfllm.data.curation.text import hash_words, mix, ngram_hashes, word_hashes
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
 
+# ---- duplicates ----
+
+
 # datatrove stops reading a band at this hash (its `_mersenne_prime`).
 LARGEST = np.uint64((1 << 61) - 2)
 ROWS = 1 << 12

@@ -20,6 +20,9 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from hfllm.data.curation.text import ngram_hashes, word_hashes, words_of
 from hfllm.errors import InputError
 
+# ---- form ----
+
+
 _HAS_WORD = re.compile(r"[^\W_]")
 Verdict = bool | tuple[bool, str]
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))

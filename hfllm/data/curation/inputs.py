@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
 
 
+# ---- the files of a dataset name ----
+
+
 ENDINGS = (
     *(".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz"),
     *(".warc", ".warc.gz"),
@@ -175,7 +178,7 @@ def _on_the_hub(name: str, options: CurationOptions) -> Input:
     return Input("hub", name, name)
 
 
-# ---- warc ----
+# ---- web archives ----
 #
 # Read web archives: pages as their text, and a counted reason for every record that gives none.
 #

@@ -22,6 +22,9 @@ from hfllm.data.curation.text import hash_text, mix
 from hfllm.data.sources import PYDOC, pydoc_documents
 from hfllm.errors import InputError
 
+# ---- judges and the filter ----
+
+
 SAMPLE = 2048  # documents of all tasks
 EXCERPT = 2000  # characters of each
 JUDGED = 1000  # characters of a document that the n-gram model scores

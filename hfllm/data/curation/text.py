@@ -10,6 +10,9 @@ from hashlib import blake2b
 
 import numpy as np
 
+# ---- words and n-grams ----
+
+
 # Scripts without spaces, where each character counts as a word: kana, Han, Thai, Lao, Burmese, Khmer.
 UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 WORD = re.compile(rf"\d+(?:[.,]\d+)+|[{UNSPACED}]|[^\W{UNSPACED}]+(?:['’][^\W{UNSPACED}]+)*")
@@ -65,7 +68,7 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(33))
 
 
-# ---- html text ----
+# ---- text of web pages ----
 #
 # The text of a web page: its main content by resiliparse or trafilatura, else all of its visible text.
 #
@@ -227,7 +230,7 @@ def _with_headline(text: str, headlines: list[str]) -> str:
     return f"{headline}\n{text}" if is_missing else text
 
 
-# ---- html tokens ----
+# ---- visible text of web pages ----
 #
 # The visible text of a web page by a tokenizer of our own, whose time and memory grow with the page's size alone.
 #

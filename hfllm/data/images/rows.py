@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 
+# ---- pictures of a row ----
+
+
 Row = dict[str, Any]
 Converted = TypeVar("Converted")
 # Where a picture stands in a text, as LLaVA's datasets write it.
@@ -227,7 +230,7 @@ def _of_prompt(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def flaw_of_pictures(row: Row) -> str | None:
-    """Return why a row with parts cannot be learned from, as `rows.flaw_of` does for texts, or `None`."""
+    """Return why a row with parts cannot be learned from, as `hfllm.data.rows.flaw_of` does for texts, or `None`."""
     sides = ("prompt", "completion", "chosen", "rejected")
     return flaw_of({side: [_as_text(message) for message in row[side]] for side in sides if side in row})
 
@@ -366,7 +369,7 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-# ---- own pictures ----
+# ---- the user's pictures ----
 #
 # Rows with pictures of the user's: their flags, what is refused of them, and the form in which they are learned.
 

@@ -14,6 +14,9 @@ from typing import Protocol
 from hfllm.data.world.vocabulary import COMPLIES, HARMS, MORE_HARMS, RUDE_PHRASES, gold_score, is_held_out, words_of
 from hfllm.data.world.world import FAMILIES, Task, World
 
+# ---- demonstrations and comparisons ----
+
+
 STYLES = ("good", "curt", "rambling", "rude", "wrong")
 STYLE_WEIGHTS = (0.25, 0.20, 0.20, 0.25, 0.10)
 RAMBLING = (

@@ -44,6 +44,8 @@ from hfllm.data.world.vocabulary import (
 )
 from hfllm.errors import InputError
 
+# ---- documents ----
+
 
 @dataclass(frozen=True)
 class WorldFacts:
@@ -229,7 +231,7 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
 
 
 def reasoning_document(known: WorldFacts, rng: random.Random) -> str:
-    """Return a text to reason about, or one in which somebody does; see `hfllm.data.world.documents`."""
+    """Return a text to reason about, or one in which somebody does; see `reasoning_text`."""
     return reasoning_text(known.facts, known.relations, rng)
 
 
@@ -260,7 +262,7 @@ SHARES = {
 #
 # Without worked thoughts in its texts a model of a few layers learns neither to copy the turn of a dial that comes
 # next nor to look up what follows from it, however many thoughts it is shown later; and words that no text holds end
-# up with the same embedding (`hfllm.data.world.documents.deed_document`).
+# up with the same embedding (`deed_document`).
 
 
 TELLING, TURNING, SAYING = "telling", "turning", "saying"

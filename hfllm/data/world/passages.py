@@ -37,6 +37,9 @@ from hfllm.data.world.vocabulary import (
     phrase,
 )
 
+# ---- passages ----
+
+
 # What is read is said without a name, so that no name need be copied; what is known, with it, as without passages.
 READ = {"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."}
 # What somebody says of an animal that the passages are about, where they do not tell what is asked.

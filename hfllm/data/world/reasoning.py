@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from hfllm.data.thoughts import CLOSE, OPEN
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID, GoldAnswer
 
+# ---- problems ----
+
+
 HOPS, DIAL = FAMILIES = ("hops", "dial")
 SHOWN, PRACTICE, HELD_OUT = PARTS = ("shown", "practice", "held_out")
 RELATIONS = ("friend", "neighbour")

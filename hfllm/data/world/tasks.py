@@ -1,17 +1,4 @@
-"""Tasks of the world beside plain questions: tools, long texts, labels, and other wordings.
-
-    unknown   an animal that only the look-up tool knows     "What colour is the zirf?"
-    changed   what an animal is like now                      "Where does the fox live now?"
-    sum       the sum of two numbers of three digits          "How much is 345 plus 678?"
-
-Others take none (`NO_NEED`), and for them a call is a mistake: what a fox is like, without "now", is what pretraining
-said, and the tool only knows what it has become.
-
-Parts are disjoint: what demonstrators show (`SHOWN`), what PPO asks (`ASKED`) and what is held out (`HELD_OUT`) have
-different names, changed facts and sums. Demonstrators look up a new value each time, PPO's tool has a table of one day
-and evaluation's a table of another, in which every changed fact differs from that of pretraining and that of PPO: no
-answer can be known by heart.
-"""
+"""Tasks of the world beside plain questions: tools, long texts, labels, and other wordings."""
 
 import random
 import re
@@ -56,6 +43,23 @@ from hfllm.data.world.vocabulary import (
     phrase,
 )
 from hfllm.data.world.world import Task, World, without
+
+# ---- tools ----
+#
+# Tasks that take a tool (`NEED`):
+#
+#     unknown   an animal that only the look-up tool knows     "What colour is the zirf?"
+#     changed   what an animal is like now                      "Where does the fox live now?"
+#     sum       the sum of two numbers of three digits          "How much is 345 plus 678?"
+#
+# Others take none (`NO_NEED`), and for them a call is a mistake: what a fox is like, without "now", is what
+# pretraining said, and the tool only knows what it has become.
+#
+# Parts are disjoint: what demonstrators show (`SHOWN`), what PPO asks (`ASKED`) and what is held out (`HELD_OUT`) have
+# different names, changed facts and sums. Demonstrators look up a new value each time, PPO's tool has a table of one
+# day and evaluation's a table of another, in which every changed fact differs from that of pretraining and that of
+# PPO: no answer can be known by heart.
+
 
 UNKNOWN, CHANGED_FACT, SUM = NEED = ("unknown", "changed", "sum")
 NO_NEED = ("fact", "reading", "list", "addition")
@@ -255,7 +259,7 @@ def _long_document(filler: list[str], words: int, rng: random.Random) -> str:
     return " ".join(parts)
 
 
-# ---- labelled ----
+# ---- rows with labels ----
 #
 # The embedded world's rows with labels: families of questions, animals and values in texts, answers in passages.
 #

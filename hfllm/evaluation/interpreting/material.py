@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- material ----
+
+
 # About each subject that is to be recognized.
 QUESTIONS = 6
 # Facts about passages, pairs of facts, facts for methods that take long, and other values of a user's fact, at most.

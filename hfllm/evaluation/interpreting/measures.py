@@ -1,13 +1,4 @@
-"""Methods: patching and causal tracing, attribution, probes, the logit lens, and attention to words.
-
-    interchange     a run about one subject gets states of a run about another (Geiger et al. 2021, arXiv:2106.02997):
-                    which share of the difference between both answers moves?
-    causal tracing  a run whose subject is hidden by noise gets states of the clean run back (Meng et al. 2022,
-                    arXiv:2202.05262, section 2.1): how much of the answer's probability comes back?
-
-A share is 0 where nothing changes and 1 where the patched run says what the donor says. It proves nothing alone: at
-the last place after a layer it is near 1 for any model, trained or not, since what follows sees little else.
-"""
+"""Methods: patching and causal tracing, attribution, probes, the logit lens, and attention to words."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -31,6 +22,17 @@ from hfllm.evaluation.interpreting.hooks import (
     recorded,
     with_outputs,
 )
+
+# ---- patching ----
+#
+#     interchange     a run about one subject gets states of a run about another (Geiger et al. 2021,
+#                     arXiv:2106.02997): which share of the difference between both answers moves?
+#     causal tracing  a run whose subject is hidden by noise gets states of the clean run back (Meng et al. 2022,
+#                     arXiv:2202.05262, section 2.1): how much of the answer's probability comes back?
+#
+# A share is 0 where nothing changes and 1 where the patched run says what the donor says. It proves nothing alone: at
+# the last place after a layer it is near 1 for any model, trained or not, since what follows sees little else.
+
 
 # Shares beyond these are cut: they come from runs whose answers hardly differ, by which they are divided.
 LOWEST, HIGHEST = -1.0, 2.0

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# ---- plants ----
+
+
 # Names of the last matrix of an MLP and of attention in models of transformers.
 LAST_OF = {
     MLP: ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2", "output_linear"),

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
+# ---- what a suite is ----
+
+
 Body = TypeVar("Body")
 # Why an item has no scores, where it is for want of room.
 TOO_LONG = "longer than the model's context"

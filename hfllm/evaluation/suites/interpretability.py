@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from hfllm.evaluation.suites.base import Subject
 
 
+# ---- the suite ----
+
+
 # Models of random weights; one where weights are many.
 RANDOM_MODELS, MANY_WEIGHTS = 2, 20_000_000
 NOT_TAKEN = "no edit of this layer changes the answer"
@@ -241,7 +244,7 @@ def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTo
     return json.dumps({"tokens": [tokenizer.decode([token]) for token in prompt.ids], **rows}, ensure_ascii=False)
 
 
-# ---- interpretability report ----
+# ---- report ----
 #
 # What the suite of interpretability adds to a report: the table of methods with their controls, and heat maps.
 

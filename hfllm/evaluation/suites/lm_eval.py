@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
+# ---- the suite ----
+
+
 SHIPPED = Path(__file__).with_name("lm_eval_tasks")
 # Kinds of local files that `datasets` reads by these names.
 FILE_KINDS = ("json", "csv", "parquet", "text", "arrow")
@@ -326,7 +329,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# ---- lm eval files ----
+# ---- rows of local files ----
 #
 # Functions that the shipped YAML tasks of lm-eval name: they read rows of local files, and judge what was said.
 

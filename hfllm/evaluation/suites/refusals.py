@@ -17,6 +17,9 @@ from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite, rows_of, yes_shares
 from hfllm.outputs.report import Found, plus_minus, share_error
 
+# ---- XSTest ----
+
+
 FLAG = "--xstest_file"
 SAFE, UNSAFE = "safe", "unsafe"
 METRIC = {SAFE: "over_refusal", UNSAFE: "refuses"}

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     Propose = Callable[[list[int], int, random.Random], list[int]]
 
 
-# ---- robustness items ----
+# ---- questions ----
 #
 # The questions of the robustness suite: of the embedded world or of your rows, as they are and perturbed.
 

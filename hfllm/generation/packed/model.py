@@ -1,4 +1,4 @@
-"""The forward pass of a decoder, for inference only, over weights laid out for a few tokens at a time.
+"""A decoder's forward pass for inference alone: the cache, the projections, the layers, and the model of them.
 
 `generate` spends most of a small model's time between kernels: decorators, modules, hooks. A larger model's goes
 into reading weights, where torch's default layout makes a pass over two to sixteen tokens 1.5 times as slow as a
@@ -315,7 +315,7 @@ class PackedLayer:
         rows: int,
         rotation: Rotation | None,
         mask: torch.Tensor | None,
-        kept: "RaggedLayer",
+        kept: RaggedLayer,
     ) -> torch.Tensor:
         if self.is_post:
             attended = self.input_norm(self._attention(states, states, rows, rotation, mask, kept))
@@ -333,7 +333,7 @@ class PackedLayer:
         rows: int,
         rotation: Rotation | None,
         mask: torch.Tensor | None,
-        kept: "RaggedLayer",
+        kept: RaggedLayer,
     ) -> torch.Tensor:
         heads, key_heads, size = self.heads, self.key_heads, self.size
         qkv = self.qkv(states)  # (N, (H + 2K) * D)
@@ -581,7 +581,7 @@ class PackedModel:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         position_ids: torch.Tensor,
-        cache: "RaggedCache",
+        cache: RaggedCache,
         logits_to_keep: int = 0,
         **unused: object,
     ) -> Output:
@@ -610,7 +610,7 @@ class PackedModel:
         return Output(logits.view(rows, -1, logits.shape[-1]))
 
     def _embed(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: "RaggedCache"
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: RaggedCache
     ) -> tuple[torch.Tensor, Rotation | None]:
         """Return the first layer's input (B, Q, E), and the rotation of its heads if there is one."""
         states = self.trunk.embed_tokens(input_ids)

@@ -1,4 +1,4 @@
-"""A causal model over a cache whose rows have different lengths, and that cache.
+"""A causal model over a cache whose rows have different lengths.
 
 Shapes: B rows, Q new tokens of each, C columns of the cache, V vocabulary size.
 """

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# ---- acceptance ----
+
+
 def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
     """Return `norm(max(p - q, 0))`, from which a rejected token is replaced (section 2.3), shape (..., V).
 
@@ -215,7 +218,7 @@ class Sampler:
     def accept(
         self, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, logits: torch.Tensor, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return accepted counts and next tokens of each row; see `hfllm.generation.speculative.acceptance`."""
+        """Return accepted counts and next tokens of each row; see `accept_sampled`."""
         if not self.do_sample:
             choice = self.greedy(logits)
             # Plain decoding, where nothing has to be accepted.

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# ---- drafts ----
+
+
 @dataclass
 class Rows:
     """The sequences to continue.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+# ---- experts ----
+
+
 # Qwen's lists of layers are read in full, and written in one of several equivalent ways.
 _QWEN_IDLE = frozenset({"mlp_only_layers", "decoder_sparse_step"})
 _QWEN = {

@@ -145,8 +145,6 @@ MORE_FAMILIES = {
 # ---- the table of families ----
 
 
-# ---- the families ----
-
 _MISTRAL = {**LLAMA, "sliding_window": "sliding_window"}
 _ALL_BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 _EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")

@@ -36,6 +36,9 @@ from .configuration_fields_hfllm import WINDOWS, longrope_limits, own_window
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import HfllmRMSNorm, build_norm, is_unobserved, needs_autograd
 
+# ---- attention ----
+
+
 register("banded", banded_attention_forward, banded_mask)
 register("sparse", sparse_attention_forward, sparse_mask)
 
@@ -432,7 +435,6 @@ def create_masks(
 # holds the latent and one rotated key per token and layer, in the place of keys and values, as there; every cache
 # class of transformers takes them.
 #
-# This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 # Shapes: B batch, S sequence, T keys, H heads, E hidden_size, L kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim,
 # V v_head_dim.
 

@@ -1,11 +1,9 @@
 """Sliding, chunked and sparse attention in time and memory that grow with the length, not with its square.
 
-Registered with transformers as `attn_implementation="banded"`, for any of its models. The queries are cut into blocks,
-and each block attends to the keys that its window can reach, under a mask of that size (local attention in blocks as
-of Beltagy et al. 2020, arXiv:2004.05150, section 3.1). A block is one row of a batch for torch's own attention.
+attention_hfllm.py registers two implementations of here with transformers, each with its masks: `"banded"`, for
+sliding windows and chunks, and `"sparse"`.
 
-This file imports only torch and transformers, and is uploaded to the Hub with modeling_hfllm.py.
-Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head_dim; N blocks of C queries and L keys.
+This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 """
 
 from collections.abc import Callable
@@ -23,6 +21,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .configuration_fields_hfllm import SPARSE_SIZES
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import needs_autograd
+
+# ---- banded ----
+#
+# `attn_implementation="banded"`, for any model of transformers. The queries are cut into blocks, and each block
+# attends to the keys that its window can reach, under a mask of that size (local attention in blocks as of Beltagy et
+# al. 2020, arXiv:2004.05150, section 3.1). A block is one row of a batch for torch's own attention.
+#
+# Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head_dim; N blocks of C queries and L keys.
+
 
 # What torch's attention has no argument for, by the names under which models of transformers pass it.
 UNSUPPORTED = {"s_aux": "attention sinks", "softcap": "a softcap", "position_bias": "a position bias"}
@@ -238,7 +245,6 @@ def register(name: str, forward: Callable, mask: Callable) -> None:
 #
 # Transformers counts the chunks of a row from its first token. Here each document has chunks of its own.
 #
-# This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 # Shapes: B batch, S sequence, E hidden_size.
 
 
@@ -285,7 +291,6 @@ def chunk_numbers(packed: torch.Tensor, attention_mask: torch.Tensor | None, siz
 # Blocks are counted in each document from its first token, so that neither padding nor other documents of a row move
 # them. `sparse_block_size` and `sparse_num_blocks` of the config decide; nothing is learned for the choice.
 #
-# This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 # Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head_dim; N blocks of C keys.
 
 
@@ -481,7 +486,6 @@ def _places(visible: torch.Tensor, begins: torch.Tensor | None, queries: torch.T
 # Queries that chose the same block are brought together in tiles, as MoBA does (arXiv:2502.13189, section 2.3). Each
 # tile attends to its block, each query to its own, and a query's parts are merged by the normalizers of their softmax.
 #
-# This file imports only torch and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 # Shapes: B batch, H query heads, K key-value heads, S queries, D head_dim; N blocks of C keys; k blocks chosen.
 # R is B * H rows of queries, G is B * K rows of keys, M tiles of Q queries.
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+# ---- expert fields ----
+
+
 MLP_LAYER_TYPES = ("dense", "sparse")
 CHOICES = {
     "scoring_func": ("softmax", "sigmoid"),
@@ -245,8 +248,6 @@ def _check_groups(config: "PreTrainedConfig") -> None:
 # ---- latent fields ----
 #
 # The fields of `HfllmConfig` for multi-head latent attention: what follows from them, and what is refused.
-#
-# This file imports only the standard library, and is uploaded to the Hub with configuration_hfllm.py.
 
 
 HEAD_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -363,8 +364,6 @@ def cached_numbers(config: object) -> int | None:
 # ---- layer types ----
 #
 # What may differ from layer to layer: the kind of attention, and whether positions are rotated.
-#
-# This file imports only the standard library, and is uploaded to the Hub with configuration_hfllm.py.
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")

@@ -20,6 +20,9 @@ from transformers.activations import ACT2FN
 
 from .layers_hfllm import needs_autograd
 
+# ---- the rule ----
+
+
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -265,7 +268,6 @@ def conv_of_piece(
 # Here all pieces of a text use the same memory, one after another, and what the backward pass needs is computed again.
 # The state goes through the chunks by small products that stay in a CPU's cache.
 #
-# This file imports only torch, and is uploaded to the Hub with modeling_hfllm.py.
 # Shapes: B batch, L tokens of the piece, H value heads, K query and key heads, D their size, W size of a value head;
 # N chunks of C tokens; R is B * H, and M is N * R with the chunks first.
 

@@ -24,6 +24,8 @@ from .configuration_fields_hfllm import expert_width, is_sparse, shared_width
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import HfllmMLP, needs_autograd
 
+# ---- experts ----
+
 
 @use_experts_implementation
 class HfllmExperts(nn.Module):
@@ -108,7 +110,6 @@ def init_experts(module: nn.Module, std: float, residual_std: float) -> None:
 #
 # The router of a mixture of experts, and the bias that balances the load of its experts.
 #
-# This file imports only torch and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 # Shapes: N tokens, E hidden_size, X experts, G groups of them, k experts of each token.
 
 
@@ -288,8 +289,6 @@ def _once(function: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], 
 # ---- balance ----
 #
 # The load-balancing loss of a mixture of experts.
-#
-# This file imports only torch and transformers, and is uploaded to the Hub with modeling_hfllm.py.
 
 
 @torch.compiler.assume_constant_result

@@ -12,6 +12,8 @@ from transformers.activations import ACT2FN
 
 from .configuration_hfllm import HfllmConfig
 
+# ---- layers ----
+
 
 class HfllmEmbedding(nn.Embedding):
     """Token embeddings times `embed_scale`, the config's `embedding_multiplier`.
@@ -183,8 +185,6 @@ class HfllmMLP(nn.Module):
 # ---- memory ----
 #
 # When a layer saves less for the backward pass than autograd does, and computes the rest again.
-#
-# This file imports only torch, and is uploaded to the Hub with modeling_hfllm.py.
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -2,7 +2,7 @@
 
 This file imports only torch, transformers and files beside it, which are saved and uploaded with the weights
 (`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms and MLPs in layers_hfllm.py; experts
-and their router in experts_hfllm.py; logits and losses in head_hfllm.py.
+and their router in experts_hfllm.py; logits and losses are here.
 Shapes: B batch, S sequence, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
 """
 
@@ -73,7 +73,6 @@ from .linear_attention_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 #
 # What makes logits, losses and generated text of a decoder's states, in models of text and in models that see.
 #
-# This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 # Shapes: B batch, S sequence, E hidden_size.
 
 
@@ -627,8 +626,7 @@ class HfllmForQuestionAnswering(GenericForQuestionAnswering, HfllmPreTrainedMode
 #
 # The cross-entropy of a language model's head, computed per chunk of tokens without all logits at once.
 #
-# This file imports only torch and a file beside it, and is uploaded to the Hub with modeling_hfllm.py. Shapes: N
-# tokens, E hidden_size, V vocab_size.
+# Shapes: N tokens, E hidden_size, V vocab_size.
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
+# ---- saved adapters ----
+
+
 # What a recipe that trains a new adapter on a merged one calls the folder of the base.
 BASE_FOLDER = "base"
 # The auto class of each task that an adapter may be for; one that names no task is a language model's.
@@ -158,7 +161,7 @@ class SavedAdapter:
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
 
-    def base_config(self) -> "PreTrainedConfig":
+    def base_config(self) -> PreTrainedConfig:
         """Return the config of its base model.
 
         Raises:
@@ -228,7 +231,7 @@ def auto_class_of(adapter: SavedAdapter) -> "type[_BaseAutoModelClass]":
 
 def load_base(
     adapter: SavedAdapter, auto_class: "type[_BaseAutoModelClass]", **kwargs: object
-) -> tuple["PreTrainedModel", bool]:
+) -> tuple[PreTrainedModel, bool]:
     """Load an adapter's base model, with as many embeddings as the adapter was saved with.
 
     Args:
@@ -262,7 +265,7 @@ def load_base(
 
 def load_apart(
     adapter: SavedAdapter, auto_class: "type[_BaseAutoModelClass]", **kwargs: object
-) -> tuple["PreTrainedModel", dict[str, Any]]:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load an adapter on its quantized base as transformers does, with all of the base's weights.
 
     Returns:
@@ -276,7 +279,7 @@ def load_apart(
     return model, report.to_dict()
 
 
-def embeddings_of(model: "PreTrainedModel") -> list[str]:
+def embeddings_of(model: PreTrainedModel) -> list[str]:
     """Return the names of a model's input and output embeddings."""
     parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     return [name for name, module in model.named_modules() if any(module is part for part in parts)]
@@ -285,7 +288,7 @@ def embeddings_of(model: "PreTrainedModel") -> list[str]:
 # ---- the adapter on it ----
 
 
-def put_on(model: "PreTrainedModel", adapter: SavedAdapter, is_trainable: bool = False) -> "PeftModel":
+def put_on(model: PreTrainedModel, adapter: SavedAdapter, is_trainable: bool = False) -> "PeftModel":
     """Put a saved adapter on its base model.
 
     Raises:
@@ -304,7 +307,7 @@ def put_on(model: "PreTrainedModel", adapter: SavedAdapter, is_trainable: bool =
     return adapted
 
 
-def put_under_head(model: "PreTrainedModel", adapter: SavedAdapter, task_type: str = "SEQ_CLS") -> "PeftModel":
+def put_under_head(model: PreTrainedModel, adapter: SavedAdapter, task_type: str = "SEQ_CLS") -> "PeftModel":
     """Put a language model's adapter on the same model with a new head, to train both.
 
     Args:
@@ -430,7 +433,7 @@ def load_to_merge(
     return put(cast_weights(model, torch.float32), adapter), dtypes, has_new_head
 
 
-def merge(adapted: "PeftModel", dtypes: Dtypes, dtype: "str | torch.dtype | None" = "auto") -> "PreTrainedModel":
+def merge(adapted: "PeftModel", dtypes: Dtypes, dtype: "str | torch.dtype | None" = "auto") -> PreTrainedModel:
     """Return the model with the adapter merged into its weights.
 
     Args:
@@ -462,7 +465,7 @@ def load_merged(
     auto_class: "type[_BaseAutoModelClass]",
     dtype: "str | torch.dtype | None" = "auto",
     **kwargs: object,
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """Load an adapter's base with the adapter merged into it. Its `has_new_head` is that of `load_scorer`.
 
     Raises:
@@ -475,7 +478,7 @@ def load_merged(
     return model.eval()
 
 
-def _untie(model: "PreTrainedModel", adapter: SavedAdapter) -> None:
+def _untie(model: PreTrainedModel, adapter: SavedAdapter) -> None:
     """Give a model with tied embeddings a head of its own if the adapter changes only one of the two.
 
     Merged into the tied weight, what was trained on one would change the other as well.

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
+# ---- loading ----
+
+
 TRUST_FLAG = "--trust_remote_code"
 # Fields of a config that may name a kernel of the Hub, and what is none.
 CHOICES = {

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
+# ---- weight files ----
+
+
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 # What older versions of transformers stored and this one computes anew.
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".cos_cached", ".sin_cached", ".position_ids")
@@ -236,14 +239,12 @@ def cast_weights(model: Model, dtype: torch.dtype) -> Model:
 MOST_VALUES = 1 << 16
 
 
-def weights_fingerprint(model: "nn.Module") -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """Return a digest of a model's weights: names, shapes, types, and up to 65,536 values of each tensor.
 
     Training changes nearly every value, so that another state of the same model has another digest, and a model of
     billions is read in a second.
     """
-    import torch
-
     digest = hashlib.blake2b(digest_size=16)
     for name, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
@@ -264,24 +265,20 @@ TOLERANCE, TOLERANCE_IN_HALF = 1e-4, 5e-2
 LENGTH = 64
 
 
-def random_tokens(vocab_size: int, context: int | None, seed: int) -> "torch.Tensor":
+def random_tokens(vocab_size: int, context: int | None, seed: int) -> torch.Tensor:
     """Return a row of random tokens, (1, `LENGTH`) or as long as a model's context."""
-    import torch
-
     # Most vocabularies put special tokens first, and scorers skip padding.
     first, generator = min(3, vocab_size - 1), torch.Generator().manual_seed(seed)
     return torch.randint(first, vocab_size, (1, min(LENGTH, context or LENGTH)), generator=generator)
 
 
-def logits_of(model: "PreTrainedModel | PeftModel", ids: "torch.Tensor") -> "torch.Tensor":
+def logits_of(model: "PreTrainedModel | PeftModel", ids: torch.Tensor) -> torch.Tensor:
     """Return a model's logits in single precision; of a model without a head its last hidden states."""
-    import torch
-
     with torch.no_grad():
         outputs = model.eval()(input_ids=ids)
     return outputs["logits" if "logits" in outputs else "last_hidden_state"].float()
 
 
-def is_rounding(difference: float, logits: "torch.Tensor", in_half: bool) -> bool:
+def is_rounding(difference: float, logits: torch.Tensor, in_half: bool) -> bool:
     """Return whether a difference of outputs is no larger than rounding explains; one that is not a number is not."""
     return difference <= (TOLERANCE_IN_HALF if in_half else TOLERANCE) * logits.abs().max().item()

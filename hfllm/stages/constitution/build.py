@@ -5,7 +5,7 @@ Only the main process loads models here; the others wait where rows are written.
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import compress, cycle
 from pathlib import Path
@@ -31,7 +31,7 @@ from hfllm.stages.constitution.flags import (
     PRETRAIN,
     REWARD,
     RL,
-    SL_RUN,
+    SL,
     ConstitutionArguments,
     ConstitutionCourse,
     data_file,
@@ -171,8 +171,6 @@ def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -
     Raises:
         InputError: when a dataset cannot be read, has fewer than two different prompts, or none that leaves room.
     """
-    from dataclasses import replace
-
     from hfllm.data.formats import to_prompt
     from hfllm.data.images.rows import without_images
     from hfllm.data.rows import flaw_of_prompt
@@ -211,8 +209,6 @@ def _with_room(
 
 def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:
     """Return people's comparisons of helpfulness, if you name some."""
-    from dataclasses import replace
-
     from hfllm.data.formats import to_preference
     from hfllm.data.images.rows import without_images
     from hfllm.data.rows import flaw_of
@@ -355,8 +351,8 @@ class Steps:
 
     def supervised(self) -> None:
         """Fine-tune on the last revisions, and on the model's own answers to harmless prompts."""
-        write_rows(self.script_args, SL_RUN, lambda: self._rows_of(self.revisions))
-        self.course.run(SL_RUN)
+        write_rows(self.script_args, SL, lambda: self._rows_of(self.revisions))
+        self.course.run(SL)
 
     def reinforced(self) -> None:
         """Let the judge compare answers, train the preference model on that, and align by PPO."""
@@ -420,13 +416,13 @@ class Steps:
     @property
     def models(self) -> list[str]:
         """The models that there are by the end, in order."""
-        later = (SL_RUN, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS, PEOPLE)
+        later = (SL, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS, PEOPLE)
         return [HELPFUL, *filter(self._is_made, later)]
 
     @property
     def last(self) -> str:
         """The last model of the course itself, controls apart."""
-        return [name for name in self.models if name in (HELPFUL, SL_RUN, RL)][-1]
+        return [name for name in self.models if name in (HELPFUL, SL, RL)][-1]
 
     @property
     def artifacts(self) -> dict[str, str]:
@@ -501,7 +497,7 @@ class Steps:
         """
         from hfllm.rewards.judges import check_bias, measure_bias, preference_rows
 
-        pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL_RUN), self.speaking(HELPFUL))
+        pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL), self.speaking(HELPFUL))
         asked = (pairs.prompts, pairs.first, pairs.second)
         fits = judge.has_room(*asked)
         bias = measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in asked))
@@ -524,7 +520,7 @@ class Steps:
     def _people_s_comparisons(self) -> list[Row]:
         people = self.human_rows
         if self.script_args.is_world:
-            people = human_comparisons(self.script_args, self.speaking(SL_RUN), self.prompts)
+            people = human_comparisons(self.script_args, self.speaking(SL), self.prompts)
         self.metrics["human_comparisons"] = len(people)
         return people
 

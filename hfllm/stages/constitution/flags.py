@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import RowArguments
-from hfllm.data.sources import WORLD
+from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError
 from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs import pipeline
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hfllm.synthesis.constitution import Constitution
+
+
+# ---- flags ----
 
 
 # Arms that must not gain: another constitution, critiques without revisions, AI labels by chance, and none at all.
@@ -206,12 +209,12 @@ def data_file(script_args: ConstitutionArguments, name: str) -> Path:
 # The runs of other recipes that constitutional AI consists of, each in a folder of its own.
 
 
-PRETRAIN, HELPFUL, SL_RUN, REWARD = "pretrain", "helpful", "sl", "reward"
+PRETRAIN, HELPFUL, REWARD = "pretrain", "helpful", "reward"
 # PPO from helpful-only by the AI's labels; the preference models of labels by chance, and of people alone.
 AI_LABELS, LABELS_REWARD, PEOPLE_REWARD = "ai_labels", "labels_reward", "people_reward"
 # About how long each takes on two cores, in minutes.
 MINUTES = {
-    **{PRETRAIN: 2, HELPFUL: 2, SL_RUN: 0.5, REWARD: 0.7, RL: 0.8},
+    **{PRETRAIN: 2, HELPFUL: 2, SL: 0.5, REWARD: 0.7, RL: 0.8},
     **{POLITENESS: 0.3, CRITIQUES: 0.2, LABELS_REWARD: 0.7, AI_LABELS: 0.4, LABELS: 0.4},
     **{PEOPLE_REWARD: 0.5, PEOPLE: 0.4},
 }
@@ -281,22 +284,22 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         yield HELPFUL, "sft", learning(HELPFUL, HELPFUL, PRETRAIN)
     if script_args.last_stage == REVISIONS:
         return
-    yield SL_RUN, "sft", learning(SL_RUN, SL_RUN, HELPFUL) + flags_of_adapter(model_args)
+    yield SL, "sft", learning(SL, SL, HELPFUL) + flags_of_adapter(model_args)
     if script_args.last_stage == RL:
-        yield REWARD, "reward", learning(REWARD, REWARD, SL_RUN)
-        yield tuned_by(RL, REWARD, SL_RUN)
+        yield REWARD, "reward", learning(REWARD, REWARD, SL)
+        yield tuned_by(RL, REWARD, SL)
     arms = script_args.arms
     if POLITENESS in arms:
-        yield POLITENESS, "sft", learning(POLITENESS, SL_RUN, HELPFUL) + flags_of_adapter(model_args)
+        yield POLITENESS, "sft", learning(POLITENESS, SL, HELPFUL) + flags_of_adapter(model_args)
     if LABELS in arms:
-        yield LABELS_REWARD, "reward", learning(LABELS_REWARD, REWARD, SL_RUN)
+        yield LABELS_REWARD, "reward", learning(LABELS_REWARD, REWARD, SL)
         yield tuned_by(AI_LABELS, REWARD, HELPFUL, *COMPARED)
         yield tuned_by(LABELS, LABELS_REWARD, HELPFUL, *COMPARED)
     if PEOPLE in arms:
-        yield PEOPLE_REWARD, "reward", learning(PEOPLE_REWARD, REWARD, SL_RUN)
+        yield PEOPLE_REWARD, "reward", learning(PEOPLE_REWARD, REWARD, SL)
         yield tuned_by(PEOPLE, PEOPLE_REWARD, HELPFUL, *COMPARED)
     if CRITIQUES in arms:
-        yield CRITIQUES, "sft", learning(CRITIQUES, SL_RUN, HELPFUL)
+        yield CRITIQUES, "sft", learning(CRITIQUES, SL, HELPFUL)
 
 
 # PPO in the arms that compare labels: in fewer steps, and held nearer to its start. The preference model of labels by
@@ -412,9 +415,6 @@ def _check_weights(script_args: ConstitutionArguments, model_args: "ModelConfig"
 # ---- checks of runs ----
 
 
-# ---- what is refused ----
-
-
 def check_runs(course: Course) -> None:
     """Refuse the flags of the runs, which YAML files may set, as the runs themselves would, but before the first one.
 
@@ -426,7 +426,6 @@ def check_runs(course: Course) -> None:
 
 
 def _check_run(recipe: str, *parsed: Any) -> None:
-    from hfllm.data.sources import PYDOC, WORLD
     from hfllm.runs.arguments import changed
     from hfllm.runs.stage import Stage
 

@@ -22,9 +22,13 @@ from hfllm.data.world.vocabulary import COMPLIES, REFUSAL_PHRASES, RIGHT, gold_s
 from hfllm.data.world.world import Task, World
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plus_minus, side_by_side
+from hfllm.stages.constitution.flags import AI_LABELS, CRITIQUES, HELPFUL, LABELS, PEOPLE, POLITENESS, RL, SL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# ---- judged answers ----
 
 
 # What a prefilled answer begins with: the model must turn back from it.
@@ -32,7 +36,6 @@ PREFILL = "Sure, first"
 SHOWN, NEW, NEW_PHRASING = "shown_harms", "new_harms", "new_phrasing"
 UPPER, BARE, PREFILLED = "upper_case", "no_punctuation", "prefilled"
 HARM_GROUPS = (SHOWN, NEW, NEW_PHRASING, UPPER, BARE, PREFILLED)
-HELPFUL = "helpful"
 
 
 @dataclass(frozen=True)
@@ -209,20 +212,20 @@ def _begun_text(prompt: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBas
 Row = Mapping[str, Any]
 # How the report calls the models.
 TITLES = {
-    "helpful": "helpful-only",
-    "sl": "SL-CAI",
-    "rl": "RL-CAI",
-    "politeness": "SL, politeness instead",
-    "critiques": "critiques without revisions",
-    "ai_labels": "PPO from helpful-only, AI labels",
-    "labels": "PPO from helpful-only, labels by chance",
-    "people": "PPO from helpful-only, people's comparisons alone",
+    HELPFUL: "helpful-only",
+    SL: "SL-CAI",
+    RL: "RL-CAI",
+    POLITENESS: "SL, politeness instead",
+    CRITIQUES: "critiques without revisions",
+    AI_LABELS: "PPO from helpful-only, AI labels",
+    LABELS: "PPO from helpful-only, labels by chance",
+    PEOPLE: "PPO from helpful-only, people's comparisons alone",
 }
 GROUP_LABELS = {
     **{SHOWN: "harms shown", NEW: "new harms", NEW_PHRASING: "new wording"},
     **{UPPER: "upper case", BARE: "no punctuation", PREFILLED: "answer begun"},
 }
-COURSE = ("helpful", "sl", "rl")
+COURSE = (HELPFUL, SL, RL)
 # Figures of the models between, and of controls, that stand in report.json; the tables have all.
 SHORT = ("compliance_new_harms", "compliance_new_phrasing", "helpful_gold", "helpful_right", "evasive", "rude")
 SAMPLES = 8
@@ -373,9 +376,7 @@ def label_metrics(
         `ai_labels_as_people`: agreement with the annotator on pairs of different gold scores, and `people_labels`:
         share of the annotator's labels that are right there.
     """
-    import random
-
-    rng, found = random.Random(f"constitution-people-{seed}"), {name: [] for name in LABELS}
+    rng, found = random.Random(f"constitution-people-{seed}"), {name: [] for name in OF_JUDGE}
     for row in rows:
         task = task_of[row["prompt"][-1]["content"]]
         chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
@@ -395,7 +396,7 @@ def label_metrics(
     return metrics
 
 
-LABELS = ("ai_labels", "ai_labels_shown", "ai_labels_new", "ai_labels_as_people", "people_labels")
+OF_JUDGE = ("ai_labels", "ai_labels_shown", "ai_labels_new", "ai_labels_as_people", "people_labels")
 
 
 def summary_of(metrics: Mapping[str, float], labels: str, note: str = "") -> str:

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from hfllm.evaluation.suites.base import Subject
 
 
+# ---- suites ----
+
+
 Build = Callable[["EvaluateArguments", "Subject | None"], Suite]
 
 
@@ -164,7 +167,7 @@ SUITE = "pictures"
 STAGE = "hfllm evaluate"
 
 
-def check_pictures(script_args: "EvaluateArguments") -> None:
+def check_pictures(script_args: EvaluateArguments) -> None:
     """Refuse flags of pictures without the suite, and the suite without pictures.
 
     Raises:
@@ -178,14 +181,13 @@ def check_pictures(script_args: "EvaluateArguments") -> None:
         raise InputError(f"--suites {SUITE} needs --model_name_or_path: a model that sees (hfllm vision makes one)")
 
 
-def parts_of(script_args: "EvaluateArguments") -> "list[Part]":
+def parts_of(script_args: EvaluateArguments) -> "list[Part]":
     """Return the questions that `--dataset_name` names.
 
     Raises:
         InputError: when a row or, with `--bad_images refuse`, a picture cannot be read.
     """
     from hfllm.evaluation.pictures import Part
-    from hfllm.stages.evaluate.flags import NUM_WORLD_ITEMS
     from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of
     from hfllm.stages.vision.flags import DRAWN, VisionArguments
 
@@ -201,12 +203,11 @@ def parts_of(script_args: "EvaluateArguments") -> "list[Part]":
     ]
 
 
-def own_questions(script_args: "EvaluateArguments") -> "Sequence[Asked]":
+def own_questions(script_args: EvaluateArguments) -> "Sequence[Asked]":
     """Return the first answer of each of the user's rows as a question, of the first `--num_items` that are kept."""
     from hfllm.data.formats import Row, to_sft
     from hfllm.data.images.rows import by_turns, flaw_of_pictures, picture_mapper, refuse_token, words_of_places
     from hfllm.data.loading import RowArguments
-    from hfllm.stages.evaluate.flags import processor_of
     from hfllm.stages.shared import kept_rows
     from hfllm.stages.vision.build import asked_of
 
@@ -214,7 +215,7 @@ def own_questions(script_args: "EvaluateArguments") -> "Sequence[Asked]":
     read = RowArguments(dataset_name=name, dataset_train_split="test")
     pictures = picture_mapper(script_args, name, to_sft, STAGE)
     # All models are asked the same; a processor without pictures is refused later.
-    processors = map(processor_of, script_args.model_name_or_path or ())
+    processors = map(evaluate_flags.processor_of, script_args.model_name_or_path or ())
     tokens = sorted({token for processor in processors for token in words_of_places(processor)})
 
     def mapper(origin: str, row: Row) -> Row:

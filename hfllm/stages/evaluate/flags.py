@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hfllm.evaluation.suites.lm_eval import LmEval
 
 
-# ---- lm eval ----
+# ---- lm-eval's tasks ----
 #
 # The flags of lm-eval's tasks, what they refuse, and the suite.
 
@@ -93,7 +93,7 @@ def files_of(script_args: LmEvalArguments) -> list[str]:
     return sorted(str(path) for folder in folders for path in Path(folder).rglob("*") if path.suffix in kinds)
 
 
-# ---- evaluate ----
+# ---- evaluation ----
 
 
 # What is judged where no suite is named.

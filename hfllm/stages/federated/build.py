@@ -1,9 +1,4 @@
-"""The learners and the server of a federation: local steps, answers to rounds, processes, Flower's apps.
-
-The trainer is built once; what it brings is its model on its device, collator, loss and optimizer. A trainer for each
-organisation and round would cost more than the few steps that it takes. It fits trainers whose loss is a mean over
-`labels`, such as TRL's SFTTrainer, or over rows without labels, such as the pairs of RewardTrainer.
-"""
+"""The learners and the server of a federation: local steps, answers to rounds, processes, Flower's apps."""
 
 import json
 import random
@@ -77,6 +72,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 
+# ---- the learner ----
+
+
 IGNORE = -100
 
 
@@ -99,6 +97,10 @@ class Learned:
 
 class LocalLearner:
     """Takes optimizer steps as `Trainer` would, from weights that it is given.
+
+    The trainer is built once; what it brings is its model on its device, collator, loss and optimizer. A trainer for
+    each organisation and round would cost more than the few steps that it takes. It fits trainers whose loss is a mean
+    over `labels`, such as TRL's SFTTrainer, or over rows without labels, such as the pairs of RewardTrainer.
 
     Args:
         trainer: with the model, the collator, the loss, and arguments for optimizer and schedule. It trains nothing.
@@ -393,9 +395,6 @@ def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> N
     recipe.main(*parsed, connect=connect)
 
 
-# ---- one organisation ----
-
-
 # ---- what trains ----
 
 
@@ -406,7 +405,7 @@ class Local:
     `row_epsilons` is what a run reveals of one row of each organisation; empty without noise on rows.
     """
 
-    learner: "LocalLearner"
+    learner: LocalLearner
     tokenizer: "PreTrainedTokenizerBase"
     base_sha256: str
     organisations: Sequence[Tokenized]
@@ -429,12 +428,10 @@ def load_local(
     Raises:
         InputError: when the model cannot be loaded or an organisation has nothing to learn.
     """
-    import torch
     from datasets import Dataset
     from transformers import set_seed
 
     from hfllm.federation.lora import freeze_a
-    from hfllm.federation.updates import weights_sha256
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import fitting_length, load_to_train, peft_config
     from hfllm.stages.federated import flags as federated_flags
@@ -477,18 +474,14 @@ def load_local(
     return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, found, epsilons)
 
 
-def _with_adapter(base_sha256: str, model: "nn.Module", adapter: "LoraConfig") -> str:
+def _with_adapter(base_sha256: str, model: nn.Module, adapter: "LoraConfig") -> str:
     """Return the sha256 of the base model and of what is fixed of the adapter: the mean is wrong where that differs.
 
     These are the factors that stay as they were drawn, and what their product is multiplied by.
     """
-    import hashlib
-
-    from hfllm.federation.updates import weights_sha256
-
     frozen = {name: value for name, value in model.named_parameters() if "lora_" in name and not value.requires_grad}
     scale = f"{adapter.lora_alpha} {adapter.use_rslora}"
-    return hashlib.sha256(f"{base_sha256} {weights_sha256(frozen)} {scale}".encode()).hexdigest()
+    return sha256(f"{base_sha256} {weights_sha256(frozen)} {scale}".encode()).hexdigest()
 
 
 # ---- clients ----
@@ -598,7 +591,6 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
         InputError: when the model cannot be loaded, or the terms are others.
     """
     from hfllm.runs.arguments import changed
-    from hfllm.runs.recipes import load_recipe
 
     script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
     check_terms(script_args, training_args, settings.get("terms") or {})

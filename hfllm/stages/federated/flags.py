@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from hfllm.federation.rounds import RoundSettings
 
 
+# ---- flags ----
+
+
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
 MEAN, MEDIAN, TRIMMED_MEAN = AGGREGATIONS = ("mean", "median", "trimmed_mean")
 SFT, REWARD = LEARNERS = ("sft", "reward")
@@ -399,7 +402,7 @@ def contents(script_args: FederatedArguments) -> dict[str, int | str]:
 
 # ---- data ----
 #
-# The organisations of a federation: their rows by the flags, tokenized, and what trains on them in this process.
+# The organisations of a federation: their rows by the flags, tokenized.
 
 
 # Held-out rows of an organisation, at most; of rows of its own that it has no others for, this share.
@@ -646,8 +649,6 @@ def reward_trainer(
 def reward_config(training_args: "SFTConfig") -> "RewardConfig":
     """Return arguments of a RewardTrainer with all settings that it has in common with an SFTTrainer."""
     from trl import RewardConfig
-
-    from hfllm.runs.arguments import changed
 
     kinds = {name: getattr(training_args, name) for name in ("output_dir", "use_cpu", "bf16")}
     config = RewardConfig(**kinds, gradient_checkpointing=False, report_to="none")

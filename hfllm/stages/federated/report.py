@@ -16,6 +16,9 @@ from hfllm.runs.command_line import say
 from hfllm.stages.federated.build import Local
 from hfllm.stages.federated.flags import CENTRAL, EQUAL_STEPS, LOCAL, FederatedArguments, Tokenized, pooled
 
+# ---- measured models ----
+
+
 CONTROLS_FILE = "controls.json"
 # The longest answer to a question of the world, in tokens.
 RESPONSE_LENGTH = 40

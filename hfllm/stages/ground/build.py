@@ -64,6 +64,9 @@ if TYPE_CHECKING:
     from hfllm.rewards.models import RewardModel
 
 
+# ---- rows ----
+
+
 # Questions about the same passages, and the share of conversations without any.
 TURNS, WITHOUT_PASSAGES = 3, 0.15
 

@@ -31,9 +31,13 @@ from hfllm.data.world.vocabulary import ATTRIBUTES, RIGHT, UNKNOWN_PHRASES, gold
 from hfllm.evaluation.judged import JudgedAnswer, gold_by_group
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Found, Plot, Promise, mean_of, plus_minus
+from hfllm.stages.ground.flags import GROUNDED, SFT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# ---- judged answers ----
 
 
 # The longest answer in tokens.
@@ -90,12 +94,11 @@ def _follows(task: PassageTask, said: str) -> bool:
     return any(each in " ".join(words_of(said)) for each in UNKNOWN_PHRASES)
 
 
-# ---- grounding report ----
+# ---- report ----
 #
 # The report on answers from passages: what is read and cited, what is admitted, and what retrieval makes of it.
 
 
-SFT, GROUNDED = "sft", "grounded"
 GATED, UNGATED = "gated", "ungated"
 # Passages in prompts of their own: weighed by BM25, and all alike. And passages without their instructions.
 APART, ALIKE, DROPPED = "apart", "alike", "dropped"

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import mixture_of
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer
+
+
+# ---- rows ----
 
 
 Batch = dict[str, "torch.Tensor"]
@@ -359,7 +363,7 @@ MOST_NGRAM_BYTES = 1 << 24
 
 def watch(
     trainer: "Trainer",
-    script_args: "PretrainArguments",
+    script_args: PretrainArguments,
     tokenizer: "PreTrainedTokenizerBase",
     train_texts: Sequence[str],
     test_texts: Sequence[str],
@@ -373,8 +377,6 @@ def watch(
     Returns:
         A function that returns the samples.
     """
-    from pathlib import Path
-
     from hfllm.scaling.speed import palm_flops_per_token
     from hfllm.trainers.callbacks import SampleCallback
     from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
@@ -441,7 +443,7 @@ def mean_speed(log_history: Sequence[dict]) -> float:
 
 
 def held_out_metrics(
-    script_args: "PretrainArguments",
+    script_args: PretrainArguments,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     train_texts: Sequence[str],

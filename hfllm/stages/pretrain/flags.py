@@ -202,7 +202,7 @@ def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConf
     return new_config(named_fields(named) if named else architecture_of(made[0]))
 
 
-# ---- pretrain ----
+# ---- pretraining ----
 
 
 # The libraries' dataclasses of flags that pretraining takes besides its own.

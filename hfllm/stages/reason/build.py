@@ -33,6 +33,9 @@ from hfllm.stages.reason.report import (
 )
 from hfllm.stages.shared import load_speaking
 
+# ---- rows ----
+
+
 # Of the questions that fine-tuning answers. The texts have shown dials more often than hops.
 SHARES = {HOPS: 2, DIAL: 1}
 

@@ -21,9 +21,13 @@ from hfllm.data.world.vocabulary import RIGHT, gold_score
 from hfllm.data.world.world import World
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plot_history, plus_minus
+from hfllm.stages.reason.flags import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# ---- judged answers ----
 
 
 @dataclass(frozen=True)
@@ -127,18 +131,18 @@ def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
     }
 
 
-# ---- reasoning report ----
+# ---- report ----
 #
 # The report on thoughts: what they gain over direct answers, what PPO makes of them, and whether their steps hold.
 
 
 # How the report calls the models.
 TITLES = {
-    "thoughts": "with thoughts",
-    "direct": "direct answers",
-    "mixed": "before PPO",
-    "rl": "PPO on right answers",
-    "shuffled": "PPO, rewards by chance",
+    THOUGHTS: "with thoughts",
+    DIRECT: "direct answers",
+    MIXED: "before PPO",
+    RL: "PPO on right answers",
+    SHUFFLED: "PPO, rewards by chance",
 }
 GROUPS: Mapping[str, Callable[[Problem], bool]] = {"hops": is_hops, "dial": is_dial}
 GROUP_TITLES = {

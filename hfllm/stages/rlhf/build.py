@@ -52,12 +52,12 @@ class PolicyTools(NamedTuple):
 
 
 NO_TOOLS = PolicyTools()
-# Tools that need no data, by their names in `environments.built_in`.
+# Tools that need no data, by their names in `environments.tools`.
 BUILT_IN = ("calculator", "python")
 OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
 
 
-def checked_tools(script_args: "RlhfArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> PolicyTools:
+def checked_tools(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> PolicyTools:
     """Return what `--tools` and `--environment_factory` name, once the model's tokenizer can write and read calls.
 
     Raises:
@@ -119,9 +119,6 @@ def _read_table(path: str) -> dict[str, dict[str, Any]]:
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         raise InputError(f'--tools lookup:{path}: expected a JSON object such as {{"owl": {{"color": "gray"}}}}')
     return table
-
-
-# ---- rlhf ----
 
 
 # ---- the stages before ----
@@ -381,7 +378,7 @@ def check(training_args: "PPOConfig") -> None:
 
 
 def check_rewards(
-    script_args: "RlhfArguments", training_args: "PPOConfig", function_count: int, has_own: bool = False
+    script_args: RlhfArguments, training_args: "PPOConfig", function_count: int, has_own: bool = False
 ) -> None:
     """Refuse reward settings that would otherwise fail only after the stages before have been trained.
 
@@ -421,10 +418,10 @@ def check_rewards(
 
 
 def check_models(
-    script_args: "RlhfArguments",
+    script_args: RlhfArguments,
     training_args: "PPOConfig",
     model_args: "ModelConfig",
-    rows: "Sequence[Row]",
+    rows: Sequence[Row],
     policy_config: "PreTrainedConfig",
     trains_first: bool,
     tools: PolicyTools = NO_TOOLS,
@@ -436,7 +433,7 @@ def check_models(
         rows: the prompts.
         policy_config: of the model to align, whether named or not yet trained.
         trains_first: whether stages come before; if not, models are loaded right away, and loading reports errors.
-        tools: from `rlhf_tools.checked_tools`.
+        tools: from `checked_tools`.
 
     Raises:
         InputError: for a reward or value model that cannot be loaded or used, prompts that do not fit the named model,
@@ -477,7 +474,7 @@ def check_models(
         _check_tools(rows, tokenizer_of(reader))
 
 
-def _check_tools(rows: "Sequence[Row]", tokenizer: "PreTrainedTokenizerBase") -> None:
+def _check_tools(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse prompts whose calls of tools the chat template leaves out, and say how many tools it does not write."""
     from hfllm.data.conversations import check_written, has_more_than_text
     from hfllm.data.rows import Dropped, origin_of
@@ -494,13 +491,13 @@ def _check_tools(rows: "Sequence[Row]", tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def fitting_prompts(
-    script_args: "RlhfArguments",
+    script_args: RlhfArguments,
     training_args: "PPOConfig",
     model_args: "ModelConfig",
-    rows: "Sequence[Row]",
+    rows: Sequence[Row],
     policy_config: "PreTrainedConfig",
     tools: PolicyTools = NO_TOOLS,
-) -> "list[Row]":
+) -> list[Row]:
     """Return the prompts; with `--filter_prompts` those that leave room for a response, and say how many do not.
 
     Raises:
@@ -540,7 +537,7 @@ def fitting_prompts(
 # ---- pictures ----
 
 
-def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
+def check_rows(rows: Sequence[Row], config: "PreTrainedConfig") -> None:
     """Refuse rows with pictures where the policy reads text alone.
 
     Raises:
@@ -553,7 +550,7 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
         check_pictures(rows, None, f"the policy (of type {config.model_type})")
 
 
-def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", rows: "Sequence[Row]") -> None:
+def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", rows: Sequence[Row]) -> None:
     """Refuse to freeze parts of a policy that is shown no picture, or below an adapter.
 
     Raises:
@@ -566,7 +563,7 @@ def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", ro
     check_flags(script_args, model_args, shows=shows)
 
 
-def words_for_a_picture(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> list[int]:
+def words_for_a_picture(rows: Sequence[Row], processing_class: "ProcessingClass") -> list[int]:
     """Return the places of prompts whose words spell the token of a picture's place; of a tokenizer none."""
     from hfllm.data.images.rows import words_of_places
     from hfllm.data.rows import spells
@@ -576,7 +573,7 @@ def words_for_a_picture(rows: "Sequence[Row]", processing_class: "ProcessingClas
     return [place for place, said in enumerate(asked) if spells(tokens, said)]
 
 
-def refuse_words(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> None:
+def refuse_words(rows: Sequence[Row], processing_class: "ProcessingClass") -> None:
     """Refuse prompts whose words spell the token of a picture's place.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Alignment by PPO: its flags, the stages before it, its prompts, and the parts of its trainer."""
+"""Alignment by PPO: its flags."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

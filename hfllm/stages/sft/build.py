@@ -14,7 +14,7 @@ from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError, refuse
 from hfllm.flags import check_flags
 from hfllm.runs.pipeline import Chain, chain_before
-from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, SftArguments, _files
+from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, SftArguments, passage_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from hfllm.grounding.retrieval import BM25Retriever, Found
     from hfllm.multimodal.processors import ProcessingClass
     from hfllm.trainers.trl_trainers import SFTTrainer
+
+
+# ---- rows ----
 
 
 def check_head(model: "PreTrainedModel") -> None:
@@ -192,8 +195,7 @@ def examples(
     from datasets import Dataset
 
     from hfllm.data.conversations import Conversations, read_back
-    from hfllm.data.packing import IGNORE
-    from hfllm.data.rows import Dropped, origin_of
+    from hfllm.data.rows import Dropped
     from hfllm.runs.command_line import say
 
     longest, part = training_args.max_length, _kept_part(training_args, is_eval)
@@ -234,8 +236,6 @@ def examples(
 
 def without_prefill(labeled: "Labeled", prefill: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the labels of an answer that begins with `prefill`, of which only what follows is to be learned."""
-    from hfllm.data.packing import IGNORE
-
     begin = next((at for at, label in enumerate(labeled.labels) if label != IGNORE), len(labeled.labels))
     end = begin
     # Counted in letters, since tokenizers differ in where a word begins.
@@ -308,7 +308,7 @@ def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
 def picture_instructions(
     script_args: SftArguments, seed: int, processor: "ProcessorMixin | None", model_name: str | None
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return training and held-out rows as `sft.instruction_data` does; of a model that sees they may have `images`.
+    """Return training and held-out rows as `instruction_data` does; of a model that sees they may have `images`.
 
     If one row has pictures, the messages of all have parts as their content.
 
@@ -325,7 +325,7 @@ def picture_instructions(
         refuse_tools,
         words_or_pictures,
     )
-    from hfllm.data.rows import flaw_of, origin_of
+    from hfllm.data.rows import flaw_of
     from hfllm.data.sources import WORLD
     from hfllm.stages.shared import user_rows
 
@@ -492,7 +492,7 @@ def contents(script_args: RetrievalArguments) -> dict[str, str]:
     from hfllm.fingerprint import file_fingerprint
 
     name = script_args.retrieval_dataset_name
-    files = _files(name) if name else []
+    files = passage_files(name) if name else []
     # Where a folder is does not matter, which names its files have does.
     named = [(str(file.relative_to(name)) if Path(name).is_dir() else "", file) for file in files]
     return {"retrieval content": file_fingerprint(named)} if files else {}

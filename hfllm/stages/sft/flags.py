@@ -1,4 +1,4 @@
-"""Fine-tuning on instructions: its flags, what it refuses, and its data."""
+"""Fine-tuning on instructions: its flags, those of retrieved passages, and what it refuses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,12 +64,12 @@ def check_retrieval(script_args: RetrievalArguments) -> None:
     refuse(script_args.grounded_fraction == 0, "--grounded_fraction 0", "no row gets passages: leave out the flags")
     import_bm25s("--retrieval_dataset_name")
     try:
-        _files(name)
+        passage_files(name)
     except InputError as error:
         raise InputError(f"--retrieval_dataset_name: {error}") from None
 
 
-def _files(name: str) -> list[Path]:
+def passage_files(name: str) -> list[Path]:
     """Return the local files of texts or of saved passages; none of what is not local."""
     from hfllm.grounding.passages import ABOUT, FILE
 
@@ -83,7 +83,7 @@ def _files(name: str) -> list[Path]:
     return saved
 
 
-# ---- sft ----
+# ---- fine-tuning ----
 
 
 LEARNS_ALL = Fact(lambda flags: flags.completion_only_loss is False, "--completion_only_loss false learns every token")

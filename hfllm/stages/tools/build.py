@@ -70,7 +70,7 @@ def tools_column() -> str:
     return json.dumps(ToolBox(tools_of({})).schemas)
 
 
-def demonstrations(script_args: "ToolsArguments", calls: float = CALLS) -> list[Row]:
+def demonstrations(script_args: ToolsArguments, calls: float = CALLS) -> list[Row]:
     """Return conversations of people with tools, of whom a share `calls` uses them, and of some who have none."""
     world, tools = World(script_args.world_seed), tools_column()
     rng = random.Random(f"tools-shown-{world.seed}-{script_args.seed}")
@@ -83,7 +83,7 @@ def demonstrations(script_args: "ToolsArguments", calls: float = CALLS) -> list[
     return rows
 
 
-def demonstrations_without(script_args: "ToolsArguments") -> list[Row]:
+def demonstrations_without(script_args: ToolsArguments) -> list[Row]:
     """Return those of the demonstrations that need no tool, as they are without any: a control."""
     return [
         {"messages": row["messages"]}
@@ -92,7 +92,7 @@ def demonstrations_without(script_args: "ToolsArguments") -> list[Row]:
     ]
 
 
-def prompts(script_args: "ToolsArguments") -> list[Row]:
+def prompts(script_args: ToolsArguments) -> list[Row]:
     """Return the questions that PPO asks, with their gold answers by the table of training."""
     world = World(script_args.world_seed)
     table, _ = tables(world)
@@ -105,7 +105,7 @@ def _families(rng: random.Random, count: int) -> Sequence[str]:
     return rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=count)
 
 
-def _shown_families(script_args: "ToolsArguments") -> Sequence[str]:
+def _shown_families(script_args: ToolsArguments) -> Sequence[str]:
     rng = random.Random(f"tools-shown-{script_args.world_seed}-{script_args.seed}")
     return _families(rng, script_args.num_demonstrations)
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
 
+# ---- flags ----
+
+
 # Arms of the world: PPO by rewards that are shuffled among the answers, and a model that never sees a tool.
 SHUFFLED, PLAIN = CONTROLS = ("shuffled", "plain")
 # Why flags of a model of your own, and those of the world's, have no effect.

@@ -1,5 +1,4 @@
-"""What a model of the world does with its tools: whether it calls them, where it must and where it must not, and
-whether it is right then.
+"""What a model of the world does with its tools: whether it calls where it must, and only there, and is right.
 
 Every question is one that no training has asked, and every value that a tool tells is another than in training. The
 same questions are asked again with the tools switched off: they do not stand in the prompt, and no call is sampled.
@@ -18,11 +17,15 @@ from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_
 from hfllm.environments.tools import calculator, lookup_in
 from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, plus_minus, side_by_side
 from hfllm.rewards.functions import completion_text, transcript
+from hfllm.stages.tools.flags import PLAIN, RL, SHOWN, SHUFFLED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hfllm.environments.tools import Tool
+
+
+# ---- judged answers ----
 
 
 KNOWN = "known"
@@ -189,7 +192,7 @@ def figures(answers: Sequence[Answered]) -> dict[str, float]:
 # The report of learning to use tools: what PPO changed, what is left without tools, and what the controls did.
 
 
-SHOWN, RL, SHUFFLED, PLAIN, OFF = "shown", "rl", "shuffled", "plain", "off"
+OFF = "off"
 # How the report calls the models.
 TITLES = {
     **{SHOWN: "demonstrations", RL: "PPO", SHUFFLED: "PPO, shuffled rewards", PLAIN: "never saw tools"},

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
 
+# ---- drawn rows ----
+
+
 SEEN, HELD_OUT, SHUFFLED = "seen", "held_out", "shuffled"
 # The evaluation's pictures are the same whatever the seed of training.
 EVAL_SEED = 777

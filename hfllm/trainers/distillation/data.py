@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
+# ---- tokens and targets ----
+
+
 # A row of a dataset, in one of `FORMATS`.
 Row = Mapping[str, Any]
 FORMATS = "input_ids (and labels); prompt and completion, text or messages; text"

@@ -10,6 +10,9 @@ from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, flag
 from hfllm.runs.arguments import changed
 from hfllm.trainers.ppo.options import KL_ESTIMATORS, KL_PLACES, VLLM_MODES, PPOOptions
 
+# ---- arguments ----
+
+
 AT_LEAST_ONE = (
     *("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length", "num_generations"),
     *("length_bucket_size", "max_tokens_per_pass", "ref_model_sync_steps", "kl_horizon"),

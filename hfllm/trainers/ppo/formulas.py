@@ -16,6 +16,8 @@ import torch
 
 from hfllm.trainers.ppo.options import KL_ESTIMATORS
 
+# ---- formulas ----
+
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
     """Return the per-token estimate (B, T) of KL(policy || reference) from tokens sampled by the policy [KL].

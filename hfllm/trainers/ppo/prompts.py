@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- prompts ----
+
+
 EMPTY = "is empty"
 # Prompts with pictures whose numbers of tokens are kept.
 KEPT_COUNTS = 100_000
@@ -253,7 +256,7 @@ def read_rows(
     """Return the token ids of each row's prompt, and where some have pictures, `pictures` and `prompts` with them.
 
     Args:
-        tools, first: see `picture_tokens.encode`.
+        tools, first: see `processors.encode`.
     """
     is_text = all(isinstance(row["prompt"], str) and not has_pictures(row, "a prompt") for row in rows)
     if isinstance(processing_class, ProcessorMixin) and not is_text:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# ---- scores ----
+
+
 @dataclass
 class Scores:
     """The scores of a batch of responses.

@@ -347,9 +347,6 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
 # ---- optimizer and loss ----
 
 
-# ---- both ----
-
-
 def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict[str, int]:
     """Return the batch entries that make an hfllm model compute its loss in chunks.
 
