@@ -477,9 +477,9 @@ def damage_of_finished(folder: str | Path) -> str | None:
 
 
 def is_own_card(path: Path) -> bool:
-    """Return whether a card is one of ours, or a draft that a trainer has left."""
+    """Return whether a card is one of ours, or a draft that a trainer has left: empty if it was killed meanwhile."""
     text = _beginning(path, 1 << 20).decode(errors="replace")
-    return MARKER in text or any(sign in text for sign in DRAFTS)
+    return not text or MARKER in text or any(sign in text for sign in DRAFTS)
 
 
 def _recorded(folder: Path) -> dict[str, str]:
