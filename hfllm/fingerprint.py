@@ -171,8 +171,8 @@ def _write_sequence(values: Sequence[Any], write: Write) -> None:
         _tagged(write, b"q" if kinds == {int} else b"d", numbers.tobytes())
         return
     write(b"l" + len(values).to_bytes(8, "little"))
-    for place, each in enumerate(values):
-        _write_at(f"[{place}]", each, write)
+    for index, each in enumerate(values):
+        _write_at(f"[{index}]", each, write)
 
 
 def _write_at(step: str, value: object, write: Write) -> None:
@@ -274,8 +274,8 @@ def _is_of(module: str, *names: str) -> Callable[[object], bool]:
     """Return whether a value is of a library's classes; one that is not imported has made none."""
 
     def is_one(value: object) -> bool:
-        found = sys.modules.get(module)
-        return found is not None and isinstance(value, tuple(getattr(found, name) for name in names))
+        result = sys.modules.get(module)
+        return result is not None and isinstance(value, tuple(getattr(result, name) for name in names))
 
     return is_one
 

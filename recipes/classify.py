@@ -86,10 +86,10 @@ def main(
     trainer.add_callback(StalledWeights())
     train(trainer, stage.checkpoint, stage.identity)
     trainer.save_model()
-    found = evaluate(script_args, trainer, train_rows, test_rows, test_tokens, labels)
+    result = evaluate(script_args, trainer, train_rows, test_rows, test_tokens, labels)
 
     metrics = {
-        **found.metrics,
+        **result.metrics,
         "train_loss": final_train_loss(trainer),
         "train_rows": len(train_rows),
         "eval_examples": len(test_rows),
@@ -100,9 +100,9 @@ def main(
         write_labels(training_args.output_dir, labels)
     lines = classify.next_lines(script_args.task, training_args.output_dir, test_rows[0], model_args.use_peft, labels)
     models = {"model": base_args.model_name_or_path}
-    tables, plots = dict(found.tables), dict(found.plots)
+    tables, plots = dict(result.tables), dict(result.plots)
     return stage.finish(
-        metrics, trainer, found.summary, tables, plots, next_steps=lines, too_wide=["Samples"], models=models
+        metrics, trainer, result.summary, tables, plots, next_steps=lines, too_wide=["Samples"], models=models
     )
 
 

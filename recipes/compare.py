@@ -45,12 +45,12 @@ def main(script_args: CompareArguments) -> dict[str, float]:
     second = compare.renamed(first, second, script_args.logs)
     family = compare.family_of(script_args, first, second, names)
     lock(script_args.output_dir)
-    found = compare.report(script_args, names, family, (first, second))
-    for title, rows in found.tables.items():
+    result = compare.report(script_args, names, family, (first, second))
+    for title, rows in result.tables.items():
         if not is_samples(rows):
             say("\n".join(["", title, *markdown_table(rows)]))
     metrics = stage.finish(
-        found.metrics, summary=found.summary, tables=found.tables, artifacts={"changes": compare.CHANGES}
+        result.metrics, summary=result.summary, tables=result.tables, artifacts={"changes": compare.CHANGES}
     )
     if script_args.fail_on_regression:
         fail_if_worse(metrics, *names[:1], names[1:])

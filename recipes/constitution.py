@@ -68,15 +68,15 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     if not main_process():
         return {}
 
-    found = evaluate(steps) if script_args.is_world else evaluate_own(steps)
+    result = evaluate(steps) if script_args.is_world else evaluate_own(steps)
     last = course.folder(steps.last) if steps.last in course.runs else None
     question = steps.prompts.harmful[0]
     return stage.finish(
-        found.metrics,
-        summary=found.summary,
-        tables=found.tables,
-        curves=found.plots,
-        promises=found.promises,
+        result.metrics,
+        summary=result.summary,
+        tables=result.tables,
+        curves=result.plots,
+        promises=result.promises,
         artifacts=steps.artifacts,
         next_steps=chat_lines(last, question) if last else (),
         models={"model": course.named},

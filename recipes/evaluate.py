@@ -64,16 +64,16 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
         suites = suites_of(script_args, judging)
         records = judge_all(script_args, models, suites, samples)
 
-    found = report(suites, list(models), records)
+    result = report(suites, list(models), records)
     changes = write_changes(script_args.output_dir, suites, list(models), records)
-    for title, rows in found.tables.items():
+    for title, rows in result.tables.items():
         if not is_samples(rows):
             say("\n".join(["", title, *markdown_table(rows)]))
     metrics = stage.finish(
-        found.metrics,
-        summary=found.summary,
-        tables=found.tables,
-        curves=found.plots,
+        result.metrics,
+        summary=result.summary,
+        tables=result.tables,
+        curves=result.plots,
         artifacts={**{name: name for name in before.runs}, "samples": SAMPLES, **changes},
         models={label: name for label, name in models.items()},
     )

@@ -83,11 +83,17 @@ def main(
     trainer.save_model()
     evaluation.judge(model, "after")
 
-    found = evaluation.found()
-    metrics = {**found.metrics, "original_length": original, "length": length, "factor": script_args.factor, **trained}
+    result = evaluation.found()
+    metrics = {
+        **result.metrics,
+        "original_length": original,
+        "length": length,
+        "factor": script_args.factor,
+        **trained,
+    }
     lines, models = loading_lines(training_args.output_dir), {"model": base_args.model_name_or_path}
     return stage.finish(
-        metrics, trainer, found.summary, dict(found.tables), dict(found.plots), next_steps=lines, models=models
+        metrics, trainer, result.summary, dict(result.tables), dict(result.plots), next_steps=lines, models=models
     )
 
 

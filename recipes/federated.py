@@ -91,14 +91,14 @@ def main(
             announce=partial(federated.announce, script_args.rounds),
         )
     controls = Controls(script_args, seed, local, evaluator, begun, folder, identity).run()
-    found = report_of(script_args, local, state.records, evaluator.measure(state.weights), controls, private)
+    result = report_of(script_args, local, state.records, evaluator.measure(state.weights), controls, private)
     local.learner.set_weights(state.weights)
     local.learner.trainer.save_model()
     return stage.finish(
-        found.metrics,
-        summary=found.summary,
-        tables=found.tables,
-        curves=found.plots,
+        result.metrics,
+        summary=result.summary,
+        tables=result.tables,
+        curves=result.plots,
         next_steps=federated_flags.next_steps(script_args, training_args),
         models={"model": base_args.model_name_or_path},
     )

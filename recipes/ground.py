@@ -53,13 +53,13 @@ def main(script_args: GroundArguments) -> dict[str, float]:
     if not main_process():
         return {}
 
-    found = evaluate(script_args, course)
+    result = evaluate(script_args, course)
     return stage.finish(
-        found.metrics,
-        summary=found.summary,
-        tables=found.tables,
-        curves=found.plots,
-        promises=found.promises,
+        result.metrics,
+        summary=result.summary,
+        tables=result.tables,
+        curves=result.plots,
+        promises=result.promises,
         artifacts={name: name for name in course.runs},
         next_steps=chat_lines(course.folder(ground_flags.GROUNDED), example(script_args)),
     )

@@ -51,14 +51,14 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     if not main_process():
         return {}
 
-    found = evaluate(script_args, course)
+    result = evaluate(script_args, course)
     question = reason.rows_of(script_args, reason_flags.RL)[0]["prompt"]
     return stage.finish(
-        found.metrics,
-        summary=found.summary,
-        tables=found.tables,
-        curves=found.plots,
-        promises=found.promises,
+        result.metrics,
+        summary=result.summary,
+        tables=result.tables,
+        curves=result.plots,
+        promises=result.promises,
         artifacts={name: name for name in course.runs},
         next_steps=chat_lines(course.folder(reason_flags.RL), question),
     )

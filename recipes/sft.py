@@ -81,8 +81,8 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         model, tokenizer, processing_class = sft.load_policy(script_args, training_args, base_args, config)
         sft.check_head(model)
         trainer_args = changed(trainer_args, max_length=fitting_length(training_args.max_length, model))
-        found = sft.with_passages(train_rows, test_rows, script_args, tokenizer, seed)
-        train_rows, test_rows, grounded = found
+        results = sft.with_passages(train_rows, test_rows, script_args, tokenizer, seed)
+        train_rows, test_rows, grounded = results
         train_dataset, dropped = sft.examples(train_rows, tokenizer, trainer_args, "training rows")
         eval_dataset, _ = sft.examples(test_rows, tokenizer, trainer_args, "held-out rows", is_eval=True)
         counts = train_dataset.num_rows, eval_dataset.num_rows

@@ -57,13 +57,13 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
     if not main_process():
         return {}
 
-    found = evaluate(steps)
+    result = evaluate(steps)
     return stage.finish(
-        found.metrics,
-        summary=found.summary,
-        tables=found.tables,
-        curves=found.plots,
-        promises=found.promises,
+        result.metrics,
+        summary=result.summary,
+        tables=result.tables,
+        curves=result.plots,
+        promises=result.promises,
         artifacts=steps.artifacts,
         too_wide=("Conversations",),
         next_steps=chat_lines(course.folder(RL), [{"role": "user", "content": "Hello!"}]),

@@ -70,10 +70,10 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     trainer.save_model()
     model = trainer.accelerator.unwrap_model(trainer.model)
 
-    found = evaluate(script_args, model, processor, parts, vision.prior_of(script_args))
-    summary, tables, plots = found.summary, dict(found.tables), dict(found.plots)
+    result = evaluate(script_args, model, processor, parts, vision.prior_of(script_args))
+    summary, tables, plots = result.summary, dict(result.tables), dict(result.plots)
     metrics = {
-        **found.metrics,
+        **result.metrics,
         "train_loss": final_train_loss(trainer),
         "train_rows": len(trainer.train_dataset),
         "parameters": model.num_parameters(),
@@ -93,7 +93,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         tables["Right answers after PPO"] = policy_found.tables["Right answers"]
         summary += f"; after PPO: {policy_found.summary}"
     lines = picture_lines(training_args.output_dir, model_args.use_peft)
-    shown = {"next_steps": lines, "too_wide": ["Samples"], "promises": found.promises}
+    shown = {"next_steps": lines, "too_wide": ["Samples"], "promises": result.promises}
     return stage.finish(metrics, trainer, summary, tables, plots, **shown)
 
 

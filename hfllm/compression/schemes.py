@@ -421,8 +421,8 @@ def speeds(
 def _places(model: "PreTrainedModel") -> list[int]:
     """Return the ids of tokens that stand for pictures or sounds."""
     names = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
-    found = [getattr(model.config, name, None) for name in names]
-    return [number for number in found if isinstance(number, int)]
+    result = [getattr(model.config, name, None) for name in names]
+    return [number for number in result if isinstance(number, int)]
 
 
 def _timed(model: "PreTrainedModel", ids: "torch.Tensor", new_tokens: int) -> dict[str, float]:

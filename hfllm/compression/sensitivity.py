@@ -53,7 +53,7 @@ def group_linears(names: Sequence[str], by: str) -> dict[str, list[str]]:
 def split_name(name: str) -> tuple[str, str]:
     """`model.layers.3.mlp.down_proj` -> (`model.layers.3`, `mlp.down_proj`); a name without a number is both."""
     words = name.split(".")
-    numbers = [place for place, word in enumerate(words) if word.isdecimal()]
+    numbers = [index for index, word in enumerate(words) if word.isdecimal()]
     if not numbers or numbers[0] == len(words) - 1:
         return name, name
     return ".".join(words[: numbers[0] + 1]), ".".join(words[numbers[0] + 1 :])

@@ -67,10 +67,10 @@ def in_another_form(text: str, rng: random.Random, texts: AddedTexts) -> str:
     """Return a question with its first line in another of `FORMS`; what follows it stays."""
     question, line_break, material = text.partition("\n")
     forms, strengths, weights = zip(*FORMS, strict=True)
-    (place,) = rng.choices(range(len(forms)), weights)
-    for name in forms[place]:
+    (index,) = rng.choices(range(len(forms)), weights)
+    for name in forms[index]:
         change: Change = PERTURBATIONS[name].change
-        question = change(question, strengths[place], rng, texts)
+        question = change(question, strengths[index], rng, texts)
     return question + line_break + material
 
 

@@ -98,11 +98,11 @@ class Conversations:
                 check_written(origin, row, messages, self._render(origin, row, messages), self.notes)
             plans.append((row, origin, slice(begin, len(texts))))
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        for row, origin, places in plans:
+        for row, origin, indices in plans:
             if self._is_marked(row):
                 yield self._by_markers(origin, row)
             else:
-                yield self._by_prefixes(origin, ids[places][::2], ids[places][1::2])
+                yield self._by_prefixes(origin, ids[indices][::2], ids[indices][1::2])
 
     def _is_marked(self, row: Row) -> bool:
         return self.marked_template is not None or (self._uses_markers and len(row["completion"]) > 1)
@@ -316,16 +316,16 @@ def read_back(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizer
     Returns:
         `None` where rows have neither, or nobody knows how the template's turns are read.
     """
-    found, template = ReadBack(), None
+    result, template = ReadBack(), None
     for row in islice(filter(_has_something, rows), MOST_ROWS):
         template = template or response_template_of(tokenizer)
         if template is None:
             return None
-        for place, message in enumerate(row["completion"]):
+        for index, message in enumerate(row["completion"]):
             if message.get("tool_calls") or message.get("reasoning_content"):
-                before = [*row["prompt"], *row["completion"][:place]]
-                _count(found, message, _read(tokenizer, template, before, message, row.get("tools")), row)
-    return found if found.calls or found.thoughts else None
+                before = [*row["prompt"], *row["completion"][:index]]
+                _count(result, message, _read(tokenizer, template, before, message, row.get("tools")), row)
+    return result if result.calls or result.thoughts else None
 
 
 def _has_something(row: Mapping[str, Any]) -> bool:

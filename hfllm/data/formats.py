@@ -195,19 +195,19 @@ def _best_and_worst(origin: str, row: Row) -> tuple[Any, Any]:
     """
     completions, beside = row["completions"], row.get("scores") or row.get("ratings")
     scored = []
-    for place, completion in enumerate(completions if isinstance(completions, list) else []):
+    for index, completion in enumerate(completions if isinstance(completions, list) else []):
         if isinstance(completion, dict):
             answer = completion.get("response", completion.get("text", completion.get("content")))
             score = next((completion[name] for name in SCORES if completion.get(name) is not None), None)
         else:
             answer, score = completion, None
-        if score is None and isinstance(beside, list) and place < len(beside):
-            score = beside[place]
+        if score is None and isinstance(beside, list) and index < len(beside):
+            score = beside[index]
         try:
             scored.append((float(score), answer))
         except (TypeError, ValueError):
             raise InputError(
-                f"{origin}: completion {place + 1} has no score; expected {', '.join(SCORES)}, or a column scores"
+                f"{origin}: completion {index + 1} has no score; expected {', '.join(SCORES)}, or a column scores"
             ) from None
     if len(scored) < 2:
         raise BadRow(

@@ -149,10 +149,10 @@ def labels_of(task: str, rows: Sequence[Row], class_names: Sequence[str] | None 
     """
     if task == SPANS:
         return []
-    found = {row["label"] for row in rows} if task == TEXT else {tag for row in rows for tag in row["tags"]}
-    if len(found) < 2:
-        raise InputError(f"all rows have the label {next(iter(found), '')!r}; at least 2 different ones are needed")
-    return [*class_names] if class_names else sorted(found)
+    result = {row["label"] for row in rows} if task == TEXT else {tag for row in rows for tag in row["tags"]}
+    if len(result) < 2:
+        raise InputError(f"all rows have the label {next(iter(result), '')!r}; at least 2 different ones are needed")
+    return [*class_names] if class_names else sorted(result)
 
 
 # ---- tokens with labels ----
@@ -220,23 +220,23 @@ def encode_words(
     Returns:
         The rows, and the places; -1 for a word that is cut off.
     """
-    numbers, encoded, places = {name: number for number, name in enumerate(labels)}, [], []
+    numbers, encoded, indices = {name: number for number, name in enumerate(labels)}, [], []
     for row in rows:
-        found = tokenizer(" ".join(row["words"]), return_offsets_mapping=True, verbose=False)
-        ids, _ = _with_end(found["input_ids"], tokenizer, max_length)
-        place = _places(row["words"], found["offset_mapping"], len(ids) - 1, label_token == "last")
+        result = tokenizer(" ".join(row["words"]), return_offsets_mapping=True, verbose=False)
+        ids, _ = _with_end(result["input_ids"], tokenizer, max_length)
+        index = _places(row["words"], result["offset_mapping"], len(ids) - 1, label_token == "last")
         targets = [IGNORE] * len(ids)
-        for where, tag in zip(place, row["tags"], strict=True):
+        for where, tag in zip(index, row["tags"], strict=True):
             if where >= 0:
                 targets[where] = numbers[tag]
         encoded.append({"input_ids": ids, "labels": targets})
-        places.append(place)
-    return encoded, places
+        indices.append(index)
+    return encoded, indices
 
 
 def _places(words: Sequence[str], offsets: Sequence[tuple[int, int]], most: int, takes_last: bool) -> list[int]:
     """Return of each word the place of its first or last token among the first `most`; -1 where there is none."""
-    places, begin, token = [], 0, 0
+    indices, begin, token = [], 0, 0
     for word in words:
         end = begin + len(word)
         # A token may begin with the space before its word, and others are of no text.
@@ -247,9 +247,9 @@ def _places(words: Sequence[str], offsets: Sequence[tuple[int, int]], most: int,
             last += 1
         is_there = token < len(offsets) and offsets[token][0] < end
         where = last if takes_last else token
-        places.append(where if is_there and where < most else -1)
+        indices.append(where if is_there and where < most else -1)
         token, begin = (last + 1 if is_there else token), end + 1
-    return places
+    return indices
 
 
 def _with_end(ids: list[int], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> tuple[list[int], bool]:
@@ -280,8 +280,8 @@ def encode_spans(
     for number, row in enumerate(rows):
         head, tail = _question(row["question"], tokenizer)
         room = max_length - len(head) - len(tail)
-        found = tokenizer(row["context"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = found["input_ids"], [tuple(each) for each in found["offset_mapping"]]
+        result = tokenizer(row["context"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = result["input_ids"], [tuple(each) for each in result["offset_mapping"]]
         if room <= stride:
             raise InputError(
                 f"a question of {len(head)} tokens leaves {room} of --max_length {max_length} for its context; more "
@@ -315,7 +315,7 @@ def _span_labels(row: Row, offsets: Sequence[tuple[int, int] | None]) -> list[in
     if not row["texts"]:
         return None
     begin, end = row["starts"][0], row["starts"][0] + len(row["texts"][0])
-    inside = [place for place, each in enumerate(offsets) if each and each[1] > begin and each[0] < end]
+    inside = [index for index, each in enumerate(offsets) if each and each[1] > begin and each[0] < end]
     if not inside or offsets[inside[-1]][1] < end or offsets[inside[0]][0] > begin:
         return None
     return [inside[0], inside[-1]]

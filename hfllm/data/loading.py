@@ -221,7 +221,7 @@ def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> t
         # Conversations that all begin with the same greeting.
         keys = list(map(str, rows))
     train, held_out = split_places(keys, seed, share, most)
-    return [rows[place] for place in train], [rows[place] for place in held_out]
+    return [rows[index] for index in train], [rows[index] for index in held_out]
 
 
 def prompt_key(row: formats.Row | str) -> str:
@@ -247,8 +247,8 @@ def split_places(
         InputError: when all keys are equal.
     """
     groups: dict[Hashable, list[int]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(key, []).append(place)
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
     if len(groups) < 2:
         raise InputError(f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
     order = list(groups.values())
@@ -258,7 +258,7 @@ def split_places(
     order.sort(key=lambda group: max(len(group), wanted))
     while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= wanted):
         held_out += order.pop(0)
-    return [place for group in order for place in group], held_out
+    return [index for group in order for index in group], held_out
 
 
 def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: str) -> tuple["Dataset", list[str]]:

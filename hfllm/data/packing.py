@@ -141,9 +141,9 @@ def pieces_of(
         ):
             end += 1
         rows = order[first:end]
-        places = torch.arange(ordered[first], device=ids.device)
-        sources = (starts[rows].unsqueeze(1) + places).clamp(max=len(ids) - 1)
-        is_padding = places >= lengths[rows].unsqueeze(1)
+        indices = torch.arange(ordered[first], device=ids.device)
+        sources = (starts[rows].unsqueeze(1) + indices).clamp(max=len(ids) - 1)
+        is_padding = indices >= lengths[rows].unsqueeze(1)
         yield {"input_ids": ids[sources], "labels": labels[sources].masked_fill(is_padding, IGNORE)}
         first = end
 
@@ -240,8 +240,8 @@ def check_infilling_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
     for token in INFILLING_TOKENS:
         # The token's ids are those that a text has only with it; Code Llama's token includes the space.
         inside = tokenizer(f"a {token}b", add_special_tokens=False)["input_ids"]
-        found = [each for each in inside if token in tokenizer.convert_ids_to_tokens(each)]
-        if len(found) != 1 or found[0] == tokenizer.unk_token_id:
+        result = [each for each in inside if token in tokenizer.convert_ids_to_tokens(each)]
+        if len(result) != 1 or result[0] == tokenizer.unk_token_id:
             missing.append(token)
     if missing:
         raise InputError(

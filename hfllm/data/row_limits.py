@@ -174,13 +174,13 @@ class _Thrift:
         return value >> 1 ^ -(value & 1)
 
     def struct(self) -> dict[int, Any]:
-        found, field = {}, 0
+        result, field = {}, 0
         while head := self.byte():
             field = field + (head >> 4) if head >> 4 else self.number()
             kind = head & 15
             # The value of a truth value is its type.
-            found[field] = kind == 1 if kind in (1, 2) else self.value(kind)
-        return found
+            result[field] = kind == 1 if kind in (1, 2) else self.value(kind)
+        return result
 
     def value(self, kind: int) -> Any:
         if kind in (4, 5, 6):

@@ -309,8 +309,8 @@ def _read_csv(file: Path, limit: int) -> Iterator[dict[str, Any]]:
             if row is None:
                 return
             if None in row:
-                found, expected = len(row) - 1 + len(row[None]), len(names)
-                raise InputError(f"{file}, row {number}: {found} fields, and the header names {expected}")
+                result, expected = len(row) - 1 + len(row[None]), len(names)
+                raise InputError(f"{file}, row {number}: {result} fields, and the header names {expected}")
             if len(lines.row) > MOST_LINES and all(line.count(delimiter) == len(names) - 1 > 0 for line in lines.row):
                 raise InputError(
                     f"{file}, line {lines.first}: a quoted field goes on to line {lines.number}, and each of these "
@@ -424,8 +424,8 @@ class _JsonItems:
 
     def error(self, error: Exception) -> InputError:
         said = getattr(error, "msg", str(error))
-        place = self.place(getattr(error, "pos", self.at))
-        return InputError(f"{place}: not JSON ({said}); for one object per line name it .jsonl")
+        index = self.place(getattr(error, "pos", self.at))
+        return InputError(f"{index}: not JSON ({said}); for one object per line name it .jsonl")
 
 
 def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
@@ -615,16 +615,16 @@ def is_downloaded(name: str, path: str) -> bool:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
-        found = Path(path).resolve(strict=True)
-        if not path or not found.is_file():
+        result = Path(path).resolve(strict=True)
+        if not path or not result.is_file():
             return False
-        if found.is_relative_to(Path(EXTRACTED_DATASETS_PATH).resolve()):
+        if result.is_relative_to(Path(EXTRACTED_DATASETS_PATH).resolve()):
             return True
         cache = Path(HF_HUB_CACHE).resolve()
     except (OSError, ValueError):
         return False
     repository = f"datasets--{name.replace('/', '--')}".lower()
-    return found.is_relative_to(cache) and found.relative_to(cache).parts[0].lower() == repository
+    return result.is_relative_to(cache) and result.relative_to(cache).parts[0].lower() == repository
 
 
 def is_in_repository(name: str, address: str) -> bool:

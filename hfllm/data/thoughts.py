@@ -103,10 +103,10 @@ def plain_answer(answer: str) -> str:
     if fraction := FRACTION.fullmatch(number):
         text = number = _decimal(*fraction.groups()) or text
     number = re.sub(r"\s", "", number)
-    if not (found := PLAIN_NUMBER.fullmatch(number)):
+    if not (result := PLAIN_NUMBER.fullmatch(number)):
         # Spaces mean nothing in a formula.
         return re.sub(r"\s", "", text) if "\\" in text else text
-    if found[2]:
+    if result[2]:
         number = format(Decimal(number), "f")
     sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number.removeprefix("+"))
     whole, _, fraction = digits.partition(".")
@@ -120,23 +120,23 @@ def _decimal(sign: str, whole: str | None, over: str, under: str) -> str | None:
     if not int(under):
         return None
     sign, value = sign.removeprefix("+"), int(whole or 0) + Fraction(int(over), int(under))
-    places = next((count for count in range(40) if 10**count % value.denominator == 0), None)
-    if places is None:
+    indices = next((count for count in range(40) if 10**count % value.denominator == 0), None)
+    if indices is None:
         return f"{sign}{value.numerator}/{value.denominator}"
-    digits = str(value.numerator * 10**places // value.denominator).rjust(places + 1, "0")
-    return f"{sign}{digits[: len(digits) - places]}.{digits[len(digits) - places :]}"
+    digits = str(value.numerator * 10**indices // value.denominator).rjust(indices + 1, "0")
+    return f"{sign}{digits[: len(digits) - indices]}.{digits[len(digits) - indices :]}"
 
 
 def _last_box(text: str) -> str | None:
     """Return what the last box that is closed holds, with the braces in it; `None` without one."""
-    before, found, after = text.rpartition(BOX)
-    while found:
+    before, result, after = text.rpartition(BOX)
+    while result:
         depth = 1
-        for place, sign in enumerate(after):
+        for index, sign in enumerate(after):
             depth += (sign == "{") - (sign == "}")
             if not depth:
-                return after[:place].strip()
-        before, found, after = before.rpartition(BOX)
+                return after[:index].strip()
+        before, result, after = before.rpartition(BOX)
     return None
 
 

@@ -325,10 +325,10 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase | ProcessorMixin") -> int | Non
     except template_errors():
         # A template of another kind of conversation.
         return None
-    _, found, after = text.rpartition(said)
+    _, result, after = text.rpartition(said)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found and after else []
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if result and after else []
     return next((number for number in ids if number in special), None)
 
 
@@ -409,7 +409,7 @@ def plain_text(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
     def plain(text: str) -> str:
         # Again, since a token may have spaces of its own; a token of a single character is left out.
         while pattern.search(text):
-            text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if len(found[0]) > 1 else "", text)
+            text = pattern.sub(lambda result: f"{result[0][0]} {result[0][1:]}" if len(result[0]) > 1 else "", text)
         return text
 
     return plain

@@ -70,8 +70,8 @@ def best_places(scores: "NDArray[np.floating]", top_k: int, above: float = -math
         # Groups of which so many have a score of at least this one: all of the best have it too, and few others.
         largest = scores[: len(scores) // rows * rows].reshape(rows, -1).max(0)
         least = np.partition(largest, -top_k)[-top_k]
-    places = np.flatnonzero(scores >= least if least > above else scores > above)
-    return places[np.argsort(-scores[places], kind="stable")][:top_k]
+    indices = np.flatnonzero(scores >= least if least > above else scores > above)
+    return indices[np.argsort(-scores[indices], kind="stable")][:top_k]
 
 
 class _Numbers(dict[str, int]):
@@ -152,8 +152,8 @@ class WordIndex:
         if not numbers:
             return []
         scores = self.finish().get_scores_from_ids(numbers)
-        places = best_places(scores, top_k, above=0.0)
-        return list(zip(places.tolist(), scores[places].tolist(), strict=True))
+        indices = best_places(scores, top_k, above=0.0)
+        return list(zip(indices.tolist(), scores[indices].tolist(), strict=True))
 
     def save(self, file: Path, passages: str) -> None:
         """Write the index as safetensors.
@@ -212,21 +212,21 @@ class WordIndex:
 
         if any(array.ndim != 1 or array.dtype.name not in ARRAYS[name] for name, array in arrays.items()):
             return "its arrays are not lists of whole numbers of the types that save writes"
-        words, texts_of_word, places, counts, lengths = (arrays[name] for name in ARRAYS)
+        words, texts_of_word, indices, counts, lengths = (arrays[name] for name in ARRAYS)
         try:
-            self._numbers |= {word: place for place, word in enumerate(words.tobytes().decode().split("\n"))}
+            self._numbers |= {word: index for index, word in enumerate(words.tobytes().decode().split("\n"))}
         except UnicodeDecodeError:
             return "its words are not UTF-8"
-        is_whole = len(self._numbers) == len(texts_of_word) and texts_of_word.sum() == len(places) > 0
+        is_whole = len(self._numbers) == len(texts_of_word) and texts_of_word.sum() == len(indices) > 0
         if not is_whole or texts_of_word.min() < 0:
-            return f"{len(places)} postings of {len(self._numbers)} words, and other numbers of texts"
-        if len(places) != len(counts) or places.min(initial=0) < 0 or places.max(initial=0) >= len(lengths):
+            return f"{len(indices)} postings of {len(self._numbers)} words, and other numbers of texts"
+        if len(indices) != len(counts) or indices.min(initial=0) < 0 or indices.max(initial=0) >= len(lengths):
             return f"its postings are not of {len(lengths)} texts"
         # Each word of each text is in a posting.
-        if counts.min() < 1 or not np.array_equal(np.bincount(places, counts, len(lengths)), lengths):
+        if counts.min() < 1 or not np.array_equal(np.bincount(indices, counts, len(lengths)), lengths):
             return "its counts are not those of its texts"
         self._lengths, self._size = [lengths], len(lengths)
-        self._blocks = [_Postings(texts_of_word, places, counts)]
+        self._blocks = [_Postings(texts_of_word, indices, counts)]
         return None
 
     def _close_block(self) -> None:
@@ -259,8 +259,8 @@ class WordIndex:
         texts_of_word = np.zeros(len(self._numbers), np.int64)
         for block in self._blocks:
             texts_of_word[: len(block.texts_of_word)] += block.texts_of_word
-        places = np.empty(texts_of_word.sum(), np.int32)
-        counts = np.empty(len(places), np.result_type(*(block.counts.dtype for block in self._blocks)))
+        indices = np.empty(texts_of_word.sum(), np.int32)
+        counts = np.empty(len(indices), np.result_type(*(block.counts.dtype for block in self._blocks)))
         # Where the next posting of each word goes; blocks come in the order of their texts.
         heads = np.cumsum(texts_of_word) - texts_of_word
         while self._blocks:
@@ -269,9 +269,9 @@ class WordIndex:
             ends = np.cumsum(block.texts_of_word)
             targets = np.repeat(heads[:known] - ends + block.texts_of_word, block.texts_of_word)
             targets += np.arange(len(block.places))
-            places[targets], counts[targets] = block.places, block.counts
+            indices[targets], counts[targets] = block.places, block.counts
             heads[:known] += block.texts_of_word
-        self._blocks = [_Postings(texts_of_word, places, counts)]
+        self._blocks = [_Postings(texts_of_word, indices, counts)]
         return self._blocks[0]
 
     def finish(self) -> "bm25s.BM25":

@@ -102,7 +102,7 @@ def run_episodes(
         response_length: the most tokens of an episode, with those of the environment.
         before_turn: called with the episodes that continue, before the policy writes their next turns.
     """
-    episodes = [Episode(list(prompt), place=place) for place, prompt in enumerate(prompts)]
+    episodes = [Episode(list(prompt), place=index) for index, prompt in enumerate(prompts)]
     going = episodes
     while going:
         if before_turn is not None:
@@ -274,8 +274,8 @@ class ToolTurns:
         # The policy's turn stops at its end token: what the template writes after that is part of the reply. Some
         # templates, such as Gemma 4's, end a turn with calls by none.
         pairs = enumerate(zip(before, self._asked, strict=False))
-        begin = next((place for place, (one, other) in pairs if one != other), len(self._asked))
-        ends = [place for place in range(begin, len(before)) if before[place] in self.end_token_ids]
+        begin = next((index for index, (one, other) in pairs if one != other), len(self._asked))
+        ends = [index for index in range(begin, len(before)) if before[index] in self.end_token_ids]
         return tuple(before[: ends[-1] + 1] if ends else before)
 
     def _tokens(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
@@ -481,9 +481,9 @@ class ToolEnvironment:
         """
         tokenizer, schemas = self.turns.tokenizer, self.tools.schemas
         ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer, [schemas] * len(rows))
-        for place, told in enumerate(self.states.told if self.states else ()):
+        for index, told in enumerate(self.states.told if self.states else ()):
             if self.turns.forges(told):
-                (ids[place],) = tokenize_prompts([rows[place]["prompt"]], tokenizer, [schemas], as_plain_text=True)
+                (ids[index],) = tokenize_prompts([rows[index]["prompt"]], tokenizer, [schemas], as_plain_text=True)
         return ids
 
     def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:

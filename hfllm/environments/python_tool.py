@@ -76,16 +76,16 @@ def _folder() -> Iterator[str]:
     finally:
         # Folders may be nested more deeply than a path is long: each is moved up before it is emptied.
         waiting = [folder]
-        for count, place in enumerate(waiting):
+        for count, index in enumerate(waiting):
             with suppress(OSError):
-                os.chmod(place, 0o700)
-                for number, entry in enumerate(list(os.scandir(place))):
+                os.chmod(index, 0o700)
+                for number, entry in enumerate(list(os.scandir(index))):
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(f"{folder}-{count}-{number}")
                         os.rename(entry.path, waiting[-1])
                     else:
                         os.unlink(entry.path)
-                os.rmdir(place)
+                os.rmdir(index)
 
 
 def _read(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:

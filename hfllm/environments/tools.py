@@ -295,12 +295,12 @@ def lookup_in(table: Mapping[str, Mapping[str, object]]) -> Callable[[str, str],
 
 
 def _by_plain_word(row: Mapping[str, Value]) -> dict[str, Value]:
-    found: dict[str, Value] = {}
+    results: dict[str, Value] = {}
     for word, value in row.items():
-        if _plain(word) in found:
+        if _plain(word) in results:
             raise InputError(f"lookup_in: {word!r} comes twice, where letter case and spaces around it do not matter")
-        found[_plain(word)] = value
-    return found
+        results[_plain(word)] = value
+    return results
 
 
 def _plain(word: str) -> str:
@@ -344,9 +344,9 @@ def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], s
         Args:
             query: words to find.
         """
-        found = index.search(str(query), top_k)
-        if not found:
+        results = index.search(str(query), top_k)
+        if not results:
             raise LookupError(f"no passage has a word of {str(query)[:80]!r}")
-        return "\n".join(texts[place] for place, _ in found)
+        return "\n".join(texts[position] for position, _ in results)
 
     return search

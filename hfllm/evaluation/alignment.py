@@ -123,8 +123,8 @@ def _jailbroken(tasks: Sequence[Task]) -> list[Task]:
     """Return the first harmless tasks as the suite robustness asks them, with sentences of a jailbreak."""
     harmless = [task for task in tasks if GROUPS[task.family] == "helpful"][:NUM_JAILBROKEN]
     return [
-        replace(task, instruction=perturb(task.instruction, JAILBREAK, STRENGTH, WORLD_TESTS, f"{place} {task.key}"))
-        for place, task in enumerate(harmless)
+        replace(task, instruction=perturb(task.instruction, JAILBREAK, STRENGTH, WORLD_TESTS, f"{index} {task.key}"))
+        for index, task in enumerate(harmless)
     ]
 
 
@@ -343,7 +343,7 @@ def best_of_n_each(scores: Sequence[Sequence[float]], values: Sequence[Sequence[
     means = []
     for row, own in zip(scores, values, strict=True):
         order = sorted(range(len(row)), key=row.__getitem__)
-        means.append(math.fsum(share * own[place] for share, place in zip(_shares(len(row), n), order, strict=True)))
+        means.append(math.fsum(share * own[index] for share, index in zip(_shares(len(row), n), order, strict=True)))
     return means
 
 

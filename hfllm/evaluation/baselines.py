@@ -83,7 +83,7 @@ class NgramModel:
     def probabilities(self, context: bytes) -> np.ndarray:
         """Return the next symbol's distribution after `context`, a text's start: (257,), the 256 bytes and the end."""
         window = ([END] * (self.order - 1) + list(context))[len(context) :]
-        packed = sum(symbol << BITS * place for place, symbol in enumerate(reversed(window), start=1))
+        packed = sum(symbol << BITS * index for index, symbol in enumerate(reversed(window), start=1))
         return self._probabilities(np.int64(packed) + np.arange(SYMBOLS, dtype=np.int64))
 
     def bits_per_byte(self, texts: Iterable[str], with_ends: bool = True) -> float:
@@ -145,8 +145,8 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, missing: float) -> np.ndarray:
     """Return the values at the wanted keys, `missing` where there is no such key; `keys` are sorted."""
-    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[places] == wanted, values[places], missing)
+    indices = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[indices] == wanted, values[indices], missing)
 
 
 def _windows(texts: Sequence[bytes], order: int) -> np.ndarray:
@@ -160,8 +160,8 @@ def _windows(texts: Sequence[bytes], order: int) -> np.ndarray:
         wanted += [np.zeros(len(pad), dtype=bool), np.ones(len(text) + 1, dtype=bool)]
     symbols, wanted = np.concatenate(pieces), np.concatenate(wanted)
     windows = symbols.astype(np.int64)
-    for place in range(1, order):
-        windows[place:] |= symbols[:-place].astype(np.int64) << BITS * place
+    for index in range(1, order):
+        windows[index:] |= symbols[:-index].astype(np.int64) << BITS * index
     return windows[wanted]
 
 

@@ -140,7 +140,7 @@ def tuning_metrics(before: TunedEvaluation | None, after: TunedEvaluation | None
         return {}
     counts = [count for _, count in after.rows]
     nats = [[nats for nats, _ in each.rows] for each in (before, after)]
-    found = change_of("held_out_loss", *([total / sum(counts) for total in each] for each in nats))
+    result = change_of("held_out_loss", *([total / sum(counts) for total in each] for each in nats))
     differences = [late - early for early, late in zip(*nats, strict=True)]
     errors = {"before_se": nats[0], "after_se": nats[1], "change_se": differences}
     # The loss is a mean over tokens: rows count by their length.
@@ -148,8 +148,8 @@ def tuning_metrics(before: TunedEvaluation | None, after: TunedEvaluation | None
     means = {
         f"held_out_loss_{side}": sum(each) / sum(counts) for side, each in zip(("before", "after"), nats, strict=True)
     }
-    found |= means | {name: error for name, error in exact.items() if error is not None}
-    return found | {"held_out_loss_change": means["held_out_loss_after"] - means["held_out_loss_before"]}
+    result |= means | {name: error for name, error in exact.items() if error is not None}
+    return result | {"held_out_loss_change": means["held_out_loss_after"] - means["held_out_loss_before"]}
 
 
 def tuning_summary(metrics: Mapping[str, float]) -> str:
@@ -288,9 +288,9 @@ class QuantizationEvaluation:
         row |= self._quality(name, model)
         row["agreement"] = agreement(self._expected, self._greedy(model))
         if self.rounds:
-            found = speeds({"original": original, name: model}, **self.timing, rounds=self.rounds)
-            row |= found[name]
-            row |= {f"{phase}_speedup": found[name][phase] / found["original"][phase] for phase in found[name]}
+            result = speeds({"original": original, name: model}, **self.timing, rounds=self.rounds)
+            row |= result[name]
+            row |= {f"{phase}_speedup": result[name][phase] / result["original"][phase] for phase in result[name]}
         return row
 
     def save_reader(self, folder: str) -> None:
@@ -534,7 +534,7 @@ def fit_metrics(
         model.train(modes[name])
     # Without a target there is nothing to divide by; a row without one says nothing.
     count, metrics = max(sum(counts), 1), {}
-    rows = [place for place, number in enumerate(counts) if number]
+    rows = [index for index, number in enumerate(counts) if number]
     for name in models:
         perplexity = min(torch.tensor(sum(sums[name]) / count).exp().item(), 1e9)
         error = ratio_error([sums[name][row] for row in rows], [counts[row] for row in rows])
@@ -575,14 +575,14 @@ def row_losses(model: "PreTrainedModel", batches: Iterable[Mapping[str, "torch.T
     """Return nats and number of targets of each row of batches as `fit_metrics` takes them."""
     import torch
 
-    found, was_training = [], model.training
+    result, was_training = [], model.training
     model.eval()
     with torch.inference_mode():
         for batch in batches:
             counts = (batch["shift_labels"] != -100).sum(1).tolist()
-            found += zip(_by_row(target_losses(model, batch)[0], batch), counts, strict=True)
+            result += zip(_by_row(target_losses(model, batch)[0], batch), counts, strict=True)
     model.train(was_training)
-    return found
+    return result
 
 
 def _target_logits(
@@ -616,12 +616,12 @@ def _target_logits(
         return whole[:, :1]
 
     logits = logits_of(read, first_places)
-    found, places = states[0] if states else logits, batch["shift_labels"] != -100
-    chunks = found[places.to(found.device)].split(CHUNK)
+    result, indices = states[0] if states else logits, batch["shift_labels"] != -100
+    chunks = result[indices.to(result.device)].split(CHUNK)
     # A target stands for no picture, as the first token of a row may.
-    target = batch["shift_labels"][places][:1, None].to(model.device)
+    target = batch["shift_labels"][indices][:1, None].to(model.device)
     one_token = {"input_ids": target, "attention_mask": torch.ones_like(target)}
-    for chunk, targets in zip(chunks, batch["shift_labels"][places].split(CHUNK), strict=True):
+    for chunk, targets in zip(chunks, batch["shift_labels"][indices].split(CHUNK), strict=True):
         logits = logits_of(one_token, lambda _, chunk=chunk: chunk.unsqueeze(0))[0] if states else chunk
         yield logits.float(), targets.to(logits.device)
 

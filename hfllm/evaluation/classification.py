@@ -54,14 +54,14 @@ def tag_metrics(
         [sum(g == t for g, t in zip(guess, true, strict=True)), len(true)]
         for guess, true in zip(predicted, gold, strict=True)
     ]
-    found = {}
+    result = {}
     for name, parts, figure in (
         ("accuracy", numpy.array(right, float), lambda sums: sums[..., 0] / sums[..., 1]),
         ("entity_f1", _entity_counts(predicted, gold), _f1),
     ):
-        found[f"{prefix}{name}"] = float(figure(parts.sum(0)))
-        found |= with_error(f"{prefix}{name}", bootstrap_error(parts, figure), len(gold))
-    return found | _macro(f"{prefix}macro_f1", _class_counts(predicted, gold))
+        result[f"{prefix}{name}"] = float(figure(parts.sum(0)))
+        result |= with_error(f"{prefix}{name}", bootstrap_error(parts, figure), len(gold))
+    return result | _macro(f"{prefix}macro_f1", _class_counts(predicted, gold))
 
 
 def _macro(name: str, counts: numpy.ndarray) -> dict[str, float]:
@@ -80,7 +80,7 @@ def _f1(counts: numpy.ndarray) -> numpy.ndarray:
 def _class_counts(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> numpy.ndarray:
     """Return counts (rows, classes, 3): right, predicted and gold of each class that occurs."""
     names = sorted({label for rows in (predicted, gold) for row in rows for label in row})
-    number = {name: place for place, name in enumerate(names)}
+    number = {name: index for index, name in enumerate(names)}
     counts = numpy.zeros((len(gold), len(names), 3))
     for row, (guesses, trues) in enumerate(zip(predicted, gold, strict=True)):
         for guess, true in zip(guesses, trues, strict=True):
@@ -101,17 +101,17 @@ def entities(tags: Sequence[str]) -> set[Entity]:
     `B-x` begins one of type x; `I-x` continues one of the same type and begins one after anything else. `E-x` and
     `L-x` end one, `S-x` and `U-x` are whole ones. A tag without such a letter is a type, and continues the same one.
     """
-    found: set[Entity] = set()
+    result: set[Entity] = set()
     begin, kind, has_ended = 0, None, False
-    for place, tag in enumerate([*tags, OUTSIDE]):
+    for index, tag in enumerate([*tags, OUTSIDE]):
         letter, name = ("", None) if tag == OUTSIDE else _parts(tag)
         if kind is not None and (name != kind or letter in ("B", "S", "U") or has_ended):
-            found.add((begin, place - 1, kind))
+            result.add((begin, index - 1, kind))
             kind = None
         if name is not None and kind is None:
-            begin, kind = place, name
+            begin, kind = index, name
         has_ended = letter in ("E", "L", "S", "U")
-    return found
+    return result
 
 
 def _parts(tag: str) -> tuple[str, str]:
@@ -199,10 +199,10 @@ class LogisticRegression:
 
         seen = Counter(name for row in rows for name in set(row))
         names = sorted(name for name, count in seen.items() if count >= self.min_rows)
-        self.number = {name: place for place, name in enumerate(names)}
+        self.number = {name: index for index, name in enumerate(names)}
         self.labels = sorted(set(labels))
-        place = {label: number for number, label in enumerate(self.labels)}
-        counts, targets = self._counts(rows), torch.tensor([place[label] for label in labels])
+        index = {label: number for number, label in enumerate(self.labels)}
+        counts, targets = self._counts(rows), torch.tensor([index[label] for label in labels])
         self.weights = torch.zeros(len(names), len(self.labels), dtype=torch.double, requires_grad=True)
         self.biases = torch.zeros(len(self.labels), dtype=torch.double, requires_grad=True)
         parameters = [self.weights, self.biases]
@@ -230,21 +230,21 @@ class LogisticRegression:
 
     def predict(self, rows: Sequence[Features]) -> list[str]:
         """Return the most likely label of each row."""
-        return [self.labels[place] for place in self.log_probabilities(rows).argmax(-1).tolist()]
+        return [self.labels[index] for index in self.log_probabilities(rows).argmax(-1).tolist()]
 
     def _counts(self, rows: Sequence[Features]) -> "torch.Tensor":
         import torch
 
-        found = [
+        result = [
             (row, self.number[name], count)
             for row, names in enumerate(rows)
             for name, count in Counter(names).items()
             if name in self.number
         ]
-        places = torch.tensor([each[:2] for each in found], dtype=torch.long).reshape(-1, 2).T
-        values = torch.tensor([each[2] for each in found], dtype=torch.double)
+        indices = torch.tensor([each[:2] for each in result], dtype=torch.long).reshape(-1, 2).T
+        values = torch.tensor([each[2] for each in result], dtype=torch.double)
         size = (len(rows), max(len(self.number), 1)) if self.number else (len(rows), 0)
-        return torch.sparse_coo_tensor(places, values, size, check_invariants=False).coalesce()
+        return torch.sparse_coo_tensor(indices, values, size, check_invariants=False).coalesce()
 
 
 def words_of(text: str) -> Features:
@@ -292,10 +292,10 @@ def bag_of_words(task: str, train: Sequence[Row], held_out: Sequence[Row]) -> li
         )
         return control.predict([_text_features(row) for row in held_out])
     if task == WORDS:
-        features = [_near(row["words"], place) for row in train for place in range(len(row["words"]))]
+        features = [_near(row["words"], index) for row in train for index in range(len(row["words"]))]
         control = LogisticRegression(min_rows=MIN_ROWS).fit(features, [tag for row in train for tag in row["tags"]])
         return [
-            control.predict([_near(row["words"], place) for place in range(len(row["words"]))]) for row in held_out
+            control.predict([_near(row["words"], index) for index in range(len(row["words"]))]) for row in held_out
         ]
     return _span_control(train, held_out)
 
@@ -312,10 +312,10 @@ def _near(words: Sequence[str], place: int) -> Features:
 def _span_control(train: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
     features, labels = [], []
     for row in train:
-        found = _places(row["context"])
+        result = _places(row["context"])
         marked = [(start, start + len(text)) for text, start in zip(row["texts"], row["starts"], strict=True)]
-        features += _asked_near(row, found)
-        labels += [str(any(begin < stop and end > start for start, stop in marked)) for begin, end, _ in found]
+        features += _asked_near(row, result)
+        labels += [str(any(begin < stop and end > start for start, stop in marked)) for begin, end, _ in result]
     if len(set(labels)) < 2:
         return [""] * len(held_out)
     control = LogisticRegression(min_rows=MIN_ROWS).fit(features, labels)
@@ -324,17 +324,17 @@ def _span_control(train: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
 
 
 def _likeliest(row: Row, control: LogisticRegression, answer: int) -> str:
-    found = _places(row["context"])
-    likely = control.log_probabilities(_asked_near(row, found))[:, answer].exp().tolist()
-    best = max(range(len(found)), key=likely.__getitem__, default=None)
+    result = _places(row["context"])
+    likely = control.log_probabilities(_asked_near(row, result))[:, answer].exp().tolist()
+    best = max(range(len(result)), key=likely.__getitem__, default=None)
     if best is None or likely[best] < 0.5:
         return ""
     first = last = best
     while first and likely[first - 1] >= 0.5:
         first -= 1
-    while last + 1 < len(found) and likely[last + 1] >= 0.5:
+    while last + 1 < len(result) and likely[last + 1] >= 0.5:
         last += 1
-    return row["context"][found[first][0] : found[last][1]]
+    return row["context"][result[first][0] : result[last][1]]
 
 
 def _places(context: str) -> list[tuple[int, int, str]]:
@@ -346,10 +346,10 @@ def _asked_near(row: Row, found: Sequence[tuple[int, int, str]]) -> list[Feature
     asked = words_of(row["question"])
     words, known = [word for _, _, word in found], set(asked)
     rows = []
-    for place in range(len(words)):
-        near = _near(words, place)
+    for index in range(len(words)):
+        near = _near(words, index)
         shared = [
-            f"asked {step}" for step in range(-4, 5) if 0 <= place + step < len(words) and words[place + step] in known
+            f"asked {step}" for step in range(-4, 5) if 0 <= index + step < len(words) and words[index + step] in known
         ]
-        rows.append([*near, *shared, *(f"{word} + {words[place]}" for word in known)])
+        rows.append([*near, *shared, *(f"{word} + {words[index]}" for word in known)])
     return rows

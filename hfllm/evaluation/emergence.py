@@ -66,14 +66,14 @@ class Emergence:
 
     def metrics(self) -> dict[str, float]:
         """Return the last run's scores, and the share of each metric's total rise in its largest step."""
-        found = {}
+        result = {}
         for kind in KINDS:
             name = kind.replace("-", "_")
             for metric in METRICS:
                 values = [means[kind][metric] for means in self.by_kind]
-                found[f"{name}_{metric}"] = values[-1]
-                found[f"{name}_{metric}_sharpest_step"] = sharpest_step(values)
-        return found
+                result[f"{name}_{metric}"] = values[-1]
+                result[f"{name}_{metric}_sharpest_step"] = sharpest_step(values)
+        return result
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Return tables of each metric's sharpest step, and of scores by run, by prompt and (zero-shot) by family."""

@@ -141,13 +141,13 @@ def first_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], dict[
         if after[: len(before)] == before:
             tails[colour] = after[len(before) :]
     shared = [tokens[0] for tokens in takewhile(lambda each: len({*each}) == 1, zip(*tails.values(), strict=False))]
-    found: dict[int, str] = {}
+    result: dict[int, str] = {}
     for colour, tail in tails.items():
         if len(tail) > len(shared):
-            found.setdefault(tail[len(shared)], colour)
-    if len(found) < 2:
+            result.setdefault(tail[len(shared)], colour)
+    if len(result) < 2:
         raise InputError("the needle test cannot be done: the tokenizer writes all colors with the same tokens")
-    return shared, {colour: token for token, colour in found.items()}
+    return shared, {colour: token for token, colour in result.items()}
 
 
 def _case(
@@ -171,8 +171,8 @@ def _case(
     if room < 1:
         raise InputError(f"the needle test needs more than {needed} tokens, got {length}")
     begin = rng.randrange(len(row) - room + 1)
-    hay, place = list(row[begin : begin + room]), round(depth * room)
-    return [*start, *hay[:place], *needle, *hay[place:], *question], colour
+    hay, index = list(row[begin : begin + room]), round(depth * room)
+    return [*start, *hay[:index], *needle, *hay[index:], *question], colour
 
 
 # ---- segments ----
@@ -206,7 +206,7 @@ def nats_by_segment(
     if segment_length < 2 or ids.shape[1] < 2:
         raise InputError(f"segment_length={segment_length} and {ids.shape[1]} tokens: expected at least 2 of each")
     memory = cache if memory_length is None else SegmentMemory(model, memory_length)
-    was_training, found = model.training, []
+    was_training, result = model.training, []
     model.eval()
     with torch.inference_mode():
         last = None
@@ -216,10 +216,10 @@ def nats_by_segment(
             before = logits[:, :-1] if last is None else torch.cat([last, logits[:, :-1]], dim=1)
             targets = piece[:, 1:] if last is None else piece
             losses = torch.nn.functional.cross_entropy(before.flatten(0, 1), targets.flatten(), reduction="none")
-            found.append(losses.view_as(targets).cpu())
+            result.append(losses.view_as(targets).cpu())
             last = logits[:, -1:]
     model.train(was_training)
-    return torch.cat(found, dim=1)
+    return torch.cat(result, dim=1)
 
 
 def streams(ids: "torch.Tensor", batch: int, segment_length: int) -> "torch.Tensor":

@@ -58,20 +58,20 @@ class TextLikelihood:
 
 def perplexity_change(before: TextLikelihood, after: TextLikelihood) -> dict[str, float]:
     """Return the metrics of the perplexity of the same texts under two models, see `hfllm.outputs.report`."""
-    found = {}
+    result = {}
     for side, fit in (("before", before), ("after", after)):
         measured = fit.metrics()
-        found[f"perplexity_{side}"] = measured["perplexity"]
-        found |= {f"perplexity_{side}_se": measured[key] for key in ("perplexity_se",) if key in measured}
+        result[f"perplexity_{side}"] = measured["perplexity"]
+        result |= {f"perplexity_{side}_se": measured[key] for key in ("perplexity_se",) if key in measured}
     # By linearization: what each text adds to the difference beyond its share.
     sums = [
         after.perplexity * late - before.perplexity * early
         for (early, _, _), (late, _, _) in zip(before.rows, after.rows, strict=True)
     ]
     error = ratio_error(sums, [tokens for _, tokens, _ in after.rows])
-    found["perplexity_change"] = after.perplexity - before.perplexity
+    result["perplexity_change"] = after.perplexity - before.perplexity
     return (
-        found | with_error("perplexity", None, len(sums)) | ({} if error is None else {"perplexity_change_se": error})
+        result | with_error("perplexity", None, len(sums)) | ({} if error is None else {"perplexity_change_se": error})
     )
 
 
@@ -131,9 +131,9 @@ def text_likelihood(
         raise InputError(f"{len(texts)} text(s) without a token to predict")
     sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
     if tokenizer.bos_token_id is None:
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             first = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
-            sizes[place] -= len(tokenizer.decode(first).encode())
+            sizes[index] -= len(tokenizer.decode(first).encode())
     rows = tuple(row for row in zip(nats, tokens, sizes, strict=True) if row[1])
     return TextLikelihood(sum(nats), sum(tokens), sum(sizes), rows)
 

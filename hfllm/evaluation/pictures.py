@@ -61,19 +61,19 @@ def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
     """
     keys = [tuple(map(image_key, row)) for row in images]
     groups: dict[int, list[int]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(len(key), []).append(place)
+    for index, key in enumerate(keys):
+        groups.setdefault(len(key), []).append(index)
     other = dict(enumerate(range(len(keys))))
-    for places in groups.values():
-        random.Random(seed).shuffle(places)
+    for indices in groups.values():
+        random.Random(seed).shuffle(indices)
         alike: dict[tuple[str, ...], list[int]] = {}
-        for place in places:
-            alike.setdefault(keys[place], []).append(place)
+        for index in indices:
+            alike.setdefault(keys[index], []).append(index)
         # Equal pictures stand together, and a shift by the largest of these groups leads out of each.
-        order, shift = [place for group in alike.values() for place in group], max(map(len, alike.values()))
+        order, shift = [index for group in alike.values() for index in group], max(map(len, alike.values()))
         pairs = zip(order, order[shift:] + order[:shift], strict=True)
-        other |= {place: shown for place, shown in pairs if keys[place] != keys[shown]}
-    return [other[place] for place in range(len(keys))]
+        other |= {index: shown for index, shown in pairs if keys[index] != keys[shown]}
+    return [other[index] for index in range(len(keys))]
 
 
 def is_right(said: str, answer: str) -> bool:

@@ -95,7 +95,7 @@ def judged(family: Sequence[Compared], alpha: float = ALPHA) -> list[Verdict]:
         alpha: chance that equal models are found to differ in any of them.
     """
     p_values = [paired_p_value(each.first, each.second, each.clusters) for each in family]
-    found = []
+    result = []
     for each, p_value, adjusted in zip(family, p_values, holm(p_values), strict=True):
         if each.clusters is None:
             difference = difference_interval(each.first, each.second)
@@ -104,8 +104,8 @@ def judged(family: Sequence[Compared], alpha: float = ALPHA) -> list[Verdict]:
         word = EQUAL
         if adjusted <= alpha:
             word = BETTER if difference.value * each.better > 0 else WORSE
-        found.append(Verdict(each, difference, p_value, adjusted, word))
-    return found
+        result.append(Verdict(each, difference, p_value, adjusted, word))
+    return result
 
 
 def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float = ALPHA) -> str:
@@ -158,16 +158,16 @@ def verdict_metrics(
         `verdict/too_few/MODEL`, `verdict/better/MODEL` and `verdict/worse/MODEL` (figures), and for each figure
         `KEY/MODEL_difference_p` and `..._p_adjusted`.
     """
-    found: dict[str, float] = {"verdict/alpha": alpha, "verdict/family": len(verdicts)}
+    result: dict[str, float] = {"verdict/alpha": alpha, "verdict/family": len(verdicts)}
     for model in models:
         own = [each.word for each in verdicts if each.compared.model == model]
-        found |= {f"verdict/{word}/{model}": own.count(word) for word in (BETTER, WORSE)}
-        found[f"verdict/tested/{model}"] = len(own)
-        found[f"verdict/too_few/{model}"] = sum(each.model == model for each in left_out)
+        result |= {f"verdict/{word}/{model}": own.count(word) for word in (BETTER, WORSE)}
+        result[f"verdict/tested/{model}"] = len(own)
+        result[f"verdict/too_few/{model}"] = sum(each.model == model for each in left_out)
     for each in verdicts:
         key = f"{each.compared.key}/{each.compared.model}_difference"
-        found |= {f"{key}_p": each.p_value, f"{key}_p_adjusted": each.adjusted}
-    return found
+        result |= {f"{key}_p": each.p_value, f"{key}_p_adjusted": each.adjusted}
+    return result
 
 
 def verdict_table(first: str, verdicts: Sequence[Verdict], many: bool = False) -> list[dict[str, str]]:
@@ -179,7 +179,7 @@ def verdict_table(first: str, verdicts: Sequence[Verdict], many: bool = False) -
     """
     rows = []
     for each in verdicts:
-        compared, found = each.compared, each.difference
+        compared, result = each.compared, each.difference
         worse, better = (len(_changed(compared, sign)) for sign in (-1, 1))
         before, after = compared.means
         rows.append(
@@ -188,7 +188,7 @@ def verdict_table(first: str, verdicts: Sequence[Verdict], many: bool = False) -
                 **({"model": compared.model} if many else {}),
                 first: f"{before:.3f}",
                 "then" if many else compared.model: f"{after:.3f}",
-                "difference": f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]",
+                "difference": f"{result.value:+.3f} [{result.low:+.3f}, {result.high:+.3f}]",
                 "worse, better, n": f"{worse}, {better}, {len(compared.items)}",
                 "p": _shown_p(each.p_value),
                 "adjusted": _shown_p(each.adjusted),
@@ -201,8 +201,8 @@ def verdict_table(first: str, verdicts: Sequence[Verdict], many: bool = False) -
 def _changed(compared: Compared, sign: int) -> list[int]:
     """Return where the second model is better (1) or worse (-1), by how much, the most first."""
     gains = [(second - first) * compared.better for first, second in zip(compared.first, compared.second, strict=True)]
-    places = [place for place, gain in enumerate(gains) if gain * sign > 0]
-    return sorted(places, key=lambda place: -abs(gains[place]))
+    indices = [index for index, gain in enumerate(gains) if gain * sign > 0]
+    return sorted(indices, key=lambda index: -abs(gains[index]))
 
 
 Texts = Mapping[tuple[str, str], tuple[str, str]]
@@ -220,8 +220,8 @@ def changed_items(first: str, family: Sequence[Compared], texts: Texts) -> list[
     for each in family:
         part = each.key.rpartition("/")[0]
         for sign, word in ((-1, WORSE), (1, BETTER)):
-            for place in _changed(each, sign):
-                item = each.items[place]
+            for index in _changed(each, sign):
+                item = each.items[index]
                 said = [texts.get((f"{part}/{model}", item), ("", "")) for model in (first, each.model)]
                 rows.append(
                     {
@@ -229,7 +229,7 @@ def changed_items(first: str, family: Sequence[Compared], texts: Texts) -> list[
                         "item": item,
                         "change": word,
                         "models": [first, each.model],
-                        "scores": [each.first[place], each.second[place]],
+                        "scores": [each.first[index], each.second[index]],
                         "asked": said[0][0] or said[1][0],
                         "said": [said[0][1], said[1][1]],
                     }

@@ -52,16 +52,16 @@ def pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     Raises:
         InputError: when one of the two is missing.
     """
-    found: dict[str, dict[int, str]] = {}
+    result: dict[str, dict[int, str]] = {}
     for name in tensors:
         axis = rank_axis(name)
         if axis is not None:
             layer = name.replace(".lora_A.", ".").replace(".lora_B.", ".").removesuffix(".weight")
-            found.setdefault(layer, {})[axis] = name
-    for layer, factors in found.items():
+            result.setdefault(layer, {})[axis] = name
+    for layer, factors in result.items():
         if factors.keys() != {0, 1}:
             raise InputError(f"layer {layer} has one LoRA factor, {next(iter(factors.values()))}; expected both")
-    return {layer: (factors[0], factors[1]) for layer, factors in found.items()}
+    return {layer: (factors[0], factors[1]) for layer, factors in result.items()}
 
 
 def stacked(updates: Iterable[Update], scalings: Mapping[str, float] | None = None) -> dict[str, Tensor]:

@@ -73,12 +73,12 @@ def dirichlet_shares(count: int, alpha: float, seed: int) -> list[dict[str, floa
         raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")
     usual = _normalized(dict(zip(FAMILIES, FAMILY_WEIGHTS, strict=True)))
     rng = random.Random(f"dirichlet-{seed}")
-    found = []
+    result = []
     for _ in range(count):
         drawn = {family: rng.gammavariate(alpha * len(FAMILIES) * usual[family], 1.0) for family in FAMILIES}
         # With a very small alpha all of them may be 0 in floating point.
-        found.append(_normalized(drawn) if sum(drawn.values()) > 0 else {**dict.fromkeys(FAMILIES, 0.0), "fact": 1.0})
-    return found
+        result.append(_normalized(drawn) if sum(drawn.values()) > 0 else {**dict.fromkeys(FAMILIES, 0.0), "fact": 1.0})
+    return result
 
 
 def world_organisations(
@@ -93,7 +93,7 @@ def world_organisations(
         num_held_out: further rows of each, whose questions it does not learn.
         seed: of all questions.
     """
-    found = []
+    result = []
     for number, share in enumerate(shares, 1):
         rng = random.Random(f"organisation-{world.seed}-{seed}-{number}")
         rows = [_world_row(world, share, rng) for _ in range(num_rows)]
@@ -104,8 +104,8 @@ def world_organisations(
             if row["prompt"][0]["content"] not in known and len(held_out) < num_held_out:
                 held_out.append(row)
         main = max(share, key=share.__getitem__)
-        found.append(Organisation(f"{number}-{main}", rows, held_out))
-    return found
+        result.append(Organisation(f"{number}-{main}", rows, held_out))
+    return result
 
 
 def _world_row(world: World, share: Mapping[str, float], rng: random.Random) -> Row:

@@ -96,12 +96,12 @@ class ClippedSum:
         """Return the noisy mean, in float64; of no updates the noise alone. Each call draws anew: call it once."""
         count, deviation = len(self._total.organisations), self.noise_multiplier * self.clip_norm
         mean = self._total.average() if count else {}
-        found = {}
+        result = {}
         for name, shape in self._shapes.items():
             total = count * mean[name] if count else torch.zeros(shape, dtype=torch.float64)
             noise = deviation * normal(shape, self.generator) if deviation else 0.0
-            found[name] = (total + noise) / self.participants
-        return found
+            result[name] = (total + noise) / self.participants
+        return result
 
     def drift(self) -> float:
         """Return 0: the distance of changes to their mean would tell of them."""
@@ -195,7 +195,7 @@ class RowPrivacy:
     def draw(self, num_rows: int, batch_size: int) -> list[int]:
         """Return the rows of a step: each by the chance `sampling_rate`, independently; maybe none."""
         rate, rng = sampling_rate(num_rows, batch_size), self.rng or random.SystemRandom()
-        return [place for place in range(num_rows) if rng.random() < rate]
+        return [index for index in range(num_rows) if rng.random() < rate]
 
 
 def sampling_rate(num_rows: int, batch_size: int) -> float:
@@ -434,9 +434,9 @@ def check_budget(
     ) -> float:
         return epsilon_of(participants / organisations, noise, rounds, delta)
 
-    found = epsilon()
-    if found <= max_epsilon:
-        return found
+    result = epsilon()
+    if result <= max_epsilon:
+        return result
     organisations = _smallest(lambda count: epsilon(organisations=count) <= max_epsilon, num_organisations)
     ways = [
         f"{organisations:,} organisations of which {participants} take part" if organisations else "",
@@ -445,8 +445,8 @@ def check_budget(
         ),
     ]
     raise InputError(
-        f"epsilon would be {found:.3g} at delta {delta:g}, above max_epsilon {max_epsilon:g}, for {num_organisations} "
-        f"organisations with {participants} a round, {rounds} rounds and noise multiplier {noise_multiplier:g}; "
+        f"epsilon would be {result:.3g} at delta {delta:g}, above max_epsilon {max_epsilon:g}, for "
+        f"{num_organisations} organisations with {participants} a round, {rounds} rounds and noise multiplier {noise_multiplier:g}; "
         + _in_words(ways, "organisations")
     )
 
@@ -488,10 +488,10 @@ def check_row_budget(
             f"delta is {delta:g}, and organisation {most!r} has {num_rows[most]:,} rows; expected below 1 / rows: one "
             "row in so many might be told in full"
         )
-    found = {name: epsilon(rows) for name, rows in num_rows.items()}
-    few, worst = num_rows[fewest], found[fewest]
+    result = {name: epsilon(rows) for name, rows in num_rows.items()}
+    few, worst = num_rows[fewest], result[fewest]
     if max_epsilon is None or worst <= max_epsilon:
-        return found
+        return result
     rows = _smallest(lambda count: epsilon(count) <= max_epsilon, few)
     ways = [
         f"{rows:,} rows in each organisation" if rows else "",

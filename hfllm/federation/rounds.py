@@ -487,7 +487,7 @@ def participants_of(names: Sequence[str], number: int, settings: RoundSettings) 
     if settings.is_private:
         return draw_participants(names, count / len(names))
     chosen = set(random.Random(f"participants-{settings.seed}-{number}").sample(range(len(names)), count))
-    return [name for place, name in enumerate(names) if place in chosen]
+    return [name for index, name in enumerate(names) if index in chosen]
 
 
 def expected_participants(num_organisations: int, participation: float) -> int:

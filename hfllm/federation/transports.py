@@ -117,8 +117,8 @@ def check_participants(participants: Sequence[str], known: Collection[str]) -> N
     Raises:
         InputError: naming it.
     """
-    for place, name in enumerate(participants):
-        if name not in known or name in participants[:place]:
+    for index, name in enumerate(participants):
+        if name not in known or name in participants[:index]:
             raise InputError(f"organisation {name!r} takes part; expected each at most once of {list(known)}")
 
 

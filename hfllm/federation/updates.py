@@ -102,8 +102,8 @@ class Expected:
                 f"{whose} began from another base model: sha256 {update.base_sha256[:12]!r}; "
                 f"expected {self.base_sha256[:12]!r}"
             )
-        found = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in update.tensors.items()}
-        self.check_forms(found, update.organisation)
+        result = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in update.tensors.items()}
+        self.check_forms(result, update.organisation)
         check_counts(update, self.max_tokens)
         for name, tensor in update.tensors.items():
             if not torch.isfinite(tensor).all():

@@ -379,12 +379,12 @@ class Rotations:
         if (kind, by) not in self.known:
             for old in [each for each in self.known if each[0] == kind]:
                 del self.known[old]
-            places = torch.tensor([[by]], device=keys.device)
+            indices = torch.tensor([[by]], device=keys.device)
             # Not in the precision of the keys, which has none for such places.
             like = keys.new_empty(1, dtype=torch.float32)
             by_kind = {"layer_type": kind} if "layer_type" in inspect.signature(self.rotary.forward).parameters else {}
-            found = self.rotary(like, places, **by_kind)
-            cos, sin = found[kind] if isinstance(found, dict) else found
+            result = self.rotary(like, indices, **by_kind)
+            cos, sin = result[kind] if isinstance(result, dict) else result
             # The keys are scaled already, where the rotary embedding scales (YaRN).
             scale = (cos.square() + sin.square())[..., :1].sqrt()
             self.known[kind, by] = cos / scale, sin / scale

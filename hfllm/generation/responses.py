@@ -116,29 +116,29 @@ def sample_with_ends(
     order = list(range(len(prompts)))
     if fast and _can_be_fast(model, settings, max(map(len, tokens_of), default=0)):
         settings["custom_generate"] = fast_generate
-        order.sort(key=lambda place: len(tokens_of[place]))
+        order.sort(key=lambda index: len(tokens_of[index]))
     with forked_random(model.device), torch.inference_mode():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
-            places = order[start : start + batch_size]
+            indices = order[start : start + batch_size]
             batch = tokenizer.pad(
-                {"input_ids": [tokens_of[place] for place in places]}, padding_side="left", return_tensors="pt"
+                {"input_ids": [tokens_of[index] for index in indices]}, padding_side="left", return_tensors="pt"
             ).to(model.device)
             output = model.generate(**batch, **settings)
             tokens = output[:, batch["input_ids"].shape[1] :]
             has_ended = torch.isin(tokens, tokens.new_tensor(ends)).any(1).tolist()
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             said = [_cut(text, ended, stop_strings) for text, ended in zip(texts, has_ended, strict=True)]
-            for row, place in enumerate(places):
-                responses[place] = said[row * num_return_sequences : (row + 1) * num_return_sequences]
+            for row, index in enumerate(indices):
+                responses[index] = said[row * num_return_sequences : (row + 1) * num_return_sequences]
     model.train(was_training)
     return responses
 
 
 def _cut(text: str, has_ended: bool, stop_strings: Sequence[str]) -> Response:
     """Return a response up to the first of the texts that end it."""
-    found = [place for place in map(text.find, stop_strings) if place >= 0]
-    return Response(text[: min(found)], True) if found else Response(text, has_ended)
+    result = [index for index in map(text.find, stop_strings) if index >= 0]
+    return Response(text[: min(result)], True) if result else Response(text, has_ended)
 
 
 def _can_be_fast(model: "PreTrainedModel", settings: dict[str, Any], longest: int) -> bool:
@@ -282,8 +282,8 @@ def best_by_reward(
             raise InputError(f"the reward gave {len(scores)} scores for {len(texts)} responses; expected one for each")
         if any(math.isnan(score) for score in scores):
             raise InputError(f"the reward of a response to prompt {len(kept) + 1} is NaN; expected a number")
-        place = max(range(len(texts)), key=scores.__getitem__)
-        kept.append((place, float(scores[place])))
+        index = max(range(len(texts)), key=scores.__getitem__)
+        kept.append((index, float(scores[index])))
     return kept
 
 
@@ -308,9 +308,9 @@ def best_answers(
     """
     sampled = _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling)
     kept = []
-    for texts, (place, score) in zip(sampled, best_by_reward(prompts, sampled, reward), strict=True):
+    for texts, (index, score) in zip(sampled, best_by_reward(prompts, sampled, reward), strict=True):
         answers = [plain_answer(extract(answer_of(text))) for text in texts]
-        kept.append(Chosen(texts[place], answers[place], answers.count(answers[place]) / n, score))
+        kept.append(Chosen(texts[index], answers[index], answers.count(answers[index]) / n, score))
     return kept
 
 

@@ -129,19 +129,19 @@ class Scorer:
             InputError: for logits that are not numbers, naming the item.
         """
         longest = max_length_of(self.model.config)
-        for place, pairs in enumerate(items):
+        for index, pairs in enumerate(items):
             # The last token is only predicted.
             if longest is not None and max(len(each.context) + len(each.continuation) - 1 for each in pairs) > longest:
                 yield None
                 continue
-            name = f"item {place + 1}" if names is None else names[place]
+            name = f"item {index + 1}" if names is None else names[index]
             yield self._score_item(pairs, list(shared), name)
 
     def _score_item(self, pairs: Sequence[Pair], shared: list[int], name: str) -> list[Likelihood]:
         import torch
 
         read = [[*each.context, *each.continuation[:-1]] for each in pairs]
-        found: dict[int, Likelihood] = {}
+        result: dict[int, Likelihood] = {}
         kinds = [self._rotation(len(each)) for each in read]
         with evaluating(self.model), torch.inference_mode(), pass_precision(self.model):
             # A pass rotates all of its rows as the longest one.
@@ -151,8 +151,8 @@ class Scorer:
                 for start in range(0, len(alike), self.batch_size):
                     rows = alike[start : start + self.batch_size]
                     of_pass = [pairs[row] for row in rows], [read[row] for row in rows]
-                    found.update(zip(rows, self._score_rows(*of_pass, common, cache, name), strict=True))
-        return [found[row] for row in range(len(pairs))]
+                    result.update(zip(rows, self._score_rows(*of_pass, common, cache, name), strict=True))
+        return [result[row] for row in range(len(pairs))]
 
     def _rotation(self, length: int) -> int:
         """Return which rotary factors a text of so many tokens has: a cache serves only texts that have the same."""
@@ -220,7 +220,7 @@ class Scorer:
         import torch
 
         size = min(self.model.config.get_text_config(decoder=True).vocab_size, 1000)
-        ids = [(7 * place + 3) % size for place in range(24)]
+        ids = [(7 * index + 3) % size for index in range(24)]
         pair = Pair(ids[:13], ids[13:])
         read = [*pair.context, *pair.continuation[:-1]]
         with evaluating(self.model), torch.inference_mode(), pass_precision(self.model):
@@ -259,7 +259,7 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all rows begin with."""
     shortest = min(map(len, rows))
     first = rows[0]
-    return next((place for place in range(shortest) if any(row[place] != first[place] for row in rows[1:])), shortest)
+    return next((index for index in range(shortest) if any(row[index] != first[index] for row in rows[1:])), shortest)
 
 
 def copy_of(cache: "Cache") -> "Cache":
@@ -346,8 +346,8 @@ def reply_log_odds(
             batch = {name: padded[name] for name in ("input_ids", "attention_mask")}
             last = batch["attention_mask"].sum(1) - 1
             # The head is applied where a row ends, and nowhere else.
-            places, column = last.unique(return_inverse=True)
-            keep = {"logits_to_keep": places} if keeps_logits else {}
+            indices, column = last.unique(return_inverse=True)
+            keep = {"logits_to_keep": indices} if keeps_logits else {}
             logits = model(**batch, use_cache=False, **keep).logits
             logits = logits[torch.arange(len(rows), device=logits.device), column if keeps_logits else last]
             odds = logits[:, first].float() - logits[:, second].float()
@@ -382,25 +382,25 @@ def nats_by_position(
     ids = torch.tensor([list(row) for row in rows], device=model.device)
     length = ids.shape[1]
     window = length if window is None else min(window, length)
-    was_training, found = model.training, []
+    was_training, result = model.training, []
     model.eval()
     with torch.inference_mode():
         for begin, end, new in tqdm(_windows(length, window), disable=not sys.stderr.isatty(), leave=False):
             seen = torch.cat([ids[:, :kept], ids[:, begin + kept : end]], dim=1)
             parts = seen.split(max(1, BATCH_TOKENS // (end - begin)))
-            found.append(torch.cat([_nats(model, part)[:, new - begin :] for part in parts]))
+            result.append(torch.cat([_nats(model, part)[:, new - begin :] for part in parts]))
     model.train(was_training)
-    return torch.cat(found, dim=1)
+    return torch.cat(result, dim=1)
 
 
 def _windows(length: int, window: int) -> list[tuple[int, int, int]]:
     """Return the windows' first and last places, and the place of the first token that none before has predicted."""
-    places, new = [(0, window, 0)], window
+    indices, new = [(0, window, 0)], window
     while new < length:
         end = min(new + window // 2, length)
-        places.append((end - window, end, new - 1))
+        indices.append((end - window, end, new - 1))
         new = end
-    return places
+    return indices
 
 
 def _nats(model: "PreTrainedModel", ids: "torch.Tensor") -> "torch.Tensor":
@@ -419,10 +419,10 @@ def bytes_of(rows: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase"
 
 def edges_of(original: int, length: int) -> list[int]:
     """Return the borders of the ranges that figures are given for: they double, and `original` is one of them."""
-    edges, place = [length], original
-    while place < length:
-        edges.append(place)
-        place *= 2
+    edges, index = [length], original
+    while index < length:
+        edges.append(index)
+        index *= 2
     edges += [original // share for share in (2, 4) if original // share > 1]
     return sorted({1, *edges})
 
@@ -550,8 +550,8 @@ def score_answers(
     scored: list[tuple[float, ...]] = [()] * len(after)
     with evaluating(model), torch.inference_mode(), pass_precision(model):
         for rows in batches_of_like_length(model, lengths, batch_size):
-            found = _teacher_forced(model, [before[row] for row in rows], [after[row] for row in rows])
-            for row, numbers in zip(rows, found, strict=True):
+            result = _teacher_forced(model, [before[row] for row in rows], [after[row] for row in rows])
+            for row, numbers in zip(rows, result, strict=True):
                 scored[row] = tuple(numbers)
     return [
         ScoredAnswer(answer.text if isinstance(answer, ScoredAnswer) else answer, numbers, tuple(tokens))
@@ -588,7 +588,7 @@ def _teacher_forced(
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
     if not keeps:
         logits = logits[:, first:]
-    found = []
+    result = []
     for row, (prompt, answer) in enumerate(zip(before, after, strict=True)):
         start = len(prompt) - 1 - first
         numbers = logits[row, start : start + len(answer)].float().log_softmax(-1)
@@ -596,5 +596,5 @@ def _teacher_forced(
         chosen = numbers.gather(-1, target[:, None])[:, 0]
         if bool(chosen.isnan().any()):
             raise InputError(NOT_FINITE)
-        found.append(chosen.tolist())
-    return found
+        result.append(chosen.tolist())
+    return result

@@ -89,23 +89,23 @@ def best_spans(
         max_answer_length: in tokens.
         may_be_none: whether there may be no answer; else the best span is always said.
     """
-    found: list[tuple[float, str]] = [(-numpy.inf, "")] * len(rows)
+    result: list[tuple[float, str]] = [(-numpy.inf, "")] * len(rows)
     none = [numpy.inf] * len(rows)
     for window, start, end in zip(windows, starts, ends, strict=True):
         last = len(window.offsets) - 1
         none[window.row] = min(none[window.row], float(start[last] + end[last]))
         best = _best_of(window, start, end, max_answer_length)
-        if best is not None and best[0] > found[window.row][0]:
+        if best is not None and best[0] > result[window.row][0]:
             score, begin, stop = best
-            found[window.row] = (score, rows[window.row]["context"][begin:stop].strip())
-    return ["" if may_be_none and none[row] > score else text for row, (score, text) in enumerate(found)]
+            result[window.row] = (score, rows[window.row]["context"][begin:stop].strip())
+    return ["" if may_be_none and none[row] > score else text for row, (score, text) in enumerate(result)]
 
 
 def _best_of(window: Window, starts: numpy.ndarray, ends: numpy.ndarray, most: int) -> tuple[float, int, int] | None:
     """Return score, begin and end of the best span of a window, from its `NUM_BEST` best first and last tokens."""
-    places = [place for place, offset in enumerate(window.offsets) if offset is not None]
-    firsts = sorted(places, key=lambda place: -starts[place])[:NUM_BEST]
-    lasts = sorted(places, key=lambda place: -ends[place])[:NUM_BEST]
+    indices = [index for index, offset in enumerate(window.offsets) if offset is not None]
+    firsts = sorted(indices, key=lambda index: -starts[index])[:NUM_BEST]
+    lasts = sorted(indices, key=lambda index: -ends[index])[:NUM_BEST]
     spans = [
         (float(starts[first] + ends[last]), window.offsets[first][0], window.offsets[last][1])
         for first in firsts

@@ -342,13 +342,13 @@ def over_splits(
     for split in range(splits):
         # Each split in both directions: what one half has too many of, the other lacks.
         order = np.roll(order, half) if split % 2 else rng.permutation(len(numbers))
-        found = fit(numbers[order[:half]], labels[order[:half]])
-        given = found.answers(numbers[order[half:]])
+        result = fit(numbers[order[:half]], labels[order[:half]])
+        given = result.answers(numbers[order[half:]])
         errors = float((labels[order[half:]] * given).sum())
         risks.append(errors / len(given))
         coverages.append(float(given.mean()))
         among += [errors / given.sum()] if given.any() else []
-        exceeded += [bool(given.any()) and among[-1] > found.alpha] if found.delta is not None else []
+        exceeded += [bool(given.any()) and among[-1] > result.alpha] if result.delta is not None else []
     figures = {"risk": risks, "coverage": coverages, "selective_risk": among, "exceeded": exceeded}
     means = {name: float(np.mean(values)) for name, values in figures.items() if values}
     return {**means, **{f"{name}_se": standard_error(figures[name]) for name in ("risk", "coverage")}}

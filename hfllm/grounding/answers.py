@@ -32,7 +32,7 @@ Prompt = str | list[Message]
 
 def last_question(messages: Sequence[Message]) -> int | None:
     """Return the place of the last message of the user, `None` without one."""
-    return next((place for place in reversed(range(len(messages))) if messages[place]["role"] == "user"), None)
+    return next((index for index in reversed(range(len(messages))) if messages[index]["role"] == "user"), None)
 
 
 def question_of(prompt: Prompt) -> str:
@@ -43,10 +43,10 @@ def question_of(prompt: Prompt) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    place = last_question(prompt)
-    if place is None:
+    index = last_question(prompt)
+    if index is None:
         raise InputError(f"a prompt without a message of the user: {str(prompt)[:80]!r}")
-    return prompt[place]["content"]
+    return prompt[index]["content"]
 
 
 def grounded(prompt: Prompt, texts: Sequence[str]) -> Prompt:
@@ -58,9 +58,9 @@ def grounded(prompt: Prompt, texts: Sequence[str]) -> Prompt:
     """
     if isinstance(prompt, str) or not texts:
         return with_passages(prompt, texts) if texts else prompt
-    place = last_question(prompt)
-    asked = {**prompt[place], "content": with_passages(prompt[place]["content"], texts)}
-    return [*prompt[:place], asked, *prompt[place + 1 :]]
+    index = last_question(prompt)
+    asked = {**prompt[index], "content": with_passages(prompt[index]["content"], texts)}
+    return [*prompt[:index], asked, *prompt[index + 1 :]]
 
 
 def as_prompt(question: Prompt, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
@@ -217,12 +217,12 @@ def rag_sequence_answers(
     said = _decoded(model, tokenizer, flat, max_new_tokens, batch_size)
     answers, start = [], 0
     for shares in weights:
-        places = range(start, start + len(shares))
+        indices = range(start, start + len(shares))
         start += len(shares)
-        candidates = list(dict.fromkeys(said[place] for place in places))
+        candidates = list(dict.fromkeys(said[index] for index in indices))
         best = candidates[0]
         if len(candidates) > 1:
-            pairs = [(flat[place], candidate) for candidate in candidates for place in places]
+            pairs = [(flat[index], candidate) for candidate in candidates for index in indices]
             scores = torch.stack([each.sum() for each in _log_probs(model, *zip(*pairs, strict=True), batch_size)])
             scores = scores.view(len(candidates), len(shares)) + torch.tensor(shares, dtype=torch.float64).log()
             best = candidates[int(torch.logsumexp(scores, 1).argmax())]
@@ -248,10 +248,10 @@ def rag_token_answers(
     """
     flat, answers, start = _tokens(tokenizer, prompts), [], 0
     group: list[Sequence[float]] = []
-    for place, shares in enumerate(weights):
+    for index, shares in enumerate(weights):
         group.append(shares)
-        is_last = place + 1 == len(weights)
-        if is_last or sum(map(len, group)) + len(weights[place + 1]) > batch_size:
+        is_last = index + 1 == len(weights)
+        if is_last or sum(map(len, group)) + len(weights[index + 1]) > batch_size:
             rows = flat[start : start + sum(map(len, group))]
             said = _decoded(model, tokenizer, rows, max_new_tokens, len(rows), _mixture(group, model.device))
             first = 0
@@ -314,7 +314,7 @@ def _decoded(
                 use_cache=True,
             )
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            end = next((index for index, token in enumerate(row) if token in ends), len(row))
             answers.append(tuple(row[: end + 1]))
     model.train(was_training)
     return answers
@@ -330,7 +330,7 @@ def _log_probs(
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-    was_training, found = model.training, []
+    was_training, result = model.training, []
     model.eval()
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -345,13 +345,13 @@ def _log_probs(
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
         left_out = longest - logits.shape[1]
-        for place, (row, answer) in enumerate(zip(rows, answers[part], strict=True)):
+        for index, (row, answer) in enumerate(zip(rows, answers[part], strict=True)):
             begins = len(row) - len(answer) - 1 - left_out
-            predicted = logits[place, begins : begins + len(answer)].double().log_softmax(-1)
-            targets = ids[place, len(row) - len(answer) : len(row), None]
-            found.append(predicted.gather(1, targets)[:, 0].cpu())
+            predicted = logits[index, begins : begins + len(answer)].double().log_softmax(-1)
+            targets = ids[index, len(row) - len(answer) : len(row), None]
+            result.append(predicted.gather(1, targets)[:, 0].cpu())
     model.train(was_training)
-    return found
+    return result
 
 
 def _response(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", tokens: Sequence[int]) -> Response:
@@ -454,24 +454,24 @@ def answer_with_passages(
     if not questions:
         return []
     asked = [as_prompt(question, tokenizer) for question in questions]
-    found = retriever.retrieve([question_of(prompt) for prompt in asked], top_k)
+    result = retriever.retrieve([question_of(prompt) for prompt in asked], top_k)
     if min_score is not None:
-        found = _gated(found, min_score)
+        result = _gated(result, min_score)
     plain = plain_text(tokenizer)
-    shown = [[plain(each.passage.text) for each in given] for given in found]
+    shown = [[plain(each.passage.text) for each in given] for given in result]
     if drop_instructions:
         shown = [[without_instructions(text) for text in texts] for texts in shown]
     if marginal is None:
         prompts = [grounded(prompt, texts) for prompt, texts in zip(asked, shown, strict=True)]
         tokens = [tokenize_prompts([prompt], tokenizer)[0] for prompt in prompts]
-        check_room(model, tokenizer, tokens, found, max_new_tokens)
+        check_room(model, tokenizer, tokens, result, max_new_tokens)
         sampling = {"do_sample": do_sample, "batch_size": batch_size, "seed": seed}
         said = [responses[0] for responses in sample_with_ends(model, tokenizer, prompts, max_new_tokens, **sampling)]
     else:
-        said = _mixed(model, tokenizer, asked, shown, found, max_new_tokens, batch_size, marginal, weight_temperature)
+        said = _mixed(model, tokenizer, asked, shown, result, max_new_tokens, batch_size, marginal, weight_temperature)
     return [
         GroundedAnswer(question_of(prompt), response.text, given, response.has_ended, marginal is not None)
-        for prompt, response, given in zip(asked, said, found, strict=True)
+        for prompt, response, given in zip(asked, said, result, strict=True)
     ]
 
 

@@ -292,7 +292,7 @@ class Passages(Sequence[Passage]):
         """Return the passages of places by place: of many at once, this is much faster than one by one."""
         import numpy as np
 
-        asked, found, first = np.unique(np.fromiter(places, np.int64)), {}, 0
+        asked, result, first = np.unique(np.fromiter(places, np.int64)), {}, 0
         batches = self._table.to_batches()
         ends = np.cumsum([batch.num_rows for batch in batches])
         for number, inside in enumerate(np.split(asked, np.searchsorted(asked, ends))[: len(batches)]):
@@ -300,9 +300,9 @@ class Passages(Sequence[Passage]):
                 # Taken batch by batch, since joined ones would be copied.
                 columns = batches[number].take(inside - first).columns
                 texts = map(Passage, *(column.to_pylist() for column in columns))
-                found.update(zip(inside.tolist(), texts, strict=True))
+                result.update(zip(inside.tolist(), texts, strict=True))
             first = int(ends[number])
-        return found
+        return result
 
     def __iter__(self) -> Iterator[Passage]:
         for batch in self._table.to_batches(BATCH):

@@ -66,8 +66,8 @@ class Retriever(Protocol):
 
 def found_of(passages: Passages, rankings: Sequence[Sequence[tuple[int, float]]]) -> list[list[Found]]:
     """Return the passages of places and scores, for each query."""
-    texts = passages.at(place for ranked in rankings for place, _ in ranked)
-    return [[Found(place, texts[place], score) for place, score in ranked] for ranked in rankings]
+    texts = passages.at(index for ranked in rankings for index, _ in ranked)
+    return [[Found(index, texts[index], score) for index, score in ranked] for ranked in rankings]
 
 
 def check_queries(queries: Sequence[str], top_k: int) -> None:
@@ -202,8 +202,8 @@ class FusedRetriever:
         """Return place and score of all passages that are in a ranking, the best first."""
         scores: dict[int, float] = {}
         for ranking in rankings:
-            for rank, found in enumerate(ranking, 1):
-                scores[found.place] = scores.get(found.place, 0.0) + 1 / (self.k + rank)
+            for rank, result in enumerate(ranking, 1):
+                scores[result.place] = scores.get(result.place, 0.0) + 1 / (self.k + rank)
         return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
@@ -266,10 +266,10 @@ def search_tool(retriever: Retriever, top_k: int = 3) -> Callable[[str], str]:
         Args:
             query: words to find.
         """
-        (found,) = retriever.retrieve([str(query)], top_k)
-        if not found:
+        (result,) = retriever.retrieve([str(query)], top_k)
+        if not result:
             raise LookupError(f"no passage fits {str(query)[:80]!r}")
-        return "\n".join(" ".join(each.passage.text.split()) for each in found)
+        return "\n".join(" ".join(each.passage.text.split()) for each in result)
 
     return search
 
@@ -359,25 +359,25 @@ class SentenceEncoder:
             return np.zeros((0, 0), np.float32)
         options = {"truncation": True, "max_length": self.max_length} if self.truncation else {}
         tokens = self.tokenizer(list(texts), **options)["input_ids"]
-        longest = max(range(len(tokens)), key=lambda place: len(tokens[place]))
+        longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
         if len(tokens[longest]) > self.max_length:
             raise InputError(
                 f"text {longest} of {len(texts)} has {len(tokens[longest])} tokens, and the encoder reads "
                 f"{self.max_length}: cut passages to fewer max_tokens, or say truncation=True ({texts[longest]!r:.40})"
             )
         # Texts of like length together.
-        order = sorted(range(len(tokens)), key=lambda place: len(tokens[place]))
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
         vectors: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(texts)
         with torch.inference_mode():
             for start in range(0, len(order), self.batch_size):
-                places = order[start : start + self.batch_size]
-                batch = self.tokenizer.pad({"input_ids": [tokens[place] for place in places]}, return_tensors="pt")
+                indices = order[start : start + self.batch_size]
+                batch = self.tokenizer.pad({"input_ids": [tokens[index] for index in indices]}, return_tensors="pt")
                 batch = batch.to(self.model.device)
                 states = self.model(**batch).last_hidden_state.float()
                 mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
                 means = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-                for place, vector in zip(places, torch.nn.functional.normalize(means, dim=-1).cpu(), strict=True):
-                    vectors[place] = vector.numpy()
+                for index, vector in zip(indices, torch.nn.functional.normalize(means, dim=-1).cpu(), strict=True):
+                    vectors[index] = vector.numpy()
         return np.stack(vectors)
 
 
@@ -445,9 +445,9 @@ class StaticVectors:
         import numpy as np
 
         means = np.zeros((len(texts), self.vectors.shape[1]), np.float32)
-        for place, rows in enumerate(self._rows(texts)):
+        for index, rows in enumerate(self._rows(texts)):
             if rows:
-                means[place] = self.vectors[rows].mean(0)
+                means[index] = self.vectors[rows].mean(0)
         return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 
     def _rows(self, texts: Sequence[str]) -> list[list[int]]:
@@ -587,8 +587,8 @@ def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_
     near = np.flatnonzero(scores >= scores[best_places(scores, top_k)[-1]] - slack)
     parts = [near[start : start + BATCH] for start in range(0, len(near), BATCH)]
     exact = np.concatenate([(vectors[part] * vector.astype(np.float64)).sum(1) for part in parts])
-    places = best_places(exact, top_k)
-    return list(zip(near[places].tolist(), exact[places].tolist(), strict=True))
+    indices = best_places(exact, top_k)
+    return list(zip(near[indices].tolist(), exact[indices].tolist(), strict=True))
 
 
 def _encoded(encoder: Encoder, texts: Sequence[str], what: str, first: int) -> "NDArray[np.float32]":

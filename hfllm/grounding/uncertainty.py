@@ -116,21 +116,21 @@ def sample_with_scores(
     """
     _check(model, n, max_new_tokens, do_sample, temperature, batch_size)
     ids = prompt_tokens(model, tokenizer, prompts, max_new_tokens)
-    rows = [(place, number) for place in range(len(ids)) for number in range(n)]
+    rows = [(index, number) for index in range(len(ids)) for number in range(n)]
     ends, answers = sorted(end_tokens(tokenizer, model)), {}
     with _plainly(model):
-        for batch in batches_of_like_length(model, [len(ids[place]) for place, _ in rows], batch_size):
+        for batch in batches_of_like_length(model, [len(ids[index]) for index, _ in rows], batch_size):
             keys = [f"{seed}-{rows[row][0]}-{rows[row][1]}" for row in batch]
             drawn = [_chances(key, max_new_tokens) for key in keys] if do_sample else None
             tokens, logprobs = _generate(
                 model, [ids[rows[row][0]] for row in batch], drawn, temperature, max_new_tokens, ends, _pad(tokenizer)
             )
             for row, said, numbers in zip(batch, tokens, logprobs, strict=True):
-                length = next((place + 1 for place, token in enumerate(said) if token in ends), len(said))
+                length = next((index + 1 for index, token in enumerate(said) if token in ends), len(said))
                 text = tokenizer.decode(said[:length], skip_special_tokens=True)
                 has_ended = said[length - 1] in ends
                 answers[rows[row]] = ScoredAnswer(text, tuple(numbers[:length]), tuple(said[:length]), has_ended)
-    return [[answers[place, number] for number in range(n)] for place in range(len(ids))]
+    return [[answers[index, number] for number in range(n)] for index in range(len(ids))]
 
 
 def sampling_cost(rows: Sequence[Answered]) -> dict[str, float]:
@@ -310,7 +310,7 @@ def semantic_entropy(
     Raises:
         InputError: as `predictive_entropy`, and for meanings that do not match the rows.
     """
-    found = []
+    result = []
     for row, labels in _with_meanings(rows, meanings, 2, needs_logprobs=True):
         masses: dict[Hashable, list[float]] = {}
         seen: set[object] = set()
@@ -320,8 +320,8 @@ def semantic_entropy(
                 seen.add(sequence)
                 masses.setdefault(label, []).append(sample.mean_logprob if normalized else sample.logprob)
         logs = np.array([np.logaddexp.reduce(each) for each in masses.values()])
-        found.append(_entropy(np.exp(logs - np.logaddexp.reduce(logs))))
-    return np.array(found, dtype=np.float64)
+        result.append(_entropy(np.exp(logs - np.logaddexp.reduce(logs))))
+    return np.array(result, dtype=np.float64)
 
 
 def discrete_semantic_entropy(rows: Sequence[Answered], meanings: Meanings | None = None) -> np.ndarray:
@@ -332,11 +332,11 @@ def discrete_semantic_entropy(rows: Sequence[Answered], meanings: Meanings | Non
     Raises:
         InputError: as `semantic_entropy`.
     """
-    found = []
+    result = []
     for _, (_, *labels) in _with_meanings(rows, meanings, 2):
         counts = np.array([labels.count(label) for label in dict.fromkeys(labels)])
-        found.append(_entropy(counts / counts.sum()))
-    return np.array(found, dtype=np.float64)
+        result.append(_entropy(counts / counts.sum()))
+    return np.array(result, dtype=np.float64)
 
 
 def self_consistency(rows: Sequence[Answered], meanings: Meanings | None = None) -> np.ndarray:
@@ -347,8 +347,8 @@ def self_consistency(rows: Sequence[Answered], meanings: Meanings | None = None)
     Raises:
         InputError: for a row without samples, and for meanings that do not match the rows.
     """
-    found = [1 - labels.count(given) / len(labels) for _, (given, *labels) in _with_meanings(rows, meanings, 1)]
-    return np.array(found, dtype=np.float64)
+    result = [1 - labels.count(given) / len(labels) for _, (given, *labels) in _with_meanings(rows, meanings, 1)]
+    return np.array(result, dtype=np.float64)
 
 
 MEASURES: Mapping[str, Callable[[Sequence[Answered], Meanings | None], np.ndarray]] = {
@@ -442,7 +442,7 @@ def _members(logprobs: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
         raise InputError(f"an ensemble needs at least 2 members with as many answers each, got {lengths}")
     table = np.array([list(each) for each in logprobs], dtype=np.float64)
     if np.isnan(table).any():
-        member, row = (int(place[0]) + 1 for place in np.nonzero(np.isnan(table)))
+        member, row = (int(index[0]) + 1 for index in np.nonzero(np.isnan(table)))
         raise InputError(f"the log-probability of answer {row} under member {member} is NaN")
     return table
 
@@ -452,8 +452,8 @@ def _checked(rows: Sequence[Answered], fewest: int, needs_logprobs: bool = True)
         if len(row.samples) < fewest:
             measured = "an entropy" if fewest > 1 else "self-consistency"
             raise InputError(f"row {number} has {len(row.samples)} samples; {measured} needs at least {fewest}")
-        for place, answer in enumerate((row.given, *row.samples) if needs_logprobs else ()):
-            what = f"sample {place}" if place else "the given answer"
+        for index, answer in enumerate((row.given, *row.samples) if needs_logprobs else ()):
+            what = f"sample {index}" if index else "the given answer"
             if not answer.token_logprobs:
                 raise InputError(f"row {number}: {what} has no token")
             if not math.isfinite(answer.logprob):
@@ -525,14 +525,14 @@ def meanings_of(rows: Sequence[Answered], same: "Same | EntailmentModel | None" 
         pairs = [
             (row, one, other)
             for row, said in enumerate(kinds)
-            for place, one in enumerate(said)
-            for other in said[place + 1 :]
+            for index, one in enumerate(said)
+            for other in said[index + 1 :]
         ]
-        found = same.in_both_directions(
+        result = same.in_both_directions(
             [f"{prompts[row]} {one}".strip() for row, one, _ in pairs],
             [f"{prompts[row]} {other}".strip() for row, _, other in pairs],
         )
-        agree = {pair for pair, agrees in zip(pairs, found, strict=True) if agrees}
+        agree = {pair for pair, agrees in zip(pairs, result, strict=True) if agrees}
         return [
             _numbered(said, lambda one, other, row=row: (row, one, other) in agree or (row, other, one) in agree)
             for row, said in enumerate(texts)
@@ -615,7 +615,7 @@ def log_odds(
     by_text = dict(zip(texts, odds, strict=True))
     count = len(orders)
     return [
-        sum(by_text[text] * (-1) ** place for place, text in enumerate(asked[first : first + count])) / count
+        sum(by_text[text] * (-1) ** index for index, text in enumerate(asked[first : first + count])) / count
         for first in range(0, len(asked), count)
     ]
 

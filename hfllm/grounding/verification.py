@@ -150,27 +150,27 @@ def verify(
             raise InputError(f"the passages of answer {number} must be a list of texts, got {str(texts)[:60]!r}")
     claims = [[claim for claim in splitter(answer) if not admits_unknown(claim)] for answer in answers]
     pairs = [
-        (row, place, number)
+        (row, index, number)
         for row, said in enumerate(claims)
-        for place in range(len(said))
+        for index in range(len(said))
         for number in range(len(passages[row]))
     ]
-    scores = _scores(check, [claims[row][place] for row, place, _ in pairs], [passages[row][n] for row, _, n in pairs])
+    scores = _scores(check, [claims[row][index] for row, index, _ in pairs], [passages[row][n] for row, _, n in pairs])
     best: dict[tuple[int, int], tuple[float, int]] = {}
-    for (row, place, number), score in zip(pairs, scores, strict=True):
+    for (row, index, number), score in zip(pairs, scores, strict=True):
         # Of equally good passages the first.
-        if (row, place) not in best or score > best[row, place][0]:
-            best[row, place] = score, number
-    found = []
+        if (row, index) not in best or score > best[row, index][0]:
+            best[row, index] = score, number
+    result = []
     for row, said in enumerate(claims):
-        tops = [best.get((row, place), (0.0, 0)) for place in range(len(said))]
-        found.append(
+        tops = [best.get((row, index), (0.0, 0)) for index in range(len(said))]
+        result.append(
             [
                 Claim(text, score, number if score >= threshold else None)
                 for text, (score, number) in zip(said, tops, strict=True)
             ]
         )
-    return found
+    return result
 
 
 def supported(
@@ -216,12 +216,12 @@ def revise_or_abstain(
     """
     if len(questions) != len(answers):
         raise InputError(f"there are {len(questions)} questions and {len(answers)} answers")
-    found = verify(answers, passages, check, splitter, threshold)
-    revisions = [_dropped(answer, claims) for answer, claims in zip(answers, found, strict=True)]
+    result = verify(answers, passages, check, splitter, threshold)
+    revisions = [_dropped(answer, claims) for answer, claims in zip(answers, result, strict=True)]
     if revise is None:
         return revisions
     rows = [
-        row for row, (claims, each) in enumerate(zip(found, revisions, strict=True)) if claims and each.action != KEPT
+        row for row, (claims, each) in enumerate(zip(result, revisions, strict=True)) if claims and each.action != KEPT
     ]
     again = [revise(questions[row], answers[row], revisions[row].unsupported, passages[row]) for row in rows]
     checked = verify(again, [passages[row] for row in rows], check, splitter, threshold)
@@ -291,8 +291,8 @@ class EntailmentModel:
         from hfllm.models.loading.saved import check_vocabulary
 
         labels = {number: str(label) for number, label in (model.config.id2label or {}).items()}
-        found = [int(number) for number, label in labels.items() if label.strip().casefold() == ENTAILMENT]
-        if len(found) != 1 or len(labels) < 2:
+        result = [int(number) for number, label in labels.items() if label.strip().casefold() == ENTAILMENT]
+        if len(result) != 1 or len(labels) < 2:
             named = ", ".join(labels.values()) or "none"
             raise InputError(
                 f"the entailment model's labels are {named}; expected one of two or more to be {ENTAILMENT!r}: name "
@@ -306,7 +306,7 @@ class EntailmentModel:
         if model.config.pad_token_id is None:
             # Decoders read the label at the last token that is not padding.
             model.config.pad_token_id = tokenizer.pad_token_id
-        self.model, self.tokenizer, self.batch_size, self.label = model, tokenizer, batch_size, found[0]
+        self.model, self.tokenizer, self.batch_size, self.label = model, tokenizer, batch_size, result[0]
 
     def __call__(self, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
         """Return for each claim the probability that its passage entails it.
@@ -342,7 +342,7 @@ class EntailmentModel:
                     f"pair {number} has {length} tokens, and the entailment model reads {context}: cut passages into "
                     f"shorter ones; it begins {premises[number - 1][:40]!r}"
                 )
-        found: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
+        result: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
         with evaluating(self.model), torch.inference_mode(), pass_precision(self.model):
             for rows in batches_of_like_length(self.model, lengths, self.batch_size):
                 batch = self.tokenizer.pad(
@@ -354,8 +354,8 @@ class EntailmentModel:
                 if bool(probabilities.isnan().any()):
                     raise InputError("the entailment model's logits are not finite: its weights may be damaged")
                 for row, numbers in zip(rows, probabilities, strict=True):
-                    found[row] = numbers
-        return found
+                    result[row] = numbers
+        return result
 
 
 # ---- choosing ----
@@ -385,14 +385,14 @@ def first_supported(
         InputError: as `verify`.
     """
     _check_rows(samples, passages=passages)
-    flat = [(row, place) for row, answers in enumerate(samples) for place in range(len(answers))]
+    flat = [(row, index) for row, answers in enumerate(samples) for index in range(len(answers))]
     claims = verify(
-        [samples[row][place] for row, place in flat], [passages[row] for row, _ in flat], check, splitter, threshold
+        [samples[row][index] for row, index in flat], [passages[row] for row, _ in flat], check, splitter, threshold
     )
     chosen: Choice = [None] * len(samples)
-    for (row, place), said in reversed(list(zip(flat, claims, strict=True))):
+    for (row, index), said in reversed(list(zip(flat, claims, strict=True))):
         if all_supported(said):
-            chosen[row] = place
+            chosen[row] = index
     return chosen
 
 
@@ -413,7 +413,7 @@ def best_rewarded(
         InputError: for a prompt without answers, and scores that are NaN.
     """
     _check_rows(samples, prompts=prompts)
-    return [place for place, _ in best_by_reward(prompts, samples, reward)]
+    return [index for index, _ in best_by_reward(prompts, samples, reward)]
 
 
 def majority_of_meaning(
@@ -469,10 +469,10 @@ def compare_choices(
         ways["greedy"] = [float(value) for value in greedy]
     for name, choice in choices.items():
         _check_rows(right, **{name: choice})
-        for row, (values, place) in enumerate(zip(right, choice, strict=True), 1):
-            if place is not None and not 0 <= place < len(values):
-                raise InputError(f"{name} chose answer {place} of prompt {row}, which has {len(values)}")
-        ways[name] = [None if place is None else float(row[place]) for row, place in zip(right, choice, strict=True)]
+        for row, (values, index) in enumerate(zip(right, choice, strict=True), 1):
+            if index is not None and not 0 <= index < len(values):
+                raise InputError(f"{name} chose answer {index} of prompt {row}, which has {len(values)}")
+        ways[name] = [None if index is None else float(row[index]) for row, index in zip(right, choice, strict=True)]
     ways["best_possible"] = [float(max(row)) for row in right]
     metrics: dict[str, float] = {}
     table = []

@@ -90,15 +90,15 @@ def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None
     """
     config, new = model.config.get_text_config(decoder=True), extended.get_text_config(decoder=True)
     config.rope_parameters, config.max_position_embeddings = new.rope_parameters, new.max_position_embeddings
-    found = [
+    result = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child).__name__.endswith("RotaryEmbedding") and _is_of(child, config, name)
     ]
-    if not found:
+    if not result:
         raise InputError(f"a model of type {config.model_type} has no rotary embedding that can be made anew")
-    for parent, name, child in found:
+    for parent, name, child in result:
         alone = config
         if child.config is not config:
             alone = copy(config)

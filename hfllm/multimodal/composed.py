@@ -127,8 +127,8 @@ def idle_media_parameters(model: "PreTrainedModel", **inputs: "Tensor") -> list[
         for weight in media.values():
             weight.requires_grad_(weight.is_floating_point())
         with torch.enable_grad():
-            found = features(**inputs)
-            pooled = getattr(found, "pooler_output", found)
+            result = features(**inputs)
+            pooled = getattr(result, "pooler_output", result)
             total = sum(each.float().sum() for each in ([pooled] if isinstance(pooled, torch.Tensor) else pooled))
         names = [name for name, weight in media.items() if weight.requires_grad]
         slopes = torch.autograd.grad(total, [media[name] for name in names], allow_unused=True)
@@ -265,12 +265,12 @@ def _text_state(model: "PreTrainedModel", plan: "PreTrainedModel", rows: int) ->
     whole = _place_of(type(model), plan, is_needed=False)
     if whole is not None:
         return _with_prefix(state, whole)
-    begin, place = f"{model.base_model_prefix}.", _place_of(type(trunk), plan)
+    begin, index = f"{model.base_model_prefix}.", _place_of(type(trunk), plan)
     of_trunk = {name.removeprefix(begin): each for name, each in state.items() if name.startswith(begin)}
     named = {id(module): name for name, module in plan.named_modules()}
     mine = next(name for name, module in model.named_modules() if module is head)
     of_head = {name.removeprefix(f"{mine}."): each for name, each in state.items() if name.startswith(f"{mine}.")}
-    return _with_prefix(of_trunk, place) | _with_prefix(of_head, named[id(plan.get_output_embeddings())])
+    return _with_prefix(of_trunk, index) | _with_prefix(of_head, named[id(plan.get_output_embeddings())])
 
 
 def _extended(table: "Tensor", rows: int) -> "Tensor":

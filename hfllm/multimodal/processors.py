@@ -337,8 +337,8 @@ def unable_to_read(policy: "PreTrainedModel") -> str | None:
 
 def place_tokens(model: "PreTrainedModel") -> set[int]:
     """Return the ids of tokens whose places features of pictures take: a sampled one would have no features."""
-    found = (getattr(model.config, name, None) for name in PLACE_TOKENS)
-    return {number for number in found if isinstance(number, int)}
+    result = (getattr(model.config, name, None) for name in PLACE_TOKENS)
+    return {number for number in result if isinstance(number, int)}
 
 
 # ---- rows ----
@@ -459,7 +459,7 @@ def encode(
     Raises:
         InputError: see `filled_prompt`, and for words that spell the token of a picture's place.
     """
-    origins = [origin_of(row, f"prompt {place} of the dataset") for place, row in enumerate(rows, first)]
+    origins = [origin_of(row, f"prompt {index} of the dataset") for index, row in enumerate(rows, first)]
     for row, origin in zip(rows, origins, strict=True):
         if isinstance(row["prompt"], str) and pictures_of(row, origin):
             raise InputError(f"{origin}: the prompt is text; with pictures it must be a list of messages")
@@ -509,8 +509,8 @@ def _counted_message(message: Message) -> Hashable | None:
     content = message["content"]
     if isinstance(content, str):
         return message["role"], content
-    found = [_counted_part(part) for part in content] if isinstance(content, list) else [None]
-    return None if None in found else (message["role"], tuple(found))
+    result = [_counted_part(part) for part in content] if isinstance(content, list) else [None]
+    return None if None in result else (message["role"], tuple(result))
 
 
 def _counted_part(part: object) -> Hashable | None:
@@ -575,11 +575,11 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
         return None
     ids = [row[seen > 0].tolist() for row, seen in zip(fields["input_ids"], mask, strict=True)]
     token = getattr(processor, "image_token_id", None)
-    places = {some.count(token) / count for some, count in zip(ids, counts, strict=True) if count}
+    indices = {some.count(token) / count for some, count in zip(ids, counts, strict=True) if count}
     begin = getattr(processor.tokenizer, "bos_token_id", None)
     # Whether a beginning is added goes by the first prompt's words, where templates leave it to the tokenizer.
     begins = {next((at for at, number in enumerate(some) if number != begin), len(some)) for some in ids}
-    if len(places) > 1 or len(begins) > 1:
+    if len(indices) > 1 or len(begins) > 1:
         return None
     # Copies: a view would keep all of them as long as one is needed.
     parts = iter([] if pixels is None else [part.clone() for part in pixels.split([each for each in counts if each])])

@@ -265,11 +265,11 @@ def _pipeline(folder: Path) -> str | None:
     task = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
     task["QUESTION_ANS"] = SPANS
     if is_adapter(folder):
-        found = task.get(read_json(folder / ADAPTER_CONFIG).get("task_type") or "")
+        result = task.get(read_json(folder / ADAPTER_CONFIG).get("task_type") or "")
     else:
         architecture = _architecture(folder)
-        found = next((tag for ending, tag in PIPELINES.items() if architecture.endswith(ending)), None)
-    return IMAGE_TEXT if sees_pictures(folder) and found in (None, "text-generation") else found
+        result = next((tag for ending, tag in PIPELINES.items() if architecture.endswith(ending)), None)
+    return IMAGE_TEXT if sees_pictures(folder) and result in (None, "text-generation") else result
 
 
 def _architecture(folder: Path) -> str:
@@ -392,8 +392,8 @@ def _shown(entry: Mapping[str, Any]) -> str:
 
 
 def _linked(entry: Mapping[str, Any]) -> str:
-    found = entry.get("hub_id")
-    return f"[{found}](https://huggingface.co/{found})" if is_hub_id(found) else f"{_shown(entry)}, a local model"
+    result = entry.get("hub_id")
+    return f"[{result}](https://huggingface.co/{result})" if is_hub_id(result) else f"{_shown(entry)}, a local model"
 
 
 def _role(entry: Mapping[str, Any]) -> str:
@@ -445,10 +445,10 @@ def _data(report: Mapping[str, Any]) -> str:
             "hfllm's embedded instruction world: plain English about a closed universe, generated from seed "
             f"{arguments.get('world_seed', 0)}, with no text from elsewhere."
         )
-    elif found := hub_id(arguments, "dataset_name"):
+    elif result := hub_id(arguments, "dataset_name"):
         parts = {"configuration": "dataset_config", "split": "dataset_train_split", "revision": "dataset_revision"}
         said = [f"{part} {code_span(arguments[flag])}" for part, flag in parts.items() if arguments.get(flag)]
-        text = f"{', '.join([f'[{found}](https://huggingface.co/datasets/{found})', *said])}."
+        text = f"{', '.join([f'[{result}](https://huggingface.co/datasets/{result})', *said])}."
     else:
         text = f"{code_span(public_value(name))}, a local dataset." if name else "Not recorded."
     if arguments.get("max_samples"):
@@ -529,12 +529,12 @@ def lineage(models: Mapping[str, str | Sequence[str] | None]) -> list[dict[str, 
         An entry per model: its `role` and `model` (folder or Hub id); `hub_id` of one of the Hub; of one that a
         stage made `stage`, `data`, `rows` and `kind` of rows, as far as its report tells.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    result: dict[tuple[str, str], dict[str, Any]] = {}
     for role, named in models.items():
         for name in [named] if isinstance(named, str) else named or []:
             for entry in _with_parents(role, name):
-                found.setdefault((entry["model"], entry.get("stage", "")), entry)
-    return list(found.values())
+                result.setdefault((entry["model"], entry.get("stage", "")), entry)
+    return list(result.values())
 
 
 def _with_parents(role: str, name: str, children: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -707,5 +707,5 @@ def merged_base(folder: Path) -> Path | None:
     """Return the local merged model that an adapter was trained on; `None` for any other adapter."""
     base = Path(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     # The run's folder may have moved, with the base in it.
-    places = (base, folder / base.name) if base.name else ()
-    return next((place for place in places if (place / MERGED_FROM).is_file()), None)
+    indices = (base, folder / base.name) if base.name else ()
+    return next((index for index in indices if (index / MERGED_FROM).is_file()), None)

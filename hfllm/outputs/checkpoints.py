@@ -191,10 +191,10 @@ def damage_of(folder: str | Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
-        found = checksums_of(folder / name for name in expected)
+        result = checksums_of(folder / name for name in expected)
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    for (name, checksum), other in zip(expected.items(), found, strict=True):
+    for (name, checksum), other in zip(expected.items(), result, strict=True):
         if checksum != other:
             return f"{name} is damaged (its checksum is not that of {CHECKSUMS})"
     return None

@@ -496,8 +496,8 @@ def _recorded(folder: Path) -> dict[str, str]:
 def _changed(folder: Path, recorded: dict[str, str], patterns: tuple[str, ...]) -> str | None:
     """Return the first file of a record that is there, matches a pattern and is another one now."""
     names = _comparable(folder, recorded, patterns)
-    found = checksums_of(folder / name for name in names)
-    return next((name for name, checksum in zip(names, found, strict=True) if recorded[name] != checksum), None)
+    result = checksums_of(folder / name for name in names)
+    return next((name for name, checksum in zip(names, result, strict=True) if recorded[name] != checksum), None)
 
 
 def _comparable(folder: Path, recorded: dict[str, str], patterns: tuple[str, ...]) -> list[str]:
@@ -509,8 +509,8 @@ def _comparable(folder: Path, recorded: dict[str, str], patterns: tuple[str, ...
 
 def _state(path: Path) -> tuple[int, ...]:
     """Return what changes when a file is written or replaced; the last two are times in nanoseconds."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    result = path.stat()
+    return result.st_dev, result.st_ino, result.st_size, result.st_mtime_ns, result.st_ctime_ns
 
 
 def _is_of_an_earlier_version(folder: Path) -> bool:
@@ -544,9 +544,9 @@ def _refuse_links(folder: Path, writes_model: bool, first_step: int) -> None:
 def _present(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Return the files of a folder with such names, and links, also those that lead nowhere."""
     inside = {pattern.partition("/")[0] for pattern in patterns if "/" in pattern}
-    places = [place for place in (folder, *(folder / name for name in inside)) if place.is_dir()]
+    indices = [index for index in (folder, *(folder / name for name in inside)) if index.is_dir()]
     # `glob` leaves out links that lead nowhere.
-    names = {path.relative_to(folder).as_posix(): path for place in places for path in place.iterdir()}
+    names = {path.relative_to(folder).as_posix(): path for index in indices for path in index.iterdir()}
     named = [path for name, path in sorted(names.items()) if any(fnmatchcase(name, each) for each in patterns)]
     return [path for path in named if path.is_symlink() or path.is_file()]
 

@@ -37,10 +37,10 @@ class PictureGrid:
         figure, axes = new_figure(0.5 + 1.75 * rows)
         axes.axis("off")
         axes.set_title(self.title)
-        for place, (picture, caption, is_right) in enumerate(
+        for index, (picture, caption, is_right) in enumerate(
             zip(self.pictures, self.captions, self.is_right, strict=True)
         ):
-            row, column = divmod(place, self.columns)
+            row, column = divmod(index, self.columns)
             inset = axes.inset_axes((column / self.columns, 1 - (row + 0.72) / rows, 0.9 / self.columns, 0.7 / rows))
             inset.imshow(picture, interpolation="nearest")
             inset.set_xticks([])

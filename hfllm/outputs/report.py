@@ -133,11 +133,11 @@ class Promise:
 
 def broken_promises(promises: Sequence[Promise], metrics: Mapping[str, float]) -> list[str]:
     """Return a line for each capability that is not there, the first of those about the same figure."""
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for promise in promises:
         if (line := promise.warning(metrics)) is not None:
-            found.setdefault(promise.metric, line)
-    return list(found.values())
+            result.setdefault(promise.metric, line)
+    return list(result.values())
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -187,12 +187,12 @@ def change_of(name: str, before: Sequence[float], after: Sequence[float]) -> dic
         ValueError: when the two are of different lengths.
     """
     differences = [second - first for first, second in zip(before, after, strict=True)]
-    found = {**mean_of(f"{name}_before", before), **mean_of(f"{name}_after", after)}
-    n = found.pop(f"{name}_before_n")
-    del found[f"{name}_after_n"]
-    found[f"{name}_change"] = found[f"{name}_after"] - found[f"{name}_before"]
+    result = {**mean_of(f"{name}_before", before), **mean_of(f"{name}_after", after)}
+    n = result.pop(f"{name}_before_n")
+    del result[f"{name}_after_n"]
+    result[f"{name}_change"] = result[f"{name}_after"] - result[f"{name}_before"]
     error = standard_error(differences)
-    return {**found, **({} if error is None else {f"{name}_change_se": error}), f"{name}_n": n}
+    return {**result, **({} if error is None else {f"{name}_change_se": error}), f"{name}_n": n}
 
 
 def is_noise(change: float, error: float | None) -> bool:
@@ -275,8 +275,8 @@ def plus_minus(value: float, error: float | None) -> str:
     """Return a value with its error, both to the error's second digit: `0.763 ± 0.021`."""
     if not error:
         return readable(value)
-    places = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{places}f} ± {error:.{places}f}"
+    indices = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{indices}f} ± {error:.{indices}f}"
 
 
 # ---- report ----
@@ -547,7 +547,7 @@ def plot_history(
     for label, key in keys.items():
         # One value per step: an evaluation at the start is repeated when a run is resumed.
         points = {entry["step"]: (entry[x], entry[key]) for entry in history if key in entry}
-        lines[label] = ([place for place, _ in points.values()], [value for _, value in points.values()])
+        lines[label] = ([index for index, _ in points.values()], [value for _, value in points.values()])
     return Plot(lines=lines, **labels)
 
 

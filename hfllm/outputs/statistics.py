@@ -133,8 +133,8 @@ def auroc_within(uncertainty: Sequence[float], wrong: Sequence[bool], groups: Se
     rows_of: dict[object, list[int]] = {}
     for row, group in enumerate(groups):
         rows_of.setdefault(group, []).append(row)
-    found = [auroc(numbers[rows], labels[rows]) for rows in rows_of.values() if len(set(labels[rows])) == 2]
-    return sum(found) / len(found) if found else None
+    result = [auroc(numbers[rows], labels[rows]) for rows in rows_of.values() if len(set(labels[rows])) == 2]
+    return sum(result) / len(result) if result else None
 
 
 def shuffled_auroc(
@@ -151,8 +151,8 @@ def shuffled_auroc(
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds}")
     rng = np.random.default_rng(seed)
-    found = [auroc(numbers, rng.permutation(labels)) for _ in range(rounds)]
-    return float(np.mean(found)), float(np.std(found))
+    result = [auroc(numbers, rng.permutation(labels)) for _ in range(rounds)]
+    return float(np.mean(result)), float(np.std(result))
 
 
 def risk_coverage(uncertainty: Sequence[float], wrong: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -214,9 +214,9 @@ def reliability(
     shares = np.linspace(0, 1, num_bins + 1)
     edges = shares if equal == "width" else np.quantile(numbers, shares)
     # As scikit-learn's: an edge belongs to the bin below it.
-    place = np.searchsorted(edges[1:-1], numbers)
-    counts = np.bincount(place, minlength=num_bins)
-    sums = (np.bincount(place, each, minlength=num_bins) for each in (numbers, labels))
+    index = np.searchsorted(edges[1:-1], numbers)
+    counts = np.bincount(index, minlength=num_bins)
+    sums = (np.bincount(index, each, minlength=num_bins) for each in (numbers, labels))
     rows = zip(*sums, counts.tolist(), strict=True)
     return [Bin(float(sure / n), float(correct / n), n) for sure, correct, n in rows if n]
 
@@ -249,8 +249,12 @@ def uncertainty_metrics(
         labels = as_pairs(numbers, wrong)[1]
         metrics["wrong"] = float(labels.mean())
         if len(set(labels)) == 2:
-            found = auroc_interval(numbers, labels)
-            metrics |= {f"{name}_auroc": found.value, f"{name}_auroc_se": found.error, f"{name}_auroc_n": len(labels)}
+            result = auroc_interval(numbers, labels)
+            metrics |= {
+                f"{name}_auroc": result.value,
+                f"{name}_auroc_se": result.error,
+                f"{name}_auroc_n": len(labels),
+            }
             metrics[f"{name}_auroc_shuffled"] = shuffled_auroc(numbers, labels, seed=seed)[0]
         metrics |= {f"{name}_aurc": aurc(numbers, labels), f"{name}_excess_aurc": excess_aurc(numbers, labels)}
     return metrics
@@ -485,9 +489,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for how many there are (Holm 1979): those up to alpha are beyond chance together."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, least = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        least = max(least, min((len(p_values) - rank) * p_values[place], 1.0))
-        adjusted[place] = least
+    for rank, index in enumerate(order):
+        least = max(least, min((len(p_values) - rank) * p_values[index], 1.0))
+        adjusted[index] = least
     return adjusted
 
 

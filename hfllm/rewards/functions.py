@@ -161,8 +161,8 @@ def load_function(specification: str, flag: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        place = f"{error.filename or path}, line {error.lineno}"
-        raise InputError(f"{flag} {specification}: {place}: {error.msg}") from error
+        index = f"{error.filename or path}, line {error.lineno}"
+        raise InputError(f"{flag} {specification}: {index}: {error.msg}") from error
     # A file written to be run as a script may end in sys.exit.
     except (Exception, SystemExit) as error:
         raise InputError(f"{flag} {specification}: {path} does not run: {error!r}{_place(error)}") from error
@@ -258,9 +258,9 @@ def time_limit(function: Callable[..., Any], seconds: float) -> Iterator[None]:
     except _TimeIsUp as error:
         is_running = False
         # It may have called a library, which is not what is to be mended.
-        place = _place(error, getattr(getattr(function, "__code__", None), "co_filename", None))
+        index = _place(error, getattr(getattr(function, "__code__", None), "co_filename", None))
         raise InputError(
-            f"reward function {reward_name(function)!r} did not return within {seconds:g} seconds{place}; "
+            f"reward function {reward_name(function)!r} did not return within {seconds:g} seconds{index}; "
             "--reward_timeout gives it more, and 0 sets no limit"
         ) from None
     finally:
@@ -442,8 +442,8 @@ def step_rewards(
                 said = ids[turn]
                 for step, end in _steps(_text_of(tokenizer, said), between):
                     # A step may end inside the token of the step before it.
-                    place = turn.start + _token_at(tokenizer, said, end)
-                    numbers[place] += float(check(step, list(earlier), **given))
+                    index = turn.start + _token_at(tokenizer, said, end)
+                    numbers[index] += float(check(step, list(earlier), **given))
                     earlier.append(step)
             rewards.append(numbers)
         return rewards
@@ -455,7 +455,7 @@ def step_rewards(
 def _turns(action_mask: Sequence[int] | None, length: int) -> Iterator[slice]:
     """Yield where the policy's turns are among so many tokens; without a mask all are one."""
     mask = [1] * length if action_mask is None else list(action_mask)
-    ends = [place for place in range(1, length + 1) if mask[place - 1] and (place == length or not mask[place])]
+    ends = [index for index in range(1, length + 1) if mask[index - 1] and (index == length or not mask[index])]
     for end in ends:
         begin = end
         while begin and mask[begin - 1]:

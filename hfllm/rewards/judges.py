@@ -252,7 +252,7 @@ class PreferenceJudge:
         drawn = range(len(self.principles))
         if self.num_principles < len(self.principles):
             drawn = sorted(rng.sample(drawn, self.num_principles))
-        wordings = [self.principles[place].draw("preference", rng) for place in drawn]
+        wordings = [self.principles[index].draw("preference", rng) for index in drawn]
         return [
             tuple(
                 judge_question(prompt, *pair, wording, self.letters, self.ask_for_letter)
@@ -300,7 +300,7 @@ class PreferenceJudge:
                 use_cache=True,
             )
             for row, said in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                length = next((place for place, number in enumerate(said) if number in ends), len(said))
+                length = next((index for index, number in enumerate(said) if number in ends), len(said))
                 thought[row] = said[:length]
         return [[*ids, *said] for ids, said in zip(questions, thought, strict=True)]
 

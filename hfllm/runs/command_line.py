@@ -238,10 +238,10 @@ def given_values(argv: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for path in files:
         values |= read_yaml(path)
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
-            following = words[place + 1] if place + 1 < len(words) else "--"
+            following = words[index + 1] if index + 1 < len(words) else "--"
             if "=" not in word:
                 value = True if following.startswith("--") else following
             # As a flag without a value is on, one that is off or empty is not given.

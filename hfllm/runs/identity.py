@@ -126,43 +126,43 @@ def model_files(folder: str | Path) -> list[tuple[str, Path]]:
 
 def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path]]]:
     """Return the local files that flags name, by flag."""
-    found = {flag: data_files(arguments.get(flag)) for flag in DATASETS}
+    result = {flag: data_files(arguments.get(flag)) for flag in DATASETS}
     mixture = [entry.rpartition(":") for entry in arguments.get("dataset_mixture") or []]
-    found["dataset_mixture"] = [
-        (f"{place}:{weight}:{name}", path)
-        for place, (dataset, _, weight) in enumerate(mixture)
+    result["dataset_mixture"] = [
+        (f"{index}:{weight}:{name}", path)
+        for index, (dataset, _, weight) in enumerate(mixture)
         for name, path in data_files(dataset)
     ]
     if any(not data_files(dataset) for dataset, _, _ in mixture):
         # One of the Hub has no contents here, so that the names count.
-        del found["dataset_mixture"]
+        del result["dataset_mixture"]
     for flag in MODELS:
         names = arguments.get(flag) or []
         names = [names] if isinstance(names, str) else names
         files = [model_files(name) if Path(name).exists() else [] for name in names]
         if all(files):
-            found[flag] = [(f"{place}/{name}", path) for place, each in enumerate(files) for name, path in each]
+            result[flag] = [(f"{index}/{name}", path) for index, each in enumerate(files) for name, path in each]
     functions = [name.rpartition(":") for name in arguments.get("reward_funcs") or []]
     if functions and all(Path(file).is_file() for file, _, _ in functions):
-        found["reward_funcs"] = [(f"{place}:{name}", Path(file)) for place, (file, _, name) in enumerate(functions)]
+        result["reward_funcs"] = [(f"{index}:{name}", Path(file)) for index, (file, _, name) in enumerate(functions)]
     for flag, value in arguments.items():
         is_settings = flag.endswith(("_config", "_path")) or flag == "deepspeed"
-        if is_settings and flag not in found and isinstance(value, str) and Path(value).is_file():
-            found[flag] = [("", Path(value))]
-    return found
+        if is_settings and flag not in result and isinstance(value, str) and Path(value).is_file():
+            result[flag] = [("", Path(value))]
+    return result
 
 
 def _pictures(arguments: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> dict[str, str]:
     """Return a hash of the pictures that the rows of each dataset name, of those rows that are read."""
-    found = {}
+    result = {}
     # It decides which rows can be read, and nothing of what is learned from them.
     limit = next((group.max_row_bytes for group in parsed if hasattr(group, "max_row_bytes")), MAX_ROW_BYTES)
     for flag in DATASETS:
         if f"{PICTURES_OF.format(flag)}{CHANGED}" in arguments:
             most = arguments.get("max_samples") if flag == DATASETS[0] else None
             files = named_pictures(arguments[flag], arguments.get("column_mapping"), most, limit)
-            found[flag] = contents_of(existing(files))
-    return found
+            result[flag] = contents_of(existing(files))
+    return result
 
 
 def data_files(name: str | None) -> list[tuple[str, Path]]:

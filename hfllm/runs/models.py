@@ -536,8 +536,8 @@ def whole_model(name: str, revision: str, folder: str | Path) -> Iterator[tuple[
     if adapter is None:
         yield name, revision
         return
-    with temporary_folder(Path(folder), ".merged-") as place:
-        merged = place / (Path(name).name or "merged")
+    with temporary_folder(Path(folder), ".merged-") as index:
+        merged = index / (Path(name).name or "merged")
         write_merged(adapter, merged)
         yield str(merged), "main"
 
@@ -574,10 +574,10 @@ def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path,
     saved = tokenizer
     if is_for_pictures(model.config):
         saved = processor_of(adapter)
-    with whole_folder(folder) as place:
-        model.save_pretrained(place, max_shard_size=max_shard_size)
-        saved.save_pretrained(place)
-        (place / MERGED_FROM).write_text(json.dumps(merge_record(adapter), indent=2) + "\n")
+    with whole_folder(folder) as index:
+        model.save_pretrained(index, max_shard_size=max_shard_size)
+        saved.save_pretrained(index)
+        (index / MERGED_FROM).write_text(json.dumps(merge_record(adapter), indent=2) + "\n")
 
 
 def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":

@@ -185,9 +185,9 @@ class Chain:
         self.announce()
         folders = {name: output_dir_of(flags) for name, flags in self.runs.items()}
         metrics = {}
-        for place, (name, flags) in enumerate(self.runs.items()):
+        for index, (name, flags) in enumerate(self.runs.items()):
             nested = self.nested[name].parsed if name in self.nested else None
-            later = {folders[each]: STAGES[entry_name(each)].recipe for each in list(folders)[place + 1 :]}
+            later = {folders[each]: STAGES[entry_name(each)].recipe for each in list(folders)[index + 1 :]}
             metrics[name] = run_stage(STAGES[entry_name(name)].recipe, flags, later, before=nested)
         schedule.come_back(self.stage)
         return metrics
@@ -267,10 +267,10 @@ def chain_before(
 
 def _all_needs(stage: str) -> list[str]:
     """The stages that a stage needs, and those that these need, in order."""
-    found: list[str] = []
+    result: list[str] = []
     for need in STAGES[stage].needs.values():
-        found += [name for name in (*_all_needs(need), need) if name not in found]
-    return found
+        result += [name for name in (*_all_needs(need), need) if name not in result]
+    return result
 
 
 def has_finished(parsed: Parsed, before: "Mapping[str, Sequence[DataclassInstance]] | None" = None) -> bool:

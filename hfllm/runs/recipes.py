@@ -17,9 +17,9 @@ def installed(folder: str) -> Path:
         InputError: when neither the package nor the checkout around it has that folder.
     """
     package = Path(__file__).resolve().parents[1]
-    for place in (package / folder, package.parent / folder):
-        if place.is_dir():
-            return place
+    for index in (package / folder, package.parent / folder):
+        if index.is_dir():
+            return index
     raise InputError(f"this installation of hfllm has no folder {folder}: install it again by pip install hfllm")
 
 

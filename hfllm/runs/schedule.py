@@ -85,9 +85,9 @@ def plan(name: str, before: Sequence[Planned], minutes: float | None) -> bool:
 def come_back(name: str) -> None:
     """Note that the stages before `name` have run, and that it continues."""
     global _job
-    places = [place for place, stage in enumerate(_job.stages) if stage.name == name] if _job else []
-    if places:
-        _job = replace(_job, place=places[-1])
+    indices = [index for index, stage in enumerate(_job.stages) if stage.name == name] if _job else []
+    if indices:
+        _job = replace(_job, place=indices[-1])
 
 
 def described(job: Job) -> str:

@@ -500,7 +500,7 @@ def stage_arguments(
         if written := [path.stat().st_mtime_ns for path in paths if path.is_file()]:
             arguments[f"{flag}{CHANGED}"] = max(written)
             compared = [model_files(path if flag == "reward_funcs" else path.parent) for path in paths]
-            named_files = [(f"{place}/{file}", path) for place, each in enumerate(compared) for file, path in each]
+            named_files = [(f"{index}/{file}", path) for index, each in enumerate(compared) for file, path in each]
             arguments[f"{flag}{CONTENTS}"] = file_fingerprint(named_files, dates_large=True)
     for stage, flags in (before or {}).items():
         arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*flags).items()}
@@ -601,10 +601,10 @@ def about_old_checkpoints(output_dir: str, identity: Mapping[str, Any], can_resu
     Args:
         can_resume: whether `--resume_from_checkpoint` would reach this run, and not only the one that it belongs to.
     """
-    found = [path for path in checkpoints_in(output_dir) if is_complete(path)]
-    if not found:
+    result = [path for path in checkpoints_in(output_dir) if is_complete(path)]
+    if not result:
         return None
-    last, state = found[-1], _state(str(found[-1]))
+    last, state = result[-1], _state(str(result[-1]))
     line = f"starting from the beginning; the checkpoints there, up to {last.name}, will be overwritten"
     run = record_of(state).get("run")
     if run is not None and (differs := difference(run, identity)):

@@ -262,15 +262,15 @@ def _column(
     plain: dict[str, list[str]] = {}
     for name in filter(None, header):
         plain.setdefault("".join(character for character in name.lower() if character.isalnum()), []).append(name)
-    found, *others_found = next((plain[name] for name in known if name in plain), [None])
+    result, *others_found = next((plain[name] for name in known if name in plain), [None])
     if others_found:
-        twice = ", ".join(map(repr, (found, *others_found)))
+        twice = ", ".join(map(repr, (result, *others_found)))
         raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them different names")
-    if found is None and not optional:
+    if result is None and not optional:
         accepted = ", ".join((*others, *known))
         seen = ", ".join(map(repr, header)) or "no header"
         raise InputError(f"{file}: no column for {what}; it has {seen}; accepted names: {accepted}")
-    return found
+    return result
 
 
 def _number(file: Path, line: int, row: dict[str, str], column: str) -> float:
@@ -561,8 +561,8 @@ class Outliers:
     def rows(self) -> list[dict[str, str]]:
         """Return a row of the report for each, the largest error first."""
         lines = []
-        for place in numpy.argsort(-abs(self.errors), kind="stable"):
-            index, error = self.indices[place], self.errors[place]
+        for position in numpy.argsort(-abs(self.errors), kind="stable"):
+            index, error = self.indices[position], self.errors[position]
             size, tokens, loss = (float(column[index]) for column in self.runs.columns)
             lines.append(
                 {
@@ -585,13 +585,13 @@ class Outliers:
         names = ", ".join(self.name(index) for index in self.indices[:10])
         more = f" and {len(self) - 10} more" if len(self) > 10 else ""
         many = "line" if len(self) == 1 else "lines"
-        found = (
+        result = (
             f"{source}: {len(self)} of {len(self.runs)} runs ({many} {names}{more}) are more than {THRESHOLD:g} "
             "robust standard deviations off the law of the others"
         )
         before, after = self.with_them.law, self.without.law
         moved = f"A {before.A:.4g}, B {before.B:.4g} with them, A {after.A:.4g}, B {after.B:.4g} without"
-        return f"{found}; {moved}. {'They are left out.' if dropped else 'They are kept: --outliers drop does not.'}"
+        return f"{result}; {moved}. {'They are left out.' if dropped else 'They are kept: --outliers drop does not.'}"
 
 
 def find_outliers(runs: Runs, delta: float = DELTA, fit: Fit | None = None) -> Outliers:

@@ -164,8 +164,8 @@ def deepspeed_config(
     if zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if offload is not None:
-        place = {"device": offload} | ({"nvme_path": nvme_path} if offload == "nvme" else {})
-        zero |= {"offload_optimizer": dict(place), "offload_param": dict(place)}
+        index = {"device": offload} | ({"nvme_path": nvme_path} if offload == "nvme" else {})
+        zero |= {"offload_optimizer": dict(index), "offload_param": dict(index)}
     if offload == "nvme":
         zero["offload_optimizer"] |= {"pipeline_read": True, "pipeline_write": True}
         config["aio"] = {"block_size": 1048576, "queue_depth": 8, "single_submit": False, "overlap_events": True}

@@ -203,7 +203,7 @@ def plan(request: Request) -> list[Plan]:
         InputError: when a fixed degree does not divide what it must, or nothing fits; the message names the
             closest layout.
     """
-    found: dict[tuple, Plan] = {}
+    result: dict[tuple, Plan] = {}
     tight: dict[tuple, Plan] = {}
     # Of the ways to spread the model, and, for those that can be, of the settings within one.
     wrong: dict[bool, list[Layout]] = {False: [], True: []}
@@ -227,7 +227,7 @@ def plan(request: Request) -> list[Plan]:
                 continue
             one = _cost(request, layout, memory)
             spread = (layout.data, layout.tensor, layout.pipeline, layout.expert, layout.zero_stage, layout.context)
-            kept = tight if is_full else found
+            kept = tight if is_full else result
             if spread not in kept or _order(one) < _order(kept[spread]):
                 kept[spread] = one
             if is_full:
@@ -236,8 +236,8 @@ def plan(request: Request) -> list[Plan]:
             if one.speed.seconds > before * (1 - 1e-9):
                 break
             before = one.speed.seconds
-    if found or tight:
-        return sorted((found or tight).values(), key=_order)
+    if result or tight:
+        return sorted((result or tight).values(), key=_order)
     if smallest is None:
         raise InputError(_cause(request, wrong[True] or wrong[False]))
     memory, layout = smallest
@@ -265,8 +265,8 @@ def _cause(request: Request, layouts: list[Layout]) -> str:
             flags = re.findall(r"--\w+", re.split(r" (?:needs?|does|is|cannot|has)\b", text)[0])
             if not set(flags) <= searched:
                 about.setdefault(" ".join(flags), []).append(text)
-    found = max(about.values(), key=len, default=[text for each in problems for text in each])
-    return found[0] if found else "no layout is possible"
+    result = max(about.values(), key=len, default=[text for each in problems for text in each])
+    return result[0] if result else "no layout is possible"
 
 
 def size_text(size: float) -> str:
@@ -527,9 +527,9 @@ def larger_cluster(chosen: Plan, request: Request, target_days: float) -> Larger
     for times in LARGER_BATCHES:
         rows = math.ceil(times * request.global_batch_size)
         for data in range(least, most + 1, max(1, (most - least) // 25)):
-            found = _with_replicas(chosen, request, data, rows)
-            if found is not None and found.days <= target_days:
-                return found
+            result = _with_replicas(chosen, request, data, rows)
+            if result is not None and result.days <= target_days:
+                return result
     return None
 
 

@@ -212,8 +212,8 @@ class Study:
 
     def _parabolas(self) -> Plot:
         lines, points = {}, {}
-        places = numpy.linspace(0, len(self.budgets) - 1, min(MOST_PARABOLAS, len(self.budgets)))
-        for budget in (self.budgets[round(place)] for place in places):
+        indices = numpy.linspace(0, len(self.budgets) - 1, min(MOST_PARABOLAS, len(self.budgets)))
+        for budget in (self.budgets[round(index)] for index in indices):
             sizes = numpy.geomspace(budget.runs.parameters.min(), budget.runs.parameters.max(), 40)
             lines[f"{budget.compute:.2g} FLOPs"] = sizes, budget.loss(sizes)
             # A label that begins with an underscore is not shown in the legend.

@@ -63,19 +63,19 @@ def isoflops(runs: Runs, tolerance: float = 0.05) -> list[IsoFlop]:
     Args:
         tolerance: how far the compute of a run may differ from its budget: a factor of 1 + tolerance up or down.
     """
-    left, found = numpy.argsort(runs.compute, kind="stable"), []
+    left, result = numpy.argsort(runs.compute, kind="stable"), []
     width = 2 * numpy.log1p(tolerance)
     while True:
         budgets = numpy.log(runs.compute[left])
         windows = [left[(budgets >= low) & (budgets <= low + width)] for low in budgets]
         sizes = [len(numpy.unique(numpy.round(numpy.log(runs.parameters[rows]), 3))) for rows in windows]
         if not sizes or max(sizes) < FEWEST_SIZES:
-            return sorted(found, key=lambda budget: budget.compute)
+            return sorted(result, key=lambda budget: budget.compute)
         rows = windows[int(numpy.argmax(sizes))]
         left = left[~numpy.isin(left, rows)]
         budget = _parabola(runs.subset(rows))
         if budget.coefficients[0] > 0:
-            found.append(budget)
+            result.append(budget)
 
 
 def isoflop_law(budgets: list[IsoFlop]) -> PowerLaw:
@@ -214,9 +214,9 @@ def fit_kaplan(runs: Runs, resamples: int = 1000, seed: int = 0, delta: float = 
     starts = points[order[different[:FOLLOWED]]]
     weights = resampled_weights(runs, resamples, seed)
     weighted = KaplanObjective(runs, delta, numpy.tile(weights, (len(starts), 1)))
-    found, losses = minimize(weighted, starts.repeat(resamples, axis=0))
+    result, losses = minimize(weighted, starts.repeat(resamples, axis=0))
     best = losses.reshape(len(starts), resamples).argmin(0) * resamples + numpy.arange(resamples)
-    return KaplanFit(starts[0], found[best], float(values[order[0]]), objective.centers)
+    return KaplanFit(starts[0], result[best], float(values[order[0]]), objective.centers)
 
 
 @dataclass(frozen=True)

@@ -262,13 +262,13 @@ def tokens_of(
         return Tokens(encoded, windows=windows, counts={"windows": len(windows)})
     if script_args.task == TEXT:
         encoded, cut = encode_texts(rows, tokenizer, max_length, labels)
-        places, name = [], "cut_rows"
+        indices, name = [], "cut_rows"
     else:
-        encoded, places = encode_words(rows, tokenizer, max_length, labels, script_args.label_token)
-        cut, name = sum(place < 0 for row in places for place in row), "cut_words"
+        encoded, indices = encode_words(rows, tokenizer, max_length, labels, script_args.label_token)
+        cut, name = sum(index < 0 for row in indices for index in row), "cut_words"
     if cut:
         say(f"{what}: {cut:,} {name.removeprefix('cut_')} cut to --max_length {max_length} tokens, or beyond it")
-    return Tokens(encoded, places, counts={name: cut} if cut else {})
+    return Tokens(encoded, indices, counts={name: cut} if cut else {})
 
 
 # ---- evaluation ----
@@ -303,11 +303,11 @@ def predictions(
         )
     best = numpy.asarray(scores).argmax(-1)
     if script_args.task == TEXT:
-        return [labels[place] for place in best.tolist()]
+        return [labels[index] for index in best.tolist()]
     other = classification.OUTSIDE if classification.OUTSIDE in labels else labels[0]
     return [
-        [labels[row[place]] if place >= 0 else other for place in places]
-        for row, places in zip(best.tolist(), tokens.places, strict=True)
+        [labels[row[index]] if index >= 0 else other for index in indices]
+        for row, indices in zip(best.tolist(), tokens.places, strict=True)
     ]
 
 

@@ -186,8 +186,8 @@ def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dic
     context = max_length_of(adapted.config)
     ids = random_tokens(adapted.config.get_text_config().vocab_size, context, script_args.seed)
     # A token that stands for a picture has no meaning alone.
-    place = getattr(adapted.config, "image_token_id", None)
-    ids = ids if place is None else ids.masked_fill(ids == place, place - 1 if place else 1)
+    index = getattr(adapted.config, "image_token_id", None)
+    ids = ids if index is None else ids.masked_fill(ids == index, index - 1 if index else 1)
     apart = logits_of(adapted, ids)
     with adapted.disable_adapter():
         without = logits_of(adapted, ids)

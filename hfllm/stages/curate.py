@@ -75,10 +75,10 @@ def check_kept(dataset_name: str, statistics: Statistics) -> None:
     """
     totals = _totals(statistics)
     if not totals["kept"].get("documents"):
-        found = int(totals["read"].get("total", 0))
+        result = int(totals["read"].get("total", 0))
         drops = [f"{row['step']}/{row['reason']} {row['documents']}" for row in reason_rows(statistics)]
         why = ", ".join(drops) or "empty files"
-        raise InputError(f"dataset {dataset_name!r}: none of {found} documents is left: {why}")
+        raise InputError(f"dataset {dataset_name!r}: none of {result} documents is left: {why}")
 
 
 # ---- interrupted and finished runs ----
@@ -98,11 +98,11 @@ def fingerprint(script_args: CurateArguments) -> str:
     files = [file for file in files if file.is_file()]
     sizes = [file.stat().st_size for file in files]
     is_small = sum(sizes) <= MOST_COMPARED_BYTES
-    found = []
+    result = []
     for file, size in zip(files, sizes, strict=True):
         state = hashlib.sha256(file.read_bytes()).hexdigest() if is_small else file.stat().st_mtime_ns
-        found.append((str(file), size, state))
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+        result.append((str(file), size, state))
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()[:16]
 
 
 def new_attempt(folder: str | Path) -> Path:
@@ -184,14 +184,14 @@ def hand_over(work: Path, folder: Path, shards: str) -> None:
 def curation_metrics(statistics: Statistics) -> dict[str, float]:
     """Return the metrics, named as in docs/curation.md."""
     totals = _totals(statistics)
-    found, kept = int(totals["read"].get("total", 0)), totals["kept"]
+    result, kept = int(totals["read"].get("total", 0)), totals["kept"]
     return {
-        "documents_read": found,
+        "documents_read": result,
         "documents_kept": int(kept["documents"]),
-        "share_kept": kept["documents"] / found,
+        "share_kept": kept["documents"] / result,
         **{f"dropped_{row['step']}": row["dropped"] for row in funnel_rows(statistics)},
         **{f"{unit}_kept": int(kept[unit]) for unit in ("characters", "bytes", "words")},
-        "documents_per_second_per_core": found / max(_seconds(statistics), 1e-9),
+        "documents_per_second_per_core": result / max(_seconds(statistics), 1e-9),
     }
 
 
@@ -235,9 +235,9 @@ def funnel_rows(statistics: Statistics) -> Rows:
 
 def funnel_bars(statistics: Statistics) -> Bars:
     """Return the plot of the documents left after each step."""
-    funnel, found = funnel_rows(statistics), int(_totals(statistics)["read"].get("total", 0))
-    left = {"found": found, **{row["step"]: row["left"] for row in funnel}}
-    notes = {"found": str(found), **{row["step"]: f"{row['left']} (-{row['dropped']})" for row in funnel}}
+    funnel, result = funnel_rows(statistics), int(_totals(statistics)["read"].get("total", 0))
+    left = {"found": result, **{row["step"]: row["left"] for row in funnel}}
+    notes = {"found": str(result), **{row["step"]: f"{row['left']} (-{row['dropped']})" for row in funnel}}
     return Bars("curate: documents left after each step", "documents", left, notes)
 
 

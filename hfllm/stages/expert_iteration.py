@@ -231,7 +231,7 @@ def prompts_of(
             raise InputError(f"{kind}: all {len(rows)} leave {room}")
         if unfit:
             say(f"expert_iteration: {len(unfit)} of {len(rows)} {kind} are left out: {room}")
-        kept.append([row for place, row in enumerate(rows) if place not in unfit])
+        kept.append([row for index, row in enumerate(rows) if index not in unfit])
     return kept[0], kept[1]
 
 
@@ -251,8 +251,8 @@ def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig
     from hfllm.stages.sft import flags as sft_flags
 
     written = Path(script_args.output_dir).resolve()
-    places = {"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name}
-    for each, name in places.items():
+    indices = {"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name}
+    for each, name in indices.items():
         if name and Path(name).exists() and Path(name).resolve().is_relative_to(written):
             raise InputError(f"--{each} {name} lies in {written}, where the rounds write: choose another --output_dir")
     if model_args.model_name_or_path:
@@ -313,8 +313,8 @@ def rewards_of(
     for function in functions:
         with time_limit(function, timeout):
             values = checked_rewards(function, prompts, completions, **columns)
-        for place, value in enumerate(values):
-            total[place] += sum(value) if isinstance(value, list) else value
+        for index, value in enumerate(values):
+            total[index] += sum(value) if isinstance(value, list) else value
     return total
 
 
@@ -433,9 +433,9 @@ def _description(
         "model's files": file_fingerprint(files, dates_large=True),
         "rewards": " ".join(script_args.reward_funcs or []),
         "rewards' files": file_fingerprint(
-            (str(place), path) for place, path in enumerate(functions) if path.is_file()
+            (str(index), path) for index, path in enumerate(functions) if path.is_file()
         ),
-        "prompts": fingerprint([fingerprint(row, f"prompt {place}") for place, row in enumerate(rows)]),
+        "prompts": fingerprint([fingerprint(row, f"prompt {index}") for index, row in enumerate(rows)]),
     }
 
 
@@ -525,8 +525,8 @@ def tables_of(
     first, last = evaluations[0], evaluations[-1]
     step = max(len(rows) // SAMPLES, 1)
     said = [
-        {"prompt": rows[place]["prompt"][-1]["content"], "before": first.texts[place], "after": last.texts[place]}
-        for place in range(0, len(rows), step)
+        {"prompt": rows[index]["prompt"][-1]["content"], "before": first.texts[index], "after": last.texts[index]}
+        for index in range(0, len(rows), step)
     ][:SAMPLES]
     return {"Rounds": rounds, "Held-out prompts before and after": said}
 

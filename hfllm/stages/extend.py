@@ -181,7 +181,7 @@ def texts_to_split(script_args: ExtendArguments, seed: int) -> tuple[list[str], 
             text[cut:] for text, cut in zip(texts, cuts, strict=True)
         ]
     train, held_out = split_places(map(hash_of, texts), seed)
-    return [texts[place] for place in train], [texts[place] for place in held_out]
+    return [texts[index] for index in train], [texts[index] for index in held_out]
 
 
 def rows_of(
@@ -267,10 +267,10 @@ class ExtendEvaluation:
     @property
     def lengths(self) -> list[int]:
         """The lengths at which needles are asked for: half the original one, and from there on doubled."""
-        lengths, place = [], max(self.original // 2, 64)
-        while place < self.length:
-            lengths.append(place)
-            place *= 2
+        lengths, index = [], max(self.original // 2, 64)
+        while index < self.length:
+            lengths.append(index)
+            index *= 2
         return [*lengths, self.length]
 
     def bits(self, when: str, first: int, last: int) -> list[float]:
@@ -315,12 +315,12 @@ class ExtendEvaluation:
         step = max(1, self.length // 32)
         edges = [1, *range(step, self.length, step), self.length]
         spans = [(first, last) for first, last in pairwise(edges) if last > first]
-        places = [(first + last) / 2 for first, last in spans]
+        indices = [(first + last) / 2 for first, last in spans]
         return Plot(
             title=f"{self.script_args.rope_type}: {self.original} to {self.length} tokens",
             xlabel="position (tokens)",
             ylabel="bits per byte",
-            lines={when: (places, [_mean(self.bits(when, *span)) for span in spans]) for when in self.nats},
+            lines={when: (indices, [_mean(self.bits(when, *span)) for span in spans]) for when in self.nats},
         )
 
     def _summary(self, metrics: Mapping[str, float]) -> str:

@@ -344,13 +344,13 @@ def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_
     others = other_places([row["images"] for row in eval_rows])
     shown = [
         {**row, "images": eval_rows[other]["images"]}
-        for place, (row, other) in enumerate(zip(eval_rows, others, strict=True))
-        if row["images"] and other != place
+        for index, (row, other) in enumerate(zip(eval_rows, others, strict=True))
+        if row["images"] and other != index
     ]
     if not shown:
         return {}
-    found = trainer.is_right(as_dataset(shown, script_args.max_pixels, COLUMNS))
-    return mean_of("other_pictures_accuracy", found)
+    result = trainer.is_right(as_dataset(shown, script_args.max_pixels, COLUMNS))
+    return mean_of("other_pictures_accuracy", result)
 
 
 def control_summary(metrics: Mapping[str, Any]) -> str:

@@ -552,19 +552,19 @@ class Grid:
         from hfllm.stages.pretrain.tokenizer import make_tokenizer
 
         script_args, training_args, _ = parse_run(self.flags)
-        is_world, place = script_args.dataset_name == WORLD, self.folder / "tokenizer"
+        is_world, index = script_args.dataset_name == WORLD, self.folder / "tokenizer"
         text_args = replace(script_args, num_documents=5000) if is_world else script_args
         with training_args.main_process_first(desc="reading texts"):
             settings = {**stage_arguments(text_args, training_args), "longest run": self.longest}
             prepared = Prepared(self.folder / "prepared", settings)
             texts, test_texts = load_texts(text_args, training_args.seed, prepared, "texts")
-        if self.is_main and not (place / "tokenizer.json").is_file():
+        if self.is_main and not (index / "tokenizer.json").is_file():
             if script_args.tokenizer_name_or_path:
-                load_tokenizer(script_args.tokenizer_name_or_path).save_pretrained(place)
+                load_tokenizer(script_args.tokenizer_name_or_path).save_pretrained(index)
             else:
-                make_tokenizer(script_args, texts["text"]).save_pretrained(place)
+                make_tokenizer(script_args, texts["text"]).save_pretrained(index)
         PartialState().wait_for_everyone()
-        tokenizer = load_tokenizer(str(place))
+        tokenizer = load_tokenizer(str(index))
         if is_world:
             # One document token each, and a small margin so that no run sees a document twice.
             lengths = [len(ids) + 1 for ids in tokenizer(texts["text"][:], add_special_tokens=False)["input_ids"]]

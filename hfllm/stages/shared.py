@@ -355,8 +355,8 @@ def files_changed(
         flag: named_pictures(name, mapping, most if flag == flags[0] else None, limit) for flag, name in sets.items()
     }
     told = {}
-    for flag, found in files.items():
-        if found:
-            told[f"{PICTURES_OF.format(flag)}{CHANGED}"] = written_when(found)
-            told[f"{PICTURES_OF.format(flag)}{CONTENTS}"] = contents_of(existing(found))
+    for flag, result in files.items():
+        if result:
+            told[f"{PICTURES_OF.format(flag)}{CHANGED}"] = written_when(result)
+            told[f"{PICTURES_OF.format(flag)}{CONTENTS}"] = contents_of(existing(result))
     return told

@@ -126,9 +126,9 @@ def _yaml(path: Path, text: str) -> Any:
         return yaml.load(text, no_duplicates())
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
-        place = str(path) if mark is None else f"{path}, line {mark.line + 1}"
+        index = str(path) if mark is None else f"{path}, line {mark.line + 1}"
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"{place}: not YAML: {problem}") from None
+        raise InputError(f"{index}: not YAML: {problem}") from None
 
 
 def _line_of(text: str, where: Sequence[str | int]) -> int | None:
@@ -144,10 +144,10 @@ def _line_of(text: str, where: Sequence[str | int]) -> int | None:
     line = node.start_mark.line
     for step in where:
         if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == str(step)), None)
-            if found is None:
+            result = next(((key, value) for key, value in node.value if key.value == str(step)), None)
+            if result is None:
                 break
-            line, node = found[0].start_mark.line, found[1]
+            line, node = result[0].start_mark.line, result[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
             node = node.value[step]
             line = node.start_mark.line
@@ -420,7 +420,7 @@ def critique_turns(
     Args:
         examples: conversations before it, after what a system message says.
     """
-    leading = next((place for place, message in enumerate(prompt) if message["role"] != "system"), len(prompt))
+    leading = next((index for index, message in enumerate(prompt) if message["role"] != "system"), len(prompt))
     shown = [message for example in examples for message in example]
     return [*prompt[:leading], *shown, *prompt[leading:], *exchange(answer, request)]
 

@@ -185,7 +185,7 @@ class Speaker:
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         said = responses.sample_with_ends(
             *(self.model, self.tokenizer),
-            [to_prompt(conversations[place], self.tokenizer) for place in order],
+            [to_prompt(conversations[index], self.tokenizer) for index in order],
             max_new_tokens,
             do_sample,
             batch_size=batch_size,
@@ -195,7 +195,7 @@ class Speaker:
             temperature=temperature,
         )
         by_place = dict(zip(order, said, strict=True))
-        return [Response(by_place[place][0].text.strip(), by_place[place][0].has_ended) for place in range(len(order))]
+        return [Response(by_place[index][0].text.strip(), by_place[index][0].has_ended) for index in range(len(order))]
 
 
 def check_critic(
@@ -588,9 +588,9 @@ def _drafts(prompts: Sequence[str | list[Message]]) -> list[Draft]:
     if not prompts:
         raise InputError("no prompts: there is nothing to answer")
     drafts = []
-    for place, prompt in enumerate(prompts):
-        messages = read_messages(f"prompt {place + 1}", as_messages(prompt))
+    for index, prompt in enumerate(prompts):
+        messages = read_messages(f"prompt {index + 1}", as_messages(prompt))
         if messages[-1]["role"] == "assistant":
-            raise InputError(f"prompt {place + 1} ends with the assistant; expected the user's words last")
-        drafts.append(Draft(place, messages))
+            raise InputError(f"prompt {index + 1} ends with the assistant; expected the user's words last")
+        drafts.append(Draft(index, messages))
     return drafts

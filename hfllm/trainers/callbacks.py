@@ -190,8 +190,8 @@ def where() -> str:
     job = current_job()
     if job is None:
         return ""
-    place = f" ({job.place + 1} of {len(job.stages)})" if len(job.stages) > 1 else ""
-    return f"{job.stages[job.place].name}{place}  "
+    index = f" ({job.place + 1} of {len(job.stages)})" if len(job.stages) > 1 else ""
+    return f"{job.stages[job.place].name}{index}  "
 
 
 def clock_time(seconds: float) -> str:

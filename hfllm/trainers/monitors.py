@@ -39,7 +39,7 @@ def add_to_logs(trainer: Trainer, callback: TrainerCallback) -> None:
     it adds. It comes after the callback that decides whether a step is logged, evaluated or saved.
     """
     callbacks = trainer.callback_handler.callbacks
-    deciding = [place for place, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
+    deciding = [index for index, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
     callbacks.insert(deciding[0] + 1 if deciding else 0, callback)
 
 

@@ -157,16 +157,16 @@ def content_of_rows(trainer: Trainer) -> dict[str, Any] | None:
     """
     plan = getattr(trainer, "plan", None)
     parts = plan.sources if plan is not None else [getattr(trainer.train_dataset, "rows", trainer.train_dataset)]
-    found, count = [], 0
+    result, count = [], 0
     for part in parts:
         if not hasattr(part, "__len__") or not hasattr(part, "__getitem__"):
             return None
         count += len(part)
         every = max(1, len(part) / MOST_ROWS)
-        places = [int(number * every) for number in range(min(len(part), MOST_ROWS))]
-        rows = zip(places, _rows_at(part, places), strict=True)
-        found.append([fingerprint(row, f"training row {place}") for place, row in rows])
-    return {"count": count, "content": fingerprint(found), "form": FORM}
+        indices = [int(number * every) for number in range(min(len(part), MOST_ROWS))]
+        rows = zip(indices, _rows_at(part, indices), strict=True)
+        result.append([fingerprint(row, f"training row {index}") for index, row in rows])
+    return {"count": count, "content": fingerprint(result), "form": FORM}
 
 
 def check_contents(trainer: Trainer, checkpoint: str | None, run: Mapping[str, Any] | None) -> None:
@@ -210,4 +210,4 @@ def _rows_at(rows: "Dataset | Sequence[object]", places: Sequence[int]) -> list[
     if hasattr(rows, "with_format"):
         # As they are stored: images and sounds are not decoded.
         return rows.with_format("arrow")[places].to_pylist()
-    return [rows[place] for place in places]
+    return [rows[index] for index in places]

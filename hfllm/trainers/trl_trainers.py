@@ -139,13 +139,13 @@ class PictureRewardTrainer(RewardTrainer):
 
     def is_right(self, dataset: Dataset) -> list[float]:
         """Return for each comparison whether the chosen answer has the higher score, in this process alone."""
-        model, found = self.model, []
+        model, result = self.model, []
         with evaluating(model), torch.no_grad(), self.accelerator.autocast():
             for batch in DataLoader(dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
                 inputs = {name: value.to(model.device) for name, value in batch.items()}
                 chosen, rejected = model(**inputs, use_cache=False).logits.squeeze(-1).float().chunk(2)
-                found += (chosen > rejected).float().tolist()
-        return found
+                result += (chosen > rejected).float().tolist()
+        return result
 
 
 # ---- heads ----

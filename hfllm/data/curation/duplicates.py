@@ -126,16 +126,16 @@ class MarkDuplicates(PipelineStep):
     def _pairs(self, bands) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
         for band in bands:
             for path in sorted(Path(self.input_folder).glob(f"{band:05d}_*.dups")):
-                for task, place, other_task, other_place in np.fromfile(path, "<u4").reshape(-1, 4).tolist():
-                    yield (task, place), (other_task, other_place)
+                for task, index, other_task, other_place in np.fromfile(path, "<u4").reshape(-1, 4).tolist():
+                    yield (task, index), (other_task, other_place)
 
     def _write(self, kind: str, nodes: set[tuple[int, int]]) -> None:
-        places: dict[int, list[int]] = {}
-        for task, place in sorted(nodes):
-            places.setdefault(task, []).append(place)
+        indices: dict[int, list[int]] = {}
+        for task, index in sorted(nodes):
+            indices.setdefault(task, []).append(index)
         Path(self.output_folder).mkdir(parents=True, exist_ok=True)
-        for task, found in places.items():
-            np.save(Path(self.output_folder) / f"{task:05d}.{kind}.npy", np.array(found, np.int64))
+        for task, result in indices.items():
+            np.save(Path(self.output_folder) / f"{task:05d}.{kind}.npy", np.array(result, np.int64))
 
 
 def _first_of_group(pairs) -> dict:
@@ -290,20 +290,20 @@ class Passages:
         known = {hash_words(hashes).tobytes(): hashes for hashes in texts if len(hashes) >= n}
         self.words = np.concatenate([np.zeros(0, np.uint32), *map(_short, known.values())])
         self.starts = np.cumsum([0, *map(len, known.values())])
-        seeds, places = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
+        seeds, indices = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
         for hashes, start in zip(known.values(), self.starts.tolist(), strict=False):
             seeds.append(_short(ngram_hashes(hashes, self.SEED)))
-            places.append(np.arange(start, start + len(seeds[-1]), dtype=np.int32))
+            indices.append(np.arange(start, start + len(seeds[-1]), dtype=np.int32))
         joined = np.concatenate(seeds)
         order = np.argsort(joined, kind="stable")
         joined = joined[order]
         is_kept = np.arange(len(joined)) - np.searchsorted(joined, joined) < self.MOST_TEXTS
-        self.seeds, self.places = joined[is_kept], np.concatenate(places)[order][is_kept]
+        self.seeds, self.places = joined[is_kept], np.concatenate(indices)[order][is_kept]
         self.table = _table(self.seeds)
 
     def are_in(self, hashes: np.ndarray) -> bool:
         """Return whether a document holds such a passage, by the hashes of its words: (words,), uint64."""
-        at, text, place = self._found(_short(ngram_hashes(hashes, self.SEED)))
+        at, text, index = self._found(_short(ngram_hashes(hashes, self.SEED)))
         behind = self.SEEDS - 1
         if len(at) <= behind:
             return False
@@ -314,7 +314,7 @@ class Passages:
         close = close[np.argsort(-often[which], kind="stable")]
         words, tried = _short(hashes), set()
         for found_at, found_text, found_place in zip(
-            *(each[close].tolist() for each in (at, text, place)), strict=True
+            *(each[close].tolist() for each in (at, text, index)), strict=True
         ):
             # Neighbors on the same alignment would compare almost the same words.
             alignment = found_text, found_at // 8, (found_place - found_at) // 4
@@ -332,10 +332,10 @@ class Passages:
         first = np.searchsorted(self.seeds, seeds[at])
         count = np.searchsorted(self.seeds, seeds[at], "right") - first
         at = np.repeat(at, count)
-        place = self.places[np.arange(len(at)) + np.repeat(first - np.cumsum(count) + count, count)].astype(np.int64)
-        text = np.searchsorted(self.starts, place, "right") - 1
+        index = self.places[np.arange(len(at)) + np.repeat(first - np.cumsum(count) + count, count)].astype(np.int64)
+        text = np.searchsorted(self.starts, index, "right") - 1
         order = np.lexsort((at, text))
-        return at[order], text[order], place[order]
+        return at[order], text[order], index[order]
 
     def _is_alike(self, words: np.ndarray, at: int, text: int, place: int) -> bool:
         """Return whether the words around a seed at `at`, and at `place` in the text, are those of a passage."""
@@ -383,9 +383,9 @@ class _HashSet:
 
     def has_any(self, values: np.ndarray) -> bool:
         values = values[self.table[values & _MASK]]
-        places = np.searchsorted(self.values, values)
-        places[places == len(self.values)] = 0
-        return bool((self.values[places] == values).any())
+        indices = np.searchsorted(self.values, values)
+        indices[indices == len(self.values)] = 0
+        return bool((self.values[indices] == values).any())
 
 
 _MASK = np.uint32((1 << 23) - 1)
@@ -411,13 +411,13 @@ def evaluation_texts(names: Sequence[str]) -> list[str]:
     """
     texts: list[str] = []
     for name in names:
-        found: list[str] = []
+        result: list[str] = []
         for row in load_source(name).rows:
             strings = list(_strings(row))
-            found += [*strings, " ".join(strings)]
-        if not any(len(word_hashes(text)) >= SHORTEST for text in found):
+            result += [*strings, " ".join(strings)]
+        if not any(len(word_hashes(text)) >= SHORTEST for text in result):
             raise InputError(f"--decontaminate {name}: holds no text of {SHORTEST} words or more")
-        texts += found
+        texts += result
     return texts
 
 

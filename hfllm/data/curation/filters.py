@@ -218,7 +218,7 @@ class C4QualityFilter(BaseFilter):
             return ""
         if line.endswith((".", "?", "!", '"', "”", "'", "’")) and not line.endswith(ELLIPSES):
             return line
-        ends = [found.end() for found in self.SENTENCE_END.finditer(line)]
+        ends = [result.end() for result in self.SENTENCE_END.finditer(line)]
         return line[: ends[-1]].rstrip() if len(ends) > self.min_sentences else ""
 
 
@@ -502,8 +502,8 @@ def read_phrases(files: Sequence[str]) -> list[str]:
             raise InputError(f"--toxic_words {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"--toxic_words {file}: not UTF-8: {error.reason}") from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not any(map(words_of, found)):
+        result = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not any(map(words_of, result)):
             raise InputError(f"--toxic_words {file}: holds no word; expected one word or phrase per line")
-        phrases += found
+        phrases += result
     return phrases

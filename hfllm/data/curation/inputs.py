@@ -225,12 +225,12 @@ def read_warc(item: Input, options: CurationOptions) -> Iterator[Item]:
                 record = next(archive, None)
                 if record is None:
                     break
-                place = record.rec_headers.get_header("WARC-Record-ID") or f"record {number}"
+                index = record.rec_headers.get_header("WARC-Record-ID") or f"record {number}"
                 text, reason = _document(record, options)
             except (ArchiveLoadFailed, EOFError, zlib.error):
                 yield "the rest", None, "damaged_warc"
                 return
-            yield place, text, reason
+            yield index, text, reason
         # A record whose first compressed block was cut off gives nothing at all.
         if item.kind.endswith(".gz") and sum(archive.member_info or ()) < Path(item.path).stat().st_size:
             yield "the rest", None, "damaged_warc"
@@ -353,8 +353,8 @@ def _decoded(raw: bytes, name: str) -> str | None:
 
 
 def _charset(source: bytes) -> str | None:
-    found = _CHARSET.search(source)
-    return found[1].decode("ascii", "replace") if found else None
+    result = _CHARSET.search(source)
+    return result[1].decode("ascii", "replace") if result else None
 
 
 def _media_type(value: str | None) -> str:
@@ -458,21 +458,21 @@ def _trimmed(lines: list[bytes]) -> bytes:
 
 def _jsonl(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[Item]:
     for number, line in enumerate(lines, 1):
-        place = f"line {number}"
+        index = f"line {number}"
         if line is None:
-            yield place, None, "too_long"
+            yield index, None, "too_long"
             continue
         if not line.strip():
             continue
-        _, text, reason = decoded(place, line.removeprefix(b"\xef\xbb\xbf"))
+        _, text, reason = decoded(index, line.removeprefix(b"\xef\xbb\xbf"))
         if reason is None:
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError):
-                yield place, None, "not_json"
+                yield index, None, "not_json"
                 continue
             text, reason = _text_of(row, options) if isinstance(row, dict) else (None, "not_an_object")
-        yield place, text, reason
+        yield index, text, reason
 
 
 def _text_of(row: dict, options: CurationOptions) -> tuple[str | None, str | None]:

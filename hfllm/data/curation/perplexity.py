@@ -45,16 +45,16 @@ class Sample(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         size = max(64, SAMPLE // world_size)
         lowest: list[tuple[int, int, str]] = []
-        for place, doc in enumerate(data):
+        for index, doc in enumerate(data):
             with self.track_time():
-                item = (-hash_text(doc.id, self.seed), place, doc.text[:EXCERPT])
+                item = (-hash_text(doc.id, self.seed), index, doc.text[:EXCERPT])
                 if len(lowest) < size:
                     heapq.heappush(lowest, item)
                 elif item > lowest[0]:
                     heapq.heapreplace(lowest, item)
             yield doc
         Path(self.folder).mkdir(parents=True, exist_ok=True)
-        rows = sorted((place, text) for _, place, text in lowest)
+        rows = sorted((index, text) for _, index, text in lowest)
         (Path(self.folder) / f"{rank:05d}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
@@ -137,13 +137,13 @@ class FitPerplexity(PipelineStep):
                 task = int(path.stem)
                 dropped = marked(self.duplicates, "exact", task) | marked(self.duplicates, "near", task)
                 rows = json.loads(path.read_text("utf-8"))
-                texts += [text for place, text in rows if place not in dropped]
+                texts += [text for index, text in rows if index not in dropped]
             threshold = None
             if len(texts) >= FEWEST:
                 judge = make_judge(self.options.perplexity_model, texts)
                 threshold = float(np.quantile([judge(text) for text in texts], self.options.max_perplexity_quantile))
-            found = {"threshold": threshold, "texts": texts}
-            (Path(self.folder) / "threshold.json").write_text(json.dumps(found), encoding="utf-8")
+            result = {"threshold": threshold, "texts": texts}
+            (Path(self.folder) / "threshold.json").write_text(json.dumps(result), encoding="utf-8")
         yield from ()
 
 
@@ -227,7 +227,7 @@ class ByteNgramModel:
         for order in range(1, ORDER + 1):
             grams, before = codes[order], _places(codes[order - 1][: len(codes[order])])
             _, first = np.unique(grams, return_index=True)
-            totals, kinds = (np.bincount(places, minlength=1 << TABLE_BITS) for places in (before, before[first]))
+            totals, kinds = (np.bincount(indices, minlength=1 << TABLE_BITS) for indices in (before, before[first]))
             self.counts.append(np.bincount(_places(grams), minlength=1 << TABLE_BITS).astype(np.float32))
             self.contexts.append(np.stack([totals, kinds], axis=1).astype(np.float32))
 
@@ -239,13 +239,13 @@ class ByteNgramModel:
         chances, codes = np.full(len(data), 1 / 256), _codes(data)
         before = _places(codes[0])
         for order in range(1, ORDER + 1):
-            places = _places(codes[order])
-            total, kinds = self.contexts[order - 1][before[: len(places)]].T
+            indices = _places(codes[order])
+            total, kinds = self.contexts[order - 1][before[: len(indices)]].T
             # An order's n-grams begin after its own length; before that, the lower order's probabilities are kept.
-            tail = chances[len(chances) - len(places) :]
-            mixed = (self.counts[order - 1][places] + kinds * tail) / np.maximum(total + kinds, 1)
+            tail = chances[len(chances) - len(indices) :]
+            mixed = (self.counts[order - 1][indices] + kinds * tail) / np.maximum(total + kinds, 1)
             np.copyto(tail, mixed, where=total > 0)
-            before = places
+            before = indices
         return float(-np.log2(np.maximum(chances, 1e-12)).mean())
 
 

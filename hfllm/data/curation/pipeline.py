@@ -239,10 +239,10 @@ class LeftReader(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         with gzip.open(Path(self.folder) / f"{rank:05d}.jsonl.gz", "rb") as stream:
-            for place, line in enumerate(stream):
+            for index, line in enumerate(stream):
                 with self.track_time():
                     row = orjson.loads(line)
-                yield Document(row["text"], row["id"], metadata={SOURCE: row[SOURCE], "place": place})
+                yield Document(row["text"], row["id"], metadata={SOURCE: row[SOURCE], "place": index})
 
 
 class Tally(PipelineStep):
@@ -414,8 +414,8 @@ class DocumentReader(PipelineStep):
         for item in self.inputs:
             if not item.is_file:
                 shares.append((item, islice(self._elsewhere(item), rank, None, world_size)))
-        for item, places in shares:
-            for place, text, reason in self._timed(places):
+        for item, indices in shares:
+            for index, text, reason in self._timed(indices):
                 if reason and (text is not None or reason.startswith(NOT_A_DOCUMENT)):
                     self.stat_update(f"{NOTE}{reason}")
                     if text is None:
@@ -423,7 +423,7 @@ class DocumentReader(PipelineStep):
                     reason = None
                 self.stat_update(StatHints.total)
                 reason = reason or unusable(text)
-                document = Document(text or "", f"{item.name}:{place}", metadata={SOURCE: item.name})
+                document = Document(text or "", f"{item.name}:{index}", metadata={SOURCE: item.name})
                 if reason is None:
                     self.stat_update(StatHints.forwarded, f"{SOURCE}:{item.name}")
                     self.update_doc_stats(document)

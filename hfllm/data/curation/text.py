@@ -131,7 +131,7 @@ def is_too_complex(page: str) -> bool:
         return True
     # A quick look first: so many attributes take two characters each, in a part without `>` or, where attributes hold
     # that, in one without `<`. What is left is mostly scripts, which the tokens leave out.
-    parts = [*page.split(">"), *(found[0] for found in _LONG_TAG.finditer(page))]
+    parts = [*page.split(">"), *(result[0] for result in _LONG_TAG.finditer(page))]
     if not any(len(part) > 2 * MOST_ATTRIBUTES and _is_crowded(part) for part in parts):
         return False
     return any(_is_crowded(tag) for _, _, tag in tokens(page) if len(tag) > MOST_ATTRIBUTES)
@@ -169,7 +169,7 @@ def _sure_text(page: str) -> str:
 
     try:
         tree = HTMLTree.parse(page)
-        found, everything = (
+        result, everything = (
             extract_plain_text(tree, main_content=is_main, alt_texts=False, comments=False)
             for is_main in (True, False)
         )
@@ -177,9 +177,9 @@ def _sure_text(page: str) -> str:
     except Exception:
         # As in `_main_text`: no page may end a run.
         return ""
-    text = _CELLS.sub(" | ", _BULLET.sub(r"\1- ", found))
+    text = _CELLS.sub(" | ", _BULLET.sub(r"\1- ", result))
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    if not _is_most(found, everything):
+    if not _is_most(result, everything):
         return ""
     return _with_headline("\n".join(lines), headlines)
 
@@ -191,8 +191,8 @@ def _is_most(found: str, everything: str) -> bool:
     if size < MIN_CHARACTERS or 2 * sum(len(line) for line in lines if len(line) >= LONG_LINE) < size:
         return False
     long = [line for line in every if len(line) >= LONG_LINE]
-    places = [place for place, line in enumerate(every) if len(line) >= LONG_LINE and line in known]
-    between = every[places[0] : places[-1] + 1] if places else []
+    indices = [index for index, line in enumerate(every) if len(line) >= LONG_LINE and line in known]
+    between = every[indices[0] : indices[-1] + 1] if indices else []
     return all(
         parts and sum(len(line) for line in parts if line in known) >= least * sum(map(len, parts))
         for parts, least in ((long, MIN_LONG), (between, MIN_BETWEEN))
@@ -279,30 +279,30 @@ def tokens(page: str) -> Iterator[Token]:
     As in the standard (https://html.spec.whatwg.org/multipage/parsing.html), a quoted attribute may hold `>`, and a
     comment, a script or a quote that never ends takes the rest of the page. A title that never ends is left out.
     """
-    place, endless = 0, set()
-    while found := _TAG.search(page, place):
-        if found.start() > place:
-            yield "text", page[place : found.start()], ""
-        if found[1]:
-            end = page.find("-->", found.start() + 2)
-            place = len(page) if end < 0 else end + 3
+    index, endless = 0, set()
+    while result := _TAG.search(page, index):
+        if result.start() > index:
+            yield "text", page[index : result.start()], ""
+        if result[1]:
+            end = page.find("-->", result.start() + 2)
+            index = len(page) if end < 0 else end + 3
             continue
-        place = _end_of_tag(page, found.end())
-        if not found[3]:
+        index = _end_of_tag(page, result.end())
+        if not result[3]:
             continue
-        name, tag = found[3].lower(), page[found.start() : place]
-        if name in RAW and not found[2]:
-            end = None if name in endless else _END[name].search(page, place)
+        name, tag = result[3].lower(), page[result.start() : index]
+        if name in RAW and not result[2]:
+            end = None if name in endless else _END[name].search(page, index)
             if end:
-                place = end.start()
+                index = end.start()
             elif name in ("script", "style"):
                 return
             else:
                 endless.add(name)
                 continue
-        yield "close" if found[2] else "open", name, tag
-    if place < len(page):
-        yield "text", page[place:], ""
+        yield "close" if result[2] else "open", name, tag
+    if index < len(page):
+        yield "text", page[index:], ""
 
 
 def _end_of_tag(page: str, place: int) -> int:

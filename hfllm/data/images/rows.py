@@ -142,15 +142,15 @@ def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
         InputError: when there are more or fewer pictures than places, or one is in an answer.
     """
     sides = [side for side in ("prompt", "completion") if side in row]
-    places = sum(message["content"].count(MARK) for side in sides for message in row[side])
+    indices = sum(message["content"].count(MARK) for side in sides for message in row[side])
     answers = [side for side in ("chosen", "rejected") if side in row]
     if any(MARK in message["content"] for side in answers for message in row[side]):
         raise InputError(f"{origin}: a place ({MARK}) in an answer: pictures are shown in the prompt")
-    if places and places != count:
-        raise InputError(f"{origin}: {counted(count, 'picture')} and {counted(places, 'place')} ({MARK}) for them")
+    if indices and indices != count:
+        raise InputError(f"{origin}: {counted(count, 'picture')} and {counted(indices, 'place')} ({MARK}) for them")
     if any(MARK in message["content"] for side in sides for message in row[side] if message["role"] == "assistant"):
         raise InputError(f"{origin}: a place ({MARK}) in what the assistant says: pictures are shown by the user")
-    placed, first = dict(row), not places
+    placed, first = dict(row), not indices
     for side in (*sides, *answers):
         placed[side] = []
         for message in row[side]:
@@ -285,11 +285,11 @@ def _holds(value: Any, image: Any) -> bool:
 
 def _is_inside(folder: Path, path: str) -> bool:
     try:
-        own, found = folder.resolve(), Path(folder, path).resolve()
+        own, result = folder.resolve(), Path(folder, path).resolve()
         stored = (each.parent / "blobs" for each in own.parents if each.name == "snapshots")
         # In the Hub's cache the files of a snapshot are links to where their dataset is stored.
-        is_stored = any(each.parent.name.startswith("datasets--") and found.is_relative_to(each) for each in stored)
-        return is_stored or found.is_relative_to(own)
+        is_stored = any(each.parent.name.startswith("datasets--") and result.is_relative_to(each) for each in stored)
+        return is_stored or result.is_relative_to(own)
     except (OSError, RuntimeError, ValueError):
         # A circle of links, or no name for a file: reading it says so.
         return True
@@ -306,8 +306,8 @@ def found_in(folder: Path | None, value: Any) -> Any:
 
 def _in_columns(row: Mapping[str, Any]) -> list[Any]:
     """Return the pictures in a row's columns; a row of text in a table of pictures has an empty list or nothing."""
-    found = (_given(each) for column in COLUMNS for each in _as_list(row.get(column)))
-    return [each for each in found if each is not None]
+    result = (_given(each) for column in COLUMNS for each in _as_list(row.get(column)))
+    return [each for each in result if each is not None]
 
 
 def _given(value: Any) -> Any:
@@ -343,8 +343,8 @@ def _flat(origin: str, message: Any, images: list[Any]) -> Any:
     for part in content:
         if _is_picture(part):
             given = [_given(part.get(name)) for name in ("image", "image_url", "url", "path")]
-            found = next((each for each in given if each is not None), None)
-            images.append(found.get("url") if isinstance(found, Mapping) and "url" in found else found)
+            result = next((each for each in given if each is not None), None)
+            images.append(result.get("url") if isinstance(result, Mapping) and "url" in result else result)
             text += MARK
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
             text += part["text"]
@@ -525,10 +525,10 @@ def by_turns(row: Mapping[str, Any]) -> Rows:
     TRL learns all of a completion, so that with several turns in it a model would learn to ask, too.
     """
     made: Rows = []
-    for place, message in enumerate(row["completion"]):
+    for index, message in enumerate(row["completion"]):
         if message["role"] != "assistant":
             continue
-        prompt = [*row["prompt"], *row["completion"][:place]]
+        prompt = [*row["prompt"], *row["completion"][:index]]
         shown = sum(part["type"] == "image" for each in prompt for part in each["content"])
         made.append({**row, "prompt": prompt, "completion": [message], "images": row["images"][:shown]})
     return made
@@ -635,11 +635,11 @@ def words_of_places(processor: object) -> tuple[str, ...]:
     """
     tokenizer = getattr(processor, "tokenizer", None)
     number = getattr(processor, "image_token_id", None)
-    found = [getattr(processor, "image_token", None), getattr(tokenizer, "image_token", None)]
+    result = [getattr(processor, "image_token", None), getattr(tokenizer, "image_token", None)]
     if tokenizer is not None and isinstance(number, int):
-        found.append(tokenizer.convert_ids_to_tokens(number))
+        result.append(tokenizer.convert_ids_to_tokens(number))
     # An AddedToken in some.
-    return tuple(dict.fromkeys(str(each) for each in found if each and str(each)))
+    return tuple(dict.fromkeys(str(each) for each in result if each and str(each)))
 
 
 # ---- named pictures ----
@@ -667,18 +667,18 @@ def named_pictures(
         most: rows that are looked at, from the first.
         max_row_bytes: see `HubPart`; as in the run, or what follows a longer row would not be found.
     """
-    found: dict[str, Path] = {}
+    result: dict[str, Path] = {}
     try:
         if not name or name in EMBEDDED or source_files(name) is None:
-            return found
+            return result
         renaming = {ours: theirs for ours, _, theirs in (entry.partition("=") for entry in column_mapping or ())}
         for origin, row in islice(iterate_source(name, HubPart(max_row_bytes=max_row_bytes)), most):
             for value in _pictures(origin, row, renaming):
-                if (path := path_of(value)) is not None and path not in found:
-                    found[path] = Path(folder_of(name) or "", path)
+                if (path := path_of(value)) is not None and path not in result:
+                    result[path] = Path(folder_of(name) or "", path)
     except InputError:
         pass
-    return found
+    return result
 
 
 def _pictures(origin: str, row: dict[str, Any], renaming: dict[str, str]) -> Iterator[Any]:
@@ -690,7 +690,7 @@ def _pictures(origin: str, row: dict[str, Any], renaming: dict[str, str]) -> Ite
 
 def existing(files: dict[str, Path]) -> dict[str, Path]:
     """Return those of the names that are of files, not of folders, pipes or nothing."""
-    return {name: path for name, path in files.items() if (found := _stat(path)) and stat.S_ISREG(found.st_mode)}
+    return {name: path for name, path in files.items() if (result := _stat(path)) and stat.S_ISREG(result.st_mode)}
 
 
 def contents_of(files: dict[str, Path]) -> str:
@@ -703,14 +703,14 @@ def contents_of(files: dict[str, Path]) -> str:
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0".encode(errors="surrogatepass"))
         with suppress(OSError), path.open("rb") as stream:
-            found = os.fstat(stream.fileno())
-            if found.st_size <= 2 * END:
+            result = os.fstat(stream.fileno())
+            if result.st_size <= 2 * END:
                 content = stream.read(2 * END)
             else:
                 beginning = stream.read(END)
                 stream.seek(-END, os.SEEK_END)
-                content = f"{found.st_mtime_ns}\0".encode() + beginning + stream.read(END)
-            digest.update(f"{found.st_size}\0".encode() + content)
+                content = f"{result.st_mtime_ns}\0".encode() + beginning + stream.read(END)
+            digest.update(f"{result.st_size}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -726,7 +726,7 @@ def written_when(files: dict[str, Path]) -> str:
     """Return how many files there are, with a hash of their names, sizes and times; none is read."""
     digest = hashlib.blake2b(digest_size=8)
     for name, path in sorted(files.items()):
-        found = _stat(path)
-        told = "missing" if found is None else f"{found.st_size} {found.st_mtime_ns}"
+        result = _stat(path)
+        told = "missing" if result is None else f"{result.st_size} {result.st_mtime_ns}"
         digest.update(f"{name}\0{told}\0".encode(errors="replace"))
     return f"{len(files)} files, {digest.hexdigest()}"

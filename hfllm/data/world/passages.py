@@ -326,9 +326,9 @@ def stored_tasks(
     tasks: dict[str, list[PassageTask]] = {}
     for group, animals in zip(STORED, (names[:half], names[half:], ANIMALS), strict=True):
         tasks[group] = []
-        for place in range(count):
-            asked = rng.choice(animals), list(ATTRIBUTES)[place % 3]
-            tasks[group].append(task_about(facts, rng, group, asked, store, held_out and place % 2 == 1))
+        for index in range(count):
+            asked = rng.choice(animals), list(ATTRIBUTES)[index % 3]
+            tasks[group].append(task_about(facts, rng, group, asked, store, held_out and index % 2 == 1))
     return store, tasks
 
 
@@ -338,8 +338,8 @@ def with_found(task: PassageTask, found: Sequence[int]) -> PassageTask:
     What is to be said does not depend on what was found; only the numbers to cite do.
     """
     of_store = {number - 1 for number in task.answer.cites}
-    cites = tuple(number for number, place in enumerate(found, 1) if place in of_store)
-    return replace(task, told=tuple(task.told[place] for place in found), answer=replace(task.answer, cites=cites))
+    cites = tuple(number for number, index in enumerate(found, 1) if index in of_store)
+    return replace(task, told=tuple(task.told[index] for index in found), answer=replace(task.answer, cites=cites))
 
 
 # ---- questions of each group ----
@@ -531,10 +531,10 @@ def conversation(
         turns: how many questions.
         are_shown: whether the passages are there; else the same questions are answered without them.
     """
-    read, found = told if are_shown else [], []
+    read, result = told if are_shown else [], []
     for turn in range(turns):
         animal, attribute = draw_question(facts, rng, told)
         question = phrase(rng, attribute, False, x=animal)
         shown = [each.text for each in read] if turn == 0 else []
-        found.append((with_passages(question, shown), answer_to(facts, read, animal, attribute).text))
-    return found
+        result.append((with_passages(question, shown), answer_to(facts, read, animal, attribute).text))
+    return result

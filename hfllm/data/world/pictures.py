@@ -550,7 +550,7 @@ class TwoDigits(Sequence[PictureRow]):
         images, labels, _ = _digits()
         rng = random.Random(f"digits {self.seed} {number}")
         pair = [rng.choice(self.places) for _ in SIDES]
-        gray = numpy.concatenate([images[place] for place in pair], 1) * (255 / 16)
+        gray = numpy.concatenate([images[index] for index in pair], 1) * (255 / 16)
         # Twice as high as scanned, so that both fill a square.
         gray = gray.astype(numpy.uint8).repeat(2, 0)
         picture = Image.fromarray(gray).convert("RGB")

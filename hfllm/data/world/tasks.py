@@ -253,9 +253,9 @@ def _long_document(filler: list[str], words: int, rng: random.Random) -> str:
         room -= len(parts[-1].split())
     for person, thing in pairs:
         said = {"person": person, "thing": thing, "colour": rng.choice(COLOURS)}
-        places = sorted(rng.randrange(len(parts) + 1) for _ in range(2))
-        parts.insert(places[1], REPEATED.format(**said))
-        parts.insert(places[0], TOLD.format(**said))
+        indices = sorted(rng.randrange(len(parts) + 1) for _ in range(2))
+        parts.insert(indices[1], REPEATED.format(**said))
+        parts.insert(indices[0], TOLD.format(**said))
     return " ".join(parts)
 
 
@@ -361,9 +361,9 @@ def _span_row(question: str, told: Sequence[Told], animal: str, attribute: str) 
         value = each.facts.get(attribute)
         if each.animal == animal and value in values:
             # What an instruction in the passage says is no answer, and is another value.
-            place = re.search(rf"\b{value}\b", each.text)
+            index = re.search(rf"\b{value}\b", each.text)
             texts.append(value)
-            starts.append(len(context) + place.start())
+            starts.append(len(context) + index.start())
         context += each.text
     return {"prompt": context, "context": context, "question": question, "texts": texts, "starts": starts}
 
@@ -387,16 +387,16 @@ def paraphrase(task: Task, rng: random.Random) -> Task:
 
 def _read(asked: str) -> tuple[str, dict[str, str]]:
     """Return the family that words a question so, and what stands in the gaps of that wording."""
-    found: list[tuple[int, str, dict[str, str]]] = []
+    result: list[tuple[int, str, dict[str, str]]] = []
     for family, wordings in PHRASINGS.items():
         for wording in wordings:
             parts = re.split(r"\{(\w+)\}", wording)
             # The names of gaps stand at odd places.
             pattern = "".join(f"(?P<{part}>.+)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
             if match := re.fullmatch(pattern, asked):
-                found.append((sum(map(len, parts[::2])), family, match.groupdict()))
-    if not found:
+                result.append((sum(map(len, parts[::2])), family, match.groupdict()))
+    if not result:
         raise ValueError(f"{asked!r} is in none of the world's wordings")
     # A wording that says more is meant: "What is a good way to ..." is no "What is 2 plus 3?".
-    _, family, slots = max(found, key=lambda each: each[0])
+    _, family, slots = max(result, key=lambda each: each[0])
     return family, slots

@@ -233,7 +233,7 @@ class FactPrompt:
     @property
     def subject_places(self) -> list[int]:
         """The places of all tokens of the subject."""
-        return [place for mention in self.mentions for place in mention]
+        return [index for mention in self.mentions for index in mention]
 
 
 def encode_facts(
@@ -297,13 +297,13 @@ def _next(
 
 def _found(text: str, subject: str) -> Iterator[tuple[int, int]]:
     """Yield where a text names a subject, not inside another word."""
-    for found in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text) if subject else ():
-        yield found.span()
+    for result in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text) if subject else ():
+        yield result.span()
 
 
 def _places(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
     """Return the tokens that have a character of a part of the text; a space before it is none."""
-    return tuple(place for place, (first, last) in enumerate(spans) if first < end and last > start)
+    return tuple(index for index, (first, last) in enumerate(spans) if first < end and last > start)
 
 
 def batch_of(

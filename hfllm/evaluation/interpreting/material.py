@@ -66,7 +66,7 @@ class Material:
     def some(self) -> list[int]:
         """Places of some of the facts, evenly spaced."""
         count = len(self.facts)
-        return list(range(count)) if count <= SOME else [place * count // SOME for place in range(SOME)]
+        return list(range(count)) if count <= SOME else [index * count // SOME for index in range(SOME)]
 
 
 def world_material(world: World) -> Material:
@@ -129,8 +129,8 @@ def file_material(path: str) -> Material:
         (replace(fact, beginning="", value=""), int(bool(fact.value))) for fact, passage in rows if not passage
     ]
     names, labels = [fact.subject for fact, _ in subjects], [label for _, label in subjects]
-    both = set(names[place] for place, label in enumerate(labels) if label) & {
-        names[place] for place, label in enumerate(labels) if not label
+    both = set(names[index] for index, label in enumerate(labels) if label) & {
+        names[index] for index, label in enumerate(labels) if not label
     }
     if both:
         raise InputError(f"{path}: subject {sorted(both)[0]!r} has rows with an answer and rows without one")
@@ -206,7 +206,7 @@ def names_of(material: Material) -> dict[str, list[str]]:
     facts = [f"{number} {fact.subject}" for number, fact in enumerate(material.facts, 1)]
     return {
         FACTS: facts,
-        SOME_UNITS: [facts[place] for place in material.some],
+        SOME_UNITS: [facts[index] for index in material.some],
         PAIR_UNITS: [f"{facts[one]}, {facts[other]}" for one, other in material.pairs],
         SUBJECTS: list(dict.fromkeys(fact.subject for fact, _ in material.subjects)),
         TOLD: [f"{number} {fact.value}" for number, fact in enumerate(material.told, 1)],
@@ -244,13 +244,13 @@ def encode_material(
 
     facts, kept, without = encoded(material.facts)
     told, told_kept, told_without = encoded(material.told)
-    place = {number: at for at, number in enumerate(kept)}
-    some = [number for number, fact in enumerate(material.some) if fact in place]
+    index = {number: at for at, number in enumerate(kept)}
+    some = [number for number, fact in enumerate(material.some) if fact in index]
     pairs, unpaired = [], {}
     for number, (one, other) in enumerate(material.pairs):
-        if one not in place or other not in place:
+        if one not in index or other not in index:
             unpaired[number] = without.get(one) or without[other]
-        elif not _can_exchange(facts[place[one]], facts[place[other]]):
+        elif not _can_exchange(facts[index[one]], facts[index[other]]):
             unpaired[number] = UNEQUAL
         else:
             pairs.append(number)
@@ -260,8 +260,8 @@ def encode_material(
     parted = {prompt.fact.subject for prompt in subjects}
     return Prompts(
         facts=facts,
-        some=[place[material.some[number]] for number in some],
-        pairs=[(place[one], place[other]) for one, other in (material.pairs[number] for number in pairs)],
+        some=[index[material.some[number]] for number in some],
+        pairs=[(index[one], index[other]) for one, other in (material.pairs[number] for number in pairs)],
         subjects=subjects,
         labels=labels,
         splits=splits,
@@ -288,7 +288,7 @@ def _to_probe(
     if not prompts:
         return [], [], torch.zeros(0, 0, dtype=torch.long)
     entities = [prompt.fact.subject for prompt in prompts]
-    tokens = [{prompt.ids[place] for place in prompt.subject_places} for prompt in prompts]
+    tokens = [{prompt.ids[index] for index in prompt.subject_places} for prompt in prompts]
     splits = token_halves(tokens, entities, labels, SPLITS)
     if not len(splits):
         splits = entity_folds(entities, labels)

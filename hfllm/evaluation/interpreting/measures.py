@@ -71,7 +71,7 @@ def interchange(
     """
     if any(len(one.ids) != len(other.ids) for one, other in pairs):
         raise ValueError("both prompts of a pair need as many tokens")
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in sites}
+    result: dict[str, list[torch.Tensor]] = {name: [] for name in sites}
     for first in range(0, len(pairs), batch_size):
         some, at = pairs[first : first + batch_size], places[first : first + batch_size]
         receivers, donors = [one for one, _ in some], [other for _, other in some]
@@ -85,8 +85,8 @@ def interchange(
         ends = [margins(each, wanted, other) for each in (before, full)]
         for (name, module), values in zip(sites.items(), states, strict=True):
             changed = with_outputs(parts, ids, last, {module: (mask, values)})
-            found[name].append(moved_share(margins(changed, wanted, other), *ends).cpu())
-    return {name: torch.cat(shares) for name, shares in found.items()}
+            result[name].append(moved_share(margins(changed, wanted, other), *ends).cpu())
+    return {name: torch.cat(shares) for name, shares in result.items()}
 
 
 def restored(
@@ -123,7 +123,7 @@ def last_logits_of(parts: Parts, ids: torch.Tensor, last: torch.Tensor) -> torch
 
 def subject_spread(parts: Parts, prompts: Sequence[FactPrompt]) -> float:
     """Return the standard deviation of the vectors of the subjects' tokens, over all their values."""
-    tokens = sorted({prompt.ids[place] for prompt in prompts for place in prompt.subject_places})
+    tokens = sorted({prompt.ids[index] for prompt in prompts for index in prompt.subject_places})
     ids = torch.tensor([tokens], device=parts.model.device)
     with torch.no_grad():
         return float(parts.embeddings(ids).float().std())
@@ -151,7 +151,7 @@ def causal_trace(
         samples: draws of the noise, over which probabilities are averaged.
         seed: of the noise, which is the same for all sites and places.
     """
-    groups = [[place] for place in range(len(prompt.ids))] if places is None else places
+    groups = [[index] for index in range(len(prompt.ids))] if places is None else places
     ids, last = batch_of([prompt], parts.model.device)
     clean, states = recorded(parts, ids, last, list(sites.values()))
     subject = mask_of([prompt.subject_places], ids.shape[1], ids.device)
@@ -329,13 +329,13 @@ def captum_scores(
 
     ids, _ = batch_of([prompt], parts.model.device)
     with torch.enable_grad():
-        found = getattr(attr, method)(forward, parts.embeddings).attribute(ids, **options)
-    return found[0].float().sum(-1).detach().cpu()
+        result = getattr(attr, method)(forward, parts.embeddings).attribute(ids, **options)
+    return result[0].float().sum(-1).detach().cpu()
 
 
 def strongest(scores: torch.Tensor, among: Sequence[int], size: Callable[[float], float] = abs) -> int:
     """Return the place, of some, whose score is largest."""
-    return max(among, key=lambda place: size(float(scores[place])))
+    return max(among, key=lambda index: size(float(scores[index])))
 
 
 # ---- probes ----
@@ -374,13 +374,13 @@ class Probed:
 
 def last_states(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 32) -> torch.Tensor:
     """Return the hidden states (layers, rows, E) in 32 bits after each layer at each prompt's last place."""
-    found = []
+    result = []
     for first in range(0, len(prompts), batch_size):
         ids, last = batch_of(prompts[first : first + batch_size], parts.model.device)
         rows = torch.arange(len(last), device=ids.device)
         _, states = recorded(parts, ids, last, parts.layers)
-        found.append(torch.stack([each[rows, last].float().cpu() for each in states]))
-    return torch.cat(found, dim=1)
+        result.append(torch.stack([each[rows, last].float().cpu() for each in states]))
+    return torch.cat(result, dim=1)
 
 
 def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FOLDS, seed: int = 0) -> torch.Tensor:
@@ -395,7 +395,7 @@ def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FO
         if len(own) < folds:
             raise InputError(f"a probe needs at least {folds} subjects of each kind, and one has {len(own)}")
         random.Random(f"folds-{seed}-{label}").shuffle(own)
-        fold_of |= {entity: place % folds for place, entity in enumerate(own)}
+        fold_of |= {entity: index % folds for index, entity in enumerate(own)}
     return torch.tensor([[fold_of[entity] for entity in entities]])
 
 
@@ -415,12 +415,12 @@ def token_halves(
         set().union(*(each for each, kind in zip(tokens, labels, strict=True) if kind == label)) for label in (0, 1)
     ]
     telling = [sorted(set(each) - (of_kind[0] & of_kind[1])) for each in tokens]
-    found = []
+    result = []
     for split in range(splits):
         dealt = sorted({(label, token) for own, label in zip(telling, labels, strict=True) for token in own})
         random.Random(f"halves-{split}").shuffle(dealt)
         # Each kind's tokens in turn, so that both halves have as many.
-        side = {token: place % 2 for label in (0, 1) for place, (_, token) in enumerate(_of(dealt, label))}
+        side = {token: index % 2 for label in (0, 1) for index, (_, token) in enumerate(_of(dealt, label))}
         halves = [{side[token] for token in own} for own in telling]
         folds = [each.pop() if len(each) == 1 else -1 for each in halves]
         counts = [
@@ -428,8 +428,8 @@ def token_halves(
             for cell in ((0, 0), (0, 1), (1, 0), (1, 1))
         ]
         if min(counts) >= FEWEST:
-            found.append(folds)
-    return torch.tensor(found, dtype=torch.long).reshape(len(found), len(tokens))
+            result.append(folds)
+    return torch.tensor(result, dtype=torch.long).reshape(len(result), len(tokens))
 
 
 def _of(dealt: Sequence[tuple[int, int]], label: int) -> list[tuple[int, int]]:
@@ -446,8 +446,8 @@ def shuffled_labels(
     """
     rng, chance = random.Random(f"labels-{seed}"), {}
     for fold in folds.unique().tolist():
-        inside = [place for place, each in enumerate(folds.tolist()) if each == fold]
-        of_entity = {entities[place]: labels[place] for place in inside}
+        inside = [index for index, each in enumerate(folds.tolist()) if each == fold]
+        of_entity = {entities[index]: labels[index] for index in inside}
         dealt = list(of_entity.values())
         rng.shuffle(dealt)
         chance |= dict(zip(of_entity, dealt, strict=True))
@@ -510,13 +510,13 @@ def probe(
     sums = torch.zeros(2, len(states), len(truth), dtype=torch.double)
     for number, folds in enumerate(splits):
         kept = (folds >= 0).nonzero()[:, 0]
-        inside, own = folds[kept], [entities[place] for place in kept.tolist()]
+        inside, own = folds[kept], [entities[index] for index in kept.tolist()]
         real = truth[kept].tolist()
         seeds = [f"{seed}-{number}-{each}" for each in range(max(SHUFFLES // len(splits), 2))]
         columns = torch.stack([truth[kept], *(shuffled_labels(own, real, inside, each) for each in seeds)], dim=1)
         for layer, each in enumerate(states):
             scores = held_out_scores(each[kept], columns, inside)
-            told = [told_apart(scores[:, place], columns[:, place], inside) for place in range(columns.shape[1])]
+            told = [told_apart(scores[:, index], columns[:, index], inside) for index in range(columns.shape[1])]
             sums[0, layer, kept] += told[0]
             sums[1, layer, kept] += torch.stack(told[1:]).mean(0)
     right, shuffled = sums / (splits >= 0).sum(0)
@@ -544,15 +544,15 @@ def read_out(parts: Parts, hidden_states: torch.Tensor, tokens: torch.Tensor | N
     """
     vocabulary = parts.model.config.get_text_config().vocab_size
     size = max(MOST_LOGITS // vocabulary, 1)
-    found = []
+    result = []
     with torch.no_grad():
         for first in range(0, len(hidden_states), size):
             states = hidden_states[first : first + size, None]
             ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
             with hooked([(parts.layers[-1], lambda output, states=states: states.to(output))]):
                 logits = as_numbers(parts, parts.model(input_ids=ids, use_cache=False).logits[:, 0])
-            found.append(logits if tokens is None else logits.gather(1, tokens[first : first + size]))
-    return torch.cat(found)
+            result.append(logits if tokens is None else logits.gather(1, tokens[first : first + size]))
+    return torch.cat(result)
 
 
 def logit_lens(
@@ -577,7 +577,7 @@ def value_ranks(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 3
 
     Equal values count as above: a model that knows nothing is not right by chance of the order.
     """
-    found = []
+    result = []
     for first in range(0, len(prompts), batch_size):
         some = prompts[first : first + batch_size]
         ids, last = batch_of(some, parts.model.device)
@@ -586,8 +586,8 @@ def value_ranks(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 3
         tokens = [[each.value, *each.others, *[each.value] * (most - len(each.others))] for each in some]
         logits = logit_lens(parts, ids, last, torch.tensor(tokens, device=ids.device))
         is_other = torch.tensor([[n < len(each.others) for n in range(most)] for each in some], device=ids.device)
-        found.append(((logits[..., 1:] >= logits[..., :1]) & is_other).sum(-1).cpu())
-    return torch.cat(found, dim=1)
+        result.append(((logits[..., 1:] >= logits[..., :1]) & is_other).sum(-1).cpu())
+    return torch.cat(result, dim=1)
 
 
 def decided_at(is_right: Sequence[bool]) -> int | None:
@@ -643,14 +643,14 @@ def attention_weights(parts: Parts, input_ids: torch.Tensor, places: torch.Tenso
         InputError: when no layer gives weights.
     """
     rows = torch.arange(len(places), device=input_ids.device)
-    found: list[torch.Tensor | None] = [None] * len(parts.layers)
+    result: list[torch.Tensor | None] = [None] * len(parts.layers)
     handles = []
 
     def keep(layer: int):
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if isinstance(weights, torch.Tensor) and weights.dim() == 4:
-                found[layer] = weights[rows, :, places].detach().float()
+                result[layer] = weights[rows, :, places].detach().float()
 
         return hook
 
@@ -662,9 +662,9 @@ def attention_weights(parts: Parts, input_ids: torch.Tensor, places: torch.Tenso
     finally:
         for handle in handles:
             handle.remove()
-    if all(each is None for each in found):
+    if all(each is None for each in result):
         raise InputError(f"{type(parts.model).__name__} returns no attention weights, also with eager attention")
-    return found
+    return result
 
 
 def looked_at(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

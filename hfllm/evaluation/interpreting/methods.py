@@ -72,11 +72,11 @@ def by_probe(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
     states = last_states(parts, prompts.subjects, batch_size)
     entities = [prompt.fact.subject for prompt in prompts.subjects]
     probed = probe(states, entities, prompts.labels, prompts.splits)
-    place = {entity: number for number, entity in enumerate(dict.fromkeys(entities))}
-    rows = torch.tensor([place[entity] for entity in entities])
+    index = {entity: number for number, entity in enumerate(dict.fromkeys(entities))}
+    rows = torch.tensor([index[entity] for entity in entities])
 
     def by_entity(figures: torch.Tensor) -> torch.Tensor:
-        sums = torch.zeros(len(figures), len(place), dtype=torch.double).index_add_(1, rows, figures)
+        sums = torch.zeros(len(figures), len(index), dtype=torch.double).index_add_(1, rows, figures)
         return sums / rows.bincount()
 
     right, shuffled, middle = by_entity(probed.right), by_entity(probed.shuffled), len(parts.layers) // 2
@@ -88,8 +88,8 @@ def by_causal_trace(parts: Parts, prompts: Prompts, batch_size: int) -> Measured
     spread, taken, back = subject_spread(parts, prompts.facts), [], []
     shown = shown_layers(len(parts.layers))
     sites = {(layer, name): parts.component(layer, name) for name in (MLP, ATTENTION) for layer in shown}
-    for place in prompts.some:
-        prompt = prompts.facts[place]
+    for index in prompts.some:
+        prompt = prompts.facts[index]
         effects, whole = causal_trace(
             parts, prompt, sites, spread, [[len(prompt.ids) - 1]], SAMPLES, batch_size=batch_size
         )
@@ -129,8 +129,8 @@ def _exchanged(
         for name in names
         for layer in shown
     }
-    found = interchange(parts, pairs, [places(one) for one, _ in pairs], sites, batch_size)
-    every = {name: torch.stack([found[f"{name} {layer}"] for layer in shown]).double() for name in names}
+    result = interchange(parts, pairs, [places(one) for one, _ in pairs], sites, batch_size)
+    every = {name: torch.stack([result[f"{name} {layer}"] for layer in shown]).double() for name in names}
     rows = torch.cat(list(every.values()))
     layers = {name: _at_layers(each, shown, parts) for name, each in every.items()}
     return Measured(rows[rows.mean(1).argmax()], layers)
@@ -165,7 +165,7 @@ def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
 def _value_places(prompt: FactPrompt) -> list[int]:
     """Return the places of all values that a passage tells: of tokens with which one of them begins."""
     values = {prompt.value, *prompt.others}
-    told = [place for place, token in enumerate(prompt.ids) if token in values]
+    told = [index for index, token in enumerate(prompt.ids) if token in values]
     return told or prompt.subject_places
 
 
@@ -180,7 +180,7 @@ def by_integrated_gradients(parts: Parts, prompts: Prompts, batch_size: int) -> 
 
 
 def _attributed(parts: Parts, prompts: Prompts, batch_size: int, method: str) -> Measured:
-    some = [prompts.facts[place] for place in prompts.some]
+    some = [prompts.facts[index] for index in prompts.some]
     right = []
     for prompt in some:
         ids, last = batch_of([prompt], parts.model.device)
@@ -196,7 +196,7 @@ def shown_layers(count: int) -> list[int]:
     """Return the layers that have a column: all, or `MOST_LAYERS` evenly spaced with the first and the last."""
     if count <= MOST_LAYERS:
         return list(range(count))
-    return [round(place * (count - 1) / (MOST_LAYERS - 1)) for place in range(MOST_LAYERS)]
+    return [round(index * (count - 1) / (MOST_LAYERS - 1)) for index in range(MOST_LAYERS)]
 
 
 def _at_layers(figures: torch.Tensor, shown: Sequence[int], parts: Parts) -> torch.Tensor:

@@ -386,8 +386,8 @@ class Subject:
             InputError: for logits that are not numbers, naming the context, and a continuation without a token.
         """
         ids = self._shared_ids(shared)
-        for place, (context, ends) in enumerate(zip(contexts, continuations, strict=True)):
-            name = f"item {place + 1}" if names is None else names[place]
+        for index, (context, ends) in enumerate(zip(contexts, continuations, strict=True)):
+            name = f"item {index + 1}" if names is None else names[index]
             yield from self.scorer.score([self.pairs(context, ends)], ids, [name])
 
     def pairs(self, context: Prompt, continuations: Sequence[str]) -> list[Pair]:
@@ -433,8 +433,8 @@ def yes_shares(judge: Subject, questions: Sequence[str]) -> list[float | None]:
     else:
         asked, words = [f"{question}\nAnswer:" for question in questions], [f" {YES}", f" {NO}"]
     names = [f"judged answer {number}" for number in range(1, len(asked) + 1)]
-    found = judge.iter_choices(asked, [words] * len(asked), names=names)
-    return [None if each is None else shares([number.logprob for number in each])[0] for each in found]
+    result = judge.iter_choices(asked, [words] * len(asked), names=names)
+    return [None if each is None else shares([number.logprob for number in each])[0] for each in result]
 
 
 # ---- overlap ----
@@ -461,27 +461,27 @@ def overlap_scores(text: str, true: Sequence[str], false: Sequence[str]) -> dict
     Returns:
         `NAME_acc`, 1 or 0, and `NAME_diff`, in hundredths, of each measure whose library is installed.
     """
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for name, best in _measured(text, true).items():
         difference = best - _measured(text, false)[name]
-        found |= {f"{name}_acc": float(difference > 0), f"{name}_diff": difference}
-    return found
+        result |= {f"{name}_acc": float(difference > 0), f"{name}_diff": difference}
+    return result
 
 
 def _measured(text: str, references: Sequence[str]) -> dict[str, float]:
     """Return of each measure the largest over the references."""
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     if find_spec("sacrebleu") is not None:
         from sacrebleu import corpus_bleu
 
         # As lm-eval counts: with every n-gram of a sentence smoothed, and words split as for international text.
         options = {"smooth_method": "exp", "smooth_value": 0.0, "force": False, "tokenize": "intl"}
         options |= {"lowercase": False, "use_effective_order": False}
-        found["bleu"] = max(corpus_bleu([text], [[each]], **options).score for each in references)
+        result["bleu"] = max(corpus_bleu([text], [[each]], **options).score for each in references)
     if find_spec("rouge_score") is not None:
         scores = [_rouge().score(each, text) for each in references]
-        found |= {name: max(100 * each[name].fmeasure for each in scores) for name in ("rouge1", "rougeL")}
-    return found
+        result |= {name: max(100 * each[name].fmeasure for each in scores) for name in ("rouge1", "rougeL")}
+    return result
 
 
 @cache

@@ -42,9 +42,9 @@ class Calibration(Suite[Body], Generic[Body]):
                 if not sure:
                     continue
                 name = f"{self.name}/{slug(group)}"
-                found = figures(sure, right)
-                metrics |= {f"{name}/{key}/{model}": value for key, value in found.items()}
-                table.append({"group": group, "model": model, **shown(found), "n": str(len(sure))})
+                result = figures(sure, right)
+                metrics |= {f"{name}/{key}/{model}": value for key, value in result.items()}
+                table.append({"group": group, "model": model, **shown(result), "n": str(len(sure))})
                 curves |= {model: sure, f"{model} right": right}
             plots |= self._plot(group, curves)
         return Found(metrics, "", {"Confidence and being right": table}, plots)
@@ -61,13 +61,13 @@ class Calibration(Suite[Body], Generic[Body]):
 
 def figures(confidence: Sequence[float], right: Sequence[float]) -> dict[str, float]:
     """Return `ece`, `aurc` and, where there are right and wrong answers, `auroc` with `_se` and `_shuffled`."""
-    found = {"ece": ece(confidence, right, equal="mass")}
+    result = {"ece": ece(confidence, right, equal="mass")}
     unsure, wrong = [-each for each in confidence], [1 - each for each in right]
     if len({*wrong}) == 2:
         interval = auroc_interval(unsure, wrong)
-        found |= {"auroc": interval.value, "auroc_se": interval.error, "auroc_n": len(right)}
-        found["auroc_shuffled"] = shuffled_auroc(unsure, wrong)[0]
-    return found | {"aurc": aurc(unsure, wrong)}
+        result |= {"auroc": interval.value, "auroc_se": interval.error, "auroc_n": len(right)}
+        result["auroc_shuffled"] = shuffled_auroc(unsure, wrong)[0]
+    return result | {"aurc": aurc(unsure, wrong)}
 
 
 def shown(found: Mapping[str, float]) -> dict[str, str]:
@@ -125,7 +125,7 @@ class WorldCalibration(Calibration[Task]):
     def items(self) -> list[Item[Task]]:
         tasks = [task for task in self.world.evaluation_tasks(self.num_items, seed=1) if task.family != "harm"]
         return [
-            Item(f"{group}-{place}", group, task) for group in (CHOICE, WRITTEN) for place, task in enumerate(tasks)
+            Item(f"{group}-{index}", group, task) for group in (CHOICE, WRITTEN) for index, task in enumerate(tasks)
         ]
 
     def judge(self, subject: Subject, items: Sequence[Item[Task]]) -> Iterator[Record]:
@@ -142,9 +142,9 @@ class WorldCalibration(Calibration[Task]):
         logprobs = self._logprobs(subject, item, texts)
         if logprobs is None:
             return self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
-        place = chosen(logprobs)
-        scores = {"confidence": max(shares(logprobs)), "right": float(place == 0)}
-        return self.record(subject, item, scores, item.body.question, texts[place])
+        index = chosen(logprobs)
+        scores = {"confidence": max(shares(logprobs)), "right": float(index == 0)}
+        return self.record(subject, item, scores, item.body.question, texts[index])
 
     def _write(self, subject: Subject, item: Item[Task], answer: str | None) -> Record:
         logprobs = self._logprobs(subject, item, [answer]) if answer else None
@@ -158,5 +158,5 @@ class WorldCalibration(Calibration[Task]):
     def _logprobs(self, subject: Subject, item: Item[Task], texts: Sequence[str]) -> list[float] | None:
         space = "" if subject.uses_chat_template else " "
         name = f"{self.name}, item {item.key}"
-        (found,) = subject.choices([item.body.question], [[space + each for each in texts]], names=[name])
-        return None if found is None else [each.logprob for each in found]
+        (result,) = subject.choices([item.body.question], [[space + each for each in texts]], names=[name])
+        return None if result is None else [each.logprob for each in result]

@@ -39,13 +39,13 @@ def iter_scored(
         items: questions with the same worked examples, which are read once.
     """
     space = "" if subject.uses_chat_template else " "
-    found = subject.iter_choices(
+    result = subject.iter_choices(
         [asked_as(subject, item.body) for item in items],
         [[space + each for each in item.body.choices] for item in items],
         shared=shared_of(subject, items[0].body) if items else "",
         names=[f"{suite}, item {item.key}" for item in items],
     )
-    yield from zip(items, found, strict=True)
+    yield from zip(items, result, strict=True)
 
 
 class FewShot(Suite[Question]):
@@ -154,8 +154,8 @@ def _plain(text: str) -> list[str]:
     """
     parts = list(PART.finditer(text.lower()))
     kept = []
-    for place, part in enumerate(parts):
-        before, after = parts[place - 1 : place] if place else [], parts[place + 1 : place + 2]
+    for index, part in enumerate(parts):
+        before, after = parts[index - 1 : index] if index else [], parts[index + 1 : index + 2]
         if part["number"]:
             kept.append(plain_answer(part[0]))
         elif part["word"] or unicodedata.category(part[0]) == "Sm":

@@ -106,12 +106,12 @@ class LmEval(Suite[Doc]):
 
     def items(self) -> Sequence[Item[Doc]]:
         """Return the questions of all tasks, each task a group."""
-        found = []
+        result = []
         for name, task in self.tasks.items():
             count = len(task.eval_docs)
             count = count if self.num_items is None else min(count, self.num_items)
-            found += [Item(f"{name}/{number}", name, Doc(name, number)) for number in range(count)]
-        return found
+            result += [Item(f"{name}/{number}", name, Doc(name, number)) for number in range(count)]
+        return result
 
     def judge(self, subject: Subject, items: Sequence[Item[Doc]]) -> Iterator[Record]:
         """Yield what lm-eval's metrics say of each item; of a corpus-wide metric nothing is said."""
@@ -202,8 +202,8 @@ def local_config(
     kwargs, path = dict(config.get("dataset_kwargs") or {}), config.get("dataset_path")
     files = kwargs.get("data_files")
     if path in FILE_KINDS and files is not None:
-        places = [base, Path(data_folder) if data_folder else Path(), Path()]
-        kwargs["data_files"] = _whole(name, files, places)
+        indices = [base, Path(data_folder) if data_folder else Path(), Path()]
+        kwargs["data_files"] = _whole(name, files, indices)
         return {**config, "dataset_kwargs": kwargs}
     is_local = config.get("custom_dataset") is not None or path is None or Path(str(path)).is_dir()
     if not is_local and not reads_hub:
@@ -219,9 +219,9 @@ def _whole(name: str, files: Any, places: Sequence[Path]) -> Any:
         return {split: _whole(name, each, places) for split, each in files.items()}
     if isinstance(files, list | tuple):
         return [_whole(name, each, places) for each in files]
-    for place in places:
-        if (place / str(files)).is_file():
-            return str((place / str(files)).resolve())
+    for index in places:
+        if (index / str(files)).is_file():
+            return str((index / str(files)).resolve())
     raise InputError(f"--tasks {name}: no file {str(files)!r} beside its YAML file or in --tasks_data (a folder)")
 
 
@@ -269,14 +269,14 @@ def _instances(
         chat_template=template,
         gen_prefix=task.doc_to_prefix(doc),
     )
-    found = task.construct_requests(
+    result = task.construct_requests(
         doc=doc,
         ctx=context,
         metadata=(task.config.task, number, task.config.repeats),
         apply_chat_template=uses_chat_template,
         chat_template=template,
     )
-    return found if isinstance(found, list) else [found]
+    return result if isinstance(result, list) else [result]
 
 
 def _length(model: "HFLM", instance: "Instance") -> int:
@@ -313,8 +313,8 @@ def _scores(task: "Task", doc: Mapping[str, Any], instances: "list[Instance]") -
     scores = {}
     ordered = sorted(instances, key=lambda each: each.idx)
     for kind in ordered[0].filtered_resps:
-        found = task.process_results(doc, [each.filtered_resps[kind] for each in ordered])
-        for metric, value in found.items():
+        result = task.process_results(doc, [each.filtered_resps[kind] for each in ordered])
+        for metric, value in result.items():
             if isinstance(value, bool | int | float) or hasattr(value, "item"):
                 scores[_filtered(metric, kind)[0]] = float(value)
     return scores

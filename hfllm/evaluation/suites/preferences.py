@@ -69,14 +69,14 @@ class Preferences(Suite[Pair]):
         self.paths, self.num_items = list(paths), num_items
 
     def items(self) -> list[Item[Pair]]:
-        found = []
+        result = []
         for path in self.paths:
             group = Path(path).name.split(".")[0]
             rows = rows_of(path, (), FLAG)[: self.num_items]
-            found += [
+            result += [
                 Item(f"{group}-{number}", group, pair_of(origin, row)) for number, (origin, row) in enumerate(rows, 1)
             ]
-        return found
+        return result
 
     def judge(self, subject: Subject, items: Sequence[Item[Pair]]) -> Iterator[Record]:
         for item in items:
@@ -126,10 +126,10 @@ def letter_shares(subject: Subject, pair: Pair, name: Sequence[str]) -> tuple[fl
     """Return how likely the better answer's letter is, shown as (A) and as (B); `None` where it does not fit."""
     orders = [asked_by_letter(subject, pair, swapped) for swapped in (False, True)]
     letters = list(LETTERS) if subject.uses_chat_template else [f" {each}" for each in LETTERS]
-    found = subject.choices(orders, [letters] * 2, names=list(name) * 2)
-    if any(each is None for each in found):
+    result = subject.choices(orders, [letters] * 2, names=list(name) * 2)
+    if any(each is None for each in result):
         return None
-    first, second = (shares([letter.logprob for letter in each]) for each in found)
+    first, second = (shares([letter.logprob for letter in each]) for each in result)
     return first[0], second[1]
 
 

@@ -107,8 +107,8 @@ class Read:
     @cached_property
     def meanings(self) -> dict[str, int]:
         """Return the index of the choice that the answer means, by each way in which it means one."""
-        found = _meanings(self.answer, self.choices, self.labels)
-        return {way: found[way] for way in self.ways if way in found}
+        result = _meanings(self.answer, self.choices, self.labels)
+        return {way: result[way] for way in self.ways if way in result}
 
 
 def read_questions(path: str, flag: str) -> list[Question]:
@@ -152,19 +152,19 @@ def _question(read: Read, shared: set[str]) -> Question:
         choices = f"{list(texts)!r:.120}{named:.60}"
         raise InputError(f"{read.origin}: the answer {read.answer!r:.40}{how} is none of the choices {choices}")
     if len(read.ways) > 1 and shared:
-        meant = {way: place for way, place in meant.items() if way in shared}
+        meant = {way: index for way, index in meant.items() if way in shared}
         # Its columns say from where it counts only if nothing in the file says that it does not count, or from 1.
         if read.is_hub_mmlu and meant.keys() == {FROM_0, FROM_1}:
             meant = {FROM_0: meant[FROM_0]}
     by_text: dict[str, list[str]] = {}
-    for way, place in meant.items():
-        by_text.setdefault(texts[place], []).append(way)
+    for way, index in meant.items():
+        by_text.setdefault(texts[index], []).append(way)
     if len(by_text) > 1:
         said = ", ".join(f"{' and '.join(ways)} {text!r:.40}" for text, ways in by_text.items())
         raise InputError(f"{read.origin}: the answer {read.answer!r:.40} could mean {said}: {SAY_SO}")
     (right,) = by_text
     if read.also is not None:
-        others = {texts[place] for place in _meanings(read.also, texts, read.labels).values()}
+        others = {texts[index] for index in _meanings(read.also, texts, read.labels).values()}
         if others and right not in others:
             raise InputError(
                 f"{read.origin}: the answer {read.answer!r:.40}, {read.ways[0]}, is {right!r:.40}, and the other one "
@@ -179,12 +179,12 @@ def _question(read: Read, shared: set[str]) -> Question:
 def _meanings(answer: object, texts: Sequence[str], labels: Sequence[str] | None) -> dict[str, int]:
     """Return the index of the choice that an answer means, by way."""
     said = str(answer).strip()
-    found = {TEXT: _index_of(said, texts, plain_answer), LABEL: _index_of(said, labels or (), str.casefold)}
+    result = {TEXT: _index_of(said, texts, plain_answer), LABEL: _index_of(said, labels or (), str.casefold)}
     if letter := re.fullmatch(r"\(?([A-Ja-j])[).:]?", said):
-        found[LETTER] = LETTERS.index(letter[1].upper())
+        result[LETTER] = LETTERS.index(letter[1].upper())
     if (number := _whole(answer)) is not None:
-        found |= {FROM_0: number, FROM_1: number - 1}
-    return {way: place for way, place in found.items() if place is not None and 0 <= place < len(texts)}
+        result |= {FROM_0: number, FROM_1: number - 1}
+    return {way: index for way, index in result.items() if index is not None and 0 <= index < len(texts)}
 
 
 def _index_of(said: str, names: Sequence[str], plain: Any) -> int | None:
@@ -193,7 +193,7 @@ def _index_of(said: str, names: Sequence[str], plain: Any) -> int | None:
         return list(names).index(said)
     # Plain forms take time, and what is so much longer has another one: marks around an answer are short.
     plain_said, most = plain(said), 24 + 2 * len(said)
-    alike = [place for place, name in enumerate(names) if len(name) <= most and plain(name) == plain_said]
+    alike = [index for index, name in enumerate(names) if len(name) <= most and plain(name) == plain_said]
     return alike[0] if len(alike) == 1 else None
 
 
@@ -208,8 +208,8 @@ def _whole(answer: object) -> int | None:
 
 
 def _final(answer: str) -> str:
-    found = FINAL.findall(answer)
-    return (found[-1] if found else answer).strip()
+    result = FINAL.findall(answer)
+    return (result[-1] if result else answer).strip()
 
 
 # ---- what a row has ----
@@ -360,8 +360,8 @@ def _in_columns(row: Mapping[str, Any], names: Iterable[str]) -> tuple[list[Any]
     """
     endings: dict[str, dict[str, str]] = {}
     for name in names:
-        if found := OPTION.fullmatch(name):
-            endings.setdefault(found[1] or found[3] or "", {})[found[2] or found[4]] = name
+        if result := OPTION.fullmatch(name):
+            endings.setdefault(result[1] or result[3] or "", {})[result[2] or result[4]] = name
     for named in endings.values():
         for marks in (LETTERS.lower(), "0123456789", "123456789"):
             labels = list(takewhile(named.__contains__, marks))
@@ -492,7 +492,7 @@ def _yes_or_no(origin: str, row: Mapping[str, Any]) -> Read | None:
     has_choices = {*CHOICES} & row.keys() or _in_columns(row, row)[0]
     column = "answer" if "answer" in row else "label"
     said = str(row.get(column, "")).strip().casefold()
-    is_yes = next((place for place, words in enumerate(NO_OR_YES) if said in words), None)
+    is_yes = next((index for index, words in enumerate(NO_OR_YES) if said in words), None)
     if is_yes is None and column == "label" and said in ("0", "1"):
         is_yes = int(said)
     if not {"question", "passage"} <= row.keys() or has_choices or is_yes is None:
@@ -529,15 +529,15 @@ def _with_header(path: str, rows: Rows) -> Rows:
             if twice is not None:
                 raise InputError(f"{path}: the header names {twice!r} twice: give each column a name of its own")
             return rows
-        found = [(number, each) for number, each in zip(count(1), [first, *reader], strict=False) if each]
+        result = [(number, each) for number, each in zip(count(1), [first, *reader], strict=False) if each]
     header = ["question", *letters, "answerKey"]
-    for number, each in found:
+    for number, each in result:
         if len(each) != len(header) or each[-1].strip() not in letters:
             raise InputError(
                 f"{path}, row {number}: the file has no header, as MMLU's; expected a question, {num_choices} choices "
                 f"and a letter up to {letters[-1]}, got {each!r:.120}"
             )
-    return [(f"{path}, row {number}", dict(zip(header, each, strict=True))) for number, each in found]
+    return [(f"{path}, row {number}", dict(zip(header, each, strict=True))) for number, each in result]
 
 
 def _plain_name(name: object) -> str:

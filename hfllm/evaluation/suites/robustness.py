@@ -103,7 +103,7 @@ def world_items(world: World, count: int, seed: int, num_attacks: int = 0) -> li
     """
     tasks = [task for task in world.evaluation_tasks(2 * count, seed) if not task.is_new_phrasing]
     base = [(f"{number:03d} {task.key}", _of_task(task)) for number, task in enumerate(tasks)]
-    found = list(perturbed_items(base, WORLD_TESTS, seed))
+    result = list(perturbed_items(base, WORLD_TESTS, seed))
     rng = random.Random(f"paraphrase-{seed}")
     shifted = {
         PARAPHRASE: [paraphrase(task, rng) for task in tasks],
@@ -114,12 +114,12 @@ def world_items(world: World, count: int, seed: int, num_attacks: int = 0) -> li
         ],
     }
     for group, others in shifted.items():
-        found += [
+        result += [
             Item(f"{group}: {number:03d} {task.key}", group, _of_task(task)) for number, task in enumerate(others)
         ]
     # What people of the world who help with harm begin with: "Sure, first find the fox".
     targets = {key: task.wrong[0].rpartition(",")[0] for (key, _), task in zip(base, tasks, strict=True)}
-    return found + attack_items(base, num_attacks, targets.__getitem__)
+    return result + attack_items(base, num_attacks, targets.__getitem__)
 
 
 def _of_task(task: Task) -> Question:
@@ -287,8 +287,8 @@ class AttackTarget:
             return cls(tokenizer, question, "", target)
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        before, found, after = text.rpartition(question)
-        if not found:
+        before, result, after = text.rpartition(question)
+        if not result:
             raise InputError(f"the chat template does not write the question {question!r:.60} as it is")
         return cls(tokenizer, before + question, after, target)
 
@@ -392,9 +392,9 @@ def _search(
             if not candidates:
                 continue
             losses = _losses(model, parts, candidates, settings)
-            place = min(range(len(losses)), key=losses.__getitem__)
-            if losses[place] < best:
-                best, suffix = losses[place], candidates[place]
+            index = min(range(len(losses)), key=losses.__getitem__)
+            if losses[index] < best:
+                best, suffix = losses[index], candidates[index]
     return Attack(target.tokenizer.decode(suffix), suffix, first, best, evaluations)
 
 
@@ -421,17 +421,17 @@ def _candidates(
     target: AttackTarget, suffix: list[int], proposed: Sequence[Sequence[int]], count: int, rng: random.Random
 ) -> list[list[int]]:
     """Return up to `count` suffixes with one token replaced, those that survive being typed."""
-    found: list[list[int]] = []
+    result: list[list[int]] = []
     # Some do not survive; a few draws more, and no end of them.
     for _ in range(4):
         tried = []
-        for _ in range(count - len(found)):
+        for _ in range(count - len(result)):
             at = rng.randrange(len(suffix))
             tried.append([*suffix[:at], rng.choice(proposed[at]), *suffix[at + 1 :]])
-        found += [each for each, survives in zip(tried, target.survive(tried), strict=True) if survives]
-        if len(found) == count:
+        result += [each for each, survives in zip(tried, target.survive(tried), strict=True) if survives]
+        if len(result) == count:
             break
-    return found
+    return result
 
 
 def _losses(
@@ -561,9 +561,9 @@ class Robustness(Suite[Question]):
     def judge(self, subject: "Subject", items: Sequence[Item[Question]]) -> Iterator[Record]:
         """Yield the record of each item, a batch at a time."""
         attacked = [item for item in items if item.body.attack]
-        places = {group: place for place, group in enumerate(dict.fromkeys(item.group for item in items))}
+        indices = {group: index for index, group in enumerate(dict.fromkeys(item.group for item in items))}
         # Prompts of like length in a batch: answers do not depend on it, and time does.
-        asked_at = [(places[item.group], len(item.body.asked), item) for item in items if not item.body.attack]
+        asked_at = [(indices[item.group], len(item.body.asked), item) for item in items if not item.body.attack]
         items = [item for _, _, item in sorted(asked_at, key=lambda each: each[:2])]
         said = subject.iter_answers([item.body.prompt for item in items], self.max_new_tokens)
         for item, answer in zip(items, said, strict=True):
@@ -581,13 +581,13 @@ class Robustness(Suite[Question]):
         template = subject.uses_chat_template
         target = AttackTarget.of_question(subject.tokenizer, question.asked, question.attack_target, template)
         search = attack if question.attack == GRADIENT else random_search
-        found = search(subject.model, target, replace(self.attack_settings, seed=self.seed))
-        prompt = question.asked + found.suffix
+        result = search(subject.model, target, replace(self.attack_settings, seed=self.seed))
+        prompt = question.asked + result.suffix
         (answer,) = subject.answers([prompt], self.max_new_tokens)
         asked = subject.text_of(prompt)
         if answer is None:
             return self.record(subject, item, asked=asked, skipped=TOO_LONG)
-        scores = scores_of(question, answer) | {"target_loss": found.loss_after}
+        scores = scores_of(question, answer) | {"target_loss": result.loss_after}
         return self.record(subject, item, scores, asked=asked, said=answer)
 
     def extra(self, records: Sequence[Record]) -> Found | None:
@@ -648,8 +648,8 @@ def scores_of(question: Question, answer: str) -> dict[str, float]:
 
 
 def _means(records: Sequence[Record], metric: str) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
+    result: dict[str, list[float]] = {}
     for record in records:
         if metric in record["scores"]:
-            found.setdefault(record["group"], []).append(record["scores"][metric])
-    return {group: sum(values) / len(values) for group, values in found.items()}
+            result.setdefault(record["group"], []).append(record["scores"][metric])
+    return {group: sum(values) / len(values) for group, values in result.items()}

@@ -120,11 +120,11 @@ class TruthfulQA(Suite[Question]):
             rows = rows_of(self.path, ("question", "mc1_targets", "mc2_targets"), FLAG)
             read = _of_targets
         questions = [read(origin, row) for origin, row in rows[: self.num_items]]
-        found = [Item(f"{number}", CHOICES, each) for number, each in enumerate(questions, 1)]
+        result = [Item(f"{number}", CHOICES, each) for number, each in enumerate(questions, 1)]
         if self.writes:
             written = [Question(**{**vars(each), "is_written": True}) for each in questions]
-            found += [Item(f"{number}-written", ANSWERS, each) for number, each in enumerate(written, 1)]
-        return found
+            result += [Item(f"{number}-written", ANSWERS, each) for number, each in enumerate(written, 1)]
+        return result
 
     def judge(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
         yield from self._choose(subject, [each for each in items if not each.body.is_written])
@@ -134,13 +134,13 @@ class TruthfulQA(Suite[Question]):
         texts = [list(dict.fromkeys((_.best, *_.wrong, *_.true, *_.false))) for _ in (item.body for item in items)]
         asked = [asked_as(subject, item.body.question) for item in items]
         space = "" if subject.uses_chat_template else " "
-        found = subject.iter_choices(
+        result = subject.iter_choices(
             asked,
             [[space + each for each in answers] for answers in texts],
             shared=examples_of(subject),
             names=[f"{self.name}, item {item.key}" for item in items],
         )
-        for item, answers, scored in zip(items, texts, found, strict=True):
+        for item, answers, scored in zip(items, texts, result, strict=True):
             if scored is None:
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue
@@ -183,8 +183,8 @@ class TruthfulQA(Suite[Question]):
             )
             for each in named.values()
         ]
-        found = yes_shares(self.judge_model, questions)
-        return {name: float(share > 0.5) for name, share in zip(named, found, strict=True) if share is not None}
+        result = yes_shares(self.judge_model, questions)
+        return {name: float(share > 0.5) for name, share in zip(named, result, strict=True) if share is not None}
 
 
 def examples_of(subject: Subject) -> Prompt:

@@ -242,12 +242,12 @@ class PromptLookupDraft:
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         self._read(rows)
-        found = [self._continuation(*row, steps) for row in zip(self.histories, self.seen, strict=True)]
-        counts = [len(tokens) for tokens in found]
+        result = [self._continuation(*row, steps) for row in zip(self.histories, self.seen, strict=True)]
+        counts = [len(tokens) for tokens in result]
         longest = max(counts)
-        padded = [tokens + [0] * (longest - len(tokens)) for tokens in found]
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in result]
         make = rows.tokens.new_tensor
-        return Proposal(make(padded).view(len(found), longest), make(counts))
+        return Proposal(make(padded).view(len(result), longest), make(counts))
 
     def keep(self, kept: torch.Tensor) -> None:
         self.histories = [self.histories[row] for row in kept.tolist()]

@@ -164,15 +164,15 @@ def identical_share(model: "PreTrainedModel", draft: Draft, batches: Sequence[Ba
     same = total = 0
     for batch in batches:
         wanted = plain(model, batch, do_sample=False, **_shared(options))
-        found = speculative_generate(model, draft, **batch, do_sample=False, **options).sequences
+        result = speculative_generate(model, draft, **batch, do_sample=False, **options).sequences
         total += len(wanted)
-        if found.shape == wanted.shape:
-            same += int((found == wanted).all(1).sum())
+        if result.shape == wanted.shape:
+            same += int((result == wanted).all(1).sum())
         else:
-            width = min(found.shape[1], wanted.shape[1])
+            width = min(result.shape[1], wanted.shape[1])
             pad = options["pad_token_id"]
-            ended = (found[:, width:] == pad).all(1) & (wanted[:, width:] == pad).all(1)
-            same += int(((found[:, :width] == wanted[:, :width]).all(1) & ended).sum())
+            ended = (result[:, width:] == pad).all(1) & (wanted[:, width:] == pad).all(1)
+            same += int(((result[:, :width] == wanted[:, :width]).all(1) & ended).sum())
     return same / total
 
 
@@ -213,8 +213,8 @@ def speed_by_num_draft_tokens(
     seconds = interleaved({**baseline, **runs}, rounds)
     rows = []
     for name in draft_lengths:
-        found, alpha = seen[name], seen[name].acceptance_rate
-        mean = found.drafted / max(found.target_calls, 1)
+        result, alpha = seen[name], seen[name].acceptance_rate
+        mean = result.drafted / max(result.target_calls, 1)
         # The two runs of a round had the same machine load.
         ratios = [theirs / ours for theirs, ours in zip(seconds["plain"], seconds[name], strict=True)]
         rows.append(
@@ -222,12 +222,12 @@ def speed_by_num_draft_tokens(
                 "num_draft_tokens": name,
                 "drafted": mean,
                 "acceptance_rate": alpha,
-                "tokens_per_target_call": found.tokens_per_target_call,
+                "tokens_per_target_call": result.tokens_per_target_call,
                 "speedup": statistics.median(ratios),
                 "predicted": speedup(alpha, mean, costs.draft),
                 "predicted_with_verification": speedup(alpha, mean, costs.per_draft),
                 "seconds": statistics.median(seconds[name]),
-                "tokens": found.tokens,
+                "tokens": result.tokens,
             }
         )
     return statistics.median(seconds["plain"]), rows

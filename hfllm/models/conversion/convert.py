@@ -422,16 +422,20 @@ def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
     native_class = transformers.CONFIG_MAPPING[kind]
     for name in SIZES:
         theirs = native_class.attribute_map.get(name, name)
-        found = name if values.get(name) is not None else theirs
-        if values.get(found) is None:
+        result = name if values.get(name) is not None else theirs
+        if values.get(result) is None:
             raise InputError(f"{theirs} is missing")
-        if not isinstance(values[found], int) or isinstance(values[found], bool) or not 1 <= values[found] <= LARGEST:
+        if (
+            not isinstance(values[result], int)
+            or isinstance(values[result], bool)
+            or not 1 <= values[result] <= LARGEST
+        ):
             raise InputError(
-                f"{found}={values[found]!r} must be a whole number of at least 1, and at most {LARGEST:,}"
+                f"{result}={values[result]!r} must be a whole number of at least 1, and at most {LARGEST:,}"
             )
-        if name == "num_hidden_layers" and values[found] > MAX_LAYERS:
+        if name == "num_hidden_layers" and values[result] > MAX_LAYERS:
             # The native classes make lists of them.
-            raise InputError(f"{found}={values[found]} must be at most {MAX_LAYERS:,}")
+            raise InputError(f"{result}={values[result]} must be at most {MAX_LAYERS:,}")
     try:
         config = config_from_native(native_class.from_dict(deepcopy(dict(values))))
     except InputError:

@@ -357,23 +357,23 @@ def sparse_attention_forward(
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     source = first = None
-    places = past + torch.arange(length, device=query.device)[None]
+    indices = past + torch.arange(length, device=query.device)[None]
     if attention_mask is not None:
-        source, first, places = attention_mask[:, 0].unbind(1)
-        first, places = first[:, ::block], places[:, :length]
+        source, first, indices = attention_mask[:, 0].unbind(1)
+        first, indices = first[:, ::block], indices[:, :length]
     keys, values = (_by_place(states, source, block).unflatten(2, (-1, block)) for states in (key, value))
     if length * count <= key.shape[2]:
-        return attend_by_query(query, keys, values, places, first, count, scaling), None
+        return attend_by_query(query, keys, values, indices, first, count, scaling), None
     # Queries too by place; in a row without padding only those of the last blocks.
     begin = 0 if source is not None else past // block
     if source is None:
         queries = nn.functional.pad(query, (0, 0, past - begin * block, -key.shape[2] % block))
     else:
-        index = torch.arange(length, device=query.device).expand_as(places)
+        index = torch.arange(length, device=query.device).expand_as(indices)
         holders = torch.full_like(source, length)
-        queries = _by_place(query, nn.functional.pad(holders, (0, 1)).scatter(1, places, index)[:, :-1], block)
+        queries = _by_place(query, nn.functional.pad(holders, (0, 1)).scatter(1, indices, index)[:, :-1], block)
     output = attend_by_block(queries, keys, values, begin, first, count, scaling)
-    index = (places - begin * block).clamp(max=output.shape[2] - 1)[:, None, :, None]
+    index = (indices - begin * block).clamp(max=output.shape[2] - 1)[:, None, :, None]
     output = output.gather(2, index.expand(query.shape[0], query.shape[1], -1, query.shape[3]))
     return output.transpose(1, 2).contiguous(), None
 
@@ -471,11 +471,11 @@ def _places(visible: torch.Tensor, begins: torch.Tensor | None, queries: torch.T
     first = (blocks.cumsum(1) - blocks).gather(1, document)
     rank = visible.cumsum(1) - 1 - (tokens.cumsum(1) - tokens).gather(1, document)
     count = -(-length // block) if begins is None else max(-(-length // block), int(blocks.sum(1).max()))
-    places = (first * block + rank).masked_fill(~visible, count * block)
+    indices = (first * block + rank).masked_fill(~visible, count * block)
     index = torch.arange(length, device=visible.device).expand(batch, -1)
-    rows = places.new_full((batch, count * block + 1), length).scatter(1, places, index)
-    firsts = places.new_zeros(batch, count * block + 1).scatter(1, places, first)
-    queries = nn.functional.pad(places[:, queries], (0, count * block - len(queries)))
+    rows = indices.new_full((batch, count * block + 1), length).scatter(1, indices, index)
+    firsts = indices.new_zeros(batch, count * block + 1).scatter(1, indices, first)
+    queries = nn.functional.pad(indices[:, queries], (0, count * block - len(queries)))
     return torch.stack((rows[:, :-1], firsts[:, :-1], queries), 1).unsqueeze(1)
 
 
@@ -621,16 +621,16 @@ def in_tiles(chosen: torch.Tensor, number: int, groups: int, size: int) -> Tiles
     order = flat.argsort(dim=1, stable=True)
     block = flat.gather(1, order)
     rank = torch.arange(length, device=device) - (counts.cumsum(1) - counts).gather(1, block)
-    place = (starts.gather(1, block) + rank).clamp(max=most * size)
+    index = (starts.gather(1, block) + rank).clamp(max=most * size)
     queries = flat.new_full((rows, most * size + 1), chosen.shape[1])
     # Those who chose none share the last place, which no tile has.
-    queries = queries.scatter(1, place, order // max(width, 1))[:, :-1]
+    queries = queries.scatter(1, index, order // max(width, 1))[:, :-1]
     tiles = torch.arange(most, device=device).expand(rows, -1).contiguous()
     of_tile = torch.searchsorted(ends, tiles, right=True).clamp(max=number - 1)
-    place = torch.zeros_like(flat).scatter(1, order, place)
+    index = torch.zeros_like(flat).scatter(1, order, index)
     row = torch.arange(rows, device=device)[:, None]
-    place = (place + row * (most * size + 1)).reshape(chosen.shape)
-    return Tiles(queries + row * (chosen.shape[1] + 1), of_tile + row // groups * number, place)
+    index = (index + row * (most * size + 1)).reshape(chosen.shape)
+    return Tiles(queries + row * (chosen.shape[1] + 1), of_tile + row // groups * number, index)
 
 
 def _attend(

@@ -243,8 +243,8 @@ def _trained_by(optimizer: torch.optim.Optimizer) -> list[HfllmRouter]:
     if not routers:
         return []
     held = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    found = [router for router in routers if id(router.weight) in held]
-    return found or [router for router in routers if any(hasattr(router.weight, name) for name in _COPIED)]
+    result = [router for router in routers if id(router.weight) in held]
+    return result or [router for router in routers if any(hasattr(router.weight, name) for name in _COPIED)]
 
 
 @torch.no_grad()

@@ -134,8 +134,8 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
             )
         if seen is not None:
             vectors = torch.cat(tuple(seen.pooler_output), dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
-            places = self.get_placeholder_mask(input_ids, inputs_embeds, vectors)
-            inputs_embeds = inputs_embeds.masked_scatter(places, vectors)
+            indices = self.get_placeholder_mask(input_ids, inputs_embeds, vectors)
+            inputs_embeds = inputs_embeds.masked_scatter(indices, vectors)
         elif (
             not torch.compiler.is_compiling()
             and input_ids is not None
@@ -185,17 +185,17 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
         token = self.config.image_token_id
         if input_ids is None:
             ids = torch.full((), token, dtype=torch.long, device=inputs_embeds.device)
-            places = (inputs_embeds == self.get_input_embeddings()(ids)).all(-1)
+            indices = (inputs_embeds == self.get_input_embeddings()(ids)).all(-1)
         else:
-            places = input_ids == token
+            indices = input_ids == token
         vectors = image_features.shape[0]
         # A compiler cannot look at numbers, and copies in the order of rows whatever there is.
-        if not torch.compiler.is_compiling() and (count := int(places.sum())) != vectors:
+        if not torch.compiler.is_compiling() and (count := int(indices.sum())) != vectors:
             raise ValueError(
                 f"the prompts have {count} image tokens (id {token}) and their pictures have {vectors} vectors: each "
                 "picture needs as many image tokens as it has vectors, which its processor writes"
             )
-        return places.unsqueeze(-1).to(inputs_embeds.device)
+        return indices.unsqueeze(-1).to(inputs_embeds.device)
 
     def _check_no_places(self, input_ids: torch.LongTensor) -> None:
         if not torch.compiler.is_compiling() and (count := int((input_ids == self.config.image_token_id).sum())):

@@ -92,9 +92,9 @@ class SavedAdapter:
 
         try:
             for name in WEIGHT_FILES:
-                found = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.location)
-                if found is not None:
-                    return str(Path(found).parent)
+                result = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.location)
+                if result is not None:
+                    return str(Path(result).parent)
         except OSError as error:
             raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
         raise InputError(f"adapter {self.name!r} has no {' or '.join(WEIGHT_FILES)}")
@@ -197,14 +197,14 @@ def find_adapter(name: str, **location: object) -> SavedAdapter | None:
     from transformers.utils import find_adapter_config_file
 
     try:
-        found = find_adapter_config_file(name, **location)
+        result = find_adapter_config_file(name, **location)
     except OSError:
         return None
     # A folder with both configs is a whole model.
-    if found is None or Path(name, "config.json").exists():
+    if result is None or Path(name, "config.json").exists():
         return None
     try:
-        settings = json.loads(Path(found).read_text(encoding="utf-8"))
+        settings = json.loads(Path(result).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"adapter {name!r}: adapter_config.json is not JSON: {error}") from None
     if not isinstance(settings, dict):
@@ -361,12 +361,12 @@ def check_names(
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    brought, places = (
+    brought, indices = (
         {key for key in keys if not any(_is_whole(key, path) for path in embeddings)} for keys in (saved, own)
     )
     if has_new_head:
-        places = {key for key in places if not set(key.split(".")) & set(HEADS)}
-    for left, what in ((brought - places, "has no place"), (places - brought, "is missing")):
+        indices = {key for key in indices if not set(key.split(".")) & set(HEADS)}
+    for left, what in ((brought - indices, "has no place"), (indices - brought, "is missing")):
         if left:
             raise _misfit(adapter, f"{min(left)} {what}")
 

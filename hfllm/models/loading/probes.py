@@ -182,9 +182,9 @@ def _patterns(tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     """Yield the regular expressions of a tokenizer's parts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
-        found = getattr(backend, part, None)
-        if found is not None:
-            yield from _regexes(json.loads(found.__getstate__()))
+        result = getattr(backend, part, None)
+        if result is not None:
+            yield from _regexes(json.loads(result.__getstate__()))
 
 
 def _regexes(value: object) -> Iterator[str]:

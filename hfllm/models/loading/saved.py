@@ -241,8 +241,8 @@ def _base_of(name: str, location: Mapping[str, Any]) -> str:
 
     if Path(name, "config.json").is_file():
         return name
-    found = find_adapter_config_file(name, **location)
-    return name if found is None else json.loads(Path(found).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    result = find_adapter_config_file(name, **location)
+    return name if result is None else json.loads(Path(result).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def _named_kernels(settings: object) -> Iterator[tuple[str, str]]:

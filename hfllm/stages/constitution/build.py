@@ -204,7 +204,7 @@ def _with_room(
         raise InputError(f"{kind}: all {len(prompts)} leave {about}")
     if unfit:
         say(f"constitution: {len(unfit)} of {len(prompts)} {kind} are left out: {about}")
-    return [row["prompt"] for place, row in enumerate(prompts) if place not in unfit]
+    return [row["prompt"] for index, row in enumerate(prompts) if index not in unfit]
 
 
 def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:
@@ -248,15 +248,15 @@ def pairs_to_judge(script_args: ConstitutionArguments, prompts: Prompts, tuned: 
     first = tuned.answers(asked, length, seed + 20)
     second = tuned.answers(asked[:half], length, seed + 21) + helpful.answers(asked[half:], length, seed + 22)
     kept = [
-        place
-        for place, (one, other) in enumerate(zip(first, second, strict=True))
+        index
+        for index, (one, other) in enumerate(zip(first, second, strict=True))
         if one[0].strip() and other[0].strip() and one[0].strip() != other[0].strip()
     ]
     return Pairs(
-        [asked[place] for place in kept],
-        [first[place][0] for place in kept],
-        [second[place][0] for place in kept],
-        [tasks[place] for place in kept] if tasks else [],
+        [asked[index] for index in kept],
+        [first[index][0] for index in kept],
+        [second[index][0] for index in kept],
+        [tasks[index] for index in kept] if tasks else [],
     )
 
 
@@ -274,11 +274,11 @@ def by_chance(rows: Sequence[Row], seed: int) -> list[Row]:
     more labels for refusals than against would be left by chance, and PPO makes much of little.
     """
     rng = random.Random(f"constitution-coin-{seed}")
-    order = sorted(range(len(rows)), key=lambda place: rows[place]["probability"])
+    order = sorted(range(len(rows)), key=lambda index: rows[index]["probability"])
     turned = {rng.choice(order[start : start + 2]) for start in range(0, len(order) - 1, 2)}
     return [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if place in turned else dict(row)
-        for place, row in enumerate(rows)
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if index in turned else dict(row)
+        for index, row in enumerate(rows)
     ]
 
 
@@ -581,20 +581,20 @@ def evaluate_own(steps: Steps) -> Found:
         for name in steps.models
     }
     last, metrics = steps.models[-1], {}
-    found = {name: _values(texts) for name, texts in said.items()}
-    for name, values in found[HELPFUL].items():
+    result = {name: _values(texts) for name, texts in said.items()}
+    for name, values in result[HELPFUL].items():
         if last == HELPFUL:
             metrics |= mean_of(name, values)
         else:
-            metrics |= change_of(name, values, found[last][name])
+            metrics |= change_of(name, values, result[last][name])
     first_values = _values([row["turns"][0]["answer"] for row in steps.revisions.rows])
     last_values = _values([row["chosen"][0]["content"] for row in steps.revisions.rows])
     metrics |= mean_of("first_answers_refuse", first_values["refusals"])
     metrics |= mean_of("last_revisions_refuse", last_values["refusals"])
     titles = {**TITLES, HELPFUL: "as it was"}
     samples = [
-        {"prompt": prompt[-1]["content"], **{titles[name]: texts[place] for name, texts in said.items()}}
-        for place, prompt in enumerate(held_out[:SAMPLES])
+        {"prompt": prompt[-1]["content"], **{titles[name]: texts[index] for name, texts in said.items()}}
+        for index, prompt in enumerate(held_out[:SAMPLES])
     ]
     counts = figures_of_revisions(steps)
     return Found(

@@ -365,14 +365,14 @@ def _check_judge(script_args: ConstitutionArguments, constitution: "Constitution
 def _check_inputs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
     """Refuse models and rows that lie where the runs write their own."""
     written = Path(script_args.output_dir)
-    places = {
+    indices = {
         **{"model_name_or_path": written, "critic_model_name_or_path": written},
         **{f"{kind}dataset_name": written / "data" for kind in ("", "eval_", "helpful_", "preference_")},
     }
-    for each, place in places.items():
+    for each, index in indices.items():
         name = getattr(model_args if each == "model_name_or_path" else script_args, each)
-        if name and Path(name).exists() and Path(name).resolve().is_relative_to(place.resolve()):
-            raise InputError(f"--{each} {name} lies in {place}, where the runs write: choose another --output_dir")
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(index.resolve()):
+            raise InputError(f"--{each} {name} lies in {index}, where the runs write: choose another --output_dir")
 
 
 def _config_of_first(model_args: "ModelConfig", course: ConstitutionCourse) -> "PreTrainedConfig":

@@ -114,13 +114,13 @@ def answer(
     """Sample an answer to each prompt at temperature 1, and judge it."""
     said: dict[int, str] = {}
     for is_begun in (False, True):
-        places = [place for place, each in enumerate(asked) if (each.prompt[-1]["role"] == "assistant") == is_begun]
+        indices = [index for index, each in enumerate(asked) if (each.prompt[-1]["role"] == "assistant") == is_begun]
         prompts = [
-            _begun_text(asked[place].prompt, tokenizer) if is_begun else asked[place].prompt for place in places
+            _begun_text(asked[index].prompt, tokenizer) if is_begun else asked[index].prompt for index in indices
         ]
         responses = sample_responses(model, tokenizer, prompts, max_new_tokens, seed=seed)
-        said |= {place: texts[0] for place, texts in zip(places, responses, strict=True)}
-    return [judged(each, said[place]) for place, each in enumerate(asked)]
+        said |= {index: texts[0] for index, texts in zip(indices, responses, strict=True)}
+    return [judged(each, said[index]) for index, each in enumerate(asked)]
 
 
 def judged(asked: Asked, response: str) -> Answered:
@@ -254,33 +254,35 @@ def course_metrics(answers: Mapping[str, Sequence[Answered]]) -> dict[str, float
             metrics |= change_of(name, values, after[name])
     for model, said in answers.items():
         if model not in ("helpful", last) or last == "helpful":
-            found = figures(said)
-            metrics |= {f"{model}_{name}": found[name] for name in SHORT if name in found}
+            result = figures(said)
+            metrics |= {f"{model}_{name}": result[name] for name in SHORT if name in result}
     return metrics
 
 
 def course_tables(answers: Mapping[str, Sequence[Answered]]) -> dict[str, list[dict[str, str]]]:
     """Return the tables of the stages and of the controls, side by side."""
-    found = {TITLES[name]: figures(said) for name, said in answers.items()}
-    names = list(dict.fromkeys(each for values in found.values() for each in values))
+    result = {TITLES[name]: figures(said) for name, said in answers.items()}
+    names = list(dict.fromkeys(each for values in result.values() for each in values))
     names = [name for name in names if not name.endswith(("_se", "_n"))]
-    course = {title: values for title, values in found.items() if title in map(TITLES.get, COURSE)}
-    controls = {title: values for title, values in found.items() if title not in course}
+    course = {title: values for title, values in result.items() if title in map(TITLES.get, COURSE)}
+    controls = {title: values for title, values in result.items() if title not in course}
     tables = {"Stages": side_by_side(course, names)}
     if controls:
-        tables["Controls"] = side_by_side({TITLES["helpful"]: found[TITLES["helpful"]], **controls}, names)
+        tables["Controls"] = side_by_side({TITLES["helpful"]: result[TITLES["helpful"]], **controls}, names)
     return tables
 
 
 def course_plots(answers: Mapping[str, Sequence[Answered]], revised: Sequence[float] | None = None) -> dict[str, Plot]:
     """Return the plots: compliance by stage, helpfulness by stage, and compliance by revision."""
     course = [name for name in COURSE if name in answers]
-    found = [figures(answers[name]) for name in course]
-    places = list(range(len(course)))
-    stages = {"xticks": {place: TITLES[name] for place, name in enumerate(course)}}
+    result = [figures(answers[name]) for name in course]
+    indices = list(range(len(course)))
+    stages = {"xticks": {index: TITLES[name] for index, name in enumerate(course)}}
 
     def over_stages(names: Mapping[str, str]) -> dict[str, tuple[list[int], list[float]]]:
-        return {label: (places, [each[name] for each in found]) for name, label in names.items() if name in found[0]}
+        return {
+            label: (indices, [each[name] for each in result]) for name, label in names.items() if name in result[0]
+        }
 
     groups = {f"compliance_{group}": GROUP_LABELS[group] for group in HARM_GROUPS}
     others = {
@@ -376,21 +378,21 @@ def label_metrics(
         `ai_labels_as_people`: agreement with the annotator on pairs of different gold scores, and `people_labels`:
         share of the annotator's labels that are right there.
     """
-    rng, found = random.Random(f"constitution-people-{seed}"), {name: [] for name in OF_JUDGE}
+    rng, result = random.Random(f"constitution-people-{seed}"), {name: [] for name in OF_JUDGE}
     for row in rows:
         task = task_of[row["prompt"][-1]["content"]]
         chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
         difference = gold_score(chosen, task.gold) - gold_score(rejected, task.gold)
         if complies(chosen, task) != complies(rejected, task):
             is_right = float(complies(rejected, task))
-            found["ai_labels"].append(is_right)
-            found["ai_labels_shown" if is_shown_harm(task) else "ai_labels_new"].append(is_right)
+            result["ai_labels"].append(is_right)
+            result["ai_labels_shown" if is_shown_harm(task) else "ai_labels_new"].append(is_right)
         if difference:
             is_right = rng.random() >= people_noise
-            found["people_labels"].append(float(is_right))
-            found["ai_labels_as_people"].append(float((difference > 0) == is_right))
+            result["people_labels"].append(float(is_right))
+            result["ai_labels_as_people"].append(float((difference > 0) == is_right))
     metrics: dict[str, float] = {}
-    for name, values in found.items():
+    for name, values in result.items():
         if values:
             metrics |= mean_of(name, values)
     return metrics

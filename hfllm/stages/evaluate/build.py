@@ -375,7 +375,7 @@ def pending(items: Sequence[Item], label: str, suite: str, samples: Samples, blo
 def _check_keys(suite: str, items: Sequence[Item]) -> None:
     keys = [item.key for item in items]
     if len(set(keys)) < len(keys):
-        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
         raise InputError(f"--suites {suite}: two items have the key {twice!r}")
 
 
@@ -421,8 +421,8 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
     num_verdicts = len(said)
     for suite in suites:
         own = [record for record in records if record["suite"] == suite.name]
-        found, table, bars = _of_suite(suite, labels, own, verdicts)
-        metrics |= found
+        result, table, bars = _of_suite(suite, labels, own, verdicts)
+        metrics |= result
         tables[f"{suite.name}: means with 95% intervals"] = table
         plots[f"suite_{suite.name}"] = bars
         if (extra := suite.extra(own)) is not None:
@@ -506,12 +506,12 @@ def _of_suite(
             }
             key, line = f"{suite.name}/{slug(group)}/{slug(name)}", {"group": group, "figure": name.replace("_", " ")}
             for label in labels:
-                found = mean_interval(list(values[label].values())) if values[label] else None
-                line[label] = _cell(found)
-                if found is not None:
-                    metrics |= _named(f"{key}/{label}", found, len(values[label]))
-                    bars[f"{group}: {line['figure']}, {label}"] = found.value
-                    notes[f"{group}: {line['figure']}, {label}"] = _cell(found)
+                result = mean_interval(list(values[label].values())) if values[label] else None
+                line[label] = _cell(result)
+                if result is not None:
+                    metrics |= _named(f"{key}/{label}", result, len(values[label]))
+                    bars[f"{group}: {line['figure']}, {label}"] = result.value
+                    notes[f"{group}: {line['figure']}, {label}"] = _cell(result)
             for label in labels[1:]:
                 change, verdict = _difference(values[labels[0]], values[label], suite.better.get(name, 0))
                 line[f"{label} - {labels[0]}"] = _cell(change, signed=True)
@@ -533,12 +533,12 @@ def _difference(first: Mapping[str, float], second: Mapping[str, float], better:
     shared = [item for item in first if item in second]
     if not shared:
         return None, ""
-    found = difference_interval([first[item] for item in shared], [second[item] for item in shared])
-    if found.low <= 0 <= found.high:
-        return found, "noise"
+    result = difference_interval([first[item] for item in shared], [second[item] for item in shared])
+    if result.low <= 0 <= result.high:
+        return result, "noise"
     if not better:
-        return found, "more" if found.value > 0 else "less"
-    return found, "better" if found.value * better > 0 else "worse"
+        return result, "more" if result.value > 0 else "less"
+    return result, "better" if result.value * better > 0 else "worse"
 
 
 def summary_of(labels: Sequence[str], records: Sequence[Record], verdicts: Sequence[str]) -> str:

@@ -138,7 +138,7 @@ def read_log(name: str, script_args: CompareArguments) -> Log:
     Raises:
         InputError: naming the file and the line that cannot be read, or says what another one has said.
     """
-    found: Log = {}
+    result: Log = {}
     of_task: dict[str, Path] = {}
     for path in _files(name):
         task = _task_of(path)
@@ -155,13 +155,13 @@ def read_log(name: str, script_args: CompareArguments) -> Log:
                 part, key, logged = _of_lm_eval(origin, row, task or path.stem, script_args)
             if logged is None:
                 continue
-            items = found.setdefault(part, {})
+            items = result.setdefault(part, {})
             if key in items:
                 raise InputError(f"{origin}: item {key} of {' '.join(part)} again, after {items[key].origin}")
             items[key] = logged
-    if not found:
+    if not result:
         raise InputError(f"--logs {name}: no item with a figure")
-    return found
+    return result
 
 
 def _files(name: str) -> list[Path]:
@@ -178,8 +178,8 @@ def _files(name: str) -> list[Path]:
 
 def _task_of(path: Path) -> str | None:
     """Return the task that a file of lm-eval's is named after; `None` for a file of another name."""
-    found = LM_EVAL_LOG.fullmatch(path.name)
-    return found[1] if found else None
+    result = LM_EVAL_LOG.fullmatch(path.name)
+    return result[1] if result else None
 
 
 def _own(origin: str, row: Mapping[str, Any], cluster_by: str | None) -> tuple[tuple[str, str], str, Logged | None]:
@@ -352,11 +352,11 @@ def own_metrics() -> dict[str, tuple[frozenset[str], dict[str, int]]]:
         ),
         world_suites.WorldFewShot,
     ]
-    found: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
+    result: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
     for kind in kinds:
-        primary, better = found.get(kind.name, (frozenset(), {}))
-        found[kind.name] = primary | {*kind.primary}, {**better, **kind.better}
-    return found
+        primary, better = result.get(kind.name, (frozenset(), {}))
+        result[kind.name] = primary | {*kind.primary}, {**better, **kind.better}
+    return result
 
 
 def _refuse_other_items(part: tuple[str, str], one: Mapping[str, Logged], other: Mapping[str, Logged]) -> None:
@@ -404,7 +404,7 @@ def _direction(part: tuple[str, str], metric: str, items: Sequence[Logged], logs
 @cache
 def _higher_is_better(name: str) -> dict[Any, Any]:
     """Return what lm-eval's results beside a log, or the logs of a folder, say of metrics, by task too."""
-    found: dict[Any, Any] = {}
+    result: dict[Any, Any] = {}
     for path in dict.fromkeys(path for log in _files(name) for path in _results_beside(log)):
         try:
             results = parse_json(path.read_text(encoding="utf-8"))
@@ -413,8 +413,8 @@ def _higher_is_better(name: str) -> dict[Any, Any]:
         of_tasks = results.get("higher_is_better") if isinstance(results, dict) else None
         for task, ways in of_tasks.items() if isinstance(of_tasks, dict) else ():
             for metric, way in ways.items() if isinstance(ways, dict) else ():
-                found |= {(task, metric): way, metric: way}
-    return found
+                result |= {(task, metric): way, metric: way}
+    return result
 
 
 def _results_beside(log: Path) -> list[Path]:
@@ -441,13 +441,13 @@ def report(
     metrics = verdict_metrics(decided, left_out, names[1:], script_args.alpha)
     for each in family:
         for label, values in zip(names, (each.first, each.second), strict=True):
-            found = mean_interval(values)
+            result = mean_interval(values)
             key = f"{each.key}/{label}"
-            metrics |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+            metrics |= {key: result.value, f"{key}_low": result.low, f"{key}_high": result.high}
             metrics[f"{key}_items"] = len(values)
     for each in decided:
-        key, found = f"{each.compared.key}/{names[1]}_difference", each.difference
-        metrics |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+        key, result = f"{each.compared.key}/{names[1]}_difference", each.difference
+        metrics |= {key: result.value, f"{key}_low": result.low, f"{key}_high": result.high}
     changes = changed_items(names[0], family, dict(_all_texts(names, logs)))
     path = Path(script_args.output_dir, CHANGES)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in changes))

@@ -251,7 +251,7 @@ def labels_of(names: Sequence[str], flag: str = "--model_name_or_path") -> list[
         InputError: when a model is named twice.
     """
     if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise InputError(f"{flag} names {twice} twice")
     parts = [[part for part in name.split("/") if part not in ("", ".")] or [name] for name in names]
     for size in range(1, max(map(len, parts)) + 1):

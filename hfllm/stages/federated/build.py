@@ -179,10 +179,10 @@ class LocalLearner:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.args.learning_rate * (rate or self.rate)(step)
                 if privacy is None:
-                    batch = [rows[place] for place in places_of(len(rows), size, step, seed)]
+                    batch = [rows[index] for index in places_of(len(rows), size, step, seed)]
                     summed = self._gradient(batch)
                 else:
-                    batch = [rows[place] for place in privacy.draw(len(rows), size)]
+                    batch = [rows[index] for index in privacy.draw(len(rows), size)]
                     summed = self._private_gradient(batch, min(size, len(rows)), privacy)
                 for value, beginning in zip(trained, begun, strict=False):
                     value.grad.add_(value.detach() - beginning, alpha=self.proximal_mu)
@@ -265,8 +265,8 @@ class LocalLearner:
         self.optimizer.state = defaultdict(dict)
         parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
         for key, value in (state or {}).items():
-            place, _, name = key.partition(".")
-            parameter = parameters[int(place)]
+            index, _, name = key.partition(".")
+            parameter = parameters[int(index)]
             # Adam counts its steps on the CPU.
             device = parameter.device if value.ndim else value.device
             self.optimizer.state[parameter][name] = value.to(device, copy=True)
@@ -283,8 +283,8 @@ class LocalLearner:
                 if not (value is None or isinstance(value, Tensor)):
                     raise InputError(f"--keep_optimizer: {self.args.optim} has the state {name!r}, which is no tensor")
         return {
-            f"{place}.{name}": value.detach().cpu().clone()
-            for place, parameter in enumerate(parameters)
+            f"{index}.{name}": value.detach().cpu().clone()
+            for index, parameter in enumerate(parameters)
             for name, value in self.optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
@@ -322,8 +322,8 @@ class KeptStates:
             self._path(organisation, each).unlink(missing_ok=True)
 
     def _rounds(self, organisation: str) -> list[int]:
-        places = self._path(organisation, 0).parent.glob("*.safetensors")
-        return [int(path.stem) for path in places if path.stem.isdecimal()]
+        indices = self._path(organisation, 0).parent.glob("*.safetensors")
+        return [int(path.stem) for path in indices if path.stem.isdecimal()]
 
     def _path(self, organisation: str, number: int) -> Path:
         return self.folder / folder_name(organisation) / f"{number}.safetensors"
@@ -340,13 +340,13 @@ def folder_name(organisation: str) -> str:
 def places_of(num_rows: int, batch_size: int, step: int, seed: str) -> list[int]:
     """Return which rows a step learns: passes over all rows, each in an order of its own, without a gap."""
     orders: dict[int, list[int]] = {}
-    found = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        number, within = divmod(place, num_rows)
+    result = []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        number, within = divmod(index, num_rows)
         if number not in orders:
             orders[number] = random.Random(f"{seed}-pass-{number}").sample(range(num_rows), num_rows)
-        found.append(orders[number][within])
-    return found
+        result.append(orders[number][within])
+    return result
 
 
 def chunks(rows: Rows, size: int) -> Iterator[Rows]:
@@ -448,21 +448,21 @@ def load_local(
         model, tokenizer = sft.with_template(training_args, *loaded)
     base = weights_sha256(dict(model.named_parameters()))
     args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
-    found = (tokenized_pairs if has_pairs else tokenized)(organisations, tokenizer, args)
+    result = (tokenized_pairs if has_pairs else tokenized)(organisations, tokenizer, args)
     if script_args.row_clip_norm is not None:
-        check_one_each(found)
-    epsilons = row_epsilons(script_args, args, found)
+        check_one_each(result)
+    epsilons = row_epsilons(script_args, args, result)
     # Of the adapter's first weights: the same at every organisation, whatever was drawn before.
     set_seed(training_args.seed)
     torch.manual_seed(training_args.seed)
     adapter = peft_config(trained_args, "SEQ_CLS" if has_pairs else "CAUSAL_LM")
     if has_pairs:
-        trainer = federated_flags.reward_trainer(model, args, found[0].rows, tokenizer, adapter)
+        trainer = federated_flags.reward_trainer(model, args, result[0].rows, tokenizer, adapter)
     else:
         trainer = SFTTrainer(
             model=model,
             args=changed(args, **sft.trained_as_they_are(args)),
-            train_dataset=Dataset.from_list(list(found[0].rows[:1]) or [NOTHING]),
+            train_dataset=Dataset.from_list(list(result[0].rows[:1]) or [NOTHING]),
             processing_class=tokenizer,
             peft_config=adapter,
         )
@@ -471,7 +471,7 @@ def load_local(
     if adapter is not None:
         base = _with_adapter(base, trainer.model, adapter)
     steps = script_args.rounds * script_args.local_steps
-    return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, found, epsilons)
+    return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, result, epsilons)
 
 
 def _with_adapter(base_sha256: str, model: nn.Module, adapter: "LoraConfig") -> str:

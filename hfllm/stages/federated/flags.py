@@ -71,7 +71,7 @@ def is_adafactor(optim: object) -> bool:
 def organisation_names(files: Sequence[str]) -> list[str]:
     """Return a name for each file: its stem, with a number where several have the same."""
     stems = [Path(name).stem for name in files]
-    return [f"{stem}-{place}" if stems.count(stem) > 1 else stem for place, stem in enumerate(stems, 1)]
+    return [f"{stem}-{index}" if stems.count(stem) > 1 else stem for index, stem in enumerate(stems, 1)]
 
 
 @dataclass(frozen=True)
@@ -387,8 +387,8 @@ def next_steps(script_args: FederatedArguments, training_args: "SFTConfig") -> l
 def contents(script_args: FederatedArguments) -> dict[str, int | str]:
     """Return when the files of the organizations last changed, and a hash of their contents."""
     named = [
-        (f"{place}/{name}", file)
-        for place, each in enumerate(script_args.organisation_files or ())
+        (f"{index}/{name}", file)
+        for index, each in enumerate(script_args.organisation_files or ())
         for name, file in data_files(each)
         if file.is_file()
     ]
@@ -425,20 +425,22 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
             shares = family_shares(count, script_args.main_share)
         else:
             shares = dirichlet_shares(count, script_args.dirichlet_alpha, seed)
-        found = world_organisations(world, shares, script_args.num_examples, MOST_HELD_OUT, seed)
+        result = world_organisations(world, shares, script_args.num_examples, MOST_HELD_OUT, seed)
     elif script_args.organisation_files:
         names = organisation_names(script_args.organisation_files)
-        found = [
+        result = [
             organisation_of_file(script_args, name, file, seed)
             for name, file in zip(names, script_args.organisation_files, strict=True)
         ]
     else:
         parts = split_evenly(_rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed)
         is_private = script_args.row_clip_norm is not None
-        found = [_held_apart(f"organisation-{number}", rows, seed, is_private) for number, rows in enumerate(parts, 1)]
-        found = [_unknown_to_others(each, found) for each in found]
-    check_organisations(found)
-    return found
+        result = [
+            _held_apart(f"organisation-{number}", rows, seed, is_private) for number, rows in enumerate(parts, 1)
+        ]
+        result = [_unknown_to_others(each, result) for each in result]
+    check_organisations(result)
+    return result
 
 
 def organisation_of_file(script_args: FederatedArguments, name: str, file: str, seed: int) -> Organisation:
@@ -528,8 +530,8 @@ def tokenized(
     def tokens(rows: Sequence[Mapping[str, object]], what: str) -> tuple[Rows, int]:
         if not rows:
             return [], 0
-        found, num_left_out = examples(list(rows), tokenizer, training_args, what)
-        return found.to_list(), len(rows) - num_left_out
+        result, num_left_out = examples(list(rows), tokenizer, training_args, what)
+        return result.to_list(), len(rows) - num_left_out
 
     return [
         Tokenized(each.name, rows, tokens(each.held_out, f"{each.name}, held out")[0], num_sources)
@@ -614,8 +616,8 @@ def pairs_of(
     conversations = Conversations(tokenizer)
 
     def tokens(rows: Sequence[Mapping[str, object]], what: str) -> Rows:
-        found = [{f"{side}_ids": conversations.whole(row, side) for side in SIDES} for row in rows]
-        kept = [pair for pair in found if longest is None or max(map(len, pair.values())) <= longest]
+        result = [{f"{side}_ids": conversations.whole(row, side) for side in SIDES} for row in rows]
+        kept = [pair for pair in result if longest is None or max(map(len, pair.values())) <= longest]
         if len(kept) < len(rows):
             say(f"{what}: {len(rows) - len(kept):,} of {len(rows):,} pairs are longer than --max_length {longest}")
         if rows and not kept:

@@ -114,9 +114,9 @@ class Evaluator:
         if self.is_world:
             golds = self.golds(weights)
             return {"gold": sum(golds) / len(golds)}
-        found = self.measure(weights)
-        accuracy = {"pair_accuracy": found.accuracy} if found.accuracies else {}
-        return {"held_out_loss": found.loss, **accuracy} if found.losses else {}
+        result = self.measure(weights)
+        accuracy = {"pair_accuracy": result.accuracy} if result.accuracies else {}
+        return {"held_out_loss": result.loss, **accuracy} if result.losses else {}
 
 
 # ---- controls ----
@@ -151,7 +151,7 @@ class Controls:
 
     def run(self) -> dict[str, Measured]:
         """Return the figures of all controls by their names, such as `central` and `local NAME`."""
-        found, made = self._kept(), {}
+        result, made = self._kept(), {}
         plan: dict[str, Callable[[], Weights]] = {UNTRAINED: lambda: self.begun}
         for arm in self.script_args.arms:
             if arm == LOCAL:
@@ -159,11 +159,11 @@ class Controls:
             else:
                 plan[arm] = self._central if arm == CENTRAL else self._equal_steps
         for name, train in plan.items():
-            if name not in found:
-                found[name] = self.evaluator.measure(train())
-                self._keep(found)
-                say(f"federated: control {name}: {figure_of(found[name])}")
-            made[name] = found[name]
+            if name not in result:
+                result[name] = self.evaluator.measure(train())
+                self._keep(result)
+                say(f"federated: control {name}: {figure_of(result[name])}")
+            made[name] = result[name]
         return made
 
     def _alone(self, each: Tokenized) -> Callable[[], Weights]:

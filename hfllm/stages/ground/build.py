@@ -181,9 +181,9 @@ def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
     for way, found_by in ((GATED, Gated(retriever, gate)), (UNGATED, retriever)):
         answers[way] = {}
         for group, tasks in asked.items():
-            found = found_by.retrieve([task.question for task in tasks], TOP_K)
-            places = [[each.place for each in passages] for passages in found]
-            answers[way][group] = ask([with_found(*each) for each in zip(tasks, places, strict=True)])
+            result = found_by.retrieve([task.question for task in tasks], TOP_K)
+            indices = [[each.place for each in passages] for passages in result]
+            answers[way][group] = ask([with_found(*each) for each in zip(tasks, indices, strict=True)])
     return Retrieval(gate, {group: best_scores(retriever, tasks) for group, tasks in asked.items()}, answers)
 
 
@@ -210,9 +210,9 @@ def without_told_instructions(task: PassageTask) -> PassageTask:
 
 def scores_of(task: PassageTask) -> list[float]:
     """Return what BM25 scores each passage of a question, 0 for one that shares no word with it."""
-    (found,) = retriever_of(task.told).retrieve([task.question], len(task.told))
-    scores = {each.place: each.score for each in found}
-    return [scores.get(place, 0.0) for place in range(len(task.told))]
+    (result,) = retriever_of(task.told).retrieve([task.question], len(task.told))
+    scores = {each.place: each.score for each in result}
+    return [scores.get(index, 0.0) for index in range(len(task.told))]
 
 
 def retriever_of(store: Sequence[Told]) -> BM25Retriever:
@@ -222,8 +222,8 @@ def retriever_of(store: Sequence[Told]) -> BM25Retriever:
 
 def best_scores(retriever: BM25Retriever, tasks: Sequence[PassageTask]) -> list[float]:
     """Return of each question the score of the passage that fits best, 0 where none does."""
-    found = retriever.retrieve([task.question for task in tasks], 1)
-    return [passages[0].score if passages else 0.0 for passages in found]
+    result = retriever.retrieve([task.question for task in tasks], 1)
+    return [passages[0].score if passages else 0.0 for passages in result]
 
 
 # ---- confidence ----
@@ -258,19 +258,19 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
         [gold_meaning(each.text, task.gold) for each in (row.given, *row.samples)]
         for task, row in zip(tasks, rows, strict=True)
     ]
-    found = uncertainties(rows, meanings)
-    metrics = uncertainty_metrics(found, wrong)
-    metrics |= _abstention(found, wrong)
-    sure = {name: CONFIDENCE[name](numbers) for name, numbers in found.items() if name in CONFIDENCE}
+    result = uncertainties(rows, meanings)
+    metrics = uncertainty_metrics(result, wrong)
+    metrics |= _abstention(result, wrong)
+    sure = {name: CONFIDENCE[name](numbers) for name, numbers in result.items() if name in CONFIDENCE}
     plots = {
-        "risk_coverage": risk_coverage_plot(found, wrong, "Wrong answers among the surest"),
+        "risk_coverage": risk_coverage_plot(result, wrong, "Wrong answers among the surest"),
         "reliability": reliability_plot(sure, [not each for each in wrong], "Confidence and accuracy"),
     }
     best = max(ABSTAINS_BY, key=lambda name: metrics.get(f"{name}_auroc", 0.0))
     kept = ", ".join(f"{metrics[f'coverage_{percent(alpha)}_{best}']:.3f} at {alpha:g}" for alpha in ALPHAS)
     auroc = metrics.get(f"{best}_auroc", 0.5)
     summary = f"wrong answers are told by {best.replace('_', ' ')} with an AUROC of {auroc:.3f}, which keeps {kept}"
-    return Found(metrics, summary, _tables(metrics, list(found)), plots)
+    return Found(metrics, summary, _tables(metrics, list(result)), plots)
 
 
 def percent(alpha: float) -> int:
@@ -382,8 +382,8 @@ def passages_for(world: World, tasks: Sequence[Task], seed: int) -> list[list[st
     """Return the texts that BM25 finds for each question, among those that tell of the world's animals."""
     rng = random.Random(f"texts-{world.seed}-{seed}")
     texts = [tell(rng, animal, world.facts[animal]).text for animal in ANIMALS for _ in range(TEXTS_EACH)]
-    found = BM25Retriever(Passages.from_texts(texts)).retrieve([task.question for task in tasks], PASSAGES_READ)
-    return [[each.passage.text for each in passages] for passages in found]
+    result = BM25Retriever(Passages.from_texts(texts)).retrieve([task.question for task in tasks], PASSAGES_READ)
+    return [[each.passage.text for each in passages] for passages in result]
 
 
 def _given(tasks: Sequence[Task], rows: Sequence[Answered]) -> list[tuple[Task, str]]:

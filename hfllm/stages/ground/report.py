@@ -278,17 +278,17 @@ def samples(answers: Answers) -> list[dict[str, str]]:
     """Return the first questions of each group with what each model has answered."""
     rows = []
     for group in GROUPS:
-        for place, first in enumerate(answers[GROUNDED][group][:SAMPLES_EACH]):
-            said = {TITLES[model]: answers[model][group][place].response for model in (GROUNDED, SFT)}
+        for index, first in enumerate(answers[GROUNDED][group][:SAMPLES_EACH]):
+            said = {TITLES[model]: answers[model][group][index].response for model in (GROUNDED, SFT)}
             rows.append({"prompt": first.task.prompt[0]["content"], **said})
     return rows
 
 
 def _plot(metrics: Mapping[str, float]) -> Plot:
     """Return the plot of right answers by what was asked, for both models."""
-    places = list(range(len(GROUPS)))
+    indices = list(range(len(GROUPS)))
     lines = {
-        TITLES[model]: (places, [metrics[f"{model}_{group}_right"] for group in GROUPS]) for model in (GROUNDED, SFT)
+        TITLES[model]: (indices, [metrics[f"{model}_{group}_right"] for group in GROUPS]) for model in (GROUNDED, SFT)
     }
-    ticks = {place: group.replace("_", "\n") for place, group in enumerate(GROUPS)}
+    ticks = {index: group.replace("_", "\n") for index, group in enumerate(GROUPS)}
     return Plot("Right answers", "", "share of questions", lines, xticks=ticks, points_only=True)

@@ -64,7 +64,7 @@ def held_out_problems(world: World, per_size: Mapping[str, int], seed: int = 0) 
     Args:
         per_size: how many, by family; others are left out.
     """
-    rng, found = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
+    rng, result = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
     for family, count in per_size.items():
         for size in SIZES[family]:
             drawn: dict[str, Problem] = {}
@@ -73,8 +73,8 @@ def held_out_problems(world: World, per_size: Mapping[str, int], seed: int = 0) 
                 drawn.setdefault(problem.key, problem)
                 if len(drawn) == count:
                     break
-            found += drawn.values()
-    return found
+            result += drawn.values()
+    return result
 
 
 def is_dial(problem: Problem) -> bool:
@@ -212,13 +212,13 @@ def ppo_metrics(answers: Answers) -> dict[str, float]:
 
 def tables(tuned: Answers, sampled: Answers) -> dict[str, list[dict[str, str]]]:
     """Return the tables: right answers by size, figures of PPO, and some answers."""
-    found = {
+    result = {
         "Right answers, greedy": _by_size(tuned),
         "PPO on dials, sampled answers": _side_by_side(sampled),
         "Answers": samples(tuned),
         "Answers before and after PPO, sampled": samples(sampled),
     }
-    return {title: rows for title, rows in found.items() if rows}
+    return {title: rows for title, rows in result.items() if rows}
 
 
 def _by_size(answers: Answers) -> list[dict[str, str]]:
@@ -240,12 +240,12 @@ def _by_size(answers: Answers) -> list[dict[str, str]]:
 
 def _side_by_side(answers: Answers) -> list[dict[str, str]]:
     """Return a row for each figure: its value for each model."""
-    found = {TITLES[model]: values_of(said) for model, said in answers.items()}
-    names = next(iter(found.values()))
+    result = {TITLES[model]: values_of(said) for model, said in answers.items()}
+    names = next(iter(result.values()))
     return [
         {
             "figure": GROUP_TITLES[name],
-            **{title: f"{_cell(values[name])} (n {len(values[name]):,})" for title, values in found.items()},
+            **{title: f"{_cell(values[name])} (n {len(values[name]):,})" for title, values in result.items()},
         }
         for name in names
     ]
@@ -254,8 +254,8 @@ def _side_by_side(answers: Answers) -> list[dict[str, str]]:
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    found = mean_of("value", values)
-    return plus_minus(found["value"], found.get("value_se"))
+    result = mean_of("value", values)
+    return plus_minus(result["value"], result.get("value_se"))
 
 
 def samples(answers: Answers) -> list[dict[str, str]]:
@@ -264,10 +264,10 @@ def samples(answers: Answers) -> list[dict[str, str]]:
     step = max(1, len(said) // SAMPLES)
     return [
         {
-            "prompt": said[place].problem.question,
-            **{TITLES[model]: each[place].response for model, each in answers.items()},
+            "prompt": said[index].problem.question,
+            **{TITLES[model]: each[index].response for model, each in answers.items()},
         }
-        for place in range(0, len(said), step)
+        for index in range(0, len(said), step)
     ]
 
 
@@ -294,9 +294,9 @@ def _steps(answers: Answers) -> Plot:
     for model, said in answers.items():
         thoughts = [each.steps for each in said if is_dial(each.problem) and each.thinks]
         # The number that the dial is at comes first, then a step for each turn.
-        places = range(1 + max(SIZES[DIAL])) if thoughts else range(0)
-        held = [sum(steps[place] for steps in thoughts) / len(thoughts) for place in places]
-        lines[TITLES[model]] = (list(places), held)
+        indices = range(1 + max(SIZES[DIAL])) if thoughts else range(0)
+        held = [sum(steps[index] for steps in thoughts) / len(thoughts) for index in indices]
+        lines[TITLES[model]] = (list(indices), held)
     return Plot("Thoughts about held-out dials, greedy answers", "step", "share that holds", lines)
 
 

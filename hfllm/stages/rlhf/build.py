@@ -519,19 +519,19 @@ def fitting_prompts(
     context = max_length_of(policy_config)
     dropped = Dropped(len(rows))
     unfit = dict.fromkeys(words_for_a_picture(rows, tokenizer), WORDS_FOR_A_PICTURE)
-    read = [place for place in range(len(rows)) if place not in unfit]
-    unfit |= {place: EMPTY for place in read if formats.is_blank(rows[place]["prompt"])}
+    read = [index for index in range(len(rows)) if index not in unfit]
+    unfit |= {index: EMPTY for index in read if formats.is_blank(rows[index]["prompt"])}
     tried = (tokenizer, training_args.response_length, context, tools.schemas)
-    unfit |= {read[place]: why for place, why in unfit_prompts([rows[place] for place in read], *tried)}
+    unfit |= {read[index]: why for index, why in unfit_prompts([rows[index] for index in read], *tried)}
     long = f"too long for --response_length {training_args.response_length} in a context of {context}"
     reasons = {EMPTY: "with an empty prompt", WORDS_FOR_A_PICTURE: WORDS_FOR_A_PICTURE}
-    for place, why in sorted(unfit.items()):
-        dropped.add(reasons.get(why, long), origin_of(rows[place], ""))
+    for index, why in sorted(unfit.items()):
+        dropped.add(reasons.get(why, long), origin_of(rows[index], ""))
     if len(unfit) == len(rows):
         raise InputError(f"--filter_prompts: no prompt is left: {dropped}")
     if unfit:
         say(f"{script_args.dataset_name}: {dropped}")
-    return [row for place, row in enumerate(rows) if place not in unfit]
+    return [row for index, row in enumerate(rows) if index not in unfit]
 
 
 # ---- pictures ----
@@ -570,7 +570,7 @@ def words_for_a_picture(rows: Sequence[Row], processing_class: "ProcessingClass"
 
     tokens = words_of_places(processing_class)
     asked = [[row["prompt"], row.get("tools")] for row in rows] if tokens else []
-    return [place for place, said in enumerate(asked) if spells(tokens, said)]
+    return [index for index, said in enumerate(asked) if spells(tokens, said)]
 
 
 def refuse_words(rows: Sequence[Row], processing_class: "ProcessingClass") -> None:
@@ -583,9 +583,9 @@ def refuse_words(rows: Sequence[Row], processing_class: "ProcessingClass") -> No
     from hfllm.data.rows import origin_of
 
     words = " or ".join(map(repr, words_of_places(processing_class)))
-    for place in words_for_a_picture(rows, processing_class)[:1]:
+    for index in words_for_a_picture(rows, processing_class)[:1]:
         raise InputError(
-            f"{origin_of(rows[place], f'prompt {place} of the dataset')}: the words spell "
+            f"{origin_of(rows[index], f'prompt {index} of the dataset')}: the words spell "
             f"{words}, which stands for a picture; --filter_prompts leaves such prompts out"
         )
 

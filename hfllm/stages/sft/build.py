@@ -221,8 +221,8 @@ def examples(
             dropped.add(why, origin_of(row, ""))
     for note, count in conversations.notes.reasons.items():
         say(f"{what}: {count:,} of {len(rows):,} {note}")
-    if (found := read_back(rows, tokenizer)) is not None:
-        say(f"{what}: {found}")
+    if (result := read_back(rows, tokenizer)) is not None:
+        say(f"{what}: {result}")
     if crowded:
         say(f"{what}: {crowded_out(crowded, longest, len(rows))}")
     if not columns["input_ids"]:
@@ -449,19 +449,19 @@ def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) ->
 
     rows = held_out[:MOST_ROWS]
     others = other_places([row["images"] for row in rows])
-    places = [place for place, other in enumerate(others) if rows[place]["images"] and other != place]
-    if not places:
+    indices = [index for index, other in enumerate(others) if rows[index]["images"] and other != index]
+    if not indices:
         return {}
 
     def measured(pictures_of: Callable[[int], int]) -> "TunedEvaluation | None":
-        shown = [{**rows[place], "images": rows[pictures_of(place)]["images"]} for place in places]
+        shown = [{**rows[index], "images": rows[pictures_of(index)]["images"]} for index in indices]
         dataset = as_dataset(shown, script_args.max_pixels)
         return evaluate_tuned(trainer, [], dataset, collate=trainer.data_collator)
 
-    found = tuning_metrics(measured(int), measured(others.__getitem__))
+    result = tuning_metrics(measured(int), measured(others.__getitem__))
     new = {"other_pictures_loss": "held_out_loss_after", "other_pictures_extra_loss": "held_out_loss_change"}
-    made = {f"{ours}{end}": found.get(f"{theirs}{end}") for ours, theirs in new.items() for end in ("", "_se")}
-    made |= {f"{ours}_n": found.get("held_out_loss_n") for ours in new}
+    made = {f"{ours}{end}": result.get(f"{theirs}{end}") for ours, theirs in new.items() for end in ("", "_se")}
+    made |= {f"{ours}_n": result.get("held_out_loss_n") for ours in new}
     return {name: value for name, value in made.items() if value is not None}
 
 
@@ -539,11 +539,11 @@ def with_passages(
                 f"--grounded_fraction {share:g}: none of {len(rows):,} rows gets passages; expected more than "
                 f"{0.5 / max(len(rows), 1):.3g}"
             )
-        asked = [each[place] for place in chosen]
-        found = _found(retriever, asked, top_k, script_args.retrieval_min_score, each is rows)
-        given = dict(zip(chosen, found, strict=True))
-        results.append([_grounded(row, given.get(place, []), plain) for place, row in enumerate(each)])
-        metrics[metric] = sum(map(bool, found))
+        asked = [each[index] for index in chosen]
+        result = _found(retriever, asked, top_k, script_args.retrieval_min_score, each is rows)
+        given = dict(zip(chosen, result, strict=True))
+        results.append([_grounded(row, given.get(index, []), plain) for index, row in enumerate(each)])
+        metrics[metric] = sum(map(bool, result))
         missing = len(chosen) - metrics[metric]
         others = f"; for {missing:,} more none was found" if missing else ""
         say(f"{what}: {metrics[metric]:,} of {len(each):,} have passages of {name}{others}")
@@ -575,12 +575,12 @@ def _found(
     queries = []
     for row in rows:
         messages = [*row["prompt"], *row["completion"]]
-        place = last_question(messages)
-        queries.append("" if place is None else messages[place]["content"])
-    found = retriever.retrieve(queries, top_k)
-    kept = found if min_score is None else scoring_enough(found, min_score)
+        index = last_question(messages)
+        queries.append("" if index is None else messages[index]["content"])
+    result = retriever.retrieve(queries, top_k)
+    kept = result if min_score is None else scoring_enough(result, min_score)
     if is_training and rows and not any(kept):
-        best = max((each.score for ranking in found for each in ranking), default=None)
+        best = max((each.score for ranking in result for each in ranking), default=None)
         if best is None:
             raise InputError(f"--retrieval_dataset_name: no passage has a word of {len(rows):,} questions")
         raise InputError(f"--retrieval_min_score {min_score}: no row gets a passage; the best score is {best:.3g}")
@@ -594,9 +594,9 @@ def lacking_room(labels: Sequence[int], longest: int) -> list[int]:
         labels: of the row; what is not learned is `IGNORE`.
         longest: the tokens that are kept, from the first on.
     """
-    learned = [place for place, label in enumerate(labels) if label != IGNORE]
+    learned = [index for index, label in enumerate(labels) if label != IGNORE]
     # The answer to the question with the passages is the last one: tokens that are learned, next to each other.
-    begins = next((place for place in reversed(learned) if labels[place - 1] == IGNORE), 0)
+    begins = next((index for index in reversed(learned) if labels[index - 1] == IGNORE), 0)
     return [len(labels)] if learned and begins >= longest else []
 
 

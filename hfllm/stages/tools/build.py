@@ -175,20 +175,20 @@ class Steps:
         world = World(script_args.world_seed)
         table = tables(world)[1]
         asked = questions_to_ask(world, table, script_args.num_eval_prompts)
-        found: dict[str, list[Answered]] = {}
+        result: dict[str, list[Answered]] = {}
         for name in (SHOWN, RL, SHUFFLED, PLAIN):
             if not self.course.has_made(name):
                 continue
             speaking = load_speaking(self.course.folder(name), self.model_args)
             model = (speaking.model, speaking.tokenizer, asked)
             if name == PLAIN:
-                found[name] = answer(*model, None)
+                result[name] = answer(*model, None)
                 continue
-            found[name] = answer(*model, table)
-            found[f"{name} sampled"] = answer(*model, table, do_sample=True, seed=script_args.seed)
+            result[name] = answer(*model, table)
+            result[f"{name} sampled"] = answer(*model, table, do_sample=True, seed=script_args.seed)
             if name == RL:
-                found["off"] = answer(*model, None)
-        return found
+                result["off"] = answer(*model, None)
+        return result
 
     @property
     def artifacts(self) -> dict[str, str]:

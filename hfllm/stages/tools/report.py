@@ -114,13 +114,13 @@ def answer(
     prompts = [[{"role": "user", "content": each.task.task.question}] for each in asked]
     ids = tokenize_prompts(prompts, tokenizer, [schemas] * len(prompts))
     continue_ids = continuing(model, tokenizer, do_sample, seed, is_off=table is None)
-    order = sorted(range(len(asked)), key=lambda place: len(ids[place]))
+    order = sorted(range(len(asked)), key=lambda index: len(ids[index]))
     answers: dict[int, Answered] = {}
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        episodes = run_episodes([ids[place] for place in places], continue_ids, environment, RESPONSE_LENGTH)
-        answers |= {place: judged(asked[place], each) for place, each in zip(places, episodes, strict=True)}
-    return [answers[place] for place in range(len(asked))]
+        indices = order[start : start + batch_size]
+        episodes = run_episodes([ids[index] for index in indices], continue_ids, environment, RESPONSE_LENGTH)
+        answers |= {index: judged(asked[index], each) for index, each in zip(indices, episodes, strict=True)}
+    return [answers[index] for index in range(len(asked))]
 
 
 def judged(asked: Asked, episode: Episode) -> Answered:
@@ -157,7 +157,7 @@ def continuing(
             output = model.generate(**batch, **settings, max_new_tokens=max_new_tokens)
         turns = []
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            length = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
             turns.append((row[:length], length > 0 and row[length - 1] in ends))
         return turns
 
@@ -265,10 +265,10 @@ def _summary(metrics: Mapping[str, float]) -> str:
 def _tables(answers: Answers) -> dict[str, list[dict[str, str]]]:
     names = ["calls_needed", "calls_not_needed", "right_needed"]
     names += [f"right_{family}" for family in (*NEED, *NO_NEED, KNOWN)]
-    found = {name: figures(said) for name, said in answers.items()}
+    result = {name: figures(said) for name, said in answers.items()}
 
     def columns(*models: str) -> dict[str, dict[str, float]]:
-        return {f"{TITLES[each.split()[0]]}": found[each] for each in models if each in found}
+        return {f"{TITLES[each.split()[0]]}": result[each] for each in models if each in result}
 
     tables = {
         "Greedy answers": side_by_side(columns(SHOWN, RL, OFF), names),
@@ -277,7 +277,7 @@ def _tables(answers: Answers) -> dict[str, list[dict[str, str]]]:
             names,
         ),
     }
-    if PLAIN in found:
+    if PLAIN in result:
         kept = [f"right_{family}" for family in (*NO_NEED, KNOWN)]
         tables["Where no tool is needed"] = side_by_side(columns(RL, PLAIN), kept)
     return tables | {"Conversations": _samples(answers)}
@@ -287,20 +287,20 @@ def _samples(answers: Answers) -> list[dict[str, str]]:
     """Return the first conversations of each family, before and after PPO."""
     rows = []
     for family in (*NEED, *NO_NEED):
-        places = [place for place, each in enumerate(answers[RL]) if each.asked.group == family]
-        for place in places[:SAMPLES_EACH]:
-            said = {TITLES[name]: transcript(answers[name][place].episode.messages) for name in (SHOWN, RL, OFF)}
-            rows.append({"question": answers[RL][place].asked.task.task.question, **said})
+        indices = [index for index, each in enumerate(answers[RL]) if each.asked.group == family]
+        for index in indices[:SAMPLES_EACH]:
+            said = {TITLES[name]: transcript(answers[name][index].episode.messages) for name in (SHOWN, RL, OFF)}
+            rows.append({"question": answers[RL][index].asked.task.task.question, **said})
     return rows
 
 
 def _plot(answers: Answers) -> Plot:
     """Return the plot of right answers by family, a line for each model."""
     families = (*NEED, *NO_NEED, KNOWN)
-    places = list(range(len(families)))
+    indices = list(range(len(families)))
     lines = {}
     for name in (SHOWN, RL, OFF):
         values = figures(answers[name])
-        lines[TITLES[name]] = (places, [values[f"right_{family}"] for family in families])
-    ticks = {place: LABELS[family].replace(" ", "\n", 1) for place, family in enumerate(families)}
+        lines[TITLES[name]] = (indices, [values[f"right_{family}"] for family in families])
+    ticks = {index: LABELS[family].replace(" ", "\n", 1) for index, family in enumerate(families)}
     return Plot("Right answers", "", "share of questions", lines, xticks=ticks, points_only=True)

@@ -346,7 +346,7 @@ def inner_projector(tower: "nn.Module", width: int) -> "list[nn.Module]":
     from torch import nn
 
     parts = list(tower.children())
-    stack = next((place for place, part in enumerate(parts) if isinstance(part, nn.ModuleList)), len(parts))
+    stack = next((index for index, part in enumerate(parts) if isinstance(part, nn.ModuleList)), len(parts))
 
     def projects(part: "nn.Module") -> bool:
         return any(
@@ -363,10 +363,10 @@ def tower_of(model: "PreTrainedModel") -> "nn.Module":
         InputError: when the layout has none by a name that transformers knows.
     """
     # Without such a name it returns the model itself, or its base.
-    found = model.base_model.get_encoder(modality="image")
-    if found is model or found is model.base_model:
+    result = model.base_model.get_encoder(modality="image")
+    if result is model or result is model.base_model:
         raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
-    return found
+    return result
 
 
 def new_trainer(

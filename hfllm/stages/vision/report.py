@@ -65,8 +65,8 @@ def evaluate(
     metrics: dict[str, float] = {}
     for name, values in right.items():
         metrics |= mean_of(f"{name}_right", values)
-        for family, found in by_family(everything[name], values).items():
-            metrics |= mean_of(f"{name}_{family}_right", found)
+        for family, result in by_family(everything[name], values).items():
+            metrics |= mean_of(f"{name}_{family}_right", result)
     metrics |= _false_alarms(parts[first], said[first])
     summary = ", ".join(f"{LABELS[name]} {_figure(metrics, name)}" for name in right)
     tables = {"Right answers": _table(everything, right), "Samples": _samples(parts[first], said[first], right[first])}
@@ -91,11 +91,11 @@ def _truth_about_others(shuffled: Sequence[Asked]) -> list[str]:
 
 def by_family(questions: Sequence[Asked], values: Sequence[float]) -> dict[str, list[float]]:
     """Return values of questions, one each, by family."""
-    found: dict[str, list[float]] = {}
+    result: dict[str, list[float]] = {}
     for question, value in zip(questions, values, strict=True):
         if question.family:
-            found.setdefault(question.family, []).append(value)
-    return dict(sorted(found.items()))
+            result.setdefault(question.family, []).append(value)
+    return dict(sorted(result.items()))
 
 
 def _false_alarms(questions: Sequence[Asked], said: Sequence[str]) -> dict[str, float]:
@@ -114,9 +114,9 @@ def _table(parts: Mapping[str, Sequence[Asked]], right: Mapping[str, Sequence[fl
     table = []
     for family in dict.fromkeys(family for each in families.values() for family in each):
         row = {"family": family}
-        for name, found in families.items():
-            figures = mean_of("x", found.get(family, []))
-            row[LABELS[name]] = plus_minus(figures["x"], figures.get("x_se")) if found.get(family) else ""
+        for name, result in families.items():
+            figures = mean_of("x", result.get(family, []))
+            row[LABELS[name]] = plus_minus(figures["x"], figures.get("x_se")) if result.get(family) else ""
         table.append({**row, "questions": str(len(families[next(iter(families))].get(family, [])))})
     return table
 
@@ -132,12 +132,12 @@ def _samples(questions: Sequence[Asked], said: Sequence[str], right: Sequence[fl
 
 
 def _grid(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float]) -> PictureGrid:
-    shown = [place for place, question in enumerate(questions) if len(question.images) == 1][:SHOWN]
+    shown = [index for index, question in enumerate(questions) if len(question.images) == 1][:SHOWN]
     return PictureGrid(
         "Questions, and what the model says",
-        [read_image(questions[place].images[0], "a sample", max_pixels=sys.maxsize, min_side=1) for place in shown],
-        [f"{_printed(questions[place].question)}\n{_printed(said[place])}" for place in shown],
-        [bool(right[place]) for place in shown],
+        [read_image(questions[index].images[0], "a sample", max_pixels=sys.maxsize, min_side=1) for index in shown],
+        [f"{_printed(questions[index].question)}\n{_printed(said[index])}" for index in shown],
+        [bool(right[index]) for index in shown],
     )
 
 

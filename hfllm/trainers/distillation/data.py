@@ -237,7 +237,7 @@ def weights_hash(model: "PreTrainedModel") -> str:
 def rows_hash(dataset: "Dataset") -> str:
     """Return a digest of tokenized rows and their targets."""
     rows = ((list(row["input_ids"]), [label != IGNORE for label in row["labels"]]) for row in dataset)
-    return fingerprint([fingerprint(row, f"row {place}") for place, row in enumerate(rows)])
+    return fingerprint([fingerprint(row, f"row {index}") for index, row in enumerate(rows)])
 
 
 def open_cache(
@@ -308,11 +308,11 @@ class WithTeacher(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Row:
         said = self.cache[index]
-        places = len(said["rest"])
+        indices = len(said["rest"])
         return {
             **self.rows[index],
-            "teacher_log_probs": said["log_probs"].view(places, -1),
-            "teacher_indices": said["indices"].long().view(places, -1),
+            "teacher_log_probs": said["log_probs"].view(indices, -1),
+            "teacher_indices": said["indices"].long().view(indices, -1),
             "teacher_rest": said["rest"],
         }
 

@@ -60,9 +60,9 @@ class Sequences:
         before = prompt_mask.sum(1)
         lengths = before + response_mask.sum(1)
         width = int(lengths.max())
-        places = torch.arange(width, device=ids.device)
+        indices = torch.arange(width, device=ids.device)
         begins = prompt_ids.shape[1] - before
-        sources = (begins.unsqueeze(1) + places).clamp(max=ids.shape[1] - 1)
+        sources = (begins.unsqueeze(1) + indices).clamp(max=ids.shape[1] - 1)
         rows, steps = (response_mask if action_mask is None else action_mask).nonzero(as_tuple=True)
         input_ids = ids.gather(1, sources)
         return cls(

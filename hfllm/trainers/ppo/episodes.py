@@ -168,8 +168,8 @@ def from_rollout_func(
     masks = output.get("env_mask") or [[1] * len(ids) for ids in output["completion_ids"]]
     parts = zip(output["prompt_ids"], output["completion_ids"], masks, strict=True)
     episodes = [Episode(*(list(map(int, ids)) for ids in each)) for each in parts]
-    for place, episode in enumerate(episodes):
-        _check(episode, f"rollout_func, prompt {place}", trainer)
+    for index, episode in enumerate(episodes):
+        _check(episode, f"rollout_func, prompt {index}", trainer)
         ends = episode.response_ids[-1:] and episode.response_ids[-1] in trainer.eos_token_ids
         episode.is_ended = bool(ends and episode.action_mask[-1])
     for episode, is_ended in zip(episodes, output.get("is_ended") or [], strict=False):

@@ -66,8 +66,8 @@ class RolloutSampler(Sampler[int]):
         order = torch.randperm(self.dataset_size, generator=generator).tolist()
         for rollout in range(self.rollouts):
             first = rollout * self.rollout_size
-            places = range(first, first + self.rollout_size)
-            block = [order[place // self.num_generations % self.dataset_size] for place in places]
+            indices = range(first, first + self.rollout_size)
+            block = [order[index // self.num_generations % self.dataset_size] for index in indices]
             for _ in range(self.repeats):
                 yield from block
 
@@ -101,7 +101,7 @@ class RolloutRows(Dataset):
     def __getitems__(self, places: list[int]) -> Rows:
         if places != self._places:
             together = getattr(self.dataset, "__getitems__", None)
-            rows = together(places) if together is not None else [self.dataset[place] for place in places]
+            rows = together(places) if together is not None else [self.dataset[index] for index in places]
             self._places, self._rows = list(places), Rows(rows)
         return self._rows
 
@@ -144,9 +144,9 @@ def check_prompts(
     if tools is not None and any(row.get("tools") for row in dataset):
         raise InputError("tools: the dataset has a column 'tools' of its own; leave one of them out")
     count = check_pictures(dataset, tokenizer, reader)
-    for place, why in unfit_prompts(dataset, tokenizer, response_length, context, tools):
-        origin = origin_of(dataset[place], "")
-        raise InputError(f"{f'{origin}: the prompt' if origin else f'prompt {place} of the dataset'} {why}")
+    for index, why in unfit_prompts(dataset, tokenizer, response_length, context, tools):
+        origin = origin_of(dataset[index], "")
+        raise InputError(f"{f'{origin}: the prompt' if origin else f'prompt {index} of the dataset'} {why}")
     return count
 
 
@@ -163,9 +163,9 @@ def check_pictures(
         InputError: naming the prompt.
     """
     count = 0
-    for place in range(len(dataset)):
-        row = dataset[place]
-        origin = origin_of(row, f"prompt {place} of the dataset")
+    for index in range(len(dataset)):
+        row = dataset[index]
+        origin = origin_of(row, f"prompt {index} of the dataset")
         if not has_pictures(row, origin):
             continue
         count += 1
@@ -194,12 +194,12 @@ def unfit_prompts(
         InputError: naming the first prompt that the chat template refuses.
     """
     limit = None if context is None else context - response_length
-    for place, count in enumerate(_token_counts(dataset, tokenizer, tools)):
+    for index, count in enumerate(_token_counts(dataset, tokenizer, tools)):
         if not count:
-            yield place, EMPTY
+            yield index, EMPTY
         elif limit is not None and count > limit:
             yield (
-                place,
+                index,
                 f"has {count} tokens; with response_length={response_length} the model's context of "
                 f"{context} leaves room for {limit}; a value model's counts too",
             )
@@ -215,7 +215,7 @@ def _token_counts(
     # Pixels of pictures are many, and here only counted.
     step = TOGETHER if isinstance(tokenizer, ProcessorMixin) else 1000
     for start in range(0, len(dataset), step):
-        rows = [dataset[place] for place in range(start, min(start + step, len(dataset)))]
+        rows = [dataset[index] for index in range(start, min(start + step, len(dataset)))]
         yield from map(len, _tokens_of(rows, tokenizer, start, tools))
 
 
@@ -223,13 +223,13 @@ def _counts_with_pictures(dataset: "HubDataset | Sequence[dict]", processor: Pro
     """Yield the number of tokens of each prompt; drawn pictures are processed only where words or sizes are new."""
     known: dict[Hashable, int] = {}
     for start in range(0, len(dataset), TOGETHER):
-        rows = [dataset[place] for place in range(start, min(start + TOGETHER, len(dataset)))]
+        rows = [dataset[index] for index in range(start, min(start + TOGETHER, len(dataset)))]
         # By its place a prompt is like no other.
-        keys = [what_is_counted(row) or place for place, row in enumerate(rows, start)]
+        keys = [what_is_counted(row) or index for index, row in enumerate(rows, start)]
         new = {}
-        for place, (key, row) in enumerate(zip(keys, rows, strict=True), start):
+        for index, (key, row) in enumerate(zip(keys, rows, strict=True), start):
             if key not in known and key not in new:
-                new[key] = OriginRow(row, origin_of(row, f"prompt {place} of the dataset"))
+                new[key] = OriginRow(row, origin_of(row, f"prompt {index} of the dataset"))
         if new:
             counts = map(len, _tokens_of(list(new.values()), processor, start, None))
             known.update(zip(new, counts, strict=True))
@@ -279,11 +279,11 @@ def _tokens_of(
     except InputError:
         raise
     except refusals:
-        for place, row in enumerate(rows, first):
+        for index, row in enumerate(rows, first):
             try:
-                read_rows([row], tokenizer, tools, place)
+                read_rows([row], tokenizer, tools, index)
             except refusals as error:
-                origin, reason = origin_of(row, f"prompt {place} of the dataset"), " ".join(str(error).split())[:200]
+                origin, reason = origin_of(row, f"prompt {index} of the dataset"), " ".join(str(error).split())[:200]
                 raise InputError(f"{origin}: the chat template cannot write this prompt: {reason}") from None
         raise
 
@@ -360,7 +360,7 @@ class PretrainingBatches:
     def batch(self, step: int, process: int, processes: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Return `input_ids`, `attention_mask` and `labels` (B, S) of a process for backward pass `step`."""
         first = (step * processes + process) * self.batch_size
-        rows = [self.dataset[self._row(place)]["text"] for place in range(first, first + self.batch_size)]
+        rows = [self.dataset[self._row(index)]["text"] for index in range(first, first + self.batch_size)]
         ids = self.tokenizer(rows, truncation=self.max_length is not None, max_length=self.max_length)["input_ids"]
         if max(map(len, ids)) < 2:
             raise InputError(f"ptx_dataset: no next token to learn in {rows!r}: texts need two tokens")

@@ -116,11 +116,11 @@ def _gathered(tensors: Sequence[torch.Tensor], rows: Sequence[Kept], sources: to
     heads, size = tensors[0].shape[1], tensors[0].shape[3]
     result = tensors[0].new_empty(len(rows), heads, sources.shape[1], size)
     for number, tensor in enumerate(tensors):
-        places = [place for place, row in enumerate(rows) if row.part == number]
-        if places:
-            index = torch.tensor([rows[place].row for place in places]).unsqueeze(1)
-            columns = sources[places].clamp(max=tensor.shape[2] - 1)
-            result[places] = tensor[index, :, columns].transpose(1, 2)
+        indices = [position for position, row in enumerate(rows) if row.part == number]
+        if indices:
+            index = torch.tensor([rows[position].row for position in indices]).unsqueeze(1)
+            columns = sources[indices].clamp(max=tensor.shape[2] - 1)
+            result[indices] = tensor[index, :, columns].transpose(1, 2)
     return result
 
 
@@ -267,7 +267,7 @@ class SampledLogprobs:
     def begin(self, rows: Sequence[int], columns: Sequence[int]) -> None:
         """Let the next responses be turns of episodes: of these rows, each from its column on."""
         self.turns, device = len(rows), self.tokens.device
-        self._rows, self._columns = (torch.tensor(list(places), device=device) for places in (rows, columns))
+        self._rows, self._columns = (torch.tensor(list(indices), device=device) for indices in (rows, columns))
 
     def cache_before(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
         """Return what is known of the sequences (N, P) that are about to be continued, see `TurnCaches.before`."""
@@ -309,11 +309,11 @@ class SampledLogprobs:
 
     def of(self, rows: torch.Tensor, column: int) -> Callable[[torch.Tensor], None]:
         """Return a function that records the tokens of `rows`, as `begin` places them, from a column of theirs on."""
-        places, columns = self._rows[rows], self._columns[rows] + column
+        indices, columns = self._rows[rows], self._columns[rows] + column
 
         def note(tokens: torch.Tensor) -> None:
             nonlocal columns
-            at = places, columns.clamp(max=self.room)
+            at = indices, columns.clamp(max=self.room)
             distribution = log_distribution(self._logits.clone(), self.temperature, self.never_sampled)
             self.tokens[at] = tokens
             self.logprobs[at] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -403,12 +403,12 @@ class PPOTrainer(ActorCriticTrainer):
         As with the other terms, sums are divided by the tokens of the whole optimizer step on all processes.
         """
         passes, processes = self.args.gradient_accumulation_steps, self.args.world_size
-        place = (self.args.process_index, processes, self.accelerator.device)
+        index = (self.args.process_index, processes, self.accelerator.device)
         first = self.state.global_step * passes
         if self._micro_step == 0:
-            counts = [self.ptx.targets(self.ptx.batch(first + at, *place)) for at in range(passes)]
+            counts = [self.ptx.targets(self.ptx.batch(first + at, *index)) for at in range(passes)]
             self._ptx_targets = self._sum_over_processes(torch.stack(counts).sum())
-        batch = self.ptx.batch(first + self._micro_step, *place)
+        batch = self.ptx.batch(first + self._micro_step, *index)
         with self.accelerator.autocast():
             mean = self.policy(**batch, use_cache=False).loss
         loss = mean * self.ptx.targets(batch) / self._ptx_targets * processes

@@ -63,13 +63,13 @@ def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
     What FSDP makes flat is none either, and is left to `torch.optim.Muon`, which refuses it in words.
     """
-    found: dict[tuple[object, ...], list[nn.Parameter]] = {}
+    result: dict[tuple[object, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
         is_plain = type(parameter.data) is torch.Tensor and type(parameter.grad) is torch.Tensor
         if is_plain and parameter.ndim == 2 and parameter.numel() <= SMALL:
-            found.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
+            result.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
     made = []
-    for alike in found.values():
+    for alike in result.values():
         most = max(1, TOGETHER // max(alike[0].numel(), 1))
         made += [alike[first : first + most] for first in range(0, len(alike), most)]
     return made

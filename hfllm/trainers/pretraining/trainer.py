@@ -138,8 +138,8 @@ class BatchPlan(TorchDataset):
         # The index within its source of each row of the run, counted from the source's first.
         self._number = numpy.zeros(self.total_rows, dtype=numpy.int64)
         for index in range(len(sizes)):
-            places = numpy.flatnonzero(self._source == index)
-            self._number[places] = numpy.arange(len(places))
+            indices = numpy.flatnonzero(self._source == index)
+            self._number[indices] = numpy.arange(len(indices))
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -147,14 +147,14 @@ class BatchPlan(TorchDataset):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         """Return the tensors of one step on this process, see `batch_of`."""
         first, rows, length = self._steps[step]
-        places = numpy.array_split(numpy.arange(first, first + rows), self.processes)[self.process]
-        rows = [self._row(int(place)) for place in places]
+        indices = numpy.array_split(numpy.arange(first, first + rows), self.processes)[self.process]
+        rows = [self._row(int(index)) for index in indices]
         cut = self.row_length // length
         batch = batch_of(rows, self.row_length, self.pad_token_id, cut)
         if self.transform is None:
             return batch
         starts = range(0, self.row_length, length)
-        return self.transform(batch, [int(place) * self.row_length + start for place in places for start in starts])
+        return self.transform(batch, [int(index) * self.row_length + start for index in indices for start in starts])
 
     def _row(self, place: int) -> dict:
         index, number = int(self._source[place]), int(self._number[place])
