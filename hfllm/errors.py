@@ -32,6 +32,8 @@ class InputError(ValueError):
     """Bad input: recipes print its message as a single line and stop.
 
     The message names the file, row, field or flag, the value seen and what is accepted; secrets in it are hidden.
+    Whatever reads what a user gave may raise it. A docstring says so only where it is not plain from what the function
+    does for what it is raised.
     """
 
     def __init__(self, message: str):

@@ -162,9 +162,6 @@ def check_flags(*parsed: "DataclassInstance", **known: object) -> None:
     Args:
         parsed: the dataclasses of a run's flags.
         known: what else is known by now, such as `shows`, whether a row has pictures; facts take it for a flag.
-
-    Raises:
-        InputError: naming the flag, and the value or why it has no effect.
     """
     flags = Flags(*parsed, **known)
     for group in parsed:

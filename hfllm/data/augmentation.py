@@ -303,11 +303,7 @@ PERTURBATIONS: Mapping[str, Perturbation] = {
 
 
 def check_strength(name: str, strength: float) -> None:
-    """Refuse an unknown perturbation, and a strength that it does not have.
-
-    Raises:
-        InputError: naming what is accepted.
-    """
+    """Refuse an unknown perturbation, and a strength that it does not have."""
     if name not in PERTURBATIONS:
         raise InputError(f"perturbation {name!r} is not one of {', '.join(PERTURBATIONS)}")
     most = 1 if PERTURBATIONS[name].is_share else float("inf")

@@ -220,11 +220,7 @@ def has_more_than_text(messages: Sequence[Message]) -> bool:
 
 
 def check_written(origin: str, row: Row, messages: Sequence[Message], text: str, notes: Dropped) -> None:
-    """Refuse a conversation whose calls of tools, what they returned, or last thoughts a chat template leaves out.
-
-    Raises:
-        InputError: naming what it leaves out.
-    """
+    """Refuse a conversation whose calls of tools, what they returned, or last thoughts a chat template leaves out."""
     for message in messages:
         for call in message.get("tool_calls") or ():
             if not _is_in(name := call["function"]["name"], text):

@@ -180,11 +180,7 @@ class Window:
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a tokenizer that cannot say where its tokens are in the text.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse a tokenizer that cannot say where its tokens are in the text."""
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} does not say where tokens are in a text: a fast one is needed")
 

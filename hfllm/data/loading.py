@@ -172,11 +172,7 @@ class TextArguments(DataArguments):
 
 
 def check_source(script_args: DataArguments) -> None:
-    """Refuse files that do not exist, and columns that no format has.
-
-    Raises:
-        InputError: naming the flag or the file.
-    """
+    """Refuse files that do not exist, and columns that no format has."""
     if not getattr(script_args, "dataset_mixture", None):
         for name in (script_args.dataset_name, getattr(script_args, "eval_dataset_name", None)):
             _ = name is None or _is_here(name)

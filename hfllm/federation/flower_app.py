@@ -51,11 +51,7 @@ def write_app(folder: str | Path, config: Mapping[str, str | int | float | bool]
 
 
 def check_certificate(path: str | Path, now: datetime.datetime | None = None) -> None:
-    """Refuse a certificate that is not valid now.
-
-    Raises:
-        InputError: naming the file and the date, or that it is no certificate.
-    """
+    """Refuse a certificate that is not valid now."""
     from cryptography import x509
 
     try:

@@ -75,9 +75,6 @@ def stacked(updates: Iterable[Update], scalings: Mapping[str, float] | None = No
 
     Returns:
         Factors of rank sum(r_i), in their precision.
-
-    Raises:
-        InputError: naming the organisation whose adapter is of other layers or widths.
     """
     updates = list(updates)
     total = sum(update.num_tokens for update in updates)

@@ -83,11 +83,7 @@ class ClippedSum:
         self._expected, self._total = Expected.of(weights, base_sha256), WeightedSum()
 
     def add(self, update: Update) -> None:
-        """Clip an update, and add it.
-
-        Raises:
-            InputError: naming the organisation, for one that cannot be averaged.
-        """
+        """Clip an update, and add it."""
         self._expected.check(update)
         cut, _ = clipped(update, self.clip_norm)
         self._total.add(replace(cut, tensors={n: v.double() for n, v in cut.tensors.items()}, num_tokens=1))
@@ -129,11 +125,7 @@ def private_average(
 
 
 def check_clip_norm(clip_norm: float, name: str = "clip_norm") -> None:
-    """Refuse a clipping norm that is no number above 0.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse a clipping norm that is no number above 0."""
     if not (math.isfinite(clip_norm) and clip_norm > 0):
         raise InputError(f"{name} is {clip_norm}; expected a number above 0")
 
@@ -367,11 +359,7 @@ def epsilon_of(
 
 
 def check_noise(noise_multiplier: float, name: str = "noise_multiplier") -> None:
-    """Refuse a noise multiplier that is no number from 0.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse a noise multiplier that is no number from 0."""
     if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
         raise InputError(f"{name} is {noise_multiplier}; expected 0 or more")
 
@@ -446,8 +434,8 @@ def check_budget(
     ]
     raise InputError(
         f"epsilon would be {result:.3g} at delta {delta:g}, above max_epsilon {max_epsilon:g}, for "
-        f"{num_organisations} organisations with {participants} a round, {rounds} rounds and noise multiplier {noise_multiplier:g}; "
-        + _in_words(ways, "organisations")
+        f"{num_organisations} organisations with {participants} a round, {rounds} rounds and "
+        f"noise multiplier {noise_multiplier:g}; " + _in_words(ways, "organisations")
     )
 
 
@@ -471,10 +459,6 @@ def check_row_budget(
         local_steps: optimizer steps of a round.
         noise_multiplier: standard deviation of the noise on a step's sum, in units of the rows' clipping norm.
         max_epsilon: the most that the user allows; by default anything.
-
-    Raises:
-        InputError: naming the organisation of fewest rows, with the number of rows, of rounds and the noise that would
-            each meet the bound with all else as it is; for a delta that is not below 1 / rows.
     """
 
     def epsilon(rows: int, rounds: int = rounds, noise: float = noise_multiplier) -> float:

@@ -225,11 +225,7 @@ def typical_norm(norms: Sequence[float], earlier: float = 0.0) -> float | None:
 
 
 def check_robust(aggregation: str, trim: float, max_norm_ratio: float) -> None:
-    """Refuse what no robust average can follow.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse what no robust average can follow."""
     if aggregation not in AGGREGATIONS:
         raise InputError(f"--aggregation {aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
     if not 0 <= trim < 0.5:
@@ -502,11 +498,7 @@ def num_asked(num_organisations: int, settings: RoundSettings) -> int:
 
 
 def check_settings(settings: RoundSettings, num_organisations: int) -> None:
-    """Refuse settings that no federation of so many can follow.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse settings that no federation of so many can follow."""
     if not 0 < settings.participation <= 1:
         raise InputError(f"--participation {settings.participation}: expected a share above 0, at most 1")
     if not 1 <= settings.min_organisations <= num_organisations:

@@ -112,11 +112,7 @@ def failed_by(error: Exception, organisation: str, where: str) -> str:
 
 
 def check_participants(participants: Sequence[str], known: Collection[str]) -> None:
-    """Refuse a round of an unknown organisation, or of one twice.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse a round of an unknown organisation, or of one twice."""
     for index, name in enumerate(participants):
         if name not in known or name in participants[:index]:
             raise InputError(f"organisation {name!r} takes part; expected each at most once of {list(known)}")

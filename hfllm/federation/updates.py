@@ -139,11 +139,7 @@ class Expected:
 
 
 def check_counts(update: Update, most: int | None = None) -> None:
-    """Refuse an update of no tokens or rows, or of more than `most`.
-
-    Raises:
-        InputError: naming the organisation.
-    """
+    """Refuse an update of no tokens or rows, or of more than `most`."""
     for field in ("num_tokens", "num_rows"):
         value = getattr(update, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -74,11 +74,7 @@ class Abstainer:
         return as_numbers(uncertainty, "uncertainty") < self.threshold if len(uncertainty) else np.zeros(0, bool)
 
     def apply(self, answers: Sequence[str], uncertainty: Sequence[float]) -> list[str]:
-        """Return the answers that are sure enough, and `UNKNOWN` in place of the others.
-
-        Raises:
-            InputError: as `answers`, and when there is not one uncertainty per answer.
-        """
+        """Return the answers that are sure enough, and `UNKNOWN` in place of the others."""
         if len(answers) != len(uncertainty):
             raise InputError(f"there are {len(answers)} answers and {len(uncertainty)} uncertainties")
         is_given = self.answers(uncertainty).tolist()
@@ -91,11 +87,7 @@ class Abstainer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Abstainer":
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: naming the file and what is wrong with it.
-        """
+        """Read what `save` wrote."""
         try:
             read = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -330,9 +322,6 @@ def over_splits(
         `risk` (given and wrong, share of all) and `coverage` (share given), with `_se`; `selective_risk`, the share of
         wrong answers among those given, over the splits that give any; for learn-then-test `exceeded`, the share of
         splits whose selective risk is above alpha, which has the chance of the second half in it.
-
-    Raises:
-        InputError: as `fit`, for fewer than 2 splits or 2 rows.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
     if splits < 2 or len(numbers) < 2:

@@ -71,11 +71,7 @@ def as_prompt(question: Prompt, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
 
 
 def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse questions that are no texts and no conversations, or that the tokenizer cannot write.
-
-    Raises:
-        InputError: with the question's number.
-    """
+    """Refuse questions that are no texts and no conversations, or that the tokenizer cannot write."""
     if isinstance(questions, str):
         raise InputError(f"questions must be a list, got the text {questions!r:.60}")
     for number, question in enumerate(questions, 1):
@@ -106,9 +102,6 @@ def check_room(
         found: the passages of each.
         max_new_tokens: of an answer.
         numbers: of the questions, where one has several prompts.
-
-    Raises:
-        InputError: with the question's number, the longest of its passages and the context; or for an empty prompt.
     """
     from hfllm.models.loading.saved import max_length_of
 

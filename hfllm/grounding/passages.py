@@ -389,11 +389,7 @@ class Passages(Sequence[Passage]):
 def loaded_passages(
     folder: str | Path, passages: Passages | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> Passages:
-    """Return the passages of a folder, or those given in their place, cut by this tokenizer if one is given.
-
-    Raises:
-        InputError: as `Passages.load`.
-    """
+    """Return the passages of a folder, or those given in their place, cut by this tokenizer if one is given."""
     if passages is None:
         return Passages.load(folder, tokenizer)
     if tokenizer is not None:
@@ -402,11 +398,7 @@ def loaded_passages(
 
 
 def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase", name: str = "passages") -> None:
-    """Refuse passages that another tokenizer cut: their lengths in tokens are not what they seem.
-
-    Raises:
-        InputError: naming both tokenizers.
-    """
+    """Refuse passages that another tokenizer cut: their lengths in tokens are not what they seem."""
     cut = passages.cut
     if cut is not None and cut.digest and cut.digest != vocabulary_digest(tokenizer):
         raise InputError(
@@ -428,11 +420,7 @@ def _schema() -> "pyarrow.Schema":
 
 
 def _batches(passages: Iterable[Passage]) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield passages as batches of a table.
-
-    Raises:
-        InputError: for what is no passage, or has a text or a source that UTF-8 cannot hold.
-    """
+    """Yield passages as batches of a table."""
     import pyarrow
 
     passages, count = iter(passages), 0

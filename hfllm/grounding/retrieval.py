@@ -574,9 +574,6 @@ def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_
 
     In a product with all of them equal vectors may get different last digits, so that those near the best are
     multiplied once more, each by itself.
-
-    Raises:
-        InputError: for vectors so long that their products are not finite.
     """
     import numpy as np
 
@@ -592,11 +589,7 @@ def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_
 
 
 def _encoded(encoder: Encoder, texts: Sequence[str], what: str, first: int) -> "NDArray[np.float32]":
-    """Return the vectors of texts, checked.
-
-    Raises:
-        InputError: when they are not a row of finite numbers each.
-    """
+    """Return the vectors of texts, checked."""
     import numpy as np
 
     vectors = np.ascontiguousarray(encoder.encode(texts), np.float32)

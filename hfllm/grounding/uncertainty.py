@@ -285,11 +285,7 @@ def predictive_entropy(rows: Sequence[Answered], meanings: Meanings | None = Non
 
 
 def normalized_entropy(rows: Sequence[Answered], meanings: Meanings | None = None) -> np.ndarray:
-    """Return the entropy of the answers per token, in nats (Malinin and Gales 2021, arXiv:2002.07650).
-
-    Raises:
-        InputError: as `predictive_entropy`.
-    """
+    """Return the entropy of the answers per token, in nats (Malinin and Gales 2021, arXiv:2002.07650)."""
     return np.array([-_mean(each.mean_logprob for each in row.samples) for row in _checked(rows, 2)], dtype=np.float64)
 
 
@@ -306,9 +302,6 @@ def semantic_entropy(
         meanings: for each row labels of the given answer and of each sample, by which equal meanings are equal.
         normalized: take the mean log-probability per token of a sequence for that of the sequence. It removes the
             dependence on length, and what it sums are no probabilities.
-
-    Raises:
-        InputError: as `predictive_entropy`, and for meanings that do not match the rows.
     """
     result = []
     for row, labels in _with_meanings(rows, meanings, 2, needs_logprobs=True):
@@ -328,9 +321,6 @@ def discrete_semantic_entropy(rows: Sequence[Answered], meanings: Meanings | Non
     """Return the entropy of the shares of samples with each meaning, in nats; it needs no log-probabilities.
 
     Farquhar et al. 2024 (Nature 630:625). It is at most the logarithm of the number of samples.
-
-    Raises:
-        InputError: as `semantic_entropy`.
     """
     result = []
     for _, (_, *labels) in _with_meanings(rows, meanings, 2):
@@ -429,9 +419,6 @@ def ensemble_disagreement(logprobs: np.ndarray | Sequence[Sequence[float]]) -> n
 
     It is the logarithm of their mean probability less the mean of its logarithms, as in the mutual information by
     which ensembles tell what they do not know from what is undecided (Malinin and Gales 2021, arXiv:2002.07650).
-
-    Raises:
-        InputError: as `ensemble_mean`.
     """
     return np.maximum(-ensemble_mean(logprobs) - _members(logprobs).mean(0), 0.0)
 
@@ -639,9 +626,6 @@ def p_true(
         rows: prompts with their answers.
         show_samples: whether the samples stand before the answer.
         both_orders, letters, batch_size: see `log_odds`.
-
-    Raises:
-        InputError: as `log_odds`.
     """
     questions = [
         _is_true(row.prompt, row.given.text, [each.text for each in row.samples] if show_samples else [])
@@ -686,11 +670,7 @@ class AskedModel:
         self.letters, self.batch_size = letters, batch_size
 
     def __call__(self, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
-        """Return for each claim the probability that its passage supports it, by the mean log-odds.
-
-        Raises:
-            InputError: as `log_odds`.
-        """
+        """Return for each claim the probability that its passage supports it, by the mean log-odds."""
         # A passage must not answer by a turn of its own.
         plain = plain_text(self.tokenizer)
         # Not by str.format: a text may hold braces of its own.

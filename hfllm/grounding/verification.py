@@ -180,11 +180,7 @@ def supported(
     splitter: Splitter = claims_of,
     threshold: float = SUPPORTED,
 ) -> bool:
-    """Return whether an answer claims something, and passages support all of it; each claim may have its own passage.
-
-    Raises:
-        InputError: as `verify`.
-    """
+    """Return whether an answer claims something, and passages support all of it, each claim perhaps by its own."""
     return all_supported(verify([answer], [passages], check, splitter, threshold)[0])
 
 
@@ -210,9 +206,6 @@ def revise_or_abstain(
         revise: `(question, answer, unsupported claims, passages) -> answer`, such as a model that is asked again; what
             it returns is checked too, and is not shown if it is not supported. By default the claims that are
             supported stay, and the others are dropped.
-
-    Raises:
-        InputError: as `verify`, and for another number of questions.
     """
     if len(questions) != len(answers):
         raise InputError(f"there are {len(questions)} questions and {len(answers)} answers")
@@ -309,11 +302,7 @@ class EntailmentModel:
         self.model, self.tokenizer, self.batch_size, self.label = model, tokenizer, batch_size, result[0]
 
     def __call__(self, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
-        """Return for each claim the probability that its passage entails it.
-
-        Raises:
-            InputError: naming a pair that is longer than the model's context, and for logits that are not finite.
-        """
+        """Return for each claim the probability that its passage entails it."""
         return [float(row[self.label]) for row in self._probabilities(passages, claims)]
 
     def in_both_directions(self, first: Sequence[str], second: Sequence[str]) -> list[bool]:
@@ -380,9 +369,6 @@ def first_supported(
         samples: answers per prompt.
         passages: for each prompt the texts to check against.
         check, splitter, threshold: see `verify`.
-
-    Raises:
-        InputError: as `verify`.
     """
     _check_rows(samples, passages=passages)
     flat = [(row, index) for row, answers in enumerate(samples) for index in range(len(answers))]

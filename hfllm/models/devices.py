@@ -102,11 +102,7 @@ def forked_random(device: "torch.device") -> Iterator[None]:
 
 
 def refuse_data_parallel(args: "TrainingArguments") -> None:
-    """Refuse one process with several GPUs, over which `Trainer` would spread each batch by `nn.DataParallel`.
-
-    Raises:
-        InputError: with the ways out.
-    """
+    """Refuse one process with several GPUs, over which `Trainer` would spread each batch by `nn.DataParallel`."""
     if args.n_gpu > 1:
         raise InputError(
             f"one process sees {args.n_gpu} GPUs, which nn.DataParallel would share: start one process for each by "

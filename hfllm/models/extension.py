@@ -117,9 +117,6 @@ def _extended_part(config: "PreTrainedConfig", new_length: float) -> str | None:
     """Return the layer type whose rotary parameters are extended, or `None` if all layers share them.
 
     Without `layer_types` all layers have the window, as in Mistral, Phi-3 and Starcoder 2.
-
-    Raises:
-        InputError: when no layer with rotary positions sees further than its window.
     """
     what = f"a model of type {config.model_type}"
     rope = getattr(config, "rope_parameters", None)

@@ -94,9 +94,6 @@ def with_audio(
         audio_token_id: the token that stands in prompts for each vector of a sound.
         config_class: the layout; `None` means `Qwen2AudioConfig`.
         fields: more fields of that config.
-
-    Raises:
-        InputError: as `with_vision` does.
     """
     from transformers import Qwen2AudioConfig
 
@@ -162,11 +159,7 @@ def _media_parameters(model: "PreTrainedModel") -> "list[tuple[str, nn.Parameter
 
 
 def _checked_text(model: "PreTrainedModel") -> "PreTrainedConfig":
-    """Return the config of a model that can be the decoder of another.
-
-    Raises:
-        InputError: saying what it is instead.
-    """
+    """Return the config of a model that can be the decoder of another."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__
@@ -179,11 +172,7 @@ def _checked_text(model: "PreTrainedModel") -> "PreTrainedConfig":
 
 
 def _checked_tower(tower: object) -> "PreTrainedConfig":
-    """Return the config of a tower.
-
-    Raises:
-        InputError: when it is neither a model nor a config.
-    """
+    """Return the config of a tower."""
     from transformers import PreTrainedConfig, PreTrainedModel
 
     config = tower.config if isinstance(tower, PreTrainedModel) else tower
@@ -239,11 +228,7 @@ def _class_of(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
 
 
 def _refuse_lost_head(config: "PreTrainedConfig", layout: str) -> None:
-    """Refuse a head that a layout of transformers would leave out, and warn of losses that it does.
-
-    Raises:
-        InputError: naming the field.
-    """
+    """Refuse a head that a layout of transformers would leave out, and warn of losses that it does."""
     if not isinstance(config, HfllmConfig):
         return
     for field, plain in OF_HEAD.items():
@@ -286,11 +271,7 @@ def _extended(table: "Tensor", rows: int) -> "Tensor":
 
 
 def _place_of(module_class: "type[nn.Module]", plan: "PreTrainedModel", is_needed: bool = True) -> str | None:
-    """Return the name of the one module of a class in `plan`.
-
-    Raises:
-        InputError: when there is none and it is needed.
-    """
+    """Return the name of the one module of a class in `plan`."""
     name = next((name for name, module in plan.named_modules() if type(module) is module_class), None)
     if name is None and is_needed:
         raise InputError(f"a {type(plan).__name__} has no place for a {module_class.__name__}")

@@ -123,9 +123,6 @@ def check_processor(processor: ProcessorMixin, vision_config: "PreTrainedConfig"
     Args:
         processor: of Llava's layout.
         vision_config: of the tower.
-
-    Raises:
-        InputError: with both values.
     """
     patch = getattr(processor, "patch_size", None)
     if patch != vision_config.patch_size:
@@ -148,9 +145,6 @@ def check_fit(processor: ProcessorMixin, config: "PreTrainedConfig") -> None:
 
     Args:
         config: of the model.
-
-    Raises:
-        InputError: with both values.
     """
     tower = getattr(config, "vision_config", None)
     if config.model_type not in ("hfllm_vision", "llava") or type(processor).__name__ != "LlavaProcessor":
@@ -179,9 +173,6 @@ def check_template(processor: ProcessorMixin, name: str) -> None:
 
     Args:
         name: of its model.
-
-    Raises:
-        InputError: naming the model.
     """
     from PIL import Image
 

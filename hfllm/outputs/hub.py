@@ -205,11 +205,7 @@ class Repository:
         return commit.commit_url, commit.oid != before.sha
 
     def _insist(self, attempt: Callable[[], Result]) -> Result:
-        """Retry after temporary failures. A retry changes nothing twice: an existing commit is recognized.
-
-        Raises:
-            InputError: when the Hub refuses, or every attempt has failed.
-        """
+        """Retry after temporary failures. A retry changes nothing twice: an existing commit is recognized."""
         from huggingface_hub.errors import HTTPError
 
         logging.getLogger("huggingface_hub.utils._http").addFilter(_FILTER)
@@ -367,9 +363,6 @@ def refuse_foreign_files(
         writes_card: whether it writes a model card.
         writes_model: whether it writes a model or a tokenizer; by default whether it writes a card.
         first_step: of the run, where it resumes; checkpoints before it are not written, and may be links.
-
-    Raises:
-        InputError: naming the first such file.
     """
     folder = Path(folder)
     writes_model = writes_card if writes_model is None else writes_model
@@ -398,11 +391,7 @@ def refuse_foreign_files(
 
 
 def refuse_changed_files(folder: str | Path) -> None:
-    """Refuse to write over files that came or changed after the run that finished there; all of them are read.
-
-    Raises:
-        InputError: naming the first such file.
-    """
+    """Refuse to write over files that came or changed after the run that finished there; all of them are read."""
     folder = Path(folder)
     recorded = _recorded(folder)
     if not recorded:

@@ -58,11 +58,7 @@ def as_numbers(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
 
 
 def as_pairs(uncertainty: Sequence[float], wrong: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return uncertainties and labels as (N,) float64; the labels are 0 or 1.
-
-    Raises:
-        InputError: as `as_numbers`, when they are of different lengths, or a label is another number.
-    """
+    """Return uncertainties and labels as (N,) float64; the labels are 0 or 1."""
     numbers, labels = as_numbers(uncertainty, "uncertainty"), as_numbers(wrong, "wrong")
     if len(numbers) != len(labels):
         raise InputError(
@@ -99,9 +95,6 @@ def auroc_interval(uncertainty: Sequence[float], wrong: Sequence[bool], level: f
 
     Args:
         level: share of samples whose interval holds the true value, between 0 and 1.
-
-    Raises:
-        InputError: as `auroc`, and for another level.
     """
     check_share(level, "level")
     numbers, labels = as_pairs(uncertainty, wrong)
@@ -123,9 +116,6 @@ def auroc_within(uncertainty: Sequence[float], wrong: Sequence[bool], groups: Se
     """Return the mean AUROC inside groups, such as families of questions, that hold right and wrong answers.
 
     A measure may only tell families apart, of which some are harder. `None` where no group holds both.
-
-    Raises:
-        InputError: as `as_pairs`, and when there is not one group per row.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
     if len(groups) != len(numbers):
@@ -143,9 +133,6 @@ def shuffled_auroc(
     """Return the mean AUROC with shuffled labels, which must be 1/2, and its standard deviation over the rounds.
 
     It is the control: an AUROC within two deviations of it says nothing.
-
-    Raises:
-        InputError: as `auroc`, and for no rounds.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
     if rounds < 1:
@@ -159,9 +146,6 @@ def risk_coverage(uncertainty: Sequence[float], wrong: Sequence[bool]) -> tuple[
     """Return coverage and risk, (N,) each: the share of answers given, surest first, and how many of these are wrong.
 
     Where answers are equally sure, it is the mean over all their orders.
-
-    Raises:
-        InputError: as `as_pairs`.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
     values, group = np.unique(numbers, return_inverse=True)
@@ -175,19 +159,12 @@ def aurc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
     """Return the area under the risk-coverage curve: the mean risk over all coverages; lower is better.
 
     An uncertainty that says nothing has the share of wrong answers (Geifman et al. 2019, arXiv:1805.08206).
-
-    Raises:
-        InputError: as `as_pairs`.
     """
     return float(risk_coverage(uncertainty, wrong)[1].mean())
 
 
 def excess_aurc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
-    """Return the area beyond that of an uncertainty which puts all wrong answers last: 0 for one that knows all.
-
-    Raises:
-        InputError: as `as_pairs`.
-    """
+    """Return the area beyond that of an uncertainty which puts all wrong answers last: 0 for one that knows all."""
     labels = as_pairs(uncertainty, wrong)[1]
     given = np.arange(1, len(labels) + 1)
     return aurc(uncertainty, wrong) - float((np.maximum(given - (labels == 0).sum(), 0) / given).mean())
@@ -225,9 +202,6 @@ def ece(confidence: Sequence[float], right: Sequence[bool], num_bins: int = 10, 
     """Return the expected calibration error: the mean distance of confidence and accuracy over the bins, by answers.
 
     Guo et al. 2017 (arXiv:1706.04599, equation 3). It is biased upward where bins hold few answers.
-
-    Raises:
-        InputError: as `reliability`.
     """
     bins = reliability(confidence, right, num_bins, equal)
     return sum(each.n * abs(each.accuracy - each.confidence) for each in bins) / sum(each.n for each in bins)
@@ -240,9 +214,6 @@ def uncertainty_metrics(
 
     `wrong` is the share of wrong answers, which is the AURC of a measure that says nothing. Where all answers are
     right, or all wrong, there is no AUROC.
-
-    Raises:
-        InputError: as `as_pairs`.
     """
     metrics: dict[str, float] = {}
     for name, numbers in uncertainties.items():
@@ -279,11 +250,7 @@ def reliability_plot(
 
 
 def check_share(value: float, name: str) -> None:
-    """Refuse a number that is not strictly between 0 and 1.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse a number that is not strictly between 0 and 1."""
     if not isinstance(value, Real) or not 0 < value < 1:
         raise InputError(f"{name} must lie between 0 and 1, got {value!r}")
 

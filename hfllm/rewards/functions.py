@@ -189,9 +189,6 @@ def checked_rewards(
     """Call a reward function and refuse results other than one finite number, or a list of them, per completion.
 
     `MOST_REWARD` is the largest that it may be in size.
-
-    Raises:
-        InputError: naming the function, the row and the value seen.
     """
     name = f"reward function {reward_name(function)!r}"
     try:
@@ -235,9 +232,6 @@ def time_limit(function: Callable[..., Any], seconds: float) -> Iterator[None]:
     Args:
         function: the reward function, for the complaint.
         seconds: 0 is no limit.
-
-    Raises:
-        InputError: naming the function, the time, and where in its code it was.
     """
     is_plain = not type(function).__module__.startswith("hfllm.")
     is_main = threading.current_thread() is threading.main_thread()

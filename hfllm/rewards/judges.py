@@ -207,9 +207,6 @@ class PreferenceJudge:
         Args:
             prompts: texts or messages.
             first, second: answers, text or messages.
-
-        Raises:
-            InputError: naming the first pair whose question is longer than the judge's context.
         """
         return [
             sum(self._clamped((one + other) / 2) for one, other in pair) / len(pair)
@@ -219,11 +216,7 @@ class PreferenceJudge:
     def in_both_orders(
         self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]
     ) -> list[list[tuple[float, float]]]:
-        """Return, for each pair and principle, the log-odds that the first is better: shown as (A), shown as (B).
-
-        Raises:
-            InputError: as `compare`.
-        """
+        """Return, for each pair and principle, the log-odds that the first is better: shown as (A), shown as (B)."""
         asked = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
         # Equal questions, such as both orders of equal answers, are asked once and have equal replies.
         texts = list(dict.fromkeys(text for pair in asked for both in pair for text in both))
@@ -336,9 +329,6 @@ class JudgeReward:
 
         Args:
             baseline: the dataset's column of answers to compare with, such as the model's own before training.
-
-        Raises:
-            InputError: when the dataset has no such column, or a row has no such answer.
         """
         missing = [row for row, answer in enumerate(baseline or [], 1) if answer is None]
         if baseline is None or missing:
@@ -410,9 +400,6 @@ def check_bias(report: BiasReport, allow: bool = False) -> None:
 
     Args:
         allow: warn instead.
-
-    Raises:
-        InputError: with both figures.
     """
     # So that NaN is refused too.
     if abs(report.position_bias) <= report.signal and report.signal > 0:

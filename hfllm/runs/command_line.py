@@ -113,10 +113,6 @@ def parse_recipe(
 
     Returns:
         An instance of `own` and of each class of `library`.
-
-    Raises:
-        InputError: for a flag or key that does not exist, a value that is none or out of range, or a flag that asks
-            for what is not installed.
     """
     if ASKS_FOR_HELP & set(argv):
         print(short_help(description, own, library, shown))
@@ -151,11 +147,7 @@ def parse_recipe(
 
 
 def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> None:
-    """Refuse an output folder without a name, or with one that no file system takes.
-
-    Raises:
-        InputError: naming the flag and the value.
-    """
+    """Refuse an output folder without a name, or with one that no file system takes."""
     folder = next((group.output_dir for group in parsed if hasattr(group, "output_dir")), None)
     if folder is None and "output_dir" not in given:
         return
@@ -292,11 +284,7 @@ def run_arguments(*arguments: "DataclassInstance") -> dict[str, Any]:
 
 
 def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a run with these arguments that has finished in `output_dir`, or `None` if none has.
-
-    Raises:
-        InputError: when a run with other arguments has finished there, naming the first that differs.
-    """
+    """The report of a run with these arguments that has finished in `output_dir`, or `None` if none has."""
     report = read_report(output_dir)
     if report is None:
         return None
@@ -321,9 +309,6 @@ def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
 
     `true` is the last complete checkpoint. `auto` is that too, or the beginning where there is none yet: one command
     for the first launch and for every restart.
-
-    Raises:
-        InputError: when there is no such checkpoint, or those that were saved whole have all been damaged since.
     """
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none", ""):
@@ -386,9 +371,6 @@ def _no_silent_end() -> Iterator[None]:
 
     Code that a run calls, such as a reward function or a tool, may leave by `sys.exit(0)` or `os._exit(0)`, which says
     to whoever waits for this process that all went well.
-
-    Raises:
-        InputError: naming the file and the line.
     """
     end, process = os._exit, os.getpid()
 

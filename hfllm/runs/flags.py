@@ -59,9 +59,6 @@ def check_ranges(*parsed: "DataclassInstance") -> None:
 
     Args:
         parsed: the flags as parsed.
-
-    Raises:
-        InputError: naming the flag, the value and what is accepted.
     """
     # For recipes that also do something without training.
     may_train_nothing = any(getattr(group, "may_train_nothing", False) for group in parsed)
@@ -110,11 +107,7 @@ FLASH_PACKAGES = {"2": "flash-attn", "3": "flash-attn-3", "4": "flash-attn-4"}
 
 
 def check_libraries(*parsed: "DataclassInstance") -> None:
-    """Refuse flags that ask for what is not installed or does not exist.
-
-    Raises:
-        InputError: naming the flag, what is there, and what to install.
-    """
+    """Refuse flags that ask for what is not installed or does not exist."""
     for group in parsed:
         if trackers := getattr(group, "report_to", None):
             check_trackers([trackers] if isinstance(trackers, str) else trackers)
@@ -125,11 +118,7 @@ def check_libraries(*parsed: "DataclassInstance") -> None:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse trackers for `--report_to` that transformers does not know, or that are not installed.
-
-    Raises:
-        InputError: with the accepted names, or the package to install.
-    """
+    """Refuse trackers for `--report_to` that transformers does not know, or that are not installed."""
     asked = [name for name in names if name not in ("none", "all")]
     if not asked:
         return
@@ -155,11 +144,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def check_attention(name: str) -> None:
-    """Refuse an `--attn_implementation` that does not exist or is not installed.
-
-    Raises:
-        InputError: with those that are there, and the package to install.
-    """
+    """Refuse an `--attn_implementation` that does not exist or is not installed."""
     from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX as FLASH
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -204,9 +189,6 @@ def check_json_flags(given: Mapping[str, Any]) -> None:
 
     Args:
         given: what the user gives, by flag.
-
-    Raises:
-        InputError: naming the flag and the file.
     """
     for name, value in given.items():
         if isinstance(value, str) and value.lstrip().startswith("{"):

@@ -307,11 +307,7 @@ NOT_HANDED_OVER = frozenset(
 
 
 def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words for `accelerate launch` and those for the recipe, each in their order.
-
-    Raises:
-        InputError: for a flag of accelerate's without the value that it takes.
-    """
+    """Return the words for `accelerate launch` and those for the recipe, each in their order."""
     for_accelerate, for_recipe, following = [], [], iter(words)
     for word in following:
         flag, equals, value = word.partition("=")
@@ -338,9 +334,6 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
     """Return accelerate's words with the paths of the configs that came with hfllm, from whatever folder it is run.
 
     `--config_file zero2` may name one, and the DeepSpeed config that a `--config_file` names may be one.
-
-    Raises:
-        InputError: when there is no such config, or when it is one for DeepSpeed and that is not installed.
     """
     named = value_of("config_file", words)
     if named is None:

@@ -66,9 +66,6 @@ def lock(folder: str | Path) -> None:
 
     A thread that holds it already keeps it: a run that has failed may be repeated in the same process. Where another
     process holds it, it may be one that is ending: it is waited for a short time.
-
-    Raises:
-        InputError: when another run holds it, naming its process, or the folder cannot be written to.
     """
     path = Path(folder).resolve()
     if held := _held.get(str(path)):
@@ -99,9 +96,6 @@ def join(folder: str | Path, owner: str | None) -> None:
 
     Args:
         owner: what `owner_of` has returned there; nothing is held if that was `None`.
-
-    Raises:
-        InputError: when that process has ended, so that another run may have begun.
     """
     path = Path(folder).resolve()
     if owner is None or fcntl is None or _holds_still(path):

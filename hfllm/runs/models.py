@@ -47,12 +47,7 @@ def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
 
 
 def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load a causal language model and its tokenizer; an adapter is merged into its base, unless that is quantized.
-
-    Raises:
-        InputError: when either cannot be loaded or is not whole, they do not fit, or the tokenizer has no padding or
-            end token.
-    """
+    """Load a causal language model and its tokenizer; an adapter is merged into its base, unless that is quantized."""
     from transformers import AutoModelForCausalLM
 
     from hfllm.models.loading.saved import check_vocabulary
@@ -65,11 +60,7 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
 
 
 def load_seeing(model_args: "ModelConfig") -> "PreTrainedModel":
-    """Load a model of pictures and text; an adapter is merged into its base, unless that is quantized.
-
-    Raises:
-        InputError: when it cannot be loaded or is not whole, and for 4 bits on a CPU.
-    """
+    """Load a model of pictures and text; an adapter is merged into its base, unless that is quantized."""
     from transformers import AutoModelForImageTextToText
 
     refuse_four_bits_of_pictures(model_args)
@@ -80,9 +71,6 @@ def refuse_four_bits_of_pictures(model_args: "ModelConfig") -> None:
     """Refuse to load a model that sees in 4 bits on a CPU.
 
     bitsandbytes' kernel there takes its input for contiguous, which what a tower hands to the projector need not be.
-
-    Raises:
-        InputError: naming the flag.
     """
     import torch
 
@@ -111,11 +99,7 @@ def _load_writing(model_args: "ModelConfig", auto_class: "type[_BaseAutoModelCla
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model; without a padding token or a chat template it gets one, and a line says which.
-
-    Raises:
-        InputError: when it cannot be loaded, or has no end token.
-    """
+    """Load the tokenizer of a model; without a padding token or a chat template it gets one, and a line says which."""
     tokenizer = saved_tokenizer(name, revision)
     if tokenizer.eos_token is None:
         raise InputError(
@@ -127,11 +111,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
 
 
 def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model as it is; an adapter that was saved without one has that of its base.
-
-    Raises:
-        InputError: when it cannot be loaded.
-    """
+    """Load the tokenizer of a model as it is; an adapter that was saved without one has that of its base."""
     from hfllm.models.loading.adapters import find_adapter
     from hfllm.models.loading.saved import saved_tokenizer
 
@@ -166,11 +146,7 @@ def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
 
 
 def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
-    """Load the config of the named model; for an adapter that of its base.
-
-    Raises:
-        InputError: when it cannot be loaded.
-    """
+    """Load the config of the named model; for an adapter that of its base."""
     from hfllm.models.loading.adapters import find_adapter
     from hfllm.models.loading.saved import saved_config
 
@@ -189,9 +165,6 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
     Args:
         model_args: with the model's name, if it has one.
         adapters: whether the stage can train an adapter.
-
-    Raises:
-        InputError: naming the flag or the model, or when the model's config cannot be loaded or its files are damaged.
     """
     from hfllm.models.loading.adapters import find_adapter
     from hfllm.models.loading.saved import quantization_method
@@ -222,11 +195,7 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
 
 
 def new_config(fields: dict[str, Any]) -> "HfllmConfig":
-    """Return the config of a new model of the family.
-
-    Raises:
-        InputError: when the fields do not describe a valid model.
-    """
+    """Return the config of a new model of the family."""
     from huggingface_hub.errors import StrictDataclassError
 
     from hfllm.models.family.configuration_hfllm import HfllmConfig
@@ -241,11 +210,7 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
 
 
 def check_attention(implementation: str | None, config: "PreTrainedConfig") -> None:
-    """Refuse an attention function of ours, `sparse` or `banded`, that cannot compute the model of this config.
-
-    Raises:
-        InputError: naming `--attn_implementation`.
-    """
+    """Refuse an attention function of ours, `sparse` or `banded`, that cannot compute the model of this config."""
     from hfllm.models.family.attention_hfllm import check_implementation
 
     try:
@@ -256,11 +221,7 @@ def check_attention(implementation: str | None, config: "PreTrainedConfig") -> N
 
 
 def named_fields(name: str) -> dict[str, Any]:
-    """Return the architecture that `--config_name_or_path` names: a preset or a config.json, also a native one.
-
-    Raises:
-        InputError: for a name that is neither, or a config that describes no model of this family.
-    """
+    """Return the architecture that `--config_name_or_path` names: a preset or a config.json, also a native one."""
     from hfllm.models.conversion.convert import BAD_CONFIG, config_from_native
     from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, ExpertFields, LatentFields
     from hfllm.models.family.configuration_hfllm import HfllmConfig
@@ -287,9 +248,6 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
 
     Args:
         model_args: how to load it, except `--model_revision`, which belongs to the model named there.
-
-    Raises:
-        InputError: when it cannot be loaded, or has another number of labels.
     """
     from hfllm.models.loading.adapters import load_scorer
 
@@ -307,9 +265,6 @@ def load_value_model(
     """Load the critic that `--value_model` names; `None` stands for a head on the policy's trunk.
 
     All of its weights are trained, so it is never quantized. `reward` stands for the first of the reward models.
-
-    Raises:
-        InputError: when it cannot be loaded, or has another number of labels.
     """
     if value_model == "head":
         return None
@@ -329,11 +284,7 @@ def peft_config(model_args: "ModelConfig", task_type: str = "CAUSAL_LM") -> "Pef
 
 
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
-    """Try an adapter on a model without weights.
-
-    Raises:
-        InputError: when it does not fit, such as for target modules that the model does not have.
-    """
+    """Try an adapter on a model without weights."""
     import torch
     from peft import get_peft_model
 
@@ -394,11 +345,7 @@ def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | No
 def load_to_train(
     model_args: "ModelConfig", output_dir: str
 ) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerBase"]:
-    """Load the language model that a stage trains, and its tokenizer.
-
-    Raises:
-        InputError: when either cannot be loaded, or an adapter does not fit its base or is not one of words.
-    """
+    """Load the language model that a stage trains, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     from hfllm.models.loading.adapters import find_adapter, load_base, put_on
@@ -419,11 +366,7 @@ def load_to_train(
 
 
 def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrainedModel | PeftModel":
-    """Load the model with one score for a sequence that a stage trains. A language model's head is new.
-
-    Raises:
-        InputError: when it cannot be loaded, or an adapter does not fit its base or is for another task.
-    """
+    """Load the model with one score for a sequence that a stage trains. A language model's head is new."""
     from transformers import AutoModelForSequenceClassification
 
     from hfllm.models.loading.adapters import find_adapter, load_base, put_on, put_under_head
@@ -457,9 +400,6 @@ def load_head_to_train(
         auto_class: such as `AutoModelForTokenClassification`.
         task_type: of the head, as PEFT names it.
         head: further arguments of `from_pretrained`, such as `id2label`.
-
-    Raises:
-        InputError: when it cannot be loaded, or an adapter does not fit its base or is for another task.
     """
     from hfllm.models.loading.adapters import find_adapter, load_base, put_on, put_under_head
     from hfllm.models.loading.weights import load_weights_of
@@ -492,9 +432,6 @@ def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_di
 
     What a new adapter is trained on is then what it is loaded on later, to the bit. A run that is started again finds
     it.
-
-    Raises:
-        InputError: see `write_merged`; and when the place holds something that no such run has put there.
     """
     from accelerate import PartialState
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -547,9 +484,6 @@ def write_merged(adapter: "SavedAdapter", folder: Path, max_shard_size: str = "5
 
     Args:
         folder: new or empty; it appears whole or not at all.
-
-    Raises:
-        InputError: when either cannot be loaded, they do not fit, or cannot be merged.
     """
     from hfllm.models.loading.adapters import auto_class_of, load_merged
 
@@ -581,11 +515,7 @@ def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path,
 
 
 def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":
-    """Return the processor that was saved with an adapter of a model that sees, or that of its base.
-
-    Raises:
-        InputError: when neither has one.
-    """
+    """Return the processor that was saved with an adapter of a model that sees, or that of its base."""
     from hfllm.models.loading.saved import saved_processor
 
     for name, location in ((adapter.name, adapter.location), (adapter.base, adapter.base_location)):

@@ -78,11 +78,7 @@ class NearestNameErrors:
         return InputError(f"unknown {kind} {name!r}; did you mean {nearest[0]!r}?")
 
     def parse(self, argv: Sequence[str], config_files: Sequence[Path], defaults: Mapping[str, Any]) -> tuple:
-        """Parse `argv` over the YAML files over `defaults`; later files win.
-
-        Raises:
-            InputError: for a flag or key that does not exist, or a value of the wrong type.
-        """
+        """Parse `argv` over the YAML files over `defaults`; later files win."""
         self.set_defaults_with_config(**defaults)
         for path in config_files:
             values = read_yaml(path)
@@ -215,11 +211,7 @@ def _truth(word: str) -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-        InputError: when the file is missing, is not YAML, is empty or no mapping, or has a key twice.
-    """
+    """A YAML file's mapping."""
     import yaml
 
     if not path.is_file():

@@ -228,9 +228,6 @@ def chain_before(
         copies: for each further run of a stage, its extra flags.
         skip: stages whose models are not needed.
         over_world: whether `configs` lie over the settings for the world, in place of replacing them.
-
-    Raises:
-        InputError: when one of the configs is wrong.
     """
     given = {name: model for name, model in (given_models or {}).items() if model}
     configs, more_flags = configs or {}, more_flags or {}
@@ -316,9 +313,6 @@ def run_stage(
         parsed: its parsed flags.
         later: the folders of stages that build on it, and their recipes; they are removed when it has to run (again).
         before: the parsed flags of the stages that it runs first itself, if it does.
-
-    Raises:
-        InputError: when another run is writing to one of the folders, or files there are not ours.
     """
     from accelerate.state import AcceleratorState
 
@@ -453,9 +447,6 @@ def parsed_runs(
         runs: of each its name, its recipe, and its flags but for seed and folder.
         output_dir: where the folders of the runs are.
         seed: of all of them.
-
-    Raises:
-        InputError: when a config of one of them is wrong.
     """
     recipes: dict[str, str] = {}
     parsed: dict[str, Parsed] = {}
@@ -482,11 +473,7 @@ def write_rows(stage: str, path: Path, rows: Iterable[Row]) -> None:
 
 
 def by_main_process(make: Callable[[], Made]) -> Made | None:
-    """Return what the main process makes, and `None` in the others, which wait for it however long it takes.
-
-    Raises:
-        InputError: in all processes, when the main process refuses.
-    """
+    """Return what the main process makes, and `None` in the others, which wait for it however long it takes."""
     made, refusal = None, None
     if main_process():
         try:

@@ -11,11 +11,7 @@ from hfllm.errors import InputError
 
 @cache
 def installed(folder: str) -> Path:
-    """Return the folder `recipes`, `accelerate_configs` or `ds_configs`.
-
-    Raises:
-        InputError: when neither the package nor the checkout around it has that folder.
-    """
+    """Return the folder `recipes`, `accelerate_configs` or `ds_configs`."""
     package = Path(__file__).resolve().parents[1]
     for index in (package / folder, package.parent / folder):
         if index.is_dir():

@@ -112,11 +112,7 @@ class Stage:
 
     @cached_property
     def checkpoint(self) -> str | None:
-        """The checkpoint to resume from, or `None`.
-
-        Raises:
-            InputError: when it does not exist, is another run's, or lacks its optimizer.
-        """
+        """The checkpoint to resume from, or `None`."""
         checkpoint = checkpoint_to_resume(self.training_args)
         if checkpoint is not None:
             check_resumable(checkpoint, self.training_args.resume_from_checkpoint, self.identity)
@@ -138,13 +134,7 @@ class Stage:
         return self.report is not None
 
     def check(self) -> None:
-        """Refuse what no stage can do, before anything is written.
-
-        Raises:
-            InputError: when another run has finished there, the folder is that of an input model, a flag cannot work
-                on this machine or would have no effect, one process has several GPUs, the checkpoint does not exist,
-                or the Hub cannot be used.
-        """
+        """Refuse what no stage can do, before anything is written."""
         self.check_flags()
         refuse_own_input(self.output_dir, *self.parsed)
         refuse_damaged_input(*self.parsed)
@@ -153,11 +143,7 @@ class Stage:
         _ = self.repository
 
     def check_flags(self) -> None:
-        """Refuse flags that no stage can follow on this machine, whatever the folder holds; `check` does.
-
-        Raises:
-            InputError: naming the flag.
-        """
+        """Refuse flags that no stage can follow on this machine, whatever the folder holds; `check` does."""
         from hfllm.models.devices import refuse_data_parallel
 
         for group in self.parsed:
@@ -175,9 +161,6 @@ class Stage:
 
         Args:
             what: what to print in place of an arrow to the output folder.
-
-        Raises:
-            InputError: when another run is writing to the folder, or files there are not ours.
         """
         self.refuse_foreign_files()
         self._hold()
@@ -255,11 +238,7 @@ class Stage:
         return about_old_checkpoints(self.output_dir, self.identity, can_resume=is_last)
 
     def reuse(self) -> dict[str, float]:
-        """Print that the same run has finished, publish it if asked, and return its metrics.
-
-        Raises:
-            InputError: when the model there is no longer what the run wrote, naming the file.
-        """
+        """Print that the same run has finished, publish it if asked, and return its metrics."""
         if damage := damage_of_finished(self._model_folder):
             raise InputError(damage)
         if main_process():
@@ -319,9 +298,6 @@ class Stage:
 
         Returns:
             The metrics.
-
-        Raises:
-            InputError: when publishing fails; the model and its report are there by then.
         """
         artifacts = {"model": "."} if artifacts is None else dict(artifacts)
         if trainer is not None:
@@ -381,11 +357,7 @@ class Stage:
         return {role: self.arguments.get(flag) for role, flag in roles.items()}
 
     def publish(self) -> None:
-        """Push the output folder if asked.
-
-        Raises:
-            InputError: when it fails, with the command to try again.
-        """
+        """Push the output folder if asked."""
         if self.repository is None:
             return
         try:
@@ -426,9 +398,6 @@ def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
 
     Args:
         parsed: the flags that may name such a model.
-
-    Raises:
-        InputError: naming the flag.
     """
     arguments = run_arguments(*parsed)
     for flag in ("model_name_or_path", "teacher_model_name_or_path", "reward_model_name_or_path", "value_model"):
@@ -442,9 +411,6 @@ def refuse_damaged_input(*parsed: "DataclassInstance") -> None:
     """Refuse a finished model of ours that is no longer what its run wrote.
 
     All of it is read, by one process of those that a launcher has started on a machine: it ends the others.
-
-    Raises:
-        InputError: naming the flag and the file.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
@@ -543,9 +509,6 @@ def check_resumable(checkpoint: str, wanted: object, identity: Mapping[str, Any]
     Args:
         wanted: the value of `--resume_from_checkpoint`; a folder that it names need not say whose it is.
         identity: this run's.
-
-    Raises:
-        InputError: naming the first difference, or the file that is missing.
     """
     state = _state(checkpoint)
     refuse_without_state(checkpoint)
@@ -560,11 +523,7 @@ def check_resumable(checkpoint: str, wanted: object, identity: Mapping[str, Any]
 
 
 def refuse_without_state(checkpoint: str, engine: str | None = None) -> None:
-    """Refuse a checkpoint without optimizer or schedule, as `--save_only_model` leaves it.
-
-    Raises:
-        InputError: naming the file that is missing.
-    """
+    """Refuse a checkpoint without optimizer or schedule, as `--save_only_model` leaves it."""
     if missing := missing_for_resuming(checkpoint, engine):
         raise InputError(
             f"{_shown(checkpoint)} holds no {missing}, as after --save_only_model, and cannot be resumed: start anew "

@@ -206,9 +206,6 @@ def read_runs(
         path: the file.
         parameters, tokens, losses: names of the columns; by default common ones (`PARAMETERS`, `TOKENS`, `LOSSES`),
             in any case. Without tokens they are C / (6 N), from a column of FLOPs (`COMPUTE`).
-
-    Raises:
-        InputError: naming the file, and the row and column where it can.
     """
     file = Path(path)
     if not file.is_file():
@@ -465,11 +462,7 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DEL
 
 
 def check_runs(runs: Runs) -> None:
-    """Refuse a table to which no law can be fitted.
-
-    Raises:
-        InputError: with the number of runs, N and D, and the number needed.
-    """
+    """Refuse a table to which no law can be fitted."""
     if len(runs) < FEWEST_RUNS:
         raise InputError(f"{len(runs)} run(s): a law of {len(COEFFICIENTS)} coefficients needs at least {FEWEST_RUNS}")
     for name, values in (("N", runs.parameters), ("D", runs.tokens)):

@@ -117,11 +117,7 @@ class Layout:
         return 1 if is_whole else self.tensor
 
     def check(self, shape: Shape, devices: int, global_batch_size: int) -> None:
-        """Refuse a layout that cannot run.
-
-        Raises:
-            InputError: naming the first problem.
-        """
+        """Refuse a layout that cannot run."""
         for problem in self.problems(shape, devices, global_batch_size):
             raise InputError(problem)
 

@@ -67,10 +67,6 @@ class Request:
         mfu: measured share of the peak, including bubble and communication; replaces the estimate in
             the days.
         usable: share of a device's memory to use; `None` is the device's.
-
-    Raises:
-        InputError: naming the flag of `hfllm plan`, for a number that is not finite or out of range, or a name that is
-            not known.
     """
 
     shape: Shape
@@ -625,11 +621,7 @@ class PlanArguments:
 
 
 def check(script_args: PlanArguments) -> None:
-    """Refuse an empty list, and an output folder that is a file.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse an empty list, and an output folder that is a file."""
     folder = Path(script_args.output_dir)
     if not script_args.target_days > 0:
         raise InputError(f"--target_days {script_args.target_days} must be above 0")
@@ -699,11 +691,7 @@ def preset_fields(name: str) -> Mapping[str, Any]:
 
 
 def make_request(script_args: PlanArguments, shape: Shape) -> Request:
-    """Return what to plan.
-
-    Raises:
-        InputError: naming the error.
-    """
+    """Return what to plan."""
     held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
     held += ("micro_batch_size", "interleave")
     same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")

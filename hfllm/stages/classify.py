@@ -97,11 +97,7 @@ def default_settings(given: Mapping[str, Any]) -> list[Path]:
 
 
 def check(script_args: ClassifyArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or contradict each other.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect or contradict each other."""
     check_flags(script_args, training_args, model_args)
     task = script_args.task
     if task == SPANS and not 0 <= script_args.doc_stride < script_args.max_length:
@@ -139,9 +135,6 @@ def load_with_head(
         labels: of the head; none for spans.
         model_args: which model; with `--use_peft` an adapter is put on it, and an adapter that is named is merged.
         output_dir: where a merged base is kept.
-
-    Raises:
-        InputError: when either cannot be loaded, or the tokenizer cannot say where its tokens are.
     """
     import transformers
 
@@ -213,11 +206,7 @@ class Tokens:
 
 
 def rows_of(script_args: ClassifyArguments, seed: int) -> tuple[Rows, Rows, list[str]]:
-    """Return training rows, held-out rows, and the labels of both.
-
-    Raises:
-        InputError: when a row cannot be read, or there are not two labels.
-    """
+    """Return training rows, held-out rows, and the labels of both."""
     from hfllm.data.sources import WORLD
     from hfllm.data.world.tasks import labelled_rows
     from hfllm.data.world.world import World

@@ -40,11 +40,7 @@ class ConvertArguments(RemoteCodeArguments):
 
 
 def check(script_args: ConvertArguments, target: Path) -> None:
-    """Refuse a flag that has no effect, and a folder that is not empty.
-
-    Raises:
-        InputError: naming the flag or the folder.
-    """
+    """Refuse a flag that has no effect, and a folder that is not empty."""
     from hfllm.models.conversion.convert import check_empty
 
     check_flags(script_args)
@@ -52,11 +48,7 @@ def check(script_args: ConvertArguments, target: Path) -> None:
 
 
 def stages_before(script_args: ConvertArguments) -> Chain:
-    """Return the pretraining that makes the world's base model, if no model is named.
-
-    Raises:
-        InputError: when its config is wrong.
-    """
+    """Return the pretraining that makes the world's base model, if no model is named."""
     return chain_before(
         "convert",
         script_args.output_dir,
@@ -68,11 +60,7 @@ def stages_before(script_args: ConvertArguments) -> Chain:
 
 
 def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[str, float]:
-    """Write the converted model and its tokenizer to `target`, whole or not at all. Returns the metrics.
-
-    Raises:
-        InputError: for what cannot be read or converted, a `--native_type` without effect, or outputs that differ.
-    """
+    """Write the converted model and its tokenizer to `target`, whole or not at all. Returns the metrics."""
     from hfllm.models.conversion.convert import check_empty, from_native, load_checked, read_config, to_native
     from hfllm.models.family.configuration_hfllm import HfllmConfig
     from hfllm.models.loading.folders import whole_folder
@@ -113,11 +101,7 @@ def find_tokenizer(source: str, options: Mapping[str, str]) -> "PreTrainedTokeni
 
 
 def logit_difference(one: "PreTrainedModel", other: "PreTrainedModel", seed: int) -> float:
-    """Return the largest difference of two models' outputs on random tokens.
-
-    Raises:
-        InputError: when it is larger than rounding explains.
-    """
+    """Return the largest difference of two models' outputs on random tokens."""
     import torch
 
     from hfllm.models.loading.weights import is_rounding, logits_of, random_tokens
@@ -147,11 +131,7 @@ class MergeArguments(RemoteCodeArguments):
 
 
 def adapter_to_merge(script_args: MergeArguments) -> "SavedAdapter":
-    """Return the adapter that the flags name.
-
-    Raises:
-        InputError: when it is none or cannot be merged, its base is not there, or the output folder is not empty.
-    """
+    """Return the adapter that the flags name."""
     from hfllm.models.conversion.convert import check_empty
     from hfllm.models.loading.adapters import auto_class_of, find_adapter
     from hfllm.models.loading.saved import refuse_quantized
@@ -169,11 +149,7 @@ def adapter_to_merge(script_args: MergeArguments) -> "SavedAdapter":
 
 
 def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dict[str, float]:
-    """Write the base with the adapter merged into it, and compare it with the two apart. Returns the metrics.
-
-    Raises:
-        InputError: when they do not fit or cannot be merged, or the outputs differ by more than rounding.
-    """
+    """Write the base with the adapter merged into it, and compare it with the two apart. Returns the metrics."""
     from hfllm.models.loading.adapters import auto_class_of, load_to_merge, merge
     from hfllm.models.loading.saved import max_length_of
     from hfllm.models.loading.weights import is_rounding, logits_of, random_tokens

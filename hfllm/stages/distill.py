@@ -182,11 +182,7 @@ def new_student(script_args: DistillArguments, teacher: "PreTrainedModel") -> "P
 
 
 def check(script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that contradict each other or would have no effect, before anything is trained.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that contradict each other or would have no effect, before anything is trained."""
     if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
         raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
     check_flags(script_args, training_args, model_args)
@@ -203,10 +199,6 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
     Args:
         model_args: with the student's name, if it has one.
         before: the stages that make the teacher; none if it is named, since it is then loaded right away.
-
-    Raises:
-        InputError: for a named student that cannot be loaded or trained, an adapter that does not fit it, or a new
-            one that cannot be made.
     """
     import torch
 
@@ -232,11 +224,7 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
 
 
 def stages_before(script_args: DistillArguments, training_args: "DistillationConfig") -> Chain:
-    """Return the alignment that makes the world's teacher, with the stages that it needs, if none is named.
-
-    Raises:
-        InputError: when one of their configs is wrong.
-    """
+    """Return the alignment that makes the world's teacher, with the stages that it needs, if none is named."""
     before = chain_before(
         "distill",
         training_args.output_dir,
@@ -271,11 +259,7 @@ def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[Rows, Rows]
 
 
 def load_teacher(training_args: "DistillationConfig") -> Loaded:
-    """Return the teacher, frozen, and its tokenizer.
-
-    Raises:
-        InputError: when either cannot be loaded, they do not fit, or the teacher is larger than memory.
-    """
+    """Return the teacher, frozen, and its tokenizer."""
     from hfllm.models.loading.saved import check_vocabulary
     from hfllm.runs.models import load_tokenizer
     from hfllm.trainers.distillation import students
@@ -290,11 +274,7 @@ def load_teacher(training_args: "DistillationConfig") -> Loaded:
 
 
 def rows_to_teach(script_args: DistillArguments, teacher: Loaded, rows: Rows, seed: int) -> Rows:
-    """Return the rows with the teacher's answers and a share of mixed prompts, or unchanged, as the flags say.
-
-    Raises:
-        InputError: when no answer can be written.
-    """
+    """Return the rows with the teacher's answers and a share of mixed prompts, or unchanged, as the flags say."""
     from hfllm.data.formats import last_turn
     from hfllm.synthesis.answers import mix_prompts, write_answers
 

@@ -89,11 +89,7 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
 
 
 def check(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect, contradict each other, or would fail later.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect, contradict each other, or would fail later."""
     check_flags(script_args, model_args)
     named = bool(model_args.model_name_or_path)
     if named == script_args.is_world:
@@ -153,11 +149,7 @@ def rows_file(script_args: ExpertIterationArguments, name: str) -> Path:
 
 
 def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> Rounds:
-    """Return the runs that the flags ask for.
-
-    Raises:
-        InputError: when a config of one of them is wrong.
-    """
+    """Return the runs that the flags ask for."""
     named, output_dir, seed = model_args.model_name_or_path, script_args.output_dir, script_args.seed
     before = chain_before(
         *("expert_iteration", output_dir, seed, script_args.world_seed),
@@ -191,11 +183,7 @@ Row = Mapping[str, Any]
 
 
 def reward_functions(script_args: ExpertIterationArguments) -> "list[RewardFunction]":
-    """Return the reward functions; on the embedded world by default its exact score.
-
-    Raises:
-        InputError: when one does not exist, or is the world's on other data.
-    """
+    """Return the reward functions; on the embedded world by default its exact score."""
     from hfllm.rewards.functions import gold_reward
     from hfllm.stages.rlhf.build import checked_functions
 
@@ -207,11 +195,7 @@ def reward_functions(script_args: ExpertIterationArguments) -> "list[RewardFunct
 def prompts_of(
     script_args: ExpertIterationArguments, model_args: "ModelConfig", functions: "Sequence[RewardFunction]"
 ) -> tuple[list[Row], list[Row]]:
-    """Return the prompts to sample from and the held-out ones; those without room for a response are left out.
-
-    Raises:
-        InputError: when they cannot be read, a reward does not work on them, or none has room.
-    """
+    """Return the prompts to sample from and the held-out ones; those without room for a response are left out."""
     from hfllm.models.loading.saved import max_length_of
     from hfllm.runs.models import load_config, load_tokenizer
     from hfllm.stages.rlhf.build import prompt_data
@@ -236,11 +220,7 @@ def prompts_of(
 
 
 def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig", rounds: Rounds) -> None:
-    """Refuse what a round's fine-tuning would refuse after the sampling, and inputs where the rounds write.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse what a round's fine-tuning would refuse after the sampling, and inputs where the rounds write."""
     import torch
 
     from hfllm.data.sources import PYDOC
@@ -334,9 +314,6 @@ def write_round(
     Args:
         model: name or folder of the model that samples.
         load: returns it with its tokenizer.
-
-    Raises:
-        InputError: when too few prompts have such a response to learn from.
     """
     path = rows_file(script_args, name)
     record = path.with_suffix(".json")

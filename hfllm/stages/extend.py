@@ -75,11 +75,7 @@ def default_settings(given: Mapping[str, object]) -> list[Path]:
 
 
 def check(script_args: ExtendArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or no meaning.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect or no meaning."""
     from hfllm.trainers.engines import shards_parameters
 
     check_flags(script_args, training_args, model_args)
@@ -107,9 +103,6 @@ def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tupl
 
     Args:
         config: of the model, whether named or not yet trained.
-
-    Raises:
-        InputError: when it cannot be extended so, see `extended_config`; or when that is no longer than before.
     """
     from hfllm.models.extension import extended_config
     from hfllm.models.loading.saved import max_length_of
@@ -162,11 +155,7 @@ def write_base_texts(script_args: ExtendArguments, output_dir: str, seed: int) -
 
 
 def texts_to_split(script_args: ExtendArguments, seed: int) -> tuple[list[str], list[str]]:
-    """Return the user's texts to learn from and to judge by; none for the world, whose texts are written to measure.
-
-    Raises:
-        InputError: when there is no text.
-    """
+    """Return the user's texts to learn from and to judge by; none for the world, which writes as many as needed."""
     if script_args.dataset_name == WORLD:
         return [], []
     from hfllm.data.loading import renaming_of
@@ -195,9 +184,6 @@ def rows_of(
 
     Args:
         texts: of `texts_to_split`.
-
-    Raises:
-        InputError: when the texts are shorter than one row.
     """
     world = world_of(script_args) or World(script_args.world_seed)
     train, held_out = texts

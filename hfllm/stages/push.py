@@ -26,11 +26,7 @@ class PushArguments:
 
 
 def check(script_args: PushArguments) -> None:
-    """Refuse to publish without a model folder or a repository, or a model whose config cannot be loaded.
-
-    Raises:
-        InputError: naming the flag or the folder.
-    """
+    """Refuse to publish without a model folder or a repository, or a model whose config cannot be loaded."""
     folder = Path(script_args.model_name_or_path)
     if not folder.is_dir():
         raise InputError(f"--model_name_or_path {folder}: no such folder; run hfllm rlhf first, or name another run's")
@@ -40,11 +36,7 @@ def check(script_args: PushArguments) -> None:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a model whose `config.json` nobody could load. One that needs code of its own is not tried.
-
-    Raises:
-        InputError: naming the folder and what is wrong.
-    """
+    """Refuse a model whose `config.json` nobody could load. One that needs code of its own is not tried."""
     from hfllm.models.loading.saved import reason_of, saved_config
 
     if not (folder / CONFIG).is_file():

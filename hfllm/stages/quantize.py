@@ -100,11 +100,7 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
 
 
 def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or no meaning, and schemes that cannot run here.
-
-    Raises:
-        InputError: naming the flag or the scheme.
-    """
+    """Refuse flags that have no effect or no meaning, and schemes that cannot run here."""
     from hfllm.compression.int8 import OUTLIER_THRESHOLD
     from hfllm.compression.sensitivity import PARTS
 
@@ -124,10 +120,6 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
 
     Args:
         config: of that model.
-
-    Raises:
-        InputError: when it is quantized already, a scheme has nothing to quantize, a name of --skip_modules is not
-            a layer's, or the timed tokens exceed the model's context.
     """
     from hfllm.models.loading.saved import empty_model, is_for_pictures, max_length_of, refuse_quantized
 
@@ -152,11 +144,7 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
 
 
 def stages_before(script_args: QuantizeArguments, model_args: "ModelConfig") -> Chain:
-    """Return the pretraining and the fine-tuning that make the model, if none is named.
-
-    Raises:
-        InputError: when one of their configs is wrong.
-    """
+    """Return the pretraining and the fine-tuning that make the model, if none is named."""
     return chain_before(
         "quantize",
         script_args.output_dir,
@@ -185,11 +173,7 @@ def scheme_of(script_args: QuantizeArguments, name: str) -> "Scheme":
 
 
 def eval_texts(script_args: QuantizeArguments) -> list[str]:
-    """Return held-out documents of the world, or the user's texts.
-
-    Raises:
-        InputError: when there is none.
-    """
+    """Return held-out documents of the world, or the user's texts."""
     from hfllm.data import formats
     from hfllm.data.loading import load_rows, world_of
 
@@ -330,11 +314,7 @@ STAGE = "hfllm quantize"
 
 
 def sees(model_args: "ModelConfig") -> bool:
-    """Return whether a model is named, and sees.
-
-    Raises:
-        InputError: when its config cannot be loaded.
-    """
+    """Return whether a model is named, and sees."""
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
 
@@ -347,9 +327,6 @@ def picture_schemes(script_args: QuantizeArguments) -> list[str]:
 
     bitsandbytes' 4-bit kernel for CPUs takes its input for contiguous. What SigLIP hands to the projector may not be:
     patches are the columns of what a convolution gave, and sums keep them so.
-
-    Raises:
-        InputError: when one of these is asked for.
     """
     from hfllm.compression.schemes import NF4_CPU_MULTIPLES, SCHEMES, default_device
 
@@ -371,9 +348,6 @@ def check_pictures(script_args: QuantizeArguments, name: str) -> None:
 
     Args:
         name: the model's.
-
-    Raises:
-        InputError: naming the flag.
     """
     if script_args.dataset_name == WORLD:
         raise InputError(
@@ -385,11 +359,7 @@ def check_pictures(script_args: QuantizeArguments, name: str) -> None:
 
 
 def questions_of(script_args: QuantizeArguments, processor: "ProcessorMixin") -> "list[Asked]":
-    """Return questions about pictures with their answers: drawn ones, or the first answer of each of the user's rows.
-
-    Raises:
-        InputError: when a row or, with `--bad_images refuse`, a picture cannot be read.
-    """
+    """Return questions about pictures with their answers: drawn ones, or the first of each of the user's rows."""
     from hfllm.data.formats import to_sft
     from hfllm.data.images.rows import flaw_of_pictures
     from hfllm.stages.shared import kept_rows

@@ -67,11 +67,7 @@ class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, Freez
 
 
 def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect."""
     check_flags(script_args, model_args)
 
 
@@ -135,11 +131,7 @@ def comparisons_of(rows: Rows, tokenizer: "PreTrainedTokenizerBase") -> "Dataset
 def kept_comparisons(
     script_args: RewardArguments, trainer: "RewardTrainer", train_rows: Rows, eval_rows: Rows
 ) -> dict[str, int]:
-    """Return how many comparisons the trainer keeps, and say how many it leaves out.
-
-    Raises:
-        InputError: when no training row or no held-out row is left.
-    """
+    """Return how many comparisons the trainer keeps, and say how many it leaves out."""
     from hfllm.runs.command_line import say
 
     longest, kept = trainer.args.max_length, {}
@@ -207,11 +199,7 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
-    """Return the processor of the named model if it sees; `None` for one of text, or where none is named.
-
-    Raises:
-        InputError: when it sees and has none, or transformers has no class of its type that scores.
-    """
+    """Return the processor of the named model if it sees; `None` for one of text, or where none is named."""
     from transformers import AutoModelForSequenceClassification
 
     from hfllm.models.loading.saved import is_for_pictures
@@ -280,11 +268,7 @@ def check_pictures(
     rows: tuple[Rows, Rows] | None,
     processor: "ProcessorMixin | None",
 ) -> bool:
-    """Return whether a row has pictures; refuse flags that do not go with that, or with a model that sees.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Return whether a row has pictures; refuse flags that do not go with that, or with a model that sees."""
     from hfllm.multimodal.processors import check_template
     from hfllm.runs.command_line import given_names
     from hfllm.stages.sft.build import shows_pictures

@@ -120,11 +120,7 @@ class ScalingArguments(DataArguments, RemoteCodeArguments):
 
 
 def check(script_args: ScalingArguments) -> None:
-    """Refuse flags that would have no effect, and numbers out of range.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that would have no effect, and numbers out of range."""
     check_flags(script_args)
     for budget in script_args.budgets or []:
         if not 0 < budget < float("inf"):
@@ -165,11 +161,7 @@ class ScalingStage(Stage):
 
 
 def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study":
-    """Fit the smaller runs, measure how well they predict the losses of the larger, then fit all.
-
-    Raises:
-        InputError: for a table that cannot be fitted, naming its file.
-    """
+    """Fit the smaller runs, measure how well they predict the losses of the larger, then fit all."""
     from hfllm.scaling.fitting import DROP, Runs, bootstrap, fit_law, read_runs
     from hfllm.scaling.report import Study
 
@@ -202,11 +194,7 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
 
 
 def outliers_of(script_args: ScalingArguments, runs: "Runs", fit: "Fit | None" = None) -> "Outliers":
-    """Return the file's runs that are far from the law of the others, after a warning that names them.
-
-    Raises:
-        InputError: naming the file, when it, or what is left of it, cannot be fitted.
-    """
+    """Return the file's runs that are far from the law of the others, after a warning that names them."""
     from hfllm.scaling.fitting import DROP, find_outliers
 
     try:
@@ -233,11 +221,7 @@ def forecast_of(runs: "Runs", delta: float, sampling: tuple[int, int, float]) ->
 
 
 class SmallGrid:
-    """The grid of small runs, and the larger run that it predicts.
-
-    Raises:
-        InputError: for a run that cannot be read or comes twice, or settings that a grid cannot have.
-    """
+    """The grid of small runs, and the larger run that it predicts."""
 
     def __init__(self, script_args: ScalingArguments):
 
@@ -270,11 +254,7 @@ class SmallGrid:
         self.grid = Grid(script_args.output_dir, flags, longest)
 
     def small_runs(self) -> "Runs":
-        """Return the table of the grid's runs, after training those that are missing.
-
-        Raises:
-            InputError: before any training, when the grid could not be fitted.
-        """
+        """Return the table of the grid's runs, after training those that are missing."""
         from hfllm.scaling.fitting import FEWEST_RUNS
 
         sizes = {(each.hidden_size, each.num_hidden_layers) for each in self.runs}
@@ -288,11 +268,7 @@ class SmallGrid:
         return self._runs([self.grid.train(each) for each in self.runs])
 
     def _check_held_out(self) -> None:
-        """Refuse a held-out run within the grid: that would be interpolation, not prediction.
-
-        Raises:
-            InputError: when a run of the grid takes as much compute.
-        """
+        """Refuse a held-out run within the grid: that would be interpolation, not prediction."""
         largest = max((self.grid.planned(each)["compute"], each.name) for each in self.runs)
         compute = self.grid.planned(self.large)["compute"]
         if compute <= largest[0]:
@@ -389,9 +365,6 @@ class GridRun:
         """Parse `WIDTHxLAYERS:TOKENS,...`, such as 64x3:250000,500000.
 
         Heads are 32 wide, so a width must be a multiple of 32, or an even number below 64 with a single head.
-
-        Raises:
-            InputError: naming the flag and what is accepted.
         """
         size, _, lengths = text.partition(":")
         try:
@@ -422,9 +395,6 @@ class Grid:
         folder: where runs.csv, the tokenizer and the models go.
         flags: of `hfllm pretrain`, for all runs.
         longest: tokens of the longest run, which decides how many documents of the world are written.
-
-    Raises:
-        InputError: when the folder holds runs with other settings, or a flag cannot apply to all runs.
     """
 
     def __init__(self, folder: str | Path, flags: Sequence[str], longest: int):

@@ -48,9 +48,6 @@ def check_whole_rows(script_args: RowArguments, training_args: "SFTConfig", is_c
 
     Args:
         is_cut: whether `--max_length` has a meaning: as many questions as fit are put into a row.
-
-    Raises:
-        InputError: naming the flag.
     """
     for flag, why in NOT_JOINED.items():
         refuse(bool(getattr(training_args, flag)), f"--{flag}", why)
@@ -62,11 +59,7 @@ def check_whole_rows(script_args: RowArguments, training_args: "SFTConfig", is_c
 
 
 def check_sampling(training_args: "TrainingArguments") -> None:
-    """Refuse to group rows with pictures by length, which is not known before a batch is made.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse to group rows with pictures by length, which is not known before a batch is made."""
     is_grouped = training_args.train_sampling_strategy == "group_by_length"
     refuse(
         is_grouped, "--train_sampling_strategy group_by_length", "rows with pictures are read when a batch needs them"
@@ -92,9 +85,6 @@ def check_split_weights(
 
     A process whose batch has no picture does not run the tower, and the others would wait for it to gather or reduce
     that.
-
-    Raises:
-        InputError: saying how many rows have pictures.
     """
     from hfllm.trainers.engines import shards_parameters
 
@@ -138,9 +128,6 @@ def user_rows(
         flaw_of: returns why a row is left out, or `None`.
         eval_mapper: converts the rows that the user names to hold out, where paths in them are relative to
             another folder; by default `mapper` does.
-
-    Raises:
-        InputError: when a row cannot be read, or none is left.
     """
     rows = kept_rows(script_args, mapper, flaw_of)
     named = held_out_arguments(script_args)
@@ -173,11 +160,7 @@ def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: in
 
 
 def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig") -> "ProcessingClass":
-    """Load the tokenizer of the named model; of one that reads pictures the processor, with a padding token.
-
-    Raises:
-        InputError: when it cannot be loaded, or there is no processor.
-    """
+    """Load the tokenizer of the named model; of one that reads pictures the processor, with a padding token."""
     return _processing_class(model_args.model_name_or_path, model_args.model_revision, config)
 
 
@@ -202,11 +185,7 @@ def _processing_class(name: str, revision: str, config: "PreTrainedConfig") -> "
 
 
 def load_processor(name: str, revision: str) -> "ProcessorMixin":
-    """Return the processor of a model that reads pictures.
-
-    Raises:
-        InputError: when there is none, it cannot be loaded, or its pictures do not fit the model.
-    """
+    """Return the processor of a model that reads pictures."""
     from hfllm.models.loading.saved import reason_of, saved_processor
     from hfllm.multimodal.processors import check_fit
     from hfllm.runs.models import load_config
@@ -232,9 +211,6 @@ def load_policy(
     Args:
         config: the policy's.
         output_dir: see `load_to_train`.
-
-    Raises:
-        InputError: when either cannot be loaded.
     """
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_to_train
@@ -246,11 +222,7 @@ def load_policy(
 
 
 def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel":
-    """Load the named model of pictures and text; an adapter of one is trained further.
-
-    Raises:
-        InputError: when it cannot be loaded, with `--use_peft` for an adapter, and for 4 bits on a CPU.
-    """
+    """Load the named model of pictures and text; an adapter of one is trained further."""
     from transformers import AutoModelForImageTextToText
 
     from hfllm.models.loading.adapters import find_adapter, load_base, put_on

@@ -81,11 +81,7 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
 
 
 def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that would have no effect, and values out of range.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that would have no effect, and values out of range."""
     draft, own = script_args.draft, model_args.model_name_or_path
     if draft not in DRAFTS:
         raise InputError(f"--draft {draft!r} is not one of {', '.join(DRAFTS)}")
@@ -104,11 +100,7 @@ def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
 
 
 def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", before: Chain) -> None:
-    """Refuse a draft that does not fit the target, whether that is named or not yet trained.
-
-    Raises:
-        InputError: naming the flag, or the model when it cannot be loaded.
-    """
+    """Refuse a draft that does not fit the target, whether that is named or not yet trained."""
     from hfllm.generation.speculative import PromptLookupDraft
     from hfllm.models.loading.weights import check_weight_files
     from hfllm.runs.models import load_config, load_tokenizer
@@ -137,11 +129,7 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
 
 
 def stages_before(script_args: SpeculativeArguments, model_args: "ModelConfig") -> Chain:
-    """Return the stages that make the target and its draft model, if they are needed and not named.
-
-    Raises:
-        InputError: when one of their configs is wrong.
-    """
+    """Return the stages that make the target and its draft model, if they are needed and not named."""
     return chain_before(
         "speculative",
         script_args.output_dir,
@@ -158,11 +146,7 @@ def stages_before(script_args: SpeculativeArguments, model_args: "ModelConfig") 
 
 
 def prompt_rows(script_args: SpeculativeArguments) -> list[Row]:
-    """Return the world's held-out questions, or the user's own prompts.
-
-    Raises:
-        InputError: when the dataset cannot be read, or has no prompts.
-    """
+    """Return the world's held-out questions, or the user's own prompts."""
     from hfllm.data import formats
     from hfllm.data.images.rows import without_images
     from hfllm.data.loading import load_rows, world_of
@@ -220,9 +204,6 @@ def make_draft(
         model_args: how the target was loaded; the draft model is loaded the same way.
         assistant: the draft model, named or made; used only with `--draft model`.
         model: the target.
-
-    Raises:
-        InputError: for a draft model with another tokenizer, or a target that cannot be its own int8 draft.
     """
     from hfllm.generation.packed.model import has_int8, unsupported_reason
     from hfllm.generation.speculative import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft

@@ -245,11 +245,7 @@ class Constitution:
         return rng.choice(self.principles)
 
     def judging_principles(self) -> tuple[Principle, ...]:
-        """Return the principles to judge by, which are all.
-
-        Raises:
-            InputError: naming the first without a preference question.
-        """
+        """Return the principles to judge by, which are all."""
         lacking = next((each.name for each in self.principles if not each.preference), None)
         if lacking is not None:
             raise InputError(
@@ -278,9 +274,6 @@ def load_constitution(name: str | Path) -> Constitution:
     - LangChain's principles: `critique_request`, `revision_request` and, if wanted, `name`, in a list or by name.
 
     A principle without a name is called `principle 3`, by its place.
-
-    Raises:
-        InputError: naming the file and the line, the principle and the key, what was read and what is accepted.
     """
     file = read_file(find_constitution(name))
     value, at, examples = file.value, (), ()

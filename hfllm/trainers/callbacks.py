@@ -381,11 +381,7 @@ def _line(row: dict[str, int | str]) -> str:
 
 
 def _read_rows(file: Path, last_step: int) -> list[dict[str, int | str]]:
-    """Return the rows of a file up to a step, without a last line that is incomplete because the run was killed.
-
-    Raises:
-        InputError: when the file holds anything else, which must not be overwritten.
-    """
+    """Return the rows of a file up to a step, without a last line that is incomplete because the run was killed."""
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else [""]
     rows = []
     for number, line in enumerate(lines[:-1], start=1):

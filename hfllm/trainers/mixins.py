@@ -139,11 +139,7 @@ def _how_to_resume(trainer: Trainer, is_recorded: bool) -> str:
 
 
 def check_shards(checkpoint: str, args: TrainingArguments) -> None:
-    """Refuse a DeepSpeed checkpoint of another number of processes, unless it is set to load universal ones.
-
-    Raises:
-        InputError: with both numbers; a checkpoint without DeepSpeed's files counts as one of 0 processes.
-    """
+    """Refuse a DeepSpeed checkpoint of another number of processes, unless it is set to load universal ones."""
     if args.deepspeed_plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"):
         return
     saved = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))

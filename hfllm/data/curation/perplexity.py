@@ -148,11 +148,7 @@ class FitPerplexity(PipelineStep):
 
 
 def check_judge(model: str) -> None:
-    """Check that the model's config and tokenizer load, before hours are spent on earlier stages.
-
-    Raises:
-        InputError: when either cannot be loaded.
-    """
+    """Check that the model's config and tokenizer load, before hours are spent on earlier stages."""
     if model in ("corpus", PYDOC):
         return
     from transformers import AutoConfig, AutoTokenizer

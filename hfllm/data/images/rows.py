@@ -56,11 +56,7 @@ def has_images(row: Mapping[str, Any]) -> bool:
 
 
 def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
-    """Refuse a row with pictures for a model of text alone.
-
-    Raises:
-        InputError: naming the row and the model.
-    """
+    """Refuse a row with pictures for a model of text alone."""
     if has_images(row):
         raise InputError(
             f"{origin}: the row has pictures, and {model} reads text alone: leave their column out; hfllm vision, "
@@ -473,11 +469,7 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def refuse_tools(origin: str, row: Mapping[str, Any], stage: str) -> None:
-    """Refuse a row with tools beside pictures.
-
-    Raises:
-        InputError: naming the row.
-    """
+    """Refuse a row with tools beside pictures."""
     if row.get("tools") or any("tool_calls" in each or each["role"] == "tool" for each in _messages(row)):
         raise InputError(f"{origin}: the row has tools, of which {stage} teaches nothing: leave them out")
 

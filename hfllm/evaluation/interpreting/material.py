@@ -115,9 +115,6 @@ def file_material(path: str) -> Material:
 
     A row without an answer is about a subject that the model cannot know. `beginning` is how the answer begins, up to
     what is asked; `passage` stands before the question and tells the answer.
-
-    Raises:
-        InputError: naming the file, the row and the column.
     """
     rows = [_row(origin, row) for origin, row in iterate_source(path)]
     if not rows:
@@ -225,9 +222,6 @@ def encode_material(
     Args:
         max_length: the context's, in tokens; `None` for no limit.
         too_long: why an item that is longer is not asked.
-
-    Raises:
-        InputError: as `encode_facts` does.
     """
 
     def encoded(facts: Sequence[Fact]) -> tuple[list[FactPrompt], list[int], dict[int, str]]:

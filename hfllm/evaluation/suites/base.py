@@ -95,11 +95,7 @@ class Suite(ABC, Generic[Body]):
 
     @abstractmethod
     def items(self) -> Sequence[Item[Body]]:
-        """Return all items, the same in every run; read and check the files that they come from.
-
-        Raises:
-            InputError: naming the file and the row.
-        """
+        """Return all items, the same in every run; read and check the files that they come from."""
 
     @abstractmethod
     def judge(self, subject: "Subject", items: Sequence[Item[Body]]) -> Iterator[Record]:
@@ -333,11 +329,7 @@ class Subject:
         return [next(said)[0] if is_short else None for is_short in fits]
 
     def check_numbers(self, text: str) -> None:
-        """Refuse a model whose logits after a text are not numbers, as damaged weights make them; once is enough.
-
-        Raises:
-            InputError: naming the model.
-        """
+        """Refuse a model whose logits after a text are not numbers, as damaged weights make them; once is enough."""
         import torch
 
         if self._has_numbers:

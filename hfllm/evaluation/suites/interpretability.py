@@ -94,11 +94,7 @@ class Interpretability(Suite[Looked]):
         return self._material
 
     def items(self) -> Sequence[Item[Looked]]:
-        """Return an item for each figure of each method, and for each plant.
-
-        Raises:
-            InputError: naming the file and the row.
-        """
+        """Return an item for each figure of each method, and for each plant."""
         names = names_of(self.material)
         plants = [
             Item(f"{PLANTS}/{component} {depth}", f"{PLANTS}, {component}", Looked(PLANTS, number))

@@ -226,11 +226,7 @@ def _whole(name: str, files: Any, places: Sequence[Path]) -> Any:
 
 
 def _load(manager: "TaskManager", names: Sequence[str], reads_hub: bool) -> "dict[str, Task]":
-    """Return tasks by name, ready to be asked.
-
-    Raises:
-        InputError: for a name that is not known, with the nearest one, or a task that cannot be read.
-    """
+    """Return tasks by name, ready to be asked."""
     known, tasks = manager.all_tasks, {}
     for name in names:
         if name not in known:
@@ -292,11 +288,7 @@ def _length(model: "HFLM", instance: "Instance") -> int:
 
 
 def _ask(model: "HFLM", instances: "list[Instance]", label: str) -> None:
-    """Put what the model says into the requests.
-
-    Raises:
-        InputError: for likelihoods that are not numbers, naming the item.
-    """
+    """Put what the model says into the requests."""
     for kind in dict.fromkeys(each.request_type for each in instances):
         requests = [each for each in instances if each.request_type == kind for _ in range(each.repeats or 1)]
         answers = getattr(model, kind)(requests, disable_tqdm=True)

@@ -151,11 +151,7 @@ def likelihoods(subject: Subject, pair: Pair, name: Sequence[str]) -> list[Likel
 
 
 def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
-    """Return the pair of a row, by the columns that it has.
-
-    Raises:
-        InputError: naming the row and what it should have.
-    """
+    """Return the pair of a row, by the columns that it has."""
     if {"question", "answer_matching_behavior", "answer_not_matching_behavior"} <= row.keys():
         return _of_behavior(origin, row)
     if "input" in row and ("target_scores" in row or "targets" in row):

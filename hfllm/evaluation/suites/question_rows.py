@@ -125,9 +125,6 @@ def questions_of(rows: Rows) -> list[Question]:
 
     Args:
         rows: with where each is.
-
-    Raises:
-        InputError: naming the row that is no question, or whose answer could mean two choices.
     """
     read = [_read(origin, row) for origin, row in rows]
     # Ways that read each row whose columns leave them open.
@@ -216,11 +213,7 @@ def _final(answer: str) -> str:
 
 
 def _read(origin: str, given: Mapping[str, Any]) -> Read:
-    """Return a row by the columns that it has.
-
-    Raises:
-        InputError: naming the row and what it lacks.
-    """
+    """Return a row by the columns that it has."""
     # A name as it is written here comes before one that is so in small letters only.
     names = sorted(given, key=lambda name: _plain_name(name) == name)
     row = {_plain_name(name): given[name] for name in names if not _is_missing(given[name])}
@@ -234,11 +227,7 @@ def _read(origin: str, given: Mapping[str, Any]) -> Read:
 
 
 def _by_columns(origin: str, row: Mapping[str, Any], given: Mapping[str, Any]) -> Read:
-    """Return a row by the names of its columns, which `given` has as they are written.
-
-    Raises:
-        InputError: naming the row and what it lacks.
-    """
+    """Return a row by the names of its columns, which `given` has as they are written."""
     question, choices, labels = _question_text(row), None, None
     if isinstance(nested := row.get("question"), Mapping):
         question, row = nested.get("stem"), {**row, "choices": nested.get("choices")}
@@ -311,11 +300,7 @@ def _question_text(row: Mapping[str, Any]) -> str | None:
 
 
 def _listed(origin: str, listed: object) -> tuple[list[Any], list[str] | None]:
-    """Return the texts and labels of a column of choices.
-
-    Raises:
-        InputError: for what is neither a list nor a mapping, naming the row.
-    """
+    """Return the texts and labels of a column of choices."""
     if isinstance(listed, str):
         listed = _parsed(listed)
     if isinstance(listed, Mapping):
@@ -374,11 +359,7 @@ def _in_columns(row: Mapping[str, Any], names: Iterable[str]) -> tuple[list[Any]
 
 
 def _checked(origin: str, choices: Sequence[Any], labels: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return choices as texts.
-
-    Raises:
-        InputError: when they are fewer than two, one is empty or no text, or labels are not one for each.
-    """
+    """Return choices as texts."""
     texts = [str(each).strip() if isinstance(each, (str, int, float)) else "" for each in choices]
     if len(texts) < 2 or not all(texts):
         raise InputError(
@@ -509,11 +490,7 @@ def _need(origin: str, row: Mapping[str, Any], column: str) -> None:
 
 
 def _with_header(path: str, rows: Rows) -> Rows:
-    """Return rows, of MMLU's own files, which have no header, with the names that their columns have elsewhere.
-
-    Raises:
-        InputError: when the header names a column twice, of which one would be lost.
-    """
+    """Return rows, of MMLU's own files, which have no header, with the names that their columns have elsewhere."""
     if not path.endswith((".csv", ".tsv")):
         return rows
     with open(path, encoding="utf-8-sig", newline="") as stream:

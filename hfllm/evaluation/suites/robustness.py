@@ -135,9 +135,6 @@ def row_items(name: str, most: int | None, seed: int, num_attacks: int = 0) -> l
     Args:
         name: a local file or folder, or a dataset on the Hub.
         most: rows, from the first; `None` for all.
-
-    Raises:
-        InputError: naming the row, where it has neither, or says something else of itself.
     """
     base: list[tuple[str, Question]] = []
     for number, (origin, row) in enumerate(iterate_source(name)):

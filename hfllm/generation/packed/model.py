@@ -509,9 +509,6 @@ def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedMode
     Args:
         model: of the family, in evaluation mode.
         scheme: `"exact"`, the model's own weights, or `"int8"`, rounded for drafts.
-
-    Raises:
-        InputError: with the reason, if `unsupported_reason` gives one.
     """
     reason = unsupported_reason(model)
     if reason:

@@ -159,11 +159,7 @@ def attention_windows(config: "PreTrainedConfig") -> dict[str, int | None]:
 
 
 def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
-    """Refuse a model with any other state than keys and values by position.
-
-    Raises:
-        InputError: with the kind, and what to use instead.
-    """
+    """Refuse a model with any other state than keys and values by position."""
     config = model.config
     kind = f"{name} ({config.model_type})"
     if getattr(config, "is_encoder_decoder", False):
@@ -201,11 +197,7 @@ def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns:
 
 
 def check_context(model: "PreTrainedModel", length: int, name: str = "the model") -> None:
-    """Refuse sequences longer than a table of learned positions, or than what `longrope` rotates by the same factors.
-
-    Raises:
-        InputError: naming both lengths.
-    """
+    """Refuse sequences longer than a table of learned positions, or than `longrope` rotates by one set of factors."""
     config = model.config.get_text_config(decoder=True)
     context, rotary = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
     if context is not None and rotary is None and length > context:

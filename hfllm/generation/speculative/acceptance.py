@@ -265,11 +265,7 @@ def read_options(
 
 
 def check_config(config: "GenerationConfig", handled: Sequence[str] = ()) -> None:
-    """Refuse options that would have no effect here, except those that the caller handles.
-
-    Raises:
-        InputError: naming the option.
-    """
+    """Refuse options that would have no effect here, except those that the caller handles."""
     for option, harmless in REFUSED.items():
         value = getattr(config, option, None)
         if value not in harmless and option not in handled:
@@ -311,11 +307,7 @@ def check_same_vocabulary(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     draft_tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> None:
-    """Refuse a draft model with other tokens than the target's.
-
-    Raises:
-        InputError: with the difference, and what to use instead.
-    """
+    """Refuse a draft model with other tokens than the target's."""
     instead = (
         "use prompt lookup or early exit as the draft, or train one with the target's tokenizer "
         "(hfllm pretrain --tokenizer_name_or_path)"

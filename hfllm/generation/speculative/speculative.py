@@ -319,11 +319,7 @@ class _Run:
 
 
 def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """Refuse input without prompts.
-
-    Raises:
-        InputError: naming the shape or the row.
-    """
+    """Refuse input without prompts."""
     if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
         raise InputError(
             f"input_ids of shape {tuple(input_ids.shape)} and attention_mask of shape {tuple(attention_mask.shape)}: "

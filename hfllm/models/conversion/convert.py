@@ -230,11 +230,7 @@ def check_empty(path: Path) -> None:
 
 
 def read_config(name: str, **location: object) -> "PreTrainedConfig":
-    """Load the config of a local folder or Hub id.
-
-    Raises:
-        InputError: when it cannot be read, or is that of a quantized model, whose weights no other class can read.
-    """
+    """Load the config of a local folder or Hub id."""
     try:
         config = saved_config(name, **location)
     except (OSError, *BAD_CONFIG) as error:
@@ -610,9 +606,6 @@ def refuse_other_table(config: "PreTrainedConfig", layout: str) -> None:
     Args:
         config: of the text model.
         layout: for the message.
-
-    Raises:
-        InputError: naming the model type.
     """
     from transformers import AutoModelForCausalLM
 

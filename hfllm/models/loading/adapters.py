@@ -65,11 +65,7 @@ class SavedAdapter:
 
     @cached_property
     def base(self) -> str:
-        """The name of its base model; one that a recipe wrote into the run's folder may have moved with that.
-
-        Raises:
-            InputError: when it names none.
-        """
+        """The name of its base model; one that a recipe wrote into the run's folder may have moved with that."""
         named = self.settings.get("base_model_name_or_path")
         if not named:
             raise InputError(
@@ -83,11 +79,7 @@ class SavedAdapter:
 
     @cached_property
     def folder(self) -> str:
-        """The local folder of its files: of a Hub id, where they are downloaded to.
-
-        Raises:
-            InputError: when it has no weights, or they cannot be downloaded.
-        """
+        """The local folder of its files: of a Hub id, where they are downloaded to."""
         from transformers.utils import cached_file
 
         try:
@@ -121,9 +113,6 @@ class SavedAdapter:
 
         Args:
             tasks: accepted ones; by default all.
-
-        Raises:
-            InputError: naming what it is.
         """
         if tasks and self.task not in (None, *tasks):
             raise InputError(f"adapter {self.name!r} is for the task {self.task}; expected {' or '.join(tasks)}")
@@ -162,11 +151,7 @@ class SavedAdapter:
             raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
 
     def base_config(self) -> PreTrainedConfig:
-        """Return the config of its base model.
-
-        Raises:
-            InputError: naming both, when that cannot be loaded.
-        """
+        """Return the config of its base model."""
         try:
             return saved_config(self.base, **self.base_location)
         except (OSError, ValueError) as error:
@@ -190,9 +175,6 @@ def find_adapter(name: str, **location: object) -> SavedAdapter | None:
 
     Args:
         location: where `name` is, as `from_pretrained` takes it.
-
-    Raises:
-        InputError: when its settings cannot be read.
     """
     from transformers.utils import find_adapter_config_file
 
@@ -239,9 +221,6 @@ def load_base(
 
     Returns:
         The model, and whether it has a new head for scores, which the adapter does not bring either.
-
-    Raises:
-        InputError: naming both, when it cannot be loaded.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in location_of(kwargs)}
     weights = adapter.weights()
@@ -354,9 +333,6 @@ def check_names(
         saved: the names of its weights.
         embeddings: the names of the base's embeddings, which may be saved whole beside an adapter.
         has_new_head: whether a head for scores was put on the model, which the adapter does not bring.
-
-    Raises:
-        InputError: naming one of them.
     """
     from peft import get_peft_model_state_dict
 

@@ -111,11 +111,7 @@ WORDS = "The quick brown foxes don't jump over 1,234 lazy dogs, and 56 owls (at 
 
 
 def check_tokenizer(name: str, loaded: "PreTrainedTokenizerBase | ProcessorMixin") -> None:
-    """Refuse a tokenizer, or the tokenizer of a processor, whose patterns or chat templates do not end.
-
-    Raises:
-        InputError: naming the model, and the pattern or the template.
-    """
+    """Refuse a tokenizer, or the tokenizer of a processor, whose patterns or chat templates do not end."""
     tokenizer = getattr(loaded, "tokenizer", None) or loaded
     for pattern in _patterns(tokenizer):
         if REPEATED_GROUP.search(pattern) and (complaint := _try_pattern(pattern)):

@@ -131,9 +131,6 @@ def check_kernels(name: str, **kwargs: object) -> None:
 
     Args:
         kwargs: arguments of `from_pretrained`; an `attn_implementation` among them wins over the config's.
-
-    Raises:
-        InputError: naming the field and the kernel.
     """
     from transformers import PreTrainedConfig
 
@@ -157,9 +154,6 @@ def check_objects(name: str, *files: str) -> None:
     """Refuse a local model with a damaged file of settings that is empty, or JSON still, but no object.
 
     transformers ends in errors of its own with these, or goes without; what begins as an object it reports itself.
-
-    Raises:
-        InputError: naming the file.
     """
     for file in files:
         path = Path(name, file)
@@ -171,11 +165,7 @@ def check_objects(name: str, *files: str) -> None:
 
 
 def check_index(name: str) -> None:
-    """Refuse a local model whose index of weights names files outside of its folder.
-
-    Raises:
-        InputError: naming the index and the file.
-    """
+    """Refuse a local model whose index of weights names files outside of its folder."""
     for index in sorted(Path(name).glob("*.index.json")) if Path(name).is_dir() else []:
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -188,11 +178,7 @@ def check_index(name: str) -> None:
 
 @contextmanager
 def _named_settings(name: str) -> Iterator[None]:
-    """Context manager that names the model whose settings transformers, or Python's JSON, cannot take.
-
-    Raises:
-        InputError: for a field of another type or a value that means nothing, and for JSON deeper than the stack.
-    """
+    """Context manager that names the model whose settings transformers, or Python's JSON, cannot take."""
     try:
         yield
     except RecursionError as error:
@@ -441,9 +427,6 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
 
     Args:
         name: of the model, for the complaint.
-
-    Raises:
-        InputError: with both sizes and one of the tokens.
     """
     embeddings = model.get_input_embeddings()
     if embeddings is None or getattr(embeddings, "weight", None) is None:

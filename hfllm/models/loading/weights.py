@@ -113,11 +113,7 @@ def _check_names(model: "PreTrainedModel", info: Mapping[str, Any], whose: str, 
 
 
 def check_weight_files(name: str, whose: str = "model") -> None:
-    """Refuse a local model whose weights are pickled, cut short or damaged, or of which a part is missing.
-
-    Raises:
-        InputError: naming the file.
-    """
+    """Refuse a local model whose weights are pickled, cut short or damaged, or of which a part is missing."""
     folder = Path(name)
     if not (folder / "config.json").is_file():
         return

@@ -166,11 +166,7 @@ def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, pr
 
 
 def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Prompts:
-    """Return your red-team prompts, a part of them held out, and your harmless ones, if the model has room to answer.
-
-    Raises:
-        InputError: when a dataset cannot be read, has fewer than two different prompts, or none that leaves room.
-    """
+    """Return your red-team prompts, a part of them held out, and harmless ones, where the model has room to answer."""
     from hfllm.data.formats import to_prompt
     from hfllm.data.images.rows import without_images
     from hfllm.data.rows import flaw_of_prompt
@@ -490,11 +486,7 @@ class Steps:
         self.human_rows = self._people_s_comparisons()
 
     def _ai_preferences(self, judge: "PreferenceJudge") -> list[Row]:
-        """Return pairs with the judge's labels.
-
-        Raises:
-            InputError: when the judge is refused for its bias, or no pair has two different answers.
-        """
+        """Return pairs with the judge's labels."""
         from hfllm.rewards.judges import check_bias, measure_bias, preference_rows
 
         pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL), self.speaking(HELPFUL))

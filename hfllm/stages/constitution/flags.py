@@ -159,11 +159,7 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
 
 
 def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect, contradict each other, or would fail later.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect, contradict each other, or would fail later."""
     check_flags(script_args, model_args)
     named = bool(model_args.model_name_or_path)
     if not named and not script_args.is_world:
@@ -176,11 +172,7 @@ def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None
 
 
 def constitution_of(script_args: ConstitutionArguments) -> "Constitution":
-    """Return the constitution that the flags name.
-
-    Raises:
-        InputError: when it cannot be read, or the world's demonstrators know none of its principles.
-    """
+    """Return the constitution that the flags name."""
     from hfllm.data.world.demonstrators import PRINCIPLES
     from hfllm.synthesis.constitution import load_constitution
 
@@ -244,11 +236,7 @@ class ConstitutionCourse(pipeline.Course):
 
 
 def course_of(script_args: ConstitutionArguments, model_args: "ModelConfig") -> ConstitutionCourse:
-    """Return the runs that the flags ask for.
-
-    Raises:
-        InputError: when a config of one of them is wrong.
-    """
+    """Return the runs that the flags ask for."""
     recipes: dict[str, str] = {}
     runs: dict[str, Parsed] = {}
     for name, recipe, words in _runs(script_args, model_args):
@@ -322,11 +310,7 @@ def check_before(
     constitution: "Constitution",
     course: ConstitutionCourse,
 ) -> None:
-    """Refuse what would otherwise fail after the first runs.
-
-    Raises:
-        InputError: naming the flag, or the file.
-    """
+    """Refuse what would otherwise fail after the first runs."""
     _check_flags(script_args)
     _check_judge(script_args, constitution)
     _check_inputs(script_args, model_args)
@@ -416,11 +400,7 @@ def _check_weights(script_args: ConstitutionArguments, model_args: "ModelConfig"
 
 
 def check_runs(course: Course) -> None:
-    """Refuse the flags of the runs, which YAML files may set, as the runs themselves would, but before the first one.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse the flags of the runs, which YAML files may set, as the runs would, but before the first one."""
     for name, recipe in course.recipes.items():
         _check_run(recipe, *course.runs[name])
 

@@ -168,11 +168,7 @@ STAGE = "hfllm evaluate"
 
 
 def check_pictures(script_args: EvaluateArguments) -> None:
-    """Refuse flags of pictures without the suite, and the suite without pictures.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags of pictures without the suite, and the suite without pictures."""
 
     name, is_asked = script_args.dataset_name, SUITE in script_args.suites
     if is_asked and not name:
@@ -182,11 +178,7 @@ def check_pictures(script_args: EvaluateArguments) -> None:
 
 
 def parts_of(script_args: EvaluateArguments) -> "list[Part]":
-    """Return the questions that `--dataset_name` names.
-
-    Raises:
-        InputError: when a row or, with `--bad_images refuse`, a picture cannot be read.
-    """
+    """Return the questions that `--dataset_name` names."""
     from hfllm.evaluation.pictures import Part
     from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of
     from hfllm.stages.vision.flags import DRAWN, VisionArguments
@@ -310,11 +302,7 @@ def _line(record: Record) -> str:
 def judge_all(
     script_args: EvaluateArguments, models: Mapping[str, str], suites: Sequence[Suite], samples: Samples
 ) -> list[Record]:
-    """Judge each model by each suite as far as the samples lack it, and return all records, in one order.
-
-    Raises:
-        InputError: naming the item, such as for logits that are not numbers.
-    """
+    """Judge each model by each suite as far as the samples lack it, and return all records, in one order."""
     from tqdm import tqdm
 
     items = {suite.name: list(suite.items()) for suite in suites}
@@ -598,11 +586,7 @@ def _shown(records: Sequence[Record], labels: Sequence[str]) -> list[dict[str, s
 
 
 def check(script_args: EvaluateArguments) -> None:
-    """Refuse flags that would fail later or have no effect, and read all files.
-
-    Raises:
-        InputError: naming the flag, or the file and the row.
-    """
+    """Refuse flags that would fail later or have no effect, and read all files."""
     for name in script_args.suites:
         if name not in SUITES:
             nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
@@ -621,11 +605,7 @@ def check(script_args: EvaluateArguments) -> None:
 
 
 def check_models(script_args: EvaluateArguments) -> None:
-    """Refuse models that cannot be loaded, and a chat template that is asked for and not there.
-
-    Raises:
-        InputError: naming the model.
-    """
+    """Refuse models that cannot be loaded, and a chat template that is asked for and not there."""
     from hfllm.models.loading.adapters import find_adapter
     from hfllm.models.loading.weights import check_weight_files
     from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer

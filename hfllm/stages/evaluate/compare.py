@@ -103,11 +103,7 @@ Log = dict[tuple[str, str], dict[str, Logged]]
 
 
 def check(script_args: CompareArguments) -> None:
-    """Refuse flags that cannot be followed.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that cannot be followed."""
     logs = script_args.logs or []
     if len(logs) != 2:
         raise InputError(f"expected two logs, got {len(logs)}: hfllm compare A.jsonl B.jsonl, then the other flags")
@@ -133,11 +129,7 @@ def labels(script_args: CompareArguments) -> list[str]:
 
 
 def read_log(name: str, script_args: CompareArguments) -> Log:
-    """Return the items of a log, or of all logs of a folder.
-
-    Raises:
-        InputError: naming the file and the line that cannot be read, or says what another one has said.
-    """
+    """Return the items of a log, or of all logs of a folder."""
     result: Log = {}
     of_task: dict[str, Path] = {}
     for path in _files(name):
@@ -264,12 +256,7 @@ def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def family_of(script_args: CompareArguments, first: Log, second: Log, names: Sequence[str]) -> list[Compared]:
-    """Return the figures that are compared, over the items that both logs have.
-
-    Raises:
-        InputError: when an item is another one in the second log, or is missing in one of them, unless
-            `--allow_missing` says that it may be.
-    """
+    """Return the figures that are compared, over the items that both logs have."""
     family, missing = [], []
     for part in dict.fromkeys((*first, *second)):
         one, other = first.get(part, {}), second.get(part, {})

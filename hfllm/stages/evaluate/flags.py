@@ -60,11 +60,7 @@ class LmEvalArguments:
 
 
 def check(script_args: LmEvalArguments, suites: list[str]) -> None:
-    """Refuse flags of tasks without the suite, and the suite without tasks.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags of tasks without the suite, and the suite without tasks."""
     if SUITE in suites and not script_args.tasks:
         raise InputError(f"--suites {SUITE} needs --tasks, such as --tasks arc_easy_file --tasks_data FOLDER")
     if script_args.tasks_data is not None and not Path(script_args.tasks_data).is_dir():
@@ -213,11 +209,7 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
 
 
 def stages_before(script_args: EvaluateArguments) -> Chain:
-    """Return the main job that makes the world's models, if none is named.
-
-    Raises:
-        InputError: when one of its configs is wrong.
-    """
+    """Return the main job that makes the world's models, if none is named."""
     from hfllm.stages.rlhf import build as rlhf
 
     given = (script_args.model_name_or_path or [None])[0]
@@ -246,9 +238,6 @@ def labels_of(names: Sequence[str], flag: str = "--model_name_or_path") -> list[
     Args:
         names: of models, or of other files or folders.
         flag: that names them, for errors.
-
-    Raises:
-        InputError: when a model is named twice.
     """
     if len(set(names)) < len(names):
         twice = next(name for index, name in enumerate(names) if name in names[:index])
@@ -274,11 +263,7 @@ def model_config(script_args: EvaluateArguments) -> "ModelConfig":
 
 @contextmanager
 def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[Subject]":
-    """Load a model to be judged, and let it go afterwards.
-
-    Raises:
-        InputError: when it cannot be loaded.
-    """
+    """Load a model to be judged, and let it go afterwards."""
     import gc
 
     import torch
@@ -300,11 +285,7 @@ def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[S
 
 
 def processor_of(name: str) -> "ProcessorMixin | None":
-    """Return the processor of a model that sees; `None` for one of text.
-
-    Raises:
-        InputError: when it cannot be loaded.
-    """
+    """Return the processor of a model that sees; `None` for one of text."""
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.shared import load_processor
@@ -320,11 +301,7 @@ CHANGES, MOST_READ = "changes.jsonl", 1 << 24
 
 
 def refuse_foreign_changes(folder: str | Path) -> None:
-    """Refuse to write over a file with the name of `CHANGES` that is no such file, or a link.
-
-    Raises:
-        InputError: naming the file.
-    """
+    """Refuse to write over a file with the name of `CHANGES` that is no such file, or a link."""
     path = Path(folder, CHANGES)
     if not path.exists() and not path.is_symlink():
         return

@@ -107,9 +107,6 @@ class LocalLearner:
         num_steps: steps of all rounds together, over which the learning rate goes.
         proximal_mu: weight of FedProx's term, mu / 2 times the squared distance to the weights of the beginning (Li et
             al. 2018, arXiv:1812.06127, equation 2).
-
-    Raises:
-        InputError: for a schedule that is no function of the step.
     """
 
     def __init__(self, trainer: "Trainer", num_steps: int, proximal_mu: float = 0.0):
@@ -272,11 +269,7 @@ class LocalLearner:
             self.optimizer.state[parameter][name] = value.to(device, copy=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return copies of the optimizer's state, as tensors by the parameter's place and their name.
-
-        Raises:
-            InputError: for an optimizer whose state is not tensors alone.
-        """
+        """Return copies of the optimizer's state, as tensors by the parameter's place and their name."""
         parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
         for state in self.optimizer.state.values():
             for name, value in state.items():
@@ -380,9 +373,6 @@ def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> N
     Args:
         connect: makes the transport from the base model's sha256.
         config: of the run; `flags` is a file of the recipe's flags.
-
-    Raises:
-        InputError: when the run names no such file, or the app another compression than its flags.
     """
     if not config.get("flags"):
         raise InputError('the run names no file of flags: expected flags="federated.yaml" in its settings')
@@ -423,11 +413,7 @@ def load_local(
     model_args: "ModelConfig",
     organisations: Sequence[Organisation],
 ) -> Local:
-    """Load the model, put the adapter on it, and build the trainer whose loss organisations learn by.
-
-    Raises:
-        InputError: when the model cannot be loaded or an organisation has nothing to learn.
-    """
+    """Load the model, put the adapter on it, and build the trainer whose loss organisations learn by."""
     from datasets import Dataset
     from transformers import set_seed
 
@@ -586,9 +572,6 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
         organisation: its name.
         settings: `flags`, a file of the recipe's flags; `base`, the model that it begins from; `rows`, its file, if it
             is not one of the flags; `terms` of the server's run, which must be those of the flags.
-
-    Raises:
-        InputError: when the model cannot be loaded, or the terms are others.
     """
     from hfllm.runs.arguments import changed
 
@@ -622,11 +605,7 @@ def _own_rows(script_args: FederatedArguments, organisation: str, file: str | No
 def check_terms(
     script_args: FederatedArguments, training_args: "SFTConfig", terms: Mapping[str, str | int | float]
 ) -> None:
-    """Refuse the request of a server whose run has other terms than this organisation's flags.
-
-    Raises:
-        InputError: naming the flag and both values.
-    """
+    """Refuse the request of a server whose run has other terms than this organisation's flags."""
     own = terms_of(script_args, training_args)
     for name, value in terms.items():
         if own.get(name) != value:
@@ -644,11 +623,7 @@ Connect = Callable[[str], Transport]
 
 
 def optimizer(script_args: FederatedArguments) -> ServerOptimizer:
-    """Return the server's optimizer.
-
-    Raises:
-        InputError: for settings that it does not take.
-    """
+    """Return the server's optimizer."""
     return server_optimizer(
         script_args.server_optimizer, script_args.server_learning_rate, script_args.server_momentum
     )
@@ -746,11 +721,7 @@ def new_sum(
 
 
 def check(script_args: FederatedArguments) -> dict[str, float]:
-    """Return what the run spends of privacy; refuse settings of the server, and a run that would spend too much.
-
-    Raises:
-        InputError: with the number of organisations or rounds that would spend no more than `--max_epsilon`.
-    """
+    """Return what the run spends of privacy; refuse settings of the server, and a run that would spend too much."""
     optimizer(script_args)
     if script_args.noise_multiplier == 0:
         return {}

@@ -239,11 +239,7 @@ def default_settings(given: Mapping[str, Any]) -> list[Path]:
 
 
 def check(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect, contradict each other, or would fail later.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect, contradict each other, or would fail later."""
     check_flags(script_args, training_args, model_args)
     # On by default, and off where a machine has no accelerator: it matters whether the user asks for it.
     for name in ("gradient_checkpointing", "activation_checkpointing"):
@@ -279,11 +275,7 @@ def _check_server(script_args: FederatedArguments) -> None:
 
 
 def row_privacy_of(script_args: FederatedArguments) -> "RowPrivacy | None":
-    """Return how the flags protect single rows, `None` where they do not.
-
-    Raises:
-        InputError: for numbers out of range.
-    """
+    """Return how the flags protect single rows, `None` where they do not."""
     from hfllm.federation.privacy import RowPrivacy
 
     if script_args.row_clip_norm is None:
@@ -318,11 +310,7 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings
 def row_epsilons(
     script_args: FederatedArguments, training_args: "SFTConfig", organisations: Iterable["HasRows"]
 ) -> dict[str, float]:
-    """Return what a run reveals of one row of each organisation that has rows here; nothing without noise on rows.
-
-    Raises:
-        InputError: with the number of rows or rounds or the noise that would spend no more than `--max_epsilon`.
-    """
+    """Return what a run reveals of one row of each organisation that has rows here; nothing without noise on rows."""
     from hfllm.federation.privacy import check_row_budget
 
     num_rows = {each.name: len(each.rows) for each in organisations if each.rows}
@@ -412,11 +400,7 @@ NOTHING = {"input_ids": [0, 0], "labels": [0, 0]}
 
 
 def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organisation]:
-    """Return the organisations that the flags ask for, each with its rows.
-
-    Raises:
-        InputError: for a row that cannot be read, and an organisation without rows.
-    """
+    """Return the organisations that the flags ask for, each with its rows."""
     if script_args.organisation_names:
         return [Organisation(name, [], []) for name in script_args.organisation_names]
     if script_args.is_world:
@@ -444,11 +428,7 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
 
 
 def organisation_of_file(script_args: FederatedArguments, name: str, file: str, seed: int) -> Organisation:
-    """Return the organisation whose rows are in a file or a dataset of the Hub.
-
-    Raises:
-        InputError: for a row that cannot be read, or none.
-    """
+    """Return the organisation whose rows are in a file or a dataset of the Hub."""
     rows = _rows(replace(script_args, dataset_name=file))
     return _held_apart(name, rows, seed, script_args.row_clip_norm is not None)
 
@@ -520,11 +500,7 @@ class Tokenized:
 def tokenized(
     organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", training_args: "SFTConfig"
 ) -> list[Tokenized]:
-    """Return the rows of organisations as tokens.
-
-    Raises:
-        InputError: when an organisation has no row with anything to learn.
-    """
+    """Return the rows of organisations as tokens."""
     from hfllm.stages.sft.build import examples
 
     def tokens(rows: Sequence[Mapping[str, object]], what: str) -> tuple[Rows, int]:
@@ -543,11 +519,7 @@ def tokenized(
 def tokenized_pairs(
     organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", training_args: "SFTConfig"
 ) -> list[Tokenized]:
-    """Return the comparisons of organisations as tokens.
-
-    Raises:
-        InputError: when an organisation has no pair left.
-    """
+    """Return the comparisons of organisations as tokens."""
 
     pairs = pairs_of(organisations, tokenizer, training_args.max_length)
     return [
@@ -557,11 +529,7 @@ def tokenized_pairs(
 
 
 def check_one_each(organisations: Sequence[Tokenized]) -> None:
-    """Refuse organisations of whose rows one becomes several: privacy is of what is drawn, clipped and counted.
-
-    Raises:
-        InputError: naming the organisation.
-    """
+    """Refuse organisations of whose rows one becomes several: privacy is of what is drawn, clipped and counted."""
     for each in organisations:
         if len(each.rows) > each.num_sources:
             raise InputError(
@@ -589,11 +557,7 @@ NO_PAIR = {f"{side}_ids": [0, 0] for side in SIDES}
 def load_scorer(
     training_args: "SFTConfig", model_args: "ModelConfig"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return the model with one score for a sequence, and its tokenizer. A new head is drawn, the same by one seed.
-
-    Raises:
-        InputError: when they cannot be loaded.
-    """
+    """Return the model with one score for a sequence, and its tokenizer. A new head is drawn, the same by one seed."""
     from hfllm.runs.models import load_scorer_to_train, load_tokenizer
 
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
@@ -605,11 +569,7 @@ def load_scorer(
 def pairs_of(
     organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", longest: int | None
 ) -> list[tuple[Rows, Rows]]:
-    """Return rows and held-out rows of each organisation as tokens; a pair that is too long is left out, and said.
-
-    Raises:
-        InputError: when an organisation has no pair left.
-    """
+    """Return rows and held-out rows of each organisation as tokens; a pair that is too long is left out, and said."""
     from hfllm.data.conversations import Conversations
     from hfllm.runs.command_line import say
 

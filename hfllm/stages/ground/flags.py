@@ -47,11 +47,7 @@ class GroundArguments:
 
 
 def check(script_args: GroundArguments) -> None:
-    """Refuse what would fail later.
-
-    Raises:
-        InputError: naming the flag, or the package that the recipe needs.
-    """
+    """Refuse what would fail later."""
     from hfllm.data.word_index import import_bm25s
 
     import_bm25s("hfllm ground")
@@ -67,11 +63,7 @@ class Course(pipeline.Course):
 
 
 def course_of(script_args: GroundArguments) -> Course:
-    """Return the runs that the flags ask for.
-
-    Raises:
-        InputError: when a config of one of them is wrong.
-    """
+    """Return the runs that the flags ask for."""
     return Course(*pipeline.parsed_runs(_runs(script_args), script_args.output_dir, script_args.seed))
 
 

@@ -96,9 +96,6 @@ def rows_of_run(
     Args:
         rows: of the data.
         batch_rows: rows per optimizer step, over all processes.
-
-    Raises:
-        InputError: when they do not fill one batch.
     """
     if script_args.total_tokens == CHINCHILLA:
         wanted = TOKENS_PER_PARAMETER * model.num_parameters() // script_args.max_length
@@ -117,11 +114,7 @@ def rows_of_run(
 
 
 def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
-    """Return the function that masks packed rows by row number: the same tokens on any process and at any time.
-
-    Raises:
-        InputError: for a tokenizer without a mask token.
-    """
+    """Return the function that masks packed rows by row number: the same tokens on any process and at any time."""
     import torch
 
     from hfllm.data.packing import masked_tokens, seeded_generator
@@ -141,11 +134,7 @@ def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
 
 
 def infilled(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, seed: int) -> Iterator[str]:
-    """Yield documents that fit into a row in Code Llama's infilling format, nine of ten; the others as they are.
-
-    Raises:
-        InputError: for a tokenizer without the tokens of the format.
-    """
+    """Yield documents that fit into a row in Code Llama's infilling format, nine of ten; the others as they are."""
     from hfllm.data.packing import check_infilling_tokens, fill_in_the_middle
     from hfllm.data.prepared import windows
 
@@ -171,9 +160,6 @@ def load_or_make_base(
 
     A new one has the architecture of `--config_name_or_path`, or that of the flags and the tokenizer's size. The
     tokenizer is the named one, or a new one trained on `texts`.
-
-    Raises:
-        InputError: for a model or tokenizer that cannot be loaded, or an architecture that cannot be made.
     """
     from hfllm.runs.models import load_policy, load_tokenizer, named_fields
 
@@ -210,9 +196,6 @@ def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelC
         fields: of its config.
         is_masked: whether it is bidirectional, for masked tokens.
         model_args: its attention and its dtype.
-
-    Raises:
-        InputError: for fields that do not describe a valid model, an unavailable attention, or quantized weights.
     """
     import torch
 
@@ -424,11 +407,7 @@ def bytes_per_token(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", 
 
 
 def stop_if_broken(trainer: "Trainer") -> None:
-    """Stop if the loss of the model has diverged.
-
-    Raises:
-        InputError: with what the guard found.
-    """
+    """Stop if the loss of the model has diverged."""
     from hfllm.trainers.monitors import LossSpikeGuard
 
     for guard in trainer.callback_handler.callbacks:

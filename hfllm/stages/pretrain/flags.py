@@ -110,13 +110,7 @@ ONLY_IF_GIVEN = ("sparse_block_size", "sparse_num_blocks")
 
 
 def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
-    """Return the fields of `HfllmConfig` that the flags describe.
-
-    Raises:
-        InputError: for a type of layer that there is not, with the nearest one, a list that does not divide the
-            layers, sizes of linear attention without such a layer, and sizes of sparse attention of which one is
-            missing or below 1.
-    """
+    """Return the fields of `HfllmConfig` that the flags describe."""
     fields = {name: getattr(script_args, name) for name in ARCHITECTURE}
     check_layer_types(script_args)
     for item in dataclass_fields(ArchitectureArguments):
@@ -135,11 +129,7 @@ def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
 
 
 def check_layer_types(script_args: ArchitectureArguments) -> None:
-    """Refuse types of layers that there are not.
-
-    Raises:
-        InputError: with the nearest one.
-    """
+    """Refuse types of layers that there are not."""
     if script_args.layer_types is None:
         return
     from hfllm.models.family.configuration_fields_hfllm import LAYER_TYPES
@@ -152,11 +142,7 @@ def check_layer_types(script_args: ArchitectureArguments) -> None:
 
 
 def repeated(name: str, values: list, layers: int) -> list:
-    """Return a list with one value for each layer: the values again and again.
-
-    Raises:
-        InputError: when that does not come out even.
-    """
+    """Return a list with one value for each layer: the values again and again."""
     if layers % len(values):
         raise InputError(
             f"--{name} has {len(values)} values for --num_hidden_layers {layers}: expected one for each, or a number "
@@ -166,11 +152,7 @@ def repeated(name: str, values: list, layers: int) -> list:
 
 
 def check_adapter(model_args: "ModelConfig", before: Chain, task_type: str = "CAUSAL_LM") -> None:
-    """Refuse a new adapter that does not fit the model that a stage starts from, before that is trained or loaded.
-
-    Raises:
-        InputError: naming the flag, such as `--lora_target_modules`.
-    """
+    """Refuse a new adapter that does not fit the model that a stage starts from, before that is trained or loaded."""
     if not model_args.use_peft:
         return
     import torch
@@ -188,9 +170,6 @@ def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConf
     Args:
         model_args: with the model's name, if it has one.
         before: the stages that run first.
-
-    Raises:
-        InputError: when it cannot be loaded, or describes no model.
     """
     from hfllm.runs.models import load_config, named_fields, new_config
 
@@ -310,11 +289,7 @@ def default_settings(given: Mapping[str, object]) -> list[Path]:
 
 
 def check(script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
-    """Refuse flags that would have no effect or would fail later.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that would have no effect or would fail later."""
     from hfllm.runs.models import check_attention, check_trainable, load_config, named_fields, new_config
     from hfllm.trainers.pretraining.muon import refusals_of_muon
 

@@ -59,11 +59,7 @@ class ReasonArguments:
 
 
 def check(script_args: ReasonArguments) -> None:
-    """Refuse flags that contradict each other or would fail later.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that contradict each other or would fail later."""
     check_flags(script_args)
 
 
@@ -81,11 +77,7 @@ class Course(pipeline.Course):
 
 
 def course_of(script_args: ReasonArguments) -> Course:
-    """Return the runs that the flags ask for.
-
-    Raises:
-        InputError: when a config of one of them is wrong.
-    """
+    """Return the runs that the flags ask for."""
     recipes: dict[str, str] = {}
     runs: dict[str, Parsed] = {}
     for name, recipe, words in _runs(script_args):

@@ -58,12 +58,7 @@ OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_leng
 
 
 def checked_tools(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> PolicyTools:
-    """Return what `--tools` and `--environment_factory` name, once the model's tokenizer can write and read calls.
-
-    Raises:
-        InputError: when one does not exist or is no tool, the model is not named or its chat template has no tools, or
-            an option of tools has none.
-    """
+    """Return what `--tools` and `--environment_factory` name, once the model's tokenizer can write and read calls."""
     from hfllm.data.tokenizer import turn_end
     from hfllm.environments.episodes import ToolEnvironment
     from hfllm.rewards.functions import load_function
@@ -89,11 +84,7 @@ def checked_tools(script_args: RlhfArguments, training_args: "PPOConfig", model_
 
 
 def load_tool(specification: str) -> "Tool":
-    """Return the function that `--tools` names: one of `BUILT_IN`, `lookup:table.json`, or `path/to/file.py:function`.
-
-    Raises:
-        InputError: when it does not exist, or the file does not run.
-    """
+    """Return the function that `--tools` names: of `BUILT_IN`, `lookup:table.json` or `path/to/file.py:function`."""
     from hfllm.environments.python_tool import python
     from hfllm.environments.tools import calculator, lookup_in
     from hfllm.rewards.functions import load_function
@@ -125,11 +116,7 @@ def _read_table(path: str) -> dict[str, dict[str, Any]]:
 
 
 def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> Chain:
-    """Return the stages whose models are not named: pretraining, fine-tuning and reward models.
-
-    Raises:
-        InputError: when one of their configs is wrong.
-    """
+    """Return the stages whose models are not named: pretraining, fine-tuning and reward models."""
     own_model, seed = model_args.model_name_or_path, training_args.seed
     # What the policy is to withstand is shown to it, and told apart by the reward model, before.
     augment = {
@@ -161,11 +148,7 @@ def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_
 
 
 def checked_functions(script_args: RlhfArguments) -> "list[RewardFunction]":
-    """Return the reward functions that `--reward_funcs` names.
-
-    Raises:
-        InputError: when one does not exist.
-    """
+    """Return the reward functions that `--reward_funcs` names."""
     from hfllm.rewards.functions import load_reward_function
 
     return [load_reward_function(name) for name in script_args.reward_funcs or []]
@@ -275,11 +258,7 @@ def _try_functions(
 
 
 def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Dataset | None":
-    """Return the pretraining texts for the PTX loss, or `None`.
-
-    Raises:
-        InputError: for texts without `--ptx_coef`, or the reverse.
-    """
+    """Return the pretraining texts for the PTX loss, or `None`."""
     from datasets import Dataset
 
     from hfllm.data.loading import texts_of
@@ -367,9 +346,6 @@ def check(training_args: "PPOConfig") -> None:
     """Refuse flags that have no effect, and a learning rate that nothing decides.
 
     YAML flags of stages that do not run are accepted, so that one file serves with and without a named model.
-
-    Raises:
-        InputError: naming the flag.
     """
     refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
     plugin = getattr(training_args, "deepspeed_plugin", None)
@@ -384,9 +360,6 @@ def check_rewards(
 
     Args:
         has_own: whether environments have a reward of their own.
-
-    Raises:
-        InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, or a bad ensemble.
     """
     from hfllm.data.sources import WORLD
     from hfllm.rewards.models import RewardEnsemble
@@ -434,10 +407,6 @@ def check_models(
         policy_config: of the model to align, whether named or not yet trained.
         trains_first: whether stages come before; if not, models are loaded right away, and loading reports errors.
         tools: from `checked_tools`.
-
-    Raises:
-        InputError: for a reward or value model that cannot be loaded or used, prompts that do not fit the named model,
-            an adapter that does not, weights that cannot be trained, or `--use_vllm` without vLLM.
     """
     from hfllm.models.devices import forked_random
     from hfllm.models.loading.saved import is_for_pictures, max_length_of
@@ -498,11 +467,7 @@ def fitting_prompts(
     policy_config: "PreTrainedConfig",
     tools: PolicyTools = NO_TOOLS,
 ) -> list[Row]:
-    """Return the prompts; with `--filter_prompts` those that leave room for a response, and say how many do not.
-
-    Raises:
-        InputError: when none does, or the model is not named.
-    """
+    """Return the prompts; with `--filter_prompts` those that leave room for a response, and say how many do not."""
     from hfllm.data import formats
     from hfllm.data.images.rows import WORDS_FOR_A_PICTURE
     from hfllm.data.rows import Dropped, origin_of
@@ -538,11 +503,7 @@ def fitting_prompts(
 
 
 def check_rows(rows: Sequence[Row], config: "PreTrainedConfig") -> None:
-    """Refuse rows with pictures where the policy reads text alone.
-
-    Raises:
-        InputError: naming the row.
-    """
+    """Refuse rows with pictures where the policy reads text alone."""
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.trainers.ppo.prompts import check_pictures
 
@@ -551,11 +512,7 @@ def check_rows(rows: Sequence[Row], config: "PreTrainedConfig") -> None:
 
 
 def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", rows: Sequence[Row]) -> None:
-    """Refuse to freeze parts of a policy that is shown no picture, or below an adapter.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse to freeze parts of a policy that is shown no picture, or below an adapter."""
     from hfllm.multimodal.processors import has_pictures
 
     is_frozen = script_args.freeze_vision or script_args.freeze_text
@@ -574,11 +531,7 @@ def words_for_a_picture(rows: Sequence[Row], processing_class: "ProcessingClass"
 
 
 def refuse_words(rows: Sequence[Row], processing_class: "ProcessingClass") -> None:
-    """Refuse prompts whose words spell the token of a picture's place.
-
-    Raises:
-        InputError: naming the first.
-    """
+    """Refuse prompts whose words spell the token of a picture's place."""
     from hfllm.data.images.rows import words_of_places
     from hfllm.data.rows import origin_of
 

@@ -44,9 +44,6 @@ def check_head(model: "PreTrainedModel") -> None:
 
     Args:
         model: what is trained.
-
-    Raises:
-        InputError: naming what can be done.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
@@ -110,11 +107,7 @@ def with_template(
     tokenizer: "PreTrainedTokenizerBase",
     added_tokens: Sequence[str] | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return the model and the tokenizer with the new tokens, the end token and the chat template that the flags name.
-
-    Raises:
-        InputError: when there is no such token or template, or an adapter cannot get new tokens.
-    """
+    """Return the model and the tokenizer with the new tokens, end token and chat template that the flags name."""
     from trl.chat_template_utils import clone_chat_template
 
     from hfllm.data.tokenizer import BUILT_IN, set_built_in
@@ -149,11 +142,7 @@ def with_template(
 
 
 def marked_template(training_args: "SFTConfig", tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return the template whose marks `--assistant_only_loss` learns, or `None` without that flag.
-
-    Raises:
-        InputError: when the chat template has no marks, and TRL knows no version of it that has.
-    """
+    """Return the template whose marks `--assistant_only_loss` learns, or `None` without that flag."""
     from trl.chat_template_utils import get_training_chat_template
 
     from hfllm.data.conversations import has_markers, template_of
@@ -187,9 +176,6 @@ def examples(
         training_args: with the longest row, and what is learned.
         what: what the rows are, in the lines that are printed.
         is_eval: whether they are held out, as `--eval_packing` may tell them from the others.
-
-    Raises:
-        InputError: when none is left.
     """
     import numpy
     from datasets import Dataset
@@ -292,11 +278,7 @@ ANSWER_TOKENS = 48
 
 
 def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
-    """Return the processor of the named model if it sees; `None` for one of text, or where none is named.
-
-    Raises:
-        InputError: when a model that sees has none.
-    """
+    """Return the processor of the named model if it sees; `None` for one of text, or where none is named."""
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.shared import load_processor
@@ -366,11 +348,7 @@ def check_pictures(
     train_rows: Sequence[Mapping[str, Any]],
     eval_rows: Sequence[Mapping[str, Any]],
 ) -> bool:
-    """Return whether a row has pictures; refuse flags that do not go with that, or have no effect on rows of text.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Return whether a row has pictures; refuse flags that do not go with that, or have no effect on rows of text."""
     from hfllm.data.images.rows import by_turns
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
@@ -513,9 +491,6 @@ def with_passages(
         script_args: where the passages come from, and how many rows get them.
         tokenizer: cuts texts to passages.
         seed: of the rows that get them.
-
-    Raises:
-        InputError: when there are fewer passages than are asked for, or no row gets any.
     """
     from hfllm.data.tokenizer import plain_text
     from hfllm.grounding.retrieval import BM25Retriever
@@ -565,9 +540,6 @@ def _found(
 
     Args:
         is_training: whether the rows are learned from, so that some must have passages.
-
-    Raises:
-        InputError: when no training row gets any.
     """
     from hfllm.grounding.answers import last_question
     from hfllm.grounding.retrieval import scoring_enough

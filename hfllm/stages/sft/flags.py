@@ -51,11 +51,7 @@ class RetrievalArguments:
 
 
 def check_retrieval(script_args: RetrievalArguments) -> None:
-    """Refuse flags that have no effect, and passages that are not there.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect, and passages that are not there."""
     from hfllm.data.word_index import import_bm25s
 
     name = script_args.retrieval_dataset_name
@@ -144,11 +140,7 @@ def _is_adapter(name: str, revision: str) -> bool:
 
 
 def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or contradict each other.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect or contradict each other."""
     check_flags(script_args, training_args, model_args)
     check_retrieval(script_args)
     if training_args.packing and training_args.max_length is None:

@@ -79,11 +79,7 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
 
 
 def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or contradict each other.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that have no effect or contradict each other."""
     check_flags(script_args, model_args)
     named = bool(model_args.model_name_or_path)
     if named and script_args.is_world:
@@ -137,11 +133,7 @@ class Course(pipeline.Course):
 
 
 def course_of(script_args: ToolsArguments, model_args: "ModelConfig") -> Course:
-    """Return the runs that the flags ask for.
-
-    Raises:
-        InputError: when a config of one of them is wrong.
-    """
+    """Return the runs that the flags ask for."""
     named = model_args.model_name_or_path
     runs = _own_runs(script_args, model_args) if named else _runs_of_world(script_args)
     return Course(*pipeline.parsed_runs(runs, script_args.output_dir, script_args.seed), named)

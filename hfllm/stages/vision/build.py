@@ -137,9 +137,6 @@ def own_rows(script_args: VisionArguments, seed: int, tokens: Sequence[str] = ()
     Args:
         seed: of the split.
         tokens: what the processor writes at a picture's place; rows whose words spell one are left out.
-
-    Raises:
-        InputError: when a row cannot be read or has tools, or with `--bad_images refuse` a picture.
     """
     from hfllm.data.formats import to_sft
     from hfllm.data.images.rows import flaw_of_pictures
@@ -245,11 +242,7 @@ def new_model(
 
 
 def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """Return the user's vision-language model and its processor.
-
-    Raises:
-        InputError: when either cannot be loaded, or the model reads text alone.
-    """
+    """Return the user's vision-language model and its processor."""
     from hfllm.models.loading.saved import reason_of
     from hfllm.stages.shared import load_seeing_model
 
@@ -263,11 +256,7 @@ def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMi
 
 
 def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
-    """Return the processor of the user's vision-language model.
-
-    Raises:
-        InputError: when it cannot be loaded or has no chat template, or the model reads text alone.
-    """
+    """Return the processor of the user's vision-language model."""
     from hfllm.multimodal.processors import check_template
     from hfllm.runs.models import load_config
     from hfllm.stages import shared
@@ -280,11 +269,7 @@ def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
 
 
 def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
-    """Refuse a model that reads text alone.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse a model that reads text alone."""
     from hfllm.models.loading.saved import is_for_pictures
 
     if not is_for_pictures(config):
@@ -295,11 +280,7 @@ def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
 
 
 def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
-    """Keep the tower, or the decoder with its head, from learning; what is between them always learns.
-
-    Raises:
-        InputError: when the model is an adapter, its layout names no tower, or nothing is left to learn.
-    """
+    """Keep the tower, or the decoder with its head, from learning; what is between them always learns."""
     for flag, is_given in (("--freeze_vision", vision), ("--freeze_text", text)):
         is_idle = is_given and hasattr(model, "peft_config")
         refuse(is_idle, flag, "the model is an adapter, below which all weights are frozen")
@@ -357,11 +338,7 @@ def inner_projector(tower: "nn.Module", width: int) -> "list[nn.Module]":
 
 
 def tower_of(model: "PreTrainedModel") -> "nn.Module":
-    """Return the vision tower of a composed model.
-
-    Raises:
-        InputError: when the layout has none by a name that transformers knows.
-    """
+    """Return the vision tower of a composed model."""
     # Without such a name it returns the model itself, or its base.
     result = model.base_model.get_encoder(modality="image")
     if result is model or result is model.base_model:
@@ -409,10 +386,6 @@ def own_trainer(
         rows: with `prompt`, `completion` and `images`; some may have no pictures.
         eval_rows: likewise, or none.
         stage: the command, for what is said.
-
-    Raises:
-        InputError: for pictures in some rows only where weights are split, a model that cannot be loaded, or one of
-            which nothing is left to learn.
     """
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import peft_config

@@ -105,11 +105,7 @@ def default_settings(given: Mapping[str, Any]) -> list[Path]:
 
 
 def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that contradict each other or would fail later.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse flags that contradict each other or would fail later."""
     is_named, name = bool(model_args.model_name_or_path), script_args.dataset_name
     if name == WORLD:
         raise InputError("--dataset_name world: that one is of texts; pictures is the world to be seen")

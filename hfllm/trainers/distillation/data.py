@@ -339,9 +339,6 @@ def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
         name: a folder or a Hub id; one whose architecture transformers does not have passes: its size is unknown.
         settings: arguments of `from_pretrained`. With a `device_map` the model passes, since it may be spread, also to
             disk; so it does under ZeRO-3, whose processes hold a part each.
-
-    Raises:
-        InputError: with both sizes and what to do.
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 

@@ -31,11 +31,7 @@ def check_same_vocabulary(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     teacher_tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> None:
-    """Refuse a teacher whose logits do not belong to the student's tokens.
-
-    Raises:
-        InputError: naming what differs, and the alternative.
-    """
+    """Refuse a teacher whose logits do not belong to the student's tokens."""
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise InputError(f"the teacher has {sizes[1]} tokens and the student {sizes[0]}: {ALTERNATIVE}")
@@ -180,9 +176,6 @@ def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
     Args:
         model: the teacher or the student, without adapters around it.
         whose: teacher or student; a student must take `logits_to_keep`, or it would make all logits.
-
-    Raises:
-        InputError: naming the flag that avoids the need.
     """
     if whose == "student" and "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise InputError(

@@ -46,11 +46,7 @@ def as_batch(episodes: Sequence[Episode], pad_token_id: int, device: torch.devic
 
 
 def check_engine(trainer: "ActorCriticTrainer") -> None:
-    """Refuse tools where all processes must sample in step: their episodes have different numbers of turns.
-
-    Raises:
-        InputError: naming the engine.
-    """
+    """Refuse tools where all processes must sample in step: their episodes have different numbers of turns."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         raise InputError("tools do not work with DeepSpeed ZeRO-3, which samples in step: use ZeRO-2 or DDP")
@@ -156,9 +152,6 @@ def from_rollout_func(
             default whether the last token ends a response and is the policy's; `completions`, texts or lists of
             messages for the rewards, by default the decoded tokens. Anything else is a column for the rewards: a list
             with an entry for each prompt, or one value for all.
-
-    Raises:
-        InputError: naming the field, the prompt and the value that PPO cannot use.
     """
     if missing := [name for name in NEEDED if name not in output]:
         raise InputError(f"rollout_func must return {' and '.join(NEEDED)}; missing: {', '.join(missing)}")

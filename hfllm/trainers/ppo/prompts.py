@@ -127,9 +127,6 @@ def check_prompts(
 
     Returns:
         The number of prompts with pictures.
-
-    Raises:
-        InputError: naming the row and the number of tokens.
     """
     if len(dataset) == 0:
         raise InputError("the prompt dataset is empty")
@@ -158,9 +155,6 @@ def check_pictures(
     Args:
         processing_class: the policy's.
         reader: what reads no pictures, such as `the policy (HfllmForCausalLM)`; `None` where all do.
-
-    Raises:
-        InputError: naming the prompt.
     """
     count = 0
     for index in range(len(dataset)):
@@ -188,11 +182,7 @@ def unfit_prompts(
     context: int | None,
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Yield the place of each prompt without tokens or without room for a response, and what it is or has.
-
-    Raises:
-        InputError: naming the first prompt that the chat template refuses.
-    """
+    """Yield the place of each prompt without tokens or without room for a response, and what it is or has."""
     limit = None if context is None else context - response_length
     for index, count in enumerate(_token_counts(dataset, tokenizer, tools)):
         if not count:
@@ -236,15 +226,6 @@ def _counts_with_pictures(dataset: "HubDataset | Sequence[dict]", processor: Pro
         yield from [known[key] for key in keys]
         if len(known) > KEPT_COUNTS:
             known.clear()
-
-
-def tokenize_rows(
-    rows: Sequence[Mapping[str, Any]],
-    tokenizer: ProcessingClass,
-    tools: Sequence[dict[str, Any]] | None = None,
-) -> list[list[int]]:
-    """Return the token ids of each row's `prompt`, a conversation with these or the row's `tools` if it has any."""
-    return read_rows(rows, tokenizer, tools)[0]
 
 
 def read_rows(

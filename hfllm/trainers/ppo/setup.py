@@ -373,9 +373,6 @@ def check_uses(
     Args:
         counts: for each dataset its prompts with pictures, and all.
         samples: whether something else than the trainer samples: tools, environments, a `rollout_func`.
-
-    Raises:
-        InputError: naming the option.
     """
     if not any(count for count, _ in counts):
         return

@@ -21,11 +21,7 @@ NEVER = -100.0
 
 
 def check_vllm(args: PPOConfig) -> None:
-    """Refuse `use_vllm` where vLLM is not installed, or would ignore sampling settings.
-
-    Raises:
-        InputError: with the command to install it, or the names of the settings.
-    """
+    """Refuse `use_vllm` where vLLM is not installed, or would ignore sampling settings."""
     from trl.import_utils import is_vllm_available
 
     if not is_vllm_available():

@@ -44,11 +44,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str | int, flag: str) -> "Schedule":
-        """Parse a number, or comma-separated `share:number` pairs, such as `0:128,0.2:256,0.5:512`.
-
-        Raises:
-            InputError: naming the flag and what is wrong.
-        """
+        """Parse a number, or comma-separated `share:number` pairs, such as `0:128,0.2:256,0.5:512`."""
         try:
             pairs = [part.split(":") for part in str(text).split(",")]
             stages = [(0.0, int(pairs[0][0]))] if len(pairs[0]) == 1 else [(float(at), int(to)) for at, to in pairs]
