@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from hfllm.compression.int8 import OUTLIER_THRESHOLD
+from hfllm.compression.int8 import OUTLIER_THRESHOLD, DynamicInt8Config, DynamicInt8Linear
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
 from hfllm.models.loading.weights import load_weights_of
@@ -292,14 +292,10 @@ def _nf4(double: bool) -> "tuple[MakeConfig, ConvertLinear]":
 
 
 def _dynamic_config(dtype: "torch.dtype", skipped: list[str] | None) -> "QuantizationConfigMixin":
-    from hfllm.compression.int8 import DynamicInt8Config
-
     return DynamicInt8Config(modules_to_not_convert=skipped)
 
 
 def _dynamic_layer(linear: "nn.Linear") -> "nn.Module":
-    from hfllm.compression.int8 import DynamicInt8Linear
-
     return DynamicInt8Linear.from_linear(linear)
 
 

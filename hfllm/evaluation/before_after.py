@@ -8,6 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from hfllm.compression.schemes import agreement, greedy_tokens, linear_bytes, speeds, stored_bytes, token_windows
+from hfllm.data.images.files import read_image
+from hfllm.data.images.rows import conversation_batch
 from hfllm.data.rows import content_text
 from hfllm.data.world.vocabulary import RIGHT
 from hfllm.data.world.world import World
@@ -15,6 +17,8 @@ from hfllm.evaluation.judged import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
 from hfllm.evaluation.pictures import Asked, is_right
 from hfllm.generation.responses import sample_responses
+from hfllm.models.devices import forked_random
+from hfllm.models.loading.saved import saved_model
 from hfllm.outputs.report import (
     Bars,
     Plot,
@@ -82,8 +86,6 @@ def evaluate_tuned(
         answer: returns a model's answers to rows, in place of `sample_responses` on their prompts.
     """
     from torch.utils.data import DataLoader
-
-    from hfllm.models.devices import forked_random
 
     model, dataset = trainer.model, trainer.eval_dataset if tokenized is None else tokenized
     longest = getattr(trainer.args, "max_length", None)
@@ -307,8 +309,6 @@ class QuantizationEvaluation:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from hfllm.models.loading.saved import saved_model
-
         again = saved_model(AutoModelForCausalLM, folder).eval()
         again = again if again.device == model.device else again.to(model.device)
         with torch.inference_mode():
@@ -393,8 +393,6 @@ class PictureQuantization(QuantizationEvaluation):
         """Return the largest difference of logits between a model and the one saved in `folder`, on one question."""
         from transformers import AutoModelForImageTextToText
 
-        from hfllm.models.loading.saved import saved_model
-
         again = saved_model(AutoModelForImageTextToText, folder).eval()
         again = again if again.device == model.device else again.to(model.device)
         first = next(self.answers)
@@ -424,9 +422,6 @@ class PictureQuantization(QuantizationEvaluation):
 
 def answer_tokens(processor: "ProcessorMixin", asked: Asked) -> AnswerTokens:
     """Return a question and its right answer as a model reads them, with the place where the answer begins."""
-    from hfllm.data.images.files import read_image
-    from hfllm.data.images.rows import conversation_batch
-
     shown = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in asked.images]]
     whole = [*asked.prompt, {"role": "assistant", "content": [{"type": "text", "text": asked.answer}]}]
     inputs: dict[str, Any] = dict(conversation_batch(processor, [whole], shown))

@@ -19,7 +19,7 @@ from hfllm.data.tokenizer import tokenize_prompts, turn_end
 from hfllm.errors import InputError, is_out_of_memory
 from hfllm.models.devices import most_tokens
 from hfllm.models.family.configuration_fields_hfllm import longrope_limits
-from hfllm.models.loading.saved import max_length_of
+from hfllm.models.loading.saved import check_vocabulary, max_length_of
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -486,8 +486,6 @@ def prompt_tokens(
         InputError: for a prompt without tokens, or without room for `max_new_tokens` more in the model's context, and
             for a tokenizer with tokens that the model has no embeddings for.
     """
-    from hfllm.models.loading.saved import check_vocabulary
-
     check_vocabulary(model, tokenizer)
     if isinstance(prompts, str):
         raise InputError(f"prompts must be a list, got the text {prompts!r:.60}")

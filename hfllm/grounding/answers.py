@@ -15,6 +15,7 @@ from hfllm.errors import InputError
 from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.grounding.passages import Passages, check_tokenizer
 from hfllm.grounding.retrieval import Found, Retriever, scoring_enough
+from hfllm.models.loading.saved import max_length_of
 
 if TYPE_CHECKING:
     import torch
@@ -103,8 +104,6 @@ def check_room(
         max_new_tokens: of an answer.
         numbers: of the questions, where one has several prompts.
     """
-    from hfllm.models.loading.saved import max_length_of
-
     context = max_length_of(model.config)
     for number, prompt, passages in zip(numbers or range(1, len(tokens) + 1), tokens, found, strict=True):
         if not prompt:

@@ -12,10 +12,13 @@ from uuid import uuid4
 
 from hfllm import durable
 from hfllm.data.passages import Passage
+from hfllm.data.tokenizer import padding_token
 from hfllm.data.word_index import FILE, WordIndex, best_places, import_bm25s, words_of
 from hfllm.errors import InputError
 from hfllm.fingerprint import fingerprint
 from hfllm.grounding.passages import Passages, loaded_passages
+from hfllm.models.loading.saved import max_length_of, reason_of, saved_model, saved_tokenizer
+from hfllm.models.loading.weights import weights_fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -314,10 +317,6 @@ class SentenceEncoder:
         max_length: int | None = None,
         truncation: bool = False,
     ):
-        from hfllm.data.tokenizer import padding_token
-        from hfllm.models.loading.saved import max_length_of
-        from hfllm.models.loading.weights import weights_fingerprint
-
         self.model, self.tokenizer, self.batch_size, self.truncation = model.eval(), tokenizer, batch_size, truncation
         limits = (max_length, max_length_of(model.config), tokenizer.model_max_length)
         self.max_length = min(limit for limit in limits if limit is not None)
@@ -338,8 +337,6 @@ class SentenceEncoder:
             InputError: when there is none.
         """
         from transformers import AutoModel
-
-        from hfllm.models.loading.saved import reason_of, saved_model, saved_tokenizer
 
         try:
             return cls(saved_model(AutoModel, name), saved_tokenizer(name), **options)

@@ -18,7 +18,7 @@ from hfllm.generation.responses import best_by_reward, majority
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision
 from hfllm.grounding.abstention import UNKNOWN
 from hfllm.grounding.answers import normalized
-from hfllm.models.loading.saved import max_length_of
+from hfllm.models.loading.saved import check_vocabulary, max_length_of
 from hfllm.outputs.report import mean_of, readable, standard_error
 
 if TYPE_CHECKING:
@@ -281,8 +281,6 @@ class EntailmentModel:
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 32):
-        from hfllm.models.loading.saved import check_vocabulary
-
         labels = {number: str(label) for number, label in (model.config.id2label or {}).items()}
         result = [int(number) for number, label in labels.items() if label.strip().casefold() == ENTAILMENT]
         if len(result) != 1 or len(labels) < 2:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import conversation_batch
+from hfllm.models.devices import forked_random
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,8 +48,6 @@ def answer_pictures(
         seed: of the sampling; the caller's random state is not changed.
     """
     import torch
-
-    from hfllm.models.devices import forked_random
 
     answers: list[str] = []
     was_training = model.training

@@ -18,7 +18,7 @@ from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
 from hfllm.errors import InputError
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds
-from hfllm.models.loading.saved import max_length_of
+from hfllm.models.loading.saved import check_vocabulary, max_length_of
 from hfllm.outputs.report import share_error, standard_error
 from hfllm.rewards.functions import completion_text
 
@@ -174,8 +174,6 @@ class PreferenceJudge:
         batch_size: int = 64,
         seed: int = 0,
     ):
-        from hfllm.models.loading.saved import check_vocabulary
-
         if tokenizer.pad_token_id is None:
             raise InputError("the judge's tokenizer has no padding token: set tokenizer.pad_token")
         if clamp is not None and not (len(clamp) == 2 and 0 < clamp[0] < clamp[1] < 1):

@@ -10,7 +10,7 @@ from hfllm.data.rows import Message, read_tools, unspelled, words_of
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation.scoring import batches_of_like_length, pass_precision
-from hfllm.models.loading.saved import reads_pictures
+from hfllm.models.loading.saved import check_vocabulary, reads_pictures
 from hfllm.rewards.functions import BEGINNING, RewardFunction, checked_rewards, reward_name
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ class RewardModel:
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
-        from hfllm.models.loading.saved import check_vocabulary
-
         if model.config.num_labels != 1:
             raise InputError(
                 f"the reward model has {model.config.num_labels} labels; expected a model trained with num_labels=1"

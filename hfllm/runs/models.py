@@ -9,8 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.tokenizer import padding_token, plain_chat_template
 from hfllm.errors import InputError, is_out_of_memory, refuse
-from hfllm.models.loading.saved import max_length_of, reason_of
+from hfllm.models.conversion.convert import BAD_CONFIG, check_empty, config_from_native
+from hfllm.models.family.attention_hfllm import check_implementation
+from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, ExpertFields, LatentFields
+from hfllm.models.family.configuration_hfllm import HfllmConfig
+from hfllm.models.loading.adapters import BASE_FOLDER, HEADS, find_adapter, load_base, put_on, put_under_head
+from hfllm.models.loading.folders import temporary_folder, whole_folder
+from hfllm.models.loading.saved import (
+    check_vocabulary,
+    empty_model,
+    is_for_pictures,
+    max_length_of,
+    quantization_method,
+    reason_of,
+    saved_config,
+    saved_processor,
+)
+from hfllm.models.loading.weights import check_weight_files
 from hfllm.outputs.files import MERGED_FROM, read_json
 from hfllm.outputs.report import REPORT_FILE
 from hfllm.runs.arguments import changed
@@ -49,8 +66,6 @@ def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
 def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model and its tokenizer; an adapter is merged into its base, unless that is quantized."""
     from transformers import AutoModelForCausalLM
-
-    from hfllm.models.loading.saved import check_vocabulary
 
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(name, model_args.model_revision)
@@ -112,7 +127,6 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
 
 def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model as it is; an adapter that was saved without one has that of its base."""
-    from hfllm.models.loading.adapters import find_adapter
     from hfllm.models.loading.saved import saved_tokenizer
 
     try:
@@ -132,8 +146,6 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
 
 def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     """Set what a tokenizer lacks: a padding token, a chat template. Both are saved with it."""
-    from hfllm.data.tokenizer import padding_token, plain_chat_template
-
     if tokenizer.pad_token is None:
         tokenizer.pad_token = padding_token(tokenizer)
         say_once(f"the tokenizer of {name!r} has no padding token: {tokenizer.pad_token!r} is set")
@@ -147,9 +159,6 @@ def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
 
 def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
     """Load the config of the named model; for an adapter that of its base."""
-    from hfllm.models.loading.adapters import find_adapter
-    from hfllm.models.loading.saved import saved_config
-
     try:
         return saved_config(name, revision=revision)
     except (OSError, ValueError) as error:
@@ -166,10 +175,6 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
         model_args: with the model's name, if it has one.
         adapters: whether the stage can train an adapter.
     """
-    from hfllm.models.loading.adapters import find_adapter
-    from hfllm.models.loading.saved import quantization_method
-    from hfllm.models.loading.weights import check_weight_files
-
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision) if name else None
     if adapter is not None:
@@ -198,8 +203,6 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
     """Return the config of a new model of the family."""
     from huggingface_hub.errors import StrictDataclassError
 
-    from hfllm.models.family.configuration_hfllm import HfllmConfig
-
     try:
         return HfllmConfig(**fields)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
@@ -211,8 +214,6 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
 
 def check_attention(implementation: str | None, config: "PreTrainedConfig") -> None:
     """Refuse an attention function of ours, `sparse` or `banded`, that cannot compute the model of this config."""
-    from hfllm.models.family.attention_hfllm import check_implementation
-
     try:
         if implementation in ("sparse", "banded"):
             check_implementation(implementation, config.get_text_config(decoder=True))
@@ -222,10 +223,6 @@ def check_attention(implementation: str | None, config: "PreTrainedConfig") -> N
 
 def named_fields(name: str) -> dict[str, Any]:
     """Return the architecture that `--config_name_or_path` names: a preset or a config.json, also a native one."""
-    from hfllm.models.conversion.convert import BAD_CONFIG, config_from_native
-    from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, ExpertFields, LatentFields
-    from hfllm.models.family.configuration_hfllm import HfllmConfig
-
     if Path(name).exists():
         try:
             config = load_config(name)
@@ -288,8 +285,6 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     import torch
     from peft import get_peft_model
 
-    from hfllm.models.loading.saved import empty_model, is_for_pictures
-
     # Of the family, a bidirectional model can write nothing.
     is_causal = adapter.task_type in ("CAUSAL_LM", "SEQ_CLS") and getattr(config, "is_causal", True)
     task = "CAUSAL_LM" if is_causal else adapter.task_type
@@ -348,9 +343,6 @@ def load_to_train(
     """Load the language model that a stage trains, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.loading.adapters import find_adapter, load_base, put_on
-    from hfllm.models.loading.saved import check_vocabulary
-
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision)
     if adapter is None:
@@ -368,8 +360,6 @@ def load_to_train(
 def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrainedModel | PeftModel":
     """Load the model with one score for a sequence that a stage trains. A language model's head is new."""
     from transformers import AutoModelForSequenceClassification
-
-    from hfllm.models.loading.adapters import find_adapter, load_base, put_on, put_under_head
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision)
@@ -401,7 +391,6 @@ def load_head_to_train(
         task_type: of the head, as PEFT names it.
         head: further arguments of `from_pretrained`, such as `id2label`.
     """
-    from hfllm.models.loading.adapters import find_adapter, load_base, put_on, put_under_head
     from hfllm.models.loading.weights import load_weights_of
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -436,8 +425,6 @@ def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_di
     from accelerate import PartialState
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    from hfllm.models.loading.adapters import BASE_FOLDER
-
     if is_deepspeed_zero3_enabled():
         raise InputError(
             f"--use_peft on the adapter {adapter.name!r} merges it, which ZeRO-3 cannot do: merge it by hfllm merge "
@@ -466,9 +453,6 @@ def whole_model(name: str, revision: str, folder: str | Path) -> Iterator[tuple[
     Args:
         folder: where a merged model may lie in the meantime.
     """
-    from hfllm.models.loading.adapters import find_adapter
-    from hfllm.models.loading.folders import temporary_folder
-
     adapter = find_adapter(name, revision=revision)
     if adapter is None:
         yield name, revision
@@ -494,10 +478,6 @@ def write_merged(adapter: "SavedAdapter", folder: Path, max_shard_size: str = "5
 
 def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path, max_shard_size: str = "50GB") -> None:
     """Save a merged model with its tokenizer, and a record of what it is made from."""
-    from hfllm.models.conversion.convert import check_empty
-    from hfllm.models.loading.folders import whole_folder
-    from hfllm.models.loading.saved import is_for_pictures
-
     check_empty(folder)
     tokenizer = saved_tokenizer(adapter.name, adapter.location.get("revision", "main"))
     # That of a model that sees stands in the config of its decoder.
@@ -516,8 +496,6 @@ def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path,
 
 def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":
     """Return the processor that was saved with an adapter of a model that sees, or that of its base."""
-    from hfllm.models.loading.saved import saved_processor
-
     for name, location in ((adapter.name, adapter.location), (adapter.base, adapter.base_location)):
         with suppress(ImportError, OSError, ValueError):
             processor = saved_processor(name, **location)
@@ -528,8 +506,6 @@ def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":
 
 def scorer_settings(adapter: "SavedAdapter") -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for a base that gets its head for scores from an adapter."""
-    from hfllm.models.loading.adapters import HEADS
-
     if adapter.task not in ("SEQ_CLS", "TOKEN_CLS"):
         return {}
     rows = [value.shape[0] for name, value in adapter.weights().items() if name.split(".")[-2] in HEADS]

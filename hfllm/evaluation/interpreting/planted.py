@@ -42,6 +42,7 @@ from hfllm.evaluation.interpreting.measures import (
     strongest,
     subject_spread,
 )
+from hfllm.models.devices import forked_random
 from hfllm.outputs.report import NOISE
 
 if TYPE_CHECKING:
@@ -215,8 +216,6 @@ OWN_SEED = 7_000_000
 
 def random_parts(parts: Parts, seed: int = 0) -> Parts:
     """Return the parts of a model of the same class and config that has learned nothing, on the same device."""
-    from hfllm.models.devices import forked_random
-
     config = copy.deepcopy(parts.model.config)
     if getattr(config, "quantization_config", None) is not None:
         # Of the stored weights; new ones are of full precision.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hfllm.environments.python_tool import CodeError, python_within
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite
 
@@ -349,8 +350,6 @@ def gsm8k(rows: "Dataset") -> "Dataset":
 
 def humaneval(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Return whether the function that a model has completed passes its tests, in a process of its own."""
-    from hfllm.environments.python_tool import CodeError, python_within
-
     # A program that ends before its tests has passed none: what is said after them cannot be guessed.
     passed = secrets.token_hex(8)
     program = f"{doc['prompt']}{results[0]}\n\n{doc['test']}\n\ncheck({doc['entry_point']})\nprint({passed!r})\n"

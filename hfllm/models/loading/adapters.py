@@ -24,7 +24,7 @@ from hfllm.models.loading.saved import (
     refuse_quantized,
     saved_config,
 )
-from hfllm.models.loading.weights import load_weights_of
+from hfllm.models.loading.weights import cast_weights, load_weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -394,8 +394,6 @@ def load_to_merge(
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from hfllm.models.loading.weights import cast_weights
 
     adapter.check()
     model, has_new_head = load_base(adapter, auto_class, **{**kwargs, "dtype": "auto"})

@@ -11,13 +11,26 @@ from itertools import compress, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.formats import as_messages
-from hfllm.data.rows import Message
+from hfllm.data.formats import as_messages, to_preference, to_prompt
+from hfllm.data.images.rows import without_images
+from hfllm.data.rows import Message, flaw_of, flaw_of_prompt
+from hfllm.data.world.demonstrators import (
+    CRITICS_HARMS,
+    HELPFUL_FAMILIES,
+    critic_rows,
+    draw_task,
+    helpful_rows,
+    preference_rows,
+)
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
+from hfllm.evaluation.suites.refusals import refuses
+from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.report import Found, change_of, mean_of
+from hfllm.rewards.judges import PAPER_CLAMP, PreferenceJudge
 from hfllm.runs import pipeline
 from hfllm.runs.command_line import say
+from hfllm.runs.models import load_config, load_tokenizer
 from hfllm.runs.pipeline import Row, by_main_process
 from hfllm.stages.constitution.flags import (
     AI_LABELS,
@@ -40,14 +53,20 @@ from hfllm.stages.constitution.flags import (
 from hfllm.stages.constitution.report import (
     PROMISES,
     TITLES,
+    answer,
     course_metrics,
     course_plots,
     course_tables,
+    label_metrics,
+    prompts_to_ask,
     revision_metrics,
     revision_samples,
     summary_of,
 )
-from hfllm.stages.shared import Speaking, load_speaking
+from hfllm.stages.shared import Speaking, kept_rows, load_speaking, user_rows
+from hfllm.synthesis.constitution import load_constitution
+from hfllm.synthesis.revisions import critique_and_revise
+from hfllm.trainers.ppo.prompts import unfit_prompts
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -118,9 +137,6 @@ def up_to_critique(row: Row) -> Row:
 
 def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
     """Return what people show: how to help with everything, and critique, revision and judging."""
-    from hfllm.data.world.demonstrators import critic_rows, helpful_rows
-    from hfllm.synthesis.constitution import load_constitution
-
     world, seed = World(script_args.world_seed), script_args.seed
     critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
     rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
@@ -130,8 +146,6 @@ def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
 
 def world_prompts(script_args: ConstitutionArguments) -> Prompts:
     """Return questions of the world: harmful and harmless ones, none of which is held out."""
-    from hfllm.data.world.demonstrators import HELPFUL_FAMILIES, draw_task
-
     world = World(script_args.world_seed)
     rng = random.Random(f"constitution-prompts-{world.seed}-{script_args.seed}")
     harmful = [draw_task(world, rng, ("harm",)) for _ in range(script_args.num_prompts)]
@@ -146,8 +160,6 @@ def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, pr
     At times one of the answers is to another question; of these every other one refuses. Else nobody says that a
     refusal of something harmless is worse than an answer, and PPO refuses what the model finds hard.
     """
-    from hfllm.data.world.demonstrators import preference_rows
-
     asked = prompts.harmless[: script_args.num_human_pairs]
     said = speaking.answers(asked, script_args.longest, script_args.seed + 23, samples=2)
     tasks = prompts.tasks[len(prompts.harmful) :][: len(asked)]
@@ -167,11 +179,6 @@ def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, pr
 
 def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Prompts:
     """Return your red-team prompts, a part of them held out, and harmless ones, where the model has room to answer."""
-    from hfllm.data.formats import to_prompt
-    from hfllm.data.images.rows import without_images
-    from hfllm.data.rows import flaw_of_prompt
-    from hfllm.stages.shared import kept_rows, user_rows
-
     reader = without_images(to_prompt, "hfllm constitution")
     settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
     harmful, held_out = user_rows(script_args, reader, script_args.seed, **settings)
@@ -187,10 +194,6 @@ def _with_room(
     kind: str, rows: Sequence[Row], script_args: ConstitutionArguments, model_args: "ModelConfig"
 ) -> list[Conversation]:
     """Return the prompts that leave room for an answer in the model's context, and say how many do not."""
-    from hfllm.models.loading.saved import max_length_of
-    from hfllm.runs.models import load_config, load_tokenizer
-    from hfllm.trainers.ppo.prompts import unfit_prompts
-
     name, revision = model_args.model_name_or_path, model_args.model_revision
     prompts = [{"prompt": as_messages(row["prompt"])} for row in rows]
     context, longest = max_length_of(load_config(name, revision)), script_args.longest
@@ -205,11 +208,6 @@ def _with_room(
 
 def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:
     """Return people's comparisons of helpfulness, if you name some."""
-    from hfllm.data.formats import to_preference
-    from hfllm.data.images.rows import without_images
-    from hfllm.data.rows import flaw_of
-    from hfllm.stages.shared import kept_rows
-
     if not script_args.preference_dataset_name:
         return []
     named = replace(script_args, dataset_name=script_args.preference_dataset_name, eval_dataset_name=None)
@@ -367,8 +365,6 @@ class Steps:
 
     def controls(self) -> None:
         """Run the arms that must not gain."""
-        from hfllm.synthesis.constitution import load_constitution
-
         script_args = self.script_args
         if POLITENESS in script_args.arms:
             write_rows(
@@ -440,8 +436,6 @@ class Steps:
         return self._models["critic"]
 
     def _revised(self, constitution: "Constitution", folder: str) -> "Revisions":
-        from hfllm.synthesis.revisions import critique_and_revise
-
         script_args, first, critic = self.script_args, self.speaking(HELPFUL), self._critic()
         return critique_and_revise(
             *(first.model, first.tokenizer, self.prompts.harmful, constitution, script_args.num_revisions),
@@ -467,8 +461,6 @@ class Steps:
         return answered(harmless, self.speaking(HELPFUL).answers(harmless, script_args.longest, **settings))
 
     def _judge(self) -> "PreferenceJudge":
-        from hfllm.rewards.judges import PAPER_CLAMP, PreferenceJudge
-
         if not has_questions(self.constitution):
             raise InputError(f"constitution {self.constitution.name!r} has no preference questions to judge by")
         critic, script_args = self._critic(), self.script_args
@@ -503,8 +495,6 @@ class Steps:
         return rows
 
     def _compare_with_gold(self, rows: Sequence[Row], pairs: Pairs) -> None:
-        from hfllm.stages.constitution.report import label_metrics
-
         task_of = {task.question: task for task in pairs.tasks}
         if task_of:
             self.metrics |= label_metrics(rows, task_of, LABEL_NOISE, self.script_args.seed)
@@ -519,8 +509,6 @@ class Steps:
 
 def people_s_labels(script_args: ConstitutionArguments) -> str:
     """Return the sentence of the report that says which labels of people were used."""
-    from hfllm.data.world.demonstrators import CRITICS_HARMS
-
     if not script_args.is_world:
         named = script_args.preference_dataset_name
         return f"labels of people: comparisons of {named}" if named else "labels of people: none in these runs"
@@ -542,8 +530,6 @@ SAMPLES = 8
 
 def evaluate(steps: Steps) -> Found:
     """Ask all models of the embedded world's course, judge them by the gold rubric, and describe what came out."""
-    from hfllm.stages.constitution.report import answer, prompts_to_ask
-
     script_args = steps.script_args
     count = script_args.num_eval_prompts
     asked = prompts_to_ask(World(script_args.world_seed), count, round(HARMLESS * count))
@@ -609,8 +595,6 @@ def figures_of_revisions(steps: Steps) -> dict[str, float]:
 
 
 def _values(texts: Sequence[str]) -> dict[str, list[float]]:
-    from hfllm.evaluation.suites.refusals import refuses
-
     return {
         "refusals": [float(refuses(text)) for text in texts],
         "words": [float(len(text.split())) for text in texts],

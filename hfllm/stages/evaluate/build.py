@@ -8,8 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.formats import Row, to_sft
+from hfllm.data.images.rows import by_turns, flaw_of_pictures, picture_mapper, refuse_token, words_of_places
+from hfllm.data.loading import RowArguments
+from hfllm.data.world.world import World
 from hfllm.errors import InputError
+from hfllm.evaluation.pictures import Part, Pictures
 from hfllm.evaluation.suites.base import Item, Record, Suite, missing_overlaps
+from hfllm.evaluation.suites.calibration import ChoiceCalibration, WorldCalibration
+from hfllm.evaluation.suites.few_shot import FewShot
+from hfllm.evaluation.suites.interpretability import Interpretability
+from hfllm.evaluation.suites.preferences import Preferences
+from hfllm.evaluation.suites.refusals import XSTest
+from hfllm.evaluation.suites.robustness import Robustness
+from hfllm.evaluation.suites.truthfulness import TruthfulQA
+from hfllm.evaluation.suites.world_suites import WorldFewShot, WorldPreferences, WorldRefusals, WorldTruthfulness
 from hfllm.evaluation.verdicts import (
     Compared,
     can_differ,
@@ -23,9 +36,12 @@ from hfllm.evaluation.verdicts import (
 )
 from hfllm.fingerprint import file_fingerprint
 from hfllm.flags import check_flags
+from hfllm.models.loading.adapters import find_adapter
+from hfllm.models.loading.weights import check_weight_files
 from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Found, Plot, compared, write_atomically
 from hfllm.outputs.statistics import Interval, difference_interval, mean_interval
 from hfllm.runs.command_line import say
+from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
 from hfllm.stages.evaluate import flags as evaluate_flags
 from hfllm.stages.evaluate.flags import (
     CHANGES,
@@ -36,8 +52,11 @@ from hfllm.stages.evaluate.flags import (
     processor_of,
     refuse_foreign_changes,
     slug,
+    suite_of,
 )
-from hfllm.stages.shared import files_changed
+from hfllm.stages.shared import files_changed, kept_rows
+from hfllm.stages.vision.build import SHUFFLED, asked_of, eval_parts, prior_of
+from hfllm.stages.vision.flags import DRAWN, VisionArguments
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -62,45 +81,29 @@ def suites_of(script_args: EvaluateArguments, judge: "Subject | None") -> list[S
 
 
 def _world_options(script_args: EvaluateArguments) -> dict:
-    from hfllm.data.world.world import World
-
     count = NUM_WORLD_ITEMS if script_args.num_items is None else script_args.num_items
     return {"world": World(script_args.world_seed), "num_items": count}
 
 
 def _truthfulness(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
     if script_args.truthfulqa_file:
-        from hfllm.evaluation.suites.truthfulness import TruthfulQA
-
         return TruthfulQA(script_args.truthfulqa_file, script_args.num_items, script_args.write_answers, judge)
-    from hfllm.evaluation.suites.world_suites import WorldTruthfulness
-
     return WorldTruthfulness(**_world_options(script_args))
 
 
 def _hhh(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
     if script_args.preference_files:
-        from hfllm.evaluation.suites.preferences import Preferences
-
         return Preferences(script_args.preference_files, script_args.num_items)
-    from hfllm.evaluation.suites.world_suites import WorldPreferences
-
     return WorldPreferences(**_world_options(script_args))
 
 
 def _refusals(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
     if script_args.xstest_file:
-        from hfllm.evaluation.suites.refusals import XSTest
-
         return XSTest(script_args.xstest_file, script_args.num_items, judge, script_args.max_new_tokens)
-    from hfllm.evaluation.suites.world_suites import WorldRefusals
-
     return WorldRefusals(**_world_options(script_args))
 
 
 def _calibration(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
-    from hfllm.evaluation.suites.calibration import ChoiceCalibration, WorldCalibration
-
     if script_args.few_shot_files:
         return ChoiceCalibration(script_args.few_shot_files, script_args.num_items)
     return WorldCalibration(**_world_options(script_args))
@@ -108,31 +111,20 @@ def _calibration(script_args: EvaluateArguments, judge: "Subject | None") -> Sui
 
 def _few_shot(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
     if script_args.few_shot_files:
-        from hfllm.evaluation.suites.few_shot import FewShot
-
         files, count = script_args.few_shot_files, script_args.num_items
         return FewShot(files, count, script_args.num_shots, script_args.max_new_tokens)
-    from hfllm.evaluation.suites.world_suites import WorldFewShot
-
     return WorldFewShot(**_world_options(script_args))
 
 
 def _interpretability(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
-    from hfllm.evaluation.suites.interpretability import Interpretability
-
     return Interpretability(script_args.facts_file, script_args.world_seed)
 
 
 def _lm_eval(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
-    from hfllm.stages.evaluate.flags import suite_of
-
     return suite_of(script_args, script_args.num_items)
 
 
 def _robustness(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
-    from hfllm.data.world.world import World
-    from hfllm.evaluation.suites.robustness import Robustness
-
     count, attacks = script_args.num_items, script_args.num_attacks
     if script_args.robustness_file:
         return Robustness(None, script_args.robustness_file, count, script_args.max_new_tokens, attacks)
@@ -140,8 +132,6 @@ def _robustness(script_args: EvaluateArguments, judge: "Subject | None") -> Suit
 
 
 def _pictures(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
-    from hfllm.evaluation.pictures import Pictures
-
     return Pictures(partial(parts_of, script_args), script_args.max_new_tokens)
 
 
@@ -179,10 +169,6 @@ def check_pictures(script_args: EvaluateArguments) -> None:
 
 def parts_of(script_args: EvaluateArguments) -> "list[Part]":
     """Return the questions that `--dataset_name` names."""
-    from hfllm.evaluation.pictures import Part
-    from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of
-    from hfllm.stages.vision.flags import DRAWN, VisionArguments
-
     name, count = script_args.dataset_name, script_args.num_items
     if name not in DRAWN:
         return [Part("", own_questions(script_args))]
@@ -197,12 +183,6 @@ def parts_of(script_args: EvaluateArguments) -> "list[Part]":
 
 def own_questions(script_args: EvaluateArguments) -> "Sequence[Asked]":
     """Return the first answer of each of the user's rows as a question, of the first `--num_items` that are kept."""
-    from hfllm.data.formats import Row, to_sft
-    from hfllm.data.images.rows import by_turns, flaw_of_pictures, picture_mapper, refuse_token, words_of_places
-    from hfllm.data.loading import RowArguments
-    from hfllm.stages.shared import kept_rows
-    from hfllm.stages.vision.build import asked_of
-
     name = script_args.dataset_name
     read = RowArguments(dataset_name=name, dataset_train_split="test")
     pictures = picture_mapper(script_args, name, to_sft, STAGE)
@@ -606,10 +586,6 @@ def check(script_args: EvaluateArguments) -> None:
 
 def check_models(script_args: EvaluateArguments) -> None:
     """Refuse models that cannot be loaded, and a chat template that is asked for and not there."""
-    from hfllm.models.loading.adapters import find_adapter
-    from hfllm.models.loading.weights import check_weight_files
-    from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
-
     judge = script_args.judge_model_name_or_path
     for name in [*(script_args.model_name_or_path or ()), *([judge] if judge else ())]:
         try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hfllm.errors import InputError
+from hfllm.federation.lora import freeze_a
 from hfllm.federation.organisations import Organisation
 from hfllm.federation.privacy import (
     AnsweredRounds,
@@ -42,8 +43,11 @@ from hfllm.federation.transports import InProcess, Learner, SeveralProcesses, Tr
 from hfllm.federation.updates import ErrorFeedback, Expected, Update, changes, replace_tensors, weights_sha256
 from hfllm.models.devices import forked_random
 from hfllm.outputs.report import write_atomically
+from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import given_names, say
+from hfllm.runs.models import fitting_length, load_to_train, peft_config
 from hfllm.runs.recipes import load_recipe
+from hfllm.stages.federated import flags as federated_flags
 from hfllm.stages.federated.flags import (
     FROZEN_A,
     MEAN,
@@ -65,6 +69,7 @@ from hfllm.stages.federated.flags import (
     tokenized_pairs,
 )
 from hfllm.trainers.engines import schedule_of
+from hfllm.trainers.trl_trainers import SFTTrainer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -417,12 +422,7 @@ def load_local(
     from datasets import Dataset
     from transformers import set_seed
 
-    from hfllm.federation.lora import freeze_a
-    from hfllm.runs.arguments import changed
-    from hfllm.runs.models import fitting_length, load_to_train, peft_config
-    from hfllm.stages.federated import flags as federated_flags
     from hfllm.stages.sft import build as sft
-    from hfllm.trainers.trl_trainers import SFTTrainer
 
     # Of rows that a template adds to the embeddings.
     set_seed(training_args.seed)
@@ -573,8 +573,6 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
         settings: `flags`, a file of the recipe's flags; `base`, the model that it begins from; `rows`, its file, if it
             is not one of the flags; `terms` of the server's run, which must be those of the flags.
     """
-    from hfllm.runs.arguments import changed
-
     script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
     check_terms(script_args, training_args, settings.get("terms") or {})
     seed = training_args.seed

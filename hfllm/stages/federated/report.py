@@ -15,6 +15,7 @@ from hfllm.outputs.report import Found, Plot, mean_of, plus_minus, standard_erro
 from hfllm.runs.command_line import say
 from hfllm.stages.federated.build import Local
 from hfllm.stages.federated.flags import CENTRAL, EQUAL_STEPS, LOCAL, FederatedArguments, Tokenized, pooled
+from hfllm.trainers.engines import schedule_of
 
 # ---- measured models ----
 
@@ -175,8 +176,6 @@ class Controls:
 
     def _central(self) -> Weights:
         """Train on the pooled rows, as many rows as all organisations together have learned, in usual batches."""
-        from hfllm.trainers.engines import schedule_of
-
         steps = self.steps * len(self.local.organisations)
         rate = schedule_of(self.local.learner.args, steps)
         rows = pooled(self.local.organisations)

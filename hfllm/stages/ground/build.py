@@ -39,8 +39,10 @@ from hfllm.grounding.verification import (
     has_words,
     majority_of_meaning,
 )
+from hfllm.models.loading.saved import saved_model, saved_tokenizer
 from hfllm.outputs.report import Found, plus_minus
 from hfllm.outputs.statistics import reliability_plot, risk_coverage_plot, uncertainty_metrics
+from hfllm.rewards.models import RewardModel
 from hfllm.runs.pipeline import Row, by_main_process, write_rows
 from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, SFT, TOP_K, Course, GroundArguments, data_file
 from hfllm.stages.ground.report import (
@@ -149,9 +151,6 @@ def _reward(course: Course) -> "RewardModel | None":
     if not course.has_made(REWARD):
         return None
     from transformers import AutoModelForSequenceClassification
-
-    from hfllm.models.loading.saved import saved_model, saved_tokenizer
-    from hfllm.rewards.models import RewardModel
 
     folder = course.folder(REWARD)
     return RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))

@@ -7,12 +7,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import mixture_of
-from hfllm.data.prepared import Prepared
+from hfllm.data.packing import (
+    batch_of,
+    check_infilling_tokens,
+    fill_in_the_middle,
+    length_grouped,
+    masked_tokens,
+    pack,
+    seeded_generator,
+    token_pieces,
+)
+from hfllm.data.prepared import Prepared, windows
 from hfllm.errors import InputError, refuse
+from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
+from hfllm.evaluation.perplexity import text_likelihood
+from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
+from hfllm.models.loading.weights import cast_weights
 from hfllm.runs.arguments import changed
+from hfllm.runs.models import load_policy, load_tokenizer, named_fields, new_config
+from hfllm.scaling.speed import palm_flops_per_token
 from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments, architecture_of
 from hfllm.stages.pretrain.tokenizer import make_tokenizer
-from hfllm.trainers.pretraining.trainer import loss_settings, optimizer_of
+from hfllm.trainers.callbacks import SampleCallback
+from hfllm.trainers.mixins import TokenMeanEvaluation
+from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
+from hfllm.trainers.pretraining.trainer import BatchPlan, Schedule, loss_settings, optimizer_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,8 +83,6 @@ def plan_of_run(
     mask: Masking | None,
 ) -> "BatchPlan":
     """Return the plan of the run: the sources' rows that each optimizer step learns from, on this process."""
-    from hfllm.trainers.pretraining.trainer import BatchPlan, Schedule
-
     length, processes = script_args.max_length, training_args.world_size
     batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
     weights = [weight for _, weight in mixture_of(script_args)]
@@ -117,8 +134,6 @@ def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
     """Return the function that masks packed rows by row number: the same tokens on any process and at any time."""
     import torch
 
-    from hfllm.data.packing import masked_tokens, seeded_generator
-
     if tokenizer.mask_token_id is None:
         raise InputError(f"--objective masked: the tokenizer {tokenizer.name_or_path!r} has no mask_token")
 
@@ -135,9 +150,6 @@ def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
 
 def infilled(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, seed: int) -> Iterator[str]:
     """Yield documents that fit into a row in Code Llama's infilling format, nine of ten; the others as they are."""
-    from hfllm.data.packing import check_infilling_tokens, fill_in_the_middle
-    from hfllm.data.prepared import windows
-
     check_infilling_tokens(tokenizer)
     number = 0
     for window in windows(texts, 1000, 1 << 24):
@@ -161,8 +173,6 @@ def load_or_make_base(
     A new one has the architecture of `--config_name_or_path`, or that of the flags and the tokenizer's size. The
     tokenizer is the named one, or a new one trained on `texts`.
     """
-    from hfllm.runs.models import load_policy, load_tokenizer, named_fields
-
     if model_args.model_name_or_path:
         return load_policy(model_args)
     named = script_args.config_name_or_path
@@ -198,10 +208,6 @@ def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelC
         model_args: its attention and its dtype.
     """
     import torch
-
-    from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
-    from hfllm.models.loading.weights import cast_weights
-    from hfllm.runs.models import new_config
 
     refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
     attention = model_args.attn_implementation
@@ -253,7 +259,6 @@ def trainer_of_rows(
     test_texts: Sequence[str],
 ) -> "PretrainTrainer":
     """Return a trainer on the packed rows of each source, in the order and the batches of a plan."""
-    from hfllm.data.packing import batch_of, pack
     from hfllm.trainers.pretraining.trainer import PretrainTrainer, has_flash_attention
 
     length = script_args.max_length
@@ -308,9 +313,6 @@ def padded_trainer(
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling
 
-    from hfllm.data.packing import length_grouped, token_pieces
-    from hfllm.trainers.mixins import TokenMeanEvaluation
-
     (source,) = sources.values()
     texts = source["text"][:]
     batch = training_args.per_device_train_batch_size * training_args.world_size
@@ -360,10 +362,6 @@ def watch(
     Returns:
         A function that returns the samples.
     """
-    from hfllm.scaling.speed import palm_flops_per_token
-    from hfllm.trainers.callbacks import SampleCallback
-    from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
-
     model, args = trainer.model, trainer.args
     plan = getattr(trainer, "plan", None)
     config = model.config.get_text_config()
@@ -408,8 +406,6 @@ def bytes_per_token(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", 
 
 def stop_if_broken(trainer: "Trainer") -> None:
     """Stop if the loss of the model has diverged."""
-    from hfllm.trainers.monitors import LossSpikeGuard
-
     for guard in trainer.callback_handler.callbacks:
         if isinstance(guard, LossSpikeGuard) and guard.action == "stop" and guard.message:
             raise InputError(f"{guard.message}. The model was not saved; --loss_spikes warn continues regardless")
@@ -434,9 +430,6 @@ def held_out_metrics(
     """
     if script_args.objective == "masked":
         return {}
-    from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
-    from hfllm.evaluation.perplexity import text_likelihood
-
     fit = text_likelihood(model, tokenizer, test_texts, script_args.max_length)
     return {
         **fit.metrics(),

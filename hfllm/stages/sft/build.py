@@ -5,16 +5,48 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.augmentation import PREFILL
-from hfllm.data.images.rows import Rows, words_of_places
-from hfllm.data.loading import InstructionArguments
+from hfllm.data import formats
+from hfllm.data.augmentation import PREFILL, augmented_demonstrations, training_texts
+from hfllm.data.conversations import Conversations, has_markers, read_back, template_of
+from hfllm.data.images.rows import (
+    Convert,
+    Rows,
+    as_dataset,
+    by_turns,
+    flaw_of_pictures,
+    picture_mapper,
+    place_images,
+    refuse_images,
+    refuse_tools,
+    words_of_places,
+    words_or_pictures,
+)
+from hfllm.data.loading import InstructionArguments, split_rows
 from hfllm.data.packing import IGNORE
-from hfllm.data.rows import OriginRow, origin_of
-from hfllm.data.sources import PYDOC
+from hfllm.data.rows import Dropped, OriginRow, flaw_of, origin_of
+from hfllm.data.sources import PYDOC, WORLD, Source
+from hfllm.data.tokenizer import BUILT_IN, plain_text, set_built_in
+from hfllm.data.world.demonstrators import instruction_rows
+from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
+from hfllm.evaluation.before_after import MOST_ROWS, evaluate_tuned, tuning_metrics
+from hfllm.evaluation.pictures import other_places
+from hfllm.evaluation.suites.refusals import refuses
+from hfllm.fingerprint import file_fingerprint
 from hfllm.flags import check_flags
+from hfllm.grounding.answers import grounded, last_question
+from hfllm.grounding.passages import FILE, Passages
+from hfllm.grounding.retrieval import BM25Retriever, scoring_enough
+from hfllm.models.loading.saved import add_tokens, is_for_pictures
+from hfllm.outputs.report import plus_minus
+from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import say
+from hfllm.runs.models import load_config
 from hfllm.runs.pipeline import Chain, chain_before
+from hfllm.stages import shared
 from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, SftArguments, passage_files
+from hfllm.stages.shared import check_split_weights, check_whole_rows, load_processor, user_rows
+from hfllm.stages.vision.build import own_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,13 +110,6 @@ def instruction_data(
         seed: of the demonstrations and of the split.
         model_name: of the model of text that learns, for complaints.
     """
-    from hfllm.data import formats
-    from hfllm.data.images.rows import refuse_images
-    from hfllm.data.loading import split_rows
-    from hfllm.data.sources import WORLD, Source
-    from hfllm.data.world.demonstrators import instruction_rows
-    from hfllm.data.world.world import World
-    from hfllm.stages.shared import user_rows
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
         refuse_images(origin, row, f"the model {model_name!r}" if model_name else "the model")
@@ -110,10 +135,7 @@ def with_template(
     """Return the model and the tokenizer with the new tokens, end token and chat template that the flags name."""
     from trl.chat_template_utils import clone_chat_template
 
-    from hfllm.data.tokenizer import BUILT_IN, set_built_in
     from hfllm.models.loading.probes import check_template
-    from hfllm.models.loading.saved import add_tokens
-    from hfllm.runs.command_line import say
 
     if added_tokens:
         refuse(hasattr(model, "peft_config"), "--added_tokens", NO_ROWS)
@@ -144,8 +166,6 @@ def with_template(
 def marked_template(training_args: "SFTConfig", tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the template whose marks `--assistant_only_loss` learns, or `None` without that flag."""
     from trl.chat_template_utils import get_training_chat_template
-
-    from hfllm.data.conversations import has_markers, template_of
 
     if not training_args.assistant_only_loss:
         return None
@@ -179,10 +199,6 @@ def examples(
     """
     import numpy
     from datasets import Dataset
-
-    from hfllm.data.conversations import Conversations, read_back
-    from hfllm.data.rows import Dropped
-    from hfllm.runs.command_line import say
 
     longest, part = training_args.max_length, _kept_part(training_args, is_eval)
     conversations = Conversations(tokenizer, marked_template(training_args, tokenizer))
@@ -232,10 +248,6 @@ def without_prefill(labeled: "Labeled", prefill: str, tokenizer: "PreTrainedToke
 
 def augmented(script_args: SftArguments, rows: list[Mapping[str, object]], seed: int) -> list[Mapping[str, object]]:
     """Return training rows, a share `--augment` of them in other forms, and say how many refusals are prefilled."""
-    from hfllm.data.augmentation import augmented_demonstrations, training_texts
-    from hfllm.evaluation.suites.refusals import refuses
-    from hfllm.runs.command_line import say
-
     if not script_args.augment:
         return rows
     texts = training_texts(script_args.dataset_name)
@@ -279,10 +291,6 @@ ANSWER_TOKENS = 48
 
 def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
     """Return the processor of the named model if it sees; `None` for one of text, or where none is named."""
-    from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.runs.models import load_config
-    from hfllm.stages.shared import load_processor
-
     name, revision = model_args.model_name_or_path, model_args.model_revision
     return load_processor(name, revision) if name and is_for_pictures(load_config(name, revision)) else None
 
@@ -298,19 +306,6 @@ def picture_instructions(
         processor: the model's, `None` for one of text.
         model_name: of the model, for complaints.
     """
-    from hfllm.data import formats
-    from hfllm.data.images.rows import (
-        Convert,
-        flaw_of_pictures,
-        picture_mapper,
-        place_images,
-        refuse_tools,
-        words_or_pictures,
-    )
-    from hfllm.data.rows import flaw_of
-    from hfllm.data.sources import WORLD
-    from hfllm.stages.shared import user_rows
-
     if processor is None or script_args.dataset_name == WORLD:
         return instruction_data(script_args, script_args.num_examples, seed, model_name)
 
@@ -349,11 +344,6 @@ def check_pictures(
     eval_rows: Sequence[Mapping[str, Any]],
 ) -> bool:
     """Return whether a row has pictures; refuse flags that do not go with that, or have no effect on rows of text."""
-    from hfllm.data.images.rows import by_turns
-    from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.runs.models import load_config
-    from hfllm.stages.shared import check_split_weights, check_whole_rows
-
     shows = shows_pictures(train_rows, eval_rows)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     sees = shows or bool(name and is_for_pictures(load_config(name, revision)))
@@ -375,8 +365,6 @@ def load_policy(
     Args:
         config: the model's.
     """
-    from hfllm.stages import shared
-
     model, processing_class = shared.load_policy(model_args, config, training_args.output_dir)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer.chat_template is None:
@@ -394,10 +382,6 @@ def trainer_of(
     eval_rows: Rows,
 ) -> "tuple[SFTTrainer, Rows]":
     """Return TRL's trainer on rows with pictures, and the held-out rows, one for each answer, as it reads them."""
-    from hfllm.data.images.rows import by_turns
-    from hfllm.runs.arguments import changed
-    from hfllm.stages.vision.build import own_trainer
-
     train, held_out = ([turn for row in rows for turn in by_turns(row)] for rows in (train_rows, eval_rows))
     args = changed(training_args, max_length=None)
     trainer, _ = own_trainer(script_args, args, model_args, train, held_out, stage="sft")
@@ -409,7 +393,6 @@ def trainer_of(
 
 def evaluate(trainer: "SFTTrainer", held_out: Rows) -> "TunedEvaluation | None":
     """Evaluate the trainer's current model on the first held-out rows, and let it answer the first of them."""
-    from hfllm.evaluation.before_after import evaluate_tuned
     from hfllm.multimodal.answers import answer_pictures
 
     def answer(model: "PreTrainedModel", rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -421,10 +404,6 @@ def evaluate(trainer: "SFTTrainer", held_out: Rows) -> "TunedEvaluation | None":
 
 def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) -> dict[str, float]:
     """Return the loss of held-out rows with the pictures of others, and how much more that is than with their own."""
-    from hfllm.data.images.rows import as_dataset
-    from hfllm.evaluation.before_after import MOST_ROWS, evaluate_tuned, tuning_metrics
-    from hfllm.evaluation.pictures import other_places
-
     rows = held_out[:MOST_ROWS]
     others = other_places([row["images"] for row in rows])
     indices = [index for index, other in enumerate(others) if rows[index]["images"] and other != index]
@@ -445,8 +424,6 @@ def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) ->
 
 def control_summary(metrics: Mapping[str, float]) -> str:
     """Return the control in words; nothing where it was not measured."""
-    from hfllm.outputs.report import plus_minus
-
     if "other_pictures_loss" not in metrics:
         return ""
     loss, change = (
@@ -467,8 +444,6 @@ class GroundedRow(OriginRow):
 
 def contents(script_args: RetrievalArguments) -> dict[str, str]:
     """Return a hash of the local files that the passages come from, by name, for what tells runs apart."""
-    from hfllm.fingerprint import file_fingerprint
-
     name = script_args.retrieval_dataset_name
     files = passage_files(name) if name else []
     # Where a folder is does not matter, which names its files have does.
@@ -492,10 +467,6 @@ def with_passages(
         tokenizer: cuts texts to passages.
         seed: of the rows that get them.
     """
-    from hfllm.data.tokenizer import plain_text
-    from hfllm.grounding.retrieval import BM25Retriever
-    from hfllm.runs.command_line import say
-
     name = script_args.retrieval_dataset_name
     if name is None:
         return list(rows), list(eval_rows), {}
@@ -526,8 +497,6 @@ def with_passages(
 
 
 def _passages(name: str, tokenizer: "PreTrainedTokenizerBase") -> "Passages":
-    from hfllm.grounding.passages import FILE, Passages
-
     if name != PYDOC and Path(name, FILE).is_file():
         return Passages.load(name, tokenizer)
     return Passages.from_source(name, tokenizer)
@@ -541,9 +510,6 @@ def _found(
     Args:
         is_training: whether the rows are learned from, so that some must have passages.
     """
-    from hfllm.grounding.answers import last_question
-    from hfllm.grounding.retrieval import scoring_enough
-
     queries = []
     for row in rows:
         messages = [*row["prompt"], *row["completion"]]
@@ -593,8 +559,6 @@ def _grounded(row: "Row", found: Sequence["Found"], plain: Callable[[str], str])
     Args:
         plain: breaks what would open or end a turn in a passage.
     """
-    from hfllm.grounding.answers import grounded
-
     if not found:
         return row
     size = len(row["prompt"])

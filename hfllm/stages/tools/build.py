@@ -18,6 +18,7 @@ from hfllm.data.world.tasks import (
     table_of,
 )
 from hfllm.data.world.world import World
+from hfllm.environments.tools import ToolBox
 from hfllm.outputs.report import Found, write_atomically
 from hfllm.runs.pipeline import by_main_process, write_rows
 from hfllm.stages.shared import load_speaking
@@ -32,7 +33,7 @@ from hfllm.stages.tools.flags import (
     data_file,
     table_file,
 )
-from hfllm.stages.tools.report import Answered, answer, questions_to_ask, report
+from hfllm.stages.tools.report import Answered, answer, questions_to_ask, report, tools_of
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -64,9 +65,6 @@ def tables(world: World) -> tuple[Table, Table]:
 
 def tools_column() -> str:
     """Return the schemas of the world's tools as JSON text, as datasets with a column `tools` have them."""
-    from hfllm.environments.tools import ToolBox
-    from hfllm.stages.tools.report import tools_of
-
     return json.dumps(ToolBox(tools_of({})).schemas)
 
 

@@ -15,6 +15,7 @@ from hfllm.data.world.vocabulary import RIGHT, gold_score
 from hfllm.data.world.world import World
 from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import calculator, lookup_in
+from hfllm.models.devices import forked_random
 from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, plus_minus, side_by_side
 from hfllm.rewards.functions import completion_text, transcript
 from hfllm.stages.tools.flags import PLAIN, RL, SHOWN, SHUFFLED
@@ -139,8 +140,6 @@ def continuing(
         is_off: whether no call may begin.
     """
     import torch
-
-    from hfllm.models.devices import forked_random
 
     ends = sorted(end_tokens(tokenizer, model))
     settings = {"do_sample": do_sample, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}

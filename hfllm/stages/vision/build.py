@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.formats import to_sft
 from hfllm.data.images.rows import (
     Convert,
     FreezingArguments,
@@ -12,11 +13,13 @@ from hfllm.data.images.rows import (
     Rows,
     as_dataset,
     by_turns,
+    flaw_of_pictures,
     picture_mapper,
     png_of,
     text_of,
 )
 from hfllm.data.sources import DIGITS, PICTURES
+from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.pictures import (
     ABSENT,
     CAPTIONS,
@@ -31,8 +34,22 @@ from hfllm.data.world.pictures import (
 )
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.pictures import Asked, shuffled_questions
+from hfllm.models.family.configuration_hfllm import HfllmConfig
+from hfllm.models.family.layers_hfllm import HfllmMLP
+from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
+from hfllm.models.loading.saved import is_for_pictures, reason_of
+from hfllm.multimodal.composed import with_vision
+from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 from hfllm.outputs.report import change_of
+from hfllm.rewards.functions import gold_reward
+from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import say
+from hfllm.runs.models import load_config, peft_config
+from hfllm.stages.shared import check_split_weights, is_mixed, load_seeing_model, user_rows
 from hfllm.stages.vision.flags import VisionArguments
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.pretraining.trainer import optimizer_of
+from hfllm.trainers.trl_trainers import PictureTrainer, SFTTrainer, TurnTokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,9 +155,6 @@ def own_rows(script_args: VisionArguments, seed: int, tokens: Sequence[str] = ()
         seed: of the split.
         tokens: what the processor writes at a picture's place; rows whose words spell one are left out.
     """
-    from hfllm.data.formats import to_sft
-    from hfllm.data.images.rows import flaw_of_pictures
-    from hfllm.stages.shared import user_rows
 
     def mapper(name: str) -> Convert:
         return picture_mapper(script_args, name, to_sft, "hfllm vision", tokens)
@@ -192,13 +206,6 @@ def new_model(
     """
     from transformers import SiglipVisionConfig, set_seed
 
-    from hfllm.data.tokenizer import train_tokenizer
-    from hfllm.models.family.configuration_hfllm import HfllmConfig
-    from hfllm.models.family.layers_hfllm import HfllmMLP
-    from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
-    from hfllm.multimodal.composed import with_vision
-    from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
-
     width, side = script_args.hidden_size, picture_side(script_args.dataset_name)
     tower_width, is_world = script_args.vision_hidden_size or width, script_args.dataset_name == PICTURES
     tokenizer = train_tokenizer(
@@ -243,9 +250,6 @@ def new_model(
 
 def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
     """Return the user's vision-language model and its processor."""
-    from hfllm.models.loading.saved import reason_of
-    from hfllm.stages.shared import load_seeing_model
-
     name, processor = model_args.model_name_or_path, load_processor(model_args)
     try:
         return load_seeing_model(model_args), processor
@@ -258,7 +262,6 @@ def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMi
 def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
     """Return the processor of the user's vision-language model."""
     from hfllm.multimodal.processors import check_template
-    from hfllm.runs.models import load_config
     from hfllm.stages import shared
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -270,8 +273,6 @@ def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
 
 def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
     """Refuse a model that reads text alone."""
-    from hfllm.models.loading.saved import is_for_pictures
-
     if not is_for_pictures(config):
         raise InputError(
             f"--model_name_or_path {name}: a {config.model_type} model reads text alone; name a vision-language "
@@ -350,10 +351,6 @@ def new_trainer(
     script_args: VisionArguments, training_args: "SFTConfig", seed: int
 ) -> "tuple[Trainer, ProcessorMixin]":
     """Return the trainer of a model that is made here: captions first, then questions."""
-    from hfllm.runs.arguments import changed
-    from hfllm.trainers.pretraining.trainer import optimizer_of
-    from hfllm.trainers.trl_trainers import PictureTrainer, TurnTokens
-
     questions, captions = question_rows(script_args, seed), caption_rows(script_args, seed)
     texts = [text for rows in (captions, questions) if rows is not None for text in rows.texts()]
     model, processor = new_model(script_args, questions, texts, seed)
@@ -387,11 +384,6 @@ def own_trainer(
         eval_rows: likewise, or none.
         stage: the command, for what is said.
     """
-    from hfllm.runs.arguments import changed
-    from hfllm.runs.models import peft_config
-    from hfllm.stages.shared import check_split_weights, is_mixed
-    from hfllm.trainers.trl_trainers import SFTTrainer
-
     check_split_weights(training_args, rows, eval_rows or ())
     if is_mixed(rows) and training_args.ddp_find_unused_parameters is None:
         # In a batch without pictures the tower gets no gradient, which several processes would wait for.
@@ -414,8 +406,6 @@ def own_trainer(
 
 def warn_of_frozen_projector(model: "nn.Module", has_adapter: bool, stage: str) -> None:
     """Say that an adapter leaves the projector as it is, where it does."""
-    from hfllm.runs.command_line import say
-
     learned = [name for name, weight in model.named_parameters() if weight.requires_grad]
     if has_adapter and not any("projector" in name for name in learned):
         say(f"{stage}: the adapter leaves the projector as it is; --lora_modules_to_save with its name lets it learn")
@@ -467,8 +457,6 @@ def policy_trainer(
     """
     from accelerate import PartialState
 
-    from hfllm.rewards.functions import gold_reward
-    from hfllm.trainers.ppo.config import PPOConfig
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
     state = PartialState()
@@ -508,7 +496,6 @@ def sampled_gold(
 ) -> list[float]:
     """Return the gold reward of one sampled answer to each question."""
     from hfllm.multimodal.answers import answer_pictures
-    from hfllm.rewards.functions import gold_reward
 
     prompts, images = [each.prompt for each in questions], [each.images for each in questions]
     said = answer_pictures(model, processor, prompts, images, script_args.max_new_tokens, do_sample=True)

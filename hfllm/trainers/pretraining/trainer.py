@@ -17,6 +17,7 @@ from hfllm.data.packing import IGNORE, batch_of, pieces_of
 from hfllm.errors import InputError, refuse
 from hfllm.models.devices import refuse_data_parallel
 from hfllm.trainers.mixins import TokenMeanEvaluation
+from hfllm.trainers.pretraining.muon import muon_factory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -369,8 +370,6 @@ def optimizer_of(
     """Return the class and arguments from which `Trainer` builds Muon; `None` for the optimizer of `--optim`."""
     if not use_muon:
         return None
-    from hfllm.trainers.pretraining.muon import muon_factory
-
     return muon_factory, {
         "lr": training_args.learning_rate,
         "weight_decay": training_args.weight_decay,
