@@ -10,7 +10,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # The attribute of parsed flags that names those which the user gave.
 GIVEN = "given_flags"
 # Defaults by which a flag asks for nothing, though it is named.
-OFF = (None, False, "", "no", "none", [], -1)
+OFF = (False, "no", "none", -1)
 # What stands in a list of names for none of them.
 NO_NAME = "none"
 
@@ -154,22 +154,27 @@ def rules_of(kind: "type[DataclassInstance]") -> dict[str, Rules]:
     return {name: text.rules for name, text in helps.items() if isinstance(text, Help)}
 
 
-def check_flags(*parsed: "DataclassInstance", **known: object) -> None:
+def check_flags(*parsed: "DataclassInstance", names: Collection[str] | None = None, **known: object) -> None:
     """Refuse values that flags do not take, and flags that would have no effect.
 
     A dataclass refuses flags of the others by its attribute `refused`, such as `{"use_peft": NAMED}`.
 
     Args:
         parsed: the dataclasses of a run's flags.
+        names: the flags to check; by default all.
         known: what else is known by now, such as `shows`, whether a row has pictures; facts take it for a flag.
     """
     flags = Flags(*parsed, **known)
     for group in parsed:
         for name, rules in rules_of(type(group)).items():
+            if names is not None and name not in names:
+                continue
             value = getattr(group, name)
             check_number(name, value, rules.takes)
             _check_names(name, value, rules.some_of)
     for name, facts in _refusals(parsed):
+        if names is not None and name not in names:
+            continue
         for fact in _several(facts):
             if is_set(name, *parsed) and fact.holds(flags):
                 raise InputError(f"--{name} cannot be used here: {fact.reason.format_map(flags)}")
@@ -212,6 +217,9 @@ def is_set(name: str, *parsed: "DataclassInstance") -> bool:
         for item in fields(group):
             if item.name == name:
                 value = getattr(group, name)
+                # A name that is empty takes back what a file of flags says.
+                if value in (None, "", []):
+                    return False
                 is_other = value != (item.default if item.default is not MISSING else item.default_factory())
                 if given is None:
                     return is_other

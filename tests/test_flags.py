@@ -113,6 +113,7 @@ def test_a_flag_is_set_when_the_user_asks_for_something_by_it():
     settings = replace(as_parsed()[0], num_prompts=7), as_parsed()[1]
     object.__setattr__(settings[0], GIVEN, ())
     assert not is_set("num_prompts", *settings), "a default of the recipe's settings"
+    assert not is_set("model_name_or_path", *as_parsed(model_name_or_path=""))
     assert is_set("num_prompts", Arguments(num_prompts=7)) and not is_set("num_prompts", Arguments())
 
 

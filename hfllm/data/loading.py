@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,7 +16,7 @@ from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, Fact, Refused, at_least, flag
+from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, Fact, Refused, at_least, check_flags, flag
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -172,7 +172,9 @@ class TextArguments(DataArguments):
 
 
 def check_source(script_args: DataArguments) -> None:
-    """Refuse files that do not exist, and columns that no format has."""
+    """Refuse flags of the data without effect, files that do not exist, and columns that no format has."""
+    of_data = {item.name for kind in (RowArguments, TextArguments) for item in fields(kind)}
+    check_flags(script_args, names=of_data)
     if not getattr(script_args, "dataset_mixture", None):
         for name in (script_args.dataset_name, getattr(script_args, "eval_dataset_name", None)):
             _ = name is None or _is_here(name)

@@ -13,7 +13,6 @@ from hfllm.data.loading import DataArguments, check_source
 from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError
 from hfllm.fingerprint import FORM, file_fingerprint
-from hfllm.flags import check_flags
 from hfllm.outputs.card import START, is_written, lineage, write_card
 from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming, record_of, state_of
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
@@ -151,8 +150,6 @@ class Stage:
                 raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
             if hasattr(group, "n_gpu"):
                 refuse_data_parallel(group)
-        check_flags(*self.parsed)
-        for group in self.parsed:
             if isinstance(group, DataArguments):
                 check_source(group)
 
