@@ -159,7 +159,7 @@ def test_few_pictures_are_shown_at_once(taught, monkeypatch):
         shown.append(len(prompts))
         return batch(processor, prompts, *args, **options)
 
-    for module in ("hfllm.data.images.rows", "hfllm.multimodal.answers"):
+    for module in ("hfllm.evaluation.before_after", "hfllm.multimodal.answers"):
         monkeypatch.setattr(f"{module}.conversation_batch", counted)
     evaluation = PictureQuantization(processor.tokenizer, (), 0, 2, processor=processor, questions=questions)
     assert not shown
