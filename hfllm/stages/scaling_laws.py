@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
 COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
 PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
-OF_TABLES = Fact(lambda flags: not flags.runs, "it is for --runs")
-OF_GRIDS = OF_TABLES.absent("it is for the grid, which --runs replaces")
+NO_TABLE = Fact(lambda flags: not flags.runs, "it is for --runs")
+FROM_TABLE = NO_TABLE.absent("it is for the grid, which --runs replaces")
 NO_PROBE = Fact(lambda flags: not flags.probe, "it needs --probe")
 
 
@@ -58,21 +58,21 @@ class ScalingArguments(DataArguments, RemoteCodeArguments):
         "or folder, or a dataset id on the Hub.",
     )
     runs: str | None = flag(None, "CSV file of finished runs; without it a grid is trained.")
-    parameters_column: str | None = flag(None, "Its column of N, if not a common name.", never=OF_TABLES)
-    tokens_column: str | None = flag(None, "Its column of D, if not a common name.", never=OF_TABLES)
-    loss_column: str | None = flag(None, "Its column of losses, if not a common name.", never=OF_TABLES)
+    parameters_column: str | None = flag(None, "Its column of N, if not a common name.", never=NO_TABLE)
+    tokens_column: str | None = flag(None, "Its column of D, if not a common name.", never=NO_TABLE)
+    loss_column: str | None = flag(None, "Its column of losses, if not a common name.", never=NO_TABLE)
     held_out_share: float = flag(
         0.1,
         "Share of the file's runs, those with the most compute, to predict.",
         takes=Range("a share between 0 and 1", lambda value: 0 < value < 1),
-        never=OF_TABLES,
+        never=NO_TABLE,
     )
     outliers: str = flag(
         "keep",
         "What to do with the file's runs that are far from the law of the others: 'keep' and name them, "
         "or 'drop' them.",
         choices=["keep", "drop"],
-        never=OF_TABLES,
+        never=NO_TABLE,
     )
     resamples: int = flag(1000, "Bootstrap resamples behind the 95%% intervals.", takes=at_least(10))
     huber_delta: float = flag(1e-3, "Error in log loss above which the Huber loss is linear.", takes=POSITIVE)
@@ -83,26 +83,26 @@ class ScalingArguments(DataArguments, RemoteCodeArguments):
         None, "FLOPs to divide between N and D in the report; by default ten times the largest run's."
     )
     grid: list[str] = flag(
-        GRID, "Models and their training tokens: WIDTHxLAYERS:TOKENS,... once per model.", never=OF_GRIDS
+        GRID, "Models and their training tokens: WIDTHxLAYERS:TOKENS,... once per model.", never=FROM_TABLE
     )
     held_out_run: str = flag(
         "64x3:2400000",
         "The run to predict, WIDTHxLAYERS:TOKENS, with more compute than any of the grid.",
-        never=OF_GRIDS,
+        never=FROM_TABLE,
     )
     count_parameters: str = flag(
         "total",
         "N of the grid: 'total', Chinchilla's, or 'non_embedding', Kaplan's. runs.csv has both.",
         choices=list(COUNTS),
-        never=OF_GRIDS,
+        never=FROM_TABLE,
     )
     pretrain_config: str | None = flag(
-        None, "YAML flags of `hfllm pretrain` for all runs of the grid.", never=OF_GRIDS
+        None, "YAML flags of `hfllm pretrain` for all runs of the grid.", never=FROM_TABLE
     )
     probe: bool = flag(
         False,
         "Ask each size the world's questions, and plot exact match beside log-likelihood.",
-        never=(OF_GRIDS, ON_WORLD.absent("its questions need --dataset_name world")),
+        never=(FROM_TABLE, ON_WORLD.absent("its questions need --dataset_name world")),
     )
     probe_questions: int = flag(50, "Questions of each task family.", takes=at_least(1), never=NO_PROBE)
     probe_shots: int = flag(1, "Solved examples before a few-shot question.", takes=at_least(1), never=NO_PROBE)
@@ -110,9 +110,9 @@ class ScalingArguments(DataArguments, RemoteCodeArguments):
     output_dir: str = flag("outputs/scaling_laws", "Where runs, models and report go.")
 
     refused: ClassVar[Refused] = {
-        **dict.fromkeys([item.name for item in fields(DataArguments)], OF_GRIDS),
-        "world_seed": (OF_GRIDS, ON_WORLD.absent("it is for --dataset_name world")),
-        "max_samples": (OF_GRIDS, ON_WORLD.because("the world is as large as the runs need")),
+        **dict.fromkeys([item.name for item in fields(DataArguments)], FROM_TABLE),
+        "world_seed": (FROM_TABLE, ON_WORLD.absent("it is for --dataset_name world")),
+        "max_samples": (FROM_TABLE, ON_WORLD.because("the world is as large as the runs need")),
     }
 
 

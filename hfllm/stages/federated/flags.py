@@ -60,7 +60,7 @@ NO_NOISE = Fact(
     "without --noise_multiplier or --row_noise_multiplier nothing is private",
 )
 NO_TRAINER = "local steps are not taken by Trainer.train, which would switch it on"
-OF_PAIRS = Fact(lambda flags: flags.learner == REWARD, "of comparisons whole answers are scored")
+ON_PAIRS = Fact(lambda flags: flags.learner == REWARD, "of comparisons whole answers are scored")
 
 
 def is_adafactor(optim: object) -> bool:
@@ -201,7 +201,7 @@ class FederatedArguments(InstructionArguments):
     refused: ClassVar[Refused] = {
         "dataset_name": Fact(lambda flags: flags.organisation_files, "--organisation_files takes its place"),
         "use_peft": Fact(lambda flags: flags.average == FULL, "--average full trains all weights"),
-        **dict.fromkeys(("loss_on", "completion_only_loss", "assistant_only_loss", "chat_template_path"), OF_PAIRS),
+        **dict.fromkeys(("loss_on", "completion_only_loss", "assistant_only_loss", "chat_template_path"), ON_PAIRS),
         "neftune_noise_alpha": ALWAYS.because(NO_TRAINER),
         **dict.fromkeys(("num_train_epochs", "max_steps"), ALWAYS.because(LENGTH)),
         "fp16": ALWAYS.because("local steps scale no gradients: --bf16, or neither"),

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 # The architecture of a new model, as flags; and the config of a model that is named or not yet trained.
 
 
-FOR_A_NEW_MODEL = (
+NOT_NEW = (
     NAMED.because("it is for a new model, without --model_name_or_path"),
     Fact(lambda flags: flags.config_name_or_path, "--config_name_or_path has it"),
 )
-OF_SPARSE = (
-    *FOR_A_NEW_MODEL,
+NOT_SPARSE = (
+    *NOT_NEW,
     Fact(lambda flags: flags.attn_implementation != "sparse", "it needs --attn_implementation sparse"),
 )
 
@@ -41,64 +41,58 @@ OF_SPARSE = (
 class ArchitectureArguments:
     """Architecture of a new model."""
 
-    vocab_size: int = flag(
-        8192, "Upper bound on the new tokenizer's vocabulary.", takes=at_least(1), never=FOR_A_NEW_MODEL
-    )
-    hidden_size: int = flag(512, "Width of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL)
-    num_hidden_layers: int = flag(8, "Layers of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL)
-    num_attention_heads: int = flag(8, "Query heads of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL)
-    num_key_value_heads: int | None = flag(
-        None, "Key-value heads of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL
-    )
-    max_position_embeddings: int = flag(2048, "Context of the new model.", takes=at_least(1), never=FOR_A_NEW_MODEL)
-    initializer_range: float = flag(
-        0.02, "Standard deviation of the new weights.", takes=POSITIVE, never=FOR_A_NEW_MODEL
-    )
-    tie_word_embeddings: bool = flag(False, "Share embeddings and head.", never=FOR_A_NEW_MODEL)
-    norm_type: str = flag("rmsnorm", "rmsnorm or layernorm.", never=FOR_A_NEW_MODEL)
-    norm_placement: str = flag("pre", "pre, post, output or both.", never=FOR_A_NEW_MODEL)
-    mlp_type: str = flag("gated", "gated or plain.", never=FOR_A_NEW_MODEL)
-    hidden_act: str = flag("silu", "Activation of the MLP.", never=FOR_A_NEW_MODEL)
-    position_embedding_type: str = flag("rope", "rope, learned or none.", never=FOR_A_NEW_MODEL)
-    parallel_block: bool = flag(False, "Attention and MLP side by side, as in PaLM.", never=FOR_A_NEW_MODEL)
-    sliding_window: int | None = flag(None, "Tokens that each token attends to at most.", never=FOR_A_NEW_MODEL)
+    vocab_size: int = flag(8192, "Upper bound on the new tokenizer's vocabulary.", takes=at_least(1), never=NOT_NEW)
+    hidden_size: int = flag(512, "Width of the new model.", takes=at_least(1), never=NOT_NEW)
+    num_hidden_layers: int = flag(8, "Layers of the new model.", takes=at_least(1), never=NOT_NEW)
+    num_attention_heads: int = flag(8, "Query heads of the new model.", takes=at_least(1), never=NOT_NEW)
+    num_key_value_heads: int | None = flag(None, "Key-value heads of the new model.", takes=at_least(1), never=NOT_NEW)
+    max_position_embeddings: int = flag(2048, "Context of the new model.", takes=at_least(1), never=NOT_NEW)
+    initializer_range: float = flag(0.02, "Standard deviation of the new weights.", takes=POSITIVE, never=NOT_NEW)
+    tie_word_embeddings: bool = flag(False, "Share embeddings and head.", never=NOT_NEW)
+    norm_type: str = flag("rmsnorm", "rmsnorm or layernorm.", never=NOT_NEW)
+    norm_placement: str = flag("pre", "pre, post, output or both.", never=NOT_NEW)
+    mlp_type: str = flag("gated", "gated or plain.", never=NOT_NEW)
+    hidden_act: str = flag("silu", "Activation of the MLP.", never=NOT_NEW)
+    position_embedding_type: str = flag("rope", "rope, learned or none.", never=NOT_NEW)
+    parallel_block: bool = flag(False, "Attention and MLP side by side, as in PaLM.", never=NOT_NEW)
+    sliding_window: int | None = flag(None, "Tokens that each token attends to at most.", never=NOT_NEW)
     attention_chunk_size: int | None = flag(
-        None, "Tokens of a chunk, within which each token attends, as in Llama 4.", never=FOR_A_NEW_MODEL
+        None, "Tokens of a chunk, within which each token attends, as in Llama 4.", never=NOT_NEW
     )
     layer_types: list[str] | None = flag(
         None,
         "Attention of each layer: full_attention, sliding_attention (with --sliding_window), "
         "chunked_attention (with --attention_chunk_size), linear_attention; a shorter list is repeated over the "
         "layers.",
-        never=FOR_A_NEW_MODEL,
+        never=NOT_NEW,
     )
     no_rope_layers: list[int] | None = flag(
-        None, "0 for each layer without rotary positions, 1 for the others; repeated likewise.", never=FOR_A_NEW_MODEL
+        None, "0 for each layer without rotary positions, 1 for the others; repeated likewise.", never=NOT_NEW
     )
-    linear_num_key_heads: int | None = flag(None, "Key heads of linear attention.", never=FOR_A_NEW_MODEL)
-    linear_num_value_heads: int | None = flag(None, "Its value heads.", never=FOR_A_NEW_MODEL)
-    linear_key_head_dim: int | None = flag(None, "Size of such a key head.", never=FOR_A_NEW_MODEL)
-    linear_value_head_dim: int | None = flag(None, "Size of such a value head.", never=FOR_A_NEW_MODEL)
-    linear_conv_kernel_dim: int = flag(4, "Tokens that its convolution sees.", never=FOR_A_NEW_MODEL)
-    sparse_block_size: int | None = flag(None, "Keys of a block, for --attn_implementation sparse.", never=OF_SPARSE)
+    linear_num_key_heads: int | None = flag(None, "Key heads of linear attention.", never=NOT_NEW)
+    linear_num_value_heads: int | None = flag(None, "Its value heads.", never=NOT_NEW)
+    linear_key_head_dim: int | None = flag(None, "Size of such a key head.", never=NOT_NEW)
+    linear_value_head_dim: int | None = flag(None, "Size of such a value head.", never=NOT_NEW)
+    linear_conv_kernel_dim: int = flag(4, "Tokens that its convolution sees.", never=NOT_NEW)
+    sparse_block_size: int | None = flag(None, "Keys of a block, for --attn_implementation sparse.", never=NOT_SPARSE)
     sparse_num_blocks: int | None = flag(
-        None, "Blocks that a token attends to, its own included, for the same.", never=FOR_A_NEW_MODEL
+        None, "Blocks that a token attends to, its own included, for the same.", never=NOT_NEW
     )
-    num_local_experts: int = flag(0, "Experts of each layer; 0 means one dense MLP.", never=FOR_A_NEW_MODEL)
-    num_experts_per_tok: int = flag(2, "Experts that each token passes through.", never=FOR_A_NEW_MODEL)
-    moe_intermediate_size: int | None = flag(None, "Width of an expert.", never=FOR_A_NEW_MODEL)
-    n_shared_experts: int = flag(0, "Experts beside these that all tokens share.", never=FOR_A_NEW_MODEL)
-    first_k_dense_replace: int = flag(0, "First layers with a dense MLP and no experts.", never=FOR_A_NEW_MODEL)
-    scoring_func: str = flag("softmax", "Scores of a router: softmax or sigmoid.", never=FOR_A_NEW_MODEL)
+    num_local_experts: int = flag(0, "Experts of each layer; 0 means one dense MLP.", never=NOT_NEW)
+    num_experts_per_tok: int = flag(2, "Experts that each token passes through.", never=NOT_NEW)
+    moe_intermediate_size: int | None = flag(None, "Width of an expert.", never=NOT_NEW)
+    n_shared_experts: int = flag(0, "Experts beside these that all tokens share.", never=NOT_NEW)
+    first_k_dense_replace: int = flag(0, "First layers with a dense MLP and no experts.", never=NOT_NEW)
+    scoring_func: str = flag("softmax", "Scores of a router: softmax or sigmoid.", never=NOT_NEW)
     topk_method: str = flag(
-        "greedy", "greedy, group_limited_greedy, or noaux_tc: a bias balances the load.", never=FOR_A_NEW_MODEL
+        "greedy", "greedy, group_limited_greedy, or noaux_tc: a bias balances the load.", never=NOT_NEW
     )
-    n_group: int = flag(1, "Groups of experts.", never=FOR_A_NEW_MODEL)
-    topk_group: int = flag(1, "Groups that a token's experts come from.", never=FOR_A_NEW_MODEL)
+    n_group: int = flag(1, "Groups of experts.", never=NOT_NEW)
+    topk_group: int = flag(1, "Groups that a token's experts come from.", never=NOT_NEW)
     router_bias_update_rate: float | None = flag(
-        None, "Step of that bias; by default 0.001, and 0 keeps it.", never=FOR_A_NEW_MODEL
+        None, "Step of that bias; by default 0.001, and 0 keeps it.", never=NOT_NEW
     )
-    residual_init: str = flag("plain", "plain, gpt2 or depth: scale of the residual init.", never=FOR_A_NEW_MODEL)
+    residual_init: str = flag("plain", "plain, gpt2 or depth: scale of the residual init.", never=NOT_NEW)
 
 
 # The flags that are fields of `HfllmConfig`; the tokenizer determines the vocabulary size.
@@ -251,7 +245,7 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, Re
         None,
         "Architecture of the new model, in place of its flags: a preset (gpt2, llama-2-7b, ...), a "
         "config.json, or the folder that holds one. All other defaults are then those of transformers.",
-        never=FOR_A_NEW_MODEL[0],
+        never=NOT_NEW[0],
     )
     loss_chunk_size: int | None = flag(
         None,

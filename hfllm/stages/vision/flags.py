@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 LIBRARY = ("trl.SFTConfig", "trl.ModelConfig")
 # What is drawn here, for which a small model is made if none is named.
 DRAWN = (PICTURES, DIGITS)
-FOR_NEW_MODELS = NAMED.because("it is for the model that is made here, and one is named")
-FOR_DRAWN_ROWS = Fact(
+MODEL_NAMED = NAMED.because("it is for the model that is made here, and one is named")
+OWN_ROWS = Fact(
     lambda flags: flags.dataset_name not in DRAWN, "the rows are your own: --max_samples takes the first of them"
 )
-FOR_OWN_ROWS = FOR_DRAWN_ROWS.absent("it is for rows of your own, and these are drawn")
-FOR_PPO = Fact(lambda flags: flags.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds")
+DRAWN_ROWS = OWN_ROWS.absent("it is for rows of your own, and these are drawn")
+NO_PPO = Fact(lambda flags: flags.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds")
 # The largest share of questions about what is not there: from some on nothing else would be learned.
 MOST_ABSENT = 0.999
 
@@ -40,13 +40,13 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
         "or images: a local file or folder, or a dataset id on the Hub.",
     )
     num_captions: int = flag(
-        6400, "Pictures with captions, which are learned first.", takes=at_least(0), never=FOR_NEW_MODELS
+        6400, "Pictures with captions, which are learned first.", takes=at_least(0), never=MODEL_NAMED
     )
     takes_any_column: ClassVar[bool] = True
 
-    num_examples: int = flag(51200, "Pictures with questions to train on.", takes=at_least(1), never=FOR_DRAWN_ROWS)
+    num_examples: int = flag(51200, "Pictures with questions to train on.", takes=at_least(1), never=OWN_ROWS)
     questions_per_picture: int = flag(
-        4, "Questions about each at most: as many as --max_length tokens hold.", never=FOR_DRAWN_ROWS
+        4, "Questions about each at most: as many as --max_length tokens hold.", never=OWN_ROWS
     )
     share_absent: float | None = flag(
         None,
@@ -55,43 +55,41 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
         "leave PPO something to teach.",
         takes=Range(f"at least 0, and at most {MOST_ABSENT}", lambda value: 0 <= value <= MOST_ABSENT),
         never=(
-            FOR_DRAWN_ROWS,
+            OWN_ROWS,
             Fact(lambda flags: flags.dataset_name == DIGITS, "every digit that is asked for is there"),
         ),
     )
-    num_eval_examples: int = flag(
-        1000, "Questions of each part of the evaluation.", takes=at_least(2), never=FOR_DRAWN_ROWS
-    )
-    max_eval_samples: int = flag(256, "Held-out rows of your own at most.", takes=at_least(1), never=FOR_OWN_ROWS)
+    num_eval_examples: int = flag(1000, "Questions of each part of the evaluation.", takes=at_least(2), never=OWN_ROWS)
+    max_eval_samples: int = flag(256, "Held-out rows of your own at most.", takes=at_least(1), never=DRAWN_ROWS)
     num_rl_prompts: int = flag(
         0,
         "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out.",
         takes=at_least(0),
         never=(
-            FOR_DRAWN_ROWS.because("the gold is that of drawn pictures"),
+            OWN_ROWS.because("the gold is that of drawn pictures"),
             Fact(lambda flags: flags.use_peft, "PPO starts from a whole model here, not an adapter"),
         ),
     )
-    rl_learning_rate: float = flag(1e-4, "The highest learning rate of PPO.", never=FOR_PPO)
-    kl_coef: float = flag(0.02, "Weight of the KL penalty of PPO.", never=FOR_PPO)
+    rl_learning_rate: float = flag(1e-4, "The highest learning rate of PPO.", never=NO_PPO)
+    kl_coef: float = flag(0.02, "Weight of the KL penalty of PPO.", never=NO_PPO)
     max_new_tokens: int = flag(16, "Tokens of an answer at most, in the evaluation.", takes=at_least(1))
-    hidden_size: int = flag(64, "Width of the decoder that is made.", never=FOR_NEW_MODELS, takes=at_least(1))
+    hidden_size: int = flag(64, "Width of the decoder that is made.", never=MODEL_NAMED, takes=at_least(1))
     vision_hidden_size: int | None = flag(
-        None, "Width of the tower; by default that of the decoder.", never=FOR_NEW_MODELS
+        None, "Width of the tower; by default that of the decoder.", never=MODEL_NAMED
     )
-    num_hidden_layers: int = flag(3, "Layers of the decoder.", never=FOR_NEW_MODELS, takes=at_least(1))
-    num_vision_layers: int = flag(2, "Layers of the tower.", never=FOR_NEW_MODELS)
-    num_attention_heads: int = flag(4, "Heads of both.", never=FOR_NEW_MODELS, takes=at_least(1))
-    patch_size: int = flag(12, "Side of a patch, in pixels.", never=FOR_NEW_MODELS)
+    num_hidden_layers: int = flag(3, "Layers of the decoder.", never=MODEL_NAMED, takes=at_least(1))
+    num_vision_layers: int = flag(2, "Layers of the tower.", never=MODEL_NAMED)
+    num_attention_heads: int = flag(4, "Heads of both.", never=MODEL_NAMED, takes=at_least(1))
+    patch_size: int = flag(12, "Side of a patch, in pixels.", never=MODEL_NAMED)
     use_muon: bool = flag(
         False,
         "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.",
-        never=FOR_NEW_MODELS,
+        never=MODEL_NAMED,
     )
 
     refused: ClassVar[Refused] = {
         **dict.fromkeys(FREEZING, UNNAMED.because("the model is made here, and knows nothing")),
-        **dict.fromkeys(OF_PICTURES, FOR_OWN_ROWS),
+        **dict.fromkeys(OF_PICTURES, DRAWN_ROWS),
         "use_peft": UNNAMED.because("the model is made here: all of its weights learn"),
     }
 
