@@ -143,7 +143,7 @@ class Ways:
         from hfllm.generation.speculative.drafts import AdaptiveDraftLength
         from hfllm.generation.speculative.measure import measure_costs
 
-        # docs/generation.md: a trained draft where there is one, else what fast_generate chooses.
+        # docs/guides/generation.md: a trained draft where there is one, else what fast_generate chooses.
         chosen = "draft model" if draft is not None else "int8 draft" if recommended_draft(ours) else "no draft"
         fast = {"custom_generate": fast_generate, "draft": "auto" if draft is None else draft}
         self.runs[f"ours, recommended ({chosen})"] = self._generate(ours, **fast)

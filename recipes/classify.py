@@ -8,7 +8,7 @@
 
 A head is put on any model: causal or bidirectional, of this family or another. Rows have text and label, words and
 tags, or context, question and answers as in SQuAD. The controls learn from the same rows: the most frequent label, and
-a logistic regression on words. docs/classify.md tells more.
+a logistic regression on words. docs/guides/classify.md tells more.
 """
 
 from collections.abc import Sequence

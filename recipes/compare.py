@@ -6,7 +6,7 @@
 
 Reads lm-eval's logs of items (--log_samples), or folders of them, and hfllm evaluate's samples.jsonl. Items are
 paired, shares tested by McNemar's exact test and other figures by exchanges, and all figures together are adjusted by
-Holm's method. No model is loaded. docs/evaluation.md says more.
+Holm's method. No model is loaded. docs/guides/evaluation.md says more.
 """
 
 from collections.abc import Sequence

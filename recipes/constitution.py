@@ -8,7 +8,7 @@
 In three steps, after Bai et al. 2022 (arXiv:2212.08073): revisions of answers to red-team prompts, by principles drawn
 from the constitution; fine-tuning on them (SL-CAI); PPO against a preference model that is trained on the judgement of
 the model itself (RL-CAI). Without `--model_name_or_path` a model that complies with harm is made first, and arms that
-must not gain run at the end. docs/constitution.md tells more.
+must not gain run at the end. docs/guides/constitution.md tells more.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,7 @@
 Reads txt, jsonl, csv and tsv (each also gzipped), parquet and WARC files, folders of them, and datasets on the Hub.
 Writes shards with the columns text, id and source to <output_dir>/data, for `hfllm pretrain --dataset_name`. Needs
 `pip install 'hfllm[data]'`. --config takes your own YAML file, or curate/books, curate/pydoc or curate/web.
-docs/curation.md says what each filter does, and what it misses.
+docs/guides/curation.md says what each filter does, and what it misses.
 """
 
 import shutil

@@ -7,7 +7,7 @@
     accelerate launch recipes/evaluate.py --model_name_or_path A --suites refusals --xstest_file xstest.csv
 
 Suites read local files, or ask about the embedded world, whose answers have exact gold. A run that was stopped resumes
-item by item: give the same command again. docs/evaluation.md says what each figure means and where it is weak.
+item by item: give the same command again. docs/guides/evaluation.md says what each figure means and where it is weak.
 """
 
 from collections.abc import Sequence

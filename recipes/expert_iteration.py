@@ -9,7 +9,7 @@
 
 In each round it samples responses to all prompts, keeps those with enough reward, and fine-tunes on them, thoughts and
 all: the model of the beginning (Zelikman et al. 2022, arXiv:2203.14465), or with `--start_from last` that of the round
-before. A run that was stopped goes on with the round that it was in. docs/reasoning.md tells more.
+before. A run that was stopped goes on with the round that it was in. docs/guides/reasoning.md tells more.
 """
 
 from collections.abc import Sequence

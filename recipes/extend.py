@@ -7,7 +7,7 @@
 
 Any causal model with rotary positions: of this family or another. `--rope_type` is linear, ntk, dynamic, yarn or
 llama3; a short training on rows of the new length follows, none with `--max_steps 0`. The report has bits per byte by
-position and a needle test by depth and length; the control is the model as it was. docs/context.md tells more.
+position and a needle test by depth and length; the control is the model as it was. docs/guides/context.md tells more.
 """
 
 from collections.abc import Sequence

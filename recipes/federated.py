@@ -8,7 +8,7 @@
 In each round the organisations train some steps from the common weights, each on its own rows; the server takes the
 mean of their changes by tokens, or of comparisons by pairs. Controls beside it: the same rows pooled, in as many rows
 and in as few steps, and each organisation alone. A run that was stopped resumes with the round that it was in.
-docs/federation.md tells more.
+docs/guides/federation.md tells more.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,8 @@
 A base model reads texts in which people answer from passages. It is fine-tuned on questions with passages, some of
 which are about something else, contradict each other or hold instructions, and, as a control, on questions without.
 Both are asked about animals that no text names, with the passages given, found by BM25, and behind a gate; how sure
-they are, and whether a check against passages finds what is made up, is measured too. docs/grounding.md tells more.
+they are, and whether a check against passages finds what is made up, is measured too. docs/guides/grounding.md tells
+more.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@
 
 Answers at once, by arithmetic only: nothing is allocated, and neither torch nor transformers is imported, except to
 read a config.json of another family, of any that `hfllm convert` takes. Writes the files that launch the chosen layout
-beside its report. docs/planner.md explains every column and formula.
+beside its report. docs/guides/planner.md explains every column and formula.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@
 
 A base model reads texts in which people think. It is fine-tuned on questions of several steps with thoughts, and, as a
 control, on the same answers without. A third model thinks in 30% of its answers: PPO on right answers alone must make
-it think more, and PPO on the same rewards dealt out by chance must not. docs/reasoning.md tells more.
+it think more, and PPO on the same rewards dealt out by chance must not. docs/guides/reasoning.md tells more.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,8 @@
     hfllm scaling_laws --dataset_name world --probe true     # also: what the sizes can do
     accelerate launch recipes/scaling_laws.py --dataset_name my_texts.jsonl
 
-Without `--runs` a grid of small models is trained (finished runs in runs.csv are reused), two laws
-are fitted, a larger run is predicted by the better one, and then trained. docs/scaling_laws.md explains all of it.
+Without `--runs` a grid of small models is trained (finished runs in runs.csv are reused), two laws are fitted, a
+larger run is predicted by the better one, and then trained. docs/guides/scaling_laws.md explains all of it.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@
 On the embedded world a model is pretrained, learns from people who call tools half of the time, and finds by PPO that
 calls pay: for animals that no text knows, facts that have changed and large sums, and for nothing else. Arms that must
 not gain run at the end. With `--model_name_or_path` yours is aligned by PPO with your tools and rewards, after
-fine-tuning on `--demonstrations_dataset_name` if that is given. docs/tools.md tells more.
+fine-tuning on `--demonstrations_dataset_name` if that is given. docs/guides/tools.md tells more.
 """
 
 from collections.abc import Sequence

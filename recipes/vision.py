@@ -7,8 +7,8 @@
 
 From nothing: captions first, then questions about colors, shapes, counts, places, relations, written words, and what
 is not in the picture. Rows of your own have pictures in a column `image` or `images`, and a question with its answer
-in any format of `hfllm sft`. The report compares answers with those to other rows' pictures. docs/vision.md tells
-more.
+in any format of `hfllm sft`. The report compares answers with those to other rows' pictures. docs/guides/vision.md
+tells more.
 """
 
 from collections.abc import Sequence

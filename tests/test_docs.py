@@ -13,8 +13,10 @@ from hfllm.runs.recipes import load_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
-MIGRATION = (DOCS / "migration.md").read_text()
+PAGES = sorted(DOCS.rglob("*.md"))
+# A guide is read while the job is done.
+MOST_LINES = 120
+MIGRATION = (DOCS / "reference" / "migration.md").read_text()
 # trl.experimental.ppo.PPOConfig of TRL 1.12.0, without what it inherits.
 TRL_ARGUMENTS = (
     *("dataset_num_proc", "num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"),
@@ -44,7 +46,8 @@ def test_what_ppo_md_names_exists():
     known = {field.name for field in fields(hfllm.PPOConfig)}
     others = {"reward", "loss", "k1", "k2", "k3", "full", "value_model", "completion_ids", "ptx_dataset", "calibrate"}
     others |= {"tools", "environment_factory", "rollout_func"}
-    table = [row for row in (DOCS / "ppo.md").read_text().split("## Time")[0].splitlines() if row.startswith("| ")]
+    page = (DOCS / "guides" / "ppo.md").read_text().split("## Time")[0]
+    table = [row for row in page.splitlines() if row.startswith("| ")]
     named = {name for row in table for name in re.findall(r"`([a-z_\d]+)`", row.strip("| ").rpartition(" | ")[2])}
     assert {"cliprange", "kl_target"} <= named <= known | others
 
@@ -89,7 +92,12 @@ def test_the_files_and_links_exist(page):
 
 def test_the_index_has_every_page():
     index = (DOCS / "index.md").read_text()
-    assert not [page.name for page in PAGES if page.stem != "index" and f"({page.name})" not in index]
+    assert not [page.name for page in PAGES if page.stem != "index" and f"({page.relative_to(DOCS)})" not in index]
+
+
+def test_guides_are_short():
+    lines = {page.stem: len(page.read_text().splitlines()) for page in (DOCS / "guides").glob("*.md")}
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES}
 
 
 def test_the_migrated_code_runs(make_model, tokenizer, tmp_path):
@@ -120,7 +128,7 @@ def test_the_diff_leads_to_the_code():
 
 
 def test_the_decoding_code_runs(make_model, tokenizer):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "generation.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "guides" / "generation.md").read_text(), re.DOTALL)
     names = {"model": make_model(), "tokenizer": tokenizer}
     exec("\n".join(blocks), names)
     assert len(names["output"].sequences) == len(names["tokens"]) == 2
@@ -128,7 +136,7 @@ def test_the_decoding_code_runs(make_model, tokenizer):
 
 def test_the_page_on_long_texts_runs():
     """Its code on texts longer than trained, whose blocks build on each other."""
-    text = (DOCS / "context.md").read_text().partition("## Longer than trained")[2]
+    text = (DOCS / "guides" / "context.md").read_text().partition("## Longer than trained")[2]
     names = {}
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
     assert names["cache"].get_seq_length() == 163 and names["cache"].layers[0].keys.shape[-2] == 31
@@ -137,7 +145,7 @@ def test_the_page_on_long_texts_runs():
 
 def test_the_page_on_models_that_see_runs():
     """From its beginning to its end, since later code takes the model of the first."""
-    text, names = (DOCS / "vision.md").read_text(), {}
+    text, names = (DOCS / "guides" / "vision.md").read_text(), {}
     model, _, rest = text.partition("## The picture world")
     exec("\n".join(re.findall(r"```python\n(.*?)```", model, re.DOTALL)), names)
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
@@ -151,7 +159,7 @@ def test_the_page_on_models_that_see_runs():
 def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch):
     from hfllm.synthesis.constitution import load_constitution
 
-    text = (DOCS / "constitution.md").read_text()
+    text = (DOCS / "guides" / "constitution.md").read_text()
     monkeypatch.chdir(tmp_path)
     # The general constitution has long examples.
     model = make_model(max_position_embeddings=8192)
@@ -170,7 +178,7 @@ def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch
 def test_the_reasoning_page_runs(make_model, tokenizer, tmp_path):
     from datasets import Dataset
 
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "reasoning.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "guides" / "reasoning.md").read_text(), re.DOTALL)
     code = "\n".join(blocks).replace("max_completion_length=64", "max_completion_length=8, **SMALL")
     asked = [[{"role": "user", "content": f"What is {number} plus 1?"}] for number in range(4)]
     small = {"per_device_train_batch_size": 4, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}

@@ -25,7 +25,7 @@ def test_make_targets_and_recipes_exist():
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE)
     assert targets == ["rlhf", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    for path in re.findall(r"(?:recipes|docs)/\w+\.(?:py|md|png)", README):
+    for path in re.findall(r"(?:recipes|docs)/[\w/]+\.(?:py|md|png)", README):
         assert (ROOT / path).is_file() or "NAME" in path, path
     for name in set(re.findall(r"`hfllm (\w+)", README)) - {"NAME"}:
         assert (ROOT / "recipes" / f"{name}.py").is_file(), name

@@ -50,7 +50,7 @@ class AugmentationArguments:
     augment: float = flag(
         0.0,
         "Share of the training questions to ask in another form: upper or lower case, no punctuation, "
-        "typing errors, sentences around them; refusals are learned behind a promise too (docs/evaluation.md).",
+        "typing errors, sentences around them; refusals are learned behind a promise too (docs/guides/evaluation.md).",
     )
 
     def __post_init__(self):

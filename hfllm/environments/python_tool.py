@@ -23,8 +23,8 @@ class CodeError(Exception):
 def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: int = 1) -> Callable[[str], str]:
     """Return a tool `python(code)`, which runs code in a fresh interpreter and returns what it prints.
 
-    The interpreter (`python -I`) starts in an empty temporary folder with an empty environment. docs/tools.md says
-    what it can and cannot do.
+    The interpreter (`python -I`) starts in an empty temporary folder with an empty environment. docs/guides/tools.md
+    says what it can and cannot do.
 
     Args:
         seconds: of CPU, and of wall-clock time.
@@ -58,7 +58,7 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
             except subprocess.TimeoutExpired:
                 raise CodeError(f"it ran longer than {seconds:g} seconds") from None
             if missing := _read(verdict).partition("\n")[0]:
-                words = f"python tool: the kernel does not limit {missing} here (docs/tools.md)"
+                words = f"python tool: the kernel does not limit {missing} here (docs/guides/tools.md)"
                 warnings.warn(words, stacklevel=2)
             if done.returncode:
                 raise CodeError(_reason(done.returncode, _read(errors), seconds))

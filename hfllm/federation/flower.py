@@ -1,7 +1,8 @@
 """Organisations on other machines, reached by Flower's SuperLink and SuperNodes (flwr 1.42).
 
 Flower carries the bytes of `updates` and knows who is connected; averages, checks and privacy are ours and the same as
-in one process. `docs/federation.md` has the commands. Import this in a process that Flower started: `server_app` does.
+in one process. `docs/guides/federation.md` has the commands. Import this in a process that Flower started:
+`server_app` does.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Accelerators: their memory, their peak, and the bandwidth between them. Numbers are the vendors'.
 
-Only the efficiencies are fitted, to published runs (benchmarks/published_runs.csv; docs/planner.md shows the errors).
-GH200, B200 and MI300X have no runs there, and the efficiencies of others, as is said beside them.
+Only the efficiencies are fitted, to published runs (benchmarks/published_runs.csv; docs/guides/planner.md shows the
+errors). GH200, B200 and MI300X have no runs there, and the efficiencies of others, as is said beside them.
 """
 
 import os

@@ -76,7 +76,7 @@ def memory_bars(chosen: Plan) -> Bars:
 
 
 def metrics(request: Request, plans: Sequence[Plan], chosen: Plan) -> dict[str, float]:
-    """Return the metrics, named as in docs/planner.md."""
+    """Return the metrics, named as in docs/guides/planner.md."""
     shape, flops = request.shape, flops_per_token(request.shape, request.max_length)
     per_token, cache = sum(flops.values()), shape.kv_bytes_per_token()
     return {

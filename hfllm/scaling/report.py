@@ -51,7 +51,7 @@ class Study:
         return float(self.whole.runs.compute.max())
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics, named as in docs/scaling_laws.md."""
+        """Return the metrics, named as in docs/guides/scaling_laws.md."""
         errors = self.forecast.errors(self.held_out)
         by_form = {
             f"held_out_error_{form}": float(abs(self.forecast.errors(self.held_out, form)).mean())

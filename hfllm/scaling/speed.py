@@ -1,7 +1,8 @@
 """Estimate the time of a step from FLOPs, memory traffic, pipeline bubble, and links between devices.
 
 An estimate for comparing layouts. Its constants (those below, and a device's efficiencies) are fitted to published
-runs; others are held out. benchmarks/published_runs.csv lists all of them, and docs/planner.md shows the errors.
+runs; others are held out. benchmarks/published_runs.csv lists all of them, and docs/guides/planner.md shows the
+errors.
 """
 
 from collections.abc import Mapping, Sequence

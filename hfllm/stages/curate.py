@@ -33,7 +33,7 @@ LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
 MOST_COMPARED_BYTES = 1 << 28
 MOST_SOURCES = 20
 EXAMPLES = "Examples of what was dropped"
-# What the reader counts besides documents: see docs/curation.md.
+# What the reader counts besides documents: see docs/guides/curation.md.
 NOTES = {
     "too_complex": "pages of which all visible text was taken: too complex for the extractor",
     "trafilatura": "pages of which trafilatura's text was taken: resiliparse's may lack a part",
@@ -174,7 +174,7 @@ def hand_over(work: Path, folder: Path, shards: str) -> None:
 
 
 def curation_metrics(statistics: Statistics) -> dict[str, float]:
-    """Return the metrics, named as in docs/curation.md."""
+    """Return the metrics, named as in docs/guides/curation.md."""
     totals = _totals(statistics)
     result, kept = int(totals["read"].get("total", 0)), totals["kept"]
     return {

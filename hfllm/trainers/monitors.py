@@ -413,5 +413,5 @@ def unmoved(first: Mapping[str, float], last: Mapping[str, float], args: PPOConf
     return (
         f"after {last['episode']:.0f} episodes nothing has moved: reward {first['reward']:.3g} to "
         f"{last['reward']:.3g} (± {error:.2g}), KL {kl:.2g} nats per response, clip fraction "
-        f"{last.get('clip_fraction', 0.0):.2g}. {rate} may be too low (docs/ppo.md)"
+        f"{last.get('clip_fraction', 0.0):.2g}. {rate} may be too low (docs/guides/ppo.md)"
     )

@@ -234,7 +234,7 @@ def test_adapters_are_not_merged_into_integers(folder):
 
 def test_the_code_of_the_page_runs(saved, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "quantization.md").read_text()
     monkeypatch.chdir(tmp_path)
     names = {"name": str(saved), "loss_of": lambda model: model(input_ids=IDS, labels=IDS).loss.item()}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):

@@ -27,7 +27,7 @@ needs_flower = pytest.mark.skipif(
 
 
 def make_certificates(folder):
-    """An authority and a server's certificate for loopback, as docs/federation.md makes them."""
+    """An authority and a server's certificate for loopback, as docs/guides/federation.md makes them."""
     folder.mkdir()
     commands = (
         "openssl req -x509 -newkey rsa:2048 -nodes -days 365 -subj /CN=federation -keyout ca.key -out ca.pem",

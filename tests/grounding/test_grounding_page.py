@@ -1,4 +1,4 @@
-"""The code of docs/grounding.md about passages, retrievers and answers runs."""
+"""The code of docs/guides/grounding.md about passages, retrievers and answers runs."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("bm25s")
-PAGE = Path(__file__).parents[2] / "docs" / "grounding.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "grounding.md"
 
 
 def test_the_code_about_retrieval_runs(make_model, tokenizer, tmp_path, monkeypatch, capsys):

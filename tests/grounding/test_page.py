@@ -1,11 +1,11 @@
-"""The code of docs/uncertainty.md runs."""
+"""The code of docs/guides/uncertainty.md runs."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 
-PAGE = (Path(__file__).parents[2] / "docs" / "uncertainty.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "uncertainty.md").read_text()
 
 
 def test_the_page_runs(make_model, tokenizer, tmp_path, capsys):

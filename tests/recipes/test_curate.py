@@ -478,7 +478,7 @@ def test_a_folder_of_files_that_training_does_not_read(tmp_path):
     assert fingerprint(script_args) != before
 
 
-DOCS = (ROOT / "docs" / "curation.md").read_text()
+DOCS = (ROOT / "docs" / "guides" / "curation.md").read_text()
 
 
 def test_the_page_names_flags_and_metrics_that_exist(tmp_path):

@@ -1,4 +1,4 @@
-"""Adapters through the whole chain on a model of another family, by the commands of docs/rlhf.md.
+"""Adapters through the whole chain on a model of another family, by the commands of docs/guides/rlhf.md.
 
 Every step is compared with PEFT by hand.
 """
@@ -70,7 +70,7 @@ IDS = torch.tensor([[5, 9, 40, 41, 60, 17, 33]])
 
 def commands():
     """The commands of the page, in order, by recipe."""
-    text = (DOCS / "rlhf.md").read_text(encoding="utf-8").partition("## Adapters")[2]
+    text = (DOCS / "guides" / "rlhf.md").read_text(encoding="utf-8").partition("## Adapters")[2]
     block = re.search(r"```bash\n(.*?)```", text, re.S)[1].replace("\\\n", " ")
     lines = [shlex.split(line) for line in block.splitlines() if line]
     assert all(line[0] == "hfllm" for line in lines)

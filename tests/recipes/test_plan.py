@@ -396,7 +396,7 @@ def test_from_the_command_line():
 
 
 def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
-    page = (ROOT / "docs" / "planner.md").read_text()
+    page = (ROOT / "docs" / "guides" / "planner.md").read_text()
     for name in run(tmp_path, "--preset", "gpt2", "--num_devices", 1):
         assert f"`{name}`" in page, name
     commands = re.findall(r"^(?:hfllm plan|python recipes/plan.py)\b([^#\n]*)", page, re.MULTILINE)
@@ -408,7 +408,7 @@ def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
 
 
 def test_the_page_shows_what_is_printed(tmp_path, capsys):
-    page = (ROOT / "docs" / "planner.md").read_text()
+    page = (ROOT / "docs" / "guides" / "planner.md").read_text()
     small = ["--preset", "llama-2-7b", "--num_devices", 8, "--max_length", 4096, "--global_batch_size", 1024]
     run(tmp_path, *small, "--device", "a100-80gb")
     run(tmp_path, "--num_devices", 3072, "--device", "a100-80gb", "--tokens", 450e9, "--top", 20)

@@ -10,7 +10,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "reason.py"
 
 @pytest.mark.slow
 def test_thoughts_gain_where_direct_answers_cannot(tmp_path, processes):
-    """Bounds are at least three standard errors from the worst of three fresh seeds (docs/reasoning.md)."""
+    """Bounds are at least three standard errors from the worst of three fresh seeds (docs/guides/reasoning.md)."""
     folder = tmp_path / "out"
     processes.run(RECIPE, "--seed", 42, "--output_dir", folder, timeout=2400)
     report = json.loads((folder / "report.json").read_text())

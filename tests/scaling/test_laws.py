@@ -137,7 +137,7 @@ def test_scaling_needs_neither_torch_nor_transformers():
 
 
 def test_what_the_documentation_says_is_so():
-    text = (Path(__file__).parent.parent.parent / "docs" / "scaling_laws.md").read_text()
+    text = (Path(__file__).parent.parent.parent / "docs" / "guides" / "scaling_laws.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     exec(code, names)

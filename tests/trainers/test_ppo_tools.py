@@ -452,7 +452,7 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
 
 
 def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
-    text = (Path(__file__).parent.parent.parent / "docs" / "tools.md").read_text()
+    text = (Path(__file__).parent.parent.parent / "docs" / "guides" / "tools.md").read_text()
     first, tool, game, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {"policy": hfllm.HfllmForCausalLM(config_of(tokens)), "output_dir": str(tmp_path), "tokenizer": tokens}
     names |= {"right_answer": letters, "prompts": Dataset.from_dict({"prompt": PROMPTS})}

@@ -6,7 +6,7 @@
     perplexity   the threshold, from the sample without its duplicates                               (1)
     write        read what was left | duplicates | perplexity | shards                           (tasks)
 
-Between stages everything is on disk, so each runs under any of datatrove's executors: see docs/curation.md.
+Between stages everything is on disk, so each runs under any of datatrove's executors: see docs/guides/curation.md.
 """
 
 import gzip

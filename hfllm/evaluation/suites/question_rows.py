@@ -4,7 +4,7 @@ An answer is written as the text of a choice, as its label (`B`), or as its inde
 be read in more than one of these ways. A file is taken to keep to one way: a way that cannot read one of its rows is
 not that of the others. Where the ways that are left do not mean the same choice the row is refused, never guessed.
 
-Columns of well-known files say the way by themselves: see `docs/evaluation.md`.
+Columns of well-known files say the way by themselves: see `docs/guides/evaluation.md`.
 """
 
 import ast

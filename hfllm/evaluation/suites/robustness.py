@@ -129,8 +129,8 @@ def _of_task(task: Task) -> Question:
 def row_items(name: str, most: int | None, seed: int, num_attacks: int = 0) -> list[Item[Question]]:
     """Return the questions of your rows, each in every form.
 
-    A row has a `prompt` (or what else prompts are called, docs/data.md), and one or both of: `answer`, by which it is
-    judged as `exact_match` does; and `harmful` (true or false), or XSTest's `label` (safe or unsafe).
+    A row has a `prompt` (or what else prompts are called, docs/guides/data.md), and one or both of: `answer`, by which
+    it is judged as `exact_match` does; and `harmful` (true or false), or XSTest's `label` (safe or unsafe).
 
     Args:
         name: a local file or folder, or a dataset on the Hub.

@@ -368,8 +368,8 @@ def _targets(row: Mapping[str, Sequence[int]]) -> int:
 #         --learner hfllm.stages.federated.build:worker_learner
 #
 # The run's `flags` name the server's file of flags, with `organisation_names` and `controls: none`; the settings of
-# each node name its own: `{"flags": "federated.yaml", "base": "my-model", "rows": "rows.jsonl"}`. docs/federation.md
-# has all commands.
+# each node name its own: `{"flags": "federated.yaml", "base": "my-model", "rows": "rows.jsonl"}`.
+# docs/guides/federation.md has all commands.
 
 
 def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> None:

@@ -313,7 +313,7 @@ def rates_used(training_args: "PPOConfig", trainer: "PPOTrainer") -> dict[str, f
     used = {name: rate for name, rate in used.items() if rate is not None}
     chosen = [f"{name} {rate:g}" for name, rate in used.items() if getattr(training_args, name) is None]
     if chosen:
-        say(f"rlhf: {', '.join(chosen)} by the model's size (docs/ppo.md)")
+        say(f"rlhf: {', '.join(chosen)} by the model's size (docs/guides/ppo.md)")
     return used
 
 

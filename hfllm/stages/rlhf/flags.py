@@ -37,7 +37,8 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         "answer), thinks (has thoughts and an answer), or gold (the embedded world's).",
     )
     tools: list[str] | None = flag(
-        None, "Functions that the policy may call: path/to/file.py:function, calculator, python (docs/tools.md)."
+        None,
+        "Functions that the policy may call: path/to/file.py:function, calculator, python (docs/guides/tools.md).",
     )
     environment_factory: str | None = flag(
         None, "Class of environments whose methods the policy may call: path/to/file.py:Class."

@@ -549,7 +549,7 @@ def crowded_out(sizes: Sequence[int], longest: int, of: int) -> str:
     return (
         f"{len(sizes):,} of {of:,} rows have passages that leave no room for the answer within --max_length "
         f"{longest}, which is not learned: --max_length {max(sizes)} holds all, if the model's context does, or take "
-        "a smaller --retrieval_top_k, or passages that are cut shorter (docs/grounding.md)"
+        "a smaller --retrieval_top_k, or passages that are cut shorter (docs/guides/grounding.md)"
     )
 
 

@@ -32,7 +32,7 @@ class RetrievalArguments:
     retrieval_dataset_name: str | None = flag(
         None,
         "Passages that are found for a row's last question and put before it: a folder of saved passages, "
-        "or texts, named as --dataset_name, which are cut (docs/grounding.md).",
+        "or texts, named as --dataset_name, which are cut (docs/guides/grounding.md).",
         never=SHOWS,
     )
     # None, and not their values, since without the first flag they mean nothing.
@@ -101,7 +101,7 @@ class SftArguments(
     added_tokens: list[str] | None = flag(
         None,
         "Tokens to add to the model, such as <think> </think>; without, they are written by those that "
-        "there are (docs/reasoning.md).",
+        "there are (docs/guides/reasoning.md).",
         never=Fact(lambda flags: flags.use_peft, NO_ROWS),
     )
     pretrain_config: str | None = flag(

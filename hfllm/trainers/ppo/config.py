@@ -52,7 +52,7 @@ class PPOConfig(PPOOptions, TrainingArguments):
 
     learning_rate: float | None = flag(
         None,
-        "Initial learning rate; by default from the model's size, higher for an adapter (docs/ppo.md).",
+        "Initial learning rate; by default from the model's size, higher for an adapter (docs/guides/ppo.md).",
         takes=NOT_NEGATIVE,
     )
     per_device_train_batch_size: int = flag(16, "Episodes of an optimizer step on each device.", takes=at_least(1))

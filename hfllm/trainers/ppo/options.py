@@ -128,7 +128,8 @@ class LossOptions:
     cliprange_value: float | None = flag(0.2, "Clip range of the values; None for no clipping.")
     value_learning_rate: float | None = flag(
         None,
-        "Learning rate of the critic's own weights; by default that of a new head, or of all weights (docs/ppo.md).",
+        "Learning rate of the critic's own weights; by default that of a new head, or of all weights "
+        "(docs/guides/ppo.md).",
         takes=POSITIVE,
     )
     critic_warmup_steps: int = flag(0, "Optimizer steps at the beginning that train only the critic.")

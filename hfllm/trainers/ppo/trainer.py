@@ -82,7 +82,7 @@ class PPOTrainer(ActorCriticTrainer):
             the name of one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.
         args: a `PPOConfig`.
         train_dataset: rows with a `prompt`, text or a list of messages; all other columns go to the functions. With a
-            column `image` or `images` the policy reads pictures (docs/vision.md).
+            column `image` or `images` the policy reads pictures (docs/guides/vision.md).
         eval_dataset: the same, for `evaluate`.
         processing_class: the policy's tokenizer, for pictures its processor; by default that of the model's name.
         reward_processing_classes: a tokenizer for each reward model, `None` for functions; loaded by name if absent.
