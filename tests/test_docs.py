@@ -145,7 +145,7 @@ def test_the_page_on_long_texts_runs():
 
 def test_the_page_on_models_that_see_runs():
     """From its beginning to its end, since later code takes the model of the first."""
-    text, names = (DOCS / "guides" / "vision.md").read_text(), {}
+    text, names = (DOCS / "reference" / "vision.md").read_text(), {}
     model, _, rest = text.partition("## The picture world")
     exec("\n".join(re.findall(r"```python\n(.*?)```", model, re.DOTALL)), names)
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
@@ -154,6 +154,23 @@ def test_the_page_on_models_that_see_runs():
     exec("\n".join(re.findall(r"```python\n(.*?)```", rest, re.DOTALL)), names)
     assert names["columns"]["gold_accepted"] == [names["example"].questions[0].answer]
     assert names["trainer"].state.global_step == 1
+
+
+def test_the_guide_on_models_that_see_runs(make_model, tokenizer, tmp_path, monkeypatch):
+    """It joins a language model and a tower, and saves a model that loads."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("language_model")
+    tokenizer.save_pretrained("language_model")
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)).save_pretrained("tower")
+    text = (DOCS / "guides" / "vision.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
+    model = AutoModelForImageTextToText.from_pretrained("seeing_model")
+    processor = AutoProcessor.from_pretrained("seeing_model")
+    assert type(model).__name__ == "HfllmForConditionalGeneration"
+    assert processor.image_token_id == model.config.image_token_id
 
 
 def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch):
@@ -178,7 +195,8 @@ def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch
 def test_the_reasoning_page_runs(make_model, tokenizer, tmp_path):
     from datasets import Dataset
 
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "guides" / "reasoning.md").read_text(), re.DOTALL)
+    text = "".join((DOCS / folder / "reasoning.md").read_text() for folder in ("guides", "reference"))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = "\n".join(blocks).replace("max_completion_length=64", "max_completion_length=8, **SMALL")
     asked = [[{"role": "user", "content": f"What is {number} plus 1?"}] for number in range(4)]
     small = {"per_device_train_batch_size": 4, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}

@@ -1,9 +1,9 @@
-"""The code of docs/guides/federation.md runs, and says what its comments say."""
+"""The code of docs/reference/federation.md runs, and says what its comments say."""
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "federation.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "federation.md"
 
 
 def test_the_page_runs(capsys):

@@ -1,11 +1,12 @@
-"""The code of docs/guides/uncertainty.md runs."""
+"""The code of docs/guides/uncertainty.md runs, and docs/reference/uncertainty.md has every measure."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 
-PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "uncertainty.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, REFERENCE = ((DOCS / folder / "uncertainty.md").read_text() for folder in ("guides", "reference"))
 
 
 def test_the_page_runs(make_model, tokenizer, tmp_path, capsys):
@@ -24,5 +25,5 @@ def test_the_page_runs(make_model, tokenizer, tmp_path, capsys):
 def test_the_measures_of_the_table_are_those_of_the_package():
     from hfllm.grounding.uncertainty import MEASURES
 
-    table = PAGE.split("| name | what it is |")[1].split("\n\n")[0]
+    table = REFERENCE.split("| name | what it is |")[1].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(MEASURES)

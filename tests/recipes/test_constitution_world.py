@@ -10,7 +10,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "constitution.py"
 
 @pytest.mark.slow
 def test_the_world_learns_to_refuse_harm_alone_and_the_controls_do_not(tmp_path, processes):
-    """Bounds stand three standard errors beside the worst of three fresh seeds (docs/guides/constitution.md)."""
+    """Bounds stand three standard errors beside the worst of three fresh seeds (docs/experiments/constitution.md)."""
     folder = tmp_path / "out"
     processes.run(RECIPE, "--seed", 42, "--output_dir", folder, timeout=2400)
     found = json.loads((folder / "report.json").read_text())["metrics"]

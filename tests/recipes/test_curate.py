@@ -478,7 +478,10 @@ def test_a_folder_of_files_that_training_does_not_read(tmp_path):
     assert fingerprint(script_args) != before
 
 
-DOCS = (ROOT / "docs" / "guides" / "curation.md").read_text()
+# The guide, its reference and its experiments.
+DOCS = "\n".join(
+    (ROOT / "docs" / folder / "curation.md").read_text() for folder in ("guides", "reference", "experiments")
+)
 
 
 def test_the_page_names_flags_and_metrics_that_exist(tmp_path):

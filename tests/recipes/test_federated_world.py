@@ -10,7 +10,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "federated.py"
 
 @pytest.mark.slow
 def test_organisations_gain_together_what_none_has_alone(tmp_path, processes):
-    """Bounds are far below the three seeds of docs/guides/federation.md: another CPU's rounding is another seed."""
+    """Bounds are far below the seeds of docs/experiments/federation.md: another CPU's rounding is another seed."""
     folder = tmp_path / "out"
     processes.run(RECIPE, "--seed", 102, "--output_dir", folder, timeout=2400)
     found = json.loads((folder / "report.json").read_text())["metrics"]

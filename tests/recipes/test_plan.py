@@ -395,8 +395,14 @@ def test_from_the_command_line():
     assert "--global_batch_size" in help_text and "(default: 3072)" in help_text
 
 
-def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
-    page = (ROOT / "docs" / "guides" / "planner.md").read_text()
+def pages():
+    """The guide, its reference and its experiments, in this order."""
+    folders = ("guides", "reference", "experiments")
+    return "\n".join((ROOT / "docs" / folder / "planner.md").read_text() for folder in folders)
+
+
+def test_the_pages_name_every_metric_and_their_commands_parse(tmp_path):
+    page = pages()
     for name in run(tmp_path, "--preset", "gpt2", "--num_devices", 1):
         assert f"`{name}`" in page, name
     commands = re.findall(r"^(?:hfllm plan|python recipes/plan.py)\b([^#\n]*)", page, re.MULTILINE)
@@ -407,8 +413,8 @@ def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
     exec(code, {})
 
 
-def test_the_page_shows_what_is_printed(tmp_path, capsys):
-    page = (ROOT / "docs" / "guides" / "planner.md").read_text()
+def test_the_pages_show_what_is_printed(tmp_path, capsys):
+    page = pages()
     small = ["--preset", "llama-2-7b", "--num_devices", 8, "--max_length", 4096, "--global_batch_size", 1024]
     run(tmp_path, *small, "--device", "a100-80gb")
     run(tmp_path, "--num_devices", 3072, "--device", "a100-80gb", "--tokens", 450e9, "--top", 20)

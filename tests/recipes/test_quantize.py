@@ -74,7 +74,7 @@ def test_the_saved_model_is_loaded_by_the_lines_of_the_report(made):
 
 
 def test_the_page_explains_every_metric(made):
-    page = (Path(__file__).parents[2] / "docs" / "guides" / "quantization.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "quantization.md").read_text()
     for name in made[2]:
         assert f"`{name}`" in page, name
 

@@ -63,7 +63,7 @@ def test_from_nothing(made, capsys):
 
 
 def test_the_page_explains_every_metric(made):
-    page = (Path(__file__).parents[2] / "docs" / "guides" / "generation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "generation.md").read_text()
     for name in made[2]:
         assert f"`{name}`" in page or f"`{name.removesuffix('_sampled')}`" in page, name
 

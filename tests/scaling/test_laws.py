@@ -137,7 +137,8 @@ def test_scaling_needs_neither_torch_nor_transformers():
 
 
 def test_what_the_documentation_says_is_so():
-    text = (Path(__file__).parent.parent.parent / "docs" / "guides" / "scaling_laws.md").read_text()
+    docs = Path(__file__).parent.parent.parent / "docs"
+    text = "\n".join((docs / folder / "scaling_laws.md").read_text() for folder in ("guides", "reference"))
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     exec(code, names)

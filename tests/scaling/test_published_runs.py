@@ -159,7 +159,7 @@ def test_the_page_names_rows_that_were_not_read_in_their_source():
     lines = provenance(RUNS)
     assert {run.checked.split(":")[0] for run in RUNS} == {"source", "quoted"}  # none from memory alone
     assert all(run.is_from_source or run.source in lines[0] for run in RUNS)
-    for name in ("docs/guides/planner.md", "benchmarks/results/published_runs.md"):
+    for name in ("docs/experiments/planner.md", "benchmarks/results/published_runs.md"):
         page = " ".join((BENCHMARKS.parent / name).read_text().split())
         assert all(line in page for line in lines), name
 
@@ -171,7 +171,7 @@ def test_the_report_has_each_run():
 
 
 def test_the_page_shows_the_report():
-    page = (BENCHMARKS.parent / "docs" / "guides" / "planner.md").read_text()
+    page = (BENCHMARKS.parent / "docs" / "experiments" / "planner.md").read_text()
     lines = report().splitlines()
     for line in lines[2 : lines.index("")]:
         assert line in page, line

@@ -452,8 +452,9 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
 
 
 def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
-    text = (Path(__file__).parent.parent.parent / "docs" / "guides" / "tools.md").read_text()
-    first, tool, game, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    docs = Path(__file__).parent.parent.parent / "docs"
+    text = "".join((docs / folder / "tools.md").read_text() for folder in ("guides", "reference"))
+    tool, first, game, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {"policy": hfllm.HfllmForCausalLM(config_of(tokens)), "output_dir": str(tmp_path), "tokenizer": tokens}
     names |= {"right_answer": letters, "prompts": Dataset.from_dict({"prompt": PROMPTS})}
     settings = "output_dir, report_to='none', use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=2, "

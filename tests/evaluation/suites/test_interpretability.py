@@ -163,7 +163,7 @@ def test_bad_rows_are_named(tmp_path, row, message):
 
 
 def test_the_code_of_the_page_runs(subject):
-    page = Path(__file__).parents[3] / "docs" / "guides" / "evaluation.md"
+    page = Path(__file__).parents[3] / "docs" / "reference" / "evaluation.md"
     code = next(
         each for each in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "make_plant" in each
     )
