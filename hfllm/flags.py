@@ -200,11 +200,13 @@ def _several(facts: Fact | tuple[Fact, ...]) -> tuple[Fact, ...]:
 
 
 def _refusals(parsed: "Sequence[DataclassInstance]") -> Iterator[tuple[str, Fact | tuple[Fact, ...]]]:
+    """Yield each flag with the facts beside which it is refused: those of a stage before those beside the flags."""
+    for group in parsed:
+        for kind in type(group).__mro__:
+            yield from vars(kind).get("refused", {}).items()
     for group in parsed:
         for name, rules in rules_of(type(group)).items():
             yield name, rules.never
-        for kind in type(group).__mro__:
-            yield from vars(kind).get("refused", {}).items()
 
 
 def is_set(name: str, *parsed: "DataclassInstance") -> bool:

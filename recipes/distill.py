@@ -37,7 +37,8 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, "DistillationConfig", 
     script_args, training_args, model_args = parse_recipe(
         *(argv, __doc__, DistillArguments, library, "outputs/distill", world_settings), shown=(DistillationOptions,)
     )
-    return without_contradicted(script_args, given_values(argv)), training_args, model_args
+    script_args = without_contradicted(script_args, training_args, given_values(argv))
+    return script_args, training_args, model_args
 
 
 @releases_folders

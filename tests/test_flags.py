@@ -24,6 +24,7 @@ from hfllm.flags import (
     is_set,
     rules_of,
 )
+from hfllm.runs.recipes import load_recipe
 
 SHOWS = Fact(lambda flags: flags.shows, "the rows have pictures")
 
@@ -117,6 +118,34 @@ def test_a_flag_is_set_when_the_user_asks_for_something_by_it():
     assert is_set("num_prompts", Arguments(num_prompts=7)) and not is_set("num_prompts", Arguments())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("pretrain", ["--objective", "causal", "--packing", "false"]),
+        ("federated", ["--aggregation", "mean", "--clip_norm", "1", "--learner", "sft"]),
+        ("federated", ["--min_organisations", "1", "--clip_norm", "1", "--noise_multiplier", "1"]),
+        ("scaling_laws", ["--dataset_name", "world", "--probe", "true", "--probe_shots", "1"]),
+        ("vision", ["--num_rl_prompts", "0", "--use_peft", "false"]),
+        ("evaluate", ["--num_shots", "0", "--pretrain_config", ""]),
+    ],
+)
+def test_values_that_fit_are_taken(recipe, words):
+    check_flags(*load_recipe(recipe).parse(words))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "reason"),
+    [
+        ("scaling_laws", ["--dataset_name", "world", "--max_samples", "5"], "the world is as large as the runs need"),
+        ("scaling_laws", ["--runs", "f.csv", "--dataset_config", "en"], "it is for the grid, which --runs replaces"),
+        ("distill", ["--sequence_level", "--temperature", "2"], "--sequence_level learns only from answers"),
+    ],
+)
+def test_a_stage_has_the_first_word(recipe, words, reason):
+    with pytest.raises(InputError, match=reason):
+        check_flags(*load_recipe(recipe).parse(words))
+
+
 def recipe_arguments():
     """Every dataclass of flags with rules, by its module and name."""
     import hfllm
@@ -168,6 +197,8 @@ def test_every_fact_of_every_recipe_refuses(monkeypatch):
                 count += 1
                 parsed = with_value(kind(), item.name, other_value(item))
                 with monkeypatch.context() as patch:
+                    for base in (base for base in kind.__mro__ if "refused" in vars(base)):
+                        patch.setattr(base, "refused", {})
                     held = replace(fact, holds=lambda flags: True)
                     patch.setattr(text, "rules", replace(text.rules, takes=None, never=(held,)))
                     with pytest.raises(InputError) as error:

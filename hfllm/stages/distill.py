@@ -32,6 +32,8 @@ SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attent
 NEW_STUDENT = (*SIZES, "student_initializer_range")
 # The stages whose settings `--NAME_config` names.
 OF_TEACHER = ("pretrain", "sft", "reward", "rlhf")
+# How answers are learned, and whose they are.
+OF_ANSWERS = ("temperature", "beta", "soft_weight", "hard_weight", "num_examples", "response_length")
 TEACHER_NAMED = Fact(lambda flags: flags.teacher_model_name_or_path, "the teacher is named")
 # Of weights that are loaded in few bits: they learn nothing but an adapter.
 NO_ADAPTER = Fact(
@@ -145,13 +147,18 @@ def world_settings(given: Mapping[str, object]) -> list[Path]:
     return [] if is_own else [settings_file("distill/world.yaml")]
 
 
-def without_contradicted(script_args: DistillArguments, given: Mapping[str, object]) -> DistillArguments:
+def without_contradicted(
+    script_args: DistillArguments, training_args: "DistillationConfig", given: Mapping[str, object]
+) -> DistillArguments:
     """Return the flags without those of the world's settings that the user's flags contradict.
 
+    What the user gave without effect is refused here, before a recipe that distills at its end trains anything.
+
     Args:
-        script_args: as parsed.
+        script_args, training_args: as parsed.
         given: the flags that the user gave.
     """
+    check_flags(script_args, training_args, names=OF_ANSWERS)
     contradicted = [
         *(NEW_STUDENT if script_args.student_layers_every else ()),
         *(("mixed_prompts",) if whose_answers(script_args) == "data" else ()),

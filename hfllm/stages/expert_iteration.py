@@ -243,9 +243,10 @@ def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig
                     load_config(model_args.model_name_or_path, model_args.model_revision), peft_config(model_args)
                 )
     for flags in rounds.runs.values():
-        sft_flags.check(*flags)
         # Its rows are not there yet; a source that is always there stands for their file.
-        Stage("sft", changed(flags[0], dataset_name=PYDOC), *flags[1:]).check_flags()
+        stand_in = changed(flags[0], dataset_name=PYDOC), *flags[1:]
+        sft_flags.check(*stand_in)
+        Stage("sft", *stand_in).check_flags()
 
 
 # ---- data ----

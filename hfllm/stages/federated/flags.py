@@ -105,7 +105,10 @@ class FederatedArguments(InstructionArguments):
         SFT,
         "What organisations train: sft (answers), or reward (a reward model, on files of comparisons).",
         choices=list(LEARNERS),
-        never=NOT_WORLD.absent("the embedded world's rows are answers"),
+        never=Fact(
+            lambda flags: flags.learner == REWARD and not NOT_WORLD.holds(flags),
+            "the embedded world's rows are answers",
+        ),
     )
     average: str = flag(
         LORA,
@@ -118,7 +121,9 @@ class FederatedArguments(InstructionArguments):
         "What is made of the updates: their mean by tokens, or by coordinate, organizations counting "
         "alike, median or trimmed_mean, which a hostile minority moves little.",
         choices=list(AGGREGATIONS),
-        never=CLIPPED.because("--clip_norm is of a mean"),
+        never=Fact(
+            lambda flags: flags.clip_norm is not None and flags.aggregation != MEAN, "--clip_norm is of a mean"
+        ),
     )
     trim: float = flag(
         0.2,
@@ -151,7 +156,10 @@ class FederatedArguments(InstructionArguments):
     min_organisations: int = flag(
         1,
         "Updates without which a round is not taken, and the run stops.",
-        never=Fact(lambda flags: flags.noise_multiplier > 0, "who takes part must stay unknown"),
+        never=Fact(
+            lambda flags: flags.noise_multiplier > 0 and flags.min_organisations > 1,
+            "who takes part must stay unknown",
+        ),
     )
     compression: str = flag("none", "Of updates on the wire.", choices=["none", "int8"])
     clip_norm: float | None = flag(None, "Longest update of an organisation.")

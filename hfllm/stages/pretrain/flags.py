@@ -200,7 +200,7 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, Re
         "'causal' predicts the next token; 'masked' predicts masked ones, in a new bidirectional model; "
         "'infilling' is causal on documents cut in three, Code Llama's format.",
         choices=[*OBJECTIVES],
-        never=UNPACKED,
+        never=Fact(lambda flags: not flags.packing and flags.objective != "causal", UNPACKED.reason),
     )
     packing: bool = flag(True, "Fill rows of --max_length with documents that do not attend to each other; else pad.")
     max_length: int = flag(512, "Tokens per row; longer documents are split.", takes=at_least(1))
