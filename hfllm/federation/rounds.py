@@ -41,7 +41,9 @@ from hfllm.outputs.report import CONTENTS, by_contents
 
 
 class WeightedSum:
-    """Running sum of updates, so that a server holds a single one however many organisations there are.
+    """Running sum of updates, whose mean by tokens is that of FedAvg (McMahan et al. 2017, arXiv:1602.05629).
+
+    A server holds a single update, however many organisations there are.
 
     Args:
         expected: what every update must be like; by default like the first.
@@ -285,7 +287,7 @@ LEARNING_RATES = {"fedavg": 1.0, "momentum": 1.0, "fedadagrad": 0.01, "fedadam":
 
 
 class ServerOptimizer:
-    """Moves the common weights by the mean change of a round; see `server_optimizer`, which checks the settings.
+    """Moves the common weights by the mean change of a round, from `WeightedSum`; `server_optimizer` checks settings.
 
     Args:
         name: one of `NAMES`.

@@ -4,6 +4,8 @@ The choices of a question share all of its text, and the questions of a file oft
 key-value cache holds what it has read, so that only the choices themselves are read again. The numbers are those of
 reading each text whole, to rounding, and do not depend on how many rows a pass has: passes never mix questions, and
 rows are padded on the right, which no token before sees.
+
+`Scorer` compares the choices of a question, for suites; `score_answers` scores answers that were written.
 """
 
 import copy

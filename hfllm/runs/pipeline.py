@@ -54,7 +54,8 @@ class StageEntry:
         recipe: its script's name.
         settings: the YAML file of its settings on the embedded world, under recipes/configs.
         needs: the flags that name models which another stage makes, and which stage that is.
-        runs_own_chain: whether others leave to its recipe what it needs: that runs inside its own folder.
+        runs_own_chain: whether others leave to its recipe what it needs: that runs inside its own folder, and
+            `hfllm/stages/NAME/flags.py` lists it.
         minutes: about how long it takes on two cores with these settings.
     """
 

@@ -381,7 +381,10 @@ def trainer_of(
     train_rows: Rows,
     eval_rows: Rows,
 ) -> "tuple[SFTTrainer, Rows]":
-    """Return TRL's trainer on rows with pictures, and the held-out rows, one for each answer, as it reads them."""
+    """Return TRL's trainer on rows with pictures, and the held-out rows, one for each answer, as it reads them.
+
+    Rows become tokens batch by batch, in TRL's `DataCollatorForVisionLanguageModeling`.
+    """
     train, held_out = ([turn for row in rows for turn in by_turns(row)] for rows in (train_rows, eval_rows))
     args = changed(training_args, max_length=None)
     trainer, _ = own_trainer(script_args, args, model_args, train, held_out, stage="sft")
