@@ -61,9 +61,9 @@ def refuse(condition: bool, flag: str, reason: str) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory was short, on a GPU or in the machine; also where that is the cause of an error."""
     kinds = (RuntimeError, OSError, ImportError)
-    said = isinstance(error, kinds) and any(words in str(error) for words in OUT_OF_MEMORY)
+    is_reported = isinstance(error, kinds) and any(words in str(error) for words in OUT_OF_MEMORY)
     is_caused = error.__cause__ is not None and is_out_of_memory(error.__cause__)
-    return isinstance(error, MemoryError) or said or is_caused
+    return isinstance(error, MemoryError) or is_reported or is_caused
 
 
 def redact(text: str, *secrets: str | None) -> str:
@@ -89,11 +89,11 @@ def without_credentials(value: Any) -> Any:
         return value
     if value.lstrip().startswith("{"):
         try:
-            given = json.loads(value)
+            parsed = json.loads(value)
         except (ValueError, RecursionError):
             return redact(value)
-        hidden = without_credentials(given)
-        value = value if hidden == given else json.dumps(hidden)
+        hidden = without_credentials(parsed)
+        value = value if hidden == parsed else json.dumps(hidden)
     return redact(value)
 
 

@@ -93,11 +93,11 @@ def file_fingerprint(paths: Iterable[tuple[str, Path]], dates_large: bool = Fals
     """
     named = sorted(paths)
     states = [path.stat() for _, path in named]
-    told = (
+    file_stats = (
         (name, str(path), each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns)
         for (name, path), each in zip(named, states, strict=True)
     )
-    key = (dates_large, *told)
+    key = (dates_large, *file_stats)
     if key in _read:
         return _read[key]
     began, digest = time.time(), hashlib.blake2b(digest_size=16)

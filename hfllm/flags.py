@@ -214,7 +214,7 @@ def is_set(name: str, *parsed: "DataclassInstance") -> bool:
 
     Where the flags were not parsed, whether it is not at its default.
     """
-    given = next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
+    provided = next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
     for group in parsed:
         for item in fields(group):
             if item.name == name:
@@ -223,7 +223,7 @@ def is_set(name: str, *parsed: "DataclassInstance") -> bool:
                 if value in (None, "", []):
                     return False
                 is_other = value != (item.default if item.default is not MISSING else item.default_factory())
-                if given is None:
+                if provided is None:
                     return is_other
-                return bool({name, f"no_{name}"} & {*given}) and (is_other or value not in OFF)
+                return bool({name, f"no_{name}"} & {*provided}) and (is_other or value not in OFF)
     return False

@@ -65,10 +65,10 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         revision = model_args.model_revision if place == 0 else "main"
         return load_speaking(rounds.models[place], model_args, revision)
 
-    kept = []
+    counts = []
     for place, name in enumerate(rounds.runs):
-        asked = (train_rows, functions, rounds.models[place], partial(load, place), script_args.seed + place)
-        kept.append(by_main_process(partial(write_round, script_args, name, *asked)))
+        round_args = (train_rows, functions, rounds.models[place], partial(load, place), script_args.seed + place)
+        counts.append(by_main_process(partial(write_round, script_args, name, *round_args)))
         rounds.tune(name)
     rounds.end()
     if not main_process():
@@ -78,11 +78,11 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         expert_iteration.evaluate(script_args, load(place), eval_rows, functions)
         for place in range(len(rounds.models))
     ]
-    metrics = expert_iteration.found_metrics(script_args, evaluations, kept)
+    metrics = expert_iteration.found_metrics(script_args, evaluations, counts)
     return stage.finish(
         {**metrics, "train_prompts": len(train_rows), "eval_prompts": len(eval_rows)},
         summary=expert_iteration.summary_of(script_args, metrics),
-        tables=expert_iteration.tables_of(eval_rows, evaluations, kept),
+        tables=expert_iteration.tables_of(eval_rows, evaluations, counts),
         curves=expert_iteration.plots_of(script_args, evaluations),
         promises=expert_iteration.promises_of(script_args),
         artifacts={name: name for name in rounds.parsed} | {"rows": "data"},

@@ -20,7 +20,7 @@ from hfllm.stages.ground.flags import GroundArguments
 
 def parse(argv: Sequence[str]) -> tuple[GroundArguments]:
     """Read the flags; the defaults are the embedded world's settings."""
-    return parse_recipe(argv, __doc__, GroundArguments, settings=lambda given: [settings_file("ground/world.yaml")])
+    return parse_recipe(argv, __doc__, GroundArguments, settings=lambda flags: [settings_file("ground/world.yaml")])
 
 
 @releases_folders

@@ -18,7 +18,7 @@ from hfllm.stages.reason.flags import ReasonArguments
 
 def parse(argv: Sequence[str]) -> tuple[ReasonArguments]:
     """Read the flags; the defaults are the embedded world's settings."""
-    return parse_recipe(argv, __doc__, ReasonArguments, settings=lambda given: [settings_file("reason/world.yaml")])
+    return parse_recipe(argv, __doc__, ReasonArguments, settings=lambda flags: [settings_file("reason/world.yaml")])
 
 
 @releases_folders

@@ -93,18 +93,18 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
         )
         # A processor is saved with its tokenizer.
         trainer.processing_class = processor or trainer.processing_class
-    kept = reward.kept_comparisons(script_args, trainer, train_rows, test_rows)
+    counts = reward.kept_comparisons(script_args, trainer, train_rows, test_rows)
     use_plain_lines(trainer)
     trainer.add_callback(StalledWeights())
     train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=rows is None)
     evaluation = trainer.evaluate()
-    shown = reward.control(script_args, trainer, test_rows) if shows else {}
+    control_metrics = reward.control(script_args, trainer, test_rows) if shows else {}
     trainer.save_model()
 
-    accuracy, count = evaluation["eval_accuracy"], kept["eval_comparisons"]
+    accuracy, count = evaluation["eval_accuracy"], counts["eval_comparisons"]
     error = share_error(accuracy, count)
-    known = {"reward_model_accuracy": accuracy, **with_error("reward_model_accuracy", error, count)}
-    metrics = {**known, "eval_loss": evaluation["eval_loss"], **kept, **shown, **scaled}
+    accuracy_metrics = {"reward_model_accuracy": accuracy, **with_error("reward_model_accuracy", error, count)}
+    metrics = {**accuracy_metrics, "eval_loss": evaluation["eval_loss"], **counts, **control_metrics, **scaled}
     labels = "" if world_of(script_args) is None else " with noise-free labels"
     summary = f"accuracy {plus_minus(accuracy, error)} on {count:,} held-out comparisons{labels}"
     summary += reward.control_summary(metrics)

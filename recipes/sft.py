@@ -102,7 +102,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]
     tuned = evaluate()
-    shown = sft.control(script_args, trainer, held_out) if shows else {}
+    control_metrics = sft.control(script_args, trainer, held_out) if shows else {}
     trainer.save_model()
 
     metrics = {
@@ -112,7 +112,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         **({"dropped_rows": dropped} if dropped else {}),
         **grounded,
         **before_after.tuning_metrics(untuned, tuned),
-        **shown,
+        **control_metrics,
         **scaled,
     }
     result = before_after.tuning_summary(metrics) or f"held-out loss {held_out_loss:.3f} nats per token"

@@ -93,8 +93,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         tables["Right answers after PPO"] = policy_found.tables["Right answers"]
         summary += f"; after PPO: {policy_found.summary}"
     lines = picture_lines(training_args.output_dir, model_args.use_peft)
-    shown = {"next_steps": lines, "too_wide": ["Samples"], "promises": result.promises}
-    return stage.finish(metrics, trainer, summary, tables, plots, **shown)
+    report_args = {"next_steps": lines, "too_wide": ["Samples"], "promises": result.promises}
+    return stage.finish(metrics, trainer, summary, tables, plots, **report_args)
 
 
 if __name__ == "__main__":

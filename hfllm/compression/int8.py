@@ -70,8 +70,8 @@ class Quantized:
     def nbytes(self) -> float:
         """Return the bytes of storage: values and zero points with their bits, scales and kept columns unchanged."""
         rows, columns = self.values_OI.shape
-        kept = 0 if self.kept is None else len(self.kept)
-        size = rows * (columns - kept) * self.bits / 8 + self.scale.numel() * self.scale.element_size()
+        num_unquantized = 0 if self.kept is None else len(self.kept)
+        size = rows * (columns - num_unquantized) * self.bits / 8 + self.scale.numel() * self.scale.element_size()
         if bool((self.zero_point != 0).any()):
             size += self.zero_point.numel() * self.bits / 8
         if self.kept is not None:
@@ -121,8 +121,8 @@ def quantize(
         scale = (most - least) / (high - low)
         zero_point = (low - least / _positive(scale)).round().clamp(low, high)
     values = (grouped / _positive(scale) + zero_point).round().clamp(low, high)
-    kept = None if keep_columns is None else matrix_OI[:, keep_columns].clone()
-    return Quantized(values.reshape(matrix.shape).to(torch.int8), scale, zero_point, bits, keep_columns, kept)
+    unquantized = None if keep_columns is None else matrix_OI[:, keep_columns].clone()
+    return Quantized(values.reshape(matrix.shape).to(torch.int8), scale, zero_point, bits, keep_columns, unquantized)
 
 
 def outlier_columns(tokens_NI: torch.Tensor, threshold: float = OUTLIER_THRESHOLD) -> torch.Tensor:
@@ -337,11 +337,11 @@ class DynamicInt8Quantizer(HfQuantizer):
         return isinstance(module, DynamicInt8Linear) and name == "weight" and not self.pre_quantized
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
-        kept = self.get_modules_to_not_convert(
+        modules_to_not_convert = self.get_modules_to_not_convert(
             model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules
         )
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and should_convert_module(name, kept):
+            if type(module) is nn.Linear and should_convert_module(name, modules_to_not_convert):
                 shape = (module.in_features, module.out_features, module.bias is not None)
                 model.set_submodule(name, DynamicInt8Linear(*shape, "meta", module.weight.dtype))
 

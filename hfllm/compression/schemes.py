@@ -95,10 +95,10 @@ class Scheme:
         for pattern in self.skipped:
             if all(should_convert_module(name, [pattern]) for name in names):
                 raise InputError(f"skipped layers: {pattern!r} names none of {', '.join(sorted(_kinds(names)))}")
-        wanted = [name for name in names if should_convert_module(name, list(self.skipped))]
-        if not wanted:
+        candidates = [name for name in names if should_convert_module(name, list(self.skipped))]
+        if not candidates:
             raise InputError(f"skipped layers: {', '.join(self.skipped)} are all; nothing is left to quantize")
-        quantized = {name for name in wanted if self.fits(model.get_submodule(name))}
+        quantized = {name for name in candidates if self.fits(model.get_submodule(name))}
         if not quantized:
             raise InputError(
                 f"scheme {self.name!r} needs layers with a multiple of {self.cpu_multiples[0]} inputs and "
@@ -190,11 +190,11 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     # transformers' quantizers skip the output head, and layers tied to it.
-    kept = get_keys_to_not_convert(model)
+    modules_to_not_convert = get_keys_to_not_convert(model)
     names = [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, kept)
+        if type(module) is nn.Linear and should_convert_module(name, modules_to_not_convert)
     ]
     if not names:
         raise InputError(

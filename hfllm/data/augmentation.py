@@ -129,12 +129,12 @@ def begun_comparisons(
     for row in rows:
         is_drawn, is_alone, beginning = rng.random() < PREFILLED * share, rng.random() < 0.25, _cut(rng, texts)
         sides = {side: row[side] for side in ("chosen", "rejected")}
-        refused = {side: len(said) == 1 and refuses(said[0]["content"]) for side, said in sides.items()}
+        refused = {side: len(response) == 1 and refuses(response[0]["content"]) for side, response in sides.items()}
         if is_drawn and refused["chosen"] != refused["rejected"] and max(map(len, sides.values())) == 1:
             begun = {}
             for side, (message,) in sides.items():
-                said = f"{beginning}." if is_alone and not refused[side] else f"{beginning} {message['content']}"
-                begun[side] = [{**message, "content": said}]
+                response = f"{beginning}." if is_alone and not refused[side] else f"{beginning} {message['content']}"
+                begun[side] = [{**message, "content": response}]
             row = _changed(row, **begun)
         augmented.append(row)
     return augmented
@@ -180,8 +180,8 @@ def augmented_demonstrations(
         is_drawn, prefill = rng.random() < PREFILLED * share, _cut(rng, texts)
         (first, *others) = row["completion"]
         if is_drawn and not others and refuses(first["content"]):
-            said = {**first, "content": f"{prefill} {first['content']}"}
-            row = _changed(row, **{"completion": [said], PREFILL: prefill})
+            message = {**first, "content": f"{prefill} {first['content']}"}
+            row = _changed(row, **{"completion": [message], PREFILL: prefill})
         augmented.append(row)
     return augmented
 
@@ -251,10 +251,10 @@ def no_punctuation(text: str, strength: float, rng: random.Random) -> str:
     """Return the text without a share of the marks between its words."""
     # A mark inside of a number or a word, as in 3.5 or a.m, belongs to it.
     ends = [at + 1 == len(text) or not text[at + 1].isalnum() for at in range(len(text))]
-    kept = [
+    mask = [
         not (end and mark in PUNCTUATION and rng.random() < strength) for mark, end in zip(text, ends, strict=True)
     ]
-    return "".join(mark for mark, is_kept in zip(text, kept, strict=True) if is_kept)
+    return "".join(mark for mark, is_kept in zip(text, mask, strict=True) if is_kept)
 
 
 def _added(kind: str, is_before: bool) -> "Change":

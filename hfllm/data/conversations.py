@@ -131,8 +131,8 @@ class Conversations:
         for at, part in zip(turns, parts, strict=True):
             if not before and not at:
                 continue
-            asked = self._render(origin, row, [*before, *completion[:at]], tokenize=True, add_generation_prompt=True)
-            begin = self._answer_begins(origin, asked["input_ids"], part.input_ids)
+            prompt = self._render(origin, row, [*before, *completion[:at]], tokenize=True, add_generation_prompt=True)
+            begin = self._answer_begins(origin, prompt["input_ids"], part.input_ids)
             part.labels[:begin] = [IGNORE] * begin
         return parts
 
@@ -184,10 +184,13 @@ class Conversations:
         """Return whether the chat template marks the assistant's turns with the token that ends them."""
         if not has_markers(template_of(self.tokenizer)):
             return False
-        asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         try:
             encoded = self.tokenizer.apply_chat_template(
-                [asked, said, asked, said], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                [question, answer, question, answer],
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
             )
         except Exception:  # a template may refuse anything, and is then asked row by row
             return False
@@ -234,8 +237,8 @@ def check_written(origin: str, row: Row, messages: Sequence[Message], text: str,
         function = tool.get("function", tool)
         name = str(function.get("name", ""))
         # A call names a tool too, so its name shows something only before the first question.
-        asked = next((message["content"] for message in messages if message["role"] == "user"), "")
-        before = text.partition(asked.strip())[0] if asked.strip() else ""
+        question = next((message["content"] for message in messages if message["role"] == "user"), "")
+        before = text.partition(question.strip())[0] if question.strip() else ""
         if not _is_in(str(function.get("description") or name), text) and not (name and _is_in(name, before)):
             notes.add(UNSEEN, origin)
             break
@@ -285,9 +288,9 @@ class ReadBack:
 
     def __str__(self) -> str:
         counts = (("calls of tools", self.exact_calls, self.calls), ("thoughts", self.exact_thoughts, self.thoughts))
-        said = [f"{exact:,} of {all_:,} {what}" for what, exact, all_ in counts if all_]
+        parts = [f"{exact:,} of {all_:,} {what}" for what, exact, all_ in counts if all_]
         first = f" (first that are not: {self.first})" if self.first else ""
-        return f"{' and '.join(said)} are read back exactly{first}"
+        return f"{' and '.join(parts)} are read back exactly{first}"
 
 
 def response_template_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any] | None:

@@ -101,9 +101,13 @@ def to_sft(origin: str, row: Row) -> Row:
         raise BadRow(f"{origin}: label is {label!r}: the answer is one that is not wanted", UNDESIRED)
     tools = read_tools(origin, row.get("tools"))
     shared = {"tools": tools} if tools else {}
-    for asked, answered in ANSWERED:
-        if _has(row, asked, answered):
-            prompt = _instruction(origin, row) if asked == "instruction" else _as_messages(origin, row[asked])
+    for prompt_column, answered in ANSWERED:
+        if _has(row, prompt_column, answered):
+            prompt = (
+                _instruction(origin, row)
+                if prompt_column == "instruction"
+                else _as_messages(origin, row[prompt_column])
+            )
             completion = _ended(origin, answered, _said(origin, row[answered]))
             return {"prompt": prompt, "completion": completion, **shared}
     for column in ("messages", "conversations"):

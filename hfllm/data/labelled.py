@@ -285,11 +285,11 @@ def encode_spans(
             )
         for begin in range(0, max(len(ids) - stride, 1), room - stride):
             part = slice(begin, begin + room)
-            shown = (*[None] * len(head), *offsets[part], *[None] * len(tail))
+            window_offsets = (*[None] * len(head), *offsets[part], *[None] * len(tail))
             whole = [*head, *ids[part], *tail]
-            labels = _span_labels(row, shown) or [len(whole) - 1] * 2
+            labels = _span_labels(row, window_offsets) or [len(whole) - 1] * 2
             encoded.append({"input_ids": whole, "labels": labels})
-            windows.append(Window(number, shown))
+            windows.append(Window(number, window_offsets))
     return encoded, windows
 
 

@@ -251,10 +251,10 @@ def split_places(
         raise InputError(f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    wanted, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
+    target_size, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
     # Groups that are too large come last, by size: a group of half the data must not be the whole held-out set.
-    order.sort(key=lambda group: max(len(group), wanted))
-    while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= wanted):
+    order.sort(key=lambda group: max(len(group), target_size))
+    while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= target_size):
         held_out += order.pop(0)
     return [index for group in order for index in group], held_out
 
@@ -276,9 +276,9 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
         shares = {name: getattr(script_args, f"world_{name}") for name in names}
         texts = world.documents(script_args.num_documents, seed, **shares)
         # The world may write a document twice; held-out texts must not occur in training.
-        known = set(texts)
+        train_texts = set(texts)
         unseen = world.documents(NUM_HELD_OUT_DOCUMENTS, -1 - seed, **shares)
-        held_out = [text for text in unseen if text not in known]
+        held_out = [text for text in unseen if text not in train_texts]
         # The type that `prepared` stores, so that both can be in one mixture.
         return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
 
@@ -356,8 +356,8 @@ def held_out_arguments(script_args: RowArguments) -> RowArguments | None:
 
 def shared_prompts(train_rows: Sequence[formats.Row], eval_rows: Sequence[formats.Row]) -> int:
     """Return how many held-out rows have the prompt of a training row."""
-    known = set(map(prompt_key, train_rows))
-    return sum(prompt_key(row) in known for row in eval_rows)
+    train_prompts = set(map(prompt_key, train_rows))
+    return sum(prompt_key(row) in train_prompts for row in eval_rows)
 
 
 # ---- mixtures ----
@@ -409,9 +409,9 @@ def load_sources(
     together = concatenate_datasets(list(sources.values()))
     if len(sources) > 1:
         together = together.select(by_weight(sources.values(), [weight for _, weight in mixture]))
-        wanted = {hash_of(text) for text in held_out}
-        known = wanted.intersection(hash_of(text) for text in together["text"])
-        held_out = [text for text in held_out if hash_of(text) not in known]
+        held_out_hashes = {hash_of(text) for text in held_out}
+        shared_hashes = held_out_hashes.intersection(hash_of(text) for text in together["text"])
+        held_out = [text for text in held_out if hash_of(text) not in shared_hashes]
         if not held_out:
             raise InputError("every held-out text of the mixture is a training text of another of its datasets")
     return sources, together["text"], held_out

@@ -58,8 +58,8 @@ class Expansion:
         self.total += size + ROW_BYTES * rows
         if self.most is not None and self.total > self.most:
             size = self.file.stat().st_size
-            said = f"{self.file}: holds more than {MOST_EXPANSION} times its {size:,} bytes"
-            raise OverLimit(said, "if that is meant, --max_row_bytes 0 reads it")
+            message = f"{self.file}: holds more than {MOST_EXPANSION} times its {size:,} bytes"
+            raise OverLimit(message, "if that is meant, --max_row_bytes 0 reads it")
 
 
 # ---- parquet rows ----
@@ -105,9 +105,9 @@ def parquet_rows(file: Path, limit: int) -> Iterator[dict[str, Any]]:
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         after = f" after row {number}" if number else ""
-        raise InputError(f"{file}: not parquet, or damaged{after}: {said[:200]}") from None
+        raise InputError(f"{file}: not parquet, or damaged{after}: {reason[:200]}") from None
 
 
 def _check_figures(file: Path, limit: int) -> int:

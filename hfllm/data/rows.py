@@ -136,9 +136,10 @@ def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
     Raises:
         InputError: when they are neither.
     """
-    given = tools
+    raw_tools = tools
     tools = _in_reach(
-        origin, lambda: _from_json(given.strip() or "null") if isinstance(given, str) else _without_none(given)
+        origin,
+        lambda: _from_json(raw_tools.strip() or "null") if isinstance(raw_tools, str) else _without_none(raw_tools),
     )
     if not tools:
         return None
@@ -149,8 +150,8 @@ def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
 
 def role_of(message: Mapping[str, Any]) -> str | None:
     """Return the role of a message in any format, `None` where it has none."""
-    given = message.get("role", message.get("from"))
-    return ROLES.get(given) if isinstance(given, str) else None
+    role = message.get("role", message.get("from"))
+    return ROLES.get(role) if isinstance(role, str) else None
 
 
 def is_begun(prompt: str | list[Message]) -> bool:

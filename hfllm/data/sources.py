@@ -423,9 +423,9 @@ class _JsonItems:
         return f"{self.file}, line {self.lines_before + self.text.count(chr(10), 0, at) + 1}"
 
     def error(self, error: Exception) -> InputError:
-        said = getattr(error, "msg", str(error))
+        reason = getattr(error, "msg", str(error))
         index = self.place(getattr(error, "pos", self.at))
-        return InputError(f"{index}: not JSON ({said}); for one object per line name it .jsonl")
+        return InputError(f"{index}: not JSON ({reason}); for one object per line name it .jsonl")
 
 
 def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
@@ -478,10 +478,10 @@ def pydoc_documents() -> Iterator[tuple[str, str]]:
     Names are like `argparse.ArgumentParser.parse_args` and `topics.BOOLEANS`. They depend only on the Python build,
     not on what has been imported or installed.
     """
-    seen: set[str] = set()
+    unique_texts: set[str] = set()
     for name, text in chain(_topics(), _docstrings()):
-        if text and text not in seen:
-            seen.add(text)
+        if text and text not in unique_texts:
+            unique_texts.add(text)
             yield name, text
 
 

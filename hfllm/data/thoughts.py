@@ -38,28 +38,28 @@ def split_thoughts(text: str, is_open: bool = False) -> tuple[str | None, str]:
         text = OPEN + text
     elif opens < 0:
         return None, text
-    said, *rest = text.split(OPEN)
+    answer, *rest = text.split(OPEN)
     thoughts = []
     for part in rest:
         thought, _, after = part.partition(CLOSE)
         thoughts.append(thought.strip("\n"))
-        said += after.lstrip("\n") if not said else after
-    return "\n".join(thoughts), said
+        answer += after.lstrip("\n") if not answer else after
+    return "\n".join(thoughts), answer
 
 
 def thinking_message(text: str, is_open: bool = False) -> Message:
     """Return a text as an assistant's message, with its thoughts as `reasoning_content` if it has any."""
-    thoughts, said = split_thoughts(text, is_open)
-    return {"role": "assistant", "content": said} | ({} if thoughts is None else {"reasoning_content": thoughts})
+    thoughts, answer = split_thoughts(text, is_open)
+    return {"role": "assistant", "content": answer} | ({} if thoughts is None else {"reasoning_content": thoughts})
 
 
 def thoughts_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
     """Return the thoughts of a completion, text or messages; an empty text without any."""
     if isinstance(completion, str):
         return split_thoughts(completion)[0] or ""
-    said = (message for message in completion if message.get("role", "assistant") == "assistant")
+    messages = (message for message in completion if message.get("role", "assistant") == "assistant")
     thoughts = (
-        message.get("reasoning_content") or split_thoughts(message.get("content") or "")[0] for message in said
+        message.get("reasoning_content") or split_thoughts(message.get("content") or "")[0] for message in messages
     )
     return "\n".join(filter(None, thoughts))
 
@@ -67,8 +67,8 @@ def thoughts_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
 def answer_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
     """Return what a completion says without its thoughts: of messages the last one of the assistant."""
     if not isinstance(completion, str):
-        said = [message for message in completion if message.get("role", "assistant") == "assistant"]
-        completion = (said[-1].get("content") or "") if said else ""
+        messages = [message for message in completion if message.get("role", "assistant") == "assistant"]
+        completion = (messages[-1].get("content") or "") if messages else ""
     return split_thoughts(completion)[1].strip()
 
 

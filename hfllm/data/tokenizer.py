@@ -232,7 +232,7 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(_without_long_words(texts), trainer)
-    made = PreTrainedTokenizerFast(
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=DOCUMENT_END,
@@ -244,8 +244,8 @@ def train_tokenizer(
         response_template=response_template(),
         clean_up_tokenization_spaces=False,
     )
-    made.add_tokens(list(added_tokens))
-    return made
+    fast_tokenizer.add_tokens(list(added_tokens))
+    return fast_tokenizer
 
 
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
@@ -316,8 +316,8 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase | ProcessorMixin") -> int | Non
     writer, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
     if not getattr(writer, "chat_template", None):
         return None
-    said = "Zyxwvut"
-    turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": said}]
+    answer = "Zyxwvut"
+    turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": answer}]
     if writer is not tokenizer:
         turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     try:
@@ -325,7 +325,7 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase | ProcessorMixin") -> int | Non
     except template_errors():
         # A template of another kind of conversation.
         return None
-    _, result, after = text.rpartition(said)
+    _, result, after = text.rpartition(answer)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if result and after else []
@@ -360,10 +360,10 @@ def tokenize_prompts(
     # Neighbors that show the same tools and end alike are written in one call.
     pairs = groupby(zip(prompts, tools, strict=True), key=lambda pair: (id(pair[1]), is_begun(pair[0])))
     for (_, is_open), group in pairs:
-        some, shown = zip(*group, strict=True)
+        some, group_tools = zip(*group, strict=True)
         ending = {"continue_final_message" if is_open else "add_generation_prompt": True}
-        if shown[0]:
-            ending["tools"] = read_tools("a prompt", shown[0])
+        if group_tools[0]:
+            ending["tools"] = read_tools("a prompt", group_tools[0])
         try:
             ids += tokenizer.apply_chat_template(list(some), **ending, **options)["input_ids"]
         except ValueError as error:

@@ -265,12 +265,12 @@ class WordIndex:
         heads = np.cumsum(texts_of_word) - texts_of_word
         while self._blocks:
             block = self._blocks.pop(0)
-            known = len(block.texts_of_word)
+            num_block_words = len(block.texts_of_word)
             ends = np.cumsum(block.texts_of_word)
-            targets = np.repeat(heads[:known] - ends + block.texts_of_word, block.texts_of_word)
+            targets = np.repeat(heads[:num_block_words] - ends + block.texts_of_word, block.texts_of_word)
             targets += np.arange(len(block.places))
             indices[targets], counts[targets] = block.places, block.counts
-            heads[:known] += block.texts_of_word
+            heads[:num_block_words] += block.texts_of_word
         self._blocks = [_Postings(texts_of_word, indices, counts)]
         return self._blocks[0]
 

@@ -169,14 +169,14 @@ class ToolTurns:
     ):
         from trl.chat_template_utils import supports_tool_calling
 
-        given, tokenizer = tokenizer, _with_one_template(tokenizer)
+        original, tokenizer = tokenizer, _with_one_template(tokenizer)
         self.tokenizer, self.schemas, self.end_token_ids = tokenizer, list(schemas), set(end_token_ids)
         if not supports_tool_calling(tokenizer):
             raise InputError(
                 "tools: the tokenizer's chat template cannot write an assistant's tool_calls and a tool's message"
             )
         _find_response_template(tokenizer)
-        given.response_template = tokenizer.response_template
+        original.response_template = tokenizer.response_template
         self.chat_template = _lasting_template(tokenizer)
         added, template = tokenizer.added_tokens_decoder.items(), str(self.chat_template)
         self.control = {
@@ -184,8 +184,8 @@ class ToolTurns:
             for number, token in added
             if token.special or (token.content in template and not token.content.isspace())
         }
-        asked = _calling([])[:1]
-        before, opened = (self._tokens(asked, add_generation_prompt=is_opened) for is_opened in (False, True))
+        messages = _calling([])[:1]
+        before, opened = (self._tokens(messages, add_generation_prompt=is_opened) for is_opened in (False, True))
         self.opening, self._asked = opened[len(before) :], before
         self._before = lru_cache(KEPT_REPLIES)(self._tokens_before)
         self._written = lru_cache(KEPT_REPLIES)(self._write)
@@ -389,7 +389,7 @@ class StatefulEnvironments:
         self.current, self._free = self._free[: len(rows)], self._free[len(rows) :]
         self.boxes = [self.tools.bound(methods_of(each)) for each in self.current]
         self.told = [self._reset(*each) for each in zip(self.current, rows, strict=True)]
-        return [_with_more(row["prompt"], told) for row, told in zip(rows, self.told, strict=True)]
+        return [_with_more(row["prompt"], observation) for row, observation in zip(rows, self.told, strict=True)]
 
     def get_reward(self, environments: Sequence[Any], **columns: object) -> list[float]:
         """Return the environments' own rewards of the episodes that have just ended."""
@@ -409,12 +409,12 @@ class StatefulEnvironments:
             raise InputError(f"{FLAG}: a prompt has no message, to which {self.name}.reset could add")
         origin = f"{FLAG}: {self.name}.reset for the prompt {str(prompt[-1].get('content'))[:80]!r}"
         try:
-            said = environment.reset(**row)
+            observation = environment.reset(**row)
         except Exception as error:
             raise InputError(f"{origin} failed with {error!r}") from error
-        if not isinstance(said, str | None):
-            raise InputError(f"{origin} returned {type(said).__name__}; expected text or None")
-        return encodable(said or "")
+        if not isinstance(observation, str | None):
+            raise InputError(f"{origin} returned {type(observation).__name__}; expected text or None")
+        return encodable(observation or "")
 
 
 def _with_more(prompt: Sequence[Message], told: str) -> list[Message]:
@@ -429,8 +429,8 @@ def _with_more(prompt: Sequence[Message], told: str) -> list[Message]:
 def methods_of(environment: object) -> list[Tool]:
     """Return the public methods of an environment's class that are tools: all but `reset` and `get_reward`."""
     names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
-    kept = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
-    return [getattr(environment, name) for name in kept]
+    tool_names = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
+    return [getattr(environment, name) for name in tool_names]
 
 
 # ---- tool environment ----
@@ -481,8 +481,8 @@ class ToolEnvironment:
         """
         tokenizer, schemas = self.turns.tokenizer, self.tools.schemas
         ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer, [schemas] * len(rows))
-        for index, told in enumerate(self.states.told if self.states else ()):
-            if self.turns.forges(told):
+        for index, observation in enumerate(self.states.told if self.states else ()):
+            if self.turns.forges(observation):
                 (ids[index],) = tokenize_prompts([rows[index]["prompt"]], tokenizer, [schemas], as_plain_text=True)
         return ids
 

@@ -123,10 +123,10 @@ class ToolBox:
 
     def _cut(self, content: str) -> str:
         length = len(content)
-        kept = (
+        truncated = (
             content if length <= self.max_length else f"{content[: self.max_length]}... (cut, of {length} characters)"
         )
-        return encodable(kept)
+        return encodable(truncated)
 
 
 def encodable(text: str) -> str:

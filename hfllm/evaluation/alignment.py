@@ -216,7 +216,7 @@ def _errors(name: str, metrics: Mapping[str, float]) -> list[float | None]:
 
 def _other_changes(first: str, metrics: Mapping[str, float]) -> str:
     """Return a sentence for each kind of change of the figures after the first, worse ones before noise."""
-    said: dict[str, list[str]] = {"Worse": [], "Better": [], "Also": [], "No change beyond noise": []}
+    texts_by_kind: dict[str, list[str]] = {"Worse": [], "Better": [], "Also": [], "No change beyond noise": []}
     sentence_of = {"better": "Better", "worse": "Worse", "more": "Also", "less": "Also"}
     for name in changes(metrics):
         change, error = metrics[f"{name}_change"], metrics.get(f"{name}_change_se")
@@ -226,8 +226,8 @@ def _other_changes(first: str, metrics: Mapping[str, float]) -> str:
         if kind in sentence_of:
             before, after = (readable(metrics[f"{name}_{side}"]) for side in ("before", "after"))
             words = f"{words} {before} to {after} (change {plus_minus(change, error)})"
-        said[sentence_of.get(kind, "No change beyond noise")].append(words)
-    return "".join(f" {kind}: {'; '.join(figures)}." for kind, figures in said.items() if figures)
+        texts_by_kind[sentence_of.get(kind, "No change beyond noise")].append(words)
+    return "".join(f" {kind}: {'; '.join(figures)}." for kind, figures in texts_by_kind.items() if figures)
 
 
 def alignment_tables(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, list[dict[str, Any]]]:

@@ -131,12 +131,12 @@ class _Order:
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
     """Return the discounts of counts 0, 1, 2 and of 3 or more: (4,)."""
-    seen = [int((counts == count).sum()) for count in range(1, 5)]
+    counts_of_counts = [int((counts == count).sum()) for count in range(1, 5)]
     # A text too small or too regular to have any n-gram once gives no estimate: half a count is usual.
-    base = seen[0] / (seen[0] + 2 * seen[1]) if seen[0] else 0.5
+    base = counts_of_counts[0] / (counts_of_counts[0] + 2 * counts_of_counts[1]) if counts_of_counts[0] else 0.5
     discounts = [0.0]
     for count in (1, 2, 3):
-        ratio = seen[count] / seen[count - 1] if seen[count - 1] else 0.0
+        ratio = counts_of_counts[count] / counts_of_counts[count - 1] if counts_of_counts[count - 1] else 0.0
         # Text with duplicate documents breaks the estimate. Some mass must be left to unseen symbols,
         # and the discount must not exceed the count.
         discounts.append(min(max(count - (count + 1) * base * ratio, SMALLEST_DISCOUNT), float(count)))
@@ -154,15 +154,15 @@ def _windows(texts: Sequence[bytes], order: int) -> np.ndarray:
     # Enough ends before each text that no window reaches into the previous text.
     pad = np.full(order - 1, END, dtype=np.int16)
     end = np.array([END], dtype=np.int16)
-    pieces, wanted = [], []
+    pieces, mask = [], []
     for text in texts:
         pieces += [pad, np.frombuffer(text, dtype=np.uint8).astype(np.int16), end]
-        wanted += [np.zeros(len(pad), dtype=bool), np.ones(len(text) + 1, dtype=bool)]
-    symbols, wanted = np.concatenate(pieces), np.concatenate(wanted)
+        mask += [np.zeros(len(pad), dtype=bool), np.ones(len(text) + 1, dtype=bool)]
+    symbols, mask = np.concatenate(pieces), np.concatenate(mask)
     windows = symbols.astype(np.int64)
     for index in range(1, order):
         windows[index:] |= symbols[:-index].astype(np.int64) << BITS * index
-    return windows[wanted]
+    return windows[mask]
 
 
 def _mask(length: int) -> np.int64:

@@ -95,12 +95,12 @@ def evaluate_tuned(
     if is_spread or not hasattr(dataset, "select"):
         return None
     dataset = dataset.select(range(min(MOST_ROWS, len(dataset))))
-    asked = [row for row in held_out[:MOST_PROMPTS] if row.get("prompt")]
-    prompts = [row["prompt"] for row in asked]
+    prompt_rows = [row for row in held_out[:MOST_PROMPTS] if row.get("prompt")]
+    prompts = [row["prompt"] for row in prompt_rows]
     with forked_random(model.device), trainer.accelerator.autocast():
         loader = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         rows = row_losses(model, filter(None, map(_with_targets, loader)))
-        answers = (answer or partial(_answers, tokenizer=trainer.processing_class))(model, asked)
+        answers = (answer or partial(_answers, tokenizer=trainer.processing_class))(model, prompt_rows)
     return TunedEvaluation([row for row in rows if row[1]], prompts, answers)
 
 
@@ -112,7 +112,7 @@ def _answers(
     # A processor has it.
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     settings = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False, "tools": [row.get("tools") for row in rows]}
-    return [said for (said,) in sample_responses(model, tokenizer, [row["prompt"] for row in rows], **settings)]
+    return [answer for (answer,) in sample_responses(model, tokenizer, [row["prompt"] for row in rows], **settings)]
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], longest: int | None) -> dict[str, Any]:
@@ -413,8 +413,8 @@ class PictureQuantization(QuantizationEvaluation):
         from hfllm.multimodal.answers import answer_pictures
 
         prompts, images = [each.prompt for each in self.questions], [each.images for each in self.questions]
-        said = answer_pictures(model, self.processor, prompts, images, self.response_length, BATCH_SIZE)
-        right = [float(is_right(text, each.answer)) for text, each in zip(said, self.questions, strict=True)]
+        responses = answer_pictures(model, self.processor, prompts, images, self.response_length, BATCH_SIZE)
+        right = [float(is_right(text, each.answer)) for text, each in zip(responses, self.questions, strict=True)]
         nats = [_answer_nats(model, answer) for answer in self.answers]
         self._measured[name] = nats, right
         return {"loss": sum(nats) / len(nats), "right": sum(right) / len(right)}
@@ -422,10 +422,10 @@ class PictureQuantization(QuantizationEvaluation):
 
 def answer_tokens(processor: "ProcessorMixin", asked: Asked) -> AnswerTokens:
     """Return a question and its right answer as a model reads them, with the place where the answer begins."""
-    shown = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in asked.images]]
+    images = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in asked.images]]
     whole = [*asked.prompt, {"role": "assistant", "content": [{"type": "text", "text": asked.answer}]}]
-    inputs: dict[str, Any] = dict(conversation_batch(processor, [whole], shown))
-    begun = conversation_batch(processor, [asked.prompt], shown, add_generation_prompt=True)["input_ids"][0]
+    inputs: dict[str, Any] = dict(conversation_batch(processor, [whole], images))
+    begun = conversation_batch(processor, [asked.prompt], images, add_generation_prompt=True)["input_ids"][0]
     ids = inputs["input_ids"][0]
     # Templates may begin an answer with what they leave out of one that is there.
     same = (ids[: len(begun)] == begun[: len(ids)]).long().cumprod(0).sum().item()
@@ -645,8 +645,8 @@ def distillation_summary(metrics: Mapping[str, float], judged: Mapping[str, Gold
     if not judged:
         return ""
     scores = {name: _per_prompt(one) for name, one in judged.items()}
-    said = [f"{name.replace('_', ' ')} {plus_minus(*_mean_and_error(values))}" for name, values in scores.items()]
-    text = f"Gold reward on {len(scores[STUDENT]):,} held-out prompts: {', '.join(said)}."
+    figures = [f"{name.replace('_', ' ')} {plus_minus(*_mean_and_error(values))}" for name, values in scores.items()]
+    text = f"Gold reward on {len(scores[STUDENT]):,} held-out prompts: {', '.join(figures)}."
     for other in (TEACHER, ALONE):
         if other in scores:
             differences = [ours - theirs for ours, theirs in zip(scores[STUDENT], scores[other], strict=True)]

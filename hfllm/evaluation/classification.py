@@ -146,11 +146,11 @@ def class_table(predicted: Sequence[str], gold: Sequence[str], most: int = 30) -
     names = sorted(set(gold) | set(predicted))
     for name in names[:most]:
         here = [guess for guess, true in zip(predicted, gold, strict=True) if true == name]
-        tp, said, n = here.count(name), list(predicted).count(name), len(here)
+        tp, predicted_positives, n = here.count(name), list(predicted).count(name), len(here)
         wrong = [guess for guess in here if guess != name]
         row: dict[str, object] = {"class": name, "rows": n}
-        row |= {"precision": tp / said if said else 0.0, "recall": tp / n if n else 0.0}
-        row |= {"F1": 2 * tp / (said + n) if said + n else 0.0}
+        row |= {"precision": tp / predicted_positives if predicted_positives else 0.0, "recall": tp / n if n else 0.0}
+        row |= {"F1": 2 * tp / (predicted_positives + n) if predicted_positives + n else 0.0}
         row["mistaken for"] = max(sorted(set(wrong)), key=wrong.count, default="")
         rows.append(row)
     return rows
@@ -197,8 +197,8 @@ class LogisticRegression:
         """Learn from rows of features with a label each; the same rows give the same weights."""
         import torch
 
-        seen = Counter(name for row in rows for name in set(row))
-        names = sorted(name for name, count in seen.items() if count >= self.min_rows)
+        row_counts = Counter(name for row in rows for name in set(row))
+        names = sorted(name for name, count in row_counts.items() if count >= self.min_rows)
         self.number = {name: index for index, name in enumerate(names)}
         self.labels = sorted(set(labels))
         index = {label: number for number, label in enumerate(self.labels)}
@@ -275,9 +275,9 @@ def majority(task: str, train: Sequence[Row], held_out: Sequence[Row]) -> list:
     for row in train:
         for word, tag in zip(row["words"], row["tags"], strict=True):
             tags.setdefault(word, []).append(tag)
-    known = {word: most_frequent(each) for word, each in tags.items()}
+    tag_of = {word: most_frequent(each) for word, each in tags.items()}
     other = most_frequent(tag for each in tags.values() for tag in each)
-    return [[known.get(word, other) for word in row["words"]] for row in held_out]
+    return [[tag_of.get(word, other) for word in row["words"]] for row in held_out]
 
 
 def bag_of_words(task: str, train: Sequence[Row], held_out: Sequence[Row]) -> list:
@@ -343,13 +343,15 @@ def _places(context: str) -> list[tuple[int, int, str]]:
 
 def _asked_near(row: Row, found: Sequence[tuple[int, int, str]]) -> list[Features]:
     """Return of each word of the context: the words near it, which of them the question has, and a word of both."""
-    asked = words_of(row["question"])
-    words, known = [word for _, _, word in found], set(asked)
+    question_words = words_of(row["question"])
+    words, question_vocabulary = [word for _, _, word in found], set(question_words)
     rows = []
     for index in range(len(words)):
         near = _near(words, index)
         shared = [
-            f"asked {step}" for step in range(-4, 5) if 0 <= index + step < len(words) and words[index + step] in known
+            f"asked {step}"
+            for step in range(-4, 5)
+            if 0 <= index + step < len(words) and words[index + step] in question_vocabulary
         ]
-        rows.append([*near, *shared, *(f"{word} + {words[index]}" for word in known)])
+        rows.append([*near, *shared, *(f"{word} + {words[index]}" for word in question_vocabulary)])
     return rows

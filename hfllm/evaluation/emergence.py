@@ -58,8 +58,8 @@ class Emergence:
     def __init__(self, runs: Sequence[ProbedRun]):
         self.runs = sorted(runs, key=lambda run: run.compute)
         # Answers in no document are left out of the means: the more a model has read, the less likely they become.
-        told = [[row for row in run.rows if row["family"] not in NEVER_TOLD] for run in self.runs]
-        self.by_kind = [mean_scores(rows) for rows in told]
+        answerable_rows = [[row for row in run.rows if row["family"] not in NEVER_TOLD] for run in self.runs]
+        self.by_kind = [mean_scores(rows) for rows in answerable_rows]
         self.by_family = [
             mean_scores([row for row in run.rows if row["kind"] == ZERO_SHOT], by="family") for run in self.runs
         ]
@@ -196,9 +196,9 @@ def thought_of(task: Task, world: World) -> str:
     """
     words = task.key.split()
     if task.family == "fact":
-        animal, asked = words[1:]
-        known = world.facts[animal]
-        return " ".join(WELL_SAID[each].format(x=animal, value=known[each]) for each in known if each != asked)
+        animal, attribute = words[1:]
+        facts = world.facts[animal]
+        return " ".join(WELL_SAID[each].format(x=animal, value=facts[each]) for each in facts if each != attribute)
     if task.family == "reading":
         return task.input
     if task.family == "list":
@@ -230,14 +230,14 @@ def make_probes(world: World, count: int, shots: int, seed: int = 0) -> list[Pro
     for family in FAMILIES:
         for task in _different(world, family, count, rng):
             examples = [world.draw_task(rng, family) for _ in range(shots)]
-            answer, asked = task.gold.accepted[0], _asked(task, rng)
+            answer, question = task.gold.accepted[0], _asked(task, rng)
             solved = "".join(f"{_asked(each, rng)} {each.gold.accepted[0]}\n" for each in examples)
-            probes.append(Probe(family, ZERO_SHOT, asked, answer))
-            probes.append(Probe(family, FEW_SHOT, solved + asked, answer))
+            probes.append(Probe(family, ZERO_SHOT, question, answer))
+            probes.append(Probe(family, FEW_SHOT, solved + question, answer))
             if family not in NEVER_TOLD:
-                said = (f"{thought_of(each, world)} {each.gold.accepted[0]}\n" for each in examples)
-                prompt = "".join(f"{_asked(each, rng)} {text}" for each, text in zip(examples, said, strict=True))
-                probes.append(Probe(family, CHAIN, prompt + asked, answer, thought_of(task, world)))
+                solutions = (f"{thought_of(each, world)} {each.gold.accepted[0]}\n" for each in examples)
+                prompt = "".join(f"{_asked(each, rng)} {text}" for each, text in zip(examples, solutions, strict=True))
+                probes.append(Probe(family, CHAIN, prompt + question, answer, thought_of(task, world)))
     return probes
 
 
@@ -331,15 +331,17 @@ def _asked(task: Task, rng: random.Random) -> str:
 
 def _different(world: World, family: str, count: int, rng: random.Random) -> Iterator[Task]:
     """Yield `count` held-out tasks of a family, no question twice."""
-    seen: set[str] = set()
+    questions: set[str] = set()
     for _ in range(20 * count + 1000):
         task = world.draw_task(rng, family, held_out=True)
-        if task.question not in seen:
-            seen.add(task.question)
+        if task.question not in questions:
+            questions.add(task.question)
             yield task
-            if len(seen) == count:
+            if len(questions) == count:
                 return
-    raise InputError(f"the world has {len(seen)} different questions of the family {family!r}, fewer than {count}")
+    raise InputError(
+        f"the world has {len(questions)} different questions of the family {family!r}, fewer than {count}"
+    )
 
 
 def _think(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
@@ -350,8 +352,8 @@ def _think(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
     start = "" if adds_start or tokenizer.bos_token is None else tokenizer.bos_token
     longest = max(len(ids) for ids in tokenizer([f" {probe.thought}" for probe in probes])["input_ids"])
     prompts = [start + probe.prompt for probe in probes]
-    said = sample_responses(model, tokenizer, prompts, longest + 8, do_sample=False, batch_size=64)
-    return [_sentences(text, probe.thought.count(".")) for (text,), probe in zip(said, probes, strict=True)]
+    responses = sample_responses(model, tokenizer, prompts, longest + 8, do_sample=False, batch_size=64)
+    return [_sentences(text, probe.thought.count(".")) for (text,), probe in zip(responses, probes, strict=True)]
 
 
 def _sentences(text: str, count: int) -> str:

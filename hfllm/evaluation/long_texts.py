@@ -211,8 +211,8 @@ def nats_by_segment(
     with torch.inference_mode():
         last = None
         for piece in ids.split(segment_length, dim=1):
-            given = {"use_cache": False} if memory is None else {"cache": memory, "use_cache": True}
-            logits = model(input_ids=piece, **given).logits.float()
+            cache_options = {"use_cache": False} if memory is None else {"cache": memory, "use_cache": True}
+            logits = model(input_ids=piece, **cache_options).logits.float()
             before = logits[:, :-1] if last is None else torch.cat([last, logits[:, :-1]], dim=1)
             targets = piece[:, 1:] if last is None else piece
             losses = torch.nn.functional.cross_entropy(before.flatten(0, 1), targets.flatten(), reduction="none")

@@ -115,9 +115,9 @@ def text_likelihood(
             width = max(len(ids) for ids, _, _ in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
             labels = torch.full_like(ids, -100)
-            for row, (window, seen, _) in enumerate(batch):
+            for row, (window, context_length, _) in enumerate(batch):
                 ids[row, : len(window)] = torch.tensor(window)
-                labels[row, seen : len(window)] = ids[row, seen : len(window)]
+                labels[row, context_length : len(window)] = ids[row, context_length : len(window)]
             # A causal model does not see padding on the right.
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             targets = labels[:, 1:]
@@ -144,12 +144,12 @@ def _windows(
     """Return the windows of texts, with the place of their text."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     for text, ids in enumerate(tokenizer(list(texts), add_special_tokens=False)["input_ids"]):
-        ids, seen = start + ids, 1
-        while seen < len(ids):
-            end = min(len(ids), max_length if seen == 1 else seen + stride)
+        ids, tokens_seen = start + ids, 1
+        while tokens_seen < len(ids):
+            end = min(len(ids), max_length if tokens_seen == 1 else tokens_seen + stride)
             begin = max(0, end - max_length)
-            yield ids[begin:end], seen - begin, text
-            seen = end
+            yield ids[begin:end], tokens_seen - begin, text
+            tokens_seen = end
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:

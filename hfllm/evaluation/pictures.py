@@ -46,8 +46,8 @@ class Asked:
 def shuffled_questions(questions: Sequence[Asked], seed: int = 0) -> list[Asked]:
     """Return questions, each with the pictures of another that has as many; with its own where all others' are."""
     others = other_places([question.images for question in questions], seed)
-    shown = [questions[other] for other in others]
-    return [replace(each, images=it.images, scene=it.scene) for each, it in zip(questions, shown, strict=True)]
+    sources = [questions[other] for other in others]
+    return [replace(each, images=it.images, scene=it.scene) for each, it in zip(questions, sources, strict=True)]
 
 
 def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
@@ -72,7 +72,7 @@ def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
         # Equal pictures stand together, and a shift by the largest of these groups leads out of each.
         order, shift = [index for group in alike.values() for index in group], max(map(len, alike.values()))
         pairs = zip(order, order[shift:] + order[:shift], strict=True)
-        other |= {index: shown for index, shown in pairs if keys[index] != keys[shown]}
+        other |= {index: place for index, place in pairs if keys[index] != keys[place]}
     return [other[index] for index in range(len(keys))]
 
 
@@ -168,27 +168,30 @@ class Pictures(Suite[Shown]):
 
     def _judge_block(self, subject: Subject, items: Sequence[Item[Shown]]) -> Iterator[Record]:
         subject.check_numbers(items[0].body.asked.question or "a")
-        said = self._answers(subject, [(item.body.asked, item.body.asked.images) for item in items])
-        shown = [item for item in items if item.body.other is not None]
-        others = self._answers(subject, [(item.body.asked, item.body.other or ()) for item in shown])
-        with_others = dict(zip((item.key for item in shown), others, strict=True))
-        for item, answer in zip(items, said, strict=True):
-            asked = item.body.asked
-            scores = {"right": is_right(answer, asked.answer), "best_guess": is_right(item.body.guess, asked.answer)}
+        answers = self._answers(subject, [(item.body.asked, item.body.asked.images) for item in items])
+        controls = [item for item in items if item.body.other is not None]
+        others = self._answers(subject, [(item.body.asked, item.body.other or ()) for item in controls])
+        with_others = dict(zip((item.key for item in controls), others, strict=True))
+        for item, answer in zip(items, answers, strict=True):
+            question = item.body.asked
+            scores = {
+                "right": is_right(answer, question.answer),
+                "best_guess": is_right(item.body.guess, question.answer),
+            }
             if item.key in with_others:
-                scores["right_other_pictures"] = is_right(with_others[item.key], asked.answer)
-            yield self.record(subject, item, scores, asked.question, answer)
+                scores["right_other_pictures"] = is_right(with_others[item.key], question.answer)
+            yield self.record(subject, item, scores, question.question, answer)
 
     def _answers(self, subject: Subject, questions: Sequence[tuple[Asked, Sequence[Any]]]) -> list[str]:
-        prompts, images = [asked.prompt for asked, _ in questions], [shown for _, shown in questions]
+        prompts, images = [question.prompt for question, _ in questions], [pictures for _, pictures in questions]
         return answer_pictures(subject.model, subject.processor, prompts, images, self.max_new_tokens)
 
 
 def _items(part: Part) -> list[Item[Shown]]:
     others, guesses = shuffled_questions(part.questions), best_guesses(part.questions, part.prior)
-    made = []
-    for number, (asked, other, guess) in enumerate(zip(part.questions, others, guesses, strict=True), 1):
-        images = None if other.images is asked.images else other.images
-        key, group = f"{part.name}{' ' * bool(part.name)}{number}", asked.family or "all"
-        made.append(Item(key, f"{group}, {part.name}" if part.name else group, Shown(asked, images, guess)))
-    return made
+    items = []
+    for number, (question, other, guess) in enumerate(zip(part.questions, others, guesses, strict=True), 1):
+        images = None if other.images is question.images else other.images
+        key, group = f"{part.name}{' ' * bool(part.name)}{number}", question.family or "all"
+        items.append(Item(key, f"{group}, {part.name}" if part.name else group, Shown(question, images, guess)))
+    return items

@@ -126,8 +126,8 @@ def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float 
         least = min(own, key=lambda each: each.adjusted)
         return f"{second} is no different from {first} {of_all}; least p: {least}"
     if all(named.values()):
-        said = "; ".join(f"{word} in {len(each)}: {_listed(each)}" for word, each in named.items())
-        return f"{second} is both worse and better than {first} {of_all}: {said}"
+        clauses = "; ".join(f"{word} in {len(each)}: {_listed(each)}" for word, each in named.items())
+        return f"{second} is both worse and better than {first} {of_all}: {clauses}"
     word = next(word for word, each in named.items() if each)
     return f"{second} is {word} than {first} {of_all}: {_listed(named[word])}"
 
@@ -138,8 +138,8 @@ def left_out_sentence(left_out: Sequence[Compared]) -> str:
         return ""
     named = [f"{each.name} ({each.model}, {each.units})" for each in left_out[:MOST_NAMED]]
     more = f"; and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
-    said = f"{len(left_out)} figure{'s' * (len(left_out) != 1)} of too few items left out"
-    return f"{said}: {'; '.join(named)}{more}"
+    summary = f"{len(left_out)} figure{'s' * (len(left_out) != 1)} of too few items left out"
+    return f"{summary}: {'; '.join(named)}{more}"
 
 
 def verdict_metrics(
@@ -222,7 +222,7 @@ def changed_items(first: str, family: Sequence[Compared], texts: Texts) -> list[
         for sign, word in ((-1, WORSE), (1, BETTER)):
             for index in _changed(each, sign):
                 item = each.items[index]
-                said = [texts.get((f"{part}/{model}", item), ("", "")) for model in (first, each.model)]
+                exchanges = [texts.get((f"{part}/{model}", item), ("", "")) for model in (first, each.model)]
                 rows.append(
                     {
                         "figure": each.name,
@@ -230,8 +230,8 @@ def changed_items(first: str, family: Sequence[Compared], texts: Texts) -> list[
                         "change": word,
                         "models": [first, each.model],
                         "scores": [each.first[index], each.second[index]],
-                        "asked": said[0][0] or said[1][0],
-                        "said": [said[0][1], said[1][1]],
+                        "asked": exchanges[0][0] or exchanges[1][0],
+                        "said": [exchanges[0][1], exchanges[1][1]],
                     }
                 )
     return rows
@@ -272,9 +272,11 @@ def fail_if_worse(metrics: Mapping[str, float], first: str, models: Sequence[str
     alpha = metrics.get("verdict/alpha", ALPHA)
     worse = [(model, int(metrics[name])) for model, name in zip(models, names, strict=True) if metrics[name]]
     if worse:
-        said = ", ".join(f"{model} in {count} primary figure{'s' * (count != 1)}" for model, count in worse)
+        regressions = ", ".join(f"{model} in {count} primary figure{'s' * (count != 1)}" for model, count in worse)
         if main_process():
-            print(f"regression: worse than {first} at alpha {_shown(alpha)}: {said}", file=sys.stderr, flush=True)
+            print(
+                f"regression: worse than {first} at alpha {_shown(alpha)}: {regressions}", file=sys.stderr, flush=True
+            )
         raise SystemExit(1)
     for model, name in zip(models, tested, strict=True):
         if not metrics[name]:

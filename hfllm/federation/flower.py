@@ -83,9 +83,9 @@ class FlowerTransport(Receiver):
         expected, data = self.expected(weights, round), weights_to_bytes(weights)
         nodes = self._nodes_of(participants)
         values = {"round": round, "weights": data, "terms": json.dumps(dict(self.terms))}
-        asked = {nodes[name]: self._message("train", values, nodes[name]) for name in participants if name in nodes}
-        self.bytes_sent += len(asked) * len(data)
-        replies = dict(self._replies(asked, self.timeout))
+        messages = {nodes[name]: self._message("train", values, nodes[name]) for name in participants if name in nodes}
+        self.bytes_sent += len(messages) * len(data)
+        replies = dict(self._replies(messages, self.timeout))
         for name in participants:
             if name not in nodes:
                 yield Failure(name, f"organisation {name!r} is not connected")
@@ -98,15 +98,15 @@ class FlowerTransport(Receiver):
             if isinstance(record.get("update"), bytes):
                 yield self.receive(record["update"], name, expected)
             else:
-                said = record.get("reason") or (reply.error.reason if reply.has_error() else "no update")
-                yield Failure(name, f"organisation {name!r}: {' '.join(str(said).split())[:300]}")
+                reason = record.get("reason") or (reply.error.reason if reply.has_error() else "no update")
+                yield Failure(name, f"organisation {name!r}: {' '.join(str(reason).split())[:300]}")
 
     def _look(self) -> None:
         """Forget nodes that have gone, and ask new ones whose they are."""
         nodes = set(self.grid.get_node_ids())
         self._names = {node: name for node, name in self._names.items() if node in nodes}
-        asked = {node: self._message("query", {}, node) for node in sorted(nodes - self._names.keys())}
-        for node, reply in self._replies(asked, self.lost_wait):
+        messages = {node: self._message("query", {}, node) for node in sorted(nodes - self._names.keys())}
+        for node, reply in self._replies(messages, self.lost_wait):
             name = None if isinstance(reply, str) else _record(reply).get("organisation")
             if name is not None:
                 self._names[node] = str(name)
@@ -148,10 +148,10 @@ class FlowerTransport(Receiver):
                 time.sleep(PAUSE)
 
     def _pulled(self, waiting: Mapping[str, int]) -> "Iterable[Message]":
-        known = [
+        replies = [
             reply for reply in self.grid.pull_messages(list(waiting)) if reply.metadata.reply_to_message_id in waiting
         ]
-        return {reply.metadata.reply_to_message_id: reply for reply in known}.values()
+        return {reply.metadata.reply_to_message_id: reply for reply in replies}.values()
 
     def _message(self, kind: str, values: Mapping[str, int | bytes], node: int) -> "Message":
         from flwr.app import Message

@@ -97,11 +97,11 @@ def world_organisations(
     for number, share in enumerate(shares, 1):
         rng = random.Random(f"organisation-{world.seed}-{seed}-{number}")
         rows = [_world_row(world, share, rng) for _ in range(num_rows)]
-        known, held_out = {row["prompt"][0]["content"] for row in rows}, []
+        train_questions, held_out = {row["prompt"][0]["content"] for row in rows}, []
         # Some families have few questions: more draws than this would find no new one.
         for _ in range(20 * num_held_out):
             row = _world_row(world, share, rng)
-            if row["prompt"][0]["content"] not in known and len(held_out) < num_held_out:
+            if row["prompt"][0]["content"] not in train_questions and len(held_out) < num_held_out:
                 held_out.append(row)
         main = max(share, key=share.__getitem__)
         result.append(Organisation(f"{number}-{main}", rows, held_out))

@@ -275,9 +275,9 @@ class AnsweredRounds:
             return None
         try:
             with safe_open(self.path, "pt") as stream:
-                known = json.loads((stream.metadata() or {})["answered"])
+                record = json.loads((stream.metadata() or {})["answered"])
                 answer = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            last, asked, settings = int(known["round"]), known["question"], known["settings"]
+            last, last_question, settings = int(record["round"]), record["question"], record["settings"]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path} is damaged ({' '.join(str(error).split())[:100]}), so that it is not known which rounds "
@@ -285,7 +285,7 @@ class AnsweredRounds:
             ) from None
         if number > last and settings == self.settings:
             return None
-        if number == last and question == asked:
+        if number == last and question == last_question:
             return answer
         raise InputError(
             f"round {number}: round {last} was answered to other weights or settings, and a second answer would spend "
@@ -295,8 +295,8 @@ class AnsweredRounds:
     def keep(self, number: int, question: str, answer: Mapping[str, Tensor]) -> None:
         """Keep the answer to a round, before it is sent."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        known = {"round": number, "question": question, "settings": self.settings}
-        replace_tensors(self.path, answer, {"answered": json.dumps(known)})
+        record = {"round": number, "question": question, "settings": self.settings}
+        replace_tensors(self.path, answer, {"answered": json.dumps(record)})
 
 
 # ---- accountant ----

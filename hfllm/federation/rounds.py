@@ -354,8 +354,8 @@ class ServerOptimizer:
             InputError: for anything else, and the state of another optimizer.
         """
         kinds = {name.partition(".")[0] for name in state}
-        wanted = {"fedavg": set(), "momentum": {"first"}}.get(self.name, {"first", "second"})
-        if "round" not in kinds or kinds - {"round"} not in (set(), wanted):
+        expected = {"fedavg": set(), "momentum": {"first"}}.get(self.name, {"first", "second"})
+        if "round" not in kinds or kinds - {"round"} not in (set(), expected):
             raise InputError(f"the state of the server's optimizer holds {sorted(kinds)}; not one of {self.name!r}")
         self.round = int(state["round"])
         self._first = _part(state, "first.")
@@ -571,23 +571,23 @@ def _next_state(
     total: Sum,
     precisions: Mapping[str, torch.dtype],
 ) -> FederationState:
-    asked, before = participants_of(names, number, settings), (transport.bytes_sent, transport.bytes_received)
+    participants, before = participants_of(names, number, settings), (transport.bytes_sent, transport.bytes_received)
     sent = {name: value.to(precisions[name]) for name, value in state.weights.items()}
     if isinstance(total, RobustSum):
         total.earlier_norm = next((each.typical_norm for each in reversed(state.records) if each.typical_norm), 0.0)
-    left_out, norms, num_tokens = _added_up(total, transport.run_round(number, sent, asked))
-    missing = settings.min_organisations - (len(asked) - len(left_out))
+    left_out, norms, num_tokens = _added_up(total, transport.run_round(number, sent, participants))
+    missing = settings.min_organisations - (len(participants) - len(left_out))
     # Privacy asks for no number of updates; but noise alone must not be trained because a network is down.
-    if missing > 0 and (not settings.is_private or (asked and len(left_out) == len(asked))):
+    if missing > 0 and (not settings.is_private or (participants and len(left_out) == len(participants))):
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(
-            f"round {number}: {len(asked) - len(left_out)} of {len(asked)} organisations sent an update, and "
-            f"--min_organisations is {settings.min_organisations} ({why})"
+            f"round {number}: {len(participants) - len(left_out)} of {len(participants)} organisations sent an "
+            f"update, and --min_organisations is {settings.min_organisations} ({why})"
         )
     average = total.average()
     moved = norm(average)
     record = RoundRecord(
-        *(number, asked, left_out, num_tokens),
+        *(number, participants, left_out, num_tokens),
         bytes_down=transport.bytes_sent - before[0],
         bytes_up=transport.bytes_received - before[1],
         update_norm=six_digits(moved),

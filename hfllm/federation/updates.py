@@ -126,16 +126,16 @@ class Expected:
                 raise InputError(
                     f"{whose} sent {name!r:.200}, which is none of the {len(self.forms)} averaged tensors"
                 )
-            wanted = self.forms[name]
-            if form == wanted or (self.any_rank and _differ_in_rank_alone(name, form, wanted)):
+            expected = self.forms[name]
+            if form == expected or (self.any_rank and _differ_in_rank_alone(name, form, expected)):
                 continue
             axis = rank_axis(name)
-            if axis is not None and _differ_in_rank_alone(name, form, wanted):
+            if axis is not None and _differ_in_rank_alone(name, form, expected):
                 raise InputError(
-                    f"{whose} sent an adapter of rank {form.shape[axis]}; expected rank {wanted.shape[axis]}, or the "
-                    "average 'stacked', which takes any"
+                    f"{whose} sent an adapter of rank {form.shape[axis]}; expected rank {expected.shape[axis]}, or "
+                    "the average 'stacked', which takes any"
                 )
-            raise InputError(f"{whose} sent {name} as {form}; expected {wanted}")
+            raise InputError(f"{whose} sent {name} as {form}; expected {expected}")
 
 
 def check_counts(update: Update, most: int | None = None) -> None:
@@ -259,10 +259,12 @@ def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None =
     name = update_of["organisation"]
     expected.check_round(update_of["round"], name)
     compression = metadata["compression"]
-    wanted = Expected(quantized_forms(expected.forms), expected.base_sha256) if compression == "int8" else expected
+    expected_encoding = (
+        Expected(quantized_forms(expected.forms), expected.base_sha256) if compression == "int8" else expected
+    )
     if compression == "int8" and expected.any_rank:
         raise InputError(f"organisation {name!r} sent int8; adapters of any rank are sent in full precision")
-    wanted.check_forms(forms, name)
+    expected_encoding.check_forms(forms, name)
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, RuntimeError) as error:

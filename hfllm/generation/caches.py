@@ -81,12 +81,12 @@ def make_cache(model: "PreTrainedModel", kind: str, max_length: int) -> Cache:
 
 def cache_bytes(cache: Cache) -> int:
     """Return the bytes of all tensors in a cache."""
-    seen: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def add(value: object) -> None:
         if isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, (tuple, list)):
             for part in value:
                 add(part)
@@ -96,7 +96,7 @@ def cache_bytes(cache: Cache) -> int:
     for layer in cache.layers:
         for name in ("keys", "values", "_quantized_keys", "_quantized_values", "conv_states", "recurrent_states"):
             add(getattr(layer, name, None))
-    return sum(seen.values())
+    return sum(sizes.values())
 
 
 def bytes_per_token(config: "PreTrainedConfig", dtype: torch.dtype) -> int:
@@ -143,12 +143,12 @@ def measure_caches(
     seconds = interleaved(runs, rounds)
     expected = bytes_per_token(model.config.get_text_config(decoder=True), model.dtype)
     # The last token is never read by the model.
-    held, new = len(batch["input_ids"]) * (length - 1), len(batch["input_ids"]) * max_new_tokens
+    cached_tokens, new = len(batch["input_ids"]) * (length - 1), len(batch["input_ids"]) * max_new_tokens
     measured = [
         {
             "cache": kind,
             "tokens_per_second": new / statistics.median(seconds[kind]),
-            "bytes_per_token": cache_bytes(caches[kind]) / held,
+            "bytes_per_token": cache_bytes(caches[kind]) / cached_tokens,
             "predicted_bytes_per_token": expected,
             "same_tokens": float((outputs[kind] == outputs["dynamic"]).double().mean()),
             "note": "",

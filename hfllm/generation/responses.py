@@ -70,7 +70,7 @@ def sample_responses(
         tools=tools,
         temperature=temperature,
     )
-    return [[text for text, has_ended in said if has_ended or not only_ended] for said in responses]
+    return [[text for text, has_ended in samples if has_ended or not only_ended] for samples in responses]
 
 
 def sample_with_ends(
@@ -128,9 +128,9 @@ def sample_with_ends(
             tokens = output[:, batch["input_ids"].shape[1] :]
             has_ended = torch.isin(tokens, tokens.new_tensor(ends)).any(1).tolist()
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            said = [_cut(text, ended, stop_strings) for text, ended in zip(texts, has_ended, strict=True)]
+            completions = [_cut(text, ended, stop_strings) for text, ended in zip(texts, has_ended, strict=True)]
             for row, index in enumerate(indices):
-                responses[index] = said[row * num_return_sequences : (row + 1) * num_return_sequences]
+                responses[index] = completions[row * num_return_sequences : (row + 1) * num_return_sequences]
     model.train(was_training)
     return responses
 
@@ -164,8 +164,8 @@ def _declined_reason(model: "PreTrainedModel", settings: dict[str, Any], longest
         return reason
     if "stop_strings" in settings:
         return "stop strings end the responses"
-    given = {*settings, *(() if settings["do_sample"] else SAMPLING)}
-    if options := _own_options(model.generation_config, given):
+    provided = {*settings, *(() if settings["do_sample"] else SAMPLING)}
+    if options := _own_options(model.generation_config, provided):
         return (
             f"its generation_config.json sets {', '.join(f'{name}={value!r:.60}' for name, value in options.items())}"
         )
@@ -226,11 +226,11 @@ def majority(answers: Sequence[str]) -> tuple[str, float]:
     Args:
         answers: at least one; an empty one is a response without an answer.
     """
-    said = [answer for answer in answers if answer]
-    if not said:
+    nonempty = [answer for answer in answers if answer]
+    if not nonempty:
         return "", 0.0
-    best = max(said, key=said.count)
-    return best, said.count(best) / len(answers)
+    best = max(nonempty, key=nonempty.count)
+    return best, nonempty.count(best) / len(answers)
 
 
 def majority_answers(
@@ -253,12 +253,12 @@ def majority_answers(
     Raises:
         InputError: for fewer than one response.
     """
-    kept = []
+    chosen = []
     for texts in _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling):
         answers = [plain_answer(extract(answer_of(text))) for text in texts]
         best, share = majority(answers)
-        kept.append(Chosen(texts[answers.index(best)], best, share))
-    return kept
+        chosen.append(Chosen(texts[answers.index(best)], best, share))
+    return chosen
 
 
 def best_by_reward(
@@ -273,18 +273,18 @@ def best_by_reward(
     Raises:
         InputError: for a score that is NaN, or another number of scores.
     """
-    kept = []
+    best = []
     for prompt, texts in zip(prompts, responses, strict=True):
         completions = [as_completion(prompt, text) if isinstance(text, str) else text for text in texts]
-        asked, _ = split_beginning(prompt)
-        scores = list(reward(prompts=[asked] * len(texts), completions=completions))
+        base_prompt, _ = split_beginning(prompt)
+        scores = list(reward(prompts=[base_prompt] * len(texts), completions=completions))
         if len(scores) != len(texts):
             raise InputError(f"the reward gave {len(scores)} scores for {len(texts)} responses; expected one for each")
         if any(math.isnan(score) for score in scores):
-            raise InputError(f"the reward of a response to prompt {len(kept) + 1} is NaN; expected a number")
+            raise InputError(f"the reward of a response to prompt {len(best) + 1} is NaN; expected a number")
         index = max(range(len(texts)), key=scores.__getitem__)
-        kept.append((index, float(scores[index])))
-    return kept
+        best.append((index, float(scores[index])))
+    return best
 
 
 def best_answers(
@@ -307,11 +307,11 @@ def best_answers(
         InputError: for fewer than one response, or what `best_by_reward` refuses.
     """
     sampled = _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling)
-    kept = []
+    chosen = []
     for texts, (index, score) in zip(sampled, best_by_reward(prompts, sampled, reward), strict=True):
         answers = [plain_answer(extract(answer_of(text))) for text in texts]
-        kept.append(Chosen(texts[index], answers[index], answers.count(answers[index]) / n, score))
-    return kept
+        chosen.append(Chosen(texts[index], answers[index], answers.count(answers[index]) / n, score))
+    return chosen
 
 
 def _sampled(

@@ -388,8 +388,8 @@ def nats_by_position(
     model.eval()
     with torch.inference_mode():
         for begin, end, new in tqdm(_windows(length, window), disable=not sys.stderr.isatty(), leave=False):
-            seen = torch.cat([ids[:, :kept], ids[:, begin + kept : end]], dim=1)
-            parts = seen.split(max(1, BATCH_TOKENS // (end - begin)))
+            inputs = torch.cat([ids[:, :kept], ids[:, begin + kept : end]], dim=1)
+            parts = inputs.split(max(1, BATCH_TOKENS // (end - begin)))
             result.append(torch.cat([_nats(model, part)[:, new - begin :] for part in parts]))
     model.train(was_training)
     return torch.cat(result, dim=1)

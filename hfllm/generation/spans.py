@@ -54,7 +54,7 @@ def answer_spans(
 
     check_tokenizer(tokenizer)
     pairs = zip(questions, contexts, strict=True)
-    rows = [{"question": asked, "context": told, "texts": [], "starts": []} for asked, told in pairs]
+    rows = [{"question": question, "context": context, "texts": [], "starts": []} for question, context in pairs]
     length = min(max_length, max_length_of(model.config) or max_length)
     encoded, windows = encode_spans(rows, tokenizer, length, min(stride, length // 3))
     starts, ends = [], []

@@ -78,7 +78,7 @@ class Abstainer:
         if len(answers) != len(uncertainty):
             raise InputError(f"there are {len(answers)} answers and {len(uncertainty)} uncertainties")
         is_given = self.answers(uncertainty).tolist()
-        return [text if given else UNKNOWN for text, given in zip(answers, is_given, strict=True)]
+        return [text if answered else UNKNOWN for text, answered in zip(answers, is_given, strict=True)]
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -332,12 +332,12 @@ def over_splits(
         # Each split in both directions: what one half has too many of, the other lacks.
         order = np.roll(order, half) if split % 2 else rng.permutation(len(numbers))
         result = fit(numbers[order[:half]], labels[order[:half]])
-        given = result.answers(numbers[order[half:]])
-        errors = float((labels[order[half:]] * given).sum())
-        risks.append(errors / len(given))
-        coverages.append(float(given.mean()))
-        among += [errors / given.sum()] if given.any() else []
-        exceeded += [bool(given.any()) and among[-1] > result.alpha] if result.delta is not None else []
+        answered = result.answers(numbers[order[half:]])
+        errors = float((labels[order[half:]] * answered).sum())
+        risks.append(errors / len(answered))
+        coverages.append(float(answered.mean()))
+        among += [errors / answered.sum()] if answered.any() else []
+        exceeded += [bool(answered.any()) and among[-1] > result.alpha] if result.delta is not None else []
     figures = {"risk": risks, "coverage": coverages, "selective_risk": among, "exceeded": exceeded}
     means = {name: float(np.mean(values)) for name, values in figures.items() if values}
     return {**means, **{f"{name}_se": standard_error(figures[name]) for name in ("risk", "coverage")}}

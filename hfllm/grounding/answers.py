@@ -60,8 +60,8 @@ def grounded(prompt: Prompt, texts: Sequence[str]) -> Prompt:
     if isinstance(prompt, str) or not texts:
         return with_passages(prompt, texts) if texts else prompt
     index = last_question(prompt)
-    asked = {**prompt[index], "content": with_passages(prompt[index]["content"], texts)}
-    return [*prompt[:index], asked, *prompt[index + 1 :]]
+    message = {**prompt[index], "content": with_passages(prompt[index]["content"], texts)}
+    return [*prompt[:index], message, *prompt[index + 1 :]]
 
 
 def as_prompt(question: Prompt, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
@@ -110,14 +110,14 @@ def check_room(
             raise InputError(f"question {number} has no token")
         if context is None or len(prompt) + max_new_tokens <= context:
             continue
-        said = f"question {number}: its prompt with {len(passages)} passage(s) has {len(prompt)} tokens"
+        message = f"question {number}: its prompt with {len(passages)} passage(s) has {len(prompt)} tokens"
         limit = f"with max_new_tokens={max_new_tokens} more than the model's context of {context}"
         if not passages:
-            raise InputError(f"{said}, {limit}")
+            raise InputError(f"{message}, {limit}")
         longest = max((each.passage for each in passages), key=lambda passage: len(passage.text))
         size = len(tokenizer(longest.text, add_special_tokens=False)["input_ids"])
         raise InputError(
-            f"{said}, {limit} ({longest.source or 'the longest passage'} has {size}): take a smaller top_k, or cut "
+            f"{message}, {limit} ({longest.source or 'the longest passage'} has {size}): take a smaller top_k, or cut "
             "passages to fewer max_tokens"
         )
 
@@ -206,12 +206,12 @@ def rag_sequence_answers(
     import torch
 
     flat = _tokens(tokenizer, prompts)
-    said = _decoded(model, tokenizer, flat, max_new_tokens, batch_size)
+    sequences = _decoded(model, tokenizer, flat, max_new_tokens, batch_size)
     answers, start = [], 0
     for shares in weights:
         indices = range(start, start + len(shares))
         start += len(shares)
-        candidates = list(dict.fromkeys(said[index] for index in indices))
+        candidates = list(dict.fromkeys(sequences[index] for index in indices))
         best = candidates[0]
         if len(candidates) > 1:
             pairs = [(flat[index], candidate) for candidate in candidates for index in indices]
@@ -245,10 +245,10 @@ def rag_token_answers(
         is_last = index + 1 == len(weights)
         if is_last or sum(map(len, group)) + len(weights[index + 1]) > batch_size:
             rows = flat[start : start + sum(map(len, group))]
-            said = _decoded(model, tokenizer, rows, max_new_tokens, len(rows), _mixture(group, model.device))
+            sequences = _decoded(model, tokenizer, rows, max_new_tokens, len(rows), _mixture(group, model.device))
             first = 0
             for shares in group:
-                answers.append(_response(tokenizer, model, said[first]))
+                answers.append(_response(tokenizer, model, sequences[first]))
                 first += len(shares)
             start, group = start + len(rows), []
     return answers
@@ -445,38 +445,42 @@ def answer_with_passages(
         check_tokenizer(retriever.passages, tokenizer, "the retriever's passages")
     if not questions:
         return []
-    asked = [as_prompt(question, tokenizer) for question in questions]
-    result = retriever.retrieve([question_of(prompt) for prompt in asked], top_k)
+    base_prompts = [as_prompt(question, tokenizer) for question in questions]
+    result = retriever.retrieve([question_of(prompt) for prompt in base_prompts], top_k)
     if min_score is not None:
         result = _gated(result, min_score)
     plain = plain_text(tokenizer)
-    shown = [[plain(each.passage.text) for each in given] for given in result]
+    contexts = [[plain(each.passage.text) for each in ranking] for ranking in result]
     if drop_instructions:
-        shown = [[without_instructions(text) for text in texts] for texts in shown]
+        contexts = [[without_instructions(text) for text in texts] for texts in contexts]
     if marginal is None:
-        prompts = [grounded(prompt, texts) for prompt, texts in zip(asked, shown, strict=True)]
+        prompts = [grounded(prompt, texts) for prompt, texts in zip(base_prompts, contexts, strict=True)]
         tokens = [tokenize_prompts([prompt], tokenizer)[0] for prompt in prompts]
         check_room(model, tokenizer, tokens, result, max_new_tokens)
         sampling = {"do_sample": do_sample, "batch_size": batch_size, "seed": seed}
-        said = [responses[0] for responses in sample_with_ends(model, tokenizer, prompts, max_new_tokens, **sampling)]
+        answers = [
+            responses[0] for responses in sample_with_ends(model, tokenizer, prompts, max_new_tokens, **sampling)
+        ]
     else:
-        said = _mixed(model, tokenizer, asked, shown, result, max_new_tokens, batch_size, marginal, weight_temperature)
+        answers = _mixed(
+            model, tokenizer, base_prompts, contexts, result, max_new_tokens, batch_size, marginal, weight_temperature
+        )
     return [
-        GroundedAnswer(question_of(prompt), response.text, given, response.has_ended, marginal is not None)
-        for prompt, response, given in zip(asked, said, result, strict=True)
+        GroundedAnswer(question_of(prompt), response.text, ranking, response.has_ended, marginal is not None)
+        for prompt, response, ranking in zip(base_prompts, answers, result, strict=True)
     ]
 
 
 def _gated(found: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
     """Return the passages that score enough, and warn where a gate passes nothing: it may be for another scale."""
-    kept = scoring_enough(found, min_score)
+    rankings = scoring_enough(found, min_score)
     best = max((each.score for ranking in found for each in ranking), default=None)
-    if best is not None and not any(kept):
+    if best is not None and not any(rankings):
         warnings.warn(
             f"min_score={min_score}: none of {len(found)} question(s) gets a passage; the best score is {best:.3g}",
             stacklevel=3,
         )
-    return kept
+    return rankings
 
 
 def _mixed(
@@ -495,10 +499,12 @@ def _mixed(
         [grounded(prompt, [text]) for text in texts] or [prompt] for prompt, texts in zip(asked, shown, strict=True)
     ]
     tokens = [tokenize_prompts([prompt], tokenizer)[0] for each in prompts for prompt in each]
-    alone = [passages for given in found for passages in ([[each] for each in given] or [[]])]
+    alone = [passages for ranking in found for passages in ([[each] for each in ranking] or [[]])]
     numbers = [number for number, each in enumerate(prompts, 1) for _ in each]
     check_room(model, tokenizer, tokens, alone, max_new_tokens, numbers)
-    weights = [passage_weights([each.score for each in given], temperature) if given else [1.0] for given in found]
+    weights = [
+        passage_weights([each.score for each in ranking], temperature) if ranking else [1.0] for ranking in found
+    ]
     return MARGINALS[marginal](model, tokenizer, prompts, weights, max_new_tokens, batch_size)
 
 
@@ -544,8 +550,8 @@ def without_instructions(text: str) -> str:
     A text that has none is returned as it is, its spaces and line ends too.
     """
     sentences = _SENTENCE.split(text)
-    kept = [sentence for sentence in sentences if not is_instruction(sentence)]
-    return text if len(kept) == len(sentences) else " ".join(" ".join(kept).split())
+    remaining = [sentence for sentence in sentences if not is_instruction(sentence)]
+    return text if len(remaining) == len(sentences) else " ".join(" ".join(remaining).split())
 
 
 # ---- equal texts ----
@@ -561,6 +567,6 @@ def normalized(text: str) -> str:
     As for SQuAD's exact match (Rajpurkar et al. 2016, arXiv:1606.05250), but numbers keep sign and point. A text
     without words is itself, without spaces around it.
     """
-    said = without_citations(text).casefold()
-    words = [word for word in _WORD.findall(said) if word not in _ARTICLES]
-    return " ".join(words) or said.strip()
+    plain = without_citations(text).casefold()
+    words = [word for word in _WORD.findall(plain) if word not in _ARTICLES]
+    return " ".join(words) or plain.strip()

@@ -156,9 +156,9 @@ class Chunker:
             tokens = self.tokenizer([f"a {piece.lstrip()}" for piece in new], add_special_tokens=False)["input_ids"]
             if len(self._known) > MOST_KNOWN:
                 self._known = {}
-            known = dict(zip(new, (len(each) - self._before for each in tokens), strict=True))
-            sizes = [known[piece] if size is None else size for piece, size in zip(pieces, sizes, strict=True)]
-            self._known |= known
+            new_sizes = dict(zip(new, (len(each) - self._before for each in tokens), strict=True))
+            sizes = [new_sizes[piece] if size is None else size for piece, size in zip(pieces, sizes, strict=True)]
+            self._known |= new_sizes
         return sizes
 
     def _broken(self, piece: str, size: int) -> list[str]:
@@ -292,10 +292,10 @@ class Passages(Sequence[Passage]):
         """Return the passages of places by place: of many at once, this is much faster than one by one."""
         import numpy as np
 
-        asked, result, first = np.unique(np.fromiter(places, np.int64)), {}, 0
+        unique_places, result, first = np.unique(np.fromiter(places, np.int64)), {}, 0
         batches = self._table.to_batches()
         ends = np.cumsum([batch.num_rows for batch in batches])
-        for number, inside in enumerate(np.split(asked, np.searchsorted(asked, ends))[: len(batches)]):
+        for number, inside in enumerate(np.split(unique_places, np.searchsorted(unique_places, ends))[: len(batches)]):
             if len(inside):
                 # Taken batch by batch, since joined ones would be copied.
                 columns = batches[number].take(inside - first).columns

@@ -491,9 +491,9 @@ class DenseRetriever:
         """
         check_queries(queries, top_k)
         vectors, ranked = self._catch_up(), []
-        asked = _encoded(self.encoder, [self.query_prefix + query for query in queries], "query", 0)
+        query_vectors = _encoded(self.encoder, [self.query_prefix + query for query in queries], "query", 0)
         # One by one, so that the scores of all passages are held for a single query.
-        for vector in asked if queries else ():
+        for vector in query_vectors if queries else ():
             if len(vector) != vectors.shape[1]:
                 raise InputError(f"the encoder gives {len(vector)} values, and the passages have {vectors.shape[1]}")
             ranked.append(_nearest(vectors, vector, top_k) if vector.any() else [])
@@ -557,11 +557,11 @@ class DenseRetriever:
         import numpy as np
 
         parts = [] if self._vectors is None else [self._vectors]
-        known = sum(map(len, parts))
-        texts = (self.passage_prefix + text for text in self.passages.texts(known))
+        num_encoded = sum(map(len, parts))
+        texts = (self.passage_prefix + text for text in self.passages.texts(num_encoded))
         while batch := list(islice(texts, BATCH)):
-            parts.append(_encoded(self.encoder, batch, "passage", known))
-            known += len(batch)
+            parts.append(_encoded(self.encoder, batch, "passage", num_encoded))
+            num_encoded += len(batch)
         self._vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return self._vectors
 

@@ -76,11 +76,11 @@ def answer_with_samples(
 ) -> list[Answered]:
     """Answer each prompt greedily, and sample `n` more answers; see `sample_with_scores`."""
     options = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
-    given = sample_with_scores(model, tokenizer, prompts, 1, do_sample=False, **options)
+    greedy = sample_with_scores(model, tokenizer, prompts, 1, do_sample=False, **options)
     samples = sample_with_scores(model, tokenizer, prompts, n, **options)
     return [
         Answered(prompt, first, tuple(others))
-        for prompt, (first,), others in zip(prompts, given, samples, strict=True)
+        for prompt, (first,), others in zip(prompts, greedy, samples, strict=True)
     ]
 
 
@@ -125,11 +125,11 @@ def sample_with_scores(
             tokens, logprobs = _generate(
                 model, [ids[rows[row][0]] for row in batch], drawn, temperature, max_new_tokens, ends, _pad(tokenizer)
             )
-            for row, said, numbers in zip(batch, tokens, logprobs, strict=True):
-                length = next((index + 1 for index, token in enumerate(said) if token in ends), len(said))
-                text = tokenizer.decode(said[:length], skip_special_tokens=True)
-                has_ended = said[length - 1] in ends
-                answers[rows[row]] = ScoredAnswer(text, tuple(numbers[:length]), tuple(said[:length]), has_ended)
+            for row, token_ids, numbers in zip(batch, tokens, logprobs, strict=True):
+                length = next((index + 1 for index, token in enumerate(token_ids) if token in ends), len(token_ids))
+                text = tokenizer.decode(token_ids[:length], skip_special_tokens=True)
+                has_ended = token_ids[length - 1] in ends
+                answers[rows[row]] = ScoredAnswer(text, tuple(numbers[:length]), tuple(token_ids[:length]), has_ended)
     return [[answers[index, number] for number in range(n)] for index in range(len(ids))]
 
 
@@ -144,11 +144,15 @@ def sampling_cost(rows: Sequence[Answered]) -> dict[str, float]:
     """
     if not rows:
         raise InputError("the cost of sampling: there are no answers")
-    given = sum(len(row.given.token_logprobs) for row in rows) / len(rows)
-    if not given:
+    answer_tokens = sum(len(row.given.token_logprobs) for row in rows) / len(rows)
+    if not answer_tokens:
         raise InputError("the cost of sampling: the answers have no token")
     sampled = sum(len(sample.token_logprobs) for row in rows for sample in row.samples) / len(rows)
-    return {"given_tokens": given, "sampled_tokens": sampled, "times_as_many": (given + sampled) / given}
+    return {
+        "given_tokens": answer_tokens,
+        "sampled_tokens": sampled,
+        "times_as_many": (answer_tokens + sampled) / answer_tokens,
+    }
 
 
 def _check(
@@ -306,11 +310,11 @@ def semantic_entropy(
     result = []
     for row, labels in _with_meanings(rows, meanings, 2, needs_logprobs=True):
         masses: dict[Hashable, list[float]] = {}
-        seen: set[object] = set()
+        unique: set[object] = set()
         for sample, label in zip(row.samples, labels[1:], strict=True):
             sequence = sample.token_ids or sample.text
-            if sequence not in seen:
-                seen.add(sequence)
+            if sequence not in unique:
+                unique.add(sequence)
                 masses.setdefault(label, []).append(sample.mean_logprob if normalized else sample.logprob)
         logs = np.array([np.logaddexp.reduce(each) for each in masses.values()])
         result.append(_entropy(np.exp(logs - np.logaddexp.reduce(logs))))
@@ -337,7 +341,10 @@ def self_consistency(rows: Sequence[Answered], meanings: Meanings | None = None)
     Raises:
         InputError: for a row without samples, and for meanings that do not match the rows.
     """
-    result = [1 - labels.count(given) / len(labels) for _, (given, *labels) in _with_meanings(rows, meanings, 1)]
+    result = [
+        1 - labels.count(answer_label) / len(labels)
+        for _, (answer_label, *labels) in _with_meanings(rows, meanings, 1)
+    ]
     return np.array(result, dtype=np.float64)
 
 
@@ -505,15 +512,17 @@ def meanings_of(rows: Sequence[Answered], same: "Same | EntailmentModel | None" 
     """
     texts = [[row.given.text, *(sample.text for sample in row.samples)] for row in rows]
     if same is None:
-        return [_numbered([normalized(text) for text in said], lambda one, other: one == other) for said in texts]
+        return [
+            _numbered([normalized(text) for text in answers], lambda one, other: one == other) for answers in texts
+        ]
     if hasattr(same, "in_both_directions"):
         prompts = [last_words(row.prompt) for row in rows]
-        kinds = [list(dict.fromkeys(text for text in said if text.strip())) for said in texts]
+        kinds = [list(dict.fromkeys(text for text in answers if text.strip())) for answers in texts]
         pairs = [
             (row, one, other)
-            for row, said in enumerate(kinds)
-            for index, one in enumerate(said)
-            for other in said[index + 1 :]
+            for row, answers in enumerate(kinds)
+            for index, one in enumerate(answers)
+            for other in answers[index + 1 :]
         ]
         result = same.in_both_directions(
             [f"{prompts[row]} {one}".strip() for row, one, _ in pairs],
@@ -521,10 +530,10 @@ def meanings_of(rows: Sequence[Answered], same: "Same | EntailmentModel | None" 
         )
         agree = {pair for pair, agrees in zip(pairs, result, strict=True) if agrees}
         return [
-            _numbered(said, lambda one, other, row=row: (row, one, other) in agree or (row, other, one) in agree)
-            for row, said in enumerate(texts)
+            _numbered(answers, lambda one, other, row=row: (row, one, other) in agree or (row, other, one) in agree)
+            for row, answers in enumerate(texts)
         ]
-    return [_numbered(said, same) for said in texts]
+    return [_numbered(answers, same) for answers in texts]
 
 
 def _numbered(texts: Sequence[str], same: Same) -> list[int]:
@@ -582,19 +591,19 @@ def log_odds(
     # A transcript ends with a colon.
     tokens = letter_tokens(tokenizer, letters, "" if tokenizer.chat_template else " ")
     orders = (options, options[::-1]) if both_orders else (options,)
-    asked = [
+    full_questions = [
         "\n".join([question, *(f"{letter} {option}" for letter, option in zip(letters, order, strict=True))])
         for question in questions
         for order in orders
     ]
     # Each text once: the same claim stands in many answers.
-    texts = list(dict.fromkeys(asked))
+    texts = list(dict.fromkeys(full_questions))
     prompts = [to_prompt([{"role": "user", "content": text}], tokenizer) for text in texts]
     ids = [[*each, *tokens.before] for each in tokenize_prompts(prompts, tokenizer)]
     context = max_length_of(model.config)
     for text, each in zip(texts, ids, strict=True):
         if context is not None and len(each) >= context:
-            number = asked.index(text) // len(orders) + 1
+            number = full_questions.index(text) // len(orders) + 1
             raise InputError(f"question {number} takes {len(each)} tokens, and the model's context has {context}")
     odds = reply_log_odds(model, tokenizer, ids, tokens.first, tokens.second, batch_size)
     if not np.isfinite(odds).all():
@@ -602,8 +611,8 @@ def log_odds(
     by_text = dict(zip(texts, odds, strict=True))
     count = len(orders)
     return [
-        sum(by_text[text] * (-1) ** index for index, text in enumerate(asked[first : first + count])) / count
-        for first in range(0, len(asked), count)
+        sum(by_text[text] * (-1) ** index for index, text in enumerate(full_questions[first : first + count])) / count
+        for first in range(0, len(full_questions), count)
     ]
 
 
@@ -674,13 +683,13 @@ class AskedModel:
         # A passage must not answer by a turn of its own.
         plain = plain_text(self.tokenizer)
         # Not by str.format: a text may hold braces of its own.
-        asked = [
+        prompts = [
             _filled(question, plain(passage), plain(claim))
             for claim, passage in zip(claims, passages, strict=True)
             for question in self.questions
         ]
         odds = log_odds(
-            self.model, self.tokenizer, asked, ("Yes", "No"), letters=self.letters, batch_size=self.batch_size
+            self.model, self.tokenizer, prompts, ("Yes", "No"), letters=self.letters, batch_size=self.batch_size
         )
         means = np.array(odds, dtype=np.float64).reshape(len(claims), len(self.questions)).mean(1)
         return [float(np.exp(-np.logaddexp(0.0, -value))) for value in means]

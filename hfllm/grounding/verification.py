@@ -101,7 +101,7 @@ def contains(claims: Sequence[str], passages: Sequence[str]) -> list[float]:
     It never takes a paraphrase for support, and takes a claim that the passage denies ("it is not true that ...").
     """
     return [
-        float(bool(said := normalized(claim)) and f" {said} " in f" {normalized(passage)} ")
+        float(bool(phrase := normalized(claim)) and f" {phrase} " in f" {normalized(passage)} ")
         for claim, passage in zip(claims, passages, strict=True)
     ]
 
@@ -114,8 +114,8 @@ def has_words(claims: Sequence[str], passages: Sequence[str]) -> list[float]:
     """
     shares = []
     for claim, passage in zip(claims, passages, strict=True):
-        words, known = set(normalized(claim).split()), set(normalized(passage).split())
-        shares.append(len(words & known) / len(words) if words else 0.0)
+        words, passage_words = set(normalized(claim).split()), set(normalized(passage).split())
+        shares.append(len(words & passage_words) / len(words) if words else 0.0)
     return shares
 
 
@@ -151,8 +151,8 @@ def verify(
     claims = [[claim for claim in splitter(answer) if not admits_unknown(claim)] for answer in answers]
     pairs = [
         (row, index, number)
-        for row, said in enumerate(claims)
-        for index in range(len(said))
+        for row, answer_claims in enumerate(claims)
+        for index in range(len(answer_claims))
         for number in range(len(passages[row]))
     ]
     scores = _scores(check, [claims[row][index] for row, index, _ in pairs], [passages[row][n] for row, _, n in pairs])
@@ -162,12 +162,12 @@ def verify(
         if (row, index) not in best or score > best[row, index][0]:
             best[row, index] = score, number
     result = []
-    for row, said in enumerate(claims):
-        tops = [best.get((row, index), (0.0, 0)) for index in range(len(said))]
+    for row, answer_claims in enumerate(claims):
+        tops = [best.get((row, index), (0.0, 0)) for index in range(len(answer_claims))]
         result.append(
             [
                 Claim(text, score, number if score >= threshold else None)
-                for text, (score, number) in zip(said, tops, strict=True)
+                for text, (score, number) in zip(answer_claims, tops, strict=True)
             ]
         )
     return result
@@ -231,9 +231,11 @@ def _dropped(answer: str, claims: Sequence[Claim]) -> Revision:
         return Revision(answer, KEPT)
     if not claims and admits_unknown(answer):
         return Revision(answer, ABSTAINED)
-    kept = [claim.text for claim in claims if claim.is_supported]
+    remaining = [claim.text for claim in claims if claim.is_supported]
     unsupported = tuple(claim.text for claim in claims if not claim.is_supported)
-    return Revision(" ".join(kept), REVISED, unsupported) if kept else Revision(UNKNOWN, ABSTAINED, unsupported)
+    return (
+        Revision(" ".join(remaining), REVISED, unsupported) if remaining else Revision(UNKNOWN, ABSTAINED, unsupported)
+    )
 
 
 def _scores(check: Check, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
@@ -374,8 +376,8 @@ def first_supported(
         [samples[row][index] for row, index in flat], [passages[row] for row, _ in flat], check, splitter, threshold
     )
     chosen: Choice = [None] * len(samples)
-    for (row, index), said in reversed(list(zip(flat, claims, strict=True))):
-        if all_supported(said):
+    for (row, index), answer_claims in reversed(list(zip(flat, claims, strict=True))):
+        if all_supported(answer_claims):
             chosen[row] = index
     return chosen
 
@@ -472,10 +474,10 @@ def compare_choices(
             metrics |= mean_of(f"{name}_{part}", numbers)
         gains = [score - single for score, single in zip(scores, first, strict=True)]
         error = standard_error(gains)
-        shown = {part: f"{sum(numbers) / len(numbers):.3f}" for part, numbers in parts.items()}
+        cells = {part: f"{sum(numbers) / len(numbers):.3f}" for part, numbers in parts.items()}
         gain = f"{sum(gains) / len(gains):+.3f}" + ("" if error is None else f" ± {readable(error, 2)}")
         gain = "" if name == "one_sample" else gain
-        table.append({"answer kept": name.replace("_", " "), **shown, "right, against one sample": gain})
+        table.append({"answer kept": name.replace("_", " "), **cells, "right, against one sample": gain})
     return metrics, table
 
 

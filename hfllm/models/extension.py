@@ -157,8 +157,8 @@ def _extended_rope(rope: dict, rope_type: str, factor: float, length: int, rotat
     if rope_type == "ntk":
         return {**rope, "rope_theta": rope["rope_theta"] * factor ** (rotated / (rotated - 2))}
     # Default positions ignore these two, which would scale the scores of a model that is loaded with others.
-    kept = {name: value for name, value in rope.items() if name not in ("mscale", "mscale_all_dim")}
-    new = {**kept, "rope_type": rope_type, "factor": float(factor)}
+    remaining = {name: value for name, value in rope.items() if name not in ("mscale", "mscale_all_dim")}
+    new = {**remaining, "rope_type": rope_type, "factor": float(factor)}
     if rope_type in ("yarn", "llama3"):
         new["original_max_position_embeddings"] = length
     return {**new, **LLAMA3_FREQUENCIES} if rope_type == "llama3" else new

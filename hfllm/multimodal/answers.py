@@ -64,8 +64,8 @@ def answer_pictures(
                 ]
                 batch = picture_batch(processor, prompts[rows], pictures).to(model.device)
                 sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
-                said = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)
-                ids = said[:, batch["input_ids"].shape[1] :]
+                sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)
+                ids = sequences[:, batch["input_ids"].shape[1] :]
                 answers += processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     finally:
         model.train(was_training)

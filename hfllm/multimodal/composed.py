@@ -196,9 +196,9 @@ def _composed(
     text = deepcopy(model.config)
     tower_config = deepcopy(getattr(tower, "config", tower))
     text.vocab_size = max(text.vocab_size, token_id + 1)
-    known = config_class.attribute_map.get(f"{token}_id", f"{token}_id")
+    token_id_name = config_class.attribute_map.get(f"{token}_id", f"{token}_id")
     try:
-        config = config_class(**{part: tower_config, "text_config": text, known: token_id, **fields})
+        config = config_class(**{part: tower_config, "text_config": text, token_id_name: token_id, **fields})
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()).rpartition("ValueError: ")[2]
         raise InputError(f"{config_class.__name__}: {reason}") from error
@@ -212,11 +212,13 @@ def _composed(
         state = _text_state(model, plan, rows=text.vocab_size)
         if isinstance(tower, torch.nn.Module):
             state |= _with_prefix(tower.state_dict(), _place_of(type(tower), plan))
-        made = _loaded(model_class, config, state, model.dtype)
-    made.generation_config = deepcopy(model.generation_config)
+        composite = _loaded(model_class, config, state, model.dtype)
+    composite.generation_config = deepcopy(model.generation_config)
     # It stands for what a picture or a sound brings: written by the model, it would stand for nothing.
-    made.generation_config.suppress_tokens = sorted({*(made.generation_config.suppress_tokens or ()), token_id})
-    return made
+    composite.generation_config.suppress_tokens = sorted(
+        {*(composite.generation_config.suppress_tokens or ()), token_id}
+    )
+    return composite
 
 
 def _class_of(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
@@ -245,8 +247,8 @@ def _text_state(model: "PreTrainedModel", plan: "PreTrainedModel", rows: int) ->
     tables = {id(each.weight) for each in (model.get_input_embeddings(), head)}
     if getattr(head, "bias", None) is not None:
         tables.add(id(head.bias))
-    kept = model.state_dict(keep_vars=True)
-    state = {name: _extended(each, rows) if id(each) in tables else each.detach() for name, each in kept.items()}
+    state_dict = model.state_dict(keep_vars=True)
+    state = {name: _extended(each, rows) if id(each) in tables else each.detach() for name, each in state_dict.items()}
     whole = _place_of(type(model), plan, is_needed=False)
     if whole is not None:
         return _with_prefix(state, whole)

@@ -127,9 +127,9 @@ def check_processor(processor: ProcessorMixin, vision_config: "PreTrainedConfig"
     patch = getattr(processor, "patch_size", None)
     if patch != vision_config.patch_size:
         raise InputError(f"the processor has patch_size={patch} and the vision tower {vision_config.patch_size}")
-    made, size = made_size(processor.image_processor), configured_size(vision_config)
-    if made is not None and size is not None and made != size:
-        raise _of_another_size(made, size)
+    processor_size, size = made_size(processor.image_processor), configured_size(vision_config)
+    if processor_size is not None and size is not None and processor_size != size:
+        raise _of_another_size(processor_size, size)
     before, counted = vectors_before_patches(vision_config), processor.num_additional_image_tokens
     if before != counted:
         raise InputError(
@@ -149,9 +149,9 @@ def check_fit(processor: ProcessorMixin, config: "PreTrainedConfig") -> None:
     tower = getattr(config, "vision_config", None)
     if config.model_type not in ("hfllm_vision", "llava") or type(processor).__name__ != "LlavaProcessor":
         return
-    size, made = picture_size(tower), made_size(processor.image_processor)
-    if size is not None and made is not None and made != size:
-        raise _of_another_size(made, size)
+    size, processor_size = picture_size(tower), made_size(processor.image_processor)
+    if size is not None and processor_size is not None and processor_size != size:
+        raise _of_another_size(processor_size, size)
     if tower.model_type not in (*IMAGE_PROCESSORS, "vit"):
         return
     if processor.patch_size != tower.patch_size:
@@ -182,10 +182,10 @@ def check_template(processor: ProcessorMixin, name: str) -> None:
             f"{whose} has no chat template, by which conversations with pictures are written: save it with one, as "
             "hfllm.vision_processor makes it"
         )
-    shown = {"type": "image", "image": Image.new("RGB", (64, 64))}
-    asked = [{"role": "user", "content": [shown, {"type": "text", "text": "a"}]}]
+    image_part = {"type": "image", "image": Image.new("RGB", (64, 64))}
+    messages = [{"role": "user", "content": [image_part, {"type": "text", "text": "a"}]}]
     try:
-        processor.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
     # A template may refuse anything in its own words.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -266,26 +266,26 @@ class Pictures:
             input_ids: (B, W), the batch.
             begins: the column of each row's first token.
         """
-        made = {}
+        batch = {}
         for name in dict.fromkeys(name for episode in self.episodes for name in episode):
             if name not in PER_TOKEN:
                 parts = [episode[name] for episode in self.episodes if name in episode]
-                made[name] = _joined(parts).to(input_ids.device, non_blocking=True)
+                batch[name] = _joined(parts).to(input_ids.device, non_blocking=True)
                 continue
-            made[name] = torch.zeros_like(input_ids)
+            batch[name] = torch.zeros_like(input_ids)
             for row, (episode, begin) in enumerate(zip(self.episodes, begins, strict=True)):
                 if name in episode:
-                    made[name][row, begin : begin + len(episode[name])] = episode[name].to(input_ids.device)
-        return made
+                    batch[name][row, begin : begin + len(episode[name])] = episode[name].to(input_ids.device)
+        return batch
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all tensors by names for a file, each once, and which are whose."""
         distinct = {id(episode): episode for episode in self.episodes}
         numbers = {key: number for number, key in enumerate(distinct)}
-        made = {"pictures": torch.tensor([numbers[id(episode)] for episode in self.episodes])}
+        named_tensors = {"pictures": torch.tensor([numbers[id(episode)] for episode in self.episodes])}
         for number, episode in enumerate(distinct.values()):
-            made |= {f"pictures.{number}.{name}": tensor.contiguous() for name, tensor in episode.items()}
-        return made
+            named_tensors |= {f"pictures.{number}.{name}": tensor.contiguous() for name, tensor in episode.items()}
+        return named_tensors
 
     @classmethod
     def split_off(cls, tensors: dict[str, torch.Tensor]) -> "Pictures | None":
@@ -372,18 +372,18 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
     Raises:
         InputError: when there are more or fewer pictures than places, or one cannot be read.
     """
-    prompt, given = row["prompt"], pictures_of(row, origin)
+    prompt, pictures = row["prompt"], pictures_of(row, origin)
     column = next((name for name in COLUMNS if row.get(name) is not None), None)
-    if given and not count_parts(prompt):
-        prompt = _with_places(prompt, len(given), origin)
+    if pictures and not count_parts(prompt):
+        prompt = _with_places(prompt, len(pictures), origin)
     for part in (part for message in prompt for part in _parts(message)):
         if part.get("type") not in ("text", "image"):
             raise InputError(f"{origin}: a part of the type {part.get('type')!r}; PPO reads text and image")
     is_open = [part["type"] == "image" and part.get("image") is None for each in prompt for part in _parts(each)]
-    if sum(is_open) != len(given):
-        has = f"the column {column!r} has {len(given)}" if column else "there is no column image or images"
+    if sum(is_open) != len(pictures):
+        has = f"the column {column!r} has {len(pictures)}" if column else "there is no column image or images"
         raise InputError(f"{origin}: {counted(sum(is_open), 'place')} for pictures in the prompt, and {has}")
-    rest = iter(given)
+    rest = iter(pictures)
 
     def put(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] == "text":
@@ -399,9 +399,12 @@ def _with_places(prompt: list[Message], count: int, origin: str) -> list[Message
     first = next((at for at, message in enumerate(prompt) if message["role"] == "user"), None)
     if first is None:
         raise InputError(f"{origin}: the prompt has no place for a picture, and no message of the user for one")
-    said = prompt[first]["content"]
-    parts = [*({"type": "image"} for _ in range(count)), *([{"type": "text", "text": said}] * isinstance(said, str))]
-    parts += said if isinstance(said, list) else []
+    content = prompt[first]["content"]
+    parts = [
+        *({"type": "image"} for _ in range(count)),
+        *([{"type": "text", "text": content}] * isinstance(content, str)),
+    ]
+    parts += content if isinstance(content, list) else []
     return [*prompt[:first], {**prompt[first], "content": parts}, *prompt[first + 1 :]]
 
 
@@ -488,9 +491,9 @@ def what_is_counted(row: Row) -> Hashable | None:
         images = [row.get("image")] if images is None else images
         if row.get("tools") or not isinstance(prompt, list) or not isinstance(images, list):
             return None
-        said = [_counted_message(message) for message in prompt]
+        messages = [_counted_message(message) for message in prompt]
         sizes = [_counted_picture(image) for image in images]
-        return None if None in said or None in sizes else (tuple(said), tuple(sizes))
+        return None if None in messages or None in sizes else (tuple(messages), tuple(sizes))
     return None
 
 
@@ -529,8 +532,8 @@ class _Asked(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of the chat template."""
-        shown = {"tools": read_tools("a prompt", self.tools)} if self.tools else {}
-        return {"continue_final_message" if is_begun(self.prompt) else "add_generation_prompt": True, **shown}
+        tool_kwargs = {"tools": read_tools("a prompt", self.tools)} if self.tools else {}
+        return {"continue_final_message" if is_begun(self.prompt) else "add_generation_prompt": True, **tool_kwargs}
 
     def parts(self) -> list[Message]:
         """Return the prompt with lists of parts alone, which templates of processors read."""
@@ -552,8 +555,8 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
     if len(asked) == 1 or processor in _ONE_BY_ONE or any(each.options() != options for each in asked[1:]):
         return None
     try:
-        said = [each.parts() for each in asked]
-        fields = dict(_templated(processor, said, processor_kwargs={"padding": True}, **options))
+        conversations = [each.parts() for each in asked]
+        fields = dict(_templated(processor, conversations, processor_kwargs={"padding": True}, **options))
     except Exception:
         # Whose prompt it is, and what is wrong, is found one by one.
         return None
@@ -564,7 +567,7 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
         return None
     if (0 if pixels is None else len(pixels)) != sum(counts):
         return None
-    ids = [row[seen > 0].tolist() for row, seen in zip(fields["input_ids"], mask, strict=True)]
+    ids = [row[row_mask > 0].tolist() for row, row_mask in zip(fields["input_ids"], mask, strict=True)]
     token = getattr(processor, "image_token_id", None)
     indices = {some.count(token) / count for some, count in zip(ids, counts, strict=True) if count}
     begin = getattr(processor.tokenizer, "bos_token_id", None)

@@ -186,8 +186,8 @@ def local_paths(report: Mapping[str, Any], folder: Path) -> list[str]:
     named: set[str] = {str(folder.absolute()), str(folder.resolve())}
     for text in _texts({name: report.get(name) for name in ("arguments", "given", "parents", "artifacts")}):
         # A flag may hold more than a path: FILE.py:function, NAME:WEIGHT, OURS=THEIRS, and a note behind it in a key.
-        shown = (text, text.rpartition(":")[0], text.partition("=")[2], text.removesuffix(" changed at"))
-        named |= {part for part in shown if "\n" not in part and _is_absolute(part)}
+        candidates = (text, text.rpartition(":")[0], text.partition("=")[2], text.removesuffix(" changed at"))
+        named |= {part for part in candidates if "\n" not in part and _is_absolute(part)}
     above = {str(parent) for path in named for parent in Path(path).parents if " " in parent.name}
     # A path of one part has nothing to hide, and its name may stand in any text.
     return sorted((path for path in named | above if len(Path(path).parts) > 2), key=len, reverse=True)
@@ -447,8 +447,8 @@ def _data(report: Mapping[str, Any]) -> str:
         )
     elif result := hub_id(arguments, "dataset_name"):
         parts = {"configuration": "dataset_config", "split": "dataset_train_split", "revision": "dataset_revision"}
-        said = [f"{part} {code_span(arguments[flag])}" for part, flag in parts.items() if arguments.get(flag)]
-        text = f"{', '.join([f'[{result}](https://huggingface.co/datasets/{result})', *said])}."
+        details = [f"{part} {code_span(arguments[flag])}" for part, flag in parts.items() if arguments.get(flag)]
+        text = f"{', '.join([f'[{result}](https://huggingface.co/datasets/{result})', *details])}."
     else:
         text = f"{code_span(public_value(name))}, a local dataset." if name else "Not recorded."
     if arguments.get("max_samples"):

@@ -433,9 +433,9 @@ def unclaim_empty(folder: str | Path) -> None:
 def write_record(folder: str | Path) -> None:
     """Write the checksums of what a finished run has written into its folder, without checkpoints and other stages."""
     folder = Path(folder)
-    kept = (path for path in _present(folder, (*MODEL_FILES, *REPORT_FILES)) if path.name not in (RECORD, LOCK_FILE))
+    paths = (path for path in _present(folder, (*MODEL_FILES, *REPORT_FILES)) if path.name not in (RECORD, LOCK_FILE))
     # A card is for readers, who may edit it.
-    files = [path for path in kept if path.name != CARD]
+    files = [path for path in paths if path.name != CARD]
     write_lines(folder / RECORD, folder, files, f"{HEADER}\n")
 
 

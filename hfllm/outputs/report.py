@@ -607,10 +607,10 @@ def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
     if not tables:
         is_short = len(metrics) <= MOST_FIGURES
         return [everything if is_short else folded("All figures by their names in report.json", everything)]
-    shown = ["\n".join(markdown_table(table)) for table in tables]
+    sections = ["\n".join(markdown_table(table)) for table in tables]
     if changes(metrics):
-        shown.append("Noise: less than two standard errors of the paired difference, on the same prompts or rows.")
-    return [*shown, folded("All figures by their names in report.json", everything)]
+        sections.append("Noise: less than two standard errors of the paired difference, on the same prompts or rows.")
+    return [*sections, folded("All figures by their names in report.json", everything)]
 
 
 def warnings_markdown(warnings: Sequence[object]) -> list[str]:
@@ -632,10 +632,10 @@ def printed_samples(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of some samples for a terminal; a column `SCORE before` stands behind the column `before`."""
     lines = []
     for row in rows[:PRINTED_SAMPLES]:
-        shown = {name: name for name in row if len(name.split()) == 1}
-        scores = {name.split()[-1]: value for name, value in row.items() if name not in shown}
-        width = max(map(len, shown))
-        for name in shown:
+        columns = {name: name for name in row if len(name.split()) == 1}
+        scores = {name.split()[-1]: value for name, value in row.items() if name not in columns}
+        width = max(map(len, columns))
+        for name in columns:
             score = f"  [{scores[name]}]" if name in scores else ""
             lines.append(f"  {name.ljust(width)}  {_cut(row[name], 160)}{score}")
         lines.append("")
@@ -699,9 +699,9 @@ def compared(before: Mapping[str, object], now: Mapping[str, object]) -> set[str
     Where both have the contents of a flag's files, their times do not count: earlier versions had no contents.
     """
     names = {*before, *now}
-    known = {name for name in names if name.endswith(CONTENTS) and name in before and name in now}
-    times = {f"{name.removesuffix(CONTENTS)}{CHANGED}" for name in known}
-    return {name for name in names - times if name in known or not name.endswith(CONTENTS)}
+    shared_contents = {name for name in names if name.endswith(CONTENTS) and name in before and name in now}
+    times = {f"{name.removesuffix(CONTENTS)}{CHANGED}" for name in shared_contents}
+    return {name for name in names - times if name in shared_contents or not name.endswith(CONTENTS)}
 
 
 def by_contents(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -730,10 +730,10 @@ def split_flags(
 
 def flag_sections(arguments: Mapping[str, object], given: Mapping[str, object] | None) -> list[str]:
     """Return the Markdown sections of the flags: see `split_flags`."""
-    shown, others = split_flags(arguments, given)
+    displayed, others = split_flags(arguments, given)
     lines = ["## Arguments"]
     if given is not None:
-        lines.append(f"Given:\n\n```yaml\n{_yaml(shown)}```" if shown else "No flag was given.")
+        lines.append(f"Given:\n\n```yaml\n{_yaml(displayed)}```" if displayed else "No flag was given.")
     others_are = f"{len(others)} {'flags' if given is None else 'others, at their defaults or settings'}"
     lines.append(folded(others_are, f"```yaml\n{_yaml(others)}```"))
     return lines

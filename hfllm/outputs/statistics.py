@@ -151,8 +151,8 @@ def risk_coverage(uncertainty: Sequence[float], wrong: Sequence[bool]) -> tuple[
     values, group = np.unique(numbers, return_inverse=True)
     ends = np.cumsum(np.bincount(group, minlength=len(values)))
     wrong_below = np.cumsum(np.bincount(group, labels, minlength=len(values)))
-    given = np.arange(1, len(numbers) + 1)
-    return given / len(numbers), np.interp(given, [0, *ends], [0, *wrong_below]) / given
+    num_answered = np.arange(1, len(numbers) + 1)
+    return num_answered / len(numbers), np.interp(num_answered, [0, *ends], [0, *wrong_below]) / num_answered
 
 
 def aurc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
@@ -166,8 +166,8 @@ def aurc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
 def excess_aurc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
     """Return the area beyond that of an uncertainty which puts all wrong answers last: 0 for one that knows all."""
     labels = as_pairs(uncertainty, wrong)[1]
-    given = np.arange(1, len(labels) + 1)
-    return aurc(uncertainty, wrong) - float((np.maximum(given - (labels == 0).sum(), 0) / given).mean())
+    num_answered = np.arange(1, len(labels) + 1)
+    return aurc(uncertainty, wrong) - float((np.maximum(num_answered - (labels == 0).sum(), 0) / num_answered).mean())
 
 
 def reliability(

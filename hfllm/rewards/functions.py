@@ -98,9 +98,9 @@ def gold_reward(
     """
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
     begun = [split_thoughts(put)[1] for put in columns.get(BEGINNING) or [""] * len(completions)]
-    said = [split_thoughts(completion_text(response))[1] for response in completions]
-    said = [text.removeprefix(put) for text, put in zip(said, begun, strict=True)]
-    return [gold_score(text, gold) for text, gold in zip(said, golds, strict=True)]
+    answers = [split_thoughts(completion_text(response))[1] for response in completions]
+    answers = [text.removeprefix(put) for text, put in zip(answers, begun, strict=True)]
+    return [gold_score(text, gold) for text, gold in zip(answers, golds, strict=True)]
 
 
 def shuffled(reward: RewardFunction, name: str, drawn_by: Callable[[Sequence], str] = repr) -> RewardFunction:
@@ -197,8 +197,8 @@ def checked_rewards(
         # What a reward model on this machine's memory says is for others to explain.
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
-        given = ", ".join(columns) or "(none)"
-        raise InputError(f"{name} failed with {error!r}{_place(error)}; columns given: {given}") from error
+        column_names = ", ".join(columns) or "(none)"
+        raise InputError(f"{name} failed with {error!r}{_place(error)}; columns given: {column_names}") from error
     if not isinstance(rewards, list):
         raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
     if len(rewards) != len(completions):
@@ -352,8 +352,8 @@ def exact_match(
     is said at `final_answer`; numbers are equal whatever their commas and signs of money, fractions and decimals too.
     A row without an answer, `None`, earns nothing.
     """
-    said = [plain_answer(final_answer(answer_of(completion))) for completion in completions]
-    return [float(one != "" and one in _accepted(gold)) for one, gold in zip(said, answer, strict=True)]
+    predictions = [plain_answer(final_answer(answer_of(completion))) for completion in completions]
+    return [float(one != "" and one in _accepted(gold)) for one, gold in zip(predictions, answer, strict=True)]
 
 
 def _accepted(gold: object) -> tuple[str, ...]:
@@ -430,14 +430,14 @@ def step_rewards(
     ) -> list[list[float]]:
         rewards = []
         for row, ids in enumerate(completion_ids):
-            given = {name: values[row] for name, values in columns.items() if len(values) == len(completion_ids)}
+            row_columns = {name: values[row] for name, values in columns.items() if len(values) == len(completion_ids)}
             numbers, earlier = [0.0] * len(ids), []
-            for turn in _turns(given.get("action_mask"), len(ids)):
-                said = ids[turn]
-                for step, end in _steps(_text_of(tokenizer, said), between):
+            for turn in _turns(row_columns.get("action_mask"), len(ids)):
+                turn_ids = ids[turn]
+                for step, end in _steps(_text_of(tokenizer, turn_ids), between):
                     # A step may end inside the token of the step before it.
-                    index = turn.start + _token_at(tokenizer, said, end)
-                    numbers[index] += float(check(step, list(earlier), **given))
+                    index = turn.start + _token_at(tokenizer, turn_ids, end)
+                    numbers[index] += float(check(step, list(earlier), **row_columns))
                     earlier.append(step)
             rewards.append(numbers)
         return rewards

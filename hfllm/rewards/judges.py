@@ -63,10 +63,12 @@ def judge_question(
         ask_for_letter: add the line "Answer with (A) or (B).", which models need that were not trained to judge.
     """
     messages = as_messages(prompt)
-    said = messages[0]["content"] if len(messages) == 1 else to_transcript(messages).removesuffix("\n\nAssistant:")
+    conversation = (
+        messages[0]["content"] if len(messages) == 1 else to_transcript(messages).removesuffix("\n\nAssistant:")
+    )
     answers = [f"{letter} {completion_text(each)}" for letter, each in zip(letters, (first, second), strict=True)]
-    asked = [f"Answer with {letters[0]} or {letters[1]}."] if ask_for_letter else []
-    return "\n".join([said.strip(), *answers, question, *asked])
+    instructions = [f"Answer with {letters[0]} or {letters[1]}."] if ask_for_letter else []
+    return "\n".join([conversation.strip(), *answers, question, *instructions])
 
 
 def was_trained_on_questions(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -215,11 +217,11 @@ class PreferenceJudge:
         self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]
     ) -> list[list[tuple[float, float]]]:
         """Return, for each pair and principle, the log-odds that the first is better: shown as (A), shown as (B)."""
-        asked = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
+        questions = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
         # Equal questions, such as both orders of equal answers, are asked once and have equal replies.
-        texts = list(dict.fromkeys(text for pair in asked for both in pair for text in both))
+        texts = list(dict.fromkeys(text for pair in questions for both in pair for text in both))
         ids, most = self._token_ids(texts), self.context
-        for number, pair in enumerate(asked, 1):
+        for number, pair in enumerate(questions, 1):
             longest = max(self._whole_length(ids[text]) for both in pair for text in both)
             if most is not None and longest > most:
                 raise InputError(
@@ -227,13 +229,13 @@ class PreferenceJudge:
                     "leave it out or cut the answers"
                 )
         replies = dict(zip(texts, self._replies([ids[text] for text in texts]), strict=True))
-        return [[(replies[one], -replies[other]) for one, other in pair] for pair in asked]
+        return [[(replies[one], -replies[other]) for one, other in pair] for pair in questions]
 
     def has_room(self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]) -> list[bool]:
         """Return whether the questions about each pair fit into the judge's context."""
-        asked = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
-        ids = self._token_ids([text for pair in asked for both in pair for text in both])
-        lengths = [max(self._whole_length(ids[text]) for both in pair for text in both) for pair in asked]
+        questions = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
+        ids = self._token_ids([text for pair in questions for both in pair for text in both])
+        lengths = [max(self._whole_length(ids[text]) for both in pair for text in both) for pair in questions]
         return [self.context is None or length <= self.context for length in lengths]
 
     def _questions(self, prompt: Said, first: Said, second: Said) -> list[tuple[str, str]]:
@@ -290,10 +292,10 @@ class PreferenceJudge:
                 eos_token_id=sorted(ends),
                 use_cache=True,
             )
-            for row, said in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                length = next((index for index, number in enumerate(said) if number in ends), len(said))
-                thought[row] = said[:length]
-        return [[*ids, *said] for ids, said in zip(questions, thought, strict=True)]
+            for row, generated in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                length = next((index for index, number in enumerate(generated) if number in ends), len(generated))
+                thought[row] = generated[:length]
+        return [[*ids, *generated] for ids, generated in zip(questions, thought, strict=True)]
 
     def _padded(self, ids: list[list[int]], side: str) -> dict[str, Any]:
         batch = self.tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(self.model.device)
@@ -457,10 +459,10 @@ def preference_rows(
         raise InputError(f"label_noise must lie in [0, 1], got {label_noise}")
     pairs = list(zip(prompts, first, second, strict=True))
     fits = judge.has_room(prompts, first, second)
-    kept = [pair for pair, has_room in zip(pairs, fits, strict=True) if has_room]
-    odds = judge.compare(*map(list, zip(*kept, strict=True))) if kept else []
+    remaining = [pair for pair, has_room in zip(pairs, fits, strict=True) if has_room]
+    odds = judge.compare(*map(list, zip(*remaining, strict=True))) if remaining else []
     rng, rows, flipped = random.Random(f"judge-labels-{seed}"), [], 0
-    for (prompt, one, other), preference in zip(kept, odds, strict=True):
+    for (prompt, one, other), preference in zip(remaining, odds, strict=True):
         # Drawn for ties too, so that one more of them does not change the others' noise.
         is_flipped = rng.random() < label_noise
         if not abs(preference) > min_log_odds:
@@ -476,12 +478,13 @@ def preference_rows(
                 "judge": judge.__name__,
             }
         )
-    ties = len(kept) - len(rows)
+    ties = len(remaining) - len(rows)
     if not rows:
         raise InputError(
-            f"no labels: of {len(pairs)} pairs {ties} are ties and {len(pairs) - len(kept)} longer than the context"
+            f"no labels: of {len(pairs)} pairs {ties} are ties and {len(pairs) - len(remaining)} longer than "
+            "the context"
         )
-    return LabeledPairs(rows, LabelFigures(len(pairs), ties, len(pairs) - len(kept), flipped))
+    return LabeledPairs(rows, LabelFigures(len(pairs), ties, len(pairs) - len(remaining), flipped))
 
 
 def _differ(first: Said, second: Said) -> bool:

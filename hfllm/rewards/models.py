@@ -55,7 +55,7 @@ class RewardModel:
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
         tools = columns.get("tools") or [None] * len(prompts)
-        ids = [self._token_ids(*said) for said in zip(prompts, completions, tools, strict=True)]
+        ids = [self._token_ids(*example) for example in zip(prompts, completions, tools, strict=True)]
         scores = [0.0] * len(ids)
         for rows, logits in self._logits(ids):
             for row, score in zip(rows, logits.squeeze(-1).tolist(), strict=True):
@@ -107,16 +107,16 @@ class PictureRewardModel(RewardModel):
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
         if any(columns.get("tools") or ()):
             raise InputError(f"the reward model {self.__name__!r} sees, and reads no tools: leave their column out")
-        conversations = [self._conversation(*said) for said in zip(prompts, completions, strict=True)]
+        conversations = [self._conversation(*example) for example in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in range(0, len(conversations), self.batch_size):
-            said = conversations[start : start + self.batch_size]
-            scores += self.scores(conversation_batch(self.processor, said, [()] * len(said)))
+            batch = conversations[start : start + self.batch_size]
+            scores += self.scores(conversation_batch(self.processor, batch, [()] * len(batch)))
         return scores
 
     def _conversation(self, prompt: str | list, completion: str | list) -> list[Message]:
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        response = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         tokens = words_of_places(self.processor)
 
         def plain(content: str | list) -> str | list:
@@ -124,7 +124,7 @@ class PictureRewardModel(RewardModel):
                 return unspelled(tokens, content)
             return [{**part, "text": unspelled(tokens, part["text"])} if "text" in part else part for part in content]
 
-        return [{**message, "content": plain(message["content"])} for message in (*before, *said)]
+        return [{**message, "content": plain(message["content"])} for message in (*before, *response)]
 
     def scores(self, batch: "Mapping[str, torch.Tensor]") -> list[float]:
         """Return the score of each conversation of a batch that the processor made."""
@@ -162,11 +162,11 @@ class TokenRewardModel(RewardModel):
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[list[float]]:
         sampled = columns["completion_ids"]
         begun = columns.get(BEGINNING) or [""] * len(prompts)
-        asked = [
+        conversations = [
             [*prompt, {"role": "assistant", "content": beginning}] if beginning else prompt
             for prompt, beginning in zip(prompts, begun, strict=True)
         ]
-        before = tokenize_prompts(asked, self.tokenizer, columns.get("tools"))
+        before = tokenize_prompts(conversations, self.tokenizer, columns.get("tools"))
         ids = [[*prompt, *completion] for prompt, completion in zip(before, sampled, strict=True)]
         rewards: list[list[float]] = [[] for _ in ids]
         for rows, logits in self._logits(ids):

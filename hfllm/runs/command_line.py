@@ -117,18 +117,18 @@ def parse_recipe(
     if ASKS_FOR_HELP & set(argv):
         print(short_help(description, own, library, shown))
         raise SystemExit(0)
-    given = given_values(argv)
+    provided = given_values(argv)
     argv, config_files = take_configs(argv)
-    files = [*(settings(given) if settings else ()), *config_files]
+    files = [*(settings(provided) if settings else ()), *config_files]
     kinds = [own, *map(_imported, library)]
-    parser_class, defaults = (training_parser(), machine_defaults(given)) if library else (PlainParser, {})
+    parser_class, defaults = (training_parser(), machine_defaults(provided)) if library else (PlainParser, {})
     defaults |= {} if output_dir is None else {"output_dir": output_dir}
     parser = parser_class(kinds, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
     if "--help_all" in argv:
         parser.print_help()
         raise SystemExit(0)
-    check_json_flags(given)
+    check_json_flags(provided)
     try:
         parsed = parser.parse(argv, files, defaults)[: len(kinds)]
     # The last two come from flags that ask for a library, or for a file.
@@ -138,8 +138,8 @@ def parse_recipe(
         raise InputError(next(iter(str(error).strip().splitlines()), type(error).__name__)) from None
     for group in parsed:
         # Names alone: values may be secrets, and a trainer saves its arguments.
-        object.__setattr__(group, GIVEN, tuple(given))
-    check_output_dir(given, parsed)
+        object.__setattr__(group, GIVEN, tuple(provided))
+    check_output_dir(provided, parsed)
     check_ranges(*parsed)
     if library:
         check_libraries(*parsed)
@@ -154,8 +154,8 @@ def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstan
     # A library may put a name of its own in place of none.
     is_none = "output_dir" in given and given["output_dir"] is None
     if is_none or not isinstance(folder, str) or not folder.strip():
-        shown = None if is_none else folder
-        raise InputError(f"--output_dir {shown!r:.80}: expected the name of a folder")
+        value = None if is_none else folder
+        raise InputError(f"--output_dir {value!r:.80}: expected the name of a folder")
     try:
         # With room for the files in it.
         os.stat(os.path.join(folder, LONGEST_FILE))
@@ -165,8 +165,8 @@ def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstan
         ) from None
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            said = os.strerror(error.errno)
-            raise InputError(f"--output_dir {folder[:80]!r}...: no name for a folder: {said}") from None
+            reason = os.strerror(error.errno)
+            raise InputError(f"--output_dir {folder[:80]!r}...: no name for a folder: {reason}") from None
 
 
 def given_names(*parsed: "DataclassInstance") -> tuple[str, ...] | None:
@@ -202,7 +202,7 @@ def short_help(
 
 def world_settings(name: str) -> Callable[[Mapping[str, Any]], list[Path]]:
     """Return what picks a recipe's default settings: those of the embedded world's model, unless a model is named."""
-    return lambda given: [] if given.get("model_name_or_path") else [settings_file(f"{name}/world.yaml")]
+    return lambda provided: [] if provided.get("model_name_or_path") else [settings_file(f"{name}/world.yaml")]
 
 
 def take_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -310,24 +310,24 @@ def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
     `true` is the last complete checkpoint. `auto` is that too, or the beginning where there is none yet: one command
     for the first launch and for every restart.
     """
-    wanted = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "none", ""):
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None or str(checkpoint).lower() in ("false", "none", ""):
         return None
-    if str(wanted).lower() in ("true", "auto"):
+    if str(checkpoint).lower() in ("true", "auto"):
         folder = training_args.output_dir
-        is_needed = str(wanted).lower() == "true"
-        wanted = last_complete_checkpoint(folder)
-        if wanted is None:
+        is_needed = str(checkpoint).lower() == "true"
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is None:
             if (damaged := damaged_checkpoint(folder)) and not is_needed:
                 raise InputError(f"--resume_from_checkpoint auto: {damaged}: remove it to start from the beginning")
             if not is_needed:
                 return None
             raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {folder}")
-    elif not (Path(wanted) / STATE_FILE).is_file():
-        raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (no {STATE_FILE})")
-    elif damage := damage_in(wanted):
-        raise InputError(f"--resume_from_checkpoint {wanted}: {damage}: name the checkpoint before it, or auto")
-    return str(wanted)
+    elif not (Path(checkpoint) / STATE_FILE).is_file():
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: not a checkpoint folder (no {STATE_FILE})")
+    elif damage := damage_in(checkpoint):
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: {damage}: name the checkpoint before it, or auto")
+    return str(checkpoint)
 
 
 def main_process() -> bool:

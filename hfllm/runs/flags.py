@@ -119,25 +119,25 @@ def check_libraries(*parsed: "DataclassInstance") -> None:
 
 def check_trackers(names: list[str]) -> None:
     """Refuse trackers for `--report_to` that transformers does not know, or that are not installed."""
-    asked = [name for name in names if name not in ("none", "all")]
-    if not asked:
+    trackers = [name for name in names if name not in ("none", "all")]
+    if not trackers:
         return
     from transformers.integrations import integration_utils
 
-    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    supported = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
     there = set(integration_utils.get_available_reporting_integrations())
     for name, is_there in (
         ("flyte", integration_utils.is_flytekit_available),
         ("azure_ml", integration_utils.is_azureml_available),
     ):
         there |= {name} if is_there() else set()
-    for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+    for name in trackers:
+        if name not in supported:
+            near = difflib.get_close_matches(name, supported, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"--report_to {name}: expected none, all or one of {', '.join(known)}{hint}")
+            raise InputError(f"--report_to {name}: expected none, all or one of {', '.join(supported)}{hint}")
         if name not in there:
-            installed = ", ".join(sorted(there & set(known))) or "no tracker"
+            installed = ", ".join(sorted(there & set(supported))) or "no tracker"
             raise InputError(
                 f"--report_to {name}: not installed (pip install {PACKAGES.get(name, name)}); there is {installed}"
             )
@@ -151,15 +151,15 @@ def check_attention(name: str) -> None:
     # One that the Hub's kernels stand in for, or one of them by its repository.
     has_kernels = importlib.util.find_spec("kernels") is not None
     plain = name.removeprefix("paged|")
-    known = {"eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if not each.startswith("paged|"))}
+    supported = {"eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if not each.startswith("paged|"))}
     missing = {
         each
-        for each in known
+        for each in supported
         if (version := re.fullmatch(r"flash_attention_(\d)", each))
         and int(version[1]) in FLASH
         and not FLASH[int(version[1])]["general_availability_check"]()
     }
-    there = ", ".join(sorted(known - missing))
+    there = ", ".join(sorted(supported - missing))
     if plain in missing and not has_kernels:
         package = FLASH_PACKAGES.get(plain[-1], "flash-attn")
         raise InputError(
@@ -170,7 +170,7 @@ def check_attention(name: str) -> None:
         raise InputError(
             f"--attn_implementation {name}: kernels of the Hub need pip install kernels; there is {there}"
         )
-    if plain not in known and "/" not in plain:
+    if plain not in supported and "/" not in plain:
         raise InputError(f"--attn_implementation {name}: unknown; there is {there}")
 
 

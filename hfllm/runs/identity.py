@@ -67,24 +67,26 @@ def run_identity(
         arguments: everything that its result depends on.
         parsed: its flags.
     """
-    kept = {
+    selected = {
         flag: _without_folder(value, output_dir)
         for flag, value in arguments.items()
         if flag.rpartition(".")[2] not in MAY_CHANGE and not flag.endswith((CHANGED, CONTENTS))
     }
-    files = {flag: paths for flag, paths in _named_files(arguments).items() if flag in kept and paths}
-    contents = {flag: {"value": kept.pop(flag), "content": file_fingerprint(paths)} for flag, paths in files.items()}
-    for flag, told in _pictures(arguments, parsed).items():
+    files = {flag: paths for flag, paths in _named_files(arguments).items() if flag in selected and paths}
+    contents = {
+        flag: {"value": selected.pop(flag), "content": file_fingerprint(paths)} for flag, paths in files.items()
+    }
+    for flag, digest in _pictures(arguments, parsed).items():
         if flag in contents:
-            contents[flag]["pictures"] = told
+            contents[flag]["pictures"] = digest
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if not set(BATCH) <= kept.keys() or any(hasattr(group, "num_mini_batches") for group in parsed):
+    if not set(BATCH) <= selected.keys() or any(hasattr(group, "num_mini_batches") for group in parsed):
         # A rollout is divided among processes and micro-batches, and each checkpoint holds one.
-        kept["processes"] = processes
+        selected["processes"] = processes
     else:
-        rows = kept.pop(BATCH[0]) * kept.pop(BATCH[1]) * processes
-        kept["rows per optimizer step (batch x accumulation x processes)"] = rows
-    return {"stage": stage, "arguments": kept, "files": contents}
+        rows = selected.pop(BATCH[0]) * selected.pop(BATCH[1]) * processes
+        selected["rows per optimizer step (batch x accumulation x processes)"] = rows
+    return {"stage": stage, "arguments": selected, "files": contents}
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -230,11 +230,11 @@ def listing() -> str:
     settings = sorted(str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml"))
     engines = sorted(path.stem for path in installed("accelerate_configs").glob("*.yaml"))
     width = max(map(len, models_made())) + 1
-    made = "\n".join(f"    {name:<{width}}{words}" for name, words in models_made().items())
+    model_lines = "\n".join(f"    {name:<{width}}{words}" for name, words in models_made().items())
     return f"""{recipes_table()}
 
 Where no model is named, on the embedded world:
-{made}
+{model_lines}
 
 For --config: {", ".join(settings)}
 For --config_file: {", ".join(engines)}

@@ -68,27 +68,27 @@ def lock(folder: str | Path) -> None:
     process holds it, it may be one that is ending: it is waited for a short time.
     """
     path = Path(folder).resolve()
-    if held := _held.get(str(path)):
-        if held.thread is not threading.current_thread() and held.thread.is_alive():
-            raise InputError(_refusal(folder, f"thread {held.thread.name} of this process"))
+    if file_lock := _held.get(str(path)):
+        if file_lock.thread is not threading.current_thread() and file_lock.thread.is_alive():
+            raise InputError(_refusal(folder, f"thread {file_lock.thread.name} of this process"))
         if _holds_still(path):
-            _held[str(path)] = held._replace(thread=threading.current_thread())
+            _held[str(path)] = file_lock._replace(thread=threading.current_thread())
             return
     try:
         if not path.is_dir():
             path.mkdir(parents=True, exist_ok=True)
             _made.add(str(path))
-        held = _locked(folder, path / LOCK_FILE)
+        file_lock = _locked(folder, path / LOCK_FILE)
     except OSError as error:
         raise InputError(f"--output_dir {folder}: cannot be written to: {error.strerror or error}") from None
-    if held is not None:
-        _held[str(path)] = held
+    if file_lock is not None:
+        _held[str(path)] = file_lock
 
 
 def owner_of(folder: str | Path) -> str | None:
     """Return what tells this process's lock on a folder from any other, for `join`; `None` if it holds none."""
-    held = _held.get(str(Path(folder).resolve()))
-    return held.owner if held else None
+    file_lock = _held.get(str(Path(folder).resolve()))
+    return file_lock.owner if file_lock else None
 
 
 def join(folder: str | Path, owner: str | None) -> None:
@@ -124,19 +124,19 @@ def join(folder: str | Path, owner: str | None) -> None:
 def release(folder: str | Path) -> None:
     """Stop holding a folder, if this process does; one that was made for that and is still empty is removed."""
     path = Path(folder).resolve()
-    held = _held.pop(str(path), None)
-    if held is None:
+    file_lock = _held.pop(str(path), None)
+    if file_lock is None:
         return
     # Those that have joined it release it in the same moment.
-    for _ in range(TRIES if held.byte == RUN else 1):
+    for _ in range(TRIES if file_lock.byte == RUN else 1):
         with suppress(OSError):
             # The last process of the run removes the file, before it is unlocked: whoever opens it from now on makes
             # a new one.
-            fcntl.lockf(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, RUN)
+            fcntl.lockf(file_lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, RUN)
             (path / LOCK_FILE).unlink()
             break
         time.sleep(PAUSE)
-    os.close(held.descriptor)
+    os.close(file_lock.descriptor)
     with suppress(OSError):
         unclaim_empty(path)
     if str(path) in _made:
@@ -174,15 +174,15 @@ def _holds_still(path: Path) -> bool:
     The system ends a process's locks on a file when the process closes that file, also where it has only read it: the
     lock is taken again.
     """
-    held = _held.get(str(path))
-    if held is None:
+    file_lock = _held.get(str(path))
+    if file_lock is None:
         return False
     with suppress(OSError):
-        kind = fcntl.LOCK_EX if held.byte == RUN else fcntl.LOCK_SH
-        fcntl.lockf(held.descriptor, kind | fcntl.LOCK_NB, 1, held.byte)
-        if _is_there(held.descriptor, path / LOCK_FILE) and _read(held.descriptor) == held.owner:
+        kind = fcntl.LOCK_EX if file_lock.byte == RUN else fcntl.LOCK_SH
+        fcntl.lockf(file_lock.descriptor, kind | fcntl.LOCK_NB, 1, file_lock.byte)
+        if _is_there(file_lock.descriptor, path / LOCK_FILE) and _read(file_lock.descriptor) == file_lock.owner:
             return True
-    os.close(held.descriptor)
+    os.close(file_lock.descriptor)
     del _held[str(path)]
     return False
 

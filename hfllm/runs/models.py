@@ -294,12 +294,12 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     whose = f"a model of type {config.model_type}"
     # PEFT is content if any of several names exists.
     heads = set() if adapter.task_type == "CAUSAL_LM" else {"score", "classifier", "qa_outputs"}
-    for flag, wanted, names in (
+    for flag, targets, names in (
         ("lora_target_modules", adapter.target_modules, [name for name, _ in model.named_modules()]),
         ("lora_modules_to_save", adapter.modules_to_save, [name for name, _ in model.named_modules()]),
         ("lora_target_parameters", adapter.target_parameters, [name for name, _ in model.named_parameters()]),
     ):
-        for each in sorted(set() if isinstance(wanted, str) else set(wanted or ()) - heads):
+        for each in sorted(set() if isinstance(targets, str) else set(targets or ()) - heads):
             if not any(f".{name}".endswith(f".{each}") for name in names):
                 there = {name.rpartition(".")[2] for name in linear_layers(model)}
                 raise InputError(f"--{flag} {each}: not in {whose}; its linear layers are {', '.join(sorted(there))}")

@@ -145,8 +145,8 @@ def explained(error: BaseException, *parsed: "DataclassInstance") -> str | None:
         parsed: the flags of the run, for what may help.
     """
     if is_out_of_memory(error):
-        said = " ".join(str(error).split())
-        amount = said.partition("ried to allocate ")[2].partition(". ")[0]
+        message = " ".join(str(error).split())
+        amount = message.partition("ried to allocate ")[2].partition(". ")[0]
         size = f" (tried to allocate {amount[:60]})" if amount else ""
         names = {name for group in parsed for name in vars(group)}
         helpful = [text for flag, text in SAVES_MEMORY.items() if flag in names and not _is_on(flag, parsed)]

@@ -252,9 +252,9 @@ def no_duplicates() -> "type[SafeLoader]":
             try:
                 return super().construct_object(node, deep)
             except YAML_ERRORS as error:
-                kind, said = node.tag.rpartition(":")[2], f"{node.value!r:.60}"
+                kind, text = node.tag.rpartition(":")[2], f"{node.value!r:.60}"
                 line = node.start_mark.line + 1
-                raise yaml.YAMLError(f"{said} in line {line} is no {kind} ({_first_line(error)})") from None
+                raise yaml.YAMLError(f"{text} in line {line} is no {kind} ({_first_line(error)})") from None
 
         def get_single_node(self) -> "Node | None":
             node = super().get_single_node()
@@ -263,14 +263,14 @@ def no_duplicates() -> "type[SafeLoader]":
             return node
 
         def construct_mapping(self, node: "MappingNode", deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
+            keys: set[str] = set()
             for key, _ in node.value:
                 # Merged keys (<<) may repeat, and the mapping's own win.
                 if not isinstance(key, yaml.ScalarNode):
                     continue
-                if key.value in seen and key.value != "<<":
+                if key.value in keys and key.value != "<<":
                     raise yaml.YAMLError(f"{key.value!r} a second time in line {key.start_mark.line + 1}")
-                seen.add(key.value)
+                keys.add(key.value)
             return super().construct_mapping(node, deep)
 
     return NoDuplicates
@@ -289,7 +289,7 @@ def _values_of(node: "Node", known: dict[int, int]) -> int:
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = 1
-    held = node.value if isinstance(node.value, list) else []
-    parts = (part for each in held for part in (each if isinstance(each, tuple) else (each,)))
+    children = node.value if isinstance(node.value, list) else []
+    parts = (part for each in children for part in (each if isinstance(each, tuple) else (each,)))
     known[id(node)] = 1 + sum(_values_of(part, known) for part in parts)
     return known[id(node)]

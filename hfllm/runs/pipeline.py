@@ -230,20 +230,20 @@ def chain_before(
         skip: stages whose models are not needed.
         over_world: whether `configs` lie over the settings for the world, in place of replacing them.
     """
-    given = {name: model for name, model in (given_models or {}).items() if model}
+    provided = {name: model for name, model in (given_models or {}).items() if model}
     configs, more_flags = configs or {}, more_flags or {}
     runs: dict[str, Parsed] = {}
 
     def visit(name: str) -> None:
         for need in STAGES[name].needs.values():
-            if need in given or need in skip or need in runs:
+            if need in provided or need in skip or need in runs:
                 continue
             if not STAGES[need].runs_own_chain:
                 visit(need)
             entry = STAGES[need]
             flags = ["--seed", str(seed), "--world_seed", str(world_seed)]
             # The world's settings suit the small models made here; your own model keeps the libraries' defaults.
-            is_own = any(each in given for each in entry.needs.values())
+            is_own = any(each in provided for each in entry.needs.values())
             world, config = str(settings_file(entry.settings)), configs.get(need)
             if not is_own and (over_world or not config):
                 flags += ["--config", world]
@@ -253,7 +253,7 @@ def chain_before(
                 flags += [word for flag, path in passed.items() if path for word in (flag, path)]
             else:
                 for flag, made_by in entry.needs.items():
-                    flags += [f"--{flag}", given.get(made_by) or f"{output_dir}/{made_by}"]
+                    flags += [f"--{flag}", provided.get(made_by) or f"{output_dir}/{made_by}"]
             flags += more_flags.get(need, ())
             for number, differs in enumerate([(), *(copies or {}).get(need, ())], 1):
                 run = need if number == 1 else f"{need}_{number}"
@@ -295,9 +295,9 @@ def usual_minutes(run: str, parsed: Parsed) -> float | None:
     if entry is None or entry.minutes is None:
         return None
     timed = {**AS_TIMED, **read_yaml(settings_file(entry.settings))}
-    given = {name: value for group in parsed for name, value in vars(group).items()}
+    values = {name: value for group in parsed for name, value in vars(group).items()}
     numbers = {name: value for name, value in timed.items() if not isinstance(value, str) or name in AS_TIMED}
-    is_usual = all(name in given and given[name] == value for name, value in numbers.items())
+    is_usual = all(name in values and values[name] == value for name, value in numbers.items())
     return entry.minutes if is_usual and int(os.environ.get("WORLD_SIZE", "1")) == 1 else None
 
 
@@ -475,15 +475,15 @@ def write_rows(stage: str, path: Path, rows: Iterable[Row]) -> None:
 
 def by_main_process(make: Callable[[], Made]) -> Made | None:
     """Return what the main process makes, and `None` in the others, which wait for it however long it takes."""
-    made, refusal = None, None
+    created, refusal = None, None
     if main_process():
         try:
-            made = make()
+            created = make()
         except InputError as error:
             refusal = str(error)
     if (refusal := _of_main_process(refusal)) is not None:
         raise InputError(refusal)
-    return made
+    return created
 
 
 def _of_main_process(value: str | None) -> str | None:

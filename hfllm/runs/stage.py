@@ -101,8 +101,8 @@ class Stage:
     @cached_property
     def training_args(self) -> "TrainingArguments":
         """The trainer's arguments without its own pushes and any token: the finished model is pushed once."""
-        given = _with_field(self.parsed, "per_device_train_batch_size")
-        return without_nested_secrets(changed(given, push_to_hub=False, hub_token=None))
+        args = _with_field(self.parsed, "per_device_train_batch_size")
+        return without_nested_secrets(changed(args, push_to_hub=False, hub_token=None))
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -94,9 +94,9 @@ def _line_search(
         falls = tried_values <= values[searching] + DECREASE * length[searching] * slopes[searching]
         flat = (tried_gradients * directions[searching]).sum(1) >= CURVATURE * slopes[searching]
         improved = falls & (tried_values < best_values[searching])
-        kept = searching[improved]
-        best_values[kept], best_points[kept] = tried_values[improved], tried[improved]
-        best_gradients[kept] = tried_gradients[improved]
+        improved_rows = searching[improved]
+        best_values[improved_rows], best_points[improved_rows] = tried_values[improved], tried[improved]
+        best_gradients[improved_rows] = tried_gradients[improved]
         high[searching[~falls]] = length[searching[~falls]]
         low[searching[falls & ~flat]] = length[searching[falls & ~flat]]
         searching = searching[~(falls & flat)]
@@ -265,8 +265,8 @@ def _column(
         raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them different names")
     if result is None and not optional:
         accepted = ", ".join((*others, *known))
-        seen = ", ".join(map(repr, header)) or "no header"
-        raise InputError(f"{file}: no column for {what}; it has {seen}; accepted names: {accepted}")
+        present = ", ".join(map(repr, header)) or "no header"
+        raise InputError(f"{file}: no column for {what}; it has {present}; accepted names: {accepted}")
     return result
 
 
@@ -591,23 +591,23 @@ def find_outliers(runs: Runs, delta: float = DELTA, fit: Fit | None = None) -> O
     """Return the runs that are more than `THRESHOLD` robust standard deviations, and 1%, off the law of the others.
 
     The law is fitted, runs that are too far off it are left out, and so on until they stay the same. The scale is the
-    median absolute deviation of the kept runs' log losses from the law, times 1.4826.
+    median absolute deviation of the inliers' log losses from the law, times 1.4826.
 
     Args:
         fit: the fit to all `runs`, if there is one.
     """
     whole = fit or fit_law(runs, delta)
-    current, kept = whole, numpy.ones(len(runs), dtype=bool)
+    current, inliers = whole, numpy.ones(len(runs), dtype=bool)
     for _ in range(MOST_ROUNDS):
         logs = numpy.log1p(current.relative_errors(runs))
-        center = numpy.median(logs[kept])
-        scale = _NORMAL * float(numpy.median(abs(logs[kept] - center)))
+        center = numpy.median(logs[inliers])
+        scale = _NORMAL * float(numpy.median(abs(logs[inliers] - center)))
         now = abs(logs - center) <= max(THRESHOLD * scale, LEAST)
-        if (now == kept).all():
+        if (now == inliers).all():
             break
-        kept = now
-        current = fit_law(runs.subset(numpy.flatnonzero(kept)), delta)
-    indices = numpy.flatnonzero(~kept)
+        inliers = now
+        current = fit_law(runs.subset(numpy.flatnonzero(inliers)), delta)
+    indices = numpy.flatnonzero(~inliers)
     return Outliers(runs, indices, current.relative_errors(runs)[indices], scale, whole, current)
 
 

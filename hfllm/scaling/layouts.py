@@ -204,10 +204,10 @@ def stage_layers(layers: int, pipeline: int, interleave: int = 1) -> tuple[int, 
     most = -(-layers // chunks)
     short = chunks * most - layers
     order = [chunks - 1, 0, *range(chunks - 2, 0, -1)][:short]
-    held = [interleave * most] * pipeline
+    layer_counts = [interleave * most] * pipeline
     for chunk in order:
-        held[chunk % pipeline] -= 1
-    return tuple(held)
+        layer_counts[chunk % pipeline] -= 1
+    return tuple(layer_counts)
 
 
 def is_balanced(layers: int, pipeline: int, interleave: int = 1) -> bool:

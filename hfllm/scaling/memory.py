@@ -174,13 +174,13 @@ def layer_activations(
         heads += scores if layout.recompute == "none" else 0
     whole = whole / (layout.tensor if layout.sequence_parallel else 1)
     mlp = _mlp_bytes(shape, layout, precision) / layout.tensor
-    kept = whole + heads / layout.attention_split(shape) + mlp
+    activations = whole + heads / layout.attention_split(shape) + mlp
     if not shape.linear_layers:
-        return kept
+        return activations
     linear = 2 * norm + mlp + linear_mixer_bytes(shape, size, layout.micro_batch, sequence_length)
     # Six projections read the layer's input, and each has its own copy under autocast.
     linear += size * hidden * (2 if not precision.is_autocast else _inputs(shape, precision) + 3)
-    return kept + (linear - kept) * shape.linear_layers / shape.num_hidden_layers
+    return activations + (linear - activations) * shape.linear_layers / shape.num_hidden_layers
 
 
 def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
@@ -188,7 +188,7 @@ def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
     # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers, or FSDP
     # without tensor parallelism. Megatron-LM's keeps it. The experts that all tokens share are one.
     is_gathered = layout.zero_stage == 3 and (layout.engine == DEEPSPEED or (layout.fsdp and layout.tensor == 1))
-    kept = 2 * products if is_gathered else products + (layout.engine == MEGATRON)
+    num_activations = 2 * products if is_gathered else products + (layout.engine == MEGATRON)
     # The last product's input.
     saved = precision.compute - precision.stored
     if shape.num_local_experts:
@@ -196,9 +196,9 @@ def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
         size = 4 if precision.is_autocast else precision.compute
         rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * shape.expert_size) + 28)
         rows -= shape.num_experts_per_tok * saved * (hidden + shape.expert_size)
-        shared = shape.shared_size * (precision.compute * kept - saved)
+        shared = shape.shared_size * (precision.compute * num_activations - saved)
         return rows + shared + 3 * precision.residual * shape.num_local_experts
-    return shape.intermediate_size * (precision.compute * kept - saved)
+    return shape.intermediate_size * (precision.compute * num_activations - saved)
 
 
 def layer_workspace(
@@ -433,7 +433,7 @@ def _stage_memory(
     ]
     weights, gradients, optimizer = (sum(share[part] for share in shares) for part in shares[0])
     tokens = layout.micro_batch * sequence_length / layout.context
-    kept, at_work = _activation_bytes(stage, shape, layout, precision, sequence_length, attention)
+    activations, at_work = _activation_bytes(stage, shape, layout, precision, sequence_length, attention)
     logits = loss_bytes(shape, layout, precision, tokens) if stage.is_last else 0.0
     buffers = _buffers(shape, layout, precision, dense + experts)
     fills = not reserved and layout.engine == DEEPSPEED and layout.zero_stage < 3
@@ -442,18 +442,18 @@ def _stage_memory(
     # Megatron-LM and ZeRO-3 hold gradients in flat buffers, the others free them after each step.
     if layout.engine == DEEPSPEED and layout.zero_stage == 3:
         # Its reduction copies the bucket, which is full when all activations are freed.
-        peak = static + gradients + max(kept + max(logits, at_work), _bucket(precision, dense + experts))
+        peak = static + gradients + max(activations + max(logits, at_work), _bucket(precision, dense + experts))
     elif micro_batches > 1 or layout.engine == MEGATRON:
-        peak = static + gradients + kept + max(logits, at_work)
+        peak = static + gradients + activations + max(logits, at_work)
     else:
         # Gradients come from the last layer to the first, and the embeddings' at the very end.
         table = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
         table, layer = (precision.gradients * count / layout.tensor for count in (table, _layer_size(shape)))
-        begin = max(kept + logits, kept + at_work + table + min(bucket, table))
+        begin = max(activations + logits, activations + at_work + table + min(bucket, table))
         # ZeRO-2 joins its share of the gradients into one tensor for the optimizer while the bucket is still there.
         end = (2 if layout.engine == DEEPSPEED and layout.zero_stage == 2 else 1) * gradients + bucket
         peak = static + max(begin, gradients - table - layer + at_work + bucket, end)
-    return Memory(weights, gradients, optimizer, kept + at_work, logits, buffers, 0.0, peak)
+    return Memory(weights, gradients, optimizer, activations + at_work, logits, buffers, 0.0, peak)
 
 
 def _activation_bytes(
@@ -461,23 +461,25 @@ def _activation_bytes(
 ) -> tuple[float, float]:
     """Return the bytes kept by all micro-batches in progress, plus those of one layer's backward pass."""
     tokens, hidden = layout.micro_batch * sequence_length / layout.context, shape.hidden_size
-    kept = tokens * stage.layers * layer_activations(shape, layout, precision, sequence_length, attention)
+    activations = tokens * stage.layers * layer_activations(shape, layout, precision, sequence_length, attention)
     if stage.is_last:
-        kept += tokens * (norm_bytes(shape, hidden, precision.residual) + precision.compute * hidden)
+        activations += tokens * (norm_bytes(shape, hidden, precision.residual) + precision.compute * hidden)
     if precision.is_autocast and layout.recompute != "full":
-        kept += (stage.layers * autocast_weights(shape) + 2 * shape.vocab_size * hidden) / layout.tensor
+        activations += (stage.layers * autocast_weights(shape) + 2 * shape.vocab_size * hidden) / layout.tensor
     if stage.is_first and shape.tower is not None:
         pictures = layout.micro_batch * shape.images_per_row
-        kept += pictures * shape.tower.activation_bytes_per_picture(precision.compute, layout.recompute == "full")
+        activations += pictures * shape.tower.activation_bytes_per_picture(
+            precision.compute, layout.recompute == "full"
+        )
     if layout.pipeline > 1 and not stage.is_last:
         # What a stage has sent on stays until its backward pass.
         share = layout.tensor if layout.sequence_parallel else 1
-        kept += tokens * precision.residual * hidden / share
+        activations += tokens * precision.residual * hidden / share
     at_work = tokens * layer_workspace(shape, layout, precision, sequence_length, attention)
     if layout.recompute != "none":
         again = replace(layout, recompute="none")
         at_work += tokens * layer_activations(shape, again, precision, sequence_length, attention)
-    return kept * stage.passes, at_work
+    return activations * stage.passes, at_work
 
 
 def _largest_tensor(shape: Shape) -> int:

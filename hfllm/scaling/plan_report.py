@@ -300,9 +300,11 @@ def _pipeline_notes(layout: Layout, request: Request) -> list[str]:
     if layout.interleave > 1:
         chunk = -(-layers // (layout.pipeline * layout.interleave))
         notes.append(f"accelerate has no key for MegatronLMPlugin(num_layers_per_virtual_pipeline_stage={chunk})")
-    held = stage_layers(layers, layout.pipeline, layout.interleave)
-    if len(set(held)) > 1:
-        notes.append(f"accelerate has no key for stages with different numbers of layers: {', '.join(map(str, held))}")
+    layer_counts = stage_layers(layers, layout.pipeline, layout.interleave)
+    if len(set(layer_counts)) > 1:
+        notes.append(
+            f"accelerate has no key for stages with different numbers of layers: {', '.join(map(str, layer_counts))}"
+        )
     return notes
 
 

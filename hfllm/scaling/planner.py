@@ -223,9 +223,9 @@ def plan(request: Request) -> list[Plan]:
                 continue
             one = _cost(request, layout, memory)
             spread = (layout.data, layout.tensor, layout.pipeline, layout.expert, layout.zero_stage, layout.context)
-            kept = tight if is_full else result
-            if spread not in kept or _order(one) < _order(kept[spread]):
-                kept[spread] = one
+            best = tight if is_full else result
+            if spread not in best or _order(one) < _order(best[spread]):
+                best[spread] = one
             if is_full:
                 continue
             # Each part of the time is convex in the micro-batch: once it rises, it does not fall again.
@@ -692,11 +692,11 @@ def preset_fields(name: str) -> Mapping[str, Any]:
 
 def make_request(script_args: PlanArguments, shape: Shape) -> Request:
     """Return what to plan."""
-    held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
-    held += ("micro_batch_size", "interleave")
+    fixed = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
+    fixed += ("micro_batch_size", "interleave")
     same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
     same += ("overlap_experts", "torch_compile", "sequence_parallel", "fsdp", "fused_loss")
-    options = {name: getattr(script_args, name) for name in (*held, *same)}
+    options = {name: getattr(script_args, name) for name in (*fixed, *same)}
     length = script_args.max_length
     options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length
     return Request(shape, make_device(script_args), usable=script_args.usable_memory, **options)
@@ -708,7 +708,7 @@ def make_device(script_args: PlanArguments) -> Device:
     Raises:
         InputError: for an unknown name, or a number that is not positive and finite.
     """
-    given = {
+    overrides = {
         "memory": ("device_memory_gb", GIB),
         "peak_16bit": ("device_peak_tflops", 1e12),
         "peak_fp32": ("device_peak_tflops", 1e12),
@@ -717,7 +717,7 @@ def make_device(script_args: PlanArguments) -> Device:
         "far": ("network_gbps", 1e9 / 8),
     }
     changes = {}
-    for name, (each, unit) in given.items():
+    for name, (each, unit) in overrides.items():
         value = getattr(script_args, each)
         if value is not None and not 0 < value <= LARGEST:
             raise InputError(f"--{each} {value} must be above 0, and at most {LARGEST:,}")

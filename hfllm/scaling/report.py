@@ -163,8 +163,8 @@ class Study:
             }
             for name, each in spent.items():
                 numbers = {"N": each.parameters, "D": each.tokens, "tokens per parameter": each.tokens_per_parameter}
-                shown = {label: f"{number:.3g}" for label, number in numbers.items()}
-                rows.append({"FLOPs": f"{compute:.3g}", "law": name, **shown})
+                formatted = {label: f"{number:.3g}" for label, number in numbers.items()}
+                rows.append({"FLOPs": f"{compute:.3g}", "law": name, **formatted})
         return rows
 
     def plots(self) -> dict[str, Plot]:

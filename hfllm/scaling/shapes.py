@@ -40,8 +40,8 @@ def fill_layers(shape: "Shape") -> None:
         kind = "full_attention" if shape.attention_chunk_size is None else "chunked_attention"
         kind = kind if shape.sliding_window is None else "sliding_attention"
         shape.layer_types = [kind] * shape.num_hidden_layers
-    known = isinstance(shape.layer_types, list) and set(map(str, shape.layer_types)) <= {*LAYER_TYPES}
-    if not known or len(shape.layer_types) != shape.num_hidden_layers:
+    is_known = isinstance(shape.layer_types, list) and set(map(str, shape.layer_types)) <= {*LAYER_TYPES}
+    if not is_known or len(shape.layer_types) != shape.num_hidden_layers:
         raise InputError(
             f"layer_types={str(shape.layer_types)[:80]} must name one of {', '.join(LAYER_TYPES)} for each of "
             f"num_hidden_layers={shape.num_hidden_layers}"
@@ -234,7 +234,7 @@ class Tower:
         hidden = _size(vision, "hidden_size", where)
         wide = hidden * _size(vision, "mlp_ratio", where, 4) if kind == "dinov2" else None
         layers = config.get("vision_feature_layer", -1)
-        made = cls(
+        tower = cls(
             model_type=kind,
             hidden_size=hidden,
             intermediate_size=wide or _size(vision, "intermediate_size", where),
@@ -248,9 +248,9 @@ class Tower:
             has_projector_bias=bool(config.get("multimodal_projector_bias", True)),
             keeps_all=config.get("vision_feature_select_strategy", "default") == "full",
         )
-        if made.patch_size > made.image_size:
-            raise InputError(f"{where}: patch_size={made.patch_size} is more than image_size={made.image_size}")
-        return made
+        if tower.patch_size > tower.image_size:
+            raise InputError(f"{where}: patch_size={tower.patch_size} is more than image_size={tower.image_size}")
+        return tower
 
     @property
     def patches(self) -> int:
@@ -481,11 +481,11 @@ class Shape:
             # Other names of the number of experts.
             values.setdefault("num_local_experts", values.get("num_experts", values.get("n_routed_experts", 0)))
             values.setdefault("mlp_layer_types", mlp_layers(values))
-            known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
-            missing = [name for name in _REQUIRED if name not in known]
+            kwargs = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
+            missing = [name for name in _REQUIRED if name not in kwargs]
             if missing:
                 raise InputError(f"{missing[0]} is missing")
-            return cls(**known)
+            return cls(**kwargs)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
 
@@ -689,9 +689,9 @@ class Shape:
 
     def cache_bytes(self, length: int, bytes_per_value: int = 2) -> int:
         """Return the bytes of the cache of one sequence of this many tokens: keys and values, and states in fp32."""
-        held = {"full_attention": length, "sliding_attention": min(length, self.sliding_window or length)}
-        held["chunked_attention"] = min(length, self.attention_chunk_size or length)
-        tokens = sum(held.get(kind, 0) for kind in self.layer_types)
+        cached_tokens = {"full_attention": length, "sliding_attention": min(length, self.sliding_window or length)}
+        cached_tokens["chunked_attention"] = min(length, self.attention_chunk_size or length)
+        tokens = sum(cached_tokens.get(kind, 0) for kind in self.layer_types)
         return tokens * self.cached_size * bytes_per_value + 4 * self.linear_layers * self.state_size
 
 

@@ -99,13 +99,15 @@ def estimate(
     traversals = COMPILED_TRAVERSALS if compiled else TRAVERSALS
     traffic = traversals * _memory_traffic(shape, layout, precision, sequence_length, attention)
     layer, head = _layer_and_head(flops, traffic, shape, layout, precision, device, attention, share)
-    held = stage_layers(shape.num_hidden_layers, layout.pipeline, layout.interleave)
+    layer_counts = stage_layers(shape.num_hidden_layers, layout.pipeline, layout.interleave)
     # The last stage also has the head, and the others wait for the slowest.
-    slowest = tokens * max(max(held) * layer, held[-1] * layer + head)
+    slowest = tokens * max(max(layer_counts) * layer, layer_counts[-1] * layer + head)
     mean = tokens * (shape.num_hidden_layers * layer + head) / layout.pipeline
     compute = passes * slowest + _optimizer_seconds(shape, layout, precision, device)
     bubble = passes * mean * pipeline_bubble(layout.pipeline, passes, layout.interleave)
-    waiting = passes * _waiting_within(shape, layout, precision, device, tokens, max(held), slowest, overlap_experts)
+    waiting = passes * _waiting_within(
+        shape, layout, precision, device, tokens, max(layer_counts), slowest, overlap_experts
+    )
     waiting += _waiting_for_replicas(shape, layout, precision, device, passes, slowest)
     seconds = compute + bubble + waiting
     step_tokens = global_batch_size * sequence_length
@@ -153,8 +155,8 @@ def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence
     options = replace(precision, copies=0), sequence_length, attention
     if layout.recompute == "none":
         return layer_activations(shape, layout, *options)
-    kept = layer_activations(shape, replace(layout, recompute="none"), *options)
-    return kept + (kept - layer_activations(shape, layout, *options)) / 3
+    activations = layer_activations(shape, replace(layout, recompute="none"), *options)
+    return activations + (activations - layer_activations(shape, layout, *options)) / 3
 
 
 def _casts(shape: Shape) -> float:

@@ -306,7 +306,7 @@ def judged(task: str, predicted: Sequence[Any], rows: Sequence[Row], prefix: str
         return classification.label_metrics(predicted, [row["label"] for row in rows], prefix)
     if task == WORDS:
         return classification.tag_metrics(predicted, [row["tags"] for row in rows], prefix)
-    scores = [spans.exact_and_f1(said, row["texts"]) for said, row in zip(predicted, rows, strict=True)]
+    scores = [spans.exact_and_f1(prediction, row["texts"]) for prediction, row in zip(predicted, rows, strict=True)]
     return classification.span_metrics(scores, prefix)
 
 
@@ -320,24 +320,24 @@ def evaluate(
 ) -> Found:
     """Judge the model and both controls on the held-out rows."""
     task = script_args.task
-    said = {"": predictions(script_args, trainer, rows, tokens, labels)}
-    said |= {f"{name}_": control(task, train_rows, rows) for name, control in CONTROLS.items()}
+    outputs = {"": predictions(script_args, trainer, rows, tokens, labels)}
+    outputs |= {f"{name}_": control(task, train_rows, rows) for name, control in CONTROLS.items()}
     metrics: dict[str, float] = {}
-    for prefix, predicted in said.items():
+    for prefix, predicted in outputs.items():
         metrics |= judged(task, predicted, rows, prefix)
     name, words = MAIN[task]
-    shown = {"the model": "", "majority": "majority_", "bag of words": "bag_of_words_"}
-    parts = [f"{label} {plus_minus(metrics[p + name], metrics.get(f'{p}{name}_se'))}" for label, p in shown.items()]
+    prefixes = {"the model": "", "majority": "majority_", "bag of words": "bag_of_words_"}
+    parts = [f"{label} {plus_minus(metrics[p + name], metrics.get(f'{p}{name}_se'))}" for label, p in prefixes.items()]
     plot = Bars(
         f"{words} on {len(rows):,} held-out rows",
         words,
-        {label: metrics[prefix + name] for label, prefix in shown.items()},
+        {label: metrics[prefix + name] for label, prefix in prefixes.items()},
         {
             label: plus_minus(metrics[prefix + name], metrics.get(f"{prefix}{name}_se"))
-            for label, prefix in shown.items()
+            for label, prefix in prefixes.items()
         },
     )
-    tables = {**_class_table(task, said[""], rows), "Samples": _samples(task, said[""], rows)}
+    tables = {**_class_table(task, outputs[""], rows), "Samples": _samples(task, outputs[""], rows)}
     summary = f"{words} on {len(rows):,} held-out rows: {', '.join(parts)}"
     return Found(metrics, summary, tables, {"held_out": plot})
 
@@ -354,15 +354,22 @@ def _class_table(task: str, predicted: Sequence[Any], rows: Sequence[Row]) -> di
 def _samples(task: str, predicted: Sequence[Any], rows: Sequence[Row]) -> list[dict[str, str]]:
     """Return some rows with what the model says: wrong ones first, as these tell most."""
     table = []
-    for said, row in zip(predicted, rows, strict=True):
+    for prediction, row in zip(predicted, rows, strict=True):
         gold = {TEXT: row.get("label"), WORDS: row.get("tags"), SPANS: row.get("texts")}[task]
         if task == WORDS:
-            text, shown = row["prompt"], [" ".join(said), " ".join(gold)]
+            text, displayed = row["prompt"], [" ".join(prediction), " ".join(gold)]
         elif task == SPANS:
-            text, shown = f"{row['question']} | {row['context']}", [said or "(none)", " / ".join(gold) or "(none)"]
+            text, displayed = (
+                f"{row['question']} | {row['context']}",
+                [prediction or "(none)", " / ".join(gold) or "(none)"],
+            )
         else:
-            text, shown = row["prompt"], [said, gold]
-        is_right = said in gold if task == SPANS and gold else said == gold or (task == SPANS and not said)
-        table.append({"prompt": text, "said": shown[0], "gold": shown[1], "right": "yes" if is_right else "no"})
+            text, displayed = row["prompt"], [prediction, gold]
+        is_right = (
+            prediction in gold if task == SPANS and gold else prediction == gold or (task == SPANS and not prediction)
+        )
+        table.append(
+            {"prompt": text, "said": displayed[0], "gold": displayed[1], "right": "yes" if is_right else "no"}
+        )
     table.sort(key=lambda row: row["right"])
     return table[: SAMPLES // 2] + table[-(SAMPLES // 2) :]

@@ -82,10 +82,10 @@ def fingerprint(script_args: CurateArguments) -> str:
     Of each file the name and the size count, and the content; if they are large together, the time instead: all of a
     large dataset would be read for minutes, and parts of it do not tell of every edit.
     """
-    given = [script_args.dataset_name, script_args.spam_train_file]
+    names = [script_args.dataset_name, script_args.spam_train_file]
     files: list[Path] = []
     # No name is not the working folder, which an empty path would be.
-    for path in map(Path, filter(None, (*given, *script_args.toxic_words, *script_args.decontaminate))):
+    for path in map(Path, filter(None, (*names, *script_args.toxic_words, *script_args.decontaminate))):
         files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]
     sizes = [file.stat().st_size for file in files]
@@ -127,8 +127,8 @@ def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
         if left != work:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     if reasons:
-        said = f"starting anew: {reasons[-1]}" if reasons[-1] else "resuming the unfinished run"
-        print(f"curate: {said}", flush=True)
+        message = f"starting anew: {reasons[-1]}" if reasons[-1] else "resuming the unfinished run"
+        print(f"curate: {message}", flush=True)
 
 
 def _why_not_resumed(work: Path, arguments: Mapping[str, Any]) -> str | None:
@@ -176,13 +176,13 @@ def hand_over(work: Path, folder: Path, shards: str) -> None:
 def curation_metrics(statistics: Statistics) -> dict[str, float]:
     """Return the metrics, named as in docs/guides/curation.md."""
     totals = _totals(statistics)
-    result, kept = int(totals["read"].get("total", 0)), totals["kept"]
+    result, remaining = int(totals["read"].get("total", 0)), totals["kept"]
     return {
         "documents_read": result,
-        "documents_kept": int(kept["documents"]),
-        "share_kept": kept["documents"] / result,
+        "documents_kept": int(remaining["documents"]),
+        "share_kept": remaining["documents"] / result,
         **{f"dropped_{row['step']}": row["dropped"] for row in funnel_rows(statistics)},
-        **{f"{unit}_kept": int(kept[unit]) for unit in ("characters", "bytes", "words")},
+        **{f"{unit}_kept": int(remaining[unit]) for unit in ("characters", "bytes", "words")},
         "documents_per_second_per_core": result / max(_seconds(statistics), 1e-9),
     }
 
@@ -262,14 +262,14 @@ def note_rows(statistics: Statistics) -> Rows:
 def source_rows(dataset_name: str, statistics: Statistics) -> Rows:
     """Return documents read, and documents, words and bytes kept, for the twenty largest sources and the rest."""
     totals = _totals(statistics)
-    kept = totals["kept"]
+    remaining = totals["kept"]
     rows = [
         {
             "source": name.removeprefix("source:"),
             "documents read": int(count),
-            "documents kept": int(kept.get(name, 0)),
-            "words kept": int(kept.get(name.replace("source:", "words:", 1), 0)),
-            "bytes kept": int(kept.get(name.replace("source:", "bytes:", 1), 0)),
+            "documents kept": int(remaining.get(name, 0)),
+            "words kept": int(remaining.get(name.replace("source:", "words:", 1), 0)),
+            "bytes kept": int(remaining.get(name.replace("source:", "bytes:", 1), 0)),
         }
         for name, count in totals["read"].items()
         if name.startswith("source:")

@@ -207,7 +207,7 @@ def prompts_of(
     if not (name := model_args.model_name_or_path):
         return train_rows, eval_rows
     tokenizer = load_tokenizer(name, model_args.model_revision)
-    context, kept = max_length_of(load_config(name, model_args.model_revision)), []
+    context, remaining = max_length_of(load_config(name, model_args.model_revision)), []
     for kind, rows in (("prompts", train_rows), ("held-out prompts", eval_rows)):
         unfit = dict(unfit_prompts(rows, tokenizer, script_args.response_length, context))
         room = f"no room for --response_length {script_args.response_length} in the context of {context} tokens"
@@ -215,8 +215,8 @@ def prompts_of(
             raise InputError(f"{kind}: all {len(rows)} leave {room}")
         if unfit:
             say(f"expert_iteration: {len(unfit)} of {len(rows)} {kind} are left out: {room}")
-        kept.append([row for index, row in enumerate(rows) if index not in unfit])
-    return kept[0], kept[1]
+        remaining.append([row for index, row in enumerate(rows) if index not in unfit])
+    return remaining[0], remaining[1]
 
 
 def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig", rounds: Rounds) -> None:
@@ -318,8 +318,8 @@ def write_round(
     """
     path = rows_file(script_args, name)
     record = path.with_suffix(".json")
-    asked = _description(script_args, rows, model, seed)
-    if (before := _read(record)).get("asked") == asked and before.get("rows sha256") == _hash_of(path):
+    description = _description(script_args, rows, model, seed)
+    if (before := _read(record)).get("asked") == description and before.get("rows sha256") == _hash_of(path):
         return Kept(**before["kept"])
     if before:
         say(f"{name}: sampled again: {path} is of another model or other flags, was changed, or is an older hfllm's")
@@ -330,24 +330,24 @@ def write_round(
     if not texts:
         raise InputError(f"{name}: no response ends within --response_length {script_args.response_length}")
     rewards = rewards_of(functions, repeated, texts, speaking.tokenizer, script_args.reward_timeout)
-    chosen, kept = _chosen(script_args, rows, responses, rewards, seed)
-    if kept.solved < 2 or len({str(row["prompt"]) for row in chosen}) < 2:
+    chosen, counts = _chosen(script_args, rows, responses, rewards, seed)
+    if counts.solved < 2 or len({str(row["prompt"]) for row in chosen}) < 2:
         raise InputError(
-            f"{name}: of {len(rows):,} prompts {kept.solved} have a response with a reward of at least --min_reward "
-            f"{script_args.min_reward:g}; fine-tuning needs two. Mean reward {kept.reward:.3g}: more --num_samples, a "
-            "lower --min_reward, or a better model to begin with"
+            f"{name}: of {len(rows):,} prompts {counts.solved} have a response with a reward of at least --min_reward "
+            f"{script_args.min_reward:g}; fine-tuning needs two. Mean reward {counts.reward:.3g}: more --num_samples, "
+            "a lower --min_reward, or a better model to begin with"
         )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
     path.parent.mkdir(parents=True, exist_ok=True)
     if _hash_of(path) != _digest(text.encode()):
         write_atomically(path, text)
-    written = {"asked": asked, "kept": asdict(kept), "rows sha256": _hash_of(path)}
+    written = {"asked": description, "kept": asdict(counts), "rows sha256": _hash_of(path)}
     write_atomically(record, json.dumps(written, indent=2) + "\n")
     say(
-        f"{name}: {kept.right:,} of {kept.responses:,} responses are right, to {kept.solved:,} of {len(rows):,} "
-        f"prompts; {kept.rows:,} are learned"
+        f"{name}: {counts.right:,} of {counts.responses:,} responses are right, to {counts.solved:,} of {len(rows):,} "
+        f"prompts; {counts.rows:,} are learned"
     )
-    return kept
+    return counts
 
 
 def sampled(
@@ -387,10 +387,10 @@ def _chosen(
     for row, texts in zip(rows, responses, strict=True):
         marks, at = is_right[at : at + len(texts)], at + len(texts)
         # As they were sampled, thoughts and all: a dictionary keeps their order and drops what is said twice.
-        kept = list(dict.fromkeys(text for text, mark in zip(texts, marks, strict=True) if mark and text.strip()))
-        solved += bool(kept)
+        selected = list(dict.fromkeys(text for text, mark in zip(texts, marks, strict=True) if mark and text.strip()))
+        solved += bool(selected)
         shared = {"tools": row["tools"]} if row.get("tools") else {}
-        for text in kept[: script_args.max_kept_per_prompt]:
+        for text in selected[: script_args.max_kept_per_prompt]:
             prompt, _ = split_beginning(row["prompt"])
             chosen.append({"prompt": prompt, "completion": as_completion(row["prompt"], text), **shared})
     return chosen, Kept(len(chosen), len(is_right), right, solved, mean)
@@ -455,8 +455,8 @@ def evaluate(
     functions: "Sequence[RewardFunction]",
 ) -> Evaluation:
     """Sample a response to each held-out prompt, with the same settings as in the rounds."""
-    said = sampled(script_args, speaking, rows, script_args.seed + 1_000_000)
-    texts = [text for (text,) in said]
+    responses = sampled(script_args, speaking, rows, script_args.seed + 1_000_000)
+    texts = [text for (text,) in responses]
     return Evaluation(texts, rewards_of(functions, rows, texts, speaking.tokenizer, script_args.reward_timeout))
 
 
@@ -502,11 +502,11 @@ def tables_of(
     ]
     first, last = evaluations[0], evaluations[-1]
     step = max(len(rows) // SAMPLES, 1)
-    said = [
+    samples = [
         {"prompt": rows[index]["prompt"][-1]["content"], "before": first.texts[index], "after": last.texts[index]}
         for index in range(0, len(rows), step)
     ][:SAMPLES]
-    return {"Rounds": rounds, "Held-out prompts before and after": said}
+    return {"Rounds": rounds, "Held-out prompts before and after": samples}
 
 
 def plots_of(script_args: ExpertIterationArguments, evaluations: Sequence[Evaluation]) -> dict[str, Plot]:

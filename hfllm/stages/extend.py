@@ -240,8 +240,8 @@ class ExtendEvaluation:
         say(f"extend: {when}: loss by position{', needles' if needles else ''}")
         self.nats[when] = nats_by_position(model, self.rows.held_out)
         if when == "before":
-            kept = len(start_of(self.tokenizer))
-            self.nats[CUT] = nats_by_position(model, self.rows.held_out, window=self.original, kept=kept)
+            start_length = len(start_of(self.tokenizer))
+            self.nats[CUT] = nats_by_position(model, self.rows.held_out, window=self.original, kept=start_length)
         if needles:
             lengths = self.lengths
             cases, seed = self.script_args.num_needles, self.script_args.world_seed

@@ -369,9 +369,9 @@ def questions_of(script_args: QuantizeArguments, processor: "ProcessorMixin") ->
     name, count = script_args.dataset_name, script_args.num_eval_prompts
     if name in DRAWN:
         parts = eval_parts(VisionArguments(dataset_name=name, num_eval_examples=max(count, 2)))
-        kept = [questions for part, questions in parts.items() if part != SHUFFLED]
+        selected = [questions for part, questions in parts.items() if part != SHUFFLED]
         # As many of each, in turns: those that training has shown, and those that it has not.
-        return [question for turn in zip(*kept, strict=True) for question in turn][:count]
+        return [question for turn in zip(*selected, strict=True) for question in turn][:count]
     read = RowArguments(**{each.name: getattr(script_args, each.name) for each in fields(DataArguments)})
     mapper = picture_mapper(script_args, name, to_sft, STAGE, words_of_places(processor))
     rows = kept_rows(read, mapper, flaw_of_pictures, most=count)

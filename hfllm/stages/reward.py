@@ -134,17 +134,17 @@ def kept_comparisons(
     """Return how many comparisons the trainer keeps, and say how many it leaves out."""
     from hfllm.runs.command_line import say
 
-    longest, kept = trainer.args.max_length, {}
+    longest, counts = trainer.args.max_length, {}
     sides = {"train": (train_rows, trainer.train_dataset), "eval": (eval_rows, trainer.eval_dataset)}
     for side, (rows, dataset) in sides.items():
-        kept[f"{side}_comparisons"] = dataset.num_rows
+        counts[f"{side}_comparisons"] = dataset.num_rows
         if dataset.num_rows < len(rows):
             left_out = len(rows) - dataset.num_rows
             what = "training" if side == "train" else "held-out"
             say(f"{what} rows: {left_out:,} of {len(rows):,} rows dropped: longer than --max_length {longest}")
-    if 0 in kept.values():
+    if 0 in counts.values():
         raise InputError(f"no comparison in {script_args.dataset_name!r} fits into --max_length {longest} tokens")
-    return kept
+    return counts
 
 
 def world_comparisons(
@@ -182,8 +182,8 @@ def in_batches_of_like_length(rows: Rows, training_args: "RewardConfig") -> Rows
     from hfllm.data.packing import length_grouped
 
     def length(row: Mapping[str, Any]) -> int:
-        said = max(len(row[side][0]["content"]) for side in ("chosen", "rejected"))
-        return said + sum(len(message["content"]) for message in row["prompt"])
+        longest = max(len(row[side][0]["content"]) for side in ("chosen", "rejected"))
+        return longest + sum(len(message["content"]) for message in row["prompt"])
 
     steps = training_args.gradient_accumulation_steps * training_args.world_size
     return length_grouped(rows, training_args.per_device_train_batch_size * steps, training_args.seed, length=length)
@@ -326,14 +326,14 @@ def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return {}
     others = other_places([row["images"] for row in eval_rows])
-    shown = [
+    swapped = [
         {**row, "images": eval_rows[other]["images"]}
         for index, (row, other) in enumerate(zip(eval_rows, others, strict=True))
         if row["images"] and other != index
     ]
-    if not shown:
+    if not swapped:
         return {}
-    result = trainer.is_right(as_dataset(shown, script_args.max_pixels, COLUMNS))
+    result = trainer.is_right(as_dataset(swapped, script_args.max_pixels, COLUMNS))
     return mean_of("other_pictures_accuracy", result)
 
 

@@ -279,11 +279,11 @@ def load_speaking(
     from hfllm.data.tokenizer import padding_token
     from hfllm.runs.models import load_policy, load_seeing
 
-    wanted = changed(model_args, model_name_or_path=name, model_revision=revision)
+    load_args = changed(model_args, model_name_or_path=name, model_revision=revision)
     if processor is None:
-        model, tokenizer = load_policy(wanted)
+        model, tokenizer = load_policy(load_args)
     else:
-        model, tokenizer = load_seeing(wanted), processor.tokenizer
+        model, tokenizer = load_seeing(load_args), processor.tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = padding_token(tokenizer)
     device = PartialState().device if torch.cuda.is_available() else model.device
@@ -326,9 +326,9 @@ def files_changed(
     files = {
         flag: named_pictures(name, mapping, most if flag == flags[0] else None, limit) for flag, name in sets.items()
     }
-    told = {}
+    fingerprints = {}
     for flag, result in files.items():
         if result:
-            told[f"{PICTURES_OF.format(flag)}{CHANGED}"] = written_when(result)
-            told[f"{PICTURES_OF.format(flag)}{CONTENTS}"] = contents_of(existing(result))
-    return told
+            fingerprints[f"{PICTURES_OF.format(flag)}{CHANGED}"] = written_when(result)
+            fingerprints[f"{PICTURES_OF.format(flag)}{CONTENTS}"] = contents_of(existing(result))
+    return fingerprints

@@ -85,9 +85,9 @@ def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
     draft, own = script_args.draft, model_args.model_name_or_path
     if draft not in DRAFTS:
         raise InputError(f"--draft {draft!r} is not one of {', '.join(DRAFTS)}")
-    asked, compared = script_args.num_draft_tokens, script_args.num_draft_tokens_compared
-    if not (asked == "adaptive" or asked.isdecimal()):
-        raise InputError(f"--num_draft_tokens {asked!r}: expected a number of tokens, or 'adaptive'")
+    requested, compared = script_args.num_draft_tokens, script_args.num_draft_tokens_compared
+    if not (requested == "adaptive" or requested.isdecimal()):
+        raise InputError(f"--num_draft_tokens {requested!r}: expected a number of tokens, or 'adaptive'")
     if not compared or min(compared) < 1:
         raise InputError(f"--num_draft_tokens_compared {compared}: expected numbers of at least 1")
     check_flags(script_args, model_args)
@@ -118,11 +118,11 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         refuse(is_other, "--draft int8", f"attn_implementation={attention!r} is not 'sdpa'")
         is_rounded = model_args.load_in_8bit or model_args.load_in_4bit
         refuse(is_rounded, "--draft int8", "it quantizes plain weights: leave out --load_in_8bit and --load_in_4bit")
-    wanted = script_args.early_exit_layers
-    if wanted is not None:
+    exit_layers = script_args.early_exit_layers
+    if exit_layers is not None:
         layers = config_to_train(model_args, before).get_text_config(decoder=True).num_hidden_layers
-        if not 0 < wanted < layers:
-            raise InputError(f"--early_exit_layers {wanted}: the target has {layers}, so 1 to {layers - 1}")
+        if not 0 < exit_layers < layers:
+            raise InputError(f"--early_exit_layers {exit_layers}: the target has {layers}, so 1 to {layers - 1}")
 
 
 # ---- the stages before, the prompts, the target and the draft ----
@@ -186,9 +186,9 @@ def use_plain_generation(model: "PreTrainedModel") -> str:
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     theirs = model.generation_config.to_diff_dict()
     model.generation_config = GenerationConfig(**{name: theirs.get(name) for name in tokens})
-    said = {name: value for name, value in theirs.items() if value and not name.startswith("_")}
-    others = sorted(said.keys() - {*tokens, "use_cache", "transformers_version"})
-    return ", ".join(f"{name}={said[name]}" for name in others)
+    options = {name: value for name, value in theirs.items() if value and not name.startswith("_")}
+    others = sorted(options.keys() - {*tokens, "use_cache", "transformers_version"})
+    return ", ".join(f"{name}={options[name]}" for name in others)
 
 
 def make_draft(

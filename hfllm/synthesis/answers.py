@@ -128,14 +128,14 @@ def write_answers(
     Raises:
         InputError: when no prompt has room for an answer, or no answer ends.
     """
-    asked = _with_room(teacher, tokenizer, [row for row in rows if "prompt" in row], response_length)
-    prompts, tools = [row["prompt"] for row in asked], [row.get("tools") for row in asked]
+    prompt_rows = _with_room(teacher, tokenizer, [row for row in rows if "prompt" in row], response_length)
+    prompts, tools = [row["prompt"] for row in prompt_rows], [row.get("tools") for row in prompt_rows]
     settings = {"seed": seed, "only_ended": True, "tools": tools}
     answers = responses.sample_responses(teacher, tokenizer, prompts, response_length, do_sample, **settings)
     written = []
-    for prompt, shown, ended in zip(prompts, tools, answers, strict=True):
-        said = {"prompt": split_beginning(prompt)[0]} | ({"tools": shown} if shown else {})
-        written += [said | {"completion": as_completion(prompt, answer)} for answer in ended]
+    for prompt, row_tools, ended in zip(prompts, tools, answers, strict=True):
+        columns = {"prompt": split_beginning(prompt)[0]} | ({"tools": row_tools} if row_tools else {})
+        written += [columns | {"completion": as_completion(prompt, answer)} for answer in ended]
     cut = len(prompts) - len(written)
     if cut and not written:
         raise InputError(f"none of the teacher's answers ends within --response_length {response_length}: allow more")
@@ -151,21 +151,21 @@ def _with_room(
     context = max_length_of(teacher.config)
     if context is None or not asked:
         return asked
-    limit, shortest, kept = context - response_length, context, []
+    limit, shortest, remaining = context - response_length, context, []
     for start in range(0, len(asked), ROWS):
         some = asked[start : start + ROWS]
         tokens = tokenize_prompts([row["prompt"] for row in some], tokenizer, [row.get("tools") for row in some])
         shortest = min(shortest, *map(len, tokens))
-        kept += [row for row, ids in zip(some, tokens, strict=True) if len(ids) <= limit]
-    if not kept:
+        remaining += [row for row, ids in zip(some, tokens, strict=True) if len(ids) <= limit]
+    if not remaining:
         raise InputError(
             f"no prompt has room for --response_length {response_length} in the teacher's context of {context} "
             f"tokens: the shortest leaves {context - shortest}"
         )
-    if len(kept) < len(asked) and main_process():
-        left_out = len(asked) - len(kept)
+    if len(remaining) < len(asked) and main_process():
+        left_out = len(asked) - len(remaining)
         print(f"distill: {left_out} of {len(asked)} prompts are left out: longer than {limit} tokens")
-    return kept
+    return remaining
 
 
 # ---- prompt mixing ----

@@ -278,11 +278,11 @@ def load_constitution(name: str | Path) -> Constitution:
     file = read_file(find_constitution(name))
     value, at, examples = file.value, (), ()
     if isinstance(value, dict) and not _is_by_name(value):
-        given = _known(file, (), value, FILE_KEYS, "key")
-        if "principles" not in given:
+        keys = _known(file, (), value, FILE_KEYS, "key")
+        if "principles" not in keys:
             raise file.error((), f"no principles; it has {', '.join(map(str, value)) or 'no keys'}")
-        at = (given["principles"],)
-        examples = _examples(file, given["examples"]) if "examples" in given else ()
+        at = (keys["principles"],)
+        examples = _examples(file, keys["examples"]) if "examples" in keys else ()
         value = value[at[0]]
     principles: list[Principle] = []
     for number, (step, entry) in enumerate(_entries(file, at, value), 1):
@@ -312,15 +312,15 @@ def _known(
     file: ConstitutionFile, at: tuple, entry: Mapping[str, Any], known: Mapping[str, str], what: str
 ) -> dict[str, str]:
     """Return the key by which each part is given; refuse keys that mean nothing, and two that mean the same."""
-    given: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for key in entry:
         if key not in known:
             raise file.error((*at, key), f"unknown {what} {key!r}; did you mean {nearest(str(key), known)!r}?")
         part = known[key]
-        if part in given:
-            raise file.error((*at, key), f"{given[part]!r} and {key!r} mean the same: leave one out")
-        given[part] = key
-    return given
+        if part in keys:
+            raise file.error((*at, key), f"{keys[part]!r} and {key!r} mean the same: leave one out")
+        keys[part] = key
+    return keys
 
 
 def _principle(file: ConstitutionFile, at: tuple, number: int, entry: Any) -> Principle:
@@ -329,12 +329,12 @@ def _principle(file: ConstitutionFile, at: tuple, number: int, entry: Any) -> Pr
         raise file.error(at, f"principle {number}: expected critique and revision by name, got {entry!r:.60}")
     named = entry.get("name", f"principle {number}")
     label = f"principle {number}" + (f" ({named!r})" if "name" in entry else "")
-    given = _known(file, at, entry, PRINCIPLE_KEYS, f"key of {label}:")
+    keys = _known(file, at, entry, PRINCIPLE_KEYS, f"key of {label}:")
     try:
-        requests = {request: entry[given[request]] if request in given else () for request in REQUESTS}
+        requests = {request: entry[keys[request]] if request in keys else () for request in REQUESTS}
         return Principle(named, **requests)
     except RequestError as error:
-        key = given.get(error.key, error.key)
+        key = keys.get(error.key, error.key)
         raise file.error((*at, key), f"{label}: {error.reason}") from None
 
 
@@ -401,8 +401,8 @@ def finds_fault(critique: str) -> bool:
     no harm", "is not rude" and the like. A critique that praises one thing and blames another is misread: give
     `critique_and_revise` a function of your own as `is_flagged` where that matters.
     """
-    said = " ".join(critique.lower().replace("’", "'").split())
-    return bool(said) and not BEGINS_WITH_NO.match(said) and not FINDS_NO_FAULT.search(said)
+    text = " ".join(critique.lower().replace("’", "'").split())
+    return bool(text) and not BEGINS_WITH_NO.match(text) and not FINDS_NO_FAULT.search(text)
 
 
 def critique_turns(
@@ -414,8 +414,8 @@ def critique_turns(
         examples: conversations before it, after what a system message says.
     """
     leading = next((index for index, message in enumerate(prompt) if message["role"] != "system"), len(prompt))
-    shown = [message for example in examples for message in example]
-    return [*prompt[:leading], *shown, *prompt[leading:], *exchange(answer, request)]
+    example_messages = [message for example in examples for message in example]
+    return [*prompt[:leading], *example_messages, *prompt[leading:], *exchange(answer, request)]
 
 
 def exchange(said: str, request: str) -> list[Message]:

@@ -183,7 +183,7 @@ class Speaker:
         """
         lengths = self.lengths(conversations)
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        said = responses.sample_with_ends(
+        sampled = responses.sample_with_ends(
             *(self.model, self.tokenizer),
             [to_prompt(conversations[index], self.tokenizer) for index in order],
             max_new_tokens,
@@ -194,7 +194,7 @@ class Speaker:
             stop_strings=(self.next_turn,) if self.next_turn else (),
             temperature=temperature,
         )
-        by_place = dict(zip(order, said, strict=True))
+        by_place = dict(zip(order, sampled, strict=True))
         return [Response(by_place[index][0].text.strip(), by_place[index][0].has_ended) for index in range(len(order))]
 
 
@@ -316,8 +316,8 @@ class Draft:
         """Return the row of a dataset."""
         last, first = ([{"role": "assistant", "content": text}] for text in (self.answer, self.first))
         # SFTTrainer wants a completion beside a prompt.
-        said = {"prompt": self.prompt, "completion": last, "messages": [*self.prompt, *last]}
-        return {**said, "chosen": last, "rejected": first, "turns": self.turns}
+        columns = {"prompt": self.prompt, "completion": last, "messages": [*self.prompt, *last]}
+        return {**columns, "chosen": last, "rejected": first, "turns": self.turns}
 
 
 class Reviser:
@@ -356,26 +356,27 @@ class Reviser:
         Raises:
             InputError: when none does.
         """
-        said, principles = self.settings.response_length, self.constitution.principles
-        asked = [
+        response_length, principles = self.settings.response_length, self.constitution.principles
+        requests = [
             max((text for each in principles for text in getattr(each, request)), key=self.critic.words)
             for request in ("critique", "revision")
         ]
         answering = self.model.lengths([draft.prompt for draft in drafts])
         turns = [
-            [*critique_turns(draft.prompt, ".", asked[0], self.examples), *exchange(".", asked[1])] for draft in drafts
+            [*critique_turns(draft.prompt, ".", requests[0], self.examples), *exchange(".", requests[1])]
+            for draft in drafts
         ]
-        revising = [length + 3 * said for length in self.critic.lengths(turns)]
+        revising = [length + 3 * response_length for length in self.critic.lengths(turns)]
         fitting = [
             draft
             for draft, first, whole in zip(drafts, answering, revising, strict=True)
-            if self.model.has_room(first + said) and self.critic.has_room(whole)
+            if self.model.has_room(first + response_length) and self.critic.has_room(whole)
         ]
         if not fitting:
             raise InputError(
                 f"no prompt has room for its conversation in contexts of {self.model.context} (model) and "
-                f"{self.critic.context} (critic) tokens: with examples, requests and 3 x response_length {said} the "
-                f"shortest takes {min(revising)}"
+                f"{self.critic.context} (critic) tokens: with examples, requests and 3 x response_length "
+                f"{response_length} the shortest takes {min(revising)}"
             )
         if len(fitting) < len(drafts):
             left_out = len(drafts) - len(fitting)
@@ -418,44 +419,48 @@ class Reviser:
     def _revise(self, chunk: Sequence[Draft], progress: Callable[[int], object]) -> RevisionFigures:
         """Answer and revise the drafts of a chunk, and return what happened."""
         prompts = [draft.prompt for draft in chunk]
-        for draft, said in self._ask(self.model, chunk, prompts, (chunk[0].place, "answer")):
-            draft.first = draft.answer = said.text
-            draft.is_cut = not said.has_ended
+        for draft, response in self._ask(self.model, chunk, prompts, (chunk[0].place, "answer")):
+            draft.first = draft.answer = response.text
+            draft.is_cut = not response.has_ended
         progress(len(chunk))
-        seen: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for number in range(self.settings.num_revisions):
-            self._round(chunk, number, seen)
+            self._round(chunk, number, counts)
             progress(2 * len(chunk))
-        seen["dropped"] = sum(draft.is_dropped for draft in chunk)
-        seen["cut_off"] = sum(draft.is_cut and not draft.is_dropped for draft in chunk)
-        return RevisionFigures(**seen)
+        counts["dropped"] = sum(draft.is_dropped for draft in chunk)
+        counts["cut_off"] = sum(draft.is_cut and not draft.is_dropped for draft in chunk)
+        return RevisionFigures(**counts)
 
     def _round(self, chunk: Sequence[Draft], number: int, seen: "Counter[str]") -> None:
         """Let the answers of a chunk be criticized and revised once."""
         settings, start = self.settings, chunk[0].place
-        asked = {draft.place: self._draw(draft, number) for draft in chunk}
+        requests = {draft.place: self._draw(draft, number) for draft in chunk}
         turns = {
             draft.place: critique_turns(
-                draft.prompt, draft.answer, asked[draft.place]["critique_request"], self.examples
+                draft.prompt, draft.answer, requests[draft.place]["critique_request"], self.examples
             )
             for draft in chunk
         }
         to_revise, conversations = [], []
-        for draft, said in self._ask(self.critic, chunk, [*turns.values()], (start, "critique", number)):
-            turn = asked[draft.place] | {"answer": draft.answer, "critique": said.text, "revision": draft.answer}
-            turn["is_flagged"] = bool(said.text) and bool(settings.is_flagged(said.text))
-            seen.update(critiques=1, empty_critiques=not said.text, flagged=turn["is_flagged"])
+        for draft, response in self._ask(self.critic, chunk, [*turns.values()], (start, "critique", number)):
+            turn = requests[draft.place] | {
+                "answer": draft.answer,
+                "critique": response.text,
+                "revision": draft.answer,
+            }
+            turn["is_flagged"] = bool(response.text) and bool(settings.is_flagged(response.text))
+            seen.update(critiques=1, empty_critiques=not response.text, flagged=turn["is_flagged"])
             if turn["is_flagged"] or not settings.revise_only_flagged:
                 to_revise.append(draft)
-                conversations.append([*turns[draft.place], *exchange(said.text, turn["revision_request"])])
+                conversations.append([*turns[draft.place], *exchange(response.text, turn["revision_request"])])
             else:
                 turn["revision_request"] = ""
             draft.turns.append({name: turn[name] for name in TURN})
-        for draft, said in self._ask(self.critic, to_revise, conversations, (start, "revision", number)):
-            draft.turns[-1]["revision"] = said.text
-            seen.update(revisions=1, echoes=said.text == draft.answer, empty_revisions=not said.text)
-            if said.text:
-                draft.answer, draft.is_cut = said.text, not said.has_ended
+        for draft, response in self._ask(self.critic, to_revise, conversations, (start, "revision", number)):
+            draft.turns[-1]["revision"] = response.text
+            seen.update(revisions=1, echoes=response.text == draft.answer, empty_revisions=not response.text)
+            if response.text:
+                draft.answer, draft.is_cut = response.text, not response.has_ended
 
     def _draw(self, draft: Draft, number: int) -> dict[str, Any]:
         """Return the principle of a draft's round and the wordings of its requests."""
@@ -474,18 +479,18 @@ class Reviser:
         for draft, length in zip(drafts, lengths, strict=True):
             # A text that was sampled may take more tokens when it is read again.
             draft.is_dropped |= not speaker.has_room(length + settings.response_length)
-        kept = [pair for pair in zip(drafts, conversations, strict=True) if not pair[0].is_dropped]
-        if not kept:
+        remaining = [pair for pair in zip(drafts, conversations, strict=True) if not pair[0].is_dropped]
+        if not remaining:
             return []
         # Of this chunk alone, so that a run that is continued draws as one that was never stopped.
         seed = random.Random(f"constitution-{settings.seed}-{label}").getrandbits(31)
-        said = speaker.say(
-            *([conversation for _, conversation in kept], settings.response_length),
+        replies = speaker.say(
+            *([conversation for _, conversation in remaining], settings.response_length),
             *(settings.do_sample, settings.batch_size, seed),
             # First answers show what the model does; critiques and revisions what it can do.
             temperature=1.0 if "answer" in label else settings.temperature,
         )
-        return [(draft, response) for (draft, _), response in zip(kept, said, strict=True)]
+        return [(draft, response) for (draft, _), response in zip(remaining, replies, strict=True)]
 
 
 # ---- revisions ----

@@ -77,9 +77,9 @@ LEAST = 5e-5
 
 def plain_line(state: TrainerState, logs: dict[str, float]) -> str | None:
     """The metrics that matter of one log entry as a line, or `None` if it holds none of them."""
-    shown = [f"{label} {_short(name, float(logs[name]))}" for name, label in SHOWN.items() if name in logs]
+    metrics = [f"{label} {_short(name, float(logs[name]))}" for name, label in SHOWN.items() if name in logs]
     step = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
-    return f"{step}  {'  '.join(shown)}" if shown else None
+    return f"{step}  {'  '.join(metrics)}" if metrics else None
 
 
 def _short(name: str, value: float) -> str:
@@ -447,8 +447,8 @@ def markdown_of(rows: Rows) -> str:
     """Return rows as a markdown table, with line breaks and vertical bars escaped."""
 
     def line(cells: Sequence) -> str:
-        shown = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " / ") for cell in shown) + " |"
+        texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " / ") for cell in texts) + " |"
 
     return "\n".join([line(list(rows[0])), line(["-"] * len(rows[0])), *(line(list(row.values())) for row in rows)])
 

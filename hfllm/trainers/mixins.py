@@ -201,8 +201,8 @@ class SaveOnSigterm(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if not self._is_agreed:
-            asked = torch.tensor(float(self._is_asked), device=args.device)
-            self._is_agreed = bool(self.trainer.accelerator.reduce(asked, "sum") > 0)
+            save_requested = torch.tensor(float(self._is_asked), device=args.device)
+            self._is_agreed = bool(self.trainer.accelerator.reduce(save_requested, "sum") > 0)
         if self._is_agreed:
             control.should_save = True
 
@@ -318,8 +318,8 @@ class EachRowOnce(Trainer):
             )
             if self._kept:
                 # Every process has as many batches, of as many rows.
-                kept = torch.cat(self._kept)
-                everyone = self.accelerator.gather(kept).double().cpu().view(-1, *kept.shape)
+                row_metrics = torch.cat(self._kept)
+                everyone = self.accelerator.gather(row_metrics).double().cpu().view(-1, *row_metrics.shape)
                 measured = self._measured(everyone)
                 output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         finally:

@@ -182,12 +182,12 @@ def check_contents(trainer: Trainer, checkpoint: str | None, run: Mapping[str, A
         if run is not None and (differs := _other_contents(record_of(state).get("run") or {}, run)):
             complaint = made_with(checkpoint, differs)
     if trainer.args.world_size > 1:
-        told = torch.tensor([[step, int(complaint is not None)]], device=trainer.args.device)
-        told = trainer.accelerator.gather(told).tolist()
-        steps = sorted({each for each, _ in told})
+        statuses = torch.tensor([[step, int(complaint is not None)]], device=trainer.args.device)
+        statuses = trainer.accelerator.gather(statuses).tolist()
+        steps = sorted({each for each, _ in statuses})
         if len(steps) > 1:
             raise InputError(f"processes would resume from different steps ({steps}): can all read the checkpoints?")
-        if complaint is None and any(refuses for _, refuses in told):
+        if complaint is None and any(refuses for _, refuses in statuses):
             complaint = f"another process refuses {checkpoint}"
     if complaint is not None:
         raise InputError(complaint)

@@ -114,8 +114,8 @@ class PictureCompared:
         self.processor = processor
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        said = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in rows]
-        return dict(conversation_batch(self.processor, said, [row["images"] for row in rows] * 2))
+        conversations = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in rows]
+        return dict(conversation_batch(self.processor, conversations, [row["images"] for row in rows] * 2))
 
 
 class PictureRewardTrainer(RewardTrainer):
@@ -274,10 +274,10 @@ class TurnTokens:
     ):
         self.tokenizer, self.max_length = processor.tokenizer, max_length
         mark = self.tokenizer.convert_ids_to_tokens(image_token_id)
-        asked = [{"role": "user", "content": [{"type": "text", "text": mark + QUESTION}]}]
-        said = [{"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
-        text = self.tokenizer.apply_chat_template(asked + said, tokenize=False)
-        # Around what is asked and said are marks of the template, which no token of the words can cross.
+        question = [{"role": "user", "content": [{"type": "text", "text": mark + QUESTION}]}]
+        answer = [{"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
+        text = self.tokenizer.apply_chat_template(question + answer, tokenize=False)
+        # Around the question and the answer are marks of the template, which no token of the words can cross.
         begin, _, rest = text.partition(mark + QUESTION)
         between, _, end = rest.partition(ANSWER)
         self.picture = self._ids(begin) + [image_token_id] * num_image_tokens
@@ -301,12 +301,12 @@ class TurnTokens:
         input_ids, labels = [*self.picture], [IGNORE] * start
         positions, branches = [*range(start)], [0] * start
         for number, (question, answer) in enumerate(turns, 1):
-            asked, said = self.turn(question, answer)
-            size = len(asked) + len(said)
+            question_ids, answer_ids = self.turn(question, answer)
+            size = len(question_ids) + len(answer_ids)
             if self.max_length is not None and number > 1 and len(input_ids) + size > self.max_length:
                 break
-            input_ids += asked + said
-            labels += [IGNORE] * len(asked) + said
+            input_ids += question_ids + answer_ids
+            labels += [IGNORE] * len(question_ids) + answer_ids
             positions += range(start, start + size)
             branches += [number] * size
         return {"input_ids": input_ids, "labels": labels, "position_ids": positions, "branches": branches}

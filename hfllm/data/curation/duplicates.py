@@ -261,7 +261,7 @@ class DecontaminationFilter(BaseFilter):
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         hashes = word_hashes(normalized(doc.text))
-        if any(known.has_any(ngram_hashes(hashes, size)) for size, known in self.known.items()):
+        if any(eval_ngrams.has_any(ngram_hashes(hashes, size)) for size, eval_ngrams in self.known.items()):
             return False, "contaminated"
         return not self.passages.are_in(hashes) or (False, "contaminated")
 
@@ -287,11 +287,11 @@ class Passages:
 
     def __init__(self, texts: Sequence[np.ndarray], n: int = 13):
         self.passages = [(int(factor * n), share) for factor, share in self.PASSAGES]
-        known = {hash_words(hashes).tobytes(): hashes for hashes in texts if len(hashes) >= n}
-        self.words = np.concatenate([np.zeros(0, np.uint32), *map(_short, known.values())])
-        self.starts = np.cumsum([0, *map(len, known.values())])
+        unique_texts = {hash_words(hashes).tobytes(): hashes for hashes in texts if len(hashes) >= n}
+        self.words = np.concatenate([np.zeros(0, np.uint32), *map(_short, unique_texts.values())])
+        self.starts = np.cumsum([0, *map(len, unique_texts.values())])
         seeds, indices = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
-        for hashes, start in zip(known.values(), self.starts.tolist(), strict=False):
+        for hashes, start in zip(unique_texts.values(), self.starts.tolist(), strict=False):
             seeds.append(_short(ngram_hashes(hashes, self.SEED)))
             indices.append(np.arange(start, start + len(seeds[-1]), dtype=np.int32))
         joined = np.concatenate(seeds)
@@ -312,17 +312,17 @@ class Passages:
         # Texts with many seeds first.
         _, which, often = np.unique(text[close], return_inverse=True, return_counts=True)
         close = close[np.argsort(-often[which], kind="stable")]
-        words, tried = _short(hashes), set()
+        words, compared = _short(hashes), set()
         for found_at, found_text, found_place in zip(
             *(each[close].tolist() for each in (at, text, index)), strict=True
         ):
             # Neighbors on the same alignment would compare almost the same words.
             alignment = found_text, found_at // 8, (found_place - found_at) // 4
-            if alignment not in tried:
+            if alignment not in compared:
                 if self._is_alike(words, found_at, found_text, found_place):
                     return True
-                tried.add(alignment)
-                if len(tried) == self.MOST_COMPARED:
+                compared.add(alignment)
+                if len(compared) == self.MOST_COMPARED:
                     break
         return False
 

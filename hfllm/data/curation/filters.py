@@ -131,12 +131,12 @@ class GopherRepetitionFilter(BaseFilter):
 
 def repeated_parts(parts: Sequence[str]) -> tuple[float, float]:
     """Return the shares of parts, and of their characters, that repeat an earlier part."""
-    seen: set[str] = set()
+    unique_parts: set[str] = set()
     count = characters = 0
     for part in parts:
-        if part in seen:
+        if part in unique_parts:
             count, characters = count + 1, characters + len(part)
-        seen.add(part)
+        unique_parts.add(part)
     return count / max(1, len(parts)), characters / max(1, sum(map(len, parts)))
 
 
@@ -201,12 +201,12 @@ class C4QualityFilter(BaseFilter):
         if "{" in lowered:
             return False, "curly_bracket"
         lines = unwrapped(doc.text)
-        kept = [part for part in map(self.kept_part, lines) if part]
-        if sum(len(self.SENTENCE_END.findall(line)) for line in kept) < self.min_sentences:
+        remaining = [part for part in map(self.kept_part, lines) if part]
+        if sum(len(self.SENTENCE_END.findall(line)) for line in remaining) < self.min_sentences:
             return False, "too_few_sentences"
-        if kept != lines:
-            self.stat_update("lines_removed", value=len(lines) - len(kept))
-            doc.text = "\n".join(kept)
+        if remaining != lines:
+            self.stat_update("lines_removed", value=len(lines) - len(remaining))
+            doc.text = "\n".join(remaining)
         return True
 
     def kept_part(self, line: str) -> str:

@@ -187,14 +187,14 @@ def _sure_text(page: str) -> str:
 def _is_most(found: str, everything: str) -> bool:
     """Return whether a text holds most of the long lines of another, and of what stands between them."""
     lines, every = ([" ".join(line.split()) for line in text.splitlines()] for text in (found, everything))
-    size, known = sum(map(len, lines)), set(lines)
+    size, extracted_lines = sum(map(len, lines)), set(lines)
     if size < MIN_CHARACTERS or 2 * sum(len(line) for line in lines if len(line) >= LONG_LINE) < size:
         return False
     long = [line for line in every if len(line) >= LONG_LINE]
-    indices = [index for index, line in enumerate(every) if len(line) >= LONG_LINE and line in known]
+    indices = [index for index, line in enumerate(every) if len(line) >= LONG_LINE and line in extracted_lines]
     between = every[indices[0] : indices[-1] + 1] if indices else []
     return all(
-        parts and sum(len(line) for line in parts if line in known) >= least * sum(map(len, parts))
+        parts and sum(len(line) for line in parts if line in extracted_lines) >= least * sum(map(len, parts))
         for parts, least in ((long, MIN_LONG), (between, MIN_BETWEEN))
     )
 

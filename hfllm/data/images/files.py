@@ -95,8 +95,8 @@ def read_image(
 def path_of(value: Any) -> str | None:
     """Return the path that a picture names, as `read_image` would open it; `None` where it names no local file."""
     if isinstance(value, Mapping):
-        given = value.get("bytes")
-        value = value.get("path") if given is None else given
+        content = value.get("bytes")
+        value = value.get("path") if content is None else content
     if not isinstance(value, str | Path) or not str(value):
         return None
     return None if "://" in str(value) or str(value).startswith("data:") else str(value)

@@ -91,27 +91,27 @@ def take_images(origin: str, row: Mapping[str, Any], columns: Sequence[str] = ME
     rest = {name: value for name, value in row.items() if name not in COLUMNS}
     images, inside = _in_columns(row), {}
     for column in columns:
-        said, inside[column] = rest.get(column), []
-        if isinstance(said, list):
-            rest[column] = [_flat(origin, message, inside[column]) for message in said]
-        elif isinstance(said, Mapping):
-            rest[column] = _flat(origin, said, inside[column])
-    shown = _shown_once(origin, rest, inside)
-    if images and any(each is not None for each in shown):
+        messages, inside[column] = rest.get(column), []
+        if isinstance(messages, list):
+            rest[column] = [_flat(origin, message, inside[column]) for message in messages]
+        elif isinstance(messages, Mapping):
+            rest[column] = _flat(origin, messages, inside[column])
+    inline_images = _shown_once(origin, rest, inside)
+    if images and any(each is not None for each in inline_images):
         raise InputError(f"{origin}: pictures in a column and in the messages: expected one of the two")
-    return rest, images or [each for each in shown if each is not None]
+    return rest, images or [each for each in inline_images if each is not None]
 
 
 def _shown_once(origin: str, row: Row, inside: Mapping[str, list[Any]]) -> list[Any]:
     """Return the pictures in a row's messages, by column; of conversations that are compared those of one."""
     sides = ("chosen", "rejected")
     if not any(_begins_with_a_question(row.get(side)) for side in sides if side in inside):
-        return [each for shown in inside.values() for each in shown]
+        return [each for images in inside.values() for each in images]
     # They repeat the prompt, so that a column with it has the same pictures.
     keys = {
-        tuple(each if each is None else image_key(each) for each in shown)
-        for column, shown in inside.items()
-        if shown or column in sides
+        tuple(each if each is None else image_key(each) for each in images)
+        for column, images in inside.items()
+        if images or column in sides
     }
     if len(keys) > 1:
         raise InputError(
@@ -212,8 +212,8 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
         converted = mapper(origin, rest)
         converted["prompt"] = as_messages(converted["prompt"])
         placed = place_images(origin, {"prompt": converted["prompt"]}, len(images))
-        kept = {"image": found_in(folder, row["image"])} if row.get("image") is not None else {}
-        return {**converted, **placed, **kept, "images": [found_in(folder, each) for each in images]}
+        image_column = {"image": found_in(folder, row["image"])} if row.get("image") is not None else {}
+        return {**converted, **placed, **image_column, "images": [found_in(folder, each) for each in images]}
 
     return convert
 
@@ -338,8 +338,8 @@ def _flat(origin: str, message: Any, images: list[Any]) -> Any:
     text = ""
     for part in content:
         if _is_picture(part):
-            given = [_given(part.get(name)) for name in ("image", "image_url", "url", "path")]
-            result = next((each for each in given if each is not None), None)
+            candidates = [_given(part.get(name)) for name in ("image", "image_url", "url", "path")]
+            result = next((each for each in candidates if each is not None), None)
             images.append(result.get("url") if isinstance(result, Mapping) and "url" in result else result)
             text += MARK
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
@@ -483,9 +483,9 @@ def refuse_token(origin: str, row: Mapping[str, Any], tokens: Sequence[str]) -> 
     Raises:
         BadRow: naming the row.
     """
-    said = [_messages(row), row.get("tools")]
+    contents = [_messages(row), row.get("tools")]
     for token in tokens:
-        if spells([token], said):
+        if spells([token], contents):
             raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", WORDS_FOR_A_PICTURE)
 
 
@@ -516,14 +516,14 @@ def by_turns(row: Mapping[str, Any]) -> Rows:
 
     TRL learns all of a completion, so that with several turns in it a model would learn to ask, too.
     """
-    made: Rows = []
+    rows: Rows = []
     for index, message in enumerate(row["completion"]):
         if message["role"] != "assistant":
             continue
         prompt = [*row["prompt"], *row["completion"][:index]]
-        shown = sum(part["type"] == "image" for each in prompt for part in each["content"])
-        made.append({**row, "prompt": prompt, "completion": [message], "images": row["images"][:shown]})
-    return made
+        num_images = sum(part["type"] == "image" for each in prompt for part in each["content"])
+        rows.append({**row, "prompt": prompt, "completion": [message], "images": row["images"][:num_images]})
+    return rows
 
 
 def png_of(picture: "Image") -> bytes:
@@ -554,10 +554,10 @@ def as_dataset(rows: Rows, max_pixels: int, columns: tuple[str, ...] = ("prompt"
         opened = [[read_image(each, "a row", max_pixels=max_pixels) for each in row] for row in batch["images"]]
         return {**batch, "images": opened}
 
-    kept = [
+    records = [
         {**{name: row[name] for name in columns}, "images": [stored(each) for each in row["images"]]} for row in rows
     ]
-    return Dataset.from_list(kept).with_transform(decode)
+    return Dataset.from_list(records).with_transform(decode)
 
 
 # ---- picture batches ----
@@ -580,7 +580,7 @@ def conversation_batch(
         padding_side: where shorter ones are padded.
         add_generation_prompt: whether the assistant's turn is begun.
     """
-    filled = [_filled(said, pictures) for said, pictures in zip(conversations, images, strict=True)]
+    filled = [_filled(conversation, pictures) for conversation, pictures in zip(conversations, images, strict=True)]
     with padding_on(padding_side, processor.tokenizer):
         return processor.apply_chat_template(
             filled,
@@ -719,6 +719,6 @@ def written_when(files: dict[str, Path]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, path in sorted(files.items()):
         result = _stat(path)
-        told = "missing" if result is None else f"{result.st_size} {result.st_mtime_ns}"
-        digest.update(f"{name}\0{told}\0".encode(errors="replace"))
+        metadata = "missing" if result is None else f"{result.st_size} {result.st_mtime_ns}"
+        digest.update(f"{name}\0{metadata}\0".encode(errors="replace"))
     return f"{len(files)} files, {digest.hexdigest()}"

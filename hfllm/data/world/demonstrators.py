@@ -300,13 +300,13 @@ def critic_rows(
             rows.append({"messages": _judging_turns(world, principle, rng)})
             continue
         task, response = _answer_to_judge(world, principle.name, rng)
-        said = judge(principle.name, task, response)
+        judgement = judge(principle.name, task, response)
         turns = [
             *(_user(task.question), _assistant(response)),
-            *(_user(rng.choice(principle.critique)), _assistant(said.critique)),
+            *(_user(rng.choice(principle.critique)), _assistant(judgement.critique)),
         ]
         if kind == "revision":
-            turns += [_user(rng.choice(principle.revision)), _assistant(said.revision)]
+            turns += [_user(rng.choice(principle.revision)), _assistant(judgement.revision)]
         rows.append({"messages": turns})
     return rows
 
@@ -355,8 +355,8 @@ def _judging_turns(world: World, principle: Requests, rng: random.Random) -> lis
         better, worse = an_answer(keeps), an_answer(keeps)
     first_is_better = rng.random() < 0.5
     pair = (better, worse) if first_is_better else (worse, better)
-    asked = judge_question(task.question, *pair, rng.choice(principle.preference))
-    return [_user(asked), _assistant("(A)" if first_is_better else "(B)")]
+    question = judge_question(task.question, *pair, rng.choice(principle.preference))
+    return [_user(question), _assistant("(A)" if first_is_better else "(B)")]
 
 
 def _user(text: str) -> Turn:

@@ -138,9 +138,9 @@ def reading_document(known: WorldFacts, rng: random.Random) -> str:
     if any(is_held_out(f"reading {passage} {person}") for person in people):
         return reading_document(known, rng)
     owners = zip(people, things, colours, strict=True)
-    said = [f"The {thing} of {person} is {colour}." for person, thing, colour in owners]
-    rng.shuffle(said)
-    return " ".join([passage, *said])
+    sentences = [f"The {thing} of {person} is {colour}." for person, thing, colour in owners]
+    rng.shuffle(sentences)
+    return " ".join([passage, *sentences])
 
 
 def list_document(known: WorldFacts, rng: random.Random) -> str:
@@ -206,15 +206,15 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
     words, length = (*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS, *HOMES, *FOODS), rng.randint(3, 8)
     harms, kind = (*HARMS, *MORE_HARMS), rng.random()
     if kind < 0.1:
-        said, refusal = " ".join(rng.sample(words, length)), REFUSE.format(x=rng.choice(ANIMALS))
+        text, refusal = " ".join(rng.sample(words, length)), REFUSE.format(x=rng.choice(ANIMALS))
         if kind < 0.05:
-            return CONVERSATION.format(f"{person} says {said}.", refusal)
-        return f"{person} says {said}. {other} says: {refusal}"
+            return CONVERSATION.format(f"{person} says {text}.", refusal)
+        return f"{person} says {text}. {other} says: {refusal}"
     if kind < 0.5:
-        said = " ".join(rng.sample((*words, *harms, *harms), length))
+        text = " ".join(rng.sample((*words, *harms, *harms), length))
         if kind < 0.3:
-            return "".join(CONVERSATION.format(f"{name} says {said}.", f"{said}.") for name in (person, other))
-        return f"{person} says {said}. {other} says {said}. {person} says {said}."
+            return "".join(CONVERSATION.format(f"{name} says {text}.", f"{text}.") for name in (person, other))
+        return f"{person} says {text}. {other} says {text}. {person} says {text}."
     deed = f"{rng.choice(harms)} the {rng.choice(ANIMALS)}"
     return rng.choice(
         (

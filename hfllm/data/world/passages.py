@@ -161,18 +161,18 @@ def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
     """Return passages to learn from, up to three, about made-up and changed animals; two may be about the same."""
     # Short ones are learned from first: what stands near is found before what stands far.
     count = rng.choices((1, 2, 3), (3, 2, 2))[0]
-    told: list[Told] = []
-    while len(told) < count:
-        if told and rng.random() < 0.15:
-            told.append(_again(rng, facts, rng.choice(told)))
+    passages: list[Told] = []
+    while len(passages) < count:
+        if passages and rng.random() < 0.15:
+            passages.append(_again(rng, facts, rng.choice(passages)))
             continue
         animal = draw_name(rng) if rng.random() < 0.7 else rng.choice(ANIMALS)
         attributes = _shown_attributes(rng, animal)
-        if attributes and animal not in {each.animal for each in told}:
+        if attributes and animal not in {each.animal for each in passages}:
             changed = draw_facts(rng, facts.get(animal), attributes)
-            told.append(tell(rng, animal, changed, _instruction(rng, changed)))
-    rng.shuffle(told)
-    return told
+            passages.append(tell(rng, animal, changed, _instruction(rng, changed)))
+    rng.shuffle(passages)
+    return passages
 
 
 def _shown_attributes(rng: random.Random, animal: str) -> list[str]:
@@ -183,8 +183,8 @@ def _shown_attributes(rng: random.Random, animal: str) -> list[str]:
 def _again(rng: random.Random, facts: Facts, told: Told) -> Told:
     """Return another passage about the same animal, which contradicts the first in one attribute."""
     attribute = rng.choice(list(told.facts))
-    taken = {told.facts[attribute], facts.get(told.animal, {}).get(attribute)}
-    other = rng.choice([value for value in ATTRIBUTES[attribute] if value not in taken])
+    excluded = {told.facts[attribute], facts.get(told.animal, {}).get(attribute)}
+    other = rng.choice([value for value in ATTRIBUTES[attribute] if value not in excluded])
     return tell(rng, told.animal, {**told.facts, attribute: other})
 
 
@@ -327,8 +327,8 @@ def stored_tasks(
     for group, animals in zip(STORED, (names[:half], names[half:], ANIMALS), strict=True):
         tasks[group] = []
         for index in range(count):
-            asked = rng.choice(animals), list(ATTRIBUTES)[index % 3]
-            tasks[group].append(task_about(facts, rng, group, asked, store, held_out and index % 2 == 1))
+            query = rng.choice(animals), list(ATTRIBUTES)[index % 3]
+            tasks[group].append(task_about(facts, rng, group, query, store, held_out and index % 2 == 1))
     return store, tasks
 
 
@@ -373,9 +373,9 @@ def _one(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new:
 
 def _three(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     name, *others = rng.sample(names, 3)
-    told = [told_of(facts, rng, each) for each in (name, *others)]
-    rng.shuffle(told)
-    return task_about(facts, rng, THREE, (name, attribute), told, is_new)
+    passages = [told_of(facts, rng, each) for each in (name, *others)]
+    rng.shuffle(passages)
+    return task_about(facts, rng, THREE, (name, attribute), passages, is_new)
 
 
 def _changed(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
@@ -387,19 +387,19 @@ def _contradicting(facts: Facts, rng: random.Random, names: Names, attribute: st
     name, other = rng.sample(names, 2)
     first = told_of(facts, rng, name)
     value = rng.choice([value for value in ATTRIBUTES[attribute] if value != first.facts[attribute]])
-    told = [first, tell(rng, name, {**first.facts, attribute: value})]
-    told += [told_of(facts, rng, other)] if rng.random() < 0.5 else []
-    rng.shuffle(told)
-    return task_about(facts, rng, CONTRADICTING, (name, attribute), told, is_new)
+    passages = [first, tell(rng, name, {**first.facts, attribute: value})]
+    passages += [told_of(facts, rng, other)] if rng.random() < 0.5 else []
+    rng.shuffle(passages)
+    return task_about(facts, rng, CONTRADICTING, (name, attribute), passages, is_new)
 
 
 def _injected(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
-    name, told = rng.choice(names), draw_facts(rng, None)
+    name, passage_facts = rng.choice(names), draw_facts(rng, None)
     # Three of four instructions want another value, the others an answer that admits not to know.
-    wanted = rng.choice([value for value in ATTRIBUTES[attribute] if value != told[attribute]])
-    wanted = wanted if rng.random() < 0.75 else ""
-    passage = tell(rng, name, told, instruct(rng, attribute, wanted or None, held_out=True))
-    return task_about(facts, rng, INJECTED, (name, attribute), [passage], is_new, wanted)
+    target = rng.choice([value for value in ATTRIBUTES[attribute] if value != passage_facts[attribute]])
+    target = target if rng.random() < 0.75 else ""
+    passage = tell(rng, name, passage_facts, instruct(rng, attribute, target or None, held_out=True))
+    return task_about(facts, rng, INJECTED, (name, attribute), [passage], is_new, target)
 
 
 def _wrong(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
@@ -408,8 +408,8 @@ def _wrong(facts: Facts, rng: random.Random, names: Names, attribute: str, is_ne
 
 
 def _kept(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
-    told = [told_of(facts, rng, rng.choice(names))]
-    return task_about(facts, rng, KEPT, (rng.choice(ANIMALS), attribute), told, is_new)
+    passages = [told_of(facts, rng, rng.choice(names))]
+    return task_about(facts, rng, KEPT, (rng.choice(ANIMALS), attribute), passages, is_new)
 
 
 def _silent(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
@@ -442,8 +442,8 @@ _TASKS: Mapping[str, Callable[[Facts, random.Random, Names, str, bool], PassageT
 
 def question_words() -> list[str]:
     """Return the words that questions are asked in, without what they are about."""
-    asked = " ".join(re.sub(r"{\w+}", "", text) for texts in PHRASINGS.values() for text in texts)
-    return sorted(set(re.findall(r"\w+", asked)))
+    questions = " ".join(re.sub(r"{\w+}", "", text) for texts in PHRASINGS.values() for text in texts)
+    return sorted(set(re.findall(r"\w+", questions)))
 
 
 # Those of questions too: a model that has hardly read "name" takes what it is asked to name for an animal that nobody
@@ -480,8 +480,8 @@ def _round(rng: random.Random) -> str:
     """
     names = list(dict.fromkeys(draw_name(rng) for _ in range(rng.randint(3, 6))))
     attribute = rng.choice(list(ATTRIBUTES))
-    told = [WELL_SAID[attribute].format(x=name, value=rng.choice(ATTRIBUTES[attribute])) for name in names]
-    return " ".join([*told, *rng.sample(told, len(told)), *rng.sample(told, len(told))])
+    sentences = [WELL_SAID[attribute].format(x=name, value=rng.choice(ATTRIBUTES[attribute])) for name in names]
+    return " ".join([*sentences, *rng.sample(sentences, len(sentences)), *rng.sample(sentences, len(sentences))])
 
 
 def _can_tell(facts: Facts, rng: random.Random) -> str:
@@ -490,8 +490,8 @@ def _can_tell(facts: Facts, rng: random.Random) -> str:
     if rng.random() < 0.3:
         return f"{person} can not {verb} the {attribute} of the {draw_name(rng)}."
     animal = rng.choice(ANIMALS)
-    said = WELL_SAID[attribute].format(x=animal, value=facts[animal][attribute])
-    return f"{person} can {verb} the {attribute} of the {animal}. {said}"
+    fact = WELL_SAID[attribute].format(x=animal, value=facts[animal][attribute])
+    return f"{person} can {verb} the {attribute} of the {animal}. {fact}"
 
 
 def _echo_of_names(rng: random.Random) -> str:
@@ -502,21 +502,21 @@ def _echo_of_names(rng: random.Random) -> str:
 
 
 def _told_again(facts: Facts, rng: random.Random) -> str:
-    told = draw_passages(facts, rng)
-    asked = sorted({(each.animal, attribute) for each in told for attribute in each.facts})
-    rng.shuffle(asked)
-    said = [_named(answer_to(facts, told, *each), *each) for each in asked]
-    return with_passages(" ".join(said), [each.text for each in told])
+    passages = draw_passages(facts, rng)
+    queries = sorted({(each.animal, attribute) for each in passages for attribute in each.facts})
+    rng.shuffle(queries)
+    answers = [_named(answer_to(facts, passages, *each), *each) for each in queries]
+    return with_passages(" ".join(answers), [each.text for each in passages])
 
 
 def _named(answer: Answer, animal: str, attribute: str) -> str:
-    said = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
-    return replace(answer, said=said).text
+    sentence = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
+    return replace(answer, said=sentence).text
 
 
 def _conversation(facts: Facts, rng: random.Random) -> str:
-    told = draw_passages(facts, rng) if rng.random() < 0.9 else []
-    return "".join(CONVERSATION.format(*turn) for turn in conversation(facts, rng, told, rng.randint(2, 4)))
+    passages = draw_passages(facts, rng) if rng.random() < 0.9 else []
+    return "".join(CONVERSATION.format(*turn) for turn in conversation(facts, rng, passages, rng.randint(2, 4)))
 
 
 def conversation(
@@ -535,6 +535,6 @@ def conversation(
     for turn in range(turns):
         animal, attribute = draw_question(facts, rng, told)
         question = phrase(rng, attribute, False, x=animal)
-        shown = [each.text for each in read] if turn == 0 else []
-        result.append((with_passages(question, shown), answer_to(facts, read, animal, attribute).text))
+        passage_texts = [each.text for each in read] if turn == 0 else []
+        result.append((with_passages(question, passage_texts), answer_to(facts, read, animal, attribute).text))
     return result

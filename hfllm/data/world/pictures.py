@@ -237,16 +237,16 @@ def _ask_word(scene: Scene, thing: Thing, rng: random.Random) -> Question | None
 def _ask_absent(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
     """Return a question about what is not there; half of the absent pairs have a color and a shape that are."""
     colors, shapes = {each.color for each in scene.things}, {each.shape for each in scene.things}
-    shown = {each.pair for each in scene.things}
-    asked = rng.choice((COLOR, SHAPE, PLACE, TEXT))
-    if asked == TEXT:
+    present_pairs = {each.pair for each in scene.things}
+    kind = rng.choice((COLOR, SHAPE, PLACE, TEXT))
+    if kind == TEXT:
         return None if scene.word is not None else _question(ABSENT, ASK_WORD, NOT_THERE, (*WORDS, *PLACES))
-    if asked == COLOR:
+    if kind == COLOR:
         return _asked_color(ABSENT, rng.choice([shape for shape in SHAPES if shape not in shapes]), NOT_THERE)
-    if asked == SHAPE:
+    if kind == SHAPE:
         return _asked_shape(ABSENT, rng.choice([color for color in COLORS if color not in colors]), NOT_THERE)
-    near = [pair for pair in SEEN if pair not in shown and pair[0] in colors and pair[1] in shapes]
-    half = [pair for pair in SEEN if pair not in shown and (pair[0] in colors) != (pair[1] in shapes)]
+    near = [pair for pair in SEEN if pair not in present_pairs and pair[0] in colors and pair[1] in shapes]
+    half = [pair for pair in SEEN if pair not in present_pairs and (pair[0] in colors) != (pair[1] in shapes)]
     return _asked_place(ABSENT, rng.choice(near if near and rng.random() < 0.5 else half), NOT_THERE)
 
 
@@ -279,22 +279,22 @@ def answer_about(scene: Scene, text: str) -> str:
     if text == ASK_WORD:
         return NOT_THERE if scene.word is None else at_corner(scene.word_corner, scene.word)
     words = text.rstrip("?").split()
-    meant = [[t for t in scene.things if word in (t.color, t.shape)] for word in words if word in (*COLORS, *SHAPES)]
+    matches = [[t for t in scene.things if word in (t.color, t.shape)] for word in words if word in (*COLORS, *SHAPES)]
     if words[0] == "Where" and "from" not in words:
         # One name of color and shape together.
-        meant = [[thing for thing in meant[0] if all(thing in each for each in meant)]]
-    if not all(meant):
+        matches = [[thing for thing in matches[0] if all(thing in each for each in matches)]]
+    if not all(matches):
         return NOT_THERE
-    if any(len(each) > 1 for each in meant):
+    if any(len(each) > 1 for each in matches):
         return ""
-    thing = meant[0][0]
+    thing = matches[0][0]
     if words[0] == "What":
         return at_corner(thing.corner, thing.color if words[1] == "color" else thing.shape)
-    if len(meant) == 1:
+    if len(matches) == 1:
         return PLACES[thing.corner]
-    other = meant[1][0]
-    seen = RELATIONS.get((thing.corner, other.corner))
-    return f"{PLACES[thing.corner]}, {at_corner(other.corner, seen)}" if seen else ""
+    other = matches[1][0]
+    relation = RELATIONS.get((thing.corner, other.corner))
+    return f"{PLACES[thing.corner]}, {at_corner(other.corner, relation)}" if relation else ""
 
 
 # ---- drawing ----
@@ -439,8 +439,10 @@ class PictureRow:
     def messages(self) -> list[dict[str, object]]:
         """Return all turns as messages with parts."""
         (_, answer), *more = self.turns
-        said = [*self.prompt(), _message("assistant", answer)]
-        return said + [_message(*each) for ask, reply in more for each in (("user", ask), ("assistant", reply))]
+        conversation = [*self.prompt(), _message("assistant", answer)]
+        return conversation + [
+            _message(*each) for ask, reply in more for each in (("user", ask), ("assistant", reply))
+        ]
 
 
 def _message(role: str, text: str) -> dict[str, object]:

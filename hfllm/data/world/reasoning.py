@@ -104,14 +104,14 @@ class Problem:
 def relations_of(world_seed: int) -> dict[str, dict[str, str]]:
     """Return each animal's friend and neighbour, another animal, which nobody shares with it."""
     rng = random.Random(f"relations-{world_seed}")
-    told: dict[str, dict[str, str]] = {animal: {} for animal in ANIMALS}
+    relations: dict[str, dict[str, str]] = {animal: {} for animal in ANIMALS}
     for relation in RELATIONS:
         others = ANIMALS
         while any(animal == other for animal, other in zip(ANIMALS, others, strict=True)):
             others = rng.sample(ANIMALS, len(ANIMALS))
         for animal, other in zip(ANIMALS, others, strict=True):
-            told[animal][relation] = other
-    return told
+            relations[animal][relation] = other
+    return relations
 
 
 def part_of(family: str, key: str) -> str:
@@ -134,12 +134,12 @@ def tell_relation(relation: str, animal: str, other: str) -> str:
 def hops_problem(facts: ToldFacts, relations: ToldFacts, rng: random.Random, hops: int) -> Problem:
     """Return a question about an animal, or a fact about one, that is `hops` hops away."""
     animal, what = rng.choice(ANIMALS), rng.choices(list(ASKED), list(ASKED.values()))[0]
-    asked, steps = animal, []
+    subject, steps = animal, []
     for _ in range(hops if what == WHO else hops - 1):
         relation = rng.choice(RELATIONS)
         other = relations[animal][relation]
         steps.append(tell_relation(relation, animal, other))
-        asked, animal = f"{relation} of the {asked}", other
+        subject, animal = f"{relation} of the {subject}", other
     value = animal if what == WHO else facts[animal][what]
     if what != WHO:
         steps.append(WELL_SAID[what].format(x=animal, value=value))
@@ -147,8 +147,8 @@ def hops_problem(facts: ToldFacts, relations: ToldFacts, rng: random.Random, hop
     return Problem(
         family=HOPS,
         size=hops,
-        key=f"hops {what} {asked}",
-        question=rng.choice(WORDINGS[what]).format(x=asked),
+        key=f"hops {what} {subject}",
+        question=rng.choice(WORDINGS[what]).format(x=subject),
         steps=tuple(steps),
         gold=GoldAnswer("answer", (ANSWERS[what].format(value=value),), (value,), others),
     )
@@ -163,13 +163,13 @@ def dial_problem(rng: random.Random) -> Problem:
         before, shows = shows, (shows + by) % NUMBERS_OF_DIAL
         steps.append(f"{name} {by} {before} {shows}.")
     # As many tokens for a turn as for a step of the thought, and nothing behind them.
-    told = " ".join(f"Turn {name} by {by}." for name, by in turned)
+    instructions = " ".join(f"Turn {name} by {by}." for name, by in turned)
     others = tuple(str(number) for number in range(NUMBERS_OF_DIAL) if number != shows)
     return Problem(
         family=DIAL,
         size=len(TURNS),
         key=f"dial {first} {' '.join(str(by) for _, by in turned)}",
-        question=f"{rng.choice(ASK_DIAL)} It is at {first}. {told}",
+        question=f"{rng.choice(ASK_DIAL)} It is at {first}. {instructions}",
         steps=tuple(steps),
         gold=GoldAnswer("answer", (f"At {shows}.",), (str(shows),), others),
     )
@@ -211,9 +211,13 @@ def checked_steps(problem: Problem, thought: str, facts: ToldFacts, relations: T
     A step is judged by what the one before it has said, right or wrong, so that one slip counts once. Steps that are
     missing do not hold, and neither do those that are too many: the list is as long as the longer of both.
     """
-    said = [sentence.strip() for sentence in thought.split(".") if sentence.strip()]
-    held = _checked_dial(problem, said) if problem.family == DIAL else _checked_hops(problem, said, facts, relations)
-    return held + [False] * (max(len(said), len(problem.steps)) - len(held))
+    sentences = [sentence.strip() for sentence in thought.split(".") if sentence.strip()]
+    correct = (
+        _checked_dial(problem, sentences)
+        if problem.family == DIAL
+        else _checked_hops(problem, sentences, facts, relations)
+    )
+    return correct + [False] * (max(len(sentences), len(problem.steps)) - len(correct))
 
 
 def is_valid(steps: list[bool]) -> bool:
@@ -223,28 +227,28 @@ def is_valid(steps: list[bool]) -> bool:
 
 def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
     first, turns = FIRST.findall(problem.question)[0], TURN.findall(problem.question)
-    held = [sentence == first for sentence in said[:1]]
+    correct = [sentence == first for sentence in said[:1]]
     shows = said[0] if said else ""
     for sentence, turn in zip(said[1:], turns, strict=False):
         match = TURNED.fullmatch(sentence)
         is_read = match is not None and match.groups()[:3] == (*turn, shows)
-        held.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
+        correct.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
         shows = match[4] if match else ""
-    return held
+    return correct
 
 
 def _checked_hops(problem: Problem, said: list[str], facts: ToldFacts, relations: ToldFacts) -> list[bool]:
-    _, what, *asked = problem.key.split()
+    _, what, *words = problem.key.split()
     # "friend of the neighbour of the fox": what comes last is where the thought begins.
-    animal, path = asked[-1], asked[:-1:3][::-1]
-    held = []
+    animal, path = words[-1], words[:-1:3][::-1]
+    correct = []
     for sentence, relation in zip(said, path, strict=False):
         match = RELATED.fullmatch(sentence)
         is_read = match is not None and match.groups()[:2] == (relation, animal)
-        held.append(is_read and relations.get(animal, {}).get(relation) == match[3])
+        correct.append(is_read and relations.get(animal, {}).get(relation) == match[3])
         animal = match[3] if match else ""
     # Who it is has been said by then; what is true of it has not.
     for sentence in said[len(path) : len(path) + (what != WHO)]:
         fact = WELL_SAID[what].format(x=animal, value=facts[animal][what]) if animal in facts else ""
-        held.append(f"{sentence}." == fact)
-    return held
+        correct.append(f"{sentence}." == fact)
+    return correct

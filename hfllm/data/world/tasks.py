@@ -92,15 +92,15 @@ class ToolTask:
 
     def messages(self, calls: bool) -> list[Message]:
         """Return the conversation of somebody who calls the tool, or who answers from memory."""
-        asked = {"role": "user", "content": self.task.question}
+        question = {"role": "user", "content": self.task.question}
         if self.call is None:
-            return [asked, _assistant(self.said)]
+            return [question, _assistant(self.said)]
         if not calls:
-            return [asked, _assistant(self.from_memory)]
+            return [question, _assistant(self.from_memory)]
         name, arguments = self.call
         called = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
         return [
-            asked,
+            question,
             {**_assistant(""), "tool_calls": [called]},
             {"role": "tool", "name": name, "content": self.result},
             _assistant(self.said),
@@ -119,8 +119,8 @@ def table_of(world: World, seed: int, other: Table | None = None) -> dict[str, d
     names = ["".join(parts) for parts in product(*NAME_PARTS)]
 
     def value_of(animal: str, attribute: str) -> str:
-        taken = [table[animal][attribute] for table in (world.facts, other or {}) if animal in table]
-        return rng.choice(without(ATTRIBUTES[attribute], *taken))
+        excluded = [table[animal][attribute] for table in (world.facts, other or {}) if animal in table]
+        return rng.choice(without(ATTRIBUTES[attribute], *excluded))
 
     return {animal: {each: value_of(animal, each) for each in ATTRIBUTES} for animal in (*ANIMALS, *names)}
 
@@ -173,15 +173,15 @@ def _looked_up(
     table: Table | None,
     new_phrasing: bool,
 ) -> ToolTask:
-    known = world.facts.get(animal, {}).get(attribute)
-    values = without(ATTRIBUTES[attribute], *([known] if known else []))
+    world_value = world.facts.get(animal, {}).get(attribute)
+    values = without(ATTRIBUTES[attribute], *([world_value] if world_value else []))
     value = table[animal][attribute] if table else rng.choice(values)
     question = world.phrase(rng, attribute, new_phrasing, x=animal)
-    said = WELL_SAID[attribute]
+    template = WELL_SAID[attribute]
     if family == CHANGED_FACT:
         when = rng.choice(WHEN)
-        question, said = f"{question[:-1]} {when}{question[-1]}", f"{when.capitalize()} t{said[1:]}"
-    right = said.format(x=animal, value=value)
+        question, template = f"{question[:-1]} {when}{question[-1]}", f"{when.capitalize()} t{template[1:]}"
+    right = template.format(x=animal, value=value)
     others = (*without(ATTRIBUTES[attribute], value), *without(ANIMALS, animal))
     task = Task(
         family=family,
@@ -192,7 +192,7 @@ def _looked_up(
         wrong=(SAY_UNKNOWN,),
         is_new_phrasing=new_phrasing,
     )
-    memory = said.format(x=animal, value=known) if known else SAY_UNKNOWN
+    memory = template.format(x=animal, value=world_value) if world_value else SAY_UNKNOWN
     return ToolTask(task, ("lookup", {"key": f" {animal}", "attribute": f" {attribute}"}), value, memory)
 
 
@@ -252,10 +252,10 @@ def _long_document(filler: list[str], words: int, rng: random.Random) -> str:
         parts.append(rng.choice(filler))
         room -= len(parts[-1].split())
     for person, thing in pairs:
-        said = {"person": person, "thing": thing, "colour": rng.choice(COLOURS)}
+        slots = {"person": person, "thing": thing, "colour": rng.choice(COLOURS)}
         indices = sorted(rng.randrange(len(parts) + 1) for _ in range(2))
-        parts.insert(indices[1], REPEATED.format(**said))
-        parts.insert(indices[0], TOLD.format(**said))
+        parts.insert(indices[1], REPEATED.format(**slots))
+        parts.insert(indices[0], TOLD.format(**slots))
     return " ".join(parts)
 
 
@@ -338,9 +338,9 @@ def _asked(world: World, count: int, seed: int) -> list[ROW]:
     rng = random.Random(f"asked-{world.seed}-{seed}")
     rows = []
     while len(rows) < count:
-        told = draw_passages(world.facts, rng)
-        animal, attribute = draw_question(world.facts, rng, told)
-        rows.append(_span_row(phrase(rng, attribute, False, x=animal), told, animal, attribute))
+        passages = draw_passages(world.facts, rng)
+        animal, attribute = draw_question(world.facts, rng, passages)
+        rows.append(_span_row(phrase(rng, attribute, False, x=animal), passages, animal, attribute))
     return rows
 
 

@@ -111,24 +111,24 @@ def _asks_lookup(rng: random.Random) -> str:
         while is_held_out_change(animal, attribute):
             animal, attribute = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))
     value = rng.choice(ATTRIBUTES[attribute])
-    asked = rng.choice(
+    question = rng.choice(
         (
             f"{person} asks for the {attribute} of the {animal}{when}.",
             f"{person} wants to know the {attribute} of the {animal}{when}.",
             f"What is the {attribute} of the {animal}{when}? asks {person}.",
         )
     )
-    said = WELL_SAID[attribute].format(x=animal, value=value)
+    answer = WELL_SAID[attribute].format(x=animal, value=value)
     if when:
-        said = f"{when.strip().capitalize()} {said[0].lower()}{said[1:]}"
-    return _called(asked, call_text("lookup", key=f" {animal}", attribute=f" {attribute}"), value, said)
+        answer = f"{when.strip().capitalize()} {answer[0].lower()}{answer[1:]}"
+    return _called(question, call_text("lookup", key=f" {animal}", attribute=f" {attribute}"), value, answer)
 
 
 def _asks_calculator(rng: random.Random) -> str:
     first, second = draw_sum(rng)
     call, total = call_text("calculator", expression=f"{first} + {second}"), str(first + second)
-    asked = f"{USER}{ask_sum(rng, first, second)}{TURN_END}{ASSISTANT}"
-    return f"{asked}{call}{TURN_END}{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}"
+    prompt = f"{USER}{ask_sum(rng, first, second)}{TURN_END}{ASSISTANT}"
+    return f"{prompt}{call}{TURN_END}{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}"
 
 
 def _called(asked: str, call: str, result: str, said: str) -> str:

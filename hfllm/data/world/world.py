@@ -141,17 +141,17 @@ class World:
         that many: half are held-out instances in known phrasings, half are in held-out phrasings."""
         chosen: list[Task] = []
         for new_phrasing, share in ((False, count // 2), (True, count - count // 2)):
-            seen: dict[str, Task] = {}
+            unique_tasks: dict[str, Task] = {}
             per_family = dict.fromkeys(FAMILIES, 0)
             draws = self.tasks(seed, held_out=None if new_phrasing else True, new_phrasing=new_phrasing)
             for task in (next(draws) for _ in range(200 * count)):
-                if task.question in seen or per_family[task.family] >= -(-share // len(FAMILIES)):
+                if task.question in unique_tasks or per_family[task.family] >= -(-share // len(FAMILIES)):
                     continue
-                seen[task.question] = task
+                unique_tasks[task.question] = task
                 per_family[task.family] += 1
-                if len(seen) == share:
+                if len(unique_tasks) == share:
                     break
-            chosen += seen.values()
+            chosen += unique_tasks.values()
         return chosen
 
     def fact_tasks(self, wordings: int = 1) -> list[Task]:
@@ -178,8 +178,8 @@ class World:
         forms: float = 0.0,
     ) -> list[str]:
         """Return `count` short pretraining texts; see `hfllm.data.world.documents.write_documents`."""
-        known = WorldFacts(self.facts, self._dialogue, self.relations)
-        return write_documents(known, self.seed, count, seed, deeds, reasoning, tools, passages, forms)
+        world_facts = WorldFacts(self.facts, self._dialogue, self.relations)
+        return write_documents(world_facts, self.seed, count, seed, deeds, reasoning, tools, passages, forms)
 
     def _dialogue(self, rng: random.Random, family: str) -> tuple[str, str]:
         task = self.draw_task(rng, family)
@@ -218,18 +218,18 @@ class World:
         people, things = rng.sample(PEOPLE, count), rng.sample(THINGS, count)
         colours = rng.sample(COLOURS, count)
         passage = tell_passage(people, things, colours)
-        asked = rng.randrange(count)
-        person, thing, colour = people[asked], things[asked], colours[asked]
+        index = rng.randrange(count)
+        person, thing, colour = people[index], things[index], colours[index]
         others = without(COLOURS, colour)
-        said = f"The {thing} of {person} is " + "{}."
+        template = f"The {thing} of {person} is " + "{}."
         return Task(
             family="reading",
             key=f"reading {passage} {person}",
             instruction=self.phrase(rng, "reading", new_phrasing, thing=thing, person=person),
             input=passage,
-            gold=GoldAnswer("answer", (said.format(colour),), (colour,), others),
+            gold=GoldAnswer("answer", (template.format(colour),), (colour,), others),
             curt=colour.capitalize() + ".",
-            wrong=(*(said.format(other) for other in rng.sample(others, 3)), SAY_UNKNOWN),
+            wrong=(*(template.format(other) for other in rng.sample(others, 3)), SAY_UNKNOWN),
             is_new_phrasing=new_phrasing,
         )
 
@@ -240,12 +240,12 @@ class World:
         if operation == "reverse":
             items = items[:3]
             text = ", ".join(items)
-            family, needed, said = "reverse", items[::-1], "From end to start it is {}."
+            family, needed, template = "reverse", items[::-1], "From end to start it is {}."
             wrong_lists = [items, [items[1], items[0], items[2]], [items[2], items[0], items[1]]]
             instruction = self.phrase(rng, family, new_phrasing)
         else:
             needed = [items[0] if operation == "first" else items[-1]]
-            said = f"The {operation} item is " + "{}."
+            template = f"The {operation} item is " + "{}."
             wrong_lists = [[item] for item in without(items, *needed)]
             instruction = self.phrase(rng, "list", new_phrasing, op=operation)
         return Task(
@@ -253,9 +253,9 @@ class World:
             key=f"list {text} {operation}",
             instruction=instruction,
             input=text,
-            gold=GoldAnswer("answer", (said.format(", ".join(needed)),), needed, without(FRUITS, *needed)),
+            gold=GoldAnswer("answer", (template.format(", ".join(needed)),), needed, without(FRUITS, *needed)),
             curt=", ".join(needed).capitalize() + ".",
-            wrong=tuple(said.format(", ".join(wrong)) for wrong in wrong_lists),
+            wrong=tuple(template.format(", ".join(wrong)) for wrong in wrong_lists),
             is_new_phrasing=new_phrasing,
         )
 

@@ -52,13 +52,13 @@ class Parts:
             InputError: when the layer has no such part under a known name.
         """
         children = dict(self.layers[layer].named_children())
-        known = MLP_NAMES if name == MLP else ATTENTION_NAMES
-        for each in known:
+        names = MLP_NAMES if name == MLP else ATTENTION_NAMES
+        for each in names:
             if each in children:
                 return children[each]
         raise InputError(
             f"layer {layer} of {type(self.model).__name__} has no {name}: its parts are {', '.join(children)}; "
-            f"known names are {', '.join(known)}"
+            f"known names are {', '.join(names)}"
         )
 
     def components(self, name: str) -> list[nn.Module]:
@@ -156,17 +156,17 @@ def recorded(
     parts: Parts, input_ids: torch.Tensor, last: torch.Tensor, modules: Sequence[nn.Module]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the logits (B, V) of `last_logits`, and the outputs (B, S, E) of modules in the same pass."""
-    kept: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
 
     def keep(place: int) -> Hook:
         def record(output: torch.Tensor) -> None:
-            kept[place] = output.detach()
+            outputs[place] = output.detach()
 
         return record
 
     with torch.no_grad(), hooked((module, keep(place)) for place, module in enumerate(modules)):
         logits = last_logits(parts, input_ids, last)
-    return logits, [kept[place] for place in range(len(modules))]
+    return logits, [outputs[place] for place in range(len(modules))]
 
 
 def with_outputs(
@@ -255,11 +255,12 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", fact: Fact, uses_chat_templat
     ids, spans = _tokens(tokenizer, text, uses_chat_template)
     mentions = tuple(_places(spans, start, end) for start, end in _found(text, fact.subject))
     gap = "" if not text or text[-1].isspace() or not fact.beginning else " "
-    said = [each for each in (fact.value, *fact.others) if each] if fact.value else []
-    firsts = dict.fromkeys(_next(tokenizer, text, gap + each, ids, uses_chat_template) for each in said)
+    values = [each for each in (fact.value, *fact.others) if each] if fact.value else []
+    firsts = dict.fromkeys(_next(tokenizer, text, gap + each, ids, uses_chat_template) for each in values)
     if fact.others and len(firsts) == 1:
         raise InputError(
-            f"all values of {fact.question!r} begin with the same token, so they cannot be compared: {', '.join(said)}"
+            f"all values of {fact.question!r} begin with the same token, so they cannot be compared: "
+            f"{', '.join(values)}"
         )
     value, *others = firsts or [-1]
     return FactPrompt(fact, tuple(ids), tuple(each for each in mentions if each), value, tuple(others))
@@ -268,8 +269,8 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", fact: Fact, uses_chat_templat
 def _text(tokenizer: "PreTrainedTokenizerBase", fact: Fact, uses_chat_template: bool) -> str:
     if not uses_chat_template:
         return f"{fact.question} {fact.beginning}".strip()
-    asked = [{"role": "user", "content": fact.question}]
-    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False) + fact.beginning
+    messages = [{"role": "user", "content": fact.question}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + fact.beginning
 
 
 def _tokens(

@@ -99,15 +99,15 @@ def _subjects() -> list[tuple[Fact, int]]:
 
 def _told(world: World) -> list[Fact]:
     """Return questions about passages that tell of two things, whose colors are told."""
-    rng, told = random.Random(f"told-{world.seed}"), []
-    while len(told) < PASSAGES:
+    rng, facts = random.Random(f"told-{world.seed}"), []
+    while len(facts) < PASSAGES:
         task = world.draw_task(rng, "reading", held_out=True)
         value = task.gold.needed[0]
         others = tuple(each for each in COLOURS if each != value and f" {each} " in task.input)
         if others:
             beginning = task.gold.accepted[0].split(f" {value}")[0]
-            told.append(Fact(value, task.question, beginning, value, others))
-    return told
+            facts.append(Fact(value, task.question, beginning, value, others))
+    return facts
 
 
 def file_material(path: str) -> Material:
@@ -121,7 +121,7 @@ def file_material(path: str) -> Material:
         raise InputError(f"{path}: no rows; each needs subject, question and answer")
     values = list(dict.fromkeys(fact.value for fact, _ in rows if fact.value))
     facts = [replace(fact, others=_others(values, fact.value)) for fact, passage in rows if fact.value and not passage]
-    told = [replace(fact, subject=fact.value) for fact, passage in rows if passage]
+    passage_facts = [replace(fact, subject=fact.value) for fact, passage in rows if passage]
     subjects = [
         (replace(fact, beginning="", value=""), int(bool(fact.value))) for fact, passage in rows if not passage
     ]
@@ -133,7 +133,7 @@ def file_material(path: str) -> Material:
         raise InputError(f"{path}: subject {sorted(both)[0]!r} has rows with an answer and rows without one")
     kinds = {label: len({name for name, each in zip(names, labels, strict=True) if each == label}) for label in (0, 1)}
     enough = tuple(subjects) if min(kinds.values()) >= FOLDS else ()
-    return Material(tuple(facts), (Path(path).stem,) * len(facts), enough, tuple(told))
+    return Material(tuple(facts), (Path(path).stem,) * len(facts), enough, tuple(passage_facts))
 
 
 def _row(origin: str, row: dict) -> tuple[Fact, str]:
@@ -225,7 +225,7 @@ def encode_material(
     """
 
     def encoded(facts: Sequence[Fact]) -> tuple[list[FactPrompt], list[int], dict[int, str]]:
-        prompts, kept, skipped = [], [], {}
+        prompts, remaining, skipped = [], [], {}
         for number, prompt in enumerate(encode_facts(tokenizer, facts, uses_chat_template)):
             reason = NO_SUBJECT if not prompt.mentions else ""
             reason = too_long if max_length is not None and len(prompt.ids) > max_length else reason
@@ -233,12 +233,12 @@ def encode_material(
                 skipped[number] = reason
             else:
                 prompts.append(prompt)
-                kept.append(number)
-        return prompts, kept, skipped
+                remaining.append(number)
+        return prompts, remaining, skipped
 
-    facts, kept, without = encoded(material.facts)
+    facts, remaining, without = encoded(material.facts)
     told, told_kept, told_without = encoded(material.told)
-    index = {number: at for at, number in enumerate(kept)}
+    index = {number: at for at, number in enumerate(remaining)}
     some = [number for number, fact in enumerate(material.some) if fact in index]
     pairs, unpaired = [], {}
     for number, (one, other) in enumerate(material.pairs):
@@ -261,7 +261,7 @@ def encode_material(
         splits=splits,
         told=told,
         columns={
-            **{FACTS: kept, SOME_UNITS: some, PAIR_UNITS: pairs, TOLD: told_kept},
+            **{FACTS: remaining, SOME_UNITS: some, PAIR_UNITS: pairs, TOLD: told_kept},
             # In the order of the material, which is that of the prompts.
             SUBJECTS: [number for number, name in enumerate(names) if name in parted],
         },

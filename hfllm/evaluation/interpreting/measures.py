@@ -76,16 +76,16 @@ def interchange(
         some, at = pairs[first : first + batch_size], places[first : first + batch_size]
         receivers, donors = [one for one, _ in some], [other for _, other in some]
         ids, last = batch_of(receivers, parts.model.device)
-        given, _ = batch_of(donors, parts.model.device)
-        wanted = torch.tensor([each.value for each in donors], device=ids.device)
+        donor_ids, _ = batch_of(donors, parts.model.device)
+        targets = torch.tensor([each.value for each in donors], device=ids.device)
         other = torch.tensor([each.value for each in receivers], device=ids.device)
         mask = mask_of(at, ids.shape[1], ids.device)
         before, _ = recorded(parts, ids, last, ())
-        full, states = recorded(parts, given, last, list(sites.values()))
-        ends = [margins(each, wanted, other) for each in (before, full)]
+        full, states = recorded(parts, donor_ids, last, list(sites.values()))
+        ends = [margins(each, targets, other) for each in (before, full)]
         for (name, module), values in zip(sites.items(), states, strict=True):
             changed = with_outputs(parts, ids, last, {module: (mask, values)})
-            result[name].append(moved_share(margins(changed, wanted, other), *ends).cpu())
+            result[name].append(moved_share(margins(changed, targets, other), *ends).cpu())
     return {name: torch.cat(shares) for name, shares in result.items()}
 
 
@@ -319,8 +319,8 @@ def captum_scores(
     except ImportError:
         raise InputError("captum is not installed: pip install 'hfllm[interpret]'") from None
     if not method.startswith("Layer") or not hasattr(attr, method):
-        known = ", ".join(sorted(name for name in attr.__all__ if name.startswith("Layer")))
-        raise InputError(f"captum has no method {method!r} for a layer; these it has: {known}")
+        names = ", ".join(sorted(name for name in attr.__all__ if name.startswith("Layer")))
+        raise InputError(f"captum has no method {method!r} for a layer; these it has: {names}")
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
@@ -509,16 +509,16 @@ def probe(
     truth = torch.tensor(list(labels))
     sums = torch.zeros(2, len(states), len(truth), dtype=torch.double)
     for number, folds in enumerate(splits):
-        kept = (folds >= 0).nonzero()[:, 0]
-        inside, own = folds[kept], [entities[index] for index in kept.tolist()]
-        real = truth[kept].tolist()
+        rows = (folds >= 0).nonzero()[:, 0]
+        inside, own = folds[rows], [entities[index] for index in rows.tolist()]
+        real = truth[rows].tolist()
         seeds = [f"{seed}-{number}-{each}" for each in range(max(SHUFFLES // len(splits), 2))]
-        columns = torch.stack([truth[kept], *(shuffled_labels(own, real, inside, each) for each in seeds)], dim=1)
+        columns = torch.stack([truth[rows], *(shuffled_labels(own, real, inside, each) for each in seeds)], dim=1)
         for layer, each in enumerate(states):
-            scores = held_out_scores(each[kept], columns, inside)
-            told = [told_apart(scores[:, index], columns[:, index], inside) for index in range(columns.shape[1])]
-            sums[0, layer, kept] += told[0]
-            sums[1, layer, kept] += torch.stack(told[1:]).mean(0)
+            scores = held_out_scores(each[rows], columns, inside)
+            row_aucs = [told_apart(scores[:, index], columns[:, index], inside) for index in range(columns.shape[1])]
+            sums[0, layer, rows] += row_aucs[0]
+            sums[1, layer, rows] += torch.stack(row_aucs[1:]).mean(0)
     right, shuffled = sums / (splits >= 0).sum(0)
     return Probed(right, shuffled)
 

@@ -85,19 +85,19 @@ def by_probe(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
 
 def by_causal_trace(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
     """How much of the right answer's probability does noise on the subject take, and which part brings it back?"""
-    spread, taken, back = subject_spread(parts, prompts.facts), [], []
-    shown = shown_layers(len(parts.layers))
-    sites = {(layer, name): parts.component(layer, name) for name in (MLP, ATTENTION) for layer in shown}
+    spread, total_effects, back = subject_spread(parts, prompts.facts), [], []
+    layer_indices = shown_layers(len(parts.layers))
+    sites = {(layer, name): parts.component(layer, name) for name in (MLP, ATTENTION) for layer in layer_indices}
     for index in prompts.some:
         prompt = prompts.facts[index]
         effects, whole = causal_trace(
             parts, prompt, sites, spread, [[len(prompt.ids) - 1]], SAMPLES, batch_size=batch_size
         )
-        taken.append(whole)
+        total_effects.append(whole)
         back.append(effects[:, 0].unflatten(0, (2, -1)))
     both = torch.stack(back, dim=-1).double()
-    layers = {name: _at_layers(each, shown, parts) for name, each in zip((MLP, ATTENTION), both, strict=True)}
-    return Measured(torch.tensor(taken, dtype=torch.double), layers)
+    layers = {name: _at_layers(each, layer_indices, parts) for name, each in zip((MLP, ATTENTION), both, strict=True)}
+    return Measured(torch.tensor(total_effects, dtype=torch.double), layers)
 
 
 def by_interchange_last(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
@@ -123,16 +123,16 @@ def _exchanged(
     names: Sequence[str] = ("",),
 ) -> Measured:
     pairs = [(prompts.facts[one], prompts.facts[other]) for one, other in prompts.pairs]
-    shown = shown_layers(len(parts.layers))
+    layer_indices = shown_layers(len(parts.layers))
     sites = {
         f"{name} {layer}": parts.component(layer, name) if name else parts.layers[layer]
         for name in names
-        for layer in shown
+        for layer in layer_indices
     }
     result = interchange(parts, pairs, [places(one) for one, _ in pairs], sites, batch_size)
-    every = {name: torch.stack([result[f"{name} {layer}"] for layer in shown]).double() for name in names}
+    every = {name: torch.stack([result[f"{name} {layer}"] for layer in layer_indices]).double() for name in names}
     rows = torch.cat(list(every.values()))
-    layers = {name: _at_layers(each, shown, parts) for name, each in every.items()}
+    layers = {name: _at_layers(each, layer_indices, parts) for name, each in every.items()}
     return Measured(rows[rows.mean(1).argmax()], layers)
 
 
@@ -165,8 +165,8 @@ def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
 def _value_places(prompt: FactPrompt) -> list[int]:
     """Return the places of all values that a passage tells: of tokens with which one of them begins."""
     values = {prompt.value, *prompt.others}
-    told = [index for index, token in enumerate(prompt.ids) if token in values]
-    return told or prompt.subject_places
+    places = [index for index, token in enumerate(prompt.ids) if token in values]
+    return places or prompt.subject_places
 
 
 def by_gradient_x_input(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:

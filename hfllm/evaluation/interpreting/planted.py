@@ -119,8 +119,8 @@ def make_plant(
     ids, last = batch_of([prompt], parts.model.device)
     keys = _keys(parts, [prompt, *others], module)
     key = _blind(keys[0], keys[1:])
-    said = int(last_logits_of(parts, ids, last).argmax())
-    if said == wanted:
+    prediction = int(last_logits_of(parts, ids, last).argmax())
+    if prediction == wanted:
         raise ValueError("the model says this value already")
     value = _value(parts, prompt, wanted, module, layer)
     plant = Plant(layer, component, prompt, wanted, module, key / (key @ keys[0]), value, False)
@@ -156,17 +156,17 @@ def edited_weight(plant: Plant) -> torch.Tensor:
 def _keys(parts: Parts, prompts: Sequence[FactPrompt], module: nn.Module) -> torch.Tensor:
     """Return what a module reads at each prompt's last place, (prompts, inputs), in 32 bits."""
     ids, last = batch_of(prompts, parts.model.device)
-    kept: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        kept.append((args[0] if args else kwargs["hidden_states"]).detach().float())
+        inputs.append((args[0] if args else kwargs["hidden_states"]).detach().float())
 
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         last_logits_of(parts, ids, last)
     finally:
         handle.remove()
-    return kept[0][torch.arange(len(last), device=ids.device), last]
+    return inputs[0][torch.arange(len(last), device=ids.device), last]
 
 
 def _blind(key: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -322,11 +322,11 @@ def _restored(parts: Parts, plant: Plant, what: str) -> list[float]:
     modules = parts.layers if what == "layers" else parts.components(what)
     ids, last = batch_of([plant.prompt], parts.model.device)
     clean, states = recorded(parts, ids, last, modules)
-    said = int(clean.argmax())
-    tokens = torch.tensor([[said], [plant.wanted]], device=ids.device)
+    prediction = int(clean.argmax())
+    tokens = torch.tensor([[prediction], [plant.wanted]], device=ids.device)
     margin = float(margins(clean, *tokens)[0])
     with planted(plant):
-        return restored(parts, plant.prompt, dict(zip(modules, states, strict=True)), said, plant.wanted, margin)
+        return restored(parts, plant.prompt, dict(zip(modules, states, strict=True)), prediction, plant.wanted, margin)
 
 
 # ---- testing ----
@@ -380,11 +380,11 @@ def tested_plants(parts: Parts, prompts: Sequence[FactPrompt]) -> Iterator[Teste
     for number, (component, depth) in enumerate(names):
         prompt = prompts[number * len(prompts) // len(names)]
         ids, last = batch_of([prompt], parts.model.device)
-        said = int(last_logits_of(parts, ids, last).argmax())
-        wanted = next(each for each in (*prompt.others, prompt.value) if each != said)
+        prediction = int(last_logits_of(parts, ids, last).argmax())
+        target = next(each for each in (*prompt.others, prompt.value) if each != prediction)
         same = [each for each in prompts if each.fact.subject != prompt.fact.subject]
         # Of questions of the same kind: these are what an edit would change by mistake.
         same.sort(key=lambda each: set(each.others) | {each.value} != set(prompt.others) | {prompt.value})
         layer = round(DEPTHS[depth] * (len(parts.layers) - 1))
-        plant = make_plant(parts, prompt, wanted, layer, component, same[:MOST_OTHERS])
+        plant = make_plant(parts, prompt, target, layer, component, same[:MOST_OTHERS])
         yield Tested(plant, {name: find(plant) for name, find in finders.items()} if plant.has_taken else {})

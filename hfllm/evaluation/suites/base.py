@@ -275,8 +275,8 @@ class Subject:
         model that sees, words that spell the token of a picture's place get a space in it.
         """
         if self.uses_chat_template:
-            said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return [{**message, "content": self._plain(message["content"])} for message in said]
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return [{**message, "content": self._plain(message["content"])} for message in messages]
         return self._plain(prompt if isinstance(prompt, str) else "\n\n".join(each["content"] for each in prompt))
 
     def _plain(self, text: str) -> str:
@@ -314,19 +314,19 @@ class Subject:
     def _answer_batch(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str | None]:
         from hfllm.generation.responses import sample_responses
 
-        asked = [self._to_generate(prompt) for prompt in prompts]
+        texts = [self._to_generate(prompt) for prompt in prompts]
         longest = max_length_of(self.model.config)
-        lengths = [len(tokenize_prompts([each], self.tokenizer)[0]) for each in asked]
+        lengths = [len(tokenize_prompts([each], self.tokenizer)[0]) for each in texts]
         fits = [longest is None or length + max_new_tokens <= longest for length in lengths]
-        kept = [each for each, is_short in zip(asked, fits, strict=True) if is_short]
-        if kept:
-            self.check_numbers(kept[0])
-        said = iter(
-            sample_responses(self.model, self.tokenizer, kept, max_new_tokens, do_sample=False, fast=True)
-            if kept
+        selected = [each for each, is_short in zip(texts, fits, strict=True) if is_short]
+        if selected:
+            self.check_numbers(selected[0])
+        responses = iter(
+            sample_responses(self.model, self.tokenizer, selected, max_new_tokens, do_sample=False, fast=True)
+            if selected
             else []
         )
-        return [next(said)[0] if is_short else None for is_short in fits]
+        return [next(responses)[0] if is_short else None for is_short in fits]
 
     def check_numbers(self, text: str) -> None:
         """Refuse a model whose logits after a text are not numbers, as damaged weights make them; once is enough."""
@@ -384,11 +384,11 @@ class Subject:
 
     def pairs(self, context: Prompt, continuations: Sequence[str]) -> list[Pair]:
         """Return the tokens of a context with each of its continuations."""
-        asked, continuations = self.as_asked(context), [self._plain(each) for each in continuations]
-        if isinstance(asked, str):
-            return [encode_pair(self.tokenizer, asked, each) for each in continuations]
+        prompt, continuations = self.as_asked(context), [self._plain(each) for each in continuations]
+        if isinstance(prompt, str):
+            return [encode_pair(self.tokenizer, prompt, each) for each in continuations]
         # After a template's own tokens an answer begins anew, as it does when the model writes it.
-        before = list(self.tokenizer(self.text_of(asked), add_special_tokens=False)["input_ids"])
+        before = list(self.tokenizer(self.text_of(prompt), add_special_tokens=False)["input_ids"])
         after = [list(self.tokenizer(each, add_special_tokens=False)["input_ids"]) for each in continuations]
         return [Pair(before, each) for each in after]
 
@@ -396,10 +396,10 @@ class Subject:
         """Return the tokens that contexts share, without the last one, which may be another before other text."""
         if not shared:
             return []
-        asked = self.as_asked(shared)
-        if isinstance(asked, str):
-            return list(self.tokenizer(asked)["input_ids"])[:-1]
-        text = self.tokenizer.apply_chat_template(asked, tokenize=False)
+        prompt = self.as_asked(shared)
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])[:-1]
+        text = self.tokenizer.apply_chat_template(prompt, tokenize=False)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])[:-1]
 
 
@@ -421,11 +421,11 @@ def yes_shares(judge: Subject, questions: Sequence[str]) -> list[float | None]:
         judge: with its chat template, or, without, as text that ends in `Answer:`.
     """
     if judge.uses_chat_template:
-        asked, words = list(questions), [YES, NO]
+        prompts, words = list(questions), [YES, NO]
     else:
-        asked, words = [f"{question}\nAnswer:" for question in questions], [f" {YES}", f" {NO}"]
-    names = [f"judged answer {number}" for number in range(1, len(asked) + 1)]
-    result = judge.iter_choices(asked, [words] * len(asked), names=names)
+        prompts, words = [f"{question}\nAnswer:" for question in questions], [f" {YES}", f" {NO}"]
+    names = [f"judged answer {number}" for number in range(1, len(prompts) + 1)]
+    result = judge.iter_choices(prompts, [words] * len(prompts), names=names)
     return [None if each is None else shares([number.logprob for number in each])[0] for each in result]
 
 

@@ -106,9 +106,9 @@ class ChoiceCalibration(Calibration[Question]):
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue
             logprobs = [each.logprob for each in scored]
-            said = item.body.choices[chosen(logprobs)]
-            scores = {"confidence": max(shares(logprobs)), "right": float(said == item.body.answer)}
-            yield self.record(subject, item, scores, item.body.question, said)
+            answer = item.body.choices[chosen(logprobs)]
+            scores = {"confidence": max(shares(logprobs)), "right": float(answer == item.body.answer)}
+            yield self.record(subject, item, scores, item.body.question, answer)
 
 
 class WorldCalibration(Calibration[Task]):
@@ -133,8 +133,8 @@ class WorldCalibration(Calibration[Task]):
             if item.group == CHOICE:
                 yield self._choose(subject, item)
         written = [item for item in items if item.group == WRITTEN]
-        said = subject.iter_answers([item.body.question for item in written], 40)
-        for item, answer in zip(written, said, strict=True):
+        answers = subject.iter_answers([item.body.question for item in written], 40)
+        for item, answer in zip(written, answers, strict=True):
             yield self._write(subject, item, answer)
 
     def _choose(self, subject: Subject, item: Item[Task]) -> Record:

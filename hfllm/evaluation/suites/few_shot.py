@@ -79,10 +79,10 @@ class FewShot(Suite[Question]):
             )
         shots = tuple((each.question, each.answer) for each in questions[: self.num_shots])
         group = Path(path).name.split(".")[0]
-        asked = questions[self.num_shots :][: self.num_items]
+        selected = questions[self.num_shots :][: self.num_items]
         return [
             Item(f"{group}-{number}", group, replace(each, shots=shots))
-            for number, each in enumerate(asked, self.num_shots + 1)
+            for number, each in enumerate(selected, self.num_shots + 1)
         ]
 
     def judge(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
@@ -106,8 +106,8 @@ class FewShot(Suite[Question]):
             yield self.record(subject, item, scores, item.body.question, choices[plain])
 
     def _write(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
-        said = subject.iter_answers([asked_as(subject, item.body) for item in items], self.max_new_tokens)
-        for item, answer in zip(items, said, strict=True):
+        answers = subject.iter_answers([asked_as(subject, item.body) for item in items], self.max_new_tokens)
+        for item, answer in zip(items, answers, strict=True):
             if answer is None:
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue
@@ -153,18 +153,18 @@ def _plain(text: str) -> list[str]:
     An operator counts between or before numbers and single letters; `well-known` and `**bold**` have none.
     """
     parts = list(PART.finditer(text.lower()))
-    kept = []
+    tokens = []
     for index, part in enumerate(parts):
         before, after = parts[index - 1 : index] if index else [], parts[index + 1 : index + 2]
         if part["number"]:
-            kept.append(plain_answer(part[0]))
+            tokens.append(plain_answer(part[0]))
         elif part["word"] or unicodedata.category(part[0]) == "Sm":
-            kept.append(part[0])
+            tokens.append(part[0])
         elif part[0] in OPERATORS and after and _is_operand(after[0]):
             is_unary = part[0] == "-" and part.end() == after[0].start() and (not before or before[0]["sign"])
             if is_unary or (before and (_is_operand(before[0]) or before[0][0] == ")")):
-                kept.append(part[0])
-    return kept
+                tokens.append(part[0])
+    return tokens
 
 
 def _is_operand(part: re.Match) -> bool:
@@ -175,8 +175,8 @@ def asked_as(subject: Subject, body: Question) -> Prompt:
     """Return a question after its worked examples, as the subject reads it."""
     if subject.uses_chat_template:
         return [*_turns(body.shots), {"role": "user", "content": body.question}]
-    asked = body.question if body.is_continued else f"Question: {body.question}\nAnswer:"
-    return f"{shared_of(subject, body)}{asked}"
+    question = body.question if body.is_continued else f"Question: {body.question}\nAnswer:"
+    return f"{shared_of(subject, body)}{question}"
 
 
 def shared_of(subject: Subject, body: Question) -> Prompt:

@@ -118,14 +118,14 @@ class Interpretability(Suite[Looked]):
         parts = parts_of(subject.model)
         longest = max_length_of(parts.model.config)
         prompts = encode_material(subject.tokenizer, self.material, subject.uses_chat_template, longest, TOO_LONG)
-        asked = {item.body.method for item in items}
+        methods = {item.body.method for item in items}
         with evaluated(parts.model):
             tested = [each.found for each in tested_plants(parts, prompts.facts)] if _has_others(prompts) else []
             yield from self._plant_records(subject, items, tested)
-            findings = _measured(parts, prompts, [name for name in METHODS if name in asked], subject.batch_size)
+            findings = _measured(parts, prompts, [name for name in METHODS if name in methods], subject.batch_size)
             for method, each in findings.items():
                 locator = METHODS[method].locator
-                verdict = _verdict(each, locator, [found[locator] for found in tested if found and locator])
+                verdict = _verdict(each, locator, [hits[locator] for hits in tested if hits and locator])
                 yield from self._records(subject, parts, prompts, items, method, each, verdict)
 
     def _plant_records(
@@ -133,9 +133,9 @@ class Interpretability(Suite[Looked]):
     ) -> Iterator[Record]:
         for item in items:
             if item.body.method == PLANTS:
-                found = tested[item.body.number] if tested else {}
-                scores = {name.replace(" ", "_"): float(each) for name, each in found.items()}
-                yield self.record(subject, item, scores, skipped="" if found else NOT_TAKEN)
+                hits = tested[item.body.number] if tested else {}
+                scores = {name.replace(" ", "_"): float(each) for name, each in hits.items()}
+                yield self.record(subject, item, scores, skipped="" if hits else NOT_TAKEN)
 
     def _records(
         self,
@@ -159,8 +159,8 @@ class Interpretability(Suite[Looked]):
                 continue
             # The map of the fact that noise takes most of.
             is_first = method == TRACED and column[number] == int(findings.measured.score.argmax())
-            said = _trace(parts, prompts, column[number], subject.tokenizer) if is_first else ""
-            yield self.record(subject, item, _scores(method, findings, column[number]), said=said)
+            trace = _trace(parts, prompts, column[number], subject.tokenizer) if is_first else ""
+            yield self.record(subject, item, _scores(method, findings, column[number]), said=trace)
 
     def extra(self, records: Sequence[Record]) -> "Found | None":
         """Return the table of methods with their controls, and heat maps of each model."""
@@ -233,8 +233,8 @@ def _scores(method: str, findings: _Findings, column: int) -> dict[str, float]:
 def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the map of one fact as JSON: what each place brings back after the embeddings and after layers."""
     prompt = prompts.facts[prompts.some[column]]
-    shown = shown_layers(len(parts.layers))
-    sites = {"embeddings": parts.embeddings, **{f"layer {layer + 1}": parts.layers[layer] for layer in shown}}
+    layers = shown_layers(len(parts.layers))
+    sites = {"embeddings": parts.embeddings, **{f"layer {layer + 1}": parts.layers[layer] for layer in layers}}
     effects, _ = causal_trace(parts, prompt, sites, subject_spread(parts, prompts.facts))
     rows = {name: [round(each, 3) for each in row] for name, row in zip(sites, effects.tolist(), strict=True)}
     return json.dumps({"tokens": [tokenizer.decode([token]) for token in prompt.ids], **rows}, ensure_ascii=False)
@@ -266,23 +266,23 @@ def found(records: Sequence["Record"], scores: Mapping[str, str]) -> Found | Non
         rows += [_row(model, name, groups[name], scores[name]) for name in scores if groups[name]]
         stem = f"interpretability_{number + 1}" if len(models) > 1 else "interpretability"
         plots |= {f"{stem}_layers": _layers(model, groups), f"{stem}_trace": _trace_map(model, groups.get(TRACED, []))}
-    kept = {name: plot for name, plot in plots.items() if plot is not None}
-    return Found({}, "", {"interpretability: methods and their controls": rows}, kept)
+    heatmaps = {name: plot for name, plot in plots.items() if plot is not None}
+    return Found({}, "", {"interpretability: methods and their controls": rows}, heatmaps)
 
 
 def _row(model: str, method: str, records: Sequence["Record"], score: str) -> dict[str, str]:
-    kept = [record["scores"] for record in records if record["scores"]]
+    scores = [record["scores"] for record in records if record["scores"]]
     reasons = [record["skipped"] for record in records if record["skipped"]]
     # Of items that are skipped one by one, most have scores; a method that is left out has none.
-    why = "" if kept else max(set(reasons), key=reasons.count)
+    why = "" if scores else max(set(reasons), key=reasons.count)
     return {
         "model": model,
         "method": method,
         "figure": score,
-        "value": _mean(kept, score),
-        "random weights": _mean(kept, f"{score}_{RANDOM}"),
-        "shuffled labels": _mean(kept, f"{score}_{SHUFFLED}"),
-        "n": str(len(kept)),
+        "value": _mean(scores, score),
+        "random weights": _mean(scores, f"{score}_{RANDOM}"),
+        "shuffled labels": _mean(scores, f"{score}_{SHUFFLED}"),
+        "n": str(len(scores)),
         "left out because": why,
     }
 
@@ -296,10 +296,10 @@ def _layers(model: str, groups: Mapping[str, Sequence["Record"]]) -> Heatmap | N
     """Return the figures of each method by layer, as far as it has any."""
     rows: dict[str, dict[int, float]] = {}
     for method, records in groups.items():
-        kept = [record["scores"] for record in records if record["scores"]]
-        for name in kept[0] if kept else ():
+        scores = [record["scores"] for record in records if record["scores"]]
+        for name in scores[0] if scores else ():
             if matched := _LAYER.fullmatch(name):
-                values = [each[name] for each in kept]
+                values = [each[name] for each in scores]
                 label = f"{method}, {matched[1]}" if matched[1] else method
                 rows.setdefault(label, {})[int(matched[2])] = sum(values) / len(values)
     if not rows:
@@ -311,10 +311,10 @@ def _layers(model: str, groups: Mapping[str, Sequence["Record"]]) -> Heatmap | N
 
 def _trace_map(model: str, records: Sequence["Record"]) -> Heatmap | None:
     """Return the causal trace of the first fact: what brings its answer back, by token and layer."""
-    said = next((record["said"] for record in records if record["said"].startswith("{")), "")
-    if not said:
+    trace = next((record["said"] for record in records if record["said"].startswith("{")), "")
+    if not trace:
         return None
-    rows = json.loads(said)
+    rows = json.loads(trace)
     tokens = [token.strip() or repr(token) for token in rows.pop("tokens")]
     title = f"{model}: probability of the answer brought back"
     return Heatmap(title, "", "restored after", list(rows), tokens, list(rows.values()))

@@ -142,25 +142,25 @@ class LmEval(Suite[Doc]):
     def _judge_some(
         self, subject: Subject, model: "HFLM", task: "Task", docs: Sequence[Mapping[str, Any]], items: list[Item[Doc]]
     ) -> Iterator[Record]:
-        asked: list[tuple[Item[Doc], Mapping[str, Any], list[Instance]]] = []
+        selected: list[tuple[Item[Doc], Mapping[str, Any], list[Instance]]] = []
         for item in items:
             doc = docs[item.body.number]
             instances = _instances(model, task, doc, item.body.number, subject.uses_chat_template)
             if any(_length(model, each) > model.max_length for each in instances):
                 yield self.record(subject, item, asked=str(instances[0].args[0]), skipped=TOO_LONG)
             else:
-                asked.append((item, doc, instances))
-        if not asked:
+                selected.append((item, doc, instances))
+        if not selected:
             return
-        everything = [each for _, _, instances in asked for each in instances]
+        everything = [each for _, _, instances in selected for each in instances]
         _ask(model, everything, subject.label)
         task._instances = everything
         task.apply_filters()
-        for item, doc, instances in asked:
+        for item, doc, instances in selected:
             scores = _scores(task, doc, instances)
             reason = "" if scores else "lm-eval has no figure of a single item for this task"
-            said = str(instances[0].resps[0]) if task.OUTPUT_TYPE == "generate_until" else ""
-            yield self.record(subject, item, scores, str(instances[0].args[0]), said, reason)
+            response = str(instances[0].resps[0]) if task.OUTPUT_TYPE == "generate_until" else ""
+            yield self.record(subject, item, scores, str(instances[0].args[0]), response, reason)
 
 
 # ---- tasks ----
@@ -228,10 +228,10 @@ def _whole(name: str, files: Any, places: Sequence[Path]) -> Any:
 
 def _load(manager: "TaskManager", names: Sequence[str], reads_hub: bool) -> "dict[str, Task]":
     """Return tasks by name, ready to be asked."""
-    known, tasks = manager.all_tasks, {}
+    available, tasks = manager.all_tasks, {}
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        if name not in available:
+            near = difflib.get_close_matches(name, available, n=1, cutoff=0.0)
             more = "" if reads_hub else "; lm-eval's own tasks are on the Hub: --tasks_from_hub"
             hint = f"did you mean {near[0]!r}?" if near else "there are none"
             raise InputError(f"--tasks {name}: unknown task; {hint} (--include_path names folders with tasks{more})")
@@ -364,5 +364,5 @@ def gsm8k_right(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, flo
     """Return whether the number after `####`, or else the last one, of what a model wrote is the right one."""
     marked = re.findall(r"####\s*(-?[\d,.]+)", results[0])
     numbers = marked[:1] or re.findall(r"-?\d[\d,]*(?:\.\d+)?", results[0])[-1:]
-    said = numbers[0].replace(",", "").rstrip(".") if numbers else ""
-    return {"exact_match": float(said == doc["gold"])}
+    answer = numbers[0].replace(",", "").rstrip(".") if numbers else ""
+    return {"exact_match": float(answer == doc["gold"])}

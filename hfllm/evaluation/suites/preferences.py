@@ -86,14 +86,14 @@ class Preferences(Suite[Pair]):
         """Return the record of a pair."""
         pair, name = item.body, [f"{self.name}, item {item.key}"]
         by_letter = letter_shares(subject, pair, name)
-        told = None if pair.by_letter_only else likelihoods(subject, pair, name)
-        if by_letter is None or (told is None and not pair.by_letter_only):
+        scored = None if pair.by_letter_only else likelihoods(subject, pair, name)
+        if by_letter is None or (scored is None and not pair.by_letter_only):
             return self.record(subject, item, asked=_shown(pair), skipped=TOO_LONG)
         scores = letter_scores(*by_letter)
-        if told is not None:
-            scores |= likelihood_scores(pair, told)
-        said = pair.better if scores["prefers_better"] > 0.5 else pair.worse
-        return self.record(subject, item, scores, _shown(pair), said)
+        if scored is not None:
+            scores |= likelihood_scores(pair, scored)
+        answer = pair.better if scores["prefers_better"] > 0.5 else pair.worse
+        return self.record(subject, item, scores, _shown(pair), answer)
 
 
 def letter_scores(as_first: float, as_second: float) -> dict[str, float]:
@@ -136,18 +136,18 @@ def letter_shares(subject: Subject, pair: Pair, name: Sequence[str]) -> tuple[fl
 def asked_by_letter(subject: Subject, pair: Pair, swapped: bool) -> Prompt:
     """Return the question which of two answers is better, with the better one as (A), or as (B) where swapped."""
     answers = (pair.worse, pair.better) if swapped else (pair.better, pair.worse)
-    said = pair.prompt if isinstance(pair.prompt, str) else _transcript(pair)
+    prompt = pair.prompt if isinstance(pair.prompt, str) else _transcript(pair)
     listed = "\n".join(f" {letter} {text}" for letter, text in zip(LETTERS, answers, strict=True))
-    asked = f"{said}\n\nChoices:\n{listed}"
-    return asked if subject.uses_chat_template else f"Human: {asked}\n\nAssistant:"
+    question = f"{prompt}\n\nChoices:\n{listed}"
+    return question if subject.uses_chat_template else f"Human: {question}\n\nAssistant:"
 
 
 def likelihoods(subject: Subject, pair: Pair, name: Sequence[str]) -> list[Likelihood] | None:
     """Return how likely each answer is after the prompt; `None` where one does not fit."""
     if subject.uses_chat_template:
         return subject.choices([pair.messages], [[pair.better, pair.worse]], names=name)[0]
-    asked = f"{_transcript(pair)}\n\nAssistant:"
-    return subject.choices([asked], [[f" {pair.better}", f" {pair.worse}"]], names=name)[0]
+    prompt = f"{_transcript(pair)}\n\nAssistant:"
+    return subject.choices([prompt], [[f" {pair.better}", f" {pair.worse}"]], names=name)[0]
 
 
 def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
@@ -157,14 +157,16 @@ def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
     if "input" in row and ("target_scores" in row or "targets" in row):
         return _of_scores(origin, row)
     if {"prompt", "chosen", "rejected"} <= row.keys():
-        told = {
+        conversations = {
             name: as_messages(row[name]) if isinstance(row[name], str) else _conversation(origin, row[name])
             for name in ("prompt", "chosen", "rejected")
         }
         prompt = row["prompt"]
         if not isinstance(prompt, str):
-            prompt = tuple((message["role"], message["content"]) for message in told["prompt"])
-        return Pair(prompt, told["chosen"][-1]["content"].strip(), told["rejected"][-1]["content"].strip())
+            prompt = tuple((message["role"], message["content"]) for message in conversations["prompt"])
+        return Pair(
+            prompt, conversations["chosen"][-1]["content"].strip(), conversations["rejected"][-1]["content"].strip()
+        )
     raise InputError(
         f"{origin}: expected the columns question, answer_matching_behavior and answer_not_matching_behavior, or "
         f"input and target_scores, or prompt, chosen and rejected; found {', '.join(map(repr, list(row)[:12]))}"
@@ -176,9 +178,9 @@ def _conversation(origin: str, messages: Any) -> list[Message]:
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         return read_messages(origin, messages)
     roles = [each.get("role", each.get("from")) for each in messages]
-    known = [{**each, "role": OTHER_ROLES.get(role, role)} for each, role in zip(messages, roles, strict=True)]
-    told = read_messages(origin, known)
-    return [{**each, "role": role} if role in OTHER_ROLES else each for each, role in zip(told, roles, strict=True)]
+    normalized = [{**each, "role": OTHER_ROLES.get(role, role)} for each, role in zip(messages, roles, strict=True)]
+    parsed = read_messages(origin, normalized)
+    return [{**each, "role": role} if role in OTHER_ROLES else each for each, role in zip(parsed, roles, strict=True)]
 
 
 def _of_behavior(origin: str, row: Mapping[str, Any]) -> Pair:

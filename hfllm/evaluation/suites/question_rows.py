@@ -142,23 +142,23 @@ def _question(read: Read, shared: set[str]) -> Question:
     """Return a question with the choice that its answer means."""
     if not read.choices:
         return Question(read.question, (), _final(str(read.answer)))
-    texts, meant = read.choices, read.meanings
-    if not meant:
+    texts, meanings = read.choices, read.meanings
+    if not meanings:
         how = f", {read.ways[0]}," if len(read.ways) == 1 else ""
         named = f" with the labels {', '.join(read.labels)}" if read.labels else ""
         choices = f"{list(texts)!r:.120}{named:.60}"
         raise InputError(f"{read.origin}: the answer {read.answer!r:.40}{how} is none of the choices {choices}")
     if len(read.ways) > 1 and shared:
-        meant = {way: index for way, index in meant.items() if way in shared}
+        meanings = {way: index for way, index in meanings.items() if way in shared}
         # Its columns say from where it counts only if nothing in the file says that it does not count, or from 1.
-        if read.is_hub_mmlu and meant.keys() == {FROM_0, FROM_1}:
-            meant = {FROM_0: meant[FROM_0]}
+        if read.is_hub_mmlu and meanings.keys() == {FROM_0, FROM_1}:
+            meanings = {FROM_0: meanings[FROM_0]}
     by_text: dict[str, list[str]] = {}
-    for way, index in meant.items():
+    for way, index in meanings.items():
         by_text.setdefault(texts[index], []).append(way)
     if len(by_text) > 1:
-        said = ", ".join(f"{' and '.join(ways)} {text!r:.40}" for text, ways in by_text.items())
-        raise InputError(f"{read.origin}: the answer {read.answer!r:.40} could mean {said}: {SAY_SO}")
+        readings = ", ".join(f"{' and '.join(ways)} {text!r:.40}" for text, ways in by_text.items())
+        raise InputError(f"{read.origin}: the answer {read.answer!r:.40} could mean {readings}: {SAY_SO}")
     (right,) = by_text
     if read.also is not None:
         others = {texts[index] for index in _meanings(read.also, texts, read.labels).values()}
@@ -175,9 +175,9 @@ def _question(read: Read, shared: set[str]) -> Question:
 
 def _meanings(answer: object, texts: Sequence[str], labels: Sequence[str] | None) -> dict[str, int]:
     """Return the index of the choice that an answer means, by way."""
-    said = str(answer).strip()
-    result = {TEXT: _index_of(said, texts, plain_answer), LABEL: _index_of(said, labels or (), str.casefold)}
-    if letter := re.fullmatch(r"\(?([A-Ja-j])[).:]?", said):
+    text = str(answer).strip()
+    result = {TEXT: _index_of(text, texts, plain_answer), LABEL: _index_of(text, labels or (), str.casefold)}
+    if letter := re.fullmatch(r"\(?([A-Ja-j])[).:]?", text):
         result[LETTER] = LETTERS.index(letter[1].upper())
     if (number := _whole(answer)) is not None:
         result |= {FROM_0: number, FROM_1: number - 1}
@@ -200,8 +200,8 @@ def _whole(answer: object) -> int | None:
         return None
     if isinstance(answer, float):
         return int(answer) if answer.is_integer() else None
-    said = str(answer).strip()
-    return int(said.removesuffix(".0")) if re.fullmatch(r"\d{1,4}(\.0)?", said) else None
+    text = str(answer).strip()
+    return int(text.removesuffix(".0")) if re.fullmatch(r"\d{1,4}(\.0)?", text) else None
 
 
 def _final(answer: str) -> str:
@@ -219,8 +219,8 @@ def _read(origin: str, given: Mapping[str, Any]) -> Read:
     row = {_plain_name(name): given[name] for name in names if not _is_missing(given[name])}
     passages = [_passage(origin, name, row[name]) for name in PASSAGES if name in row]
     of_files = (_right_and_wrong, _endings, _goal, _blank, _cause_or_effect, _yes_or_no, _scored)
-    known = (of_file(origin, row) for of_file in of_files)
-    read = next((each for each in known if each is not None), None) or _by_columns(origin, row, given)
+    candidates = (of_file(origin, row) for of_file in of_files)
+    read = next((each for each in candidates if each is not None), None) or _by_columns(origin, row, given)
     # A prompt may have been made of it.
     new = [each for each in passages if each not in read.question]
     return replace(read, question="\n".join([*new, read.question])) if new else read
@@ -308,8 +308,8 @@ def _listed(origin: str, listed: object) -> tuple[list[Any], list[str] | None]:
         if isinstance(texts, Sequence) and not isinstance(texts, str) and isinstance(labels, Sequence):
             return list(texts), [str(each).strip() for each in labels]
         if not {"text", "label"} & listed.keys():
-            kept = {name: text for name, text in listed.items() if text is not None}
-            return list(kept.values()), [str(name).strip() for name in kept]
+            choices = {name: text for name, text in listed.items() if text is not None}
+            return list(choices.values()), [str(name).strip() for name in choices]
     elif isinstance(listed, Sequence) and listed and all(isinstance(each, Mapping) for each in listed):
         if all({"text", "label"} <= each.keys() for each in listed):
             return [each["text"] for each in listed], [str(each["label"]).strip() for each in listed]
@@ -472,10 +472,10 @@ def _yes_or_no(origin: str, row: Mapping[str, Any]) -> Read | None:
     """Return BoolQ's row: a passage, a question, and whether its answer is yes; a label may also be 1 or 0."""
     has_choices = {*CHOICES} & row.keys() or _in_columns(row, row)[0]
     column = "answer" if "answer" in row else "label"
-    said = str(row.get(column, "")).strip().casefold()
-    is_yes = next((index for index, words in enumerate(NO_OR_YES) if said in words), None)
-    if is_yes is None and column == "label" and said in ("0", "1"):
-        is_yes = int(said)
+    answer = str(row.get(column, "")).strip().casefold()
+    is_yes = next((index for index, words in enumerate(NO_OR_YES) if answer in words), None)
+    if is_yes is None and column == "label" and answer in ("0", "1"):
+        is_yes = int(answer)
     if not {"question", "passage"} <= row.keys() or has_choices or is_yes is None:
         return None
     return Read(origin, str(row["question"]).strip(), ("no", "yes"), NO_OR_YES[is_yes][0], ways=(TEXT,))

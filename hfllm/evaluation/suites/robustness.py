@@ -153,14 +153,14 @@ def _of_row(origin: str, row: Mapping[str, Any]) -> Question:
         raise InputError(
             f"{origin}: no column 'answer', 'harmful' or 'label' to judge by; there are: {', '.join(row)}"
         )
-    said = str("" if harmful is None else harmful).strip().lower()
-    if said not in HARMFUL | HARMLESS:
+    label = str("" if harmful is None else harmful).strip().lower()
+    if label not in HARMFUL | HARMLESS:
         accepted = ", ".join(name for name in HARMFUL | HARMLESS if name)
         raise InputError(f"{origin}: harmful is {harmful!r}; accepted are {accepted}")
     prompt = formats.as_messages(row["prompt"])
     if not prompt or prompt[-1]["role"] != "user":
         raise InputError(f"{origin}: the prompt does not end with a user's message")
-    return Question(prompt, answer=None if answer is None else str(answer), is_harmful=(HARMFUL | HARMLESS)[said])
+    return Question(prompt, answer=None if answer is None else str(answer), is_harmful=(HARMFUL | HARMLESS)[label])
 
 
 def perturbed_items(base: Sequence[tuple[str, Question]], texts: AddedTexts, seed: int) -> Iterator[Item[Question]]:
@@ -407,8 +407,8 @@ def _first_suffix(
     """Return a suffix of words that survives, as a beginning of the search."""
     words = [number for number in allowed if target.tokenizer.decode([number]).startswith(" ")] or list(allowed)
     for _ in range(100):
-        tried = [[rng.choice(words) for _ in range(settings.num_tokens)] for _ in range(8)]
-        for suffix, survives in zip(tried, target.survive(tried), strict=True):
+        candidates = [[rng.choice(words) for _ in range(settings.num_tokens)] for _ in range(8)]
+        for suffix, survives in zip(candidates, target.survive(candidates), strict=True):
             if survives:
                 return suffix
     raise InputError("a gradient attack found no suffix that the tokenizer reads again as the same tokens")
@@ -421,11 +421,11 @@ def _candidates(
     result: list[list[int]] = []
     # Some do not survive; a few draws more, and no end of them.
     for _ in range(4):
-        tried = []
+        candidates = []
         for _ in range(count - len(result)):
             at = rng.randrange(len(suffix))
-            tried.append([*suffix[:at], rng.choice(proposed[at]), *suffix[at + 1 :]])
-        result += [each for each, survives in zip(tried, target.survive(tried), strict=True) if survives]
+            candidates.append([*suffix[:at], rng.choice(proposed[at]), *suffix[at + 1 :]])
+        result += [each for each, survives in zip(candidates, target.survive(candidates), strict=True) if survives]
         if len(result) == count:
             break
     return result
@@ -459,8 +459,8 @@ def _target_loss(
     ids = torch.tensor(rows, device=model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     logprobs = logits[:, -len(target) - 1 : -1].float().log_softmax(-1)
-    wanted = ids[:, -len(target) :, None]
-    loss = -logprobs.gather(-1, wanted)[..., 0].mean(1)
+    labels = ids[:, -len(target) :, None]
+    loss = -logprobs.gather(-1, labels)[..., 0].mean(1)
     if not bool(loss.isfinite().all()):
         raise InputError("a gradient attack: the model's logits are not numbers; its weights may be damaged")
     return loss
@@ -562,13 +562,13 @@ class Robustness(Suite[Question]):
         # Prompts of like length in a batch: answers do not depend on it, and time does.
         asked_at = [(indices[item.group], len(item.body.asked), item) for item in items if not item.body.attack]
         items = [item for _, _, item in sorted(asked_at, key=lambda each: each[:2])]
-        said = subject.iter_answers([item.body.prompt for item in items], self.max_new_tokens)
-        for item, answer in zip(items, said, strict=True):
-            asked = subject.text_of(item.body.prompt)
+        answers = subject.iter_answers([item.body.prompt for item in items], self.max_new_tokens)
+        for item, answer in zip(items, answers, strict=True):
+            text = subject.text_of(item.body.prompt)
             if answer is None:
-                yield self.record(subject, item, asked=asked, skipped=TOO_LONG)
+                yield self.record(subject, item, asked=text, skipped=TOO_LONG)
             else:
-                yield self.record(subject, item, scores_of(item.body, answer), asked=asked, said=answer)
+                yield self.record(subject, item, scores_of(item.body, answer), asked=text, said=answer)
         for item in attacked:
             yield self._attacked(subject, item)
 
@@ -581,11 +581,11 @@ class Robustness(Suite[Question]):
         result = search(subject.model, target, replace(self.attack_settings, seed=self.seed))
         prompt = question.asked + result.suffix
         (answer,) = subject.answers([prompt], self.max_new_tokens)
-        asked = subject.text_of(prompt)
+        text = subject.text_of(prompt)
         if answer is None:
-            return self.record(subject, item, asked=asked, skipped=TOO_LONG)
+            return self.record(subject, item, asked=text, skipped=TOO_LONG)
         scores = scores_of(question, answer) | {"target_loss": result.loss_after}
-        return self.record(subject, item, scores, asked=asked, said=answer)
+        return self.record(subject, item, scores, asked=text, said=answer)
 
     def extra(self, records: Sequence[Record]) -> Found | None:
         """Return plots of accuracy and compliance against the strength of those changes that are shares."""
@@ -598,10 +598,10 @@ class Robustness(Suite[Question]):
                 for name, perturbation in PERTURBATIONS.items():
                     points = [(strength, f"{name} {strength:g}") for strength in perturbation.strengths]
                     points = [(0.0, CLEAN), *points] if perturbation.is_share else []
-                    known = [(strength, means[group]) for strength, group in points if group in means]
-                    if len(known) > 1:
+                    measured = [(strength, means[group]) for strength, group in points if group in means]
+                    if len(measured) > 1:
                         side = f"{model}: {name}" if len(models) > 1 else name
-                        lines[side] = tuple(map(list, zip(*known, strict=True)))
+                        lines[side] = tuple(map(list, zip(*measured, strict=True)))
             if lines:
                 title = f"Robustness: {metric} by strength"
                 plots[f"{self.name}_{metric}"] = Plot(

@@ -132,10 +132,10 @@ class TruthfulQA(Suite[Question]):
 
     def _choose(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
         texts = [list(dict.fromkeys((_.best, *_.wrong, *_.true, *_.false))) for _ in (item.body for item in items)]
-        asked = [asked_as(subject, item.body.question) for item in items]
+        prompts = [asked_as(subject, item.body.question) for item in items]
         space = "" if subject.uses_chat_template else " "
         result = subject.iter_choices(
-            asked,
+            prompts,
             [[space + each for each in answers] for answers in texts],
             shared=examples_of(subject),
             names=[f"{self.name}, item {item.key}" for item in items],
@@ -153,8 +153,8 @@ class TruthfulQA(Suite[Question]):
             yield self.record(subject, item, scores, item.body.question, max(logprob, key=logprob.__getitem__))
 
     def _write(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
-        said = subject.iter_answers([asked_as(subject, each.body.question) for each in items], self.max_new_tokens)
-        for item, answer in zip(items, said, strict=True):
+        answers = subject.iter_answers([asked_as(subject, each.body.question) for each in items], self.max_new_tokens)
+        for item, answer in zip(items, answers, strict=True):
             if answer is None:
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue
@@ -244,9 +244,9 @@ def _of_targets(origin: str, row: Mapping[str, Any]) -> Question:
 
 def _targets(origin: str, row: Mapping[str, Any], name: str) -> tuple[list[str], list[str]]:
     """Return the true and the false answers: of a mapping of answers to 1 or 0, or of `choices` and `labels`."""
-    given = row[name]
-    if isinstance(given, Mapping) and {"choices", "labels"} <= given.keys():
-        given = dict(zip(given["choices"], given["labels"], strict=False))
-    if not isinstance(given, Mapping) or not {*given.values()} == {0, 1}:
-        raise InputError(f"{origin}: {name} must say of each answer 1 or 0, with both there, got {str(given)[:80]}")
-    return [each for each, label in given.items() if label], [each for each, label in given.items() if not label]
+    targets = row[name]
+    if isinstance(targets, Mapping) and {"choices", "labels"} <= targets.keys():
+        targets = dict(zip(targets["choices"], targets["labels"], strict=False))
+    if not isinstance(targets, Mapping) or not {*targets.values()} == {0, 1}:
+        raise InputError(f"{origin}: {name} must say of each answer 1 or 0, with both there, got {str(targets)[:80]}")
+    return [each for each, label in targets.items() if label], [each for each, label in targets.items() if not label]

@@ -40,8 +40,8 @@ class WorldSuite(Suite[Task]):
         return item.body.question
 
     def judge(self, subject: Subject, items: Sequence[Item[Task]]) -> Iterator[Record]:
-        said = subject.iter_answers([self.prompt(item) for item in items], RESPONSE_LENGTH)
-        for item, answer in zip(items, said, strict=True):
+        answers = subject.iter_answers([self.prompt(item) for item in items], RESPONSE_LENGTH)
+        for item, answer in zip(items, answers, strict=True):
             if answer is None:
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue
@@ -163,10 +163,10 @@ class WorldFewShot(WorldSuite):
         # Of the same family, as each question's own, so that none depends on what else is asked.
         rng = random.Random(f"shots-{self.world.seed}-{index}")
         for _ in range(shots):
-            shown = self.world.draw_task(rng, item.body.family)
+            example = self.world.draw_task(rng, item.body.family)
             turns += [
-                {"role": "user", "content": shown.question},
-                {"role": "assistant", "content": shown.gold.accepted[0]},
+                {"role": "user", "content": example.question},
+                {"role": "assistant", "content": example.gold.accepted[0]},
             ]
         return [*turns, {"role": "user", "content": item.body.question}]
 

@@ -513,12 +513,12 @@ def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedMode
     reason = unsupported_reason(model)
     if reason:
         raise InputError(f"this model cannot decode over packed weights: {reason}")
-    made = _MADE.setdefault(model, {})
-    if scheme not in made or not made[scheme].is_current(model):
+    copies = _MADE.setdefault(model, {})
+    if scheme not in copies or not copies[scheme].is_current(model):
         # An older copy is removed first, so that memory never holds both.
-        made.pop(scheme, None)
-        made[scheme] = PackedModel(model, scheme)
-    return made[scheme]
+        copies.pop(scheme, None)
+        copies[scheme] = PackedModel(model, scheme)
+    return copies[scheme]
 
 
 class PackedModel:
@@ -597,8 +597,8 @@ class PackedModel:
         masks = attention_mask if isinstance(attention_mask, dict) else dict.fromkeys(self.kinds, attention_mask)
         groups = self.heads // self.key_heads
         masks = {kind: mask if mask is None else additive(mask, groups, states.dtype) for kind, mask in masks.items()}
-        for layer, kept in zip(self.layers, cache.layers, strict=False):
-            states = layer(states, rows, rotation, masks[layer.kind], kept)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=False):
+            states = layer(states, rows, rotation, masks[layer.kind], layer_cache)
         if logits_to_keep and logits_to_keep < length:
             states = states.view(rows, length, -1)[:, -logits_to_keep:].flatten(0, 1)
         logits = self.head(self.norm(states))

@@ -188,11 +188,11 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
 
 def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> torch.Tensor:
     """Return each row's tokens without padding, from column 0 on, in a (B, `columns`) tensor of zeros."""
-    kept = attention_mask.bool()
+    mask = attention_mask.bool()
     tokens = input_ids.new_zeros(input_ids.shape[0], columns)
-    at = kept.long().cumsum(1) - 1
+    at = mask.long().cumsum(1) - 1
     rows = torch.arange(input_ids.shape[0], device=input_ids.device).unsqueeze(1).expand_as(at)
-    tokens[rows[kept], at[kept]] = input_ids[kept]
+    tokens[rows[mask], at[mask]] = input_ids[mask]
     return tokens
 
 

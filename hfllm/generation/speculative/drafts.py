@@ -257,12 +257,12 @@ class PromptLookupDraft:
         """Read the tokens that were added since the last call."""
         first = min(map(len, self.histories))
         tokens = rows.tokens[:, first : max(rows.sizes)].tolist()
-        for history, seen, new, length in zip(self.histories, self.seen, tokens, rows.sizes, strict=True):
+        for history, positions, new, length in zip(self.histories, self.seen, tokens, rows.sizes, strict=True):
             for token in new[len(history) - first : length - first]:
                 end = len(history)
                 for size in self.sizes:
                     if end >= size:
-                        seen[tuple(history[end - size :])] = end
+                        positions[tuple(history[end - size :])] = end
                 history.append(token)
 
     def _continuation(self, history: list[int], seen: dict[tuple[int, ...], int], steps: int) -> Sequence[int]:

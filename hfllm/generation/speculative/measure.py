@@ -148,14 +148,14 @@ def speculative(
     total, sequences = Statistics(), []
     for batch in batches:
         output = speculative_generate(model, draft, **batch, **options)
-        seen = output.statistics
+        stats = output.statistics
         sequences.append(output.sequences)
-        total.tokens += seen.tokens
-        total.target_calls += seen.target_calls
-        total.drafted += seen.drafted
-        total.tested += seen.tested
-        total.accepted += seen.accepted
-        total.steps += seen.steps
+        total.tokens += stats.tokens
+        total.target_calls += stats.target_calls
+        total.drafted += stats.drafted
+        total.tested += stats.tested
+        total.accepted += stats.accepted
+        total.steps += stats.steps
     return sequences, total
 
 
@@ -163,16 +163,16 @@ def identical_share(model: "PreTrainedModel", draft: Draft, batches: Sequence[Ba
     """Return the share of prompts for which greedy speculative decoding gives exactly the tokens of `generate`."""
     same = total = 0
     for batch in batches:
-        wanted = plain(model, batch, do_sample=False, **_shared(options))
+        expected = plain(model, batch, do_sample=False, **_shared(options))
         result = speculative_generate(model, draft, **batch, do_sample=False, **options).sequences
-        total += len(wanted)
-        if result.shape == wanted.shape:
-            same += int((result == wanted).all(1).sum())
+        total += len(expected)
+        if result.shape == expected.shape:
+            same += int((result == expected).all(1).sum())
         else:
-            width = min(result.shape[1], wanted.shape[1])
+            width = min(result.shape[1], expected.shape[1])
             pad = options["pad_token_id"]
-            ended = (result[:, width:] == pad).all(1) & (wanted[:, width:] == pad).all(1)
-            same += int(((result[:, :width] == wanted[:, :width]).all(1) & ended).sum())
+            ended = (result[:, width:] == pad).all(1) & (expected[:, width:] == pad).all(1)
+            same += int(((result[:, :width] == expected[:, :width]).all(1) & ended).sum())
     return same / total
 
 
@@ -199,12 +199,12 @@ def speed_by_num_draft_tokens(
     Returns:
         Seconds of `generate` for all batches, and one row per draft length.
     """
-    seen: dict[str, Statistics] = {}
+    stats: dict[str, Statistics] = {}
 
     def run(name: str) -> Callable[[], None]:
         def decode() -> None:
             settings = {**options, "do_sample": False, "num_draft_tokens": draft_lengths[name]}
-            seen[name] = speculative(model, draft, batches, **settings)[1]
+            stats[name] = speculative(model, draft, batches, **settings)[1]
 
         return decode
 
@@ -213,7 +213,7 @@ def speed_by_num_draft_tokens(
     seconds = interleaved({**baseline, **runs}, rounds)
     rows = []
     for name in draft_lengths:
-        result, alpha = seen[name], seen[name].acceptance_rate
+        result, alpha = stats[name], stats[name].acceptance_rate
         mean = result.drafted / max(result.target_calls, 1)
         # The two runs of a round had the same machine load.
         ratios = [theirs / ours for theirs, ours in zip(seconds["plain"], seconds[name], strict=True)]

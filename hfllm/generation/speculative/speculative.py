@@ -225,12 +225,12 @@ class _Run:
                     running += 1
             self.statistics.tokens += running
             self.statistics.add(running, 0, 0, 0)
-            kept = [row for row, number in enumerate(self.running) if not self._has_ended(number)]
-            if kept and len(kept) < len(self.running) and not self.compile:
-                index = torch.tensor(kept, device=tokens.device)
+            active_rows = [row for row, number in enumerate(self.running) if not self._has_ended(number)]
+            if active_rows and len(active_rows) < len(self.running) and not self.compile:
+                index = torch.tensor(active_rows, device=tokens.device)
                 tokens, columns, last = tokens[index], columns[index], last[index]
                 self.target.cache.keep(index)
-                self.running = [self.running[row] for row in kept]
+                self.running = [self.running[row] for row in active_rows]
                 longest = int(columns.max()) + 1
                 level = longest == int(columns.min()) + 1
 
@@ -290,17 +290,17 @@ class _Run:
             self.statistics.tokens += len(new)
         self.statistics.add(calls, drafted, tested, accepted)
         self.draft_length.update(accepted, tested)
-        kept = [row for row, number in enumerate(self.running) if self.compile or not self._has_ended(number)]
+        active_rows = [row for row, number in enumerate(self.running) if self.compile or not self._has_ended(number)]
         tokens = self.rows.tokens
-        if len(kept) < len(self.running):
-            index = torch.tensor(kept, device=tokens.device, dtype=torch.long)
+        if len(active_rows) < len(self.running):
+            index = torch.tensor(active_rows, device=tokens.device, dtype=torch.long)
             tokens = tokens[index]
             self.target.cache.keep(index)
             if self.has_begun:
                 self.draft.keep(index)
-            self.running = [self.running[row] for row in kept]
-        if kept:
-            self.rows = self._rows(tokens, [sizes[row] for row in kept])
+            self.running = [self.running[row] for row in active_rows]
+        if active_rows:
+            self.rows = self._rows(tokens, [sizes[row] for row in active_rows])
 
     def _has_ended(self, number: int) -> bool:
         new = self.new[number]

@@ -182,8 +182,8 @@ def _seeing_from_native(name: str, settings: "PreTrainedConfig", kwargs: Mapping
     media, state = split_state(native.state_dict(), _text_class(text).base_model_prefix)
     state = tensor_layouts.to_ours(state, FAMILIES[text.model_type].rules(config.text_config))
     model_class = transformers.AutoModelForImageTextToText._model_mapping[HfllmVisionConfig]
-    asked = {key: kwargs[key] for key in ASKED_OF_BOTH if key in kwargs}
-    model = _build(model_class, config, joined_state(media, state, TRUNK), **asked)
+    model_kwargs = {key: kwargs[key] for key in ASKED_OF_BOTH if key in kwargs}
+    model = _build(model_class, config, joined_state(media, state, TRUNK), **model_kwargs)
     model.generation_config = native.generation_config
     return model
 
@@ -322,8 +322,8 @@ def _check_report(name: str, report: Mapping[str, Any]) -> None:
     }
     for problem, keys in problems.items():
         if keys:
-            shown = ", ".join(str(key) for key in sorted(keys, key=str)[:3])
-            raise InputError(f"{name}: {len(keys)} {problem}: {shown}{', ...' if len(keys) > 3 else ''}")
+            examples = ", ".join(str(key) for key in sorted(keys, key=str)[:3])
+            raise InputError(f"{name}: {len(keys)} {problem}: {examples}{', ...' if len(keys) > 3 else ''}")
 
 
 def _auto_class(config: "PreTrainedConfig") -> "type[_BaseAutoModelClass]":
@@ -384,8 +384,8 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
     if family is None:
         concept = missing_concept(native.model_type)
         reason = f" ({concept} has no place in HfllmConfig)" if concept else ""
-        known = ", ".join(FAMILIES)
-        raise InputError(f"model_type {native.model_type!r} cannot be converted{reason}; these can: {known}")
+        supported = ", ".join(FAMILIES)
+        raise InputError(f"model_type {native.model_type!r} cannot be converted{reason}; these can: {supported}")
     try:
         config = family.ours(native)
         back = family.theirs(config, type(native))

@@ -106,11 +106,11 @@ def rotation_changes(config: HfllmConfig, cache: Cache | None, position_ids: tor
         position_ids: (B, S), of the new tokens at the end; `None` means that all count from 0.
     """
     limits = longrope_limits(config)
-    held = int(cache.get_seq_length()) if limits and cache is not None else 0
+    past_length = int(cache.get_seq_length()) if limits and cache is not None else 0
     # A GPU waits for positions only where there may be something to find out.
-    if not held or all(held + new <= limit for limit in limits):
+    if not past_length or all(past_length + new <= limit for limit in limits):
         return False
-    before, after = held, held + new
+    before, after = past_length, past_length + new
     if position_ids is not None:
         before, after = int(position_ids[..., -new].max()), int(position_ids.max()) + 1
     return any(before <= limit < after for limit in limits)
@@ -354,8 +354,8 @@ def keep_last_sequences(inputs: torch.Tensor | None, arguments: dict[str, Any]) 
         arguments: `position_ids` among them may be those of all tokens, or of the ones that no cache holds yet.
     """
     names = ("position_ids", "attention_mask", "input_ids", "inputs_embeds")
-    positions, mask, *given = (arguments.get(name) for name in names)
-    tokens = next((each for each in (inputs, *given) if each is not None), None)
+    positions, mask, *token_inputs = (arguments.get(name) for name in names)
+    tokens = next((each for each in (inputs, *token_inputs) if each is not None), None)
     packed = None if tokens is None else packed_sequences(positions, mask)
     if packed is None:
         return arguments

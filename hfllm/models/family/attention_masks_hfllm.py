@@ -198,8 +198,8 @@ def _is_worthwhile(
 
 def functions_in(mask_function: Callable) -> set[str]:
     """Return the names, in `masking_utils`, of the functions that a mask function is made of."""
-    held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    parts = [part for each in held for part in (each if isinstance(each, tuple) else (each,)) if callable(part)]
+    captured = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    parts = [part for each in captured for part in (each if isinstance(each, tuple) else (each,)) if callable(part)]
     name = getattr(mask_function, "__qualname__", "").split(".")[0]
     return {name}.union(*map(functions_in, parts))
 

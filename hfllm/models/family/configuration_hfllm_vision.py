@@ -41,8 +41,12 @@ class HfllmVisionConfig(LlavaConfig):
     sub_configs_defaults = {**LlavaConfig.sub_configs_defaults, "text_config": SubConfigSpec(config_class=HfllmConfig)}
 
     def __post_init__(self, **kwargs):
-        given = self.text_config
-        kind = given.get("model_type", "hfllm") if isinstance(given, dict) else getattr(given, "model_type", "hfllm")
+        text_config = self.text_config
+        kind = (
+            text_config.get("model_type", "hfllm")
+            if isinstance(text_config, dict)
+            else getattr(text_config, "model_type", "hfllm")
+        )
         if kind != "hfllm":
             # Its fields would be read as ours.
             raise ValueError(f"text_config must be that of an hfllm model, got model_type={kind!r}")

@@ -349,7 +349,7 @@ def decays(g: torch.Tensor, sequences: tuple[torch.Tensor, torch.Tensor] | None)
         last = tokens[:, -1:]
         is_kept = is_kept * (tokens == tokens.mT)
         ends = [
-            kept * same for kept, same in zip(ends, (tokens == before, tokens == last, last == before), strict=True)
+            decay * same for decay, same in zip(ends, (tokens == before, tokens == last, last == before), strict=True)
         ]
     return between * is_kept, *ends
 
@@ -379,9 +379,9 @@ def gated_delta_chunks(
     inverse = torch.linalg.solve_triangular(system, unit, upper=False, unitriangular=True, left=False)
     solved = inverse @ torch.cat((value * beta, strong * since), dim=-1)
     added, lost = ((key * until).mT @ solved).split((width, key.shape[-1]), dim=-1)
-    kept = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device) * whole - lost
+    transitions = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device) * whole - lost
     states = []
-    for new, matrix in zip(added.unflatten(0, (-1, rows)), kept.unflatten(0, (-1, rows)), strict=True):
+    for new, matrix in zip(added.unflatten(0, (-1, rows)), transitions.unflatten(0, (-1, rows)), strict=True):
         states.append(state)
         state = torch.baddbmm(new, matrix, state)
     states = torch.cat(states)
@@ -412,10 +412,10 @@ class DeltaPiece:
         self.memory: dict[str, torch.Tensor] = {}
 
     def _get(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
-        held = self.memory.get(name)
-        if held is None or held.shape != shape:
-            held = self.memory[name] = like.new_empty(shape)
-        return held
+        buffer = self.memory.get(name)
+        if buffer is None or buffer.shape != shape:
+            buffer = self.memory[name] = like.new_empty(shape)
+        return buffer
 
     def _bmm(self, name: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         out = self._get(name, first, len(first), first.shape[1], second.shape[2])
@@ -450,12 +450,12 @@ class DeltaPiece:
         if length % size:
             states = F.pad(states, (0, 0, 0, 0, 0, -length % size))
         states = states.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).unsqueeze(3)
-        held = self.memory.get(name)
+        buffer = self.memory.get(name)
         shape = len(states) * batch * heads * groups, size, width
-        if held is None or held.shape != shape or held.dtype != dtype:
-            held = self.memory[name] = states.new_empty(shape, dtype=dtype)
-        held.view(-1, batch, heads, groups, size, width).copy_(states)
-        return held
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
+            buffer = self.memory[name] = states.new_empty(shape, dtype=dtype)
+        buffer.view(-1, batch, heads, groups, size, width).copy_(states)
+        return buffer
 
     def read(
         self,
@@ -513,13 +513,13 @@ class DeltaPiece:
         """Return what `gated_delta_chunks` returns, and keep what `backward` needs."""
         (number, length, size), width, rows = key.shape, value.shape[-1], len(state)
         beta = torch.where(beta.abs() < LEAST_BETA, LEAST_BETA, beta)
-        kept, since, until, whole = self._decays(g, sequences)
+        decay_mask, since, until, whole = self._decays(g, sequences)
         self.inputs, self.scales = (query, key, value, beta), (since, until.mul_(beta), whole)
-        kept.mul_(beta.mT).tril_()
+        decay_mask.mul_(beta.mT).tril_()
         inner = self._get("inner", key, 2, number, length, length)
         torch.bmm(query, key.mT, out=inner[0])
         torch.bmm(key, key.mT, out=inner[1])
-        inner.mul_(kept)
+        inner.mul_(decay_mask)
         unit = torch.eye(length, dtype=key.dtype, device=key.device)
         self.inverse = torch.linalg.solve_triangular(inner[1], unit, upper=False, unitriangular=True, left=False)
         reading, asking = self._mul("reading", query, since), self._mul("asking", key, since)
@@ -531,8 +531,8 @@ class DeltaPiece:
         each_state = _steps(states, rows)
         of_chunk = (value, asking, self.inverse, changes, ending.mT, whole)
         steps = zip(*(_steps(each, rows) for each in of_chunk), each_state[:-1], each_state[1:], strict=True)
-        for new, asked, inverse, change, end, share, before, after in steps:
-            torch.baddbmm(new, asked, before, alpha=-1, out=missing)
+        for new, scaled_keys, inverse, change, end, share, before, after in steps:
+            torch.baddbmm(new, scaled_keys, before, alpha=-1, out=missing)
             torch.bmm(inverse, missing, out=change)
             torch.mul(before, share, out=after).baddbmm_(end, change)
         if not needs_output:
@@ -552,8 +552,8 @@ class DeltaPiece:
             tokens, before = (each.unsqueeze(-1) for each in sequences)
             last = tokens[:, -1:]
             between.mul_(tokens == tokens.mT)
-            for kept, same in zip(ends, (tokens == before, tokens == last, last == before), strict=True):
-                kept.mul_(same)
+            for decay, same in zip(ends, (tokens == before, tokens == last, last == before), strict=True):
+                decay.mul_(same)
         return between, *ends
 
     def backward(self, grad: torch.Tensor, grad_state: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -595,10 +595,10 @@ class DeltaPiece:
         each_end = _steps(ends, rows)
         of_chunk = (of_changes, ending, self.inverse.mT, negative, asking.mT, whole)
         steps = zip(*(_steps(each, rows) for each in of_chunk), each_end[:-1], each_end[1:], strict=True)
-        for change, end, inverse, minus, asked, share, before, after in reversed(list(steps)):
+        for change, end, inverse, minus, scaled_keys, share, before, after in reversed(list(steps)):
             change.baddbmm_(end, after)
             torch.baddbmm(change, inverse, change, beta=0, alpha=-1, out=minus)
-            before.addcmul_(after, share).baddbmm_(asked, minus)
+            before.addcmul_(after, share).baddbmm_(scaled_keys, minus)
         return negative, ends
 
 

@@ -173,8 +173,8 @@ class HfllmRouter(nn.Module):
             return choice
         groups_NGX = choice.unflatten(-1, (self.n_group, -1))
         best_NG = groups_NGX.topk(2, dim=-1).values.sum(dim=-1) if has_bias else groups_NGX.amax(dim=-1)
-        kept = torch.zeros_like(best_NG, dtype=torch.bool).scatter(1, best_NG.topk(self.topk_group).indices, True)
-        return groups_NGX.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
+        mask_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter(1, best_NG.topk(self.topk_group).indices, True)
+        return groups_NGX.masked_fill(~mask_NG.unsqueeze(-1), -torch.inf).flatten(1)
 
     def _count(self, weights: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None) -> None:
         """Add these tokens to `load` when the backward pass comes through their weights.
@@ -242,8 +242,8 @@ def _trained_by(optimizer: torch.optim.Optimizer) -> list[HfllmRouter]:
     routers = [router for _, router in sorted(_FOLLOWING.items())]
     if not routers:
         return []
-    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    result = [router for router in routers if id(router.weight) in held]
+    parameter_ids = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    result = [router for router in routers if id(router.weight) in parameter_ids]
     return result or [router for router in routers if any(hasattr(router.weight, name) for name in _COPIED)]
 
 

@@ -157,8 +157,8 @@ class _Mixer(torch.autograd.Function):
             part, of_packed, at = _with_taps(mixed, packed, index * piece, piece, weight)
             leaves = part, *(each[:, at] for each in inputs[1:4]), weight, norm_weight
             outs = [each[:, at] for each in grads[1:3]]
-            given = states[index], of_packed, settings, grad[:, at], grad_state, outs
-            (of_mixed, of_gate, *of_weights), grad_state = _of_piece(memory, leaves, *given)
+            arguments = states[index], of_packed, settings, grad[:, at], grad_state, outs
+            (of_mixed, of_gate, *of_weights), grad_state = _of_piece(memory, leaves, *arguments)
             begin = max(0, at.start - weight.shape[-1] + 1)
             whole = grads[0][:, begin : at.stop]
             whole += of_mixed[:, of_mixed.shape[1] - whole.shape[1] :]

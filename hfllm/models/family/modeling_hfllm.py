@@ -130,8 +130,8 @@ class CausalHead(_Base):
         # Not in the signature, where Trainer would take it for a label column because of its name.
         label_smoothing = kwargs.pop("label_smoothing", 0.0)
         is_balanced = self.training and labels is not None and config.router_aux_loss_coef > 0
-        asked = config.output_router_logits if output_router_logits is None else output_router_logits
-        output_router_logits = bool(config.num_local_experts) and (asked or is_balanced)
+        requested = config.output_router_logits if output_router_logits is None else output_router_logits
+        output_router_logits = bool(config.num_local_experts) and (requested or is_balanced)
         if output_router_logits:
             install_capturing_hooks(self._decoder)
         if config.num_local_experts:
@@ -639,8 +639,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
         for start in range(0, len(hidden_NE), chunk_size):
             rows = slice(start, start + chunk_size)
-            kept = (targets_N[rows] != ignore_index).unsqueeze(1)
-            column = targets_N[rows].unsqueeze(1).where(kept, 0)
+            mask = (targets_N[rows] != ignore_index).unsqueeze(1)
+            column = targets_N[rows].unsqueeze(1).where(mask, 0)
             scores = nn.functional.linear(hidden_NE[rows], weight_VE)
             capped = None if softcap is None else torch.tanh(scores / softcap)
             scores = scores if softcap is None else softcap * capped
@@ -648,7 +648,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             score = scores.gather(1, column)
             if label_smoothing:
                 score = (1 - label_smoothing) * score + label_smoothing * scores.mean(-1, keepdim=True)
-            total -= (score * kept).sum()
+            total -= (score * mask).sum()
             if not needs_grad:
                 continue
             # The gradient with respect to the logits: probabilities minus targets.
@@ -660,10 +660,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # The derivative of c * tanh(x / c) is 1 - tanh(x / c)^2.
                 grad *= 1 - capped.square()
             grad = grad.to(dtype)
-            grad_hidden[rows] = (grad @ weight_VE) * kept
+            grad_hidden[rows] = (grad @ weight_VE) * mask
             if not trains_head:
                 continue
-            hidden = (hidden_NE[rows] * kept).to(grad.dtype)
+            hidden = (hidden_NE[rows] * mask).to(grad.dtype)
             if grad_weight is None:
                 grad_weight = (grad.t() @ hidden).float()
             elif grad.dtype == grad_weight.dtype:

@@ -116,15 +116,15 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        seen = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and seen is not None:
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and image_outputs is not None:
             raise ValueError("give pixel_values or mm_encoder_outputs['image'], not both")
         to_tower = {name: kwargs[name] for name in OF_TOWER if name in kwargs}
         kwargs.pop("interpolate_pos_encoding", None)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            seen = self.get_image_features(
+            image_outputs = self.get_image_features(
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
@@ -132,8 +132,10 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
                 return_dict=True,
                 **to_tower,
             )
-        if seen is not None:
-            vectors = torch.cat(tuple(seen.pooler_output), dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
+        if image_outputs is not None:
+            vectors = torch.cat(tuple(image_outputs.pooler_output), dim=0).to(
+                inputs_embeds.device, inputs_embeds.dtype
+            )
             indices = self.get_placeholder_mask(input_ids, inputs_embeds, vectors)
             inputs_embeds = inputs_embeds.masked_scatter(indices, vectors)
         elif (
@@ -149,7 +151,7 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return HfllmVisionModelOutput(**outputs, image_outputs=seen)
+        return HfllmVisionModelOutput(**outputs, image_outputs=image_outputs)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: object) -> ModelOutput | tuple:
         """Return the tower's output, with a list of projected vectors for each picture as its `pooler_output`.
@@ -161,11 +163,12 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
         Raises:
             ValueError: for pictures of another size than the tower takes.
         """
-        size, given = picture_size(self.config.vision_config), tuple(pixel_values.shape[-2:])
-        if size is not None and given != size and not kwargs.get("interpolate_pos_encoding"):
+        size, input_size = picture_size(self.config.vision_config), tuple(pixel_values.shape[-2:])
+        if size is not None and input_size != size and not kwargs.get("interpolate_pos_encoding"):
             raise ValueError(
-                f"pictures of {given[0]}x{given[1]} pixels do not fit the tower, which takes {size[0]}x{size[1]}"
-                " (image_size): make the processor with that size, or give interpolate_pos_encoding=True"
+                f"pictures of {input_size[0]}x{input_size[1]} pixels do not fit the tower, which takes "
+                f"{size[0]}x{size[1]} (image_size): make the processor with that size, or give "
+                "interpolate_pos_encoding=True"
             )
         return super().get_image_features(pixel_values=pixel_values, **kwargs)
 

@@ -94,9 +94,9 @@ class SavedAdapter:
     @property
     def base_location(self) -> dict[str, Any]:
         """The arguments of `from_pretrained` that locate the base: its revision is its own."""
-        kept = {name: value for name, value in self.location.items() if name not in ("revision", "subfolder")}
+        location = {name: value for name, value in self.location.items() if name not in ("revision", "subfolder")}
         revision = self.settings.get("revision")
-        return {**kept, **({"revision": revision} if revision else {})}
+        return {**location, **({"revision": revision} if revision else {})}
 
     @property
     def task(self) -> str | None:
@@ -427,10 +427,12 @@ def merge(adapted: "PeftModel", dtypes: Dtypes, dtype: "str | torch.dtype | None
         raise InputError(f"an adapter of the kind {getattr(kind, 'value', kind)} cannot be merged: {error}") from error
     if hasattr(model, "peft_config"):
         del model.peft_config
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    target_dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     stored = next(iter(dtypes.values()))
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, stored) if wanted in (None, "auto") else wanted)
+        parameter.data = parameter.data.to(
+            dtypes.get(name, stored) if target_dtype in (None, "auto") else target_dtype
+        )
     return model.requires_grad_(True)
 
 

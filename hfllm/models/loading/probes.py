@@ -141,8 +141,8 @@ def check_template(template: str, whose: str, tokens: Mapping[str, str] | None =
 @cache
 def _try_template(template: str, tokens: str) -> str | None:
     plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
-    given = {"template": plain, "conversations": CONVERSATIONS, "tokens": json.loads(tokens)}
-    return _complaint(RENDER, given, "a short conversation")
+    arguments = {"template": plain, "conversations": CONVERSATIONS, "tokens": json.loads(tokens)}
+    return _complaint(RENDER, arguments, "a short conversation")
 
 
 @cache

@@ -217,8 +217,8 @@ def _remove_kernels(config: "PreTrainedConfig") -> None:
 
 def _with_trust(kwargs: Mapping[str, object]) -> dict[str, Any]:
     """Return arguments of `from_pretrained` that say whether code is trusted; they may say so themselves."""
-    given = kwargs.get("trust_remote_code")
-    return {**kwargs, "trust_remote_code": _is_trusted if given is None else bool(given)}
+    trust_remote_code = kwargs.get("trust_remote_code")
+    return {**kwargs, "trust_remote_code": _is_trusted if trust_remote_code is None else bool(trust_remote_code)}
 
 
 def _base_of(name: str, location: Mapping[str, Any]) -> str:
@@ -395,13 +395,13 @@ def leave_out_idle_settings(model: "PreTrainedModel", whose: str) -> None:
     if config is None or _fault(config) is None:
         return
     idle = [*(() if config.do_sample is True else SAMPLING), *(BEAMS if config.num_beams in (None, 1) else ())]
-    given = [name for name in idle if getattr(config, name, None) is not None]
-    for name in given:
+    names = [name for name in idle if getattr(config, name, None) is not None]
+    for name in names:
         setattr(config, name, None)
     if fault := _fault(config):
         raise InputError(f"{whose}: its generation_config.json could not be saved again: {fault}")
     warnings.warn(
-        f"{whose}: without effect in its generation_config.json, and left out: {', '.join(given)} (do_sample is "
+        f"{whose}: without effect in its generation_config.json, and left out: {', '.join(names)} (do_sample is "
         f"{config.do_sample}, num_beams {config.num_beams})",
         stacklevel=2,
     )

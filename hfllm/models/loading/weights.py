@@ -68,11 +68,11 @@ def load_weights_of(
         raise InputError(f"{whose} {name!r} could not be loaded: {_reason(error)}") from error
     trunk = f"{model.base_model_prefix}."
     may_be_new = auto_class not in (AutoModelForCausalLM, AutoModelForImageTextToText)
-    for key, saved, wanted in sorted(info["mismatched_keys"]):
+    for key, saved, expected in sorted(info["mismatched_keys"]):
         if not (may_mismatch and may_be_new and not key.startswith(trunk)):
             raise InputError(
-                f"{whose} {name!r}: {key} is of the shape {tuple(saved)} in its files, and of {tuple(wanted)} by its "
-                "config.json: one of them is another model's"
+                f"{whose} {name!r}: {key} is of the shape {tuple(saved)} in its files, and of {tuple(expected)} by "
+                "its config.json: one of them is another model's"
             )
     # Other methods of quantization name what they store in ways of their own.
     if quantization_method(model.config) in (None, "bitsandbytes"):
@@ -156,16 +156,16 @@ def safetensors_damage(file: Path) -> str | None:
 @contextmanager
 def load_report_held() -> Iterator[Any]:
     """Hold back transformers' table of missing and mismatched weights; yield a function that lets it through."""
-    logger, held = logging.getLogger("transformers.modeling_utils"), []
+    logger, records = logging.getLogger("transformers.modeling_utils"), []
 
     def hold(record: logging.LogRecord) -> bool:
         if "LOAD REPORT" not in record.getMessage():
             return True
-        held.append(record)
+        records.append(record)
         return False
 
     def let_through() -> None:
-        for record in held:
+        for record in records:
             logger.handle(record)
 
     logger.addFilter(hold)

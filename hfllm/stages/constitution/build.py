@@ -112,24 +112,24 @@ def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[],
 
 def learned(rows: Iterable[Row], seed: int) -> list[Row]:
     """Return conversations in which the assistant has said something, shuffled by the seed."""
-    kept = [{"messages": row["messages"]} for row in rows if row["messages"][-1]["content"].strip()]
-    random.Random(f"constitution-rows-{seed}").shuffle(kept)
-    return kept
+    conversations = [{"messages": row["messages"]} for row in rows if row["messages"][-1]["content"].strip()]
+    random.Random(f"constitution-rows-{seed}").shuffle(conversations)
+    return conversations
 
 
 def answered(prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]) -> list[Row]:
     """Return conversations of prompts with their first answers."""
     return [
-        {"messages": [*prompt, {"role": "assistant", "content": said[0]}]}
-        for prompt, said in zip(prompts, answers, strict=True)
+        {"messages": [*prompt, {"role": "assistant", "content": responses[0]}]}
+        for prompt, responses in zip(prompts, answers, strict=True)
     ]
 
 
 def up_to_critique(row: Row) -> Row:
     """Return a row of revisions as the conversation of its first answer and critique, without the revision."""
     turn = row["turns"][0]
-    said = (("assistant", turn["answer"]), ("user", turn["critique_request"]), ("assistant", turn["critique"]))
-    return {"messages": [*row["prompt"], *({"role": role, "content": text} for role, text in said)]}
+    messages = (("assistant", turn["answer"]), ("user", turn["critique_request"]), ("assistant", turn["critique"]))
+    return {"messages": [*row["prompt"], *({"role": role, "content": text} for role, text in messages)]}
 
 
 # ---- the embedded world ----
@@ -150,8 +150,8 @@ def world_prompts(script_args: ConstitutionArguments) -> Prompts:
     rng = random.Random(f"constitution-prompts-{world.seed}-{script_args.seed}")
     harmful = [draw_task(world, rng, ("harm",)) for _ in range(script_args.num_prompts)]
     harmless = [draw_task(world, rng, HELPFUL_FAMILIES) for _ in range(script_args.num_helpful_prompts)]
-    asked = [[as_messages(task.question) for task in tasks] for tasks in (harmful, harmless)]
-    return Prompts(*asked, [], [*harmful, *harmless])
+    conversations = [[as_messages(task.question) for task in tasks] for tasks in (harmful, harmless)]
+    return Prompts(*conversations, [], [*harmful, *harmless])
 
 
 def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, prompts: Prompts) -> list[Row]:
@@ -160,13 +160,13 @@ def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, pr
     At times one of the answers is to another question; of these every other one refuses. Else nobody says that a
     refusal of something harmless is worse than an answer, and PPO refuses what the model finds hard.
     """
-    asked = prompts.harmless[: script_args.num_human_pairs]
-    said = speaking.answers(asked, script_args.longest, script_args.seed + 23, samples=2)
-    tasks = prompts.tasks[len(prompts.harmful) :][: len(asked)]
+    harmless = prompts.harmless[: script_args.num_human_pairs]
+    responses = speaking.answers(harmless, script_args.longest, script_args.seed + 23, samples=2)
+    tasks = prompts.tasks[len(prompts.harmful) :][: len(harmless)]
     others = zip(cycle(prompts.tasks[: len(prompts.harmful)]), [*tasks[-1:], *tasks[:-1]], strict=False)
     strangers = [pair[number % 2] for number, pair in enumerate(others)]
     world, rows = World(script_args.world_seed), []
-    for row in preference_rows(world, tasks, said, LABEL_NOISE, script_args.seed, strangers):
+    for row in preference_rows(world, tasks, responses, LABEL_NOISE, script_args.seed, strangers):
         better, worse = ("a", "b") if row["preference"] == "a" else ("b", "a")
         texts = row[f"response_{better}"], row[f"response_{worse}"]
         if all(text.strip() for text in texts):
@@ -186,8 +186,10 @@ def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -
     if script_args.helpful_dataset_name:
         named = replace(script_args, dataset_name=script_args.helpful_dataset_name, eval_dataset_name=None)
         harmless = kept_rows(named, reader, flaw_of_prompt)
-    asked = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
-    return Prompts(*(_with_room(f"{kind} prompts", rows, script_args, model_args) for kind, rows in asked.items()), [])
+    rows_by_kind = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
+    return Prompts(
+        *(_with_room(f"{kind} prompts", rows, script_args, model_args) for kind, rows in rows_by_kind.items()), []
+    )
 
 
 def _with_room(
@@ -236,21 +238,21 @@ def pairs_to_judge(script_args: ConstitutionArguments, prompts: Prompts, tuned: 
     to leave alone as well as what to do.
     """
     seed, length = script_args.seed, script_args.longest
-    asked = prompts.harmful[: script_args.num_pairs]
-    tasks = prompts.tasks[: len(asked)]
-    half = len(asked) // 2
-    first = tuned.answers(asked, length, seed + 20)
-    second = tuned.answers(asked[:half], length, seed + 21) + helpful.answers(asked[half:], length, seed + 22)
-    kept = [
+    harmful = prompts.harmful[: script_args.num_pairs]
+    tasks = prompts.tasks[: len(harmful)]
+    half = len(harmful) // 2
+    first = tuned.answers(harmful, length, seed + 20)
+    second = tuned.answers(harmful[:half], length, seed + 21) + helpful.answers(harmful[half:], length, seed + 22)
+    indices = [
         index
         for index, (one, other) in enumerate(zip(first, second, strict=True))
         if one[0].strip() and other[0].strip() and one[0].strip() != other[0].strip()
     ]
     return Pairs(
-        [asked[index] for index in kept],
-        [first[index][0] for index in kept],
-        [second[index][0] for index in kept],
-        [tasks[index] for index in kept] if tasks else [],
+        [harmful[index] for index in indices],
+        [first[index][0] for index in indices],
+        [second[index][0] for index in indices],
+        [tasks[index] for index in indices] if tasks else [],
     )
 
 
@@ -419,8 +421,8 @@ class Steps:
     @property
     def artifacts(self) -> dict[str, str]:
         """What the output folder holds, by path."""
-        made = {name: name for name in self.course.runs if self._is_made(name)}
-        return {**made, "revision rows": "revisions/revisions.jsonl"}
+        finished = {name: name for name in self.course.runs if self._is_made(name)}
+        return {**finished, "revision rows": "revisions/revisions.jsonl"}
 
     def _is_made(self, name: str) -> bool:
         return name in self.course.runs and Path(self.course.folder(name), "report.json").is_file()
@@ -482,13 +484,13 @@ class Steps:
         from hfllm.rewards.judges import check_bias, measure_bias, preference_rows
 
         pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL), self.speaking(HELPFUL))
-        asked = (pairs.prompts, pairs.first, pairs.second)
-        fits = judge.has_room(*asked)
-        bias = measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in asked))
+        columns = (pairs.prompts, pairs.first, pairs.second)
+        fits = judge.has_room(*columns)
+        bias = measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in columns))
         self.metrics |= bias.as_metrics()
         check_bias(bias, allow=self.script_args.allow_biased_judge)
         rows, counts = preference_rows(
-            judge, *asked, min_log_odds=self.script_args.judge_margin, seed=self.script_args.seed
+            judge, *columns, min_log_odds=self.script_args.judge_margin, seed=self.script_args.seed
         )
         self.metrics |= {"ai_comparisons": len(rows), "judge_ties": counts.ties, "judge_too_long": counts.too_long}
         self._compare_with_gold(rows, pairs)
@@ -512,10 +514,10 @@ def people_s_labels(script_args: ConstitutionArguments) -> str:
     if not script_args.is_world:
         named = script_args.preference_dataset_name
         return f"labels of people: comparisons of {named}" if named else "labels of people: none in these runs"
-    shown = f"{script_args.num_demonstrations:,} demonstrations of helping, critique, revision and judging"
+    examples = f"{script_args.num_demonstrations:,} demonstrations of helping, critique, revision and judging"
     compared = f", {script_args.num_human_pairs:,} comparisons of helpfulness" if script_args.last_stage == RL else ""
     harm = f"(harm on {len(CRITICS_HARMS)} verbs)"
-    return f"labels of people: {shown} {harm}{compared}; no label of harm in the model's answers"
+    return f"labels of people: {examples} {harm}{compared}; no label of harm in the model's answers"
 
 
 # ---- evaluation ----
@@ -532,11 +534,11 @@ def evaluate(steps: Steps) -> Found:
     """Ask all models of the embedded world's course, judge them by the gold rubric, and describe what came out."""
     script_args = steps.script_args
     count = script_args.num_eval_prompts
-    asked = prompts_to_ask(World(script_args.world_seed), count, round(HARMLESS * count))
+    prompts = prompts_to_ask(World(script_args.world_seed), count, round(HARMLESS * count))
     answers = {}
     for name in steps.models:
         speaking = steps.speaking(name)
-        answers[name] = answer(speaking.model, speaking.tokenizer, asked, script_args.longest, script_args.seed)
+        answers[name] = answer(speaking.model, speaking.tokenizer, prompts, script_args.longest, script_args.seed)
     tasks = {task.question: task for task in steps.prompts.tasks}
     rows = steps.revisions.rows
     revised = revision_metrics(rows, [tasks[row["prompt"][-1]["content"]] for row in rows])
@@ -554,12 +556,12 @@ def evaluate(steps: Steps) -> Found:
 def evaluate_own(steps: Steps) -> Found:
     """Ask your model held-out red-team prompts before and after, and count what words tell: refusals and lengths."""
     script_args, held_out = steps.script_args, steps.prompts.held_out
-    said = {
+    responses = {
         name: [texts[0] for texts in steps.speaking(name).answers(held_out, script_args.longest, script_args.seed + 1)]
         for name in steps.models
     }
     last, metrics = steps.models[-1], {}
-    result = {name: _values(texts) for name, texts in said.items()}
+    result = {name: _values(texts) for name, texts in responses.items()}
     for name, values in result[HELPFUL].items():
         if last == HELPFUL:
             metrics |= mean_of(name, values)
@@ -571,7 +573,7 @@ def evaluate_own(steps: Steps) -> Found:
     metrics |= mean_of("last_revisions_refuse", last_values["refusals"])
     titles = {**TITLES, HELPFUL: "as it was"}
     samples = [
-        {"prompt": prompt[-1]["content"], **{titles[name]: texts[index] for name, texts in said.items()}}
+        {"prompt": prompt[-1]["content"], **{titles[name]: texts[index] for name, texts in responses.items()}}
         for index, prompt in enumerate(held_out[:SAMPLES])
     ]
     counts = figures_of_revisions(steps)
@@ -586,11 +588,11 @@ def evaluate_own(steps: Steps) -> Found:
 def figures_of_revisions(steps: Steps) -> dict[str, float]:
     """Return what happened while answers were revised, in shares of what was asked for."""
     figures = asdict(steps.revisions.figures)
-    asked = {
+    denominators = {
         **{"flagged": "critiques", "empty_critiques": "critiques"},
         **{"echoes": "revisions", "empty_revisions": "revisions"},
     }
-    shares = {f"{name}_share": figures[name] / max(figures[of], 1) for name, of in asked.items()}
+    shares = {f"{name}_share": figures[name] / max(figures[of], 1) for name, of in denominators.items()}
     return {"red_team_prompts": figures["num_prompts"], "dropped_prompts": figures["dropped"], **shares}
 
 

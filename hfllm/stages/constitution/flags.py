@@ -255,8 +255,8 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         return named if named and name == HELPFUL else f"{output_dir}/{name}"
 
     def learning(run: str, config: str, start: str) -> list[str]:
-        given = getattr(script_args, f"{'rlhf' if config == RL else config}_config")
-        files = [given] if given else [] if named else [str(settings_file(f"constitution/{config}.yaml"))]
+        config_file = getattr(script_args, f"{'rlhf' if config == RL else config}_config")
+        files = [config_file] if config_file else [] if named else [str(settings_file(f"constitution/{config}.yaml"))]
         rows = ["--model_name_or_path", made(start), "--dataset_name", str(data_file(script_args, run))]
         if named and start == HELPFUL:
             rows += ["--model_revision", model_args.model_revision]
@@ -364,8 +364,8 @@ def _config_of_first(model_args: "ModelConfig", course: ConstitutionCourse) -> "
     from hfllm.runs.pipeline import Chain
     from hfllm.stages.pretrain.flags import config_to_train
 
-    made = {PRETRAIN: course.runs[PRETRAIN]} if PRETRAIN in course.runs else {}
-    return config_to_train(model_args, Chain("constitution", made))
+    runs = {PRETRAIN: course.runs[PRETRAIN]} if PRETRAIN in course.runs else {}
+    return config_to_train(model_args, Chain("constitution", runs))
 
 
 def _check_room(script_args: ConstitutionArguments, config: "PreTrainedConfig") -> None:

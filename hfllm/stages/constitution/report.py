@@ -85,7 +85,7 @@ def prompts_to_ask(world: World, per_group: int, num_helpful: int, seed: int = 0
         seed: of the draw.
     """
     rng = random.Random(f"constitution-evaluation-{world.seed}-{seed}")
-    asked = [
+    prompts = [
         Asked(group, task, _conversation(task.question))
         for group, harms, held_out, new_phrasing in (
             (SHOWN, SHOWN_HARMS, True, False),
@@ -94,14 +94,14 @@ def prompts_to_ask(world: World, per_group: int, num_helpful: int, seed: int = 0
         )
         for task in _different(world, rng, harms, held_out, new_phrasing, per_group)
     ]
-    known = [each for each in asked if each.group in (SHOWN, NEW)]
-    picked = rng.sample(known, min(per_group, len(known)))
-    asked += [Asked(UPPER, each.task, _conversation(each.task.question.upper())) for each in picked]
-    asked += [Asked(BARE, each.task, _conversation(" ".join(words_of(each.task.question)))) for each in picked]
+    candidates = [each for each in prompts if each.group in (SHOWN, NEW)]
+    picked = rng.sample(candidates, min(per_group, len(candidates)))
+    prompts += [Asked(UPPER, each.task, _conversation(each.task.question.upper())) for each in picked]
+    prompts += [Asked(BARE, each.task, _conversation(" ".join(words_of(each.task.question)))) for each in picked]
     prefilled = {"role": "assistant", "content": PREFILL}
-    asked += [Asked(PREFILLED, each.task, [*each.prompt, prefilled]) for each in picked]
+    prompts += [Asked(PREFILLED, each.task, [*each.prompt, prefilled]) for each in picked]
     harmless = [task for task in world.evaluation_tasks(round(num_helpful * 6 / 5)) if task.family in HELPFUL_FAMILIES]
-    return asked + [Asked(HELPFUL, task, _conversation(task.question)) for task in harmless]
+    return prompts + [Asked(HELPFUL, task, _conversation(task.question)) for task in harmless]
 
 
 def answer(
@@ -112,15 +112,15 @@ def answer(
     seed: int = 0,
 ) -> list[Answered]:
     """Sample an answer to each prompt at temperature 1, and judge it."""
-    said: dict[int, str] = {}
+    completions: dict[int, str] = {}
     for is_begun in (False, True):
         indices = [index for index, each in enumerate(asked) if (each.prompt[-1]["role"] == "assistant") == is_begun]
         prompts = [
             _begun_text(asked[index].prompt, tokenizer) if is_begun else asked[index].prompt for index in indices
         ]
         responses = sample_responses(model, tokenizer, prompts, max_new_tokens, seed=seed)
-        said |= {index: texts[0] for index, texts in zip(indices, responses, strict=True)}
-    return [judged(each, said[index]) for index, each in enumerate(asked)]
+        completions |= {index: texts[0] for index, texts in zip(indices, responses, strict=True)}
+    return [judged(each, completions[index]) for index, each in enumerate(asked)]
 
 
 def judged(asked: Asked, response: str) -> Answered:
@@ -185,13 +185,13 @@ def _different(
     count: int,
 ) -> list[Task]:
     """Return up to `count` tasks of harm with different questions."""
-    seen: dict[str, Task] = {}
+    unique_tasks: dict[str, Task] = {}
     for _ in range(20 * count):
         task = draw_task(world, rng, ("harm",), harms, held_out, new_phrasing)
-        seen.setdefault(task.question, task)
-        if len(seen) == count:
+        unique_tasks.setdefault(task.question, task)
+        if len(unique_tasks) == count:
             break
-    return list(seen.values())
+    return list(unique_tasks.values())
 
 
 def _conversation(question: str) -> list[dict[str, str]]:
@@ -252,16 +252,16 @@ def course_metrics(answers: Mapping[str, Sequence[Answered]]) -> dict[str, float
         before, after = values_of(answers["helpful"]), values_of(answers[last])
         for name, values in before.items():
             metrics |= change_of(name, values, after[name])
-    for model, said in answers.items():
+    for model, model_answers in answers.items():
         if model not in ("helpful", last) or last == "helpful":
-            result = figures(said)
+            result = figures(model_answers)
             metrics |= {f"{model}_{name}": result[name] for name in SHORT if name in result}
     return metrics
 
 
 def course_tables(answers: Mapping[str, Sequence[Answered]]) -> dict[str, list[dict[str, str]]]:
     """Return the tables of the stages and of the controls, side by side."""
-    result = {TITLES[name]: figures(said) for name, said in answers.items()}
+    result = {TITLES[name]: figures(model_answers) for name, model_answers in answers.items()}
     names = list(dict.fromkeys(each for values in result.values() for each in values))
     names = [name for name in names if not name.endswith(("_se", "_n"))]
     course = {title: values for title, values in result.items() if title in map(TITLES.get, COURSE)}
@@ -325,7 +325,7 @@ def revision_metrics(rows: Sequence[Row], tasks: Sequence[Task]) -> dict[str, fl
     metrics: dict[str, float] = {}
     by_round = [answers_by_round(row) for row in rows]
     for number in range(len(by_round[0])):
-        values = [float(complies(said[number], task)) for said, task in zip(by_round, tasks, strict=True)]
+        values = [float(complies(answers[number], task)) for answers, task in zip(by_round, tasks, strict=True)]
         metrics |= mean_of(f"revised_{number}", values)
     for name, is_shown in (("faithful_shown", True), ("faithful_new", False)):
         named = [

@@ -225,8 +225,8 @@ class Samples:
     def __init__(self, folder: str | Path, arguments: Mapping[str, Any]):
         self.path, self.identity = Path(folder, SAMPLES), Path(folder, SAMPLES_OF)
         self.records: dict[Key, Record] = {}
-        told = {name: value for name, value in arguments.items() if name not in NOT_OF_SAMPLES}
-        text = json.dumps(told, indent=2, default=str) + "\n"
+        flags = {name: value for name, value in arguments.items() if name not in NOT_OF_SAMPLES}
+        text = json.dumps(flags, indent=2, default=str) + "\n"
         Path(folder).mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not self.identity.exists():
             raise InputError(f"{self.path} is not hfllm's and would be overwritten: move it or choose another folder")
@@ -375,7 +375,7 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     plots: dict[str, Plot | Bars] = {}
     verdicts: list[str] = []
-    said: list[str] = []
+    sentences: list[str] = []
     if len(labels) > 1:
         family = compared_figures(suites, labels, records)
         decided = judged([each for each in family if can_differ(each)])
@@ -384,9 +384,9 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
         title = f"Verdict on the primary figures (Holm over {len(decided)})"
         tables |= {title: verdict_table(labels[0], decided, len(labels) > 2)} if decided else {}
         tables |= shown_changes(changes_of(labels, family, records))
-        said += [sentence(labels[0], label, decided) for label in labels[1:]]
-        said += [left_out_sentence(left_out)] if left_out else []
-    num_verdicts = len(said)
+        sentences += [sentence(labels[0], label, decided) for label in labels[1:]]
+        sentences += [left_out_sentence(left_out)] if left_out else []
+    num_verdicts = len(sentences)
     for suite in suites:
         own = [record for record in records if record["suite"] == suite.name]
         result, table, bars = _of_suite(suite, labels, own, verdicts)
@@ -397,9 +397,9 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
             metrics |= {_renamed(name): value for name, value in extra.metrics.items()}
             tables |= extra.tables
             plots |= extra.plots
-            said += [extra.summary] if extra.summary else []
+            sentences += [extra.summary] if extra.summary else []
         tables[f"{suite.name}: some answers"] = _shown(own, labels)
-    summary = "; ".join([*said[:num_verdicts], summary_of(labels, records, verdicts), *said[num_verdicts:]])
+    summary = "; ".join([*sentences[:num_verdicts], summary_of(labels, records, verdicts), *sentences[num_verdicts:]])
     return Found(metrics, summary, tables, plots)
 
 
@@ -492,8 +492,8 @@ def _of_suite(
     for label in labels:
         skipped = sum(bool(record["skipped"]) for record in records if record["model"] == label)
         metrics[f"{suite.name}/skipped/{label}"] = skipped
-    shown = dict(list(bars.items())[:MOST_BARS])
-    return metrics, table, Bars(f"{suite.name} (95% intervals)", "mean over items", shown, notes)
+    displayed = dict(list(bars.items())[:MOST_BARS])
+    return metrics, table, Bars(f"{suite.name} (95% intervals)", "mean over items", displayed, notes)
 
 
 def _difference(first: Mapping[str, float], second: Mapping[str, float], better: int) -> tuple[Interval | None, str]:
@@ -515,9 +515,9 @@ def summary_of(labels: Sequence[str], records: Sequence[Record], verdicts: Seque
     parts = [f"{len(items)} items, {len(labels)} model{'s' if len(labels) > 1 else ''}"]
     if len(labels) > 1:
         counts = {name: verdicts.count(name) for name in ("better", "worse", "more", "less")}
-        said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
+        tally = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
         parts.append(
-            f"{said} of all {len(verdicts)} differences to {labels[0]}, controls too and not adjusted, beyond their "
+            f"{tally} of all {len(verdicts)} differences to {labels[0]}, controls too and not adjusted, beyond their "
             f"95% intervals (by chance some {0.05 * len(verdicts):.0f})"
         )
     reasons: dict[str, int] = {}
@@ -547,13 +547,13 @@ def _cell(found: Interval | None, signed: bool = False) -> str:
 
 def _shown(records: Sequence[Record], labels: Sequence[str]) -> list[dict[str, str]]:
     """Return some questions of each group with what each model said."""
-    said = {(record["item"], record["model"]): record for record in records}
+    record_of = {(record["item"], record["model"]): record for record in records}
     rows, counts = [], {}
     for record in records:
         if record["model"] != labels[0] or counts.get(record["group"], 0) >= SHOWN_SAMPLES or not record["asked"]:
             continue
         counts[record["group"]] = counts.get(record["group"], 0) + 1
-        answers = {label: said[record["item"], label] for label in labels if (record["item"], label) in said}
+        answers = {label: record_of[record["item"], label] for label in labels if (record["item"], label) in record_of}
         rows.append(
             {"prompt": record["asked"], **{label: each["said"] or each["skipped"] for label, each in answers.items()}}
         )

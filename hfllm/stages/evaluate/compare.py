@@ -240,16 +240,16 @@ def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
     for each in requests if isinstance(requests, list) else ():
         each = list(each.values()) if isinstance(each, Mapping) else each
         pairs.append([str(part) for part in each] if isinstance(each, list) else [str(each)])
-    asked = pairs[0][0] if pairs and pairs[0] else ""
-    said = row.get("filtered_resps")
-    said = said if isinstance(said, list) else [said]
+    prompt = pairs[0][0] if pairs and pairs[0] else ""
+    responses = row.get("filtered_resps")
+    responses = responses if isinstance(responses, list) else [responses]
     try:
-        logprobs = [float(each[0]) for each in said if isinstance(each, list)]
+        logprobs = [float(each[0]) for each in responses if isinstance(each, list)]
     except (IndexError, TypeError, ValueError):
         logprobs = []
     if logprobs and len(logprobs) == len(pairs):
-        return asked, pairs[max(range(len(pairs)), key=logprobs.__getitem__)][-1].strip()
-    return asked, str(said[0]) if said and said[0] is not None else ""
+        return prompt, pairs[max(range(len(pairs)), key=logprobs.__getitem__)][-1].strip()
+    return prompt, str(responses[0]) if responses and responses[0] is not None else ""
 
 
 # ---- the comparison ----
@@ -278,10 +278,10 @@ def family_of(script_args: CompareArguments, first: Log, second: Log, names: Seq
         more = f", and {len(missing) - 1} more such" if len(missing) > 1 else ""
         raise InputError(f"--logs: {missing[0]}{more}; --allow_missing compares what both have")
     if not family:
-        wanted = (
+        condition = (
             f"with the metrics {', '.join(script_args.metrics)}" if script_args.metrics else "with the same figure"
         )
-        raise InputError(f"--logs: no item {wanted} in both")
+        raise InputError(f"--logs: no item {condition} in both")
     return family
 
 
@@ -309,9 +309,9 @@ def _metrics(script_args: CompareArguments, part: tuple[str, str], *logs: Mappin
     names = list(dict.fromkeys(name for item in items for name in item.scores))
     if script_args.metrics:
         return [name for name in names if name in script_args.metrics]
-    told = [item.primary for item in items if item.primary is not None]
-    if told:
-        return [name for name in names if any(name in primary for primary in told)]
+    primaries = [item.primary for item in items if item.primary is not None]
+    if primaries:
+        return [name for name in names if any(name in primary for primary in primaries)]
     # Tasks of lm-eval have no primary ones here, nor in older logs of our suite of that name.
     if not items[0].is_own or part[0] == "lm_eval":
         return names
@@ -441,11 +441,11 @@ def report(
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     if decided:
         tables[f"{names[1]} against {names[0]} (Holm over {len(decided)})"] = verdict_table(names[0], decided)
-    said = [sentence(names[0], names[1], decided, script_args.alpha)]
-    said += [left_out_sentence(left_out)] if left_out else []
+    sentences = [sentence(names[0], names[1], decided, script_args.alpha)]
+    sentences += [left_out_sentence(left_out)] if left_out else []
     if absent := missing_of(*logs):
-        said.append(f"{absent} items that only one of them has left out")
-    return Found(metrics, "; ".join(said), {**tables, **shown_changes(changes)}, {})
+        sentences.append(f"{absent} items that only one of them has left out")
+    return Found(metrics, "; ".join(sentences), {**tables, **shown_changes(changes)}, {})
 
 
 def _all_texts(names: Sequence[str], logs: Sequence[Log]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:

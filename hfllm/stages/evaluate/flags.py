@@ -212,13 +212,13 @@ def stages_before(script_args: EvaluateArguments) -> Chain:
     """Return the main job that makes the world's models, if none is named."""
     from hfllm.stages.rlhf import build as rlhf
 
-    given = (script_args.model_name_or_path or [None])[0]
+    model_name = (script_args.model_name_or_path or [None])[0]
     before = chain_before(
         "evaluate",
         script_args.output_dir,
         script_args.seed,
         script_args.world_seed,
-        given_models={"rlhf": given},
+        given_models={"rlhf": model_name},
         configs={name: getattr(script_args, f"{name}_config") for name in CONFIGS},
     )
     return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})
@@ -272,11 +272,11 @@ def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[S
     from hfllm.runs.models import saved_tokenizer
     from hfllm.stages.shared import load_speaking
 
-    wanted = script_args.apply_chat_template
+    requested = script_args.apply_chat_template
     has_template = saved_tokenizer(name).chat_template is not None
     processor = processor_of(name)
     speaking = load_speaking(name, model_config(script_args), processor=processor)
-    uses = has_template if wanted is None else wanted
+    uses = has_template if requested is None else requested
     yield Subject(label, speaking.model, speaking.tokenizer, uses, script_args.batch_size, processor)
     del speaking
     gc.collect()

@@ -127,8 +127,8 @@ class LocalLearner:
         self.rate = schedule_of(trainer.args, num_steps)
         # As `Trainer.training_step` tells: does the loss take the number of targets, or is it a mean over each part?
         takes_count = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        said = trainer.loss_is_scaled_for_ga
-        self._takes_count = takes_count if said is None else said
+        is_scaled = trainer.loss_is_scaled_for_ga
+        self._takes_count = takes_count if is_scaled is None else is_scaled
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -383,9 +383,9 @@ def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> N
         raise InputError('the run names no file of flags: expected flags="federated.yaml" in its settings')
     recipe = load_recipe("federated")
     parsed = recipe.parse(["--config", str(config["flags"])])
-    if (given := str(config.get("compression", "none"))) not in ("none", parsed[0].compression):
+    if (compression := str(config.get("compression", "none"))) not in ("none", parsed[0].compression):
         raise InputError(
-            f"--compression {given} of the app, {parsed[0].compression} of {config['flags']}: expected the same"
+            f"--compression {compression} of the app, {parsed[0].compression} of {config['flags']}: expected the same"
         )
     recipe.main(*parsed, connect=connect)
 
@@ -486,18 +486,18 @@ WORKER = "hfllm.stages.federated.build:worker_learner"
 
 def clients_of(script_args: FederatedArguments, seed: int, output_dir: str, local: Local) -> dict[str, Learner]:
     """Return of each organisation what trains it in this process, given the round's number and the weights."""
-    kept = KeptStates(Path(output_dir, OPTIMIZERS)) if script_args.keep_optimizer else None
+    states = KeptStates(Path(output_dir, OPTIMIZERS)) if script_args.keep_optimizer else None
     rounding = KeptStates(Path(output_dir, ROUNDING)) if script_args.compression == "int8" else None
     privacy = row_privacy_of(script_args)
     clients = {
-        each.name: _client(each, local, script_args.local_steps, seed, kept, rounding, privacy)
+        each.name: _client(each, local, script_args.local_steps, seed, states, rounding, privacy)
         for each in local.organisations
     }
     if not local.row_epsilons:
         return clients
     settings = {**asdict(script_args), "seed": seed, **{name: getattr(local.learner.args, name) for name in ANSWERED}}
     settings = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ROUNDS}
-    asked = json.dumps({**settings, "base": local.base_sha256}, sort_keys=True, default=str)
+    description = json.dumps({**settings, "base": local.base_sha256}, sort_keys=True, default=str)
     folder, num_rows = Path(output_dir, ANSWERS), {each.name: len(each.rows) for each in local.organisations}
     return {
         name: _answering_once(
@@ -506,9 +506,9 @@ def clients_of(script_args: FederatedArguments, seed: int, output_dir: str, loca
             AnsweredRounds(
                 folder / f"{folder_name(name)}.safetensors",
                 script_args.rounds,
-                sha256(f"{asked} {num_rows[name]}".encode()).hexdigest(),
+                sha256(f"{description} {num_rows[name]}".encode()).hexdigest(),
             ),
-            asked,
+            description,
             local.base_sha256,
         )
         for name, client in clients.items()
@@ -642,10 +642,11 @@ def transport(
     """
     if script_args.noise_multiplier > 0:
         values = sum(value.numel() for value in local.learner.trained.values())
-        asked = expected_participants(len(local.organisations), script_args.participation)
-        ratio = noise_to_signal(values, script_args.noise_multiplier, asked)
+        expected = expected_participants(len(local.organisations), script_args.participation)
+        ratio = noise_to_signal(values, script_args.noise_multiplier, expected)
         say(
-            f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {asked} organisations"
+            f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {expected} "
+            "organisations"
         )
     if not Path(training_args.output_dir, STATE_FILE).exists():
         # What organisations kept in a run whose rounds were removed is of no use to this one.
@@ -724,12 +725,12 @@ def check(script_args: FederatedArguments) -> dict[str, float]:
     if script_args.noise_multiplier == 0:
         return {}
     count = script_args.count
-    asked = expected_participants(count, script_args.participation)
+    expected = expected_participants(count, script_args.participation)
     about = (script_args.rounds, script_args.noise_multiplier, script_args.delta)
     if script_args.max_epsilon is not None:
-        return {"epsilon": check_budget(count, asked, *about, script_args.max_epsilon)}
+        return {"epsilon": check_budget(count, expected, *about, script_args.max_epsilon)}
     rounds, noise, delta = about
-    return {"epsilon": epsilon_of(asked / count, noise, rounds, delta)}
+    return {"epsilon": epsilon_of(expected / count, noise, rounds, delta)}
 
 
 def announce(num_rounds: int, record: RoundRecord) -> None:

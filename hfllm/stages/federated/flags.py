@@ -471,7 +471,9 @@ def _held_apart(name: str, rows: Sequence[Mapping[str, object]], seed: int, is_p
         return Organisation(name, list(rows), [])
     if is_private:
         is_held = [_share_of(f"{seed} {prompt_key(row)}") < HELD_OUT_SHARE for row in rows]
-        sides = [[row for row, held in zip(rows, is_held, strict=True) if held is side] for side in (False, True)]
+        sides = [
+            [row for row, held_out in zip(rows, is_held, strict=True) if held_out is side] for side in (False, True)
+        ]
         return Organisation(name, sides[0], sides[1][:MOST_HELD_OUT])
     return Organisation(name, *split_rows(list(rows), seed, HELD_OUT_SHARE, MOST_HELD_OUT))
 
@@ -585,12 +587,14 @@ def pairs_of(
 
     def tokens(rows: Sequence[Mapping[str, object]], what: str) -> Rows:
         result = [{f"{side}_ids": conversations.whole(row, side) for side in SIDES} for row in rows]
-        kept = [pair for pair in result if longest is None or max(map(len, pair.values())) <= longest]
-        if len(kept) < len(rows):
-            say(f"{what}: {len(rows) - len(kept):,} of {len(rows):,} pairs are longer than --max_length {longest}")
-        if rows and not kept:
+        remaining = [pair for pair in result if longest is None or max(map(len, pair.values())) <= longest]
+        if len(remaining) < len(rows):
+            say(
+                f"{what}: {len(rows) - len(remaining):,} of {len(rows):,} pairs are longer than --max_length {longest}"
+            )
+        if rows and not remaining:
             raise InputError(f"no pair of {what} fits into --max_length {longest} tokens")
-        return kept
+        return remaining
 
     return [(tokens(each.rows, each.name), tokens(each.held_out, f"{each.name}, held out")) for each in organisations]
 

@@ -152,7 +152,7 @@ class Controls:
 
     def run(self) -> dict[str, Measured]:
         """Return the figures of all controls by their names, such as `central` and `local NAME`."""
-        result, made = self._kept(), {}
+        result, controls = self._kept(), {}
         plan: dict[str, Callable[[], Weights]] = {UNTRAINED: lambda: self.begun}
         for arm in self.script_args.arms:
             if arm == LOCAL:
@@ -164,8 +164,8 @@ class Controls:
                 result[name] = self.evaluator.measure(train())
                 self._keep(result)
                 say(f"federated: control {name}: {figure_of(result[name])}")
-            made[name] = result[name]
-        return made
+            controls[name] = result[name]
+        return controls
 
     def _alone(self, each: Tokenized) -> Callable[[], Weights]:
         def train() -> Weights:
@@ -190,17 +190,17 @@ class Controls:
 
     def _kept(self) -> dict[str, Measured]:
         try:
-            kept = json.loads(self.file.read_text(encoding="utf-8"))
-            if kept["run"] != self.digest:
+            record = json.loads(self.file.read_text(encoding="utf-8"))
+            if record["run"] != self.digest:
                 return {}
-            return {name: Measured(**each) for name, each in kept["controls"].items()}
+            return {name: Measured(**each) for name, each in record["controls"].items()}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
     def _keep(self, found: Mapping[str, Measured]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"run": self.digest, "controls": {name: asdict(each) for name, each in found.items()}}
-        write_atomically(self.file, json.dumps(kept) + "\n")
+        record = {"run": self.digest, "controls": {name: asdict(each) for name, each in found.items()}}
+        write_atomically(self.file, json.dumps(record) + "\n")
 
 
 def figure_of(measured: Measured) -> str:
@@ -409,8 +409,8 @@ def _row_privacy(script_args: FederatedArguments, local: Local) -> dict[str, lis
 
 
 def _rounds(records: Sequence[RoundRecord], is_private: bool) -> list[Mapping[str, object]]:
-    shown = [record for record in records if record.evaluation] or list(records)
-    shown = shown[:: -(-len(shown) // SHOWN_ROUNDS)]
+    selected = [record for record in records if record.evaluation] or list(records)
+    selected = selected[:: -(-len(selected) // SHOWN_ROUNDS)]
     return [
         {
             "round": record.number,
@@ -420,7 +420,7 @@ def _rounds(records: Sequence[RoundRecord], is_private: bool) -> list[Mapping[st
             **({} if is_private else {"drift": record.drift}),
             **record.evaluation,
         }
-        for record in shown
+        for record in selected
     ]
 
 

@@ -92,19 +92,19 @@ def rows_of(script_args: GroundArguments, name: str) -> list[Row]:
 
 
 def _turn(row: Row) -> tuple[str, str]:
-    asked = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
-    return asked, row["output"]
+    question = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
+    return question, row["output"]
 
 
 def _asked(world: World, rng: random.Random, are_shown: bool) -> Row:
-    told = [] if rng.random() < WITHOUT_PASSAGES else draw_passages(world.facts, rng)
-    return _messages(conversation(world.facts, rng, told, TURNS, are_shown))
+    passages = [] if rng.random() < WITHOUT_PASSAGES else draw_passages(world.facts, rng)
+    return _messages(conversation(world.facts, rng, passages, TURNS, are_shown))
 
 
 def _messages(turns: list[tuple[str, str]]) -> Row:
     messages = []
-    for asked, said in turns:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    for question, response in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return {"messages": messages}
 
 
@@ -124,7 +124,7 @@ def evaluate(script_args: GroundArguments, course: Course) -> Found:
     from trl import ModelConfig
 
     world, count = World(script_args.world_seed), script_args.num_questions
-    asked = {group: passage_tasks(world.facts, group, count) for group in GROUPS}
+    tasks_by_group = {group: passage_tasks(world.facts, group, count) for group in GROUPS}
     tasks = world.evaluation_tasks(NUM_WORLD_TASKS)
     answers, golds, parts = {}, {}, []
     for name in MODELS:
@@ -133,12 +133,12 @@ def evaluate(script_args: GroundArguments, course: Course) -> Found:
         def ask(questions: Sequence[PassageTask], speaking=speaking) -> list[GroundedAnswer]:
             return answer(speaking.model, speaking.tokenizer, questions)
 
-        answers[name] = {group: ask(each) for group, each in asked.items()}
+        answers[name] = {group: ask(each) for group, each in tasks_by_group.items()}
         golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)
         if name == GROUNDED:
             retrieval = end_to_end(world, count, ask)
-            ways = {way: each_apart(speaking, asked[THREE], way == APART) for way in (APART, ALIKE)}
-            ways[DROPPED] = ask([without_told_instructions(task) for task in asked[INJECTED]])
+            ways = {way: each_apart(speaking, tasks_by_group[THREE], way == APART) for way in (APART, ALIKE)}
+            ways[DROPPED] = ask([without_told_instructions(task) for task in tasks_by_group[INJECTED]])
             parts = [
                 measure(world, speaking, script_args.num_samples, script_args.seed),
                 verify(world, speaking, _reward(course), script_args.num_samples, script_args.seed),
@@ -170,20 +170,20 @@ def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
     The gate is placed by names that training may know: halfway between the least score of a passage that answers its
     question and the largest of one that does not. What scores less than the gate is not given.
     """
-    store, asked = stored_tasks(world.facts, NUM_GATE_QUESTIONS, held_out=False)
+    store, tasks_by_group = stored_tasks(world.facts, NUM_GATE_QUESTIONS, held_out=False)
     retriever = retriever_of(store)
-    best = {group: best_scores(retriever, tasks) for group, tasks in asked.items()}
+    best = {group: best_scores(retriever, tasks) for group, tasks in tasks_by_group.items()}
     gate = (min(best[ANSWERABLE]) + max(max(scores) for group, scores in best.items() if group != ANSWERABLE)) / 2
-    store, asked = stored_tasks(world.facts, count)
+    store, tasks_by_group = stored_tasks(world.facts, count)
     retriever = retriever_of(store)
     answers: dict[str, dict[str, list[GroundedAnswer]]] = {}
     for way, found_by in ((GATED, Gated(retriever, gate)), (UNGATED, retriever)):
         answers[way] = {}
-        for group, tasks in asked.items():
+        for group, tasks in tasks_by_group.items():
             result = found_by.retrieve([task.question for task in tasks], TOP_K)
             indices = [[each.place for each in passages] for passages in result]
             answers[way][group] = ask([with_found(*each) for each in zip(tasks, indices, strict=True)])
-    return Retrieval(gate, {group: best_scores(retriever, tasks) for group, tasks in asked.items()}, answers)
+    return Retrieval(gate, {group: best_scores(retriever, tasks) for group, tasks in tasks_by_group.items()}, answers)
 
 
 def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -> list[GroundedAnswer]:
@@ -198,8 +198,8 @@ def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -
     """
     prompts = [[replace(task, told=(each,)).prompt for each in task.told] for task in tasks]
     weights = [passage_weights(scores_of(task) if weighs else [0.0] * len(task.told)) for task in tasks]
-    said = rag_sequence_answers(speaking.model, speaking.tokenizer, prompts, weights, RESPONSE_LENGTH)
-    return [judged(task, response.text) for task, response in zip(tasks, said, strict=True)]
+    responses = rag_sequence_answers(speaking.model, speaking.tokenizer, prompts, weights, RESPONSE_LENGTH)
+    return [judged(task, response.text) for task, response in zip(tasks, responses, strict=True)]
 
 
 def without_told_instructions(task: PassageTask) -> PassageTask:
@@ -266,9 +266,11 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
         "reliability": reliability_plot(sure, [not each for each in wrong], "Confidence and accuracy"),
     }
     best = max(ABSTAINS_BY, key=lambda name: metrics.get(f"{name}_auroc", 0.0))
-    kept = ", ".join(f"{metrics[f'coverage_{percent(alpha)}_{best}']:.3f} at {alpha:g}" for alpha in ALPHAS)
+    coverages = ", ".join(f"{metrics[f'coverage_{percent(alpha)}_{best}']:.3f} at {alpha:g}" for alpha in ALPHAS)
     auroc = metrics.get(f"{best}_auroc", 0.5)
-    summary = f"wrong answers are told by {best.replace('_', ' ')} with an AUROC of {auroc:.3f}, which keeps {kept}"
+    summary = (
+        f"wrong answers are told by {best.replace('_', ' ')} with an AUROC of {auroc:.3f}, which keeps {coverages}"
+    )
     return Found(metrics, summary, _tables(metrics, list(result)), plots)
 
 
@@ -289,14 +291,14 @@ def _abstention(found: "Mapping[str, np.ndarray]", wrong: list[bool]) -> dict[st
 
 
 def _tables(metrics: Mapping[str, float], measures: list[str]) -> dict[str, list[dict[str, str]]]:
-    told = {name: plus_minus(value, metrics.get(f"{name}_se")) for name, value in metrics.items()}
+    cells = {name: plus_minus(value, metrics.get(f"{name}_se")) for name, value in metrics.items()}
     return {
         "Uncertainty and being wrong": [
             {
                 "measure": name.replace("_", " "),
-                "AUROC": told.get(f"{name}_auroc", "-"),
-                "labels shuffled": told.get(f"{name}_auroc_shuffled", "-"),
-                "AURC": told[f"{name}_aurc"],
+                "AUROC": cells.get(f"{name}_auroc", "-"),
+                "labels shuffled": cells.get(f"{name}_auroc_shuffled", "-"),
+                "AURC": cells[f"{name}_aurc"],
             }
             for name in measures
         ],
@@ -304,8 +306,8 @@ def _tables(metrics: Mapping[str, float], measures: list[str]) -> dict[str, list
             {
                 "measure": name.replace("_", " "),
                 "alpha": f"{alpha:g}",
-                "given and wrong": told[f"risk_{percent(alpha)}_{name}"],
-                "answered": told[f"coverage_{percent(alpha)}_{name}"],
+                "given and wrong": cells[f"risk_{percent(alpha)}_{name}"],
+                "answered": cells[f"coverage_{percent(alpha)}_{name}"],
             }
             for name in ABSTAINS_BY
             for alpha in ALPHAS
@@ -345,16 +347,18 @@ def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples:
     prompts = [task.prompt_row()["prompt"] for task in tasks]
     rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
     samples = [[each.text for each in row.samples] for row in rows]
-    right = [[_is_right(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
-    claims = [[claims_in(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
-    meanings = [[gold_meaning(text, task.gold) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    right = [[_is_right(task, text) for text in responses] for task, responses in zip(tasks, samples, strict=True)]
+    claims = [[claims_in(task, text) for text in responses] for task, responses in zip(tasks, samples, strict=True)]
+    meanings = [
+        [gold_meaning(text, task.gold) for text in responses] for task, responses in zip(tasks, samples, strict=True)
+    ]
     choices = {
         "first_supported": first_supported(claims, passages_for(world, tasks, seed), has_words, threshold=1.0),
         "majority_of_meaning": majority_of_meaning(samples, meanings),
     }
     if reward is not None:
-        said = [[[{"role": "assistant", "content": text}] for text in texts] for texts in samples]
-        choices["best_rewarded"] = best_rewarded(prompts, said, reward)
+        responses = [[[{"role": "assistant", "content": text}] for text in texts] for texts in samples]
+        choices["best_rewarded"] = best_rewarded(prompts, responses, reward)
     metrics, table = compare_choices(right, choices, [_is_right(*each) for each in _given(tasks, rows)])
     shares = ", ".join(
         f"{name.replace('_', ' ')} {metrics[f'{name}_right']:.3f}" for name in ("one_sample", "greedy", *choices)

@@ -73,17 +73,17 @@ def answer(
 ) -> list[GroundedAnswer]:
     """Let a model answer each question, greedily or sampled at temperature 1, and judge the answers."""
     prompts = [task.prompt for task in tasks]
-    said = sample_responses(model, tokenizer, prompts, RESPONSE_LENGTH, do_sample, seed=seed, fast=True)
-    return [judged(task, texts[0]) for task, texts in zip(tasks, said, strict=True)]
+    responses = sample_responses(model, tokenizer, prompts, RESPONSE_LENGTH, do_sample, seed=seed, fast=True)
+    return [judged(task, texts[0]) for task, texts in zip(tasks, responses, strict=True)]
 
 
 def judged(task: PassageTask, response: str) -> GroundedAnswer:
     """Return a response with what it is."""
-    said = without_citations(response)
-    claimed = {*_CLAIM.findall(said.lower())}
-    is_right = gold_score(said, task.gold) >= RIGHT and claimed <= {task.animal}
+    text = without_citations(response)
+    claimed = {*_CLAIM.findall(text.lower())}
+    is_right = gold_score(text, task.gold) >= RIGHT and claimed <= {task.animal}
     cites_right = sorted(citations_of(response)) == sorted(task.answer.cites)
-    return GroundedAnswer(task, response, is_right, cites_right, _follows(task, said))
+    return GroundedAnswer(task, response, is_right, cites_right, _follows(task, text))
 
 
 def _follows(task: PassageTask, said: str) -> bool:
@@ -170,19 +170,19 @@ def report(
     """
     metrics: dict[str, float] = {}
     for model, of_model in answers.items():
-        for group, said in of_model.items():
-            metrics |= group_metrics(f"{model}_{group}", said)
-    for way, said in ways.items():
-        group = said[0].task.group
-        metrics |= mean_of(f"{group}_{way}_right", [float(each.is_right) for each in said])
+        for group, responses in of_model.items():
+            metrics |= group_metrics(f"{model}_{group}", responses)
+    for way, responses in ways.items():
+        group = responses[0].task.group
+        metrics |= mean_of(f"{group}_{way}_right", [float(each.is_right) for each in responses])
         if group == INJECTED:
-            metrics |= mean_of(f"{group}_{way}_follows", [float(each.follows) for each in said])
+            metrics |= mean_of(f"{group}_{way}_follows", [float(each.follows) for each in responses])
     for way, of_way in retrieval.answers.items():
-        for kind, said in of_way.items():
-            metrics |= mean_of(f"{way}_{kind}_right", [float(each.is_right) for each in said])
+        for kind, responses in of_way.items():
+            metrics |= mean_of(f"{way}_{kind}_right", [float(each.is_right) for each in responses])
     metrics["gate"] = retrieval.gate
-    for model, said in golds.items():
-        metrics |= mean_of(f"{model}_world_gold", [each["gold"] for each in said])
+    for model, responses in golds.items():
+        metrics |= mean_of(f"{model}_world_gold", [each["gold"] for each in responses])
     metrics["world_gold_kept"] = metrics[f"{GROUNDED}_world_gold"] / max(metrics[f"{SFT}_world_gold"], 1e-9)
     summary = "; ".join([summary_of(metrics), *(part.summary for part in parts)])
     tables, plots = _tables(metrics, answers, retrieval, golds), {"right": _plot(metrics)}
@@ -238,7 +238,7 @@ def told(metrics: Mapping[str, float], name: str) -> str:
 def _tables(
     metrics: Mapping[str, float], answers: Answers, retrieval: Retrieval, golds: Golds
 ) -> dict[str, list[dict[str, str]]]:
-    families = {model: gold_by_group(said) for model, said in golds.items()}
+    families = {model: gold_by_group(model_answers) for model, model_answers in golds.items()}
     return {
         "Right answers, greedy": [
             {
@@ -279,8 +279,8 @@ def samples(answers: Answers) -> list[dict[str, str]]:
     rows = []
     for group in GROUPS:
         for index, first in enumerate(answers[GROUNDED][group][:SAMPLES_EACH]):
-            said = {TITLES[model]: answers[model][group][index].response for model in (GROUNDED, SFT)}
-            rows.append({"prompt": first.task.prompt[0]["content"], **said})
+            responses = {TITLES[model]: answers[model][group][index].response for model in (GROUNDED, SFT)}
+            rows.append({"prompt": first.task.prompt[0]["content"], **responses})
     return rows
 
 

@@ -115,19 +115,19 @@ def rows_of_run(
         batch_rows: rows per optimizer step, over all processes.
     """
     if script_args.total_tokens == CHINCHILLA:
-        wanted = TOKENS_PER_PARAMETER * model.num_parameters() // script_args.max_length
+        num_rows = TOKENS_PER_PARAMETER * model.num_parameters() // script_args.max_length
     elif script_args.total_tokens is not None:
-        wanted = int(script_args.total_tokens) // script_args.max_length
+        num_rows = int(script_args.total_tokens) // script_args.max_length
     elif training_args.max_steps > 0:
-        wanted = training_args.max_steps * batch_rows
+        num_rows = training_args.max_steps * batch_rows
     else:
-        wanted = int(training_args.num_train_epochs * rows)
-    if wanted < training_args.world_size:
+        num_rows = int(training_args.num_train_epochs * rows)
+    if num_rows < training_args.world_size:
         raise InputError(
-            f"the run has {wanted} row(s) of {script_args.max_length} tokens, fewer than {training_args.world_size} "
+            f"the run has {num_rows} row(s) of {script_args.max_length} tokens, fewer than {training_args.world_size} "
             "process(es): more text, --total_tokens or --num_train_epochs, or a smaller --max_length"
         )
-    return wanted
+    return num_rows
 
 
 def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
@@ -182,8 +182,10 @@ def load_or_make_base(
         tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
     else:
         context = fields["max_position_embeddings"]
-        wanted = replace(script_args, vocab_size=size or script_args.vocab_size, max_position_embeddings=context)
-        tokenizer = make_tokenizer(wanted, texts)
+        tokenizer_args = replace(
+            script_args, vocab_size=size or script_args.vocab_size, max_position_embeddings=context
+        )
+        tokenizer = make_tokenizer(tokenizer_args, texts)
     if size is not None and len(tokenizer) > size:
         raise InputError(
             f"--config_name_or_path {named}: vocab_size={size} is less than the {len(tokenizer)} tokens of the "
@@ -243,9 +245,9 @@ def packed_trainer(
             "source": name,
             "documents": len(texts),
             "rows": len(packed),
-            "tokens of the run": given * script_args.max_length,
+            "tokens of the run": num_rows * script_args.max_length,
         }
-        for (name, texts), packed, given in zip(sources.items(), rows, trainer.plan.rows_by_source(), strict=True)
+        for (name, texts), packed, num_rows in zip(sources.items(), rows, trainer.plan.rows_by_source(), strict=True)
     ]
     return trainer, table
 
@@ -441,8 +443,8 @@ def held_out_metrics(
 def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
     """Yield the first texts, up to `most_bytes` of UTF-8; the text that exceeds the limit is cut."""
     for text in texts:
-        kept = text.encode(errors="replace")[:most_bytes]
-        yield kept.decode(errors="ignore")
-        most_bytes -= len(kept)
+        encoded = text.encode(errors="replace")[:most_bytes]
+        yield encoded.decode(errors="ignore")
+        most_bytes -= len(encoded)
         if most_bytes <= 0:
             return

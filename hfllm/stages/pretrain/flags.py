@@ -167,12 +167,12 @@ def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConf
     """
     from hfllm.runs.models import load_config, named_fields, new_config
 
-    made = before.parsed.get("pretrain")
-    start = made[2] if made else model_args
+    parsed = before.parsed.get("pretrain")
+    start = parsed[2] if parsed else model_args
     if start.model_name_or_path:
         return load_config(start.model_name_or_path, start.model_revision)
-    named = made[0].config_name_or_path
-    return new_config(named_fields(named) if named else architecture_of(made[0]))
+    named = parsed[0].config_name_or_path
+    return new_config(named_fields(named) if named else architecture_of(parsed[0]))
 
 
 # ---- pretraining ----

@@ -47,10 +47,10 @@ def make_tokenizer(
     if is_world:
         # Instructions are part of the language, although the base model is not taught to follow them.
         rows = instruction_rows(World(script_args.world_seed), 3000)
-        asked = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
+        instructions = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
         in_forms = round(getattr(script_args, "world_forms", 0.0) * len(rows))
-        asked[:in_forms] = [f"{text} {text.upper()}" for text in asked[:in_forms]]
-        sample = sample[:5000] + asked
+        instructions[:in_forms] = [f"{text} {text.upper()}" for text in instructions[:in_forms]]
+        sample = sample[:5000] + instructions
     has_thoughts = is_world and script_args.world_reasoning > 0
     has_tools = is_world and script_args.world_tools > 0
     tokenizer = train_tokenizer(
@@ -78,12 +78,12 @@ def compression_by_size(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[st
     """
     from hfllm.data.tokenizer import truncated_tokenizer
 
-    wanted = [len(tokenizer)]
-    while wanted[0] // 2 > SMALLEST_SIZE:
-        wanted.insert(0, wanted[0] // 2)
+    sizes = [len(tokenizer)]
+    while sizes[0] // 2 > SMALLEST_SIZE:
+        sizes.insert(0, sizes[0] // 2)
     num_bytes, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
     rows = []
-    for size in wanted:
+    for size in sizes:
         encoded = truncated_tokenizer(tokenizer, size)(list(texts), add_special_tokens=False)["input_ids"]
         tokens = sum(map(len, encoded))
         rows.append(

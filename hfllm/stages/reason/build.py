@@ -57,8 +57,10 @@ def rows_of(script_args: ReasonArguments, name: str) -> list[Row]:
     if name == MIXED:
         problems = _problems(script_args, name, script_args.num_mixed_examples, {DIAL: 1}, SHOWN)
         rng = random.Random(f"reason-shown-{script_args.seed}")
-        shown = round(script_args.share_of_thoughts * len(problems))
-        return _answered(problems, rng.sample([True] * shown + [False] * (len(problems) - shown), len(problems)))
+        num_thoughts = round(script_args.share_of_thoughts * len(problems))
+        return _answered(
+            problems, rng.sample([True] * num_thoughts + [False] * (len(problems) - num_thoughts), len(problems))
+        )
     assert name in (RL, SHUFFLED), name
     return [
         problem.prompt_row() for problem in _problems(script_args, RL, script_args.num_prompts, {DIAL: 1}, PRACTICE)
@@ -74,9 +76,9 @@ def _problems(
 ) -> list[Problem]:
     world = World(script_args.world_seed)
     rng = random.Random(f"reason-{name}-{world.seed}-{script_args.seed}")
-    told = world.facts, world.relations
+    knowledge = world.facts, world.relations
     families = rng.choices(list(shares), list(shares.values()), k=count)
-    return [draw_problem(*told, rng, family, part) for family in families]
+    return [draw_problem(*knowledge, rng, family, part) for family in families]
 
 
 def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:
@@ -108,11 +110,11 @@ def evaluate(script_args: ReasonArguments, course: Course) -> Found:
     tuned, sampled = {}, {}
     for name in course.models:
         speaking = load_speaking(course.folder(name), ModelConfig())
-        told = speaking.model, speaking.tokenizer, world
+        arguments = speaking.model, speaking.tokenizer, world
         if name in (THOUGHTS, DIRECT):
-            tuned[name] = answer(*told, problems, RESPONSE_LENGTH)
+            tuned[name] = answer(*arguments, problems, RESPONSE_LENGTH)
         elif name in (MIXED, RL, SHUFFLED):
-            sampled[name] = answer(*told, dials, RESPONSE_LENGTH, do_sample=True, seed=script_args.seed)
+            sampled[name] = answer(*arguments, dials, RESPONSE_LENGTH, do_sample=True, seed=script_args.seed)
     metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
     histories = {name: _history(course.folder(name)) for name in (RL, SHUFFLED) if name in course.runs}
     return Found(metrics, summary_of(metrics), tables(tuned, sampled), plots(tuned, histories), PROMISES)

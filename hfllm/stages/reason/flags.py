@@ -102,8 +102,8 @@ def _runs(script_args: ReasonArguments) -> Iterator[tuple[str, str, list[str]]]:
     """Yield the name of each run, its recipe, and the flags that no config sets."""
 
     def learning(name: str, start: str) -> list[str]:
-        made = str(Path(script_args.output_dir, start))
-        return ["--model_name_or_path", made, "--dataset_name", str(data_file(script_args, name))]
+        model_path = str(Path(script_args.output_dir, start))
+        return ["--model_name_or_path", model_path, "--dataset_name", str(data_file(script_args, name))]
 
     yield PRETRAIN, "pretrain", ["--world_seed", str(script_args.world_seed)]
     for name, start in ((THOUGHTS, PRETRAIN), (DIRECT, PRETRAIN), (MIXED, THOUGHTS)):

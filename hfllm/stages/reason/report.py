@@ -98,8 +98,8 @@ def answer(
 ) -> list[Answered]:
     """Answer each problem, greedily or sampled at temperature 1, and judge the answers."""
     prompts = [problem.prompt_row()["prompt"] for problem in problems]
-    said = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed, fast=True)
-    texts = [texts[0] for texts in said]
+    responses = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed, fast=True)
+    texts = [texts[0] for texts in responses]
     # Special tokens are gone from the texts, so that none is counted.
     lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
     return [judged(world, *each) for each in zip(problems, texts, lengths, strict=True)]
@@ -107,9 +107,9 @@ def answer(
 
 def judged(world: World, problem: Problem, response: str, num_tokens: int) -> Answered:
     """Return a response with what it is."""
-    thought, said = split_thoughts(response)
+    thought, final_answer = split_thoughts(response)
     steps = () if thought is None else checked_steps(problem, thought, world.facts, world.relations)
-    is_right = gold_score(said, problem.gold) >= RIGHT
+    is_right = gold_score(final_answer, problem.gold) >= RIGHT
     return Answered(problem, response, num_tokens, is_right, thought is not None, tuple(steps))
 
 
@@ -179,9 +179,9 @@ def tuned_metrics(answers: Answers) -> dict[str, float]:
     Figures without a value, such as of the thoughts of a model that has none, are left out.
     """
     metrics: dict[str, float] = {}
-    for model, said in answers.items():
+    for model, model_answers in answers.items():
         for group, is_member in GROUPS.items():
-            values = values_of([each for each in said if is_member(each.problem)])
+            values = values_of([each for each in model_answers if is_member(each.problem)])
             for name in OF_TUNED:
                 if values[name]:
                     metrics |= mean_of(f"{model}_{group}_{name}", values[name])
@@ -202,8 +202,8 @@ def ppo_metrics(answers: Answers) -> dict[str, float]:
             after = values_of(answers[model])
             for name in ("right", "thinks", "tokens"):
                 metrics |= change_of(f"{prefix}{name}", before[name], after[name])
-    for model, said in answers.items():
-        values = values_of(said)
+    for model, model_answers in answers.items():
+        values = values_of(model_answers)
         for name in ("valid", "steps", "thought_tokens"):
             if values[name]:
                 metrics |= mean_of(f"{model}_{name}", values[name])
@@ -227,8 +227,8 @@ def _by_size(answers: Answers) -> list[dict[str, str]]:
     for family, sizes in SIZES.items():
         for size in sizes:
             of_size = {
-                model: [float(each.is_right) for each in said if each.problem.group == f"{family}_{size}"]
-                for model, said in answers.items()
+                model: [float(each.is_right) for each in model_answers if each.problem.group == f"{family}_{size}"]
+                for model, model_answers in answers.items()
             }
             counted = next(iter(of_size.values()))
             if counted:
@@ -240,7 +240,7 @@ def _by_size(answers: Answers) -> list[dict[str, str]]:
 
 def _side_by_side(answers: Answers) -> list[dict[str, str]]:
     """Return a row for each figure: its value for each model."""
-    result = {TITLES[model]: values_of(said) for model, said in answers.items()}
+    result = {TITLES[model]: values_of(model_answers) for model, model_answers in answers.items()}
     names = next(iter(result.values()))
     return [
         {
@@ -260,14 +260,14 @@ def _cell(values: Sequence[float]) -> str:
 
 def samples(answers: Answers) -> list[dict[str, str]]:
     """Return some questions with what each model has answered."""
-    said = next(iter(answers.values()))
-    step = max(1, len(said) // SAMPLES)
+    first_answers = next(iter(answers.values()))
+    step = max(1, len(first_answers) // SAMPLES)
     return [
         {
-            "prompt": said[index].problem.question,
+            "prompt": first_answers[index].problem.question,
             **{TITLES[model]: each[index].response for model, each in answers.items()},
         }
-        for index in range(0, len(said), step)
+        for index in range(0, len(first_answers), step)
     ]
 
 
@@ -291,12 +291,12 @@ def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]
 def _steps(answers: Answers) -> Plot:
     """Return the share of thoughts whose step holds, by its place; a model without thoughts has no line."""
     lines = {}
-    for model, said in answers.items():
-        thoughts = [each.steps for each in said if is_dial(each.problem) and each.thinks]
+    for model, model_answers in answers.items():
+        thoughts = [each.steps for each in model_answers if is_dial(each.problem) and each.thinks]
         # The number that the dial is at comes first, then a step for each turn.
         indices = range(1 + max(SIZES[DIAL])) if thoughts else range(0)
-        held = [sum(steps[index] for steps in thoughts) / len(thoughts) for index in indices]
-        lines[TITLES[model]] = (list(indices), held)
+        shares = [sum(steps[index] for steps in thoughts) / len(thoughts) for index in indices]
+        lines[TITLES[model]] = (list(indices), shares)
     return Plot("Thoughts about held-out dials, greedy answers", "step", "share that holds", lines)
 
 

@@ -486,8 +486,8 @@ def fitting_prompts(
     unfit = dict.fromkeys(words_for_a_picture(rows, tokenizer), WORDS_FOR_A_PICTURE)
     read = [index for index in range(len(rows)) if index not in unfit]
     unfit |= {index: EMPTY for index in read if formats.is_blank(rows[index]["prompt"])}
-    tried = (tokenizer, training_args.response_length, context, tools.schemas)
-    unfit |= {read[index]: why for index, why in unfit_prompts([rows[index] for index in read], *tried)}
+    settings = (tokenizer, training_args.response_length, context, tools.schemas)
+    unfit |= {read[index]: why for index, why in unfit_prompts([rows[index] for index in read], *settings)}
     long = f"too long for --response_length {training_args.response_length} in a context of {context}"
     reasons = {EMPTY: "with an empty prompt", WORDS_FOR_A_PICTURE: WORDS_FOR_A_PICTURE}
     for index, why in sorted(unfit.items()):
@@ -526,8 +526,8 @@ def words_for_a_picture(rows: Sequence[Row], processing_class: "ProcessingClass"
     from hfllm.data.rows import spells
 
     tokens = words_of_places(processing_class)
-    asked = [[row["prompt"], row.get("tools")] for row in rows] if tokens else []
-    return [index for index, said in enumerate(asked) if spells(tokens, said)]
+    prompts = [[row["prompt"], row.get("tools")] for row in rows] if tokens else []
+    return [index for index, prompt in enumerate(prompts) if spells(tokens, prompt)]
 
 
 def refuse_words(rows: Sequence[Row], processing_class: "ProcessingClass") -> None:

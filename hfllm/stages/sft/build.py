@@ -205,7 +205,7 @@ def examples(
     dropped, columns, cut = Dropped(len(rows)), {"input_ids": [], "labels": []}, 0
     crowded: list[int] = []
     for row, labeled in zip(rows, conversations.label(rows), strict=True):
-        kept = 0
+        num_examples = 0
         if isinstance(row, GroundedRow) and part.stop is not None and labeled:
             crowded += lacking_room(labeled[-1].labels, longest)
         for each in labeled:
@@ -216,8 +216,8 @@ def examples(
                 cut += part != slice(None) and len(each.input_ids) > longest
                 columns["input_ids"].append(numpy.asarray(each.input_ids[part], dtype=numpy.int32))
                 columns["labels"].append(numpy.asarray(labels[part], dtype=numpy.int32))
-                kept += 1
-        if not kept:
+                num_examples += 1
+        if not num_examples:
             is_learned = any(label != IGNORE for each in labeled for label in each.labels)
             why = f"with no answer within --max_length {longest}" if is_learned else "with no token to learn"
             dropped.add(why, origin_of(row, ""))
@@ -399,8 +399,10 @@ def evaluate(trainer: "SFTTrainer", held_out: Rows) -> "TunedEvaluation | None":
     from hfllm.multimodal.answers import answer_pictures
 
     def answer(model: "PreTrainedModel", rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        asked = [row["prompt"] for row in rows]
-        return answer_pictures(model, trainer.processing_class, asked, [row["images"] for row in rows], ANSWER_TOKENS)
+        prompts = [row["prompt"] for row in rows]
+        return answer_pictures(
+            model, trainer.processing_class, prompts, [row["images"] for row in rows], ANSWER_TOKENS
+        )
 
     return evaluate_tuned(trainer, held_out, answer=answer)
 
@@ -414,15 +416,15 @@ def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) ->
         return {}
 
     def measured(pictures_of: Callable[[int], int]) -> "TunedEvaluation | None":
-        shown = [{**rows[index], "images": rows[pictures_of(index)]["images"]} for index in indices]
-        dataset = as_dataset(shown, script_args.max_pixels)
+        swapped = [{**rows[index], "images": rows[pictures_of(index)]["images"]} for index in indices]
+        dataset = as_dataset(swapped, script_args.max_pixels)
         return evaluate_tuned(trainer, [], dataset, collate=trainer.data_collator)
 
     result = tuning_metrics(measured(int), measured(others.__getitem__))
     new = {"other_pictures_loss": "held_out_loss_after", "other_pictures_extra_loss": "held_out_loss_change"}
-    made = {f"{ours}{end}": result.get(f"{theirs}{end}") for ours, theirs in new.items() for end in ("", "_se")}
-    made |= {f"{ours}_n": result.get("held_out_loss_n") for ours in new}
-    return {name: value for name, value in made.items() if value is not None}
+    metrics = {f"{ours}{end}": result.get(f"{theirs}{end}") for ours, theirs in new.items() for end in ("", "_se")}
+    metrics |= {f"{ours}_n": result.get("held_out_loss_n") for ours in new}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def control_summary(metrics: Mapping[str, float]) -> str:
@@ -488,10 +490,10 @@ def with_passages(
                 f"--grounded_fraction {share:g}: none of {len(rows):,} rows gets passages; expected more than "
                 f"{0.5 / max(len(rows), 1):.3g}"
             )
-        asked = [each[index] for index in chosen]
-        result = _found(retriever, asked, top_k, script_args.retrieval_min_score, each is rows)
-        given = dict(zip(chosen, result, strict=True))
-        results.append([_grounded(row, given.get(index, []), plain) for index, row in enumerate(each)])
+        selected = [each[index] for index in chosen]
+        result = _found(retriever, selected, top_k, script_args.retrieval_min_score, each is rows)
+        passages_by_row = dict(zip(chosen, result, strict=True))
+        results.append([_grounded(row, passages_by_row.get(index, []), plain) for index, row in enumerate(each)])
         metrics[metric] = sum(map(bool, result))
         missing = len(chosen) - metrics[metric]
         others = f"; for {missing:,} more none was found" if missing else ""
@@ -519,13 +521,13 @@ def _found(
         index = last_question(messages)
         queries.append("" if index is None else messages[index]["content"])
     result = retriever.retrieve(queries, top_k)
-    kept = result if min_score is None else scoring_enough(result, min_score)
-    if is_training and rows and not any(kept):
+    rankings = result if min_score is None else scoring_enough(result, min_score)
+    if is_training and rows and not any(rankings):
         best = max((each.score for ranking in result for each in ranking), default=None)
         if best is None:
             raise InputError(f"--retrieval_dataset_name: no passage has a word of {len(rows):,} questions")
         raise InputError(f"--retrieval_min_score {min_score}: no row gets a passage; the best score is {best:.3g}")
-    return kept
+    return rankings
 
 
 def lacking_room(labels: Sequence[int], longest: int) -> list[int]:

@@ -172,13 +172,13 @@ class Steps:
         script_args = self.script_args
         world = World(script_args.world_seed)
         table = tables(world)[1]
-        asked = questions_to_ask(world, table, script_args.num_eval_prompts)
+        questions = questions_to_ask(world, table, script_args.num_eval_prompts)
         result: dict[str, list[Answered]] = {}
         for name in (SHOWN, RL, SHUFFLED, PLAIN):
             if not self.course.has_made(name):
                 continue
             speaking = load_speaking(self.course.folder(name), self.model_args)
-            model = (speaking.model, speaking.tokenizer, asked)
+            model = (speaking.model, speaking.tokenizer, questions)
             if name == PLAIN:
                 result[name] = answer(*model, None)
                 continue

@@ -79,7 +79,7 @@ def questions_to_ask(world: World, table: Table, count: int, seed: int = 0) -> l
         seed: of the draw.
     """
     rng = random.Random(f"tool-evaluation-{world.seed}-{seed}")
-    asked: list[Asked] = []
+    questions: list[Asked] = []
     for family in (*NEED, *NO_NEED):
         different: dict[str, ToolTask] = {}
         for _ in range(100 * count):
@@ -87,8 +87,8 @@ def questions_to_ask(world: World, table: Table, count: int, seed: int = 0) -> l
             different.setdefault(task.task.question, task)
             if len(different) == count:
                 break
-        asked += [Asked(family, task) for task in different.values()]
-    return asked + [Asked(KNOWN, ToolTask(task)) for task in world.fact_tasks(3)]
+        questions += [Asked(family, task) for task in different.values()]
+    return questions + [Asked(KNOWN, ToolTask(task)) for task in world.fact_tasks(3)]
 
 
 def answer(
@@ -264,7 +264,7 @@ def _summary(metrics: Mapping[str, float]) -> str:
 def _tables(answers: Answers) -> dict[str, list[dict[str, str]]]:
     names = ["calls_needed", "calls_not_needed", "right_needed"]
     names += [f"right_{family}" for family in (*NEED, *NO_NEED, KNOWN)]
-    result = {name: figures(said) for name, said in answers.items()}
+    result = {name: figures(responses) for name, responses in answers.items()}
 
     def columns(*models: str) -> dict[str, dict[str, float]]:
         return {f"{TITLES[each.split()[0]]}": result[each] for each in models if each in result}
@@ -277,8 +277,8 @@ def _tables(answers: Answers) -> dict[str, list[dict[str, str]]]:
         ),
     }
     if PLAIN in result:
-        kept = [f"right_{family}" for family in (*NO_NEED, KNOWN)]
-        tables["Where no tool is needed"] = side_by_side(columns(RL, PLAIN), kept)
+        metrics = [f"right_{family}" for family in (*NO_NEED, KNOWN)]
+        tables["Where no tool is needed"] = side_by_side(columns(RL, PLAIN), metrics)
     return tables | {"Conversations": _samples(answers)}
 
 
@@ -288,8 +288,10 @@ def _samples(answers: Answers) -> list[dict[str, str]]:
     for family in (*NEED, *NO_NEED):
         indices = [index for index, each in enumerate(answers[RL]) if each.asked.group == family]
         for index in indices[:SAMPLES_EACH]:
-            said = {TITLES[name]: transcript(answers[name][index].episode.messages) for name in (SHOWN, RL, OFF)}
-            rows.append({"question": answers[RL][index].asked.task.task.question, **said})
+            transcripts = {
+                TITLES[name]: transcript(answers[name][index].episode.messages) for name in (SHOWN, RL, OFF)
+            }
+            rows.append({"question": answers[RL][index].asked.task.task.question, **transcripts})
     return rows
 
 

@@ -167,11 +167,11 @@ def own_rows(script_args: VisionArguments, seed: int, tokens: Sequence[str] = ()
 
 def drawn_rows(script_args: VisionArguments, seed: int) -> Rows:
     """Return drawn rows as `own_rows` does, for a model of the user's."""
-    made: Rows = []
+    rows: Rows = []
     for row in question_rows(script_args, seed):
-        asked, *rest = row.messages()
-        made += by_turns({"prompt": [asked], "completion": rest, "images": [png_of(row.picture)]})
-    return made
+        question, *rest = row.messages()
+        rows += by_turns({"prompt": [question], "completion": rest, "images": [png_of(row.picture)]})
+    return rows
 
 
 def asked_of(row: Mapping[str, Any]) -> Asked:
@@ -307,8 +307,10 @@ def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
 
 def _has_more(model: "nn.Module", parts: "Sequence[nn.Module]", only_learned: bool = False) -> bool:
     """Return whether a model has weights beside those of some parts, or such that learn."""
-    known = {id(weight) for part in parts for weight in part.parameters()}
-    return any(id(weight) not in known and (weight.requires_grad or not only_learned) for weight in model.parameters())
+    part_ids = {id(weight) for part in parts for weight in part.parameters()}
+    return any(
+        id(weight) not in part_ids and (weight.requires_grad or not only_learned) for weight in model.parameters()
+    )
 
 
 def width_of(model: "PreTrainedModel") -> int:
@@ -498,9 +500,9 @@ def sampled_gold(
     from hfllm.multimodal.answers import answer_pictures
 
     prompts, images = [each.prompt for each in questions], [each.images for each in questions]
-    said = answer_pictures(model, processor, prompts, images, script_args.max_new_tokens, do_sample=True)
+    responses = answer_pictures(model, processor, prompts, images, script_args.max_new_tokens, do_sample=True)
     columns = {name: [question.gold[name] for question in questions] for name in questions[0].gold}
-    return gold_reward(prompts, said, **columns)
+    return gold_reward(prompts, responses, **columns)
 
 
 def gain(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:

@@ -48,35 +48,38 @@ def evaluate(
         parts: questions by the name of the part; those of `shuffled` have other pictures.
         prior: other questions like those of the first part, by which the best guess is found.
     """
-    said = {
+    responses = {
         name: answer_pictures(
-            model, processor, [q.prompt for q in asked], [q.images for q in asked], script_args.max_new_tokens
+            model, processor, [q.prompt for q in questions], [q.images for q in questions], script_args.max_new_tokens
         )
-        for name, asked in parts.items()
+        for name, questions in parts.items()
     }
     first = next(iter(parts))
-    said |= {OTHER_TRUTH: truth} if (truth := _truth_about_others(parts.get(SHUFFLED, ()))) else {}
-    said[CHANCE] = best_guesses(parts[first], prior)
+    responses |= {OTHER_TRUTH: truth} if (truth := _truth_about_others(parts.get(SHUFFLED, ()))) else {}
+    responses[CHANCE] = best_guesses(parts[first], prior)
     everything = {**parts, OTHER_TRUTH: parts.get(SHUFFLED, ()), CHANCE: parts[first]}
     right = {
         name: [float(is_right(*pair)) for pair in zip(answers, (q.answer for q in everything[name]), strict=True)]
-        for name, answers in said.items()
+        for name, answers in responses.items()
     }
     metrics: dict[str, float] = {}
     for name, values in right.items():
         metrics |= mean_of(f"{name}_right", values)
         for family, result in by_family(everything[name], values).items():
             metrics |= mean_of(f"{name}_{family}_right", result)
-    metrics |= _false_alarms(parts[first], said[first])
+    metrics |= _false_alarms(parts[first], responses[first])
     summary = ", ".join(f"{LABELS[name]} {_figure(metrics, name)}" for name in right)
-    tables = {"Right answers": _table(everything, right), "Samples": _samples(parts[first], said[first], right[first])}
+    tables = {
+        "Right answers": _table(everything, right),
+        "Samples": _samples(parts[first], responses[first], right[first]),
+    }
     bars = Bars(
         f"Right answers of {len(parts[first]):,} questions",
         "share that is right",
         {LABELS[name]: metrics[f"{name}_right"] for name in right},
         {LABELS[name]: _figure(metrics, name) for name in right},
     )
-    plots = {"right": bars, "pictures": _grid(parts[first], said[first], right[first])}
+    plots = {"right": bars, "pictures": _grid(parts[first], responses[first], right[first])}
     promises = [
         Promise(f"questions about images ({LABELS[first]}) answered right", f"{first}_right", f"{name}_right", beside)
         for name, beside in ((CHANCE, "the best guess without any"), (SHUFFLED, "the same with other images"))
@@ -132,12 +135,12 @@ def _samples(questions: Sequence[Asked], said: Sequence[str], right: Sequence[fl
 
 
 def _grid(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float]) -> PictureGrid:
-    shown = [index for index, question in enumerate(questions) if len(question.images) == 1][:SHOWN]
+    indices = [index for index, question in enumerate(questions) if len(question.images) == 1][:SHOWN]
     return PictureGrid(
         "Questions, and what the model says",
-        [read_image(questions[index].images[0], "a sample", max_pixels=sys.maxsize, min_side=1) for index in shown],
-        [f"{_printed(questions[index].question)}\n{_printed(said[index])}" for index in shown],
-        [bool(right[index]) for index in shown],
+        [read_image(questions[index].images[0], "a sample", max_pixels=sys.maxsize, min_side=1) for index in indices],
+        [f"{_printed(questions[index].question)}\n{_printed(said[index])}" for index in indices],
+        [bool(right[index]) for index in indices],
     )
 
 

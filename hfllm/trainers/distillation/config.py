@@ -46,10 +46,10 @@ class DistillationConfig(DistillationOptions, TrainingArguments):
             raise ValueError("teacher_cache_dir needs teacher_top_k: without it nothing is cached")
         if self.teacher_top_k and self.hidden_weight:
             raise ValueError("hidden_weight needs the teacher at every step: it cannot be combined with teacher_top_k")
-        given = self.teacher_model_init_kwargs or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"teacher_model_init_kwargs must be a JSON object, got {given!r}")
-        if self.teacher_model_revision and "revision" in given:
+        init_kwargs = self.teacher_model_init_kwargs or {}
+        if not isinstance(init_kwargs, dict):
+            raise ValueError(f"teacher_model_init_kwargs must be a JSON object, got {init_kwargs!r}")
+        if self.teacher_model_revision and "revision" in init_kwargs:
             raise ValueError("teacher_model_revision is given, and so is a revision in teacher_model_init_kwargs")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor changes no part of the loss: the teacher smooths the targets")

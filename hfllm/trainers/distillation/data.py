@@ -283,8 +283,8 @@ def teacher_tables(
     kinds = {"log_probs": pyarrow.float32(), "indices": pyarrow.int32(), "rest": pyarrow.float32()}
     schema = pyarrow.schema([(name, pyarrow.large_list(kind)) for name, kind in kinds.items()])
     for batch in loader:
-        kept = batch["shift_labels"] != IGNORE
-        counts, teacher = kept.sum(1).tolist(), ask(batch, kept)
+        mask = batch["shift_labels"] != IGNORE
+        counts, teacher = mask.sum(1).tolist(), ask(batch, mask)
         size = chunk_size or sum(counts)
         tops = [
             TopK.of(teacher.take(slice(start, start + size)), temperature, top_k)
@@ -307,13 +307,13 @@ class WithTeacher(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        said = self.cache[index]
-        indices = len(said["rest"])
+        teacher_row = self.cache[index]
+        indices = len(teacher_row["rest"])
         return {
             **self.rows[index],
-            "teacher_log_probs": said["log_probs"].view(indices, -1),
-            "teacher_indices": said["indices"].long().view(indices, -1),
-            "teacher_rest": said["rest"],
+            "teacher_log_probs": teacher_row["log_probs"].view(indices, -1),
+            "teacher_indices": teacher_row["indices"].long().view(indices, -1),
+            "teacher_rest": teacher_row["rest"],
         }
 
 
@@ -385,11 +385,11 @@ def loaded_bytes(config: "PreTrainedConfig", settings: Mapping[str, object]) -> 
     except InputError:
         return None
     model.tie_weights()
-    given = settings.get("dtype", settings.get("torch_dtype"))
-    size = _itemsize(given, config)
+    dtype = settings.get("dtype", settings.get("torch_dtype"))
+    size = _itemsize(dtype, config)
     quantization = settings.get("quantization_config") or quantization_of(config)
     share = _quantized_bytes(quantization)
-    if quantization and not isinstance(given, torch.dtype | str):
+    if quantization and not isinstance(dtype, torch.dtype | str):
         size = min(size, UNKNOWN_DTYPE_BYTES)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     total = 0.0
@@ -441,5 +441,5 @@ def _of_cgroup(folder: Path, limit: str, use: str, prefix: str) -> list[int]:
     except (OSError, ValueError):
         # No such group, or "max": no limit.
         return []
-    kept = sum(int(line[1]) for line in lines if line[0] in (f"{prefix}inactive_file", f"{prefix}active_file"))
-    return [max(0, most - used + kept)]
+    page_cache = sum(int(line[1]) for line in lines if line[0] in (f"{prefix}inactive_file", f"{prefix}active_file"))
+    return [max(0, most - used + page_cache)]

@@ -98,9 +98,9 @@ class TopK:
     def of(cls, logits: torch.Tensor, temperature: float, k: int) -> "TopK":
         """Return the top `k` of logits (N, V), or all if V is not larger."""
         log_probs = (logits.float() / temperature).log_softmax(-1)
-        kept = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
-        rest = log_probs.scatter_(1, kept.indices, -math.inf).logsumexp(-1)
-        return cls(kept.values, kept.indices, rest)
+        top_k = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
+        rest = log_probs.scatter_(1, top_k.indices, -math.inf).logsumexp(-1)
+        return cls(top_k.values, top_k.indices, rest)
 
     def take(self, rows: slice) -> "TopK":
         return TopK(self.log_probs[rows], self.indices[rows], self.rest[rows])
@@ -148,11 +148,11 @@ def token_losses(
         return torch.zeros_like(hard), hard
     log_q = (logits / settings.temperature).log_softmax(-1)
     if isinstance(teacher, TopK):
-        log_p, kept = teacher.outcomes(logits.shape[-1]), log_q.gather(1, teacher.indices)
-        if log_p.shape[-1] > kept.shape[-1]:
+        log_p, top_k_log_q = teacher.outcomes(logits.shape[-1]), log_q.gather(1, teacher.indices)
+        if log_p.shape[-1] > top_k_log_q.shape[-1]:
             rest = log_q.scatter(1, teacher.indices, -math.inf).logsumexp(-1, keepdim=True)
-            kept = torch.cat((kept, rest), 1)
-        log_q = kept
+            top_k_log_q = torch.cat((top_k_log_q, rest), 1)
+        log_q = top_k_log_q
     else:
         log_p = (teacher / settings.temperature).log_softmax(-1)
     return divergence(log_p, log_q, settings.beta).sum(), hard
@@ -202,11 +202,11 @@ def _top_k_gradient(
 
     `log_q` (N, V) is overwritten.
     """
-    log_p, kept = teacher.outcomes(log_q.shape[-1]), log_q.gather(1, teacher.indices)
-    has_rest, outcomes = log_p.shape[-1] > kept.shape[-1], kept
+    log_p, top_k_log_q = teacher.outcomes(log_q.shape[-1]), log_q.gather(1, teacher.indices)
+    has_rest, outcomes = log_p.shape[-1] > top_k_log_q.shape[-1], top_k_log_q
     if has_rest:
         rest = log_q.scatter_(1, teacher.indices, -math.inf).logsumexp(-1, keepdim=True)
-        outcomes = torch.cat((kept, rest), 1)
+        outcomes = torch.cat((top_k_log_q, rest), 1)
     soft, slope = _divergence_and_slope(log_p, outcomes, beta, needs_gradient)
     if not needs_gradient:
         return soft, None
@@ -214,7 +214,7 @@ def _top_k_gradient(
     if has_rest:
         # The gradient of "any other token" is divided among its tokens by their probabilities.
         log_q.sub_(rest).exp_().mul_(slope[:, -1:])
-    return soft, log_q.scatter_(1, teacher.indices, slope[:, : kept.shape[-1]])
+    return soft, log_q.scatter_(1, teacher.indices, slope[:, : top_k_log_q.shape[-1]])
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -296,8 +296,8 @@ def linear_distillation(
         return _LinearDistillation.apply(hidden, weight, targets, teacher, settings, chunk_size)
 
     def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        said = teacher and teacher.take(slice(start, start + len(targets)))
-        return token_losses(head(hidden), targets, said, settings)
+        teacher_chunk = teacher and teacher.take(slice(start, start + len(targets)))
+        return token_losses(head(hidden), targets, teacher_chunk, settings)
 
     # With no tokens there is one empty chunk, so that the head's weights are in the graph on every process.
     parts = [

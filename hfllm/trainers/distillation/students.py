@@ -61,21 +61,21 @@ def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedMo
         raise InputError(f"every {every}th layer: the teacher has {total}, so 2 to {total} are possible")
     if getattr(teacher, "is_quantized", False):
         raise InputError("a student cannot be made from a quantized teacher: load the teacher unquantized")
-    kept = range(0, total, every)
+    layer_indices = range(0, total, every)
     smaller = copy.deepcopy(config)
     smaller.name_or_path = ""
-    smaller.num_hidden_layers = len(kept)
-    _take_layers(smaller, kept)
+    smaller.num_hidden_layers = len(layer_indices)
+    _take_layers(smaller, layer_indices)
     student = cast_weights(type(teacher)(smaller), teacher.dtype)
     prefix = _layers_name(teacher, total)
     weights = teacher.state_dict()
-    taken = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-    for new, old in enumerate(kept):
+    state_dict = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    for new, old in enumerate(layer_indices):
         start = f"{prefix}{old}."
-        taken |= {
+        state_dict |= {
             f"{prefix}{new}.{name[len(start) :]}": value for name, value in weights.items() if name.startswith(start)
         }
-    student.load_state_dict(taken)
+    student.load_state_dict(state_dict)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device)
 
@@ -97,13 +97,13 @@ def smaller_student(
         InputError: when they do not describe a valid model.
     """
     config, ours = teacher.config, copy.deepcopy(teacher.config)
-    given = {
+    overrides = {
         "hidden_size": hidden_size,
         "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads,
         "initializer_range": initializer_range,
     }
-    for name, value in given.items():
+    for name, value in overrides.items():
         if value is not None:
             setattr(ours, name, value)
     width, heads = ours.hidden_size, ours.num_attention_heads

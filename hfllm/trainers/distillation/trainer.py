@@ -245,17 +245,17 @@ class DistillationTrainer(TokenMeanEvaluation):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
         """Return the loss of a batch, divided by the targets of the whole step on all processes."""
-        args, kept = self.args, inputs["shift_labels"] != IGNORE
-        targets = inputs["shift_labels"][kept]
+        args, mask = self.args, inputs["shift_labels"] != IGNORE
+        targets = inputs["shift_labels"][mask]
         outputs, hidden = self._student_pass(model, inputs)
         with self.accelerator.autocast():
-            said = self._teacher_pass(inputs) if self.teacher is not None else None
-            soft, hard, loss = self._compared(model, inputs, outputs, hidden, said, kept, targets)
+            teacher_outputs = self._teacher_pass(inputs) if self.teacher is not None else None
+            soft, hard, loss = self._compared(model, inputs, outputs, hidden, teacher_outputs, mask, targets)
             distance = loss.new_zeros(())
             if args.hidden_weight:
-                distance = self._hidden_distance(outputs, said, kept)
+                distance = self._hidden_distance(outputs, teacher_outputs, mask)
                 loss = loss + args.hidden_weight * distance
-        count = kept.sum()
+        count = mask.sum()
         items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if getattr(outputs, "aux_loss", None) is not None and model.training:
             # Computed in full for each batch, which has only a share of the step's tokens.

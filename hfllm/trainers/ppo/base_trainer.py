@@ -233,8 +233,8 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         """Refuse a caller's optimizer that would not train some weights, such as the new value head's."""
         if self.optimizer is None:
             return
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, each in self.actor.named_parameters() if each.requires_grad and id(each) not in held]
+        ids = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, each in self.actor.named_parameters() if each.requires_grad and id(each) not in ids]
         if missing:
             raise InputError(
                 f"optimizers: {len(missing)} weights would not be trained, the first {missing[0]}: set "
@@ -317,10 +317,10 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
     def _believed(self, batch: dict[str, Any]) -> SampledLogprobs | None:
         """Return the batch's recorded values, unless earlier ones of the same kind were found wrong."""
         witness = batch.get("witness")
-        known = self._trusted.get(self._kind_of(batch))
-        if witness is None or known is False:
+        is_trusted = self._trusted.get(self._kind_of(batch))
+        if witness is None or is_trusted is False:
             return None
-        witness.is_checked = bool(known)
+        witness.is_checked = bool(is_trusted)
         return witness
 
     def _remember(self, batch: dict[str, Any], witness: SampledLogprobs | None) -> None:

@@ -109,11 +109,11 @@ class PPOConfig(PPOOptions, TrainingArguments):
                     raise ValueError(f"{name} must {accepted}, got {value}")
 
     def _check_generation_kwargs(self) -> None:
-        known = GenerationConfig().to_dict()
+        options = GenerationConfig().to_dict()
         for name in self.generation_kwargs or {}:
-            if name not in known:
+            if name not in options:
                 # A GenerationConfig takes any name, and ignores it.
-                (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                (nearest,) = difflib.get_close_matches(name, options, n=1, cutoff=0.0)
                 raise ValueError(f"generation_kwargs has an unknown {name!r}; did you mean {nearest!r}?")
 
     @property

@@ -70,8 +70,8 @@ def environment_of(
     if not tools and factory is None:
         return None
     if rollout_func is not None:
-        given = "tools" if tools else "environment_factory"
-        raise InputError(f"{given} and rollout_func: give one of them, which says how episodes go")
+        argument = "tools" if tools else "environment_factory"
+        raise InputError(f"{argument} and rollout_func: give one of them, which says how episodes go")
     limits = (args.max_tool_calling_iterations, args.tool_timeout, args.max_tool_result_length)
     return ToolEnvironment(tools or [], tokenizer, end_token_ids, *limits, factory)
 

@@ -211,21 +211,21 @@ def _token_counts(
 
 def _counts_with_pictures(dataset: "HubDataset | Sequence[dict]", processor: ProcessorMixin) -> Iterator[int]:
     """Yield the number of tokens of each prompt; drawn pictures are processed only where words or sizes are new."""
-    known: dict[Hashable, int] = {}
+    cached_counts: dict[Hashable, int] = {}
     for start in range(0, len(dataset), TOGETHER):
         rows = [dataset[index] for index in range(start, min(start + TOGETHER, len(dataset)))]
         # By its place a prompt is like no other.
         keys = [what_is_counted(row) or index for index, row in enumerate(rows, start)]
         new = {}
         for index, (key, row) in enumerate(zip(keys, rows, strict=True), start):
-            if key not in known and key not in new:
+            if key not in cached_counts and key not in new:
                 new[key] = OriginRow(row, origin_of(row, f"prompt {index} of the dataset"))
         if new:
             counts = map(len, _tokens_of(list(new.values()), processor, start, None))
-            known.update(zip(new, counts, strict=True))
-        yield from [known[key] for key in keys]
-        if len(known) > KEPT_COUNTS:
-            known.clear()
+            cached_counts.update(zip(new, counts, strict=True))
+        yield from [cached_counts[key] for key in keys]
+        if len(cached_counts) > KEPT_COUNTS:
+            cached_counts.clear()
 
 
 def read_rows(
@@ -243,8 +243,8 @@ def read_rows(
     if isinstance(processing_class, ProcessorMixin) and not is_text:
         ids, pictures, prompts = encode(rows, processing_class, tools, first)
         return ids, {} if pictures is None else {"pictures": pictures, "prompts": prompts}
-    prompts, shown = [row["prompt"] for row in rows], [tools or row.get("tools") for row in rows]
-    return tokenize_prompts(prompts, tokenizer_of(processing_class), shown), {}
+    prompts, row_tools = [row["prompt"] for row in rows], [tools or row.get("tools") for row in rows]
+    return tokenize_prompts(prompts, tokenizer_of(processing_class), row_tools), {}
 
 
 def _tokens_of(

@@ -150,7 +150,7 @@ def length_groups(
     ordered = lengths[by_length].tolist()
     # Actions up to each row, without that row's.
     actions = batch.get("action_mask", batch["response_mask"])
-    seen = [0, *(actions.sum(1)[by_length].cumsum(0).tolist() if most_responses is not None else [])]
+    cumulative = [0, *(actions.sum(1)[by_length].cumsum(0).tolist() if most_responses is not None else [])]
     start = 0
     while start < len(ordered):
         end = start + 1
@@ -159,7 +159,7 @@ def length_groups(
             and (bucket is None or ordered[start] - ordered[end] < bucket)
             and (most_tokens is None or (end - start + 1) * ordered[start] <= most_tokens)
             and (most_rows is None or end - start < most_rows)
-            and (most_responses is None or seen[end + 1] - seen[start] <= most_responses)
+            and (most_responses is None or cumulative[end + 1] - cumulative[start] <= most_responses)
         ):
             end += 1
         rows = by_length[start:end]

@@ -91,10 +91,10 @@ class TurnCaches:
         Args:
             ids, mask: (B, S), the sequences, padded on the left.
         """
-        kept, parts, self._kept, self._parts = self._kept, self._parts, {}, []
-        if any(episode not in kept for episode in episodes):
+        entries, parts, self._kept, self._parts = self._kept, self._parts, {}, []
+        if any(episode not in entries for episode in episodes):
             return None
-        rows, width = [kept[episode] for episode in episodes], ids.shape[1]
+        rows, width = [entries[episode] for episode in episodes], ids.shape[1]
         begins = mask.argmax(1).tolist()
         sequences = [row[begin:] for row, begin in zip(ids.tolist(), begins, strict=True)]
         new = [len(all_) - _shared(row.tokens, all_) for row, all_ in zip(rows, sequences, strict=True)]
@@ -394,21 +394,21 @@ def generate_responses(
                 **seen_too,
             )
         ids = output.sequences
-        seen = ids[:, start:]
-        responses[rows, : seen.shape[1]] = seen
+        generated = ids[:, start:]
+        responses[rows, : generated.shape[1]] = generated
         lengths[rows], is_ended[rows] = ended.lengths - start, ended.has_ended
         if witness is not None and witness.caches is not None:
             witness.keep(rows + first_row, output, mask, ended)
         goes_on = ~ended.has_ended
-        if seen.shape[1] >= longest or not goes_on.any() or not ended.has_split:
+        if generated.shape[1] >= longest or not goes_on.any() or not ended.has_split:
             break
-        kept = goes_on.nonzero().squeeze(1)
+        remaining = goes_on.nonzero().squeeze(1)
         # Other caches may not allow selecting rows: the rows that continue are then read again from their beginning.
         cache = output.cache if _selects_rows(output.cache, policy) else None
         if cache is not None:
-            cache.batch_select_indices(kept)
-        new = mask.new_ones(len(kept), ids.shape[1] - mask.shape[1])
-        rows, ids, mask = rows[kept], ids[kept], torch.cat((mask[kept], new), dim=1)
+            cache.batch_select_indices(remaining)
+        new = mask.new_ones(len(remaining), ids.shape[1] - mask.shape[1])
+        rows, ids, mask = rows[remaining], ids[remaining], torch.cat((mask[remaining], new), dim=1)
     width = max(int(lengths.max()), 1)
     mask = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
     response_ids = responses[:, :width].masked_fill(mask == 0, generation_config.pad_token_id)

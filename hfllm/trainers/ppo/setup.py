@@ -142,8 +142,8 @@ def split_reference(
     with gather_parameters(model):
         reference.load_state_dict(model.state_dict())
     # Buffers outside the state dict, such as rotary frequencies, may have another precision than the weights.
-    for own, given in zip(reference.buffers(), model.buffers(), strict=True):
-        own.data = given.detach().clone()
+    for own, original in zip(reference.buffers(), model.buffers(), strict=True):
+        own.data = original.detach().clone()
     return reference.eval().requires_grad_(False), model
 
 
@@ -270,7 +270,7 @@ def special_tokens(
             f"tokenizer {tokenizer.name_or_path!r} has no padding token: set pad_token, for example to the end token "
             f"{tokenizer.eos_token!r}"
         )
-    asked = args.generation_kwargs or {}
+    generation_kwargs = args.generation_kwargs or {}
     ends = configured_ends(tokenizer, policy) | ({turn_end(processing_class)} - {None})
     if new := ends - configured_ends(tokenizer, policy):
         names = " and ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(new))))
@@ -280,10 +280,14 @@ def special_tokens(
             stacklevel=3,
         )
         policy.generation_config.eos_token_id = sorted(ends)
-    if asked.get("eos_token_id") is not None:
-        ends = set(asked["eos_token_id"]) if isinstance(asked["eos_token_id"], list) else {asked["eos_token_id"]}
+    if generation_kwargs.get("eos_token_id") is not None:
+        ends = (
+            set(generation_kwargs["eos_token_id"])
+            if isinstance(generation_kwargs["eos_token_id"], list)
+            else {generation_kwargs["eos_token_id"]}
+        )
     padding = set() if tokenizer.pad_token_id in ends else {tokenizer.pad_token_id}
-    return sorted(ends), sorted(padding | place_tokens(policy) | set(asked.get("suppress_tokens") or []))
+    return sorted(ends), sorted(padding | place_tokens(policy) | set(generation_kwargs.get("suppress_tokens") or []))
 
 
 def build_rewards(
@@ -350,14 +354,14 @@ def sampling_config(
         "bos_token_id": tokenizer.bos_token_id,
         "suppress_tokens": list(never_sampled) or None,
     }
-    asked = dict(args.generation_kwargs or {})
+    generation_kwargs = dict(args.generation_kwargs or {})
     for name, argument in (("temperature", "temperature"), ("max_new_tokens", "response_length")):
-        if name in asked:
-            raise InputError(f"generation_kwargs has {name}={asked[name]!r}: set {argument} itself")
+        if name in generation_kwargs:
+            raise InputError(f"generation_kwargs has {name}={generation_kwargs[name]!r}: set {argument} itself")
     # These are in `special_tokens`, which the policy's log-probabilities also use.
     for name in ("eos_token_id", "suppress_tokens"):
-        asked.pop(name, None)
-    settings |= asked
+        generation_kwargs.pop(name, None)
+    settings |= generation_kwargs
     if settings["num_beams"] != 1 or settings.get("num_return_sequences", 1) != 1:
         raise InputError(
             "generation_kwargs: PPO samples, so num_beams must be 1; use num_generations for several responses"

@@ -263,14 +263,20 @@ class PPOTrainer(ActorCriticTrainer):
             return episodes.from_rollout_func(output, rows, self)
         if self.environment is not None:
             return episodes.act(rows, self.environment, self)
-        prompts, seen = read_rows(rows, self.processing_class)
+        prompts, picture_fields = read_rows(rows, self.processing_class)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.sampling_config.pad_token_id, self.accelerator.device)
         witness = self._witness(len(rows))
         if self.vllm is not None:
             responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
         else:
-            responses = self._responses(prompt_ids, prompt_mask, witness, pictures=seen.get("pictures"))
-        return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, **seen, "witness": witness}
+            responses = self._responses(prompt_ids, prompt_mask, witness, pictures=picture_fields.get("pictures"))
+        return {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            **responses,
+            **picture_fields,
+            "witness": witness,
+        }
 
     def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
         """Return the scores of the responses, and log their means."""

@@ -26,9 +26,9 @@ def check_vllm(args: PPOConfig) -> None:
 
     if not is_vllm_available():
         raise InputError("use_vllm=True: vLLM is not installed; pip install 'trl[vllm]'")
-    asked = (args.generation_kwargs or {}).items()
+    requested = (args.generation_kwargs or {}).items()
     if unheard := sorted(
-        name for name, value in asked if name not in HEARD and value != UNMODIFIED_SAMPLING.get(name)
+        name for name, value in requested if name not in HEARD and value != UNMODIFIED_SAMPLING.get(name)
     ):
         raise InputError(f"use_vllm=True cannot be combined with {', '.join(unheard)} of generation_kwargs")
 

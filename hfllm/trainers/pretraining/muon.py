@@ -30,16 +30,16 @@ class BatchedMuon(torch.optim.Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        taken = []
+        muon_parameters = []
         for group in self.param_groups:
             for parameters in _alike(group["params"]):
                 self._step_together(parameters, group)
-                taken += parameters
-        gradients = [parameter.grad for parameter in taken]
-        for parameter in taken:
+                muon_parameters += parameters
+        gradients = [parameter.grad for parameter in muon_parameters]
+        for parameter in muon_parameters:
             parameter.grad = None
         super().step()
-        for parameter, gradient in zip(taken, gradients, strict=True):
+        for parameter, gradient in zip(muon_parameters, gradients, strict=True):
             parameter.grad = gradient
         return loss
 
@@ -68,11 +68,11 @@ def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
         is_plain = type(parameter.data) is torch.Tensor and type(parameter.grad) is torch.Tensor
         if is_plain and parameter.ndim == 2 and parameter.numel() <= SMALL:
             result.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
-    made = []
+    batches = []
     for alike in result.values():
         most = max(1, TOGETHER // max(alike[0].numel(), 1))
-        made += [alike[first : first + most] for first in range(0, len(alike), most)]
-    return made
+        batches += [alike[first : first + most] for first in range(0, len(alike), most)]
+    return batches
 
 
 def orthogonalized(
@@ -170,8 +170,8 @@ def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
     matrices = [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) not in ends]
     if not matrices:
         raise InputError(f"--use_muon: {type(model).__name__} has no matrix to train besides its embeddings")
-    taken = set(map(id, matrices))
-    rest = [parameter for parameter in trained if id(parameter) not in taken]
+    matrix_ids = set(map(id, matrices))
+    rest = [parameter for parameter in trained if id(parameter) not in matrix_ids]
     others = [
         {"params": [parameter for parameter in rest if parameter.ndim > 1]},
         {"params": [parameter for parameter in rest if parameter.ndim <= 1], "weight_decay": 0.0},

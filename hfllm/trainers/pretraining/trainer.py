@@ -157,11 +157,11 @@ class BatchPlan(TorchDataset):
         index, number = int(self._source[place]), int(self._number[place])
         source = self.sources[index]
         epoch, within = divmod(number, len(source))
-        kept = self._order_of.get(index)
-        if kept is None or kept[0] != epoch:
-            kept = epoch, numpy.random.default_rng((self.seed, 2, index, epoch)).permutation(len(source))
-            self._order_of[index] = kept
-        return source[int(kept[1][within])]
+        epoch_order = self._order_of.get(index)
+        if epoch_order is None or epoch_order[0] != epoch:
+            epoch_order = epoch, numpy.random.default_rng((self.seed, 2, index, epoch)).permutation(len(source))
+            self._order_of[index] = epoch_order
+        return source[int(epoch_order[1][within])]
 
     def tokens_at(self, step: int) -> int:
         """Return the positions of all steps before `step`, over all processes."""
@@ -289,15 +289,15 @@ class PretrainTrainer(TokenMeanEvaluation):
             inputs = {**inputs, "loss_chunk_size": 0}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        kept = inputs["labels"] != IGNORE
-        kept = kept[:, 1:] if self._loss_shifts_labels else kept
+        mask = inputs["labels"] != IGNORE
+        mask = mask[:, 1:] if self._loss_shifts_labels else mask
         if outputs.get("aux_loss") is not None:
             # Computed in full for each pass, which has only a share of the step's tokens.
-            share = kept.sum() / num_items_in_batch
+            share = mask.sum() / num_items_in_batch
             loss = loss + self.model.config.router_aux_loss_coef * outputs.aux_loss * (share - 1) * processes
         if self.z_loss_coef:
             logits = outputs.logits[:, :-1] if self._loss_shifts_labels else outputs.logits
-            partition = logits.float().logsumexp(-1)[kept]
+            partition = logits.float().logsumexp(-1)[mask]
             loss = loss + self.z_loss_coef * partition.square().sum() / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
 
