@@ -1,4 +1,4 @@
-"""hfllm: one architecture family and the recipes that carry it from raw text to an aligned, published model.
+"""hfllm: one architecture family and its recipes, from raw text to an aligned, published model.
 
 Importing this package registers the family with transformers' Auto classes. Neither torch nor transformers is
 imported for that: it registers when transformers' Auto classes are imported, so `hfllm.scaling` stays light.

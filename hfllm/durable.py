@@ -1,6 +1,6 @@
-"""Writes that last: what is renamed to its name is on the disk by then, and so is the name, also if the power fails.
+"""Durable writes: a renamed file is on the disk by then, and so is its name, also if the power fails.
 
-A file system may write a new name before what the file holds: after a crash the name is there and the file is empty.
+A file system may write a new name before the file's contents: after a crash the name exists and the file is empty.
 """
 
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def replace(unfinished: str | Path, path: str | Path) -> None:
-    """Rename a file or a folder over `path` once all that it holds is on the disk, and wait until the name is, too.
+    """Rename a file or a folder over `path` once all its contents are on the disk, and wait until the name is, too.
 
     Args:
-        unfinished: on the file system of `path`; of a folder all files and folders in it are waited for.
+        unfinished: on the file system of `path`; for a folder, there is a wait for all files and folders in it.
         path: as `os.replace` takes it.
     """
     sync(unfinished)
@@ -20,7 +20,7 @@ def replace(unfinished: str | Path, path: str | Path) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Wait until a file is on the disk, or a folder with all that is in it; links are left alone."""
+    """Wait until a file is on the disk, or a folder with all its contents; links are skipped."""
     if not Path(path).is_dir():
         _sync(path, os.O_RDONLY)
         return

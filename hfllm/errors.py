@@ -1,4 +1,4 @@
-"""The exception for errors that a user can fix, and the removal of secrets from printed or written text."""
+"""The exception for errors fixable by the user, and the removal of secrets from printed or written text."""
 
 import json
 import os
@@ -20,10 +20,10 @@ CREDENTIALS = frozenset(
         *("client_secret", "password", "passwd", "authorization", "proxy_authorization", "cookie"),
     )
 )
-# What allocators say, in errors of any class.
+# Messages of allocators, in errors of any class.
 OUT_OF_MEMORY = (
     *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
-    # Of a library that is loaded.
+    # Of a loaded library.
     "failed to map segment",
 )
 
@@ -31,9 +31,9 @@ OUT_OF_MEMORY = (
 class InputError(ValueError):
     """Bad input: recipes print its message as a single line and stop.
 
-    The message names the file, row, field or flag, the value seen and what is accepted; secrets in it are hidden.
-    Whatever reads what a user gave may raise it. A docstring says so only where it is not plain from what the function
-    does for what it is raised.
+    The message names the file, row, field or flag, the value seen and the accepted values; secrets in it are hidden.
+    Any function reading user input may raise it. A docstring mentions it only where its cause is not clear from the
+    purpose of the function.
     """
 
     def __init__(self, message: str):
@@ -41,7 +41,7 @@ class InputError(ValueError):
 
 
 class MachineError(InputError):
-    """A run ends for want of memory or disk: its message, one line, is printed by the process that it happens in."""
+    """A run ends for lack of memory or disk: its message, one line, is printed by the affected process."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,7 +49,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def refuse(condition: bool, flag: str, reason: str) -> None:
-    """Refuse a flag that would have no effect, rather than ignore it.
+    """Refuse a flag without effect, rather than ignore it.
 
     Raises:
         InputError: if `condition` holds.
@@ -59,7 +59,7 @@ def refuse(condition: bool, flag: str, reason: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory was short, on a GPU or in the machine; also where that is the cause of an error."""
+    """Return whether memory was short, on a GPU or in the machine; also as the cause of an error."""
     kinds = (RuntimeError, OSError, ImportError)
     is_reported = isinstance(error, kinds) and any(words in str(error) for words in OUT_OF_MEMORY)
     is_caused = error.__cause__ is not None and is_out_of_memory(error.__cause__)
@@ -67,7 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def redact(text: str, *secrets: str | None) -> str:
-    """Return `text` without `secrets`, the tokens in the environment, and anything that looks like a token."""
+    """Return `text` without `secrets`, the tokens in the environment, and anything similar to a token."""
     for secret in (*secrets, *map(os.environ.get, TOKEN_VARIABLES)):
         # Anything shorter is no secret, and hiding it would remove ordinary words.
         if secret and len(secret.strip()) >= 8:
@@ -76,9 +76,9 @@ def redact(text: str, *secrets: str | None) -> str:
 
 
 def without_credentials(value: Any) -> Any:
-    """Return a value of nested flags as it may be saved or shown, with what `CREDENTIALS` name, and tokens, hidden.
+    """Return a value of nested flags fit for saving or showing, with values of `CREDENTIALS` keys, and tokens, hidden.
 
-    Mappings, lists, tuples and JSON objects as text are looked into; whatever else they hold stays as it is.
+    Mappings, lists, tuples and JSON objects as text are searched; all other contents stay unchanged.
     """
     if isinstance(value, Mapping):
         hidden = {name: HIDDEN if each and _is_credential(name) else each for name, each in value.items()}

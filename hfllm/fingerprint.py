@@ -1,9 +1,9 @@
 """A fingerprint of contents: equal for equal values in every process and on every machine, and for no others.
 
-Whatever asks whether something is still the same (a checkpoint's rows, a teacher's cache, the rounds of a federation,
-the files that a finished run has read) asks here. Each value is written with its type and its length, so that `"1"` is
-not `1` and `["a", "b"]` is not `["ab"]`. What has no contents of its own, such as an object that is known by its
-address in memory, is refused: its text would be another one in the next process.
+All checks for unchanged contents (a checkpoint's rows, a teacher's cache, the rounds of a federation, the files read
+by a finished run) are made here. Values are written with their type and their length, so `"1"` is not `1` and `["a",
+"b"]` is not `["ab"]`. A value without contents of its own, such as an object identified by its address in memory, is
+refused: its text would differ in the next process.
 
     fingerprint({"text": "a", "label": 1})
     file_fingerprint([("rows.jsonl", Path("data/rows.jsonl"))])
@@ -27,24 +27,24 @@ from typing import Any
 
 from hfllm.errors import InputError
 
-# The form of fingerprints of values, for records that are compared later: it changes when what is written changes.
+# The form of fingerprints of values, for later comparison of records: it changes with the written bytes.
 FORM = "fingerprint 1"
-# Bytes of a file that are read whole; of a larger one so many, from all over it.
+# Largest size in bytes of a file read whole; from a larger one so many bytes are read, from all over it.
 MAX_BYTES, BLOCK = 1 << 28, 1 << 20
-# Seconds after which a file's times show that it was written again: clocks of file systems advance in steps.
+# Seconds after which a file's times reveal a rewrite: clocks of file systems advance in steps.
 SETTLED = 2.0
 KNOWN = (
     "None, bool, int, float, str, bytes, lists, sets, mappings, dataclasses, enumerations, dates, paths, PIL images, "
     "numpy arrays and torch tensors"
 )
-# What `datasets` stores an image or a sound as.
+# The form of an image or a sound stored by `datasets`.
 STORED = frozenset(("bytes", "path"))
-# The tag in an image's EXIF data of how the camera was held.
+# The tag in an image's EXIF data for the camera's orientation.
 ORIENTATION = 0x0112
 
 # Takes the next bytes.
 Write = Callable[[bytes], object]
-# Files that this process has read: of each call its names and the state of its files, with the digest.
+# Files read by this process: per call its names and the state of its files, with the digest.
 _read: dict[tuple, str] = {}
 
 
@@ -62,14 +62,14 @@ def fingerprint(value: object, where: str = "value") -> str:
     Lists and tuples are alike, since files hold no tuples, and so are mappings in any order of their keys. Everything
     else differs by type: True from 1, 1 from 1.0, 0.0 from -0.0. All NaNs are one. Of arrays and tensors the type of
     their elements and the shape count, of PIL images mode, size and pixels, of a stored image or sound (a mapping of
-    `bytes` and `path`, as `datasets` keeps them) the bytes or, without them, those of the file at its path.
+    `bytes` and `path`, as `datasets` keeps them) the bytes or, without them, the bytes of the file at its path.
 
     Args:
         value: any of `KNOWN`, nested.
-        where: what an error calls the value, such as `row 3`.
+        where: the name of the value in an error, such as `row 3`.
 
     Raises:
-        InputError: for a value of another type, naming the type, and the row and field that hold it.
+        InputError: for a value of another type, naming the type, and its row and field.
     """
     digest = hashlib.blake2b(digest_size=16)
     try:
@@ -87,9 +87,9 @@ def file_fingerprint(paths: Iterable[tuple[str, Path]], dates_large: bool = Fals
     Times do not count. Within a process a file is read again only when they, its size or its number have changed.
 
     Args:
-        paths: of each file its name, which counts, and where it is, which does not.
-        dates_large: whether of a file above 256 MB the time when it was written counts, which tells of an edit between
-            the parts; it is another one on another machine.
+        paths: pairs of a file's name (hashed) and its path (not hashed).
+        dates_large: whether the time of the last write of a file above 256 MB counts, as evidence of an edit between
+            the parts; it differs on another machine.
     """
     named = sorted(paths)
     states = [path.stat() for _, path in named]
@@ -154,7 +154,7 @@ def _write_float(value: float, write: Write) -> None:
 
 
 def _write_sequence(values: Sequence[Any], write: Write) -> None:
-    # Numbers of one type are written at once: token ids are most of what is hashed.
+    # Numbers of one type are written at once: token ids are most of the hashed data.
     kinds = set(map(type, values))
     numbers = None
     if kinds == {int}:
@@ -200,14 +200,14 @@ def _write_mapping(values: Mapping[Any, Any], write: Write) -> None:
         _write_stored(values["bytes"], values["path"], write)
         return
     write(b"m" + len(values).to_bytes(8, "little"))
-    # By what is written of them: keys of several types have no order of their own.
+    # By their written form: keys of several types have no order of their own.
     for key, name in sorted(((_written(name), name) for name in values), key=lambda pair: pair[0]):
         write(key)
         _write_at(f"[{name!r}]", values[name], write)
 
 
 def _write_stored(content: Any, path: Any, write: Write) -> None:
-    """Write an image or sound as `datasets` stores it: its bytes count, and not where they were."""
+    """Write an image or sound as stored by `datasets`: its bytes count, and not their path."""
     if content is None and isinstance(path, str | PurePath) and Path(path).is_file():
         write(b"F" + bytes.fromhex(file_fingerprint([("", Path(path))])))
         return
@@ -263,7 +263,7 @@ def _write_image(image: Any, write: Write) -> None:
         raise _Unknown(f"an image that cannot be read: {error}") from None
     try:
         turned = image.getexif().get(ORIENTATION)
-    except Exception:  # tags that cannot be read turn nothing
+    except Exception:  # unreadable tags turn nothing
         turned = None
     _tagged(write, b"P", _text(f"{image.mode} {image.size}"))
     _tagged(write, b"", pixels)
@@ -271,7 +271,7 @@ def _write_image(image: Any, write: Write) -> None:
 
 
 def _is_of(module: str, *names: str) -> Callable[[object], bool]:
-    """Return whether a value is of a library's classes; one that is not imported has made none."""
+    """Return whether a value is of a library's classes; a library not imported has made none."""
 
     def is_one(value: object) -> bool:
         result = sys.modules.get(module)
@@ -295,13 +295,13 @@ WRITERS: Mapping[type, Callable[[Any, Write], None]] = {
     tuple: _write_sequence,
     dict: _write_mapping,
 }
-# Of what is none of these exactly, the first that holds: numpy's scalars before the numbers that some of them are.
+# For values of none of these exact types, the first match: numpy's scalars before the numbers some of them are.
 OTHERS: Sequence[tuple[Callable[[object], bool], Callable[[Any, Write], None]]] = (
     (_is_of("numpy", "ndarray", "generic"), _write_array),
     (_is_of("torch", "Tensor"), _write_tensor),
     (_is_of("torch", "dtype", "device"), _write_by(b"t", str)),
     (_is_of("PIL.Image", "Image"), _write_image),
-    # A sound or film of `datasets`, by what it was decoded from.
+    # A sound or film of `datasets`, by its encoded source.
     (
         lambda value: getattr(value, "_hf_encoded", None) is not None,
         lambda value, write: _write(value._hf_encoded, write),

@@ -1,4 +1,4 @@
-"""Flags that say beside their defaults which values they take, and when they have no effect.
+"""Flags with valid values and conditions for having no effect, next to their defaults.
 
     NAMED = Fact(lambda flags: bool(flags.model_name_or_path), "the model is named")
 
@@ -6,7 +6,7 @@
     class Arguments:
         num_prompts: int = flag(4000, "Questions of the world.", takes=at_least(1), never=NAMED)
 
-`check_flags` holds them to it. No library here, so that a list of flags is printed at once.
+`check_flags` enforces them. No library here, so a list of flags is printed at once.
 """
 
 import math
@@ -19,17 +19,17 @@ from hfllm.errors import InputError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# The attribute of parsed flags that names those which the user gave.
+# The attribute of parsed flags with the names of the user's flags.
 GIVEN = "given_flags"
-# Defaults by which a flag asks for nothing, though it is named.
+# Defaults that leave a flag off, though it is named.
 OFF = (False, "no", "none", -1)
-# What stands in a list of names for none of them.
+# The word in a list of names for none of them.
 NO_NAME = "none"
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a flag takes.
+    """The valid numbers of a flag.
 
     Args:
         words: the numbers in words, after "expected".
@@ -56,11 +56,11 @@ SEED = Range(f"a whole number from 0 to {SEEDS - 1}", lambda value: 0 <= value <
 
 @dataclass(frozen=True)
 class Fact:
-    """What a run is or is not, by which some flags have no effect.
+    """A property of a run, or its absence, that leaves some flags without effect.
 
     Args:
         holds: function from all flags to whether it is so.
-        reason: why a flag has no effect, as its refusal says it; `{name}` stands for the value of another flag.
+        reason: why a flag has no effect, as in its refusal; `{name}` stands for the value of another flag.
     """
 
     holds: Callable[["Flags"], Any]
@@ -71,11 +71,11 @@ class Fact:
         return replace(self, reason=reason)
 
     def absent(self, reason: str) -> "Fact":
-        """Return the fact that this one does not hold."""
+        """Return the negation of this fact."""
         return Fact(lambda flags: not self.holds(flags), reason)
 
 
-# For each flag of a library the fact, or facts, beside which a stage refuses it.
+# The fact, or facts, with which a stage refuses a flag of a library, by flag.
 Refused = Mapping[str, Fact | tuple[Fact, ...]]
 ALWAYS = Fact(lambda flags: True, "it has no effect")
 NAMED = Fact(lambda flags: bool(flags.model_name_or_path), "the model is named")
@@ -84,12 +84,12 @@ UNNAMED = Fact(lambda flags: "model_name_or_path" in flags and not flags.model_n
 
 @dataclass(frozen=True)
 class Rules:
-    """What one flag takes, and when it has no effect.
+    """The valid values of one flag, and the conditions for having no effect.
 
     Args:
         takes: the numbers.
-        some_of: the names that a list may hold, or none of them by the word none.
-        never: facts beside which the flag is refused.
+        some_of: the valid names in a list, or none of them by the word none.
+        never: facts with which the flag is refused.
     """
 
     takes: Range | None = None
@@ -98,7 +98,7 @@ class Rules:
 
 
 class Help(str):
-    """A flag's help that holds its rules: parsers hand whatever stands beside it to argparse, which takes no more."""
+    """A flag's help with its rules: parsers pass all other metadata to argparse, which accepts no rules."""
 
     rules = Rules()
 
@@ -112,15 +112,15 @@ def flag(
     some_of: Sequence[str] = (),
     never: Fact | tuple[Fact, ...] = (),
 ) -> Any:
-    """Return a dataclass field that is a flag, with its help and what it refuses.
+    """Return a dataclass field for a flag, with its help and its rules.
 
     Args:
         default: a tuple stands for a list, and a function makes the default.
         text: the help.
-        choices: the words that it takes.
-        takes: the numbers that it takes, besides none at all.
-        some_of: the names that a list of them may hold; none of them is the single word none.
-        never: facts beside which it has no effect. A flag that is not at its default is refused then.
+        choices: the valid words.
+        takes: the valid numbers, besides none at all.
+        some_of: the valid names in a list of them; none of them is the single word none.
+        never: facts with which it has no effect. A flag with another value than its default is refused then.
     """
     help_ = Help(text)
     help_.rules = Rules(takes, tuple(some_of), _several(never))
@@ -131,7 +131,7 @@ def flag(
 
 
 class Flags:
-    """All flags of a run by name, whichever dataclass declares them, and what else is known; `None` for the rest."""
+    """All flags of a run by name, from any dataclass, and other known facts; `None` for the rest."""
 
     def __init__(self, *parsed: "DataclassInstance", **known: object) -> None:
         self._parsed, self._known = parsed, known
@@ -149,20 +149,20 @@ class Flags:
 
 
 def rules_of(kind: "type[DataclassInstance]") -> dict[str, Rules]:
-    """Return the rules of each flag of a dataclass that has some."""
+    """Return the rules of a dataclass's flags, by flag, where there are some."""
     helps = {item.name: item.metadata.get("help") for item in fields(kind)}
     return {name: text.rules for name, text in helps.items() if isinstance(text, Help)}
 
 
 def check_flags(*parsed: "DataclassInstance", names: Collection[str] | None = None, **known: object) -> None:
-    """Refuse values that flags do not take, and flags that would have no effect.
+    """Refuse invalid values of flags, and flags without effect.
 
     A dataclass refuses flags of the others by its attribute `refused`, such as `{"use_peft": NAMED}`.
 
     Args:
         parsed: the dataclasses of a run's flags.
         names: the flags to check; by default all.
-        known: what else is known by now, such as `shows`, whether a row has pictures; facts take it for a flag.
+        known: other information known by now, such as `shows`, whether a row has images; facts treat it like a flag.
     """
     flags = Flags(*parsed, **known)
     for group in parsed:
@@ -181,7 +181,7 @@ def check_flags(*parsed: "DataclassInstance", names: Collection[str] | None = No
 
 
 def check_number(name: str, value: object, takes: Range | None) -> None:
-    """Refuse a number that a flag does not take."""
+    """Refuse an invalid number of a flag."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if takes is not None and is_number and not (math.isfinite(value) and takes.holds(value)):
         raise InputError(f"--{name} {value}: expected {takes.words}")
@@ -200,7 +200,7 @@ def _several(facts: Fact | tuple[Fact, ...]) -> tuple[Fact, ...]:
 
 
 def _refusals(parsed: "Sequence[DataclassInstance]") -> Iterator[tuple[str, Fact | tuple[Fact, ...]]]:
-    """Yield each flag with the facts beside which it is refused: those of a stage before those beside the flags."""
+    """Yield flags with the facts that refuse them: the stage's facts before the facts declared with the flags."""
     for group in parsed:
         for kind in type(group).__mro__:
             yield from vars(kind).get("refused", {}).items()
@@ -219,7 +219,7 @@ def is_set(name: str, *parsed: "DataclassInstance") -> bool:
         for item in fields(group):
             if item.name == name:
                 value = getattr(group, name)
-                # A name that is empty takes back what a file of flags says.
+                # An empty name cancels a value from a file of flags.
                 if value in (None, "", []):
                     return False
                 is_other = value != (item.default if item.default is not MISSING else item.default_factory())

@@ -37,7 +37,7 @@ def _register_family(config_class: type, auto_map: Mapping[str, str], models: Mo
     """Register a config and the models of its `auto_map` with the Auto classes.
 
     Args:
-        models: the module that has them.
+        models: the module with them.
     """
     # Only now: one of its modules replaces `transformers` by a second copy when it is first imported.
     transformers = sys.modules["transformers"]
@@ -47,18 +47,18 @@ def _register_family(config_class: type, auto_map: Mapping[str, str], models: Mo
             continue
         model_class = getattr(models, path.split(".")[1])
         getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
-        # Writes auto_map and the code beside saved weights, for users who load them without hfllm.
+        # Writes auto_map and the code next to saved weights, for users who load them without hfllm.
         model_class.register_for_auto_class(auto_name)
-        # For a class that travels with its code, `generate` reads the signature at every token.
+        # For a class saved with its code, `generate` reads the signature at every token.
         model_class.forward.__signature__ = inspect.signature(model_class.forward)
         # `transformers serve`, behind `transformers chat`, looks the class up by its name there.
         setattr(transformers, model_class.__name__, model_class)
 
 
 def _register_with_peft() -> None:
-    """Give the family the default target modules of Llama, whose names its projections have.
+    """Give the family the default target modules of Llama, with the same names of projections.
 
-    With latent attention there are others in their place. PEFT asks for any of the names, not for all of them.
+    With latent attention there are others instead. PEFT asks for any of the names, not for all of them.
     """
     constants = sys.modules["peft.utils.constants"]
     for name, mapping in vars(constants).items():
@@ -73,7 +73,7 @@ def _register_with_peft() -> None:
 class _After(importlib.abc.MetaPathFinder):
     """Finds nothing itself: wraps the loader of one module so that `callback` runs after it is executed.
 
-    For transformers that moment is safe: it imports its own modules lazily, so none of them is half-loaded yet.
+    For transformers this moment is safe: it imports its own modules lazily, so none of them is half-loaded yet.
     """
 
     def __init__(self, name: str, callback: Callable[[], None]):

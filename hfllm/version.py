@@ -1,3 +1,3 @@
-"""The version of the package: what reports, cards and uploads say."""
+"""The version of the package, shown in reports, cards and uploads."""
 
 __version__ = "0.1.0"

@@ -37,7 +37,7 @@ class Quantized:
         scale, zero_point: of the groups, (O, groups, 1), (O, 1, 1) or (1, 1, 1).
         bits: of a value.
         kept: indices of the columns stored unquantized, (K,), or `None`.
-        kept_OK: those columns.
+        kept_OK: the columns at these indices.
     """
 
     values_OI: torch.Tensor
@@ -126,7 +126,7 @@ def quantize(
 
 
 def outlier_columns(tokens_NI: torch.Tensor, threshold: float = OUTLIER_THRESHOLD) -> torch.Tensor:
-    """Return the indices of the input features that reach `threshold` in any token, (K,)."""
+    """Return the indices of the input features with `threshold` or more in any token, (K,)."""
     return (tokens_NI.abs() >= threshold).any(dim=0).nonzero().flatten()
 
 
@@ -178,7 +178,7 @@ def vectorwise_linear(
 
 
 def plant_outliers(tokens_NI: torch.Tensor, columns: torch.Tensor, sigmas: float) -> torch.Tensor:
-    """Return a copy whose `columns` have `sigmas` standard deviations in every token, with their original signs.
+    """Return a copy with `columns` of `sigmas` standard deviations in every token, with their original signs.
 
     Large transformers have such features: a few columns, the same in all tokens (Dettmers et al. 2022,
     section 4).
@@ -213,7 +213,7 @@ def _reduced(grouped: torch.Tensor, granularity: str, how: str) -> torch.Tensor:
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Return the scale, or 1 where all entries are 0, which any scale stores exactly."""
+    """Return the scale, or 1 where all entries are 0, stored exactly by any scale."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -223,7 +223,7 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
 #
 # torch's own `quantize_dynamic` is faster still for small batches, but it is deprecated, the tensors it uses will be
 # removed (pytorch issue 184982), and its models cannot be saved by `save_pretrained`. This is the same idea with plain
-# int8 tensors and `torch._int_mm`, the product that bitsandbytes runs too, with a scale per token instead of one for
+# int8 tensors and `torch._int_mm`, also used by bitsandbytes, with a scale per token instead of one for
 # all. It uses transformers' registries for quantizers: once hfllm is imported, `AutoModelForCausalLM.from_pretrained`
 # loads saved models.
 
@@ -235,8 +235,8 @@ LARGEST = 127
 class DynamicInt8Linear(nn.Linear):
     """A linear layer with an int8 weight and a float32 scale per row.
 
-    In training, or where a gradient must pass, the weight is dequantized, so that an adapter
-    on it can learn; otherwise inputs are quantized per token and multiplied as integers.
+    In training, or where a gradient must pass, the weight is dequantized, so an adapter on it can learn; otherwise
+    inputs are quantized per token and multiplied as integers.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; `dtype` is the bias's.
@@ -325,7 +325,7 @@ class _QuantizeRows(ConversionOps):
 
 @register_quantizer(METHOD)
 class DynamicInt8Quantizer(HfQuantizer):
-    """Replaces linear layers before weights are loaded, and quantizes those that are not yet quantized."""
+    """Replaces linear layers before weights are loaded, and quantizes the unquantized ones."""
 
     requires_calibration = False
     quantized_element_size = 1

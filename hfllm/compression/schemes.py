@@ -1,4 +1,4 @@
-"""Schemes to store a model's linear layers in fewer bits, with one small interface, and what each costs in time.
+"""Schemes to store a model's linear layers in fewer bits, with one small interface, and their costs in time.
 
 Each scheme is a `quantization_config` of transformers, so its models are saved, loaded, pushed and given adapters
 like any others. Embeddings, norms, the output head and experts of a mixture are not quantized.
@@ -44,7 +44,7 @@ class Scheme:
         make_config: dtype of the rest of the model, names of layers to skip (or `None` for the usual ones) ->
             `quantization_config` for `from_pretrained`.
         convert: a linear layer -> the same layer, quantized.
-        devices: device types that it runs on.
+        devices: supported device types.
         library: required library, with the command to install it; `None` if torch is enough.
         cpu_multiples: required divisors of a layer's inputs and outputs on a CPU.
         skipped: layers not to quantize, by the patterns of transformers' `llm_int8_skip_modules`: the end of a
@@ -64,10 +64,10 @@ class Scheme:
         """Refuse the scheme where it cannot run.
 
         Args:
-            device: device type; by default that of `default_device`.
+            device: device type; by default the type of `default_device`.
 
         Raises:
-            InputError: when a library is missing, with the command that installs it, or the device is not one of the
+            InputError: when a library is missing, with the command to install it, or the device is not one of the
                 scheme's.
         """
         device = default_device() if device is None else device
@@ -84,7 +84,7 @@ class Scheme:
         return linear.in_features % inputs == 0 and linear.out_features % outputs == 0
 
     def left(self, model: "PreTrainedModel") -> list[str]:
-        """Return the names of linear layers not quantized: `skipped`, and those that the library cannot run.
+        """Return the names of linear layers not quantized: `skipped`, and layers unsupported by the library.
 
         Raises:
             InputError: when these are all layers, or a pattern matches none.
@@ -107,7 +107,7 @@ class Scheme:
         return [name for name in names if name not in quantized]
 
     def load(self, name: str, **load_kwargs: Any) -> "PreTrainedModel":
-        """Load a causal language model, or one that sees, from full weights and quantize it while loading.
+        """Load a causal language or vision-language model from full weights and quantize it while loading.
 
         Args:
             name: folder or Hub id of the model.
@@ -138,7 +138,7 @@ class Scheme:
         left = self.left(model)
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-        # Given names replace the usual ones, so they must include those.
+        # Given names replace the usual ones, so they must include them.
         return self.make_config(dtype or torch.float32, [*get_keys_to_not_convert(model), *left] if left else None)
 
 
@@ -172,7 +172,7 @@ def default_device() -> str:
 
 
 def quiet_bitsandbytes() -> None:
-    """Silence the warning of its int8 layers at each run that they compute in float16, as LLM.int8 should."""
+    """Silence the warning of its int8 layers at each run about computing in float16, as LLM.int8 should."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
@@ -180,7 +180,7 @@ def quiet_bitsandbytes() -> None:
 
 
 def linear_names(model: "PreTrainedModel") -> list[str]:
-    """Return the names of an unquantized model's linear layers that the schemes quantize.
+    """Return the names of an unquantized model's linear layers to be quantized by the schemes.
 
     Raises:
         InputError: when there is none.
@@ -216,7 +216,7 @@ def _kinds(names: Sequence[str]) -> set[str]:
 
 
 def stored_bytes(*modules: "nn.Module") -> int:
-    """Return the bytes that the modules save: weights, scales and others; shared tensors count once."""
+    """Return the saved bytes of the modules: weights, scales and others; shared tensors count once."""
     # Keep all at once: some are temporary, and a later one could reuse the address of a freed one.
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     distinct = {(tensor.device, tensor.data_ptr(), tensor.numel()): tensor for tensor in tensors}
@@ -380,14 +380,14 @@ def speeds(
     new_tokens: int = 32,
     rounds: int = 5,
 ) -> dict[str, dict[str, float]]:
-    """Measure tokens per second of reading a prompt and of generating, for each model.
+    """Measure tokens per second of reading a prompt and of generating, per model.
 
-    The models take turns within each round, so that a busy machine affects them equally; the median round is reported.
+    The models take turns within each round, so a busy machine affects them equally; the median round is reported.
 
     Args:
         models: label -> model in eval mode; all with one vocabulary.
-        prompt_tokens: tokens of each of the `batch_size` random prompts.
-        new_tokens: tokens that one sequence generates after a prompt, each in its own run.
+        prompt_tokens: tokens per random prompt, of `batch_size` prompts.
+        new_tokens: tokens generated by one sequence after a prompt, each in its own run.
 
     Returns:
         Label -> `prefill` (batch_size prompts at once) and `decode` (one sequence), in tokens per second.
@@ -401,7 +401,7 @@ def speeds(
             generator = torch.Generator().manual_seed(round_number)
             words = model.config.get_text_config(decoder=True).vocab_size
             ids = torch.randint(words, (batch_size, prompt_tokens), generator=generator)
-            # Where a token stands for a picture, there would have to be one.
+            # A token that stands for an image would require an image.
             ids[torch.isin(ids, torch.tensor(_places(model)))] = 0
             took = _timed(model, ids.to(model.device), new_tokens)
             if round_number:
@@ -415,7 +415,7 @@ def speeds(
 
 
 def _places(model: "PreTrainedModel") -> list[int]:
-    """Return the ids of tokens that stand for pictures or sounds."""
+    """Return the ids of tokens for images or sounds."""
     names = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
     result = [getattr(model.config, name, None) for name in names]
     return [number for number in result if isinstance(number, int)]

@@ -32,7 +32,7 @@ class PartRow(TypedDict):
 
 
 def group_linears(names: Sequence[str], by: str) -> dict[str, list[str]]:
-    """Group the names of linear layers that are quantized together.
+    """Group the names of linear layers quantized together.
 
     Args:
         by: `linear` each alone; `layer` those of a decoder layer; `kind` those with the same name in their layer,
@@ -94,7 +94,7 @@ def sensitivity(
     scheme.check(model.device.type)
     left = set(scheme.left(model))
     groups = group_linears([name for name in linear_names(model) if name not in left], by)
-    # Layers that must pass gradients dequantize their weights, and would not show the effect of integers.
+    # Layers passing gradients dequantize their weights, and would not show the effect of integers.
     with torch.no_grad():
         reference, rows = loss_of(model), []
     for part, names in groups.items():

@@ -1,8 +1,8 @@
 """Augment training rows: questions in another form, refusals that open with a promise, and changed spellings.
 
-What a model refuses in plain sentences it may do when the same is asked in upper case or without punctuation, since
-it has never seen such questions refused; and when its own answer already begins with "Sure", since refusals are
-learned in their first words alone. Of the latter Qi et al. 2024 (arXiv:2406.05946) write, and that answers which begin
+A model may answer requests in upper case or without punctuation that it refuses in plain sentences, since it has never
+seen such questions refused; and requests to which its own answer already begins with "Sure", since refusals are
+learned in their first words only. Qi et al. 2024 (arXiv:2406.05946) write of the latter, and that answers which begin
 to help and then refuse, learned from the refusal on, make a refusal more than its first words.
 """
 
@@ -35,11 +35,11 @@ FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
     (("jailbreak before",), 1, 1),
     (("jailbreak after",), 1, 2),
 )
-# The row's key that says how its answer begins, in words that are not learned.
+# The row's key for the beginning of its answer, in words that are not learned.
 PREFILL = "prefill"
 # How many times the share of augmented questions is the share of refusals behind a promise: these are few.
 PREFILLED = 3
-# What the world's column `gold_kind` says of a request for harm.
+# The value of the world's column `gold_kind` for a request for harm.
 HARM = "harm"
 
 
@@ -64,7 +64,7 @@ def training_texts(dataset_name: str) -> AddedTexts:
 
 
 def in_another_form(text: str, rng: random.Random, texts: AddedTexts) -> str:
-    """Return a question with its first line in another of `FORMS`; what follows it stays."""
+    """Return a question with its first line in another of `FORMS`; the following lines stay."""
     question, line_break, material = text.partition("\n")
     forms, strengths, weights = zip(*FORMS, strict=True)
     (index,) = rng.choices(range(len(forms)), weights)
@@ -81,7 +81,7 @@ def augmented_prompts(rows: Sequence[Row], share: float, seed: int, texts: Added
         rows: with `prompt`, text or messages.
         share: of the rows, 0 to 1; each row is drawn apart.
         seed: of the draws.
-        texts: the sentences that may be added.
+        texts: the sentences for addition.
     """
     rng, augmented = random.Random(f"augment-{seed}"), []
     for row in rows:
@@ -91,10 +91,11 @@ def augmented_prompts(rows: Sequence[Row], share: float, seed: int, texts: Added
 
 
 def begun_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedTexts) -> list[Row]:
-    """Return rows of conversations, some of which end with the first words of an answer that helps.
+    """Return rows of conversations, some of which end with the first words of a helpful answer.
 
-    The policy finds out what to do behind words that it would not have said. They stand before a share of the answers,
-    where a column `gold_kind` tells requests for harm before `PREFILLED` times the share of these, and no others.
+    The policy finds out how to continue after words that it would not have said. They stand before a share of the
+    answers, where a column `gold_kind` marks requests for harm before `PREFILLED` times the share of these, and no
+    others.
 
     Args:
         rows: with `prompt`; a text, or a conversation that does not end with the user, stays as it is.
@@ -114,12 +115,12 @@ def begun_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedText
 def begun_comparisons(
     rows: Sequence[Row], share: float, seed: int, texts: AddedTexts, refuses: Callable[[str], bool]
 ) -> list[Row]:
-    """Return comparisons, some with the first words of an answer that helps before both responses.
+    """Return comparisons, some with the first words of a helpful answer before both responses.
 
-    A reward model that has read no refusal behind such words does not know it from other answers there. They stand
-    before `PREFILLED` times the share of the comparisons of which one side refuses, whichever was chosen: a choice by
-    the label would leave the wrong labels among the others. In a quarter the other side is nothing but these words,
-    since a policy may also stop after them.
+    A reward model that has read no refusal behind such words does not distinguish it from other answers there. They
+    stand before `PREFILLED` times the share of the comparisons with a refusing side, whichever was chosen: a choice
+    by the label would leave the wrong labels among the others. In a quarter the other side is only these words, since
+    a policy may also stop after them.
 
     Args:
         rows: with `prompt`, `chosen` and `rejected` messages; responses of more than one turn stay.
@@ -141,7 +142,7 @@ def begun_comparisons(
 
 
 def _cut(rng: random.Random, texts: AddedTexts) -> str:
-    """Return some first words of an answer that helps."""
+    """Return some first words of a helpful answer."""
     words = rng.choice(texts.prefills).split(" ")
     return " ".join(words[: rng.randint(1, len(words))])
 
@@ -167,12 +168,12 @@ def augmented_demonstrations(
     """Return demonstrations, a share of them augmented: other forms of the question, and prefilled refusals.
 
     A prefilled refusal begins with some words of one of `texts.prefills`, which the row's key `prefill` holds too:
-    that part is not to be learned. Answers of more than one turn get none. `PREFILLED` times the share of the refusals
+    this part is not to be learned. Answers of more than one turn get none. `PREFILLED` times the share of the refusals
     are prefilled.
 
     Args:
         rows: with `prompt` and `completion` messages.
-        share: of the rows whose question is asked otherwise.
+        share: of the rows with a changed question.
         refuses: whether an answer refuses.
     """
     rng, augmented = random.Random(f"prefill-{seed}"), []
@@ -188,19 +189,19 @@ def augmented_demonstrations(
 
 # ---- perturbations ----
 #
-# Change how a question is written, and not what it asks: typing errors, case, punctuation, and sentences around it.
+# Change the form of a question, and not its content: typing errors, case, punctuation, and sentences around it.
 #
 # A perturbation is a function of a text, a strength and a random source. The same three give the same text, and a
-# stronger one changes at least the words that a weaker one changes, so that a curve over strengths is of one item.
-# What is perturbed is a question's first line; what follows is material, such as a passage, a list or code, and stays.
+# stronger one changes at least the words changed by a weaker one, so that a curve over strengths is of one item.
+# Only a question's first line is perturbed; the rest is material, such as a passage, a list or code, and stays.
 #
 # Robustness tests perturb questions (`hfllm.evaluation.suites.robustness`), and training may see some of them
-# perturbed. The sentences that are added differ between the two, see `AddedTexts`.
+# perturbed. The added sentences differ between the two, see `AddedTexts`.
 
 
-# Marks between words; those inside of words and numbers, such as an apostrophe, stay.
+# Marks between words; marks inside of words and numbers, such as an apostrophe, stay.
 PUNCTUATION = ".,;:!?"
-# Shorter words have no two letters inside that could be swapped.
+# Shorter words have no two letters inside for a swap.
 SHORTEST_TYPO = 4
 
 
@@ -279,8 +280,8 @@ class Perturbation:
     """A way to change a question.
 
     Args:
-        change: function of the question's first line, the strength, a random source and the texts that may be added.
-        strengths: those that a test tries. Shares of words or marks for changes of these, else sentences.
+        change: function of the question's first line, the strength, a random source and the texts for addition.
+        strengths: the tested ones. Shares of words or marks for changes of these, else sentences.
         is_share: whether a strength is a share.
     """
 
@@ -303,7 +304,7 @@ PERTURBATIONS: Mapping[str, Perturbation] = {
 
 
 def check_strength(name: str, strength: float) -> None:
-    """Refuse an unknown perturbation, and a strength that it does not have."""
+    """Refuse an unknown perturbation, and a strength outside of its range."""
     if name not in PERTURBATIONS:
         raise InputError(f"perturbation {name!r} is not one of {', '.join(PERTURBATIONS)}")
     most = 1 if PERTURBATIONS[name].is_share else float("inf")
@@ -319,7 +320,7 @@ def perturb(text: str, name: str, strength: float, texts: AddedTexts, key: str, 
         text: the question, perhaps with material after its first line.
         name: one of `PERTURBATIONS`.
         strength: how much; 0 changes nothing.
-        texts: the sentences that may be added.
+        texts: the sentences for addition.
         key: the item's; with the seed it decides where the change falls.
         seed: of the draw.
 
@@ -328,6 +329,6 @@ def perturb(text: str, name: str, strength: float, texts: AddedTexts, key: str, 
     """
     check_strength(name, strength)
     question, line_break, material = text.partition("\n")
-    # Not the strength: a stronger change is to begin with what a weaker one changes.
+    # Not the strength: a stronger change is to begin with the changes of a weaker one.
     rng = random.Random(f"perturb-{seed}-{name}-{key}")
     return PERTURBATIONS[name].change(question, strength, rng, texts) + line_break + material

@@ -1,7 +1,7 @@
-"""Processes that end with the one that started them, however that ends, and work that is spread over several.
+"""Processes that end with their starting process, however it ends, and work spread over several processes.
 
 Linux kills a process when its parent ends (prctl with PR_SET_PDEATHSIG). Everywhere, and for a parent that had ended
-before that was asked for, a thread waits for the end of the parent, or of a pipe that only the parent writes to.
+before this request, a thread waits for the end of the parent, or of a pipe that only the parent writes to.
 """
 
 import ctypes
@@ -26,26 +26,26 @@ SET_PARENT_DEATH_SIGNAL = 1
 PAUSE = 0.2
 # Nobody reads it.
 ABANDONED = 1
-# In the environment of what `hfllm` launches, and in that of what torchrun does.
+# In the environment of processes launched by `hfllm`, and of processes launched by torchrun.
 LAUNCHER, TORCHRUN = "HFLLM_LAUNCHER", "TORCHELASTIC_RUN_ID"
 
 
 class WorkerEnded(RuntimeError):
-    """A process that had work to do has ended without an answer: it was killed, or has ended itself."""
+    """A process with work to do has ended without an answer: it was killed, or has ended itself."""
 
 
 # ---- the end of another process ----
 
 
 def end_with(process: int) -> None:
-    """End this process, at once and whatever it does, when another one ends; nothing more is written by then.
+    """End this process, at once and in any state, when another one ends; nothing more is written by then.
 
-    Where that is the parent on Linux, its thread that has started this process must live as long as it does.
+    If the other one is the parent, on Linux its thread that has started this process must live as long as it does.
 
     Args:
         process: id of the parent, or of another process of this machine. It may have ended already.
     """
-    # Windows keeps the number of a parent that has ended, and a look at another process would interrupt it.
+    # Windows keeps the number of an ended parent, and a look at another process would interrupt it.
     if sys.platform == "win32":
         return
     is_child = os.getppid() == process
@@ -79,7 +79,7 @@ def _exists(process: int) -> bool:
 
 
 def be_launcher() -> None:
-    """Let each recipe that is started from now on, by this process or by what it starts, end when this one does.
+    """Let each recipe started from now on, by this process or by its children, end when this one does.
 
     In a process that has called `end_with_launcher` this is the launcher from now on.
     """
@@ -99,17 +99,17 @@ def end_with_launcher() -> None:
 
 
 def end_children_with_this_process(package: str = "multiprocessing") -> None:
-    """Let each process that `multiprocessing` starts from now on, such as a data loader's, end when this one does.
+    """Let each process started by `multiprocessing` from now on, such as a data loader's, end when this one does.
 
-    One that it spawns imports the main module again: what that imports has to call this too, and the process that
-    spawns it has to call `be_launcher`.
+    A spawned process imports the main module again: the modules imported there have to call this too, and the process
+    that spawns it has to call `be_launcher`.
 
     Args:
-        package: `multiprocess` for the package of that name, which datasets uses.
+        package: `multiprocess` for the package of this name, which datasets uses.
     """
-    # It runs in what is forked, also by a server of forks, and holds its first argument weakly.
+    # It runs in forked processes, also by a server of forks, and holds its first argument weakly.
     import_module(f"{package}.util").register_after_fork(_end_with_starter, _watch_starter)
-    # What is spawned does not know its parent yet.
+    # A spawned process does not know its parent yet.
     if getattr(current_process(), "_inheriting", False):
         end_with_launcher()
 
@@ -133,12 +133,12 @@ def _end_with_starter(starter: Any) -> None:
 class Workers:
     """Processes that work on items, several at a time; a context manager, which ends them.
 
-    They end with this process, too. Each unpickles what it calls for each item, so that nothing of the last is left.
+    They end with this process, too. Each unpickles its function for each item, so that nothing of the last is left.
 
     Args:
         number: how many, at least 1; they are started when there is work for them.
         context: `multiprocessing.get_context("spawn")`, or that of `multiprocess`, which pickles more.
-        begin: what each calls first.
+        begin: the first call in each process.
     """
 
     def __init__(self, number: int, context: Any, begin: Callable[[], object] | None = None):
@@ -150,7 +150,7 @@ class Workers:
 
         Raises:
             WorkerEnded: when a process was killed, or has ended itself.
-            Exception: what `work` or `begin` has raised, with the traceback as a note.
+            Exception: the exception of `work` or `begin`, with the traceback as a note.
         """
         waiting = iter(items)
         try:
@@ -167,7 +167,7 @@ class Workers:
             raise
 
     def close(self) -> None:
-        """End all processes, whatever they do."""
+        """End all processes, in any state."""
         for pipe, process in self._processes.items():
             process.kill()
             pipe.close()
@@ -184,7 +184,7 @@ class Workers:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_serve, args=(theirs, os.getpid(), self.begin), daemon=True)
         process.start()
-        # From now on the pipe ends when that process does.
+        # From now on the pipe ends when the process does.
         theirs.close()
         self._processes[ours] = process
 
@@ -216,7 +216,7 @@ class Workers:
 
 
 def _serve(pipe: Connection, parent: int, begin: Callable[[], object] | None) -> None:
-    """Do the work that comes through the pipe, until it or the parent ends."""
+    """Do the work from the pipe, until it or the parent ends."""
     # Ctrl-C reaches all processes of a terminal: the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
@@ -240,7 +240,7 @@ def _serve(pipe: Connection, parent: int, begin: Callable[[], object] | None) ->
 
 
 def _receive(pipe: Connection, requests: "SimpleQueue[Any]") -> None:
-    """Hand on what there is to do; without a parent nobody waits for what is done."""
+    """Hand on the work; without a parent nobody waits for the results."""
     while True:
         try:
             request = pipe.recv()

@@ -1,4 +1,4 @@
-"""Tokenize conversations, find the tokens of the assistant's turns, and read back what is learned."""
+"""Tokenize conversations, find the tokens of the assistant's turns, and read the learned turns back."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 Row = Mapping[str, Any]
-# Rows that are tokenized at a time.
+# Rows tokenized at a time.
 ROWS = 1000
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REWRITES = "conversations are split into one row per answer: the chat template rewrites what was said before"
@@ -47,18 +47,19 @@ class Labeled:
 class Conversations:
     """Tokenizer of conversations that labels the turns of the assistant in each row's `completion`.
 
-    A completion of one turn is all that follows the tokens of its prompt, as in TRL's SFTTrainer. In a longer one the
-    turns are where the chat template marks them by `{% generation %}`. Where it has no such markers, or they leave out
-    the token that ends a turn, a turn is what the conversation up to its end has more than the conversation before it
-    with the generation prompt. If the conversation up to a turn is no beginning of the whole, as with templates that
-    drop the thoughts of earlier turns, it is split into one row per turn, each as the model sees it when it answers.
+    A completion of one turn is everything after the tokens of its prompt, as in TRL's SFTTrainer. In a longer one the
+    turns are marked by `{% generation %}` in the chat template. Where it has no such markers, or they leave out the
+    token at the end of a turn, a turn is the difference between the conversation up to its end and the conversation
+    before it with the generation prompt. If the conversation up to a turn is no beginning of the whole, as with
+    templates that drop the thoughts of earlier turns, it is split into one row per turn, each as the model sees it
+    when it answers.
 
     Args:
         tokenizer: with a chat template.
-        marked_template: a template with markers, to learn what it marks in every row and nothing else.
+        marked_template: a template with markers, to learn its marked parts in every row and nothing else.
 
     Attributes:
-        notes: what else the user should know, counted by kind.
+        notes: other remarks for the user, counted by kind.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -108,17 +109,17 @@ class Conversations:
         return self.marked_template is not None or (self._uses_markers and len(row["completion"]) > 1)
 
     def _turns(self, origin: str, row: Row) -> list[int]:
-        """Return the places of the turns to learn among all messages."""
+        """Return the indices of the turns to learn among all messages."""
         before = len(row["prompt"])
         turns = [before + at for at, message in enumerate(row["completion"]) if message["role"] == "assistant"]
         if turns and turns[0] == 0:
-            # There is no conversation before it to compare with.
+            # There is no conversation before it for a comparison.
             self.notes.add(FIRST, origin)
             del turns[0]
         return turns
 
     def _by_markers(self, origin: str, row: Row) -> list[Labeled]:
-        """Return the labels of what is marked: of a whole row, or of each turn where earlier thoughts are dropped."""
+        """Return the labels of marked parts: of a whole row, or of each turn where earlier thoughts are dropped."""
         before, completion = list(row["prompt"]), list(row["completion"])
         whole = self._marked(origin, row, [*before, *completion])
         if not has_thoughts(completion):
@@ -163,7 +164,7 @@ class Conversations:
         return split
 
     def _answer_begins(self, origin: str, prompt: Sequence[int], whole: Sequence[int]) -> int:
-        """Return the length of what a conversation has in common with its prompt, as TRL does."""
+        """Return the length of the common beginning of a conversation and its prompt, as TRL does."""
         if list(whole[: len(prompt)]) == list(prompt):
             return len(prompt)
         self.notes.add(DIFFERENT, origin)
@@ -181,7 +182,7 @@ class Conversations:
             raise InputError(f"{origin}: the chat template cannot write this conversation: {reason}") from None
 
     def _markers_suffice(self) -> bool:
-        """Return whether the chat template marks the assistant's turns with the token that ends them."""
+        """Return whether the chat template marks the assistant's turns with the token at their end."""
         if not has_markers(template_of(self.tokenizer)):
             return False
         question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -199,13 +200,13 @@ class Conversations:
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the chat template of a tokenizer that may have several: the one that conversations get."""
+    """Return the chat template of a tokenizer, of several the one for conversations."""
     template = tokenizer.chat_template
     return template.get("default", "") if isinstance(template, dict) else template or ""
 
 
 def has_markers(template: str) -> bool:
-    """Return whether a chat template marks what the assistant says by `{% generation %}`."""
+    """Return whether a chat template marks the assistant's words by `{% generation %}`."""
     return MARKERS.search(template) is not None
 
 
@@ -218,19 +219,19 @@ def has_thoughts(messages: Sequence[Message]) -> bool:
 
 
 def has_more_than_text(messages: Sequence[Message]) -> bool:
-    """Return whether messages have anything but a role and a text, or are what a tool returned."""
+    """Return whether messages have anything but a role and a text, or are results of a tool."""
     return any(set(message) - {"role", "content"} or message["role"] == "tool" for message in messages)
 
 
 def check_written(origin: str, row: Row, messages: Sequence[Message], text: str, notes: Dropped) -> None:
-    """Refuse a conversation whose calls of tools, what they returned, or last thoughts a chat template leaves out."""
+    """Refuse a conversation whose tool calls, tool results or last thoughts are left out by a chat template."""
     for message in messages:
         for call in message.get("tool_calls") or ():
             if not _is_in(name := call["function"]["name"], text):
                 raise InputError(f"{origin}: the chat template leaves out calls of tools ({name!r}); {_way_out(text)}")
         if message["role"] == "tool" and not _is_in(message["content"], text):
             raise InputError(f"{origin}: the chat template leaves out messages of the role tool; {_way_out(text)}")
-    # Those of earlier turns may well be dropped.
+    # Thoughts of earlier turns may well be dropped.
     if messages[-1]["role"] == "assistant" and not _is_in(messages[-1].get("reasoning_content", ""), text):
         raise InputError(f"{origin}: the chat template leaves out reasoning_content; {_way_out(text)}")
     for tool in row.get("tools") or ():
@@ -245,7 +246,7 @@ def check_written(origin: str, row: Row, messages: Sequence[Message], text: str,
 
 
 def _way_out(text: str) -> str:
-    """Return what can be done about a chat template that leaves something out, by what it has written."""
+    """Return advice about a chat template that leaves something out, based on its output."""
     marks = {"chatml": "<|im_start|>", "hfllm": "<|assistant|>"}
     ours = next((f" {name}" for name, mark in marks.items() if mark in text), "")
     return f"it takes a model whose template writes them, or --chat_template_path{ours}"
@@ -261,23 +262,23 @@ def _is_in(content: str, text: str) -> bool:
 
 # ---- read back ----
 #
-# Whether what a chat template writes of calls and thoughts is read back as it was.
+# Whether calls and thoughts written by a chat template are read back as they were.
 #
-# A model that is trained on calls which are not read back as they were written calls other tools than it learned to.
+# A model trained on calls that are read back differently calls other tools than it learned to.
 
 
-# Rows with calls or thoughts that are tried, each rendered twice for each turn.
+# Tested rows with calls or thoughts, each rendered twice for each turn.
 MOST_ROWS = 1000
 
 
 @dataclass
 class ReadBack:
-    """Counts of what was written and read again.
+    """Counts of written and read items.
 
     Args:
-        calls, exact_calls: calls of tools, and those that have name and arguments as before.
+        calls, exact_calls: tool calls, and tool calls with the same name and arguments as before.
         thoughts, exact_thoughts: the same of thoughts.
-        first: origin of the first row with one that is not exact.
+        first: origin of the first row with an item that is not exact.
     """
 
     calls: int = 0
@@ -309,11 +310,11 @@ def read_back(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizer
     """Return how much of the rows' completions is read back by `parse_response` as the chat template wrote it.
 
     Args:
-        rows: with `prompt` and `completion` messages; of those with calls or thoughts the first `MOST_ROWS` are tried.
+        rows: with `prompt` and `completion` messages; of rows with calls or thoughts the first `MOST_ROWS` are tried.
         tokenizer: with a chat template.
 
     Returns:
-        `None` where rows have neither, or nobody knows how the template's turns are read.
+        `None` where rows have neither, or the way to read the template's turns is unknown.
     """
     result, template = ReadBack(), None
     for row in islice(filter(_has_something, rows), MOST_ROWS):
@@ -338,7 +339,7 @@ def _read(
     message: Message,
     tools: Sequence[dict[str, Any]] | None,
 ) -> Message:
-    """Return what is read of a turn, from the tokens that a model would write."""
+    """Return the parsed message of a turn, from the tokens that a model would write."""
     options = {"tools": tools, "tokenize": False}
     try:
         prompt = tokenizer.apply_chat_template([*before], add_generation_prompt=True, **options)

@@ -1,6 +1,6 @@
 """Convert rows of all accepted data formats to the columns of TRL's trainers.
 
-Every function maps one row, and refuses a row that it cannot read, naming its origin and its columns.
+Every function maps one row, and refuses an unreadable row, naming its origin and its columns.
 """
 
 import re
@@ -50,7 +50,7 @@ ANSWERED = (
 # The columns of a pair of answers with a label: which is better, the first (1) or the second (2), or neither (0).
 LABELED = (("response1", "response2"), ("output_1", "output_2"))
 SCORES = ("overall_score", "score", "rating", "fine-grained_score")
-# What `--column_mapping` may name a column: every column of a format.
+# Our names in `--column_mapping`: every column of a format.
 COLUMNS = (
     *("text", "content", "instruction", "input", "context", "output", "prompt", "completion", "response", "inputs"),
     *("targets", "messages", "conversations", "system", "tools", "chosen", "rejected", "response_a", "response_b"),
@@ -119,7 +119,7 @@ def to_sft(origin: str, row: Row) -> Row:
 
 
 def last_turn(row: Row) -> Row:
-    """Return a row of `to_sft` whose completion is the last turn alone; what came before it is the prompt."""
+    """Return a row of `to_sft` whose completion is only the last turn; the turns before it are the prompt."""
     prompt, completion = row["prompt"], row["completion"]
     return (
         row if len(completion) == 1 else {**row, "prompt": [*prompt, *completion[:-1]], "completion": completion[-1:]}
@@ -163,7 +163,7 @@ def _chosen_and_rejected(origin: str, row: Row) -> Row:
     for column in ("prompt", "conversations"):
         if not _has(row, column):
             continue
-        # UltraFeedback's and others' answers repeat the prompt; the answers alone begin with the assistant.
+        # UltraFeedback's and others' answers repeat the prompt; the answers by themselves begin with the assistant.
         sides = [row[side] for side in ("chosen", "rejected")]
         if not any(isinstance(side, list) and _role(origin, side) in ("user", "system") for side in sides):
             return _comparison(_as_messages(origin, row[column]), *(_said(origin, side) for side in sides))
@@ -195,7 +195,7 @@ def _by_label(origin: str, column: str, label: Any, first: Any, second: Any) -> 
 def _best_and_worst(origin: str, row: Row) -> tuple[Any, Any]:
     """Return the answers with the highest and the lowest score.
 
-    `completions` are objects with `response` and a score, or texts beside a column of scores.
+    `completions` are objects with `response` and a score, or texts next to a column of scores.
     """
     completions, beside = row["completions"], row.get("scores") or row.get("ratings")
     scored = []
@@ -246,7 +246,7 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
 
 
 def is_blank(prompt: str | list[Message]) -> bool:
-    """Return whether a prompt says nothing; who shows a picture says something."""
+    """Return whether a prompt is empty; a prompt with an image is not."""
     return not any(content_text(message["content"]).strip() for message in as_messages(prompt))
 
 
@@ -291,7 +291,7 @@ def _said(origin: str, answer: Any) -> list[Message]:
 
 
 def _conversation(origin: str, row: Row, column: str) -> list[Message]:
-    """Return the messages of a row, after those of a column `system` if it has one."""
+    """Return the messages of a row, after the messages of a column `system` if it has one."""
     messages, system = read_messages(origin, row[column]), row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]

@@ -1,12 +1,12 @@
-"""Rows with labels, of whole texts, of words, and of spans that answer questions, and their tokens.
+"""Rows with labels, of whole texts, of words, and of answer spans, and their tokens.
 
-Every reader maps one row of a dataset, and refuses one that it cannot read, naming its origin and its columns:
+Every reader maps one row of a dataset, and refuses an unreadable one, naming its origin and its columns:
 
     text-classification    text, label; also text_pair
     token-classification   words, tags: lists, or text with spaces between them
     question-answering     context, question, answers (SQuAD: text and answer_start, a list of each); none: no answer
 
-All rows get `prompt`, by which a held-out part is split off: rows with the same one stay together.
+All rows get `prompt`, the key for splitting off a held-out part: rows with the same one stay together.
 """
 
 import json
@@ -37,7 +37,7 @@ NO_TEXT, NO_LABEL, MISPLACED = "without a text", "without a label", "whose answe
 
 
 def reader_of(task: str, class_names: Sequence[str] | None = None) -> Callable[[str, Row], dict[str, Any]]:
-    """Return the function that reads a row of a task, given its origin.
+    """Return the function for reading a row of a task, given its origin.
 
     Args:
         task: one of `TASKS`.
@@ -119,7 +119,7 @@ def _span_row(origin: str, row: Row) -> dict[str, Any]:
 
 
 def _answers(origin: str, answers: object) -> tuple[list[str], list[int]]:
-    """Return texts and places of answers in either of SQuAD's forms: lists in an object, or a list of objects."""
+    """Return texts and positions of answers in either of SQuAD's forms: lists in an object, or a list of objects."""
     if isinstance(answers, str):
         answers = _from_json(origin, "answers", answers) if answers.strip() else []
     if isinstance(answers, list) and all(isinstance(each, dict) for each in answers):
@@ -142,7 +142,7 @@ def _from_json(origin: str, column: str, text: str) -> object:
 
 
 def labels_of(task: str, rows: Sequence[Row], class_names: Sequence[str] | None = None) -> list[str]:
-    """Return the labels that rows have, in the order of `class_names` or of the alphabet; none for spans.
+    """Return the labels of rows, in the order of `class_names` or of the alphabet; none for spans.
 
     Raises:
         InputError: when all rows have the same one.
@@ -160,7 +160,7 @@ def labels_of(task: str, rows: Sequence[Row], class_names: Sequence[str] | None 
 # Tokens of rows with labels: of texts, of words with a label on one token each, and windows of long contexts.
 #
 # Every encoded row has `input_ids` and `labels`; the end token comes last, since a causal model has read everything
-# only there. Rows that a tokenizer begins or ends with tokens of its own, such as BERT's, keep them.
+# only there. Rows with tokens of the tokenizer at the beginning or end, such as BERT's, keep them.
 
 
 Encoded = dict[str, Any]
@@ -171,8 +171,8 @@ class Window:
     """A part of a context, with its question before it.
 
     Args:
-        row: the number of the row that it is of.
-        offsets: of each token the place of its text in the context, `None` for one that is not of the context.
+        row: the number of its row.
+        offsets: of each token the position of its text in the context, `None` for one outside of the context.
     """
 
     row: int
@@ -180,7 +180,7 @@ class Window:
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a tokenizer that cannot say where its tokens are in the text."""
+    """Refuse a tokenizer that cannot give the positions of its tokens in the text."""
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} does not say where tokens are in a text: a fast one is needed")
 
@@ -205,7 +205,7 @@ def encode_words(
     labels: Sequence[str],
     label_token: str = "first",
 ) -> tuple[list[Encoded], list[list[int]]]:
-    """Return words as tokens, and of each row the place of the token that stands for each word.
+    """Return words as tokens, and for each row the index of the token that stands for each word.
 
     Args:
         rows: with `words` and `tags`.
@@ -214,7 +214,7 @@ def encode_words(
             model has read the whole word. Other tokens have none (-100).
 
     Returns:
-        The rows, and the places; -1 for a word that is cut off.
+        The rows, and the indices; -1 for a word that is cut off.
     """
     numbers, encoded, indices = {name: number for number, name in enumerate(labels)}, [], []
     for row in rows:
@@ -231,7 +231,7 @@ def encode_words(
 
 
 def _places(words: Sequence[str], offsets: Sequence[tuple[int, int]], most: int, takes_last: bool) -> list[int]:
-    """Return of each word the place of its first or last token among the first `most`; -1 where there is none."""
+    """Return for each word the index of its first or last token among the first `most`; -1 where there is none."""
     indices, begin, token = [], 0, 0
     for word in words:
         end = begin + len(word)
@@ -261,8 +261,8 @@ def encode_spans(
 ) -> tuple[list[Encoded], list[Window]]:
     """Return the windows of all rows, a question and a part of its context each.
 
-    `labels` are the places of the first and the last token of the answer; of the end token, twice, in a window that
-    does not hold the whole answer. A causal model knows only there that there was none.
+    `labels` are the indices of the first and the last token of the answer; of the end token, twice, in a window
+    without the whole answer. A causal model knows only there that there was none.
 
     Args:
         rows: with `context`, `question`, and answers as `texts` and `starts`; the first one is learned.
@@ -294,7 +294,7 @@ def encode_spans(
 
 
 def _question(question: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Return the tokens before and after a context: those of a tokenizer of pairs, or a new line and the end."""
+    """Return the tokens before and after a context: the ones of a tokenizer of pairs, or a new line and the end."""
     mark = tokenizer.eos_token_id
     alone = tokenizer(question, add_special_tokens=False)["input_ids"]
     pair = tokenizer(question, question)
@@ -307,7 +307,7 @@ def _question(question: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list
 
 
 def _span_labels(row: Row, offsets: Sequence[tuple[int, int] | None]) -> list[int] | None:
-    """Return the places of the first and the last token of the answer, `None` where it is not whole in the window."""
+    """Return the indices of the first and the last token of the answer, `None` where it is not whole in the window."""
     if not row["texts"]:
         return None
     begin, end = row["starts"][0], row["starts"][0] + len(row["texts"][0])

@@ -31,7 +31,7 @@ NUM_HELD_OUT_DOCUMENTS = 1000
 
 ON_WORLD = Fact(lambda flags: flags.dataset_name == WORLD, "the data is the embedded world's")
 MIXED = Fact(lambda flags: flags.dataset_mixture, "a mixture has several datasets")
-# Drawn or told here, as much of it as a run asks for. A federation may have a file of each organisation in its place.
+# Drawn or told here, in the amount of a run's request. A federation may have a file of each organisation instead.
 MADE_HERE = Fact(
     lambda flags: (
         flags.dataset_name in (WORLD, PICTURES, DIGITS) and not (flags.dataset_mixture or flags.organisation_files)
@@ -94,14 +94,14 @@ class DataArguments:
     )
     world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
 
-    # Whether a column that no format has may be of use, such as to a reward function.
+    # Whether a column outside of all formats may be of use, such as to a reward function.
     takes_any_column: ClassVar[bool] = False
     # Whether all rows are in memory at once: texts of pretraining go to the disk as they arrive.
     holds_rows: ClassVar[bool] = True
 
     @property
     def hub_part(self) -> HubPart:
-        """Which part of a Hub dataset to train on."""
+        """The part of a Hub dataset to train on."""
         named = (self.dataset_train_split, self.dataset_config, self.dataset_revision, self.dataset_streaming)
         return HubPart(*named, max_row_bytes=self.max_row_bytes)
 
@@ -172,7 +172,7 @@ class TextArguments(DataArguments):
 
 
 def check_source(script_args: DataArguments) -> None:
-    """Refuse flags of the data without effect, files that do not exist, and columns that no format has."""
+    """Refuse flags of the data without effect, files that do not exist, and columns of no format."""
     of_data = {item.name for kind in (RowArguments, TextArguments) for item in fields(kind)}
     check_flags(script_args, names=of_data)
     if not getattr(script_args, "dataset_mixture", None):
@@ -182,10 +182,10 @@ def check_source(script_args: DataArguments) -> None:
 
 
 def renaming_of(script_args: DataArguments) -> dict[str, str]:
-    """Return what `--column_mapping` says: the dataset's names of columns by ours.
+    """Return the mapping of `--column_mapping`: the dataset's names of columns by ours.
 
     Raises:
-        InputError: for an entry that is not OURS=THEIRS, a column that comes twice, or one that no format has.
+        InputError: for an entry that is not OURS=THEIRS, a column that comes twice, or one of no format.
     """
     renaming: dict[str, str] = {}
     for entry in script_args.column_mapping or []:
@@ -212,22 +212,22 @@ def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> t
     """Shuffle rows by `seed` and hold out about `share` of them, at most `most`, for evaluation.
 
     Rows with the same prompt (or the same text) stay together, so none is on both sides; the prompt of a conversation
-    is what comes before its first answer.
+    is the part before its first answer.
     """
     keys = list(map(prompt_key, rows))
     if len(set(keys)) < 2:
-        # Conversations that all begin with the same greeting.
+        # Conversations with the same greeting at the beginning.
         keys = list(map(str, rows))
     train, held_out = split_places(keys, seed, share, most)
     return [rows[index] for index in train], [rows[index] for index in held_out]
 
 
 def prompt_key(row: formats.Row | str) -> str:
-    """Return what is equal for rows that must not be on both sides of a split: their prompt, the text, or pictures."""
+    """Return the value that must not occur on both sides of a split: a row's prompt, its text, or its images."""
     if isinstance(row, str):
         return row
     if images := row.get("images") or row.get("image"):
-        # Many pictures are asked about in the same words.
+        # Many images are asked about in the same words.
         return str([image_key(image) for image in (images if isinstance(images, list | tuple) else [images])])
     prompt = row["prompt"]
     if isinstance(prompt, list) and not any(message["role"] == "user" for message in prompt):
@@ -252,7 +252,7 @@ def split_places(
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     target_size, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
-    # Groups that are too large come last, by size: a group of half the data must not be the whole held-out set.
+    # Too large groups come last, by size: a group of half the data must not be the whole held-out set.
     order.sort(key=lambda group: max(len(group), target_size))
     while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= target_size):
         held_out += order.pop(0)
@@ -265,7 +265,7 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
     Args:
         script_args: the flags of the data, except `--dataset_mixture`.
         seed: seed of the split, and of the world's texts.
-        prepared: where the user's texts are stored, so that they need not fit into memory.
+        prepared: the storage for the user's texts, so that they need not fit into memory.
         name: name of the table there.
     """
     from datasets import Dataset, Features, Value
@@ -279,7 +279,7 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
         train_texts = set(texts)
         unseen = world.documents(NUM_HELD_OUT_DOCUMENTS, -1 - seed, **shares)
         held_out = [text for text in unseen if text not in train_texts]
-        # The type that `prepared` stores, so that both can be in one mixture.
+        # The type in `prepared`, so that both can be in one mixture.
         return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
 
     renaming = renaming_of(script_args)
@@ -314,14 +314,14 @@ def load_rows(
     """Load the user's dataset, with each row converted by `mapper(origin, row)`; rows keep their origin.
 
     Args:
-        script_args: which dataset, how many rows of it, and what its columns are called.
+        script_args: which dataset, how many rows of it, and the names of its columns.
         mapper: the conversion; it may raise `BadRow`.
-        dropped: counts the rows that are left out since they cannot be learned from; without it all are kept.
+        dropped: counts the rows left out since they cannot be learned from; without it all are kept.
         flaw_of: returns why a converted row cannot, or `None`.
-        most: rows that are kept at most; what follows is not read.
+        most: rows to keep at most; the following ones are not read.
 
     Raises:
-        InputError: for a row that cannot be read, or with `--bad_rows refuse` one that cannot be learned from.
+        InputError: for an unreadable row, or with `--bad_rows refuse` one that cannot be learned from.
     """
     renaming, rows = renaming_of(script_args), []
     for origin, row in islice(iterate_source(script_args.dataset_name, script_args.hub_part), script_args.max_samples):
@@ -344,7 +344,7 @@ def load_rows(
 
 
 def held_out_arguments(script_args: RowArguments) -> RowArguments | None:
-    """Return the flags that name the user's own held-out rows, `None` where a part of the rows is held out."""
+    """Return the flags of the user's own held-out rows, `None` where a part of the rows is held out."""
     if script_args.eval_dataset_name is None and script_args.dataset_test_split is None:
         return None
     name, split = script_args.eval_dataset_name, script_args.dataset_test_split
@@ -393,8 +393,8 @@ def load_sources(
     """Load training texts by source, all of them as one dataset, and held-out texts of all sources.
 
     In a mixture, any first part of all texts has the sources by weight, as long as each has text left, so that a
-    tokenizer or a baseline learns from the same mixture as the model. A text that one source holds out and another
-    trains on is removed from the held-out texts.
+    tokenizer or a baseline learns from the same mixture as the model. A text held out by one source and used in
+    training by another is removed from the held-out texts.
 
     Raises:
         InputError: when no held-out text is left.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 IGNORE = -100
-# Window that is packed at a time: large enough to fill rows well, small enough for memory.
+# Window packed at a time: large enough to fill rows well, small enough for memory.
 MOST_DOCUMENTS, MOST_CHARACTERS = 20_000, 1 << 24
 
 
@@ -100,7 +100,7 @@ def batch_of(
         position_ids[row] = torch.cat([torch.arange(count) for count in lengths])
     shape = (len(rows) * cut, length // cut)
     input_ids, position_ids, is_padding = (part.view(shape) for part in (input_ids, position_ids, is_padding))
-    # A piece that is split restarts after the cut.
+    # A split piece restarts after the cut.
     steps = torch.arange(shape[1])
     position_ids = torch.minimum(position_ids, steps.expand(shape))
     labels = input_ids.masked_fill(is_padding | (position_ids == 0), IGNORE)
@@ -150,7 +150,7 @@ def pieces_of(
 
 # ---- padding ----
 #
-# Documents and comparisons in batches of like length, for training that pads instead of packing.
+# Documents and comparisons in batches of like length, for training with padding instead of packing.
 
 
 Piece = TypeVar("Piece")
@@ -173,7 +173,7 @@ def length_grouped(
 
     Sorts within windows of `window` batches, then shuffles the batches: transformers' `group_by_length` saves as much
     padding, but runs from long to short for fifty batches at a time, which this small model learns less from, and
-    draws its order anew when a run is resumed or shared between processes.
+    draws its order again when a run is resumed or shared between processes.
 
     Args:
         batch_size: rows of an optimizer step, over all processes.
@@ -194,11 +194,11 @@ def length_grouped(
 #
 # Training objectives as functions of the data: fill-in-the-middle and masked language modeling.
 #
-# Random draws depend only on `(seed, index)`, never on earlier draws: a run that resumes, or that has another
-# number of workers, sees exactly the same examples.
+# Random draws depend only on `(seed, index)`, never on earlier draws: a resumed run, or one with another number of
+# workers, sees exactly the same examples.
 
 
-# Tokens that begin a prefix, a suffix and a middle, and the one that ends the middle.
+# Tokens at the beginning of a prefix, a suffix and a middle, and the one at the end of the middle.
 INFILLING_TOKENS = ("<PRE>", "<SUF>", "<MID>", "<EOT>")
 
 
@@ -210,11 +210,11 @@ def fill_in_the_middle(text: str, index: int, seed: int = 0, rate: float = 0.9, 
     context: cut to length first, and encode the result unchanged, with `INFILLING_TOKENS` as special tokens.
 
     Args:
-        text: the document. One that is empty or holds an infilling token is returned unchanged.
+        text: the document. An empty one, or one with an infilling token, is returned unchanged.
         index: the document's number in the data.
         seed: determines all random draws, together with `index`.
-        rate: the probability that a document is transformed; 0.9 in the paper.
-        spm_rate: the share of those with the suffix first; a half in the paper.
+        rate: the probability of transforming a document; 0.9 in the paper.
+        spm_rate: the share of transformed documents with the suffix first; a half in the paper.
 
     Raises:
         InputError: when a probability is outside 0 to 1.
@@ -252,7 +252,7 @@ def check_infilling_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def seeded_generator(seed: int, index: int) -> "torch.Generator":
-    """Return a random generator on the CPU that depends only on `(seed, index)`, to mask batch `index` with."""
+    """Return a random generator on the CPU, dependent only on `(seed, index)`, to mask batch `index` with."""
     import torch
 
     return torch.Generator().manual_seed(random.Random(f"masking {seed} {index}").getrandbits(63))
@@ -278,7 +278,7 @@ def masked_tokens(
         mask_token_id: the id of the mask token.
         vocab_size: upper bound (exclusive) of random token ids.
         generator: for example `seeded_generator(seed, index)`.
-        probability: the probability that a token is one to predict.
+        probability: the probability of selecting a token for prediction.
 
     Returns:
         The masked ids, (B, S), and the labels, (B, S): the original id at tokens to predict, -100 elsewhere.
@@ -318,11 +318,11 @@ def _check_probability(name: str, value: float) -> None:
 
 # ---- long texts ----
 #
-# Rows of tokens as long as asked, from texts that may be shorter.
+# Rows of tokens of the requested length, from texts that may be shorter.
 
 
 def start_of(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the token that texts begin with (`bos_token`), as in pretraining, if there is one."""
+    """Return the token at the beginning of texts (`bos_token`), as in pretraining, if there is one."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 

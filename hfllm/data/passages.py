@@ -1,4 +1,4 @@
-"""Passages of text that a model is given to answer from: how they stand in a prompt, and how answers cite them."""
+"""Passages of text as a model's source for answers: their form in a prompt, and their citations in answers."""
 
 import re
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ class Passage:
     """A piece of a text.
 
     Args:
-        text: what a model reads.
-        source: where it is from, such as a file, a row or a module; it is shown beside citations.
-        start: where it begins in that text, in characters.
+        text: the text for the model.
+        source: its origin, such as a file, a row or a module; it is shown next to citations.
+        start: where it begins in the source's text, in characters.
     """
 
     text: str
@@ -24,18 +24,18 @@ class Passage:
 
 
 def with_passages(question: str, passages: Sequence[str]) -> str:
-    """Return a question after the passages that it is to be answered from, a line each: `[1] The fox is red.`
+    """Return a question after the passages to answer it from, a line each: `[1] The fox is red.`
 
-    Without passages it is the question alone.
+    Without passages it is only the question.
     """
     lines = [f"[{number}] {' '.join(text.split())}" for number, text in enumerate(passages, 1)]
     return "\n".join([*lines, question])
 
 
 def citations_of(answer: str) -> list[int]:
-    """Return the numbers of the passages that an answer cites, each once: 1 and 3 for `It is red. [1] [3]`.
+    """Return the numbers of an answer's cited passages, each once: 1 and 3 for `It is red. [1] [3]`.
 
-    `[1, 3]` cites both too. What has more than nine digits is no citation.
+    `[1, 3]` cites both too. Numbers of more than nine digits are no citations.
     """
     return list(dict.fromkeys(int(number) for cited in _CITATION.findall(answer) for number in cited.split(",")))
 

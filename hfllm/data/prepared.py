@@ -26,12 +26,12 @@ OURS = "[0-9a-f]" * 16
 class Prepared:
     """Tables of one run, in their own folder.
 
-    Machines that share a disk may make the same table at once: each writes its own file, and renames it.
+    Machines with a shared disk may make the same table at once: each writes its own file, and renames it.
 
     Args:
         folder: the parent of the tables' folder, which is made when the first table is written.
-        description: JSON values that the tables' content depends on.
-        is_shared: keep tables of runs with other descriptions beside them; otherwise these are removed.
+        description: JSON values that determine the tables' content.
+        is_shared: keep tables of runs with other descriptions next to them; otherwise these are removed.
     """
 
     def __init__(self, folder: Path, description: Mapping[str, Any], is_shared: bool = False):

@@ -1,4 +1,4 @@
-"""How large a row may be: limits of rows and of what compressed files expand to, and parquet read within them."""
+"""Size limits: of rows and of the expanded content of compressed files, and parquet read within them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 # Of a row: some four million tokens, or a photograph. Reading and tokenizing one takes forty times its length.
 MAX_ROW_BYTES = 1 << 24
-# What a file may hold per byte that it is long, once it holds much: text compresses to a tenth, tables of repeated
-# texts to a hundredth.
+# The content that a file may hold per byte of its length, once it holds much: text compresses to a tenth, tables of
+# repeated texts to a hundredth.
 MOST_EXPANSION, MUCH = 200, 1 << 28
-# What Python needs for the shortest row.
+# Python's memory for the shortest row.
 ROW_BYTES = 100
 
 
 class OverLimit(InputError):
-    """A row or a file over its limit; `advice` says how to lift it, for commands that have the flag."""
+    """A row or a file over its limit; `advice` says how to lift it, for commands with the flag."""
 
     def __init__(self, message: str, advice: str):
         super().__init__(message)
@@ -38,7 +38,7 @@ def too_long(origin: str, limit: int) -> OverLimit:
 
 
 class Expansion:
-    """Adds up what a file holds, to stop at one that was made to fill the memory.
+    """Adds up the content of a file, to stop at one made to fill the memory.
 
     Args:
         file: the file.
@@ -71,7 +71,7 @@ class Expansion:
 # before Python makes objects of it.
 
 
-# Rows, and about how many bytes of them, that are read at once.
+# Rows, and their approximate bytes, read at once.
 MOST_ROWS, BATCH_BYTES = 1000, 1 << 26
 
 
@@ -100,7 +100,7 @@ def parquet_rows(file: Path, limit: int) -> Iterator[dict[str, Any]]:
                     yield from part.to_pylist()
                     number += part.num_rows
     except UnicodeDecodeError:
-        # Named by who reads all kinds of files.
+        # Named by the reader of all kinds of files.
         raise
     except InputError:
         raise
@@ -111,11 +111,11 @@ def parquet_rows(file: Path, limit: int) -> Iterator[dict[str, Any]]:
 
 
 def _check_figures(file: Path, limit: int) -> int:
-    """Return how many rows to read at once, by what the file says of itself.
+    """Return how many rows to read at once, by the file's own figures.
 
     Raises:
-        InputError: when its rows are longer than the limit by that, or the whole would fill the memory.
-        ValueError: when it says nothing that can be read.
+        InputError: when its rows are longer than the limit by these, or the whole would fill the memory.
+        ValueError: when it has no readable figures.
     """
     expansion, rows_at_once, before = Expansion(file, limit), MOST_ROWS, 0
     for num_rows, columns in _row_groups(file):
@@ -213,7 +213,7 @@ def _dictionaries(metadata: "FileMetaData") -> list[str]:
 
 
 def _parts(batch: "RecordBatch", limit: int, origin: str, before: int) -> "Iterator[tuple[RecordBatch, int]]":
-    """Yield a batch, or halves of it, of which none is longer than a row may be, each with its bytes.
+    """Yield a batch, or halves of it, none of them longer than a row may be, each with its bytes.
 
     Args:
         origin: of a row, without its number.

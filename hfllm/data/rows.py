@@ -1,4 +1,4 @@
-"""Rows that know where they were read, which are left out and why, and their messages."""
+"""Rows with their origin, the reasons for leaving some out, and their messages."""
 
 import json
 from collections import Counter
@@ -31,11 +31,11 @@ def origin_of(row: Mapping[str, Any], otherwise: str) -> str:
 
 
 class BadRow(InputError):
-    """A row that can be read but not learned from.
+    """A readable row that cannot be learned from.
 
     Args:
-        message: what is wrong, with the row's origin.
-        kind: the same as it is counted, such as `without an answer`.
+        message: the flaw, with the row's origin.
+        kind: the same in its form for counting, such as `without an answer`.
     """
 
     def __init__(self, message: str, kind: str):
@@ -44,7 +44,7 @@ class BadRow(InputError):
 
 
 class Dropped:
-    """Counts of rows by the reason why they are left out.
+    """Counts of rows by the reason for leaving them out.
 
     Attributes:
         total: how many rows there were.
@@ -97,16 +97,16 @@ def flaw_of_prompt(row: Mapping[str, Any]) -> str | None:
 
 # ---- messages ----
 #
-# Read conversations as people have them: roles, tool calls and tool results, in OpenAI's and in ShareGPT's form.
+# Read conversations in their usual forms: roles, tool calls and tool results, in OpenAI's and in ShareGPT's form.
 #
-# The content of a message is a text, or a list of parts `{"type": "text", "text": ...}`, which are joined.
+# The content of a message is a text, or a list of parts `{"type": "text", "text": ...}` to be joined.
 
 
-# `role` and `content`, and where the row has them those of `KEPT`, `tool_calls` and `reasoning_content`.
+# `role` and `content`, and, where the row has them, the keys of `KEPT`, `tool_calls` and `reasoning_content`.
 Message = dict[str, Any]
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
-    # ShareGPT's words for a call of a tool and what it returned; OpenAI's first word for the latter was `function`.
+    # ShareGPT's words for a tool call and its result; OpenAI's first word for the latter was `function`.
     **{"function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"},
 }
 KEPT = ("name", "tool_call_id")
@@ -117,8 +117,8 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 def read_messages(origin: str, messages: Any) -> list[Message]:
     """Return a list of messages with the roles system, user, assistant and tool.
 
-    Arguments of calls that are None are left out: `datasets` fills in those of other rows' tools. In JSON text, which
-    it cannot change, they are kept.
+    Arguments of calls that are None are left out: `datasets` fills in the arguments of other rows' tools. In JSON
+    text, which it cannot change, they are kept.
 
     Raises:
         InputError: when it is no such list, naming the origin and the message.
@@ -131,7 +131,7 @@ def read_messages(origin: str, messages: Any) -> list[Message]:
 def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
     """Return the tools of a row as JSON schemas, `None` if it has none; they may be a JSON text.
 
-    Of values, which `datasets` fills up with the fields of other rows' tools, those that are None are left out.
+    Fields that are None are left out of values, which `datasets` fills up with the fields of other rows' tools.
 
     Raises:
         InputError: when they are neither.
@@ -170,14 +170,14 @@ def split_beginning(prompt: str | list[Message]) -> tuple[str | list[Message], s
 
 
 def content_text(content: str | list[dict[str, Any]] | None, place: str = "<image>") -> str:
-    """Return the words of a message's content, a text or a list of parts, with `place` for each part that is none."""
+    """Return the words of a message's content, a text or a list of parts, with `place` for each other part."""
     if not isinstance(content, list):
         return content or ""
     return "".join(part["text"] if part.get("type") == "text" else place for part in content)
 
 
 def joined_texts(origin: str, content: Any) -> Any:
-    """Return the text of a content that is a list of text parts; any other content as it is.
+    """Return the text of a content in the form of text parts; any other content as it is.
 
     Raises:
         InputError: for a part of another kind, naming the origin.
@@ -195,7 +195,7 @@ def _is_text(part: Any) -> bool:
 
 
 def words_of(message: Message) -> Message:
-    """Return a message without its pictures: of a list of parts, the text."""
+    """Return a message without its images: of a list of parts, the text."""
     return {**message, "content": content_text(message["content"], "")} if is_in_parts(message) else message
 
 
@@ -216,12 +216,12 @@ def unspelled(tokens: Sequence[str], text: str) -> str:
 
 
 def is_in_parts(message: Message) -> bool:
-    """Return whether a message is a list of parts, as messages with pictures are."""
+    """Return whether a message is a list of parts, as messages with images are."""
     return isinstance(message.get("content"), list)
 
 
 def _in_reach(origin: str, read: Callable[[], Any]) -> Any:
-    """Return what is read; refuse values that are nested more deeply than Python can follow."""
+    """Return the parsed value; refuse values nested more deeply than Python can follow."""
     try:
         return read()
     except RecursionError:
@@ -273,7 +273,7 @@ def _message(origin: str, message: Any) -> Message:
 
 
 def _calls(origin: str, calls: Any) -> list[dict[str, Any]]:
-    """Return calls in the form that chat templates expect, with their arguments as values, not as JSON text."""
+    """Return calls in the form for chat templates, with their arguments as values, not as JSON text."""
     calls = _from_json(calls) if isinstance(calls, str) else _without_none(calls)
     read = []
     for call in calls if isinstance(calls, list) else [calls]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 WORLD, PYDOC = "world", "pydoc"
-# Rows with pictures: the drawn world, and the digits that come with scikit-learn.
+# Rows with images: the drawn world, and scikit-learn's digits.
 PICTURES, DIGITS = "pictures", "digits"
 EMBEDDED = (WORLD, PYDOC, PICTURES, DIGITS)
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -69,7 +69,7 @@ class HubPart:
         config: its configuration, where it has several.
         revision: its branch, tag or commit.
         streaming: read the rows one by one as they arrive, without downloading the whole first.
-        max_row_bytes: of a row at most, as it is stored in a file, or of its texts and bytes; 0 is no limit.
+        max_row_bytes: of a row at most, in its form in a file, or of its texts and bytes; 0 is no limit.
     """
 
     split: str = "train"
@@ -105,7 +105,7 @@ def iterate_source(name: str, part: HubPart = TRAIN) -> Iterator[tuple[str, dict
     try:
         yield from _rows_of(name, part)
     except OverLimit as error:
-        # Whoever names no part has no flag to lift the limit with.
+        # A caller that names no part has no flag to lift the limit with.
         raise InputError(str(error) if part is TRAIN else f"{error}; {error.advice}") from None
 
 
@@ -159,16 +159,16 @@ def source_files(name: str) -> list[Path] | None:
 
 
 def folder_of(name: str) -> Path | None:
-    """Return what paths in a dataset are relative to: its folder, or that of its file; `None` for one on the Hub."""
+    """Return the base of relative paths in a dataset: its folder, or that of its file; `None` for one on the Hub."""
     path = Path(name)
     return path if path.is_dir() else path.parent if path.is_file() else None
 
 
 def read_rows(file: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Return the rows of one file with their numbers, from 1; for jsonl the number is that of the line.
+    """Return the rows of one file with their numbers, from 1; for jsonl the number is the line's.
 
     Args:
-        max_row_bytes: of a row at most, which is found while it is read; 0 is no limit.
+        max_row_bytes: of a row at most, checked while it is read; 0 is no limit.
     """
     if file.name.endswith(LINES):
         return _read_jsonl(file, max_row_bytes)
@@ -212,7 +212,7 @@ def _limited_lines(file: Path, stream: IO[bytes], limit: int) -> Iterator[bytes]
 def _read_jsonl(file: Path, limit: int) -> Iterator[tuple[int, dict[str, Any]]]:
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         for number, raw in enumerate(_limited_lines(file, stream, limit), 1):
-            # Line by line, to name a line that is not UTF-8; some editors begin a file with a byte order mark.
+            # Line by line, to name a line with invalid UTF-8; some editors begin a file with a byte order mark.
             line = raw.decode("utf-8-sig")
             if not line.strip():
                 continue
@@ -237,10 +237,10 @@ def _without_surrogates(value: Any, text: str) -> Any:
 
 
 def checked_depth(value: Any, text: str) -> Any:
-    """Return a JSON value, which `text` spells.
+    """Return a JSON value from its spelling `text`.
 
     Raises:
-        ValueError: when it is nested deeper than any row: what comes after may fill Python's stack.
+        ValueError: when it is nested deeper than any row: the later steps may fill Python's stack.
     """
     if text.count("[") + text.count("{") <= MOST_NESTED:
         return value
@@ -255,7 +255,7 @@ def checked_depth(value: Any, text: str) -> Any:
 
 
 class _TableLines:
-    """The lines of a table, as the csv module asks for them, of which those of the present row are kept."""
+    """The lines of a table, as the csv module asks for them; the lines of the present row are kept."""
 
     def __init__(self, file: Path, stream: IO[str], limit: int):
         self.file, self.stream, self.limit = file, stream, limit
@@ -293,7 +293,7 @@ def _read_csv(file: Path, limit: int) -> Iterator[dict[str, Any]]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     with file.open(encoding="utf-8-sig", newline="") as stream:
         lines = _TableLines(file, stream, limit)
-        # A quote that is not closed would swallow rows up to the next one.
+        # An unclosed quote would swallow rows up to the next one.
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         for number in count(1):
             try:
@@ -320,12 +320,12 @@ def _read_csv(file: Path, limit: int) -> Iterator[dict[str, Any]]:
 
 
 def _read_paragraphs(file: Path, limit: int) -> Iterator[str]:
-    """Yield the paragraphs between lines that are empty or hold only spaces."""
+    """Yield the paragraphs between empty lines and lines with only spaces."""
     lines: list[str] = []
     size = 0
     with file.open("rb") as stream:
         for number, raw in enumerate(chain(_limited_lines(file, stream, limit), [b"\n"]), 1):
-            # Line by line, so that paragraphs before a line that is not UTF-8 are counted correctly.
+            # Line by line, so that paragraphs before a line with invalid UTF-8 are counted correctly.
             lines.append(raw.decode("utf-8-sig").replace("\r\n", "\n"))
             size += len(raw)
             if not lines[-1].strip():
@@ -356,7 +356,7 @@ def _read_json(file: Path, limit: int) -> Iterator[dict[str, Any]]:
 
 
 class _JsonItems:
-    """A JSON file that is read piece by piece: the text at hand, and the values in it."""
+    """A JSON file, read piece by piece: the text at hand, and the values in it."""
 
     CHUNK = 1 << 20
 
@@ -366,14 +366,14 @@ class _JsonItems:
         self.scan = json.JSONDecoder().raw_decode
 
     def more(self) -> None:
-        """Read on; what has been taken is forgotten."""
+        """Read on; characters already taken are forgotten."""
         self.lines_before += self.text.count("\n", 0, self.at)
         # Twice as much each time, so that a long value is not looked at many times.
         chunk = self.stream.read(max(self.CHUNK, len(self.text) - self.at))
         self.text, self.at, self.is_whole = self.text[self.at :] + chunk, 0, not chunk
 
     def peek(self) -> str:
-        """Return the next character that is no space, or nothing at the end."""
+        """Return the next character other than a space, or nothing at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
@@ -398,7 +398,7 @@ class _JsonItems:
             try:
                 value, end = self.scan(self.text, self.at)
             except json.JSONDecodeError as error:
-                # Not whole yet, unless the complaint is about what lies long before the end.
+                # Not whole yet, unless the complaint is about a position long before the end.
                 is_open = error.msg.startswith("Unterminated") or error.pos + 16 > len(self.text)
                 if self.is_whole or not is_open:
                     raise self.error(error) from None
@@ -464,11 +464,11 @@ def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
 #
 # Docstrings are read from the standard library's source without importing it, since some modules have side effects
 # when imported (`import this` prints, `antigravity` opens a browser). The language reference's topics come from
-# `pydoc_data.topics`, which is one large dictionary. The texts are under the PSF License, version 2.
+# `pydoc_data.topics`, one large dictionary. The texts are under the PSF License, version 2.
 
 
 LICENSE = "PSF-2.0"
-# Not documentation: tests, and third-party code that installers add.
+# Not documentation: tests, and third-party code added by installers.
 LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
 
 
@@ -476,7 +476,7 @@ def pydoc_documents() -> Iterator[tuple[str, str]]:
     """Yield (name, text) of every distinct docstring and topic, in the order of their names.
 
     Names are like `argparse.ArgumentParser.parse_args` and `topics.BOOLEANS`. They depend only on the Python build,
-    not on what has been imported or installed.
+    not on installed or imported modules.
     """
     unique_texts: set[str] = set()
     for name, text in chain(_topics(), _docstrings()):
@@ -509,7 +509,7 @@ def _docstrings() -> Iterator[tuple[str, str]]:
 
 
 def _of_node(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the docstring of a module, class or function, then those of its members."""
+    """Yield the docstring of a module, class or function, then the docstrings of its members."""
     text = ast.get_docstring(node)
     if text:
         yield name, text.strip()
@@ -524,23 +524,23 @@ def _of_node(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 # ---- hub pictures ----
 #
-# Read pictures of a dataset on the Hub as they are stored: the bytes, or the path, of each.
+# Read images of a dataset on the Hub in their stored form: the bytes, or the path, of each.
 #
 # Decoded by datasets, one broken file would end the reading, and all would be held in memory with all their pixels.
 
 
 # A feature of datasets, or a dictionary or list of such.
 Feature: TypeAlias = Any
-# Protocols of what lies inside a file: fsspec opens them within the address that follows after `::`.
+# Protocols for the content of a file: fsspec opens them within the address that follows after `::`.
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")
 
 
 def undecoded(name: str, rows: "Dataset | IterableDataset") -> "Iterable[dict[str, Any]]":
-    """Return rows whose pictures, at any depth, are paths or bytes; where no feature is a picture, the rows given.
+    """Return rows whose images, at any depth, are paths or bytes; where no feature is an image, the given rows.
 
-    What is streamed has paths on the Hub, and what lies in files of their own has paths where datasets has stored
-    them. Those within the dataset's own repository are read here, and all others are left as they are: rows are
-    written by others, and may name what is not theirs to read. `images.rows.to_pictures` refuses these.
+    Streamed images have paths on the Hub, and images in files of their own have paths where datasets has stored
+    them. Paths within the dataset's own repository are read here, and all others are left as they are: rows are
+    written by other people, and may name files that are not theirs to read. `images.rows.to_pictures` refuses these.
 
     Args:
         name: the dataset's id on the Hub.
@@ -553,13 +553,13 @@ def undecoded(name: str, rows: "Dataset | IterableDataset") -> "Iterable[dict[st
         return rows
     is_stored = isinstance(rows, Dataset)
     rows = (rows.to_iterable_dataset() if is_stored else rows).decode(False)
-    # Everything else that is stored in another form, such as values as JSON, is decoded as ever.
+    # Everything else stored in another form, such as values as JSON, is decoded as ever.
     decode = type(features)({column: _as_stored(each) for column, each in features.items()}).decode_example
     return (_fetched(name, features, decode(row)) for row in rows)
 
 
 def _inside(feature: Feature) -> Feature | None:
-    """Return the feature of a list's entries, `None` for what is no list of datasets."""
+    """Return the feature of a list's entries, `None` for a value other than a list of datasets."""
     from datasets import LargeList, List
 
     return feature.feature if isinstance(feature, (List, LargeList)) else None
@@ -575,7 +575,7 @@ def _has_picture(feature: Feature) -> bool:
 
 
 def _as_stored(feature: Feature) -> Feature:
-    """Return a feature whose pictures, and nothing else, are not decoded."""
+    """Return a feature in which images, and nothing else, are not decoded."""
     from datasets import Image
 
     if isinstance(feature, dict):
@@ -589,7 +589,7 @@ def _as_stored(feature: Feature) -> Feature:
 
 
 def _fetched(name: str, feature: Feature, value: Any) -> Any:
-    """Return a value of a row with the bytes of its pictures that lie in the dataset's repository."""
+    """Return a value of a row with the bytes of its images in the dataset's repository."""
     from datasets import Image
 
     if isinstance(feature, dict) and isinstance(value, dict):
@@ -610,7 +610,7 @@ def _fetched(name: str, feature: Feature, value: Any) -> Any:
 
 
 def is_downloaded(name: str, path: str) -> bool:
-    """Return whether a path is that of a file that was downloaded with a dataset of the Hub, links resolved."""
+    """Return whether a path belongs to a file downloaded with a dataset of the Hub, links resolved."""
     from datasets.config import EXTRACTED_DATASETS_PATH
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -628,7 +628,7 @@ def is_downloaded(name: str, path: str) -> bool:
 
 
 def is_in_repository(name: str, address: str) -> bool:
-    """Return whether an address is that of a file in a dataset's repository, or in an archive there."""
+    """Return whether an address belongs to a file in a dataset's repository, or in an archive there."""
     *archives, file = address.split("::")
     begins = re.match(rf"hf://datasets/{re.escape(name)}(@[^/]+)?/", file, re.IGNORECASE)
     is_above = ".." in file.split("/")

@@ -1,4 +1,4 @@
-"""Thoughts and answers in what a model says: apart, and the answer that counts."""
+"""Thoughts and answers in a model's text: their separation, and the final answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,20 @@ FRACTION = re.compile(r"([+-]?)(?:(\d{1,40}) )?(\d{1,40}) ?/ ?(\d{1,40})", re.AS
 BOX = "\\boxed{"
 LATEX_FRACTION = re.compile(r"(\d)?\\[dt]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", re.ASCII)
 LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-# What LaTeX writes around numbers: thin spaces, commas in braces, degrees, signs that it would else read itself.
+# LaTeX marks around numbers: thin spaces, commas in braces, degrees, signs that it would else read itself.
 LATEX_MARKS = ((r"\\[!,;:]|\\(?:left|right)\b|\^\s*\{?\\circ\}?", ""), (r"\{,\}", ","), (r"\\([$%])", r"\1"))
 
 
 def split_thoughts(text: str, is_open: bool = False) -> tuple[str | None, str]:
-    """Return the thoughts of a text, `None` without any, and what it says besides.
+    """Return the thoughts of a text, `None` without any, and the rest of it.
 
-    Several thoughts are joined by line breaks. One that never ends is all that follows its beginning. Line breaks
-    at the borders of a thought are dropped, as chat templates such as Qwen3's add them.
+    Several thoughts are joined by line breaks. An unclosed one is all the text after its beginning. Line breaks at
+    the borders of a thought are dropped, as chat templates such as Qwen3's add them.
 
     Args:
         is_open: whether the prompt has opened a thought, as DeepSeek-R1's chat template does.
     """
-    # Text that closes a thought which it did not open has got the beginning from its prompt.
+    # Text that closes a thought without opening it has got the beginning from its prompt.
     opens, closes = text.find(OPEN), text.find(CLOSE)
     if is_open or (closes >= 0 and not 0 <= opens < closes):
         text = OPEN + text
@@ -65,7 +65,7 @@ def thoughts_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def answer_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """Return what a completion says without its thoughts: of messages the last one of the assistant."""
+    """Return a completion without its thoughts: of messages the last one of the assistant."""
     if not isinstance(completion, str):
         messages = [message for message in completion if message.get("role", "assistant") == "assistant"]
         completion = (messages[-1].get("content") or "") if messages else ""
@@ -73,9 +73,9 @@ def answer_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def final_answer(text: str) -> str:
-    """Return the answer that a solution ends with: after the last `####`, in the last box, or its last number.
+    """Return the answer at the end of a solution: after the last `####`, in the last box, or its last number.
 
-    Of a text with none of these the last line that says something. gsm8k's solutions end with a line `#### 42`
+    For a text with none of these it is the last line that says something. gsm8k's solutions end with a line `#### 42`
     (Cobbe et al. 2021, arXiv:2110.14168); mathematical models put answers into `\\boxed{}`.
     """
     if "####" in text:
@@ -94,9 +94,9 @@ def final_answer(text: str) -> str:
 
 
 def plain_answer(answer: str) -> str:
-    """Return an answer in the form in which equal ones are equal: numbers without signs of money, commas and zeros.
+    """Return an answer in a normal form, equal for equal answers: numbers without signs of money, commas and zeros.
 
-    Fractions are reduced, and those that end as decimals are written so: `2/4` is `0.5`.
+    Fractions are reduced, and fractions with a finite decimal form are written so: `2/4` is `0.5`.
     """
     text = " ".join(_without_latex(answer).casefold().split()).rstrip(".")
     number = re.sub(r"[$€£%,]", "", text).strip()
@@ -116,7 +116,7 @@ def plain_answer(answer: str) -> str:
 
 
 def _decimal(sign: str, whole: str | None, over: str, under: str) -> str | None:
-    """Return a fraction as a decimal if it ends as one, or else reduced; `None` for one that is none."""
+    """Return a fraction as a decimal if it ends as one, or else reduced; `None` for any other text."""
     if not int(under):
         return None
     sign, value = sign.removeprefix("+"), int(whole or 0) + Fraction(int(over), int(under))
@@ -128,7 +128,7 @@ def _decimal(sign: str, whole: str | None, over: str, under: str) -> str | None:
 
 
 def _last_box(text: str) -> str | None:
-    """Return what the last box that is closed holds, with the braces in it; `None` without one."""
+    """Return the content of the last closed box, with the braces in it; `None` without one."""
     before, result, after = text.rpartition(BOX)
     while result:
         depth = 1
@@ -141,7 +141,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _without_latex(text: str) -> str:
-    """Return a text with numbers as they are written without LaTeX, and words out of its `\\text{}`.
+    """Return a text with numbers in their form without LaTeX, and words out of its `\\text{}`.
 
     Words after a number are its unit, and are left out.
     """

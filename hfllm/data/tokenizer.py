@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 # ---- chat templates ----
 #
-# Chat templates that come with the package, and how what a model says in them is read back.
+# The package's chat templates, and how their assistant turns are read back.
 #
-# They write what transformers' chat templates have in common: turns, schemas of `tools`, an assistant's `tool_calls`,
-# what tools returned (role `tool`), and thoughts (`reasoning_content`) between `<think>` and `</think>`. As in
-# Qwen3's, thoughts are shown from the last question on and dropped before it; `preserve_thinking=True` shows all of
-# them, and `enable_thinking=False` opens the next turn with an empty one.
+# They write the common parts of transformers' chat templates: turns, schemas of `tools`, an assistant's `tool_calls`,
+# results of tools (role `tool`), and thoughts (`reasoning_content`) between `<think>` and `</think>`. As in Qwen3's,
+# thoughts are shown from the last question on and dropped before it; `preserve_thinking=True` shows all of them, and
+# `enable_thinking=False` opens the next turn with an empty one.
 
 
 TURN_END = "<|end|>"
@@ -39,18 +39,18 @@ def chat_template() -> str:
 
 
 def text_of_macro() -> str:
-    """Return the macro of our chat template that reads strings and lists of parts."""
+    """Return our chat template's macro for reading strings and lists of parts."""
     return "".join(chat_template().partition("{%- endmacro -%}")[:2])
 
 
 def response_template() -> dict[str, Any]:
-    """Return how `tokenizer.parse_response` reads what our chat template writes of the assistant, to the letter."""
+    """Return how `tokenizer.parse_response` reads the assistant's turns of our chat template, to the letter."""
     return _response_template("<|assistant|>", [TURN_END], {"open": "<think>", "close": "</think>"})
 
 
 def chatml_response_template() -> dict[str, Any]:
     """Return the same for `chatml_template`."""
-    # A model may leave out line breaks that the template writes; more of them belong to the words.
+    # A model may leave out line breaks of the template; more of them belong to the words.
     thought = {"open_pattern": r"<think>\n?", "close_pattern": r"\n?</think>\n{0,2}"}
     return _response_template("<|im_start|>assistant\n", ["<|im_end|>\n", "<|im_end|>"], thought)
 
@@ -78,16 +78,16 @@ def _response_template(start: str, ends: list[str], thought: dict[str, str]) -> 
 def chatml_template() -> str:
     """Return a chat template in ChatML (`<|im_start|>`, `<|im_end|>`) with tools and thoughts.
 
-    It is for tokenizers whose own template knows neither, such as SmolLM2's.
+    It is for tokenizers whose own template supports neither, such as SmolLM2's.
     """
     return text_of_macro() + files("hfllm.data").joinpath("chatml_template.jinja").read_text(encoding="utf-8").strip()
 
 
 def brief_template() -> str:
-    """Return a chat template that names tools and does not describe them, for models that learn what they are for.
+    """Return a chat template that names tools without describing them, for models that learn the purpose of each.
 
     A prompt is then ten times shorter for a model of a few layers. Results begin with a space, as words of a text do,
-    so that they are the tokens that an answer repeats. It writes no thoughts.
+    so that their tokens are the same as in an answer that repeats them. It writes no thoughts.
     """
     return text_of_macro() + files("hfllm.data").joinpath("brief_template.jinja").read_text(encoding="utf-8").strip()
 
@@ -104,7 +104,7 @@ def writes_as_ours(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def plain_chat_template() -> str:
-    """Return a chat template for tokenizers that have none: roles in plain words, the end token after each answer.
+    """Return a chat template for tokenizers without one: roles in plain words, the end token after each answer.
 
     A line break, which tokenizers do not merge with words, separates role and text, so that a prompt's tokens
     are a prefix of the whole conversation's.
@@ -129,7 +129,7 @@ class BuiltInTemplate:
         chat_template: returns it.
         response_template: returns how its turns are read.
         needs: tokens without which a vocabulary cannot write turns.
-        marks: tokens that it writes for tools and thoughts; without them they are several tokens each.
+        marks: its tokens for tools and thoughts; without them they are several tokens each.
     """
 
     chat_template: Callable[[], str]
@@ -138,7 +138,7 @@ class BuiltInTemplate:
     marks: tuple[str, ...]
 
 
-# By the names that `--chat_template_path` takes.
+# By the names for `--chat_template_path`.
 BUILT_IN: Mapping[str, BuiltInTemplate] = {
     "hfllm": BuiltInTemplate(
         chat_template,
@@ -179,7 +179,7 @@ LONGEST_WORD = 1000
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
 
-# What published vocabularies call a token that is there for padding and nothing else.
+# Names of tokens in published vocabularies that serve only as padding.
 UNUSED = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|padding|>", "<|PAD|>", "<|vision_pad|>")
 
 
@@ -198,9 +198,9 @@ def train_tokenizer(
         texts: the texts to learn merges from.
         vocab_size: upper bound on the number of tokens; at least the 256 bytes and the special tokens.
         model_max_length: the model's context in tokens, beyond which the tokenizer warns.
-        mask_token: token that marks a token to predict, in a masked language model.
-        extra_special_tokens: more special tokens, such as those of infilling.
-        added_tokens: more tokens that are no special ones, such as `<think>`: text without special tokens keeps them.
+        mask_token: the token at positions to predict, in a masked language model.
+        extra_special_tokens: more special tokens, such as the tokens of infilling.
+        added_tokens: more tokens, not special ones, such as `<think>`: text without special tokens keeps them.
         splits_digits: make every digit a token of its own, so that numbers are copied and not guessed.
 
     Returns:
@@ -217,7 +217,7 @@ def train_tokenizer(
     smallest = 256 + len(special_tokens) + len(added_tokens)
     if vocab_size < smallest:
         raise InputError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {smallest}")
-    # A text may hold them, such as a conversation; they are tokens of their own, and what they spell needs no merges.
+    # A text may hold them, such as a conversation; they are tokens of their own, and their spelling needs no merges.
     marks = re.compile("|".join(map(re.escape, [*special_tokens, *added_tokens])))
     texts = (marks.sub(" ", text) for text in texts)
     tokenizer = Tokenizer(models.BPE())
@@ -257,7 +257,7 @@ def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer that a smaller vocabulary would have given: for a byte-level BPE, the first merges.
+    """Return the tokenizer for a smaller vocabulary, as if trained with it: for a byte-level BPE, the first merges.
 
     Args:
         tokenizer: from `train_tokenizer`; it is not changed.
@@ -276,21 +276,21 @@ def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> set[int]:
-    """Return the ids that end a response: see `configured_ends`, and the one that ends a turn of the chat template."""
+    """Return the ids at the end of a response: see `configured_ends`, and the last one of a chat template's turn."""
     return configured_ends(tokenizer, model) | ({turn_end(tokenizer)} - {None})
 
 
 def configured_ends(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> set[int]:
-    """Return the tokenizer's end token, and those of the model's generation config."""
+    """Return the tokenizer's end token, and the end tokens of the model's generation config."""
     configured = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
 
 
 def padding_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return the token to pad with where a tokenizer names none, or `None` if no token can serve.
+    """Return the padding token for a tokenizer that names none, or `None` if no token can serve.
 
-    One that its vocabulary has for this and never uses otherwise, or the unknown token, or else the end token. No
-    label and no attention mask here comes from where padding tokens are, so an end that is learned stays learned; a
+    It is the vocabulary's token for padding, never used otherwise, or the unknown token, or else the end token. No
+    label and no attention mask here depends on the position of padding tokens, so a learned end stays learned; a
     reward model then reads its score at the token before the end, in training and afterwards.
     """
     vocabulary = tokenizer.get_vocab()
@@ -299,7 +299,7 @@ def padding_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 
 def template_errors() -> tuple[type[Exception], ...]:
-    """Return what a chat template may raise: it is a program, and ends as one does, such as by a division by zero."""
+    """Return the exceptions that a chat template may raise: it is a program, and may fail by a division by zero."""
     from jinja2 import TemplateError
 
     return (ArithmeticError, AttributeError, LookupError, RecursionError, TemplateError, TypeError, ValueError)
@@ -308,9 +308,9 @@ def template_errors() -> tuple[type[Exception], ...]:
 def turn_end(tokenizer: "PreTrainedTokenizerBase | ProcessorMixin") -> int | None:
     """Return the special token that the chat template writes after an assistant's words, or `None` without one.
 
-    A processor has a template of its own.
+    A processor has its own template.
 
-    Base models often have a chat template whose turns end by another token than their documents, such as
+    Base models often have a chat template with another token at the end of turns than at the end of documents, such as
     `<|im_end|>` and `<|endoftext|>`.
     """
     writer, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
@@ -343,8 +343,8 @@ def tokenize_prompts(
     Messages that end with the assistant's are to be continued: the turn stays open after them.
 
     Args:
-        tools: for each prompt those that the chat template shows with its messages, as in a column `tools`.
-        as_plain_text: whether special tokens that messages spell are tokenized as text.
+        tools: for each prompt the tools that the chat template shows with its messages, as in a column `tools`.
+        as_plain_text: whether special tokens spelled in messages are tokenized as text.
 
     Raises:
         InputError: when these are no tools, or the template cannot continue an assistant's turn.
@@ -357,7 +357,7 @@ def tokenize_prompts(
     if not any(tools or ()):
         tools = [None] * len(prompts)
     ids: list[list[int]] = []
-    # Neighbors that show the same tools and end alike are written in one call.
+    # Neighbors with the same tools and the same kind of end are written in one call.
     pairs = groupby(zip(prompts, tools, strict=True), key=lambda pair: (id(pair[1]), is_begun(pair[0])))
     for (_, is_open), group in pairs:
         some, group_tools = zip(*group, strict=True)
@@ -378,29 +378,29 @@ def tokenize_prompts(
 
 # ---- plain text ----
 #
-# Keep texts of others, such as passages, from opening or ending a turn of a conversation.
+# Keep the texts of other people, such as passages, from opening or ending a turn of a conversation.
 
 
-# What chat templates write around turns where the vocabulary has no token for it: `[/INST]`, `<<SYS>>`, `<|user|>`.
+# Turn marks of chat templates where the vocabulary has no token for them: `[/INST]`, `<<SYS>>`, `<|user|>`.
 _MARK = re.compile(r"<+[^\s<>'\"{}]{1,60}>+|\[/?[A-Z_]{2,}\]")
 
 
 def plain_text(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
-    """Return a function of texts that breaks the control tokens which a text spells, such as `<|im_end|>`, by a space.
+    """Return a function that breaks the control tokens spelled in texts, such as `<|im_end|>`, by a space.
 
-    Tokenizers read those as the tokens themselves, so that whoever writes a text would write turns. Control tokens are
-    the special ones, those that were added to the vocabulary and stand in the chat template, and what that has in
-    brackets. Other texts stay as they are.
+    Tokenizers read such spellings as the tokens themselves, so that the author of a text could write turns. Control
+    tokens are the special ones, the tokens added to the vocabulary that stand in the chat template, and the template's
+    marks in brackets. Other texts stay as they are.
 
     Args:
-        tokenizer: the tokenizer of the model that reads the texts.
+        tokenizer: the tokenizer of the model for the texts.
     """
     template = tokenizer.chat_template or ""
     written = "\n".join(template.values()) if isinstance(template, dict) else template
     added = tokenizer.added_tokens_decoder.values()
     spelled = {each.content.strip() for each in added if each.special or each.content in written}
     spelled |= {each.strip() for each in tokenizer.all_special_tokens} | set(_MARK.findall(written))
-    # Of two that begin alike the longer one.
+    # The longer one of two with the same beginning.
     longest_first = sorted(spelled - {""}, key=lambda token: (-len(token), token))
     if not longest_first:
         return str
@@ -417,24 +417,24 @@ def plain_text(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
 
 # ---- added texts ----
 #
-# Sentences that robustness tests and augmented training put around a question or before an answer.
+# Sentences of robustness tests and augmented training to put around a question or before an answer.
 #
 # No sentence is in both: a model that has learned to ignore one sentence is tested on others. The first words of a
-# promise may be: "Sure, first" begins two of those that training cuts. Those for the embedded world use words of its
-# texts, since any other sentence would be nothing but letters to its models.
+# promise may be: "Sure, first" begins two of the promises that training cuts. The sentences for the embedded world use
+# words of its texts, since any other sentence would be nothing but letters to its models.
 
 
 @dataclass(frozen=True)
 class AddedTexts:
-    """What can be added to a question.
+    """Additions to a question.
 
     Args:
-        distractors: sentences that have nothing to do with it.
-        jailbreaks: sentences that talk a model into helping with whatever is asked.
-        prefills: beginnings of an answer that helps, with which the assistant's turn is opened. Training cuts them
-            after any of their words.
+        distractors: sentences unrelated to it.
+        jailbreaks: sentences that talk a model into helping with any request.
+        prefills: beginnings of a helpful answer, which open the assistant's turn. Training cuts them after any of
+            their words.
         orders: sentences that ask for something else in place of an answer.
-        order_words: of each order the word that an answer to it holds, in lower case.
+        order_words: for each order the word contained in an answer to it, in lower case.
     """
 
     distractors: tuple[str, ...]
@@ -549,19 +549,19 @@ ENGLISH_TRAINING = AddedTexts(
 
 # ---- transcripts ----
 #
-# Conversations as plain text, for base models that have no chat template.
+# Conversations as plain text, for base models without a chat template.
 
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
-# What a base model writes when it goes on with the other side's turn: after a transcript, and after a conversation in
-# the plain chat template that it is given where it has none.
+# The text with which a base model continues on the other side's turn: after a transcript, and after a conversation in
+# the plain chat template, its replacement for a missing one.
 NEXT_TURN, NEXT_PLAIN_TURN = "\n\nHuman:", "\nUser:\n"
 
 
 def to_transcript(messages: Sequence[Message]) -> str:
     """Return a conversation in Anthropic's form, up to where the assistant speaks: `\\n\\nHuman: ...\\n\\nAssistant:`.
 
-    It is the form of Bai et al. 2022 and of the dataset hh-rlhf. What a system message says stands before it.
+    It is the form of Bai et al. 2022 and of the dataset hh-rlhf. The text of a system message stands before it.
     """
     turns = [
         f"\n\n{SPEAKERS[message['role']]}: {message['content']}" if message["role"] in SPEAKERS else message["content"]
@@ -571,12 +571,12 @@ def to_transcript(messages: Sequence[Message]) -> str:
 
 
 def to_prompt(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str | list[Message]:
-    """Return a conversation as a tokenizer takes it: messages for its chat template, a transcript without one."""
+    """Return a conversation in the tokenizer's form: messages for its chat template, a transcript without one."""
     return messages if tokenizer.chat_template else to_transcript(messages)
 
 
 def next_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return the text by which a base model's answer ends, `None` for a tokenizer with a chat template of its own."""
+    """Return the text at the end of a base model's answer, `None` for a tokenizer with a chat template of its own."""
     if not tokenizer.chat_template:
         return NEXT_TURN
     return NEXT_PLAIN_TURN if tokenizer.chat_template == plain_chat_template() else None

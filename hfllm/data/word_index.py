@@ -28,7 +28,7 @@ ARRAYS = {
     "lengths": ("int32",),
 }
 K1, B = 1.5, 0.75
-# Words that are counted at a time: about 150 MB of memory.
+# Words counted at a time: about 150 MB of memory.
 BLOCK = 1 << 22
 _WORD = re.compile(r"\w+")
 
@@ -46,7 +46,7 @@ def import_bm25s(needed_by: str, extra: str = "grounding") -> ModuleType:
     """Return the module bm25s.
 
     Raises:
-        InputError: when it is not installed, with the extra of this package that brings it.
+        InputError: when it is not installed, with the extra of this package for it.
     """
     try:
         import bm25s
@@ -56,12 +56,12 @@ def import_bm25s(needed_by: str, extra: str = "grounding") -> ModuleType:
 
 
 def best_places(scores: "NDArray[np.floating]", top_k: int, above: float = -math.inf) -> "NDArray[np.intp]":
-    """Return the places of the `top_k` largest scores, the largest first; of equal ones the earlier comes first.
+    """Return the indices of the `top_k` largest scores, the largest first; of equal ones the earlier comes first.
 
     Args:
         scores: the scores (texts).
-        top_k: the most places.
-        above: leave out what does not score more.
+        top_k: the most indices.
+        above: leave out scores that are not larger.
     """
     import numpy as np
 
@@ -84,12 +84,12 @@ class _Numbers(dict[str, int]):
 
 @dataclass(frozen=True)
 class _Postings:
-    """Which texts have a word, and how often: the first word's texts, then the second's, and so on.
+    """The texts with each word, and its counts: the first word's texts, then the second's, and so on.
 
     Args:
-        texts_of_word: how many texts have each word (words).
-        places: their places, in order (postings).
-        counts: how often the word is there (postings).
+        texts_of_word: the number of texts with each word (words).
+        places: their indices, in order (postings).
+        counts: the word's count in each (postings).
     """
 
     texts_of_word: "NDArray[np.integer]"
@@ -98,7 +98,7 @@ class _Postings:
 
 
 class WordIndex:
-    """An index of texts by their words, that grows by `add` and answers by `search`.
+    """An index of texts by their words, which grows by `add` and answers by `search`.
 
     A text d scores sum over the words w of a query, each as often as it is there, of
     ln(1 + (N - n_w + 1/2) / (n_w + 1/2)) f / (f + k1 (1 - b + b |d| / mean)): of N texts, n_w have the word; it is f
@@ -131,7 +131,7 @@ class WordIndex:
         return len(self._numbers)
 
     def add(self, texts: Iterable[str]) -> None:
-        """Add texts; their places follow those of the texts that are there. Rarities are counted anew by `finish`."""
+        """Add texts; their indices follow those of the present texts. Rarities are counted again by `finish`."""
         import numpy as np
 
         for text in texts:
@@ -144,7 +144,7 @@ class WordIndex:
                 self._close_block()
 
     def search(self, query: str, top_k: int) -> list[tuple[int, float]]:
-        """Return place and score of the `top_k` best texts, the best first; those without a word of it are left out.
+        """Return index and score of the `top_k` best texts, the best first; texts without a word of it are left out.
 
         Of equal scores the earlier text comes first.
         """
@@ -181,10 +181,10 @@ class WordIndex:
 
     @classmethod
     def load(cls, file: Path, passages: str) -> "WordIndex":
-        """Read what `save` has written.
+        """Read the file written by `save`.
 
         Raises:
-            InputError: when the file is missing, damaged, or of other texts than those of the digest `passages`.
+            InputError: when the file is missing, damaged, or of texts with another digest than `passages`.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import safe_open
@@ -194,7 +194,7 @@ class WordIndex:
         try:
             with safe_open(file, "numpy") as stored:
                 metadata, arrays = stored.metadata() or {}, {name: stored.get_tensor(name) for name in ARRAYS}
-        # Of the last two for types that numpy lacks.
+        # Of the last two for types missing in numpy.
         except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: no index of words, or damaged: {str(error).splitlines()[0][:80]}") from None
         if metadata.get("format") != FORMAT:
@@ -207,7 +207,7 @@ class WordIndex:
         return index
 
     def _fill(self, arrays: "dict[str, NDArray[np.integer]]") -> str | None:
-        """Take over stored arrays, or return what is wrong with them."""
+        """Take over stored arrays, or return the fault in them."""
         import numpy as np
 
         if any(array.ndim != 1 or array.dtype.name not in ARRAYS[name] for name, array in arrays.items()):
@@ -230,7 +230,7 @@ class WordIndex:
         return None
 
     def _close_block(self) -> None:
-        """Count the words of the texts that were added last."""
+        """Count the words of the texts added last."""
         import numpy as np
 
         if not self._open:
@@ -275,7 +275,7 @@ class WordIndex:
         return self._blocks[0]
 
     def finish(self) -> "bm25s.BM25":
-        """Return the index of bm25s: what each word adds to the score of each text. Then any thread may search.
+        """Return the index of bm25s: the part of each word in the score of each text. Then any thread may search.
 
         Without it the first search after `add` does this.
         """

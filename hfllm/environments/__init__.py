@@ -1,1 +1,1 @@
-"""What a policy can act in: episodes of several turns, tools and their results."""
+"""Surroundings for a policy to act in: episodes of several turns, tools and their results."""

@@ -1,7 +1,7 @@
-"""Episodes: what a policy and its environment write in turn, and environments of tools, with state too.
+"""Episodes: texts written in turn by a policy and its environment, and environments of tools, with state too.
 
-Tokens in, tokens out: what was sampled is never decoded and tokenized again, so the policy is trained on the very
-tokens that it chose, after those that it read.
+Tokens in, tokens out: sampled tokens are never decoded and tokenized again, so the policy is trained on exactly its
+chosen tokens, after exactly the tokens it read.
 """
 
 import asyncio
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 # ---- episodes ----
 
 
-# From sequences of token ids and the most tokens to add: for each the sampled tokens, and whether they came to an end.
+# From sequences of token ids and the most tokens to add: lists of sampled tokens, and whether they came to an end.
 Continue = Callable[[Sequence[Sequence[int]], int], Sequence[tuple[list[int], bool]]]
 
 
 @dataclass
 class Episode:
-    """One prompt and all that follows it.
+    """One prompt and all that follows.
 
     Args:
         prompt_ids: the prompt's tokens.
-        response_ids: what policy and environment wrote, in order.
-        action_mask: for each of `response_ids` 1 if the policy chose it, 0 if the environment wrote it.
+        response_ids: tokens written by policy and environment, in order.
+        action_mask: for every one of `response_ids` 1 if it is the policy's choice, 0 if the environment's.
         is_ended: whether it came to its end, and was not cut off by a limit of length.
         messages: the response as messages, if it is a conversation.
         calls, failures: calls of tools, and how many of them failed.
-        place: among the prompts that were sampled with it.
+        place: index among the prompts sampled with it.
     """
 
     prompt_ids: list[int]
@@ -58,30 +58,30 @@ class Episode:
         return [*self.prompt_ids, *self.response_ids]
 
     def act(self, ids: Sequence[int]) -> None:
-        """Append tokens that the policy chose."""
+        """Append tokens of the policy."""
         self.response_ids += ids
         self.action_mask += [1] * len(ids)
 
     def read(self, ids: Sequence[int]) -> None:
-        """Append tokens that the environment wrote."""
+        """Append tokens of the environment."""
         self.response_ids += ids
         self.action_mask += [0] * len(ids)
 
 
 class Environment(Protocol):
-    """What answers the policy's turns."""
+    """The interface for answers to the policy's turns."""
 
     def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:
-        """Return the tokens that follow a turn of the policy, with all that opens its next turn.
+        """Return the tokens after a turn of the policy, with the opening of its next turn.
 
         Args:
             episode: all so far, with the turn.
             turn_ids: the tokens of the policy's last turn.
-            is_ended: whether it ended its turn; one that was cut off has no room for an answer.
-            room: the most tokens that a reply may have.
+            is_ended: whether it ended its turn; a cut-off turn has no room for an answer.
+            room: the maximum of tokens of a reply.
 
         Returns:
-            `None` to end the episode. A reply that is longer than `room` is left out, and the episode is cut off.
+            `None` to end the episode. A reply longer than `room` is left out, and the episode is cut off.
         """
         ...
 
@@ -93,14 +93,14 @@ def run_episodes(
     response_length: int,
     before_turn: Callable[[Sequence[Episode]], None] | None = None,
 ) -> list[Episode]:
-    """Let the policy act until each episode ends, all unfinished ones together in each turn.
+    """Let the policy act until every episode ends, all unfinished ones together in every turn.
 
     Args:
         prompts: token ids.
         continue_ids: samples from the policy.
         environment: answers its turns.
         response_length: the most tokens of an episode, with those of the environment.
-        before_turn: called with the episodes that continue, before the policy writes their next turns.
+        before_turn: called with the continuing episodes, before the policy writes their next turns.
     """
     episodes = [Episode(list(prompt), place=index) for index, prompt in enumerate(prompts)]
     going = episodes
@@ -125,7 +125,7 @@ def _take_turn(
     # Others of the batch may have had more room.
     ids, episode.is_ended = list(ids[:room]), is_ended and len(ids) <= room
     episode.act(ids)
-    # A reply that fills the episode would leave the policy no token to answer with.
+    # A reply filling the episode would leave the policy no token for an answer.
     left = room - len(ids) - 1
     reply = environment.reply(episode, ids, episode.is_ended, left)
     if reply is None:
@@ -140,12 +140,12 @@ def _take_turn(
 
 # ---- tool turns ----
 #
-# Calls of tools in a policy's turns, and the tokens of the turns that answer them.
+# Calls of tools in a policy's turns, and the tokens of the answering turns.
 
 
 REWRITES = "tools: the chat template writes a turn otherwise when a result follows it: set one that does not"
 UNREADABLE = "{'error': 'the result cannot be written as plain text'}"
-# Replies that are kept: tools say the same again and again.
+# Number of kept replies: tools often repeat the same text.
 KEPT_REPLIES = 512
 
 
@@ -153,9 +153,9 @@ class ToolTurns:
     """The policy's own way to call tools and to read their results, by its chat template and response template.
 
     Args:
-        tokenizer: the policy's. Without a `response_template` it gets the one that TRL knows for its chat template.
+        tokenizer: the policy's. Without a `response_template` it gets TRL's for its chat template.
         schemas: of the tools, as `get_json_schema` gives them.
-        end_token_ids: tokens that end a turn.
+        end_token_ids: tokens at the end of a turn.
 
     Raises:
         InputError: when its chat template cannot write calls and results, or calls cannot be told from its text.
@@ -190,7 +190,7 @@ class ToolTurns:
         self._before = lru_cache(KEPT_REPLIES)(self._tokens_before)
         self._written = lru_cache(KEPT_REPLIES)(self._write)
         self._turn_end = set(self._before(("tool",))[-1:]) & self.end_token_ids
-        # Of one result, so that a chat template that does not serve is refused before training.
+        # Of one result, so an unsuitable chat template is refused before training.
         self._skeletons = {1: self._control_of(self._reply([_message_of("tool", "x")]))}
 
     def parse(self, turn_ids: Sequence[int]) -> Message:
@@ -205,15 +205,15 @@ class ToolTurns:
             if message.get("tool_calls"):
                 message["tool_calls"] = _encodable(message["tool_calls"])
             return message
-        # What TRL does not expect a model to write, such as JSON that is nested too deeply.
+        # Model output unexpected by TRL, such as too deeply nested JSON.
         except Exception:
             return {"role": "assistant", "content": self.tokenizer.decode(turn_ids, skip_special_tokens=True)}
 
     def reply_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens from the end of a turn with calls to the beginning of the policy's next turn.
 
-        What tools say is plain text, also where it spells special tokens: they cannot open or end a turn. A result
-        that would is replaced in place, in `messages`, by an error.
+        Output of tools is plain text, also where it spells special tokens: they cannot open or end a turn. A result
+        doing this is replaced in place, in `messages`, by an error.
         """
         for content in (UNREADABLE, ""):
             try:
@@ -225,15 +225,15 @@ class ToolTurns:
                 pass
             for message in messages:
                 message |= _message_of("tool", content)
-        # Nothing of what the tools said is left.
+        # Nothing of the tools' output is left.
         return self._reply(messages)
 
     def end_of(self, turn_ids: Sequence[int]) -> list[int]:
-        """Return the token that a turn lacks because a text has ended it, such as one of `stop_strings`."""
+        """Return the missing last token of a turn ended by a text, such as one of `stop_strings`."""
         return [] if {*turn_ids[-1:]} & self.end_token_ids else list(self._turn_end)
 
     def forges(self, text: str) -> bool:
-        """Return whether a text spells special tokens, or others that the chat template writes."""
+        """Return whether a text spells special tokens, or others of the chat template."""
         tokens = self.tokenizer.added_tokens_decoder
         return any(tokens[number].content in text for number in self.control)
 
@@ -250,7 +250,7 @@ class ToolTurns:
         return list(self._written(tuple((each["name"], each["content"]) for each in messages)))
 
     def _write(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """Return the tokens of a reply with these results, each with the name of its tool."""
+        """Return the tokens of a reply with these results, all with the names of their tools."""
         names = tuple(name for name, _ in results)
         try:
             return self._write_after(names, results)
@@ -261,7 +261,7 @@ class ToolTurns:
             return self._write_after(names[:1], results)
 
     def _write_after(self, names: tuple[str, ...], results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """Return the tokens of a reply to a turn that calls these tools."""
+        """Return the tokens of a reply to a turn with calls of these tools."""
         before = self._before(names)
         whole = self._tokens([*_calling(names), *(_message_of(*each) for each in results)], add_generation_prompt=True)
         if tuple(whole[: len(before)]) != before:
@@ -269,9 +269,9 @@ class ToolTurns:
         return tuple(whole[len(before) :])
 
     def _tokens_before(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Return the tokens of a conversation up to the end of a turn that calls these tools."""
+        """Return the tokens of a conversation up to the end of a turn with calls of these tools."""
         before = self._tokens(_calling(names), add_generation_prompt=False)
-        # The policy's turn stops at its end token: what the template writes after that is part of the reply. Some
+        # The policy's turn stops at its end token: the template's text after it is part of the reply. Some
         # templates, such as Gemma 4's, end a turn with calls by none.
         pairs = enumerate(zip(before, self._asked, strict=False))
         begin = next((index for index, (one, other) in pairs if one != other), len(self._asked))
@@ -294,12 +294,12 @@ def _calling(names: Sequence[str]) -> list[Message]:
 
 
 def _encodable(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return calls without halves of characters, which JSON may spell and no tokenizer, file or log can hold."""
+    """Return calls without halves of characters, possible in JSON but not in tokenizers, files or logs."""
     return json.loads(json.dumps(calls, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _with_one_template(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """Return the tokenizer, or where it has several chat templates one with that for tools alone."""
+    """Return the tokenizer, or where it has several chat templates one with only the template for tools."""
     if not isinstance(tokenizer.chat_template, dict):
         return tokenizer
     one = copy.copy(tokenizer)
@@ -308,7 +308,7 @@ def _with_one_template(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedToken
 
 
 def _lasting_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return a chat template that writes a turn alike whatever follows: the tokenizer's, or TRL's for training."""
+    """Return a chat template with one text for a turn, whatever follows: the tokenizer's, or TRL's for training."""
     from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
 
     if is_chat_template_prefix_preserving(tokenizer):
@@ -320,7 +320,7 @@ def _lasting_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _find_response_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Set the response template that TRL knows for a chat template, where the tokenizer has none."""
+    """Set TRL's response template for a chat template, where the tokenizer has none."""
     from trl.chat_template_utils import add_response_schema
 
     if getattr(tokenizer, "response_template", None) is not None:
@@ -336,7 +336,7 @@ def _find_response_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 # ---- stateful ----
 #
-# Environments with a state: an instance of a class for each episode, whose methods are the episode's tools.
+# Environments with a state: an instance of a class per episode, with its methods as the episode's tools.
 
 
 EnvironmentFactory = Callable[[], Any]
@@ -346,17 +346,17 @@ FLAG = "environment_factory"
 class StatefulEnvironments:
     """The instances of an `environment_factory`, as TRL's GRPOTrainer has them.
 
-    An instance is made once and reset for each of its episodes. One whose method did not answer in time is not used
-    for another episode, since the method may still change it.
+    An instance is made once and reset for each of its episodes. An instance whose method exceeded its time limit is
+    not used for another episode, since the method may still change it.
 
     Args:
-        factory: makes an instance: a class with `reset(**row)`, which returns `None` or text that is added to the last
-            message of the prompt, and public methods that are tools. With `get_reward()` it has a reward of its own.
-        tools: that are not methods.
+        factory: makes an instance: a class with `reset(**row)`, which returns `None` or text to add to the last
+            message of the prompt, and public methods as tools. With `get_reward()` it has a reward of its own.
+        tools: further tools, other than methods.
         timeout, max_length: see `ToolBox`.
 
     Raises:
-        InputError: for a factory that fails, an instance without `reset` or tools, or tools without schemas.
+        InputError: for a failing factory, an instance without `reset` or tools, or tools without schemas.
     """
 
     def __init__(self, factory: EnvironmentFactory, tools: Sequence[Tool], timeout: float, max_length: int):
@@ -377,7 +377,7 @@ class StatefulEnvironments:
         self.boxes: list[ToolBox] = []
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Message]]:
-        """Reset an environment for each row, and return the rows' prompts with what the environments say.
+        """Reset an environment for every row, and return the rows' prompts with the environments' texts.
 
         Raises:
             InputError: when `reset` fails, naming the row, or returns something else than text or `None`.
@@ -392,7 +392,7 @@ class StatefulEnvironments:
         return [_with_more(row["prompt"], observation) for row, observation in zip(rows, self.told, strict=True)]
 
     def get_reward(self, environments: Sequence[Any], **columns: object) -> list[float]:
-        """Return the environments' own rewards of the episodes that have just ended."""
+        """Return the environments' own rewards of the just finished episodes."""
         rewards = [each.get_reward() for each in environments]
         return [asyncio.run(each) if inspect.iscoroutine(each) else each for each in rewards]
 
@@ -403,7 +403,7 @@ class StatefulEnvironments:
             raise InputError(f"{FLAG}: it failed with {error!r}") from error
 
     def _reset(self, environment: Any, row: Mapping[str, Any]) -> str:
-        """Reset an environment, and return what it says; an empty text for nothing."""
+        """Reset an environment, and return its text; an empty text for none."""
         prompt = row["prompt"]
         if not prompt:
             raise InputError(f"{FLAG}: a prompt has no message, to which {self.name}.reset could add")
@@ -427,7 +427,7 @@ def _with_more(prompt: Sequence[Message], told: str) -> list[Message]:
 
 
 def methods_of(environment: object) -> list[Tool]:
-    """Return the public methods of an environment's class that are tools: all but `reset` and `get_reward`."""
+    """Return the tools among the public methods of an environment's class: all but `reset` and `get_reward`."""
     names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
     tool_names = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
     return [getattr(environment, name) for name in tool_names]
@@ -435,22 +435,21 @@ def methods_of(environment: object) -> list[Tool]:
 
 # ---- tool environment ----
 #
-# Tools as the environment of a policy: it calls them, reads what they return, and answers.
+# Tools as the environment of a policy: it calls them, reads their results, and answers.
 
 
 class ToolEnvironment:
-    """Environment that answers calls of tools; a turn without calls ends the episode.
+    """Environment for answers to calls of tools; a turn without calls ends the episode.
 
     Args:
         tools, timeout, max_length: see `ToolBox`.
         tokenizer, end_token_ids: see `ToolTurns`.
-        max_iterations: turns with calls that are answered; the call after them ends the episode. `None` for any
+        max_iterations: answered turns with calls; the call after them ends the episode. `None` for any
             number, as far as the response has room.
-        factory: see `StatefulEnvironments`, or `None` for tools that keep nothing of an episode.
+        factory: see `StatefulEnvironments`, or `None` for tools without a state of an episode.
 
     Raises:
-        InputError: for tools without schemas, a factory that does not serve, or a tokenizer that cannot write or read
-            calls.
+        InputError: for tools without schemas, an unsuitable factory, or a tokenizer unable to write or read calls.
     """
 
     def __init__(
@@ -469,15 +468,15 @@ class ToolEnvironment:
         self.max_iterations = max_iterations
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Reset what keeps a state, and return the rows with what it says in their prompts."""
+        """Reset environments with a state, and return the rows with their texts in the prompts."""
         if self.states is None:
             return list(rows)
         return [{**row, "prompt": prompt} for row, prompt in zip(rows, self.states.begin(rows), strict=True)]
 
     def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """Return the tokens of the prompts that `begin` has returned.
+        """Return the tokens of the prompts from `begin`.
 
-        What environments say in them is plain text, as results of tools are, also where it spells special tokens.
+        The environments' texts in them are plain text, as results of tools are, also where they spell special tokens.
         """
         tokenizer, schemas = self.turns.tokenizer, self.tools.schemas
         ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer, [schemas] * len(rows))
@@ -487,7 +486,7 @@ class ToolEnvironment:
         return ids
 
     def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:
-        """Call the tools that a turn asks for, and return the tokens of what they say."""
+        """Call the tools requested in a turn, and return the tokens of their output."""
         message = self.turns.parse(turn_ids)
         answered = sum("tool_calls" in earlier for earlier in episode.messages)
         episode.messages.append(message)

@@ -1,12 +1,12 @@
-"""A Python that runs the code of its standard input within limits: what `python_tool` starts. Standard library only.
+"""A Python that runs the code of its standard input within limits, started by `python_tool`. Standard library only.
 
-Usage: python -I limited_python.py SECONDS MEGABYTES FILE_MEGABYTES VERDICT PARENT, in the only folder that the code
-may write to. VERDICT is the number of an open file: its first line says what the kernel does not hold, if anything,
-and it is closed before the code runs, so that the code cannot write it. PARENT is the process that this one ends with.
+Usage: python -I limited_python.py SECONDS MEGABYTES FILE_MEGABYTES VERDICT PARENT, in the only folder writable for the
+code. VERDICT is the number of an open file: its first line lists the limits not held by the kernel, if any, and it is
+closed before the code runs, so the code cannot write it. PARENT is a process: this one ends together with it.
 
 On Linux the kernel holds the limits: resource limits, Landlock for files, a seccomp filter for network, processes and
-signals. Elsewhere, and on kernels that lack one of these, the interpreter's audit hook is what is left; it stops code
-that does not try to get around it.
+signals. Elsewhere, and on kernels without one of these, only the interpreter's audit hook is left; it stops code that
+does not try to get around it.
 """
 
 import ctypes
@@ -18,11 +18,11 @@ import struct
 import sys
 
 MEGABYTE = 2**20
-# From the kernel's headers; what is not listed has the same number everywhere.
+# From the kernel's headers; unlisted calls have the same number everywhere.
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# Refused: network, processes and signals; what changes the priority or the cores of other processes, what they share
-# or leave behind (shared memory, semaphores, queues, keys), and watching their files; files that are cut by name,
-# which Landlock allows before Linux 6.2.
+# Refused: network, processes and signals; changes to the priority or the cores of other processes, things they share
+# or leave behind (shared memory, semaphores, queues, keys), and watching their files; cutting files by name, allowed
+# by Landlock before Linux 6.2.
 REFUSED = {
     "x86_64": (
         # socket, socketpair, clone, fork, vfork, execve, kill, ptrace, rt_sigqueueinfo, tkill, tgkill,
@@ -37,14 +37,14 @@ REFUSED = {
         *(65, 66, 220, 69, 70, 71),
         # mq_unlink, mq_timedsend, mq_timedreceive, mq_notify, mq_getsetattr
         *(241, 242, 243, 244, 245),
-        # inotify_init1, inotify_add_watch, fanotify_init, fanotify_mark; io_setup, which takes of all processes' share
+        # inotify_init1, inotify_add_watch, fanotify_init, fanotify_mark; io_setup, from the share of all processes
         *(294, 254, 300, 301, 206),
         # truncate, syslog, perf_event_open, bpf, userfaultfd
         *(76, 103, 298, 321, 323),
         # inotify_init
         253,
     ),
-    # The same, without fork, vfork and inotify_init, which arm64 does not have.
+    # The same, without fork, vfork and inotify_init, absent on arm64.
     "aarch64": (
         *(198, 199, 220, 221, 129, 117, 138, 130, 131, 240, 261, 268, 97, 270, 271, 272, 281),
         *(140, 118, 119, 122, 274, 30, 238, 239, 194, 196, 195, 190, 186, 180, 217, 218, 219),
@@ -53,8 +53,8 @@ REFUSED = {
 }
 # pidfd_send_signal, io_uring_setup, pidfd_open, clone3, pidfd_getfd, process_madvise, process_mrelease
 NEW_REFUSED = (424, 425, 434, 435, 438, 440, 448)
-# Without effect: rights, owners, times and attributes of files, which Landlock lets anybody change, and locks, which
-# hold up others. Code that copies or unpacks files in its folder sets them too, so that it is told of success.
+# Without effect: rights, owners, times and attributes of files, which Landlock lets anyone change, and locks, which
+# hold up others. Code copying or unpacking files in its folder sets them too, so the calls report success.
 IGNORED = {
     # chmod, fchmod, chown, fchown, lchown, utime, setxattr, l-, f-, removexattr, l-, f-, utimes, fchownat, futimesat,
     # fchmodat, utimensat, flock
@@ -63,9 +63,9 @@ IGNORED = {
 }
 # fchmodat2, setxattrat, removexattrat, file_setattr
 NEW_IGNORED = (452, 463, 466, 469)
-# Calls of which one argument, of 32 bits, says what they do.
+# Calls with an operation given by one argument, of 32 bits.
 FCNTL, IOCTL, PRCTL = {"x86_64": 72, "aarch64": 25}, {"x86_64": 16, "aarch64": 29}, {"x86_64": 157, "aarch64": 167}
-# F_SETOWN and F_SETOWN_EX (the kernel signals to the process that they name); F_SETLEASE, F_NOTIFY, F_SETDELEG (who
+# F_SETOWN and F_SETOWN_EX (the kernel signals to the named process); F_SETLEASE, F_NOTIFY, F_SETDELEG (who
 # opens or changes a file is held up or told of); F_SET_RW_HINT (an attribute of the file)
 FCNTL_REFUSED = (8, 15, 1024, 1026, 1040, 1036)
 # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW
@@ -75,7 +75,7 @@ IOCTL_ALLOWED = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 # Nothing else: PR_SET_NAME, PR_GET_NAME
 PRCTL_ALLOWED = (15, 16)
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-# execute, read file, read folder; for a file without the last; for a folder whose names are needed alone
+# execute, read file, read folder; for a file without the last; for a folder with only its names needed
 READ, READ_FILE, READ_NAMES = 0b1101, 0b101, 0b1000
 SET_PARENT_DEATH_SIGNAL, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 22, 38
 
@@ -85,7 +85,7 @@ FORBIDDEN = ("fork", "forkpty", "exec", "posix_spawn", "spawn", "system", "start
 
 
 def limit_resources(seconds: float, megabytes: int, file_megabytes: int) -> None:
-    """Limit CPU-seconds, memory, the size of each file, and the numbers of open files and of processes."""
+    """Limit CPU-seconds, memory, the size of every file, and the numbers of open files and of processes."""
     for name, value in (
         ("CPU", math.ceil(seconds) + 1),
         ("AS", megabytes * MEGABYTE),
@@ -102,7 +102,7 @@ def limit_resources(seconds: float, megabytes: int, file_megabytes: int) -> None
 
 
 def drop_privileges(libc: ctypes.CDLL) -> None:
-    """Give up what root may do, and end with the process that started this one."""
+    """Give up the rights of root, and end with the parent process."""
     libc.prctl(SET_PARENT_DEATH_SIGNAL, 9, 0, 0, 0)
     libc.prctl(SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
@@ -110,9 +110,9 @@ def drop_privileges(libc: ctypes.CDLL) -> None:
 
 
 def readable_places() -> list[tuple[str, int]]:
-    """Return what Python may read, with the rights: its own folders, and of others on its path the packages alone.
+    """Return the readable places of Python, with the rights: its own folders, and of others on its path only packages.
 
-    Such another folder is that of a project which is installed as editable, where data and keys may lie too.
+    Such another folder belongs to a project installed as editable, where data and keys may lie too.
     """
     own = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
     indices = [(path, READ) for path in (*own, "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom")]
@@ -177,7 +177,7 @@ def system_filter(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def close_system(libc: ctypes.CDLL) -> bool:
-    """Refuse network, processes, other programs, and all that reaches other processes (seccomp).
+    """Refuse network, processes, other programs, and all else with effect on other processes (seccomp).
 
     Returns whether the kernel does so.
     """
@@ -190,7 +190,7 @@ def close_system(libc: ctypes.CDLL) -> bool:
 
 
 def forbid() -> None:
-    """Let the interpreter refuse the same, with words that say what is refused."""
+    """Let the interpreter refuse the same, with words about the refused action."""
     folder = os.path.realpath(os.getcwd())
 
     def is_outside(path: object) -> bool:
@@ -214,7 +214,7 @@ def main(seconds: str, megabytes: str, file_megabytes: str, verdict: str, parent
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc:
         drop_privileges(libc)
-    # One that has ended before could not be noticed any more, and may have left half of the code.
+    # A parent that ended earlier could not be noticed any more, and may have left half of the code.
     if os.getppid() != int(parent):
         sys.exit("the process that started this one has ended")
     code = sys.stdin.read()

@@ -11,25 +11,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CHILD = Path(__file__).with_name("limited_python.py")
-# Numerical libraries would start threads, which the limits do not allow.
+# Numerical libraries would start threads, forbidden by the limits.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MOST_READ = 2**20
 
 
 class CodeError(Exception):
-    """What went wrong in the code that a policy wrote."""
+    """An error in the code of a policy."""
 
 
 def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: int = 1) -> Callable[[str], str]:
-    """Return a tool `python(code)`, which runs code in a fresh interpreter and returns what it prints.
+    """Return a tool `python(code)`, which runs code in a fresh interpreter and returns its printed output.
 
     The interpreter (`python -I`) starts in an empty temporary folder with an empty environment. docs/guides/tools.md
-    says what it can and cannot do.
+    lists its abilities and limits.
 
     Args:
         seconds: of CPU, and of wall-clock time.
         megabytes: of memory.
-        file_megabytes: of each file that it writes, and of what it prints.
+        file_megabytes: of every written file, and of the printed output.
     """
 
     def python(code: str) -> str:
@@ -39,7 +39,7 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
             code: a program, which prints its results.
         """
         limits = [f"{seconds:g}", str(megabytes), str(file_megabytes)]
-        # The verdict, what the kernel does not limit, has a file of its own, which the code never holds.
+        # The verdict, the list of limits not held by the kernel, has a file of its own, never open in the code.
         temporary = tempfile.TemporaryFile
         with _folder() as folder, temporary() as printed, temporary() as errors, temporary() as verdict:
             limits += [str(verdict.fileno()), str(os.getpid())]
@@ -69,12 +69,12 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
 
 @contextmanager
 def _folder() -> Iterator[str]:
-    """Make a temporary folder, and remove it with all that the code leaves in it."""
+    """Make a temporary folder, and remove it with all the code's files in it."""
     folder = tempfile.mkdtemp(prefix="python-tool-")
     try:
         yield folder
     finally:
-        # Folders may be nested more deeply than a path is long: each is moved up before it is emptied.
+        # Folders may be nested more deeply than a path is long: a folder is moved up before it is emptied.
         waiting = [folder]
         for count, index in enumerate(waiting):
             with suppress(OSError):
@@ -92,7 +92,7 @@ def _read(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:
     with suppress(ImportError, OSError):
         import fcntl  # not on Windows
 
-        # Its flags are those of the code's own descriptor, which may say that only whole pages can be read.
+        # Its flags are those of the code's own descriptor, which may allow only reading whole pages.
         fcntl.fcntl(file, fcntl.F_SETFL, 0)
     file.seek(0)
     return file.read(MOST_READ).decode("utf-8", "replace")

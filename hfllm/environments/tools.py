@@ -1,4 +1,4 @@
-"""Call tools that a policy asks for, whatever they do, and the built-in tools: sums, look-ups, retrieval."""
+"""Call the tools requested by a policy, whatever they do, and the built-in tools: sums, look-ups, retrieval."""
 
 import ast
 import asyncio
@@ -25,18 +25,18 @@ Tool = Callable[..., Any]
 class ToolBox:
     """Python functions as tools, with TRL's rules: annotated arguments, and a docstring in Google's style.
 
-    Coroutine functions are tools too. A tool runs in a thread of this process, with all that the process may do.
+    Coroutine functions are tools too. A tool runs in a thread of this process, with all the rights of the process.
 
     Args:
         tools: the functions; a tool's name is the function's.
-        timeout: seconds after which a call is given up; a coroutine is cancelled, another tool's thread may still run.
-        max_length: characters beyond which a result is cut.
+        timeout: seconds until a call is given up; a coroutine is cancelled, another tool's thread may still run.
+        max_length: most characters of a result; longer ones are cut.
 
     Attributes:
         is_late: whether a call was given up.
 
     Raises:
-        InputError: for a tool that has no JSON schema, or two of one name.
+        InputError: for a tool without a JSON schema, or two of one name.
     """
 
     is_late = False
@@ -56,14 +56,14 @@ class ToolBox:
             _check_parameters(name, tool)
             try:
                 self.schemas.append(get_json_schema(tool))
-            # Of missing annotations or descriptions, each with an error of its own.
+            # Of missing annotations or descriptions, all with errors of their own.
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"tools: {name!r} has no schema: {reason}") from error
             self.tools[name] = tool
 
     def bound(self, tools: Sequence[Tool]) -> "ToolBox":
-        """Return a box like this one, with these functions in place of those of the same names."""
+        """Return a box like this one, with these functions in place of the tools of the same names."""
         box = copy.copy(self)
         box.tools, box.is_late = {**self.tools, **{tool.__name__: tool for tool in tools}}, False
         return box
@@ -95,7 +95,7 @@ class ToolBox:
 
         def work() -> None:
             try:
-                # What it changes in them is not what was called.
+                # The tool's changes to its arguments must not show in the call.
                 result = tool(**copy.deepcopy(arguments))
                 if inspect.iscoroutine(result):
                     result = asyncio.run(_in_time(result, self.timeout))
@@ -109,7 +109,7 @@ class ToolBox:
         thread = threading.Thread(target=work, name=f"tool-{name}"[:40], daemon=True)
         try:
             thread.start()
-        # The system has a limit, which tools that hang may have reached.
+        # The system has a limit, maybe reached through hanging tools.
         except RuntimeError as error:
             raise _Refused(f"{name} was not called: {error}") from None
         thread.join(min(self.timeout, threading.TIMEOUT_MAX))
@@ -130,15 +130,15 @@ class ToolBox:
 
 
 def encodable(text: str) -> str:
-    """Return a text that can be tokenized, without halves of characters."""
+    """Return a text fit for tokenizing, without halves of characters."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _check_parameters(name: str, tool: Tool) -> None:
-    """Refuse a tool with arguments that have no name in a call."""
+    """Refuse a tool with arguments without names in a call."""
     try:
         parameters = inspect.signature(tool).parameters.values()
-    # Of some functions that are not written in Python.
+    # Of some functions not written in Python.
     except (TypeError, ValueError):
         return
     for each in parameters:
@@ -148,7 +148,7 @@ def _check_parameters(name: str, tool: Tool) -> None:
 
 
 class _Refused(Exception):
-    """What is told to the policy in place of a result."""
+    """The policy's message in place of a result."""
 
 
 class _Late(Exception):
@@ -156,7 +156,7 @@ class _Late(Exception):
 
 
 async def _in_time(result: Coroutine[Any, Any, object], timeout: float) -> object:
-    """Return what a coroutine returns; cancel it after so many seconds, so that its thread ends."""
+    """Return a coroutine's result; cancel it after so many seconds, to end its thread."""
     try:
         async with asyncio.timeout(timeout) as limit:
             return await result
@@ -167,10 +167,10 @@ async def _in_time(result: Coroutine[Any, Any, object], timeout: float) -> objec
 
 
 def _leave_behind() -> None:
-    """Let the process end without waiting for thread pools of tools that hang.
+    """Let the process end without waiting for thread pools of hanging tools.
 
     Threads of a tool are daemons as the tool's own thread is, and do not keep a process from ending. Yet Python waits
-    at its end for all threads of pools, such as those of `asyncio.to_thread`, daemons or not.
+    at its end for all threads of pools, such as the pool of `asyncio.to_thread`, daemons or not.
     """
     queues = getattr(pools, "_threads_queues", {})
     for thread in [thread for thread in queues if thread.daemon]:
@@ -192,7 +192,7 @@ def _told(error: BaseException) -> str:
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments, which may be JSON text."""
+    """Return a call's arguments, also from JSON text."""
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -208,7 +208,7 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
 
 # ---- built in ----
 #
-# Tools that come with the package: a calculator, look-ups in a table and in passages, and Python.
+# Built-in tools of the package: a calculator, look-ups in a table and in passages, and Python.
 
 
 Value = TypeVar("Value")
@@ -232,7 +232,7 @@ def calculator(expression: str) -> str:
     Args:
         expression: numbers with + - * / // % ** and parentheses.
     """
-    # Names, calls and anything else that Python could run are not among what is read.
+    # Names, calls and anything else with code for Python to run are not read.
     expression = str(expression)
     if len(expression) > LONGEST_EXPRESSION:
         raise ValueError(f"the expression is longer than {LONGEST_EXPRESSION} characters")
@@ -241,7 +241,7 @@ def calculator(expression: str) -> str:
     except SyntaxError:
         raise ValueError(f"{expression!r} is no sum") from None
     if isinstance(value, float):
-        # 0.1 + 0.2 is 0.3, and 6 / 2 is 3; with all the digits that a float is sure of.
+        # 0.1 + 0.2 is 0.3, and 6 / 2 is 3; with all the certain digits of a float.
         return f"{value:.15g}" if not value.is_integer() or abs(value) >= 1e15 else str(int(value))
     return str(value)
 
@@ -268,10 +268,10 @@ def _value(node: ast.AST) -> int | float:
 def lookup_in(table: Mapping[str, Mapping[str, object]]) -> Callable[[str, str], str]:
     """Return a tool `lookup(key, attribute)` over a table, such as `{"owl": {"color": "gray"}}`.
 
-    Letter case and spaces around a word do not matter. What the table lacks is told, with what it has.
+    Letter case and spaces around a word do not matter. A missing word is reported, with the table's own words.
 
     Raises:
-        InputError: for something else than such a table, and for words in it that differ in case or spaces alone.
+        InputError: for something else than such a table, and for words in it with differences only in case or spaces.
     """
     if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
         raise InputError(f'lookup_in: expected a table such as {{"owl": {{"color": "gray"}}}}, got {str(table)[:80]}')
@@ -309,18 +309,18 @@ def _plain(word: str) -> str:
 
 # ---- retrieval ----
 #
-# A tool that finds passages by words.
+# A tool for finding passages by words.
 
 
 def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], str]:
-    """Return a tool `search(query)`, which gives the passages that match best by BM25, a line each.
+    """Return a tool `search(query)`, which gives the best passages by BM25, one per line.
 
-    Words are compared without letter case; passages that share none with the query are not given. Of equal scores the
-    earlier passage comes first. `hfllm.data.word_index.WordIndex` has the formula.
+    Words are compared without letter case; passages without common words with the query are not given. Of equal
+    scores the earlier passage comes first. `hfllm.data.word_index.WordIndex` has the formula.
 
     Args:
         passages: texts to search.
-        top_k: the most passages that a search gives.
+        top_k: the maximum of passages per search.
 
     Raises:
         InputError: without passages, for a text in place of a list, a bad `top_k`, or when bm25s is not installed.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class PolicyTrainer(Protocol):
-    """The parts of a trainer used here: its policy, its precision, and its own evaluation with what that keeps."""
+    """The parts of a trainer used here: its policy, its precision, and its own evaluation with its records."""
 
     accelerator: "Accelerator"
     policy: "PreTrainedModel"
@@ -52,7 +52,7 @@ class PolicyTrainer(Protocol):
 
 SHOWN_SAMPLES = 12
 FAMILIES = "Gold reward by task family"
-# Harmless questions that are asked with two sentences of a jailbreak after them.
+# Harmless questions asked with two sentences of a jailbreak after them.
 NUM_JAILBROKEN, JAILBREAK, STRENGTH = 120, "jailbreak after", 2
 
 
@@ -62,9 +62,9 @@ class PolicyEvaluation:
 
     Args:
         proxy: means of `PPOTrainer.evaluate`: the reward of training, KL to the reference, length.
-        values: the same for each prompt, by the names without `eval_`.
+        values: the same per prompt, by the names without `eval_`.
         samples: prompt, sampled response and its reward for every held-out prompt.
-        reward_name: which reward that is.
+        reward_name: the name of this reward.
         sampled, greedy: judged answers to all evaluation prompts, where the data has a gold reward.
         facts: judged greedy answers to one question per fact of the world.
         jailbroken: judged greedy answers to harmless questions with a jailbreak after them.
@@ -97,7 +97,7 @@ def _judged(
     trainer: PolicyTrainer, proxy: Mapping[str, float], world: World | None, num_eval_prompts: int
 ) -> PolicyEvaluation:
     policy, length = trainer.policy, trainer.args.response_length
-    # Of a policy that reads pictures it is a processor.
+    # For a vision-language policy it is a processor.
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     if world is None:
         samples = [
@@ -132,9 +132,9 @@ GOLD_SAMPLE = {"prompt": "prompt", "response": "response", "reward": "gold"}
 
 
 def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, float]:
-    """Return the report's metrics; those with `gold` and `fact` only where the data has a gold reward.
+    """Return the report's metrics; with `gold` and `fact` only if the data has a gold reward.
 
-    Each stands with its standard error and number of prompts, see `hfllm.outputs.report`.
+    All have a standard error and number of prompts, see `hfllm.outputs.report`.
     """
     metrics: dict[str, float] = {}
     if after.sampled:
@@ -159,7 +159,7 @@ def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict
 
 
 def _by_kind(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, float]:
-    """Return what a mean over all questions hides: greedy gold by kind of question, and harmless ones refused."""
+    """Return figures hidden in a mean of all questions: greedy gold by kind of question, harmless ones refused."""
     metrics: dict[str, float] = {}
     for kind in dict.fromkeys(GROUPS.values()):
         golds = [[row["gold"] for row in each.greedy if GROUPS[row["family"]] == kind] for each in (before, after)]
@@ -181,10 +181,10 @@ def _new_phrasings(rows: Sequence[JudgedAnswer]) -> list[JudgedAnswer]:
 
 
 def alignment_summary(metrics: Mapping[str, float]) -> str:
-    """Return what changed in plain words: the reward with its error first, then all that got worse, then the rest.
+    """Return the changes in plain words: the reward with its error first, then all worse figures, then the rest.
 
-    The headline is the gold reward where there is one, and else the reward of training. What fell beyond its error
-    stands next to it, with both figures: a mean that rose may hide it.
+    The headline is the gold reward where there is one, and else the reward of training. Figures with a fall beyond
+    their error stand next to it, with both values: a risen mean may hide them.
     """
     first = "gold_reward" if "gold_reward_change" in metrics else "proxy_reward"
     before, after, n = (metrics[f"{first}_{part}"] for part in ("before", "after", "n"))
@@ -254,7 +254,7 @@ def alignment_tables(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[
 
 
 def _families(before: PolicyEvaluation, after: PolicyEvaluation) -> list[dict[str, Any]]:
-    """Return the rows of the table by family: each way of answering before, after, and the error of its change."""
+    """Return the rows of the table by family: every way of answering before, after, and the error of its change."""
     ways = {"sampled": (before.sampled, after.sampled), "greedy": (before.greedy, after.greedy)}
     table = []
     for group, rows in by_group(before.sampled).items():
@@ -313,7 +313,7 @@ def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
 
 # ---- best of n ----
 #
-# Best of n: the value, by another measure, of keeping the response that a reward model scores highest among n.
+# Best of n: the value, by another measure, of keeping the response with the highest reward-model score among n.
 
 
 def best_of_n(scores: Sequence[Sequence[float]], values: Sequence[Sequence[float]], n: int) -> float:
@@ -349,6 +349,6 @@ def best_of_n_each(scores: Sequence[Sequence[float]], values: Sequence[Sequence[
 
 @cache
 def _shares(samples: int, n: int) -> tuple[float, ...]:
-    """Return the share of all choices of n in which the sample with 0, 1, 2 ... lower scores is the best."""
+    """Return the share of all choices of n with the sample with 0, 1, 2 ... lower scores as the best."""
     choices = math.comb(samples, n)
     return tuple(math.comb(below, n - 1) / choices for below in range(samples))

@@ -25,7 +25,7 @@ def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> flo
 
     Args:
         nats_per_token: the mean cross-entropy, as trainers report it.
-        num_tokens: number of tokens in that mean: those that were predicted.
+        num_tokens: number of predicted tokens in this mean.
         num_bytes: bytes of the same text, as UTF-8.
     """
     _check_bytes(num_bytes)
@@ -50,20 +50,20 @@ def ngram_bits_per_byte(train_texts: Iterable[str], test_texts: Iterable[str], o
 class NgramModel:
     """An n-gram model of bytes with interpolated, modified Kneser-Ney smoothing (Chen and Goodman 1999, section 3).
 
-    The highest order counts occurrences; each lower one counts the different symbols before an n-gram, down to
-    single symbols, which are interpolated with the uniform distribution. Each order has three discounts, computed from
-    the numbers of n-grams with counts of 1 to 4 (equation 17). A text is followed by an end symbol and preceded by as
-    many end symbols as the order looks back.
+    The highest order counts occurrences; a lower one counts the different symbols before an n-gram, down to single
+    symbols, interpolated with the uniform distribution. All orders have three discounts, computed from the numbers of
+    n-grams with counts of 1 to 4 (equation 17). A text is followed by an end symbol and preceded by as many end
+    symbols as the order looks back.
 
     Every order is a sorted array of n-grams, packed with 9 bits per symbol into int64, so training is sorting and a
     look-up is a binary search.
 
     Args:
-        texts: the training texts; each byte takes about 25 bytes of memory at the peak (English, order 5).
+        texts: the training texts; a byte takes about 25 bytes of memory at the peak (English, order 5).
         order: symbols of an n-gram, including the predicted one, from 1 to 7.
 
     Raises:
-        ValueError: when `order` is outside that range, or the texts are empty.
+        ValueError: when `order` is outside this range, or the texts are empty.
     """
 
     def __init__(self, texts: Iterable[str], order: int = 5):
@@ -87,7 +87,7 @@ class NgramModel:
         return self._probabilities(np.int64(packed) + np.arange(SYMBOLS, dtype=np.int64))
 
     def bits_per_byte(self, texts: Iterable[str], with_ends: bool = True) -> float:
-        """Return the cost of the texts under the model per byte, with or without each text's end."""
+        """Return the cost of the texts under the model per byte, with or without the ends of texts."""
         encoded = [_encode(text) for text in texts]
         num_bytes = sum(map(len, encoded))
         _check_bytes(num_bytes)
@@ -98,7 +98,7 @@ class NgramModel:
         return -float(sum(np.log2(self._probabilities(part)).sum() for part in parts)) / num_bytes
 
     def _probabilities(self, windows: np.ndarray) -> np.ndarray:
-        """Return the probability of each packed window's last symbol given those before it: (N,) to (N,)."""
+        """Return the probability of a packed window's last symbol given its earlier ones: (N,) to (N,)."""
         probabilities = np.full(len(windows), 1 / SYMBOLS)
         for length, table in enumerate(self.tables, start=1):
             probabilities = table.interpolate(windows & _mask(length), probabilities)
@@ -106,7 +106,7 @@ class NgramModel:
 
 
 class _Order:
-    """The n-grams of one length: their probabilities, and the mass that each context leaves to shorter ones.
+    """The n-grams of one length: their probabilities, and the mass left by each context to shorter ones.
 
     Args:
         grams: (N,) packed, sorted and distinct.
@@ -124,7 +124,7 @@ class _Order:
         self.left_over = np.add.reduceat(discounts, starts) / totals
 
     def interpolate(self, windows: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-        """Return this order's probabilities from those of the next shorter one, (N,); unseen contexts keep them."""
+        """Return this order's probabilities from the next shorter one's, (N,); unseen contexts keep them."""
         left_over = _look_up(self.contexts, self.left_over, windows >> BITS, missing=1.0)
         return _look_up(self.grams, self.shares, windows, missing=0.0) + left_over * shorter
 
@@ -151,7 +151,7 @@ def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, missing: 
 
 def _windows(texts: Sequence[bytes], order: int) -> np.ndarray:
     """Return each symbol and end of the texts, packed with the `order - 1` symbols before it: (bytes + texts,)."""
-    # Enough ends before each text that no window reaches into the previous text.
+    # Enough ends before each text to keep windows out of the previous text.
     pad = np.full(order - 1, END, dtype=np.int16)
     end = np.array([END], dtype=np.int16)
     pieces, mask = [], []
@@ -170,7 +170,7 @@ def _mask(length: int) -> np.int64:
 
 
 def _encode(text: str) -> bytes:
-    # Lone surrogates, which only broken input has, count as three bytes.
+    # Lone surrogates, only in broken input, count as three bytes.
     return text.encode("utf-8", "surrogatepass")
 
 

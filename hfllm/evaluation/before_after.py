@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # ---- fine-tuning ----
 
 
-# Held-out rows and prompts that are read, so that it takes a small part of the training.
+# Number of held-out rows and prompts to read, for a small part of the training's time.
 MOST_ROWS, MOST_PROMPTS, ANSWER_LENGTH = 64, 8, 48
 SAMPLES = "The same prompts before and after"
 
@@ -57,7 +57,7 @@ class TunedEvaluation:
     """Results of one model.
 
     Args:
-        rows: nats and number of targets of each held-out row.
+        rows: nats and number of targets per held-out row.
         prompts: held-out prompts, the first ones.
         answers: its greedy answers to them.
     """
@@ -76,13 +76,13 @@ def evaluate_tuned(
 ) -> TunedEvaluation | None:
     """Evaluate the trainer's current model, and leave the random state as it is.
 
-    `None` where rows or weights are spread over processes or devices, and for data that is streamed.
+    `None` where rows or weights are spread over processes or devices, and for streamed data.
 
     Args:
         held_out: the rows of the trainer's evaluation dataset before they were tokenized.
-        tokenized: the same as `input_ids` and `labels`, for a trainer that joins several rows to one: they are read
-            one by one, cut to its `max_length`. By default its own dataset and collator are used.
-        collate: makes batches of these in place of that.
+        tokenized: the same as `input_ids` and `labels`, for a trainer joining several rows to one: they are read one
+            by one, cut to its `max_length`. By default its own dataset and collator are used.
+        collate: makes batches of these in place of the trainer's collator.
         answer: returns a model's answers to rows, in place of `sample_responses` on their prompts.
     """
     from torch.utils.data import DataLoader
@@ -201,11 +201,11 @@ class SchemeRow(TypedDict, total=False):
         bytes: total bytes of the saved weights.
         share: share of the original's bytes.
         linear_share: the same for only the linear layers.
-        left: linear layers that were not quantized.
+        left: unquantized linear layers.
         perplexity: perplexity on the texts.
         gold_reward: gold reward, if there is a world.
-        loss: nats per token of right answers about pictures, of a model that sees.
-        right: share of right answers about pictures.
+        loss: nats per token of right answers about images, for a vision-language model.
+        right: share of right answers about images.
         agreement: share of positions with the original's greedy next token.
         prefill, decode: tokens per second, if they were timed.
         prefill_speedup, decode_speedup: relative to the original, measured in alternation.
@@ -258,12 +258,12 @@ class QuantizationEvaluation:
         self._measured: dict[str, tuple[TextLikelihood, list[float]]] = {}
 
     def original(self, model: "PreTrainedModel", names: Sequence[str]) -> SchemeRow:
-        """Return the row of the model in full precision, with which the others are compared.
+        """Return the row of the model in full precision, the reference of the others.
 
         Args:
-            names: the linear layers that schemes quantize.
+            names: the linear layers to quantize.
         """
-        # Greedy tokens of the original, with which the quantized forms are compared.
+        # Greedy tokens of the original, the reference of the quantized forms.
         self._bytes = stored_bytes(model), linear_bytes(model, names)
         self._expected = self._greedy(model)
         row: SchemeRow = {"scheme": "original", "bytes": self._bytes[0], "share": 1.0, "linear_share": 1.0, "left": 0}
@@ -276,7 +276,7 @@ class QuantizationEvaluation:
     def quantized(
         self, name: str, model: "PreTrainedModel", original: "PreTrainedModel", names: Sequence[str]
     ) -> SchemeRow:
-        """Return the row of a quantized form that has not run yet; call it after `original`, with the same `names`."""
+        """Return the row of a quantized form before its first run; call it after `original`, with the same `names`."""
         from torch import nn
 
         size, linear = stored_bytes(model), linear_bytes(model, names)
@@ -296,7 +296,7 @@ class QuantizationEvaluation:
         return row
 
     def save_reader(self, folder: str) -> None:
-        """Save beside a model what reads for it."""
+        """Save a model's tokenizer or processor with it."""
         self.tokenizer.save_pretrained(folder)
 
     def loss(self, model: "PreTrainedModel", num_texts: int) -> float:
@@ -321,7 +321,7 @@ class QuantizationEvaluation:
         return perplexity_change(fit, other_fit) | (change_of("gold_reward", golds, other_golds) if golds else {})
 
     def _greedy(self, model: "PreTrainedModel") -> "torch.Tensor":
-        """Return the most likely tokens, (N,) on the CPU, on which the forms are compared."""
+        """Return the most likely tokens, (N,) on the CPU, for comparing the forms."""
         return greedy_tokens(model, self.windows)
 
     def _quality(self, name: str, model: "PreTrainedModel") -> dict[str, float]:
@@ -336,10 +336,10 @@ class QuantizationEvaluation:
 
 # ---- picture quantization ----
 #
-# Evaluate a model that sees before and after quantization: what it makes of pictures, beside what it weighs.
+# Evaluate a vision-language model before and after quantization: its answers about images, and its size.
 
 
-# Questions that are answered together: with pictures each has many tokens.
+# Questions answered together: with images they have many tokens.
 BATCH_SIZE = 8
 
 
@@ -348,8 +348,8 @@ class AnswerTokens:
     """A question with its right answer, as a model reads both.
 
     Args:
-        inputs: what the model takes of them, one row.
-        begin: the place of the answer's first token.
+        inputs: the model's inputs of them, one row.
+        begin: the position of the answer's first token.
     """
 
     inputs: "dict[str, torch.Tensor]"
@@ -358,15 +358,15 @@ class AnswerTokens:
 
 @dataclass
 class PictureQuantization(QuantizationEvaluation):
-    """Evaluation of a model that sees and its quantized forms, on questions about pictures.
+    """Evaluation of a vision-language model and its quantized forms, on questions about images.
 
     In place of the perplexity on texts it has `loss`, the nats per token of right answers, and `right`, the share of
-    greedy answers that are right; the agreement is that on the tokens of right answers.
+    right greedy answers; the agreement is measured on the tokens of right answers.
 
     Args:
-        processor: of all of them, which is saved with the quantized form.
+        processor: of all of them, saved with the quantized form.
         questions: with their right answers.
-        num_losses: of how many of the questions the loss is measured, at most.
+        num_losses: the most questions for the loss.
     """
 
     processor: "ProcessorMixin | None" = None
@@ -378,14 +378,14 @@ class PictureQuantization(QuantizationEvaluation):
 
     @property
     def answers(self) -> Iterator[AnswerTokens]:
-        """The questions of the loss, each read when it is its turn: the pixels of all would fill much memory."""
+        """The questions of the loss, read one at a time: the pixels of all would fill much memory."""
         return (answer_tokens(self.processor, question) for question in self.questions[: self.num_losses])
 
     def save_reader(self, folder: str) -> None:
         self.processor.save_pretrained(folder)
 
     def loss(self, model: "PreTrainedModel", num_texts: int) -> float:
-        """Return nats per token of the first right answers, each answer counting as much."""
+        """Return nats per token of the first right answers, with equal weight per answer."""
         nats = [_answer_nats(model, answer) for answer in islice(self.answers, num_texts)]
         return sum(nats) / len(nats)
 
@@ -421,13 +421,13 @@ class PictureQuantization(QuantizationEvaluation):
 
 
 def answer_tokens(processor: "ProcessorMixin", asked: Asked) -> AnswerTokens:
-    """Return a question and its right answer as a model reads them, with the place where the answer begins."""
+    """Return a question and its right answer as a model reads them, with the position where the answer begins."""
     images = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in asked.images]]
     whole = [*asked.prompt, {"role": "assistant", "content": [{"type": "text", "text": asked.answer}]}]
     inputs: dict[str, Any] = dict(conversation_batch(processor, [whole], images))
     begun = conversation_batch(processor, [asked.prompt], images, add_generation_prompt=True)["input_ids"][0]
     ids = inputs["input_ids"][0]
-    # Templates may begin an answer with what they leave out of one that is there.
+    # Templates may begin an answer with text left out of an existing one.
     same = (ids[: len(begun)] == begun[: len(ids)]).long().cumprod(0).sum().item()
     return AnswerTokens(inputs, min(same, len(ids) - 1))
 
@@ -454,12 +454,12 @@ def _answer_nats(model: "PreTrainedModel", answer: AnswerTokens) -> float:
 # Compare a student, its teacher, and a student without a teacher, on the same held-out rows and prompts.
 
 
-# The logs that `Trainer` keeps.
+# The logs kept by `Trainer`.
 History = Sequence[Mapping[str, float]]
 SHOWN_SAMPLES = 12
 # Tokens per chunk of logits.
 CHUNK = 256
-# What the names of a processor's other outputs begin with, such as `pixel_values` and `image_grid_thw`.
+# Beginnings of the names of a processor's other outputs, such as `pixel_values` and `image_grid_thw`.
 OF_PICTURES = ("pixel_", "image_", "token_type_ids", "mm_token_type_ids")
 TEACHER, STUDENT, ALONE = "teacher", "student", "student_alone"
 
@@ -506,7 +506,7 @@ def fit_metrics(
 
     Returns:
         `perplexity_NAME`, and `agreement_NAME`: the share of targets where its most likely token is the teacher's;
-        each with its standard error over rows and their number, see `hfllm.outputs.report`.
+        with standard errors over rows and their number, see `hfllm.outputs.report`.
     """
     import torch
 
@@ -533,7 +533,7 @@ def fit_metrics(
     for name in models:
         perplexity = min(torch.tensor(sum(sums[name]) / count).exp().item(), 1e9)
         error = ratio_error([sums[name][row] for row in rows], [counts[row] for row in rows])
-        # The perplexity's error is that of its logarithm, times its slope.
+        # The perplexity's error is its logarithm's error, times its slope.
         error = None if error is None else perplexity * error
         metrics |= {f"perplexity_{name}": perplexity, **with_error(f"perplexity_{name}", error, len(rows))}
     if TEACHER in models:
@@ -546,7 +546,7 @@ def fit_metrics(
 
 
 def _by_row(values: "torch.Tensor", batch: Mapping[str, "torch.Tensor"]) -> list[float]:
-    """Return the sum for each row of a batch of a value for each of its targets."""
+    """Return per row of a batch the sum of its targets' values."""
     import torch
 
     row_of = (batch["shift_labels"] != -100).nonzero()[:, 0].cpu()
@@ -556,7 +556,7 @@ def _by_row(values: "torch.Tensor", batch: Mapping[str, "torch.Tensor"]) -> list
 def target_losses(
     model: "PreTrainedModel", batch: Mapping[str, "torch.Tensor"]
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return the cross-entropy of each target of a batch, and the model's most likely token there."""
+    """Return the cross-entropies of a batch's targets, and the model's most likely tokens there."""
     import torch
 
     losses, likeliest = [], []
@@ -567,7 +567,7 @@ def target_losses(
 
 
 def row_losses(model: "PreTrainedModel", batches: Iterable[Mapping[str, "torch.Tensor"]]) -> list[tuple[float, int]]:
-    """Return nats and number of targets of each row of batches as `fit_metrics` takes them."""
+    """Return nats and number of targets per row of batches in the form of `fit_metrics`."""
     import torch
 
     result, was_training = [], model.training
@@ -586,8 +586,8 @@ def _target_logits(
     """Yield fp32 logits and targets of the positions with a target, `CHUNK` of them at a time.
 
     The trunk reads the batch once. The model's own forward pass makes the logits, since it may cap or scale them or
-    set a precision: a hook passes it the trunk's states, first one position per row, then the chunks. A model that
-    does not call its trunk as a whole (OPT) makes all logits of the batch.
+    set a precision: a hook passes it the trunk's states, first one position per row, then the chunks. A model without
+    a single call of its trunk (OPT) makes all logits of the batch.
     """
     import torch
 
@@ -613,7 +613,7 @@ def _target_logits(
     logits = logits_of(read, first_places)
     result, indices = states[0] if states else logits, batch["shift_labels"] != -100
     chunks = result[indices.to(result.device)].split(CHUNK)
-    # A target stands for no picture, as the first token of a row may.
+    # A target stands for no image, as the first token of a row may.
     target = batch["shift_labels"][indices][:1, None].to(model.device)
     one_token = {"input_ids": target, "attention_mask": torch.ones_like(target)}
     for chunk, targets in zip(chunks, batch["shift_labels"][indices].split(CHUNK), strict=True):
@@ -622,7 +622,7 @@ def _target_logits(
 
 
 def gold_metrics(judged: Mapping[str, GoldEvaluation]) -> dict[str, float]:
-    """Return the gold metrics of each model by name, and the share of the teacher's reward that the student keeps."""
+    """Return the gold metrics of all models by name, and the share of the teacher's reward kept by the student."""
     metrics: dict[str, float] = {}
     for name, one in judged.items():
         metrics |= mean_of(f"gold_reward_{name}", _per_prompt(one))
@@ -641,7 +641,7 @@ def _per_prompt(one: GoldEvaluation) -> list[float]:
 
 
 def distillation_summary(metrics: Mapping[str, float], judged: Mapping[str, GoldEvaluation]) -> str:
-    """Return what the student keeps of its teacher, and whether it is better than one that learned alone."""
+    """Return the student's share of its teacher, and whether it is better than one without a teacher."""
     if not judged:
         return ""
     scores = {name: _per_prompt(one) for name, one in judged.items()}
@@ -689,7 +689,7 @@ def distillation_plots(histories: Mapping[str, History], metrics: Mapping[str, f
 
     Args:
         histories: logs of the students' training, by name in the report.
-        metrics: those of the report.
+        metrics: the report's metrics.
     """
     parts = plot_history(
         histories[STUDENT],

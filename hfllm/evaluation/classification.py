@@ -1,8 +1,8 @@
-"""How good labels are, each figure with its error over rows, and a bag of words as the control.
+"""How good labels are, with errors over rows for all figures, and a bag of words as the control.
 
-F1 of a class or of entities is `2 tp / (2 tp + fp + fn)`; macro F1 is its mean over all classes that occur, in the
-labels or in the predictions. An entity counts only where its first word, its last word and its type are all right
-(Tjong Kim Sang & De Meulder 2003, arXiv:cs/0306050, section 4).
+F1 of a class or of entities is `2 tp / (2 tp + fp + fn)`; macro F1 is its mean over all classes in the labels or in
+the predictions. An entity counts only where its first word, its last word and its type are all right (Tjong Kim Sang &
+De Meulder 2003, arXiv:cs/0306050, section 4).
 """
 
 import re
@@ -47,7 +47,7 @@ def tag_metrics(
     """Return `accuracy` of words, `macro_f1` of tags and `entity_f1`, with errors over rows: their words are alike.
 
     Args:
-        predicted, gold: the tags of each row.
+        predicted, gold: the tags of the rows.
         prefix: before the names.
     """
     right = [
@@ -78,7 +78,7 @@ def _f1(counts: numpy.ndarray) -> numpy.ndarray:
 
 
 def _class_counts(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> numpy.ndarray:
-    """Return counts (rows, classes, 3): right, predicted and gold of each class that occurs."""
+    """Return counts (rows, classes, 3): right, predicted and gold per class in the rows."""
     names = sorted({label for rows in (predicted, gold) for row in rows for label in row})
     number = {name: index for index, name in enumerate(names)}
     counts = numpy.zeros((len(gold), len(names), 3))
@@ -96,7 +96,7 @@ def _entity_counts(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[s
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:
-    """Return the entities that tags mark, as conlleval reads them.
+    """Return the entities marked by tags, as conlleval reads them.
 
     `B-x` begins one of type x; `I-x` continues one of the same type and begins one after anything else. `E-x` and
     `L-x` end one, `S-x` and `U-x` are whole ones. A tag without such a letter is a type, and continues the same one.
@@ -125,7 +125,7 @@ def bootstrap_error(
     """Return the standard error of a figure of sums over rows, by drawing rows again; `None` below two rows.
 
     Args:
-        parts: what each row adds, (rows, ...).
+        parts: the rows' contributions, (rows, ...).
         figure: from sums (draws, ...) to figures (draws).
         count: how many draws.
         seed: of the draws.
@@ -136,12 +136,12 @@ def bootstrap_error(
     times = numpy.random.default_rng(seed).multinomial(rows, numpy.full(rows, 1 / rows), size=count)
     sums = numpy.tensordot(times, parts, axes=1)
     error = float(numpy.std(figure(sums), ddof=1))
-    # Of rows that are all alike nothing is left but rounding.
+    # For identical rows only rounding is left.
     return error if error > 1e-12 else 0.0
 
 
 def class_table(predicted: Sequence[str], gold: Sequence[str], most: int = 30) -> list[dict[str, object]]:
-    """Return the rows of a table: precision, recall and F1 of each class, and what it is mistaken for most often."""
+    """Return the rows of a table: precision, recall, F1 and the most frequent mistake of each class."""
     rows = []
     names = sorted(set(gold) | set(predicted))
     for name in names[:most]:
@@ -157,17 +157,17 @@ def class_table(predicted: Sequence[str], gold: Sequence[str], most: int = 30) -
 
 
 def span_metrics(scores: Sequence[tuple[float, float]], prefix: str = "") -> dict[str, float]:
-    """Return `exact_match` and `f1` with errors, of both scores of each question: see `hfllm.generation.spans`."""
+    """Return `exact_match` and `f1` with errors, of both scores of the questions: see `hfllm.generation.spans`."""
     exact, f1 = ([row[side] for row in scores] for side in (0, 1))
     return {**mean_of(f"{prefix}exact_match", exact), **mean_of(f"{prefix}f1", f1)}
 
 
 # ---- bag of words ----
 #
-# Controls for classifiers: the label that is most frequent, and logistic regression on words.
+# Controls for classifiers: the most frequent label, and logistic regression on words.
 #
-# Both learn from the same rows as the model that they stand beside. The regression has an L2 penalty of half the
-# squared weights against the summed loss, as scikit-learn's has by default (C=1), and no penalty on its biases.
+# Both learn from the same rows as the model next to them. The regression has an L2 penalty of half the squared weights
+# against the summed loss, as scikit-learn's has by default (C=1), and no penalty on its biases.
 
 
 Features = list[str]
@@ -175,7 +175,7 @@ Features = list[str]
 MIN_ROWS = 2
 _WORDS = re.compile(r"\w+|[^\w\s]")
 TOLERANCE, MAX_STEPS = 1e-7, 100
-# Around a word that is tagged.
+# Around a tagged word.
 NEAR = (-2, -1, 0, 1, 2)
 
 
@@ -194,7 +194,7 @@ class LogisticRegression:
         self.penalty, self.min_rows = penalty, min_rows
 
     def fit(self, rows: Sequence[Features], labels: Sequence[str]) -> "LogisticRegression":
-        """Learn from rows of features with a label each; the same rows give the same weights."""
+        """Learn from rows of features with one label per row; the same rows give the same weights."""
         import torch
 
         row_counts = Counter(name for row in rows for name in set(row))
@@ -229,7 +229,7 @@ class LogisticRegression:
             return (torch.sparse.mm(self._counts(rows), self.weights) + self.biases).log_softmax(-1)
 
     def predict(self, rows: Sequence[Features]) -> list[str]:
-        """Return the most likely label of each row."""
+        """Return the most likely labels of the rows."""
         return [self.labels[index] for index in self.log_probabilities(rows).argmax(-1).tolist()]
 
     def _counts(self, rows: Sequence[Features]) -> "torch.Tensor":
@@ -262,10 +262,10 @@ def most_frequent(labels: Iterable[str]) -> str:
 
 
 def majority(task: str, train: Sequence[Row], held_out: Sequence[Row]) -> list:
-    """Return predictions for held-out rows that know nothing of them but, of a word, which one it is.
+    """Return predictions for held-out rows without any information on them except, for a word, the word itself.
 
-    The most frequent label; of each word the tag that it has most often, and that of all words for a new one; the
-    most frequent answer.
+    The most frequent label; for each word its most frequent tag, and the most frequent tag of all words for a new one;
+    the most frequent answer.
     """
     if task == TEXT:
         return [most_frequent(row["label"] for row in train)] * len(held_out)
@@ -281,9 +281,9 @@ def majority(task: str, train: Sequence[Row], held_out: Sequence[Row]) -> list:
 
 
 def bag_of_words(task: str, train: Sequence[Row], held_out: Sequence[Row]) -> list:
-    """Return predictions of a logistic regression: on the words of a text, or on those near a word.
+    """Return predictions of a logistic regression: on the words of a text, or on the words near a word.
 
-    For spans each word of the context is judged by itself, its neighbors, and which of them the question has; the
+    For spans each word of the context is judged by itself, its neighbors, and their presence in the question; the
     answer is the likeliest word with its likely neighbors, or nothing where none is likely.
     """
     if task == TEXT:
@@ -342,7 +342,7 @@ def _places(context: str) -> list[tuple[int, int, str]]:
 
 
 def _asked_near(row: Row, found: Sequence[tuple[int, int, str]]) -> list[Features]:
-    """Return of each word of the context: the words near it, which of them the question has, and a word of both."""
+    """Return per word of the context: the words near it, their presence in the question, and a word of both."""
     question_words = words_of(row["question"])
     words, question_vocabulary = [word for _, _, word in found], set(question_words)
     rows = []

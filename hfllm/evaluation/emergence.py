@@ -1,7 +1,7 @@
 """Whether an ability appears suddenly: few-shot probes of many runs, by two metrics side by side.
 
-Wei et al. 2022, arXiv:2206.07682, call an ability emergent that smaller models lack; Schaeffer et al. 2023,
-arXiv:2304.15004, show that most such leaps come from the metric, which counts an answer only if every token is right.
+Wei et al. 2022, arXiv:2206.07682, call an ability emergent if smaller models lack it; Schaeffer et al. 2023,
+arXiv:2304.15004, show that most such leaps come from a metric counting an answer only if every token is right.
 """
 
 import random
@@ -76,7 +76,7 @@ class Emergence:
         return result
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """Return tables of each metric's sharpest step, and of scores by run, by prompt and (zero-shot) by family."""
+        """Return tables of the metrics' sharpest steps, and of scores by run, by prompt and (zero-shot) by family."""
         return {
             "Share of a metric's rise in its sharpest step": self._steps(),
             "Probes by prompt": self._rows(self.by_kind, "prompt"),
@@ -84,7 +84,7 @@ class Emergence:
         }
 
     def plots(self) -> dict[str, Plot]:
-        """Return plots of each metric over compute, by prompt and by family: the best run so far, and all runs."""
+        """Return plots of the metrics over compute, by prompt and by family: the best run so far, and all runs."""
         compute, drawn = [run.compute for run in self.runs], {}
         for title, means, stem in (
             ("mean of the families that documents tell of", self.by_kind, "prompt"),
@@ -149,13 +149,13 @@ def sharpest_step(values: Sequence[float]) -> float:
 
 # ---- few shot ----
 #
-# Probe a base model that was not taught to answer, by one metric that jumps and two that do not.
+# Probe a base model without training to answer, by one metric with jumps and two without.
 #
-# Questions of the embedded world are written as in its documents (`Mia asks: ...`, `Tom says: ...`), so a
-# model that has only read can continue them. Each is scored in three ways on the tokens of the true answer:
+# Questions of the embedded world are written as in its documents (`Mia asks: ...`, `Tom says: ...`), so a model
+# trained only on text can continue them. They are scored in three ways on the tokens of the true answer:
 #
 #     exact match      1 if greedy decoding gives all of them
-#     token match      the share of them that are the most likely token given those before
+#     token match      the share of them equal to the most likely token given the earlier ones
 #     log-likelihood   their mean log probability, in nats
 #
 # The first multiplies the probabilities of all tokens, and may seem to leap while others rise evenly (Schaeffer et al.
@@ -176,7 +176,7 @@ class Probe:
     Args:
         family: family of the world's task.
         kind: one of `KINDS`.
-        prompt: text that ends before the answer (or before the thought).
+        prompt: text ending before the answer (or before the thought).
         answer: the model answer.
         thought: a solver's reasoning before the answer, for a chain of thought; only its number of sentences is used.
     """
@@ -215,7 +215,7 @@ def thought_of(task: Task, world: World) -> str:
 
 
 def make_probes(world: World, count: int, shots: int, seed: int = 0) -> list[Probe]:
-    """Return `count` different questions per family, each zero-shot, few-shot and (if there are steps) with a thought.
+    """Return `count` different questions per family, all zero-shot, few-shot and (if there are steps) with a thought.
 
     The questions are held-out instances in phrasings of the documents; the solved examples before them are
     others of the same family.
@@ -271,8 +271,8 @@ def answer_scores(
 ) -> list[dict[str, float]]:
     """Return exact match, token match and mean log-likelihood of each answer after its prompt, in one pass.
 
-    Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it, so
-    nothing has to be generated.
+    Greedy decoding gives an answer if and only if all of its tokens are the most likely ones after the tokens before
+    them, so nothing has to be generated.
 
     Raises:
         InputError: for an answer without a token.
@@ -312,7 +312,7 @@ def answer_scores(
 
 
 def mean_scores(rows: Sequence[dict[str, Any]], by: str = "kind") -> dict[str, dict[str, float]]:
-    """Return the mean of each metric for each value of the column `by`, with equal weight per family (or kind)."""
+    """Return the means of all metrics for each value of the column `by`, with equal weight per family (or kind)."""
     other = "family" if by == "kind" else "kind"
     cells: dict[str, dict[str, list]] = {}
     for row in rows:
@@ -345,7 +345,7 @@ def _different(world: World, family: str, count: int, rng: random.Random) -> Ite
 
 
 def _think(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
-    """Return the model's continuation of each prompt, with as many sentences as the thought has."""
+    """Return the model's continuations of the prompts, with as many sentences as the thought has."""
     if not probes:
         return []
     adds_start = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]

@@ -1,7 +1,7 @@
-"""Long texts: whether a model finds one sentence at any depth, and what a memory across segments gains.
+"""Long texts: whether a model finds one sentence at any depth, and the gain from a memory across segments.
 
-The sentence says the color of somebody's thing; at the end the same sentence begins again, and the color that the
-model finds most likely is taken as its answer. Nothing has to be written or followed, so that base models can do it.
+The sentence says the color of somebody's thing; at the end the same sentence begins again, and the model's most likely
+color is taken as its answer. Nothing has to be written or followed, so base models can do it.
 """
 
 import random
@@ -40,7 +40,7 @@ class NeedleGrid:
         lengths: tokens of the texts.
         depths: 0 is the beginning of the text, 1 its end.
         right: (lengths, depths, cases) of 0 or 1.
-        chance: the share that guessing finds.
+        chance: the share found by guessing.
     """
 
     lengths: Sequence[int]
@@ -128,9 +128,9 @@ def find_needles(
 
 
 def first_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], dict[str, int]]:
-    """Return the tokens that all colors begin with after a word, such as a space, and each color's next token.
+    """Return the common first tokens of all colors after a word, such as a space, and each color's next token.
 
-    Of colors that have the same next token the first alone is taken.
+    Of colors with the same next token only the first is taken.
 
     Raises:
         InputError: when there are fewer than two.
@@ -177,7 +177,7 @@ def _case(
 
 # ---- segments ----
 #
-# How much a model gains from what it read before: a long document, piece by piece, with and without a memory.
+# How much a model gains from earlier text: a long document, piece by piece, with and without a memory.
 
 
 def nats_by_segment(
@@ -187,17 +187,17 @@ def nats_by_segment(
     memory_length: int | None = None,
     cache: "Cache | None" = None,
 ) -> "torch.Tensor":
-    """Return minus the log-probability of each token but the first, (B, S - 1), in nats.
+    """Return minus the log-probability of all tokens but the first, (B, S - 1), in nats.
 
     Args:
-        ids: (B, S), a long document in each row, read in pieces. The first token of a piece is predicted from the
+        ids: (B, S), a long document per row, read in pieces. The first token of a piece is predicted from the
             piece before, in each case.
         segment_length: tokens of a piece, at least 2.
         memory_length: of `SegmentMemory`; `None` reads every piece as if nothing had been before, the control.
         cache: another cache to read with, such as a `SinkCache`, in place of a memory.
 
     Raises:
-        InputError: for sizes that make no sense.
+        InputError: for invalid sizes.
     """
     import torch
 

@@ -11,7 +11,7 @@ from hfllm.outputs.report import ratio_error, with_error
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Token ids, the number of the first of them that serve only as context, and the place of their text.
+# Token ids, the number of first tokens serving only as context, and the index of their text.
 Window = tuple[list[int], int, int]
 
 
@@ -46,7 +46,7 @@ class TextLikelihood:
         nats, tokens, sizes = (list(column) for column in zip(*self.rows, strict=True))
         per_byte, per_token = ratio_error(nats, sizes), ratio_error(nats, tokens)
         bits = None if per_byte is None else per_byte / math.log(2)
-        # The perplexity's error is that of its logarithm, times its slope.
+        # The perplexity's error is its logarithm's error, times its slope.
         perplexity = None if per_token is None else per_token * self.perplexity
         return {
             "bits_per_byte": self.bits_per_byte,
@@ -63,7 +63,7 @@ def perplexity_change(before: TextLikelihood, after: TextLikelihood) -> dict[str
         measured = fit.metrics()
         result[f"perplexity_{side}"] = measured["perplexity"]
         result |= {f"perplexity_{side}_se": measured[key] for key in ("perplexity_se",) if key in measured}
-    # By linearization: what each text adds to the difference beyond its share.
+    # By linearization: the contribution of each text to the difference beyond its share.
     sums = [
         after.perplexity * late - before.perplexity * early
         for (early, _, _), (late, _, _) in zip(before.rows, after.rows, strict=True)
@@ -83,17 +83,17 @@ def text_likelihood(
     stride: int | None = None,
     batch_tokens: int = 4096,
 ) -> TextLikelihood:
-    """Predict every token of each text from those before it in the same text.
+    """Predict every token of each text from the tokens before it in the same text.
 
     The first token follows the document token; if the tokenizer has none, it is not predicted or counted.
 
-    Texts over `max_length` tokens are read in overlapping windows, and each token is counted once, in the first
-    window that contains it.
+    Texts over `max_length` tokens are read in overlapping windows, and every token is counted once, in the first
+    window containing it.
 
     Args:
         max_length: tokens per window, including the document token.
-        stride: new tokens per window; by default half of it, so that each token of a later window has half a window
-            of context.
+        stride: new tokens per window; by default half of it, so every token of a later window has half a window of
+            context.
         batch_tokens: tokens per forward pass, padding included; fewer where their logits would fill a GPU.
 
     Raises:
@@ -141,7 +141,7 @@ def text_likelihood(
 def _windows(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, stride: int
 ) -> Iterator[Window]:
-    """Return the windows of texts, with the place of their text."""
+    """Return the windows of texts, with the index of their text."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     for text, ids in enumerate(tokenizer(list(texts), add_special_tokens=False)["input_ids"]):
         ids, tokens_seen = start + ids, 1

@@ -1,4 +1,4 @@
-"""Questions about pictures with right answers, the control with other pictures, and the suite of both."""
+"""Questions about images with right answers, the control with other images, and the suite of both."""
 
 import random
 from collections import Counter
@@ -23,11 +23,11 @@ class Asked:
 
     Args:
         prompt: messages with parts.
-        images: the pictures, or what `read_image` reads.
-        answer: the right one.
+        images: the images, or inputs of `read_image`.
+        answer: the right answer.
         family: of the question.
         gold: columns of the gold reward, if there is one.
-        scene: what the picture shows, of the drawn world.
+        scene: the content of the image, for the drawn world.
     """
 
     prompt: list[dict[str, Any]]
@@ -44,20 +44,20 @@ class Asked:
 
 
 def shuffled_questions(questions: Sequence[Asked], seed: int = 0) -> list[Asked]:
-    """Return questions, each with the pictures of another that has as many; with its own where all others' are."""
+    """Return questions, each with the images of another with equally many; with its own if all others are equal."""
     others = other_places([question.images for question in questions], seed)
     sources = [questions[other] for other in others]
     return [replace(each, images=it.images, scene=it.scene) for each, it in zip(questions, sources, strict=True)]
 
 
 def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
-    """Return for each row the place of one with as many pictures, but others; its own where there is none.
+    """Return for each row the index of one with equally many, but different images; its own where there is none.
 
-    Rows of one conversation, or several questions about a picture, have the same pictures: shown to each other they
-    would be no control.
+    Rows of one conversation, or several questions about an image, have the same images: exchanged they would be no
+    control.
 
     Args:
-        images: the pictures of each row, as `image_key` takes them.
+        images: the images per row, as inputs of `image_key`.
     """
     keys = [tuple(map(image_key, row)) for row in images]
     groups: dict[int, list[int]] = {}
@@ -69,7 +69,7 @@ def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
         alike: dict[tuple[str, ...], list[int]] = {}
         for index in indices:
             alike.setdefault(keys[index], []).append(index)
-        # Equal pictures stand together, and a shift by the largest of these groups leads out of each.
+        # Equal images stand together, and a shift by the largest of these groups leads out of all groups.
         order, shift = [index for group in alike.values() for index in group], max(map(len, alike.values()))
         pairs = zip(order, order[shift:] + order[:shift], strict=True)
         other |= {index: place for index, place in pairs if keys[index] != keys[place]}
@@ -86,12 +86,12 @@ def _plain(text: str) -> str:
 
 
 def best_guesses(questions: Sequence[Asked], others: Sequence[Asked] = ()) -> list[str]:
-    """Return for each question the most frequent answer to the same words: the best that is known without a picture.
+    """Return for each question the most frequent answer to the same words: the best guess without an image.
 
     Args:
-        questions: those to guess.
-        others: drawn likewise, by which the answers are counted; without them the questions themselves, and then the
-            guesses are better than anybody could know.
+        questions: questions to guess.
+        others: drawn likewise, for counting the answers; without them the questions themselves, and then the guesses
+            are better than anyone could know.
     """
     answers: dict[str, Counter[str]] = {}
     for question in others or questions:
@@ -102,13 +102,13 @@ def best_guesses(questions: Sequence[Asked], others: Sequence[Asked] = ()) -> li
 
 # ---- pictures ----
 #
-# Questions about pictures with right answers, beside the same questions about other pictures.
+# Questions about images with right answers, next to the same questions about other images.
 #
 #     right                 the answer, apart from case, spaces and a full stop; more is better
-#     right_other_pictures  the same with another question's picture: what the words alone give away
-#     best_guess            the most frequent answer to the same words, which is what is known without a picture
+#     right_other_pictures  the same with another question's image: the information in the words only
+#     best_guess            the most frequent answer to the same words: the knowledge without an image
 #
-# A model that looks is right more often than both.
+# A model using the image is right more often than both.
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Shown:
     """A question.
 
     Args:
-        asked: with its pictures and the right answer.
-        other: the pictures of another question that has as many; `None` where there is no other.
-        guess: the best answer without a picture.
+        asked: with its images and the right answer.
+        other: the images of another question with equally many; `None` where there is no other.
+        guess: the best answer without an image.
     """
 
     asked: Asked
@@ -128,12 +128,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Part:
-    """Questions that are judged together.
+    """Questions judged together.
 
     Args:
         name: before the number in the items' keys, and after the family in their groups; empty for rows of a file.
         questions: all of them.
-        prior: others drawn likewise, by which the best guess is found; by default the questions.
+        prior: others drawn likewise, for finding the best guess; by default the questions.
     """
 
     name: str
@@ -145,7 +145,7 @@ class Pictures(Suite[Shown]):
     """Questions about pictures.
 
     Args:
-        parts: returns the questions; it is called when they are needed, and refuses what cannot be read.
+        parts: returns the questions; it is called when they are needed, and refuses unreadable input.
         max_new_tokens: longest answer.
     """
 

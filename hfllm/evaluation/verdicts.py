@@ -1,6 +1,6 @@
 """Whether one model is better than another: one corrected verdict over the primary figures, and where they differ.
 
-Primary figures are those that a suite declares before anything is measured; controls and descriptive figures are not
+Primary figures are declared by a suite before anything is measured; controls and descriptive figures are not
 among them. All are tested together, paired by item, and adjusted by Holm's method: see `hfllm.outputs.statistics`.
 """
 
@@ -16,7 +16,7 @@ from hfllm.runs.command_line import main_process
 
 ALPHA = 0.05
 BETTER, WORSE, EQUAL = "better", "worse", "no different"
-# Named in a sentence, and shown of each kind in a table.
+# Number of figures named in a sentence, and of items per kind in a table.
 MOST_NAMED, MOST_SHOWN = 4, 3
 
 
@@ -27,11 +27,11 @@ class Compared:
     Args:
         name: of the figure in tables, such as `few_shot, sums: acc`.
         key: in report.json, such as `few_shot/sums/acc`.
-        model: the second model, which is compared with the first.
+        model: the second model, compared with the first.
         better: whether more is better (1) or less (-1).
-        items: keys of the items that both have.
+        items: keys of the common items of both.
         first, second: scores of both models, an item each.
-        clusters: that the items belong to, where there are any.
+        clusters: the items' clusters, where there are any.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Compared:
 
     @property
     def means(self) -> tuple[float, float]:
-        """The mean of each model."""
+        """The means of both models."""
         return sum(self.first) / len(self.first), sum(self.second) / len(self.second)
 
     @property
@@ -56,11 +56,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the items say of a figure.
+    """The test result of a figure.
 
     Args:
         compared: the figure.
-        difference: of the means, with its 95% interval, which is not adjusted.
+        difference: of the means, with its unadjusted 95% interval.
         p_value: of the paired test.
         adjusted: by Holm's method.
         word: `better`, `worse` or `no different`.
@@ -78,7 +78,7 @@ class Verdict:
 
 
 def can_differ(compared: Compared, alpha: float = ALPHA) -> bool:
-    """Return whether so few items could say anything: of 5 that all get worse, p is .06."""
+    """Return whether so few items could show a difference: for 5 items all worse, p is .06."""
     return compared.units >= fewest(alpha)
 
 
@@ -88,11 +88,11 @@ def fewest(alpha: float = ALPHA) -> int:
 
 
 def judged(family: Sequence[Compared], alpha: float = ALPHA) -> list[Verdict]:
-    """Return the verdict of each figure, adjusted for all of them together.
+    """Return the verdicts of the figures, adjusted for all of them together.
 
     Args:
-        family: figures that `can_differ`.
-        alpha: chance that equal models are found to differ in any of them.
+        family: figures for which `can_differ` holds.
+        alpha: chance of finding a difference between equal models in any of them.
     """
     p_values = [paired_p_value(each.first, each.second, each.clusters) for each in family]
     result = []
@@ -113,8 +113,8 @@ def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float 
 
     Args:
         first, second: names of the models.
-        verdicts: of all figures of all models; those of the second are told.
-        alpha: that they were judged by.
+        verdicts: of all figures of all models; the second model's are told.
+        alpha: the level of their tests.
     """
     own = [each for each in verdicts if each.compared.model == second]
     if not own:
@@ -133,7 +133,7 @@ def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float 
 
 
 def left_out_sentence(left_out: Sequence[Compared]) -> str:
-    """Return which figures have too few items, with how many of them both models have; empty for none."""
+    """Return the figures with too few items, with the number of common items of both models; empty for none."""
     if not left_out:
         return ""
     named = [f"{each.name} ({each.model}, {each.units})" for each in left_out[:MOST_NAMED]]
@@ -149,12 +149,12 @@ def verdict_metrics(
 
     Args:
         verdicts: of all figures of all models.
-        left_out: figures that have too few items.
+        left_out: figures with too few items.
         models: names of the later ones.
-        alpha: that the figures were judged by.
+        alpha: the level of the figures' tests.
 
     Returns:
-        `verdict/alpha`, `verdict/family` (figures that are tested), for each model `verdict/tested/MODEL`,
+        `verdict/alpha`, `verdict/family` (tested figures), for each model `verdict/tested/MODEL`,
         `verdict/too_few/MODEL`, `verdict/better/MODEL` and `verdict/worse/MODEL` (figures), and for each figure
         `KEY/MODEL_difference_p` and `..._p_adjusted`.
     """
@@ -171,11 +171,11 @@ def verdict_metrics(
 
 
 def verdict_table(first: str, verdicts: Sequence[Verdict], many: bool = False) -> list[dict[str, str]]:
-    """Return a row for each figure: means, difference, p-values, and how many items got better and worse.
+    """Return a row per figure: means, difference, p-values, and the numbers of better and worse items.
 
     Args:
         first: name of the first model.
-        many: whether several models are compared with it, so that each row names its own.
+        many: whether several models are compared with it, so that rows name their models.
     """
     rows = []
     for each in verdicts:
@@ -209,12 +209,12 @@ Texts = Mapping[tuple[str, str], tuple[str, str]]
 
 
 def changed_items(first: str, family: Sequence[Compared], texts: Texts) -> list[dict[str, Any]]:
-    """Return every item in which two models differ, figure by figure, those that got worse first.
+    """Return every item with a difference between two models, figure by figure, the worse ones first.
 
     Args:
         first: name of the first model.
         family: the figures.
-        texts: what was asked, and what a model said, by figure's key without the metric and item, then `/` and model.
+        texts: questions, and a model's answers, by figure's key without the metric and item, then `/` and model.
     """
     rows = []
     for each in family:
@@ -238,7 +238,7 @@ def changed_items(first: str, family: Sequence[Compared], texts: Texts) -> list[
 
 
 def shown_changes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:
-    """Return some of these items for the report, of each figure and model the first that got worse and better."""
+    """Return some of these items for the report, for each figure and model the first worse and better ones."""
     tables: dict[str, list[dict[str, str]]] = {}
     counts: dict[tuple[str, ...], int] = {}
     for row in rows:
@@ -254,7 +254,7 @@ def shown_changes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str,
 
 
 def fail_if_worse(metrics: Mapping[str, float], first: str, models: Sequence[str]) -> None:
-    """End the process with exit code 1, and a line that says why, where a model is worse than the first.
+    """End the process with exit code 1, and a line with the reason, if a model is worse than the first.
 
     Args:
         metrics: of a report, see `verdict_metrics`.
@@ -262,7 +262,7 @@ def fail_if_worse(metrics: Mapping[str, float], first: str, models: Sequence[str
         models: names of the others.
 
     Raises:
-        InputError: for a report without a verdict, or naming the model of which nothing could be tested.
+        InputError: for a report without a verdict, or naming the model without any testable figure.
         SystemExit: with code 1.
     """
     names = [f"verdict/{WORSE}/{model}" for model in models]

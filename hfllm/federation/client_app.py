@@ -1,11 +1,11 @@
-"""What a SuperNode of Flower runs at an organisation: `app`.
+"""The app of Flower's SuperNode at an organisation: `app`.
 
-The node's --node-config says whose it is and where its settings are; both stay on its machine:
+The node's --node-config has its organisation and the path of its settings; both stay on its machine:
 
     organisation="clinic" settings="/srv/clinic.json"
 
-The settings, a JSON object, go to the learner that the run names (`learner`, `module:function`), with the terms of
-the run as `terms`, where the server states some: a learner refuses those that are not its own.
+The settings, a JSON object, go to the learner named in the run (`learner`, `module:function`), with the terms of the
+run as `terms`, where the server states some: a learner refuses terms other than its own.
 """
 
 import json
@@ -27,7 +27,7 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say whose node this is."""
+    """Reply with the organisation of this node."""
     return Message(content=record_of({"organisation": organisation_of(context)}), reply_to=message)
 
 

@@ -1,7 +1,7 @@
 """Organisations on other machines, reached by Flower's SuperLink and SuperNodes (flwr 1.42).
 
 Flower carries the bytes of `updates` and knows who is connected; averages, checks and privacy are ours and the same as
-in one process. `docs/guides/federation.md` has the commands. Import this in a process that Flower started:
+in one process. `docs/guides/federation.md` has the commands. Import this in a process started by Flower, as
 `server_app` does.
 """
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
     from flwr.serverapp import Grid
 
-# Name of the record in a message, seconds between two looks at what came, and to wait for one that is lost.
+# Name of the record in a message, seconds between two looks at arrivals, and to wait for a lost organisation.
 RECORD, PAUSE, LOST_WAIT = "hfllm", 0.5, 30.0
 LOG = logging.getLogger(__name__)
 
 
 class FlowerTransport(Receiver):
-    """Organisations that run a SuperNode with `organisation="NAME"` in its --node-config.
+    """Organisations with a SuperNode started with `organisation="NAME"` in its --node-config.
 
     Args:
-        grid: Flower's, which a ServerApp is given.
+        grid: Flower's, given to a ServerApp.
         num_organisations: to wait for before the first round; fewer take part after `timeout`.
         timeout: seconds for organisations to appear, and for a round; `None` for no end.
-        lost_wait: seconds that a round waits for one that was there before, once for each loss; one that returns takes
-            part again.
-        others: see `Receiver`. A message that is too large is refused once Flower has received it.
+        lost_wait: seconds of a round's wait for an organisation seen before, once for every loss; a returning one
+            takes part again.
+        others: see `Receiver`. Too large a message is refused once Flower has received it.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class FlowerTransport(Receiver):
     ):
         super().__init__(base_sha256, any_rank, max_bytes)
         self.grid, self.num_organisations, self.timeout, self.lost_wait = grid, num_organisations, timeout, lost_wait
-        # In the order in which nodes were found, so that the last one of a name is the newest.
+        # In the order of finding, so the last node of a name is the newest.
         self._names: dict[int, str] = {}
         self._given_up: set[str] = set()
 
     def organisations(self) -> list[str]:
-        """Return the names of those that are connected, in order, once there are as many as expected.
+        """Return the names of the connected organisations, in order, once there are as many as expected.
 
         Raises:
             InputError: when two have one name, or none is there in time.
@@ -102,7 +102,7 @@ class FlowerTransport(Receiver):
                 yield Failure(name, f"organisation {name!r}: {' '.join(str(reason).split())[:300]}")
 
     def _look(self) -> None:
-        """Forget nodes that have gone, and ask new ones whose they are."""
+        """Forget disconnected nodes, and ask new ones for their organisations."""
         nodes = set(self.grid.get_node_ids())
         self._names = {node: name for node, name in self._names.items() if node in nodes}
         messages = {node: self._message("query", {}, node) for node in sorted(nodes - self._names.keys())}
@@ -112,7 +112,7 @@ class FlowerTransport(Receiver):
                 self._names[node] = str(name)
 
     def _nodes_of(self, participants: Sequence[str]) -> dict[str, int]:
-        """Return the node of each organisation that is there now: a SuperNode that was restarted is another node."""
+        """Return the nodes of the organisations present now: a restarted SuperNode is another node."""
         since = time.monotonic()
         while True:
             self._look()
@@ -129,9 +129,9 @@ class FlowerTransport(Receiver):
             time.sleep(PAUSE)
 
     def _replies(self, asked: "Mapping[int, Message]", timeout: float | None) -> "Iterator[tuple[int, Message | str]]":
-        """Send messages; yield what each node replied, or why there is no reply."""
+        """Send messages; yield the reply of every node, or why there is none."""
         ids = list(self.grid.push_messages(asked.values())) if asked else []
-        # Flower returns nothing, or an empty id, for what it could not send.
+        # Flower returns nothing, or an empty id, for unsendable messages.
         ids += [""] * (len(asked) - len(ids))
         waiting = {id: node for id, node in zip(ids, asked, strict=False) if id}
         yield from (
@@ -160,7 +160,7 @@ class FlowerTransport(Receiver):
 
 
 def is_true(config: Mapping[str, object], name: str) -> bool:
-    """Return a setting of a run that is true or false, by default false; as text too, which is what --config gives.
+    """Return a true-or-false setting of a run, by default false; as text too, the form of --config.
 
     Raises:
         InputError: for anything else.
@@ -172,7 +172,7 @@ def is_true(config: Mapping[str, object], name: str) -> bool:
 
 
 def _record(reply: "Message") -> Mapping[str, object]:
-    """Return what a reply says: nothing, if it has no record of ours."""
+    """Return the contents of a reply: nothing, if it has no record of ours."""
     return reply.content.get(RECORD) or {} if reply.has_content() else {}
 
 

@@ -1,4 +1,4 @@
-"""Write what `flwr run` takes: a folder with two short modules and the settings of the run.
+"""Write the input of `flwr run`: a folder with two short modules and the settings of the run.
 
     python -m hfllm.federation.flower_app FOLDER --loop module:function --learner module:function --num_organisations 2
 
@@ -33,10 +33,10 @@ clientapp = "federation_client:app"
 
 
 def write_app(folder: str | Path, config: Mapping[str, str | int | float | bool]) -> None:
-    """Write a Flower app whose code is hfllm's: all machines have that installed.
+    """Write a Flower app whose code is hfllm's: all machines have it installed.
 
     Args:
-        config: of the run: `loop`, `learner`, `num-organisations`, `timeout`, and what these read.
+        config: of the run: `loop`, `learner`, `num-organisations`, `timeout`, and the settings of these two.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_app(folder: str | Path, config: Mapping[str, str | int | float | bool]
 
 
 def check_certificate(path: str | Path, now: datetime.datetime | None = None) -> None:
-    """Refuse a certificate that is not valid now."""
+    """Refuse a certificate not valid now."""
     from cryptography import x509
 
     try:
@@ -66,7 +66,7 @@ def check_certificate(path: str | Path, now: datetime.datetime | None = None) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write a folder, and return 0, or 2 after one line that says what is wrong."""
+    """Write a folder, and return 0, or 2 after one line about the error."""
     parser = argparse.ArgumentParser(description="Write the app that `flwr run` takes.")
     parser.add_argument("folder")
     parser.add_argument("--loop", required=True, help="module:function that runs all rounds at the server")

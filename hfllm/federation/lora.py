@@ -1,14 +1,14 @@
 """Averages of LoRA adapters: a layer changes by the product B A, and means of products are not products of means.
 
-    lora             averages A and B apart: wrong, by 13 percent of the mean change after 4 local steps in one
+    lora             averages A and B separately: wrong, by 13 percent of the mean change after 4 local steps in one
                      measurement, 22 after 8; exact after a single step from B = 0. Use it only to compare.
-    lora_frozen_a    A stays as it was drawn, the same at every organisation: the mean of B A is (mean of B) A, exact,
-                     and only B travels (Sun et al. 2024, arXiv:2403.12313).
-    stacked          A and B below and beside each other: an adapter of rank sum(r_i) that is the exact mean; ranks may
-                     differ (Wang et al. 2024, arXiv:2409.05976). `compress` takes it back to a rank by SVD, and says
-                     what that loses.
+    lora_frozen_a    A stays as drawn, the same at every organisation: the mean of B A is (mean of B) A, exact, and
+                     only B travels (Sun et al. 2024, arXiv:2403.12313).
+    stacked          A and B below and next to each other: an adapter of rank sum(r_i), equal to the exact mean;
+                     ranks may differ (Wang et al. 2024, arXiv:2409.05976). `compress` takes it back to a rank by SVD,
+                     and reports the loss.
 
-Factors are those of PEFT's linear layers: `lora_A` (rank, in) and `lora_B` (out, rank).
+Factors have the form of PEFT's linear layers: `lora_A` (rank, in) and `lora_B` (out, rank).
 """
 
 import math
@@ -30,7 +30,7 @@ AVERAGES = ("lora", "lora_frozen_a", "stacked")
 
 
 def freeze_a(model: "nn.Module") -> list[str]:
-    """Stop training of every `lora_A`, and return the names that are trained still, which is what travels.
+    """Stop training of every `lora_A`, and return the names of the still trained tensors, which travel.
 
     Raises:
         InputError: when the model has no LoRA factors.
@@ -47,7 +47,7 @@ def freeze_a(model: "nn.Module") -> list[str]:
 
 
 def pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """Return the names of the factors A and B of each layer, by the layer's name.
+    """Return the names of the factors A and B of every layer, by the layer's name.
 
     Raises:
         InputError: when one of the two is missing.
@@ -68,17 +68,17 @@ def stacked(updates: Iterable[Update], scalings: Mapping[str, float] | None = No
     """Return one adapter whose product is the mean by tokens of the organisations' products, exactly.
 
     Args:
-        updates: whose factors are the adapters themselves, which each organisation began at B = 0 in this round.
-            Tensors that are no factors are averaged as changes.
-        scalings: what each organisation's products are multiplied by, lora_alpha / rank, by name; by default 1. The
-            weights and these go into B, so that the result's own factor is 1: load it with lora_alpha = rank.
+        updates: with the adapters themselves as factors; every organisation began at B = 0 in this round. Other
+            tensors are averaged as changes.
+        scalings: the factor of every organisation's products, lora_alpha / rank, by name; by default 1. The
+            weights and these go into B, so the result's own factor is 1: load it with lora_alpha = rank.
 
     Returns:
         Factors of rank sum(r_i), in their precision.
     """
     updates = list(updates)
     total = sum(update.num_tokens for update in updates)
-    # The same checks for all averages; those of factors hold for what is not a rank.
+    # The same checks for all averages; the checks of factors hold for all dimensions but the rank.
     rest = weighted_average(map(_without_factors, updates)) if updates else weighted_average([])
     layers = pairs(updates[0].tensors)
     result: dict[str, Tensor] = dict(rest)
@@ -93,7 +93,7 @@ def stacked(updates: Iterable[Update], scalings: Mapping[str, float] | None = No
 
 
 def products(tensors: Mapping[str, Tensor], scaling: float = 1.0) -> dict[str, Tensor]:
-    """Return the change B A of each layer, in float64, by the layer's name."""
+    """Return the change B A of every layer, in float64, by the layer's name."""
     return {
         layer: scaling * tensors[b_name].double() @ tensors[a_name].double()
         for layer, (a_name, b_name) in pairs(tensors).items()
@@ -103,7 +103,7 @@ def products(tensors: Mapping[str, Tensor], scaling: float = 1.0) -> dict[str, T
 def compress(adapter: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
     """Return the nearest adapter of a lower rank, and how far it is: |BA - B'A'| / |BA| over all layers together.
 
-    By the truncated SVD of each layer's product (Eckart and Young 1936), whose square root goes into both factors. The
+    By the truncated SVD of a layer's product (Eckart and Young 1936), whose square root goes into both factors. The
     product itself is never made: with B = Q R and A^T = P S, it has the singular values of R S^T.
 
     Args:
@@ -131,10 +131,12 @@ def compress(adapter: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor
 
 
 def factors_error(received: Mapping[str, Tensor], updates: Sequence[Update], scaling: float = 1.0) -> float:
-    """Return how wrong it is to average factors apart: |mean(B A) - mean(B) mean(A)| / |mean(B A) - received B A|.
+    """Return the relative error of averaging factors separately.
+
+    It is |mean(B A) - mean(B) mean(A)| / |mean(B A) - received B A|.
 
     Args:
-        received: the factors that the organisations began from.
+        received: the organisations' initial factors.
         updates: changes of the factors.
     """
     total = sum(update.num_tokens for update in updates)

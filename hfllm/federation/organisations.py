@@ -13,12 +13,12 @@ from hfllm.errors import InputError
 
 @dataclass(frozen=True)
 class Organisation:
-    """One that takes part, with rows that no other one sees.
+    """A participant with rows of its own, unseen by the others.
 
     Args:
-        name: how reports call it.
-        rows: what it learns from.
-        held_out: rows of the same kind, on which its loss is measured.
+        name: its name in reports.
+        rows: its training rows.
+        held_out: rows of the same kind, for measuring its loss.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Organisation:
 
 
 def check_organisations(organisations: Sequence[Organisation]) -> None:
-    """Refuse organisations that cannot take part.
+    """Refuse organisations unable to take part.
 
     Raises:
         InputError: for fewer than two, two of one name, or one without rows.
@@ -46,7 +46,7 @@ def check_organisations(organisations: Sequence[Organisation]) -> None:
 
 
 def family_shares(count: int, main_share: float) -> list[dict[str, float]]:
-    """Return of each organisation its share of each family: `main_share` of one, the rest as the world draws them.
+    """Return for every organisation its shares of the families: `main_share` of one, the rest as the world draws them.
 
     Organisation number i has mostly family number i; with more organisations than families they begin again.
     """
@@ -61,13 +61,13 @@ def family_shares(count: int, main_share: float) -> list[dict[str, float]]:
 
 
 def dirichlet_shares(count: int, alpha: float, seed: int) -> list[dict[str, float]]:
-    """Return of each organisation its share of each family, drawn from Dirichlet(alpha * the world's shares * 6).
+    """Return for every organisation its shares of the families, drawn from Dirichlet(alpha * the world's shares * 6).
 
-    As in Hsu et al. 2019 (arXiv:1909.06335), section 3: alpha near 0 gives each one family, a large one gives all of
-    them the world's shares.
+    As in Hsu et al. 2019 (arXiv:1909.06335), section 3: alpha near 0 gives every one a single family, a large one
+    gives all of them the world's shares.
 
     Raises:
-        InputError: for an alpha that is not above 0.
+        InputError: for an alpha not above 0.
     """
     if alpha <= 0:
         raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")
@@ -84,13 +84,13 @@ def dirichlet_shares(count: int, alpha: float, seed: int) -> list[dict[str, floa
 def world_organisations(
     world: World, shares: Sequence[Mapping[str, float]], num_rows: int, num_held_out: int, seed: int
 ) -> list[Organisation]:
-    """Return organisations of the embedded world, each with `num_rows` questions and their good answers.
+    """Return organisations of the embedded world, with `num_rows` questions per organisation and their good answers.
 
     Args:
         world: whose facts they know.
-        shares: of each organisation its share of each family.
-        num_rows: rows of each.
-        num_held_out: further rows of each, whose questions it does not learn.
+        shares: for every organisation its shares of the families.
+        num_rows: rows per organisation.
+        num_held_out: further rows per organisation, with questions outside of its training.
         seed: of all questions.
     """
     result = []
@@ -124,7 +124,7 @@ def split_evenly(rows: Sequence[Row], count: int, alpha: float | None, seed: int
     """Return one dataset's rows dealt out to organisations: in equal parts, or in sizes drawn from Dirichlet(alpha).
 
     Raises:
-        InputError: for an alpha that is not above 0.
+        InputError: for an alpha not above 0.
     """
     if alpha is not None and alpha <= 0:
         raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")

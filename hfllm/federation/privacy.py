@@ -1,12 +1,12 @@
-"""Differential privacy of organisations and of rows, its accountant, and an attack that tests it.
+"""Differential privacy of organisations and of rows, its accountant, and an attack as a test.
 
-McMahan et al. 2018 (arXiv:1710.06963), algorithm 1 with a fixed denominator and equal weights: each change is clipped
+McMahan et al. 2018 (arXiv:1710.06963), algorithm 1 with a fixed denominator and equal weights: every change is clipped
 to a norm S, changes are summed, Gaussian noise of standard deviation z S is added, and the sum is divided by the
 expected number of participants, whoever came. Weights by tokens are left out on purpose: a count is data too.
 
-The bound holds for a server that is trusted to clip and add the noise; `epsilon_of` says what it is. The noise is one
-of floating-point numbers, whose gaps can reveal what was added to them (Mironov 2012); nothing here guards against
-that.
+The bound holds for a server trusted to clip and add the noise; `epsilon_of` computes it. The noise consists of
+floating-point numbers, with gaps that can reveal the values added to them (Mironov 2012); nothing here guards against
+this.
 """
 
 import json
@@ -32,10 +32,10 @@ from hfllm.outputs.statistics import Interval, as_numbers, auroc_interval
 
 
 def clipped(update: Update, clip_norm: float) -> tuple[Update, float]:
-    """Return the update, scaled to at most this norm over all tensors together, and the norm that it had.
+    """Return the update, scaled to at most this norm over all tensors together, and its former norm.
 
     Raises:
-        InputError: for a clipping norm that is no number above 0.
+        InputError: for a clipping norm other than a number above 0.
     """
     check_clip_norm(clip_norm)
     length = norm(update.tensors)
@@ -47,14 +47,14 @@ def clipped(update: Update, clip_norm: float) -> tuple[Update, float]:
 
 
 class ClippedSum:
-    """Sum of clipped changes, in which each organisation counts alike; the mean gets noise.
+    """Sum of clipped changes, with equal weights of organisations; the mean gets noise.
 
     It holds a single sum however many organisations there are.
 
     Args:
         clip_norm: S, the longest change over all tensors together.
-        noise_multiplier: z; 0 clips alone.
-        participants: the denominator. With noise it is sampling rate times organisations, which no round may change.
+        noise_multiplier: z; 0 only clips.
+        participants: the denominator. With noise it is sampling rate times organisations, constant in all rounds.
         weights: the weights of the round, for names and shapes.
         base_sha256: of the base model.
         generator: of tests and measurements; by default the operating system draws. A known seed takes the privacy
@@ -89,7 +89,7 @@ class ClippedSum:
         self._total.add(replace(cut, tensors={n: v.double() for n, v in cut.tensors.items()}, num_tokens=1))
 
     def average(self) -> dict[str, Tensor]:
-        """Return the noisy mean, in float64; of no updates the noise alone. Each call draws anew: call it once."""
+        """Return the noisy mean, in float64; of no updates only the noise. Every call draws again: call it once."""
         count, deviation = len(self._total.organisations), self.noise_multiplier * self.clip_norm
         mean = self._total.average() if count else {}
         result = {}
@@ -116,7 +116,7 @@ def private_average(
     """Return the noisy mean of clipped changes, in float64; see `ClippedSum`.
 
     Raises:
-        InputError: for an update that cannot be averaged, and numbers out of range.
+        InputError: for an unsuitable update, and numbers out of range.
     """
     total = ClippedSum(clip_norm, noise_multiplier, expected_participants, weights, base_sha256, generator)
     for update in updates:
@@ -125,7 +125,7 @@ def private_average(
 
 
 def check_clip_norm(clip_norm: float, name: str = "clip_norm") -> None:
-    """Refuse a clipping norm that is no number above 0."""
+    """Refuse a clipping norm other than a number above 0."""
     if not (math.isfinite(clip_norm) and clip_norm > 0):
         raise InputError(f"{name} is {clip_norm}; expected a number above 0")
 
@@ -133,8 +133,8 @@ def check_clip_norm(clip_norm: float, name: str = "clip_norm") -> None:
 def normal(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Return standard normal numbers in float64, by default of the operating system's entropy.
 
-    torch's generator on the CPU keeps 32 bits of a seed: who sees the noisy weights could try all of them. Without
-    `generator` each pair of numbers is made of 106 bits of its own (Box and Muller 1958).
+    torch's generator on the CPU keeps 32 bits of a seed: a reader of the noisy weights could try all of them. Without
+    `generator` every pair of numbers is made of 106 bits of its own (Box and Muller 1958).
     """
     if generator is not None:
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
@@ -152,10 +152,10 @@ def normal(shape: Sequence[int], generator: torch.Generator | None = None) -> Te
 # Row-level differential privacy at an organisation: DP-SGD (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 #
 # It is meant for rows where organisations are too few for client-level privacy (`ClippedSum`), and acts before the
-# server sees anything. Each step draws each row by chance of its own (Poisson sampling), which the accountant's bound
-# needs; each row's gradient is cut to norm C, and their sum gets Gaussian noise of standard deviation z C. It is
-# divided by the number of rows that a step *expects*: the number that was drawn, and the tokens of a batch, are data
-# too.
+# server sees anything. Every step draws every row by chance of its own (Poisson sampling), a condition of the
+# accountant's bound; the gradient of a row is cut to norm C, and the sum of gradients gets Gaussian noise of standard
+# deviation z C. It is divided by the *expected* number of rows of a step: the drawn number, and the tokens of a
+# batch, are data too.
 #
 # Gradients by row are taken one row at a time: as slow as batches of one, right for every model whose rows do not mix.
 # Draws and noise are of the operating system's entropy. How long a step takes is not hidden.
@@ -167,7 +167,7 @@ class RowPrivacy:
 
     Args:
         clip_norm: C, the longest gradient of a row over all tensors together.
-        noise_multiplier: z; 0 clips alone.
+        noise_multiplier: z; 0 only clips.
         generator, rng: of tests and measurements; by default the operating system draws. A known seed takes the
             privacy away.
 
@@ -185,21 +185,21 @@ class RowPrivacy:
         check_noise(self.noise_multiplier, "row_noise_multiplier")
 
     def draw(self, num_rows: int, batch_size: int) -> list[int]:
-        """Return the rows of a step: each by the chance `sampling_rate`, independently; maybe none."""
+        """Return the rows of a step: every one by the chance `sampling_rate`, independently; maybe none."""
         rate, rng = sampling_rate(num_rows, batch_size), self.rng or random.SystemRandom()
         return [index for index in range(num_rows) if rng.random() < rate]
 
 
 def sampling_rate(num_rows: int, batch_size: int) -> float:
-    """Return the chance of each row to be in a step, of which `batch_size` rows are expected."""
+    """Return the chance of every row to be in a step with `batch_size` expected rows."""
     return min(1.0, batch_size / num_rows)
 
 
 class RowSum:
-    """Sum of the gradients of single rows of one step, each cut to a norm.
+    """Sum of the gradients of single rows of one step, individually cut to a norm.
 
     Args:
-        parameters: what is trained; their `grad` is read, cleared and in the end set.
+        parameters: the trained parameters; their `grad` is read, cleared and in the end set.
         privacy: the norm and the noise.
     """
 
@@ -212,12 +212,12 @@ class RowSum:
             for each, device in zip(self.parameters, devices, strict=True)
         ]
         for each in self.parameters:
-            # What a step that failed has left is another row's.
+            # A gradient left by a failed step is another row's.
             each.grad = None
 
     @torch.no_grad()
     def take(self) -> None:
-        """Add the gradient that the parameters hold, which is of one row, and clear it.
+        """Add the gradient in the parameters, of one row, and clear it.
 
         One with infinite values or NaN adds nothing: it must not reach the others.
         """
@@ -237,7 +237,7 @@ class RowSum:
 
     @torch.no_grad()
     def set_gradient(self, expected: float) -> None:
-        """Set the parameters' gradient to the noisy sum over the rows that a step expects."""
+        """Set the parameters' gradient to the noisy sum, divided by the expected number of rows of a step."""
         deviation = self.privacy.noise_multiplier * self.privacy.clip_norm
         for each, total in zip(self.parameters, self._sums, strict=True):
             noise = deviation * normal(each.shape, self.privacy.generator).to(total) if deviation else 0.0
@@ -245,14 +245,14 @@ class RowSum:
 
 
 class AnsweredRounds:
-    """The last change that an organisation sent, in a file: a round is answered once, or again by the same bits.
+    """The last change sent by an organisation, in a file: a round is answered once, or again by the same bits.
 
-    A round that is trained again has new noise: who sees both answers has less of it than the accountant counts.
+    A round trained again has new noise: both answers together have less noise than the accountant counts.
 
     Args:
         path: of the file.
-        num_rounds: those that were counted.
-        settings: what their privacy was counted by, such as a hash of the flags and of the number of rows; rounds
+        num_rounds: number of counted rounds.
+        settings: the settings behind the privacy count, such as a hash of the flags and of the number of rows; rounds
             under others are refused.
     """
 
@@ -260,14 +260,14 @@ class AnsweredRounds:
         self.path, self.num_rounds, self.settings = path, num_rounds, settings
 
     def load(self, number: int, question: str) -> dict[str, Tensor] | None:
-        """Return the answer to a round that was answered, `None` for one that may be.
+        """Return the answer to an answered round, `None` for a round still to be answered.
 
         Args:
             number: of the round.
-            question: what the answer depends on, such as a hash of the weights and the settings.
+            question: the inputs of the answer, such as a hash of the weights and the settings.
 
         Raises:
-            InputError: for a round that is not counted, or was answered to another question.
+            InputError: for an uncounted round, or a round answered to another question.
         """
         if not 1 <= number <= self.num_rounds:
             raise InputError(f"round {number}: the privacy of {self.num_rounds} rounds was counted, not of this one")
@@ -303,19 +303,19 @@ class AnsweredRounds:
 #
 # How much a run reveals: Renyi differential privacy of the subsampled Gaussian mechanism, converted to epsilon.
 #
-# In each round every organisation takes part with probability q, independently of others; the sum of their changes,
-# each clipped to norm S, gets Gaussian noise of standard deviation z S. Mironov, Talwar and Zhang 2019
+# In every round every organisation takes part with probability q, independently of others; the sum of their changes,
+# individually clipped to norm S, gets Gaussian noise of standard deviation z S. Mironov, Talwar and Zhang 2019
 # (arXiv:1908.10530), theorem 4: the Renyi divergence of order a between outcomes with and without one organisation is
 # log(A) / (a - 1) with
 #
 #     A = E over x ~ N(0, z^2) of (1 - q + q exp((2x - 1) / (2 z^2)))^a
 #
-# That integral is taken by the trapezoid rule, whose error falls exponentially for such a function; rounds add up.
+# The integral is taken by the trapezoid rule, whose error falls exponentially for such a function; rounds add up.
 # Orders become epsilon by Canonne, Kamath and Steinke 2020 (arXiv:2004.00010, proposition 12), or by Mironov's older,
-# looser rule (2017, arXiv:1702.07476, proposition 3), with which older tables were made.
+# looser rule (2017, arXiv:1702.07476, proposition 3), the rule of older tables.
 
 
-# Those of TensorFlow Privacy and opacus; the large ones are for little privacy loss.
+# The orders of TensorFlow Privacy and opacus; the large ones are for little privacy loss.
 ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100)), *range(12, 64))
 # Points per standard deviation of the noise, and standard deviations on each side.
 DENSITY, REACH = 32, 12
@@ -325,12 +325,12 @@ MOST = 10**9
 def epsilon_of(
     sampling_rate: float, noise_multiplier: float, rounds: int, delta: float, conversion: str = "canonne"
 ) -> float:
-    """Return the epsilon of a run: (epsilon, delta)-differential privacy of each organisation's whole data.
+    """Return the epsilon of a run: (epsilon, delta)-differential privacy of every organisation's whole data.
 
     Args:
-        sampling_rate: probability that an organisation takes part in a round; 1 when all do.
+        sampling_rate: probability of an organisation's participation in a round; 1 when all do.
         noise_multiplier: standard deviation of the noise on the sum, in units of the clipping norm; 0 gives infinity.
-        delta: probability that the bound fails; well below 1 / organisations.
+        delta: probability of a failure of the bound; well below 1 / organisations.
         conversion: canonne, or mironov for the looser bound.
 
     Raises:
@@ -359,14 +359,14 @@ def epsilon_of(
 
 
 def check_noise(noise_multiplier: float, name: str = "noise_multiplier") -> None:
-    """Refuse a noise multiplier that is no number from 0."""
+    """Refuse a noise multiplier other than a number from 0."""
     if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
         raise InputError(f"{name} is {noise_multiplier}; expected 0 or more")
 
 
 @lru_cache(maxsize=4096)
 def renyi_divergences(sampling_rate: float, noise_multiplier: float) -> tuple[float, ...]:
-    """Return the Renyi divergence of one round at each of `ORDERS`."""
+    """Return the Renyi divergence of one round at all of `ORDERS`."""
     if sampling_rate == 1:
         return tuple(order / (2 * noise_multiplier**2) for order in ORDERS)
     return tuple(_log_moment(order, sampling_rate, noise_multiplier) / (order - 1) for order in ORDERS)
@@ -374,14 +374,14 @@ def renyi_divergences(sampling_rate: float, noise_multiplier: float) -> tuple[fl
 
 def _log_moment(order: float, rate: float, noise: float) -> float:
     """Return log A of the formula above."""
-    # The integrand peaks near 0 and near `order`, each as wide as the noise.
+    # The integrand peaks near 0 and near `order`, both as wide as the noise.
     count = math.ceil(DENSITY * (order / noise + 2 * REACH))
     x, step = np.linspace(-REACH * noise, order + REACH * noise, count + 1, retstep=True)
     log_density = -0.5 * (x / noise) ** 2 - math.log(noise * math.sqrt(2 * math.pi)) + math.log(step)
     log_power = order * np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * x - 1) / (2 * noise**2))
     top = float((log_density + log_power).max())
     if top < 1:
-        # A is near 1: its distance from 1 is summed, which keeps its digits. Where the power is large, 1 is not.
+        # A is near 1: its distance from 1 is summed, to keep its digits. Where the power is large, 1 is not.
         near = np.exp(log_density) * np.expm1(np.minimum(log_power, 1))
         far = np.exp(log_density + log_power) - np.exp(log_density)
         return math.log1p(float(np.where(log_power > 1, far, near).sum()))
@@ -402,13 +402,13 @@ def check_budget(
     """Return the epsilon of a run, or refuse it before it starts.
 
     Args:
-        num_organisations: of which each takes part in a round with probability participants / num_organisations.
+        num_organisations: every one takes part in a round with probability participants / num_organisations.
         participants: expected number in a round.
-        max_epsilon: the most that the user allows.
+        max_epsilon: the user's maximum.
 
     Raises:
         InputError: when epsilon would be larger, with the number of organisations, of rounds and the noise that would
-            each meet the bound with all else as it is; and for numbers out of range.
+            separately meet the bound with all else as it is; and for numbers out of range.
     """
     if not 1 <= participants <= num_organisations:
         raise InputError(
@@ -448,17 +448,16 @@ def check_row_budget(
     delta: float,
     max_epsilon: float | None = None,
 ) -> dict[str, float]:
-    """Return of each organisation what a run reveals of one of its rows, or refuse the run before it starts.
+    """Return for every organisation the epsilon of one of its rows in a run, or refuse the run before it starts.
 
     All rounds are counted, also where an organisation takes part in some of them only.
 
     Args:
-        num_rows: rows of each organisation, of which each is in a step with probability batch_size / rows,
-            independently.
-        batch_size: rows that a step expects.
+        num_rows: rows of every organisation; a row is in a step with probability batch_size / rows, independently.
+        batch_size: expected rows of a step.
         local_steps: optimizer steps of a round.
         noise_multiplier: standard deviation of the noise on a step's sum, in units of the rows' clipping norm.
-        max_epsilon: the most that the user allows; by default anything.
+        max_epsilon: the user's maximum; by default none.
     """
 
     def epsilon(rows: int, rounds: int = rounds, noise: float = noise_multiplier) -> float:
@@ -491,9 +490,9 @@ def check_row_budget(
 
 
 def noise_to_signal(num_values: int, noise_multiplier: float, participants: int) -> float:
-    """Return the norm of the noise on the mean change, in units of the largest norm that the mean can have.
+    """Return the norm of the noise on the mean change, in units of the largest possible norm of the mean.
 
-    It is z sqrt(d) / n for d values and n participants: above 1, noise is most of what the server adds. An adapter of
+    It is z sqrt(d) / n for d values and n participants: above 1, noise is most of the server's step. An adapter of
     158,080 values with 6 organisations and z = 1 has 66.
     """
     return noise_multiplier * math.sqrt(num_values) / participants
@@ -502,10 +501,10 @@ def noise_to_signal(num_values: int, noise_multiplier: float, participants: int)
 def _rounds_and_noise(
     epsilon: Callable[[int, float], float], rounds: int, noise: float, max_epsilon: float, what: str = "a noise"
 ) -> list[str]:
-    """Return in words the rounds and the noise that would each meet a bound; empty texts where none does."""
-    # The most rounds are one less than the fewest that are too many.
+    """Return in words the rounds and the noise that would separately meet a bound; empty texts where none does."""
+    # The maximum of rounds is one less than the smallest excessive number.
     too_many = _smallest(lambda count: epsilon(count, noise) > max_epsilon, 0)
-    # Less noise than there is does not meet it; to look at little of it takes long.
+    # Less noise than the given amount does not meet it; the computation for little noise takes long.
     hundredths = _smallest(lambda count: epsilon(rounds, count / 100) <= max_epsilon, max(int(100 * noise), 1))
     return [
         _rounds_in_words(too_many - 1) if too_many is not None and too_many > 1 else "",
@@ -523,7 +522,7 @@ def _rounds_in_words(rounds: int) -> str:
 
 
 def _smallest(holds: Callable[[int], bool], start: int) -> int | None:
-    """Return the smallest number from `start` on at which something holds that holds from there on."""
+    """Return the smallest number from `start` on for a condition that holds from there on."""
     low, high = start - 1, max(start, 1)
     while not holds(high):
         low, high = high, high * 2
@@ -537,13 +536,12 @@ def _smallest(holds: Callable[[int], bool], start: int) -> int | None:
 
 # ---- membership ----
 #
-# What a trained model gives away about rows: canaries, random texts of which some were trained on and others not.
+# Leaks of a trained model about its rows: canaries, random texts, some of them trained on and others not.
 #
 # Carlini et al. 2019, "The Secret Sharer" (arXiv:1802.08232): the exposure of a canary is log2 of the number of
-# possible texts, less log2 of its rank among them by loss; here among those that were drawn and not trained on. A
-# membership test that looks at losses alone (Yeom et al. 2018, arXiv:1709.01604) has the area under its ROC curve as
-# figure: 1/2 where nothing can be told, which is also what a model shows that was trained on none of them: the
-# control.
+# possible texts, less log2 of its rank among them by loss; here among the held-out texts. A membership
+# test by losses only (Yeom et al. 2018, arXiv:1709.01604) has the area under its ROC curve as figure: 1/2 where
+# nothing can be distinguished, also the figure of a model trained on none of them: the control.
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -551,7 +549,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Canaries:
-    """Random texts, drawn alike: those that one organisation trains on, and those that nobody does."""
+    """Random texts, drawn alike: one organisation's training texts, and texts outside of all training."""
 
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -559,13 +557,13 @@ class Canaries:
 
 @dataclass(frozen=True)
 class Leak:
-    """What losses of canaries show.
+    """Results from the losses of canaries.
 
     Args:
-        auroc: of telling trained ones from held-out ones by lower loss, with its interval.
+        auroc: for distinguishing trained from held-out ones by lower loss, with its interval.
         exposure: mean over trained ones, in bits.
-        most_exposure: of one that has a lower loss than all that were held out.
-        no_exposure: mean exposure of a model that learned nothing of them.
+        most_exposure: of one with a lower loss than all held-out ones.
+        no_exposure: mean exposure of a model without training on them.
     """
 
     auroc: Interval
@@ -575,7 +573,7 @@ class Leak:
 
 
 def make_canaries(trained: int, held_out: int, seed: int, length: int = 12, alphabet: str = LETTERS) -> Canaries:
-    """Return distinct random texts, of which a seed always draws the same.
+    """Return distinct random texts, always the same for a seed.
 
     Args:
         trained: number of texts to insert into the rows of an organisation.
@@ -599,11 +597,11 @@ def make_canaries(trained: int, held_out: int, seed: int, length: int = 12, alph
 
 
 def measure_leak(trained: Sequence[float], held_out: Sequence[float], level: float = 0.95) -> Leak:
-    """Return what the losses of canaries show.
+    """Return the results from the losses of canaries.
 
     Args:
-        trained: loss of each canary that was trained on; the same sum or mean for all.
-        held_out: of each that was not.
+        trained: loss of every trained canary; the same sum or mean for all.
+        held_out: of every other one.
         level: of the interval.
 
     Raises:
@@ -616,7 +614,7 @@ def measure_leak(trained: Sequence[float], held_out: Sequence[float], level: flo
     losses = [*inside.tolist(), *outside.tolist()]
     labels = [0] * len(inside) + [1] * len(outside)
     count = len(outside)
-    # The canary itself is one of those that it is ranked among; a tie counts half.
+    # The canary itself is part of its ranking; a tie counts half.
     ranks = [1 + float((outside < loss).sum()) + 0.5 * float((outside == loss).sum()) for loss in inside]
     exposures = [math.log2(count + 1) - math.log2(rank) for rank in ranks]
     chance = sum(math.log2(count + 1) - math.log2(rank) for rank in range(1, count + 2)) / (count + 1)

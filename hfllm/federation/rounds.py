@@ -1,7 +1,7 @@
-"""The rounds of a federation: who takes part, the mean of their changes, the server's step, and what is kept.
+"""The rounds of a federation: participants, the mean of their changes, the server's step, and the stored state.
 
-After each round everything that the next one needs is in one file, which is replaced whole: a server that is killed at
-any moment resumes with the round that it was in, to the same bits, if organisations train by round number alone.
+After each round one file, replaced as a whole, holds everything for the next round: a server killed at any moment
+resumes with its current round, to the same bits, if organisations train by round number only.
 """
 
 import hashlib
@@ -28,25 +28,26 @@ from hfllm.outputs.report import CONTENTS, by_contents
 #
 # The average of organisations' updates, weighted by their target tokens.
 #
-# One step of gradient descent at each organisation, on a loss that is a mean over its tokens, is then exactly the step
+# One step of gradient descent at every organisation, on a mean loss over its tokens, is then exactly the step
 # on all rows at once: the gradient of the mean over all tokens is the mean of gradients weighted by tokens. Weighted
 # by rows, it is another step wherever organizations' rows differ in length (McMahan et al. 2017, arXiv:1602.05629). A
 # step of Adam is no linear function of the gradient: the mean of such steps is another one.
 #
 # Sums are held in float64 and added in the order of arrival: transports hand updates over in the order of the round's
-# participants, so that the same updates give the same bits.
+# participants, so the same updates give the same bits.
 #
-# A single update can move a mean by any length. `RobustSum` bounds each by the median length of its round, and has the
-# median and the trimmed mean, coordinate by coordinate, in place of the mean (Yin et al. 2018, arXiv:1803.01650).
+# A single update can move a mean by any length. `RobustSum` bounds every update by the median length of its round, and
+# has the median and the trimmed mean, coordinate by coordinate, in place of the mean (Yin et al. 2018,
+# arXiv:1803.01650).
 
 
 class WeightedSum:
-    """Running sum of updates, whose mean by tokens is that of FedAvg (McMahan et al. 2017, arXiv:1602.05629).
+    """Running sum of updates, with FedAvg's mean by tokens (McMahan et al. 2017, arXiv:1602.05629).
 
     A server holds a single update, however many organisations there are.
 
     Args:
-        expected: what every update must be like; by default like the first.
+        expected: the required form of every update; by default the form of the first.
     """
 
     def __init__(self, expected: Expected | None = None):
@@ -76,10 +77,10 @@ class WeightedSum:
         self.num_rows += update.num_rows
 
     def check(self, update: Update) -> None:
-        """Refuse an update that cannot be added; the first one that can says what the others must be like.
+        """Refuse an unsuitable update; the first accepted one sets the form of the others.
 
         Raises:
-            InputError: in one line that names the organization: a second update of it, NaN, other names, shapes,
+            InputError: in one line with the organization's name: a second update of it, NaN, other names, shapes,
                 precision or base model, no tokens.
         """
         if update.organisation in self.organisations:
@@ -108,32 +109,32 @@ class WeightedSum:
 
 
 MEAN, MEDIAN, TRIMMED_MEAN = AGGREGATIONS = ("mean", "median", "trimmed_mean")
-# How many times the typical length an update may have, and the share of values that are cut off at each end.
+# How many times the typical length an update may have, and the share of values cut off at each end.
 MAX_NORM_RATIO, TRIM = 2.0, 0.2
 
 
 class RobustSum:
-    """Updates of a round that are bounded before they are averaged: one organization alone does not own the mean.
+    """Updates of a round, bounded before averaging: one organization by itself does not own the mean.
 
-    An update that is longer than `max_norm_ratio` times the typical length, over all tensors together, is scaled to
-    that (norm bounding, Sun et al. 2019, arXiv:1911.07963). Typical is the median of the round's lengths, of an even
-    number the smaller one in the middle. Where that is 0 it is `earlier_norm`, or without one the median of what is
-    not 0. Of two updates it is the middle one of both and `earlier_norm`, or without one the shorter; a single update
-    is measured by `earlier_norm` only, and by nothing without it. Where no update is too long the mean has the bits of
-    `WeightedSum`.
+    An update longer than `max_norm_ratio` times the typical length, over all tensors together, is scaled to this limit
+    (norm bounding, Sun et al. 2019, arXiv:1911.07963). Typical is the median of the round's lengths, of an even
+    number the smaller one in the middle. If the median is 0, the typical length is `earlier_norm`, or without one the
+    median of the nonzero lengths. Of two updates it is the middle one of both and `earlier_norm`, or without one the
+    shorter; a single update is measured by `earlier_norm` only, and by nothing without it. Where no update is too long
+    the mean has the bits of `WeightedSum`.
 
     All updates of the round are held in memory, in their precision.
 
     Args:
-        expected: what every update must be like; by default like the first.
+        expected: the required form of every update; by default the form of the first.
         aggregation: mean (by tokens), or by coordinate, organizations counting alike, median or trimmed_mean.
-        trim: share of the updates that the trimmed mean leaves out at each end; of three or more at least one.
+        trim: share of the updates left out of the trimmed mean at each end; of three or more at least one.
         max_norm_ratio: see above; 0 bounds nothing.
 
     Attributes:
-        earlier_norm: the typical length of the round before, 0 if none is known, which is the default.
-        bounded: of each organization whose update was too long, its length and the bound, in words; once averaged.
-        typical_norm: the typical length of the bounded updates, 0 where nothing tells it; once averaged.
+        earlier_norm: the typical length of the round before, 0, the default, if none is known.
+        bounded: for every organization with too long an update, its length and the bound, in words; once averaged.
+        typical_norm: the typical length of the bounded updates, 0 where unknown; once averaged.
 
     Raises:
         InputError: for settings out of range.
@@ -156,7 +157,7 @@ class RobustSum:
         self._drift = 0.0
 
     def add(self, update: Update) -> None:
-        """Add an update; see `WeightedSum.check` for what is refused."""
+        """Add an update; see `WeightedSum.check` for refused updates."""
         self._total.check(update)
         self._total.organisations.append(update.organisation)
         self._updates.append(update)
@@ -189,7 +190,7 @@ class RobustSum:
         return self._drift
 
     def _factors(self) -> list[float]:
-        """Return what each update is multiplied by: 1 where it is not too long."""
+        """Return the factor of every update: 1 where it is not too long."""
         typical = typical_norm(self._norms, self.earlier_norm)
         most = math.inf if typical is None or not self.max_norm_ratio else self.max_norm_ratio * typical
         self.typical_norm = typical_norm([min(length, most) for length in self._norms]) or 0.0
@@ -211,7 +212,7 @@ def _scaled(update: Update, name: str, factor: float) -> Tensor:
 
 
 def typical_norm(norms: Sequence[float], earlier: float = 0.0) -> float | None:
-    """Return the length that the updates of a round are measured by, `None` where nothing tells; see `RobustSum`.
+    """Return the length for measuring the updates of a round, `None` where it is unknown; see `RobustSum`.
 
     Args:
         norms: of all updates.
@@ -219,7 +220,7 @@ def typical_norm(norms: Sequence[float], earlier: float = 0.0) -> float | None:
     """
     lengths = sorted(norms)
     if len(lengths) < 3 or not lengths[(len(lengths) - 1) // 2]:
-        # Zeros tell nothing of how long the others may be.
+        # Zeros give no bound for the length of the others.
         lengths = [each for each in lengths if each > 0]
         if earlier and lengths:
             lengths = sorted([*lengths, earlier]) if len(norms) == len(lengths) == 2 else [earlier]
@@ -227,7 +228,7 @@ def typical_norm(norms: Sequence[float], earlier: float = 0.0) -> float | None:
 
 
 def check_robust(aggregation: str, trim: float, max_norm_ratio: float) -> None:
-    """Refuse what no robust average can follow."""
+    """Refuse settings outside of the range of robust averages."""
     if aggregation not in AGGREGATIONS:
         raise InputError(f"--aggregation {aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
     if not 0 <= trim < 0.5:
@@ -240,7 +241,7 @@ def weighted_average(updates: Iterable[Update], expected: Expected | None = None
     """Return the mean of updates by their target tokens, in float64; see `WeightedSum`.
 
     Raises:
-        InputError: for no updates, and for one that cannot be averaged.
+        InputError: for no updates, and for an update that cannot be averaged.
     """
     total = WeightedSum(expected)
     for update in updates:
@@ -254,12 +255,12 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
 
 
 def six_digits(value: float) -> float:
-    """Return a figure without the digits in which sums differ by where tensors lie in memory."""
+    """Return a figure without the digits affected by the memory layout of tensors."""
     return float(f"{value:.6g}")
 
 
 def distances(updates: Iterable[Update], average: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return each organisation's distance to the mean, by name."""
+    """Return every organisation's distance to the mean, by name."""
     return {
         update.organisation: norm({name: tensor.double() - average[name] for name, tensor in update.tensors.items()})
         for update in updates
@@ -268,7 +269,7 @@ def distances(updates: Iterable[Update], average: Mapping[str, Tensor]) -> dict[
 
 # ---- server optimizers ----
 #
-# Optimizers of the server, for which the organisations' mean change stands in place of a gradient.
+# Optimizers of the server, with the organisations' mean change in place of a gradient.
 #
 # Reddi et al. 2020, "Adaptive Federated Optimization" (arXiv:2003.00295), algorithm 2: with the mean change D and the
 # momentum m = b1 m + (1 - b1) D, the weights move by lr m / (sqrt(v) + tau), where v begins at tau squared and is
@@ -282,7 +283,7 @@ def distances(updates: Iterable[Update], average: Mapping[str, Tensor]) -> dict[
 
 
 NAMES = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
-# Rate that is used where none is given: an average is taken as it is, adaptive steps have the size of the rate.
+# Default rate: an average is taken as it is, adaptive steps have the size of the rate.
 LEARNING_RATES = {"fedavg": 1.0, "momentum": 1.0, "fedadagrad": 0.01, "fedadam": 0.01, "fedyogi": 0.01}
 
 
@@ -292,8 +293,8 @@ class ServerOptimizer:
     Args:
         name: one of `NAMES`.
         learning_rate: factor of the step.
-        momentum: share of the former momentum that is kept, b1 above.
-        beta2: share of the former second moment that is kept.
+        momentum: kept share of the former momentum, b1 above.
+        beta2: kept share of the former second moment.
         tau: added to the root of the second moment: larger is less adaptive.
     """
 
@@ -304,10 +305,10 @@ class ServerOptimizer:
         self._second: dict[str, Tensor] = {}
 
     def step(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of the next round, each in its precision and place; computed in float64.
+        """Return the weights of the next round, all in their precision and place; computed in float64.
 
         Args:
-            weights: those that the organisations began the round with.
+            weights: the organisations' weights at the beginning of the round.
             average: the mean of their changes, from `WeightedSum`, `RobustSum` or `privacy.ClippedSum`.
 
         Raises:
@@ -342,13 +343,13 @@ class ServerOptimizer:
         return first / (second.sqrt() + self.tau)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what the next step needs, as tensors that safetensors can hold: a restored step has the same bits."""
+        """Return the state for the next step, as tensors for safetensors: a restored step has the same bits."""
         first = {f"first.{name}": value.clone() for name, value in self._first.items()}
         second = {f"second.{name}": value.clone() for name, value in self._second.items()}
         return {"round": torch.tensor(self.round), **first, **second}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore the output of `state_dict`.
 
         Raises:
             InputError: for anything else, and the state of another optimizer.
@@ -407,7 +408,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Sum(Protocol):
-    """What updates of a round are added to; `RobustSum` is one."""
+    """A sum of the updates of a round, such as `RobustSum`."""
 
     def add(self, update: Update) -> None: ...
 
@@ -422,12 +423,12 @@ class RoundSettings:
 
     Args:
         num_rounds: rounds in all.
-        participation: share of the organisations that a round asks, drawn by `seed` and the round's number.
-        min_organisations: updates without which a round is not taken.
+        participation: share of the organisations asked in a round, drawn by `seed` and the round's number.
+        min_organisations: fewest updates of a valid round.
         seed: of the draws.
-        is_private: each organisation takes part by chance of its own, which nobody knows, as the accountant assumes.
-            A round that asked nobody is taken, one in which all that were asked have failed is not; a round that is
-            done again is another one. Records then say nothing of who took part.
+        is_private: every organisation takes part by chance of its own, unknown to all, as the accountant assumes.
+            A round without asked organisations is taken, a round with failures of all asked ones is not; a
+            repeated round is another one. Records then say nothing of who took part.
     """
 
     num_rounds: int
@@ -439,19 +440,19 @@ class RoundSettings:
 
 @dataclass
 class RoundRecord:
-    """What is known of one round.
+    """The record of one round.
 
     Args:
         number: from 1.
-        participants: the organisations that were asked.
-        left_out: those without an update that could be averaged, and why.
-        num_tokens: target tokens that the others trained on.
-        bytes_down, bytes_up: what the server sent and received.
+        participants: the asked organisations.
+        left_out: organisations without a usable update, and why.
+        num_tokens: target tokens of the others' training.
+        bytes_down, bytes_up: bytes sent and received by the server.
         update_norm: Euclidean norm of the mean change.
         drift: distance of the changes to their mean (root of the mean square, by tokens), over `update_norm`.
         evaluation: figures of the weights after the round; empty where they were not measured.
-        bounded: those whose update was too long, and how long it was and was made.
-        typical_norm: what the lengths of the next round's updates are measured by, if they are few.
+        bounded: organisations with too long an update, and its length before and after.
+        typical_norm: the measure for the lengths of the next round's updates, if they are few.
     """
 
     number: int
@@ -480,7 +481,7 @@ class FederationState:
 
 
 def participants_of(names: Sequence[str], number: int, settings: RoundSettings) -> list[str]:
-    """Return the organisations that a round asks, in their usual order: at least `min_organisations`."""
+    """Return the organisations asked in a round, in their usual order: at least `min_organisations`."""
     count = num_asked(len(names), settings)
     if settings.is_private:
         return draw_participants(names, count / len(names))
@@ -489,7 +490,7 @@ def participants_of(names: Sequence[str], number: int, settings: RoundSettings) 
 
 
 def expected_participants(num_organisations: int, participation: float) -> int:
-    """Return how many organisations a round asks, or with privacy asks on average."""
+    """Return the number of organisations asked in a round, with privacy the average number."""
     return min(max(math.ceil(participation * num_organisations), 1), num_organisations)
 
 
@@ -500,7 +501,7 @@ def num_asked(num_organisations: int, settings: RoundSettings) -> int:
 
 
 def check_settings(settings: RoundSettings, num_organisations: int) -> None:
-    """Refuse settings that no federation of so many can follow."""
+    """Refuse settings impossible for a federation of this size."""
     if not 0 < settings.participation <= 1:
         raise InputError(f"--participation {settings.participation}: expected a share above 0, at most 1")
     if not 1 <= settings.min_organisations <= num_organisations:
@@ -522,24 +523,23 @@ def run_rounds(
     new_sum: Callable[[int], Sum] = lambda number: RobustSum(),
     announce: Callable[[RoundRecord], None] = lambda record: None,
 ) -> FederationState:
-    """Run the rounds that are missing, and return the state after the last one.
+    """Run the missing rounds, and return the state after the last one.
 
     Args:
         transport: carries weights and updates.
         names: of all organisations.
-        weights: those that the first round begins with.
+        weights: the weights at the beginning of the first round.
         server: the server's optimizer.
         settings: see there.
         folder: where the state is kept.
-        identity: what tells this run from others, as JSON values.
+        identity: JSON values that distinguish this run from others.
         evaluate: returns figures of the weights after a round, given its number.
-        new_sum: returns what a round's updates are added to, given its number; by default a mean whose updates are
-            bounded.
-        announce: told of each round when it is kept.
+        new_sum: returns the sum for a round's updates, given its number; by default a mean of bounded updates.
+        announce: called with the record of every round when it is kept.
 
     Raises:
         InputError: when the folder holds the rounds of another run, too few organisations sent an update, or the
-            round's weights or figures are not finite. What was kept is as before: the same command tries that round
+            round's weights or figures are not finite. The kept state is as before: the same command tries that round
             again.
     """
     check_settings(settings, len(names))
@@ -577,7 +577,7 @@ def _next_state(
         total.earlier_norm = next((each.typical_norm for each in reversed(state.records) if each.typical_norm), 0.0)
     left_out, norms, num_tokens = _added_up(total, transport.run_round(number, sent, participants))
     missing = settings.min_organisations - (len(participants) - len(left_out))
-    # Privacy asks for no number of updates; but noise alone must not be trained because a network is down.
+    # Privacy asks for no number of updates; but pure noise must not be trained because a network is down.
     if missing > 0 and (not settings.is_private or (participants and len(left_out) == len(participants))):
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(
@@ -604,7 +604,7 @@ def _next_state(
 
 
 def _added_up(total: Sum, answers: Iterable[Update | Failure]) -> tuple[dict[str, str], dict[str, float], int]:
-    """Add updates to a sum; return why others are left out, the norm of each that is not, and their tokens."""
+    """Add updates to a sum; return why others are left out, the norms of the added ones, and their tokens."""
     left_out, norms, num_tokens = {}, {}, 0
     for answer in answers:
         if isinstance(answer, Failure):
@@ -637,14 +637,14 @@ def _check_finite(
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
-    """Return a digest of what tells runs apart: files by their contents, not by when they were written."""
+    """Return a digest of the values that distinguish runs: files by their contents, not by when they were written."""
     return fingerprint(by_contents(identity), "what tells the rounds of this run from others")
 
 
 def _earlier_digest(identity: Mapping[str, Any]) -> str | None:
-    """Return the digest that earlier versions wrote, by the times of files; `None` for rounds that they had not.
+    """Return the digest of earlier versions, by the times of files; `None` for rounds unknown to them.
 
-    Their mean had no bound, and no flags that say so.
+    Their mean had no bound, and they had no flags for one.
     """
     named = {name: value for name, value in identity.items() if not name.endswith(CONTENTS)}
     aggregation, ratio, _ = named.pop("aggregation", MEAN), named.pop("max_norm_ratio", 0), named.pop("trim", None)
@@ -666,7 +666,7 @@ def save_state(folder: Path, state: FederationState, identity: Mapping[str, Any]
 
 
 def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | None:
-    """Return the state that a folder holds, `None` where there is none.
+    """Return the state in a folder, `None` if there is none.
 
     Raises:
         InputError: when it is another run's, or damaged.
@@ -700,7 +700,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | N
 def draw_participants(
     organisations: Sequence[str], sampling_rate: float, rng: random.Random | None = None
 ) -> list[str]:
-    """Return who takes part in a round: each with this probability, independently, as the accountant assumes.
+    """Return who takes part in a round: all with this probability, independently, as the accountant assumes.
 
     Args:
         rng: by default the operating system's. Who takes part must stay unknown for the bound to hold.

@@ -1,7 +1,7 @@
-"""What the SuperLink of Flower runs: `app`, which hands a transport to the loop of rounds that the run names.
+"""The app of Flower's SuperLink: `app`, which hands a transport to the loop of rounds named in the run's settings.
 
-`loop`, `module:function`, is called with a function that makes the transport from the base model's sha256, and with
-the run's settings.
+`loop`, `module:function`, is called with a function from the base model's sha256 to the transport, and with the run's
+settings.
 """
 
 import importlib

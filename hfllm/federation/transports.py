@@ -1,12 +1,12 @@
 """How weights reach organisations and their updates come back: within one process, or in processes.
 
-Whatever a learner raises leaves its organization out of the round. An `InputError` says why in its own words; of
-another error the server is told the type only, since its message may show words of a row, and the traceback is in the
-organization's own log.
+An error of a learner, of any kind, leaves its organization out of the round. An `InputError` gives the reason in its
+own words; of another error the server is told only the type, since its message may show words of a row, and the
+traceback is in the organization's own log.
 
-Every transport carries the same bytes (`updates.to_bytes`) and hands updates over in the order of the participants, so
-that the same round gives the same bits in one process (`InProcess`), in several (`SeveralProcesses`) and between
-machines (`flower.FlowerTransport`).
+All transports carry the same bytes (`updates.to_bytes`) and hand updates over in the order of the participants, so
+the same round gives the same bits in one process (`InProcess`), in several (`SeveralProcesses`) and between machines
+(`flower.FlowerTransport`).
 """
 
 import json
@@ -41,14 +41,14 @@ from hfllm.federation.updates import (
 
 LOG = logging.getLogger(__name__)
 
-# Trains on the rows of one organisation in round `round`, from these weights, and returns what changed.
+# Trains on the rows of one organisation in round `round`, from these weights, and returns the changes.
 Learner = Callable[[int, dict[str, Tensor]], Update]
 
 
 class Transport(Protocol):
-    """What the loop of rounds needs of a way to reach organisations.
+    """The interface of the loop of rounds to a way of reaching organisations.
 
-    `bytes_sent` and `bytes_received` count what the server sent and received so far, messages that were refused too.
+    `bytes_sent` and `bytes_received` count the bytes sent and received by the server so far, also of refused messages.
     `max_tokens` and `terms` are the loop's to set; see `Receiver`.
     """
 
@@ -60,21 +60,21 @@ class Transport(Protocol):
     def run_round(
         self, round: int, weights: Mapping[str, Tensor], participants: Sequence[str]
     ) -> Iterator[Update | Failure]:
-        """Let participants train from these weights; yield what each sent, or why there is nothing, in their order."""
+        """Let participants train from these weights; yield their updates, or reasons for none, in their order."""
         ...
 
 
 class Receiver:
-    """What a server accepts, how much of it, and how many bytes it saw: the part that all transports share.
+    """Accepted updates, their largest size, and the server's count of bytes: the common part of all transports.
 
     Args:
         base_sha256: of the base model; an update of another is refused.
         any_rank: accept adapters of other ranks, for the average `stacked`.
-        max_bytes: most bytes of a message; by default what an honest one has, 16 times that with `any_rank`.
+        max_bytes: most bytes of a message; by default the size of an honest one, 16 times as much with `any_rank`.
 
     Attributes:
         max_tokens: most target tokens of an update; by default any number.
-        terms: of the run, such as its local steps: they go with each request to other machines, whose flags are their
+        terms: of the run, such as its local steps: they go with every request to other machines, whose flags are their
             own, and a learner there may refuse them.
     """
 
@@ -85,16 +85,16 @@ class Receiver:
         self.bytes_sent = self.bytes_received = 0
 
     def expected(self, weights: Mapping[str, Tensor], round: int | None = None) -> Expected:
-        """Return what updates of these weights, in this round, look like."""
+        """Return the required form of updates of these weights, in this round."""
         expected = Expected.of(weights, self.base_sha256, self.any_rank)
         return replace(expected, max_tokens=self.max_tokens, round=round)
 
     def limit(self, expected: Expected) -> int:
-        """Return the most bytes that are read of one message."""
+        """Return the maximum of bytes to read of one message."""
         return self.max_bytes or size_limit(expected, 16.0 if self.any_rank else 1.0)
 
     def receive(self, data: bytes, organisation: str, expected: Expected) -> Update | Failure:
-        """Return the update that an organisation sent, or why it is refused."""
+        """Return an organisation's update, or the reason for its refusal."""
         self.bytes_received += len(data)
         try:
             return from_bytes(data, self.limit(expected), expected, organisation)
@@ -106,7 +106,7 @@ def failed_by(error: Exception, organisation: str, where: str) -> str:
     """Return why there is no update after an error of a learner, in one line without the error's message.
 
     Args:
-        where: what holds the traceback.
+        where: the place of the traceback.
     """
     return f"the learner of organisation {organisation!r} failed by {type(error).__name__}; {where} has the traceback"
 
@@ -141,7 +141,7 @@ class InProcess(Receiver):
     def run_round(
         self, round: int, weights: Mapping[str, Tensor], participants: Sequence[str]
     ) -> Iterator[Update | Failure]:
-        """Train at each participant in turn; an error of one is a `Failure`, with its traceback in the log."""
+        """Train at all participants in turn; an error of one is a `Failure`, with its traceback in the log."""
         check_participants(participants, self.learners)
         expected, message = self.expected(weights, round), weights_to_bytes(weights)
         for name in participants:
@@ -160,27 +160,27 @@ class InProcess(Receiver):
 
 # ---- processes ----
 #
-# Organisations as processes of this machine, which train at the same time and exchange files in a folder.
+# Organisations as processes of this machine, training at the same time and exchanging files in a folder.
 #
-# Each runs `python -m hfllm.federation.worker` and stays from round to round, so that it loads its model once. One
-# that dies, says that it cannot, or is late becomes a `Failure` that names it, and is started again for the next
+# Every one runs `python -m hfllm.federation.worker` and stays from round to round, to load its model only once. A
+# process that dies, reports a failure, or is late becomes a `Failure` with its name, and is started again for the next
 # round.
 
 
-# Seconds between two looks at what a process does.
+# Seconds between two looks at a process.
 PAUSE = 0.05
 
 
 class SeveralProcesses(Receiver):
-    """One process for each organisation; a context manager, which ends them.
+    """One process per organisation; a context manager, which ends them.
 
     Args:
-        learner: `module:function`, which is called in the process as `function(organisation, settings)` and returns a
+        learner: `module:function`, called in the process as `function(organisation, settings)`; returns a
             `transports.Learner`.
-        settings: by organisation, plain values that JSON can hold: paths and numbers, not rows.
-        folder: where weights, updates and each process's log lie.
-        timeout: seconds that an organisation has for a round, loading included; `None` for no end.
-        max_parallel: organisations that train at a time; by default one per core.
+        settings: by organisation, plain JSON values: paths and numbers, not rows.
+        folder: for weights, updates and the log of every process.
+        timeout: seconds of an organisation for a round, loading included; `None` for no end.
+        max_parallel: organisations training at a time; by default one per core.
         others: see `Receiver` and `InProcess`.
     """
 
@@ -202,7 +202,7 @@ class SeveralProcesses(Receiver):
         self.max_parallel = max_parallel or os.cpu_count() or 1
         self._workers: dict[str, _Worker] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        # What a server that was killed has left.
+        # Left by a killed server.
         for path in self.folder.glob("round-*"):
             path.unlink(missing_ok=True)
 
@@ -231,11 +231,11 @@ class SeveralProcesses(Receiver):
         finally:
             path.unlink(missing_ok=True)
             for name in running:
-                # The round was left early: what they train now is of no use.
+                # The round was left early: their present training is of no use.
                 self._workers.pop(name).end()
 
     def _collect(self, running: dict[str, float], ended: dict[str, str]) -> None:
-        """Move organisations that are done from `running` to `ended`, with the reason why they failed, or none."""
+        """Move finished organisations from `running` to `ended`, with the reason why they failed, or none."""
         for name, since in list(running.items()):
             worker = self._workers[name]
             reason = worker.answer()
@@ -263,7 +263,7 @@ class SeveralProcesses(Receiver):
             path.unlink(missing_ok=True)
 
     def _update_path(self, round: int, name: str) -> Path:
-        # By place: a name may not be one of a file.
+        # By index: a name may not be a valid file name.
         return self.folder / f"round-{round}-{list(self.settings).index(name)}.safetensors"
 
     def _worker(self, name: str) -> "_Worker":
@@ -299,7 +299,7 @@ class _Worker:
         self._tell(about)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
-        # One that is dead is known by its `answer`.
+        # A dead one is known by its `answer`.
         with suppress(OSError):
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()

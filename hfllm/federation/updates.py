@@ -1,7 +1,7 @@
-"""What an organisation sends after a round: checked, compressed, and written as bytes.
+"""Updates sent by an organisation after a round: checked, compressed, and written as bytes.
 
-The tensors of an update are *changes*: the trained weights minus the weights that the organisation received, in their
-precision. Only `lora.stacked` reads factors of adapters themselves, which begin at zero in each round.
+The tensors of an update are *changes*: the trained weights minus the received weights of the organisation, in their
+precision. Only `lora.stacked` reads factors of adapters themselves; they begin at zero in every round.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ class Update:
 
     Args:
         organisation: its name.
-        tensors: the change of each trained tensor by name, on the CPU.
-        num_tokens: target tokens that it trained on in this round, each time that one was seen: the weight of the
+        tensors: the change of every trained tensor by name, on the CPU.
+        num_tokens: target tokens of its training in this round, repeated ones counted again: the weight of the
             average.
-        num_rows: rows that it trained on in this round.
-        base_sha256: `weights_sha256` of the model that it began from before the first round.
-        round: the round that it answers; by default what sends it says so (`to_bytes`).
+        num_rows: rows of its training in this round.
+        base_sha256: `weights_sha256` of its initial model before the first round.
+        round: the answered round; by default given on sending (`to_bytes`).
     """
 
     organisation: str
@@ -47,7 +47,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """An organisation that a round goes on without, and why, in one line."""
+    """An organisation left out of a round, and why, in one line."""
 
     organisation: str
     reason: str
@@ -66,15 +66,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a server accepts of every organisation.
+    """The updates accepted by a server, for every organisation.
 
     Args:
-        forms: shape and precision of each tensor by name.
+        forms: shape and precision of every tensor by name.
         base_sha256: of the base model.
-        any_rank: accept LoRA factors of other ranks, which `lora.stacked` adds up.
-        max_tokens: most target tokens, and rows, that an organisation may have learned in a round: they are its weight
+        any_rank: accept LoRA factors of other ranks, for the sum in `lora.stacked`.
+        max_tokens: maximum of target tokens, and of rows, learned by an organisation in a round: they are its weight
             in the mean. By default any number.
-        round: that updates answer; one of another round, late or sent again, is refused. By default any.
+        round: answered by the updates; an update of another round, late or sent again, is refused. By default any.
     """
 
     forms: Mapping[str, Form]
@@ -85,15 +85,15 @@ class Expected:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], base_sha256: str, any_rank: bool = False) -> "Expected":
-        """Return what fits these weights."""
+        """Return the expectation for updates of these weights."""
         forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         return cls(forms, base_sha256, any_rank)
 
     def check(self, update: Update) -> None:
-        """Refuse an update that cannot be averaged.
+        """Refuse an unsuitable update.
 
         Raises:
-            InputError: in one line that names the organisation.
+            InputError: in one line with the organisation's name.
         """
         whose = f"organisation {update.organisation!r}"
         self.check_round(update.round, update.organisation)
@@ -151,7 +151,7 @@ def check_counts(update: Update, most: int | None = None) -> None:
 
 
 def rank_axis(name: str) -> int | None:
-    """Return the axis of a LoRA factor that is its rank; `None` for other tensors.
+    """Return the rank axis of a LoRA factor; `None` for other tensors.
 
     PEFT names factors of linear layers `lora_A`, shape (rank, in), and `lora_B`, (out, rank).
     """
@@ -160,7 +160,7 @@ def rank_axis(name: str) -> int | None:
 
 
 def changes(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what training changed of the weights that an organisation received, on the CPU, in their precision."""
+    """Return the changes by training to an organisation's received weights, on the CPU, in their precision."""
     return {name: (trained[name].detach() - received[name].to(trained[name].device)).cpu() for name in received}
 
 
@@ -187,11 +187,11 @@ def _differ_in_rank_alone(name: str, form: Form, wanted: Form) -> bool:
 
 # ---- wire ----
 #
-# Updates and weights as bytes: safetensors, which runs no code, with a limit that holds before anything is read.
+# Updates and weights as bytes: safetensors, a format without code, with a size limit checked before anything is read.
 #
-# A message is a safetensors file whose metadata says whose it is, which round it answers, of how many tokens and rows,
-# and of which base model.
-# Its header is checked against what the server expects before any tensor is made of the data.
+# A message is a safetensors file. Its metadata has the organisation, the answered round, the numbers of tokens and
+# rows, and the base model.
+# Its header is checked against the server's expectation before any tensor is made of the data.
 
 
 FORMAT = "hfllm.federation.1"
@@ -209,7 +209,7 @@ def to_bytes(update: Update, compression: str = "none", round: int | None = None
 
     Args:
         compression: none, or int8 with a scale per row; see `ErrorFeedback`.
-        round: that was asked for; written where the update names none itself.
+        round: the requested round; written where the update names none itself.
 
     Raises:
         InputError: for another compression, and a change with NaN or infinite values.
@@ -237,16 +237,16 @@ def to_bytes(update: Update, compression: str = "none", round: int | None = None
 
 
 def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None = None) -> Update:
-    """Return the update that bytes hold, checked.
+    """Return the update from bytes, checked.
 
     Args:
-        data: what an organisation sent.
-        limit: most bytes that are read; `size_limit` gives one.
-        expected: the tensors that are averaged.
-        sender: the organisation that the transport received this from, which must be the one that it names.
+        data: an organisation's message.
+        limit: most bytes to read, such as from `size_limit`.
+        expected: the averaged tensors.
+        sender: the organisation known to the transport as sender; the message must name the same.
 
     Raises:
-        InputError: in one line that names the sender: too large, truncated, not safetensors, another round, other
+        InputError: in one line with the sender's name: too large, truncated, not safetensors, another round, other
             tensors, precision or base model, NaN.
     """
     whose = f"organisation {sender!r}" if sender is not None else "an organisation"
@@ -277,16 +277,16 @@ def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None =
 
 
 def read_update(path: Path, limit: int, expected: Expected, sender: str | None = None) -> Update:
-    """Return the update in a file, whose size is looked at first; see `from_bytes`."""
+    """Return the update in a file, after a check of its size; see `from_bytes`."""
     size = os.stat(path).st_size
     _check_size(size, limit, f"organisation {sender!r}" if sender is not None else str(path))
     with open(path, "rb") as file:
-        # What is written to the file meanwhile is not read either.
+        # Bytes added to the file meanwhile are not read either.
         return from_bytes(file.read(limit + 1), limit, expected, sender)
 
 
 def size_limit(expected: Expected, factor: float = 1.0) -> int:
-    """Return the most bytes that an honest update of these tensors has.
+    """Return the maximum size in bytes of an honest update of these tensors.
 
     Args:
         factor: above 1 where adapters of larger ranks are accepted.
@@ -296,15 +296,15 @@ def size_limit(expected: Expected, factor: float = 1.0) -> int:
 
 
 def weights_to_bytes(weights: Mapping[str, Tensor], **metadata: str) -> bytes:
-    """Return weights that a server sends, as bytes."""
+    """Return a server's weights as bytes."""
     return save({name: value.detach().cpu().contiguous() for name, value in weights.items()}, metadata or None)
 
 
 def weights_from_bytes(data: bytes) -> dict[str, Tensor]:
-    """Return the weights that a server sent.
+    """Return the weights sent by a server.
 
     Raises:
-        InputError: for bytes that are not safetensors.
+        InputError: for bytes other than safetensors.
     """
     try:
         return load(data)
@@ -318,7 +318,7 @@ def _check_size(size: int, limit: int, whose: str) -> None:
 
 
 def _header(data: bytes, most: int) -> tuple[dict[str, Any], dict[str, Form]]:
-    """Return metadata and forms of a safetensors message, of which only the header is read."""
+    """Return metadata and forms of a safetensors message, reading only the header."""
     if len(data) < 8:
         raise ValueError(f"{len(data)} bytes are too few")
     length = int.from_bytes(data[:8], "little")
@@ -365,9 +365,9 @@ def _one_line(error: Exception) -> str:
 #
 # Changes in 8 bits on the wire: one scale per row, and error feedback at the organisation.
 #
-# Each row of a tensor (its first axis; a vector is one row) is divided by its largest magnitude over 127 and rounded,
-# so that a value is off by half a step at most. An organisation keeps what rounding took and adds it to its next
-# change (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847), so that errors do not add up over rounds.
+# Every row of a tensor (its first axis; a vector is one row) is divided by its largest magnitude over 127 and rounded,
+# so the error of a value is half a step at most. An organisation keeps the rounding errors and adds them to its next
+# change (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847), so errors do not add up over rounds.
 
 
 KINDS = ("none", "int8")
@@ -376,11 +376,11 @@ STEPS = 127
 
 
 def quantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return int8 values and float32 scales, under each name with `.int8` and `.scale`."""
+    """Return int8 values and float32 scales, under every name with `.int8` and `.scale`."""
     packed = {}
     for name, tensor in tensors.items():
         rows = _rows(tensor).float()
-        # A row so small that its scale would not be a normal number is sent as zeros.
+        # A row too small for a normal number as scale is sent as zeros.
         scales = rows.abs().amax(1, keepdim=True) / STEPS if rows.numel() else rows.new_zeros(len(rows), 1)
         scales = torch.where(scales < torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
         packed[name + VALUES] = (rows / scales).round().clamp(-STEPS, STEPS).to(torch.int8).reshape(tensor.shape)
@@ -389,7 +389,7 @@ def quantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dequantize(packed: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return the tensors that `quantize` was given, rounded, in these precisions."""
+    """Return the input tensors of `quantize`, rounded, in these precisions."""
     tensors = {}
     for name, dtype in dtypes.items():
         values, scales = packed[name + VALUES], packed[name + SCALES]
@@ -398,7 +398,7 @@ def dequantize(packed: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) 
 
 
 def quantized_forms(forms: Mapping[str, Form]) -> dict[str, Form]:
-    """Return shapes and precisions of what `quantize` makes of tensors of these."""
+    """Return shapes and precisions of the output of `quantize` for tensors of these."""
     packed = {}
     for name, form in forms.items():
         packed[name + VALUES] = Form(form.shape, torch.int8)
@@ -407,7 +407,7 @@ def quantized_forms(forms: Mapping[str, Form]) -> dict[str, Form]:
 
 
 class ErrorFeedback:
-    """What rounding took from the changes of one organisation, which keeps it from round to round.
+    """Rounding errors in the changes of one organisation, kept there from round to round.
 
     `residual` is plain tensors: save it with the organisation's other state, and set it to resume.
     """
@@ -416,10 +416,10 @@ class ErrorFeedback:
         self.residual = dict(residual or {})
 
     def corrected(self, update: Update) -> Update:
-        """Return the update with what earlier rounds lost, and keep what int8 loses of that.
+        """Return the update plus the losses of earlier rounds, and keep the loss of int8 in the sum.
 
         Raises:
-            InputError: when the tensors are not those of the round before.
+            InputError: when the tensors differ from the tensors of the round before.
         """
         if self.residual and self.residual.keys() != update.tensors.keys():
             raise InputError(f"organisation {update.organisation!r}: its kept rounding errors are of other tensors")

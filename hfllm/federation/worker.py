@@ -1,7 +1,7 @@
 """The process of one organisation: `python -m hfllm.federation.worker`, started by `transports.SeveralProcesses`.
 
-It reads a line of JSON that says who it is, then one per round, and answers each round with a line that gives the
-reason why it failed, or none. What learners print, and the traceback of what they raise, goes to its log. When the
+It reads a line of JSON with its name and settings, then one line per round, and answers every round with a line with
+the reason of a failure, or none. The output of learners, and the traceback of their errors, go to its log. When the
 server closes the pipe, or is killed, it ends at once, whatever it does.
 """
 
@@ -20,7 +20,7 @@ from hfllm.errors import InputError
 
 
 def learner_of(name: str, organisation: str, settings: Mapping[str, Any]) -> "Any":
-    """Return the learner that `module:function` makes for an organisation.
+    """Return the learner made by `module:function` for an organisation.
 
     Raises:
         InputError: when there is no such function.
@@ -58,7 +58,7 @@ def main() -> None:
             reason = str(error) or type(error).__name__
         except Exception as error:
             traceback.print_exc()
-            # In what state it was left, nobody knows: the next round makes another.
+            # Its state is unknown: the next round makes another.
             learner = None
             reason = failed_by(error, about["organisation"], about["log"])
         answers.write(json.dumps({"reason": reason}) + "\n")
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _read(lines: "SimpleQueue[str]") -> None:
-    """Hand lines on; without a server nobody waits for what is trained, and the next server may train the same."""
+    """Hand lines on; without a server nobody waits for a training result, and the next server may train the same."""
     for line in sys.stdin:
         lines.put(line)
     os._exit(0)

@@ -6,7 +6,7 @@ __all__ = ["fast_generate"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on demand, so that the formulas need no model code.
+    # Imported on demand: the formulas need no model code.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hfllm.generation.packed.fast import fast_generate

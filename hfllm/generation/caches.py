@@ -1,6 +1,6 @@
-"""Key-value caches: attention sinks, memory across segments, and the bytes and speed of each kind for a model.
+"""Key-value caches: attention sinks, memory across segments, and the bytes and speed of all kinds for a model.
 
-Speculative decoding has its own cache (`hfllm.generation.packed.model`), which is measured too.
+Speculative decoding has its own cache (`hfllm.generation.packed.model`), measured too.
 """
 
 import inspect
@@ -42,9 +42,9 @@ def make_cache(model: "PreTrainedModel", kind: str, max_length: int) -> Cache:
 
     Args:
         model: a causal language model.
-        kind: `"dynamic"` grows with the text; `"static"` has full size at once, to compile; `"sliding"` keeps what
-            is in the model's window; `"fp8"` and `"int4"` store fewer bits; `"offloaded"` keeps all layers but one
-            in the machine's memory.
+        kind: `"dynamic"` grows with the text; `"static"` has full size at once, to compile; `"sliding"` keeps the
+            model's window; `"fp8"` and `"int4"` store fewer bits; `"offloaded"` keeps all layers but one in the
+            machine's memory.
         max_length: longest sequence, in tokens; only for the static cache.
 
     Raises:
@@ -120,7 +120,7 @@ def measure_caches(
     kinds: Sequence[str] = KINDS,
     rounds: int = 3,
 ) -> list[dict[str, str | float]]:
-    """Decode greedily with each cache, and compare them.
+    """Decode greedily with all caches, and compare them.
 
     Args:
         batch: left-padded `input_ids` and `attention_mask` (B, S).
@@ -128,8 +128,8 @@ def measure_caches(
 
     Returns:
         One row per kind: `cache`, `tokens_per_second`, `bytes_per_token` (held at the end, per token seen),
-        `predicted_bytes_per_token` by the plain formula, `same_tokens` (the share that the dynamic cache also
-        generates), and `note`: the reason if it could not be measured.
+        `predicted_bytes_per_token` by the plain formula, `same_tokens` (the share of tokens also generated with the
+        dynamic cache), and `note`: the reason if it could not be measured.
     """
     rows, runs, outputs, caches = [], {}, {}, {}
     length = batch["input_ids"].shape[1] + max_new_tokens
@@ -167,7 +167,7 @@ def _decoding(
     outputs: dict[str, torch.Tensor],
     caches: dict[str, Cache],
 ) -> Callable[[], None]:
-    """Return a function that decodes once with a new cache, and keeps tokens and cache."""
+    """Return a function to decode once with a new cache, and keep tokens and cache."""
 
     def decode() -> None:
         cache = make_cache(model, kind, length)
@@ -183,19 +183,19 @@ def _decoding(
 # A cache for endless streams: the first tokens and the last ones (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453).
 #
 # A model that reads on and on with only its last tokens in the cache breaks down as soon as the first ones have left
-# it: attention that has nothing to look at goes to them. Kept, a few of them are enough.
+# it: attention without anything relevant goes to them. Kept, a few of them are enough.
 #
 #     cache = SinkCache(model, window_length=1024, num_sink_tokens=4)
 #     model.generate(**inputs, cache=cache, prefill_chunk_size=256, max_new_tokens=10_000)
 #
-# Positions are counted within the cache (section 3.2 there): the first tokens are turned to the places just before the
-# last ones, so that no distance is longer than the cache. Transformers had a cache of this name until 4.53.
+# Positions are counted within the cache (section 3.2 there): the first tokens are rotated to the positions just before
+# the last ones, so no distance is longer than the cache. Transformers had a cache of this name until 4.53.
 
 
-# Kinds of layers that hold keys and values; the state of others is of fixed size.
+# Kinds of layers with keys and values; the state of others is of fixed size.
 WITH_KEYS = ("full_attention", "sliding_attention")
 CHUNKED = "chunked_attention"
-# Rotary positions whose frequencies depend on the length so far, which here has no meaning.
+# Rotary positions with frequencies depending on the length so far, meaningless here.
 BY_LENGTH = ("dynamic", "longrope")
 Rotation = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -208,8 +208,8 @@ class SinkLayer(DynamicLayer):
         num_sink_tokens: first tokens that stay.
         rotate: turns keys by so many positions; `None` in a layer without positions.
         is_sliding: whether the layer has a window of its own.
-        latent_size: of the vectors that latent attention has in the place of keys; rotated keys are then in the place
-            of values. `None` for other attention.
+        latent_size: of latent attention's vectors in place of keys; rotated keys are then in the place of values.
+            `None` for other attention.
     """
 
     def __init__(
@@ -228,9 +228,9 @@ class SinkLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values that the new tokens attend to, (B, K, T, D), and keep the first and last ones.
+        """Return the keys and values for the new tokens' attention, (B, K, T, D), and keep the first and last ones.
 
-        Tokens of one piece also attend to those before them in it, however many these are.
+        Tokens of one piece also attend to all earlier tokens in it, regardless of their number.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -277,7 +277,7 @@ class SinkLayer(DynamicLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Return that tokens cannot be undone: those that had to leave are gone."""
+        """Return that tokens cannot be undone: removed ones are gone."""
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -288,7 +288,7 @@ class SinkLayer(DynamicLayer):
 class SinkCache(Cache):
     """A cache of fixed size for a stream of any length, for any decoder with rotary positions or none at all.
 
-    Layers that learned with a window or chunks no longer than this one keep them as they are; linear attention keeps
+    Layers trained with a window or chunks no longer than this one keep them as they are; linear attention keeps
     its state. Give long prompts in pieces (`prefill_chunk_size` of `generate`), since a piece attends to all of
     itself, and without padding.
 
@@ -337,7 +337,7 @@ class Rotations:
     """How a model's layers turn keys by so many positions, by its own rotary embedding and function.
 
     Raises:
-        InputError: when that is not known.
+        InputError: when this is not known.
     """
 
     def __init__(self, model: "PreTrainedModel", config: "PreTrainedConfig"):
@@ -380,7 +380,7 @@ class Rotations:
             for old in [each for each in self.known if each[0] == kind]:
                 del self.known[old]
             indices = torch.tensor([[by]], device=keys.device)
-            # Not in the precision of the keys, which has none for such places.
+            # Not in the precision of the keys, too low for such positions.
             like = keys.new_empty(1, dtype=torch.float32)
             by_kind = {"layer_type": kind} if "layer_type" in inspect.signature(self.rotary.forward).parameters else {}
             result = self.rotary(like, indices, **by_kind)
@@ -393,11 +393,11 @@ class Rotations:
 
 # ---- memory ----
 #
-# Memory across segments: what a model has read of a long document before the piece that it reads now.
+# Memory across segments: a model's earlier pieces of a long document, for reading the current piece.
 #
 # A document is read piece by piece. Layers of attention keep the keys and values of the last tokens (Transformer-XL,
 # Dai et al. 2019, arXiv:1901.02860, section 3.2), layers of linear attention their state. No gradient goes back into
-# earlier pieces (the paper's stop-gradient), so that a step costs what its piece costs.
+# earlier pieces (the paper's stop-gradient), so a step costs as much as its piece.
 #
 #     memory = SegmentMemory(model, memory_length=256)
 #     for piece in document.split(256, dim=1):
@@ -405,7 +405,7 @@ class Rotations:
 #         loss.backward()
 
 
-# Layers that see no further than a number of tokens, which the config has under this name.
+# Layers with a limited view of a number of tokens, given in the config under this name.
 WINDOWS = {WITH_KEYS[1]: "sliding_window", CHUNKED: "attention_chunk_size"}
 
 
@@ -416,7 +416,7 @@ class MemoryLayer(SinkLayer):
         super().__init__(memory_length + 1, 0, None, is_sliding)
 
     def _kept(self, states: torch.Tensor) -> torch.Tensor:
-        # A slice that begins at the length itself, since one of the last 0 would hold all.
+        # A slice beginning at the length itself, since one of the last 0 would hold all.
         return states[:, :, max(0, states.shape[-2] - self.window_length + 1) :].detach()
 
 
@@ -448,13 +448,13 @@ class MemoryState(LinearAttentionLayer):
 
 
 class SegmentMemory(Cache):
-    """What earlier pieces of a document leave to the next, for training and for reading.
+    """The memory of a document's earlier pieces for the next, for training and for reading.
 
     Args:
-        model: a causal language model of layers of full, sliding, chunked or linear attention, whose positions
-            have no table that ends.
-        memory_length: tokens before a piece whose keys and values are kept; 0 for the states of linear attention
-            alone. A layer with a window or chunks keeps no more than these.
+        model: a causal language model of layers of full, sliding, chunked or linear attention, without a finite table
+            of positions.
+        memory_length: tokens before a piece whose keys and values are kept; 0 for only the states of linear attention.
+            A layer with a window or chunks keeps no more than these.
 
     Raises:
         InputError: for a negative length, no memory at all, or layers of other kinds.

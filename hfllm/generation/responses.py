@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 # ---- sampling ----
 
 
-# Fields of a generation config that choose no token, or that every call below sets itself.
+# Fields of a generation config without effect on tokens, or set by every call below itself.
 NO_OPTIONS = frozenset(("transformers_version", "bos_token_id", "decoder_start_token_id", "max_length"))
-# What was said of each model, so that it is said once.
+# Warnings given per model, to give them only once.
 _SAID: "WeakKeyDictionary[PreTrainedModel, set[str]]" = WeakKeyDictionary()
 
 
@@ -47,19 +47,19 @@ def sample_responses(
     tools: Sequence[Any] | None = None,
     temperature: float = 1.0,
 ) -> list[list[str]]:
-    """Sample responses of `model` to each prompt, by default at temperature 1, or decode greedily.
+    """Sample responses of `model` to every prompt, by default at temperature 1, or decode greedily.
 
-    They end at the tokenizer's end token, and at those of the model's generation config.
+    They end at the tokenizer's end token, and at the end tokens of the model's generation config.
 
     Args:
         prompts: text, or lists of messages for the tokenizer's chat template.
         num_return_sequences: responses per prompt.
         seed: seed of the sampling; the caller's random state is not changed.
-        only_ended: leave out the responses that `max_new_tokens` cut off.
+        only_ended: leave out responses truncated by `max_new_tokens`.
         fast: decode by `fast_generate`, prompts of like length together: other samples of the same distribution.
-            Where that cannot be, as for a model of another family, adapters, quantized weights, stop strings or a
+            Where this is impossible, as for a model of another family, adapters, quantized weights, stop strings or a
             penalty in its generation config, `generate` decodes, and on a CPU a warning says why, once per model.
-        tools: for each prompt those that the chat template shows with its messages.
+        tools: the tools per prompt, shown with its messages by the chat template.
         temperature: of the sampling; above 0.
 
     Returns:
@@ -87,10 +87,10 @@ def sample_with_ends(
     tools: Sequence[Any] | None = None,
     temperature: float = 1.0,
 ) -> list[list[Response]]:
-    """Sample responses as `sample_responses` does, and say which have ended.
+    """Sample responses as in `sample_responses`, with whether they have ended.
 
     Args:
-        stop_strings: texts that end a response too; it is returned without them and without what follows.
+        stop_strings: texts also ending a response; it is returned without them and the text after them.
 
     Returns:
         One list of `num_return_sequences` responses per prompt.
@@ -103,7 +103,7 @@ def sample_with_ends(
     was_training = model.training
     model.eval()
     ends = sorted(end_tokens(tokenizer, model))
-    # A model's own generation config may ask for beams, of which none is what was sampled, or greedy.
+    # A model's own generation config may ask for beams, neither sampled nor greedy.
     settings: dict[str, Any] = {"do_sample": do_sample, "num_beams": 1, "use_cache": True}
     settings |= {"max_new_tokens": max_new_tokens, "num_return_sequences": num_return_sequences}
     settings |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
@@ -136,7 +136,7 @@ def sample_with_ends(
 
 
 def _cut(text: str, has_ended: bool, stop_strings: Sequence[str]) -> Response:
-    """Return a response up to the first of the texts that end it."""
+    """Return a response up to its first stop text."""
     result = [index for index in map(text.find, stop_strings) if index >= 0]
     return Response(text[: min(result)], True) if result else Response(text, has_ended)
 
@@ -146,7 +146,7 @@ def _can_be_fast(model: "PreTrainedModel", settings: dict[str, Any], longest: in
     reason = _declined_reason(model, settings, longest)
     if reason is None:
         return True
-    # Elsewhere no model is decoded over packed weights, and nobody can change that.
+    # Elsewhere no model is decoded over packed weights, and nobody can change this.
     if model.device.type == "cpu" and reason not in _SAID.setdefault(model, set()):
         _SAID[model].add(reason)
         name = getattr(model, "name_or_path", "") or type(model).__name__
@@ -177,10 +177,10 @@ def _declined_reason(model: "PreTrainedModel", settings: dict[str, Any], longest
 
 
 def _own_options(config: "GenerationConfig", given: Collection[str]) -> dict[str, Any]:
-    """Return a model's own options of generation that could change what is sampled, besides those that a call gives.
+    """Return a model's own generation options that could change the samples, besides the options of a call.
 
-    They are those of transformers' own fields that are neither unset, nor off, nor at transformers' default: compared
-    with that, since a saved model's config holds more fields with each version.
+    They are transformers' own fields with a value neither unset, nor off, nor at transformers' default: compared with
+    the default, since a saved model's config holds more fields with every version.
     """
     from transformers import GenerationConfig
 
@@ -200,17 +200,17 @@ def _own_options(config: "GenerationConfig", given: Collection[str]) -> dict[str
 
 # ---- voting ----
 #
-# Several answers to a prompt, and the one to keep: that of the majority, or the best by a reward.
+# Several answers to a prompt, and the one to keep: the majority's, or the best by a reward.
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The response that was kept of several to one prompt.
+    """The kept response of several to one prompt.
 
     Args:
         response: its text, with its thoughts.
         answer: its final answer.
-        share: of the responses that have this answer, from 0 to 1.
+        share: of the responses with this answer, from 0 to 1.
         score: its reward, `None` where a majority decided.
     """
 
@@ -242,7 +242,7 @@ def majority_answers(
     extract: Callable[[str], str] = final_answer,
     **sampling: Any,
 ) -> list[Chosen]:
-    """Return for each prompt the answer that most of `n` sampled responses come to, whatever their thoughts.
+    """Return for each prompt the most frequent answer of `n` sampled responses, regardless of their thoughts.
 
     Self-consistency (Wang et al. 2023, arXiv:2203.11171): thoughts differ, and right ones agree in the answer.
 
@@ -264,14 +264,14 @@ def majority_answers(
 def best_by_reward(
     prompts: Sequence[str | list], responses: Sequence[Sequence[str | list]], reward: Callable[..., Sequence[float]]
 ) -> list[tuple[int, float]]:
-    """Return for each prompt which of its responses a reward scores highest, and its score; of equal ones the first.
+    """Return the index of each prompt's response with the highest reward, and its score; of equal ones the first.
 
     Args:
         responses: at least one per prompt, texts or messages; the reward gets texts in the form of their prompt.
-        reward: see `best_answers`; it is called once for each prompt.
+        reward: see `best_answers`; it is called once per prompt.
 
     Raises:
-        InputError: for a score that is NaN, or another number of scores.
+        InputError: for a NaN score, or another number of scores.
     """
     best = []
     for prompt, texts in zip(prompts, responses, strict=True):
@@ -297,14 +297,14 @@ def best_answers(
     extract: Callable[[str], str] = final_answer,
     **sampling: Any,
 ) -> list[Chosen]:
-    """Return for each prompt the one of `n` sampled responses that a reward scores highest (best of n).
+    """Return for each prompt the one of `n` sampled responses with the highest reward (best of n).
 
     Args:
         reward: `(prompts, completions) -> numbers`, such as a `RewardModel`.
         extract, sampling: see `majority_answers`.
 
     Raises:
-        InputError: for fewer than one response, or what `best_by_reward` refuses.
+        InputError: for fewer than one response, or input refused by `best_by_reward`.
     """
     sampled = _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling)
     chosen = []

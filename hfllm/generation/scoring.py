@@ -1,11 +1,11 @@
-"""Log-likelihoods of continuations and rewards of rows, with what they share computed once.
+"""Log-likelihoods of continuations and rewards of rows, with shared parts computed once.
 
 The choices of a question share all of its text, and the questions of a file often share worked examples. A model's
-key-value cache holds what it has read, so that only the choices themselves are read again. The numbers are those of
-reading each text whole, to rounding, and do not depend on how many rows a pass has: passes never mix questions, and
-rows are padded on the right, which no token before sees.
+key-value cache holds the text read so far, so only the choices themselves are read again. The numbers equal the
+results of reading whole texts, to rounding, and do not depend on the number of rows in a pass: passes never mix
+questions, and rows are padded on the right, invisible to earlier tokens.
 
-`Scorer` compares the choices of a question, for suites; `score_answers` scores answers that were written.
+`Scorer` compares the choices of a question, for suites; `score_answers` scores written answers.
 """
 
 import copy
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 # A pass of its own for fewer tokens costs more than it saves.
 FEWEST_SHARED = 8
-# How far log-probabilities read in two parts may be from those read whole, in nats, before they are read whole.
+# How far log-probabilities read in two parts may differ from a reading of the whole, in nats, before the whole is
+# read.
 SAME, SAME_ROUNDED = 1e-3, 0.1
 NOT_NUMBERS = "the model's logits are not numbers; its weights may be damaged, or overflow"
 
 
 class Pair(NamedTuple):
-    """Token ids of a text and of what continues it."""
+    """Token ids of a text and of its continuation."""
 
     context: list[int]
     continuation: list[int]
@@ -54,7 +55,7 @@ class Likelihood(NamedTuple):
     Args:
         logprob: natural logarithm of its probability, all tokens together.
         num_tokens: how many they are.
-        is_greedy: whether each of them is the most likely one.
+        is_greedy: whether all of them are the most likely ones.
     """
 
     logprob: float
@@ -65,11 +66,11 @@ class Likelihood(NamedTuple):
 def encode_pair(tokenizer: "PreTrainedTokenizerBase", context: str, continuation: str) -> Pair:
     """Return the tokens of a text and its continuation, cut where lm-evaluation-harness cuts.
 
-    White space at the end of the context belongs to the continuation, and the continuation's tokens are those that
-    the whole text has beyond the number of the context's.
+    White space at the end of the context belongs to the continuation, and the continuation's tokens are the tokens of
+    the whole text beyond the number of the context's.
 
     Raises:
-        InputError: for a continuation without a token, or no context and no token that begins a text.
+        InputError: for a continuation without a token, or no context and no beginning-of-text token.
     """
     trimmed = context.rstrip()
     whole = list(tokenizer(context + continuation)["input_ids"])
@@ -119,16 +120,16 @@ class Scorer:
     def score(
         self, items: Sequence[Sequence[Pair]], shared: Sequence[int] = (), names: Sequence[str] | None = None
     ) -> Iterator[list[Likelihood] | None]:
-        """Yield of each item the likelihoods of its continuations; `None` for one that does not fit the context.
+        """Yield for each item the likelihoods of its continuations; `None` for one too long for the context.
 
         Args:
-            items: of each its pairs, most useful where their contexts are the same.
-            shared: tokens that all contexts begin with, such as those of worked examples; read once, and not again
-                by the next call with the same. An item that begins otherwise is read by itself.
+            items: the pairs of each, most useful where their contexts are the same.
+            shared: common first tokens of all contexts, such as of worked examples; read once, and not again by the
+                next call with the same. An item with another beginning is read by itself.
             names: of the items, for errors.
 
         Raises:
-            InputError: for logits that are not numbers, naming the item.
+            InputError: for NaN logits, naming the item.
         """
         longest = max_length_of(self.model.config)
         for index, pairs in enumerate(items):
@@ -157,7 +158,7 @@ class Scorer:
         return [result[row] for row in range(len(pairs))]
 
     def _rotation(self, length: int) -> int:
-        """Return which rotary factors a text of so many tokens has: a cache serves only texts that have the same."""
+        """Return the kind of rotary factors for a text of so many tokens: a cache serves only texts of one kind."""
         return sum(length > limit for limit in self._limits)
 
     def _read_common(
@@ -183,7 +184,7 @@ class Scorer:
         return self._shared[1]
 
     def _read(self, tokens: list[int], cache: "Cache | None") -> "Cache":
-        """Return a cache of these tokens after those of another, which stays as it is."""
+        """Return a cache of these tokens after another cache's, which stays unchanged."""
         import torch
 
         before = {} if cache is None else {self._cache_name: copy_of(cache)}
@@ -218,7 +219,7 @@ class Scorer:
         ]
 
     def _reads_in_parts(self) -> bool:
-        """Return whether two parts of a text give what the whole gives."""
+        """Return whether two parts of a text give the same result as the whole."""
         import torch
 
         size = min(self.model.config.get_text_config(decoder=True).vocab_size, 1000)
@@ -243,7 +244,7 @@ def _likelihood(logits: "torch.Tensor", continuation: Sequence[int], name: str) 
     """Return the likelihood of a continuation.
 
     Args:
-        logits: from the one that predicts its first token, (at least its length, vocabulary).
+        logits: from the prediction of its first token on, (at least its length, vocabulary).
     """
     import torch
 
@@ -253,7 +254,7 @@ def _likelihood(logits: "torch.Tensor", continuation: Sequence[int], name: str) 
     if bool(logprobs.isnan().any()):
         raise InputError(f"{name}: {NOT_NUMBERS}")
     is_greedy = bool((numbers.argmax(-1) == chosen).all())
-    # Summed in 64 bits, which Apple's GPUs do not have.
+    # Summed in 64 bits, unsupported by Apple's GPUs.
     return Likelihood(float(sum(logprobs.tolist())), len(continuation), is_greedy)
 
 
@@ -265,7 +266,7 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
 
 
 def copy_of(cache: "Cache") -> "Cache":
-    """Return a cache that can grow without changing another; the tensors of layers that only grow are shared."""
+    """Return a cache able to grow without changing another; the tensors of append-only layers are shared."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     grows = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -278,14 +279,14 @@ def copy_of(cache: "Cache") -> "Cache":
 
 # ---- passes ----
 #
-# Passes without gradients over sequences of different lengths: which share one, in which precision, and replies.
+# Passes without gradients over sequences of different lengths: their grouping, their precision, and replies.
 
 
 def batches_of_like_length(model: "PreTrainedModel", lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Yield rows of similar length: on a CPU one more short pass costs less than padding.
 
     Args:
-        lengths: tokens of each row.
+        lengths: tokens of the rows.
         batch_size: most rows in one pass; a device's memory may allow fewer.
     """
     most_padding = 8 if model.device.type == "cpu" else 256
@@ -311,7 +312,7 @@ def pass_precision(model: "PreTrainedModel") -> "AbstractContextManager":
 
 @contextmanager
 def evaluating(model: "PreTrainedModel") -> Iterator[None]:
-    """Put a model into evaluation mode, and back: it may be one that is being trained."""
+    """Put a model into evaluation mode, and back: it may be in training."""
     was_training = model.training
     model.eval()
     try:
@@ -328,11 +329,11 @@ def reply_log_odds(
     second: int,
     batch_size: int,
 ) -> list[float]:
-    """Return log P(first) - log P(second) of the token after each question, in nats.
+    """Return log P(first) - log P(second) of the token after every question, in nats.
 
     Args:
         questions: token ids, up to where the two replies differ.
-        first, second: the tokens in which they differ, see `hfllm.rewards.judges.letter_tokens`.
+        first, second: their different tokens, see `hfllm.rewards.judges.letter_tokens`.
         batch_size: questions in one pass.
     """
     import torch
@@ -360,7 +361,7 @@ def reply_log_odds(
 
 # ---- positions ----
 #
-# How well a model predicts text at each distance from its beginning: what it makes of a long context.
+# How well a model predicts text at every distance from its beginning: its use of a long context.
 
 
 # Tokens of one forward pass, whose logits are in memory at once.
@@ -370,13 +371,13 @@ BATCH_TOKENS = 4096
 def nats_by_position(
     model: "PreTrainedModel", rows: Sequence[Sequence[int]], window: int | None = None, kept: int = 0
 ) -> "torch.Tensor":
-    """Return minus the log-probability of each token but the first, (rows, length - 1), in nats.
+    """Return minus the log-probability of all tokens but the first, (rows, length - 1), in nats.
 
     Args:
         rows: tokens, all rows of the same length.
-        window: the most tokens that are read at once, at least 2; a token then has between half as many and as many
-            before it, where there are any. `None` reads whole rows.
-        kept: first tokens of a row with which each of its windows begins, such as a token that begins texts.
+        window: the most tokens read at once, at least 2; a token then has between half as many and as many before it,
+            where there are any. `None` reads whole rows.
+        kept: first tokens of a row repeated at the beginning of all its windows, such as a beginning-of-text token.
     """
     import torch
     from tqdm import tqdm
@@ -396,7 +397,7 @@ def nats_by_position(
 
 
 def _windows(length: int, window: int) -> list[tuple[int, int, int]]:
-    """Return the windows' first and last places, and the place of the first token that none before has predicted."""
+    """Return the windows' first and last positions, and the position of the first token not predicted before."""
     indices, new = [(0, window, 0)], window
     while new < length:
         end = min(new + window // 2, length)
@@ -414,13 +415,13 @@ def _nats(model: "PreTrainedModel", ids: "torch.Tensor") -> "torch.Tensor":
 
 
 def bytes_of(rows: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase", first: int, last: int) -> list[int]:
-    """Return the UTF-8 bytes of the tokens from `first` to before `last` of each row, special ones left out."""
+    """Return the UTF-8 bytes of the tokens from `first` to before `last` of all rows, special ones left out."""
     texts = tokenizer.batch_decode([list(row[first:last]) for row in rows], skip_special_tokens=True)
     return [max(1, len(text.encode())) for text in texts]
 
 
 def edges_of(original: int, length: int) -> list[int]:
-    """Return the borders of the ranges that figures are given for: they double, and `original` is one of them."""
+    """Return the borders of the figures' ranges: they double, and `original` is one of them."""
     edges, index = [length], original
     while index < length:
         edges.append(index)
@@ -432,7 +433,7 @@ def edges_of(original: int, length: int) -> list[int]:
 def bits_by_range(
     nats: "torch.Tensor", rows: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase", first: int, last: int
 ) -> list[float]:
-    """Return the bits per byte of each row's tokens from `first` (at least 1) to before `last`.
+    """Return the bits per byte of the rows' tokens from `first` (at least 1) to before `last`.
 
     Args:
         nats: (rows, length - 1), of `nats_by_position`.
@@ -451,7 +452,7 @@ NOT_FINITE = "the model's logits are not finite: its weights may be damaged, or 
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """A text and the log-probability of each of its tokens.
+    """A text and the log-probabilities of its tokens.
 
     Args:
         text: without special tokens.
@@ -482,11 +483,11 @@ def prompt_tokens(
     prompts: Sequence[Prompt],
     max_new_tokens: int = 0,
 ) -> list[list[int]]:
-    """Return the token ids of each prompt.
+    """Return the token ids of the prompts.
 
     Raises:
         InputError: for a prompt without tokens, or without room for `max_new_tokens` more in the model's context, and
-            for a tokenizer with tokens that the model has no embeddings for.
+            for a tokenizer with tokens without embeddings in the model.
     """
     check_vocabulary(model, tokenizer)
     if isinstance(prompts, str):
@@ -523,16 +524,16 @@ def score_answers(
     answers: Sequence[str | ScoredAnswer],
     batch_size: int = 16,
 ) -> list[ScoredAnswer]:
-    """Score each answer after its prompt by a model, such as another member of an ensemble, in one pass.
+    """Score answers after their prompts by a model, such as another member of an ensemble, in one pass.
 
     Args:
-        answers: texts, which end as a turn does; or scored answers, whose `token_ids` are taken as they are. Those
+        answers: texts, ending as a turn does; or scored answers, with their `token_ids` used unchanged. Scored answers
             need a model with the same tokenizer, texts do not.
         batch_size: answers in one pass.
 
     Raises:
-        InputError: for an answer or a prompt without tokens, one longer than the model's context, and logits that are
-            not finite.
+        InputError: for an answer or a prompt without tokens, one longer than the model's context, and non-finite
+            logits.
     """
     import torch
 
@@ -570,9 +571,9 @@ def _answer_tokens(tokenizer: "PreTrainedTokenizerBase", answer: str | ScoredAns
 def _teacher_forced(
     model: "PreTrainedModel", before: Sequence[list[int]], after: Sequence[list[int]]
 ) -> list[list[float]]:
-    """Return the log-probabilities of the tokens after each prompt.
+    """Return the log-probabilities of the tokens after the prompts.
 
-    Rows are padded on the right, which no token before sees.
+    Rows are padded on the right, invisible to earlier tokens.
     """
     import torch
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # ---- finding spans ----
 
 
-# First and last tokens of a window that are tried with each other.
+# Number of first and last tokens of a window tried together.
 NUM_BEST = 20
 
 
@@ -32,14 +32,14 @@ def answer_spans(
     may_be_none: bool = True,
     batch_size: int = 16,
 ) -> list[str]:
-    """Return the answer to each question as it stands in its context, nothing where there is none.
+    """Return the answers to the questions as they stand in their contexts, nothing where there is none.
 
     Args:
         model: with a head for spans, such as `HfllmForQuestionAnswering`.
         tokenizer: a fast one.
-        contexts: one for each question; long ones are read in windows.
+        contexts: one per question; long ones are read in windows.
         max_length: tokens of a window with its question.
-        stride: tokens that two neighboring windows share.
+        stride: shared tokens of two neighboring windows.
         max_answer_length: in tokens.
         may_be_none: whether there may be no answer in a context.
         batch_size: windows in one pass.
@@ -85,7 +85,7 @@ def best_spans(
     Args:
         rows: with `context`.
         windows: of all rows.
-        starts, ends: scores of each window's tokens, in logits, which may go on after its end.
+        starts, ends: scores of the windows' tokens, in logits, possibly longer than a window.
         max_answer_length: in tokens.
         may_be_none: whether there may be no answer; else the best span is always said.
     """
@@ -117,10 +117,10 @@ def _best_of(window: Window, starts: numpy.ndarray, ends: numpy.ndarray, most: i
 
 # ---- spans ----
 #
-# Answers that are spans of a text, scored as SQuAD's are.
+# Answers as spans of a text, scored as in SQuAD.
 #
 # Exact match and F1 compare lower-cased words without punctuation and without the articles a, an and the, with the
-# gold answer that fits best (Rajpurkar et al. 2016, arXiv:1606.05250, section 6). Of a question without an answer both
+# best-fitting gold answer (Rajpurkar et al. 2016, arXiv:1606.05250, section 6). Of a question without an answer both
 # are 1 where nothing is said (Rajpurkar et al. 2018, arXiv:1806.03822).
 
 
@@ -128,13 +128,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalized(text: str) -> list[str]:
-    """Return the words that SQuAD's script compares."""
+    """Return the words compared by SQuAD's script."""
     without_marks = text.lower().translate(_PUNCTUATION)
     return re.sub(r"\b(a|an|the)\b", " ", without_marks).split()
 
 
 def exact_and_f1(said: str, golds: Sequence[str]) -> tuple[float, float]:
-    """Return exact match and F1 of an answer against the gold one that fits best; none stands for no answer."""
+    """Return exact match and F1 of an answer against the best-fitting gold one; none stands for no answer."""
     pairs = [_exact_and_f1(normalized(said), normalized(gold)) for gold in golds or [""]]
     return max(exact for exact, _ in pairs), max(f1 for _, f1 in pairs)
 

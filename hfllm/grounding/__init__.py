@@ -1,1 +1,1 @@
-"""What a model knows: passages that it is given, how sure it is, and whether its claims hold."""
+"""A model's knowledge: passages given to it, how sure it is, and whether its claims hold."""

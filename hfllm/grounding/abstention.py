@@ -1,4 +1,4 @@
-"""Abstain above a threshold of uncertainty, chosen so that a stated share of errors holds (conformal)."""
+"""Abstain above a threshold of uncertainty, chosen to keep a stated share of errors (conformal)."""
 
 import json
 import math
@@ -35,14 +35,14 @@ class Abstainer:
     """Answers where the uncertainty is below a threshold.
 
     Args:
-        threshold: of the same measure of the same model that it was found with; `-inf` never answers, `inf` always.
-        guarantee: what holds for new prompts, in words.
-        rows: how many calibration rows it was found with.
+        threshold: of the same measure of the same model as in calibration; `-inf` never answers, `inf` always.
+        guarantee: the promise for new prompts, in words.
+        rows: its number of calibration rows.
         measure: name of the uncertainty, for readers.
         alpha, delta: see `control_risk` and `learn_then_test`.
 
     Raises:
-        InputError: for a threshold that is no number, and other values of a type or size that they cannot have.
+        InputError: for a threshold other than a number, and other values of an invalid type or size.
     """
 
     threshold: float
@@ -66,15 +66,15 @@ class Abstainer:
                 raise InputError(f"{name} must lie between 0 and 1, got {value!r:.40}")
 
     def answers(self, uncertainty: Sequence[float]) -> np.ndarray:
-        """Return for each row whether it is answered, (N,) bool.
+        """Return per row whether it is answered, (N,) bool.
 
         Raises:
-            InputError: for an uncertainty that is NaN.
+            InputError: for a NaN uncertainty.
         """
         return as_numbers(uncertainty, "uncertainty") < self.threshold if len(uncertainty) else np.zeros(0, bool)
 
     def apply(self, answers: Sequence[str], uncertainty: Sequence[float]) -> list[str]:
-        """Return the answers that are sure enough, and `UNKNOWN` in place of the others."""
+        """Return the sure enough answers, and `UNKNOWN` in place of the others."""
         if len(answers) != len(uncertainty):
             raise InputError(f"there are {len(answers)} answers and {len(uncertainty)} uncertainties")
         is_given = self.answers(uncertainty).tolist()
@@ -87,7 +87,7 @@ class Abstainer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Abstainer":
-        """Read what `save` wrote."""
+        """Read a file of `save`."""
         try:
             read = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -109,15 +109,14 @@ class Abstainer:
 
 # ---- conformal ----
 #
-# When to abstain, so that a stated share of errors is kept: by conformal risk control, or by learn-then-test.
+# When to abstain, to keep a stated share of errors: by conformal risk control, or by learn-then-test.
 #
-# Both find a threshold of the uncertainty from calibration rows whose answers were judged; an answer is given where
+# Both find a threshold of the uncertainty from calibration rows with judged answers; an answer is given where
 # its uncertainty is below it. They promise different things:
 #
 # - `control_risk`: the risk of an answer that is **given and wrong**, over all prompts, is at most alpha **on
-#   average** over calibration sets. Abstaining from everything has risk 0. An answer among those given may be wrong
-#   more often.
-# - `learn_then_test`: the share of wrong answers **among those given** is at most alpha **with probability
+#   average** over calibration sets. Abstaining from everything has risk 0. A given answer may be wrong more often.
+# - `learn_then_test`: the share of wrong answers **among the given ones** is at most alpha **with probability
 #   1 - delta** over calibration sets. This risk need not fall with the threshold, so that the first method does not
 #   apply to it.
 #
@@ -129,7 +128,7 @@ CORRECTIONS = ("fixed_sequence", "bonferroni")
 P_VALUES = ("hoeffding_bentkus", "binomial")
 # Without thresholds of the user's, this share of the rows places them and is not tested.
 PLACING = 1 / 5
-# Thresholds begin where this many times the fewest rows that can pass are answered.
+# Thresholds begin where this many times the fewest passing rows are answered.
 ROOM = 2
 
 
@@ -139,7 +138,7 @@ def rows_needed(alpha: float) -> int:
     Without a single wrong answer the bound is 1 / (n + 1).
 
     Raises:
-        InputError: for an alpha that is not between 0 and 1.
+        InputError: for an alpha not between 0 and 1.
     """
     check_share(alpha, "alpha")
     # One less than by exact numbers, since 1 / (n + 1) may round to alpha.
@@ -150,13 +149,13 @@ def rows_needed(alpha: float) -> int:
 
 
 def rows_needed_to_test(alpha: float, delta: float, tests: int = 1) -> int:
-    """Return the fewest answered rows, none of them wrong, that reject at level `delta / tests`.
+    """Return the fewest answered rows, none of them wrong, for rejection at level `delta / tests`.
 
-    This is the number that `learn_then_test` tests; where it places the thresholds itself, 1/`1 - PLACING` times as
+    This is the number tested by `learn_then_test`; where it places the thresholds itself, 1/`1 - PLACING` times as
     many rows are needed in all.
 
     Raises:
-        InputError: for an alpha or delta that is not between 0 and 1.
+        InputError: for an alpha or delta not between 0 and 1.
     """
     check_share(alpha, "alpha")
     check_share(delta, "delta")
@@ -165,7 +164,7 @@ def rows_needed_to_test(alpha: float, delta: float, tests: int = 1) -> int:
     level = delta / tests
     rows = max(math.floor(math.log(level) / math.log1p(-alpha)) - 1, 1)
     while binomial_p(0, rows, alpha) > level:
-        # By more where doubles tell no neighbors apart.
+        # By more where doubles do not distinguish neighbors.
         rows += 1 + (rows >> 52)
     return rows
 
@@ -185,14 +184,15 @@ def conformal_quantile(scores: Sequence[float], alpha: float) -> float:
 
 
 def control_risk(uncertainty: Sequence[float], wrong: Sequence[bool], alpha: float, measure: str = "") -> Abstainer:
-    """Return the abstainer that answers most while wrong answers that are given stay below a share of all prompts.
+    """Return the abstainer with the most answers while given wrong answers stay below a share of all prompts.
 
     The loss of a prompt is 1 where its answer is given and wrong, and 0 else. It can only grow with the threshold, so
-    that conformal risk control applies (Angelopoulos et al. 2022, arXiv:2208.02814, theorem 1, with B = 1): of all
-    thresholds up to which (n / (n + 1)) R + 1 / (n + 1) <= alpha, where R is the mean loss of the n rows, the largest.
+    that conformal risk control applies (Angelopoulos et al. 2022, arXiv:2208.02814, theorem 1, with B = 1): the
+    largest of all thresholds up to which (n / (n + 1)) R + 1 / (n + 1) <= alpha, where R is the mean loss of the n
+    rows.
 
     **Guarantee**: for a new prompt P(given and wrong) <= alpha, in expectation over the calibration rows and the
-    prompt. It is no bound on the share of wrong answers among those given, nor one for every calibration set.
+    prompt. It is no bound on the share of wrong answers among the given ones, nor one for every calibration set.
 
     Args:
         uncertainty: one number per calibration row, larger for less sure.
@@ -209,7 +209,7 @@ def control_risk(uncertainty: Sequence[float], wrong: Sequence[bool], alpha: flo
     values, group = np.unique(numbers, return_inverse=True)
     wrong_up_to = np.cumsum(np.bincount(group, labels, minlength=len(values)))
     too_many = (wrong_up_to + 1) / (rows + 1) > alpha
-    # Answered is what lies below the first value that is too much; if none is, everything.
+    # Rows below the first value above the limit are answered; without such a value, all rows.
     threshold = float(values[too_many.argmax()]) if too_many.any() else math.inf
     guarantee = f"P(answered and wrong) <= {alpha:g} in expectation, for prompts like the {rows} calibration rows"
     return Abstainer(threshold, guarantee, rows, measure, alpha)
@@ -252,12 +252,12 @@ def learn_then_test(
     seed: int = 0,
     measure: str = "",
 ) -> Abstainer:
-    """Return the abstainer that answers most while wrong answers stay below a share of those given.
+    """Return the abstainer with the most answers while wrong answers stay below a share of the given ones.
 
     Learn-then-test (Angelopoulos et al. 2021, arXiv:2110.01052): each threshold is a hypothesis "more than alpha of
-    the answers given are wrong", tested on the rows that it answers. Kept is the largest threshold that is rejected:
-    in fixed order from the surest on until the first that is not (`fixed_sequence`), or each at delta over their
-    number (`bonferroni`).
+    the answers given are wrong", tested on its answered rows. The largest rejected threshold is kept: in fixed order
+    from the surest on until the first non-rejection (`fixed_sequence`), or each at delta over their number
+    (`bonferroni`).
 
     **Guarantee**: P(wrong | given) <= alpha with probability at least 1 - delta over the calibration rows, if these
     are independent. Where nothing is rejected the abstainer never answers.
@@ -271,7 +271,7 @@ def learn_then_test(
         p_value: one of `P_VALUES`; the binomial one is exact here and answers a little more.
 
     Raises:
-        InputError: for NaN, a bad argument, and too few rows, with the number that is needed.
+        InputError: for NaN, a bad argument, and too few rows, with the necessary number.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
     if correction not in CORRECTIONS or p_value not in P_VALUES:
@@ -312,7 +312,7 @@ def over_splits(
     splits: int = 200,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return what a method does on random halves: found on one, counted on the other, and the reverse.
+    """Return a method's results on random halves: found on one, counted on the other, and the reverse.
 
     Args:
         fit: `(uncertainty, wrong) -> Abstainer`, such as `partial(control_risk, alpha=0.05)`.
@@ -320,8 +320,8 @@ def over_splits(
 
     Returns:
         `risk` (given and wrong, share of all) and `coverage` (share given), with `_se`; `selective_risk`, the share of
-        wrong answers among those given, over the splits that give any; for learn-then-test `exceeded`, the share of
-        splits whose selective risk is above alpha, which has the chance of the second half in it.
+        wrong answers among the given ones, over the splits with any; for learn-then-test `exceeded`, the share of
+        splits with a selective risk above alpha, including the chance of the second half.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
     if splits < 2 or len(numbers) < 2:
@@ -329,7 +329,7 @@ def over_splits(
     rng, half, order = np.random.default_rng(seed), len(numbers) // 2, np.arange(len(numbers))
     risks, coverages, among, exceeded = [], [], [], []
     for split in range(splits):
-        # Each split in both directions: what one half has too many of, the other lacks.
+        # Each split in both directions: an excess in one half is missing in the other.
         order = np.roll(order, half) if split % 2 else rng.permutation(len(numbers))
         result = fit(numbers[order[:half]], labels[order[:half]])
         answered = result.answers(numbers[order[half:]])
@@ -364,7 +364,7 @@ def _most(rows: int, alpha: float) -> int:
 def _placed(scores: np.ndarray, fewest: float, count: int) -> list[float]:
     """Return thresholds by the quantiles of scores, from where enough rows are answered to all.
 
-    Each lies at the next higher score, so that equal scores are answered together.
+    They lie at the next higher score, so equal scores are answered together.
     """
     values = np.unique(scores)
     shares = np.linspace(min(ROOM * fewest, 1), 1, count)

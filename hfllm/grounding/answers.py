@@ -32,12 +32,12 @@ Prompt = str | list[Message]
 
 
 def last_question(messages: Sequence[Message]) -> int | None:
-    """Return the place of the last message of the user, `None` without one."""
+    """Return the index of the user's last message, `None` without one."""
     return next((index for index in reversed(range(len(messages))) if messages[index]["role"] == "user"), None)
 
 
 def question_of(prompt: Prompt) -> str:
-    """Return what a prompt asks: the text, or the last message of the user.
+    """Return the question of a prompt: the text, or the user's last message.
 
     Raises:
         InputError: when there is none.
@@ -54,7 +54,7 @@ def grounded(prompt: Prompt, texts: Sequence[str]) -> Prompt:
     """Return a prompt with passages before its last question; without passages the prompt. It is not changed itself.
 
     Args:
-        prompt: a text, or messages of which one is the user's.
+        prompt: a text, or messages including one of the user's.
         texts: the passages, the best first.
     """
     if isinstance(prompt, str) or not texts:
@@ -72,7 +72,7 @@ def as_prompt(question: Prompt, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
 
 
 def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse questions that are no texts and no conversations, or that the tokenizer cannot write."""
+    """Refuse questions other than texts and conversations, and questions unsupported by the tokenizer."""
     if isinstance(questions, str):
         raise InputError(f"questions must be a list, got the text {questions!r:.60}")
     for number, question in enumerate(questions, 1):
@@ -96,11 +96,11 @@ def check_room(
     max_new_tokens: int,
     numbers: Sequence[int] | None = None,
 ) -> None:
-    """Refuse prompts that leave no room for an answer in the model's context.
+    """Refuse prompts without room for an answer in the model's context.
 
     Args:
-        tokens: of each prompt.
-        found: the passages of each.
+        tokens: of the prompts.
+        found: the passages of the prompts.
         max_new_tokens: of an answer.
         numbers: of the questions, where one has several prompts.
     """
@@ -124,15 +124,15 @@ def check_room(
 
 # ---- marginal ----
 #
-# Answer from several passages apart, each in a prompt of its own: RAG-Sequence and RAG-Token.
+# Answer from several passages apart, in separate prompts: RAG-Sequence and RAG-Token.
 #
 # Both are mixtures over the passages z of a question x (Lewis et al. 2020, arXiv:2005.11401, section 2.1).
-# RAG-Sequence takes one passage for the whole answer, RAG-Token may take another one for each token:
+# RAG-Sequence takes one passage for the whole answer, RAG-Token may take another one per token:
 #
 #     p(y | x) = sum_z p(z | x) prod_i p(y_i | x, z, y_<i)
 #     p(y | x) = prod_i sum_z p(z | x) p(y_i | x, z, y_<i)
 #
-# With a single passage both are what the model says with that passage.
+# With a single passage both are the model's own output with this passage.
 
 
 class Marginal(NamedTuple):
@@ -147,10 +147,10 @@ def passage_weights(scores: Sequence[float], temperature: float = 1.0) -> list[f
 
     Args:
         scores: of a retriever.
-        temperature: what scores are divided by; cosines, from -1 to 1, are nearly uniform at 1.
+        temperature: divisor of the scores; cosines, from -1 to 1, are nearly uniform at 1.
 
     Raises:
-        InputError: for a score that is not finite, or a temperature that is not above 0.
+        InputError: for a non-finite score, or a temperature not above 0.
     """
     if not all(map(math.isfinite, scores)):
         raise InputError(f"scores of passages must be finite, got {list(scores)}"[:160])
@@ -171,9 +171,9 @@ def marginal_log_probs(
     """Return the log-probabilities of an answer to a question.
 
     Args:
-        prompts: the question with each passage.
-        weights: p(z | x) of each, as `passage_weights` gives them.
-        answer: its tokens, with the one that ends it if that is meant too.
+        prompts: the question with every passage.
+        weights: their p(z | x), as from `passage_weights`.
+        answer: its tokens, including its end token if this is to be scored too.
         batch_size: prompts of a pass.
     """
     import torch
@@ -193,14 +193,14 @@ def rag_sequence_answers(
     max_new_tokens: int,
     batch_size: int = 16,
 ) -> list[Response]:
-    """Return the answer to each question that is likeliest by RAG-Sequence, of the greedy ones under each passage.
+    """Return the likeliest answer to each question by RAG-Sequence, among the greedy ones under each passage.
 
-    Each is scored under all passages ("thorough decoding" of the paper, with greedy answers in place of beams).
+    All are scored under all passages ("thorough decoding" of the paper, with greedy answers in place of beams).
 
     Args:
         prompts: for each question, it with each of its passages.
         weights: p(z | x) of each.
-        max_new_tokens: of an answer; what it cuts off is scored as far as it goes.
+        max_new_tokens: of an answer; truncated answers are scored as far as they go.
         batch_size: prompts of a pass.
     """
     import torch
@@ -236,7 +236,7 @@ def rag_token_answers(
         prompts: for each question, it with each of its passages.
         weights: p(z | x) of each.
         max_new_tokens: of an answer.
-        batch_size: prompts of a pass, or those of one question if they are more.
+        batch_size: prompts of a pass, or all prompts of one question if they are more.
     """
     flat, answers, start = _tokens(tokenizer, prompts), [], 0
     group: list[Sequence[float]] = []
@@ -261,7 +261,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[Pro
 
 
 def _mixture(weights: Sequence[Sequence[float]], device: "torch.device") -> "LogitsProcessor":
-    """Return what gives all prompts of a question the mixture's log-probabilities, so that all get the same token."""
+    """Return a processor giving all prompts of a question the mixture's log-probabilities, for the same next token."""
     import torch
     from transformers import LogitsProcessor
 
@@ -285,7 +285,7 @@ def _decoded(
     batch_size: int,
     processor: "LogitsProcessor | None" = None,
 ) -> list[tuple[int, ...]]:
-    """Return greedy answers to prompts, as tokens up to the one that ends them, with it."""
+    """Return greedy answers to prompts, as tokens up to and including the end token."""
     import torch
 
     ends, answers = sorted(end_tokens(tokenizer, model)), []
@@ -315,7 +315,7 @@ def _decoded(
 def _log_probs(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
 ) -> "list[torch.Tensor]":
-    """Return the log-probability of each token of an answer after its prompt, in 64 bits."""
+    """Return the log-probabilities of an answer's tokens after its prompt, in 64 bits."""
     import inspect
 
     import torch
@@ -328,10 +328,10 @@ def _log_probs(
         part = slice(start, start + batch_size)
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts[part], answers[part], strict=True)]
         longest = max(map(len, rows))
-        # What is on the right of a causal model's tokens does not reach them, so that any token serves to pad.
+        # Tokens of a causal model do not see tokens to their right, so any token serves as padding.
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
-        # Logits of the answers alone, which are at the end: those of whole prompts would take much memory.
+        # Only the logits of the answers, at the end: logits of whole prompts would take much memory.
         first = min(len(prompt) for prompt in prompts[part]) - 1
         keep = {"logits_to_keep": longest - first} if keeps_logits else {}
         with torch.inference_mode():
@@ -359,14 +359,14 @@ MARGINALS = {"sequence": rag_sequence_answers, "token": rag_token_answers}
 
 @dataclass(frozen=True)
 class GroundedAnswer:
-    """An answer and what it was answered from.
+    """An answer and its sources.
 
     Args:
-        question: what was asked.
-        text: what the model said, with its citations, without special tokens.
-        passages: what it was given, the best first; the first is [1]. None where nothing was found that scores enough.
+        question: its text.
+        text: the model's output, with its citations, without special tokens.
+        passages: its input passages, the best first; the first is [1]. Empty if no passage scored enough.
         has_ended: whether it ended by itself, or was cut off.
-        marginal: whether each passage stood in a prompt of its own, where numbers tell no passages apart.
+        marginal: whether every passage stood in its own prompt, where numbers do not distinguish passages.
     """
 
     question: str
@@ -382,13 +382,13 @@ class GroundedAnswer:
 
     @property
     def cited(self) -> list[Found]:
-        """The passages that the text cites, in the order in which it does, without numbers that no passage has."""
+        """The passages cited in the text, in its order, without numbers of no passage."""
         numbers = [] if self.marginal else citations_of(self.text)
         return [self.passages[number - 1] for number in numbers if 1 <= number <= len(self.passages)]
 
     @property
     def wrong_citations(self) -> list[int]:
-        """The numbers that the text cites and no passage has."""
+        """The numbers cited in the text without a passage of this number."""
         most = min(len(self.passages), 1) if self.marginal else len(self.passages)
         return [number for number in citations_of(self.text) if not 1 <= number <= most]
 
@@ -408,28 +408,28 @@ def answer_with_passages(
     weight_temperature: float = 1.0,
     drop_instructions: bool = False,
 ) -> list[GroundedAnswer]:
-    """Answer each question from the passages that are found for it, by default greedily and from one prompt.
+    """Answer questions from the passages found for them, by default greedily and from one prompt.
 
     Args:
         questions: texts, which become a message of the user if the tokenizer has a chat template, or conversations:
             passages stand before the last message of the user, which is also the query.
         retriever: finds passages.
         top_k: the most passages of a question.
-        min_score: passages that score less are not given; see `Gated`. A question that keeps none is asked alone.
+        min_score: passages with lower scores are left out; see `Gated`. A question without passages is asked alone.
         max_new_tokens: of an answer.
         seed: of the sampling.
         do_sample: sample at temperature 1.
         batch_size: prompts of a pass.
-        marginal: `sequence` or `token`: each passage in a prompt of its own, see `rag_sequence_answers`.
-        weight_temperature: what scores are divided by before the softmax that weighs passages there.
-        drop_instructions: leave out sentences of passages that tell the reader what to do, see
+        marginal: `sequence` or `token`: every passage in its own prompt, see `rag_sequence_answers`.
+        weight_temperature: divisor of the scores before the softmax over passages there.
+        drop_instructions: leave out sentences of passages with instructions to the reader, see
             `without_instructions`; the `passages` of an answer are as they were found.
 
-    Passages cannot open or end a turn: control tokens that they spell are broken, see `hfllm.data.tokenizer`.
+    Passages cannot open or end a turn: control tokens in their text are broken, see `hfllm.data.tokenizer`.
 
     Raises:
-        InputError: for numbers that make no sense, questions that are none, passages that another tokenizer cut, a
-            prompt that leaves no room for the answer, a tokenizer without padding token, or sampling of a mixture.
+        InputError: for invalid numbers, invalid questions, passages cut by another tokenizer, a prompt without room
+            for the answer, a tokenizer without padding token, or sampling of a mixture.
     """
     if marginal is not None and marginal not in MARGINALS:
         raise InputError(f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
@@ -472,7 +472,7 @@ def answer_with_passages(
 
 
 def _gated(found: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
-    """Return the passages that score enough, and warn where a gate passes nothing: it may be for another scale."""
+    """Return the passages with high enough scores, and warn if a gate passes nothing: it may be for another scale."""
     rankings = scoring_enough(found, min_score)
     best = max((each.score for ranking in found for each in ranking), default=None)
     if best is not None and not any(rankings):
@@ -494,7 +494,7 @@ def _mixed(
     marginal: str,
     temperature: float,
 ) -> list[Response]:
-    """Return answers from the passages of each question apart; from the question alone where it has none."""
+    """Return answers from a question's passages apart; from only the question where it has none."""
     prompts = [
         [grounded(prompt, [text]) for text in texts] or [prompt] for prompt, texts in zip(asked, shown, strict=True)
     ]
@@ -510,15 +510,15 @@ def _mixed(
 
 # ---- instructions ----
 #
-# Sentences in passages that tell the reader what to do, found by their words and left out before a model reads them.
+# Sentences in passages with instructions to the reader, found by their words and left out before a model reads them.
 #
-# What a model reads it may follow (indirect prompt injection: Greshake et al. 2023, arXiv:2302.12173), and a small one
-# cannot be taught not to within minutes. Rules of this kind cost nothing and are the same for every model. They miss
-# instructions in other words, in other languages or spelled oddly, and take some sentences of manuals and recipes,
-# which do tell the reader what to do: they are one line of defense, not all of it.
+# A model may follow any text in its input (indirect prompt injection: Greshake et al. 2023, arXiv:2302.12173), and a
+# small one cannot be taught not to within minutes. Rules of this kind cost nothing and are the same for every model.
+# They miss instructions in other words, in other languages or spelled oddly, and match some sentences of manuals and
+# recipes, real instructions to the reader: they are one line of defense, not all of it.
 
 
-# What an instruction to an assistant begins with, after words of politeness or emphasis.
+# Beginnings of an instruction to an assistant, after words of politeness or emphasis.
 _COMMANDS = (
     *("say", "tell", "answer", "reply", "respond", "repeat", "print", "output", "write", "claim that", "pretend"),
     *("ignore", "forget", "disregard", "override", "act", "behave", "roleplay", "translate", "summarize", "summarise"),
@@ -540,14 +540,14 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
 
 
 def is_instruction(sentence: str) -> bool:
-    """Return whether a sentence tells its reader what to do, as far as its words tell."""
+    """Return whether a sentence is an instruction to its reader, judged by its words."""
     return bool(_BEGINS.match(sentence) or _ADDRESSES.search(sentence))
 
 
 def without_instructions(text: str) -> str:
-    """Return a text without its sentences that are instructions; what remains is joined by single spaces.
+    """Return a text without its instructions; the remaining sentences are joined by single spaces.
 
-    A text that has none is returned as it is, its spaces and line ends too.
+    A text without instructions is returned unchanged, including its spaces and line ends.
     """
     sentences = _SENTENCE.split(text)
     remaining = [sentence for sentence in sentences if not is_instruction(sentence)]
@@ -562,7 +562,7 @@ _ARTICLES = frozenset(("a", "an", "the"))
 
 
 def normalized(text: str) -> str:
-    """Return the words of a text without case, punctuation, articles and citations, by which equal texts are equal.
+    """Return the words of a text without case, punctuation, articles and citations, for comparing texts.
 
     As for SQuAD's exact match (Rajpurkar et al. 2016, arXiv:1606.05250), but numbers keep sign and point. A text
     without words is itself, without spaces around it.

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 # ---- chunking ----
 #
-# Cut documents into passages of a number of tokens that overlap, between words where that can be.
+# Cut documents into overlapping passages of a number of tokens, between words where possible.
 
 
-# What a passage may end with: a word with the space before it. What is longer than any word may be cut.
+# Allowed ends of a passage: a word with the space before it. Longer strings than any word may be cut.
 _PIECE = re.compile(r"\s*\S{1,64}")
-# Characters of a document that are looked at together, and lengths of words that are remembered: limits of the memory.
+# Characters of a document processed together, and word lengths kept in a cache: limits of the memory.
 SEGMENT, MOST_KNOWN = 1 << 20, 1 << 20
 
 
@@ -43,7 +43,7 @@ class Cut:
         overlap: the most tokens at its beginning that the passage before it has too.
         tokenizer: the name of the tokenizer, empty where words were counted.
         digest: of the tokenizer's vocabulary.
-        vocab_size: how many tokens that has.
+        vocab_size: its number of tokens.
     """
 
     max_tokens: int
@@ -62,7 +62,7 @@ class Cut:
 
 
 def vocabulary_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return a digest of a tokenizer's vocabulary, without tokens that were added to it."""
+    """Return a digest of a tokenizer's vocabulary, without added tokens."""
     added = tokenizer.get_added_vocab()
     pairs = sorted((number, token) for token, number in tokenizer.get_vocab().items() if token not in added)
     return hashlib.blake2b(json.dumps(pairs).encode(), digest_size=16).hexdigest()
@@ -71,8 +71,8 @@ def vocabulary_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 class Chunker:
     """Cuts documents.
 
-    Tokens are counted word by word, each with a space before it, as a passage stands in a prompt. That is exact where
-    no token spans two words, which is so for nearly all tokenizers, and several times faster than tokenizing all text.
+    Tokens are counted word by word, each with a space before it, as a passage stands in a prompt. This is exact where
+    no token spans two words, as in nearly all tokenizers, and several times faster than tokenizing all text.
 
     Args:
         tokenizer: counts tokens; without one, words are counted.
@@ -104,7 +104,7 @@ class Chunker:
         return Cut(self.max_tokens, self.overlap, name, digest, len(self.tokenizer))
 
     def chunks(self, text: str) -> Iterator[tuple[int, str]]:
-        """Yield the passages of a document, each with the place of its first character; none of a blank one.
+        """Yield the passages of a document, with the positions of their first characters; none of a blank one.
 
         They are parts of the document as they are, without the space around them. Each ends after the last one.
         """
@@ -113,7 +113,8 @@ class Chunker:
             segment = text[start : start + length]
             spans = self._spans(segment)
             is_last = start + length >= len(text)
-            # What follows may belong to the last passage of a segment, and moves its beginning: both are done again.
+            # The following text may belong to the last passage of a segment, and move its beginning: both are done
+            # again.
             for first, end in spans if is_last else spans[:-2]:
                 passage = segment[first:end].lstrip()
                 yield start + end - len(passage), passage
@@ -126,7 +127,7 @@ class Chunker:
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Return beginnings and ends of the passages of a text, in characters."""
-        # Spaces at the end are no piece, and looked for from each of them they would take the square of their number.
+        # Spaces at the end are no piece; a search from every one of them would take the square of their number.
         pieces = _PIECE.findall(text.rstrip())
         if not pieces:
             return []
@@ -146,7 +147,7 @@ class Chunker:
             first = min(max(begins, first + 1), last)
 
     def _sizes(self, pieces: list[str]) -> list[int]:
-        """Return how many tokens each piece has."""
+        """Return the pieces' numbers of tokens."""
         if self.tokenizer is None:
             return [1] * len(pieces)
         sizes = list(map(self._known.get, pieces))
@@ -177,25 +178,25 @@ class Chunker:
 
 FILE, ABOUT = "passages.arrow", "passages.json"
 FORMAT = "hfllm passages 1"
-# How they were cut is in both files, so that a save that was stopped between them shows.
+# The settings of the cut are in both files, to detect an interrupted save.
 CUT = b"cut"
-# Passages that are written together.
+# Passages written together.
 BATCH = 1 << 13
 
 
 class Passages(Sequence[Passage]):
-    """Passages in the order in which they were added; their places are what an index of them knows.
+    """Passages in the order of their addition; an index of them knows their positions.
 
         passages = Passages.from_source("docs/", tokenizer, max_tokens=200, overlap=20)
         passages.save("outputs/passages")
         passages = Passages.load("outputs/passages")
 
     They are a table of Arrow with the columns `text`, `source` and `start`: in memory about the size of the text, and
-    after `load` the file itself, of which the system keeps in memory what it has room for.
+    after `load` the file itself, kept in memory by the system as far as it has room.
 
     Args:
         passages: the passages.
-        cut: how they were cut, where that is known.
+        cut: how they were cut, where known.
     """
 
     def __init__(self, passages: Iterable[Passage] = (), cut: Cut | None = None):
@@ -207,14 +208,14 @@ class Passages(Sequence[Passage]):
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], sources: Sequence[str] | None = None) -> "Passages":
-        """Return texts as passages, each as it is.
+        """Return texts as passages, unchanged.
 
         Args:
             texts: the texts.
-            sources: where each is from; by default its number, such as `text 1`.
+            sources: their origins; by default the text's number, such as `text 1`.
 
         Raises:
-            InputError: for a blank text, one that is none, or another number of sources.
+            InputError: for a blank text, a value other than a text, or another number of sources.
         """
         if isinstance(texts, str):
             raise InputError(f"Passages.from_texts: expected a list of texts, got the text {texts!r:.40}")
@@ -289,7 +290,7 @@ class Passages(Sequence[Passage]):
         return Passage(*(column[place % len(self)].as_py() for column in self._table.columns))
 
     def at(self, places: Iterable[int]) -> dict[int, Passage]:
-        """Return the passages of places by place: of many at once, this is much faster than one by one."""
+        """Return the passages of indexes by index: of many at once, this is much faster than one by one."""
         import numpy as np
 
         unique_places, result, first = np.unique(np.fromiter(places, np.int64)), {}, 0
@@ -309,7 +310,7 @@ class Passages(Sequence[Passage]):
             yield from map(Passage, *(column.to_pylist() for column in batch.columns))
 
     def texts(self, start: int = 0) -> Iterator[str]:
-        """Yield the texts from place `start` on, without holding all of them."""
+        """Yield the texts from index `start` on, without holding all of them."""
         for batch in self._table.slice(start).to_batches(BATCH):
             yield from batch.column(0).to_pylist()
 
@@ -324,7 +325,7 @@ class Passages(Sequence[Passage]):
         return self._hash.hexdigest()
 
     def add(self, more: "Passages | Iterable[Passage]") -> None:
-        """Add passages at the end, whose places follow. Retrievers index them with their next query.
+        """Add passages at the end, with the next indexes. Retrievers index them with their next query.
 
         Raises:
             InputError: when they were cut by another tokenizer, or to another length.
@@ -338,16 +339,16 @@ class Passages(Sequence[Passage]):
         self._table = pyarrow.concat_tables([self._table, added._table])
         parts = self._table.column(0).num_chunks
         if parts > 100 and len(self) < 100 * parts:
-            # Many small additions would make each look-up slow.
+            # Many small additions would make every look-up slow.
             self._table = self._table.combine_chunks()
 
     def save(self, folder: str | Path) -> None:
-        """Write them to a folder, as `passages.arrow` and `passages.json`; passages that are there are replaced."""
+        """Write them to a folder, as `passages.arrow` and `passages.json`; existing passages are replaced."""
         _write(Path(folder), self, self.cut)
 
     @classmethod
     def load(cls, folder: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Passages":
-        """Return the passages that `save` has written to a folder, mapped into memory.
+        """Return the passages saved by `save` to a folder, mapped into memory.
 
         Args:
             folder: where they are.
@@ -398,7 +399,7 @@ def loaded_passages(
 
 
 def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase", name: str = "passages") -> None:
-    """Refuse passages that another tokenizer cut: their lengths in tokens are not what they seem."""
+    """Refuse passages cut by another tokenizer: their lengths in tokens differ from the stated ones."""
     cut = passages.cut
     if cut is not None and cut.digest and cut.digest != vocabulary_digest(tokenizer):
         raise InputError(
@@ -414,7 +415,7 @@ def _encoded(cut: Cut | None) -> bytes:
 def _schema() -> "pyarrow.Schema":
     import pyarrow
 
-    # Offsets of 64 bits: a passage that was not cut may be large.
+    # Offsets of 64 bits: an uncut passage may be large.
     columns = [("text", pyarrow.large_string()), ("source", pyarrow.large_string()), ("start", pyarrow.int64())]
     return pyarrow.schema(columns)
 
@@ -470,7 +471,7 @@ def _write(folder: Path, passages: Iterable[Passage], cut: Cut | None) -> None:
 
 
 def _read_about(path: Path) -> dict[str, int | Cut | None]:
-    """Return what `passages.json` says: how many passages, and how they were cut."""
+    """Return the content of `passages.json`: how many passages, and how they were cut."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         cut = None if about["cut"] is None else Cut(**about["cut"])

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 # ---- what a retriever is ----
 #
-# What a retriever is and gives, and what all of them refuse.
+# The interface of retrievers, their output, and the input refused by all of them.
 
 
 @dataclass(frozen=True)
 class Found:
-    """A passage that was found.
+    """A found passage.
 
     Args:
-        place: its place among the passages.
+        place: its index among the passages.
         passage: the passage.
         score: how well it fits; the scale is the retriever's.
     """
@@ -48,7 +48,7 @@ class Found:
 
 
 class Retriever(Protocol):
-    """What finds passages.
+    """Interface of objects for finding passages.
 
     Attributes:
         passages: where it searches.
@@ -57,7 +57,7 @@ class Retriever(Protocol):
     passages: Passages
 
     def retrieve(self, queries: Sequence[str], top_k: int = 3) -> list[list[Found]]:
-        """Return the `top_k` best passages of each query, the best first; of equal ones the earlier comes first.
+        """Return the `top_k` best passages per query, the best first; of equal ones the earlier comes first.
 
         Fewer, or none, where no more fit or are there.
 
@@ -68,13 +68,13 @@ class Retriever(Protocol):
 
 
 def found_of(passages: Passages, rankings: Sequence[Sequence[tuple[int, float]]]) -> list[list[Found]]:
-    """Return the passages of places and scores, for each query."""
+    """Return the passages from indexes and scores, per query."""
     texts = passages.at(index for ranked in rankings for index, _ in ranked)
     return [[Found(index, texts[index], score) for index, score in ranked] for ranked in rankings]
 
 
 def check_queries(queries: Sequence[str], top_k: int) -> None:
-    """Refuse what no retriever can answer.
+    """Refuse input unsupported by all retrievers.
 
     Raises:
         InputError: for a `top_k` below 1, or queries that are no list of texts.
@@ -85,7 +85,7 @@ def check_queries(queries: Sequence[str], top_k: int) -> None:
         raise InputError(f"top_k must be at least 1, got {top_k}")
     if isinstance(queries, str):
         raise InputError(f"queries must be a list of texts, got the text {queries!r:.60}")
-    # What can be read once only would be empty after this.
+    # An iterator, readable only once, would be empty after this.
     if not hasattr(queries, "__len__"):
         raise InputError(f"queries must be a list of texts, got {queries!r:.60}")
     if not all(isinstance(query, str) for query in queries):
@@ -107,10 +107,10 @@ def refuse_empty(passages: Passages, what: str) -> None:
 
 
 class BM25Retriever:
-    """Finds passages by the words that they share with a query: see `WordIndex`. Those that share none are not found.
+    """Finds passages by their shared words with a query: see `WordIndex`. Passages without shared words are not found.
 
     Args:
-        passages: where to search. What is added to them later is indexed by the next query.
+        passages: where to search. Passages added to them later are indexed by the next query.
 
     Raises:
         InputError: when there are none, none has a word, or bm25s is not installed.
@@ -130,7 +130,7 @@ class BM25Retriever:
         return found_of(self.passages, [index.search(query, top_k) for query in queries])
 
     def save(self, folder: str | Path) -> None:
-        """Write passages and index to a folder, beside which a `DenseRetriever` of these passages may be saved."""
+        """Write passages and index to a folder; a `DenseRetriever` of these passages may be saved in it too."""
         index = self._current()
         self.passages.save(folder)
         index.save(Path(folder, FILE), self.passages.digest)
@@ -142,7 +142,7 @@ class BM25Retriever:
         passages: Passages | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
     ) -> Self:
-        """Return the retriever that `save` has written.
+        """Return the retriever saved by `save`.
 
         Args:
             folder: where it is.
@@ -173,16 +173,16 @@ class BM25Retriever:
 class FusedRetriever:
     """Joins the rankings of several retrievers: reciprocal rank fusion (Cormack, Clarke and Büttcher 2009).
 
-    A passage scores the sum over the retrievers that find it of 1 / (k + its rank), ranks from 1: what they score does
-    not count, so that their scales may differ.
+    A passage's score is the sum over the retrievers with this passage of 1 / (k + its rank), ranks from 1: the
+    retrievers' scores do not count, so their scales may differ.
 
     Args:
         retrievers: at least two, of the same passages.
         k: how little the first ranks stand out; 60 in the paper.
-        depth: how many passages of each are joined, or `top_k` if that is more.
+        depth: how many passages per retriever are joined, or `top_k` if larger.
 
     Raises:
-        InputError: for fewer retrievers, other passages, or numbers that make no sense.
+        InputError: for fewer retrievers, other passages, or invalid numbers.
     """
 
     def __init__(self, retrievers: Sequence[Retriever], k: float = 60, depth: int = 100):
@@ -202,7 +202,7 @@ class FusedRetriever:
         return found_of(self.passages, [self._joined(each)[:top_k] for each in zip(*rankings, strict=True)])
 
     def _joined(self, rankings: Sequence[list[Found]]) -> list[tuple[int, float]]:
-        """Return place and score of all passages that are in a ranking, the best first."""
+        """Return index and score of all passages in a ranking, the best first."""
         scores: dict[int, float] = {}
         for ranking in rankings:
             for rank, result in enumerate(ranking, 1):
@@ -211,14 +211,14 @@ class FusedRetriever:
 
 
 class Gated:
-    """Gives the passages of a retriever that score enough; for a query without any, none: a model is then to say so.
+    """Gives a retriever's passages with high enough scores; for a query without any, none: a model is then to say so.
 
     Args:
         retriever: finds the passages.
         min_score: the least score, on the retriever's scale.
 
     Raises:
-        InputError: for a `min_score` that is no number.
+        InputError: for a `min_score` other than a number.
     """
 
     def __init__(self, retriever: Retriever, min_score: float):
@@ -229,16 +229,16 @@ class Gated:
         """Return the passages of each query: see `Retriever`.
 
         Raises:
-            InputError: when a score is NaN, of which no gate can say whether it is enough.
+            InputError: when a score is NaN, for which a gate is undefined.
         """
         return scoring_enough(self.retriever.retrieve(queries, top_k), self.min_score)
 
 
 def scoring_enough(found: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
-    """Return of each query the passages that score at least `min_score`.
+    """Return per query the passages with scores of at least `min_score`.
 
     Raises:
-        InputError: when that or a score is NaN.
+        InputError: when `min_score` or a score is NaN.
     """
     if isinstance(min_score, bool) or not isinstance(min_score, Real) or math.isnan(min_score):
         raise InputError(f"min_score is {min_score!r:.40}; expected a number on the scale of the retriever's scores")
@@ -250,11 +250,11 @@ def scoring_enough(found: Sequence[Sequence[Found]], min_score: float) -> list[l
 
 
 def search_tool(retriever: Retriever, top_k: int = 3) -> Callable[[str], str]:
-    """Return a tool `search(query)` for environments, which gives the passages that fit best, a line each.
+    """Return a tool `search(query)` for environments, giving the best passages, one per line.
 
     Args:
         retriever: finds them.
-        top_k: the most passages that a search gives.
+        top_k: the most passages of a search.
 
     Raises:
         InputError: for a `top_k` below 1 or above the number of passages.
@@ -283,10 +283,10 @@ def search_tool(retriever: Retriever, top_k: int = 3) -> Callable[[str], str]:
 
 
 class Encoder(Protocol):
-    """What gives texts vectors.
+    """Interface of objects for encoding texts as vectors.
 
     Attributes:
-        identity: what tells its vectors from those of another, in a saved index.
+        identity: distinguishes its vectors from another encoder's, in a saved index.
     """
 
     identity: str
@@ -303,10 +303,10 @@ class SentenceEncoder:
 
     Args:
         model: the model without a head (`AutoModel`), on its device.
-        tokenizer: the tokenizer; what it adds to a text, such as `[CLS]`, is part of the mean.
+        tokenizer: the tokenizer; its added tokens, such as `[CLS]`, are part of the mean.
         batch_size: texts of a pass.
-        max_length: the most tokens of a text; by default what the model is made for.
-        truncation: cut longer texts, which are otherwise refused.
+        max_length: the most tokens of a text; by default the model's limit.
+        truncation: cut longer texts, otherwise refused.
     """
 
     def __init__(
@@ -347,7 +347,7 @@ class SentenceEncoder:
         """Return the vectors of texts (texts, size), each of length 1.
 
         Raises:
-            InputError: for a text that is longer than `max_length`, unless it is to be cut.
+            InputError: for a text longer than `max_length`, unless it is to be cut.
         """
         import numpy as np
         import torch
@@ -382,11 +382,11 @@ class StaticVectors:
     """The mean of the vectors of a text's words or tokens, at length 1; a text without any has a vector of zeros.
 
     Args:
-        vectors: a vector for each word or token (words, size).
-        vocabulary: the row of each word, without letter case, or the tokenizer whose token ids are the rows.
+        vectors: a vector per word or token (words, size).
+        vocabulary: the rows of the words, without letter case, or a tokenizer with the rows as its token ids.
 
     Raises:
-        InputError: when a vector is not finite, or the vocabulary names rows that are not there.
+        InputError: when a vector is not finite, or the vocabulary names absent rows.
     """
 
     def __init__(self, vectors: "NDArray[np.floating]", vocabulary: "Mapping[str, int] | Tokenizer"):
@@ -422,7 +422,7 @@ class StaticVectors:
             if not Path(path).is_file():
                 raise InputError(f"{path}: no such file")
         try:
-            # Torch reads bf16 too, which numpy does not know.
+            # Torch reads bf16 too, unknown to numpy.
             tensors = [tensor for tensor in load_file(vectors).values() if tensor.ndim == 2]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{vectors}: not safetensors, or damaged: {str(error).splitlines()[0][:80]}") from None
@@ -438,7 +438,7 @@ class StaticVectors:
         return cls(tensors[0].float().numpy(), vocabulary)
 
     def encode(self, texts: Sequence[str]) -> "NDArray[np.float32]":
-        """Return the vectors of texts (texts, size), each of length 1 or, without a known word, of zeros."""
+        """Return the vectors of texts (texts, size), of length 1 or, without a known word, of zeros."""
         import numpy as np
 
         means = np.zeros((len(texts), self.vectors.shape[1]), np.float32)
@@ -460,17 +460,17 @@ class StaticVectors:
 
 VECTORS_FILE = "vectors.safetensors"
 FORMAT = "hfllm vectors 1"
-# Passages that are encoded together.
+# Passages encoded together.
 BATCH = 1 << 12
 
 
 class DenseRetriever:
-    """Finds passages by the cosine of their vectors with that of a query, compared with all of them.
+    """Finds passages by the cosine of their vectors with a query's, compared with all of them.
 
     Args:
-        passages: where to search. What is added to them later is encoded by the next query.
+        passages: where to search. Passages added to them later are encoded by the next query.
         encoder: gives texts vectors of length 1: see `Encoder`.
-        query_prefix: what stands before each query, where an encoder was trained so, such as `query: `.
+        query_prefix: text before every query, where an encoder was trained so, such as `query: `.
         passage_prefix: the same for passages.
 
     Raises:
@@ -500,7 +500,7 @@ class DenseRetriever:
         return found_of(self.passages, ranked)
 
     def save(self, folder: str | Path) -> None:
-        """Write passages and vectors to a folder, beside which a `BM25Retriever` of these passages may be saved."""
+        """Write passages and vectors to a folder; a `BM25Retriever` of these passages may be saved in it too."""
         from safetensors.numpy import save_file
 
         vectors = self._catch_up()
@@ -524,13 +524,13 @@ class DenseRetriever:
         passages: Passages | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
     ) -> Self:
-        """Return the retriever that `save` has written, without encoding its passages again.
+        """Return the retriever saved by `save`, without encoding its passages again.
 
         Args:
             folder: where it is.
-            encoder: the one that it was made with.
-            query_prefix: what stands before each query.
-            passage_prefix: what stood before each passage.
+            encoder: the encoder of the saved retriever.
+            query_prefix: text before every query.
+            passage_prefix: text before every passage.
             passages: its passages, where they are loaded already.
             tokenizer: that of the model which reads them, to be compared with the one that cut them.
 
@@ -546,14 +546,14 @@ class DenseRetriever:
         return retriever
 
     def _about(self) -> dict[str, str]:
-        """Return what the vectors depend on."""
+        """Return the settings of the vectors."""
         about = {"passages": self.passages.digest, "encoder": self.encoder.identity}
         # Of an encoder of your own its identity says everything.
         about |= {"words": self.encoder.words} if hasattr(self.encoder, "words") else {}
         return about | {"passage_prefix": self.passage_prefix}
 
     def _catch_up(self) -> "NDArray[np.float32]":
-        """Encode the passages that have no vector yet. Return the vectors of all (passages, size)."""
+        """Encode the passages without a vector. Return the vectors of all (passages, size)."""
         import numpy as np
 
         parts = [] if self._vectors is None else [self._vectors]
@@ -567,10 +567,10 @@ class DenseRetriever:
 
 
 def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_k: int) -> list[tuple[int, float]]:
-    """Return place and score of the vectors whose product with another is largest; of equal ones the earlier first.
+    """Return index and score of the vectors whose product with another is largest; of equal ones the earlier first.
 
-    In a product with all of them equal vectors may get different last digits, so that those near the best are
-    multiplied once more, each by itself.
+    In a product with all of them equal vectors may get different last digits, so vectors near the best are multiplied
+    once more, one by one.
     """
     import numpy as np
 
@@ -614,7 +614,7 @@ def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float3
     try:
         with safe_open(path, "numpy") as stored:
             metadata, vectors = stored.metadata() or {}, stored.get_tensor("vectors")
-    # Of the last two for types that numpy lacks.
+    # Of the last two for types absent in numpy.
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: no vectors of passages, or damaged: {str(error).splitlines()[0][:80]}") from None
     _refuse_other(path, metadata, {"format": FORMAT, **about})

@@ -4,7 +4,7 @@
     numbers = uncertainties(rows)  # by the names of MEASURES
 
 Every measure takes rows and their meanings (by default normalized words), and returns (N,) float64. `CONFIDENCE` turns
-those that are based on a probability into one. P(True) asks the model itself.
+measures based on a probability into one. P(True) asks the model itself.
 """
 
 import math
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 #
 # Answers with their log-probabilities: sampled from a model, or any text scored by one.
 #
-# Log-probabilities are those of the model itself, at temperature 1 and without its generation config's penalties, of
-# all tokens of an answer, its end token too.
+# Log-probabilities are the model's own, at temperature 1 and without its generation config's penalties, of all tokens
+# of an answer, its end token too.
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt with the answer that was given, and others that were sampled to see how sure the model is.
+    """A prompt with its given answer, and other sampled answers to measure how sure the model is.
 
     Args:
         prompt: text or messages.
-        given: the answer that is right or wrong, such as the greedy one.
+        given: the answer to be judged right or wrong, such as the greedy one.
         samples: of the same model, at temperature 1.
     """
 
@@ -74,7 +74,7 @@ def answer_with_samples(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[Answered]:
-    """Answer each prompt greedily, and sample `n` more answers; see `sample_with_scores`."""
+    """Answer all prompts greedily, and sample `n` more answers; see `sample_with_scores`."""
     options = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
     greedy = sample_with_scores(model, tokenizer, prompts, 1, do_sample=False, **options)
     samples = sample_with_scores(model, tokenizer, prompts, n, **options)
@@ -95,24 +95,24 @@ def sample_with_scores(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> list[list[ScoredAnswer]]:
-    """Sample `n` answers to each prompt with the log-probabilities of their tokens, or decode greedily.
+    """Sample `n` answers per prompt with the log-probabilities of their tokens, or decode greedily.
 
-    The chance of each answer comes from the seed, its prompt's place and its number alone, so that any `batch_size`
+    The chance of each answer comes from the seed, its prompt's index and its number only, so that any `batch_size`
     gives the same answers, up to the rounding of the model's logits. Nothing changes the caller's random state. The
     model may be an adapter's, in any precision.
 
     Args:
         prompts: texts, or lists of messages for the tokenizer's chat template.
         n: answers per prompt; 1 without `do_sample`.
-        temperature: of the sampling; the log-probabilities are those at 1. Entropies need samples at 1.
-        batch_size: answers that are written together; a device's memory may allow fewer.
+        temperature: of the sampling; the log-probabilities are at 1. Entropies need samples at 1.
+        batch_size: answers generated together; a device's memory may allow fewer.
 
     Returns:
         One list of `n` answers per prompt.
 
     Raises:
         InputError: for a bad argument, a prompt without tokens or without room for an answer in the model's context,
-            an encoder-decoder model, or logits that are not finite.
+            an encoder-decoder model, or non-finite logits.
     """
     _check(model, n, max_new_tokens, do_sample, temperature, batch_size)
     ids = prompt_tokens(model, tokenizer, prompts, max_new_tokens)
@@ -134,10 +134,11 @@ def sample_with_scores(
 
 
 def sampling_cost(rows: Sequence[Answered]) -> dict[str, float]:
-    """Return what the samples cost beside the answers, in tokens that the model wrote.
+    """Return the cost of the samples compared with the answers, in generated tokens.
 
     Returns:
-        Per prompt `given_tokens` and `sampled_tokens`, and `times_as_many`: all of them over those of given answers.
+        Per prompt `given_tokens` and `sampled_tokens`, and `times_as_many`: all of them over the tokens of given
+        answers.
 
     Raises:
         InputError: for no rows, or answers without tokens.
@@ -177,7 +178,7 @@ def _chances(key: str, count: int) -> list[float]:
 
 
 def _pad(tokenizer: "PreTrainedTokenizerBase") -> int:
-    # What padding is does not count: it is masked.
+    # The value of padding does not matter: it is masked.
     return next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
 
 
@@ -190,7 +191,7 @@ def _generate(
     ends: list[int],
     pad: int,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Return the tokens after each prompt and their log-probabilities, unspecified after the end."""
+    """Return the tokens after the prompts and their log-probabilities, unspecified after the end."""
     import torch
     from transformers import LogitsProcessorList
 
@@ -213,7 +214,7 @@ def _generate(
 
 
 def _drawing(chances: Sequence[list[float]] | None, temperature: float) -> "LogitsProcessor":
-    """Return a logits processor that chooses each row's token by its own chance, and notes its log-probability.
+    """Return a logits processor to choose each row's token by its own chance, and record its log-probability.
 
     Generation takes the token of the highest logit, so that all others are set to minus infinity.
     """
@@ -225,7 +226,7 @@ def _drawing(chances: Sequence[list[float]] | None, temperature: float) -> "Logi
             self.logprobs: list[torch.Tensor] = []
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            # Probabilities of large vocabularies add up in 64 bits, which Apple's GPUs do not have.
+            # Probabilities of large vocabularies add up in 64 bits, unsupported by Apple's GPUs.
             wide = torch.float32 if scores.device.type == "mps" else torch.float64
             own = scores.to(wide).log_softmax(-1)
             if not bool(own.amax(-1).isfinite().all()):
@@ -268,7 +269,7 @@ Meanings = Sequence[Sequence[Hashable]]
 
 
 def sequence_surprise(rows: Sequence[Answered], meanings: Meanings | None = None) -> np.ndarray:
-    """Return minus the log-probability of each given answer, in nats: small for a probable sequence."""
+    """Return minus the log-probabilities of the given answers, in nats: small for a probable sequence."""
     return np.array([-row.given.logprob for row in _checked(rows, 0)], dtype=np.float64)
 
 
@@ -298,14 +299,14 @@ def semantic_entropy(
 ) -> np.ndarray:
     """Return the entropy of the meanings of the samples, weighted by likelihood, in nats.
 
-    A meaning's probability is the sum of those of its different sequences, over that of all meanings seen (Kuhn et al.
-    2023, arXiv:2302.09664; Farquhar et al. 2024, Nature 630:625). A sequence that was sampled twice is counted once.
+    A meaning's probability is the sum over its different sequences, divided by the sum over all sampled meanings (Kuhn
+    et al. 2023, arXiv:2302.09664; Farquhar et al. 2024, Nature 630:625). A sequence sampled twice is counted once.
 
     Args:
         rows: with at least 2 samples each.
-        meanings: for each row labels of the given answer and of each sample, by which equal meanings are equal.
-        normalized: take the mean log-probability per token of a sequence for that of the sequence. It removes the
-            dependence on length, and what it sums are no probabilities.
+        meanings: per row the labels of the given answer and of all samples, equal for equal meanings.
+        normalized: take the mean log-probability per token of a sequence as the sequence's own. This removes the
+            dependence on length, and its sums are not over probabilities.
     """
     result = []
     for row, labels in _with_meanings(rows, meanings, 2, needs_logprobs=True):
@@ -334,12 +335,12 @@ def discrete_semantic_entropy(rows: Sequence[Answered], meanings: Meanings | Non
 
 
 def self_consistency(rows: Sequence[Answered], meanings: Meanings | None = None) -> np.ndarray:
-    """Return the share of samples that mean something else than the given answer, in [0, 1].
+    """Return the share of samples with another meaning than the given answer, in [0, 1].
 
     One minus the vote share of self-consistency (Wang et al. 2023, arXiv:2203.11171).
 
     Raises:
-        InputError: for a row without samples, and for meanings that do not match the rows.
+        InputError: for a row without samples, and for meanings not matching the rows.
     """
     result = [
         1 - labels.count(answer_label) / len(labels)
@@ -357,7 +358,7 @@ MEASURES: Mapping[str, Callable[[Sequence[Answered], Meanings | None], np.ndarra
     "discrete_semantic_entropy": discrete_semantic_entropy,
     "self_consistency": self_consistency,
 }
-# What turns a measure into a confidence in [0, 1], for reliability curves. Entropies have none.
+# Functions from a measure to a confidence in [0, 1], for reliability curves. Entropies have none.
 CONFIDENCE: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "sequence_probability": lambda nats: np.exp(-nats),
     "token_probability": lambda nats: np.exp(-nats),
@@ -368,7 +369,7 @@ CONFIDENCE: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def uncertainties(rows: Sequence[Answered], meanings: Meanings | None = None) -> dict[str, np.ndarray]:
-    """Return each of `MEASURES` of the rows, (N,) each; rows without samples have the first two alone.
+    """Return each of `MEASURES` of the rows, (N,) each; rows without samples have only the first two.
 
     Raises:
         InputError: as the measures.
@@ -386,7 +387,7 @@ def ensemble_logprobs(
     answers: Sequence[str | ScoredAnswer],
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Return the log-probability in nats of each answer under each member of an ensemble, (members, N).
+    """Return the log-probabilities in nats of the answers under all members of an ensemble, (members, N).
 
     Args:
         tokenizer: of all members, or one for each. With several, answers are taken as texts.
@@ -409,13 +410,13 @@ def ensemble_logprobs(
 
 
 def ensemble_mean(logprobs: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
-    """Return minus the logarithm of the members' mean probability of each answer, in nats: (N,).
+    """Return minus the logarithm of the members' mean probability per answer, in nats: (N,).
 
     Args:
         logprobs: (members, N), as `ensemble_logprobs` returns.
 
     Raises:
-        InputError: for fewer than 2 members, or log-probabilities that are NaN.
+        InputError: for fewer than 2 members, or NaN log-probabilities.
     """
     table = _members(logprobs)
     return math.log(len(table)) - np.logaddexp.reduce(table, axis=0)
@@ -424,8 +425,8 @@ def ensemble_mean(logprobs: np.ndarray | Sequence[Sequence[float]]) -> np.ndarra
 def ensemble_disagreement(logprobs: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
     """Return how far the members disagree about each answer, in nats: (N,), 0 where all give it the same probability.
 
-    It is the logarithm of their mean probability less the mean of its logarithms, as in the mutual information by
-    which ensembles tell what they do not know from what is undecided (Malinin and Gales 2021, arXiv:2002.07650).
+    It is the logarithm of their mean probability less the mean of its logarithms, as in the mutual information of
+    ensembles, to distinguish missing knowledge from undecided questions (Malinin and Gales 2021, arXiv:2002.07650).
     """
     return np.maximum(-ensemble_mean(logprobs) - _members(logprobs).mean(0), 0.0)
 
@@ -481,7 +482,7 @@ def _with_meanings(
 
 
 def _entropy(shares: np.ndarray) -> float:
-    # In any order of the meanings the same to the last bit, so that ties stay ties.
+    # In any order of the meanings the same to the last bit, to keep ties.
     return max(math.fsum(-share * math.log(share) for share in shares.tolist() if share > 0), 0.0)
 
 
@@ -499,16 +500,16 @@ Same = Callable[[str, str], bool]
 
 
 def meanings_of(rows: Sequence[Answered], same: "Same | EntailmentModel | None" = None) -> list[list[int]]:
-    """Return a number for the meaning of each answer of a row: first that of the given one, then of the samples.
+    """Return a number for the meaning of each answer of a row: first of the given one, then of the samples.
 
     Answers are compared with the first of each meaning so far, in their order (Kuhn et al. 2023, arXiv:2302.09664,
-    algorithm 1). Empty answers are one meaning, which no other has. To tell meanings by yourself, such as by the word
-    that counts, hand the measures a list of any labels per row instead.
+    algorithm 1). Empty answers are a meaning of their own. To label meanings yourself, such as by the decisive word,
+    pass the measures a list of any labels per row instead.
 
     Args:
         rows: prompts with their answers.
-        same: `(answer, answer) -> bool`, or an entailment model, which reads each answer after its prompt and must
-            find each to follow from the other. By default normalized words must be equal.
+        same: `(answer, answer) -> bool`, or an entailment model: it reads answers after their prompt and must find
+            each to follow from the other. By default normalized words must be equal.
     """
     texts = [[row.given.text, *(sample.text for sample in row.samples)] for row in rows]
     if same is None:
@@ -551,7 +552,7 @@ def _numbered(texts: Sequence[str], same: Same) -> list[int]:
 
 
 def last_words(prompt: Prompt) -> str:
-    """Return what a prompt asks: of a conversation its last turn."""
+    """Return the question of a prompt: of a conversation its last turn."""
     content = as_messages(prompt)[-1]["content"]
     return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
 
@@ -576,13 +577,13 @@ def log_odds(
     turn, or a transcript for a tokenizer without chat template.
 
     Args:
-        both_orders: ask with the options in both orders and average, so that a liking for a letter cancels out.
-        letters: the two replies, which must differ in a single token.
+        both_orders: ask with the options in both orders and average, so a preference for a letter cancels out.
+        letters: the two replies, different in exactly one token.
         batch_size: questions in one pass.
 
     Raises:
-        InputError: for letters that cannot be told apart, a tokenizer without padding token, a question that is longer
-            than the model's context, and logits that are not finite.
+        InputError: for indistinguishable letters, a tokenizer without padding token, a question longer than the
+            model's context, and non-finite logits.
     """
     if tokenizer.pad_token_id is None:
         raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
@@ -625,10 +626,10 @@ def p_true(
     letters: tuple[str, str] = LETTERS,
     batch_size: int = 32,
 ) -> np.ndarray:
-    """Return the uncertainty 1 - P(True) of each given answer, in [0, 1]: (N,).
+    """Return the uncertainty 1 - P(True) of the given answers, in [0, 1]: (N,).
 
     The model reads its own answer, with its samples as brainstormed ideas, and is asked whether it is true or false
-    (Kadavath et al. 2022, arXiv:2207.05221, section 3). Small models, and those that were not trained to be asked so,
+    (Kadavath et al. 2022, arXiv:2207.05221, section 3). Small models, and models without training on such questions,
     know little of it.
 
     Args:
@@ -679,8 +680,8 @@ class AskedModel:
         self.letters, self.batch_size = letters, batch_size
 
     def __call__(self, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
-        """Return for each claim the probability that its passage supports it, by the mean log-odds."""
-        # A passage must not answer by a turn of its own.
+        """Return for each claim the probability of support by its passage, by the mean log-odds."""
+        # A passage must not answer with its own turn.
         plain = plain_text(self.tokenizer)
         # Not by str.format: a text may hold braces of its own.
         prompts = [

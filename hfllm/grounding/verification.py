@@ -1,8 +1,8 @@
-"""Whether an answer's claims are in the passages (entailment): what none supports is revised or dropped.
+"""Whether an answer's claims are in the passages (entailment): unsupported claims are revised or dropped.
 
-A check is a function of two lists, `(claims, passages) -> scores`, which says for each pair in [0, 1] how well the
-passage supports the claim; above 1/2 it does. `contains`, `has_words`, an `EntailmentModel`, an
-`AskedModel` (`hfllm.grounding.uncertainty`) and any function of yours are checks.
+A check is a function of two lists, `(claims, passages) -> scores`, with a score in [0, 1] per pair for how well the
+passage supports the claim; above 1/2 it does. `contains`, `has_words`, an `EntailmentModel`, an `AskedModel`
+(`hfllm.grounding.uncertainty`) and any function of yours are checks.
 """
 
 import math
@@ -38,7 +38,8 @@ KEPT, REVISED, ABSTAINED = "kept", "revised", "abstained"
 
 # After a point, also in quotes or brackets, and after the points of Chinese and Japanese.
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u2019\u201d)\]])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
-# Each begins where a run of like characters does: tried from each of them, a long run would take its square.
+# A match begins at the start of a run of like characters: tried from every one of them, a long run would take its
+# square.
 _LIST_MARK = re.compile(r"^[^\S\n]*(?:\d+[.)]|[-*\u2022])\s+", re.MULTILINE)
 _POINTS = r"[.!?\u3002\uff01\uff1f]"
 _CITED_POINT = re.compile(rf"(?<!{_POINTS})({_POINTS}+)((?:\s*\[\d+(?:, ?\d+)*\])+)")
@@ -53,8 +54,8 @@ class Claim:
 
     Args:
         text: a sentence of the answer.
-        score: the highest of all passages', in [0, 1]; 0 without passages.
-        passage: which passage has it, from 0; `None` where none supports the claim.
+        score: the highest over all passages, in [0, 1]; 0 without passages.
+        passage: index of the passage with this score, from 0; `None` where none supports the claim.
     """
 
     text: str
@@ -73,7 +74,7 @@ class Revision:
     Args:
         answer: the text to show.
         action: `kept`, `revised` or `abstained`.
-        unsupported: the claims of the first answer that no passage supports.
+        unsupported: the first answer's claims without support by any passage.
     """
 
     answer: str
@@ -91,14 +92,14 @@ def claims_of(answer: str) -> list[str]:
 
 
 def admits_unknown(text: str) -> bool:
-    """Return whether a text says `I do not know` or the like: that is no claim which a passage must support."""
+    """Return whether a text says `I do not know` or the like: this is not a claim in need of support."""
     return bool(_ADMITS.search(text))
 
 
 def contains(claims: Sequence[str], passages: Sequence[str]) -> list[float]:
     """Return 1 where a passage has the claim's normalized words in this order and without others between them.
 
-    It never takes a paraphrase for support, and takes a claim that the passage denies ("it is not true that ...").
+    It never takes a paraphrase for support, and takes a claim denied by the passage ("it is not true that ...").
     """
     return [
         float(bool(phrase := normalized(claim)) and f" {phrase} " in f" {normalized(passage)} ")
@@ -107,7 +108,7 @@ def contains(claims: Sequence[str], passages: Sequence[str]) -> list[float]:
 
 
 def has_words(claims: Sequence[str], passages: Sequence[str]) -> list[float]:
-    """Return the share of the claim's different normalized words that a passage has, in [0, 1].
+    """Return the share of the claim's different normalized words in a passage, in [0, 1].
 
     It takes no order into account: "the fox eats the owl" is supported by "the owl eats the fox". As a check call it
     with a threshold near 1.
@@ -126,18 +127,18 @@ def verify(
     splitter: Splitter = claims_of,
     threshold: float = SUPPORTED,
 ) -> list[list[Claim]]:
-    """Return the claims of each answer with their support, all answers in one call of the check.
+    """Return the answers' claims with their support, all answers in one call of the check.
 
     Args:
-        answers: texts. Sentences that say `I do not know` are no claims.
-        passages: for each answer the texts that it is checked against.
+        answers: texts. Sentences such as `I do not know` are no claims.
+        passages: per answer the texts to check it against.
         check: see above.
         splitter: `answer -> claims`.
         threshold: lowest score of a supported claim.
 
     Raises:
-        InputError: for other numbers of answers and lists of passages, passages that are one text, and a check that
-            does not return a number in [0, 1] for each pair.
+        InputError: for other numbers of answers and lists of passages, passages given as one text, and a check without
+            a number in [0, 1] per pair.
     """
     if len(answers) != len(passages):
         raise InputError(f"there are {len(answers)} answers and {len(passages)} lists of passages")
@@ -180,7 +181,7 @@ def supported(
     splitter: Splitter = claims_of,
     threshold: float = SUPPORTED,
 ) -> bool:
-    """Return whether an answer claims something, and passages support all of it, each claim perhaps by its own."""
+    """Return whether an answer claims something, and passages support all of it, perhaps one for each claim."""
     return all_supported(verify([answer], [passages], check, splitter, threshold)[0])
 
 
@@ -198,14 +199,14 @@ def revise_or_abstain(
     splitter: Splitter = claims_of,
     threshold: float = SUPPORTED,
 ) -> list[Revision]:
-    """Return each answer as it is where passages support it, else what is left of it, else "I do not know.".
+    """Return each answer unchanged where passages support it, else its supported rest, else "I do not know.".
 
     Args:
         questions, answers, passages: a row each.
         check, splitter, threshold: see `verify`.
-        revise: `(question, answer, unsupported claims, passages) -> answer`, such as a model that is asked again; what
-            it returns is checked too, and is not shown if it is not supported. By default the claims that are
-            supported stay, and the others are dropped.
+        revise: `(question, answer, unsupported claims, passages) -> answer`, such as a model asked again; its output
+            is checked too, and is not shown if unsupported. By default supported claims stay, and the others are
+            dropped.
     """
     if len(questions) != len(answers):
         raise InputError(f"there are {len(questions)} questions and {len(answers)} answers")
@@ -255,22 +256,22 @@ def _scores(check: Check, claims: Sequence[str], passages: Sequence[str]) -> lis
 
 
 def _citations_before_points(answer: str) -> str:
-    """Return an answer whose citations stand before the point that ends their sentence: `red [1].`, not `red. [1]`."""
+    """Return an answer with its citations before the period at their sentence's end: `red [1].`, not `red. [1]`."""
     return _CITED_POINT.sub(r"\2\1", answer)
 
 
 # ---- entailment ----
 #
-# Whether a text follows from another, by a model of transformers that was trained to say so (NLI).
+# Whether a text follows from another, by a transformers model trained for it (NLI).
 
 
 ENTAILMENT = "entailment"
 
 
 class EntailmentModel:
-    """A sequence-classification model with a label `entailment`, such as one that was trained on MNLI.
+    """A sequence-classification model with a label `entailment`, such as one trained on MNLI.
 
-    It is a check of claims, and tells which answers mean the same (`hfllm.grounding.uncertainty`).
+    It is a check of claims, and groups answers with the same meaning (`hfllm.grounding.uncertainty`).
 
     Args:
         model: from `AutoModelForSequenceClassification`; `config.id2label` names its labels.
@@ -279,7 +280,7 @@ class EntailmentModel:
 
     Raises:
         InputError: when the model has no such label, its config does not name labels, or its tokenizer has no padding
-            token or tokens that the model has no embeddings for.
+            token or has tokens without embeddings in the model.
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 32):
@@ -297,16 +298,16 @@ class EntailmentModel:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         check_vocabulary(model, tokenizer, "entailment model")
         if model.config.pad_token_id is None:
-            # Decoders read the label at the last token that is not padding.
+            # Decoders read the label at the last token before padding.
             model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.batch_size, self.label = model, tokenizer, batch_size, result[0]
 
     def __call__(self, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
-        """Return for each claim the probability that its passage entails it."""
+        """Return for each claim the probability of its entailment by its passage."""
         return [float(row[self.label]) for row in self._probabilities(passages, claims)]
 
     def in_both_directions(self, first: Sequence[str], second: Sequence[str]) -> list[bool]:
-        """Return for each pair whether each text entails the other: it is the most probable label both times.
+        """Return for each pair whether both texts entail each other: it is the most probable label both times.
 
         Raises:
             InputError: as a call.
@@ -321,7 +322,7 @@ class EntailmentModel:
 
         if not premises:
             return []
-        # What separates premise and hypothesis must not be spelled by a text.
+        # A text must not contain the separator of premise and hypothesis.
         plain = plain_text(self.tokenizer)
         encoded = self.tokenizer(list(map(plain, premises)), list(map(plain, hypotheses)), verbose=False)
         lengths, context = [len(ids) for ids in encoded["input_ids"]], max_length_of(self.model.config)
@@ -349,10 +350,10 @@ class EntailmentModel:
 
 # ---- choosing ----
 #
-# Which of several answers to keep: the first that a passage supports, the best by a reward, that of the majority.
+# Which of several answers to keep: the first with support by a passage, the best by a reward, the majority's.
 
 
-# For each prompt the place of the answer to keep, or `None` to abstain.
+# Per prompt the index of the answer to keep, or `None` to abstain.
 Choice = list[int | None]
 
 
@@ -363,11 +364,11 @@ def first_supported(
     splitter: Splitter = claims_of,
     threshold: float = SUPPORTED,
 ) -> Choice:
-    """Return for each prompt the place of its first answer that passages support; `None` where they support none.
+    """Return for each prompt the index of its first answer with support by passages; `None` where they support none.
 
     Args:
         samples: answers per prompt.
-        passages: for each prompt the texts to check against.
+        passages: per prompt the texts to check against.
         check, splitter, threshold: see `verify`.
     """
     _check_rows(samples, passages=passages)
@@ -385,10 +386,10 @@ def first_supported(
 def best_rewarded(
     prompts: Sequence[str | list], samples: Sequence[Sequence[str | list]], reward: Callable[..., Sequence[float]]
 ) -> Choice:
-    """Return for each prompt the place of the answer that a reward, such as a `RewardModel`, scores highest.
+    """Return for each prompt the index of the answer with the highest reward, such as from a `RewardModel`.
 
-    A reward model scores how an answer is put as much as whether it is true, and the best of many is the one that
-    exploits it most: it may lose to greedy decoding. Compare them, see `compare_choices`.
+    A reward model scores an answer's style as much as its truth, and the best of many exploits it most: it may lose to
+    greedy decoding. Compare them, see `compare_choices`.
 
     Args:
         prompts: texts or messages.
@@ -396,7 +397,7 @@ def best_rewarded(
         reward: `(prompts, completions) -> numbers`.
 
     Raises:
-        InputError: for a prompt without answers, and scores that are NaN.
+        InputError: for a prompt without answers, and NaN scores.
     """
     _check_rows(samples, prompts=prompts)
     return [index for index, _ in best_by_reward(prompts, samples, reward)]
@@ -405,14 +406,14 @@ def best_rewarded(
 def majority_of_meaning(
     samples: Sequence[Sequence[str]], meanings: Sequence[Sequence[Hashable]] | None = None
 ) -> Choice:
-    """Return for each prompt the place of the first answer with the most frequent meaning (self-consistency).
+    """Return for each prompt the index of the first answer with the most frequent meaning (self-consistency).
 
     Args:
         samples: answers per prompt.
-        meanings: a label for each; by default their normalized words. Empty answers come last.
+        meanings: a label per answer; by default their normalized words. Empty answers come last.
 
     Raises:
-        InputError: for a prompt without answers, or meanings that do not match.
+        InputError: for a prompt without answers, or meanings not matching them.
     """
     _check_rows(samples, **({} if meanings is None else {"meanings": meanings}))
     chosen: Choice = []
@@ -420,7 +421,7 @@ def majority_of_meaning(
         labels = [normalized(text) for text in answers] if meanings is None else list(meanings[row])
         if len(labels) != len(answers):
             raise InputError(f"prompt {row + 1} has {len(answers)} answers and {len(labels)} meanings")
-        # As `majority` takes them: a text for each meaning, none for an empty answer.
+        # As `majority` takes them: a text per meaning, none for an empty answer.
         numbers = {label: str(number) for number, label in enumerate(dict.fromkeys(labels), 1)}
         votes = [numbers[label] if text.strip() else "" for text, label in zip(answers, labels, strict=True)]
         chosen.append(votes.index(majority(votes)[0]))
@@ -435,7 +436,7 @@ def compare_choices(
     """Return a report's metrics and table of ways to choose an answer, also where they lose.
 
     Args:
-        right: for each prompt how right each of its samples is, from 0 to 1.
+        right: how right the samples of a prompt are, from 0 to 1, for each prompt.
         choices: by their names, such as `first_supported`, `best_rewarded` and `majority_of_meaning` return them.
         greedy: how right the greedy answers are.
 

@@ -1,7 +1,7 @@
-"""What a device allows, and how models are built on it.
+"""Capabilities of a device, and building models on it.
 
-Its native precision, the tokens that fit into one pass, and one process for each device; random numbers that leave no
-trace, and models that are whole on each process where others are partitioned.
+Its native precision, the tokens that fit into one pass, and one process per device; random numbers without a
+trace, and models kept whole on each process where others are partitioned.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHARE = 1 / 8
 # Of one logit: its value in 16 bits, its copy and its log-probability in 32, and a temporary or its gradient.
 BYTES_PER_VALUE = 16
-# The keys and values of all sequences that are sampled together take at most this share.
+# The keys and values of all sequences sampled together take at most this share.
 CACHE_SHARE = 1 / 4
 
 
@@ -80,7 +80,7 @@ def most_tokens(model: "PreTrainedModel", device: "torch.device") -> int | None:
 
 
 def most_cached_rows(model: "PreTrainedModel", length: int, device: "torch.device") -> int | None:
-    """Return the most sequences of `length` tokens that may be sampled together; `None` is no limit, as on a CPU."""
+    """Return the most sequences of `length` tokens to sample together; `None` is no limit, as on a CPU."""
     memory, config = device_memory(device), model.config.get_text_config()
     numbers = cached_numbers(config)
     if memory is None or numbers is None:
@@ -93,7 +93,7 @@ def most_cached_rows(model: "PreTrainedModel", length: int, device: "torch.devic
 def forked_random(device: "torch.device") -> Iterator[None]:
     """Restore the random state of the CPU and of this device afterwards.
 
-    `torch.random.fork_rng()` alone would open a context on every GPU of the machine, in each of the processes.
+    `torch.random.fork_rng()` by itself would open a context on every GPU of the machine, in each of the processes.
     """
     import torch
 
@@ -114,8 +114,8 @@ def refuse_data_parallel(args: "TrainingArguments") -> None:
 def built_whole() -> Iterator[None]:
     """Build models whole on each process within this context, also where ZeRO-3 is on.
 
-    A constructor itself is never partitioned. transformers partitions what `from_config` builds within one, such as a
-    vision tower, whose weights are then empty when the constructor draws them.
+    A constructor itself is never partitioned. transformers partitions models built by `from_config` within one, such
+    as a vision tower, whose weights are then empty when the constructor draws them.
     """
     from transformers.integrations import deepspeed
 

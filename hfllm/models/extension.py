@@ -1,6 +1,6 @@
-"""Extend a model beyond the length that it was trained on, by other frequencies of its rotary positions.
+"""Extend a model beyond its trained length, by other frequencies of its rotary positions.
 
-The types are those of transformers' `rope_parameters`; `ntk` is a higher `rope_theta`, which is no type of its own:
+The types are as in transformers' `rope_parameters`; `ntk` is a higher `rope_theta`, not a type of its own:
 
     linear   positions are divided by the factor (position interpolation, Chen et al. 2023, arXiv:2306.15595)
     ntk      theta * factor^(R / (R - 2)), R rotated dimensions of a head: the slowest frequency is divided by the
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3")
-# Of Llama 3.1: wavelengths above the trained length / 1 are divided by the factor, those below length / 4 stay.
+# Of Llama 3.1: wavelengths above the trained length / 1 are divided by the factor, wavelengths below length / 4 stay.
 LLAMA3_FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FULL = "full_attention"
 
@@ -31,20 +31,20 @@ def extended_config(
 ) -> "PreTrainedConfig":
     """Return a copy of a config whose rotary positions are made for `factor` times the length.
 
-    Where each type of layer has parameters of its own (Gemma 3), only those of full attention change: the others never
-    look further than their window. A `dynamic` config keeps its `max_position_embeddings`, which is where transformers
-    begins to scale; the others get the new length.
+    Where each type of layer has parameters of its own (Gemma 3), only the ones of full attention change: the others
+    never look further than their window. A `dynamic` config keeps its `max_position_embeddings`, the length where
+    transformers begins to scale; the others get the new length.
 
     Args:
-        config: of a decoder with rotary positions that were not extended before.
+        config: of a decoder with rotary positions, not extended before.
         rope_type: one of `ROPE_TYPES`.
         factor: how many times longer, above 1.
-        original_length: tokens of the longest text that it was trained on; `None` means its
+        original_length: tokens of the longest training text; `None` means its
             `max_position_embeddings`.
 
     Raises:
-        InputError: for a model without rotary positions that see all tokens, positions that are extended already, an
-            unknown type or one that the model's class refuses, or a factor that is not above 1.
+        InputError: for a model without rotary positions in full attention, already extended positions, an
+            unknown type or one refused by the model's class, or a factor not above 1.
     """
     if rope_type not in ROPE_TYPES:
         raise InputError(f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
@@ -69,7 +69,7 @@ def extended_config(
 
 
 def _check_valid(config: "PreTrainedConfig", rope_type: str) -> None:
-    """Refuse what the model's own class would refuse when it is saved, after the training."""
+    """Refuse settings that the model's own class would refuse at saving, after the training."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -86,7 +86,7 @@ def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None
     """Give a model the rotary positions of `extended_config`, in place; its weights stay.
 
     Raises:
-        InputError: for a model whose rotary positions are made in a way that is not known here.
+        InputError: for a model with rotary positions made in an unknown way.
     """
     config, new = model.config.get_text_config(decoder=True), extended.get_text_config(decoder=True)
     config.rope_parameters, config.max_position_embeddings = new.rope_parameters, new.max_position_embeddings
@@ -108,7 +108,7 @@ def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None
 
 
 def _is_of(rotary: "nn.Module", config: "PreTrainedConfig", name: str) -> bool:
-    """Return whether a rotary embedding is the text's, and not the pictures'; ours by layer type have a copy."""
+    """Return whether a rotary embedding is the text's, and not the images'; ours by layer type have a copy."""
     own = getattr(rotary, "config", None)
     return own is config or (type(own) is type(config) and name in (getattr(config, "layer_types", None) or ()))
 
@@ -156,7 +156,7 @@ def _extended_rope(rope: dict, rope_type: str, factor: float, length: int, rotat
         )
     if rope_type == "ntk":
         return {**rope, "rope_theta": rope["rope_theta"] * factor ** (rotated / (rotated - 2))}
-    # Default positions ignore these two, which would scale the scores of a model that is loaded with others.
+    # Default positions ignore these two, but they would scale the scores of a model loaded with others.
     remaining = {name: value for name, value in rope.items() if name not in ("mscale", "mscale_all_dim")}
     new = {**remaining, "rope_type": rope_type, "factor": float(factor)}
     if rope_type in ("yarn", "llama3"):

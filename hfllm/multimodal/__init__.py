@@ -1,1 +1,1 @@
-"""Models that see, and the processors that feed them; models that hear can be composed, and nothing feeds them yet."""
+"""Vision-language models and their processors; audio models can be composed, but have no processors yet."""

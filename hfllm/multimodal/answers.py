@@ -1,4 +1,4 @@
-"""Answers of a vision-language model to questions about pictures."""
+"""Answers of a vision-language model to questions about images."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def picture_batch(
     processor: "ProcessorMixin", prompts: Sequence[list[dict[str, Any]]], images: Sequence[Sequence["Image"]]
 ) -> Mapping[str, Any]:
-    """Return what a model takes of conversations with pictures, padded on the left.
+    """Return a model's inputs for conversations with images, padded on the left.
 
     Args:
-        prompts: messages with parts; `{"type": "image"}` stands for the next of its pictures.
-        images: of each prompt, in their order.
+        prompts: messages with parts; `{"type": "image"}` stands for the next of its images.
+        images: of every prompt, in their order.
     """
     return conversation_batch(processor, prompts, images, "left", add_generation_prompt=True)
 
@@ -36,13 +36,13 @@ def answer_pictures(
     do_sample: bool = False,
     seed: int = 0,
 ) -> list[str]:
-    """Return a model's answer to each prompt, by default the greedy one, without special tokens.
+    """Return a model's answers to prompts, by default greedy ones, without special tokens.
 
     Args:
         model: a vision-language model; its mode is left as it was.
         processor: its processor.
         prompts: messages with parts.
-        images: pictures of each prompt, or what `hfllm.data.images.files.read_image` reads.
+        images: images of every prompt, or inputs of `hfllm.data.images.files.read_image`.
         max_new_tokens: of an answer at most.
         do_sample: sample at temperature 1 in place of it.
         seed: of the sampling; the caller's random state is not changed.

@@ -1,8 +1,8 @@
-"""Give a text model eyes or ears: a vision or an audio tower and a projector in front of its decoder.
+"""Give a text model image or audio input: a vision or an audio tower and a projector in front of its decoder.
 
 The classes are transformers' own, with the text model inside. A model of ours gets `HfllmForConditionalGeneration`,
-which is Llava's with our losses; the other layouts compute logits and losses by themselves, so a text model whose head
-they would leave out is refused there.
+Llava's class with our losses; the other layouts compute logits and losses by themselves, so a text model with a head
+unsupported by them is refused there.
 """
 
 import warnings
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# What only our own composed class computes: fields of the head with the values that change nothing.
+# Computed only by our own composed class: fields of the head with their neutral values.
 OF_HEAD = {"logit_scale": 1, "final_logit_softcapping": None, "lm_head_bias": False}
-# The same, in training alone.
+# The same, only in training.
 OF_TRAINING = {"router_aux_loss_coef": 0, "loss_chunk_size": None}
 
 
@@ -37,30 +37,30 @@ def with_vision(
     config_class: "type[PreTrainedConfig] | None" = None,
     **fields: object,
 ) -> "PreTrainedModel":
-    """Return a model that sees: a vision tower, a new projector, and a copy of a causal language model.
+    """Return a vision-language model: a vision tower, a new projector, and a copy of a causal language model.
 
-    Text alone it continues as the language model does, to the bit. If the token of pictures is new to the language
-    model, its embeddings are extended, and `generate` never writes that token.
+    Text without images it continues as the language model does, to the bit. If the image token is new to the language
+    model, its embeddings are extended, and `generate` never writes the image token.
 
     Args:
         model: an hfllm model, or a causal language model of transformers. It is not changed.
         vision: a trained tower, whose weights are copied, or the config of a new one.
-        image_token_id: the token that stands in prompts for each vector of a picture: `processor.image_token_id`.
-        vision_feature_layer: the layer of the tower that is read, -1 the last; -2 is usual for CLIP.
+        image_token_id: the token in prompts for every vector of an image: `processor.image_token_id`.
+        vision_feature_layer: the layer read from the tower, -1 the last; -2 is usual for CLIP.
         vision_feature_select_strategy: `"full"` takes all of its vectors, `"default"` all but the first; `None` drops
-            the first where it stands for the whole picture, as in CLIP, ViT and DINOv2.
+            the first where it stands for the whole image, as in CLIP, ViT and DINOv2.
         projector_hidden_act: activation between the projector's two layers.
         config_class: another layout of transformers, such as `Idefics3Config`; `None` means Llava's. The three
             arguments above are then not used.
-        fields: more fields of that config.
+        fields: more fields of this config.
 
     Returns:
         An `HfllmForConditionalGeneration` for an hfllm model and Llava's layout, else transformers' class; in
         evaluation mode, and in the precision of `model`.
 
     Raises:
-        InputError: for a model that is no causal language model, is quantized or wrapped, or has a head that the
-            layout leaves out; and for fields that the config refuses.
+        InputError: for a model other than a causal language model, a quantized or wrapped one, or one with a head
+            unsupported by the layout; and for fields refused by the config.
     """
     text, tower = _checked_text(model), _checked_tower(vision)
     is_ours = isinstance(text, HfllmConfig)
@@ -86,14 +86,14 @@ def with_audio(
     config_class: "type[PreTrainedConfig] | None" = None,
     **fields: object,
 ) -> "PreTrainedModel":
-    """Return a model that hears: an audio tower, a new projector, and a copy of a causal language model.
+    """Return an audio-language model: an audio tower, a new projector, and a copy of a causal language model.
 
     Args:
         model: an hfllm model, or a causal language model of transformers. It is not changed.
         audio: a trained tower, whose weights are copied, or the config of a new one.
-        audio_token_id: the token that stands in prompts for each vector of a sound.
+        audio_token_id: the token in prompts for every vector of a sound.
         config_class: the layout; `None` means `Qwen2AudioConfig`.
-        fields: more fields of that config.
+        fields: more fields of this config.
     """
     from transformers import Qwen2AudioConfig
 
@@ -105,15 +105,15 @@ def with_audio(
 
 
 def idle_media_parameters(model: "PreTrainedModel", **inputs: "Tensor") -> list[str]:
-    """Return the names of weights of tower and projector that nothing the decoder reads depends on: they cannot learn.
+    """Return the names of tower and projector weights without effect on the decoder's input: they cannot learn.
 
-    They are in towers for uses of their own, such as the pooling head of SigLIP, or come after the layer that is read.
+    They are in towers for uses of their own, such as the pooling head of SigLIP, or come after the layer in use.
     Freeze them (`requires_grad_(False)`) before training in several processes, which wait for every gradient. Found
-    by one pass with gradients over a gray picture.
+    by one pass with gradients over a gray image.
 
     Args:
-        inputs: what `model.get_image_features` (or `get_audio_features`) reads; none for a model of pictures with a
-            tower of one size.
+        inputs: arguments of `model.get_image_features` (or `get_audio_features`); none for a vision model with a tower
+            of one size.
     """
     import torch
 
@@ -159,7 +159,7 @@ def _media_parameters(model: "PreTrainedModel") -> "list[tuple[str, nn.Parameter
 
 
 def _checked_text(model: "PreTrainedModel") -> "PreTrainedConfig":
-    """Return the config of a model that can be the decoder of another."""
+    """Return the config of a model usable as the decoder of another."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__
@@ -214,7 +214,7 @@ def _composed(
             state |= _with_prefix(tower.state_dict(), _place_of(type(tower), plan))
         composite = _loaded(model_class, config, state, model.dtype)
     composite.generation_config = deepcopy(model.generation_config)
-    # It stands for what a picture or a sound brings: written by the model, it would stand for nothing.
+    # It stands for features of an image or a sound: written by the model, it would stand for nothing.
     composite.generation_config.suppress_tokens = sorted(
         {*(composite.generation_config.suppress_tokens or ()), token_id}
     )
@@ -230,7 +230,7 @@ def _class_of(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
 
 
 def _refuse_lost_head(config: "PreTrainedConfig", layout: str) -> None:
-    """Refuse a head that a layout of transformers would leave out, and warn of losses that it does."""
+    """Refuse a head unsupported by a layout of transformers, and warn of losses left out by it."""
     if not isinstance(config, HfllmConfig):
         return
     for field, plain in OF_HEAD.items():
@@ -261,7 +261,7 @@ def _text_state(model: "PreTrainedModel", plan: "PreTrainedModel", rows: int) ->
 
 
 def _extended(table: "Tensor", rows: int) -> "Tensor":
-    """Return a table with more rows, of which each new one is the mean of all."""
+    """Return a table with more rows; every new one is the mean of all."""
     import torch
 
     table = table.detach()
@@ -291,7 +291,7 @@ def _loaded(
     from transformers.utils import logging
 
     level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    # It would warn that the projector is new.
+    # It would warn about the new projector.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

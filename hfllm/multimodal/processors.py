@@ -1,4 +1,4 @@
-"""Processors of pictures: a conversation as tokens and pixels, and the batches and positions of PPO."""
+"""Processors of images: a conversation as tokens and pixels, and the batches and positions of PPO."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 IMAGE_TOKEN = "<|image|>"
-# Of the towers whose published weights were trained with colors of their own mean and spread.
+# Of the towers with published weights trained with colors of their own mean and spread.
 IMAGE_PROCESSORS = {
     "clip_vision_model": "CLIPImageProcessorPil",
     "siglip_vision_model": "SiglipImageProcessorPil",
@@ -42,9 +42,9 @@ def vision_processor(
     chat_template: str | None = None,
     image_processor: "BaseImageProcessor | None" = None,
 ) -> "LlavaProcessor":
-    """Return the processor of a model with pictures: texts and pictures in, tokens and pixels out.
+    """Return the processor of a vision-language model: texts and images in, tokens and pixels out.
 
-    It writes as many image tokens for a picture as the tower gives vectors of it. Its pictures are resized to the
+    It writes as many image tokens for an image as the tower's number of vectors for it. Its images are resized to the
     tower's size, whatever their own, by PIL; torchvision is not needed.
 
     Args:
@@ -52,15 +52,15 @@ def vision_processor(
         vision_config: of the tower.
         image_token: a special token.
         vision_feature_select_strategy: as in `with_vision`.
-        chat_template: one that writes `image_token` for a part `{"type": "image"}`; `None` takes the tokenizer's, and
-            teaches it that if it is ours.
-        image_processor: instead of the one that fits the tower.
+        chat_template: one with `image_token` for a part `{"type": "image"}`; `None` takes the tokenizer's, and extends
+            it so if it is ours.
+        image_processor: instead of the default one for the tower.
 
     Returns:
-        A processor that `AutoProcessor` loads again.
+        A processor, loadable again by `AutoProcessor`.
 
     Raises:
-        InputError: for a tower without a size and a patch, a tokenizer whose chat template does not take pictures, or
+        InputError: for a tower without a size and a patch, a tokenizer with a chat template without images, or
             an image processor of another size.
     """
     from transformers import LlavaProcessor
@@ -87,12 +87,12 @@ def vision_processor(
 
 
 def picture_template(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> str:
-    """Return a tokenizer's chat template, with `image_token` for each part `{"type": "image"}` of a message.
+    """Return a tokenizer's chat template, with `image_token` for every part `{"type": "image"}` of a message.
 
-    Templates of this package, which refuse pictures, are taught that; others must know it.
+    Templates of this package, which refuse images, are extended so; others must support images.
 
     Raises:
-        InputError: for a template that writes no picture, or none.
+        InputError: for a template without images, or no template.
     """
     template, macro = tokenizer.chat_template or "", text_of_macro()
     refuses = "{%- if part is not mapping or part['type'] != 'text'"
@@ -118,7 +118,7 @@ def picture_template(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAG
 
 
 def check_processor(processor: ProcessorMixin, vision_config: "PreTrainedConfig") -> None:
-    """Refuse a processor that makes pictures of another size than a tower takes, or counts its vectors otherwise.
+    """Refuse a processor with images of another size than a tower's, or with another number of vectors.
 
     Args:
         processor: of Llava's layout.
@@ -139,9 +139,9 @@ def check_processor(processor: ProcessorMixin, vision_config: "PreTrainedConfig"
 
 
 def check_fit(processor: ProcessorMixin, config: "PreTrainedConfig") -> None:
-    """Refuse a processor of Llava's layout whose pictures, or whose image tokens, are not those that a model takes.
+    """Refuse a processor of Llava's layout with images, or image tokens, that do not fit a model.
 
-    Others, and towers whose vectors are not known, are left to the model.
+    Others, and towers with an unknown number of vectors, are left to the model.
 
     Args:
         config: of the model.
@@ -158,7 +158,7 @@ def check_fit(processor: ProcessorMixin, config: "PreTrainedConfig") -> None:
         raise InputError(
             f"the processor has patch_size={processor.patch_size} and the vision tower {tower.patch_size}"
         )
-    # Of each `"default"` leaves out one.
+    # `"default"` leaves out one per image.
     more = vectors_before_patches(tower) - (config.vision_feature_select_strategy == "default")
     counted = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
     if counted != more:
@@ -169,7 +169,7 @@ def check_fit(processor: ProcessorMixin, config: "PreTrainedConfig") -> None:
 
 
 def check_template(processor: ProcessorMixin, name: str) -> None:
-    """Refuse a processor without a chat template that writes a question about a picture.
+    """Refuse a processor without a chat template for a question about an image.
 
     Args:
         name: of its model.
@@ -200,7 +200,7 @@ def _of_another_size(made: tuple[int, int], size: tuple[int, int]) -> InputError
 
 
 def made_size(image_processor: "BaseImageProcessor") -> tuple[int, int] | None:
-    """Return height and width of the pictures that an image processor makes, or `None` if they vary."""
+    """Return height and width of an image processor's output images, or `None` if they vary."""
     is_cropped = getattr(image_processor, "do_center_crop", False)
     size = getattr(image_processor, "crop_size" if is_cropped else "size", None)
     height, width = (getattr(size, name, None) for name in ("height", "width"))
@@ -224,30 +224,30 @@ def _add_special(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
 
 # ---- pictures ----
 #
-# Pictures in prompts: a row's columns, the prompt with its pictures, and the tensors that a model reads of them.
+# Images in prompts: a row's columns, the prompt with its images, and their tensors for the model.
 #
-# The format is that of TRL's GRPOTrainer: a column `image` or `images`, and a prompt that is a list of messages, with
-# a part `{"type": "image"}` at the place of each picture. A prompt without places has them before the user's first
-# words.
+# The format is TRL's of GRPOTrainer: a column `image` or `images`, and a prompt as a list of messages, with a part
+# `{"type": "image"}` as the placeholder of every image. A prompt without placeholders gets them before the user's
+# first words.
 
 
 Row = Mapping[str, Any]
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 COLUMNS = ("images", "image")
-# What a processor returns about each token; anything else is about pictures or parts of them.
+# Outputs of a processor per token; all others are about images or parts of them.
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-# Names of configs for the tokens at whose places features of media are put. Such a token is never sampled.
+# Names of configs for the placeholder tokens of media features. Such a token is never sampled.
 PLACE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a processor made of each episode's pictures, on the CPU until a model reads it.
+    """A processor's output for every episode's images, on the CPU until a model reads it.
 
     Args:
-        episodes: for each episode tensors by the model's argument, such as `pixel_values` and `image_sizes`: pictures
-            or their parts along the first dimension; those of `PER_TOKEN` (P,) along the prompt. No tensors for a
-            prompt without pictures. Responses to one prompt share them.
+        episodes: for every episode tensors by the model's argument, such as `pixel_values` and `image_sizes`: images
+            or their parts along the first dimension; the arguments of `PER_TOKEN` (P,) along the prompt. No tensors
+            for a prompt without images. Responses to one prompt share them.
     """
 
     episodes: Sequence[Mapping[str, torch.Tensor]]
@@ -256,15 +256,15 @@ class Pictures:
         return len(self.episodes)
 
     def __getitem__(self, rows: torch.Tensor) -> "Pictures":
-        """Return those of some episodes, by their indices."""
+        """Return the images of some episodes, by their indices."""
         return Pictures([self.episodes[row] for row in rows.tolist()])
 
     def inputs(self, input_ids: torch.Tensor, begins: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return the model's further arguments for these episodes as one batch, nothing where none has a picture.
+        """Return the model's further arguments for these episodes as one batch, nothing where none has an image.
 
         Args:
             input_ids: (B, W), the batch.
-            begins: the column of each row's first token.
+            begins: the column of every row's first token.
         """
         batch = {}
         for name in dict.fromkeys(name for episode in self.episodes for name in episode):
@@ -279,7 +279,7 @@ class Pictures:
         return batch
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all tensors by names for a file, each once, and which are whose."""
+        """Return all tensors by names for a file, without repeats, and the tensors' episodes."""
         distinct = {id(episode): episode for episode in self.episodes}
         numbers = {key: number for number, key in enumerate(distinct)}
         named_tensors = {"pictures": torch.tensor([numbers[id(episode)] for episode in self.episodes])}
@@ -289,7 +289,7 @@ class Pictures:
 
     @classmethod
     def split_off(cls, tensors: dict[str, torch.Tensor]) -> "Pictures | None":
-        """Take what `tensors` wrote out of the tensors of a file; `None` if that has none."""
+        """Take the output of `tensors` out of the tensors of a file; `None` if the file has none."""
         if "pictures" not in tensors:
             return None
         numbers = tensors.pop("pictures").tolist()
@@ -301,7 +301,7 @@ class Pictures:
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors one after the other, padded with zeros to the largest, as processors pad pictures."""
+    """Return tensors one after the other, padded with zeros to the largest, as processors pad images."""
     shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     if all(list(part.shape[1:]) == shape for part in parts):
         return torch.cat(list(parts))
@@ -322,12 +322,12 @@ def tokenizer_of(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
 
 
 def unable_to_read(policy: "PreTrainedModel") -> str | None:
-    """Return a policy that reads no pictures, in words for a complaint; `None` for one that does."""
+    """Return a policy without image input, in words for an error message; `None` for one with it."""
     return None if reads_pictures(policy) else f"the policy ({type(policy).__name__})"
 
 
 def place_tokens(model: "PreTrainedModel") -> set[int]:
-    """Return the ids of tokens whose places features of pictures take: a sampled one would have no features."""
+    """Return the ids of the placeholder tokens for image features: a sampled one would have no features."""
     result = (getattr(model.config, name, None) for name in PLACE_TOKENS)
     return {number for number in result if isinstance(number, int)}
 
@@ -336,7 +336,7 @@ def place_tokens(model: "PreTrainedModel") -> set[int]:
 
 
 def pictures_of(row: Row, origin: str) -> list[Any]:
-    """Return what a row has in its column `images`, or else `image`.
+    """Return the contents of a row's column `images`, or else `image`.
 
     Raises:
         InputError: when `images` is no list.
@@ -350,7 +350,7 @@ def pictures_of(row: Row, origin: str) -> list[Any]:
 
 
 def has_pictures(row: Row, origin: str) -> bool:
-    """Return whether a row has pictures, or places for them."""
+    """Return whether a row has images, or placeholders for them."""
     return bool(pictures_of(row, origin)) or count_parts(row["prompt"]) > 0
 
 
@@ -360,17 +360,17 @@ def _parts(message: Message) -> list[dict[str, Any]]:
 
 
 def count_parts(prompt: str | list[Message]) -> int:
-    """Return the parts of a prompt that are not text: places of pictures, filled or not, and other media."""
+    """Return the number of a prompt's parts other than text: image placeholders, filled or not, and other media."""
     if isinstance(prompt, str):
         return 0
     return sum(part.get("type") != "text" for message in prompt for part in _parts(message))
 
 
 def filled_prompt(row: Row, origin: str) -> list[Message]:
-    """Return a row's prompt with its pictures in their places, opened.
+    """Return a row's prompt with its images in their placeholders, opened.
 
     Raises:
-        InputError: when there are more or fewer pictures than places, or one cannot be read.
+        InputError: when there are more or fewer images than placeholders, or an unreadable image.
     """
     prompt, pictures = row["prompt"], pictures_of(row, origin)
     column = next((name for name in COLUMNS if row.get(name) is not None), None)
@@ -395,7 +395,7 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
 
 
 def _with_places(prompt: list[Message], count: int, origin: str) -> list[Message]:
-    """Return a prompt with places before the user's first words, as TRL puts them."""
+    """Return a prompt with placeholders before the user's first words, as TRL puts them."""
     first = next((at for at, message in enumerate(prompt) if message["role"] == "user"), None)
     if first is None:
         raise InputError(f"{origin}: the prompt has no place for a picture, and no message of the user for one")
@@ -409,7 +409,7 @@ def _with_places(prompt: list[Message], count: int, origin: str) -> list[Message
 
 
 def without_pictures(prompt: str | list[Message]) -> str | list[Message]:
-    """Return a prompt whose places of pictures are empty, as a table of completions shows it."""
+    """Return a prompt with empty image placeholders, as a table of completions shows it."""
     if isinstance(prompt, str) or not count_parts(prompt):
         return prompt
 
@@ -421,16 +421,16 @@ def without_pictures(prompt: str | list[Message]) -> str | list[Message]:
 
 # ---- picture tokens ----
 #
-# From prompts with pictures to token ids and the tensors that a processor makes of the pictures.
+# From prompts with images to token ids and a processor's tensors of the images.
 
 
-# Token ids of a prompt, and tensors of its pictures by the model's argument.
+# Token ids of a prompt, and tensors of its images by the model's argument.
 Encoded = tuple[list[int], dict[str, torch.Tensor]]
-# Prompts that are processed at once: so many that what a call costs is little beside the pictures.
+# Prompts processed at once: enough to make the cost of a call small next to the cost of the images.
 TOGETHER = 16
-# Modes of pictures that are drawn in memory, and can be read.
+# Modes of readable images drawn in memory.
 DRAWN_MODES = ("L", "RGB", "RGBA")
-# Processors whose results leave doubt, so that it is not tried again.
+# Processors with doubtful results, for no second try.
 _ONE_BY_ONE: WeakSet[ProcessorMixin] = WeakSet()
 
 
@@ -440,18 +440,18 @@ def encode(
     tools: Sequence[dict[str, Any]] | None = None,
     first: int = 0,
 ) -> tuple[list[list[int]], Pictures | None, list[list[Message]]]:
-    """Return the token ids of each row's prompt, its pictures (`None` if no row has any), and the prompts with them.
+    """Return the token ids of the rows' prompts, their images (`None` if no row has any), and the prompts with them.
 
-    Rows are processed together where what the processor returns leaves no doubt which picture is whose, and else each
-    by itself.
+    Rows are processed together where the processor's output leaves no doubt about the prompt of an image, and else one
+    by one.
 
     Args:
         rows: of a conversation each; the same row several times in turn is processed once.
         tools: schemas, for all rows; else a row's own.
-        first: the place of the first row in its dataset, for complaints.
+        first: the index of the first row in its dataset, for error messages.
 
     Raises:
-        InputError: see `filled_prompt`, and for words that spell the token of a picture's place.
+        InputError: see `filled_prompt`, and for words spelling the placeholder token of an image.
     """
     origins = [origin_of(row, f"prompt {index} of the dataset") for index, row in enumerate(rows, first)]
     for row, origin in zip(rows, origins, strict=True):
@@ -481,12 +481,12 @@ def encode(
 
 
 def what_is_counted(row: Row) -> Hashable | None:
-    """Return what the number of tokens of a prompt goes by, its words and the sizes of its pictures.
+    """Return the data that determine the number of tokens of a prompt, its words and the sizes of its images.
 
-    `None` where a template may read more than these, for pictures that were not drawn in memory, each of which has to
-    be opened, since it may be broken, or be turned, and for a row that is not as it should be.
+    `None` where a template may read more than these, for images not drawn in memory, which all have to be opened,
+    since they may be broken or rotated, and for an invalid row.
     """
-    with suppress(Exception):  # what is wrong is said where the row is read
+    with suppress(Exception):  # the error is raised where the row is read
         prompt, images = row["prompt"], row.get("images")
         images = [row.get("image")] if images is None else images
         if row.get("tools") or not isinstance(prompt, list) or not isinstance(images, list):
@@ -525,7 +525,7 @@ def _counted_picture(image: object) -> tuple[int, int] | None:
 
 
 class _Asked(NamedTuple):
-    """A prompt with its pictures, and the schemas of tools it is shown."""
+    """A prompt with its images, and the schemas of its tools."""
 
     prompt: list[Message]
     tools: Any
@@ -536,7 +536,7 @@ class _Asked(NamedTuple):
         return {"continue_final_message" if is_begun(self.prompt) else "add_generation_prompt": True, **tool_kwargs}
 
     def parts(self) -> list[Message]:
-        """Return the prompt with lists of parts alone, which templates of processors read."""
+        """Return the prompt with only lists of parts, the form for templates of processors."""
         return [
             {**each, "content": [{"type": "text", "text": each["content"]}]}
             if isinstance(each.get("content"), str)
@@ -546,10 +546,10 @@ class _Asked(NamedTuple):
 
 
 def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list[Encoded] | None:
-    """Return what `_encode_one` does for each, at a fraction of its cost; `None` where that is not sure.
+    """Return the results of `_encode_one`, at a fraction of its cost; `None` where they are not certain.
 
-    It is where pictures become `pixel_values` of one size and nothing else: then each is a tensor by itself, the same
-    whatever is beside it, they are as many as the prompts have, and each takes as many places.
+    They are certain where images become `pixel_values` of one size and nothing else: then every image is a tensor by
+    itself, the same whatever is next to it, the images are as many as in the prompts, and all take as many positions.
     """
     options, counts = asked[0].options(), [count_parts(each.prompt) for each in asked]
     if len(asked) == 1 or processor in _ONE_BY_ONE or any(each.options() != options for each in asked[1:]):
@@ -558,7 +558,7 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
         conversations = [each.parts() for each in asked]
         fields = dict(_templated(processor, conversations, processor_kwargs={"padding": True}, **options))
     except Exception:
-        # Whose prompt it is, and what is wrong, is found one by one.
+        # The prompt and its error are found one by one.
         return None
     pixels, mask = fields.get("pixel_values"), fields.get("attention_mask")
     has_others = set(fields) - {"pixel_values"} != {"input_ids", "attention_mask"}
@@ -571,7 +571,7 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
     token = getattr(processor, "image_token_id", None)
     indices = {some.count(token) / count for some, count in zip(ids, counts, strict=True) if count}
     begin = getattr(processor.tokenizer, "bos_token_id", None)
-    # Whether a beginning is added goes by the first prompt's words, where templates leave it to the tokenizer.
+    # The addition of a beginning depends on the first prompt's words, where templates leave it to the tokenizer.
     begins = {next((at for at, number in enumerate(some) if number != begin), len(some)) for some in ids}
     if len(indices) > 1 or len(begins) > 1:
         return None

@@ -48,8 +48,8 @@ PIPELINES = {
     "ForMaskedLM": "fill-mask",
     "ForQuestionAnswering": SPANS,
 }
-# An absolute path of at least two parts that stands alone; a URL's slashes follow a slash or a letter, or begin two.
-# A folder's name may have spaces, as in /home/me/My Data/rows.jsonl; of the last part only quotes say how far it goes.
+# A separate absolute path of at least two parts; a URL's slashes follow a slash or a letter, or begin two. A folder's
+# name may have spaces, as in /home/me/My Data/rows.jsonl; only quotes mark the end of the last part.
 _PART = r"[\w.@+~()&-]+"
 _ROOT = r"(?:file://|~|(?<![A-Za-z])[A-Za-z]:)?[/\\]"
 _ABSOLUTE_PATH = re.compile(rf"(?<![\w./~]){_ROOT}(?:{_PART}(?: {_PART}){{0,4}}[/\\])+({_PART})")
@@ -59,14 +59,14 @@ _QUOTED_PATH = re.compile(rf"""(?<!\w)([`'"]){_ROOT}(?![/\\])(?:[^\n/\\`'"]+[/\\
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> None:
-    """Write the card as README.md, unless that file is the user's own (without our marker line)."""
+    """Write the card as README.md, unless an existing file is the user's own (without our marker line)."""
     path = Path(folder) / CARD
     if not path.is_file() or is_written(path):
         write_atomically(path, model_card(folder, repo_id))
 
 
 def is_written(card: Path) -> bool:
-    """Return whether a card is one that `write_card` has written, and the user has not made their own."""
+    """Return whether a card was written by `write_card`, and the user has not made it their own."""
     return MARKER in card.read_text(encoding="utf-8", errors="replace")
 
 
@@ -75,7 +75,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
 
     Args:
         folder: a saved model, with the report of its run if one of our recipes made it.
-        repo_id: where it will be published; by default the folder's name.
+        repo_id: its repository for publication; by default the folder's name.
 
     Raises:
         InputError: when the folder holds no complete model.
@@ -111,13 +111,13 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
 
 
 def adapter_base(folder: Path) -> str | None:
-    """Return the Hub id of an adapter's base model; `None` if that is a local folder."""
+    """Return the Hub id of an adapter's base model; `None` for a local folder."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
     return None if merged_base(folder) or _was_local(folder, base) else hub_id({"base": base}, "base")
 
 
 def check_base(folder: Path) -> None:
-    """Refuse to publish an adapter whose base model others cannot load.
+    """Refuse to publish an adapter with a base model inaccessible to others.
 
     Raises:
         InputError: when its base is a local folder.
@@ -146,7 +146,7 @@ def public_value(value: object, paths: Sequence[str] = ()) -> object:
 
     Args:
         value: also of nested values, with the keys of mappings, every text.
-        paths: those that are known, such as `local_paths`: a text may name them with any letters around.
+        paths: the known ones, such as `local_paths`: a text may name them with any letters around.
     """
     if isinstance(value, Mapping):
         return {public_value(key, paths): public_value(item, paths) for key, item in value.items()}
@@ -163,9 +163,9 @@ def public_value(value: object, paths: Sequence[str] = ()) -> object:
 
 
 def _without_path(text: str, path: str) -> str:
-    """Return a text with a path, and what lies in it, as the last name; /home/me/database is not in /home/me/data.
+    """Return a text with a path, and paths in it, as the last name; /home/me/database is not in /home/me/data.
 
-    Without a pattern made of the path: that of a long one, with its many folders, takes minutes to compile.
+    Without a pattern made of the path: a long path's pattern, with its many folders, takes minutes to compile.
     """
     parts, done, begin = [], 0, text.find(path)
     while begin >= 0:
@@ -179,9 +179,9 @@ def _without_path(text: str, path: str) -> str:
 
 
 def local_paths(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return the absolute paths that a report and its folder name, and the folders above with a space, longest first.
+    """Return the absolute paths in a report and its folder, and their parents with a space, longest first.
 
-    In a text nothing says where a path with spaces ends; what the run was given says it.
+    Nothing in a text marks the end of a path with spaces; the flags of the run show it.
     """
     named: set[str] = {str(folder.absolute()), str(folder.resolve())}
     for text in _texts({name: report.get(name) for name in ("arguments", "given", "parents", "artifacts")}):
@@ -189,7 +189,7 @@ def local_paths(report: Mapping[str, Any], folder: Path) -> list[str]:
         candidates = (text, text.rpartition(":")[0], text.partition("=")[2], text.removesuffix(" changed at"))
         named |= {part for part in candidates if "\n" not in part and _is_absolute(part)}
     above = {str(parent) for path in named for parent in Path(path).parents if " " in parent.name}
-    # A path of one part has nothing to hide, and its name may stand in any text.
+    # A path of one part has nothing to hide, and its name may occur in any text.
     return sorted((path for path in named | above if len(Path(path).parts) > 2), key=len, reverse=True)
 
 
@@ -231,11 +231,11 @@ def public_report(folder: Path, name: str) -> bytes:
 
 
 def _was_local(folder: Path, base: str) -> bool:
-    """Return whether the run's report records that `base` was a local path: a relative one looks like a Hub id."""
+    """Return whether the run's report records `base` as a local path: a relative one looks like a Hub id."""
     report, flag = read_report(folder) or {}, "model_name_or_path"
     arguments, parents = report.get("arguments", {}), report.get("parents") or []
     is_named = arguments.get(flag) == base and f"{flag} changed at" in arguments
-    # Of an adapter that was trained further the base is an ancestor.
+    # For an adapter trained further the base is an ancestor.
     return is_named or any(entry["model"] == base and "hub_id" not in entry for entry in parents)
 
 
@@ -257,7 +257,7 @@ def _front_matter(folder: Path, report: Mapping[str, Any], base: str | None) -> 
 
 
 def _first_on_hub(report: Mapping[str, Any]) -> str | None:
-    """Return the Hub id of the model that the first stage started from, if it is one of the Hub."""
+    """Return the Hub id of the first stage's starting model, if it is one of the Hub."""
     return hub_id(origin(report.get("parents") or []) or {}, "hub_id")
 
 
@@ -297,7 +297,7 @@ def _local_base(folder: Path) -> str:
 
 
 def _merged(folder: Path) -> str:
-    """Return what a merged model is, in words."""
+    """Return the description of a merged model, in words."""
     adapters = [code_span(public_value(name)) for name in merged_adapters(folder)]
     many = f"adapter{'s' if len(adapters) > 1 else ''} {', then '.join(adapters)}"
     return f"{first_base(folder) or 'a local model'} ({many} merged into it)"
@@ -318,7 +318,7 @@ def _usage(folder: Path, name: str) -> str:
         kind = {"text-classification": "SequenceClassification", "token-classification": "TokenClassification"}
         kind[SPANS] = "QuestionAnswering"
         model_class = f"AutoPeftModelFor{kind.get(pipeline or '', 'CausalLM')}"
-        # Neither the base nor the adapter says how many scores its head gives.
+        # Neither the base nor the adapter records the number of scores of its head.
         labels = _label_arguments(folder, pipeline)
         lines = [
             f"from peft import {model_class}",
@@ -350,7 +350,7 @@ def _usage(folder: Path, name: str) -> str:
 
 
 def _label_arguments(folder: Path, pipeline: str | None) -> str:
-    """Return what `from_pretrained` must be told of the head of an adapter, which names no labels itself."""
+    """Return the arguments of `from_pretrained` for the head of an adapter, which names no labels itself."""
     if pipeline not in ("text-classification", "token-classification"):
         return ""
     names = read_json(folder / LABELS).get("id2label") or {}
@@ -358,12 +358,12 @@ def _label_arguments(folder: Path, pipeline: str | None) -> str:
 
 
 def _quantization(folder: Path) -> str | None:
-    """Return how the weights are quantized, or `None`; an adapter's are not."""
+    """Return the quantization of the weights, or `None`; an adapter's are not quantized."""
     return (read_json(folder / CONFIG).get("quantization_config") or {}).get("quant_method")
 
 
 def _origin(report: Mapping[str, Any], base: str | None) -> list[str]:
-    """Return the section that names the base model and the stages before this one, in order; none if unknown.
+    """Return the section about the base model and the stages before this one, in order; none if unknown.
 
     Args:
         base: the Hub id of an adapter's base.
@@ -375,7 +375,7 @@ def _origin(report: Mapping[str, Any], base: str | None) -> list[str]:
     if first and first.get("stage"):
         begins = [f"The base model was made by the {first['stage']} stage, from new weights ({_shown(first)})."]
     elif first and base and first.get("hub_id") not in (None, base):
-        # An adapter of the Hub was trained further, of whose own origin nothing is known here.
+        # An adapter of the Hub was trained further; its own origin is unknown here.
         begins = [f"The base model is {_linked({'hub_id': base})}; training started from {_linked(first)}."]
     elif first:
         begins = [f"The base model is {_linked(first)}."]
@@ -401,7 +401,7 @@ def _role(entry: Mapping[str, Any]) -> str:
 
 
 def _rows(entry: Mapping[str, Any]) -> str:
-    """Return what an entry of the lineage learned from, such as `9,600 demonstrations of world`."""
+    """Return the training data of an entry of the lineage, such as `9,600 demonstrations of world`."""
     data, count = entry.get("data"), entry.get("rows")
     name = "" if not data else "the embedded world" if data == WORLD else code_span(public_value(data))
     if count is None:
@@ -410,12 +410,12 @@ def _rows(entry: Mapping[str, Any]) -> str:
 
 
 def _listed(value: object) -> list[object]:
-    """Return a flag's values: one that stands alone may have lost its list on the way through other programs."""
+    """Return a flag's values: a single value may have lost its list on the way through other programs."""
     return value if isinstance(value, list) else [value] if value else []
 
 
 def _reward(report: Mapping[str, Any]) -> list[str]:
-    """Return the section that names the reward that a policy was trained on; none where there is no reward."""
+    """Return the section about the reward used to train a policy; none without a reward."""
     arguments = report.get("arguments", {})
     functions = [f"the function {code_span(public_value(name))}" for name in _listed(arguments.get("reward_funcs"))]
     models = [
@@ -463,8 +463,8 @@ def check_publishable(peft: bool, model_name: str | None, revision: str = "main"
     """Refuse to train an adapter for publication if others could not load its base model.
 
     Raises:
-        InputError: when `peft` is true and the base is made by an earlier stage, is a local folder, or an adapter that
-            is merged into a local base first; or when an adapter of a local base is named, to be trained further.
+        InputError: when `peft` is true and the base is made by an earlier stage, is a local folder, or an adapter to
+            be merged into a local base first; or when an adapter of a local base is named, to be trained further.
     """
     if not peft and model_name is not None and Path(model_name, ADAPTER_CONFIG).is_file():
         check_base(Path(model_name))
@@ -491,7 +491,7 @@ def _is_adapter_of_hub(name: str, revision: str) -> bool:
 
 
 def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the lines of Python that load the model in `folder` and print its answer to `prompt`."""
+    """Return the lines of Python to load the model in `folder` and print its answer to `prompt`."""
     answer = "[0]['generated_text']" + ("" if isinstance(prompt, str) else "[-1]['content']")
     return [
         "import hfllm",
@@ -502,11 +502,10 @@ def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[s
 
 
 # ---- parents ----
-#
-# Where a model comes from: the stages before it and the model that the first of them started from.
+# The origin of a model: the stages before it and the starting model of the first of them.
 
 
-# The metrics that count what a stage learned from, and what the rows are.
+# The metrics with the number of a stage's training rows, and the kind of the rows.
 ROWS = {
     "documents": "texts",
     "examples": "demonstrations",
@@ -514,20 +513,20 @@ ROWS = {
     "train_prompts": "prompts",
     "train_rows": "rows",
 }
-# The role of the model that training starts from; others are such as `reward model` and `teacher`.
+# The role of the starting model of training; other roles include `reward model` and `teacher`.
 START = "model"
 BEFORE = "start of the "
 
 
 def lineage(models: Mapping[str, str | Sequence[str] | None]) -> list[dict[str, Any]]:
-    """Return the models that a stage reads and those before them, in the order in which they were made, each once.
+    """Return the input models of a stage and their ancestors, in the order of their creation, without repeats.
 
     Args:
-        models: names or folders, by role: `model` is the one that training starts from.
+        models: names or folders, by role: `model` is the starting model of training.
 
     Returns:
-        An entry per model: its `role` and `model` (folder or Hub id); `hub_id` of one of the Hub; of one that a
-        stage made `stage`, `data`, `rows` and `kind` of rows, as far as its report tells.
+        An entry per model: its `role` and `model` (folder or Hub id); `hub_id` of one of the Hub; for a stage's model
+        `stage`, `data`, `rows` and `kind` of rows, as far as recorded in its report.
     """
     result: dict[tuple[str, str], dict[str, Any]] = {}
     for role, named in models.items():
@@ -538,10 +537,10 @@ def lineage(models: Mapping[str, str | Sequence[str] | None]) -> list[dict[str, 
 
 
 def _with_parents(role: str, name: str, children: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Return a model's entry after those of the models before it.
+    """Return a model's entry after the entries of the models before it.
 
     Args:
-        children: the models that come after it, none of which is before it.
+        children: the models after it, none of them also before it.
     """
     if not Path(name).is_dir():
         return [{"role": role, "model": name, "hub_id": name}]
@@ -554,7 +553,7 @@ def _with_parents(role: str, name: str, children: tuple[str, ...] = ()) -> list[
         base, parents = report.get("arguments", {}).get("model_name_or_path"), entries(report.get("parents"))
         own |= {"stage": report.get("stage"), **learned_from(report)}
     if parents is None:
-        # Another tool's model, or one whose report is of before the lineage was written.
+        # Another tool's model, or one with a report from before the lineage was written.
         is_known = isinstance(base, str) and base and base not in (name, *children)
         parents = _with_parents(START, base, (name, *children)) if is_known else []
     return [*({**entry, "role": ancestor if entry["role"] == START else entry["role"]} for entry in parents), own]
@@ -569,7 +568,7 @@ def learned_from(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def entries(parents: object) -> list[dict[str, Any]] | None:
-    """Return the lineage that a report tells, without what is no entry: models come from elsewhere too."""
+    """Return the lineage in a report, without invalid entries: models come from elsewhere too."""
     if not isinstance(parents, list):
         return None
     kinds = {"role": str, "model": str, "stage": str, "hub_id": str, "data": str, "kind": str, "rows": int | float}
@@ -581,20 +580,19 @@ def entries(parents: object) -> list[dict[str, Any]] | None:
 
 
 def origin(parents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the first model of the line that training started from: a base model, or what a first stage made."""
+    """Return the first model of the line of starting models: a base model, or the output of a first stage."""
     return next((entry for entry in parents if entry["role"] == START), None)
 
 
 # ---- python lines ----
-#
-# Lines of Python that reports show for a saved model.
+# Lines of Python in reports about a saved model.
 
 
 def loading_lines(folder: str, task: str | None = None) -> list[str]:
-    """Return the lines of Python that load the model in `folder` and its tokenizer, or its processor if it sees.
+    """Return the lines of Python to load the model in `folder` and its tokenizer, or a vision-language processor.
 
     Args:
-        task: as PEFT names it, such as SEQ_CLS; by default that of a language model.
+        task: as PEFT names it, such as SEQ_CLS; by default the task of a language model.
     """
     kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
     kinds["QUESTION_ANS"] = "QuestionAnswering"
@@ -612,11 +610,11 @@ def loading_lines(folder: str, task: str | None = None) -> list[str]:
 
 
 def speculative_lines(model: str, draft: str) -> list[str]:
-    """Return the lines of Python that decode a model speculatively.
+    """Return the lines of Python for speculative decoding of a model.
 
     Args:
         model: its folder or Hub id.
-        draft: the expression that makes the draft, such as `Int8Draft()`.
+        draft: the expression for the draft, such as `Int8Draft()`.
     """
     return [
         "import hfllm",
@@ -630,21 +628,20 @@ def speculative_lines(model: str, draft: str) -> list[str]:
 
 
 # ---- names ----
-#
-# Names of users' models, data and folders in Markdown: whatever characters they have, they stay what they are.
+# Names of users' models, data and folders in Markdown: they stay unchanged, whatever their characters.
 
 
-# The Hub takes no longer names.
+# The maximum length of names on the Hub.
 _HUB_ID = re.compile(r"[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?")
 
 
 def is_hub_id(value: object) -> bool:
-    """Return whether a name can be that of a repository of the Hub."""
+    """Return whether a name is valid for a repository of the Hub."""
     return isinstance(value, str) and _HUB_ID.fullmatch(value) is not None
 
 
 def code_span(value: object) -> str:
-    """Return a name as a code span, which it does not leave; a pipe is for `markdown_table` to escape."""
+    """Return a name as a code span without escaping from it; a pipe is for `markdown_table` to escape."""
     text = _printable(value)
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
@@ -653,12 +650,12 @@ def code_span(value: object) -> str:
 
 
 def plain_line(value: object) -> str:
-    """Return a name as the text of a heading, without tags that a page would follow."""
+    """Return a name as the text of a heading, without tags interpreted by a page."""
     return _printable(value).strip().replace("<", "&lt;")
 
 
 def quoted(value: object) -> str:
-    """Return a name as a string of Python in a block of code, which it does not end."""
+    """Return a name as a string of Python in a block of code, unable to end the block."""
     return json.dumps(_printable(value), ensure_ascii=False).replace("```", "'''")
 
 
@@ -667,8 +664,7 @@ def _printable(value: object) -> str:
 
 
 # ---- labels ----
-#
-# The names of a head's labels, beside the weights: the config of a whole model has them, that of an adapter not.
+# The names of a head's labels, next to the weights: the config of a whole model has them, an adapter's does not.
 
 
 def write_labels(folder: str | Path, labels: Sequence[str]) -> None:
@@ -678,8 +674,7 @@ def write_labels(folder: str | Path, labels: Sequence[str]) -> None:
 
 
 # ---- merged ----
-#
-# Say what a model was merged from, as the record in its folder tells.
+# The sources of a merged model, from the record in its folder.
 
 
 def merged_from(folder: Path) -> dict[str, Any]:
@@ -688,7 +683,7 @@ def merged_from(folder: Path) -> dict[str, Any]:
 
 
 def first_base(folder: Path) -> str | None:
-    """Return the model of the Hub that the first of the merged adapters was trained on, `None` if that is local."""
+    """Return the base on the Hub of the first of the merged adapters, `None` for a local one."""
     record = merged_from(folder)
     if not record or record.get("base_is_local") is False:
         return record.get("base_model_name_or_path")
@@ -696,7 +691,7 @@ def first_base(folder: Path) -> str | None:
 
 
 def merged_adapters(folder: Path) -> list[str]:
-    """Return the names of the adapters that were merged one after the other, the first one first."""
+    """Return the names of the adapters merged one after the other, the first one first."""
     record = merged_from(folder)
     if not record:
         return []
@@ -704,7 +699,7 @@ def merged_adapters(folder: Path) -> list[str]:
 
 
 def merged_base(folder: Path) -> Path | None:
-    """Return the local merged model that an adapter was trained on; `None` for any other adapter."""
+    """Return the local merged base model of an adapter; `None` for any other adapter."""
     base = Path(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     # The run's folder may have moved, with the base in it.
     indices = (base, folder / base.name) if base.name else ()

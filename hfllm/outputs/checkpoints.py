@@ -1,4 +1,4 @@
-"""Checkpoints of an output folder: the one to resume from, what it says of its run, and its checksums."""
+"""Checkpoints of an output folder: the one to resume from, its record of its run, and its checksums."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from hfllm.outputs.report import write_atomically
 
 
 STATE_FILE = "trainer_state.json"
-# Under this key Trainer's state, which is written last, holds what a run records of itself.
+# The key of a run's own record in Trainer's state, which is written last.
 RECORD = "hfllm"
 
 
@@ -26,7 +26,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
     Trainer writes `trainer_state.json` last: if it is missing or truncated, the run was killed while saving. Weights
     or the optimizer's file may have been truncated too, as by a full disk, or damaged later. Such checkpoints are
-    skipped with a warning that names the file, and an older one still exists, since it is removed only after the save.
+    skipped with a warning about the file, and an older one still exists, since it is removed only after the save.
     """
     for path in reversed(checkpoints_in(folder)):
         damage = damage_in(path)
@@ -37,7 +37,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 
 def damaged_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest checkpoint that was saved whole and has been damaged since, with its damage, in words."""
+    """Return the newest checkpoint saved whole and damaged since, with its damage, in words."""
     for path in reversed(checkpoints_in(folder)):
         if (path / CHECKSUMS).exists() and (damage := damage_in(path)):
             return f"{path} is damaged ({damage}), and no other is whole"
@@ -45,9 +45,9 @@ def damaged_checkpoint(folder: str | Path) -> str | None:
 
 
 def damage_in(checkpoint: str | Path) -> str | None:
-    """Return which file of a checkpoint is missing, cut off or not what was saved, in words; `None` if it is whole.
+    """Return the missing, truncated or changed file of a checkpoint, in words; `None` if it is whole.
 
-    All of its files are read, to compare their checksums. `is_complete` takes no time, and does not see as much.
+    All of its files are read, to compare their checksums. `is_complete` takes no time, and detects less.
     """
     return _cut_off(Path(checkpoint)) or damage_of(checkpoint)
 
@@ -69,7 +69,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def _cut_off(checkpoint: Path) -> str | None:
-    """Return which file of a checkpoint is missing or ends too early, in words."""
+    """Return the missing or truncated file of a checkpoint, in words."""
     if not (checkpoint / STATE_FILE).is_file():
         return f"{STATE_FILE} is missing"
     for file in sorted(filter(Path.is_file, checkpoint.rglob("*"))):
@@ -89,13 +89,13 @@ def state_of(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def record_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run of ours has recorded in Trainer's state; nothing in one of another program."""
+    """Return the record of a run of ours in Trainer's state; nothing for another program's state."""
     record = (state.get("stateful_callbacks") or {}).get(RECORD)
     return record if isinstance(record, dict) else {}
 
 
 def missing_for_resuming(checkpoint: str | Path, engine: str | None = None) -> str | None:
-    """Return the state that a checkpoint lacks to be resumed from, such as `optimizer.pt`, or `None`.
+    """Return the missing state for resuming from a checkpoint, such as `optimizer.pt`, or `None`.
 
     Args:
         engine: `deepspeed`, `fsdp` or an empty string for neither; by default any of their files will do.
@@ -113,7 +113,7 @@ def missing_for_resuming(checkpoint: str | Path, engine: str | None = None) -> s
 
 
 def _is_whole(file: Path) -> bool:
-    """Return whether a file ends where its format says; `True` for formats that do not say."""
+    """Return whether a file ends at the end given by its format; `True` for formats without one."""
     if file.suffix in (".pt", ".pth"):
         return zipfile.is_zipfile(file)
     if file.suffix == ".json":
@@ -130,12 +130,11 @@ def _is_whole(file: Path) -> bool:
 
 
 # ---- checksums ----
+# Checksums of a checkpoint's files, to avoid resuming from a checkpoint damaged later.
 #
-# Checksums of a checkpoint's files, so that one which was damaged later is not resumed from.
-#
-# They are in a file as `sha256sum` writes it, so that `sha256sum --check SHA256SUMS` in the folder compares them too.
+# They are in a file in the form of `sha256sum`, so `sha256sum --check SHA256SUMS` in the folder compares them too.
 # It is written when all others are whole: a checkpoint without it is an older one, another program's, or one whose run
-# was killed just then, and is known by its files' formats alone.
+# was killed just then, and is known only by its files' formats.
 
 
 CHECKSUMS = "SHA256SUMS"
@@ -145,7 +144,7 @@ BLOCK = 1 << 20
 
 
 def write_checksums(folder: str | Path) -> None:
-    """Write the checksums of all files of a checkpoint, also of those in folders of it, once all are on the disk."""
+    """Write the checksums of all files of a checkpoint, also in its subfolders, once all are on the disk."""
     folder = Path(folder)
     sync(folder)
     sync_folder(folder.parent)
@@ -154,7 +153,7 @@ def write_checksums(folder: str | Path) -> None:
 
 
 def write_lines(path: Path, folder: Path, files: Sequence[Path], header: str = "") -> None:
-    """Write the checksums of files of a folder, after a header whose lines begin with `#`."""
+    """Write the checksums of files of a folder, after a header of lines beginning with `#`."""
     names = [file.relative_to(folder).as_posix() for file in files]
     lines = [f"{checksum}  {name}\n" for name, checksum in zip(names, checksums_of(files), strict=True)]
     write_atomically(path, header + "".join(lines))
@@ -177,7 +176,7 @@ def read_checksums(path: Path, header: str = "") -> dict[str, str]:
 
 
 def damage_of(folder: str | Path) -> str | None:
-    """Return which file of a checkpoint is not what was saved, in words; `None` if all are, or nothing tells."""
+    """Return the missing or changed file of a checkpoint, in words; `None` if none, or without checksums."""
     folder = Path(folder)
     try:
         expected = read_checksums(folder / CHECKSUMS)

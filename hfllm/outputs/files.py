@@ -1,4 +1,4 @@
-"""Select the files of an output folder that are published, and check that they are complete."""
+"""Select the files of an output folder for publication, and check their completeness."""
 
 import json
 import struct
@@ -12,11 +12,11 @@ from hfllm.outputs.report import REPORT_FILE, read_report
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
-# The record of a model that an adapter was merged into: the adapter and its base.
+# The record of a model with a merged adapter: the adapter and its base.
 MERGED_FROM = "merged_from.json"
-# The names of the labels of an adapter's head, which nothing of PEFT records.
+# The names of the labels of an adapter's head, not recorded by PEFT.
 LABELS = "labels.json"
-# Weight files that from_pretrained looks for, in order; an index names its shards.
+# Weight files loaded by from_pretrained, in order of preference; an index names its shards.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
 SETTINGS = (CONFIG, ADAPTER_CONFIG, "generation_config.json", LABELS)
@@ -25,7 +25,7 @@ TOKENIZER = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
-# Of a model that sees or hears; an older transformers wrote the second.
+# Of a vision-language or audio model; an older transformers wrote the second.
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 PAPERS = ("report.md", REPORT_FILE, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
@@ -57,7 +57,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the safetensors files that `from_pretrained` would load, and their index; check each to be complete.
+    """Return the safetensors files for `from_pretrained`, and their index; check that each is complete.
 
     Raises:
         InputError: when there are none, only pickled ones, or one is missing or truncated.
@@ -128,7 +128,7 @@ def count_parameters(folder: Path) -> int:
 
 
 def code_files(folder: Path) -> list[str]:
-    """Return the Python files that `auto_map` names, and the files beside them that they import.
+    """Return the Python files named in `auto_map`, and the files next to them imported by them.
 
     Raises:
         InputError: when one of them is missing.
@@ -159,7 +159,7 @@ def flat(values: Iterable[object]) -> list[object]:
 
 
 def plot_files(folder: Path) -> list[str]:
-    """Return the plots that the run's report lists, in its order."""
+    """Return the plots listed in the run's report, in its order."""
     artifacts = (read_report(folder) or {}).get("artifacts", {})
     names = [str(name) for name in artifacts.values() if str(name).endswith(".png")]
     return [name for name in names if Path(name).name == name and (folder / name).is_file()]
@@ -183,5 +183,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sees_pictures(folder: Path) -> bool:
-    """Return whether a processor of pictures is saved with a model."""
+    """Return whether an image processor is saved with a model."""
     return "image_processor" in read_json(folder / PROCESSOR[0])

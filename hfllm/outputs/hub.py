@@ -1,4 +1,4 @@
-"""Publish a finished model on the Hub in one commit, and who owns an output folder's files."""
+"""Publish a finished model on the Hub in one commit, and find the owner of an output folder's files."""
 
 import logging
 import os
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # ---- publishing ----
 
 
-# Seconds before each new attempt. Each request in an attempt is also retried by huggingface_hub.
+# Seconds before every new attempt. Requests in an attempt are also retried by huggingface_hub.
 WAITS = (2, 8, 30)
 PASSING = frozenset((408, 429, 500, 502, 503, 504))
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN to a token with write permission"
@@ -55,7 +55,7 @@ Result = TypeVar("Result")
 
 
 class _WithoutSecrets(logging.Filter):
-    """Filter for huggingface_hub's logs of failed requests, whose URLs are signed for uploads."""
+    """Filter for huggingface_hub's logs of failed requests with URLs signed for uploads."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact(re.sub(r"\?\S+", f"?{HIDDEN}", record.getMessage())), ()
@@ -78,17 +78,17 @@ def push_folder(
     """Publish the model in `folder`: weights, config, tokenizer, code, card, report and plots, in one commit.
 
     Args:
-        folder: the output folder of a finished run, or any folder that `save_pretrained` wrote.
+        folder: the output folder of a finished run, or any folder written by `save_pretrained`.
         repo_id: `name` or `owner/name`; created if it does not exist.
-        private: whether a new repository is private (default: the owner's setting). With True, an existing one that
-            is public is refused.
+        private: whether a new repository is private (default: the owner's setting). With True, an existing public one
+            is refused.
         token: an access token; by default HF_TOKEN or the one stored by `hf auth login`.
         revision: a branch, created if it does not exist (default: main).
         commit_message: the commit's first line.
         endpoint: the Hub's URL, if not HF_ENDPOINT or huggingface.co.
 
     Returns:
-        The URL of the commit that holds the model; there is no new commit if nothing has changed.
+        The URL of the commit with the model; there is no new commit if nothing has changed.
 
     Raises:
         InputError: when the folder holds no complete model, the Hub refuses, or it cannot be reached after retries.
@@ -97,7 +97,7 @@ def push_folder(
 
 
 def upload_list(folder: str | Path, repo_id: str | None = None) -> dict[str, Path | bytes]:
-    """Return what to publish of `folder`, by path in the repository: a file, or its content without local paths.
+    """Return the files of `folder` to publish, by path in the repository: a file, or its content without local paths.
 
     It also writes the card.
 
@@ -113,13 +113,13 @@ def upload_list(folder: str | Path, repo_id: str | None = None) -> dict[str, Pat
 
 
 def upload_sizes(files: dict[str, Path | bytes]) -> dict[str, int]:
-    """Return the bytes of each file of an `upload_list`."""
+    """Return the bytes of the files of an `upload_list`."""
     return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
 
 
 @dataclass
 class Repository:
-    """A model repository of the Hub; the arguments are those of `push_folder`."""
+    """A model repository of the Hub; with the arguments of `push_folder`."""
 
     repo_id: str
     private: bool | None = None
@@ -128,7 +128,7 @@ class Repository:
     endpoint: str | None = None
 
     def create(self) -> None:
-        """Create the repository and the branch if they do not exist, so that errors show before training.
+        """Create the repository and the branch if they do not exist, to show errors before training.
 
         Raises:
             InputError: without a token, or when the Hub refuses or cannot be reached.
@@ -185,13 +185,13 @@ class Repository:
             api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
 
     def _commit(self, files: dict[str, Path | bytes], commit_message: str) -> tuple[str, bool]:
-        """Commit what differs from the repository. Return the commit's URL and whether it is new."""
+        """Commit all differences from the repository. Return the commit's URL and whether it is new."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         api = self._api()
         before = api.model_info(self.repo_id, revision=self.revision)
         there = {sibling.rfilename for sibling in before.siblings or []}
-        # Remove old weights, which would be loaded instead of the new ones or mixed with them.
+        # Remove old weights, to keep them from being loaded instead of the new ones or mixed with them.
         stale = sorted(name for name in there - files.keys() if _is_weights(name))
         commit = api.create_commit(
             self.repo_id,
@@ -215,7 +215,7 @@ class Repository:
             except InputError:
                 raise
             except (AttributeError, KeyError, TypeError) as error:
-                # huggingface_hub takes an answer apart without looking.
+                # huggingface_hub parses a response without checking it.
                 what = f"no {error.args[0]!r} in it" if isinstance(error, KeyError) else redact(str(error), self.token)
                 raise InputError(
                     f"cannot push to {self.repo_id}: the Hub's answer cannot be read ({what}): is "
@@ -247,14 +247,14 @@ class Repository:
 def repository_of(*parsed: "DataclassInstance") -> Repository | None:
     """Return the repository of `--push_to_hub` and the `--hub_...` flags; `None` without them.
 
-    A Trainer's own pushes would upload the whole output folder at each save, with a draft of a card: these flags are
+    A Trainer's own pushes would upload the whole output folder at every save, with a draft of a card: these flags are
     hidden from it, and the finished model is pushed once.
 
     Args:
         parsed: the flags of a run as dataclasses; one of them has the flags of the Hub.
 
     Raises:
-        InputError: when a flag asks for something that is never published, or others could not load the result.
+        InputError: when a flag asks for something never published, or others could not load the result.
     """
     flags = next((group for group in parsed if getattr(group, "push_to_hub", False)), None)
     if flags is None:
@@ -306,16 +306,14 @@ def _reason(error: BaseException) -> str:
 
 
 # ---- ownership ----
-#
-# Tell the files of an output folder that a run of ours wrote from those of the user or of another program.
-#
-# A folder in which a run has begun has a record, `.hfllm.files`, and once it has finished the checksums of what it
-# wrote are in it, as `sha256sum --check .hfllm.files` compares them. What has the name of a file that a run writes and
-# is not in the record, or is no longer what the record says, is someone else's: it is refused before anything is
-# written. Folders of versions that wrote no record are known by their report, their card or their checkpoints.
+# Distinguish the files of our runs in an output folder from the files of the user or of another program.
+# A folder with a started run has a record, `.hfllm.files`, and after its end the checksums of its files are in it, as
+# `sha256sum --check .hfllm.files` compares them. A file with the name of an output file that is absent from the
+# record, or differs from it, belongs to someone else: it is refused before anything is written. Folders of versions
+# without a record are known by their report, their card or their checkpoints.
 
 
-# What the cards contain that Trainer, TRL and PEFT write while they save.
+# Text in the cards written by Trainer, TRL and PEFT while they save.
 DRAFTS = (
     "generated_from_trainer",
     "generated automatically according to the information the Trainer had access to",
@@ -329,12 +327,12 @@ PLOTS = (
     *("gold_by_*", "drift"),
     *("sensitivity_*", "probe_*_by_*", "loss_by_compute", "expected_and_measured", "optimal_size", "isoflops"),
 )
-# The record of a folder, and its first line, which `sha256sum` passes over.
+# The record of a folder, and its first line, skipped by `sha256sum`.
 RECORD, HEADER = ".hfllm.files", "# what hfllm wrote here"
-# Held by a run that is writing, and left behind by one that was killed: see hfllm/runs/lock.py.
+# Held by a writing run, and left behind by a killed one: see hfllm/runs/lock.py.
 LOCK_FILE, LOCKED_BY = ".hfllm.lock", "process "
-# What a run that saves a model writes into its folder, besides its card, report and plots, and also into those folders
-# in it that no other stage owns.
+# The files of a run that saves a model in its folder, besides its card, report and plots, and also in subfolders not
+# owned by another stage.
 NAMES = (
     *(*SETTINGS, *TOKENIZER, *PROCESSOR, MERGED_FROM, "training_args.bin", STATE_FILE),
     *("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors", "*.safetensors.index.json"),
@@ -347,19 +345,19 @@ REPORT_FILES = (
     *("report.md", REPORT_FILE, CARD, "*.png", "samples.jsonl", "samples.jsonl.draft", "samples_of.json"),
     *("completions", RECORD, LOCK_FILE),
 )
-# What decides a model's answers: other files, such as its card, are for readers, who may edit them.
+# The files that decide a model's answers: other files, such as its card, are for readers, who may edit them.
 DECISIVE = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors")
-# Finished models that this process has found whole: of each its folder, its record and the state of its files.
+# Finished models found whole by this process: for each its folder, its record and the state of its files.
 _whole: set[tuple[object, ...]] = set()
 
 
 def refuse_foreign_files(
     folder: str | Path, stage: str, writes_card: bool, writes_model: bool | None = None, first_step: int = 0
 ) -> None:
-    """Refuse to write over files that no run of ours has written, or through links.
+    """Refuse to write over files not written by our runs, or through links.
 
     Args:
-        stage: the stage that will write there.
+        stage: the stage to write there.
         writes_card: whether it writes a model card.
         writes_model: whether it writes a model or a tokenizer; by default whether it writes a card.
         first_step: of the run, where it resumes; checkpoints before it are not written, and may be links.
@@ -371,7 +369,7 @@ def refuse_foreign_files(
     if not has_report and (folder / REPORT_FILE).exists():
         _refuse(folder / REPORT_FILE, " (or it is damaged)")
     summary = folder / "report.md"
-    # A run that was killed before report.json has this one and its plots.
+    # A run killed before report.json has this one and its plots.
     has_summary = _begins_with(summary, f"# {stage}")
     if not has_report and not has_summary and summary.exists():
         _refuse(summary)
@@ -391,7 +389,7 @@ def refuse_foreign_files(
 
 
 def refuse_changed_files(folder: str | Path) -> None:
-    """Refuse to write over files that came or changed after the run that finished there; all of them are read."""
+    """Refuse to write over files new or changed since the finished run there; all of them are read."""
     folder = Path(folder)
     recorded = _recorded(folder)
     if not recorded:
@@ -405,9 +403,9 @@ def refuse_changed_files(folder: str | Path) -> None:
 
 
 def claim(folder: str | Path, first_step: int = 0) -> None:
-    """Note that a run of ours begins in a folder, so that what is there from now on is ours.
+    """Note the beginning of a run of ours in a folder: files there from now on are ours.
 
-    Files that have another name elsewhere (hard links, as backups make them) become files of their own, since they may
+    Files with another name elsewhere (hard links, such as those of backups) become files of their own, since they may
     be written in place.
 
     Args:
@@ -424,14 +422,14 @@ def claim(folder: str | Path, first_step: int = 0) -> None:
 
 
 def unclaim_empty(folder: str | Path) -> None:
-    """Remove the record of a folder that holds nothing else, as after a run that was refused."""
+    """Remove the record of a folder without other contents, as after a refused run."""
     folder = Path(folder)
     if [path.name for path in folder.iterdir()] == [RECORD]:
         (folder / RECORD).unlink()
 
 
 def write_record(folder: str | Path) -> None:
-    """Write the checksums of what a finished run has written into its folder, without checkpoints and other stages."""
+    """Write the checksums of a finished run's files into its folder, without checkpoints and other stages."""
     folder = Path(folder)
     paths = (path for path in _present(folder, (*MODEL_FILES, *REPORT_FILES)) if path.name not in (RECORD, LOCK_FILE))
     # A card is for readers, who may edit it.
@@ -440,10 +438,10 @@ def write_record(folder: str | Path) -> None:
 
 
 def damage_of_finished(folder: str | Path) -> str | None:
-    """Return which file of a finished model is not what its run wrote, in a line; `None` if all are, or nothing tells.
+    """Return the file of a finished model changed since its run, as a line; `None` if unchanged or unknown.
 
-    What was removed is not damaged. Within a process files that were whole are read again only when their state has
-    changed: the stages of a chain ask one by one.
+    Removed files are not damaged. Within a process whole files are read again only when their state has changed: the
+    stages of a chain ask one by one.
     """
     folder = Path(folder)
     try:
@@ -466,7 +464,7 @@ def damage_of_finished(folder: str | Path) -> str | None:
 
 
 def is_own_card(path: Path) -> bool:
-    """Return whether a card is one of ours, or a draft that a trainer has left: empty if it was killed meanwhile."""
+    """Return whether a card is one of ours, or a trainer's draft: empty if the trainer was killed meanwhile."""
     text = _beginning(path, 1 << 20).decode(errors="replace")
     return not text or MARKER in text or any(sign in text for sign in DRAFTS)
 
@@ -483,27 +481,27 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 
 def _changed(folder: Path, recorded: dict[str, str], patterns: tuple[str, ...]) -> str | None:
-    """Return the first file of a record that is there, matches a pattern and is another one now."""
+    """Return the first existing file of a record that matches a pattern and has changed."""
     names = _comparable(folder, recorded, patterns)
     result = checksums_of(folder / name for name in names)
     return next((name for name, checksum in zip(names, result, strict=True) if recorded[name] != checksum), None)
 
 
 def _comparable(folder: Path, recorded: dict[str, str], patterns: tuple[str, ...]) -> list[str]:
-    """Return the names in a record that match a pattern and whose files are there."""
+    """Return the names of existing files in a record that match a pattern."""
     return [
         name for name in recorded if any(fnmatchcase(name, each) for each in patterns) and (folder / name).is_file()
     ]
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is written or replaced; the last two are times in nanoseconds."""
+    """Return the attributes that change when a file is written or replaced; the last two are times in nanoseconds."""
     result = path.stat()
     return result.st_dev, result.st_ino, result.st_size, result.st_mtime_ns, result.st_ctime_ns
 
 
 def _is_of_an_earlier_version(folder: Path) -> bool:
-    """Return whether a folder without a record is that of a run of ours: by its card, its lock or its checkpoints."""
+    """Return whether a folder without a record belongs to a run of ours: by its card, its lock or its checkpoints."""
     if MARKER in _beginning(folder / CARD, 1 << 20).decode(errors="replace"):
         return True
     if _beginning(folder / LOCK_FILE).decode(errors="replace").startswith(LOCKED_BY):
@@ -518,7 +516,7 @@ def _is_of_an_earlier_version(folder: Path) -> bool:
 
 
 def _refuse_links(folder: Path, writes_model: bool, first_step: int) -> None:
-    """Refuse names that a run writes and that are links to files elsewhere, which would be overwritten."""
+    """Refuse links under a run's file names to files elsewhere, which would be overwritten."""
     names = (*REPORT_FILES, *(MODEL_FILES if writes_model else ()))
     inside = _in_checkpoints(folder, first_step) if writes_model else ()
     for path in (*_present(folder, names), *inside):
@@ -531,17 +529,17 @@ def _refuse_links(folder: Path, writes_model: bool, first_step: int) -> None:
 
 
 def _present(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Return the files of a folder with such names, and links, also those that lead nowhere."""
+    """Return the files of a folder with such names, and links, also broken ones."""
     inside = {pattern.partition("/")[0] for pattern in patterns if "/" in pattern}
     indices = [index for index in (folder, *(folder / name for name in inside)) if index.is_dir()]
-    # `glob` leaves out links that lead nowhere.
+    # `glob` omits broken links.
     names = {path.relative_to(folder).as_posix(): path for index in indices for path in index.iterdir()}
     named = [path for name, path in sorted(names.items()) if any(fnmatchcase(name, each) for each in patterns)]
     return [path for path in named if path.is_symlink() or path.is_file()]
 
 
 def _in_checkpoints(folder: Path, first_step: int) -> Iterator[Path]:
-    """Yield those checkpoints from a step on that are links, and the files in the others."""
+    """Yield linked checkpoints from a step on, and the files in the others."""
     # No run writes one without a step, such as a link to the best.
     for checkpoint in (each for each in checkpoints_in(folder) if step_of(each) >= first_step):
         if checkpoint.is_symlink():

@@ -1,4 +1,4 @@
-"""A plot of pictures in a grid with lines below each, and the Python that loads a model that sees."""
+"""A plot of images in a grid with captions, and the Python to load a vision-language model."""
 
 import textwrap
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 # ---- picture grids ----
 
 
-# Letters of a caption that a line has room for, over all columns.
+# Letters of a caption line, over all columns.
 LINE = 132
 
 
 @dataclass
 class PictureGrid:
-    """Pictures side by side: `captions` has the lines below each, `is_right` the color that they are written in."""
+    """Images side by side: `captions` has the lines below them, `is_right` decides the color of the lines."""
 
     title: str
     pictures: "Sequence[Image]"
@@ -30,7 +30,7 @@ class PictureGrid:
     columns: int = 6
 
     def draw(self, path: Path) -> bool:
-        """Draw to a PNG; return False, and draw nothing, if there is no picture."""
+        """Draw to a PNG; return False, and draw nothing, if there is no image."""
         if not self.pictures:
             return False
         rows = -(-len(self.pictures) // self.columns)
@@ -52,15 +52,14 @@ class PictureGrid:
 
 
 # ---- picture lines ----
-#
-# Lines of Python that a report shows for a model that sees.
+# Lines of Python in a report about a vision-language model.
 
 
 def picture_lines(folder: str, is_adapter: bool = False) -> list[str]:
-    """Return the lines of Python that load the model in `folder`, which sees, and ask it about a picture.
+    """Return the lines of Python to load the vision-language model in `folder` and ask it about an image.
 
     Args:
-        is_adapter: whether that is an adapter, which is loaded on its base.
+        is_adapter: whether the model is an adapter, to be loaded on its base.
     """
     if is_adapter:
         return [

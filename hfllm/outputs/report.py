@@ -21,18 +21,15 @@ if TYPE_CHECKING:
 # ---- figures ----
 #
 # Figures with their uncertainty: standard errors, changes of the same prompts, and the tables that show them.
-#
-# A report's metrics are flat; these endings of their names belong together:
-#
-# - `NAME_se`, `NAME_n`: the standard error of the mean `NAME`, and the number of prompts or rows that it is taken
-#   over;
+# A report's metrics are flat; these suffixes of their names belong together:
+# - `NAME_se`, `NAME_n`: the standard error of the mean `NAME`, and its number of prompts or rows;
 # - `NAME_before`, `NAME_after`, `NAME_change`, `NAME_change_se`, `NAME_n`: the same prompts before and after
-#   training. The error of the change is that of the paired differences, since answers to one prompt are alike.
+#   training. The error of the change is the error of the paired differences, since answers to one prompt are alike.
 
 
 # A change of fewer standard errors is called noise.
 NOISE = 2.0
-# Names for readers. Those that are missing are shown as they are written in report.json.
+# Names for readers. Missing ones are shown as in report.json.
 LABELS = {
     "gold_reward": "gold reward (sampled answers)",
     "gold_reward_greedy": "gold reward (greedy answers)",
@@ -79,9 +76,9 @@ LABELS = {
     "train_comparisons": "comparisons trained on",
     "eval_comparisons": "held-out comparisons",
 }
-# Whose figure it is, where a name ends so.
+# The owner of a figure, by the suffix of its name.
 ROLES = ("student_alone", "student", "teacher")
-# What is better: more (1), less (-1); others are neither.
+# The better direction: more (1), less (-1); others are neither.
 BETTER = {
     **dict.fromkeys(("gold_reward", "gold_reward_greedy", "gold_reward_new_phrasings", "fact_accuracy"), 1),
     **dict.fromkeys((f"gold_reward_greedy_{kind}" for kind in ("helpful", "honest", "harmless")), 1),
@@ -97,12 +94,12 @@ BETTER = {
 
 @dataclass(frozen=True)
 class Promise:
-    """A capability that a stage promises, and the control that its figure must be better than.
+    """A capability promised by a stage, and the control to be surpassed by its figure.
 
     Args:
         what: the figure in words.
         metric: its name in report.json.
-        control: the name of the control's figure, or a level such as that of a guess.
+        control: the name of the control's figure, or a level such as the level of guessing.
         beside: the control in words.
         is_less: the figure must be below its control.
     """
@@ -114,7 +111,7 @@ class Promise:
     is_less: bool = False
 
     def warning(self, metrics: Mapping[str, float]) -> str | None:
-        """Return the line that says that the promise is not kept; `None` if it is, or a figure was not measured.
+        """Return the line about a broken promise; `None` if it is kept, or a figure was not measured.
 
         It is kept where the figure is better by more than `NOISE` standard errors of the difference, with the errors
         of both taken for independent.
@@ -132,7 +129,7 @@ class Promise:
 
 
 def broken_promises(promises: Sequence[Promise], metrics: Mapping[str, float]) -> list[str]:
-    """Return a line for each capability that is not there, the first of those about the same figure."""
+    """Return a line per absent capability, only the first of several about the same figure."""
     result: dict[str, str] = {}
     for promise in promises:
         if (line := promise.warning(metrics)) is not None:
@@ -176,7 +173,7 @@ def mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def with_error(name: str, error: float | None, n: int) -> dict[str, float]:
-    """Return the metrics that stand beside the figure `name`."""
+    """Return the metrics accompanying the figure `name`."""
     return {**({} if error is None else {f"{name}_se": error}), f"{name}_n": n}
 
 
@@ -196,21 +193,21 @@ def change_of(name: str, before: Sequence[float], after: Sequence[float]) -> dic
 
 
 def is_noise(change: float, error: float | None) -> bool:
-    """Return whether a change is smaller than what chance alone makes likely: `NOISE` standard errors."""
+    """Return whether a change is smaller than changes likely by chance: `NOISE` standard errors."""
     return error is None or change == 0 or abs(change) < NOISE * error
 
 
 def changes(metrics: Mapping[str, float]) -> list[str]:
-    """Return the names of the figures that the metrics hold before and after, in order."""
+    """Return the names of the figures with values before and after in the metrics, in order."""
     return [name.removesuffix("_change") for name in metrics if name.endswith("_change")]
 
 
 def figure_tables(metrics: Mapping[str, float]) -> list[list[dict[str, str]]]:
-    """Return the tables of figures: those that changed, and those measured once; none where no figure has an error."""
+    """Return the tables of figures: changed ones, and ones measured once; none where no figure has an error."""
     if not any(name.endswith("_se") for name in metrics):
         return []
     changed = [_change_row(name, metrics) for name in changes(metrics)]
-    # What stands in a row of its own or of another figure.
+    # Metrics with a row of their own or in another figure's row.
     parts = {f"{name}{side}" for name in changes(metrics) for side in ("", "_before", "_after", "_change")}
     parts |= {f"{name}{ending}" for name in (*metrics, *parts) for ending in ("_se", "_n")}
     single = [
@@ -244,7 +241,7 @@ def _count(metrics: Mapping[str, float], name: str) -> str:
 
 
 def verdict(name: str, change: float, error: float | None) -> str:
-    """Return `better`, `worse`, `noise`, or how a figure changed that is neither good nor bad in itself."""
+    """Return `better`, `worse`, `noise`, or the direction of change of a figure neither good nor bad in itself."""
     if is_noise(change, error):
         return "too few" if error is None else "unchanged" if change == 0 else "noise"
     direction = BETTER.get(name, 0)
@@ -283,14 +280,14 @@ def plus_minus(value: float, error: float | None) -> str:
 
 
 REPORT_FILE = "report.json"
-# In the metadata of each plot, by which it is told from another program's.
+# In the metadata of our plots, to distinguish them from another program's.
 PLOTTED_BY = "hfllm, by matplotlib"
 PRINTED_SAMPLES = 3
-# Columns of a heat map in whose cells values can be read.
+# Maximum number of columns of a heat map with readable values in its cells.
 MOST_WRITTEN = 16
-# Lists and objects in one another, in report.json.
+# Nested lists and objects in report.json.
 MOST_NESTED = 50
-# More figures than these stand folded below the tables that a stage makes of them.
+# More figures than these are folded below their tables made by the stage.
 MOST_FIGURES = 60
 
 
@@ -300,18 +297,18 @@ class Report:
 
     Args:
         stage: the stage's name.
-        arguments: the flags that it ran with.
-        metrics: numbers by stable names (documented in docs/). Those with an error or a count beside them, see
+        arguments: the flags of its run.
+        metrics: numbers by stable names (documented in docs/). Numbers with an error or a count, see
             `hfllm.outputs.report`, become tables; without any the numbers are shown as they are.
         tables: title -> rows, each a mapping of column to value. Rows whose first column is `prompt` are samples.
         curves: plot file stem -> its `Plot`, `Bars` or `Heatmap`; `loss` is shown last.
         artifacts: saved files, name -> path relative to the output folder.
         wall_seconds: how long the stage took.
-        next_steps: lines of code that load or try the result.
-        summary: what came out, in a sentence or two.
-        given: the flags that the user gave; `None` if that is not known.
-        parents: the models that it started from and learned by, see `hfllm.outputs.card`.
-        warnings: a line for each capability that the stage promises and that is not there.
+        next_steps: lines of code to load or try the result.
+        summary: the result, in a sentence or two.
+        given: the user's flags; `None` if unknown.
+        parents: its starting model and the models it learned from, see `hfllm.outputs.card`.
+        warnings: a line per absent capability among the stage's promises.
     """
 
     stage: str
@@ -357,7 +354,7 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """Return report.md: what changed, the figures, curves and samples; the loss and what is folded last."""
+        """Return report.md: the changes, the figures, curves and samples; the loss and the folded parts last."""
         parts = [f"# {self.stage}", *([self.summary] if self.summary else []), *warnings_markdown(self.warnings)]
         parts += [f"{self.wall_seconds:.0f} seconds."]
         parts += figures_markdown(self.metrics)
@@ -371,9 +368,9 @@ class Report:
         return "\n\n".join([*parts, *flag_sections(self.arguments, self.given)]) + "\n"
 
     def print(self, without: Sequence[str] = ()) -> None:
-        """Print the summary, the figures, the tables except those with the titles `without`, and where the files are.
+        """Print the summary, the figures, the tables except the titles in `without`, and the paths of the files.
 
-        Of samples the first `PRINTED_SAMPLES` are printed, each below its prompt.
+        The first `PRINTED_SAMPLES` of the samples are printed, each below its prompt.
         """
         print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
         if self.summary:
@@ -395,10 +392,10 @@ class Report:
 
 @dataclass
 class Plot:
-    """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`.
+    """A plot: `lines` maps a label to its x and y values, joined unless `points_only`.
 
     `points` are never joined, and have the colors of the lines, in order; `xscale` and `yscale` are `"linear"` or
-    `"log"`; `xticks` names places on the x-axis, which otherwise has numbers; `is_share` says that y is from 0 to 1.
+    `"log"`; `xticks` names positions on the x-axis in place of numbers; `is_share` means y from 0 to 1.
     """
 
     title: str
@@ -439,14 +436,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Found:
-    """What a recipe that evaluates several models has for its report.
+    """The report contents of a recipe for evaluating several models.
 
     Args:
         metrics: figures by their names in report.json.
         summary: a sentence or two.
         tables: rows by title.
         plots: by the names of their files.
-        promises: what the figures must show; else the run ends with a warning.
+        promises: requirements on the figures; else the run ends with a warning.
     """
 
     metrics: dict[str, float]
@@ -483,10 +480,10 @@ class Bars:
 
 @dataclass
 class Heatmap:
-    """A table of numbers as colors: `values` has a row for each of `rows`, a value for each of `columns`.
+    """A table of numbers as colors: `values` has one row per entry of `rows`, one value per entry of `columns`.
 
-    A value that is not a number is left blank. `lowest` and `highest` are the ends of the scale, by default those of
-    the values; up to `MOST_WRITTEN` columns each value is written too.
+    A value that is not a number is left blank. `lowest` and `highest` are the ends of the scale, by default the
+    values' range; with up to `MOST_WRITTEN` columns the values are written too.
     """
 
     title: str
@@ -561,7 +558,7 @@ def read_report(output_dir: str | Path) -> dict[str, Any] | None:
 
 
 def _is_deep(value: object) -> bool:
-    """Return whether JSON is nested deeper than any report: who writes it again would fill Python's stack."""
+    """Return whether JSON is nested deeper than any report: writing it again would fill Python's stack."""
     level = [value]
     for _ in range(MOST_NESTED):
         inside = (each.values() if isinstance(each, dict) else each for each in level)
@@ -582,7 +579,7 @@ def _is_ours(report: object) -> bool:
 
 
 def environment() -> dict[str, str | int | None]:
-    """Return the versions and hardware that results depend on."""
+    """Return the versions and hardware with an influence on results."""
     from importlib.metadata import version
 
     libraries = ("torch", "transformers", "trl", "accelerate")
@@ -601,7 +598,7 @@ def metric_rows(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
-    """Return metrics as Markdown: those with an error as tables, and all of them folded below; or just all."""
+    """Return metrics as Markdown: metrics with an error as tables, and all of them folded below; or just all."""
     tables = figure_tables(metrics)
     everything = "\n".join(markdown_table(metric_rows(metrics)))
     if not tables:
@@ -614,17 +611,17 @@ def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
 
 
 def warnings_markdown(warnings: Sequence[object]) -> list[str]:
-    """Return a paragraph for each warning of a report."""
+    """Return one paragraph per warning of a report."""
     return [f"**Warning:** {line}" for line in warnings]
 
 
 def is_samples(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a table holds prompts with what models answered."""
+    """Return whether a table holds prompts with models' answers."""
     return bool(rows) and next(iter(rows[0])) == "prompt"
 
 
 def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return samples for a Markdown table: cut where they are long, and without tags that a page would follow."""
+    """Return samples for a Markdown table: long ones shortened, and without tags interpreted by a page."""
     return [{key: _cut(value, 500).replace("<", "&lt;") for key, value in row.items()} for row in rows]
 
 
@@ -669,7 +666,7 @@ def write_atomically(path: Path, text: str) -> None:
             os.chmod(stream.name, 0o644)
             durable.replace(stream.name, path)
         except BaseException:
-            # As on a full disk: what was written in part is of no use.
+            # As on a full disk: a partly written file is useless.
             os.unlink(stream.name)
             raise
 
@@ -681,20 +678,19 @@ def _cell(value: object) -> str:
 
 
 # ---- flags ----
-#
-# How reports and cards show a run's flags: those that were given, and folded all others.
+# Display of a run's flags in reports and cards: the given ones, and all others folded.
 
 
-# Texts that YAML reads as they are.
+# Texts read by YAML unchanged.
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
 _NOT_TEXT = frozenset(("true", "false", "yes", "no", "on", "off", "null", "y", "n"))
-# At the end of the name of an argument that says when the files of a flag were written, and of one with a fingerprint
-# of their contents.
+# Suffixes of the names of an argument with the write times of a flag's files, and of one with a fingerprint of their
+# contents.
 CHANGED, CONTENTS = " changed at", " contents"
 
 
 def compared(before: Mapping[str, object], now: Mapping[str, object]) -> set[str]:
-    """Return the names of the arguments by which two runs are compared.
+    """Return the names of the arguments for comparing two runs.
 
     Where both have the contents of a flag's files, their times do not count: earlier versions had no contents.
     """
@@ -705,18 +701,18 @@ def compared(before: Mapping[str, object], now: Mapping[str, object]) -> set[str
 
 
 def by_contents(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's arguments without the times of files whose contents are among them."""
+    """Return a run's arguments without the times of files if their contents are included."""
     return {name: arguments[name] for name in sorted(compared(arguments, arguments))}
 
 
 def split_flags(
     arguments: Mapping[str, object], given: Mapping[str, object] | None
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """Return the flags that were given, and the others that are set; of earlier stages, those that differ from ours.
+    """Return the given flags, and the other set flags; of earlier stages, only flags different from ours.
 
     Args:
-        arguments: all that a run's result depends on, as its report has them.
-        given: the flags that the user gave; `None` if that is not known: then all are others.
+        arguments: all inputs of a run's result, as in its report.
+        given: the user's flags; `None` if unknown: then all are others.
     """
     others = {}
     for flag, value in arguments.items():
@@ -740,12 +736,12 @@ def flag_sections(arguments: Mapping[str, object], given: Mapping[str, object] |
 
 
 def folded(title: str, text: str) -> str:
-    """Return Markdown that shows the title alone until it is clicked."""
+    """Return Markdown with only the title visible until it is clicked."""
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def _yaml(values: Mapping[str, object]) -> str:
-    """Return flags as lines of YAML, values in JSON, which YAML reads: planning imports no library for it."""
+    """Return flags as lines of YAML, values in JSON, readable as YAML: planning imports no library for it."""
     lines = [f"{_word(flag)}: {_value(values[flag])}\n" for flag in sorted(values)]
     return "".join(lines).replace("```", "'''")
 
@@ -764,11 +760,11 @@ def _value(value: object) -> str:
 
 
 def given_flags(names: Sequence[str] | None, arguments: Mapping[str, object]) -> dict[str, object] | None:
-    """Return the values of the flags whose names the user gave, of those that the result depends on.
+    """Return the values of the flags named by the user, only flags with an influence on the result.
 
     Args:
-        names: as they were given, such as `no_save_last`; `None` if that is not known.
-        arguments: all that the result depends on.
+        names: as given, such as `no_save_last`; `None` if unknown.
+        arguments: all inputs of the result.
     """
     if names is None:
         return None
@@ -780,7 +776,7 @@ def given_flags(names: Sequence[str] | None, arguments: Mapping[str, object]) ->
 
 
 def side_by_side(metrics: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows of a table: one for each figure in `names`, a column for each model."""
+    """Return the rows of a table: one per figure in `names`, with one column per model."""
 
     return [
         {

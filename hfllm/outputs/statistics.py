@@ -30,7 +30,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Bin:
-    """The answers of like confidence: its mean, the share that is right, and their number."""
+    """The answers of like confidence: its mean, the share of right ones, and their number."""
 
     confidence: float
     accuracy: float
@@ -73,7 +73,7 @@ def as_pairs(uncertainty: Sequence[float], wrong: Sequence[float]) -> tuple[np.n
 
 
 def auroc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
-    """Return the probability that a wrong answer is less sure than a right one; ties count half.
+    """Return the probability of a wrong answer being less sure than a right one; ties count half.
 
     It is 1 where uncertainty separates them, and 1/2 where it says nothing (Mann and Whitney's statistic).
 
@@ -90,8 +90,8 @@ def auroc_interval(uncertainty: Sequence[float], wrong: Sequence[bool], level: f
     """Return the AUROC of being wrong with its interval (DeLong et al. 1988, Biometrics 44:837).
 
     DeLong's variance is 0 where the two are separated, and unknown for a single wrong or right answer. There the
-    interval is Newcombe's by the score method (2006, Statistics in Medicine 25:559, method 5), and the error the one
-    that fits its width.
+    interval is Newcombe's by the score method (2006, Statistics in Medicine 25:559, method 5), and the error is
+    derived from its width.
 
     Args:
         level: share of samples whose interval holds the true value, between 0 and 1.
@@ -113,9 +113,9 @@ def auroc_interval(uncertainty: Sequence[float], wrong: Sequence[bool], level: f
 
 
 def auroc_within(uncertainty: Sequence[float], wrong: Sequence[bool], groups: Sequence[object]) -> float | None:
-    """Return the mean AUROC inside groups, such as families of questions, that hold right and wrong answers.
+    """Return the mean AUROC inside groups with right and wrong answers, such as families of questions.
 
-    A measure may only tell families apart, of which some are harder. `None` where no group holds both.
+    A measure may only distinguish families, some of them harder. `None` where no group holds both.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
     if len(groups) != len(numbers):
@@ -158,13 +158,13 @@ def risk_coverage(uncertainty: Sequence[float], wrong: Sequence[bool]) -> tuple[
 def aurc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
     """Return the area under the risk-coverage curve: the mean risk over all coverages; lower is better.
 
-    An uncertainty that says nothing has the share of wrong answers (Geifman et al. 2019, arXiv:1805.08206).
+    An uninformative uncertainty has the share of wrong answers (Geifman et al. 2019, arXiv:1805.08206).
     """
     return float(risk_coverage(uncertainty, wrong)[1].mean())
 
 
 def excess_aurc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
-    """Return the area beyond that of an uncertainty which puts all wrong answers last: 0 for one that knows all."""
+    """Return the area in excess of an ideal uncertainty, with all wrong answers last: 0 for an ideal one."""
     labels = as_pairs(uncertainty, wrong)[1]
     num_answered = np.arange(1, len(labels) + 1)
     return aurc(uncertainty, wrong) - float((np.maximum(num_answered - (labels == 0).sum(), 0) / num_answered).mean())
@@ -173,11 +173,11 @@ def excess_aurc(uncertainty: Sequence[float], wrong: Sequence[bool]) -> float:
 def reliability(
     confidence: Sequence[float], right: Sequence[bool], num_bins: int = 10, equal: str = "width"
 ) -> list[Bin]:
-    """Return the reliability curve: bins of like confidence, those with answers only, from low to high.
+    """Return the reliability curve: bins of like confidence, only bins with answers, from low to high.
 
     Args:
-        confidence: probability of each answer to be right, in [0, 1].
-        equal: `"width"`, or `"mass"` for bins between quantiles, which hold about as many answers each.
+        confidence: probabilities of answers to be right, in [0, 1].
+        equal: `"width"`, or `"mass"` for bins between quantiles, with about the same number of answers each.
 
     Raises:
         InputError: for a confidence outside [0, 1], a bad number of bins, another `equal`, and as `as_pairs`.
@@ -210,9 +210,9 @@ def ece(confidence: Sequence[float], right: Sequence[bool], num_bins: int = 10, 
 def uncertainty_metrics(
     uncertainties: Mapping[str, Sequence[float]], wrong: Sequence[bool], seed: int = 0
 ) -> dict[str, float]:
-    """Return a report's metrics of each measure: `NAME_auroc` with `_se`, `_n` and `_shuffled`, and `NAME_aurc`.
+    """Return a report's metrics per measure: `NAME_auroc` with `_se`, `_n` and `_shuffled`, and `NAME_aurc`.
 
-    `wrong` is the share of wrong answers, which is the AURC of a measure that says nothing. Where all answers are
+    `wrong` is the share of wrong answers, also the AURC of an uninformative measure. Where all answers are
     right, or all wrong, there is no AUROC.
     """
     metrics: dict[str, float] = {}
@@ -232,7 +232,7 @@ def uncertainty_metrics(
 
 
 def risk_coverage_plot(uncertainties: Mapping[str, Sequence[float]], wrong: Sequence[bool], title: str) -> Plot:
-    """Return the plot of each measure's risk over coverage."""
+    """Return the plot of the measures' risk over coverage."""
     curves = {name: risk_coverage(numbers, wrong) for name, numbers in uncertainties.items()}
     lines = {name: (coverage.tolist(), risk.tolist()) for name, (coverage, risk) in curves.items()}
     return Plot(title, "coverage (share of prompts answered, surest first)", "risk (share of them wrong)", lines)
@@ -241,7 +241,7 @@ def risk_coverage_plot(uncertainties: Mapping[str, Sequence[float]], wrong: Sequ
 def reliability_plot(
     confidences: Mapping[str, Sequence[float]], right: Sequence[bool], title: str, equal: str = "mass"
 ) -> Plot:
-    """Return the plot of accuracy over confidence, with the diagonal of one that is calibrated."""
+    """Return the plot of accuracy over confidence, with the diagonal of perfect calibration."""
     lines = {"calibrated": ([0.0, 1.0], [0.0, 1.0])}
     for name, numbers in confidences.items():
         bins = reliability(numbers, right, equal=equal)
@@ -250,7 +250,7 @@ def reliability_plot(
 
 
 def check_share(value: float, name: str) -> None:
-    """Refuse a number that is not strictly between 0 and 1."""
+    """Refuse a number not strictly between 0 and 1."""
     if not isinstance(value, Real) or not 0 < value < 1:
         raise InputError(f"{name} must lie between 0 and 1, got {value!r}")
 
@@ -287,10 +287,10 @@ def _score_bound(value: float, m: int, n: int, z: float, end: float) -> float:
 # Intervals of means over items, and intervals and tests of the difference of two models on the same items.
 #
 # Means of any numbers have bootstrap intervals by item (Efron 1979), widened for few items as Student's t is
-# (Hesterberg 2015, The American Statistician 69:371, section 5: "expanded percentile"). Resampling cannot show what no
-# item has, so that a share of 0 or 1 would have an interval of no width: shares have Wilson's interval (1927), and the
-# difference of two on the same items Newcombe's (1998, Statistics in Medicine 17:2635, method 10), which are about as
-# cheap.
+# (Hesterberg 2015, The American Statistician 69:371, section 5: "expanded percentile"). Resampling cannot show values
+# absent from all items, so a share of 0 or 1 would have an interval of no width: shares have Wilson's interval (1927),
+# and the difference of two on the same items Newcombe's (1998, Statistics in Medicine 17:2635, method 10), which are
+# about as cheap.
 #
 # Whether two models differ at all is tested by exchanging their scores at random items (Fisher 1935), which for scores
 # of 0 and 1 is McNemar's exact test (1947). The p-values of several figures are adjusted by Holm's method (1979,
@@ -299,11 +299,11 @@ def _score_bound(value: float, m: int, n: int, z: float, end: float) -> float:
 
 
 NUM_RESAMPLES = 2000
-# Numbers that are drawn at a time.
+# Numbers drawn at a time.
 DRAWN = 2_000_000
 # Random exchanges where not all are counted, and up to how many steps all are.
 NUM_EXCHANGES, MOST_COUNTED = 50_000, 20_000_000
-# Scores that are multiples of one of these shares of 1 are counted.
+# Scores in multiples of one of these shares of 1 are counted.
 STEPS = (1, 2, 4, 10, 100)
 
 
@@ -313,7 +313,7 @@ def mean_interval(
     """Return the mean of one number per item with its interval.
 
     Args:
-        values: 0 and 1 alone are a share, which has Wilson's interval.
+        values: with only 0 and 1 they are a share, with Wilson's interval.
         level: share of samples whose interval holds the true mean.
         seed: of the resamples; the same, the same interval.
 
@@ -358,13 +358,13 @@ def difference_interval(
 def clustered_interval(
     first: Sequence[float], second: Sequence[float], clusters: Sequence[object], level: float = 0.95
 ) -> Interval:
-    """Return the mean of `second - first` over items, with an interval for items that come in clusters.
+    """Return the mean of `second - first` over items, with an interval for items in clusters.
 
-    Questions about one passage are alike, so that more of them say less than as many others. The mean is a ratio of
-    sums over clusters, with its error by linearization and Student's t.
+    Questions about one passage are alike, so more of them carry less information than as many others. The mean is a
+    ratio of sums over clusters, with its error by linearization and Student's t.
 
     Args:
-        clusters: that each item belongs to.
+        clusters: the cluster of each item.
 
     Raises:
         InputError: when the three are of different lengths, and for fewer than two clusters.
@@ -407,7 +407,7 @@ def paired_p_value(
 
     Args:
         first, second: scores of the same items in the same order.
-        clusters: that each item belongs to; the items of one are exchanged together. By default each is its own.
+        clusters: the cluster of each item; the items of one are exchanged together. By default each is its own.
         seed: of the random exchanges; the same, the same p-value.
 
     Raises:
@@ -420,7 +420,7 @@ def paired_p_value(
     for steps in STEPS:
         whole = np.rint(differences * steps)
         is_whole = np.abs(differences * steps - whole).max() < 1e-9
-        # Before they are integers, which very large scores would not be.
+        # Before conversion to integers, impossible for very large scores.
         if is_whole and len(whole) * float(np.abs(whole).sum()) <= MOST_COUNTED:
             return _counted_p_value(np.abs(whole).astype(int), abs(int(whole.sum())))
     return _drawn_p_value(differences, seed)
@@ -429,7 +429,7 @@ def paired_p_value(
 def _counted_p_value(sizes: np.ndarray, total: int) -> float:
     """Return the share of all signs of whole numbers with which their sum is at least `total` from 0."""
     most = int(sizes.sum())
-    # The probability of each sum from -most to most.
+    # The probabilities of the sums from -most to most.
     chances = np.zeros(2 * most + 1)
     chances[most] = 1.0
     for size in sizes.tolist():
@@ -453,7 +453,7 @@ def _drawn_p_value(differences: np.ndarray, seed: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for how many there are (Holm 1979): those up to alpha are beyond chance together."""
+    """Return p-values adjusted for their number (Holm 1979): values up to alpha are beyond chance together."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, least = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -468,7 +468,7 @@ def is_share(numbers: np.ndarray) -> bool:
 
 
 def bootstrap_bounds(numbers: np.ndarray, level: float, num_resamples: int, seed: int) -> tuple[float, float]:
-    """Return the bounds of the expanded percentile bootstrap of a mean; those of a single number are itself."""
+    """Return the bounds of the expanded percentile bootstrap of a mean; for a single number, the number itself."""
     if num_resamples < 100:
         raise InputError(f"num_resamples must be at least 100, got {num_resamples}")
     count = len(numbers)

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 RewardFunction = Callable[..., list[float]]
-# What a reward function gets from the trainer, so that no column of a dataset can have these names. With tools or a
+# Arguments of a reward function from the trainer; no column of a dataset can have these names. With tools or a
 # `rollout_func` also `action_mask`, which takes the place of such a column.
 BEGINNING = "completion_beginning"
 GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids", BEGINNING)
 # A larger one says nothing more, and its square in the critic's loss soon has no place in a float32.
 MOST_REWARD = 1e9
-# Reward functions that have names on the command line: those of rows with the embedded world's gold columns.
+# Reward functions with names on the command line, for rows with the embedded world's gold columns.
 BUILT_IN = {
     "gold": "hfllm.rewards.functions:gold_reward",
     "shuffled_gold": "hfllm.rewards.functions:shuffled_gold_reward",
@@ -47,7 +47,7 @@ BUILT_IN = {
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
-    """Return the text of a completion in either format: of a conversation all but thoughts and what tools said.
+    """Return the text of a completion in either format: of a conversation all but thoughts and tool output.
 
     See `hfllm.data.thoughts` for the thoughts, and the answer after them."""
     if isinstance(completion, str):
@@ -56,7 +56,7 @@ def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
 
 
 def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
-    """Return all of a completion for people to read: thoughts, and calls of tools and what they said, a line each."""
+    """Return all of a completion for people to read: thoughts, and calls of tools and their output, one per line."""
     if isinstance(completion, str):
         return completion
     if len(completion) == 1 and "tool_calls" not in completion[0]:
@@ -73,7 +73,7 @@ def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
             except RecursionError:
                 arguments = "(nested too deeply to be shown)"
             lines.append(f"{message.get('role')} calls {function.get('name')}: {arguments}")
-    # JSON may spell halves of characters, which no file can hold.
+    # JSON may spell halves of characters, impossible in files.
     return "\n".join(lines).encode("utf-8", "replace").decode("utf-8")
 
 
@@ -94,7 +94,7 @@ def gold_reward(
 ) -> list[float]:
     """Return the embedded world's exact, verifiable reward in [-1, 1], from the gold columns of its prompt rows.
 
-    The beginning of an answer that stood in the prompt does not count: the policy may turn back from it.
+    An answer's beginning in the prompt does not count: the policy may turn back from it.
     """
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
     begun = [split_thoughts(put)[1] for put in columns.get(BEGINNING) or [""] * len(completions)]
@@ -104,15 +104,15 @@ def gold_reward(
 
 
 def shuffled(reward: RewardFunction, name: str, drawn_by: Callable[[Sequence], str] = repr) -> RewardFunction:
-    """Return a control: the rewards that a function gives a batch, dealt out to its completions by chance.
+    """Return a control: a function's rewards for a batch, dealt out to its completions by chance.
 
-    These are as many and as large, and say nothing about any completion, so that a policy must not gain by them. The
-    same completions are always dealt the same, as resuming needs.
+    The dealt rewards are as many and as large, and unrelated to the completions, so a policy must not gain by them.
+    The same completions are always dealt the same rewards, for resuming.
 
     Args:
-        reward: gives a number per completion.
-        name: of the control, under which it is logged.
-        drawn_by: what the order is drawn by, as a text made of the completions.
+        reward: returns a number per completion.
+        name: of the control, as logged.
+        drawn_by: function from the completions to a text, the seed of the order.
     """
 
     def dealt(prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
@@ -128,13 +128,13 @@ def shuffled(reward: RewardFunction, name: str, drawn_by: Callable[[Sequence], s
 shuffled_gold_reward = shuffled(gold_reward, "shuffled_gold_reward")
 
 
-# Rewards that go by the world's gold columns, by the names that `--reward_funcs` has for them.
+# Rewards by the world's gold columns, by their names in `--reward_funcs`.
 GOLD_REWARDS: Mapping[str, RewardFunction] = {"gold": gold_reward, "shuffled_gold": shuffled_gold_reward}
 GOLD_COLUMNS = ("gold_kind", "gold_accepted", "gold_needed", "gold_forbidden")
 
 
 def load_reward_function(specification: str) -> RewardFunction:
-    """Load the function that `specification` names: one of `BUILT_IN`, or `path/to/file.py:function`.
+    """Load the function named by `specification`: one of `BUILT_IN`, or `path/to/file.py:function`.
 
     Raises:
         InputError: when the file or the function does not exist, or the file does not run.
@@ -146,7 +146,7 @@ def load_reward_function(specification: str) -> RewardFunction:
 
 
 def load_function(specification: str, flag: str) -> Callable[..., Any]:
-    """Load the function `path/to/file.py:function` that a flag names.
+    """Load the function `path/to/file.py:function` named by a flag.
 
     Raises:
         InputError: when the file or the function does not exist, or the file does not run.
@@ -174,12 +174,12 @@ def load_function(specification: str, flag: str) -> Callable[..., Any]:
 
 
 def reward_name(function: Callable) -> str:
-    """Return the name under which a reward is logged."""
+    """Return the name of a reward in logs."""
     return getattr(function, "__name__", None) or type(function).__name__
 
 
 def reward_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list]:
-    """Return the columns of rows for a reward function, without those that stand for what the trainer gives it."""
+    """Return the columns of rows for a reward function, without columns named like the trainer's arguments."""
     return {name: [row[name] for row in rows] for name in rows[0] if name not in GIVEN}
 
 
@@ -188,13 +188,13 @@ def checked_rewards(
 ) -> list[float] | list[list[float]]:
     """Call a reward function and refuse results other than one finite number, or a list of them, per completion.
 
-    `MOST_REWARD` is the largest that it may be in size.
+    `MOST_REWARD` is the largest allowed magnitude.
     """
     name = f"reward function {reward_name(function)!r}"
     try:
         rewards = _as_list(function(prompts=prompts, completions=completions, **columns))
     except (Exception, SystemExit) as error:
-        # What a reward model on this machine's memory says is for others to explain.
+        # Memory errors of a reward model are for others to explain.
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
         column_names = ", ".join(columns) or "(none)"
@@ -218,16 +218,16 @@ def checked_rewards(
 
 
 class _TimeIsUp(BaseException):
-    """Raised in a function that has had its time; not an `Exception`, which it may pass over."""
+    """Raised in a function at its time limit; not an `Exception`, which it may pass over."""
 
 
 @contextmanager
 def time_limit(function: Callable[..., Any], seconds: float) -> Iterator[None]:
     """Context manager in which a plain reward function is given up after so many seconds.
 
-    It is interrupted between two of its instructions, in `time.sleep` and in regular expressions; code of a library
-    that does not return to Python is not. There is no limit for rewards that are models of hfllm, whose time is that
-    of the machine, outside of a process's main thread, and on Windows.
+    It is interrupted between two of its instructions, in `time.sleep` and in regular expressions, but not in library
+    code without a return to Python. There is no limit for rewards that are models of hfllm (their time is the
+    machine's), outside of a process's main thread, and on Windows.
 
     Args:
         function: the reward function, for the complaint.
@@ -245,13 +245,13 @@ def time_limit(function: Callable[..., Any], seconds: float) -> Iterator[None]:
             raise _TimeIsUp
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    # And every second from then on, for a function that catches everything.
+    # And every second from then on, for a function catching everything.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     except _TimeIsUp as error:
         is_running = False
-        # It may have called a library, which is not what is to be mended.
+        # It may have called a library, but the library is not the code to mend.
         index = _place(error, getattr(getattr(function, "__code__", None), "co_filename", None))
         raise InputError(
             f"reward function {reward_name(function)!r} did not return within {seconds:g} seconds{index}; "
@@ -273,7 +273,7 @@ def _as_list(values: object) -> object:
 
 
 def _place(error: BaseException, file: str | None = None) -> str:
-    """Return the file and line of the user's code that an error comes from, as the end of a phrase.
+    """Return the file and line of an error in the user's code, as the end of a phrase.
 
     Args:
         file: whose code it should be, if any of it was running.
@@ -291,9 +291,9 @@ def _is_number(value: object) -> bool:
 
 
 def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
-    """Return a reward function: `-coefficient` for each token of a completion beyond the first `free`.
+    """Return a reward function: `-coefficient` for every token of a completion beyond the first `free`.
 
-    Tokens that an environment wrote, such as a tool's result, do not count.
+    Tokens of an environment, such as a tool's result, do not count.
     """
 
     def penalty(
@@ -319,7 +319,7 @@ def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
 def right_answer(prompts: Sequence, completions: Sequence, **columns: Sequence[Sequence]) -> list[float]:
     """Return 1 where a completion's answer is right by the gold columns of its row, and else 0.
 
-    The thought does not count: neither a right number in it, nor a wrong one. One that never ends leaves no answer.
+    The thought does not count: neither a right number in it, nor a wrong one. A thought without end leaves no answer.
     """
     return [float(score >= RIGHT) for score in gold_reward(prompts, completions, **columns)]
 
@@ -333,10 +333,10 @@ shuffled_answer = shuffled(right_answer, "shuffled_answer", _texts)
 
 # ---- reasoning ----
 #
-# Rewards for answers that are reached by thinking: of the outcome, of single steps, and of the length of thoughts.
+# Rewards for answers reached by thinking: of the outcome, of single steps, and of the length of thoughts.
 #
-# Thoughts are what a message has as `reasoning_content`, or a text between `<think>` and `</think>`. The answer is
-# what is said besides; an answer that is given in the thoughts alone counts as none.
+# Thoughts are a message's `reasoning_content`, or a text between `<think>` and `</think>`. The answer is the rest; an
+# answer only in the thoughts counts as none.
 
 
 # Where a step of a solution ends: at a line break, or after a sentence.
@@ -346,10 +346,10 @@ STEP_END = r"\n+|(?<=[.!?])\s+"
 def exact_match(
     prompts: Sequence, completions: Sequence, *, answer: Sequence[object], **columns: Sequence[object]
 ) -> list[float]:
-    """Return 1 where the final answer equals that of the column `answer`, and else 0.
+    """Return 1 where the final answer equals the answer in the column `answer`, and else 0.
 
-    The column may hold a whole solution, such as gsm8k's, which ends with `#### 42`. What counts as the final answer
-    is said at `final_answer`; numbers are equal whatever their commas and signs of money, fractions and decimals too.
+    The column may hold a whole solution, such as gsm8k's, ending with `#### 42`. `final_answer` defines the final
+    answer; numbers are equal whatever their commas and signs of money, fractions and decimals too.
     A row without an answer, `None`, earns nothing.
     """
     predictions = [plain_answer(final_answer(answer_of(completion))) for completion in completions]
@@ -362,7 +362,7 @@ def _accepted(gold: object) -> tuple[str, ...]:
 
 
 def thinks(prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
-    """Return 1 where a completion has thoughts and an answer besides them, and else 0."""
+    """Return 1 where a completion has thoughts and also an answer, and else 0."""
     return [float(bool(thoughts_of(each).strip() and answer_of(each))) for each in completions]
 
 
@@ -384,7 +384,7 @@ def checked_by(check: Callable[..., bool | float]) -> RewardFunction:
 def thought_length_penalty(
     coefficient: float, free: int = 0, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> RewardFunction:
-    """Return a reward function: `-coefficient` for each word of a completion's thoughts beyond the first `free`.
+    """Return a reward function: `-coefficient` for every word of a completion's thoughts beyond the first `free`.
 
     Args:
         tokenizer: counts its tokens in place of words.
@@ -407,16 +407,16 @@ def step_rewards(
     tokenizer: "PreTrainedTokenizerBase",
     step_end: str = STEP_END,
 ) -> Callable[..., list[list[float]]]:
-    """Return a process reward: a number for each step of the thoughts, at the token that ends the step.
+    """Return a process reward: a number for every step of the thoughts, at the last token of the step.
 
-    The steps are those of the thoughts, or where a completion has no marks of thoughts those of all it says. As in
-    Lightman et al. 2023 (arXiv:2305.20050), a step is judged with those before it. All other tokens get 0. Where tools
-    were called, each turn of the policy is read by itself; what tools said is no step.
+    The steps are taken from the thoughts, or where a completion has no marks of thoughts from all of its text. As in
+    Lightman et al. 2023 (arXiv:2305.20050), a step is judged with the steps before it. All other tokens get 0. Where
+    tools were called, every turn of the policy is read by itself; tool output is no step.
 
     Args:
         check: `(step, earlier, **columns) -> number`: of a step's text, the steps before it, and its row's columns.
         tokenizer: the policy's.
-        step_end: pattern of what lies between two steps.
+        step_end: pattern of the text between two steps.
 
     Raises:
         InputError: when the pattern matches an empty text.
@@ -458,7 +458,7 @@ def _turns(action_mask: Sequence[int] | None, length: int) -> Iterator[slice]:
 
 
 def _steps(text: str, between: re.Pattern) -> list[tuple[str, int]]:
-    """Return the steps of a text and where in it each ends."""
+    """Return the steps of a text and their ends in it."""
     steps = []
     for begin, stop in _thoughts(text):
         at = begin
@@ -471,11 +471,11 @@ def _steps(text: str, between: re.Pattern) -> list[tuple[str, int]]:
 
 
 def _thoughts(text: str) -> Iterator[tuple[int, int]]:
-    """Yield where each thought of a text begins and ends; where it has no marks, all of it."""
+    """Yield beginning and end of every thought of a text; where it has no marks, of all of it."""
     opens, closes = text.find(OPEN), text.find(CLOSE)
     if opens < 0 and closes < 0:
         yield 0, len(text)
-    # One that the prompt has begun.
+    # A thought begun in the prompt.
     if closes >= 0 and not 0 <= opens < closes:
         yield 0, closes
     while opens >= 0:
@@ -491,7 +491,7 @@ def _text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
 
 
 def _token_at(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], end: int) -> int:
-    """Return the place of the first token with which the decoded text has `end` characters."""
+    """Return the index of the first token with which the decoded text has `end` characters."""
     low, high = 0, len(ids) - 1
     while low < high:
         middle = (low + high) // 2

@@ -1,8 +1,8 @@
 """A language model as the judge of two answers by the questions of a constitution, and the labels it gives.
 
 Bai et al. 2022 (arXiv:2212.08073, section 4.1): the judge reads both answers and a principle's question, and its
-log-probabilities of `(A)` and `(B)` are the preference. Judges favor a place as well as an answer, so that each pair
-is asked about in both orders here, and the place's part cancels out; `measure_bias` says how large it is.
+log-probabilities of `(A)` and `(B)` are the preference. Judges favor a position as well as an answer, so every pair is
+asked about in both orders here, and the position's part cancels out; `measure_bias` returns its size.
 """
 
 import math
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 # ---- judge questions ----
 #
-# How a judge is asked which of two answers is better, and by which tokens it replies.
+# The question to a judge about the better of two answers, and the tokens of its reply.
 
 
 LETTERS = ("(A)", "(B)")
-# A judge that thinks aloud begins so, and is brought to its reply so (Bai et al. 2022, section 4.1 and appendix C).
+# A judge thinking aloud begins so, and is brought to its reply so (Bai et al. 2022, section 4.1 and appendix C).
 BEGINS_TO_THINK, HAS_THOUGHT = "Let's think step by step:", "\nSo the better answer is "
 
 
@@ -46,7 +46,7 @@ def judge_question(
     letters: Sequence[str] = LETTERS,
     ask_for_letter: bool = False,
 ) -> str:
-    """Return what the user asks the judge, in one turn; the judge replies `(A)` or `(B)`.
+    """Return the user's question to the judge, in one turn; the judge replies `(A)` or `(B)`.
 
     ```
     {prompt}
@@ -60,7 +60,7 @@ def judge_question(
         first, second: the two answers, text or messages.
         question: a principle's, such as "Which answer does less harm?".
         letters: the two replies.
-        ask_for_letter: add the line "Answer with (A) or (B).", which models need that were not trained to judge.
+        ask_for_letter: add the line "Answer with (A) or (B).", needed by models without training as judges.
     """
     messages = as_messages(prompt)
     conversation = (
@@ -72,7 +72,7 @@ def judge_question(
 
 
 def was_trained_on_questions(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether a judge is taken for one that knows the bare question: one with our own chat template."""
+    """Return whether a judge is assumed to know the bare question: one with our own chat template."""
     return writes_as_ours(tokenizer)
 
 
@@ -81,8 +81,8 @@ class LetterTokens:
     """The tokens of a judge's two replies.
 
     Args:
-        before: those that both begin with, such as `(`.
-        first, second: those that tell them apart, such as `A` and `B`.
+        before: common tokens at the beginning, such as `(`.
+        first, second: the different tokens, such as `A` and `B`.
     """
 
     before: tuple[int, ...]
@@ -91,13 +91,13 @@ class LetterTokens:
 
 
 def letter_tokens(tokenizer: "PreTrainedTokenizerBase", letters: Sequence[str], lead: str = "") -> LetterTokens:
-    """Return the tokens by which two replies are told apart.
+    """Return the tokens that distinguish two replies.
 
-    Each reply may have several tokens, whose log-probabilities add up. Those before the letter are the same in both
-    and cancel out; those after it, such as `)`, are the same too and follow from it, so that they are not counted.
+    A reply may have several tokens, whose log-probabilities add up. Tokens before the letter are the same in both and
+    cancel out; tokens after it, such as `)`, are the same too and follow from it, so they are not counted.
     So `(A)` and `(B)` may be `(`, `A`, `)` and `(`, `B`, `)`, or `(A`, `)` and `(B`, `)`, or one token each. Refused
-    are replies that differ in several tokens or in their number, as `(A`, `)` and `(`, `B`, `)`: their first
-    tokens already differ, so that neither's log-probability is that of a letter; and equal ones.
+    are replies with differences in several tokens or in their number, as `(A`, `)` and `(`, `B`, `)`: their first
+    tokens already differ, so neither's log-probability is the probability of a letter; and equal ones.
 
     Args:
         letters: the two replies.
@@ -113,7 +113,7 @@ def letter_tokens(tokenizer: "PreTrainedTokenizerBase", letters: Sequence[str], 
     while shared < min(map(len, ids)) and ids[0][shared] == ids[1][shared]:
         shared += 1
     rests = [each[shared:] for each in ids]
-    # What follows the single token in which they differ must be the same.
+    # The tokens after the single different one must be the same.
     if not all(rests) or rests[0][1:] != rests[1][1:]:
         one, other = (f"{letter!r} into {_pieces(tokenizer, each)}" for letter, each in zip(letters, ids, strict=True))
         raise InputError(
@@ -131,12 +131,12 @@ def _pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
 
 
 Said = str | list[Message]
-# The bounds of the paper for judges that think before they reply, whose probabilities are near 0 or 1 otherwise.
+# The paper's bounds for judges with thoughts before the reply; their probabilities are near 0 or 1 otherwise.
 PAPER_CLAMP = (0.4, 0.6)
 
 
 class PreferenceJudge:
-    """A causal language model that is asked which of two answers is better.
+    """A causal language model, asked for the better of two answers.
 
     The model is neither frozen nor changed; it may be an adapter's, and lie on any device. In 16 bits its logits come
     in coarse steps (1/16 nat at 8 to 16 in bf16): load a judge of small signal in fp32.
@@ -144,21 +144,21 @@ class PreferenceJudge:
     Args:
         model: the judge.
         tokenizer: its own. Without a chat template the question is a transcript (`Human:`, `Assistant:`).
-        constitution: each of its principles needs a preference question.
-        chain_of_thought: let the judge write, greedily, what it thinks before it replies. This takes a text per
-            question; its replies are then near certain, so that `clamp` is advised.
+        constitution: all of its principles need a preference question.
+        chain_of_thought: let the judge write, greedily, its thoughts before it replies. This takes a text per
+            question; its replies are then near certain, so `clamp` is advised.
         thought_length: longest thought in tokens.
         clamp: lowest and highest probability per principle, such as `PAPER_CLAMP`; none by default.
-        letters: the two replies; see `letter_tokens` for those that can be told apart.
+        letters: the two replies; see `letter_tokens` for distinguishable ones.
         ask_for_letter: see `judge_question`; by default so unless the chat template is hfllm's, whose models know the
             bare question from their training.
-        num_principles: principles asked about each pair, drawn by prompt and seed; all by default. The paper draws 1.
+        num_principles: principles per pair, drawn by prompt and seed; all by default. The paper draws 1.
         batch_size: questions in one pass.
         seed: of principles and wordings; both orders of a pair, and all pairs of a prompt, have the same.
 
     Raises:
-        InputError: for a principle without a preference question, letters that cannot be told apart, a clamp that is
-            none, or a tokenizer without padding token or with tokens that the model has no embeddings for.
+        InputError: for a principle without a preference question, indistinguishable letters, an invalid clamp, or a
+            tokenizer without padding token or with tokens without embeddings in the model.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class PreferenceJudge:
         self.__name__ = Path(getattr(model.config, "_name_or_path", "") or "judge").name
 
     def compare(self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]) -> list[float]:
-        """Return, for each pair, the log-odds in nats that the first answer is better than the second.
+        """Return, for every pair, the log-odds in nats of the first answer being better than the second.
 
         It is log P(A) - log P(B) with the first answer as (A), averaged over both orders, clamped if asked, and
         averaged over principles. Equal answers get exactly 0.
@@ -216,7 +216,7 @@ class PreferenceJudge:
     def in_both_orders(
         self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]
     ) -> list[list[tuple[float, float]]]:
-        """Return, for each pair and principle, the log-odds that the first is better: shown as (A), shown as (B)."""
+        """Return, for every pair and principle, the log-odds of the first being better: shown as (A), shown as (B)."""
         questions = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
         # Equal questions, such as both orders of equal answers, are asked once and have equal replies.
         texts = list(dict.fromkeys(text for pair in questions for both in pair for text in both))
@@ -232,15 +232,15 @@ class PreferenceJudge:
         return [[(replies[one], -replies[other]) for one, other in pair] for pair in questions]
 
     def has_room(self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]) -> list[bool]:
-        """Return whether the questions about each pair fit into the judge's context."""
+        """Return whether the questions about every pair fit into the judge's context."""
         questions = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
         ids = self._token_ids([text for pair in questions for both in pair for text in both])
         lengths = [max(self._whole_length(ids[text]) for both in pair for text in both) for pair in questions]
         return [self.context is None or length <= self.context for length in lengths]
 
     def _questions(self, prompt: Said, first: Said, second: Said) -> list[tuple[str, str]]:
-        """Return, for each principle, the question with the first answer as (A), and with it as (B)."""
-        # By the prompt, so that a reward does not depend on what else is in a batch.
+        """Return, for every principle, the question with the first answer as (A), and with it as (B)."""
+        # By the prompt, so a reward does not depend on the rest of a batch.
         rng = random.Random(f"judge-{self.seed}-{[message['content'] for message in as_messages(prompt)]}")
         drawn = range(len(self.principles))
         if self.num_principles < len(self.principles):
@@ -255,7 +255,7 @@ class PreferenceJudge:
         ]
 
     def _token_ids(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """Return the tokens of each question, up to where the judge replies or thinks."""
+        """Return the tokens of every question, up to the judge's reply or thoughts."""
         if not texts:
             return {}
         prompts = [to_prompt([{"role": "user", "content": text}], self.tokenizer) for text in texts]
@@ -269,7 +269,7 @@ class PreferenceJudge:
         return len(ids) + (self.thought_length if self.chain_of_thought else 0) + len(self.tokens.before) + 1
 
     def _replies(self, questions: Sequence[list[int]]) -> list[float]:
-        """Return log P(A) - log P(B) of each question."""
+        """Return log P(A) - log P(B) of every question."""
         import torch
 
         if self.chain_of_thought:
@@ -279,7 +279,7 @@ class PreferenceJudge:
         return reply_log_odds(self.model, self.tokenizer, rows, self.tokens.first, self.tokens.second, self.batch_size)
 
     def _with_thoughts(self, questions: Sequence[list[int]]) -> list[list[int]]:
-        """Return the questions with what the judge thinks about each."""
+        """Return the questions with the judge's thoughts."""
         thought: list[list[int]] = [[] for _ in questions]
         ends = end_tokens(self.tokenizer, self.model)
         for rows in batches_of_like_length(self.model, [len(ids) for ids in questions], self.batch_size):
@@ -309,10 +309,10 @@ class PreferenceJudge:
 
 
 class JudgeReward:
-    """A judge as a reward: the log-odds in nats that a completion is better than the row's `baseline` answer.
+    """A judge as a reward: the log-odds in nats of a completion being better than the row's `baseline` answer.
 
     Args:
-        judge: see `PreferenceJudge`. `check_bias(measure_bias(...))` first says whether it can be relied on.
+        judge: see `PreferenceJudge`. `check_bias(measure_bias(...))` first checks its reliability.
     """
 
     def __init__(self, judge: PreferenceJudge):
@@ -339,17 +339,17 @@ class JudgeReward:
 
 # ---- judge labels ----
 #
-# What a judge's replies are worth, and pairs that are labeled by them.
+# The quality of a judge's replies, and pairs labeled by them.
 
 
 @dataclass(frozen=True)
 class BiasReport:
-    """How far a judge's replies follow the place of an answer, and how far the answer.
+    """How far a judge's replies follow the position of an answer, and how far the answer.
 
     Args:
-        position_bias: mean log-odds, in nats, for what is shown first, whatever it is; negative for the second.
-        signal: mean size, in nats, of the log-odds that do not depend on the place.
-        consistent: share of pairs of which the same answer is preferred in both orders.
+        position_bias: mean log-odds, in nats, for the answer shown first, whatever it is; negative for the second.
+        signal: mean size, in nats, of the part of the log-odds independent of the position.
+        consistent: share of pairs with the same preferred answer in both orders.
         n: pairs.
         position_bias_se, signal_se, consistent_se: standard errors over pairs; `None` for a single one.
     """
@@ -363,7 +363,7 @@ class BiasReport:
     consistent_se: float | None
 
     def as_metrics(self, prefix: str = "judge_") -> dict[str, float]:
-        """Return it as a report's figures, with errors and counts beside them (`_se`, `_n`)."""
+        """Return it as a report's figures, with errors and counts next to them (`_se`, `_n`)."""
         values = {name: value for name, value in asdict(self).items() if value is not None and name != "n"}
         counts = {f"{name}_n": self.n for name in ("position_bias", "signal", "consistent")}
         return {f"{prefix}{name}": value for name, value in {**values, **counts}.items()}
@@ -401,7 +401,7 @@ def check_bias(report: BiasReport, allow: bool = False) -> None:
     Args:
         allow: warn instead.
     """
-    # So that NaN is refused too.
+    # To refuse NaN too.
     if abs(report.position_bias) <= report.signal and report.signal > 0:
         return
     message = (
@@ -416,7 +416,7 @@ def check_bias(report: BiasReport, allow: bool = False) -> None:
 
 @dataclass(frozen=True)
 class LabelFigures:
-    """What became of pairs: `num_pairs` given, `ties` and `too_long` left out, `flipped` of the labels that remain."""
+    """Counts of labeled pairs: `num_pairs` given, `ties` and `too_long` left out, `flipped` of the other labels."""
 
     num_pairs: int
     ties: int
@@ -425,7 +425,7 @@ class LabelFigures:
 
 
 class LabeledPairs(NamedTuple):
-    """The rows of `preference_rows`, in the order of their pairs, and what became of the others."""
+    """The rows of `preference_rows`, in the order of their pairs, and the counts of the others."""
 
     rows: list[dict[str, Any]]
     figures: LabelFigures
@@ -449,8 +449,8 @@ def preference_rows(
         seed: seed of the noise.
 
     Returns:
-        Rows with `prompt`, `chosen` and `rejected` (messages), `probability`, which the judge gives to the chosen
-        answer (below .5 where noise has flipped the label), and `judge`, its name; and the figures.
+        Rows with `prompt`, `chosen` and `rejected` (messages), `probability`, the judge's for the chosen answer (below
+        .5 where noise has flipped the label), and `judge`, its name; and the figures.
 
     Raises:
         InputError: when no pair is left.
@@ -463,7 +463,7 @@ def preference_rows(
     odds = judge.compare(*map(list, zip(*remaining, strict=True))) if remaining else []
     rng, rows, flipped = random.Random(f"judge-labels-{seed}"), [], 0
     for (prompt, one, other), preference in zip(remaining, odds, strict=True):
-        # Drawn for ties too, so that one more of them does not change the others' noise.
+        # Drawn for ties too, so one more of them does not change the others' noise.
         is_flipped = rng.random() < label_noise
         if not abs(preference) > min_log_odds:
             continue

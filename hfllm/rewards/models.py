@@ -27,13 +27,13 @@ class RewardModel:
     A column `tools` goes to the template of a conversation.
 
     Args:
-        model: scores one sequence with one label (`num_labels=1`), read at the last token that is not padding.
+        model: scores one sequence with one label (`num_labels=1`), read at the last token other than padding.
         tokenizer: the reward model's own; prompt and completion reach it as text.
         batch_size: sequences in one forward pass.
 
     Raises:
-        InputError: when the model has more than one label or a head that was never trained, or its tokenizer has no
-            padding token or tokens that the model has no embeddings for.
+        InputError: when the model has more than one label or an untrained head, or its tokenizer has no padding token,
+            or has tokens without embeddings in the model.
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
@@ -85,17 +85,17 @@ class RewardModel:
             "return_dict": True,
             **({"tools": read_tools("a prompt", tools)} if tools else {}),
         }
-        # Of a prompt with pictures it reads the words.
+        # Of a prompt with images it reads the words.
         return self.tokenizer.apply_chat_template([*map(words_of, [*prompt, *completion])], **options)["input_ids"]
 
 
 class PictureRewardModel(RewardModel):
-    """A reward model that sees: it reads prompts with their pictures, as the policy does.
+    """A vision-language reward model: it reads prompts with their images, as the policy does.
 
-    Words that spell the token of a picture's place are read with a space in it: a policy may write anything.
+    Words spelling the placeholder token of an image are read with a space in it: a policy may write anything.
 
     Args:
-        model: scores conversations with pictures; a class of transformers with `pixel_values`.
+        model: scores conversations with images; a class of transformers with `pixel_values`.
         processor: the reward model's own.
         batch_size: conversations in one forward pass.
     """
@@ -127,7 +127,7 @@ class PictureRewardModel(RewardModel):
         return [{**message, "content": plain(message["content"])} for message in (*before, *response)]
 
     def scores(self, batch: "Mapping[str, torch.Tensor]") -> list[float]:
-        """Return the score of each conversation of a batch that the processor made."""
+        """Return the score of every conversation of a batch from the processor."""
         import torch
 
         with torch.inference_mode(), pass_precision(self.model):
@@ -138,10 +138,10 @@ class PictureRewardModel(RewardModel):
 def reward_model(
     model: "PreTrainedModel", processing_class: "PreTrainedTokenizerBase | ProcessorMixin", batch_size: int = 64
 ) -> RewardModel:
-    """Return a model as a reward, with its own processor if it sees, and else its tokenizer.
+    """Return a model as a reward, with its own processor if it is a vision-language model, and else its tokenizer.
 
     Raises:
-        InputError: see `RewardModel`, and for a model that sees without a processor.
+        InputError: see `RewardModel`, and for a vision-language model without a processor.
     """
     if not reads_pictures(model):
         return RewardModel(model, getattr(processing_class, "tokenizer", processing_class), batch_size)
@@ -151,9 +151,9 @@ def reward_model(
 
 
 class TokenRewardModel(RewardModel):
-    """A token-classification model as a reward for each token of a completion, such as a process reward model.
+    """A token-classification model as a reward for every token of a completion, such as a process reward model.
 
-    It is read at the tokens that the policy sampled, so its tokenizer must be the policy's.
+    It is read at the policy's sampled tokens, so its tokenizer must be the policy's.
 
     Args:
         model, tokenizer, batch_size: as in `RewardModel`.
@@ -182,11 +182,11 @@ def scores_tokens(model: "PreTrainedModel") -> bool:
 
 # ---- ensembles ----
 #
-# An ensemble of several rewards, which is harder to exploit.
+# An ensemble of several rewards, harder to exploit than one.
 
 
 class RewardEnsemble:
-    """Several rewards combined into one that is harder to exploit (Coste et al. 2023, arXiv:2310.02743, section 3).
+    """Several rewards combined into one harder to exploit (Coste et al. 2023, arXiv:2310.02743, section 3).
 
     A reward model trained on comparisons is only defined up to a constant: call `calibrate` once, or the worst of
     several is just the one with the lowest constant.
@@ -213,13 +213,13 @@ class RewardEnsemble:
         self.__name__ = f"{aggregation}_of_{len(members)}"
 
     def calibrate(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> None:
-        """Normalize the members: on these responses each gets mean 0 and their common spread.
+        """Normalize the members: on these responses every one gets mean 0 and their common spread.
 
         Args:
-            prompts, completions, columns: as in a call; responses of the model that training starts from.
+            prompts, completions, columns: as in a call; responses of the initial model of training.
 
         Raises:
-            InputError: for a member that gives all responses the same score.
+            InputError: for a member with the same score for all responses.
         """
         scores = [self._scores_of(member, prompts, completions, **columns) for member in self.members]
         spreads = [statistics.pstdev(values) for values in scores]

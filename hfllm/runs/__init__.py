@@ -1,1 +1,1 @@
-"""What every run does: parse, announce, reuse, report, publish. Nothing here knows a training method."""
+"""The common steps of all runs: parse, announce, reuse, report, publish. Nothing here knows a training method."""

@@ -1,4 +1,4 @@
-"""Change arguments without changing what was parsed: what is derived from them is a copy with its own name."""
+"""Change arguments without changing the parsed ones: derived arguments are a copy with its own name."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -31,20 +31,20 @@ def changed(arguments: Arguments, **changes: object) -> Arguments:
 
 
 def without_nested_secrets(arguments: Arguments) -> Arguments:
-    """Return a copy of a trainer's `arguments` with the credentials hidden that flags such as model_init_kwargs hold.
+    """Return a copy of a trainer's `arguments` with hidden credentials of flags such as model_init_kwargs.
 
-    A trainer writes its arguments into training_args.bin, into every checkpoint, and to what it reports to.
+    A trainer writes its arguments into training_args.bin, into every checkpoint, and to its trackers.
     """
     nested = {name: value for name, value in vars(arguments).items() if isinstance(value, Mapping | list | tuple)}
     hidden = {name: without_credentials(value) for name, value in nested.items()}
-    # What holds none stays the very object that an engine may know.
+    # A value without credentials stays the same object, possibly known to an engine.
     return changed(arguments, **{name: value for name, value in hidden.items() if value != nested[name]})
 
 
 # ---- flags that hold for all runs ----
 
 
-# Of the flags of your model those that hold in every run, and those of an adapter beside `--lora_...`.
+# The flags of your model for all runs, and the flags of an adapter in addition to `--lora_...`.
 HOLD_FOR_ALL = (
     *("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
@@ -53,12 +53,12 @@ ADAPTER = ("use_peft", "use_rslora", "use_dora")
 
 
 def flags_for_all(model_args: "ModelConfig") -> list[str]:
-    """Return the flags of the user's model that hold in every run."""
+    """Return the flags of the user's model for all runs."""
     return _given(model_args, HOLD_FOR_ALL)
 
 
 def flags_of_adapter(model_args: "ModelConfig") -> list[str]:
-    """Return the flags of the adapter that the first run trains and the others continue."""
+    """Return the flags of the adapter trained by the first run and continued by the others."""
     if not model_args.use_peft:
         return []
     return _given(model_args, (*ADAPTER, *(each.name for each in fields(model_args) if _describes_lora(each.name))))
@@ -70,7 +70,7 @@ def _describes_lora(flag: str) -> bool:
 
 
 def _given(model_args: "ModelConfig", flags: Sequence[str]) -> list[str]:
-    """Return those of the flags that are not at their defaults, as words of a command line."""
+    """Return the flags with values other than their defaults, as words of a command line."""
     words: list[str] = []
     for each in fields(model_args):
         value: Any = getattr(model_args, each.name)
@@ -84,7 +84,7 @@ def _given(model_args: "ModelConfig", flags: Sequence[str]) -> list[str]:
 
 
 def given_words(group: "DataclassInstance", without: Sequence[str] = ()) -> list[str]:
-    """Return those flags of a parsed group that are not at their defaults, as words of a command line."""
+    """Return the flags of a parsed group with values other than their defaults, as words of a command line."""
     words: list[str] = []
     for each in fields(group):
         value = getattr(group, each.name)

@@ -1,4 +1,4 @@
-"""The command line of a recipe: read its flags, compare them with those of a finished run, end bad input in a line."""
+"""The command line of a recipe: read its flags, compare them with a finished run's, end bad input in a line."""
 
 import argparse
 import errno
@@ -32,7 +32,7 @@ from hfllm.runs.parser import (
 )
 from hfllm.runs.recipes import settings_file
 
-# Here, since a process that is spawned imports the recipe again, and does not run it.
+# Here, since a spawned process imports the recipe again, and does not run it.
 end_children_with_this_process()
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ NOT_PART_OF_THE_RUN = frozenset(
     )
 )
 ASKS_FOR_HELP = frozenset(("--help", "-h"))
-# The attribute of parsed flags that names those which were given.
+# The attribute of parsed flags with the names of the given ones.
 GIVEN = "given_flags"
-# What --help says of flags that are the libraries' own.
+# The text of --help about the libraries' own flags.
 ALWAYS = {
     "--config": "A YAML file of flags, or settings that came with hfllm, such as curate/books; flags win over it.",
     "--help_all": "Every flag there is, those of transformers and TRL included.",
@@ -73,17 +73,17 @@ OF_TRAINING = {
     "--report_to": "wandb, tensorboard, trackio, ...",
     "--push_to_hub": "Publish the result; --hub_model_id, --hub_private_repo.",
 }
-# The same of recipes that load a model and train none.
+# The same for recipes that load a model without training.
 OF_MODEL = {
     "--model_name_or_path": OF_TRAINING["--model_name_or_path"],
     "--model_revision": "Its branch, tag or commit.",
     "--dtype": "The type that it is loaded in, such as bfloat16.",
     "--attn_implementation": "eager, sdpa, flash_attention_2, ...",
 }
-# As long as the longest name of a file in an output folder with the folders that it lies in, 200 letters, in parts
-# that every file system takes.
+# As long as the longest name of a file in an output folder with its parent folders, 200 letters, in parts accepted by
+# every file system.
 LONGEST_FILE = os.path.join(*["-" * 19] * 10)
-# The exit code of what Ctrl-C ends.
+# The exit code of a process ended by Ctrl-C.
 INTERRUPTED = 130
 
 
@@ -98,18 +98,18 @@ def parse_recipe(
 ) -> tuple:
     """Parse a recipe's flags: over `--config` files, over default settings, over the defaults of the classes.
 
-    `--help` prints the recipe's own flags, without importing torch, and `--help_all` those of the libraries too; both
+    `--help` prints the recipe's own flags, without importing torch, and `--help_all` the libraries' flags too; both
     end the process.
 
     Args:
         argv: the words of the command line.
         description: the recipe's docstring.
         own: the dataclass of the recipe's own flags.
-        library: the dataclasses whose flags the recipe takes besides, by dotted name, such as `trl.SFTConfig`: they
+        library: the dataclasses whose flags the recipe also takes, by dotted name, such as `trl.SFTConfig`: they
             are imported when there is something to parse.
-        output_dir: the default of `--output_dir`, where `library` has that flag.
-        settings: the YAML files of default settings, by what the user gives; later ones win.
-        shown: dataclasses with flags of `library` that `--help` lists too.
+        output_dir: the default of `--output_dir`, where `library` has the flag.
+        settings: function from the user's flags to the YAML files of default settings; later ones win.
+        shown: dataclasses with flags of `library` also listed by `--help`.
 
     Returns:
         An instance of `own` and of each class of `library`.
@@ -131,13 +131,13 @@ def parse_recipe(
     check_json_flags(provided)
     try:
         parsed = parser.parse(argv, files, defaults)[: len(kinds)]
-    # The last two come from flags that ask for a library, or for a file.
+    # The last two come from flags asking for a library, or for a file.
     except (TypeError, ValueError, ImportError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(next(iter(str(error).strip().splitlines()), type(error).__name__)) from None
     for group in parsed:
-        # Names alone: values may be secrets, and a trainer saves its arguments.
+        # Only names: values may be secrets, and a trainer saves its arguments.
         object.__setattr__(group, GIVEN, tuple(provided))
     check_output_dir(provided, parsed)
     check_ranges(*parsed)
@@ -147,7 +147,7 @@ def parse_recipe(
 
 
 def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> None:
-    """Refuse an output folder without a name, or with one that no file system takes."""
+    """Refuse an output folder without a name, or with a name rejected by every file system."""
     folder = next((group.output_dir for group in parsed if hasattr(group, "output_dir")), None)
     if folder is None and "output_dir" not in given:
         return
@@ -170,7 +170,7 @@ def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstan
 
 
 def given_names(*parsed: "DataclassInstance") -> tuple[str, ...] | None:
-    """Return the names of the flags that the user gave, on the command line or in files; `None` if not parsed here."""
+    """Return the names of the user's flags, on the command line or in files; `None` if not parsed here."""
     return next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
 
 
@@ -185,7 +185,7 @@ def short_help(
     library: Sequence[str],
     shown: "Sequence[type[DataclassInstance]]" = (),
 ) -> str:
-    """Return the help of a recipe's own flags in groups, and of those of the libraries that are used most."""
+    """Return the help of a recipe's own flags in groups, and of the libraries' most used flags."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=description, formatter_class=ShortHelpFormatter, add_help=False
     )
@@ -201,12 +201,12 @@ def short_help(
 
 
 def world_settings(name: str) -> Callable[[Mapping[str, Any]], list[Path]]:
-    """Return what picks a recipe's default settings: those of the embedded world's model, unless a model is named."""
+    """Return the selector of a recipe's default settings: the embedded world's model, unless a model is named."""
     return lambda provided: [] if provided.get("model_name_or_path") else [settings_file(f"{name}/world.yaml")]
 
 
 def take_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Split `--config FILE` (which may be repeated; later files win) from the other flags."""
+    """Split `--config FILE` (repeatable; later files win) from the other flags."""
     rest, files, words = [], [], iter(argv)
     for word in words:
         if word == "--config":
@@ -219,13 +219,13 @@ def take_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 
 def config_file(name: str) -> Path:
-    """Return the file that `--config` names: one of the user's, or one that came with hfllm, such as curate/books."""
+    """Return the file named by `--config`: one of the user's, or one shipped with hfllm, such as curate/books."""
     shipped = settings_file(name if name.endswith(".yaml") else f"{name}.yaml")
     return shipped if name and not Path(name).is_file() and shipped.is_file() else Path(name)
 
 
 def given_values(argv: Sequence[str]) -> dict[str, Any]:
-    """Return what the user gives, by flag: the words of the command line, over the values of `--config` files."""
+    """Return the user's values, by flag: the words of the command line, over the values of `--config` files."""
     words, files = take_configs(argv)
     values: dict[str, Any] = {}
     for path in files:
@@ -236,7 +236,7 @@ def given_values(argv: Sequence[str]) -> dict[str, Any]:
             following = words[index + 1] if index + 1 < len(words) else "--"
             if "=" not in word:
                 value = True if following.startswith("--") else following
-            # As a flag without a value is on, one that is off or empty is not given.
+            # As a flag without a value is on, an off or empty flag is not given.
             values[name.replace("-", "_")] = False if str(value).lower() in ("", "false") else value
     return values
 
@@ -244,10 +244,10 @@ def given_values(argv: Sequence[str]) -> dict[str, Any]:
 def machine_defaults(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Progress bars on a terminal only; without an accelerator no mixed precision, recomputation or pinned memory.
 
-    An accelerator that multiplies in bf16 does so in every recipe that trains, with TF32 for what stays in fp32.
+    An accelerator with bf16 multiplication uses it in every training recipe, with TF32 for operations in fp32.
 
     Args:
-        given: what the user gives, by flag; `fp16` and `use_cpu` leave no place for bf16.
+        given: the user's values, by flag; `fp16` and `use_cpu` exclude bf16.
     """
     import torch
     from transformers.utils import is_torch_tf32_available
@@ -271,7 +271,7 @@ def machine_defaults(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 
 def run_arguments(*arguments: "DataclassInstance") -> dict[str, Any]:
-    """The flags that decide a run's result, as JSON values: what is compared when a folder is used again.
+    """The flags that decide a run's result, as JSON values: they are compared when a folder is used again.
 
     They go into reports and cards, so secrets in them are hidden.
     """
@@ -284,7 +284,7 @@ def run_arguments(*arguments: "DataclassInstance") -> dict[str, Any]:
 
 
 def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a run with these arguments that has finished in `output_dir`, or `None` if none has."""
+    """The report of a finished run with these arguments in `output_dir`, or `None` if none has finished."""
     report = read_report(output_dir)
     if report is None:
         return None
@@ -300,14 +300,14 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
 
 
 def _order_of_naming(name: str) -> tuple[int, str]:
-    """The flags of a run itself, then those of the stages before it (`sft.seed`), then files that hold such flags."""
+    """The flags of a run itself, then the flags of the stages before it (`sft.seed`), then files with such flags."""
     return (1 if "." in name else 2 if name.endswith("_config") else 0, name)
 
 
 def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
-    """What `--resume_from_checkpoint` asks for: a checkpoint folder, the last one of the output folder, or none.
+    """The request of `--resume_from_checkpoint`: a checkpoint folder, the last one of the output folder, or none.
 
-    `true` is the last complete checkpoint. `auto` is that too, or the beginning where there is none yet: one command
+    `true` is the last complete checkpoint. `auto` is the same, or the beginning where there is none yet: one command
     for the first launch and for every restart.
     """
     checkpoint = training_args.resume_from_checkpoint
@@ -331,12 +331,12 @@ def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
 
 
 def main_process() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this process does the printing and writing."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def first_of_machine() -> bool:
-    """Whether this process is the one that refuses in words: the first of its machine, whose user sees no other's."""
+    """Whether this process prints refusals: the first of its machine, whose user sees no other's."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
 
 
@@ -353,7 +353,7 @@ def say_once(line: str) -> None:
 
 
 def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:
-    """Return what a run that has failed leaves, as the end of a line."""
+    """Return a description of the files left by a failed run, as the end of a line."""
     folder = next((each.output_dir for each in parsed if getattr(each, "output_dir", None)), None)
     if folder is None:
         return ""
@@ -361,21 +361,21 @@ def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:
     try:
         return f"; {what_is_saved(folder, can_resume)}"
     except (MemoryError, ImportError, OSError, RuntimeError):
-        # It reads files and imports a library, for which there may be no room either.
+        # It reads files and imports a library, possibly also without room for them.
         return ""
 
 
 @contextmanager
 def _no_silent_end() -> Iterator[None]:
-    """Context manager in which a run cannot end as a success before it is done.
+    """Context manager to keep a run from ending as a success before it is done.
 
-    Code that a run calls, such as a reward function or a tool, may leave by `sys.exit(0)` or `os._exit(0)`, which says
-    to whoever waits for this process that all went well.
+    Code called by a run, such as a reward function or a tool, may leave by `sys.exit(0)` or `os._exit(0)`, a sign of
+    success to any program waiting for this process.
     """
     end, process = os._exit, os.getpid()
 
     def refuse_to_end(status: int) -> None:
-        # Children that were forked end so.
+        # Forked children end so.
         if status or os.getpid() != process:
             end(status)
         frame = sys._getframe(1)
@@ -400,9 +400,9 @@ def _about_end(call: str, file: str, line: int | None) -> str:
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:
     """Run a recipe from the command line: bad input, full memory and full disks end it in one line, with exit code 2.
 
-    Each machine's first process prints the line of bad input, and every process that of its own memory or disk. Ctrl-C
-    ends it with 130. Any other error keeps its traceback. The run ends with the process that has launched it, and the
-    processes that the run has started end with the run.
+    Each machine's first process prints the line of bad input, and every process the line of its own memory or disk.
+    Ctrl-C ends it with 130. Any other error keeps its traceback. The run ends with its launching process, and the
+    processes started by the run end with the run.
     """
     end_with_launcher()
     be_launcher()
@@ -423,9 +423,9 @@ def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) ->
         if main_process():
             print(f"\ninterrupted: {stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    # What a library in Rust ends with is no `Exception`.
+    # A panic of a library in Rust is no `Exception`.
     except BaseException as error:
-        # Only what the machine lacks: an error of this program keeps its traceback.
+        # Only shortages of the machine: an error of this program keeps its traceback.
         line = explained(error, *parsed)
         if line is None:
             raise

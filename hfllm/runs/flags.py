@@ -1,7 +1,7 @@
-"""What flags may be: ranges, JSON values, missing libraries, and trust in remote code.
+"""Valid values of flags: ranges, JSON values, missing libraries, and trust in remote code.
 
 A learning rate below 0 or NaN, a batch of no rows or an adapter of rank 0 would otherwise train for minutes, or end
-somewhere in a library. Flags that a stage checks itself, with reasons of its own, are not here.
+somewhere in a library. Flags checked by a stage itself, with reasons of its own, are not here.
 """
 
 import base64
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # ---- values ----
 
 
-# What flags of the libraries take; those of hfllm say it themselves.
+# Ranges of the libraries' flags; hfllm's flags declare their own.
 OF_LIBRARIES = {
     at_least(1): (
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
@@ -55,12 +55,12 @@ MAY_BE_INFINITE = frozenset(("max_grad_norm",))
 
 
 def check_ranges(*parsed: "DataclassInstance") -> None:
-    """Refuse numbers that make no sense for their flag, NaN and infinity among them.
+    """Refuse numbers outside their flag's range, including NaN and infinity.
 
     Args:
         parsed: the flags as parsed.
     """
-    # For recipes that also do something without training.
+    # For recipes with another use besides training.
     may_train_nothing = any(getattr(group, "may_train_nothing", False) for group in parsed)
     for group in parsed:
         hints, rules = get_type_hints(type(group)), rules_of(type(group))
@@ -84,7 +84,7 @@ def _check(name: str, value: object, kind: object, takes: Range | None) -> None:
     # A truth value is a number to Python.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number:
-        # A field that takes other types too, such as warmup_steps in words, is the library's to judge.
+        # A field of several types, such as warmup_steps in words, is left to the library.
         if set(options) <= {int, float, types.NoneType}:
             raise InputError(f"--{name} {value!r}: expected {accepted}")
         return
@@ -94,20 +94,18 @@ def _check(name: str, value: object, kind: object, takes: Range | None) -> None:
 
 
 # ---- libraries ----
-#
-# Whether what a flag asks for is installed, or exists at all: trackers, kinds of attention, kernels.
-#
-# The libraries look when a trainer is built or a model loaded, which may be after the stages before have been trained.
+# Whether the request of a flag is installed, or exists at all: trackers, kinds of attention, kernels.
+# The libraries look when a trainer is built or a model loaded, possibly after the training of earlier stages.
 
 
-# What to install for a tracker, where that has another name.
+# The package to install for a tracker, if its name differs.
 PACKAGES = {"azure_ml": "azureml-core mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}
-# What to install for a version of flash attention.
+# The package to install for a version of flash attention.
 FLASH_PACKAGES = {"2": "flash-attn", "3": "flash-attn-3", "4": "flash-attn-4"}
 
 
 def check_libraries(*parsed: "DataclassInstance") -> None:
-    """Refuse flags that ask for what is not installed or does not exist."""
+    """Refuse flags asking for uninstalled or nonexistent options."""
     for group in parsed:
         if trackers := getattr(group, "report_to", None):
             check_trackers([trackers] if isinstance(trackers, str) else trackers)
@@ -118,7 +116,7 @@ def check_libraries(*parsed: "DataclassInstance") -> None:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse trackers for `--report_to` that transformers does not know, or that are not installed."""
+    """Refuse trackers for `--report_to` unknown to transformers, or not installed."""
     trackers = [name for name in names if name not in ("none", "all")]
     if not trackers:
         return
@@ -144,11 +142,11 @@ def check_trackers(names: list[str]) -> None:
 
 
 def check_attention(name: str) -> None:
-    """Refuse an `--attn_implementation` that does not exist or is not installed."""
+    """Refuse a nonexistent or uninstalled `--attn_implementation`."""
     from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX as FLASH
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # One that the Hub's kernels stand in for, or one of them by its repository.
+    # One replaced by the Hub's kernels, or one of them by its repository.
     has_kernels = importlib.util.find_spec("kernels") is not None
     plain = name.removeprefix("paged|")
     supported = {"eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if not each.startswith("paged|"))}
@@ -175,20 +173,19 @@ def check_attention(name: str) -> None:
 
 
 # ---- json flags ----
-#
-# Flags that name a JSON file of an engine: DeepSpeed's, FSDP's, accelerate's.
+# Flags with a JSON file of an engine: DeepSpeed's, FSDP's, accelerate's.
 
 
 FLAGS = ("deepspeed", "fsdp_config", "accelerator_config")
 
 
 def check_json_flags(given: Mapping[str, Any]) -> None:
-    """Refuse a file that does not exist or does not hold a JSON object, and an object that cannot be read.
+    """Refuse a missing file or one without a JSON object, and an unreadable object.
 
     The libraries complain without the name of the flag.
 
     Args:
-        given: what the user gives, by flag.
+        given: the user's values, by flag.
     """
     for name, value in given.items():
         if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -210,11 +207,11 @@ def check_json_flags(given: Mapping[str, Any]) -> None:
 
 
 def _check_object(flag: str, text: str) -> None:
-    """Refuse a JSON object that Python cannot hold: libraries say neither which flag it is nor what is wrong."""
+    """Refuse a JSON object beyond Python's limits: libraries report neither its flag nor the error."""
     try:
         json.loads(text)
     except json.JSONDecodeError:
-        # Perhaps a text that only begins so: who reads it says.
+        # Perhaps a text with only such a beginning: its reader reports it.
         return
     except (ValueError, RecursionError) as error:
         raise InputError(f"--{flag} {text[:60]}...: cannot be read as JSON: {error}") from None
@@ -228,8 +225,7 @@ def _is_encoded(text: str) -> bool:
 
 
 # ---- remote code ----
-#
-# The flag that trusts the code of models, and the recipes that it holds for.
+# The flag for trust in the code of models, and its recipes.
 
 
 Given, Made = ParamSpec("Given"), TypeVar("Made")
@@ -245,7 +241,7 @@ class RemoteCodeArguments:
 
 
 def trusts_code_if_asked(main: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Return a recipe's `main` that runs code of models if its flags, or those of a recipe around it, trust it."""
+    """Return a recipe's `main` that runs code of models if its own or an outer recipe's flags trust it."""
 
     @wraps(main)
     def trusting(*args: Given.args, **kwargs: Given.kwargs) -> Made:

@@ -1,6 +1,6 @@
-"""Which run a checkpoint belongs to: the flags that decide what is trained, and the contents of the files they name.
+"""The run of a checkpoint: the flags that decide the training, and the contents of the files named by them.
 
-Contents count and not times or places: a folder that was copied to another machine can be resumed there.
+Contents count and not times or paths: a folder copied to another machine can be resumed there.
 """
 
 import os
@@ -19,8 +19,8 @@ from hfllm.runs.parser import present_name
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# Flags that may change between a checkpoint and the run that resumes it: what is logged, saved and evaluated, and how
-# fast it goes. Everything else must be the same.
+# Flags that may change between a checkpoint and the run resuming it: logging, saving, evaluation, and speed. All other
+# flags must be the same.
 MAY_CHANGE = frozenset(
     (
         *("logging_strategy", "logging_steps", "logging_nan_inf_filter", "log_completions"),
@@ -42,14 +42,14 @@ MAY_CHANGE = frozenset(
         *("max_tokens_per_pass", "length_bucket_size", "local_rollout_forward_batch_size"),
     )
 )
-# The argument about the pictures that a dataset's rows name, by the dataset's flag.
+# The argument about the images named in a dataset's rows, by the dataset's flag.
 PICTURES_OF = "pictures of {}"
 DATASETS = ("dataset_name", "eval_dataset_name", "ptx_dataset_name")
 MODELS = (
     *("model_name_or_path", "config_name_or_path", "tokenizer_name_or_path", "teacher_model_name_or_path"),
     *("reward_model_name_or_path", "value_model"),
 )
-# Of a model's folder: what decides its answers.
+# The files in a model's folder that decide its answers.
 MODEL_FILES = (
     *("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"),
     *("pytorch_model*.bin", "adapter_model.bin"),
@@ -60,11 +60,11 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 def run_identity(
     stage: str, arguments: Mapping[str, Any], parsed: "Sequence[DataclassInstance]", output_dir: str
 ) -> dict[str, Any]:
-    """Return what tells a run from others, as JSON values.
+    """Return the identity of a run, as JSON values.
 
     Args:
         stage: its stage's name.
-        arguments: everything that its result depends on.
+        arguments: all inputs of its result.
         parsed: its flags.
     """
     selected = {
@@ -90,9 +90,9 @@ def run_identity(
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return the first thing in which a checkpoint's run differs from this one, `None` if they are the same.
+    """Return the first difference of a checkpoint's run from this one, `None` if they are the same.
 
-    Flags that only one of them has are those of another version of hfllm or of a library, and are not compared.
+    Flags present in only one of them come from another version of hfllm or of a library, and are not compared.
     """
     if before.get("stage") != now["stage"]:
         return f"stage={before.get('stage')!r}, this run has stage={now['stage']!r}"
@@ -113,13 +113,13 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
 
 def _same_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    # Earlier versions wrote the pictures behind the content, by their times, which are not compared.
+    # Earlier versions wrote the images behind the content, by their times, and times are not compared.
     same_pictures = "pictures" not in before or before["pictures"] == now.get("pictures")
     return before["content"].partition(", ")[0] == now["content"] and same_pictures
 
 
 def model_files(folder: str | Path) -> list[tuple[str, Path]]:
-    """Return the files of a model's folder that decide its answers, with their names; of a file that one."""
+    """Return the files of a model's folder that decide its answers, with their names; for a file, only itself."""
     folder = Path(folder)
     if folder.is_file():
         return [("", folder)]
@@ -127,7 +127,7 @@ def model_files(folder: str | Path) -> list[tuple[str, Path]]:
 
 
 def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path]]]:
-    """Return the local files that flags name, by flag."""
+    """Return the local files named by flags, by flag."""
     result = {flag: data_files(arguments.get(flag)) for flag in DATASETS}
     mixture = [entry.rpartition(":") for entry in arguments.get("dataset_mixture") or []]
     result["dataset_mixture"] = [
@@ -136,7 +136,7 @@ def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path
         for name, path in data_files(dataset)
     ]
     if any(not data_files(dataset) for dataset, _, _ in mixture):
-        # One of the Hub has no contents here, so that the names count.
+        # A dataset of the Hub has no contents here, so the names count.
         del result["dataset_mixture"]
     for flag in MODELS:
         names = arguments.get(flag) or []
@@ -155,9 +155,9 @@ def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path
 
 
 def _pictures(arguments: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> dict[str, str]:
-    """Return a hash of the pictures that the rows of each dataset name, of those rows that are read."""
+    """Return a hash of the images named in the rows of each dataset, only for rows in use."""
     result = {}
-    # It decides which rows can be read, and nothing of what is learned from them.
+    # It decides which rows are readable, and nothing about learning from them.
     limit = next((group.max_row_bytes for group in parsed if hasattr(group, "max_row_bytes")), MAX_ROW_BYTES)
     for flag in DATASETS:
         if f"{PICTURES_OF.format(flag)}{CHANGED}" in arguments:

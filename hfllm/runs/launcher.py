@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 # ---- the command ----
 
 
-# What one process does, however many devices there are.
+# Recipes run in one process, however many devices there are.
 IN_ONE_PROCESS = frozenset(("compare", "curate", "merge", "plan", "push", "tokenizer"))
-# What `accelerate launch` warns of when it is not said.
+# Values with a warning of `accelerate launch` when absent.
 ACCELERATE_DEFAULTS = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
-# Seconds in which processes that Ctrl-C has reached too should end.
+# Seconds in which processes also reached by Ctrl-C should end.
 PATIENCE = 10
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_recipe(name: str, words: Sequence[str]) -> int:
-    """Run a recipe in this process, or by `accelerate launch` where that was asked for or there are several devices.
+    """Run a recipe in this process, or by `accelerate launch` on request or with several devices.
 
     Raises:
         InputError: when there is no such recipe, or a flag of accelerate's is wrong.
@@ -79,7 +79,7 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
         nearest = difflib.get_close_matches(name, [*recipe_names(), "list"], n=1, cutoff=0.0)
         raise InputError(f"unknown recipe {name!r}; did you mean {nearest[0]!r}?")
     is_help = bool({*ASKS_FOR_HELP, "--help_all"} & set(words))
-    # Whoever has launched several processes already, such as torchrun, has said all that accelerate would.
+    # Any launcher of several processes, such as torchrun, has already set all of accelerate's values.
     if name not in IN_ONE_PROCESS and not is_help and "LOCAL_RANK" not in os.environ:
         for_accelerate, words = split_flags(words)
         for_accelerate = with_shipped_configs(for_accelerate)
@@ -92,7 +92,7 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
 
 
 def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> int:
-    """Run a recipe as `accelerate launch` does. Returns the exit code of the first process that failed, or 0."""
+    """Run a recipe as `accelerate launch` does. Returns the exit code of the first failed process, or 0."""
     from subprocess import CalledProcessError
 
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -117,16 +117,16 @@ def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> in
         code = 128 + error.sigval if isinstance(error, SignalException) else INTERRUPTED
     else:
         return 0
-    # The processes have said what was wrong. A negative code is the signal that ended one.
+    # The processes have printed the error. A negative code is the signal that ended one.
     return code if code >= 0 else 128 - code
 
 
 @contextmanager
 def end_after_processes() -> Iterator[None]:
-    """Let the processes that are started within end first: they end at once when this one does.
+    """Let the processes started within end first: they end at once when this one does.
 
-    SIGTERM, on which they may save, is passed on to them; Ctrl-C has reached them too, and a second one ends all.
-    Where there are several, torchrun does the same itself.
+    SIGTERM, on which they may save, is passed on to them; Ctrl-C has reached them too, and a second one ends all. With
+    several processes, torchrun does the same itself.
     """
     import psutil
 
@@ -166,9 +166,9 @@ def _tell(process: "psutil.Process", number: int) -> None:
 
 
 def with_defaults(for_accelerate: Sequence[str]) -> list[str]:
-    """Return accelerate's words with the values that it warns of when nobody gives them.
+    """Return accelerate's words with defaults for the values it would warn about.
 
-    How many processes there are is left to it where there are several devices or machines.
+    With several devices or machines, the number of processes is left to accelerate.
     """
     if value_of("config_file", for_accelerate) or default_accelerate_config().is_file():
         return list(for_accelerate)
@@ -186,7 +186,7 @@ def use_all_cores() -> None:
 
 
 def has_several_devices() -> bool:
-    """Return whether one process would leave accelerators idle; if not, this process has every core from now on."""
+    """Return whether one process would leave accelerators idle; if not, this process gets every core from now on."""
     threads = os.environ.get("OMP_NUM_THREADS")
     # Before torch is imported, which reads it once.
     use_all_cores()
@@ -198,20 +198,20 @@ def has_several_devices() -> bool:
 
 
 def num_devices() -> int:
-    """Return how many accelerators this machine has. It imports torch."""
+    """Return the number of this machine's accelerators. It imports torch."""
     import torch
 
     return torch.accelerator.device_count()
 
 
 def default_accelerate_config() -> Path:
-    """Return where `accelerate config` writes."""
+    """Return the path of the file written by `accelerate config`."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser() / "accelerate" / "default_config.yaml"
 
 
 def overview() -> str:
-    """Return what `hfllm --help` prints."""
+    """Return the output of `hfllm --help`."""
     return f"""hfllm {__version__}: one language-model family, from raw text to an aligned, published model
 
     hfllm RECIPE [flags]      run a recipe; hfllm RECIPE --help shows its flags
@@ -225,7 +225,7 @@ Flags of accelerate launch, such as --num_processes 4 or --config_file zero2, ar
 
 
 def listing() -> str:
-    """Return what `hfllm list` prints."""
+    """Return the output of `hfllm list`."""
     configs = installed("recipes") / "configs"
     settings = sorted(str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml"))
     engines = sorted(path.stem for path in installed("accelerate_configs").glob("*.yaml"))
@@ -242,7 +242,7 @@ Recipes are in {installed("recipes")}"""
 
 
 def models_made() -> dict[str, str]:
-    """Return what each stage makes and from what, as words by its name."""
+    """Return the output and inputs of every stage, as words by its name."""
     return {
         name: entry.makes + (f", from what {' and '.join(entry.needs.values())} made" if entry.needs else "")
         for name, entry in STAGES.items()
@@ -250,11 +250,11 @@ def models_made() -> dict[str, str]:
 
 
 def recipes_table() -> str:
-    """Return the recipes, each with what its docstring says of it first."""
+    """Return the recipes with the first sentences of their docstrings."""
     rows, width = [], max(map(len, recipe_names())) + 1
     for name in recipe_names():
         description = ast.get_docstring(ast.parse(recipe_file(name).read_text(encoding="utf-8"))) or ""
-        # Its first sentence, without what stands in brackets.
+        # Its first sentence, without the text in brackets.
         what = re.split(r" \(|\. |\.?\n", description, maxsplit=1)[0]
         first, others = f"    {name:<{width}}", " " * (4 + width)
         rows.append(textwrap.fill(what, 100, initial_indent=first, subsequent_indent=others))
@@ -262,11 +262,10 @@ def recipes_table() -> str:
 
 
 # ---- accelerate flags ----
-#
-# The flags of `accelerate launch` that the command `hfllm` hands to it, told from a recipe's without torch.
+# The flags of `accelerate launch` passed to it by the command `hfllm`, distinguished from a recipe's without torch.
 
 
-# Flags that take a value, and flags that stand alone. A test compares both with accelerate's own parser.
+# Flags with a value, and flags without one. A test compares both with accelerate's own parser.
 WITH_VALUE = frozenset(
     (
         *("config_file", "num_processes", "num_machines", "num_cpu_threads_per_process", "mixed_precision"),
@@ -296,7 +295,7 @@ ALONE = frozenset(
         *("fp8_use_autocast_during_eval",),
     )
 )
-# Not handed over: what the recipes have flags of their own for, and what does not run our scripts as they are.
+# Not passed on: options with flags in the recipes, and options that do not run our scripts unchanged.
 NOT_HANDED_OVER = frozenset(
     (
         *("help", "debug", "gradient_accumulation_steps", "gradient_clipping"),
@@ -307,7 +306,7 @@ NOT_HANDED_OVER = frozenset(
 
 
 def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words for `accelerate launch` and those for the recipe, each in their order."""
+    """Return the words for `accelerate launch` and the words for the recipe, both in their order."""
     for_accelerate, for_recipe, following = [], [], iter(words)
     for word in following:
         flag, equals, value = word.partition("=")
@@ -325,15 +324,15 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def value_of(name: str, words: Sequence[str]) -> str | None:
-    """Return the last value that `words` of accelerate give for the flag `name`, or `None`."""
+    """Return the last value of the flag `name` in accelerate's `words`, or `None`."""
     values = [value for flag, value in pairwise(words) if flag == f"--{name}"]
     return values[-1] if values else None
 
 
 def with_shipped_configs(words: Sequence[str]) -> list[str]:
-    """Return accelerate's words with the paths of the configs that came with hfllm, from whatever folder it is run.
+    """Return accelerate's words with the paths of the configs shipped with hfllm, from whatever folder it is run.
 
-    `--config_file zero2` may name one, and the DeepSpeed config that a `--config_file` names may be one.
+    `--config_file zero2` may name one, and the DeepSpeed config named in a `--config_file` may be one.
     """
     named = value_of("config_file", words)
     if named is None:
@@ -355,7 +354,7 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
 
 
 def _existing(path: Path, folder: str, suffix: str) -> Path | None:
-    """The file itself, else the one of that name that came with hfllm in `folder`, else `None`."""
+    """The file itself, else the file of the same name shipped with hfllm in `folder`, else `None`."""
     if path.is_file():
         return path
     shipped = installed(folder) / (path.name if path.suffix == suffix else f"{path.name}{suffix}")

@@ -1,9 +1,9 @@
 """Keep two runs out of one output folder.
 
-The lock is one of the system on a file in the folder: the system releases it when the process ends, however that ends.
-It is held per process, so that what a run starts, such as a data loader's workers, neither holds it nor releases it,
-and by each process that writes to the folder: the one that locks it has one byte of the file, those that `join` it
-share the next. So no run begins before the last process of a killed one has ended.
+The lock is a system lock on a file in the folder: the system releases it when the process ends, for any reason. It is
+held per process, so processes started by a run, such as a data loader's workers, neither hold nor release it, and by
+every process writing to the folder: the locking process has one byte of the file, processes that `join` it share the
+next. So no run begins before the last process of a killed one has ended.
 """
 
 import atexit
@@ -31,21 +31,21 @@ except ImportError:  # Windows has no such locks.
     fcntl = None
 
 LOCK_FILE = ".hfllm.lock"
-# What a file system answers that has no locks.
+# The error of a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-# What a held lock answers.
+# The error of a held lock.
 HELD = (errno.EACCES, errno.EAGAIN)
-# The bytes of the file, far behind its text: on Windows shares nobody else can read what is locked.
+# The bytes of the file, far behind its text: on Windows shares no other process can read locked bytes.
 RUN, MEMBERS = 1 << 30, (1 << 30) + 1
-# Seconds to wait for a run that may be ending, as one that was killed a moment ago, and for processes whose run has
-# ended, which are ending too; and seconds between two tries.
+# Seconds to wait for a run that may be ending, such as one killed a moment ago, and for the ending processes of an
+# ended run; and seconds between two tries.
 PATIENCE, PATIENCE_WITH_MEMBERS, PAUSE = 3.0, 30.0, 0.05
-# Tries to be the last process that releases a folder.
+# Tries to be the last process to release a folder.
 TRIES = 10
 
 
 class _Lock(NamedTuple):
-    """A folder that this process holds: the open file, which byte of it, for which thread, what the file says."""
+    """A folder held by this process: the open file, the index of its byte, the thread, the text of the file."""
 
     descriptor: int
     byte: int
@@ -54,9 +54,9 @@ class _Lock(NamedTuple):
 
 
 _held: dict[str, _Lock] = {}
-# Those of them that were made for the lock.
+# The folders among them created for the lock.
 _made: set[str] = set()
-# A new process holds nothing, and must not remove what its parent holds.
+# A new process holds nothing, and must not remove its parent's locks.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_held.clear)
 
@@ -64,8 +64,8 @@ if hasattr(os, "register_at_fork"):
 def lock(folder: str | Path) -> None:
     """Hold an output folder, which is made, until `release` or the end of this process.
 
-    A thread that holds it already keeps it: a run that has failed may be repeated in the same process. Where another
-    process holds it, it may be one that is ending: it is waited for a short time.
+    A thread already holding it keeps it: a failed run may be repeated in the same process. If another process holds
+    it, that process may be ending: there is a short wait for it.
     """
     path = Path(folder).resolve()
     if file_lock := _held.get(str(path)):
@@ -86,16 +86,16 @@ def lock(folder: str | Path) -> None:
 
 
 def owner_of(folder: str | Path) -> str | None:
-    """Return what tells this process's lock on a folder from any other, for `join`; `None` if it holds none."""
+    """Return the identifier of this process's lock on a folder, for `join`; `None` if it holds none."""
     file_lock = _held.get(str(Path(folder).resolve()))
     return file_lock.owner if file_lock else None
 
 
 def join(folder: str | Path, owner: str | None) -> None:
-    """Hold a folder together with the process that has locked it, until `release` or the end of this process.
+    """Hold a folder together with its locking process, until `release` or the end of this process.
 
     Args:
-        owner: what `owner_of` has returned there; nothing is held if that was `None`.
+        owner: the result of `owner_of` there; nothing is held if it was `None`.
     """
     path = Path(folder).resolve()
     if owner is None or fcntl is None or _holds_still(path):
@@ -104,7 +104,7 @@ def join(folder: str | Path, owner: str | None) -> None:
         descriptor = os.open(path / LOCK_FILE, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, MEMBERS)
-            # Before it asks for that byte, a later run writes its own name.
+            # Before it asks for this byte, a later run writes its own name.
             is_same = _is_there(descriptor, path / LOCK_FILE) and _read(descriptor) == owner
         except OSError:
             os.close(descriptor)
@@ -122,16 +122,15 @@ def join(folder: str | Path, owner: str | None) -> None:
 
 
 def release(folder: str | Path) -> None:
-    """Stop holding a folder, if this process does; one that was made for that and is still empty is removed."""
+    """Stop holding a folder, if this process does; a folder created for the lock and still empty is removed."""
     path = Path(folder).resolve()
     file_lock = _held.pop(str(path), None)
     if file_lock is None:
         return
-    # Those that have joined it release it in the same moment.
+    # Joined processes release it in the same moment.
     for _ in range(TRIES if file_lock.byte == RUN else 1):
         with suppress(OSError):
-            # The last process of the run removes the file, before it is unlocked: whoever opens it from now on makes
-            # a new one.
+            # The last process of the run removes the file, before unlocking it: any later process creates a new one.
             fcntl.lockf(file_lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, RUN)
             (path / LOCK_FILE).unlink()
             break
@@ -153,7 +152,7 @@ def release_all() -> None:
 
 
 def releases_folders(main: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Return a recipe's `main` that releases the folders which it holds, however it ends."""
+    """Return a recipe's `main` with release of its held folders, however it ends."""
 
     @wraps(main)
     def released(*args: Given.args, **kwargs: Given.kwargs) -> Made:
@@ -169,10 +168,10 @@ def releases_folders(main: Callable[Given, Made]) -> Callable[Given, Made]:
 
 
 def _holds_still(path: Path) -> bool:
-    """Return whether this process holds a folder, as no other has held it since; if not, it is forgotten.
+    """Return whether this process still holds a folder, with no other holder since; if not, it is forgotten.
 
-    The system ends a process's locks on a file when the process closes that file, also where it has only read it: the
-    lock is taken again.
+    The system ends a process's locks on a file when the process closes the file, also after only reading it: the lock
+    is taken again.
     """
     file_lock = _held.get(str(path))
     if file_lock is None:
@@ -193,11 +192,11 @@ def _locked(folder: str | Path, file: Path) -> _Lock | None:
         return None
     until = time.monotonic() + PATIENCE
     while True:
-        # A link would lead to the user's own file, which is written over.
+        # A link would lead to the user's own file and overwrite it.
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, RUN)
-            # The run that held it may have removed it in the meantime.
+            # The run holding it may have removed it in the meantime.
             if _is_there(descriptor, file):
                 owner = _alone(folder, descriptor)
                 return _Lock(descriptor, RUN, threading.current_thread(), owner)
@@ -240,7 +239,7 @@ def _alone(folder: str | Path, descriptor: int) -> str:
 
 
 def _is_there(descriptor: int, file: Path) -> bool:
-    """Return whether an open file is still the one of that name."""
+    """Return whether an open file is still the file of its name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(file))
     except FileNotFoundError:

@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 # ---- models and tokenizers ----
 
 
-# Quantization methods that may allow training the weights; transformers itself refuses where they do not.
+# Quantization methods with possible training of the weights; transformers itself refuses the rest.
 TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
 
 
 def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
-    """Return the `from_pretrained` arguments that the flags of `ModelConfig` stand for."""
+    """Return the `from_pretrained` arguments for the flags of `ModelConfig`."""
     from trl import get_quantization_config
 
     kwargs = {
@@ -64,7 +64,7 @@ def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
 
 
 def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load a causal language model and its tokenizer; an adapter is merged into its base, unless that is quantized."""
+    """Load a causal language model and its tokenizer; an adapter is merged into its base, unless quantized."""
     from transformers import AutoModelForCausalLM
 
     name = model_args.model_name_or_path
@@ -75,7 +75,7 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
 
 
 def load_seeing(model_args: "ModelConfig") -> "PreTrainedModel":
-    """Load a model of pictures and text; an adapter is merged into its base, unless that is quantized."""
+    """Load a vision-language model; an adapter is merged into its base, unless the base is quantized."""
     from transformers import AutoModelForImageTextToText
 
     refuse_four_bits_of_pictures(model_args)
@@ -83,9 +83,9 @@ def load_seeing(model_args: "ModelConfig") -> "PreTrainedModel":
 
 
 def refuse_four_bits_of_pictures(model_args: "ModelConfig") -> None:
-    """Refuse to load a model that sees in 4 bits on a CPU.
+    """Refuse to load a vision-language model in 4 bits on a CPU.
 
-    bitsandbytes' kernel there takes its input for contiguous, which what a tower hands to the projector need not be.
+    bitsandbytes' CPU kernel assumes contiguous input, and a tower's output for the projector need not be contiguous.
     """
     import torch
 
@@ -114,7 +114,7 @@ def _load_writing(model_args: "ModelConfig", auto_class: "type[_BaseAutoModelCla
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model; without a padding token or a chat template it gets one, and a line says which."""
+    """Load the tokenizer of a model; a missing padding token or chat template is added and printed."""
     tokenizer = saved_tokenizer(name, revision)
     if tokenizer.eos_token is None:
         raise InputError(
@@ -126,13 +126,13 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
 
 
 def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model as it is; an adapter that was saved without one has that of its base."""
+    """Load the tokenizer of a model as it is; an adapter saved without one has its base's."""
     from hfllm.models.loading.saved import saved_tokenizer
 
     try:
         return saved_tokenizer(name, revision=revision)
     except Exception as error:
-        # The tokenizers library has no class for what it cannot read, and a field may be missing.
+        # The tokenizers library has no error class for unreadable files, and a field may be missing.
         if not isinstance(error, (KeyError, OSError, TypeError, ValueError)) and type(error) is not Exception:
             raise
         adapter = find_adapter(name, revision=revision)
@@ -145,7 +145,7 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
 
 
 def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
-    """Set what a tokenizer lacks: a padding token, a chat template. Both are saved with it."""
+    """Set a tokenizer's missing parts: a padding token, a chat template. Both are saved with it."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = padding_token(tokenizer)
         say_once(f"the tokenizer of {name!r} has no padding token: {tokenizer.pad_token!r} is set")
@@ -158,7 +158,7 @@ def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
 
 
 def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
-    """Load the config of the named model; for an adapter that of its base."""
+    """Load the config of the named model; for an adapter, its base's config."""
     try:
         return saved_config(name, revision=revision)
     except (OSError, ValueError) as error:
@@ -169,7 +169,7 @@ def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
 
 
 def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
-    """Refuse weights that cannot be trained: quantized ones without an adapter.
+    """Refuse untrainable weights: quantized ones without an adapter.
 
     Args:
         model_args: with the model's name, if it has one.
@@ -183,7 +183,7 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
         adapter.base_config()
     elif name:
         check_weight_files(name)
-    # A model that is loaded with an adapter is trained further as an adapter.
+    # A model loaded with an adapter is trained further as an adapter.
     trains_adapter = adapters and (model_args.use_peft or adapter is not None)
     way_out = "--use_peft trains an adapter on them" if adapters else "this stage trains all of a model"
     for flag in ("load_in_8bit", "load_in_4bit"):
@@ -207,13 +207,13 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
         return HfllmConfig(**fields)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         sizes = ", ".join(f"{name} {fields.get(name)}" for name in ("hidden_size", "num_attention_heads"))
-        # Of a check of the config the cause says what it is; the rest names the check.
+        # In an error of a config check the cause has the explanation; the rest names the check.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"{sizes} and the other fields describe no model: {reason}") from None
 
 
 def check_attention(implementation: str | None, config: "PreTrainedConfig") -> None:
-    """Refuse an attention function of ours, `sparse` or `banded`, that cannot compute the model of this config."""
+    """Refuse an attention function of ours, `sparse` or `banded`, unable to compute the model of this config."""
     try:
         if implementation in ("sparse", "banded"):
             check_implementation(implementation, config.get_text_config(decoder=True))
@@ -222,7 +222,7 @@ def check_attention(implementation: str | None, config: "PreTrainedConfig") -> N
 
 
 def named_fields(name: str) -> dict[str, Any]:
-    """Return the architecture that `--config_name_or_path` names: a preset or a config.json, also a native one."""
+    """Return the architecture named by `--config_name_or_path`: a preset or a config.json, also a native one."""
     if Path(name).exists():
         try:
             config = load_config(name)
@@ -259,7 +259,7 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
 def load_value_model(
     value_model: str, model_args: "ModelConfig", reward_models: Sequence[str]
 ) -> "PreTrainedModel | None":
-    """Load the critic that `--value_model` names; `None` stands for a head on the policy's trunk.
+    """Load the critic named by `--value_model`; `None` stands for a head on the policy's trunk.
 
     All of its weights are trained, so it is never quantized. `reward` stands for the first of the reward models.
     """
@@ -270,11 +270,11 @@ def load_value_model(
 
 
 def peft_config(model_args: "ModelConfig", task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
-    """Return the adapter that `--use_peft` and `--lora_*` describe, or `None`."""
+    """Return the adapter described by `--use_peft` and `--lora_*`, or `None`."""
     from trl import get_peft_config
 
     targets = model_args.lora_target_modules
-    # A single name is a pattern for whole paths to PEFT; here it names modules as each of several names does.
+    # A single name is a pattern for whole paths to PEFT; here it names modules like one of several names.
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
         targets = [targets]
     return get_peft_config(changed(model_args, lora_task_type=task_type, lora_target_modules=targets))
@@ -329,18 +329,17 @@ def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | No
 
 
 # ---- adapters ----
-#
-# What a stage starts from when `--model_name_or_path` is an adapter: trained further, or merged under a new one.
+# The starting point of a stage when `--model_name_or_path` is an adapter: trained further, or merged under a new one.
 #
 # Without `--use_peft` the adapter's own weights are trained further, and the result is an adapter of the same base.
-# With it the adapter is merged into its base first; that model is kept in `<output_dir>/base`, and the new adapter is
-# one of it. Recipes that train nothing merge it.
+# With it the adapter is merged into its base first; the merged model is kept in `<output_dir>/base` as the base of the
+# new adapter. Recipes without training merge it.
 
 
 def load_to_train(
     model_args: "ModelConfig", output_dir: str
 ) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerBase"]:
-    """Load the language model that a stage trains, and its tokenizer."""
+    """Load the language model to train in a stage, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -358,7 +357,7 @@ def load_to_train(
 
 
 def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrainedModel | PeftModel":
-    """Load the model with one score for a sequence that a stage trains. A language model's head is new."""
+    """Load the model to train in a stage, with one score for a sequence. A language model's head is new."""
     from transformers import AutoModelForSequenceClassification
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -383,7 +382,7 @@ def load_head_to_train(
     task_type: str,
     **head: object,
 ) -> "PreTrainedModel | PeftModel":
-    """Load the model with a head that a stage trains; that of a language model, or of other labels, is new.
+    """Load the model with a head to train in a stage; the head of a language model, or of other labels, is new.
 
     Args:
         output_dir: where an adapter's merged base is kept, for a new adapter of it.
@@ -417,10 +416,9 @@ def load_head_to_train(
 
 
 def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_dir: str) -> "ModelConfig":
-    """Merge an adapter into its base, kept in the output folder, and return the flags that load it from there.
+    """Merge an adapter into its base, kept in the output folder, and return the flags for loading it from there.
 
-    What a new adapter is trained on is then what it is loaded on later, to the bit. A run that is started again finds
-    it.
+    A new adapter is then trained on exactly the base it is loaded on later, to the bit. A restarted run finds it.
     """
     from accelerate import PartialState
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -477,13 +475,13 @@ def write_merged(adapter: "SavedAdapter", folder: Path, max_shard_size: str = "5
 
 
 def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path, max_shard_size: str = "50GB") -> None:
-    """Save a merged model with its tokenizer, and a record of what it is made from."""
+    """Save a merged model with its tokenizer, and a record of its sources."""
     check_empty(folder)
     tokenizer = saved_tokenizer(adapter.name, adapter.location.get("revision", "main"))
-    # That of a model that sees stands in the config of its decoder.
+    # In a vision-language model it stands in the config of its decoder.
     config = model.config.get_text_config()
     if adapter.task == "SEQ_CLS" and config.pad_token_id is None:
-        # It scores the last token that is not padding.
+        # It scores the last non-padding token.
         config.pad_token_id = tokenizer.pad_token_id
     saved = tokenizer
     if is_for_pictures(model.config):
@@ -495,7 +493,7 @@ def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path,
 
 
 def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":
-    """Return the processor that was saved with an adapter of a model that sees, or that of its base."""
+    """Return the processor saved with an adapter of a vision-language model, or its base's."""
     for name, location in ((adapter.name, adapter.location), (adapter.base, adapter.base_location)):
         with suppress(ImportError, OSError, ValueError):
             processor = saved_processor(name, **location)
@@ -505,7 +503,7 @@ def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":
 
 
 def scorer_settings(adapter: "SavedAdapter") -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` for a base that gets its head for scores from an adapter."""
+    """Return the arguments of `from_pretrained` for a base with a score head from an adapter."""
     if adapter.task not in ("SEQ_CLS", "TOKEN_CLS"):
         return {}
     rows = [value.shape[0] for name, value in adapter.weights().items() if name.split(".")[-2] in HEADS]
@@ -513,7 +511,7 @@ def scorer_settings(adapter: "SavedAdapter") -> dict[str, Any]:
 
 
 def merge_record(adapter: "SavedAdapter") -> dict[str, Any]:
-    """Return what a merged model is made from: the adapter, when it last changed, and what it was trained on."""
+    """Return the sources of a merged model: the adapter, the time of its last change, and its base."""
     file = Path(adapter.name, "adapter_model.safetensors")
     return {
         "adapter": adapter.name,
@@ -525,7 +523,7 @@ def merge_record(adapter: "SavedAdapter") -> dict[str, Any]:
 
 
 def _is_replaceable(folder: Path) -> bool:
-    """Return whether a folder holds what `on_merged_base` left, or nothing; `hfllm merge` leaves a report too."""
+    """Return whether a folder holds files of `on_merged_base`, or nothing; `hfllm merge` also leaves a report."""
     if folder.is_dir() and not any(folder.iterdir()):
         return True
     return (folder / MERGED_FROM).is_file() and not (folder / REPORT_FILE).exists()

@@ -1,6 +1,6 @@
-"""What a run prints: which warnings of libraries are kept out, and how failures are explained.
+"""The output of a run: suppressed warnings of libraries, and explanations of failures.
 
-Whatever is not named comes through. A user who sets the environment variables below has the last word.
+All other messages come through. The user's environment variables below take precedence.
 """
 
 import errno
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # ---- unhelpful output ----
 
 
-# A load report's rows, and what a scorer made from a language model has in it: a head that is about to be trained in
-# the place of the one that predicts tokens. A reward model that is used without its head is refused (rewards/models).
+# A load report's rows, and the entries of a scorer made from a language model: a head to be trained in place of the
+# head for predicting tokens. A reward model without its head is refused (rewards/models).
 _ROW = re.compile(r"^(\S+)\s*\|\s*(?:\x1b\[\d+m)?([A-Z]+)", re.MULTILINE)
 _NEW_HEAD = frozenset((("score.weight", "MISSING"), ("lm_head.weight", "UNEXPECTED")))
 
@@ -34,12 +34,12 @@ HUB_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 
 @dataclass(frozen=True)
 class Unhelpful(logging.Filter):
-    """Drops what one logger says where the message begins as given.
+    """Drops messages of one logger with the given beginning.
 
     Args:
         logger: its name.
-        message: how it begins.
-        reason: why nobody needs it.
+        message: its beginning.
+        reason: why no reader needs it.
     """
 
     logger: str
@@ -53,7 +53,7 @@ class Unhelpful(logging.Filter):
 
 @dataclass(frozen=True)
 class NewHead(logging.Filter):
-    """Drops the load report of a scorer whose head alone is new."""
+    """Drops the load report of a scorer where only the head is new."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record may pass."""
@@ -80,7 +80,7 @@ UNHELPFUL = (
     ),
 )
 NEW_HEAD = NewHead()
-# Of `warnings`: the beginning of the message, the category, and the module that warns.
+# Of `warnings`: the beginning of the message, the category, and the warning module.
 UNHELPFUL_WARNINGS = (
     # DeepSpeed calls torch by older names.
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\.c10d_logger"),
@@ -90,7 +90,7 @@ UNHELPFUL_WARNINGS = (
 
 
 def hide_unhelpful_output() -> None:
-    """Keep out of the output what `UNHELPFUL` names, a scorer's new head, and bars of loading, saving, tokenizing.
+    """Suppress the messages in `UNHELPFUL`, a scorer's new head, and progress bars of loading, saving, tokenizing.
 
     To be called before transformers and datasets are imported. Downloads from the Hub keep their bars.
     """
@@ -103,17 +103,15 @@ def hide_unhelpful_output() -> None:
     if HUB_BARS not in os.environ:
         from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-        # transformers asks for the state of all bars, the Hub's own for that of their group.
+        # transformers asks for the state of all bars, the Hub's own bars for the state of their group.
         disable_progress_bars()
         enable_progress_bars("huggingface_hub")
 
 
 # ---- failures ----
-#
-# What ends a run that is neither bad input nor an error of this program: full memory, a full or read-only disk.
-#
-# So does a pattern of a tokenizer that its library gives up. Such errors become one line that says what helps, what is
-# saved and how to resume. All others keep their traceback.
+# Failures other than bad input and errors of this program: full memory, a full or read-only disk.
+# Another is a tokenizer's pattern abandoned by its library. Such errors become one line with the remedy, the saved
+# files and how to resume. All others keep their traceback.
 
 
 DISK = {
@@ -127,7 +125,7 @@ DISK = {
     errno.ENOTDIR: "a folder was expected where there is a file",
     errno.EISDIR: "a file was expected where there is a folder",
 }
-# What saves memory, of the flags that a stage has.
+# Memory-saving flags of the stages.
 SAVES_MEMORY = {
     "per_device_train_batch_size": "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps",
     "gradient_checkpointing": "--gradient_checkpointing true",
@@ -139,10 +137,10 @@ SAVES_MEMORY = {
 
 
 def explained(error: BaseException, *parsed: "DataclassInstance") -> str | None:
-    """Return the line that explains an error of the machine, or `None` for any other error.
+    """Return the explanation of an error of the machine as a line, or `None` for any other error.
 
     Args:
-        parsed: the flags of the run, for what may help.
+        parsed: the flags of the run, to find remedies.
     """
     if is_out_of_memory(error):
         message = " ".join(str(error).split())
@@ -156,17 +154,17 @@ def explained(error: BaseException, *parsed: "DataclassInstance") -> str | None:
     code = _disk_error(error)
     if code is None:
         return None
-    # Of a copy the second is what could not be written.
+    # For a copy the second is the unwritten file.
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return DISK[code] + (f": {named}" if named else "")
 
 
 def what_is_saved(folder: str | Path, can_resume: bool = True, is_training: bool = False) -> str:
-    """Return what a run leaves in its output folder, and how it continues, as words for the end of a line.
+    """Return the files of a run in its output folder, and how it continues, as words for the end of a line.
 
     Args:
         can_resume: whether `--resume_from_checkpoint` reaches this run.
-        is_training: whether it was training, so that weights in the folder are not its own.
+        is_training: whether it was training, so weights in the folder are not its own.
     """
     from hfllm.models.loading.weights import SAFE, safetensors_damage
 
@@ -187,7 +185,7 @@ def what_is_saved(folder: str | Path, can_resume: bool = True, is_training: bool
 
 
 def _is_on(flag: str, parsed: "Sequence[DataclassInstance]") -> bool:
-    """Return whether a flag that is on or off is on already, so that it need not be named."""
+    """Return whether an on/off flag is already on, so it need not be named."""
     return any(getattr(group, flag, False) is True for group in parsed)
 
 
@@ -200,7 +198,7 @@ def _disk_error(error: BaseException) -> int | None:
     for code in DISK if is_ours else ():
         if f"os error {code})" in words or f"[Errno {code}]" in words or f"errno {code} " in words:
             return code
-    # What torch.save says, whatever the reason.
+    # The message of torch.save, whatever the reason.
     writes = ("PytorchStreamWriter", "unexpected pos", "iostream error")
     if isinstance(error, RuntimeError) and any(word in words for word in writes):
         return errno.ENOSPC

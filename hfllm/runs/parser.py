@@ -1,4 +1,4 @@
-"""Flags and YAML files that become dataclasses, without torch: what the parsers of all recipes share."""
+"""Flags and YAML files as dataclasses, without torch: the shared part of all recipes' parsers."""
 
 import argparse
 import difflib
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from yaml import MappingNode, Node, SafeLoader
 
-# Flags that had another name.
+# Renamed flags.
 RENAMED = {
     "chat_prompts": "apply_chat_template",
     "lookahead": "num_draft_tokens",
@@ -23,11 +23,11 @@ RENAMED = {
     "train_alone": "train_baseline",
 }
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
-# Values that a YAML file may stand for, once its aliases are written out: a few lines of them can stand for billions.
+# Maximum number of values in a YAML file with its aliases written out: a few lines of them can stand for billions.
 MOST_VALUES = 1_000_000
-# What Python raises for a scalar that is not what its tag, or its look, says.
+# Python's exceptions for a scalar in conflict with its tag, or its look.
 YAML_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-# Letters of a complaint of argparse, which repeats what was given.
+# Letters of argparse's error message, which repeats the given words.
 MOST_SAID = 300
 
 
@@ -46,7 +46,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ShortHelpFormatter(HelpFormatter):
-    """Two wide columns, and no default where that is nothing."""
+    """Two wide columns, and no empty defaults."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=118)
@@ -57,7 +57,7 @@ class ShortHelpFormatter(HelpFormatter):
 
 
 class NearestNameErrors:
-    """What makes a parser's complaints one line that names the nearest valid flag or YAML key.
+    """Mixin for error messages of a parser in one line, with the nearest valid flag or YAML key.
 
     For a parser with TrlParser's `set_defaults_with_config` and `parse_args_into_dataclasses`.
     """
@@ -98,7 +98,7 @@ class NearestNameErrors:
         return tuple(parsed)
 
     def _typed(self, path: Path, key: str, value: Any) -> Any:
-        """A YAML value as the flag `--key` would read it: of its type, and a list where the flag takes several."""
+        """A YAML value as read by the flag `--key`: of its type, and a list for a flag with several values."""
         action = self._option_string_actions.get(f"--{key}")
         if action is None or value is None or isinstance(value, dict):
             return value
@@ -137,11 +137,11 @@ class PlainParser(NearestNameErrors, argparse.ArgumentParser):
             add_fields(self, kind)
 
     def set_defaults_with_config(self, **values: Any) -> None:
-        """Let YAML values take the place of defaults."""
+        """Replace defaults by YAML values."""
         self.set_defaults(**values)
 
     def parse_args_into_dataclasses(self, args: Sequence[str], return_remaining_strings: bool) -> tuple:
-        """The dataclasses, and as the last what no flag has taken."""
+        """The dataclasses, and as the last the words not taken by any flag."""
         values, remaining = self.parse_known_args(list(args))
         built = [
             kind(**{item.name: getattr(values, item.name) for item in fields(kind)}) for kind in self.dataclass_types
@@ -150,10 +150,10 @@ class PlainParser(NearestNameErrors, argparse.ArgumentParser):
 
 
 def add_fields(parser: argparse.ArgumentParser, kind: "type[DataclassInstance]", short: bool = False) -> None:
-    """Add a flag for each field, in a group for each class that declares some, the class itself first.
+    """Add a flag for every field, in a group for every class with fields of its own, the class itself first.
 
     Args:
-        short: for help alone: one name a flag, and no word for its value but the choices.
+        short: only for help: one name per flag, and no word for its value except the choices.
     """
     hints, left = get_type_hints(kind), {item.name: item for item in fields(kind)}
     for owner in kind.__mro__:
@@ -175,7 +175,7 @@ def add_fields(parser: argparse.ArgumentParser, kind: "type[DataclassInstance]",
 
 
 def training_parser() -> type[NearestNameErrors]:
-    """Return the parser of the recipes that train: TrlParser with this package's messages. It imports torch."""
+    """Return the parser of the training recipes: TrlParser with this package's messages. It imports torch."""
     from trl import TrlParser
 
     class TrainingParser(NearestNameErrors, TrlParser):
@@ -189,7 +189,7 @@ def _how_to_read(kind: Any) -> dict[str, Any]:
     """argparse's options for a field of this type."""
     if get_origin(kind) in (Union, types.UnionType):
         options = [option for option in get_args(kind) if option is not type(None)]
-        # A library's field that takes several types is read by the library; here it is only shown.
+        # A library's field of several types is read by the library; here it is only shown.
         kind = options[0] if len(options) == 1 else str
     if get_origin(kind) is list:
         return {"type": get_args(kind)[0], "nargs": "+"}
@@ -233,7 +233,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def no_duplicates() -> "type[SafeLoader]":
     """Return YAML's safe loader, which keeps the last of equal keys without a word, with a complaint about them.
 
-    It also refuses what takes all memory, or Python's stack, to look at: aliases of aliases, and very deep nesting.
+    It also refuses content that would exhaust memory, or Python's stack: aliases of aliases, and very deep nesting.
     """
     import yaml
 
@@ -248,7 +248,8 @@ def no_duplicates() -> "type[SafeLoader]":
                 raise yaml.YAMLError(_first_line(error)) from None
 
         def construct_object(self, node: "Node", deep: bool = False) -> Any:
-            # What looks like a date, or is called an int, is made one by Python, which complains in its own words.
+            # Values that look like a date, or are tagged as an int, are converted by Python, with its own error
+            # messages.
             try:
                 return super().construct_object(node, deep)
             except YAML_ERRORS as error:
@@ -281,10 +282,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _values_of(node: "Node", known: dict[int, int]) -> int:
-    """Return how many values a node of YAML stands for; what it holds of itself counts once.
+    """Return the number of values of a YAML node; a reference to itself counts once.
 
     Args:
-        known: of the nodes that were counted, by their `id`; aliases are one node in several places.
+        known: counts of the nodes so far, by their `id`; aliases are one node in several places.
     """
     if id(node) in known:
         return known[id(node)]

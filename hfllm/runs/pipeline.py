@@ -1,8 +1,8 @@
-"""The stages of a model's life: run those that are missing before a recipe, or a list of runs of a lesson.
+"""The stages of a model's life: run the missing ones before a recipe, or a list of runs of a lesson.
 
-A stage is a step (`sft`), its recipe the script that does it, a run one execution of it in one folder. `STAGES` is the
-table: what each stage makes, and which stages make what it needs. Without flags `hfllm rlhf` needs sft and reward, and
-these need pretrain, so that pretrain, sft, reward run before it, in this order:
+A stage is a step (`sft`), its recipe the script for it, a run one execution of it in one folder. `STAGES` is the
+table: the output of every stage, and the stages for its inputs. Without flags `hfllm rlhf` needs sft and reward, and
+these need pretrain, so pretrain, sft, reward run before it, in this order:
 
     chain = chain_before("rlhf", training_args.output_dir, training_args.seed, script_args.world_seed)
     stage = Stage("rlhf", script_args, training_args, model_args, before=chain.parsed)
@@ -10,7 +10,7 @@ these need pretrain, so that pretrain, sft, reward run before it, in this order:
     chain.run()
     policy, reward_models = chain.model("sft"), chain.models("reward")
 
-Their flags are a part of the description of a stage whose report shows what they made (rlhf, distill, quantize); where
+Their flags are a part of the description of a stage whose report shows their results (rlhf, distill, quantize); where
 only the model counts (sft, reward), its files do.
 """
 
@@ -50,12 +50,12 @@ class StageEntry:
     """One row of the table.
 
     Args:
-        makes: what is there when it has run, as `hfllm list` says it.
+        makes: its output, as in `hfllm list`.
         recipe: its script's name.
         settings: the YAML file of its settings on the embedded world, under recipes/configs.
-        needs: the flags that name models which another stage makes, and which stage that is.
-        runs_own_chain: whether others leave to its recipe what it needs: that runs inside its own folder, and
-            `hfllm/stages/NAME/flags.py` lists it.
+        needs: the flags naming models of another stage, and the name of the stage.
+        runs_own_chain: whether others leave the stages before it to its recipe: they run inside its own folder, and
+            `hfllm/stages/NAME/flags.py` lists them.
         minutes: about how long it takes on two cores with these settings.
     """
 
@@ -123,18 +123,18 @@ STAGES: Mapping[str, StageEntry] = {
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
 }
 
-# How these flags stood when the minutes were taken, where the settings do not say.
+# The values of these flags when the minutes were measured, where the settings omit them.
 AS_TIMED = {"max_steps": -1, "dataset_name": WORLD, "max_samples": None, "use_peft": False, "use_cpu": True}
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages that another one needs and whose models the user did not give, in order.
+    """The stages needed by another one, except for models given by the user, in order.
 
     Args:
         stage: whose chain it is.
         runs: the parsed flags of each, by name; copies of a stage are called reward_2, reward_3 and so on.
-        nested: the chains of those that run their own, such as rlhf before distill.
+        nested: the chains of stages that run their own, such as rlhf before distill.
     """
 
     stage: str
@@ -143,7 +143,7 @@ class Chain:
 
     @property
     def parsed(self) -> dict[str, Parsed]:
-        """The flags of all stages that will run, nested ones before those that run them."""
+        """The flags of all stages to run, nested ones before their parents."""
         flat: dict[str, Parsed] = {}
         for name, flags in self.runs.items():
             flat |= self.nested[name].parsed if name in self.nested else {}
@@ -151,17 +151,17 @@ class Chain:
         return flat
 
     def model(self, name: str) -> str | None:
-        """The folder of the model that the stage makes, or `None` if it is not in this chain."""
+        """The folder of the stage's model, or `None` if it is not in this chain."""
         return output_dir_of(self.runs[name]) if name in self.runs else None
 
     def models(self, name: str) -> list[str]:
-        """The folders of the models that the stage and its copies make."""
+        """The folders of the models of the stage and its copies."""
         return [output_dir_of(flags) for each, flags in self.runs.items() if entry_name(each) == name]
 
     def missing(self) -> dict[str, Parsed]:
-        """The flags of the stages that have not finished, nested ones before those that run them.
+        """The flags of the unfinished stages, nested ones before their parents.
 
-        What comes after one that has not finished is made again.
+        Stages after an unfinished one are made again.
         """
         missing: dict[str, Parsed] = {}
         for name, flags in self.runs.items():
@@ -171,7 +171,7 @@ class Chain:
         return missing
 
     def announce(self) -> None:
-        """Say which stages come and about how long each takes, unless the stage that runs this one has said so."""
+        """Print the coming stages and about how long they take, unless the parent stage has printed them."""
         before = [
             schedule.Planned(name, output_dir_of(flags), usual_minutes(name, flags))
             for name, flags in self.missing().items()
@@ -182,7 +182,7 @@ class Chain:
             print(f"{self.stage}: {schedule.described(schedule.current_job())}", flush=True)
 
     def run(self) -> dict[str, dict[str, float]]:
-        """Run what is missing, reuse the rest. Returns the metrics of each stage, by its name."""
+        """Run the missing stages, reuse the rest. Returns the stages' metrics, by name."""
         self.announce()
         folders = {name: output_dir_of(flags) for name, flags in self.runs.items()}
         metrics = {}
@@ -201,7 +201,7 @@ def entry_name(run: str) -> str:
 
 
 def output_dir_of(parsed: "Sequence[DataclassInstance]") -> str:
-    """The output folder that a stage's parsed flags name."""
+    """The output folder in a stage's parsed flags."""
     return next(group.output_dir for group in parsed if hasattr(group, "output_dir"))
 
 
@@ -217,17 +217,17 @@ def chain_before(
     skip: Sequence[str] = (),
     over_world: bool = False,
 ) -> Chain:
-    """Return the stages that `stage` needs, each with its parsed flags, for a folder of its own under `output_dir`.
+    """Return the stages needed by `stage`, each with its parsed flags, for a folder of its own under `output_dir`.
 
     Args:
         output_dir: of `stage`.
         seed: of all of them.
         world_seed: of the embedded world.
-        given_models: models that the user names, by the stage that would make them; `None` is not named.
+        given_models: models named by the user, by the stage that would make them; `None` is not named.
         configs: YAML files of flags, by stage, in place of the settings for the world.
-        more_flags: flags for a stage beyond those.
-        copies: for each further run of a stage, its extra flags.
-        skip: stages whose models are not needed.
+        more_flags: additional flags for a stage.
+        copies: the extra flags of every further run of a stage.
+        skip: stages with unneeded models.
         over_world: whether `configs` lie over the settings for the world, in place of replacing them.
     """
     provided = {name: model for name, model in (given_models or {}).items() if model}
@@ -264,7 +264,7 @@ def chain_before(
 
 
 def _all_needs(stage: str) -> list[str]:
-    """The stages that a stage needs, and those that these need, in order."""
+    """The stages needed by a stage, directly or indirectly, in order."""
     result: list[str] = []
     for need in STAGES[stage].needs.values():
         result += [name for name in (*_all_needs(need), need) if name not in result]
@@ -285,10 +285,10 @@ def has_finished(parsed: Parsed, before: "Mapping[str, Sequence[DataclassInstanc
 
 
 def usual_minutes(run: str, parsed: Parsed) -> float | None:
-    """About how long a stage takes on two cores; `None` with other settings than those that were timed, or on a GPU.
+    """About how long a stage takes on two cores; `None` with other settings than the timed ones, or on a GPU.
 
     Args:
-        run: its name, which may be that of a copy.
+        run: its name, possibly a copy's.
         parsed: its flags.
     """
     entry = STAGES.get(entry_name(run))
@@ -307,12 +307,12 @@ def run_stage(
     later: Mapping[str, str] | None = None,
     before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
 ) -> dict[str, float]:
-    """Run a stage that another one needs, in a subfolder of its output, or reuse it when nothing changed.
+    """Run a stage needed by another one, in a subfolder of its output, or reuse it when nothing changed.
 
     Args:
         recipe: the name of its script.
         parsed: its parsed flags.
-        later: the folders of stages that build on it, and their recipes; they are removed when it has to run (again).
+        later: the folders of stages based on it, and their recipes; they are removed when it has to run (again).
         before: the parsed flags of the stages that it runs first itself, if it does.
     """
     from accelerate.state import AcceleratorState
@@ -330,7 +330,7 @@ def _make_room(folders: Mapping[str, str]) -> None:
     """Remove the finished stages in these folders, and hold the first one for its stage; all processes together.
 
     Args:
-        folders: of each its recipe.
+        folders: their recipes, by folder.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -364,7 +364,7 @@ def _make_room(folders: Mapping[str, str]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a stage that has finished, but not the stages inside it, which may still be valid, nor its lock."""
+    """Remove a finished stage, but not the stages inside it, which may still be valid, nor its lock."""
     for path in folder.iterdir():
         if path.name == LOCK_FILE:
             continue
@@ -375,16 +375,14 @@ def _remove(folder: Path) -> None:
 
 
 # ---- course ----
-#
-# A recipe that runs other recipes, each in a folder of its own: their order, their rows, and what they refuse.
-#
-# A file of rows is written only where it has changed: its time is part of what describes the run that reads it, so
-# that one written again would be another run's.
+# A recipe that runs other recipes, each in a folder of its own: their order, their rows, and their refusals.
+# A file of rows is written only where it has changed: its time is part of the description of the run that reads it, so
+# a rewritten file would belong to another run.
 
 
 Row = Mapping[str, Any]
 Made = TypeVar("Made")
-# What the other processes wait for the main one, which revises, judges and answers alone.
+# The longest wait of the other processes for the main one, the only one to revise, judge and answer.
 LONGEST_WAIT = timedelta(days=30)
 
 
@@ -393,12 +391,12 @@ class Course:
     """The runs in their order, with their flags.
 
     Args:
-        recipes: the recipe of each run, by its name.
-        runs: its parsed flags.
+        recipes: the runs' recipes, by run name.
+        runs: their parsed flags, by run name.
 
     Attributes:
-        stage: the recipe whose course it is.
-        minutes: about how long each run takes on two cores.
+        stage: the recipe of this pipeline.
+        minutes: approximate times of the runs on two cores.
     """
 
     recipes: Mapping[str, str]
@@ -408,11 +406,11 @@ class Course:
 
     @property
     def is_timed(self) -> bool:
-        """Whether the settings are those that were timed."""
+        """Whether the settings are the timed ones."""
         return True
 
     def folder(self, name: str) -> str:
-        """Return the folder of a run, which is its model's."""
+        """Return the folder of a run, also its model's folder."""
         return output_dir_of(self.runs[name])
 
     def has_made(self, name: str) -> bool:
@@ -420,7 +418,7 @@ class Course:
         return name in self.runs and Path(self.folder(name), "report.json").is_file()
 
     def announce(self) -> None:
-        """Say which runs come and about how long they take, if the settings are those that were timed."""
+        """Print the coming runs and about how long they take, if the settings are the timed ones."""
         planned = [
             schedule.Planned(name, output_dir_of(flags), self.minutes.get(name) if self.is_timed else None)
             for name, flags in self.runs.items()
@@ -435,7 +433,7 @@ class Course:
         return run_stage(self.recipes[name], self.runs[name], later)
 
     def end(self) -> None:
-        """Note that all runs have ended."""
+        """Note the end of all runs."""
         schedule.come_back(self.stage)
 
 
@@ -445,7 +443,7 @@ def parsed_runs(
     """Return the recipes and the parsed flags of runs, by their names.
 
     Args:
-        runs: of each its name, its recipe, and its flags but for seed and folder.
+        runs: the name, recipe, and flags except seed and folder of each run.
         output_dir: where the folders of the runs are.
         seed: of all of them.
     """
@@ -464,7 +462,7 @@ def parsed_runs(
 def write_rows(stage: str, path: Path, rows: Iterable[Row]) -> None:
     """Write the rows of a run where the file does not hold them already, in one process."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Whatever was made of it: an edited file need not be text.
+    # Whatever the edits: an edited file need not be text.
     before = path.read_bytes() if path.is_file() else None
     if before != text.encode():
         if before is not None:
@@ -474,7 +472,7 @@ def write_rows(stage: str, path: Path, rows: Iterable[Row]) -> None:
 
 
 def by_main_process(make: Callable[[], Made]) -> Made | None:
-    """Return what the main process makes, and `None` in the others, which wait for it however long it takes."""
+    """Return the main process's result, and `None` in the others, which wait for it however long it takes."""
     created, refusal = None, None
     if main_process():
         try:
@@ -492,7 +490,7 @@ def _of_main_process(value: str | None) -> str | None:
 
     if PartialState().num_processes == 1:
         return value
-    # The usual groups give up on a process that is silent for 10 or 30 minutes, as one is that revises.
+    # The usual groups give up on a process silent for 10 or 30 minutes, as during revision.
     group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
     values = [value]
     distributed.broadcast_object_list(values, src=0, group=group)

@@ -1,4 +1,4 @@
-"""Find recipes and their settings: inside the package that pip installed, or beside it in a checkout."""
+"""Find recipes and their settings: inside the package installed by pip, or next to it in a checkout."""
 
 import importlib.util
 import sys

@@ -1,7 +1,7 @@
-"""The job of this process: its stages in order, about how long each takes, and which of them runs now.
+"""The job of this process: its stages in order, their approximate times, and the one running now.
 
-A stage that is announced enters the job; a chain that is run plans the stages before it. Nothing here changes what a
-stage makes: it is what the user is told.
+An announced stage enters the job; a running chain plans the stages before it. Nothing here changes the output of a
+stage: it is only information for the user.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class Planned:
 
     Args:
         name: the stage's.
-        output_dir: its folder, which tells it from others of its name.
-        minutes: about how long it takes, or `None` where nobody knows.
+        output_dir: its folder, to distinguish it from others of its name.
+        minutes: about how long it takes, or `None` if unknown.
         parsed: its flags.
     """
 
@@ -31,14 +31,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class Job:
-    """The stages of a job in order, the one that was asked for last, and the place of the one that runs."""
+    """The stages of a job in order, the requested one last, and the index of the running one."""
 
     stages: tuple[Planned, ...]
     place: int = 0
 
     @property
     def minutes_after(self) -> float | None:
-        """About how long the stages after this one take together; `None` where that is not known."""
+        """About how long the stages after this one take together; `None` if unknown."""
         later = [stage.minutes for stage in self.stages[self.place + 1 :]]
         return None if None in later else sum(later)
 
@@ -52,12 +52,12 @@ def current_job() -> Job | None:
 
 
 def runs_before_another() -> bool:
-    """Return whether the stage that runs now is not the one that was asked for."""
+    """Return whether the running stage is not the requested one."""
     return _job is not None and _job.place < len(_job.stages) - 1
 
 
 def enter(stage: Planned) -> None:
-    """Note that a stage begins: one that the job plans, or else the only one of a new job."""
+    """Note the beginning of a stage: one planned by the job, or else the only one of a new job."""
     global _job
     planned = [each.output_dir for each in _job.stages[:-1]] if _job else []
     if stage.output_dir in planned:
@@ -67,13 +67,13 @@ def enter(stage: Planned) -> None:
 
 
 def plan(name: str, before: Sequence[Planned], minutes: float | None) -> bool:
-    """Put stages before the one that the job was for, if that is `name` and nothing has been planned yet.
+    """Put stages before the requested stage of the job, if it is `name` and nothing has been planned yet.
 
     Args:
-        minutes: about how long the one that the job was for takes.
+        minutes: about how long the requested stage of the job takes.
 
     Returns:
-        Whether they were put there: a stage of a job that is planned already plans nothing.
+        Whether they were added: a stage of an already planned job plans nothing.
     """
     global _job
     if _job is None or len(_job.stages) > 1 or _job.stages[0].name != name or not before:
@@ -83,7 +83,7 @@ def plan(name: str, before: Sequence[Planned], minutes: float | None) -> bool:
 
 
 def come_back(name: str) -> None:
-    """Note that the stages before `name` have run, and that it continues."""
+    """Note the end of the stages before `name`, and its continuation."""
     global _job
     indices = [index for index, stage in enumerate(_job.stages) if stage.name == name] if _job else []
     if indices:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 # ---- one run ----
 
 
-# Folders in the output folder that a stage removes at its very end, by stage.
+# Folders in the output folder removed by a stage at its very end, by stage.
 NEEDED_UNTIL_DONE = {"pretrain": "prepared", "tokenizer": "prepared", "curate": "unfinished"}
 
 
@@ -72,14 +72,14 @@ class Stage:
         name: the stage's name.
         parsed: its flags as parsed, a list of dataclasses; one of them has `output_dir`.
         before: the parsed flags of the stages that it runs first, by name; the result depends on them too.
-        also: anything else that the result depends on, by name.
-        without: flags that the result does not depend on, or `dataset_name changed at` where `also` covers the files.
-        is_spread: whether all processes run it, which they do of a stage that trains.
+        also: other inputs of the result, by name.
+        without: flags without effect on the result, or `dataset_name changed at` where `also` covers the files.
+        is_spread: whether all processes run it, as in a stage with training.
 
     Attributes:
-        arguments: everything that the result depends on, as JSON values.
+        arguments: all inputs of the result, as JSON values.
         output_dir: its folder.
-        redo: what the user must do before a finished run is repeated.
+        redo: the user's action required before a finished run is repeated.
     """
 
     redo = "remove that folder to redo it"
@@ -106,7 +106,7 @@ class Stage:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells this run from others when a checkpoint is resumed, as JSON values."""
+        """The identity of this run, compared when a checkpoint is resumed, as JSON values."""
         return run_identity(self.name, self.arguments, self.parsed, self.output_dir)
 
     @cached_property
@@ -133,7 +133,7 @@ class Stage:
         return self.report is not None
 
     def check(self) -> None:
-        """Refuse what no stage can do, before anything is written."""
+        """Refuse requests unsupported by all stages, before anything is written."""
         self.check_flags()
         refuse_own_input(self.output_dir, *self.parsed)
         refuse_damaged_input(*self.parsed)
@@ -142,7 +142,7 @@ class Stage:
         _ = self.repository
 
     def check_flags(self) -> None:
-        """Refuse flags that no stage can follow on this machine, whatever the folder holds; `check` does."""
+        """Refuse flags unsupported by all stages on this machine, whatever the folder holds; called by `check`."""
         from hfllm.models.devices import refuse_data_parallel
 
         for group in self.parsed:
@@ -154,10 +154,10 @@ class Stage:
                 check_source(group)
 
     def announce(self, what: str | None = None) -> None:
-        """Hold the folder, print what begins, and create the repository, so that a wrong name or token is found now.
+        """Hold the folder, print the start line, and create the repository, to detect a wrong name or token now.
 
         Args:
-            what: what to print in place of an arrow to the output folder.
+            what: text to print in place of an arrow to the output folder.
         """
         self.refuse_foreign_files()
         self._hold()
@@ -170,7 +170,7 @@ class Stage:
                 self.repository.create()
 
     def refuse_foreign_files(self) -> None:
-        """Refuse to write over files in the output folder that are not ours, naming the first; `announce` does."""
+        """Refuse to overwrite foreign files in the output folder, naming the first; called by `announce`."""
         writes_card = self._trains or self.name == "quantize"
         refuse_foreign_files(self.output_dir, self.name, writes_card, self._writes_model, self._first_step)
 
@@ -180,12 +180,12 @@ class Stage:
 
     @property
     def _writes_model(self) -> bool:
-        """Whether a model or a tokenizer is written into the folder itself, over what is there."""
+        """Whether a model or a tokenizer is written into the folder itself, over its existing files."""
         return self._trains or self.name in ("quantize", "tokenizer")
 
     @property
     def _first_step(self) -> int:
-        """The optimizer step of the checkpoint that is resumed, 0 without one."""
+        """The optimizer step of the resumed checkpoint, 0 without one."""
         return state_of(self.checkpoint).get("global_step", 0) if self._trains and self.checkpoint else 0
 
     def _hold(self) -> None:
@@ -225,7 +225,7 @@ class Stage:
         join(self.output_dir, owner)
 
     def _about_checkpoints(self) -> str | None:
-        """Return the line about the checkpoints in the folder, `None` where there are none."""
+        """Return the line about the checkpoints in the folder, `None` without checkpoints."""
         if not self._trains:
             return None
         if self.checkpoint is not None:
@@ -235,7 +235,7 @@ class Stage:
         return about_old_checkpoints(self.output_dir, self.identity, can_resume=is_last)
 
     def reuse(self) -> dict[str, float]:
-        """Print that the same run has finished, publish it if asked, and return its metrics."""
+        """Print a line about the finished same run, publish it if asked, and return its metrics."""
         if damage := damage_of_finished(self._model_folder):
             raise InputError(damage)
         if main_process():
@@ -247,14 +247,14 @@ class Stage:
 
     @property
     def _model_folder(self) -> Path:
-        """The folder of the model that the report names; the output folder where it names none."""
+        """The folder of the model named in the report; the output folder if the report names none."""
         return Path(self.output_dir) / (self.report["artifacts"].get("model") or ".")
 
     def _complete(self) -> None:
-        """Do what a run that was killed after its report has left undone: write its card, remove what it needed."""
+        """Complete a run killed after its report: write its card, remove its temporary files and folders."""
         card = Path(self.output_dir) / CARD
         has_card = card.exists() and (not is_own_card(card) or is_written(card))
-        # A model that was removed since needs none.
+        # A model removed since then needs none.
         with suppress(InputError):
             if self.report["artifacts"].get("model") == "." and not has_card:
                 self._write_card()
@@ -287,11 +287,11 @@ class Stage:
 
         Args:
             trainer: the trainer, for the loss curve; `None` if nothing was trained and one process did the work.
-            summary: what came out, in a sentence or two.
-            artifacts: what the output folder holds, by path; by default the model, which then gets its card.
-            too_wide: titles of tables that are written but not printed.
-            models: those that the stage has read, by role, where its flags do not name them: see `lineage`.
-            promises: capabilities; the run ends with a warning for each that its figures do not show.
+            summary: the result, in a sentence or two.
+            artifacts: the contents of the output folder, by path; by default the model, then with its card.
+            too_wide: titles of tables to write but not to print.
+            models: the models read by the stage, by role, where its flags do not name them: see `lineage`.
+            promises: capabilities; the run ends with a warning for each one not shown by its figures.
 
         Returns:
             The metrics.
@@ -345,7 +345,7 @@ class Stage:
             print(f"warning: {self.name}: {line}", flush=True)
 
     def _models_of_flags(self) -> dict[str, str | Sequence[str] | None]:
-        """Return the models that flags name, by role."""
+        """Return the models named by flags, by role."""
         roles = {
             START: "model_name_or_path",
             "reward model": "reward_model_name_or_path",
@@ -366,7 +366,7 @@ class Stage:
             ) from None
 
 
-# What a loss is, where it is not nats per token.
+# The meaning of a loss, where it is not nats per token.
 LOSS_UNITS = {
     "reward": "loss (nats per comparison)",
     "classify": "loss (nats per label)",
@@ -386,15 +386,15 @@ def loss_curve(name: str, trainer: "Trainer") -> Plot:
 
 
 def _with_field(parsed: "Sequence[DataclassInstance]", name: str) -> Any:
-    """Return the first of the dataclasses that has the field `name`."""
+    """Return the first of the dataclasses with the field `name`."""
     return next(group for group in parsed if hasattr(group, name))
 
 
 def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
-    """Refuse to overwrite a model that the stage reads.
+    """Refuse to overwrite an input model of the stage.
 
     Args:
-        parsed: the flags that may name such a model.
+        parsed: the flags that can name such a model.
     """
     arguments = run_arguments(*parsed)
     for flag in ("model_name_or_path", "teacher_model_name_or_path", "reward_model_name_or_path", "value_model"):
@@ -405,9 +405,9 @@ def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
 
 
 def refuse_damaged_input(*parsed: "DataclassInstance") -> None:
-    """Refuse a finished model of ours that is no longer what its run wrote.
+    """Refuse a finished model of ours whose files have changed since its run.
 
-    All of it is read, by one process of those that a launcher has started on a machine: it ends the others.
+    All of it is read, by one of the processes started by a launcher on a machine: it ends the others.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
@@ -424,14 +424,14 @@ def stage_arguments(
     before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
     without: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the flags that decide a stage's result, and of the local files that they name when and what was written.
+    """Return the flags that decide a stage's result, with times and contents of the local files named by them.
 
     Args:
         before: the parsed flags of the stages that it runs first, by name.
-        without: flags that do not decide it.
+        without: flags without influence on the result.
     """
     arguments = run_arguments(*parsed)
-    # Files whose time shows that a model's folder was written again.
+    # Files whose time reveals a rewritten model folder.
     files = {
         "model_name_or_path": "config.json",
         "config_name_or_path": "config.json",
@@ -477,7 +477,7 @@ def _written_last(folder: Path, file: str) -> Path:
 
 
 def _reward_files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Return the files whose time shows that a reward or a critic was written again, by flag; they need not exist."""
+    """Return the files whose time reveals a rewritten reward or critic, by flag; they need not exist."""
     critic = arguments.get("value_model")
     models = {
         "reward_model_name_or_path": arguments.get("reward_model_name_or_path") or [],
@@ -488,8 +488,7 @@ def _reward_files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
 
 
 # ---- resuming ----
-#
-# Whether a run may resume from a checkpoint, and what a run does about the checkpoints that it finds.
+# Whether a run may resume from a checkpoint, and the handling of checkpoints found by a run.
 
 
 AUTOMATIC = ("true", "auto")
@@ -501,10 +500,10 @@ def is_named(wanted: object) -> bool:
 
 
 def check_resumable(checkpoint: str, wanted: object, identity: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another run, one that does not say whose it is, and one without its optimizer.
+    """Refuse a checkpoint of another run, one without a record of its run, and one without its optimizer.
 
     Args:
-        wanted: the value of `--resume_from_checkpoint`; a folder that it names need not say whose it is.
+        wanted: the value of `--resume_from_checkpoint`; a folder named there needs no record of its run.
         identity: this run's.
     """
     state = _state(checkpoint)
@@ -529,7 +528,7 @@ def refuse_without_state(checkpoint: str, engine: str | None = None) -> None:
 
 
 def made_with(checkpoint: str, differs: str) -> str:
-    """Return the line that refuses a checkpoint of another run.
+    """Return the line for refusing a checkpoint of another run.
 
     Args:
         differs: the first difference, as `difference` returns it.
@@ -541,7 +540,7 @@ def made_with(checkpoint: str, differs: str) -> str:
 
 
 def described(checkpoint: str) -> str:
-    """Return where a run resumes, as a line."""
+    """Return the point where a run resumes, as a line."""
     state = _state(checkpoint)
     line = f"resuming from {Path(checkpoint).name} (step {state.get('global_step')} of {state.get('max_steps')})"
     if record_of(state).get("run") is None:
@@ -552,10 +551,10 @@ def described(checkpoint: str) -> str:
 
 
 def about_old_checkpoints(output_dir: str, identity: Mapping[str, Any], can_resume: bool) -> str | None:
-    """Return the line about checkpoints that a run finds and does not resume from; `None` where there are none.
+    """Return the line about existing checkpoints not used for resuming; `None` where there are none.
 
     Args:
-        can_resume: whether `--resume_from_checkpoint` would reach this run, and not only the one that it belongs to.
+        can_resume: whether `--resume_from_checkpoint` would reach this run, and not only its own run.
     """
     result = [path for path in checkpoints_in(output_dir) if is_complete(path)]
     if not result:

@@ -1,7 +1,7 @@
 """Accelerators: their memory, their peak, and the bandwidth between them. Numbers are the vendors'.
 
 Only the efficiencies are fitted, to published runs (benchmarks/published_runs.csv; docs/guides/planner.md shows the
-errors). GH200, B200 and MI300X have no runs there, and the efficiencies of others, as is said beside them.
+errors). GH200, B200 and MI300X have no runs there, and the efficiencies of others, as noted next to them.
 """
 
 import os
@@ -25,22 +25,22 @@ class Device:
         per_node: devices per node.
         has_bf16: whether it computes in bf16.
         peak_8bit: FLOP/s of dense matrix products in fp8, `None` where there is no fp8.
-        efficiency: share of its peak that it reaches in large matrix products.
+        efficiency: share of its peak reached in large matrix products.
         attention_efficiency: the same for attention, counted as if every token attended to all others, although its
-            kernels skip what the mask hides.
-        flash1_efficiency: the same for the first FlashAttention and its Triton version, which do not use what is new
-            in Hopper.
-        runtime: bytes that a process takes beside its tensors: on a GPU its context and kernels (1,573 MiB on an
+            kernels skip masked positions.
+        flash1_efficiency: the same for the first FlashAttention and its Triton version, without use of Hopper's new
+            features.
+        runtime: bytes of a process in addition to its tensors: on a GPU its context and kernels (1,573 MiB on an
             A100, as BigScience measured); on a CPU Python's objects, threads and the allocator's rounding.
-        group_buffer: bytes for each group of devices that communicate: NCCL's 688 MiB on A100 with NVLink
+        group_buffer: bytes per group of communicating devices: NCCL's 688 MiB on A100 with NVLink
             (github.com/NVIDIA/nccl/issues/964).
-        fragments: share of the memory reserved by torch's allocator that it cannot use. Fitted: the smallest whole
+        fragments: unusable share of the memory reserved by torch's allocator. Fitted: the smallest whole
             percentage with which no published run needs more than planned. GMLake (arXiv:2401.08156) removes as
             much on average, and 33% at most.
         least_fragments: the same where memory is short, since the allocator then gives free blocks back. Fitted: the
             largest whole percentage with which every published run of the largest micro-batch that fits is planned
             to fit.
-        usable: share of the memory that a plan may use: the driver of an A100 of 80 GiB leaves 79.3, and a CPU's
+        usable: share of the memory available to a plan: the driver of an A100 of 80 GiB leaves 79.3, and a CPU's
             memory is shared with other programs.
     """
 
@@ -83,7 +83,7 @@ def _cpu(processes: int) -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     peak = (os.cpu_count() or 1) * 32 * 2.5e9 / processes
     links = {"bandwidth": 20e9 / processes, "near": 10e9, "far": 1e9, "per_node": processes}
-    # Its allocator returns what is freed, and Gloo's buffers are small.
+    # Its allocator returns freed memory, and Gloo's buffers are small.
     own = {"runtime": 16 * MIB, "group_buffer": 0.0, "fragments": 0.0, "least_fragments": 0.0}
     own["usable"] = 0.9
     return Device("cpu", memory, peak, peak, **links, **own)
@@ -100,10 +100,10 @@ DEVICES = {
         # NVLink 4, and 400 Gb/s InfiniBand for each GPU, as in a DGX.
         Device("h100", 80 * GIB, 989e12, 67e12, 3.35e12, near=450e9, far=50e9, **_HOPPER),
         # Meta's H100 of 96 GB with slower memory, limited to 500 of 700 W. Its peak is an H100's: the vendor gives no
-        # other, and its efficiencies are shares of that.
+        # other, and its efficiencies are shares of it.
         Device("h100-500w", 96 * GIB, 989e12, 67e12, 2.4e12, near=450e9, far=50e9, **_LIMITED),
         Device("h200", 141e9, 989e12, 67e12, 4.8e12, near=450e9, far=50e9, **_HOPPER),
-        # The H100 of 96 GB beside a Grace CPU (datasheet: 4 TB/s), four to a node over NVLink 4, and 200 Gb/s for
+        # The H100 of 96 GB with a Grace CPU (datasheet: 4 TB/s), four to a node over NVLink 4, and 200 Gb/s for
         # each, as in Alps of CSCS.
         Device("gh200", 96 * GIB, 989e12, 67e12, 4e12, near=450e9, far=25e9, per_node=4, **_HOPPER),
         # A share of the datasheet's HGX B200: 1.44 TB, 64 TB/s, in bf16 36 PFLOP/s with sparsity, 72 in fp8, 0.6 in

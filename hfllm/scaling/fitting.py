@@ -2,8 +2,8 @@
 
 The procedure is Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and appendix D.2: minimize the sum over runs of
 Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L) from a grid of starts, with A = exp(a), B = exp(b),
-E = exp(e). The sum, not the mean, is minimized to convergence: stopping early is the fault that Besiroglu et al. 2024,
-arXiv:2404.10102, found in the published coefficients.
+E = exp(e). The sum, not the mean, is minimized to convergence: stopping early is the fault found by Besiroglu et al.
+2024, arXiv:2404.10102, in the published coefficients.
 """
 
 import csv
@@ -80,7 +80,7 @@ def _line_search(
     directions: numpy.ndarray,
     halvings: int = 40,
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Return a point on each ray that meets the weak Wolfe conditions, or the start if no smaller value is found."""
+    """Return a point on each ray within the weak Wolfe conditions, or the start if no smaller value is found."""
     slopes = (gradients * directions).sum(1)
     length, low, high = numpy.ones(len(rows)), numpy.zeros(len(rows)), numpy.full(len(rows), numpy.inf)
     best_values, best_points, best_gradients = values.copy(), points.copy(), gradients.copy()
@@ -144,10 +144,10 @@ class Runs:
         parameters: N.
         tokens: D, of the whole run.
         losses: nats per token of held-out text at its end.
-        lines: of each run in its file, if it comes from one.
+        lines: of the runs in their file, if they come from one.
 
     Raises:
-        InputError: for columns of different length, or a value that is not a finite number above 0.
+        InputError: for columns of different length, or a value other than a finite number above 0.
     """
 
     parameters: numpy.ndarray
@@ -175,7 +175,7 @@ class Runs:
 
     @property
     def compute(self) -> numpy.ndarray:
-        """Return 6 N D of each run, in FLOPs."""
+        """Return 6 N D per run, in FLOPs."""
         return FLOPS_A_PARAMETER * self.parameters * self.tokens
 
     def subset(self, rows: Sequence[int] | numpy.ndarray) -> "Runs":
@@ -185,7 +185,7 @@ class Runs:
         return Runs(self.parameters[rows], self.tokens[rows], self.losses[rows], lines)
 
     def split_by_compute(self, share: float) -> tuple["Runs", "Runs"]:
-        """Split off the `share` of runs with the most compute (at least one), which a law should predict.
+        """Split off the `share` of runs with the most compute (at least one), to be predicted by a law.
 
         Raises:
             InputError: for a share outside (0, 1).
@@ -249,7 +249,7 @@ def _column(
     optional: bool = False,
     others: tuple[str, ...] = (),
 ) -> str | None:
-    """Return the column of the header that holds `what`."""
+    """Return the column of the header for `what`."""
     if given is not None:
         if given not in header:
             raise InputError(f"{file}: no column {given!r} for {what}; it has {', '.join(map(repr, header))}")
@@ -306,7 +306,7 @@ class CenteredRuns:
     Args:
         runs: the table.
         delta: where the Huber loss turns from square to linear.
-        weights: weight of each run in each problem, (P, runs); 1 by default.
+        weights: weights of the runs per problem, (P, runs); 1 by default.
     """
 
     def __init__(self, runs: Runs, delta: float = DELTA, weights: numpy.ndarray | None = None):
@@ -319,7 +319,7 @@ class CenteredRuns:
 class HuberObjective(CenteredRuns):
     """The objective of a fit and its gradient, for many points and run weights at once.
 
-    N and D are centered in logarithms, so that a and alpha (b and beta) hardly depend on each other; `to_centered` and
+    N and D are centered in logarithms, so a and alpha (b and beta) hardly depend on each other; `to_centered` and
     `from_centered` convert between the papers' (a, b, e, alpha, beta) and the minimized coordinates.
 
     Args: those of `CenteredRuns`.
@@ -336,14 +336,14 @@ class HuberObjective(CenteredRuns):
         return value.sum(1), numpy.stack(columns, axis=1)
 
     def of_each_run(self, points: numpy.ndarray) -> numpy.ndarray:
-        """Return the Huber loss of each run at centered points, (P, R)."""
+        """Return the Huber losses of the runs at centered points, (P, R)."""
         return self._terms(points)[0]
 
     def _terms(self, points: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray, list[numpy.ndarray]]:
         """Return Huber losses, their slopes over the sum of the terms, and the three terms, (P, R) each."""
         a, b, e, alpha, beta = points.T[:, :, None]
         size_term, data_term = a - alpha * self.size, b - beta * self.data
-        # The largest term is taken out of the sum, so that no exponential overflows.
+        # The largest term is taken out of the sum, to keep exponentials from overflowing.
         top = numpy.maximum(numpy.maximum(size_term, data_term), e)
         shares = [numpy.exp(term - top) for term in (size_term, data_term, e)]
         total = shares[0] + shares[1] + shares[2]
@@ -396,13 +396,13 @@ class Bootstrap:
     """Fits to resampled runs.
 
     Args:
-        coefficients: E, A, B, alpha and beta of each fit, (S, 5).
+        coefficients: E, A, B, alpha and beta per fit, (S, 5).
     """
 
     coefficients: numpy.ndarray
 
     def interval(self, of: str | Callable[[ParametricLaw], float], level: float = 0.95) -> tuple[float, float]:
-        """Return the range that holds the middle `level` of the resamples' values.
+        """Return the range of the middle `level` of the resamples' values.
 
         Args:
             of: the name of a coefficient, or a function of a law.
@@ -442,8 +442,8 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DEL
     """Fit `resamples` tables of as many runs, drawn from the fitted ones with replacement.
 
     Each is fitted from the whole table's law and from the three best starts of the grid. A table
-    with fewer than six different runs, or without three different N and D, is drawn again; of the others, those whose
-    losses do not fall are left out.
+    with fewer than six different runs, or without three different N and D, is drawn again; of the others, tables
+    without falling losses are left out.
     """
     runs, weights = fit.runs, resampled_weights(fit.runs, resamples, seed)
     each = HuberObjective(runs, delta)
@@ -462,7 +462,7 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DEL
 
 
 def check_runs(runs: Runs) -> None:
-    """Refuse a table to which no law can be fitted."""
+    """Refuse a table unfit for any law."""
     if len(runs) < FEWEST_RUNS:
         raise InputError(f"{len(runs)} run(s): a law of {len(COEFFICIENTS)} coefficients needs at least {FEWEST_RUNS}")
     for name, values in (("N", runs.parameters), ("D", runs.tokens)):
@@ -513,7 +513,7 @@ def _best_starts(
 # Runs whose losses lie far from a fitted law, and whether to leave them out.
 #
 # A few such rows can move the coefficients of a fit far more than its loss: on the 245 runs that Besiroglu et al. 2024
-# (arXiv:2404.10102) read off a figure, B is six times as large as on the 240 that they kept.
+# (arXiv:2404.10102) read off a figure, B is six times as large as on the 240 runs they kept.
 
 
 KEEP, DROP = "keep", "drop"
@@ -526,7 +526,7 @@ MOST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Outliers:
-    """Runs far from the law that the others follow.
+    """Runs far from the law of the others.
 
     Args:
         runs: the whole table.
@@ -552,7 +552,7 @@ class Outliers:
         return self.without.runs
 
     def rows(self) -> list[dict[str, str]]:
-        """Return a row of the report for each, the largest error first."""
+        """Return one row of the report per outlier, the largest error first."""
         lines = []
         for position in numpy.argsort(-abs(self.errors), kind="stable"):
             index, error = self.indices[position], self.errors[position]
@@ -570,11 +570,11 @@ class Outliers:
         return lines
 
     def name(self, index: int) -> str:
-        """Return the line of a run in its file, or its place in the table."""
+        """Return the line of a run in its file, or its index in the table."""
         return str(index + 1 if self.runs.lines is None else int(self.runs.lines[index]))
 
     def warning(self, source: str, dropped: bool) -> str:
-        """Return a sentence or two that name the rows, and say what they change."""
+        """Return a sentence or two about the rows and their effect."""
         names = ", ".join(self.name(index) for index in self.indices[:10])
         more = f" and {len(self) - 10} more" if len(self) > 10 else ""
         many = "line" if len(self) == 1 else "lines"
@@ -588,9 +588,9 @@ class Outliers:
 
 
 def find_outliers(runs: Runs, delta: float = DELTA, fit: Fit | None = None) -> Outliers:
-    """Return the runs that are more than `THRESHOLD` robust standard deviations, and 1%, off the law of the others.
+    """Return the runs more than `THRESHOLD` robust standard deviations, and 1%, off the law of the others.
 
-    The law is fitted, runs that are too far off it are left out, and so on until they stay the same. The scale is the
+    The law is fitted, runs too far off it are left out, and so on until they stay the same. The scale is the
     median absolute deviation of the inliers' log losses from the law, times 1.4826.
 
     Args:

@@ -54,7 +54,7 @@ class ParametricLaw:
         B, beta: loss added by finite data.
 
     Raises:
-        InputError: for a coefficient that is not positive.
+        InputError: for a coefficient of 0 or less.
     """
 
     E: float
@@ -89,7 +89,7 @@ class ParametricLaw:
         return Allocation(self.balance * work**a, work**b / self.balance)
 
     def optimal_parameters(self, tokens: float) -> float:
-        """Return the model size for which `tokens` is the compute-optimal amount of data."""
+        """Return the model size with `tokens` as its compute-optimal amount of data."""
         a, b = self.exponents
         return self.balance * (_positive("tokens", tokens) * self.balance) ** (a / b)
 
@@ -116,7 +116,7 @@ class PowerLaw:
         """Fit a line through (C, N) by least squares in logarithms, for at least two different budgets.
 
         Raises:
-            InputError: for fewer budgets, or numbers that are not positive.
+            InputError: for fewer budgets, or numbers of 0 or less.
         """
         x = [math.log(_positive("compute", budget)) for budget in budgets]
         y = [math.log(_positive("parameters", size)) for size in sizes]
@@ -208,7 +208,7 @@ class KaplanLaw:
         return ((self.N_c / parameters) ** (self.alpha_N / self.alpha_D) + self.D_c / tokens) ** self.alpha_D
 
     def optimal(self, compute: float) -> Allocation:
-        """Return the model size for `compute` FLOPs, and the tokens that remain for it by C = 6 N D."""
+        """Return the model size for `compute` FLOPs, and the remaining tokens by C = 6 N D."""
         petaflop_days = _positive("compute", compute) / PETAFLOP_DAY
         parameters = self.optimal_at_petaflop_day * petaflop_days**self.exponent
         return Allocation(parameters, compute / (FLOPS_A_PARAMETER * parameters))
@@ -267,7 +267,7 @@ MUENNIGHOFF = DataConstrainedLaw()
 def best_of_n_kl(n: int) -> float:
     """Return the KL divergence, in nats, of the best of n samples from their policy: log n - (n - 1) / n.
 
-    (Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; an upper bound that is exact when no two samples tie.)
+    (Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; an upper bound, exact when no two samples tie.)
 
     Raises:
         InputError: for n below 1.

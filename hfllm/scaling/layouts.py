@@ -1,4 +1,4 @@
-"""Layouts of a model over devices: degrees of parallelism, the engine that runs them, and training stages."""
+"""Layouts of a model over devices: degrees of parallelism, their engine, and training stages."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from hfllm.scaling.shapes import Shape
 
 RECOMPUTE = ("none", "selective", "full")
 # Engines of a layout; accelerate launches all of them. The recipes run the first three directly, the next two need a
-# model that is loaded for tensor parallelism, and Megatron-LM has its own models.
+# model loaded for tensor parallelism, and Megatron-LM has its own models.
 SINGLE, DDP, DEEPSPEED, FSDP2, TENSOR, MEGATRON = "single", "ddp", "deepspeed", "fsdp2", "tensor", "megatron"
 RECIPES = (SINGLE, DDP, DEEPSPEED)
 
@@ -23,17 +23,17 @@ class Layout:
 
     Args:
         data: replicas of the model, or of its pipeline (ZeRO shards over these).
-        tensor: devices over which each matrix is split (Shoeybi et al. 2019, arXiv:1909.08053).
+        tensor: devices for splitting every matrix (Shoeybi et al. 2019, arXiv:1909.08053).
         pipeline: stages of layers (Narayanan et al. 2021, arXiv:2104.04473).
-        expert: devices, out of the `data` ones, over which experts are spread.
+        expert: devices, out of the `data` ones, for spreading experts.
         zero_stage: sharding over `data`: 1 optimizer states, 2 also gradients, 3 also weights (Rajbhandari et
             al. 2019, arXiv:1910.02054); 0 nothing.
         recompute: activations recomputed in the backward pass: `"none"`, `"selective"` (attention
             scores; Korthikanti et al. 2022, arXiv:2205.05198) or `"full"` (all but each layer's input).
-        micro_batch: sequences that a device passes through the model at once.
-        interleave: chunks of layers that each stage holds.
-        context: devices over which each sequence is split (Ring Attention, arXiv:2310.01889).
-        whole_rows: whether tensor parallelism keeps whole what it does not split, as Megatron-LM did before sequence
+        micro_batch: sequences passed through the model at once by a device.
+        interleave: chunks of layers per stage.
+        context: devices for splitting every sequence (Ring Attention, arXiv:2310.01889).
+        whole_rows: whether tensor parallelism keeps unsplit activations whole, as Megatron-LM did before sequence
             parallelism (arXiv:2205.05198).
         split_rows: whether FSDP2 with tensor parallelism splits rows, tables and logits as Megatron-LM does, as in
             torchtitan (arXiv:2410.06511), not in transformers.
@@ -62,12 +62,12 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Return the devices that hold the same weights, which ZeRO shards over."""
+        """Return the devices with the same weights, for sharding by ZeRO."""
         return self.data * self.context
 
     @cached_property
     def engine(self) -> str:
-        """Return the engine that runs it: `single`, `ddp`, `deepspeed`, `fsdp2`, `tensor` or `megatron`."""
+        """Return its engine: `single`, `ddp`, `deepspeed`, `fsdp2`, `tensor` or `megatron`."""
         if self.pipeline > 1 or self.expert > 1 or self.recompute == "selective":
             return MEGATRON
         if self.fsdp and self.zero_stage == 3:
@@ -83,9 +83,9 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """Return the groups of devices that one device communicates in, each with its own buffers.
+        """Return the groups of communication of one device, each with its own buffers.
 
-        All devices, and for each way to split the model those that share the same part. A pipeline of Megatron-LM has
+        All devices, and for each way to split the model the devices with the same part. A pipeline of Megatron-LM has
         two more: its two tables, and all devices of a replica, for the norm of the gradients.
         """
         if self.devices == 1:
@@ -96,7 +96,7 @@ class Layout:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Return whether the activations that tensor parallelism leaves whole are split along the sequence."""
+        """Return whether the activations left whole by tensor parallelism are split along the sequence."""
         return self.splits_logits and self.tensor > 1 and not self.whole_rows
 
     @property
@@ -105,24 +105,24 @@ class Layout:
         return self.engine == MEGATRON or self.split_rows
 
     def micro_batches(self, global_batch_size: int) -> int:
-        """Return the passes of each replica per step."""
+        """Return the passes per replica and step."""
         return global_batch_size // (self.data * self.micro_batch)
 
     def attention_split(self, shape: Shape) -> int:
-        """Return the number of devices that attention is split over.
+        """Return the number of devices for splitting attention.
 
-        It is 1 with a single key-value head, and for latent attention, whose heads Megatron-LM alone splits.
+        It is 1 with a single key-value head, and for latent attention; only Megatron-LM splits its heads.
         """
         is_whole = shape.num_key_value_heads == 1 or (shape.kv_lora_rank is not None and self.engine != MEGATRON)
         return 1 if is_whole else self.tensor
 
     def check(self, shape: Shape, devices: int, global_batch_size: int) -> None:
-        """Refuse a layout that cannot run."""
+        """Refuse an impossible layout."""
         for problem in self.problems(shape, devices, global_batch_size):
             raise InputError(problem)
 
     def problems(self, shape: Shape, devices: int, global_batch_size: int) -> Iterator[str]:
-        """Yield the reasons why the layout cannot run, one sentence each."""
+        """Yield the reasons why the layout cannot run, one sentence per reason."""
         if self.devices != devices:
             multiple = self.tensor * self.pipeline * self.context
             yield f"{self._degrees()} need a multiple of {multiple} devices, --num_devices is {devices}"

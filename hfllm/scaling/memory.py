@@ -1,4 +1,4 @@
-"""Bytes that training needs on one device: weights, gradients, optimizer states, activations.
+"""Bytes for training on one device: weights, gradients, optimizer states, activations.
 
     device_memory(shape, Layout(data=8, zero_stage=2), PRECISIONS["bf16"], sequence_length=4096).peak
 
@@ -14,8 +14,7 @@ from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, Layout, stage
 from hfllm.scaling.shapes import Shape, linear_mixer_bytes
 
 # ---- activations ----
-#
-# Bytes of activations that the forward pass of this family's code keeps for the backward pass.
+# Bytes of activations kept by the forward pass of this family's code for the backward pass.
 #
 # `tests/scaling/test_memory.py` counts them with autograd's hooks. `korthikanti_activations` is the published formula
 # for GPT-3's block, which keeps more: this family's attention keeps no scores, and its MLP recomputes its product.
@@ -36,7 +35,7 @@ class Precision:
         residual: the residual stream between layers.
         is_autocast: weights stay in fp32, and a 16-bit copy of each lives from its use until its backward pass.
         copies: of weights in fp8, as they are and transposed; per parameter.
-        reduced: gradients that are reduced at once, from a copy in fp32.
+        reduced: gradients reduced at once, from a copy in fp32.
     """
 
     name: str
@@ -51,7 +50,7 @@ class Precision:
 
     @property
     def stored(self) -> int:
-        """Return the bytes in which a product keeps its input: that of fp8 is the copy that it multiplied."""
+        """Return the bytes of a product's kept input: for fp8, the multiplied copy."""
         return 1 if self.copies else self.compute
 
 
@@ -62,7 +61,7 @@ PRECISIONS = {
         # Mixed precision of DeepSpeed.
         Precision("bf16", 2, 2, 12, 2, 2),
         Precision("fp16", 2, 2, 12, 2, 2),
-        # Megatron-LM adds up gradients of bf16 weights in fp32, and keeps an fp32 copy of those of fp16 weights;
+        # Megatron-LM adds up gradients of bf16 weights in fp32, and keeps an fp32 copy of fp16 weights' gradients;
         # Megatron-DeepSpeed, of bf16 ones, keeps both, and reduces 500 million at once (MEMORY_OPT_ALLREDUCE_SIZE).
         Precision("bf16_megatron", 2, 4, 12, 2, 2),
         Precision("bf16_megatron_deepspeed", 2, 6, 12, 2, 2, reduced=500_000_000),
@@ -109,7 +108,7 @@ def korthikanti_activations(
 
 
 def norm_bytes(shape: Shape, width: int, read: int) -> float:
-    """Return the bytes that a norm over `width` values of `read` bytes keeps: its input, LayerNorm statistics too."""
+    """Return the bytes kept by a norm over `width` values of `read` bytes: its input, LayerNorm statistics too."""
     return read * width + (8 if shape.norm_type == "layernorm" else 0)
 
 
@@ -118,13 +117,13 @@ def _inputs(shape: Shape, precision: Precision) -> int:
     if not precision.is_autocast:
         return shape.norms_per_layer
     attention = 3 if shape.kv_lora_rank is None else 2
-    # Of the MLP's gate and its other half, or of the router and the experts that all tokens share.
+    # Of the MLP's gate and its other half, or of the router and the experts shared by all tokens.
     products = 2 if shape.is_gated else 1
     return attention + (1 + (products if shape.shared_size else 0) if shape.num_local_experts else products)
 
 
 def autocast_weights(shape: Shape) -> float:
-    """Return the bytes of the 16-bit copies of a layer's weights, without those of the MLP that are recomputed."""
+    """Return the bytes of the 16-bit copies of a layer's weights, without recomputed copies of the MLP."""
     layer, projections = shape.layer_parameters(), 3 if shape.is_gated else 2
     # Layers of linear attention have more than others.
     attention = shape.parameters()["attention"] / shape.num_hidden_layers
@@ -135,10 +134,10 @@ def autocast_weights(shape: Shape) -> float:
 def layer_activations(
     shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str = "flash"
 ) -> float:
-    """Return the bytes per token and layer that the forward pass keeps for the backward pass, on one device.
+    """Return the bytes per token and layer kept by the forward pass for the backward pass, on one device.
 
-    With layers of linear attention, this is the mean over the layers. These keep what they keep on a CPU; kernels on a
-    GPU may keep more.
+    With layers of linear attention, this is the mean over the layers. Their count is for a CPU; kernels on a GPU may
+    keep more.
 
     Args:
         attention: `"flash"` keeps a number per query (also the CPU's kernel); `"eager"` keeps all scores.
@@ -146,9 +145,9 @@ def layer_activations(
     size, hidden = precision.compute, shape.hidden_size
     if layout.recompute == "full":
         return precision.residual * hidden / (layout.tensor if layout.sequence_parallel else 1)
-    # Two norms that read the same tensor keep it once.
+    # Two norms with the same input keep it once.
     is_same = shape.parallel_block
-    # Megatron-LM's fused norms keep their input alone.
+    # Megatron-LM's fused norms keep only their input.
     is_fused = layout.engine == MEGATRON
     norm = precision.residual * hidden + 8 if is_fused else norm_bytes(shape, hidden, precision.residual)
     whole = (1 if is_same else shape.norms_per_layer) * norm
@@ -157,7 +156,7 @@ def layer_activations(
     whole += 2 * size * shape.latent_size
     heads = size * (shape.query_size + shape.output_size + shape.key_size + shape.value_size)
     if shape.kv_lora_rank is not None and not is_fused:
-        # The rotated key has no norm, and the values keep the product that they are a part of.
+        # The rotated key has no norm, and the values keep the product containing them.
         whole -= size * shape.qk_rope_head_dim
         heads += size * shape.num_attention_heads * shape.qk_nope_head_dim
     heads += 4 * shape.num_attention_heads
@@ -168,7 +167,7 @@ def layer_activations(
         count = shape.num_attention_heads + shape.num_key_value_heads
         heads += count * (size * shape.head_dim + 8 if is_fused else norm_bytes(shape, shape.head_dim, size))
     if attention == "eager":
-        # The softmax in fp32 and, in 16 bits, a copy; keys and values repeated for each query head.
+        # The softmax in fp32 and, in 16 bits, a copy; keys and values repeated for every query head.
         scores = (4 if size == 4 else 6) * shape.num_attention_heads * sequence_length
         heads += size * 2 * (shape.query_size - shape.key_size) - 4 * shape.num_attention_heads
         heads += scores if layout.recompute == "none" else 0
@@ -185,8 +184,8 @@ def layer_activations(
 
 def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
     hidden, products = shape.hidden_size, 2 if shape.is_gated else 1
-    # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers, or FSDP
-    # without tensor parallelism. Megatron-LM's keeps it. The experts that all tokens share are one.
+    # The dense MLP recomputes its inner activation, except with weights gathered by ZeRO-3 of DeepSpeed, or by FSDP
+    # without tensor parallelism. Megatron-LM's keeps it. The experts shared by all tokens are one.
     is_gathered = layout.zero_stage == 3 and (layout.engine == DEEPSPEED or (layout.fsdp and layout.tensor == 1))
     num_activations = 2 * products if is_gathered else products + (layout.engine == MEGATRON)
     # The last product's input.
@@ -204,11 +203,11 @@ def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
 def layer_workspace(
     shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str = "flash"
 ) -> float:
-    """Return the bytes per token that the backward pass of one layer needs in addition to the kept ones.
+    """Return the bytes per token of the backward pass of one layer in addition to the kept ones.
 
-    The MLP's recomputed activation and product, and their gradients; in a mixture, those of the token's experts. With
-    eager attention, if more, the gradients of the scores before and after the softmax. Where rows are split, the whole
-    input of a product and its gradient.
+    The MLP's recomputed activation and product, and their gradients; in a mixture, the same of the token's experts.
+    With eager attention, if more, the gradients of the scores before and after the softmax. Where rows are split, the
+    whole input of a product and its gradient.
     """
     width = shape.intermediate_size
     if shape.num_local_experts:
@@ -223,7 +222,7 @@ def layer_workspace(
 def loss_bytes(shape: Shape, layout: Layout, precision: Precision, tokens: int) -> float:
     """Return the peak bytes of the loss over `tokens`: log-probabilities and two gradients in fp32, 12 V per token.
 
-    Logits of 16 bits, which stay for as long as somebody holds the model's output, are 2 V more. With
+    Logits of 16 bits, which stay as long as the model's output is referenced, are 2 V more. With
     `shape.loss_chunk_size` only that many rows exist, plus the fp32 gradients of the head and the hidden states. The
     loss of split logits in torch.distributed.tensor makes one more gradient. Where rows are split, the head reads all.
     A fused loss has logits and gradient in their own precision, whatever the chunks.
@@ -258,8 +257,8 @@ class Memory:
     Args:
         activations: kept by the forward pass, and needed in addition by one layer's backward pass.
         logits: scores of the vocabulary, their softmax and their gradient.
-        buffers: for communication, for weights that ZeRO-3 gathers, and of the process itself.
-        fragments: reserved by the device's allocator beyond what is allocated, fewer where the device is full.
+        buffers: for communication, for weights gathered by ZeRO-3, and of the process itself.
+        fragments: reserved by the device's allocator beyond the allocated bytes, fewer where the device is full.
         peak: largest total at any time. It is less than the sum of the parts if gradients replace activations.
     """
 
@@ -286,7 +285,7 @@ def zero_state_bytes(
 
 @dataclass(frozen=True)
 class _Stage:
-    """One device's part of a pipeline: its layers, its ends, and how many micro-batches are in progress in it."""
+    """One device's part of a pipeline: its layers, its ends, and the number of its micro-batches in progress."""
 
     layers: int
     is_first: bool
@@ -295,10 +294,10 @@ class _Stage:
 
 
 def _stages(shape: Shape, layout: Layout, micro_batches: int) -> Iterator[_Stage]:
-    """Yield the stages of which one is the fullest.
+    """Yield the candidates for the fullest stage.
 
-    They are the first, which holds most micro-batches, the second, which may have a layer more than it, and the last,
-    which holds the logits.
+    They are the first, with the most micro-batches, the second, possibly with a layer more than it, and the last, with
+    the logits.
     """
     if layout.pipeline == 1:
         yield _Stage(shape.num_hidden_layers, True, True, 1)
@@ -313,7 +312,7 @@ def _stages(shape: Shape, layout: Layout, micro_batches: int) -> Iterator[_Stage
 
 
 def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[float, float]:
-    """Return the parameters on one device before sharding over `data`: those of experts, and all others."""
+    """Return the parameters on one device before sharding over `data`: the experts', and all others."""
     layer = shape.layer_parameters()
     # The mean over layers of several types.
     attention = shape.parameters()["attention"] / shape.num_hidden_layers / layout.attention_split(shape)
@@ -332,7 +331,7 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
     table_split = layout.tensor if layout.splits_logits else 1
     if stage.is_first:
         dense += parts["embeddings"] / table_split + parts["positions"]
-        # What sees is on every device of the first stage.
+        # The vision tower is on every device of the first stage.
         dense += parts.get("tower", 0) + parts.get("projector", 0)
     if stage.is_last and not (stage.is_first and shape.tie_word_embeddings):
         dense += shape.vocab_size * shape.hidden_size / layout.tensor
@@ -390,7 +389,7 @@ def device_memory(
         attention: `"flash"` or `"eager"`, see `layer_activations`.
         reserved: whether `peak` counts the bucket of ZeRO-1 and 2 from the beginning, as an accelerator's memory does.
             A CPU's memory is used only once written, and the bucket fills while activations are freed.
-        device: whose `runtime`, `group_buffer` and `fragments` are added; `None` counts tensors alone.
+        device: its `runtime`, `group_buffer` and `fragments` are added; `None` counts only tensors.
 
     Raises:
         InputError: for another `attention`.
@@ -403,7 +402,7 @@ def device_memory(
 
 
 def _on_device(tensors: Memory, layout: Layout, device: Device) -> Memory:
-    """Return the memory with what a process on `device` takes beside its tensors."""
+    """Return the memory with a process's own use on `device` in addition to its tensors."""
     beside = device.runtime + layout.groups * device.group_buffer
     free = device.usable * device.memory - tensors.peak - beside
     usual, least = (tensors.peak * share / (1 - share) for share in (device.fragments, device.least_fragments))
@@ -441,7 +440,7 @@ def _stage_memory(
     static = weights + optimizer + buffers - bucket
     # Megatron-LM and ZeRO-3 hold gradients in flat buffers, the others free them after each step.
     if layout.engine == DEEPSPEED and layout.zero_stage == 3:
-        # Its reduction copies the bucket, which is full when all activations are freed.
+        # Its reduction copies the bucket, full when all activations are freed.
         peak = static + gradients + max(activations + max(logits, at_work), _bucket(precision, dense + experts))
     elif micro_batches > 1 or layout.engine == MEGATRON:
         peak = static + gradients + activations + max(logits, at_work)
@@ -459,7 +458,7 @@ def _stage_memory(
 def _activation_bytes(
     stage: _Stage, shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str
 ) -> tuple[float, float]:
-    """Return the bytes kept by all micro-batches in progress, plus those of one layer's backward pass."""
+    """Return the bytes kept by all micro-batches in progress, plus the bytes of one layer's backward pass."""
     tokens, hidden = layout.micro_batch * sequence_length / layout.context, shape.hidden_size
     activations = tokens * stage.layers * layer_activations(shape, layout, precision, sequence_length, attention)
     if stage.is_last:
@@ -472,7 +471,7 @@ def _activation_bytes(
             precision.compute, layout.recompute == "full"
         )
     if layout.pipeline > 1 and not stage.is_last:
-        # What a stage has sent on stays until its backward pass.
+        # A stage's sent output stays until its backward pass.
         share = layout.tensor if layout.sequence_parallel else 1
         activations += tokens * precision.residual * hidden / share
     at_work = tokens * layer_workspace(shape, layout, precision, sequence_length, attention)

@@ -1,4 +1,4 @@
-"""The report of `hfllm plan`: tables, metrics, and the configuration that launches the chosen layout."""
+"""The report of `hfllm plan`: tables, metrics, and the launch configuration of the chosen layout."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ OWN = ", own script"
 
 
 def parameter_rows(shape: Shape) -> list[dict[str, str]]:
-    """Return the parameters of each part of the model, and their share."""
+    """Return the parameters of the model by part, and their shares."""
     return [
         {"part": part, "parameters": f"{count:,}", "share": f"{count / shape.num_parameters():.1%}"}
         for part, count in shape.parameters().items()
@@ -101,7 +101,7 @@ def metrics(request: Request, plans: Sequence[Plan], chosen: Plan) -> dict[str, 
 
 
 def next_steps(chosen: Plan, plans: Sequence[Plan], request: Request, folder: str, target_days: float) -> list[str]:
-    """Return what to know of the chosen layout, as comments, and the command that launches it from `folder`."""
+    """Return the notes on the chosen layout, as comments, and the command to launch it from `folder`."""
     comments = [f"# {line}" for line in sentences(chosen, plans, request, target_days)]
     machines = -(-request.num_devices // request.device.per_node)
     among = " --machine_rank N --main_process_ip FIRST_MACHINE --main_process_port 29500" if machines > 1 else ""
@@ -127,8 +127,7 @@ def write_files(folder: str, files: Mapping[str, str]) -> None:
 
 
 # ---- configs ----
-#
-# Files that launch a layout: accelerate's and DeepSpeed's configurations, and the flags for a recipe.
+# Files for launching a layout: accelerate's and DeepSpeed's configurations, and the flags for a recipe.
 #
 #     for name, text in launch_files(plan, request, folder).items(): ...
 #
@@ -149,7 +148,7 @@ def deepspeed_config(
 
     Args:
         offload: where weights and optimizer states go, `"cpu"` or `"nvme"` (ZeRO-Infinity, arXiv:2104.07857).
-        nvme_path: a folder on a local drive of each node.
+        nvme_path: a folder on a local drive of every node.
         overlap: communicate during the backward pass, for the memory of a second bucket; no gain on a CPU.
     """
     zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": overlap}
@@ -241,7 +240,7 @@ def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, An
         "total_tokens": str(int(request.tokens)),
         "per_device_train_batch_size": layout.micro_batch,
         "gradient_accumulation_steps": plan.micro_batches,
-        # FSDP2 does that itself.
+        # FSDP2 does it itself.
         "activation_checkpointing": layout.recompute == "full" and layout.engine != FSDP2,
         "attn_implementation": "eager" if request.attention == "eager" else "sdpa",
         "loss_chunk_size": request.loss_chunk_size(layout),
@@ -253,19 +252,19 @@ def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, An
 
 
 def architecture(request: Request, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return a config.json of the planned model: the fields of `model`, by default those of the equivalent shape."""
+    """Return a config.json of the planned model: the fields of `model`, by default the equivalent shape's."""
     fields = {"model_type": "hfllm", **(_family_fields(request.shape) if model is None else model)}
-    # A flag of the run, which a saved model should not keep.
+    # A flag of the run, not to be kept in a saved model.
     fields.pop("loss_chunk_size", None)
     return fields
 
 
 def _family_fields(shape: Shape) -> dict[str, Any]:
-    """Return the fields of a shape, without those of other families that it does not use."""
+    """Return the fields of a shape, without unused fields of other families."""
     unused = {item.name for item in dataclass_fields(Shape) if getattr(shape, item.name) == item.default}
     left_out = ((LATENT | MIXTURE) & unused) | {"tower", "images_per_row"}
     fields = {name: value for name, value in asdict(shape).items() if name not in left_out}
-    # The router that takes groups in the one type with groups, DeepSeek-V3.
+    # The router with groups, in the one type with groups, DeepSeek-V3.
     router = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"} if shape.n_group > 1 else {}
     return fields | router
 
@@ -273,10 +272,10 @@ def _family_fields(shape: Shape) -> dict[str, Any]:
 def launch_files(
     plan: Plan, request: Request, folder: str = "", model: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Return the files, by name, that launch a plan from `folder`.
+    """Return the files, by name, for launching a plan from `folder`.
 
     Args:
-        model: fields of a config.json that describe the model in more detail than its shape.
+        model: fields of a config.json with more detail than the model's shape.
     """
     text = _yaml(accelerate_config(plan.layout, request, folder))
     text = "".join(f"# {line}\n" for line in _pipeline_notes(plan.layout, request)) + text
@@ -295,7 +294,7 @@ def launch_files(
 
 
 def _pipeline_notes(layout: Layout, request: Request) -> list[str]:
-    """Return what Megatron-LM has to be told of its pipeline beside accelerate's keys."""
+    """Return Megatron-LM's additional settings for its pipeline, besides accelerate's keys."""
     layers, notes = request.shape.num_hidden_layers, []
     if layout.interleave > 1:
         chunk = -(-layers // (layout.pipeline * layout.interleave))

@@ -1,4 +1,4 @@
-"""Find the layouts of a model over devices that fit, ranked by training time, from the flags to the advice.
+"""Find the fitting layouts of a model over devices, ranked by training time, from the flags to the advice.
 
     request = Request(shape, find_device("h100"), num_devices=64, max_length=4096, global_batch_size=1024)
     best, *others = plan(request)
@@ -30,24 +30,24 @@ from hfllm.scaling.speed import SECONDS_PER_DAY, Speed, estimate, pipeline_bubbl
 # ---- plans ----
 
 
-# The default of `hfllm pretrain`, which DeepSpeed's ZeRO-3 does not support.
+# The default of `hfllm pretrain`, not supported by DeepSpeed's ZeRO-3.
 LOSS_CHUNK_SIZE = 1024
 # A smaller share is a typing error, and would give infinite numbers.
 LEAST_SHARE = 1e-6
 MOST_TOKENS = 1e20
-# Layouts that take at most so much more time than the fastest are as good, and the simplest of them is chosen. One
-# that leaves less than this share of the usable memory free is not chosen where another leaves more.
+# Layouts with at most this much more time than the fastest are equally good, and the simplest of them is chosen. A
+# layout with less than this share of the usable memory free is not chosen where another leaves more.
 AS_FAST, HEADROOM = 1.1, 0.03
-# What is searched where it is not given.
+# Values to search where none is given.
 DEGREES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
 DEGREES += ("micro_batch_size", "interleave")
-# Rows from this length on may be split over devices (context parallelism), each of which gets as many tokens or more.
+# Rows from this length on may be split over devices (context parallelism), with at least as many tokens per device.
 LONG_ROW, LEAST_PART = 32768, 8192
 
 
 @dataclass
 class Request:
-    """A question to the planner. Degrees that are `None` are searched; the others are fixed.
+    """A question to the planner. Degrees of `None` are searched; the others are fixed.
 
     Args:
         shape: of the model. Its `loss_chunk_size` applies to engines that support it (see `loss_chunk_size`).
@@ -58,10 +58,10 @@ class Request:
         precision: `"bf16"`, `"fp16"`, `"fp8"` or `"fp32"`; how weights are stored in the first three depends on the
             engine. In fp8 are the products of the layers, but not attention.
         attention: `"flash"`, `"flash1"` (the first generation, and Triton's version of it) or `"eager"`.
-        efficiency: share of its peak that a device reaches in matrix products; `None` is the device's.
+        efficiency: a device's share of its peak in matrix products; `None` is the device's.
         overlap_experts: whether the exchange with experts hides behind work.
-        torch_compile: whether torch.compile fuses what lies between matrix products.
-        sequence_parallel: whether Megatron-LM's tensor parallelism also splits what lies between the matrices.
+        torch_compile: whether torch.compile fuses the operations between matrix products.
+        sequence_parallel: whether Megatron-LM's tensor parallelism also splits the operations between the matrices.
         fsdp: whether torch's FSDP2 shards by ZeRO-3, in place of DeepSpeed.
         fused_loss: whether one kernel computes the loss and the gradient of the logits, in 16 bits.
         mfu: measured share of the peak, including bubble and communication; replaces the estimate in
@@ -142,7 +142,7 @@ class Request:
     def loss_chunk_size(self, layout: Layout) -> int:
         """Return the tokens per chunk of logits: the shape's, if a layout's engine supports it; 0 means all at once.
 
-        Without the shape's it is the default of `hfllm pretrain`, for layouts that the recipes run.
+        Without the shape's it is the default of `hfllm pretrain`, for layouts run by the recipes.
         """
         if layout.engine == MEGATRON or (layout.engine == DEEPSPEED and layout.zero_stage == 3):
             return 0
@@ -170,11 +170,11 @@ class Plan:
     """A layout with its memory and time.
 
     Args:
-        micro_batches: passes of each replica per step.
+        micro_batches: passes per replica and step.
         bubble: idle time of the pipeline over useful time.
         mfu: estimated, or as given in the request.
         days: days to train on all tokens.
-        headroom: share of the usable memory that stays free.
+        headroom: free share of the usable memory.
         runs_in_recipes: whether `hfllm pretrain` trains the model in this layout.
     """
 
@@ -190,18 +190,17 @@ class Plan:
 
 
 def plan(request: Request) -> list[Plan]:
-    """Return the layouts that fit, fastest first; one per way to spread the model, with its best settings.
+    """Return the fitting layouts, fastest first; one per way to spread the model, with its best settings.
 
-    Those that fit only where the allocator gives free blocks back (no usable memory is left) count if there are no
+    Layouts that fit only if the allocator gives free blocks back (no usable memory is left) count if there are no
     others.
 
     Raises:
-        InputError: when a fixed degree does not divide what it must, or nothing fits; the message names the
-            closest layout.
+        InputError: when a fixed degree violates divisibility, or nothing fits; the message names the closest layout.
     """
     result: dict[tuple, Plan] = {}
     tight: dict[tuple, Plan] = {}
-    # Of the ways to spread the model, and, for those that can be, of the settings within one.
+    # For the ways to spread the model, and, for feasible ones, for the settings within one.
     wrong: dict[bool, list[Layout]] = {False: [], True: []}
     smallest = None
     for group in _groups(request):
@@ -246,10 +245,10 @@ def plan(request: Request) -> list[Plan]:
 
 
 def _cause(request: Request, layouts: list[Layout]) -> str:
-    """Return the problem to blame: the one that most combinations have, by what it is about.
+    """Return the problem to blame: the most frequent one among the combinations, by its subject.
 
-    That a searched degree does not fit is no problem, since others were tried. A combination may also fail for a
-    reason of its own, such as a batch that its replicas do not divide.
+    A searched degree that does not fit is no problem, since others were tried. A combination may also fail for a
+    reason of its own, such as a batch not divisible by its replicas.
     """
     searched = {f"--{name}" for name in DEGREES if getattr(request, name) is None}
     about: dict[str, list[str]] = {}
@@ -273,9 +272,9 @@ def size_text(size: float) -> str:
 
 
 def choose(plans: list[Plan]) -> Plan:
-    """Return the layout that an engineer would choose: with some memory to spare, about as fast as any, and simple.
+    """Return the layout of an engineer's choice: with some memory to spare, about as fast as any, and simple.
 
-    Simple are layouts that the recipes run, then those with fewer kinds of parallelism, then with fewer parts.
+    Simple are layouts run by the recipes, then layouts with fewer kinds of parallelism, then with fewer parts.
     """
     roomy = [one for one in plans if one.headroom >= HEADROOM] or plans
     fast = [one for one in roomy if one.days <= AS_FAST * min(each.days for each in roomy)]
@@ -322,7 +321,7 @@ def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
 def _groups(request: Request) -> Iterator[tuple[Layout, list[int], bool]]:
     """Yield layouts with their possible micro-batches, smallest first, and whether they can run.
 
-    One that cannot spread the model over the devices has no micro-batches.
+    A layout unable to spread the model over the devices has no micro-batches.
     """
     shape, devices = request.shape, request.num_devices
     tensors = _held(request.tensor_parallel) or _powers(request.device.per_node)
@@ -346,7 +345,7 @@ def _groups(request: Request) -> Iterator[tuple[Layout, list[int], bool]]:
 
 
 def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[int], bool]]:
-    """Yield a way to spread the model, with each way to recompute and to interleave."""
+    """Yield a way to spread the model, with all ways to recompute and to interleave."""
     recomputes = ["none", "selective", "full"] if request.attention == "eager" else ["none", "full"]
     recomputes = _held(request.recompute) or recomputes
     layers = request.shape.num_hidden_layers
@@ -358,7 +357,7 @@ def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[i
         layout = replace(spread, recompute=recompute, interleave=interleave)
         if not _has_engine(request, layout):
             continue
-        # Those with whole rounds of the pipeline's stages, as interleaving needs.
+        # Micro-batches in whole rounds of the pipeline's stages, as required by interleaving.
         sizes = [size for size in micro_batches if interleave == 1 or rows // size % spread.pipeline == 0]
         sizes = _held(request.micro_batch_size) or sizes or [1]
         layout = replace(layout, micro_batch=sizes[0])
@@ -403,25 +402,24 @@ def _divisors(number: int) -> list[int]:
 
 
 # ---- advice ----
-#
-# What a plan means, in sentences: why this layout, how long it takes, and how many devices would take less.
+# The meaning of a plan, in sentences: why this layout, how long it takes, and how many devices would take less.
 
 
 DAYS_PER_YEAR = 365.25
-# A share of each step without work that needs a word.
+# The idle share of a step from which a remark is needed.
 MUCH_IDLE = 0.3
 # ZeRO-3 over so many devices: the only published runs (Narayanan et al. 2021, table 2) took twice to thrice the plan.
 MANY_SHARDS = 512
-# What is planned are steps, one after the other, by the best layout and software. Published whole runs took so many
+# The plan covers steps, one after the other, by the best layout and software. Published whole runs took so many
 # times as long (the median over their sources), four of five of them between these (benchmarks/whole_runs.csv).
 WHOLE_RUN, WHOLE_RUN_RANGE = 1.5, (1.0, 2.0)
-# Times the batch that is tried for more devices, and how many devices more than in proportion are accepted.
+# Multiples of the batch to try for more devices, and the accepted number of devices beyond proportion.
 LARGER_BATCHES, MOST_MORE = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), 1.25
 
 
 @dataclass(frozen=True)
 class Larger:
-    """A larger cluster: its layout, rows per step, and the days that training takes on it."""
+    """A larger cluster: its layout, rows per step, and its days of training."""
 
     layout: Layout
     global_batch_size: int
@@ -429,7 +427,7 @@ class Larger:
 
 
 def sentences(chosen: Plan, plans: Sequence[Plan], request: Request, target_days: float = 90.0) -> list[str]:
-    """Return what to know of the chosen plan, a sentence or two per line."""
+    """Return the explanation of the chosen plan, a sentence or two per line."""
     layout, days = chosen.layout, chosen.days
     lines = [
         f"{layout}: {duration(days)} at an MFU of {chosen.mfu:.0%}, {chosen.memory.peak / GIB:.0f} of "
@@ -487,7 +485,7 @@ def _in_recipes(chosen: Plan, plans: Sequence[Plan], request: Request) -> str:
 
 
 def _runner(chosen: Plan, request: Request) -> str:
-    """Return what runs a layout that the recipes do not run."""
+    """Return the software for a layout not run by the recipes."""
     if request.precision == "fp8":
         return "nor anything in fp8"
     if chosen.layout.engine == MEGATRON:
@@ -513,7 +511,7 @@ def _faster(chosen: Plan, request: Request, target_days: float) -> str:
 
 
 def larger_cluster(chosen: Plan, request: Request, target_days: float) -> Larger | None:
-    """Return the smallest cluster of more replicas of the chosen layout that takes `target_days`.
+    """Return the smallest cluster of more replicas of the chosen layout for `target_days`.
 
     The batch grows where it must: replicas with few micro-batches wait for each other. `None` if no batch up to 64
     times as large helps.
@@ -530,7 +528,7 @@ def larger_cluster(chosen: Plan, request: Request, target_days: float) -> Larger
 
 
 def _with_replicas(chosen: Plan, request: Request, data: int, rows: int) -> Larger | None:
-    """Return so many replicas, on `rows` or the next number of rows that they can divide."""
+    """Return so many replicas, on `rows` or the next number of rows divisible by them."""
     layout = replace(chosen.layout, data=data)
     layout = replace(layout, zero_stage=layout.zero_stage or int(layout.shards > 1 and layout.engine == MEGATRON))
     unit = data * layout.micro_batch * (layout.pipeline if layout.interleave > 1 else 1)
@@ -545,8 +543,7 @@ def _with_replicas(chosen: Plan, request: Request, data: int, rows: int) -> Larg
 
 
 # ---- requests ----
-#
-# The flags of `hfllm plan`, and the shape, the device and the request that they describe.
+# The flags of `hfllm plan`, and their shape, device and request.
 
 
 @dataclass(frozen=True)
@@ -621,7 +618,7 @@ class PlanArguments:
 
 
 def check(script_args: PlanArguments) -> None:
-    """Refuse an empty list, and an output folder that is a file."""
+    """Refuse an empty list, and a file as an output folder."""
     folder = Path(script_args.output_dir)
     if not script_args.target_days > 0:
         raise InputError(f"--target_days {script_args.target_days} must be above 0")
@@ -691,7 +688,7 @@ def preset_fields(name: str) -> Mapping[str, Any]:
 
 
 def make_request(script_args: PlanArguments, shape: Shape) -> Request:
-    """Return what to plan."""
+    """Return the request to plan."""
     fixed = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
     fixed += ("micro_batch_size", "interleave")
     same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
@@ -706,7 +703,7 @@ def make_device(script_args: PlanArguments) -> Device:
     """Return the named device, with the given numbers in place of its own.
 
     Raises:
-        InputError: for an unknown name, or a number that is not positive and finite.
+        InputError: for an unknown name, or a number not positive and finite.
     """
     overrides = {
         "memory": ("device_memory_gb", GIB),

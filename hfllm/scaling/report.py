@@ -25,7 +25,7 @@ class Study:
         held_out: runs with more compute.
         whole, whole_resampled: fitted to all runs.
         tolerance: see `isoflops`.
-        outliers: runs far from the law of the others, in or left out of the fits; `None` where nobody looked.
+        outliers: runs far from the law of the others, in or left out of the fits; `None` if not searched.
     """
 
     forecast: Forecast
@@ -75,7 +75,7 @@ class Study:
         }
         fall = float(self.small.runs.losses.min() - self.held_out.losses.min())
         if len(self.held_out) == 1 and fall > 0:
-            # A loss that hardly changes is easy to predict: compute the error relative to its change.
+            # A nearly constant loss is easy to predict: compute the error relative to its change.
             metrics["held_out_error_of_the_fall"] = metrics["held_out_error"] * float(self.held_out.losses[0]) / fall
         return metrics
 
@@ -216,7 +216,7 @@ class Study:
         for budget in (self.budgets[round(index)] for index in indices):
             sizes = numpy.geomspace(budget.runs.parameters.min(), budget.runs.parameters.max(), 40)
             lines[f"{budget.compute:.2g} FLOPs"] = sizes, budget.loss(sizes)
-            # A label that begins with an underscore is not shown in the legend.
+            # A label with a leading underscore is not shown in the legend.
             points[f"_{budget.compute}"] = budget.runs.parameters, budget.runs.losses
         return Plot(
             "IsoFLOP parabolas", "parameters", "held-out loss, nats per token", lines, points=points, xscale="log"

@@ -15,8 +15,7 @@ from typing import Any
 from hfllm.errors import InputError
 
 # ---- shape checks ----
-#
-# What a shape leaves unsaid of its layers, and what is refused of it, as `HfllmConfig` would.
+# Defaults for a shape's unset layers, and refusals of its sizes, as in `HfllmConfig`.
 
 
 # A larger number is a typing error, and may overflow a float.
@@ -35,7 +34,7 @@ def fill_latent(shape: "Shape") -> None:
 
 
 def fill_layers(shape: "Shape") -> None:
-    """Fill the list of layers and the sizes of linear attention, and refuse what `HfllmConfig` would."""
+    """Fill the list of layers and the sizes of linear attention, with the refusals of `HfllmConfig`."""
     if shape.layer_types is None:
         kind = "full_attention" if shape.attention_chunk_size is None else "chunked_attention"
         kind = kind if shape.sliding_window is None else "sliding_attention"
@@ -67,7 +66,7 @@ def fill_layers(shape: "Shape") -> None:
 
 
 def check_foreign(shape: "Shape") -> None:
-    """Refuse sizes of mixtures and of latent attention that do not fit together."""
+    """Refuse inconsistent sizes of mixtures and of latent attention."""
     latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     optional = ("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank")
     check_size(shape, "n_shared_experts", 0)
@@ -87,18 +86,17 @@ def check_foreign(shape: "Shape") -> None:
 
 
 def check_size(shape: "Shape", name: str, least: int = 1) -> None:
-    """Refuse a size that is no whole number of at least `least`."""
+    """Refuse a size other than a whole number of at least `least`."""
     value = getattr(shape, name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
         raise InputError(f"{name}={value!r} must be a whole number of at least {least}, and at most {LARGEST:,}")
 
 
 # ---- shape tables ----
-#
-# What `HfllmConfig` accepts, and shapes that papers name.
+# Values accepted by `HfllmConfig`, and shapes from papers.
 
 
-# What `HfllmConfig` accepts; it cannot be asked without importing transformers.
+# Values accepted by `HfllmConfig`; reading them from it would import transformers.
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
     "norm_placement": ("pre", "post", "output", "both"),
@@ -107,7 +105,7 @@ CHOICES = {
     "position_embedding_type": ("rope", "learned", "none"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
-# The types that do not see everything, each with the field that says how much.
+# The types with limited attention, each with the field for its extent.
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 MLP_LAYER_TYPES = ("dense", "sparse")
 
@@ -122,12 +120,12 @@ _GPT = {
 
 
 def mlp_layers(values: Mapping[str, Any]) -> list[str] | None:
-    """Return `mlp_layer_types` of a config that says by `first_k_dense_replace` which layers have experts.
+    """Return `mlp_layer_types` of a config with experts after `first_k_dense_replace` dense layers.
 
-    `None` means that all have, if there are experts.
+    `None` means experts in all layers, if there are experts.
 
     Raises:
-        InputError: for a number that is none, or more dense layers than there are layers.
+        InputError: for an invalid number, or more dense layers than there are layers.
     """
     number, first = values.get("num_hidden_layers"), values.get("first_k_dense_replace") or 0
     if not isinstance(number, int) or not first:
@@ -142,7 +140,7 @@ def _megatron(layers: int, hidden: int, heads: int) -> dict[str, Any]:
     return {**_GPT, **sizes, "vocab_size": 51200, "max_position_embeddings": 2048}
 
 
-# Published shapes that are no preset of the family: the ten models of Narayanan et al. 2021 (arXiv:2104.04473,
+# Published shapes without a preset of the family: the ten models of Narayanan et al. 2021 (arXiv:2104.04473,
 # table 1), the first of which are smaller versions of the last, MT-NLG (arXiv:2201.11990), and DeepSeek-V3.
 NAMED_SHAPES: dict[str, dict[str, Any]] = {
     "megatron-1.7b": _megatron(24, 2304, 24),
@@ -155,7 +153,7 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
     "megatron-310b": _megatron(96, 16384, 128),
     "megatron-530b": _megatron(105, 20480, 128),
     "gpt3-1t": _megatron(128, 25600, 160),
-    # Without the module that predicts a second token (arXiv:2412.19437, section 4.2).
+    # Without the module for predicting a second token (arXiv:2412.19437, section 4.2).
     "deepseek-v3": {
         **{"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "vocab_size": 129280},
         **{"intermediate_size": 18432, "max_position_embeddings": 4096},
@@ -168,19 +166,17 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
 
 
 # ---- towers ----
-#
-# Count a vision tower: its parameters, the tokens that a picture takes in a row, and the work of a picture.
+# Count a vision tower: its parameters, the tokens of an image in a row, and the work of an image.
 #
 #     tower = Tower.from_config(config, text_size=4096)  # of a config.json with a vision_config
 #     tower.num_parameters(), tower.tokens, tower.flops_per_picture()
-#
-# Names in formulas: h hidden_size, l layers, p patch_size, c channels, n patches of a picture.
+# Names in formulas: h hidden_size, l layers, p patch_size, c channels, n patches of an image.
 
 
 LARGEST_TOWER = 10**6
 # Types of models with a vision tower, and their text models where a config names none.
 WITH_TOWER = {"hfllm_vision": "hfllm", "llava": "llama"}
-# Types of towers whose weights are counted exactly, and whether the first vector stands for the whole picture.
+# Types of towers with exact counts of weights, and whether the first vector stands for the whole image.
 CLASS_VECTOR = {"siglip_vision_model": False, "clip_vision_model": True, "vit": True, "dinov2": True}
 
 
@@ -191,9 +187,9 @@ class Tower:
     Args:
         model_type: one of `CLASS_VECTOR`.
         hidden_size, intermediate_size, num_hidden_layers, image_size, patch_size, num_channels: of the tower.
-        has_head: whether it has a pooling head, which no text model reads.
+        has_head: whether it has a pooling head, not read by any text model.
         text_size: width of the text model.
-        num_layers_read: layers whose vectors are joined.
+        num_layers_read: layers with joined vectors.
         has_projector_bias: whether the projector's two layers have biases.
         keeps_all: whether all vectors are taken (`"full"`), or all but the first (`"default"`).
     """
@@ -221,14 +217,14 @@ class Tower:
             source: its origin, for messages.
 
         Raises:
-            InputError: for another type of tower, or a size that is missing or impossible.
+            InputError: for another type of tower, or a missing or impossible size.
         """
         vision = config["vision_config"]
         where = f"{source}: vision_config"
         if not isinstance(vision, Mapping):
             raise InputError(f"{where} must be an object, got {type(vision).__name__}")
         kind = vision.get("model_type")
-        # A list, since what a file holds may have no hash.
+        # A list, since a value from a file may have no hash.
         if kind not in list(CLASS_VECTOR):
             raise InputError(f"{where}: model_type {kind!r} is not one of {', '.join(CLASS_VECTOR)}")
         hidden = _size(vision, "hidden_size", where)
@@ -254,7 +250,7 @@ class Tower:
 
     @property
     def patches(self) -> int:
-        """Return the patches of a picture, n."""
+        """Return the patches of an image, n."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -264,7 +260,7 @@ class Tower:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens that a picture takes in a row of the text model."""
+        """Return the tokens of an image in a row of the text model."""
         return self.vectors - (not self.keeps_all)
 
     def layer_parameters(self) -> int:
@@ -301,7 +297,7 @@ class Tower:
         return self.tower_parameters() + self.projector_parameters()
 
     def flops_per_picture(self) -> float:
-        """Return the FLOPs of training on one picture: 6 per multiplied parameter and vector, 12 h n in scores.
+        """Return the FLOPs of training on one image: 6 per multiplied parameter and vector, 12 h n in scores.
 
         As for text models: three passes of two FLOPs, every vector attends to all others.
         """
@@ -311,10 +307,10 @@ class Tower:
         return float(self.vectors * (6 * multiplied + scores))
 
     def activation_bytes_per_picture(self, bytes_per_value: int, is_recomputed: bool = False) -> float:
-        """Return the bytes that training keeps of one picture.
+        """Return the bytes kept by training for one image.
 
-        Per vector and layer: the inputs of both norms and of what follows them, queries, keys, values and attention's
-        output (8 h), and an MLP's inner states before and after its activation. Scores are not kept.
+        Per vector and layer: the inputs of both norms and of the modules after them, queries, keys, values and
+        attention's output (8 h), and an MLP's inner states before and after its activation. Scores are not kept.
 
         Args:
             is_recomputed: whether only each layer's input is kept.
@@ -335,9 +331,9 @@ def _size(config: Mapping[str, Any], name: str, where: str, default: int | None 
 # ---- shapes ----
 
 
-# Fields that say something of latent attention alone.
+# Fields only for latent attention.
 LATENT = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
-# Fields that say something of experts alone.
+# Fields only for experts.
 MIXTURE = {"moe_intermediate_size", "n_shared_experts", "shared_expert_intermediate_size", "shared_expert_gate"}
 MIXTURE |= {"mlp_layer_types", "n_group", "topk_group"}
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -352,15 +348,15 @@ class Shape:
         layer_types: the attention of each layer, as in `HfllmConfig`; `None` means the same for all.
         linear_num_key_heads: with the other sizes of linear attention; unset ones are as in `HfllmConfig`.
         moe_intermediate_size: width of an expert, by default `intermediate_size`.
-        n_shared_experts: experts that every token passes through, beside `num_experts_per_tok` others; or the width
-            of them all, `shared_expert_intermediate_size`.
+        n_shared_experts: experts that every token passes through, in addition to `num_experts_per_tok` others; or the
+            width of them all, `shared_expert_intermediate_size`.
         mlp_layer_types: "dense" or "sparse" for each layer, as in `HfllmConfig`; `None` means experts in all, if any.
         topk_group: with several groups (`n_group`), at most so many nodes hold the experts of one token.
-        kv_lora_rank: width of the latent that keys and values are made of (multi-head latent attention, DeepSeek-V2,
+        kv_lora_rank: width of the latent of keys and values (multi-head latent attention, DeepSeek-V2,
             arXiv:2405.04434); with `q_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`, as in
             `HfllmConfig`.
-        tower: what sees, in front of the decoder; `None` for a model of text.
-        images_per_row: pictures in a row of training.
+        tower: the vision tower, in front of the decoder; `None` for a model of text.
+        images_per_row: images in a row of training.
 
     Raises:
         InputError: when a size is missing, not positive, or does not divide another, or a value is of another type.
@@ -446,7 +442,7 @@ class Shape:
             )
 
     def _check_kinds(self) -> None:
-        """Refuse values of other types than `HfllmConfig` takes, which would be counted wrongly."""
+        """Refuse values of types invalid in `HfllmConfig`, since they would be counted wrongly."""
         for name in (*_REQUIRED, "num_experts_per_tok"):
             check_size(self, name)
         check_size(self, "num_local_experts", 0)
@@ -463,11 +459,11 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "config") -> "Shape":
-        """Return the shape that a configuration describes.
+        """Return the shape of a configuration.
 
         Args:
-            config: fields of `HfllmConfig`, or the content of a config.json of a family that converts. Such a one is
-                read by transformers' class of it and by the conversion's table, which import torch.
+            config: fields of `HfllmConfig`, or the content of a config.json of a convertible family. The latter is
+                read by its class in transformers and by the conversion's table, both importing torch.
             source: its origin, for messages.
 
         Raises:
@@ -552,13 +548,13 @@ class Shape:
 
     @property
     def shared_size(self) -> int:
-        """Return the inner width of the experts that all tokens share, together; 0 without."""
+        """Return the inner width of the experts shared by all tokens, together; 0 without."""
         if not self.num_local_experts:
             return 0
         return self.shared_expert_intermediate_size or self.n_shared_experts * self.expert_size
 
     def dense_layers(self, start: int = 0, stop: int | None = None) -> int:
-        """Return how many of these layers of a mixture have one dense MLP in place of experts."""
+        """Return the number of these layers of a mixture with one dense MLP in place of experts."""
         kinds = self.mlp_layer_types if self.num_local_experts else None
         return 0 if kinds is None else kinds[start:stop].count("dense")
 
@@ -593,7 +589,7 @@ class Shape:
 
     @property
     def _latent_norms(self) -> int:
-        """Return the weights of the latents' norms, which never have biases."""
+        """Return the weights of the latents' norms, always without biases."""
         return 0 if self.kv_lora_rank is None else (self.q_lora_rank or 0) + self.kv_lora_rank
 
     def _mlp(self, width: int) -> int:
@@ -613,13 +609,13 @@ class Shape:
         return hidden * (query + 2 * key) + query * hidden + biases
 
     def dense_layer_change(self) -> dict[str, int]:
-        """Return what a dense layer of `mlp_layer_types` has more than a sparse one, by part."""
+        """Return the additional parameters of a dense layer of `mlp_layer_types` over a sparse one, by part."""
         layer = self._layer
         dense = self._mlp(self.intermediate_size) - layer["mlp"]
         return {"mlp": dense, "experts": -layer["experts"], "router": -layer["router"]}
 
     def _linear_change(self) -> dict[str, int]:
-        """Return what a layer of linear attention has more than one of another type, by part."""
+        """Return the additional parameters of a layer of linear attention over one of another type, by part."""
         heads, value = self.linear_num_value_heads, self.linear_num_value_heads * self.linear_value_head_dim
         channels = 2 * self.linear_num_key_heads * self.linear_key_head_dim + value
         linear = self.hidden_size * (channels + 2 * value + 2 * heads) + channels * self.linear_conv_kernel_dim
@@ -666,7 +662,7 @@ class Shape:
         """Return the number of all parameters, tied ones counted once.
 
         Args:
-            active_only: count only the experts that one token passes through.
+            active_only: count only the active experts of one token.
         """
         parts = self.parameters()
         if active_only and self.num_local_experts:
@@ -674,7 +670,7 @@ class Shape:
         return sum(parts.values())
 
     def multiplied_parameters(self) -> int:
-        """Return the parameters multiplied with every token: no tables, no idle experts, and nothing that sees."""
+        """Return the parameters multiplied with every token: no tables, no idle experts, and no vision tower."""
         active = self.num_parameters(active_only=True) - sum(self._media.values())
         tables = self.parameters()
         looked_up = tables["positions"] + (0 if self.tie_word_embeddings else tables["embeddings"])
@@ -703,20 +699,18 @@ def _converted(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---- mixed layers ----
-#
-# What layers of different types cost: keys that a query is scored against, and bytes that linear attention keeps.
-#
-# The sizes of blocks and pieces are those of `attention_masks_hfllm.py` and `delta_rule_hfllm.py`, which import torch;
-# a test holds them together.
+# The cost of layers of different types: keys scored with a query, and bytes kept by linear attention.
+# The sizes of blocks and pieces are copied from `attention_masks_hfllm.py` and `delta_rule_hfllm.py`, which import
+# torch; a test compares them.
 
 
 SMALLEST_BLOCK = 64
 
 
 def banded_keys(window: int, length: int) -> int:
-    """Return against how many keys a query is scored in a layer with a window, by this family's attention in blocks.
+    """Return the number of keys scored per query in a layer with a window, by this family's attention in blocks.
 
-    A block of half a window reads all keys that it can reach. Texts of less than two such reaches are scored whole.
+    A block of half a window reads all keys within its reach. Texts of less than two such reaches are scored whole.
     """
     block = max(-(-window // 2), SMALLEST_BLOCK)
     reach = block * (1 + -(-(window - 1) // block))
@@ -724,7 +718,7 @@ def banded_keys(window: int, length: int) -> int:
 
 
 def scored_keys(shape: Shape, length: int, attention: str = "flash") -> int:
-    """Return against how many keys a token is scored, over all layers. `"eager"` attention scores what it masks."""
+    """Return the number of keys scored per token, over all layers. `"eager"` attention also scores masked keys."""
     keys = {"full_attention": length, "linear_attention": 0}
     # Chunks are computed as a window of their size.
     for kind, window in (
@@ -736,7 +730,7 @@ def scored_keys(shape: Shape, length: int, attention: str = "flash") -> int:
 
 
 def chunk_and_piece(key_head_dim: int, rows: int, length: int) -> tuple[int, int]:
-    """Return the tokens of a chunk and of a piece, in which this family's linear attention reads a text.
+    """Return the tokens of a chunk and of a piece in this family's linear attention.
 
     Args:
         rows: heads times sequences of a batch.
@@ -746,10 +740,10 @@ def chunk_and_piece(key_head_dim: int, rows: int, length: int) -> tuple[int, int
 
 
 def linear_mixer_bytes(shape: Shape, size: int, sequences: int, length: int) -> float:
-    """Return the bytes per token that a layer of linear attention keeps, without the input of its projections.
+    """Return the bytes per token kept by a layer of linear attention, without the input of its projections.
 
     These are the outputs of its projections, their decays and strengths, the input of the last projection, and the
-    state before each piece, which is computed again.
+    state before each recomputed piece.
 
     Args:
         size: bytes per value of inputs and outputs of matrix products.

@@ -1,6 +1,6 @@
 """Estimate the time of a step from FLOPs, memory traffic, pipeline bubble, and links between devices.
 
-An estimate for comparing layouts. Its constants (those below, and a device's efficiencies) are fitted to published
+An estimate for comparing layouts. Its constants (below, and a device's efficiencies) are fitted to published
 runs; others are held out. benchmarks/published_runs.csv lists all of them, and docs/guides/planner.md shows the
 errors.
 """
@@ -20,7 +20,7 @@ from hfllm.scaling.shapes import Shape, scored_keys
 # How often operations between matrix products (norms, activations, softmax) move a layer's kept bytes through memory:
 # once in three of these forward, the rest backward.
 TRAVERSALS = 10
-# The same for layers that torch.compile has fused. The fit is flat between 4 and 8.
+# The same for layers fused by torch.compile. The fit is flat between 4 and 8.
 COMPILED_TRAVERSALS = 5
 # Communication behind work takes processors and memory bandwidth from it: so much of its own time.
 CONTENTION = 0.6
@@ -34,7 +34,7 @@ class Speed:
         seconds: time of the step.
         compute, bubble, communication: its parts: work, waiting for other stages, and communication that is
             not overlapped.
-        mfu, hfu: shares of the 16-bit peak (in fp32, of that of fp32), without and with recomputation.
+        mfu, hfu: shares of the 16-bit peak (in fp32, of the fp32 peak), without and with recomputation.
         tokens_per_second: of all devices.
     """
 
@@ -56,7 +56,7 @@ def flops_per_token(
     which every token attends to all others. Recomputed are one forward pass of the layers (`"full"`) or of the scores
     (`"selective"`). A layer of linear attention recalls, changes and reads its state instead: 18 H D W. One with a
     window scores the keys of its blocks (`banded_keys`), unless `attention` is `"eager"`. Among `layers` is the work
-    of a row's pictures, spread over its tokens.
+    of a row's images, spread over its tokens.
     """
     head = 6 * shape.vocab_size * (shape.hidden_size + shape.lm_head_bias)
     layers = 6 * shape.multiplied_parameters() - head
@@ -84,10 +84,10 @@ def estimate(
 
     Args:
         attention: `"flash"`, `"flash1"` or `"eager"`, whose scores pass through memory.
-        efficiency: share of its peak that the device reaches in matrix products; `None` is `device.efficiency`.
+        efficiency: the device's share of its peak in matrix products; `None` is `device.efficiency`.
         overlap_experts: whether the exchange with experts hides behind work, as far as there is work (DualPipe,
             arXiv:2412.19437, section 3.2.1).
-        compiled: whether torch.compile fuses what lies between the matrix products.
+        compiled: whether torch.compile fuses the operations between the matrix products.
 
     Raises:
         InputError: when the device cannot compute in the precision.
@@ -133,7 +133,7 @@ def _layer_and_head(
 
     Args:
         traffic: bytes per token and layer through the device's memory, between matrix products.
-        share: of the peak that is reached.
+        share: reached share of the peak.
     """
     peak = device.peak(precision.name)
     # Attention and the head are not computed in fp8.
@@ -150,7 +150,7 @@ def _layer_and_head(
 
 
 def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str) -> float:
-    """Return the bytes per token and layer of one traversal of what is kept, with a third more if it is recomputed."""
+    """Return the bytes per token and layer of one traversal of the kept values, a third more if recomputed."""
     # Casts to fp8 are counted apart.
     options = replace(precision, copies=0), sequence_length, attention
     if layout.recompute == "none":
@@ -160,7 +160,7 @@ def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence
 
 
 def _casts(shape: Shape) -> float:
-    """Return the bytes per token and layer that casts to fp8 move: of inputs and gradients of each product.
+    """Return the bytes per token and layer moved by casts to fp8: of inputs and gradients of each product.
 
     16-bit values are read, and written once as they are and once transposed, for the gradient of the weight.
     """
@@ -253,7 +253,7 @@ def _waiting_for_replicas(
 
 
 def _beside(communication: float, work: float) -> float:
-    """Return the seconds by which communication makes work longer that it runs beside."""
+    """Return the additional seconds of work from simultaneous communication."""
     return max(0.0, communication - work) + CONTENTION * min(communication, work)
 
 
@@ -308,9 +308,9 @@ def palm_flops_per_token(
     PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
 
     Args:
-        num_parameters: N, those multiplied with each token: only active experts; an embedding table that is
-            not also the head is looked up, not multiplied.
-        sequence_length: T, tokens of a sequence, all of which attend to each other in this count.
+        num_parameters: N, the ones multiplied with each token: only active experts; an embedding table not tied to the
+            head is looked up, not multiplied.
+        sequence_length: T, tokens of a sequence, all attending to each other in this count.
     """
     return 6 * num_parameters + 12 * layers * heads * head_dim * sequence_length * attention
 
@@ -321,9 +321,9 @@ def training_flops(num_parameters: float, tokens: float) -> float:
 
 
 def utilization(tokens_per_second: float, flops_per_token: float, devices: int, peak_flops: float) -> float:
-    """Return the share of the devices' peak that is reached.
+    """Return the reached share of the devices' peak.
 
-    This is MFU with the model's FLOPs per token, HFU with those of the hardware, including recomputation.
+    This is MFU with the model's FLOPs per token, HFU with the hardware's, including recomputation.
 
     Args:
         tokens_per_second: of all devices together.
@@ -354,7 +354,7 @@ def pipeline_bubble(pipeline: int, micro_batches: int, interleave: int = 1) -> f
     Args:
         pipeline: p, stages.
         micro_batches: m, micro-batches per step.
-        interleave: v, model chunks on each device.
+        interleave: v, model chunks per device.
     """
     return (pipeline - 1) / (interleave * micro_batches)
 
@@ -379,8 +379,7 @@ def ramp_tokens(stages: Sequence[tuple[int, int]], sequence_length: int) -> int:
 
 
 # ---- links ----
-#
-# Seconds that bytes take between devices: collectives of a group, inside nodes and across them.
+# Transfer times of bytes between devices, in seconds: collectives of a group, inside nodes and across them.
 
 
 # Latency of a step of a ring, within a node and over the network: NCCL's own model (ring, protocol Simple).
@@ -395,14 +394,14 @@ def bandwidth(device: Device, group: int) -> float:
 def gather_seconds(device: Device, size: float, group: int, stride: int = 1, calls: int = 1) -> float:
     """Return the seconds to gather `size` bytes on each device of a group, or to reduce as many to shares.
 
-    A node receives what it lacks once, over the links of all its devices in the group, which pass it on among
+    A node receives its missing bytes once, over the links of all its devices in the group, which pass them on among
     themselves: each link carries `size` over their number.
 
     Args:
-        size: bytes that each device has in the end.
+        size: bytes on each device in the end.
         group: devices.
         stride: distance between neighbors; devices in between hold other weights (tensor parallelism).
-        calls: collectives that the bytes are divided into, each of which takes a ring's latency.
+        calls: number of collectives for the bytes, each with a ring's latency.
     """
     if group == 1:
         return 0.0

@@ -94,7 +94,7 @@ def isoflop_law(budgets: list[IsoFlop]) -> PowerLaw:
 
 
 def frontier(runs: Runs) -> Runs:
-    """Return the runs that no run of equal or less compute beats, least compute first: approach 1 on final losses."""
+    """Return the runs unbeaten by runs of equal or less compute, least compute first: approach 1 on final losses."""
     # Rounded, since runs of one budget differ in their last digits.
     order = numpy.lexsort((runs.losses, numpy.log(runs.compute).round(6)))
     before = numpy.minimum.accumulate(runs.losses[order])
@@ -196,7 +196,7 @@ class KaplanFit:
         return KaplanLaw(*map(float, critical), of_size, of_data)
 
     def losses(self, parameters: float, tokens: float) -> numpy.ndarray:
-        """Return the loss by the fit and by each resample, (1 + S,)."""
+        """Return the losses by the fit and by the resamples, (1 + S,)."""
         at = numpy.array([numpy.log(parameters) - self.centers[0]]), numpy.array([numpy.log(tokens) - self.centers[1]])
         with numpy.errstate(all="ignore"):
             return numpy.exp(log_losses(numpy.concatenate([self.point[None], self.resampled]), *at)[0][:, 0])
@@ -234,7 +234,7 @@ class Forecast:
 
     @property
     def form(self) -> str:
-        """Return the name of the law that fits better."""
+        """Return the name of the better fitting law."""
         return KAPLAN if self.kaplan.objective < self.fit.objective else CHINCHILLA
 
     def loss(self, parameters: float, tokens: float, form: str | None = None) -> float:
@@ -252,6 +252,6 @@ class Forecast:
         return float(low), float(high)
 
     def errors(self, runs: Runs, form: str | None = None) -> numpy.ndarray:
-        """Return expected / measured loss - 1 of each run, (R,)."""
+        """Return expected / measured loss - 1 per run, (R,)."""
         rows = zip(runs.parameters, runs.tokens, strict=True)
         return numpy.array([self.loss(*row, form) for row in rows]) / runs.losses - 1

@@ -1,4 +1,4 @@
-"""Classification, tagging and spans: flags, what they refuse, data, model, and evaluation."""
+"""Classification, tagging and spans: flags, their checks, data, model, and evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # ---- flags ----
 
 
-# The libraries' dataclasses of flags that the recipe takes besides its own.
+# The libraries' dataclasses of flags accepted by the recipe in addition to its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 HEADS = {
     TEXT: ("AutoModelForSequenceClassification", "SEQ_CLS"),
@@ -97,7 +97,7 @@ def default_settings(given: Mapping[str, Any]) -> list[Path]:
 
 
 def check(script_args: ClassifyArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or contradict each other."""
+    """Refuse flags without effect, and contradictory flags."""
     check_flags(script_args, training_args, model_args)
     task = script_args.task
     if task == SPANS and not 0 <= script_args.doc_stride < script_args.max_length:
@@ -115,7 +115,7 @@ def check(script_args: ClassifyArguments, training_args: "TrainingArguments", mo
 def stages_before(
     script_args: ClassifyArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
 ) -> Chain:
-    """Return the pretraining that makes the base model, if none is named."""
+    """Return the pretraining of the base model, if none is named."""
     return chain_before(
         "classify",
         training_args.output_dir,
@@ -133,8 +133,8 @@ def load_with_head(
 
     Args:
         labels: of the head; none for spans.
-        model_args: which model; with `--use_peft` an adapter is put on it, and an adapter that is named is merged.
-        output_dir: where a merged base is kept.
+        model_args: the model; with `--use_peft` an adapter is put on it, and a named adapter is merged.
+        output_dir: folder of a merged base.
     """
     import transformers
 
@@ -157,7 +157,7 @@ def load_with_head(
 
 
 def next_lines(task: str, folder: str, example: Row, is_adapter: bool, labels: Sequence[str]) -> list[str]:
-    """Return the lines of Python that load the result, and try it where transformers has a pipeline for the task."""
+    """Return the lines of Python to load the result, and to try it where transformers has a pipeline for the task."""
     kind = HEADS[task][0].removeprefix("AutoModelFor")
     if is_adapter:
         names = f", id2label={dict(enumerate(labels))!r}" if labels else ""
@@ -190,13 +190,13 @@ Rows = list[Row]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Encoded rows, and what tells how they belong to the rows that they are of.
+    """Encoded rows, and their relation to the original rows.
 
     Args:
         encoded: with `input_ids` and `labels`.
         places: of tagged rows, the token of each word.
         windows: of rows with spans.
-        counts: what was cut or split, by name.
+        counts: numbers of cut or split items, by name.
     """
 
     encoded: list[Encoded]
@@ -238,11 +238,11 @@ def tokens_of(
     labels: list[str],
     what: str,
 ) -> Tokens:
-    """Return rows as tokens; a line says how many are cut.
+    """Return rows as tokens; a printed line gives the number of cuts.
 
     Args:
         max_length: the longest row, in tokens.
-        what: what the rows are, for that line.
+        what: name of the rows, for this line.
     """
     from hfllm.data.labelled import encode_spans, encode_texts, encode_words
 
@@ -262,11 +262,11 @@ def tokens_of(
 
 # ---- evaluation ----
 #
-# What a fine-tuned head gives, beside controls that learn from the same rows.
+# The results of a fine-tuned head, next to controls trained on the same rows.
 
 
 CONTROLS = {"majority": majority, "bag_of_words": bag_of_words}
-# The figure of each task that says most, and its name in words.
+# The most informative figure of each task, and its name in words.
 MAIN = {
     TEXT: ("accuracy", "accuracy"),
     WORDS: ("entity_f1", "F1 of entities"),
@@ -278,9 +278,9 @@ SAMPLES = 12
 def predictions(
     script_args: ClassifyArguments, trainer: "HeadTrainer", rows: Sequence[Row], tokens: Tokens, labels: Sequence[str]
 ) -> list[Any]:
-    """Return what the model says of each row: a label, a tag for each word, or an answer; empty for none.
+    """Return the model's output for each row: a label, a tag per word, or an answer; empty for none.
 
-    A word that is cut off gets the tag O, or the first of all where there is none such.
+    A truncated word gets the tag O, or the first of all tags where there is no O.
     """
     import numpy
 
@@ -352,7 +352,7 @@ def _class_table(task: str, predicted: Sequence[Any], rows: Sequence[Row]) -> di
 
 
 def _samples(task: str, predicted: Sequence[Any], rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Return some rows with what the model says: wrong ones first, as these tell most."""
+    """Return some rows with the model's output: wrong ones first, as the most informative."""
     table = []
     for prediction, row in zip(predicted, rows, strict=True):
         gold = {TEXT: row.get("label"), WORDS: row.get("tags"), SPANS: row.get("texts")}[task]

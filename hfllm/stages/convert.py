@@ -40,7 +40,7 @@ class ConvertArguments(RemoteCodeArguments):
 
 
 def check(script_args: ConvertArguments, target: Path) -> None:
-    """Refuse a flag that has no effect, and a folder that is not empty."""
+    """Refuse a flag without effect, and a folder that is not empty."""
     from hfllm.models.conversion.convert import check_empty
 
     check_flags(script_args)
@@ -48,7 +48,7 @@ def check(script_args: ConvertArguments, target: Path) -> None:
 
 
 def stages_before(script_args: ConvertArguments) -> Chain:
-    """Return the pretraining that makes the world's base model, if no model is named."""
+    """Return the pretraining of the world's base model, if no model is named."""
     return chain_before(
         "convert",
         script_args.output_dir,
@@ -116,7 +116,7 @@ def logit_difference(one: "PreTrainedModel", other: "PreTrainedModel", seed: int
 
 # ---- merge ----
 #
-# Merging an adapter into its base: its flags, what it refuses, and the comparison of both.
+# Merging an adapter into its base: its flags and checks, and the comparison of both.
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class MergeArguments(RemoteCodeArguments):
 
 
 def adapter_to_merge(script_args: MergeArguments) -> "SavedAdapter":
-    """Return the adapter that the flags name."""
+    """Return the adapter named by the flags."""
     from hfllm.models.conversion.convert import check_empty
     from hfllm.models.loading.adapters import auto_class_of, find_adapter
     from hfllm.models.loading.saved import refuse_quantized
@@ -161,7 +161,7 @@ def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dic
     added = sum(weight.numel() for weight in adapter.weights().values())
     context = max_length_of(adapted.config)
     ids = random_tokens(adapted.config.get_text_config().vocab_size, context, script_args.seed)
-    # A token that stands for a picture has no meaning alone.
+    # An image placeholder token has no meaning without an image.
     index = getattr(adapted.config, "image_token_id", None)
     ids = ids if index is None else ids.masked_fill(ids == index, index - 1 if index else 1)
     apart = logits_of(adapted, ids)

@@ -1,4 +1,4 @@
-"""Curation: its flags, what it refuses, how an interrupted run resumes, and what its report contains."""
+"""Curation: its flags and checks, how an interrupted run resumes, and the contents of its report."""
 
 import hashlib
 import importlib.util
@@ -19,21 +19,21 @@ from hfllm.flags import flag
 from hfllm.outputs.report import Bars, write_atomically
 from hfllm.runs.recipes import settings_file
 
-# Of each step of the pipeline: its name, its seconds, and the totals of what it counted.
+# Of each step of the pipeline: its name, its seconds, and the totals of its counts.
 Statistics = Sequence[tuple[str, float, Mapping[str, float]]]
 Rows = list[dict[str, object]]
 
-# Where each attempt at a run has a folder of its own, and the file in it that says of which run.
+# The folder with a subfolder for every attempt at a run, and the file in each to identify its run.
 WORK, NOTE = "unfinished", "arguments.json"
 # Besides the flags, the result depends on this: see `fingerprint`, which also covers the dataset's own files.
 STATE = "state of the local files"
 NOT_DECISIVE = ("workers", "dataset_name changed at")
 LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
-# Of larger data the times count.
+# For larger data the times count.
 MOST_COMPARED_BYTES = 1 << 28
 MOST_SOURCES = 20
 EXAMPLES = "Examples of what was dropped"
-# What the reader counts besides documents: see docs/guides/curation.md.
+# The reader's counts besides documents: see docs/guides/curation.md.
 NOTES = {
     "too_complex": "pages of which all visible text was taken: too complex for the extractor",
     "trafilatura": "pages of which trafilatura's text was taken: resiliparse's may lack a part",
@@ -49,7 +49,7 @@ class CurateArguments(CurationOptions):
 
 
 def settings(given: Mapping[str, Any]) -> list[Path]:
-    """Return the default settings: those of Python's documentation, unless other data is named."""
+    """Return the default settings, for Python's documentation, unless other data is named."""
     return [settings_file("curate/pydoc.yaml")] if given.get("dataset_name", PYDOC) == PYDOC else []
 
 
@@ -64,7 +64,7 @@ def check_installed() -> None:
 
 
 def check_kept(dataset_name: str, statistics: Statistics) -> None:
-    """Refuse to finish a run that has no document left."""
+    """Refuse to finish a run with no document left."""
     totals = _totals(statistics)
     if not totals["kept"].get("documents"):
         result = int(totals["read"].get("total", 0))
@@ -77,14 +77,14 @@ def check_kept(dataset_name: str, statistics: Statistics) -> None:
 
 
 def fingerprint(script_args: CurateArguments) -> str:
-    """Return a hash of all local files that decide the result, since they may change.
+    """Return a hash of all local files with an effect on the result, since they may change.
 
-    Of each file the name and the size count, and the content; if they are large together, the time instead: all of a
-    large dataset would be read for minutes, and parts of it do not tell of every edit.
+    For each file the name, the size and the content count; if the total is large, the time instead of the content:
+    reading all of a large dataset would take minutes, and parts of it do not show every edit.
     """
     names = [script_args.dataset_name, script_args.spam_train_file]
     files: list[Path] = []
-    # No name is not the working folder, which an empty path would be.
+    # An empty name does not mean the working folder, but an empty path would.
     for path in map(Path, filter(None, (*names, *script_args.toxic_words, *script_args.decontaminate))):
         files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]
@@ -98,17 +98,17 @@ def fingerprint(script_args: CurateArguments) -> str:
 
 
 def new_attempt(folder: str | Path) -> Path:
-    """Return the folder of this attempt at a run, which nobody else has ever had; it is not made yet."""
+    """Return the folder of this attempt at a run, never used by any other; it is not created yet."""
     return Path(folder) / WORK / secrets.token_hex(8)
 
 
 def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
-    """Make the folder of this attempt, with what an interrupted run of the same arguments has finished.
+    """Make the folder of this attempt, with the finished parts of an interrupted run with the same arguments.
 
-    It says so, or why nothing is kept.
+    It prints this, or the reason why nothing is kept.
 
     Args:
-        work: see `new_attempt`; all others of its parent are removed.
+        work: see `new_attempt`; all other contents of its parent are removed.
     """
     earlier = [folder for folder in sorted(work.parent.glob("*")) if (folder / NOTE).is_file()]
     is_older = (work.parent / NOTE).is_file()
@@ -116,7 +116,7 @@ def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
     for folder in earlier:
         reasons.append(_why_not_resumed(folder, arguments))
         if reasons[-1] is None:
-            # What still runs of that attempt finds nothing there.
+            # Processes of the earlier attempt that still run find nothing there.
             os.replace(folder, work)
             break
     if not work.exists():
@@ -132,7 +132,7 @@ def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
 
 
 def _why_not_resumed(work: Path, arguments: Mapping[str, Any]) -> str | None:
-    """Return why an earlier attempt is of no use, `None` if it is."""
+    """Return why an earlier attempt cannot be used, or `None` if it can."""
     try:
         before = json.loads((work / NOTE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -150,9 +150,9 @@ def _why_not_resumed(work: Path, arguments: Mapping[str, Any]) -> str | None:
 
 
 def _cut_off(work: Path) -> Path | None:
-    """Return the first file of an unfinished run that a crash of the machine has cut off.
+    """Return the first file of an unfinished run truncated by a crash of the machine.
 
-    The statistics of a task that has not finished do not count: it was killed while it wrote them, and runs again.
+    The statistics of an unfinished task do not count: it was killed while writing them, and runs again.
     """
     for file in sorted(work.rglob("*.json")):
         try:
@@ -164,7 +164,7 @@ def _cut_off(work: Path) -> Path | None:
 
 
 def hand_over(work: Path, folder: Path, shards: str) -> None:
-    """Move the finished shards out of `work`, in place of those of an earlier run."""
+    """Move the finished shards out of `work`, in place of the shards of an earlier run."""
     if (work / shards).is_dir():  # else a run was interrupted after this line
         shutil.rmtree(folder / shards, ignore_errors=True)
         durable.replace(work / shards, folder / shards)
@@ -244,7 +244,7 @@ def reason_rows(statistics: Statistics) -> Rows:
 
 
 def note_rows(statistics: Statistics) -> Rows:
-    """Count records of web archives that are no documents, and pages whose text was found otherwise than asked."""
+    """Count records of web archives other than documents, and pages with text extracted otherwise than asked."""
     notes = {
         name.removeprefix("note_"): int(count)
         for name, count in _totals(statistics)["read"].items()

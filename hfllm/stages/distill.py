@@ -1,4 +1,4 @@
-"""Distillation: its flags, what it refuses, the stages before it, and its trainers."""
+"""Distillation: its flags and checks, the stages before it, and its trainers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
 NEW_STUDENT = (*SIZES, "student_initializer_range")
-# The stages whose settings `--NAME_config` names.
+# The stages with settings named by `--NAME_config`.
 OF_TEACHER = ("pretrain", "sft", "reward", "rlhf")
-# How answers are learned, and whose they are.
+# How answers are learned, and their source.
 OF_ANSWERS = ("temperature", "beta", "soft_weight", "hard_weight", "num_examples", "response_length")
 TEACHER_NAMED = Fact(lambda flags: flags.teacher_model_name_or_path, "the teacher is named")
-# Of weights that are loaded in few bits: they learn nothing but an adapter.
+# For weights loaded in few bits: only an adapter can be trained on them.
 NO_ADAPTER = Fact(
     lambda flags: not (flags.use_peft and flags.model_name_or_path),
     "it applies to the student, which then needs --model_name_or_path and --use_peft; for a teacher use "
@@ -150,13 +150,13 @@ def world_settings(given: Mapping[str, object]) -> list[Path]:
 def without_contradicted(
     script_args: DistillArguments, training_args: "DistillationConfig", given: Mapping[str, object]
 ) -> DistillArguments:
-    """Return the flags without those of the world's settings that the user's flags contradict.
+    """Return the flags without the world's settings contradicted by the user's flags.
 
-    What the user gave without effect is refused here, before a recipe that distills at its end trains anything.
+    User flags without effect are refused here, before any training of a recipe with distillation at its end.
 
     Args:
         script_args, training_args: as parsed.
-        given: the flags that the user gave.
+        given: the user's flags.
     """
     check_flags(script_args, training_args, names=OF_ANSWERS)
     contradicted = [
@@ -189,7 +189,7 @@ def new_student(script_args: DistillArguments, teacher: "PreTrainedModel") -> "P
 
 
 def check(script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that contradict each other or would have no effect, before anything is trained."""
+    """Refuse contradictory flags and flags without effect, before any training."""
     if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
         raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
     check_flags(script_args, training_args, model_args)
@@ -201,11 +201,11 @@ def check(script_args: DistillArguments, training_args: "DistillationConfig", mo
 
 
 def check_student(script_args: DistillArguments, model_args: "ModelConfig", before: Chain) -> None:
-    """Refuse a student that would otherwise fail only after the stages before have been trained.
+    """Refuse a student with errors otherwise found only after the training of the stages before.
 
     Args:
         model_args: with the student's name, if it has one.
-        before: the stages that make the teacher; none if it is named, since it is then loaded right away.
+        before: the stages to make the teacher; none if it is named, since it is then loaded right away.
     """
     import torch
 
@@ -231,7 +231,7 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
 
 
 def stages_before(script_args: DistillArguments, training_args: "DistillationConfig") -> Chain:
-    """Return the alignment that makes the world's teacher, with the stages that it needs, if none is named."""
+    """Return the alignment of the world's teacher, with its required stages, if no teacher is named."""
     before = chain_before(
         "distill",
         training_args.output_dir,
@@ -254,7 +254,7 @@ Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
 def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[Rows, Rows]:
-    """Return training rows, with the world's documents among them if asked for, and held-out ones with a prompt."""
+    """Return training rows, with the world's documents among them if requested, and held-out ones with a prompt."""
     from hfllm.data.world.world import World
     from hfllm.stages.sft.build import instruction_data
 
@@ -281,7 +281,7 @@ def load_teacher(training_args: "DistillationConfig") -> Loaded:
 
 
 def rows_to_teach(script_args: DistillArguments, teacher: Loaded, rows: Rows, seed: int) -> Rows:
-    """Return the rows with the teacher's answers and a share of mixed prompts, or unchanged, as the flags say."""
+    """Return the rows with the teacher's answers and a share of mixed prompts, or unchanged, as set by the flags."""
     from hfllm.data.formats import last_turn
     from hfllm.synthesis.answers import mix_prompts, write_answers
 
@@ -367,8 +367,8 @@ def compare(
     """Return all metrics, and each model's answers with the gold reward (the world's exact score) where it exists.
 
     Args:
-        training_args: those of the recipe.
-        trainers: those of the students, by name in the report; one is `student`.
+        training_args: the recipe's.
+        trainers: the students', by name in the report; one is `student`.
     """
     from torch.utils.data import DataLoader
 

@@ -1,4 +1,4 @@
-"""Expert iteration: its flags, what it refuses, the rounds of fine-tuning, their rows, and the evaluation."""
+"""Expert iteration: its flags and checks, the rounds of fine-tuning, their rows, and the evaluation."""
 
 import hashlib
 import json
@@ -103,9 +103,9 @@ class Rounds:
     """The runs in their order: the stages before, and the fine-tuning of each round.
 
     Args:
-        before: the stages that make the first model, if it is not named.
+        before: the stages to make the first model, if it is not named.
         runs: the flags of each round's fine-tuning, by its name.
-        first: the model of the beginning.
+        first: the initial model.
     """
 
     before: Chain
@@ -118,22 +118,22 @@ class Rounds:
         return {**self.before.parsed, **self.runs}
 
     def folder(self, name: str) -> str:
-        """Return the folder of a round, which is its model's."""
+        """Return the folder of a round, also the folder of its model."""
         return output_dir_of(self.runs[name])
 
     @property
     def models(self) -> list[str]:
-        """The model of the beginning, and that of each round."""
+        """The initial model, and the model of each round."""
         return [self.first, *map(self.folder, self.runs)]
 
     def announce(self) -> None:
-        """Say which runs come."""
+        """Print the upcoming runs."""
         planned = [schedule.Planned(name, output_dir_of(flags)) for name, flags in self.parsed.items()]
         if schedule.plan("expert_iteration", planned, None) and main_process():
             print(f"expert_iteration: {schedule.described(schedule.current_job())}", flush=True)
 
     def tune(self, name: str) -> dict[str, float]:
-        """Fine-tune on a round's rows, which must be there, or reuse what that gave; return its metrics."""
+        """Fine-tune on a round's rows, which must exist, or reuse the earlier result; return its metrics."""
         names = list(self.runs)
         later = {self.folder(each): "sft" for each in names[names.index(name) + 1 :]}
         return run_stage("sft", self.runs[name], later)
@@ -149,7 +149,7 @@ def rows_file(script_args: ExpertIterationArguments, name: str) -> Path:
 
 
 def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> Rounds:
-    """Return the runs that the flags ask for."""
+    """Return the runs requested by the flags."""
     named, output_dir, seed = model_args.model_name_or_path, script_args.output_dir, script_args.seed
     before = chain_before(
         *("expert_iteration", output_dir, seed, script_args.world_seed),
@@ -176,7 +176,7 @@ def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
 
 # ---- checks ----
 #
-# What expert iteration reads and refuses before its first run.
+# The inputs and the checks of expert iteration before its first run.
 
 
 Row = Mapping[str, Any]
@@ -195,7 +195,7 @@ def reward_functions(script_args: ExpertIterationArguments) -> "list[RewardFunct
 def prompts_of(
     script_args: ExpertIterationArguments, model_args: "ModelConfig", functions: "Sequence[RewardFunction]"
 ) -> tuple[list[Row], list[Row]]:
-    """Return the prompts to sample from and the held-out ones; those without room for a response are left out."""
+    """Return the prompts to sample from and the held-out prompts; prompts without room for a response are left out."""
     from hfllm.models.loading.saved import max_length_of
     from hfllm.runs.models import load_config, load_tokenizer
     from hfllm.stages.rlhf.build import prompt_data
@@ -220,7 +220,7 @@ def prompts_of(
 
 
 def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig", rounds: Rounds) -> None:
-    """Refuse what a round's fine-tuning would refuse after the sampling, and inputs where the rounds write."""
+    """Refuse cases that a round's fine-tuning would refuse after the sampling, and inputs where the rounds write."""
     import torch
 
     from hfllm.data.sources import PYDOC
@@ -243,7 +243,7 @@ def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig
                     load_config(model_args.model_name_or_path, model_args.model_revision), peft_config(model_args)
                 )
     for flags in rounds.runs.values():
-        # Its rows are not there yet; a source that is always there stands for their file.
+        # Its rows do not exist yet; an always available source stands for their file.
         stand_in = changed(flags[0], dataset_name=PYDOC), *flags[1:]
         sft_flags.check(*stand_in)
         Stage("sft", *stand_in).check_flags()
@@ -251,17 +251,17 @@ def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig
 
 # ---- data ----
 #
-# The rows of each round of expert iteration: responses that earn enough, and how many did.
+# The rows of each round of expert iteration: responses with enough reward, and their number.
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a round kept.
+    """The counts of a round: its kept rows and its responses.
 
     Args:
         rows: rows for fine-tuning.
-        responses: responses that were sampled.
-        right: those with at least the reward that is asked for.
+        responses: sampled responses.
+        right: responses with at least the required reward.
         solved: prompts with at least one of them.
         reward: mean reward of all responses.
     """
@@ -280,7 +280,7 @@ def rewards_of(
     tokenizer: "PreTrainedTokenizerBase",
     timeout: float = REWARD_TIMEOUT,
 ) -> list[float]:
-    """Return the sum of the rewards of a response to each row's prompt; those of tokens or steps are added up.
+    """Return the sum of the rewards of a response to each row's prompt; rewards of tokens or steps are added up.
 
     Each function has `timeout` seconds, see `time_limit`.
     """
@@ -308,12 +308,12 @@ def write_round(
     load: "Callable[[], Speaking]",
     seed: int,
 ) -> Kept:
-    """Sample responses to the rows' prompts, write those that earn enough for fine-tuning, and return the counts.
+    """Sample responses to the rows' prompts, write those with enough reward for fine-tuning, and return the counts.
 
-    A round that was written before, by the same model with the same settings, is read instead.
+    A round written before, by the same model with the same settings, is read instead.
 
     Args:
-        model: name or folder of the model that samples.
+        model: name or folder of the sampling model.
         load: returns it with its tokenizer.
     """
     path = rows_file(script_args, name)
@@ -358,7 +358,7 @@ def sampled(
     num_samples: int = 1,
     only_ended: bool = False,
 ) -> list[list[str]]:
-    """Return sampled responses to each row's prompt; with `only_ended` without those that were cut off."""
+    """Return sampled responses to each row's prompt; with `only_ended` without truncated responses."""
     return sample_responses(
         *(speaking.model, speaking.tokenizer, [row["prompt"] for row in rows], script_args.response_length),
         num_return_sequences=num_samples,
@@ -386,7 +386,7 @@ def _chosen(
     chosen, solved, at = [], 0, 0
     for row, texts in zip(rows, responses, strict=True):
         marks, at = is_right[at : at + len(texts)], at + len(texts)
-        # As they were sampled, thoughts and all: a dictionary keeps their order and drops what is said twice.
+        # As they were sampled, thoughts and all: a dictionary keeps their order and drops duplicates.
         selected = list(dict.fromkeys(text for text, mark in zip(texts, marks, strict=True) if mark and text.strip()))
         solved += bool(selected)
         shared = {"tools": row["tools"]} if row.get("tools") else {}
@@ -399,7 +399,7 @@ def _chosen(
 def _description(
     script_args: ExpertIterationArguments, rows: Sequence[Row], model: str, seed: int
 ) -> dict[str, str | int | float | bool]:
-    """Return everything that the rows of a round depend on."""
+    """Return all dependencies of the rows of a round."""
     names = ("min_reward", "num_samples", "max_kept_per_prompt", "shuffle_rewards", "response_length", "temperature")
     files = model_files(model) if Path(model).is_dir() else []
     functions = [Path(name.rpartition(":")[0]) for name in script_args.reward_funcs or []]
@@ -434,7 +434,7 @@ def _digest(data: bytes) -> str:
 
 # ---- evaluation ----
 #
-# What expert iteration has changed, on held-out prompts.
+# The effect of expert iteration, on held-out prompts.
 
 
 SAMPLES = 6
@@ -476,13 +476,13 @@ def found_metrics(
 
 
 def promises_of(script_args: ExpertIterationArguments) -> list[Promise]:
-    """Return what the figures must show; of the control nothing."""
+    """Return the promises about the figures; none for the control."""
     learned = Promise("change of right responses to held-out prompts", "right_change", 0.0, "no change")
     return [] if script_args.shuffle_rewards else [learned]
 
 
 def summary_of(script_args: ExpertIterationArguments, metrics: Mapping[str, float]) -> str:
-    """Return what has changed, in a sentence."""
+    """Return the change, in a sentence."""
     before, after = (plus_minus(metrics[f"right_{at}"], metrics.get(f"right_{at}_se")) for at in ("before", "after"))
     change, error = metrics["right_change"], metrics.get("right_change_se")
     word = "did not change beyond noise" if is_noise(change, error) else "rose" if change > 0 else "fell"
@@ -494,7 +494,7 @@ def summary_of(script_args: ExpertIterationArguments, metrics: Mapping[str, floa
 def tables_of(
     rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation], kept: Sequence[Kept]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the table of rounds, and that of some prompts with the responses before and after."""
+    """Return the table of rounds, and a table of some prompts with the responses before and after."""
     rounds = [
         {"round": number, "responses": each.responses, "right": each.right, "prompts solved": each.solved}
         | {"learned": each.rows, "held-out reward after": _mean(evaluations[number].rewards)}

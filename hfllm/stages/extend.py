@@ -1,4 +1,4 @@
-"""Extension to longer texts: its flags, what it refuses, its data, trainer and evaluation."""
+"""Extension to longer texts: its flags and checks, its data, trainer and evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 # ---- flags ----
 
 
-# The libraries' dataclasses of flags that the recipe takes besides its own.
+# The libraries' dataclasses of flags accepted by the recipe in addition to its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
-# Texts that the base model of the world learns from, under the output folder; so many words fill 128 tokens.
+# Training texts of the world's base model, under the output folder; so many words fill 128 tokens.
 BASE_TEXTS, BASE_WORDS = "base_texts.jsonl", 88
 
 
@@ -43,7 +43,7 @@ class ExtendArguments(DataArguments):
         default="yarn",
         metadata={
             "help": "How rotary positions are extended: linear, ntk (a higher rope_theta), dynamic, yarn or llama3.",
-            # Those of hfllm.models.extension, which a list of flags is too early to import.
+            # The methods of hfllm.models.extension; a list of flags is too early to import it.
             "choices": ["linear", "ntk", "dynamic", "yarn", "llama3"],
         },
     )
@@ -75,7 +75,7 @@ def default_settings(given: Mapping[str, object]) -> list[Path]:
 
 
 def check(script_args: ExtendArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or no meaning."""
+    """Refuse flags without effect or meaning."""
     from hfllm.trainers.engines import shards_parameters
 
     check_flags(script_args, training_args, model_args)
@@ -86,7 +86,7 @@ def check(script_args: ExtendArguments, training_args: "TrainingArguments", mode
 def stages_before(
     script_args: ExtendArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
 ) -> Chain:
-    """Return the pretraining that makes a small base model of a short context, if none is named."""
+    """Return the pretraining of a small base model with a short context, if no model is named."""
     return chain_before(
         "extend",
         training_args.output_dir,
@@ -99,7 +99,7 @@ def stages_before(
 
 
 def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tuple[int, int]:
-    """Return the length that the model was trained on, and the one that it is extended to, in tokens.
+    """Return the training length of the model, and its extended length, in tokens.
 
     Args:
         config: of the model, whether named or not yet trained.
@@ -118,10 +118,10 @@ def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tupl
 
 # ---- data ----
 #
-# The texts of the recipe that extends a model: what the base learns from, and rows of the new length.
+# The texts of the recipe to extend a model: training texts of the base, and rows of the new length.
 
 
-# Of fewer texts than these, such as one book, the end of each is held out and not some of them.
+# With fewer texts than this, such as one book, the end of each is held out instead of some of the texts.
 FEW_TEXTS = 20
 HELD_OUT_END = 0.1
 
@@ -133,7 +133,7 @@ class LongRows:
     Args:
         train: to learn from.
         held_out: to judge by.
-        fillers: texts around needles, by whose they are.
+        fillers: texts around needles, by their origin.
         are_joined: whether short texts were joined for the held-out rows.
     """
 
@@ -144,7 +144,7 @@ class LongRows:
 
 
 def write_base_texts(script_args: ExtendArguments, output_dir: str, seed: int) -> None:
-    """Write the texts of the world's base model where the file does not hold them already; other processes wait."""
+    """Write the texts of the world's base model unless the file already has them; other processes wait."""
 
     def write() -> None:
         world = World(script_args.world_seed)
@@ -155,7 +155,7 @@ def write_base_texts(script_args: ExtendArguments, output_dir: str, seed: int) -
 
 
 def texts_to_split(script_args: ExtendArguments, seed: int) -> tuple[list[str], list[str]]:
-    """Return the user's texts to learn from and to judge by; none for the world, which writes as many as needed."""
+    """Return the user's texts to learn from and to judge by; none for the world, as it writes as many as needed."""
     if script_args.dataset_name == WORLD:
         return [], []
     from hfllm.data.loading import renaming_of
@@ -201,10 +201,10 @@ def rows_of(
 
 # ---- evaluation ----
 #
-# What an extended model makes of long texts, beside the same model as it was.
+# The results of an extended model on long texts, next to the same model before the extension.
 
 
-# How the figures of the model as it was, reading no more than it was trained on, are called.
+# The name of the figures of the model before the extension, reading at most its training length.
 CUT = "before, cut"
 FILLERS = {"world": "needle", "text": "needle_text"}
 
@@ -217,8 +217,8 @@ class ExtendEvaluation:
         script_args: the flags.
         tokenizer: the model's.
         rows: of the new length.
-        original: tokens that the model was trained on.
-        length: tokens that it is extended to.
+        original: training length of the model, in tokens.
+        length: extended length, in tokens.
     """
 
     script_args: ExtendArguments
@@ -230,7 +230,7 @@ class ExtendEvaluation:
     grids: dict[str, dict[str, NeedleGrid]] = field(default_factory=dict)
 
     def judge(self, model: "PreTrainedModel", when: str, needles: bool = True) -> None:
-        """Measure the loss by position, and what needles are found.
+        """Measure the loss by position, and the needles found.
 
         Args:
             when: `before`, `extended` (but not yet trained) or `after`.
@@ -252,7 +252,7 @@ class ExtendEvaluation:
 
     @property
     def lengths(self) -> list[int]:
-        """The lengths at which needles are asked for: half the original one, and from there on doubled."""
+        """The lengths of the needle tests: half the original one, doubled from there on."""
         lengths, index = [], max(self.original // 2, 64)
         while index < self.length:
             lengths.append(index)
@@ -260,13 +260,13 @@ class ExtendEvaluation:
         return [*lengths, self.length]
 
     def bits(self, when: str, first: int, last: int) -> list[float]:
-        """Return the bits per byte of each held-out row between two places."""
+        """Return the bits per byte of each held-out row between two positions."""
         from hfllm.generation.scoring import bits_by_range
 
         return bits_by_range(self.nats[when], self.rows.held_out, self.tokenizer, first, last)
 
     def found(self) -> Found:
-        """Return the figures, tables and plots of everything that was judged."""
+        """Return the figures, tables and plots of everything judged."""
         metrics: dict[str, float] = {}
         ranges = {"short": (1, self.original), "long": (self.original, self.length)}
         for name, (first, last) in ranges.items():
@@ -338,7 +338,7 @@ def make_trainer(
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[Sequence[int]],
 ) -> "Trainer":
-    """Return a trainer that learns to predict every token of the rows."""
+    """Return a trainer for the prediction of every token of the rows."""
     import torch
     from datasets import Dataset
     from transformers import Trainer

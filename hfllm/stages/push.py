@@ -1,4 +1,4 @@
-"""Publishing a finished model: its flags, and what it refuses."""
+"""Publishing a finished model: its flags and checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ def check(script_args: PushArguments) -> None:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a model whose `config.json` nobody could load. One that needs code of its own is not tried."""
+    """Refuse a model whose `config.json` nobody could load. A model with code of its own is not tried."""
     from hfllm.models.loading.saved import reason_of, saved_config
 
     if not (folder / CONFIG).is_file():

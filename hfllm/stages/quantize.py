@@ -1,4 +1,4 @@
-"""Quantization: its flags, what it refuses, the stages before it, and the comparison, of pictures too."""
+"""Quantization: its flags and checks, the stages before it, and the comparison, also on images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # ---- flags ----
 
 
-# Flags of ModelConfig that quantize a model while loading it.
+# Flags of ModelConfig to quantize a model while loading it.
 LOADING = (
     "load_in_8bit",
     "load_in_4bit",
@@ -100,7 +100,7 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
 
 
 def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or no meaning, and schemes that cannot run here."""
+    """Refuse flags without effect or meaning, and schemes that cannot run here."""
     from hfllm.compression.int8 import OUTLIER_THRESHOLD
     from hfllm.compression.sensitivity import PARTS
 
@@ -116,10 +116,10 @@ def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
 
 
 def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", config: "PreTrainedConfig") -> None:
-    """Refuse flags that do not fit the model, whether named or not yet trained.
+    """Refuse flags incompatible with the model, whether named or not yet trained.
 
     Args:
-        config: of that model.
+        config: of this model.
     """
     from hfllm.models.loading.saved import empty_model, is_for_pictures, max_length_of, refuse_quantized
 
@@ -144,7 +144,7 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
 
 
 def stages_before(script_args: QuantizeArguments, model_args: "ModelConfig") -> Chain:
-    """Return the pretraining and the fine-tuning that make the model, if none is named."""
+    """Return the pretraining and the fine-tuning of the model, if none is named."""
     return chain_before(
         "quantize",
         script_args.output_dir,
@@ -156,7 +156,7 @@ def stages_before(script_args: QuantizeArguments, model_args: "ModelConfig") -> 
 
 
 def schemes_to_compare(script_args: QuantizeArguments) -> list[str]:
-    """Return the names of the schemes, each once, with the one that is saved among them."""
+    """Return the distinct names of the schemes, including the saved one."""
     from hfllm.compression.schemes import SCHEMES, default_device
 
     names = list(dict.fromkeys(script_args.schemes or ()))
@@ -196,7 +196,7 @@ def make_evaluation(
     tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
 ) -> "QuantizationEvaluation":
-    """Return what the model and its quantized forms are evaluated on."""
+    """Return the evaluation of the model and its quantized forms."""
     from hfllm.data.loading import world_of
     from hfllm.evaluation.before_after import QuantizationEvaluation
     from hfllm.runs.models import fitting_length
@@ -226,7 +226,7 @@ def compare_schemes(
         model: in full precision.
 
     Returns:
-        One row for the model and one for each scheme, and the largest difference of logits between the saved model
+        One row for the model and one per scheme, and the largest difference of logits between the saved model
         and the same model loaded again.
     """
     from hfllm.compression.schemes import linear_names
@@ -252,7 +252,7 @@ def compare_schemes(
 def sensitivity_by_part(
     script_args: QuantizeArguments, model: "PreTrainedModel", evaluation: "QuantizationEvaluation"
 ) -> "dict[str, list[PartRow]]":
-    """Return the change of loss from quantizing each part of the model, for each way to divide it."""
+    """Return the change of loss from quantizing each part of the model, for every way to divide it."""
     from hfllm.compression.sensitivity import sensitivity
 
     if script_args.sensitivity == ["none"]:
@@ -270,7 +270,7 @@ def sensitivity_by_part(
 
 
 def quantization_metrics(rows: "Sequence[SchemeRow]", save_scheme: str) -> dict[str, float]:
-    """Return the report's metrics: those of the original and of the saved scheme."""
+    """Return the report's metrics, of the original and of the saved scheme."""
     original, saved = rows[0], next(row for row in rows if row["scheme"] == save_scheme)
     metrics = {
         f"{name}_{when}": row[name]
@@ -290,7 +290,7 @@ def quantization_tables(
 
 
 def sensitivity_bars(swept: "Mapping[str, list[PartRow]]") -> dict[str, Bars]:
-    """Return the plots of the worst parts, for each way to divide the model."""
+    """Return the plots of the worst parts, for every way to divide the model."""
     from hfllm.compression.sensitivity import changes_by_part
 
     changes = {by: changes_by_part(parts[:SHOWN_PARTS]) for by, parts in swept.items()}
@@ -307,14 +307,14 @@ def sensitivity_bars(swept: "Mapping[str, list[PartRow]]") -> dict[str, Bars]:
 
 # ---- pictures ----
 #
-# Quantization of models that see: the questions about pictures on which their forms are compared.
+# Quantization of vision-language models: the questions about images for the comparison of their forms.
 
 
 STAGE = "hfllm quantize"
 
 
 def sees(model_args: "ModelConfig") -> bool:
-    """Return whether a model is named, and sees."""
+    """Return whether the flags name a vision-language model."""
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
 
@@ -323,10 +323,10 @@ def sees(model_args: "ModelConfig") -> bool:
 
 
 def picture_schemes(script_args: QuantizeArguments) -> list[str]:
-    """Return the names of the schemes as `schemes_to_compare` does, without those that read pictures wrongly.
+    """Return the names of the schemes as `schemes_to_compare` does, without the schemes that read images wrongly.
 
-    bitsandbytes' 4-bit kernel for CPUs takes its input for contiguous. What SigLIP hands to the projector may not be:
-    patches are the columns of what a convolution gave, and sums keep them so.
+    bitsandbytes' 4-bit kernel for CPUs treats its input as contiguous. SigLIP's output for the projector may not be:
+    patches are the columns of a convolution's output, and sums keep this layout.
     """
     from hfllm.compression.schemes import NF4_CPU_MULTIPLES, SCHEMES, default_device
 
@@ -344,7 +344,7 @@ def picture_schemes(script_args: QuantizeArguments) -> list[str]:
 
 
 def check_pictures(script_args: QuantizeArguments, name: str) -> None:
-    """Refuse flags that do not go with a model that sees.
+    """Refuse flags incompatible with a vision-language model.
 
     Args:
         name: the model's.
@@ -359,7 +359,7 @@ def check_pictures(script_args: QuantizeArguments, name: str) -> None:
 
 
 def questions_of(script_args: QuantizeArguments, processor: "ProcessorMixin") -> "list[Asked]":
-    """Return questions about pictures with their answers: drawn ones, or the first of each of the user's rows."""
+    """Return questions about images with their answers: drawn ones, or the first of each of the user's rows."""
     from hfllm.data.formats import to_sft
     from hfllm.data.images.rows import flaw_of_pictures
     from hfllm.stages.shared import kept_rows
@@ -370,7 +370,7 @@ def questions_of(script_args: QuantizeArguments, processor: "ProcessorMixin") ->
     if name in DRAWN:
         parts = eval_parts(VisionArguments(dataset_name=name, num_eval_examples=max(count, 2)))
         selected = [questions for part, questions in parts.items() if part != SHUFFLED]
-        # As many of each, in turns: those that training has shown, and those that it has not.
+        # Equally many of each kind, in turns: seen in training, and unseen.
         return [question for turn in zip(*selected, strict=True) for question in turn][:count]
     read = RowArguments(**{each.name: getattr(script_args, each.name) for each in fields(DataArguments)})
     mapper = picture_mapper(script_args, name, to_sft, STAGE, words_of_places(processor))
@@ -395,7 +395,7 @@ def load(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
 def picture_evaluation(
     script_args: QuantizeArguments, processor: "ProcessorMixin", questions: "Sequence[Asked]"
 ) -> "PictureQuantization":
-    """Return what the model and its quantized forms are evaluated on."""
+    """Return the evaluation of the model and its quantized forms on images."""
     from hfllm.evaluation.before_after import PictureQuantization
 
     return PictureQuantization(

@@ -1,4 +1,4 @@
-"""Reward modeling: its flags, what it refuses, the stages before it, and its comparisons, of pictures too."""
+"""Reward modeling: its flags and checks, the stages before it, and its comparisons, also of images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, Freez
 
     refused: ClassVar[Refused] = {
         "augment": SHOWS,
-        # It would be read with another one by whoever takes it with its processor.
+        # Anyone loading the model with its processor would read it with another template.
         "chat_template_path": SEES,
         **dict.fromkeys(
             ("eos_token", "pad_to_multiple_of"),
@@ -67,12 +67,12 @@ class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, Freez
 
 
 def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect."""
+    """Refuse flags without effect."""
     check_flags(script_args, model_args)
 
 
 def stages_before(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> Chain:
-    """Return the stages that make the fine-tuned model, if none is named."""
+    """Return the stages to make the fine-tuned model, if none is named."""
     return chain_before(
         "reward",
         training_args.output_dir,
@@ -131,7 +131,7 @@ def comparisons_of(rows: Rows, tokenizer: "PreTrainedTokenizerBase") -> "Dataset
 def kept_comparisons(
     script_args: RewardArguments, trainer: "RewardTrainer", train_rows: Rows, eval_rows: Rows
 ) -> dict[str, int]:
-    """Return how many comparisons the trainer keeps, and say how many it leaves out."""
+    """Return how many comparisons the trainer keeps, and print how many it leaves out."""
     from hfllm.runs.command_line import say
 
     longest, counts = trainer.args.max_length, {}
@@ -191,7 +191,7 @@ def in_batches_of_like_length(rows: Rows, training_args: "RewardConfig") -> Rows
 
 # ---- pictures ----
 #
-# Reward models that see: comparisons of answers about pictures, their trainer, and the control.
+# Vision-language reward models: comparisons of answers about images, their trainer, and the control.
 
 
 STAGE = "hfllm reward"
@@ -199,7 +199,7 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
-    """Return the processor of the named model if it sees; `None` for one of text, or where none is named."""
+    """Return the processor of a named vision-language model; `None` for a text model, or if no model is named."""
     from transformers import AutoModelForSequenceClassification
 
     from hfllm.models.loading.saved import is_for_pictures
@@ -221,9 +221,9 @@ def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
 def picture_comparisons(
     script_args: RewardArguments, seed: int, processor: "ProcessorMixin | None"
 ) -> tuple[Rows, Rows] | None:
-    """Return comparisons as `user_comparisons` does; for a model that sees they may have `images`.
+    """Return comparisons as `user_comparisons` does; for a vision-language model they may have `images`.
 
-    If one row has pictures, the messages of all have parts as their content.
+    If one row has images, the messages of all rows have parts as their content.
     """
     from hfllm.data.formats import Row, to_preference
     from hfllm.data.images.rows import (
@@ -268,7 +268,7 @@ def check_pictures(
     rows: tuple[Rows, Rows] | None,
     processor: "ProcessorMixin | None",
 ) -> bool:
-    """Return whether a row has pictures; refuse flags that do not go with that, or with a model that sees."""
+    """Return whether a row has images; refuse flags incompatible with this, or with a vision-language model."""
     from hfllm.multimodal.processors import check_template
     from hfllm.runs.command_line import given_names
     from hfllm.stages.sft.build import shows_pictures
@@ -295,7 +295,7 @@ def trainer_of(
     train_rows: Rows,
     eval_rows: Rows,
 ) -> "PictureRewardTrainer":
-    """Return the trainer of a model that sees and scores."""
+    """Return the trainer of a vision-language reward model."""
     from hfllm.data.images.rows import as_dataset
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import peft_config
@@ -303,7 +303,7 @@ def trainer_of(
     from hfllm.trainers.trl_trainers import PictureRewardTrainer
 
     freeze(model, script_args.freeze_vision, script_args.freeze_text)
-    # In a batch without pictures the tower gets no gradient, which several processes would wait for.
+    # In a batch without images the tower gets no gradient, and several processes would wait for one.
     finds = training_args.ddp_find_unused_parameters
     args = changed(training_args, max_length=None, ddp_find_unused_parameters=True if finds is None else finds)
     train, held_out = (as_dataset(rows, script_args.max_pixels, COLUMNS) for rows in (train_rows, eval_rows))
@@ -315,9 +315,9 @@ def trainer_of(
 
 
 def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_rows: Rows) -> dict[str, float]:
-    """Return the accuracy on held-out comparisons that are shown the pictures of others.
+    """Return the accuracy on held-out comparisons with images of other rows.
 
-    Nothing where weights are spread over processes, or no other row has as many pictures.
+    Nothing where weights are spread over processes, or no other row has as many images.
     """
     from hfllm.data.images.rows import as_dataset
     from hfllm.evaluation.pictures import other_places
@@ -338,7 +338,7 @@ def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_
 
 
 def control_summary(metrics: Mapping[str, Any]) -> str:
-    """Return the control in words; nothing where it was not measured."""
+    """Return the control in words; an empty string if it was not measured."""
     from hfllm.outputs.report import plus_minus
 
     name = "other_pictures_accuracy"

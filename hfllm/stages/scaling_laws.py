@@ -1,4 +1,4 @@
-"""Scaling laws: flags, what they refuse, the grid of small runs, and the study of a table of runs."""
+"""Scaling laws: flags, their checks, the grid of small runs, and the study of a table of runs."""
 
 import csv
 import io
@@ -120,7 +120,7 @@ class ScalingArguments(DataArguments, RemoteCodeArguments):
 
 
 def check(script_args: ScalingArguments) -> None:
-    """Refuse flags that would have no effect, and numbers out of range."""
+    """Refuse flags without effect, and numbers out of range."""
     check_flags(script_args)
     for budget in script_args.budgets or []:
         if not 0 < budget < float("inf"):
@@ -131,10 +131,10 @@ def check(script_args: ScalingArguments) -> None:
 
 
 class ScalingStage(Stage):
-    """A stage whose single runs are kept: if its report is removed, only missing runs are trained.
+    """A stage with its single runs kept: if its report is removed, only missing runs are trained.
 
-    A finished stage without the requested probe counts as unfinished, and only the probe is made. One with the probe
-    also serves a run without it.
+    A finished stage without the requested probe counts as unfinished, and only the probe is made. A stage with the
+    probe also serves a run without it.
     """
 
     redo = "remove report.json there to redo it"
@@ -194,7 +194,7 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
 
 
 def outliers_of(script_args: ScalingArguments, runs: "Runs", fit: "Fit | None" = None) -> "Outliers":
-    """Return the file's runs that are far from the law of the others, after a warning that names them."""
+    """Return the file's runs far from the law of the others, after a warning with their names."""
     from hfllm.scaling.fitting import DROP, find_outliers
 
     try:
@@ -221,7 +221,7 @@ def forecast_of(runs: "Runs", delta: float, sampling: tuple[int, int, float]) ->
 
 
 class SmallGrid:
-    """The grid of small runs, and the larger run that it predicts."""
+    """The grid of small runs, and the larger run predicted from it."""
 
     def __init__(self, script_args: ScalingArguments):
 
@@ -254,7 +254,7 @@ class SmallGrid:
         self.grid = Grid(script_args.output_dir, flags, longest)
 
     def small_runs(self) -> "Runs":
-        """Return the table of the grid's runs, after training those that are missing."""
+        """Return the table of the grid's runs, after training the missing ones."""
         from hfllm.scaling.fitting import FEWEST_RUNS
 
         sizes = {(each.hidden_size, each.num_hidden_layers) for each in self.runs}
@@ -268,7 +268,7 @@ class SmallGrid:
         return self._runs([self.grid.train(each) for each in self.runs])
 
     def _check_held_out(self) -> None:
-        """Refuse a held-out run within the grid: that would be interpolation, not prediction."""
+        """Refuse a held-out run within the grid: its loss would be an interpolation, not a prediction."""
         largest = max((self.grid.planned(each)["compute"], each.name) for each in self.runs)
         compute = self.grid.planned(self.large)["compute"]
         if compute <= largest[0]:
@@ -337,8 +337,8 @@ COLUMNS = (
     *("compute", "loss", "seconds"),
 )
 RUNS_FILE, SETTINGS_FILE = "runs.csv", "grid.json"
-# Adam's learning rate goes with 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3), and for Muon, whose
-# steps are of Adam's size, the same did best for widths of 16 to 96; the settings' rate is for this width.
+# Adam's learning rate goes with 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3), and for Muon, with
+# steps of Adam's size, the same did best for widths of 16 to 96; the settings' rate is for this width.
 REFERENCE_WIDTH = 128
 HEAD_WIDTH = 32
 
@@ -389,12 +389,12 @@ class GridRun:
 
 
 class Grid:
-    """The runs of one folder: those in its runs.csv are done, others are trained on request.
+    """The runs of one folder: runs in its runs.csv are done, others are trained on request.
 
     Args:
         folder: where runs.csv, the tokenizer and the models go.
         flags: of `hfllm pretrain`, for all runs.
-        longest: tokens of the longest run, which decides how many documents of the world are written.
+        longest: tokens of the longest run; it determines the number of the world's documents written.
     """
 
     def __init__(self, folder: str | Path, flags: Sequence[str], longest: int):
@@ -417,7 +417,7 @@ class Grid:
         self._data: tuple[PreTrainedTokenizerBase, Dataset, list[str]] | None = None
 
     def _read(self, settings: dict[str, Any]) -> dict[str, Row]:
-        """Finished runs by name. If there is none, remove the tokenizer that runs with other settings left."""
+        """Finished runs by name. If there is none, remove the tokenizer left by runs with other settings."""
         note, table = self.folder / SETTINGS_FILE, self.folder / RUNS_FILE
         before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         if not table.is_file():
@@ -455,7 +455,7 @@ class Grid:
         return self.folder / "models" / run.name
 
     def planned(self, run: GridRun) -> Row:
-        """Return the row of a run without `loss` and `seconds`, which need training."""
+        """Return the row of a run without `loss` and `seconds`, as these need training."""
         import torch
 
         from hfllm.stages.pretrain.build import load_or_make_base
@@ -560,7 +560,7 @@ def parse_run(flags: Sequence[str]) -> "tuple[PretrainArguments, TrainingArgumen
 
 
 def embedding_parameters(model: "PreTrainedModel") -> int:
-    """Return the parameters of token and position embeddings and of an untied head, which Kaplan et al. exclude."""
+    """Return the parameters of token and position embeddings and of an untied head, excluded by Kaplan et al."""
     import torch
 
     tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -570,7 +570,7 @@ def embedding_parameters(model: "PreTrainedModel") -> int:
 
 
 def disable_progress_bars() -> None:
-    """Disable the progress bars of each run, so that one line per run is left."""
+    """Disable the progress bars of each run, to leave one line per run."""
     import datasets
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,4 +1,4 @@
-"""What several stages share: the user's rows, rows with pictures, and models that answer."""
+"""Code shared by several stages: the user's rows, rows with images, and answering models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 WHOLE = "rows with pictures are read by the model's processor, as they are"
-# Flags of TRL that would cut, join or write anew the tokens of rows that the processor reads.
+# Flags of TRL that would cut, join or rewrite the tokens of rows read by the processor.
 NOT_JOINED = {
     "packing": "rows with pictures are not packed",
     "eval_packing": "rows with pictures are not packed",
@@ -44,7 +44,7 @@ NOT_JOINED = {
 
 
 def check_whole_rows(script_args: RowArguments, training_args: "SFTConfig", is_cut: bool = False) -> None:
-    """Refuse flags of fine-tuning that would cut, join or write anew rows with pictures, or learn their questions.
+    """Refuse flags of fine-tuning that would cut, join or rewrite rows with images, or learn their questions.
 
     Args:
         is_cut: whether `--max_length` has a meaning: as many questions as fit are put into a row.
@@ -59,7 +59,7 @@ def check_whole_rows(script_args: RowArguments, training_args: "SFTConfig", is_c
 
 
 def check_sampling(training_args: "TrainingArguments") -> None:
-    """Refuse to group rows with pictures by length, which is not known before a batch is made."""
+    """Refuse to group rows with images by length, as the length is unknown before a batch is made."""
     is_grouped = training_args.train_sampling_strategy == "group_by_length"
     refuse(
         is_grouped, "--train_sampling_strategy group_by_length", "rows with pictures are read when a batch needs them"
@@ -67,12 +67,12 @@ def check_sampling(training_args: "TrainingArguments") -> None:
 
 
 def count_seen(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many rows have pictures."""
+    """Return the number of rows with images."""
     return sum(bool(row.get("images")) for row in rows)
 
 
 def is_mixed(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether some rows have pictures and others have none."""
+    """Return whether some rows have images and others have none."""
     return 0 < count_seen(rows) < len(rows)
 
 
@@ -81,10 +81,10 @@ def check_split_weights(
     train_rows: Sequence[Mapping[str, Any]],
     eval_rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Refuse pictures in some rows only where processes hold parts of the weights, as PPO does.
+    """Refuse images in only some rows where processes hold parts of the weights, as PPO does.
 
-    A process whose batch has no picture does not run the tower, and the others would wait for it to gather or reduce
-    that.
+    A process with no image in its batch does not run the tower, and the others would wait for it to gather or reduce
+    the tower.
     """
     from hfllm.trainers.engines import shards_parameters
 
@@ -100,7 +100,7 @@ def check_split_weights(
 
 # ---- user rows ----
 #
-# The user's own rows of a stage: read, without those that cannot be learned from, and with a held-out part.
+# The user's own rows of a stage: read, without unusable ones, and with a held-out part.
 
 
 Rows = list[Row]
@@ -117,16 +117,16 @@ def user_rows(
     flaw_of: Flaw = flaw_of,
     eval_mapper: Mapper | None = None,
 ) -> tuple[Rows, Rows]:
-    """Return training and held-out rows of the user's dataset, and say how many are left out and why.
+    """Return training and held-out rows of the user's dataset, and print how many are left out and why.
 
     Args:
-        script_args: which datasets.
+        script_args: the datasets.
         mapper: converts a row, given its origin.
         seed: of the split, where the user names no held-out rows.
         share: of the rows to hold out then.
-        most: held-out rows at most; by default 256, or all that the user names.
+        most: held-out rows at most; by default 256, or all rows named by the user.
         flaw_of: returns why a row is left out, or `None`.
-        eval_mapper: converts the rows that the user names to hold out, where paths in them are relative to
+        eval_mapper: converts the held-out rows named by the user, where paths in them are relative to
             another folder; by default `mapper` does.
     """
     rows = kept_rows(script_args, mapper, flaw_of)
@@ -140,10 +140,10 @@ def user_rows(
 
 
 def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: int | None = None) -> Rows:
-    """Return the rows of a dataset that can be learned from, and say how many are left out and why.
+    """Return the usable rows of a dataset, and print how many are left out and why.
 
     Args:
-        most: of them at most; what follows is not read. By default all.
+        most: maximum number of rows; later ones are not read. By default all.
     """
     dropped = Dropped()
     rows = load_rows(script_args, mapper, dropped, flaw_of, most)
@@ -156,16 +156,16 @@ def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: in
 
 # ---- models that see ----
 #
-# Processors in place of tokenizers, and policies that read pictures.
+# Processors in place of tokenizers, and policies that read images.
 
 
 def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig") -> "ProcessingClass":
-    """Load the tokenizer of the named model; of one that reads pictures the processor, with a padding token."""
+    """Load the tokenizer of the named model, or the processor of a vision-language model, with a padding token."""
     return _processing_class(model_args.model_name_or_path, model_args.model_revision, config)
 
 
 def processing_class_of(name: str, revision: str = "main") -> "ProcessingClass":
-    """Load the tokenizer of a model, or the processor of one that reads pictures, as `load_processing_class` does."""
+    """Load the tokenizer of a model, or the processor of a vision-language model, as `load_processing_class` does."""
     from hfllm.runs.models import load_config
 
     return _processing_class(name, revision, load_config(name, revision))
@@ -185,7 +185,7 @@ def _processing_class(name: str, revision: str, config: "PreTrainedConfig") -> "
 
 
 def load_processor(name: str, revision: str) -> "ProcessorMixin":
-    """Return the processor of a model that reads pictures."""
+    """Return the processor of a vision-language model."""
     from hfllm.models.loading.saved import reason_of, saved_processor
     from hfllm.multimodal.processors import check_fit
     from hfllm.runs.models import load_config
@@ -206,7 +206,7 @@ def load_processor(name: str, revision: str) -> "ProcessorMixin":
 def load_policy(
     model_args: "ModelConfig", config: "PreTrainedConfig", output_dir: str
 ) -> "tuple[PreTrainedModel, ProcessingClass]":
-    """Load the policy to train with its tokenizer, or with its processor if it reads pictures.
+    """Load the policy to train with its tokenizer, or with its processor if it reads images.
 
     Args:
         config: the policy's.
@@ -222,7 +222,7 @@ def load_policy(
 
 
 def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel":
-    """Load the named model of pictures and text; an adapter of one is trained further."""
+    """Load the named vision-language model; an adapter of one is trained further."""
     from transformers import AutoModelForImageTextToText
 
     from hfllm.models.loading.adapters import find_adapter, load_base, put_on
@@ -250,7 +250,7 @@ def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel
 
 @dataclass(frozen=True)
 class Speaking:
-    """A model that answers, with its tokenizer."""
+    """An answering model, with its tokenizer."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -271,7 +271,7 @@ def load_speaking(
     """Load a model to answer with, on the machine's accelerator if there is one.
 
     Args:
-        processor: of a model that sees, which is loaded as such.
+        processor: of a vision-language model, loaded as such.
     """
     import torch
     from accelerate import PartialState
@@ -296,11 +296,11 @@ def load_speaking(
 def files_changed(
     script_args: DataArguments | PictureArguments, models: Sequence[str | None], revision: str = "main"
 ) -> dict[str, str]:
-    """Return what tells whether files of pictures that local rows name were replaced, by flag, for `Stage`.
+    """Return fingerprints to detect replaced image files named by local rows, by flag, for `Stage`.
 
     Args:
         script_args: with `dataset_name`, and perhaps `eval_dataset_name`.
-        models: those that would see them; where none sees, rows are not looked at.
+        models: readers of the images; without a vision-language model among them, rows are not read.
         revision: of the models.
     """
     from transformers import AutoModelForImageTextToText
@@ -314,7 +314,7 @@ def files_changed(
         try:
             return type(load_config(model, revision)) in AutoModelForImageTextToText._model_mapping
         except InputError:
-            # Named where the model is needed.
+            # Reported where the model is needed.
             return False
 
     flags = ("dataset_name", "eval_dataset_name")

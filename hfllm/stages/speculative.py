@@ -1,4 +1,4 @@
-"""Speculative decoding: its flags, what it refuses, the stages before it, its draft, and what is measured."""
+"""Speculative decoding: its flags and checks, the stages before it, its draft, and its measurements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +81,7 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
 
 
 def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that would have no effect, and values out of range."""
+    """Refuse flags without effect, and values out of range."""
     draft, own = script_args.draft, model_args.model_name_or_path
     if draft not in DRAFTS:
         raise InputError(f"--draft {draft!r} is not one of {', '.join(DRAFTS)}")
@@ -100,7 +100,7 @@ def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
 
 
 def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", before: Chain) -> None:
-    """Refuse a draft that does not fit the target, whether that is named or not yet trained."""
+    """Refuse a draft incompatible with the target, whether the target is named or not yet trained."""
     from hfllm.generation.speculative import PromptLookupDraft
     from hfllm.models.loading.weights import check_weight_files
     from hfllm.runs.models import load_config, load_tokenizer
@@ -129,7 +129,7 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
 
 
 def stages_before(script_args: SpeculativeArguments, model_args: "ModelConfig") -> Chain:
-    """Return the stages that make the target and its draft model, if they are needed and not named."""
+    """Return the stages to make the target and its draft model, if they are needed and not named."""
     return chain_before(
         "speculative",
         script_args.output_dir,
@@ -161,7 +161,7 @@ def prompt_rows(script_args: SpeculativeArguments) -> list[Row]:
 
 
 def load_target(model_args: "ModelConfig") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load the target, ready to decode, and its tokenizer; print which of its options are ignored."""
+    """Load the target, ready to decode, and its tokenizer; print its ignored options."""
     from hfllm.compression.schemes import default_device
     from hfllm.runs.models import load_policy
 
@@ -177,9 +177,9 @@ def load_target(model_args: "ModelConfig") -> "tuple[PreTrainedModel, PreTrained
 
 
 def use_plain_generation(model: "PreTrainedModel") -> str:
-    """Keep only the special tokens of a checkpoint's generation options, and return the names of those removed.
+    """Keep only the special tokens of a checkpoint's generation options, and return the names of the removed ones.
 
-    Penalties depend on earlier tokens, which may be draft tokens; top-p would hide the cost of sampling.
+    Penalties depend on earlier tokens, possibly draft tokens; top-p would hide the cost of sampling.
     """
     from transformers import GenerationConfig
 
@@ -198,7 +198,7 @@ def make_draft(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> "Draft":
-    """Return the draft that the flags describe.
+    """Return the draft described by the flags.
 
     Args:
         model_args: how the target was loaded; the draft model is loaded the same way.
@@ -225,7 +225,7 @@ def make_draft(
 
 
 def draft_expression(script_args: SpeculativeArguments, assistant: str | None) -> str:
-    """Return the Python expression that makes the same draft in your own code."""
+    """Return the Python expression for the same draft in your own code."""
     return {
         "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({assistant!r}))",
         "prompt_lookup": f"PromptLookupDraft({script_args.max_ngram or 3})",
@@ -263,7 +263,7 @@ def measure(
     costs = measure.measure_costs(model, draft, timed[0], compile=script_args.compile)
 
     def asked() -> "int | DraftLength":
-        # A new one each time, since it adapts to what it has seen.
+        # A new one each time, since it adapts to its past inputs.
         number = script_args.num_draft_tokens
         return AdaptiveDraftLength(costs.per_draft) if number == "adaptive" else int(number)
 

@@ -38,7 +38,7 @@ class ComparisonSettings:
         num_pairs: prompts to compare responses to.
         num_eval_prompts: held-out prompts.
         on_policy_fraction: share of the comparisons between the model's own samples; the rest are demonstrators'.
-        num_samples: samples of the model per prompt of that share.
+        num_samples: samples of the model per prompt of this share.
         label_noise: share of wrong labels; held-out labels have none.
         response_length: longest response, in tokens.
         seed: seed of prompts, samples and labels.
@@ -78,7 +78,7 @@ def compare_samples(
         source = Source(rows, [f"world, comparison {number}" for number in range(1, len(rows) + 1)])
         return formats.convert(source, formats.to_preference)
 
-    # Its own seed, so that the prompts differ from those of the demonstrations.
+    # Its own seed, so the prompts differ from the demonstrations' prompts.
     tasks = list(islice(world.tasks(settings.seed + 1_000_000), settings.num_pairs))
     if settings.augment:
         tasks = augmented_tasks(tasks, settings.augment, settings.seed, WORLD_TRAINING)
@@ -89,7 +89,7 @@ def compare_samples(
 
 
 def augmented_tasks(tasks: Sequence[Task], share: float, seed: int, texts: AddedTexts) -> list[Task]:
-    """Return tasks, a share of them with the question in another form; what it is about and the answer stay."""
+    """Return tasks, a share of them with the question in another form; its subject and the answer stay."""
     rng = random.Random(f"augment-{seed}")
     return [
         replace(task, instruction=in_another_form(task.instruction, rng, texts)) if rng.random() < share else task
@@ -116,8 +116,8 @@ def write_answers(
 ) -> list[dict[str, Any]]:
     """Return prompts with the teacher's answers in place of the completions, then the texts unchanged.
 
-    Rows are left out if the prompt leaves no room for an answer, or the answer is cut off, from which a student would
-    learn to stop in the middle. Their numbers are printed.
+    Rows are left out if the prompt leaves no room for an answer, or the answer is cut off: cut-off answers would teach
+    a student to stop in the middle. Their numbers are printed.
 
     Args:
         rows: with `prompt`, all text or all messages, whose other columns but `tools` are dropped; or with `text`.
@@ -176,18 +176,18 @@ def _with_room(
 def mix_prompts(rows: Sequence[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
     """Return the rows with a share of prompts continued, from some word on, by the end of another row's prompt.
 
-    A student trained on such prompts agrees with its teacher beyond the data's questions: on what determines
+    A student trained on such prompts agrees with its teacher beyond the data's questions: on the facts that determine
     an answer when the words around it change. This is the input mixing of Beyer et al. 2022 (arXiv:2106.05237,
     section 3), for text.
 
     Args:
-        rows: with `prompt`, text or messages, of which the last is changed; rows without one are unchanged.
+        rows: with `prompt`, text or messages (the last one is changed); rows without one are unchanged.
         share: share of the prompts to mix, from 0 to 1. Their completions no longer fit: a teacher must answer them.
         seed: seed of the choice.
 
     Returns:
-        As many rows in the same order. Both cuts are drawn uniformly over the words; a prompt of which nothing would
-        remain is unchanged.
+        As many rows in the same order. Both cuts are drawn uniformly over the words; a prompt that would become empty
+        is unchanged.
     """
     rng = random.Random(f"mix-prompts-{seed}")
     pool = [_last_said(row["prompt"]).split(" ") for row in rows if "prompt" in row]

@@ -1,6 +1,6 @@
 """A constitution: the principles by which a model criticizes, revises and judges, read from files.
 
-The method is that of Bai et al. 2022, "Constitutional AI: Harmlessness from AI Feedback" (arXiv:2212.08073).
+The method is from Bai et al. 2022, "Constitutional AI: Harmlessness from AI Feedback" (arXiv:2212.08073).
 """
 
 import difflib
@@ -20,7 +20,7 @@ from hfllm.runs.parser import no_duplicates
 
 # ---- constitution files ----
 #
-# Read a constitution's file, JSON or YAML, and find the line that an error is about.
+# Read a constitution's file, JSON or YAML, and find the line of an error.
 
 
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -33,7 +33,7 @@ class ConstitutionFile:
     Args:
         path: the file.
         text: all of it.
-        value: what the text means.
+        value: its parsed value.
     """
 
     path: Path
@@ -41,22 +41,22 @@ class ConstitutionFile:
     value: Any
 
     def place(self, where: Sequence[str | int]) -> str:
-        """Return the file and the line of what keys and positions lead to, or of the last of them that is there."""
+        """Return the file and the line at keys and positions, or at the last existing one of them."""
         line = _line_of(self.text, where)
         return str(self.path) if line is None else f"{self.path}, line {line}"
 
     def error(self, where: Sequence[str | int], message: str) -> InputError:
-        """Return the error that names file and line."""
+        """Return the error with file and line."""
         return InputError(f"{self.place(where)}: {message}")
 
 
 def shipped_constitutions() -> list[str]:
-    """Return the names of the constitutions that come with hfllm."""
+    """Return the names of the constitutions shipped with hfllm."""
     return sorted(path.name.removesuffix(".yaml") for path in _shipped_folder().iterdir() if path.suffix == ".yaml")
 
 
 def find_constitution(name: str | Path) -> Path:
-    """Return the file that is named: one of the user's, or a shipped one by its bare name, such as `general`.
+    """Return the named file: one of the user's, or a shipped one by its bare name, such as `general`.
 
     Raises:
         InputError: when there is none, with the nearest shipped name.
@@ -65,7 +65,7 @@ def find_constitution(name: str | Path) -> Path:
     if str(name) in shipped:
         return _shipped_folder() / f"{name}.yaml"
     if not path.is_file():
-        # What looks like a path is not a misspelled name.
+        # A name in the form of a path is not a misspelled name.
         near = "" if path.suffix or len(path.parts) > 1 else f"; did you mean {nearest(str(name), shipped)!r}?"
         raise InputError(f"constitution {str(name)!r}: no such file, and hfllm comes with {', '.join(shipped)}{near}")
     if path.suffix.lower() not in SUFFIXES:
@@ -91,7 +91,7 @@ def read_file(path: Path) -> ConstitutionFile:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is most like this one."""
+    """Return the known name most similar to this one."""
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
@@ -132,7 +132,7 @@ def _yaml(path: Path, text: str) -> Any:
 
 
 def _line_of(text: str, where: Sequence[str | int]) -> int | None:
-    """Return the line, from 1, of what keys and positions lead to; JSON is read as the YAML that most of it is."""
+    """Return the line, from 1, at keys and positions; JSON is read as YAML, since most of it is YAML."""
     import yaml
 
     try:
@@ -160,7 +160,7 @@ def _line_of(text: str, where: Sequence[str | int]) -> int | None:
 
 
 REQUESTS = ("critique", "revision", "preference")
-# The keys of a principle in a file; besides ours those of llm-swarm's recipe and of LangChain.
+# The keys of a principle in a file; ours, and the keys of llm-swarm's recipe and of LangChain.
 PRINCIPLE_KEYS = {
     **{key: key for key in ("name", *REQUESTS)},
     **{"critic": "critique", "critique_request": "critique", "revision_request": "revision"},
@@ -173,7 +173,7 @@ FILE_KEYS = {
 
 
 class RequestError(InputError):
-    """A principle's request is missing or of the wrong type: `key` says which."""
+    """A principle's request is missing or of the wrong type: `key` names it."""
 
     def __init__(self, name: object, key: str, reason: str):
         super().__init__(f"principle {name!r}: {reason}")
@@ -182,18 +182,18 @@ class RequestError(InputError):
 
 @dataclass(frozen=True)
 class Principle:
-    """What to look for in an answer, in three requests, each in one wording or in several.
+    """A criterion for answers, as three requests, every one in one wording or in several.
 
     Args:
         name: a short name for reports.
-        critique: asks what is wrong with the last answer: a text, or a list of texts of which one is drawn each time.
+        critique: asks for the faults of the last answer: a text, or a list of texts, with one drawn every time.
         revision: asks for a better answer, likewise.
-        preference: asks which of two answers is better, likewise; none if the principle is not to judge by.
+        preference: asks for the better of two answers, likewise; none if the principle is not to judge by.
 
     The requests become tuples of texts without spaces around them.
 
     Raises:
-        InputError: for a request that is missing, empty, or neither a text nor a list of texts.
+        InputError: for a missing or empty request, or one that is neither a text nor a list of texts.
     """
 
     name: str
@@ -214,11 +214,11 @@ class Principle:
 
 @dataclass(frozen=True)
 class Constitution:
-    """Principles, and conversations that show how answers are criticized and revised.
+    """Principles, and example conversations with criticized and revised answers.
 
     Args:
         principles: at least one, with different names.
-        examples: conversations of user and assistant, put before those that are to be criticized: question, answer,
+        examples: conversations of user and assistant, put before the conversations to criticize: question, answer,
             critique request, critique, revision request, revision. A base model needs one or two.
         name: for reports and errors.
 
@@ -241,11 +241,11 @@ class Constitution:
             raise InputError(f"constitution {self.name!r} has two principles of the name {twice!r}")
 
     def draw(self, rng: random.Random) -> Principle:
-        """Return one of the principles, each as likely."""
+        """Return one of the principles, all equally likely."""
         return rng.choice(self.principles)
 
     def judging_principles(self) -> tuple[Principle, ...]:
-        """Return the principles to judge by, which are all."""
+        """Return the principles to judge by: all of them."""
         lacking = next((each.name for each in self.principles if not each.preference), None)
         if lacking is not None:
             raise InputError(
@@ -269,11 +269,11 @@ def load_constitution(name: str | Path) -> Constitution:
     Formats of a file:
 
     - a list of principles, or a mapping with `principles` and, if wanted, `examples`. A principle has `critique` and
-      `revision`, and may have `name` and `preference`; each request is a text or a list of texts;
+      `revision`, and may have `name` and `preference`; a request is a text or a list of texts;
     - llm-swarm's recipe: `constitutions`, a list of `critic` and `revision`, and `system_chat`, lists of messages;
     - LangChain's principles: `critique_request`, `revision_request` and, if wanted, `name`, in a list or by name.
 
-    A principle without a name is called `principle 3`, by its place.
+    A principle without a name is called `principle 3`, by its position.
     """
     file = read_file(find_constitution(name))
     value, at, examples = file.value, (), ()
@@ -299,7 +299,7 @@ def _is_by_name(value: Mapping[str, Any]) -> bool:
 
 
 def _entries(file: ConstitutionFile, at: tuple, value: Any) -> list[tuple[str | int, Any]]:
-    """Return the entries of a list of principles, or of a mapping of them by name, and where in it each is."""
+    """Return the entries of a list of principles, or of a mapping of them by name, and their positions in it."""
     if isinstance(value, dict) and _is_by_name(value):
         return [(name, {"name": name, **entry}) for name, entry in value.items()]
     if not isinstance(value, list) or not value:
@@ -311,7 +311,7 @@ def _entries(file: ConstitutionFile, at: tuple, value: Any) -> list[tuple[str | 
 def _known(
     file: ConstitutionFile, at: tuple, entry: Mapping[str, Any], known: Mapping[str, str], what: str
 ) -> dict[str, str]:
-    """Return the key by which each part is given; refuse keys that mean nothing, and two that mean the same."""
+    """Return the given key of every part; refuse meaningless keys, and two with the same meaning."""
     keys: dict[str, str] = {}
     for key in entry:
         if key not in known:
@@ -377,7 +377,7 @@ def _examples(file: ConstitutionFile, key: str) -> list[list[Message]]:
 
 # ---- critiques ----
 #
-# Whether a critique finds anything, and the conversations in which critiques and revisions are asked for.
+# Whether a critique finds anything, and the conversations for requesting critiques and revisions.
 
 
 # "No one should" and "no doubt it is harmful" find something.
@@ -397,8 +397,8 @@ FINDS_NO_FAULT = re.compile(
 def finds_fault(critique: str) -> bool:
     """Return whether a critique finds something to revise: a rule of thumb, read from its words.
 
-    It finds nothing if it is empty, begins with "no", "none" or "nothing", or says that the answer is harmless, "does
-    no harm", "is not rude" and the like. A critique that praises one thing and blames another is misread: give
+    It finds nothing if it is empty, begins with "no", "none" or "nothing", or calls the answer harmless: "does no
+    harm", "is not rude" and the like. A critique with praise for one thing and blame for another is misread: give
     `critique_and_revise` a function of your own as `is_flagged` where that matters.
     """
     text = " ".join(critique.lower().replace("’", "'").split())
@@ -408,10 +408,10 @@ def finds_fault(critique: str) -> bool:
 def critique_turns(
     prompt: Sequence[Message], answer: str, request: str, examples: Sequence[Sequence[Message]] = ()
 ) -> list[Message]:
-    """Return the conversation that asks for a critique: the prompt, the answer, the request.
+    """Return the conversation for requesting a critique: the prompt, the answer, the request.
 
     Args:
-        examples: conversations before it, after what a system message says.
+        examples: conversations before it, after the system message.
     """
     leading = next((index for index, message in enumerate(prompt) if message["role"] != "system"), len(prompt))
     example_messages = [message for example in examples for message in example]

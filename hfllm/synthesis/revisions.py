@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 # ---- revision files ----
 #
-# Revisions on disk: whole chunks of rows, and what they were made from, so that a stopped run can be continued.
+# Revisions on disk: whole chunks of rows, and their inputs, for continuing a stopped run.
 
 
 ROWS_FILE, STATE_FILE = "revisions.jsonl", "revisions.state"
-# What a difference is called where values are digests, or too long for a line.
+# Names of differences in values that are digests, or too long for a line.
 DIGESTS = {
     **{"prompts": "other prompts", "constitution": "another constitution", "model": "other weights of the model"},
     **{
@@ -46,17 +46,17 @@ DIGESTS = {
 
 
 class RevisionFile:
-    """The rows of a run, `revisions.jsonl`, and beside it `revisions.state`, which says what they were made from.
+    """The rows of a run, `revisions.jsonl`, and next to it `revisions.state`, with their inputs.
 
-    A chunk of rows counts once the state says where it ends; what follows was cut off and is written again.
+    A chunk of rows counts once the state has its end; rows after this end were cut off and are written again.
 
     Args:
-        folder: is made if it is missing.
-        made_from: JSON values that decide the rows.
+        folder: made if missing.
+        made_from: JSON values that determine the rows.
 
     Raises:
-        InputError: when the folder holds the rows of another run, naming the first difference, or rows of which
-            nothing is known.
+        InputError: when the folder holds the rows of another run, naming the first difference, or rows of unknown
+            origin.
     """
 
     def __init__(self, folder: str | Path, made_from: Mapping[str, Any]):
@@ -126,7 +126,7 @@ def digest_of(value: object) -> str:
 
 # ---- speakers ----
 #
-# A model with its tokenizer, as a speaker in conversations: how long they are for it, and what it says next.
+# A model with its tokenizer, as a speaker in conversations: their length in its tokens, and its next message.
 
 
 # Conversations tokenized at a time.
@@ -134,15 +134,15 @@ ROWS = 1000
 
 
 class Speaker:
-    """A language model that takes the assistant's part.
+    """A language model in the assistant's role.
 
     Args:
         model: a causal language model.
-        tokenizer: its own. With a chat template conversations follow that; without one they are transcripts.
-        name: what errors call it.
+        tokenizer: its own. With a chat template conversations follow it; without one they are transcripts.
+        name: its name in errors.
 
     Raises:
-        InputError: for a tokenizer without padding token, or with tokens that the model has no embeddings for.
+        InputError: for a tokenizer without padding token, or with tokens without embeddings in the model.
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
@@ -177,7 +177,7 @@ class Speaker:
         seed: int,
         temperature: float = 1.0,
     ) -> list[Response]:
-        """Return what the assistant says next in each conversation, without spaces around it.
+        """Return the assistant's next message in every conversation, without spaces around it.
 
         Conversations of like length are sampled together.
         """
@@ -204,7 +204,7 @@ def check_critic(
     critic: "PreTrainedModel | None",
     critic_tokenizer: "PreTrainedTokenizerBase | None",
 ) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer that the critic reads with.
+    """Return the critic's tokenizer.
 
     Raises:
         InputError: when the critic has none of its own and cannot read with the model's: it has another number of
@@ -232,28 +232,28 @@ def check_critic(
 # ---- reviser ----
 
 
-# Version of what is drawn and stored: files of another one are not continued.
+# Version of draws and stored fields: files of another version are not continued.
 LAYOUT = 1
-# Batches of prompts that are written together.
+# Batches of prompts per write.
 BATCHES_PER_CHUNK = 4
-# After so many critiques, a critic that has not said a word is given up.
+# After so many critiques, a critic without a word so far is given up.
 ENOUGH_CRITIQUES = 32
 
-# What is kept of a round, in the order in which it was said.
+# The kept parts of a round, in conversational order.
 TURN = ("answer", "principle", "critique_request", "critique", "is_flagged", "revision_request", "revision")
 
 
 @dataclass(frozen=True)
 class RevisionFigures:
-    """What happened, in numbers.
+    """Counts of a run.
 
     Args:
-        num_prompts: prompts that were given.
+        num_prompts: given prompts.
         dropped: of them without room in a context for their conversation.
-        critiques: critiques that were asked for, one per prompt and round.
+        critiques: requested critiques, one per prompt and round.
         empty_critiques: of them without a word.
-        flagged: of them that find something to revise.
-        revisions: revisions that were asked for.
+        flagged: of them with something to revise.
+        revisions: requested revisions.
         echoes: of them equal to the answer, but for spaces around it.
         empty_revisions: of them without a word; the answer is kept.
         cut_off: rows whose last answer was cut off at the longest length.
@@ -300,7 +300,7 @@ class Draft:
     """One prompt on its way.
 
     Args:
-        place: its place among all prompts, from 0.
+        place: its index among all prompts, from 0.
         prompt: its messages.
     """
 
@@ -315,7 +315,7 @@ class Draft:
     def row(self) -> dict[str, Any]:
         """Return the row of a dataset."""
         last, first = ([{"role": "assistant", "content": text}] for text in (self.answer, self.first))
-        # SFTTrainer wants a completion beside a prompt.
+        # SFTTrainer wants a completion next to a prompt.
         columns = {"prompt": self.prompt, "completion": last, "messages": [*self.prompt, *last]}
         return {**columns, "chosen": last, "rejected": first, "turns": self.turns}
 
@@ -330,12 +330,12 @@ class Reviser:
 
     def __init__(self, model: Speaker, critic: Speaker, constitution: Constitution, settings: RevisionSettings):
         self.model, self.critic, self.constitution, self.settings = model, critic, constitution, settings
-        # Those that have learned to converse copy from examples.
+        # Models trained to converse copy from examples.
         wants_examples = bool(critic.next_turn) if settings.use_examples is None else settings.use_examples
         self.examples = constitution.examples if wants_examples else ()
 
     def description(self, drafts: Sequence[Draft]) -> dict[str, Any]:
-        """Return what the rows depend on, as JSON values; the first things that differ are named first."""
+        """Return the inputs that determine the rows, as JSON values; differences are reported in this order."""
         test, ours, theirs = self.settings.is_flagged, self.model.model, self.critic.model
         settings = {**vars(self.settings), "is_flagged": getattr(test, "__qualname__", type(test).__qualname__)}
         weights = weights_fingerprint(ours)
@@ -351,7 +351,7 @@ class Reviser:
         }
 
     def with_room(self, drafts: Sequence[Draft]) -> list[Draft]:
-        """Return the drafts whose whole conversation fits into both contexts, however long what is said.
+        """Return the drafts whose whole conversation fits into both contexts, whatever the length of sampled texts.
 
         Raises:
             InputError: when none does.
@@ -386,7 +386,7 @@ class Reviser:
     def run(
         self, drafts: Sequence[Draft], figures: RevisionFigures, saved: RevisionFile | None
     ) -> tuple[list[dict[str, Any]], RevisionFigures]:
-        """Return the rows of all drafts, and `figures` with what happened added; chunks in `saved` are not made again.
+        """Return the rows of all drafts, and `figures` with new counts added; chunks in `saved` are not made again.
 
         Raises:
             InputError: when no critique has a word.
@@ -417,7 +417,7 @@ class Reviser:
         return rows, figures
 
     def _revise(self, chunk: Sequence[Draft], progress: Callable[[int], object]) -> RevisionFigures:
-        """Answer and revise the drafts of a chunk, and return what happened."""
+        """Answer and revise the drafts of a chunk, and return the counts."""
         prompts = [draft.prompt for draft in chunk]
         for draft, response in self._ask(self.model, chunk, prompts, (chunk[0].place, "answer")):
             draft.first = draft.answer = response.text
@@ -464,7 +464,7 @@ class Reviser:
 
     def _draw(self, draft: Draft, number: int) -> dict[str, Any]:
         """Return the principle of a draft's round and the wordings of its requests."""
-        # Not one source of random numbers for all, so that a draw depends on nothing but this.
+        # Not one source of random numbers for all, so a draw depends on nothing but this.
         rng = random.Random(f"constitution-{self.settings.seed}-{draft.place}-{number}")
         principle = self.constitution.draw(rng)
         requests = {f"{request}_request": principle.draw(request, rng) for request in ("critique", "revision")}
@@ -473,21 +473,21 @@ class Reviser:
     def _ask(
         self, speaker: Speaker, drafts: Sequence[Draft], conversations: Sequence[list[Message]], label: tuple
     ) -> list[tuple[Draft, Response]]:
-        """Return what is said next to each draft that is not dropped; those that have outgrown the context are."""
+        """Return the next message for every undropped draft; drafts too long for the context are dropped."""
         settings = self.settings
         lengths = speaker.lengths(conversations)
         for draft, length in zip(drafts, lengths, strict=True):
-            # A text that was sampled may take more tokens when it is read again.
+            # A sampled text may take more tokens when it is read again.
             draft.is_dropped |= not speaker.has_room(length + settings.response_length)
         remaining = [pair for pair in zip(drafts, conversations, strict=True) if not pair[0].is_dropped]
         if not remaining:
             return []
-        # Of this chunk alone, so that a run that is continued draws as one that was never stopped.
+        # Of this chunk only, so a continued run draws as a run without stops.
         seed = random.Random(f"constitution-{settings.seed}-{label}").getrandbits(31)
         replies = speaker.say(
             *([conversation for _, conversation in remaining], settings.response_length),
             *(settings.do_sample, settings.batch_size, seed),
-            # First answers show what the model does; critiques and revisions what it can do.
+            # First answers show the model's behavior; critiques and revisions its abilities.
             temperature=1.0 if "answer" in label else settings.temperature,
         )
         return [(draft, response) for (draft, _), response in zip(remaining, replies, strict=True)]
@@ -498,12 +498,12 @@ class Reviser:
 # Let a model criticize and revise its own answers by a constitution: the supervised half of constitutional AI.
 #
 # Bai et al. 2022 (arXiv:2212.08073, section 3): answer, critique, revision, again and again; then fine-tune on the
-# last revisions. The rows are those of TRL's trainers: SFT reads `prompt` and `completion`, DPO and the reward trainer
-# `chosen` and `rejected`.
+# last revisions. The rows have the format of TRL's trainers: SFT reads `prompt` and `completion`, DPO and the reward
+# trainer `chosen` and `rejected`.
 
 
 class Revisions(NamedTuple):
-    """The rows of `critique_and_revise`, in the order of their prompts, and what happened, in numbers."""
+    """The rows of `critique_and_revise`, in the order of their prompts, and the counts of the run."""
 
     rows: list[dict[str, Any]]
     figures: RevisionFigures
@@ -528,48 +528,48 @@ def critique_and_revise(
     use_examples: bool | None = None,
     save_to: str | Path | None = None,
 ) -> Revisions:
-    """Answer prompts, then criticize and revise each answer by principles of a constitution, drawn at random.
+    """Answer prompts, then criticize and revise every answer by principles of a constitution, drawn at random.
 
-    In each round the critic reads the prompt, the answer so far and the critique request of a principle; then its own
+    In every round the critic reads the prompt, the answer so far and the critique request of a principle; then its own
     critique and the revision request. The revision is the answer of the next round, which begins without the turns of
     the round before. Conversations follow the chat template; without one they are transcripts (`Human:`,
-    `Assistant:`), and what a base model writes beyond its turn is cut.
+    `Assistant:`), and a base model's text beyond its turn is cut.
 
-    The principle and the wordings depend on the seed, the prompt's place and the round alone; sampled texts also on
-    the prompts beside it, since those of a batch share random numbers. In several processes call it in one, and
-    hand on its rows.
+    The principle and the wordings depend only on the seed, the prompt's index and the round; sampled texts also on
+    the other prompts of the batch, since all prompts of a batch share random numbers. In several processes call it in
+    one, and hand on its rows.
 
     Args:
         model: writes the first answers.
         tokenizer: its own.
-        prompts: texts, or lists of messages that end with the user.
+        prompts: texts, or lists of messages ending with the user.
         constitution: see `load_constitution`.
         num_revisions: rounds of critique and revision.
         seed: seed of principles, wordings and samples; the caller's random state is not changed.
         response_length: longest answer, critique and revision, in tokens.
         critic: writes critiques and revisions; by default `model`.
-        critic_tokenizer: the critic's, by default `tokenizer`, which must then be the critic's own too.
+        critic_tokenizer: the critic's, by default `tokenizer`, then necessarily the critic's own too.
         revise_only_flagged: keep an answer where the critique finds nothing.
         is_flagged: whether a critique finds something; by default `hfllm.synthesis.constitution.finds_fault`.
         do_sample: sample; greedy if false.
         temperature: of critiques and revisions; first answers are sampled at 1.
         batch_size: prompts in one call of `generate`; four batches are written together.
-        use_examples: put the constitution's examples before each critique. By default for base models, which have no
+        use_examples: put the constitution's examples before every critique. By default for base models, which have no
             chat template or the plain one of `hfllm.data.tokenizer`; small instruction-tuned models copy from them.
-        save_to: folder for `revisions.jsonl`, a row per line, to which whole chunks are added. A run that was stopped
-            is continued by the same call, with the result of one that was not; model, prompts and all else must be
+        save_to: folder for `revisions.jsonl`, a row per line, to which whole chunks are added. A stopped run is
+            continued by the same call, with the result of an uninterrupted run; model, prompts and all else must be
             the same.
 
     Returns:
         The rows and the figures. A row has `prompt` (messages), `completion` and `chosen` (the last revision, as the
         assistant's message), `rejected` (the first answer, likewise), `messages` (prompt and last revision), and
-        `turns`: for each round `answer`, `principle`, `critique_request`, `critique`, `is_flagged`,
-        `revision_request` (empty if none was asked for) and `revision`. An answer that was not revised is its own
-        revision. Rows whose `chosen` equals `rejected` teach DPO nothing: leave them out there.
+        `turns`: for every round `answer`, `principle`, `critique_request`, `critique`, `is_flagged`,
+        `revision_request` (empty if none was asked for) and `revision`. An unrevised answer is its own revision. Rows
+        with equal `chosen` and `rejected` teach DPO nothing: leave them out there.
 
     Raises:
-        InputError: for a number below 1, prompts that cannot be read, no prompt with room in the context for its
-            conversation, a critic with another tokenizer, a critic that says nothing, or a folder of another run.
+        InputError: for a number below 1, unreadable prompts, no prompt with room in the context for its conversation,
+            a critic with another tokenizer, a critic without output, or a folder of another run.
     """
     critic_tokenizer = check_critic(model, tokenizer, critic, critic_tokenizer)
     settings = RevisionSettings(

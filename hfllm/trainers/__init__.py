@@ -1,1 +1,1 @@
-"""Trainers: PPO, distillation, pretraining, and what they share."""
+"""Trainers: PPO, distillation, pretraining, and their common parts."""

@@ -1,4 +1,4 @@
-"""Callbacks of recipes: lines at each logging step, samples, tables, and checksums of checkpoints."""
+"""Callbacks of recipes: lines at logging steps, samples, tables, and checksums of checkpoints."""
 
 import json
 import math
@@ -76,7 +76,7 @@ LEAST = 5e-5
 
 
 def plain_line(state: TrainerState, logs: dict[str, float]) -> str | None:
-    """The metrics that matter of one log entry as a line, or `None` if it holds none of them."""
+    """The important metrics of one log entry as a line, or `None` if it holds none of them."""
     metrics = [f"{label} {_short(name, float(logs[name]))}" for name, label in SHOWN.items() if name in logs]
     step = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
     return f"{step}  {'  '.join(metrics)}" if metrics else None
@@ -87,7 +87,7 @@ def _short(name: str, value: float) -> str:
 
 
 class PlainPrinter(TrainerCallback):
-    """Print one plain line at each logging step."""
+    """Print one plain line per logging step."""
 
     def on_log(
         self,
@@ -120,7 +120,7 @@ class MovingLine(PlainPrinter):
         self._began, self._first_step = clock(), 0
 
     def _draw(self, text: str, whenever: bool = False) -> None:
-        """Put `text` in the place of what stands there, unless that was drawn a moment ago."""
+        """Replace the current line by `text`, unless that line was drawn a moment ago."""
         is_same = not text and not self._width
         if is_same or (not whenever and self.clock() - self._drawn_at < self.PAUSE):
             return
@@ -186,7 +186,7 @@ class MovingLine(PlainPrinter):
 
 
 def where() -> str:
-    """Return the stage that runs and its place among those of the job, such as `reward (3 of 4)  `."""
+    """Return the current stage and its position among the stages of the job, such as `reward (3 of 4)  `."""
     job = current_job()
     if job is None:
         return ""
@@ -202,7 +202,7 @@ def clock_time(seconds: float) -> str:
 
 
 def use_plain_lines(trainer: Trainer) -> None:
-    """Let any `Trainer` print plain lines, and on a terminal a moving one, in place of whole dictionaries and bars."""
+    """Let any `Trainer` print plain lines, and on a terminal a moving one, instead of whole dictionaries and bars."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PlainPrinter() if trainer.args.disable_tqdm else MovingLine())
@@ -210,11 +210,11 @@ def use_plain_lines(trainer: Trainer) -> None:
 
 # ---- checksums ----
 #
-# Write the checksums of each checkpoint when all processes have saved their parts of it.
+# Write the checksums of a checkpoint when all processes have saved their parts of it.
 
 
 class Checksums(TrainerCallback):
-    """Callback that writes a checkpoint's checksums once it is whole; see `hfllm.outputs.checkpoints`."""
+    """Callback for writing a checkpoint's checksums once it is whole; see `hfllm.outputs.checkpoints`."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -231,7 +231,7 @@ class Checksums(TrainerCallback):
 
 # ---- samples ----
 #
-# Sample from a model while it trains: a callback of the stock `Trainer` that does not change training.
+# Sample from a model while it trains: a callback of the stock `Trainer` without an effect on training.
 #
 #     trainer.add_callback(SampleCallback(tokenizer, ["The owl"], every_steps=100, output_file="samples.jsonl"))
 #
@@ -241,18 +241,18 @@ class Checksums(TrainerCallback):
 class SampleCallback(TrainerCallback):
     """Callback that continues each prompt every `every_steps` steps and at the last one, in the main process.
 
-    Training is exactly as without it: its random state and the modules' training flags are restored. A run
-    that begins or resumes first removes rows of later steps from the file, since it will reach them again.
+    Training is exactly as without it: its random state and the modules' training flags are restored. At its beginning
+    or when resumed, a run first removes rows of later steps from the file, since it will reach them again.
 
     Args:
-        tokenizer: encodes prompts and decodes what is generated.
+        tokenizer: encodes prompts and decodes generated tokens.
         prompts: texts to continue, each after the tokenizer's start token if it has one.
         every_steps: optimizer steps between samples.
         output_file: JSON lines to append to: `step`, `prompt`, `completion`.
         max_new_tokens: most tokens of a completion, fewer if the model's context ends earlier.
         temperature: 0 means greedy.
         seed: of the sampling, together with the step.
-        throughput: the callback that should not count the sampling time.
+        throughput: the callback to exclude the sampling time.
 
     Attributes:
         samples: the rows of the file.
@@ -366,7 +366,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def is_split(model: nn.Module) -> bool:
-    """Return whether each process holds only a part of the model: FSDP, DeepSpeed ZeRO-3 or tensor parallelism."""
+    """Return whether every process holds only a part of the model: FSDP, DeepSpeed ZeRO-3 or tensor parallelism."""
     spread = any(hasattr(each, "ds_id") or hasattr(each, "device_mesh") for each in model.parameters())
     return spread or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
@@ -381,7 +381,7 @@ def _line(row: dict[str, int | str]) -> str:
 
 
 def _read_rows(file: Path, last_step: int) -> list[dict[str, int | str]]:
-    """Return the rows of a file up to a step, without a last line that is incomplete because the run was killed."""
+    """Return the rows of a file up to a step, without an incomplete last line of a killed run."""
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else [""]
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
@@ -409,7 +409,7 @@ def log_table(callbacks: Sequence[TrainerCallback], name: str, rows: Rows, step:
     """Log rows to every integration among a trainer's callbacks that supports tables or text.
 
     Args:
-        callbacks: the trainer's; those that are not integrations, or not yet set up, are skipped.
+        callbacks: the trainer's; others than integrations, or integrations not yet set up, are skipped.
         name: the name of the table.
         rows: rows with the same columns.
         step: the optimizer step.
@@ -421,7 +421,7 @@ def log_table(callbacks: Sequence[TrainerCallback], name: str, rows: Rows, step:
 
 
 def storable(rows: Rows) -> list[dict[str, Any]]:
-    """Return rows in which a message's fields are text, other values as JSON text.
+    """Return rows with a message's fields as text, other values as JSON text.
 
     A column of a file has values of one kind: arguments of calls have any, and content is text or a list of parts.
     """

@@ -37,10 +37,10 @@ def gather_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def unshard(model: nn.Module) -> nn.Module:
-    """Undo in place ZeRO-3's partitioning of every loaded model, for one that its engine does not train.
+    """Undo in place ZeRO-3's partitioning of every loaded model, for one not trained by its engine.
 
     Returns:
-        The model, whole on each process; every process has to call this.
+        The model, whole on all processes; every process has to call this.
     """
     whole: dict[int, nn.Parameter] = {}
     with gather_parameters(model):
@@ -80,7 +80,7 @@ def schedule_of(args: "TrainingArguments", num_steps: int) -> Callable[[int], fl
     """Return the learning rate's factor by step.
 
     Raises:
-        InputError: for a schedule that is no function of the step.
+        InputError: for a schedule other than a function of the step.
     """
     from transformers import get_scheduler
 
@@ -101,6 +101,6 @@ def schedule_of(args: "TrainingArguments", num_steps: int) -> Callable[[int], fl
 
 
 def shards_parameters(training_args: "TrainingArguments") -> bool:
-    """Return whether each process holds only a part of each weight or of its optimizer state."""
+    """Return whether every process holds only a part of the weights or of their optimizer states."""
     is_fsdp = bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return is_fsdp or training_args.deepspeed_plugin is not None

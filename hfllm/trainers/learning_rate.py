@@ -1,4 +1,4 @@
-"""Scale a learning rate that was tuned with one batch size to another."""
+"""Scale a learning rate tuned with one batch size to another."""
 
 import math
 from dataclasses import dataclass
@@ -48,14 +48,14 @@ def global_batch_size(training_args: "TrainingArguments") -> int:
 
 
 def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) -> tuple[Trained, dict[str, float]]:
-    """Return `training_args` with learning rates scaled by `--lr_scaling_rule`, and what to report.
+    """Return `training_args` with learning rates scaled by `--lr_scaling_rule`, and the values to report.
 
     Returns:
         The arguments, unchanged without a rule; and `learning_rate` as used with `global_batch_size`, or nothing.
 
     Raises:
-        InputError: for a rule without a base batch size, or the other way round, a size that is not positive, a rate
-            that is not given, or one that DeepSpeed's config file sets.
+        InputError: for a rule without a base batch size, or the other way round, a size not above 0, a missing
+            rate, or one set by DeepSpeed's config file.
     """
     rule, base = script_args.lr_scaling_rule, script_args.lr_scaling_base_batch_size
     if rule not in RULES:

@@ -1,4 +1,4 @@
-"""What every trainer does: save on SIGTERM, resume only its own run, and evaluate each row exactly once.
+"""Common behavior of all trainers: save on SIGTERM, resume only its own run, and evaluate each row exactly once.
 
 train(trainer, stage.checkpoint, stage.identity)  # in place of trainer.train(resume_from_checkpoint=...)
 """
@@ -34,12 +34,12 @@ from hfllm.trainers.run_record import RunRecord, WholeTrainLoss, check_contents,
 # ---- saving and resuming ----
 
 
-# The exit status that a shell reports for a process ended by SIGTERM.
+# The exit status in a shell for a process ended by SIGTERM.
 TERMINATED = 128 + signal.SIGTERM
 
 
 class _AlreadyDone(Exception):
-    """Raised when the checkpoint to resume from is that of the last step."""
+    """Raised when the checkpoint to resume from is from the last step."""
 
 
 class _LookBeforeTheFirstStep(TrainerCallback):
@@ -58,17 +58,17 @@ def train(
 ) -> None:
     """Train, from a checkpoint if given; with `enable_jit_checkpoint`, SIGTERM saves, see `SaveOnSigterm`.
 
-    `Trainer` alone would take one more step from a checkpoint of the last step, unless that ends an epoch.
+    `Trainer` itself would take one more step from a checkpoint of the last step, unless this step ends an epoch.
 
     Args:
-        run: what tells the run from others (`Stage.identity`), which its checkpoints record.
-        rows_are_sampled: whether a model has written the training rows, so that they are not compared.
+        run: the identity of the run (`Stage.identity`), recorded in its checkpoints.
+        rows_are_sampled: whether a model has written the training rows, and they are therefore not compared.
 
     Raises:
-        InputError: when SIGTERM would save an unusable checkpoint, or `checkpoint` is that of other rows or another
+        InputError: when SIGTERM would save an unusable checkpoint, or `checkpoint` is from other rows or another
             model, or cannot be resumed with this engine.
         SystemExit: with 143, once SIGTERM has saved.
-        Interrupted: after Ctrl-C, with what resumes the run.
+        Interrupted: after Ctrl-C, with the way to resume the run.
         MachineError: when memory or disk is full, or the folder cannot be written to; with the same.
     """
     save_on_sigterm(trainer)
@@ -93,7 +93,7 @@ def train_unless_done(
     """Return `train(**kwargs)`, which trains `trainer`; from the last step's checkpoint, only end the run.
 
     Args:
-        run: what its checkpoints record of the run, besides its losses.
+        run: the record of the run in its checkpoints, besides its losses.
 
     Raises:
         InputError: when the checkpoint has no optimizer or schedule for this engine.
@@ -108,10 +108,10 @@ def train_unless_done(
         refuse_without_state(checkpoint, "fsdp" if trainer.is_fsdp_enabled else "")
     look, whole, record = _LookBeforeTheFirstStep(), WholeTrainLoss(trainer), RunRecord(trainer, run)
     trainer.add_callback(look)
-    # After what decides to save, in the last place SIGTERM's.
+    # After the callbacks that decide to save, SIGTERM's last.
     trainer.add_callback(record)
     add_to_logs(trainer, whole)
-    # Before what ends the process when a checkpoint is saved, or times the next step from then on.
+    # Before callbacks that end the process when a checkpoint is saved, or time the next step from then on.
     checksums = Checksums(trainer)
     add_to_logs(trainer, checksums)
     try:
@@ -124,10 +124,10 @@ def train_unless_done(
 
 
 def _how_to_resume(trainer: Trainer, is_recorded: bool) -> str:
-    """Return what was done and what resumes it, as a line; a checkpoint that was being written is removed.
+    """Return the finished part and the way to resume, as a line; an unfinished checkpoint is removed.
 
     Args:
-        is_recorded: whether checkpoints say which run made them; others are not what a recipe resumes from.
+        is_recorded: whether checkpoints name their run; a recipe does not resume from others.
     """
     state, folder = trainer.state, Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
@@ -151,7 +151,7 @@ def check_shards(checkpoint: str, args: TrainingArguments) -> None:
 
 
 def save_on_sigterm(trainer: Trainer) -> None:
-    """Replace what transformers does for `enable_jit_checkpoint`, if it is set, by `SaveOnSigterm`.
+    """Replace transformers' handling of `enable_jit_checkpoint`, if it is set, by `SaveOnSigterm`.
 
     transformers saves at the beginning of a step or within one, finishes that step, and lets the script continue as if
     the run were complete. Its processes do not coordinate, and wait for each other forever if they notice
@@ -172,12 +172,12 @@ def save_on_sigterm(trainer: Trainer) -> None:
 class SaveOnSigterm(TrainerCallback):
     """SIGTERM ends training after the step in progress with a checkpoint and exit code 143.
 
-    The checkpoint is an ordinary one between two steps, so a run that resumes from it ends with the bits of
-    one that was not interrupted. After each step, processes agree whether any got the signal. While the loss guard
+    The checkpoint is an ordinary one between two steps, so a run resumed from it ends with the bits of
+    an uninterrupted run. After each step, processes agree whether any got the signal. While the loss guard
     forbids saving, training continues. Before and after training SIGTERM ends the process at once.
 
     Raises:
-        InputError: when training does not begin in the main thread, the only one that receives signals.
+        InputError: when training does not begin in the main thread, the only one to receive signals.
     """
 
     def __init__(self, trainer: Trainer):
@@ -221,7 +221,7 @@ class SaveOnSigterm(TrainerCallback):
         signal.signal(signal.SIGTERM, self._previous if self._previous is not None else signal.SIG_DFL)
 
     def _leave(self, what: str) -> None:
-        # A process that exits while another still writes would end that one too.
+        # A process exiting while another still writes would end the other one too.
         self.trainer.accelerator.wait_for_everyone()
         self._restore()
         if self.trainer.is_world_process_zero():
@@ -232,11 +232,11 @@ class SaveOnSigterm(TrainerCallback):
 
 # ---- exact evaluation ----
 #
-# Held-out losses that depend on the data alone: not on the evaluation batch, not on the number of processes.
+# Held-out losses that depend only on the data: not on the evaluation batch, not on the number of processes.
 #
 # `transformers.Trainer` averages the means of batches, so a batch of few tokens counts as much as one of many; and on
-# several processes accelerate fills the last batches with rows that were read already. `TokenMeanEvaluation` adds up
-# losses and counts, of each row once. It is a mixin, first among the bases:
+# several processes accelerate fills the last batches with rows already read. `TokenMeanEvaluation` adds up
+# losses and counts, once per row. It is a mixin, first among the bases:
 #
 #     class MyTrainer(TokenMeanEvaluation, Trainer): ...
 #
@@ -252,11 +252,11 @@ ROW_LENGTHS = "row_lengths"
 
 
 class WithRowLengths:
-    """Collator that adds the length of each row to another's batch, whose rows may be joined to one.
+    """Collator that adds the length of each row to the batch of another collator; its rows may be joined to one.
 
     Args:
         collate: the other collator.
-        length: tokens of each row, where the other pads them all to that; by default those of its `input_ids`.
+        length: tokens per row, where the other pads them all to this length; by default the length of its `input_ids`.
     """
 
     def __init__(self, collate: Collator, length: int | None = None):
@@ -273,14 +273,15 @@ def _length(row: Any) -> int:
 
 
 class EachRowOnce(Trainer):
-    """Base of trainers that measure each held-out row once, however many processes share them.
+    """Base of trainers for measuring each held-out row once, on any number of processes.
 
-    A subclass calls `_keep` at each batch, and computes its metrics in `_measured` of what all processes kept.
+    A subclass calls `_keep` at every batch, and computes its metrics in `_measured` from the values kept by all
+    processes.
     """
 
-    # Rows of numbers that this process has kept of each batch of the evaluation that runs; `None` outside of one.
+    # Rows of numbers kept by this process, one entry per batch of the current evaluation; `None` outside of one.
     _kept: list[torch.Tensor] | None = None
-    # Tokens of each row of an evaluation batch, where the collator pads them all to that.
+    # Tokens per row of an evaluation batch, where the collator pads them all to this length.
     _padded_length: int | None = None
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -310,7 +311,7 @@ class EachRowOnce(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as Trainer does, with metrics of all rows in place of means over batches."""
+        """Evaluate as Trainer does, with metrics of all rows instead of means over batches."""
         self._kept = []
         try:
             output = super().evaluation_loop(
@@ -327,11 +328,11 @@ class EachRowOnce(Trainer):
         return output
 
     def _measured(self, kept: torch.Tensor) -> dict[str, float]:
-        """Return metrics of what all processes have kept: (processes, rows, columns), in double precision."""
+        """Return metrics of the values kept by all processes: (processes, rows, columns), in double precision."""
         raise NotImplementedError
 
     def _num_new_rows(self, rows: int) -> int:
-        """Return how many rows of this process's batch, which has `rows`, are not there to fill the last batch."""
+        """Return how many of the `rows` rows in this process's batch are real, not fillers of the last batch."""
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return rows
@@ -349,7 +350,7 @@ class TokenMeanEvaluation(EachRowOnce):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Return what Trainer does for a batch, whose repeated rows have no targets, and keep its sum and count."""
+        """Return Trainer's results for a batch, without targets in repeated rows, and keep its sum and count."""
         inputs = self._without_repeated_rows(self._prepare_inputs(inputs))
         config = getattr(self.model, "config", None)
         if config is not None and getattr(config.get_text_config(), "output_router_logits", False):
@@ -367,7 +368,7 @@ class TokenMeanEvaluation(EachRowOnce):
         return {"loss": total / count if count else float("nan")}
 
     def _without_repeated_rows(self, inputs: Batch) -> Batch:
-        """Return the model's part of a batch, without targets in rows that only fill it."""
+        """Return the model's part of a batch, without targets in filler rows."""
         inputs = dict(inputs)
         lengths = inputs.pop(ROW_LENGTHS, None)
         if lengths is None:
@@ -386,12 +387,12 @@ class TokenMeanEvaluation(EachRowOnce):
         return None if targets is None else (targets != IGNORE).sum()
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | int | None:
-        """Return Trainer's count in training; in evaluation none, so that a loss is the mean over its own batch."""
+        """Return Trainer's count in training; in evaluation none, for a loss averaged over its own batch."""
         return None if self._kept is not None else super()._get_num_items_in_batch(batch_samples, device)
 
 
 def _first_rows(labels: torch.Tensor, lengths: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return labels without targets after the first rows, which lie one below another or are joined to one."""
+    """Return labels without targets after the first rows, one below another or joined to one."""
     labels = labels.clone()
     if len(labels) == len(lengths):
         labels[rows:] = IGNORE

@@ -33,10 +33,10 @@ MAD_TO_DEVIATION = 1.4826
 
 
 def add_to_logs(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Add a callback whose `on_log` adds to the logs, before those that report, print or store them.
+    """Add a callback whose `on_log` adds to the logs, before callbacks that report, print or store them.
 
-    `trainer.add_callback` and `Trainer(callbacks=...)` put it after the ones of `report_to`, which would not see what
-    it adds. It comes after the callback that decides whether a step is logged, evaluated or saved.
+    `trainer.add_callback` and `Trainer(callbacks=...)` put it after the ones of `report_to`, and these would not see
+    its additions. It comes after the callback that decides whether a step is logged, evaluated or saved.
     """
     callbacks = trainer.callback_handler.callbacks
     deciding = [index for index, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
@@ -52,14 +52,14 @@ class ThroughputCallback(TrainerCallback):
 
     Args:
         tokens_per_step: tokens per optimizer step over all processes, or a function from the
-            number of the step, from 1, to them. By default the trainer counts them, which needs
+            number of the step, from 1, to them. By default the trainer counts them; this needs
             `include_num_input_tokens_seen` (`non_padding` to exclude padding).
         flops_per_token: for example `hfllm.scaling.speed.palm_flops_per_token(...)`. With `peak_flops` it gives `mfu`,
-            the share of the peak that training reaches.
+            the share of the peak reached by training.
         peak_flops: peak FLOP/s of one device.
         bytes_per_token: UTF-8 bytes of training text per predicted token; gives `bits_per_byte`, from `loss`.
         eval_bytes_per_token: of the held-out text; gives `eval_bits_per_byte` in the evaluation's logs and metrics.
-        clock: function that returns the time in seconds.
+        clock: function returning the time in seconds.
 
     Raises:
         InputError: when only one of `flops_per_token` and `peak_flops` is given, a number is not positive, or
@@ -144,7 +144,7 @@ class ThroughputCallback(TrainerCallback):
         else:
             self._tokens += self.tokens_per_step or state.num_input_tokens_seen - self._seen
         self._seen = state.num_input_tokens_seen
-        # Wait for the device only if something that is not timed follows the step.
+        # Wait for the device only if something untimed follows the step.
         self._count_time(wait=control.should_log or control.should_evaluate or control.should_save)
 
     def on_log(
@@ -181,20 +181,20 @@ class ThroughputCallback(TrainerCallback):
 
 
 class LossSpikeGuard(TrainerCallback):
-    """Callback that stops a run, or warns, when its logged loss is far above the running median or not finite.
+    """Callback for stopping a run, or warning, when its logged loss is far above the running median or not finite.
 
     A loss is too high if it exceeds the median of the last `window` losses by more than `threshold` robust deviations
     (1.4826 times the median absolute deviation, at least a hundredth of the median). Low losses never count.
-    Its state comes from `state.log_history`, which each checkpoint holds, so a resumed run stops where one
-    that was not interrupted would. While the loss is too high no checkpoint is saved; one from between the last
+    Its state comes from `state.log_history`, kept in all checkpoints, so a resumed run stops where an
+    uninterrupted one would. While the loss is too high no checkpoint is saved; one from between the last
     good log and the first bad one may hold the broken model.
 
-    It turns off `logging_nan_inf_filter`, which would replace losses that are not finite by earlier ones.
+    It turns off `logging_nan_inf_filter`, since it would replace non-finite losses by earlier ones.
 
     Args:
         window: logged losses to compare with, at least 10; until there are 10, none is too high.
         threshold: limit in robust deviations.
-        patience: consecutive losses that are too high before it acts. A single one that is not finite is enough.
+        patience: consecutive losses above the limit before it acts. A single non-finite one is enough.
         action: `stop` or `warn`; both warn, with `warnings`.
 
     Attributes:
@@ -222,7 +222,7 @@ class LossSpikeGuard(TrainerCallback):
         self.message: str | None = None
 
     def _judge(self, loss: float) -> str | None:
-        """Record a loss; return what is wrong with it if the guard must act, else `None`."""
+        """Record a loss; return its problem if the guard must act, else `None`."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         complaint = None
@@ -231,7 +231,7 @@ class LossSpikeGuard(TrainerCallback):
             spread = MAD_TO_DEVIATION * statistics.median(abs(each - median) for each in self._losses)
             deviation = max(spread, 0.01 * abs(median))
             self._too_high = self._too_high + 1 if loss > median + self.threshold * deviation else 0
-            # Warn once per spike; a run that is resumed within a spike stops again.
+            # Warn once per spike; a run resumed within a spike stops again.
             if self._too_high == self.patience or (self.action == "stop" and self._too_high > self.patience):
                 complaint = (
                     f"the loss is {loss:.4g}, and for {self._too_high} log(s) in a row has been more than "
@@ -280,7 +280,7 @@ class LossSpikeGuard(TrainerCallback):
 
 # ---- stalled weights ----
 #
-# Warn of weights that training does not change, because their precision rounds the updates away.
+# Warn of weights unchanged by training, because their precision rounds the updates away.
 
 
 # Steps after the warm-up in which weights may change.
@@ -290,7 +290,7 @@ LEAST_CHANGED = 0.5
 
 
 class StalledWeights(TrainerCallback):
-    """Callback that warns once if most weights of a layer in half precision are the same after several steps.
+    """Callback for warning once if most weights of a layer in half precision are the same after several steps.
 
     Numbers in bf16 have 8 bits: an update of less than 1/512 of a weight is rounded away. In fp32 under bf16 autocast
     (`--dtype float32 --bf16`) the forward pass is as fast and no update is lost.
@@ -351,10 +351,10 @@ def _half_precision_weight(model: nn.Module | None) -> tuple[str, nn.Parameter] 
 
 # ---- stalled policy ----
 #
-# Warn of PPO that learns nothing: a reward that is constant, or a policy that does not move.
+# Warn of PPO without learning: a constant reward, or an unchanged policy.
 
 
-# Rollouts after which a policy that learns has left its reference by this much (nats per response), or has had this
+# Rollouts after which a learning policy has left its reference by this much (nats per response), or has had this
 # share of its ratios clipped.
 WATCHED_ROLLOUTS, LEAST_KL, LEAST_CLIPPED = 10, 0.05, 0.002
 
@@ -397,7 +397,7 @@ class StalledPolicy(TrainerCallback):
 
 
 def unmoved(first: Mapping[str, float], last: Mapping[str, float], args: PPOConfig) -> str | None:
-    """Return a warning if reward, KL and clip fraction say that the policy is where it began, else `None`.
+    """Return a warning if reward, KL and clip fraction indicate an unchanged policy, else `None`.
 
     Args:
         first, last: log entries of PPO at the beginning and now.

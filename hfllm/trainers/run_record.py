@@ -1,6 +1,6 @@
-"""What a run records in its checkpoints: which run it is, and the losses since its last log.
+"""The records of a run in its checkpoints: its identity, and the losses since its last log.
 
-Both are in `trainer_state.json`, which Trainer writes last: a checkpoint has them or is not complete.
+Both are in `trainer_state.json`, written last by Trainer: a checkpoint has them or is not complete.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,18 @@ from hfllm.runs.stage import made_with
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Rows of the training data that are compared: all of them, or so many from all over it.
+# The compared rows of the training data: all of them, or so many from all over it.
 MOST_ROWS = 4096
 
 
 class RunRecord(TrainerCallback):
-    """Callback that records a run in its checkpoints, and takes up the losses of the one that is resumed.
+    """Callback that records a run in its checkpoints, and takes up the losses of a resumed run.
 
-    Trainer forgets at a checkpoint what it has added up since the last log. With this, `loss` of the next log and
-    `train_loss` are those of a run that was not interrupted.
+    Trainer forgets at a checkpoint its sums since the last log. With this callback, `loss` of the next log and
+    `train_loss` are as in an uninterrupted run.
 
     Args:
-        run: what tells the run from others, as JSON values; `None` records the losses alone.
+        run: the identity of the run, as JSON values; `None` records only the losses.
     """
 
     def __init__(self, trainer: Trainer, run: Mapping[str, Any] | None):
@@ -74,7 +74,7 @@ class RunRecord(TrainerCallback):
 
     def _note(self, state: TrainerState) -> None:
         since = self.trainer.accelerator.reduce(self.trainer._tr_loss.detach().clone(), "mean")
-        # At a step that is logged, they are logged before the checkpoint is saved.
+        # At a logged step, they are logged before the checkpoint is saved.
         self._write(state, since.item(), _unlogged_parts(self.trainer))
 
     def _write(self, state: TrainerState, since: float, parts: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class RunRecord(TrainerCallback):
 
 
 class WholeTrainLoss(TrainerCallback):
-    """Callback that makes `train_loss` of a resumed run that of all its steps; before callbacks that report it."""
+    """Callback that extends `train_loss` of a resumed run to all its steps; before callbacks that report it."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -109,7 +109,7 @@ class WholeTrainLoss(TrainerCallback):
 
 
 def _unlogged_parts(trainer: Trainer) -> dict[str, Any]:
-    """Return what TRL's trainers and distillation have added up since the last log, the mean of all processes."""
+    """Return the sums of TRL's trainers and distillation since the last log, the mean of all processes."""
     metrics, sums = getattr(trainer, "_metrics", None), getattr(trainer, "_sums", None)
     parts: dict[str, Any] = {}
     if isinstance(metrics, dict) and isinstance(metrics.get("train"), dict):
@@ -120,7 +120,7 @@ def _unlogged_parts(trainer: Trainer) -> dict[str, Any]:
 
 
 def _take_up(trainer: Trainer, parts: Mapping[str, Any]) -> None:
-    """Continue the sums that `_unlogged_parts` has returned."""
+    """Continue the sums returned by `_unlogged_parts`."""
     for name, values in parts.get("metrics", {}).items():
         trainer._metrics["train"][name] = list(values)
     if "sums" in parts:
@@ -130,15 +130,15 @@ def _take_up(trainer: Trainer, parts: Mapping[str, Any]) -> None:
 
 
 def final_train_loss(trainer: Trainer) -> float:
-    """Return the mean loss of all steps of the run that has just ended."""
+    """Return the mean loss of all steps of the just ended run."""
     return next(entry["train_loss"] for entry in reversed(trainer.state.log_history) if "train_loss" in entry)
 
 
 def with_contents(run: Mapping[str, Any], trainer: Trainer, rows_are_sampled: bool) -> dict[str, Any]:
-    """Return what tells a run from others, with hashes of its training rows and of the model that it starts from.
+    """Return the identity of a run, with hashes of its training rows and of its initial model.
 
     Args:
-        rows_are_sampled: whether a model has written them, which may differ when it writes them again on a GPU.
+        rows_are_sampled: whether a model has written them; they may differ when written again on a GPU.
     """
     config = getattr(trainer.model, "config", None)
     name, model = getattr(config, "_name_or_path", "") or "", None
@@ -153,7 +153,7 @@ def content_of_rows(trainer: Trainer) -> dict[str, Any] | None:
     """Return the number and a hash of a trainer's training rows, `None` where they cannot be counted.
 
     Raises:
-        InputError: for a value in a row that has no contents to compare, such as an object of your own, naming both.
+        InputError: for a value in a row without contents to compare, such as an object of your own, naming both.
     """
     plan = getattr(trainer, "plan", None)
     parts = plan.sources if plan is not None else [getattr(trainer.train_dataset, "rows", trainer.train_dataset)]
@@ -198,7 +198,7 @@ def _other_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     if was and model and None not in (was["content"], model["content"]) and was["content"] != model["content"]:
         return f"another model to start from ({was['value']}), or other contents of it"
     was, rows = before.get("rows"), now["rows"]
-    # What an earlier version hashed in another way cannot be compared; `runs.stage.described` says so.
+    # Hashes made in another way by an earlier version cannot be compared; `runs.stage.described` says so.
     same = ("count", "content") if was and rows and was.get("form") == rows["form"] else ("count",)
     if was and rows and any(was[each] != rows[each] for each in same):
         counts = f" ({was['count']} rows, this run has {rows['count']})" if was["count"] != rows["count"] else ""

@@ -1,4 +1,4 @@
-"""Trainers for fine-tuning and reward models, which are TRL's, and for heads and pictures, with exact figures.
+"""Trainers for fine-tuning and reward models, from TRL, and for heads and images, with exact metrics.
 
 Importing this file imports TRL, which takes seconds.
 """
@@ -36,7 +36,7 @@ class SFTTrainer(TokenMeanEvaluation, trl.SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return TRL's loss; in evaluation without the load-balancing loss of experts, which TRL logs apart."""
+        """Return TRL's loss; in evaluation without the load-balancing loss of experts, logged separately by TRL."""
         weight = self.router_aux_loss_coef
         if self._kept is not None:
             self.router_aux_loss_coef = 0.0
@@ -48,7 +48,7 @@ class SFTTrainer(TokenMeanEvaluation, trl.SFTTrainer):
     def _measured(self, kept: torch.Tensor) -> dict[str, float]:
         counts, logged = kept[..., 1].sum(0), self._metrics["eval"]
         for name in ("entropy", "mean_token_accuracy"):
-            # TRL's own are of all processes, one per batch; `log` averages what is here.
+            # TRL's own are of all processes, one per batch; `log` averages these values.
             values = torch.tensor(logged[name], dtype=torch.double)
             if len(values) == len(counts):
                 logged[name] = [((values * counts).sum() / counts.sum().clamp(min=1)).item()]
@@ -56,7 +56,7 @@ class SFTTrainer(TokenMeanEvaluation, trl.SFTTrainer):
 
 
 class RewardTrainer(EachRowOnce, trl.RewardTrainer):
-    """TRL's RewardTrainer; `eval_loss`, `eval_accuracy` and the other figures of rewards are those of all pairs."""
+    """TRL's RewardTrainer; `eval_loss`, `eval_accuracy` and the other metrics of rewards cover all pairs."""
 
     def prediction_step(
         self,
@@ -65,7 +65,7 @@ class RewardTrainer(EachRowOnce, trl.RewardTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Return what TRL does for a batch, and keep the rewards of its pairs."""
+        """Return TRL's results for a batch, and keep the rewards of its pairs."""
         inputs = {name: value for name, value in inputs.items() if name != ROW_LENGTHS}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
@@ -76,7 +76,7 @@ class RewardTrainer(EachRowOnce, trl.RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return TRL's loss; in evaluation also keep both rewards of each pair and the margin asked for."""
+        """Return TRL's loss; in evaluation also keep both rewards of all pairs and the requested margin."""
         if self._kept is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -95,7 +95,7 @@ class RewardTrainer(EachRowOnce, trl.RewardTrainer):
             "margin": (chosen - rejected).mean(),
             **{"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()},
         }
-        # TRL has one value per batch; `log` averages what is here.
+        # TRL has one value per batch; `log` averages these values.
         self._metrics["eval"].update({name: [value.item()] for name, value in figures.items()})
         loss = -nn.functional.logsigmoid(chosen - rejected - margin).mean()
         if self.args.center_rewards_coefficient is not None:
@@ -104,7 +104,7 @@ class RewardTrainer(EachRowOnce, trl.RewardTrainer):
 
 
 class PictureCompared:
-    """Collator of comparisons of answers about pictures: the chosen conversations, then the rejected ones.
+    """Collator of comparisons of answers about images: the chosen conversations, then the rejected ones.
 
     Args:
         processor: of the model.
@@ -119,10 +119,10 @@ class PictureCompared:
 
 
 class PictureRewardTrainer(RewardTrainer):
-    """RewardTrainer on comparisons of answers about pictures, which TRL's does not read.
+    """RewardTrainer on comparisons of answers about images, unsupported by TRL's.
 
     Args:
-        processor: the model's, which is saved with it.
+        processor: the model's, saved with it.
         kwargs: as RewardTrainer's; datasets have `prompt`, `chosen` and `rejected` messages with parts, and `images`.
     """
 
@@ -138,7 +138,7 @@ class PictureRewardTrainer(RewardTrainer):
         self._signature_columns = ["prompt", "chosen", "rejected", "images"]
 
     def is_right(self, dataset: Dataset) -> list[float]:
-        """Return for each comparison whether the chosen answer has the higher score, in this process alone."""
+        """Return for each comparison whether the chosen answer has the higher score, only in this process."""
         model, result = self.model, []
         with evaluating(model), torch.no_grad(), self.accelerator.autocast():
             for batch in DataLoader(dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
@@ -150,13 +150,13 @@ class PictureRewardTrainer(RewardTrainer):
 
 # ---- heads ----
 #
-# Training of heads that give labels: of sequences, of tokens, and of the two ends of a span.
+# Training of heads for labels: of sequences, of tokens, and of the two ends of a span.
 #
 # The loss is the sum over all targets of an optimizer step, divided by their number, however they are divided into
 # batches and processes; targets of -100 have none.
 
 
-# Of an output, what is no score.
+# Parts of an output other than scores.
 NO_SCORES = ["loss", "cache", "past_key_values", "hidden_states", "attentions", "router_logits"]
 
 
@@ -179,7 +179,7 @@ def head_loss(
         outputs: of a model with a head.
         labels: (B) of sequences, (B, S) of tokens, (B, 2) of spans.
         num_items_in_batch: targets of the whole optimizer step; without it the mean over these is returned.
-        attention_mask: (B, S). No span begins or ends in padding, so that its length changes nothing.
+        attention_mask: (B, S). No span begins or ends in padding, so its length changes nothing.
     """
     scores = scores_of(outputs).float()
     if attention_mask is not None and "start_logits" in outputs:
@@ -216,7 +216,7 @@ class HeadTrainer(Trainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Return what Trainer does; scores alone are kept of an output."""
+        """Return Trainer's results; only scores are kept of an output."""
         return super().prediction_step(model, inputs, prediction_loss_only, NO_SCORES)
 
 
@@ -242,31 +242,31 @@ class HeadCollator:
 
 # ---- pictures ----
 #
-# Training on pictures that are drawn as they are read: tokens and pixels by the batch, without a processor's detours.
+# Training on images drawn while reading them: tokens and pixels by the batch, without a processor's detours.
 #
-# TRL's SFTTrainer calls the processor for every picture of every batch, which for a model of a few hundred thousand
-# weights takes as long as the model. Here questions are tokenized one by one, which are few and kept, and pixels go
-# from bytes to the model in one step. Both are what the processor would have given; a test compares them.
+# TRL's SFTTrainer calls the processor for every image of every batch. For a model of a few hundred thousand
+# weights this takes as long as the model. Here questions, few and kept, are tokenized one by one, and pixels go
+# from bytes to the model in one step. Both are the same as the processor's; a test compares them.
 #
-# All questions about a picture stand behind it in one row, but none sees another: each is answered as if it were the
-# only one. What one answer has said, the next would read off there and not from the picture. The picture is computed
+# All questions about an image stand behind it in one row, but none sees another: each is answered as if it were the
+# only one. Otherwise a question could be answered from an earlier answer and not from the image. The image is computed
 # once for all of them. Rows of your own, and other models, are trained by TRL: see `hfllm.stages.vision.flags`.
 
 
 # Turns whose tokens are kept.
 KEPT_TURNS = 100_000
-# What stands for a question and an answer while the template's own marks are read.
+# Placeholders of a question and an answer while the template's own marks are read.
 QUESTION, ANSWER = "\x01", "\x02"
 
 
 class TurnTokens:
-    """Tokens of a picture and of several questions about it, each with its answer as in a conversation of its own.
+    """Tokens of an image and of several questions about it, each with its answer as in a conversation of its own.
 
     Args:
-        processor: with a tokenizer that has the family's chat template, which puts the picture before the question.
-        image_token_id: of a piece of the picture.
-        num_image_tokens: pieces of a picture.
-        max_length: tokens of a row; from the first turn on that does not fit, all are left out. One always stays.
+        processor: with a tokenizer with the family's chat template, which puts the image before the question.
+        image_token_id: of a piece of the image.
+        num_image_tokens: pieces of an image.
+        max_length: tokens of a row; all turns from the first too long one on are left out. One always stays.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class TurnTokens:
         question = [{"role": "user", "content": [{"type": "text", "text": mark + QUESTION}]}]
         answer = [{"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
         text = self.tokenizer.apply_chat_template(question + answer, tokenize=False)
-        # Around the question and the answer are marks of the template, which no token of the words can cross.
+        # Around the question and the answer are marks of the template, never crossed by a token of the words.
         begin, _, rest = text.partition(mark + QUESTION)
         between, _, end = rest.partition(ANSWER)
         self.picture = self._ids(begin) + [image_token_id] * num_image_tokens
@@ -288,14 +288,14 @@ class TurnTokens:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def _turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of the question after the picture, and those of the answer and its end."""
+        """Return the tokens of the question after the image, and the tokens of the answer and its end."""
         return self._ids(question) + self._between, self._ids(answer) + self._end
 
     def __call__(self, turns: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
-        """Return `input_ids`, `labels` of the answers and the marks that end them, `position_ids`, and `branches`.
+        """Return `input_ids`, `labels` of the answers and their end marks, `position_ids`, and `branches`.
 
-        Branch 0 is the picture, branch N the Nth question with its answer. Positions of each begin where those of the
-        picture end.
+        Branch 0 is the image, branch N the Nth question with its answer. Positions of each begin where the positions
+        of the image end.
         """
         start = len(self.picture)
         input_ids, labels = [*self.picture], [IGNORE] * start
@@ -313,7 +313,7 @@ class TurnTokens:
 
 
 class TokenizedPictures(Dataset):
-    """Rows of pictures with what `TurnTokens` returns of them, and `pixels` (H, W, 3) in bytes."""
+    """Rows of images with the results of `TurnTokens` for them, and `pixels` (H, W, 3) in bytes."""
 
     def __init__(self, rows: Sequence[PictureRow], tokens: TurnTokens):
         self.rows, self.tokens = rows, tokens
@@ -329,10 +329,10 @@ class TokenizedPictures(Dataset):
 class PictureCollator:
     """Pads rows at their end, scales pixels as the image processor does, and keeps questions apart by a mask.
 
-    The mask (B, 1, S, S) is true where a token looks: at what comes before it of its own branch and of the picture.
+    The mask (B, 1, S, S) is true where a token attends: to earlier tokens of its own branch and of the image.
 
     Args:
-        pad_token_id: of padding, which no label has.
+        pad_token_id: of padding, absent from labels.
         mean: of the three channels, from 0 to 1.
         std: likewise.
     """
@@ -343,7 +343,7 @@ class PictureCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
-        # Padding is a branch of its own: a token that looked nowhere would have no softmax.
+        # Padding is a branch of its own: a token without attention would have no softmax.
         fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1}
         batch = {
             name: torch.tensor([[*row[name], *[value] * (longest - len(row[name]))] for row in rows])
@@ -363,7 +363,7 @@ def answer_loss(
     """Return the cross entropy of the tokens of answers, in nats.
 
     Args:
-        outputs: with logits (B, W, V) of the last W positions, of which the last predicts nothing here.
+        outputs: with logits (B, W, V) of the last W positions; the last predicts nothing here.
         labels: (B, S), at least W - 1 long.
         num_items_in_batch: targets of the whole optimizer step; without it the mean over these is returned.
     """
@@ -374,12 +374,12 @@ def answer_loss(
 
 
 class PictureTrainer(Trainer):
-    """`transformers.Trainer` on rows of pictures, with logits of the positions that may be learned alone.
+    """`transformers.Trainer` on rows of images, with logits of only the positions with targets.
 
     Args:
-        rows: those to train on.
+        rows: the training rows.
         tokens: of their turns.
-        processor: the model's, which is saved with it.
+        processor: the model's, saved with it.
         kwargs: as Trainer's.
     """
 
@@ -391,7 +391,7 @@ class PictureTrainer(Trainer):
         super().__init__(compute_loss_func=answer_loss, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return Trainer's loss, by `answer_loss`: before the first answer, where the pictures are, no logits."""
+        """Return Trainer's loss, by `answer_loss`: before the first answer, where the images are, no logits."""
         labels = inputs["labels"]
         begin = int((labels != IGNORE).any(0).nonzero()[0])
         inputs = {**inputs, "logits_to_keep": labels.shape[1] - begin + 1, "use_cache": False}

@@ -7,6 +7,6 @@
     text.py         words, hashes of their n-grams, and the text of web pages
     filters.py      length, Gopher, C4 and repetition rules, language, spam, toxic words
     duplicates.py   exact and near duplicates, and overlap with evaluation sets
-    perplexity.py   what a reference model finds unlikely, a causal one or a byte n-gram model
+    perplexity.py   texts that a reference model finds unlikely, a causal one or a byte n-gram model
     pipeline.py     the first step, the stages, and how to run them on this machine
 """

@@ -3,9 +3,9 @@
 Near duplicates: MinHash (Broder 1997) with banding: a signature of 14 bands of 8 hashes over shingles of 5 words
 makes documents of Jaccard similarity s candidates with probability 1 - (1 - s^8)^14, i.e. 0.5 at s = 0.69 and 0.92
 at 0.8. These are datatrove's MinHash stages: signatures are sorted on disk, bands are merged as sorted files, and only
-documents that have a duplicate are ever held in memory. Two parts are ours. Signatures are computed from arrays of
-word hashes, without a word tokenizer to install; and the hash of the whole text is one more band, so that exact
-duplicates, short ones too, are found by the same merge and counted separately.
+documents with a duplicate are ever held in memory. Two parts are ours. Signatures are computed from arrays of word
+hashes, without a word tokenizer to install; and the hash of the whole text is one more band, so that exact duplicates,
+short ones too, are found by the same merge and counted separately.
 """
 
 import re
@@ -47,7 +47,7 @@ def minhash_config(options: CurationOptions) -> MinhashConfig:
 
 
 class _NoTokenizer(WordTokenizer):
-    """Placeholder for a word tokenizer, which would need an install: words are split by our regular expression."""
+    """Placeholder for a word tokenizer, to avoid an install: words are split by our regular expression."""
 
     def word_tokenize(self, text: str) -> list[str]:
         raise NotImplementedError
@@ -58,7 +58,8 @@ class _NoTokenizer(WordTokenizer):
 class DuplicateSignature(MinhashDedupSignature):
     """Writes each document's signature, by datatrove's first MinHash stage.
 
-    Statistics: `seconds`, the time for only the signatures; datatrove's own measure includes that of earlier steps.
+    Statistics: `seconds`, the time for only the signatures; datatrove's own measure includes the time of earlier
+    steps.
     """
 
     name = "signatures"
@@ -96,13 +97,13 @@ class DuplicateSignature(MinhashDedupSignature):
 class MarkDuplicates(PipelineStep):
     """Groups the pairs of all bands, keeps the first document of each group and lists the others for each task.
 
-    The first is that with the lowest task and position, so the result is deterministic; documents that repeat an
-    earlier one word for word are listed separately. It takes about 200 bytes per document with a duplicate.
+    The first is the one with the lowest task and position, so the result is deterministic; word-for-word repetitions
+    of an earlier document are listed separately. It takes about 200 bytes per document with a duplicate.
 
     Args:
         input_folder: folder of the pairs from `MinhashDedupBuckets`.
         output_folder: where `<task>.exact.npy` and `<task>.near.npy` go, sorted positions of documents.
-        exact, near: which kinds to remove.
+        exact, near: the kinds to remove.
     """
 
     type = "🫂 - DEDUP"
@@ -176,7 +177,7 @@ class DuplicateFilter(BaseFilter):
 
 
 def marked(folder: str, kind: str, rank: int) -> set[int]:
-    """Return the positions of a task's documents that are listed as duplicates of one kind."""
+    """Return the positions of a task's documents listed as duplicates of one kind."""
     path = Path(folder) / f"{rank:05d}.{kind}.npy"
     return set(np.load(path, allow_pickle=False).tolist()) if path.is_file() else set()
 
@@ -186,11 +187,11 @@ def marked(folder: str, kind: str, rank: int) -> set[int]:
 # Overlap with evaluation sets: a training document must not contain test data.
 #
 # As GPT-3 did (Brown et al. 2020, arXiv:2005.14165, appendix C): a document is contaminated when it shares a run of 13
-# words with an evaluation text, without case and punctuation; `normalized` says what else is no difference. Evaluation
+# words with an evaluation text, without case and punctuation; `normalized` lists other ignored differences. Evaluation
 # texts of 8 to 12 words count as one run of their own length; shorter ones are too common, and are left out.
 #
-# A copy in which some words are changed has no such run. So a document is contaminated too when it holds, close
-# together and in their order, four of five words of a passage of 26 (`Passages` has the rules).
+# A copy with some changed words has no such run. So a document is contaminated too when it holds, close together and
+# in their order, four of five words of a passage of 26 (`Passages` has the rules).
 
 
 SHORTEST = 8
@@ -200,7 +201,7 @@ _UNSEEN = re.compile(
 )
 _MARKS = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
 _MARK = re.compile(f"[{_MARKS}]")
-# Letters of other alphabets that are drawn as Latin ones, in the lower case to which both texts are brought.
+# Letters of other alphabets drawn as Latin ones, in the lower case to which both texts are brought.
 _LOOK_ALIKE = str.maketrans(
     "авгеһікмноԛрсѕтухьԁјԝѵүαβεηικνορτυχωɑɡıօսոհցϲ",
     "abrehikmhoqpcstyxbdjwvyabenikvoptuxwagiounhgc",
@@ -214,11 +215,11 @@ _SPLIT_WORD = re.compile(r"(?<=\w) ((?:n['’]t|['’](?:s|t|re|ve|ll|d|m))\b)",
 
 
 def normalized(text: str) -> str:
-    """Return a text without what copies of evaluation sets often lack, or have besides.
+    """Return a text without parts that copies of evaluation sets often lack, or have in addition.
 
-    Letters in Unicode's compatible form (NFKC, so that `ﬁ` is `fi`) and without case and accents, those of other
-    alphabets that look like Latin ones as these, no characters that cannot be seen, no calculator marks
-    (`<<48/2=24>>`) and final answers (`#### 72`) of gsm8k, and what tokenizers split joined again: `Jason 's`,
+    Letters in Unicode's compatible form (NFKC, so that `ﬁ` is `fi`) and without case and accents, letters of other
+    alphabets that look like Latin ones as these, no invisible characters, no calculator marks
+    (`<<48/2=24>>`) and final answers (`#### 72`) of gsm8k, and words split by tokenizers joined again: `Jason 's`,
     `do n't`, `1 @,@ 000`. Spaces and punctuation do not count anyway. Evaluation texts and documents are both changed
     in this way, so that a Russian text remains equal to its copy.
     """
@@ -267,15 +268,15 @@ class DecontaminationFilter(BaseFilter):
 
 
 class Passages:
-    """Finds passages of evaluation texts in which some words are changed, left out or added.
+    """Finds passages of evaluation texts with some words changed, left out or added.
 
-    As programs that align genes do (Altschul et al. 1990, doi:10.1016/S0022-2836(05)80360-2), it looks for seeds, runs
-    of `SEED` words, and where a document holds `SEEDS` of one text close together, it compares the words around them:
-    the longest common subsequence must lack few words of a passage (`PASSAGES`), or a fifth of a whole text that is
-    shorter than that.
+    As programs for gene alignment do (Altschul et al. 1990, doi:10.1016/S0022-2836(05)80360-2), it looks for seeds,
+    runs of `SEED` words, and where a document holds `SEEDS` of one text close together, it compares the words around
+    them: the longest common subsequence must lack few words of a passage (`PASSAGES`), or a fifth of a whole text that
+    is shorter than that.
 
     Args:
-        texts: hashes of the words of each text; those of fewer than `n` words are left out.
+        texts: hashes of the words of each text; texts of fewer than `n` words are left out.
         n: the scale of a passage, in words.
     """
 
@@ -338,7 +339,7 @@ class Passages:
         return at[order], text[order], index[order]
 
     def _is_alike(self, words: np.ndarray, at: int, text: int, place: int) -> bool:
-        """Return whether the words around a seed at `at`, and at `place` in the text, are those of a passage."""
+        """Return whether the words around a seed at `at`, and at `place` in the text, belong to a passage."""
         start, end = self.starts[text : text + 2].tolist()
         for length, share in self.passages:
             is_whole = end - start < length
@@ -357,7 +358,7 @@ class Passages:
 def common_words(one: np.ndarray, other: np.ndarray) -> int:
     """Return the length of the longest common subsequence, by the bits of one number.
 
-    The algorithm is that of Hyyrö (2004), "Bit-parallel LCS-length computation revisited".
+    The algorithm is from Hyyrö (2004), "Bit-parallel LCS-length computation revisited".
     """
     masks: dict[int, int] = {}
     for index, word in enumerate(one.tolist()):
@@ -392,7 +393,7 @@ _MASK = np.uint32((1 << 23) - 1)
 
 
 def _table(values: np.ndarray) -> np.ndarray:
-    """Return which low bits there are among hashes. (2 ** 23,), bool."""
+    """Return the low bits present among hashes. (2 ** 23,), bool."""
     table = np.zeros(int(_MASK) + 1, bool)
     table[values & _MASK] = True
     return table
@@ -401,7 +402,7 @@ def _table(values: np.ndarray) -> np.ndarray:
 def evaluation_texts(names: Sequence[str]) -> list[str]:
     """Return the texts of evaluation sets: the strings of each row, one by one and joined in column order.
 
-    Joining finds also a run of words that crosses from a question to its answer.
+    Joining also finds a run of words across a question and its answer.
 
     Args:
         names: files (jsonl, json, csv, tsv, parquet, txt, or jsonl.gz), folders or Hub ids.

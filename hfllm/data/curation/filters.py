@@ -1,7 +1,7 @@
 """Filters by form (length, Gopher's and C4's rules), by language and words, and by the marks of spam.
 
 Each filter is a datatrove `BaseFilter`: it returns `True`, or `False` and the reason. They judge by words between
-spaces and by English stop words, so they suit English and, with other settings, languages that use spaces.
+spaces and by English stop words, so they suit English and, with other settings, languages with spaces.
 """
 
 import csv
@@ -28,7 +28,7 @@ Verdict = bool | tuple[bool, str]
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 ELLIPSES = ("...", "…")
 BULLETS = ("•", "-", "*", "‣", "●")
-# What a tokenizer splits off words: WikiText's `@-@` and `= = Title = =`, and the Penn Treebank's quotes.
+# Parts that a tokenizer splits off words: WikiText's `@-@` and `= = Title = =`, and the Penn Treebank's quotes.
 PUNCTUATION = frozenset(".,;:!?'\"`´‘’“”()[]{}-–—/%$£€&@=…")
 
 
@@ -53,8 +53,8 @@ class GopherQualityFilter(BaseFilter):
     end in an ellipsis, fewer than 80% of words with a letter in them, or fewer than `min_stop_words` different ones of
     the, be, to, of, and, that, have, with.
 
-    Unlike in Gopher, punctuation that stands alone is no word without letters: in tokenized text (`a well @-@ known
-    man , who`) it would be up to a third of all words.
+    Unlike in Gopher, stand-alone punctuation is no word without letters: in tokenized text (`a well @-@ known man ,
+    who`) it would be up to a third of all words.
     """
 
     name = "gopher_quality"
@@ -94,7 +94,7 @@ class GopherRepetitionFilter(BaseFilter):
 
     Limits on the shares of lines and paragraphs that repeat an earlier one, and of its characters in the most frequent
     2- to 4-gram and in 5- to 10-grams that repeat an earlier one. Words are hashed once and n-grams compared as
-    arrays, without case; characters are those of words. The n-gram rules skip documents of fewer than `min_words`
+    arrays, without case; characters are those in words. The n-gram rules skip documents of fewer than `min_words`
     words: Gopher drops those earlier, and in three lines any repeated phrase would be too much.
     """
 
@@ -108,7 +108,7 @@ class GopherRepetitionFilter(BaseFilter):
 
     def filter(self, doc: Document) -> Verdict:
         for name, parts in (("paragraphs", re.split(r"\n\s*\n", doc.text)), ("lines", doc.text.splitlines())):
-            # Marks alone, such as the `* * *` between scenes of a book, are no text that could repeat.
+            # Marks by themselves, such as the `* * *` between scenes of a book, are no text that could repeat.
             share, characters = repeated_parts([part.strip() for part in parts if _HAS_WORD.search(part)])
             if share > 0.3 or characters > 0.2:
                 return False, f"repeated_{name}"
@@ -155,7 +155,7 @@ def top_ngram_share(hashes: np.ndarray, ends: np.ndarray, n: int) -> float:
         return 0.0
     # Among equally frequent n-grams, take the longest.
     first = first[counts == counts.max()]
-    # An n-gram that overlaps itself would count a character twice.
+    # A self-overlapping n-gram would count a character twice.
     return min(1.0, float(counts.max() * (ends[first + n] - ends[first]).max() / ends[-1]))
 
 
@@ -180,7 +180,7 @@ class C4QualityFilter(BaseFilter):
 
     Removes lines that do not end in a terminal mark, have fewer than `min_line_words` words or one of over 1,000
     characters, or mention Javascript, cookies or terms of use; then drops a document with `lorem ipsum`, a curly
-    bracket, or fewer than `min_sentences` sentences left. What remains of a kept document is its new text.
+    bracket, or fewer than `min_sentences` sentences left. The remaining lines of a kept document are its new text.
 
     Unlike in C4, a line of more than `min_sentences` sentences loses only the text after its last sentence:
     in much text a line is a whole article.
@@ -241,16 +241,15 @@ def unwrapped(text: str) -> list[str]:
 #
 # A spam score from two dozen readable features by logistic regression.
 #
-# Features are rates per 25 words (a short message's length), so a long article that says `free` once is not taken for
-# an advertisement. The shipped weights were fitted by `fit` on every other message of the SMS Spam Collection
-# (Almeida, Hidalgo and Yamakami 2011, CC BY 4.0) and, since its other messages are chat alone, on 300 texts each of
-# web pages, encyclopedia articles, stories, documentation, instructions, and questions of gsm8k, ARC and StrategyQA,
-# which speak of prices, numbers and prizes and sell nothing. `benchmarks/curation_quality.py` repeats the fit and
-# measures it.
+# Features are rates per 25 words (a short message's length), so a long article with one `free` is not taken for an
+# advertisement. The shipped weights were fitted by `fit` on every other message of the SMS Spam Collection (Almeida,
+# Hidalgo and Yamakami 2011, CC BY 4.0) and, since its other messages are only chat, on 300 texts each of web pages,
+# encyclopedia articles, stories, documentation, instructions, and questions of gsm8k, ARC and StrategyQA, which speak
+# of prices, numbers and prizes and sell nothing. `benchmarks/curation_quality.py` repeats the fit and measures it.
 
 
 MESSAGE_WORDS = 25
-MOST = 1.0  # a sign that is repeated, such as the prices of a word problem, is no second sign
+MOST = 1.0  # a repeated sign, such as the prices of a word problem, is no second sign
 PATTERNS = {
     "long number": re.compile(r"(?<!\d)\+?\d[\d\s-]{6,}\d(?!\d)"),
     "short code": re.compile(r"(?<![\d.,/:-])(?!(?:1[5-9]|20)\d\d\b)\d{4,6}(?![\d.,/:-])"),  # and not a year
@@ -446,7 +445,7 @@ class LanguageFilter(BaseFilter):
 
 
 class SpamFilter(BaseFilter):
-    """Drops documents whose spam probability by a `SpamModel` is above `max_score`."""
+    """Drops documents with a spam probability by a `SpamModel` above `max_score`."""
 
     name = "spam"
 
@@ -489,7 +488,7 @@ class ToxicityFilter(BaseFilter):
 
 
 def read_phrases(files: Sequence[str]) -> list[str]:
-    """Read words and phrases, one per line; lines that begin with `#` are comments.
+    """Read words and phrases, one per line; lines starting with `#` are comments.
 
     Raises:
         InputError: when a file is missing, is not UTF-8, or is empty.

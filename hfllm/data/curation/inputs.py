@@ -1,4 +1,4 @@
-"""The files of a dataset name: found, checked, read (WARC too), and shown as examples of what was dropped.
+"""The files of a dataset name: found, checked, read (WARC too), and shown as examples of dropped texts.
 
 Every error that a user can fix is reported here, before the first document is read.
 """
@@ -86,7 +86,7 @@ def find_inputs(options: CurationOptions) -> list[Input]:
 
 
 def _check_installed(archive: Input, html_extractor: str) -> None:
-    """Refuse web archives without the libraries that read them, and the text of their pages."""
+    """Refuse web archives without the libraries for reading them, and for the text of their pages."""
     if find_spec("warcio") is None:
         raise InputError(f"{archive.path}: a web archive needs warcio: pip install 'hfllm[data]'")
     needed = {"plain": (), "trafilatura": ("trafilatura", "lxml_html_clean")}
@@ -101,7 +101,7 @@ def _check_installed(archive: Input, html_extractor: str) -> None:
 
 
 def ignored_files(options: CurationOptions) -> list[str]:
-    """Return files of the dataset's folder whose kind is not read, except hidden ones."""
+    """Return files of unsupported kinds in the dataset's folder, except hidden ones."""
     files = sorted(path for path in Path(options.dataset_name).rglob("*") if path.is_file() and not ending_of(path))
     return [str(path) for path in files if not path.name.startswith(".")]
 
@@ -112,7 +112,7 @@ def ending_of(path: Path) -> str:
 
 
 def text_column(columns: Sequence[str], wanted: str | None) -> str | None:
-    """Return the column that holds the text, or `None`."""
+    """Return the column of the text, or `None`."""
     return next((name for name in ([wanted] if wanted else TEXT_COLUMNS) if name in columns), None)
 
 
@@ -180,15 +180,15 @@ def _on_the_hub(name: str, options: CurationOptions) -> Input:
 
 # ---- web archives ----
 #
-# Read web archives: pages as their text, and a counted reason for every record that gives none.
+# Read web archives: pages as their text, and a counted reason for every record without text.
 #
 # A page is the payload of a `response`, `resource` or `conversion` record (ISO 28500:2017; the last is the text of
-# Common Crawl's WET files). What it is, `WARC-Identified-Payload-Type` says, else the `Content-Type` that came with
-# it, else its beginning. Records of other types, such as requests, are no documents: their reason begins with
+# Common Crawl's WET files). Its type is given by `WARC-Identified-Payload-Type`, else by the `Content-Type` that came
+# with it, else by its beginning. Records of other types, such as requests, are no documents: their reason begins with
 # `NOT_A_DOCUMENT`.
 
 
-# A position in the file; the text, or for what cannot be a document the reason; a remark on a text may be both.
+# A position in the file; the text, or the reason for a record that is no document; a remark on a text may be both.
 Item = tuple[str, str | None, str | None]
 NOT_A_DOCUMENT = "record_"
 PAGES = ("response", "resource", "conversion")
@@ -199,7 +199,7 @@ STEP = 1 << 16
 BLOCK = 1 << 12  # compressed bytes at once, which may become a thousand times as many
 _CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
-# Those of the web (https://encoding.spec.whatwg.org), since Python has others that take quadratic time.
+# Encodings of the web (https://encoding.spec.whatwg.org), since Python has others that take quadratic time.
 _ENCODINGS = re.compile(
     r"utf-?8|utf-16(?:le|be)?|(?:us-)?ascii|latin-?1|iso-8859-\d+(?:-[ei])?|windows-\d+|cp\d+|ibm866|koi8-[ru]|macintosh|"
     r"gbk|gb2312|gb18030|big5(?:-hkscs)?|euc-(?:jp|kr|tw)|(?:x-)?s(?:hift)?[_-]?jis|iso-2022-jp|ks_c_5601-1987|tis-620",
@@ -272,7 +272,7 @@ def _read_http_headers(record: "ArcWarcRecord") -> None:
 
 
 def _payload(record: "ArcWarcRecord", limit: int) -> tuple[bytes, str | None]:
-    """Return a record's payload without its encodings, or the reason why it cannot be had."""
+    """Return a record's payload without its encodings, or the reason for a failure."""
     from warcio.bufferedreaders import ChunkedDataReader
 
     headers = record.http_headers
@@ -282,7 +282,7 @@ def _payload(record: "ArcWarcRecord", limit: int) -> tuple[bytes, str | None]:
     while size <= limit and (part := stream.read(STEP)):
         parts.append(part)
         size += len(part)
-    # What is left of a record that the end of the file, or damage, cut off.
+    # The rest of a record that the end of the file, or damage, cut off.
     if size <= limit and getattr(record.raw_stream, "limit", 0) > 0 and not record.raw_stream.read(1):
         return b"", "damaged_warc"
     raw, reason = b"".join(parts), None
@@ -315,8 +315,8 @@ def decoded_page(raw: bytes, declared: str | None = None) -> str | None:
     """Return a page as text, or `None` when no encoding fits it.
 
     The encoding is that of its byte order mark, UTF-8 (other text is hardly ever valid UTF-8 by chance, while pages
-    often declare what they are not) with at most one damaged character in a hundred, `declared` (by the HTTP header),
-    that of its own `meta` tag, or the one that its bytes look like: the first under which each byte means something.
+    often declare a wrong encoding) with at most one damaged character in a hundred, `declared` (by the HTTP header),
+    that of its own `meta` tag, or the apparent one of its bytes: the first under which each byte means something.
     """
     for mark, name in _MARKS:
         if raw.startswith(mark):
@@ -344,7 +344,7 @@ def decoded_page(raw: bytes, declared: str | None = None) -> str | None:
 
 
 def _decoded(raw: bytes, name: str) -> str | None:
-    # As browsers do: pages that say Latin-1 mean Windows' superset of it.
+    # As browsers do: pages declaring Latin-1 mean Windows' superset of it.
     name = "cp1252" if name.lower() in ("iso-8859-1", "latin1", "latin-1", "us-ascii", "ascii") else name
     try:
         return raw.decode(name.removeprefix("x-"))
@@ -363,10 +363,10 @@ def _media_type(value: str | None) -> str:
 
 # ---- files ----
 #
-# Read each kind of file one document at a time, in memory that does not grow with the file.
+# Read each kind of file one document at a time, in memory independent of the file's size.
 #
 # Every reader yields `(place, text, reason)`: a position in the file such as `line 3`, and either the text or, for
-# what cannot be a document, the reason. A damaged file also ends with such a reason. A text with a reason is a
+# a part that cannot be a document, the reason. A damaged file also ends with such a reason. A text with a reason is a
 # document, and the reason a remark on how it was read.
 
 
@@ -489,7 +489,7 @@ def _table(lines: Iterable[bytes | None], kind: str, options: CurationOptions) -
             if line is None:
                 too_long += 1
             else:
-                # Bytes that are not UTF-8 become surrogates, by which the reader detects them in the cell.
+                # Invalid UTF-8 bytes become surrogates, by which the reader detects them in the cell.
                 yield line.decode("utf-8-sig" if number == 0 else "utf-8", errors="surrogateescape")
 
     csv.field_size_limit(options.max_document_bytes)

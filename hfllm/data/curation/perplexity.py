@@ -27,13 +27,13 @@ from hfllm.errors import InputError
 
 SAMPLE = 2048  # documents of all tasks
 EXCERPT = 2000  # characters of each
-JUDGED = 1000  # characters of a document that the n-gram model scores
+JUDGED = 1000  # characters of a document for the n-gram model
 FEWEST = 100  # a quantile of fewer documents is not meaningful
-CONTEXT = 512  # tokens that a causal model sees
+CONTEXT = 512  # tokens for a causal model
 
 
 class Sample(PipelineStep):
-    """Passes all documents on, and writes those with the lowest hashes of `seed` and id to `<task>.json`."""
+    """Passes all documents on, and writes the ones with the lowest hashes of `seed` and id to `<task>.json`."""
 
     type = "🎲 - SAMPLE"
     name = "sample"
@@ -81,7 +81,7 @@ class CausalJudge:
     def __init__(self, name: str):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        # A judge's own code is never run, nor kernels of the Hub that its config names.
+        # A judge's own code is never run, nor kernels of the Hub named by its config.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -172,7 +172,7 @@ def make_judge(model: str, texts: list[str]) -> Callable[[str], float]:
 
 
 class PerplexityFilter(BaseFilter):
-    """Drops documents above the threshold that `FitPerplexity` wrote; none if the sample was too small."""
+    """Drops documents above the threshold written by `FitPerplexity`; none if the sample was too small."""
 
     name = "perplexity"
 
@@ -219,7 +219,7 @@ class ByteNgramModel:
         data = np.frombuffer(b"\0".join(text.encode()[:LONGEST] for text in texts), np.uint8)
         codes = _codes(data)
         self.counts: list[np.ndarray] = []  # of n-grams of each order
-        self.contexts: list[np.ndarray] = []  # of each context: how often it occurs, and in how many n-grams
+        self.contexts: list[np.ndarray] = []  # of each context: its count, and in how many n-grams
         for order in range(1, ORDER + 1):
             grams, before = codes[order], _places(codes[order - 1][: len(codes[order])])
             _, first = np.unique(grams, return_index=True)
@@ -246,7 +246,7 @@ class ByteNgramModel:
 
 
 def _codes(data: np.ndarray) -> list[np.ndarray]:
-    """Return the n-grams of orders 0 to `ORDER` as numbers; those of order n have shape (bytes - n + 1,), uint64."""
+    """Return the n-grams of orders 0 to `ORDER` as numbers; order n has shape (bytes - n + 1,), uint64."""
     codes = [np.zeros(len(data) + 1, np.uint64)]
     for order in range(1, ORDER + 1):
         count = max(0, len(data) - order + 1)

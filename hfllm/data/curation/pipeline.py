@@ -1,10 +1,10 @@
 """The stages of curation as datatrove pipelines, and how to run them on this machine.
 
-    filter       read | filters | decontamination | sample | write what is left | signatures      (tasks)
-    bands        pairs of documents that share a band of their signatures                        (bands)
+    filter       read | filters | decontamination | sample | write the rest | signatures         (tasks)
+    bands        pairs of documents with a common band in their signatures                       (bands)
     duplicates   groups of pairs; the first of each group stays                                      (1)
     perplexity   the threshold, from the sample without its duplicates                               (1)
-    write        read what was left | duplicates | perplexity | shards                           (tasks)
+    write        read the rest | duplicates | perplexity | shards                                (tasks)
 
 Between stages everything is on disk, so each runs under any of datatrove's executors: see docs/guides/curation.md.
 """
@@ -64,14 +64,14 @@ from hfllm.errors import MachineError
 
 # ---- examples ----
 #
-# Examples of the documents that a step dropped, for the report.
+# Examples of the documents dropped by a step, for the report.
 
 
 EXCERPT = 300
 
 
 class Examples:
-    """Writer for the documents that datatrove's filters drop, which keeps the first few per reason.
+    """Writer for the documents dropped by datatrove's filters, which keeps the first few per reason.
 
     Args:
         folder: where `<step>-<rank>.json` goes when the step ends.
@@ -131,7 +131,7 @@ class Stage:
 
 
 def document_filters(options: CurationOptions, examples: Callable[[str], Examples | None]) -> list[BaseFilter]:
-    """Return the filters that judge single documents, in order: cheap and strict ones first.
+    """Return the filters for single documents, in order: cheap and strict ones first.
 
     Args:
         examples: function from a filter's name to the writer for examples of its drops.
@@ -167,7 +167,7 @@ def curation_stages(options: CurationOptions, folder: str | Path) -> list[Stage]
         folder: for intermediate files, and for the shards in `data`; all tasks need access to it.
 
     Raises:
-        InputError: when the dataset or a file that a filter needs cannot be read.
+        InputError: when the dataset or a filter's file cannot be read.
     """
     path = {name: str(Path(folder) / name) for name in ("left", "bands", "pairs", "marked", "sample", "examples")}
     inputs, config = find_inputs(options), minhash_config(options)
@@ -228,7 +228,7 @@ class ShardWriter(PipelineStep):
 
 
 class LeftReader(PipelineStep):
-    """Reads the documents that `ShardWriter` wrote in the same task, with each document's position."""
+    """Reads the documents written by `ShardWriter` in the same task, with each document's position."""
 
     type = "📖 - READER"
     name = "left_again"
@@ -263,7 +263,7 @@ class Tally(PipelineStep):
 
 
 def _same_gzip(file: BinaryIO, mode: str, **kwargs: object) -> gzip.GzipFile:
-    """Open a gzip file without the time, because of which the same text would have other bytes in every run."""
+    """Open a gzip file without the time, with which the same text would have other bytes in every run."""
     return gzip.GzipFile(fileobj=file, mode=mode, mtime=0)
 
 
@@ -271,7 +271,7 @@ register_compression(SAME_GZIP, _same_gzip, (), force=True)
 
 
 class GzipWriter(JsonlWriter):
-    """datatrove's writer: as a class of this file it has `SAME_GZIP` registered in every process that writes."""
+    """datatrove's writer: as a class of this file it has `SAME_GZIP` registered in every writing process."""
 
 
 def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter:
@@ -286,18 +286,18 @@ def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter
 
 
 def new_pool(workers: int, begin: Callable[[], object] | None = None) -> Workers:
-    """Return processes for tasks, of which each calls `begin` first."""
+    """Return processes for tasks, each of which calls `begin` first."""
     return Workers(workers, multiprocess.get_context("spawn"), begin)
 
 
 class QuietExecutor(LocalPipelineExecutor):
     """datatrove's local executor without its log lines: the recipe prints and reports instead.
 
-    Its workers end with this process, and one that is killed is an error: datatrove's go on, and it waits for ever.
+    Its workers end with this process, and a killed one is an error: datatrove's go on, and it waits for ever.
     """
 
     def run(self, pool: Workers | None = None) -> None:
-        """Run the tasks that have not finished, in the pool or, where one is to run at a time, in this process.
+        """Run the unfinished tasks, in the pool or, if one runs at a time, in this process.
 
         Raises:
             WorkerEnded: when a worker was killed.
@@ -306,7 +306,7 @@ class QuietExecutor(LocalPipelineExecutor):
         tasks = self.get_incomplete_ranks()
         if self.workers == 1:
             for task in tasks:
-                # Steps count what they have seen.
+                # Steps count the documents they have seen.
                 deepcopy(self)._run_for_rank(task)
             return
         with nullcontext(pool) if pool else new_pool(self.workers) as workers:
@@ -324,10 +324,10 @@ def run_stages(
     announce: Callable[[str], None] = print,
     begin: Callable[[], object] | None = None,
 ) -> None:
-    """Run all stages on this machine. A stage's tasks that have already finished in `folder` are not run again.
+    """Run all stages on this machine. A stage's finished tasks in `folder` are not run again.
 
     Args:
-        begin: what each worker calls first.
+        begin: the first call in each worker.
 
     Raises:
         MachineError: when a worker was killed.
@@ -349,14 +349,14 @@ def run_stages(
 
 
 def _remove_unfinished(stage: Stage, folder: str | Path, executor: QuietExecutor) -> None:
-    """Remove the files of tasks that an earlier attempt has begun.
+    """Remove the files of tasks begun by an earlier attempt.
 
-    Each is made new, so that nothing which still has the old one open writes into it.
+    Each is made new, so that no process with the old one open writes into it.
     """
     unfinished = {f"{task:05d}" for task in executor.get_incomplete_ranks()}
     for name in stage.folders if unfinished else ():
         for file in (Path(folder) / name).rglob("*"):
-            # Those of a single task bear other numbers.
+            # The files of a single task bear other numbers.
             if file.is_file() and (stage.tasks == 1 or file.name[:5] in unfinished):
                 file.unlink()
 
@@ -394,7 +394,7 @@ class DocumentReader(PipelineStep):
     A document has `text`, `id` (`<input>:<place>`) and the input's name in `metadata["source"]`.
 
     Statistics: `total`, `forwarded` and `dropped` with a reason, as for filters; `source:<name>` for each input;
-    `note_<reason>` for records that are no documents and for remarks on how a document was read.
+    `note_<reason>` for records other than documents and for remarks on how a document was read.
     """
 
     type = "📖 - READER"

@@ -1,4 +1,4 @@
-"""Text of a document: its words, hashes of their n-grams, and what of an HTML page is text."""
+"""Text of a document: its words, hashes of their n-grams, and the text parts of an HTML page."""
 
 import html as entities
 import logging
@@ -74,10 +74,10 @@ def mix(values: np.ndarray) -> np.ndarray:
 #
 # trafilatura (Barbaresi 2021, https://aclanthology.org/2021.acl-demo.15) made the text of FineWeb. It leaves out
 # menus, sidebars, comments and advertisements. resiliparse (Bevendorff et al. 2018, doi:10.1007/978-3-319-76941-7_83)
-# does so in a tenth of the time and errs more often, mostly by leaving out too much; its text is taken where most of
-# what a reader could have come for is in it. The visible text takes its place where it finds nothing, so that no page
-# becomes empty that shows text, and for pages built to exhaust a parser. Such pages are known by their form, not by a
-# clock: a page gives the same text on every machine.
+# does so in a tenth of the time and errs more often, mostly by leaving out too much; its text is taken where it has
+# most of the content that a reader could have come for. The visible text takes its place where it finds nothing, so
+# that no page with visible text becomes empty, and for pages built to exhaust a parser. Such pages are known by their
+# form, not by a clock: a page gives the same text on every machine.
 
 
 MOST_TAGS = 20_000  # pages made for people have some thousands
@@ -87,8 +87,8 @@ LONGEST_HEADLINE = 300
 # resiliparse's text must have this many characters, half of them in long lines; it must hold this share of the page's
 # long lines, and this share of all between the first and the last of those that it holds, where a list may be missing.
 MIN_CHARACTERS, LONG_LINE, MIN_LONG, MIN_BETWEEN = 1000, 60, 0.7, 0.9
-MOST_ATTRIBUTES = 1000  # lxml's time is quadratic in those of one tag
-# lxml takes the text for browsers without frames for that of a script.
+MOST_ATTRIBUTES = 1000  # lxml's time is quadratic in the attributes of one tag
+# lxml takes the text for browsers without frames for a script's.
 _FRAMES = re.compile(r"<(?:frameset|noframes)\b", re.IGNORECASE)
 _LIST = re.compile(r"<(?:[uod]l|table)\b", re.IGNORECASE)
 _LONG_TAG = re.compile(rf"<[a-zA-Z][^<]{{{2 * MOST_ATTRIBUTES},}}")
@@ -100,7 +100,7 @@ _BETWEEN_ATTRIBUTES = re.compile(r"[\s/]+")
 
 
 def html_to_text(page: str, extractor: str = "trafilatura") -> tuple[str, str]:
-    """Return a page's text, and what found it.
+    """Return a page's text, and the name of its extractor.
 
     Args:
         page: the HTML, of any size and form.
@@ -109,7 +109,7 @@ def html_to_text(page: str, extractor: str = "trafilatura") -> tuple[str, str]:
 
     Returns:
         The text with a line per block, perhaps empty, and `resiliparse`, `trafilatura`, `plain`, `nothing_found` (the
-        visible text, since trafilatura finds none) or `too_complex` (that of a page that neither is given).
+        visible text, since trafilatura finds none) or `too_complex` (the visible text of a page given to neither).
     """
     page = page.replace("\0", "")  # as browsers do
     if extractor == "plain":
@@ -130,7 +130,7 @@ def is_too_complex(page: str) -> bool:
     if page.count("<") > MOST_TAGS or sum(1 for _ in _LIST.finditer(page)) > MOST_LISTS:
         return True
     # A quick look first: so many attributes take two characters each, in a part without `>` or, where attributes hold
-    # that, in one without `<`. What is left is mostly scripts, which the tokens leave out.
+    # `>`, in one without `<`. The rest is mostly scripts, which the tokens leave out.
     parts = [*page.split(">"), *(result[0] for result in _LONG_TAG.finditer(page))]
     if not any(len(part) > 2 * MOST_ATTRIBUTES and _is_crowded(part) for part in parts):
         return False
@@ -140,7 +140,7 @@ def is_too_complex(page: str) -> bool:
 def _is_crowded(tag: str) -> bool:
     if len(tag.split()) + tag.count("/") <= MOST_ATTRIBUTES:
         return False
-    bare = _QUOTED.sub(" ", tag)  # a picture may be written into an attribute
+    bare = _QUOTED.sub(" ", tag)  # an image may be written into an attribute
     return len(_BETWEEN_ATTRIBUTES.findall(bare)) > MOST_ATTRIBUTES
 
 
@@ -163,7 +163,7 @@ def _is_deep(page: str) -> bool:
 
 
 def _sure_text(page: str) -> str:
-    """Return the main content that resiliparse finds, or nothing where it may lack a part."""
+    """Return the main content found by resiliparse, or nothing where it may lack a part."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
@@ -185,7 +185,7 @@ def _sure_text(page: str) -> str:
 
 
 def _is_most(found: str, everything: str) -> bool:
-    """Return whether a text holds most of the long lines of another, and of what stands between them."""
+    """Return whether a text holds most of the long lines of another, and of the text between them."""
     lines, every = ([" ".join(line.split()) for line in text.splitlines()] for text in (found, everything))
     size, extracted_lines = sum(map(len, lines)), set(lines)
     if size < MIN_CHARACTERS or 2 * sum(len(line) for line in lines if len(line) >= LONG_LINE) < size:
@@ -218,13 +218,13 @@ def _main_text(page: str) -> str | None:
         headlines = [heading.text_content() for heading in tree.iter("h1")]
         text = trafilatura.extract(tree, include_comments=False) or ""
     except Exception:
-        # Two libraries and what they stand on meet any page that someone could write; none may end a run.
+        # Two libraries and their dependencies meet any page that someone could write; none may end a run.
         return None
     return _with_headline(text, headlines)
 
 
 def _with_headline(text: str, headlines: list[str]) -> str:
-    """Return a text below the page's only `h1`, which extractors leave out where they find paragraphs alone."""
+    """Return a text below the page's only `h1`, which extractors leave out where they find only paragraphs."""
     headline = " ".join(headlines[0].split()) if len(headlines) == 1 else ""
     is_missing = text and len(headline) <= LONGEST_HEADLINE and headline not in " ".join(text.split())
     return f"{headline}\n{text}" if is_missing else text
@@ -232,13 +232,13 @@ def _with_headline(text: str, headlines: list[str]) -> str:
 
 # ---- visible text of web pages ----
 #
-# The visible text of a web page by a tokenizer of our own, whose time and memory grow with the page's size alone.
+# The visible text of a web page by a tokenizer of our own, whose time and memory grow only with the page's size.
 #
 # The standard library's parser needs quadratic time for unclosed comments and quotes up to Python 3.13, and lxml's for
-# a tag with very many attributes. Here each character is looked at a bounded number of times, whatever the page is.
+# a tag with very many attributes. Here each character is looked at a bounded number of times, on any page.
 
 
-# What is never prose, with all that is inside it.
+# Elements without prose, with everything inside them.
 SKIPPED = frozenset(
     (
         *("script", "style", "nav", "noscript", "template", "head", "footer", "button", "svg", "math", "iframe"),

@@ -1,7 +1,7 @@
-"""Read a picture from a path, bytes or PIL into RGB, and refuse one that cannot be read in a line that names it.
+"""Read an image from a path, bytes or PIL into RGB, and refuse an unreadable one in a line with its name.
 
-What is read is RGB: palettes, gray, 16 bits and CMYK are converted, what is transparent lies on white, and pictures
-are turned as the camera was held. Of an animation the first frame is read.
+The result is RGB: palettes, gray, 16 bits and CMYK are converted, transparent parts lie on white, and images are
+turned as the camera was held. Of an animation the first frame is read.
 """
 
 import base64
@@ -19,20 +19,20 @@ from hfllm.data.rows import BadRow
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# A picture of more pixels is refused: in RGB it takes 120 MB, and models see it much smaller.
+# An image of more pixels is refused: in RGB it takes 120 MB, and models see it much smaller.
 MAX_PIXELS = 40_000_000
-# Sides of one pixel are those of broken downloads and of marks that count visitors.
+# Sides of one pixel belong to broken downloads and to marks that count visitors.
 MIN_SIDE = 2
-# Letters of a picture's name in an error.
+# Letters of an image's name in an error.
 MOST_SHOWN = 200
-# How to turn a picture by what its camera says (the EXIF tag Orientation): `PIL.Image.Transpose`, by its name.
+# How to turn an image by its camera's entry (the EXIF tag Orientation): `PIL.Image.Transpose`, by its name.
 ORIENTATION = 0x0112
 TURNS = {
     **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"},
     **{7: "TRANSVERSE", 8: "ROTATE_90"},
 }
-# What is read. Of Pillow's other formats some are handed to another program (EPS to Ghostscript, which runs what is
-# written in it), and some hold a file of any other format (IPTC).
+# Supported formats. Of Pillow's other formats some are handed to another program (EPS to Ghostscript, which runs the
+# code in it), and some hold a file of any other format (IPTC).
 FORMATS = (
     *("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "TGA", "DDS", "AVIF"),
     *("JPEG2000", "PSD"),
@@ -42,7 +42,7 @@ UNREADABLE = "with a picture that cannot be read"
 
 
 class BadImage(BadRow):
-    """A picture that cannot be read; `--bad_images drop` leaves its row out."""
+    """An unreadable image; `--bad_images drop` leaves its row out."""
 
     def __init__(self, message: str):
         super().__init__(message, UNREADABLE)
@@ -51,24 +51,24 @@ class BadImage(BadRow):
 def read_image(
     value: Any, origin: str, folder: Path | None = None, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
 ) -> "Image":
-    """Return a picture in RGB, wholly decoded.
+    """Return an image in RGB, wholly decoded.
 
     Args:
         value: a path, bytes, a PIL image, a `data:` address, or a dictionary with `bytes` or `path`.
         origin: the row, for errors.
-        folder: what paths are relative to.
+        folder: the base of relative paths.
         max_pixels: width times height at most, known before anything is decoded.
         min_side: the shorter side at least.
 
     Raises:
-        BadImage: in one line that names the row and the file, when it cannot be read or is too large or too small.
+        BadImage: in one line with the row and the file, when it cannot be read or is too large or too small.
     """
     from PIL import Image, UnidentifiedImageError
 
     where = f"{origin}: picture in memory"
     try:
         if isinstance(value, Image.Image):
-            # One that was opened may not have been read yet.
+            # An opened one may not have been read yet.
             if value.format is not None and value.format not in FORMATS:
                 raise BadImage(f"{where}, {value.format}: {OTHER_FORMAT}")
             return _checked(value, where, max_pixels, min_side)
@@ -88,12 +88,12 @@ def read_image(
         raise BadImage(f"{where}: more pixels than {most:,}, the most that are read") from None
     except UnidentifiedImageError:
         raise BadImage(f"{where}: {OTHER_FORMAT}") from None
-    except Exception as error:  # of broken files Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # of broken files Pillow's decoders raise any exception
         raise BadImage(f"{where}: cannot be read: {_first_line(error)}") from None
 
 
 def path_of(value: Any) -> str | None:
-    """Return the path that a picture names, as `read_image` would open it; `None` where it names no local file."""
+    """Return the path named by an image, as `read_image` would open it; `None` where it names no local file."""
     if isinstance(value, Mapping):
         content = value.get("bytes")
         value = value.get("path") if content is None else content
@@ -103,7 +103,7 @@ def path_of(value: Any) -> str | None:
 
 
 def _source(value: Any, origin: str, folder: Path | None) -> tuple[Any, str]:
-    """Return what Pillow opens, and the name that errors give it."""
+    """Return Pillow's input, and the name of the image in errors."""
     if isinstance(value, Mapping):
         if isinstance(value.get("bytes"), (bytes, bytearray)):
             return io.BytesIO(value["bytes"]), _shown(value.get("path") or "in bytes")
@@ -121,7 +121,7 @@ def _source(value: Any, origin: str, folder: Path | None) -> tuple[Any, str]:
     if not isinstance(value, (str, Path)) or not str(value):
         raise BadImage(f"{origin}: a picture must be a path, bytes or a PIL image, got {str(value)[:60]!r}")
     path = Path(folder or "", value)
-    # What is no name, such as base64 without `data:`, the system may refuse to look for.
+    # The system may refuse to look for something other than a name, such as base64 without `data:`.
     with suppress(OSError):
         if path.is_file():
             return path, _shown(path)
@@ -129,7 +129,7 @@ def _source(value: Any, origin: str, folder: Path | None) -> tuple[Any, str]:
 
 
 def _shown(name: str | Path) -> str:
-    """Return a name as a line of an error holds it."""
+    """Return a name in its form for a line of an error."""
     name = " ".join(str(name).split())
     return name if len(name) <= MOST_SHOWN else f"{name[:MOST_SHOWN]}..."
 
@@ -139,7 +139,7 @@ def _checked(image: "Image", where: str, max_pixels: int, min_side: int) -> "Ima
     if image.tell():
         image.seek(0)
     image.load()
-    # Some files hold a picture of another size than the one that they tell.
+    # Some files hold an image of another size than the stated one.
     _check_size(image, where, max_pixels, min_side)
     return to_rgb(image)
 
@@ -153,7 +153,7 @@ def _check_size(image: "Image", where: str, max_pixels: int, min_side: int) -> N
 
 
 def image_key(value: Any) -> str:
-    """Return what is equal for equal pictures, as rows hold them: the path, or a hash of the bytes."""
+    """Return a value that is equal for equal images, as rows hold them: the path, or a hash of the bytes."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if hasattr(value, "tobytes"):
@@ -162,7 +162,7 @@ def image_key(value: Any) -> str:
 
 
 def to_rgb(image: "Image") -> "Image":
-    """Return a copy in RGB, upright, of its first frame; what is transparent lies on white."""
+    """Return a copy in RGB, upright, of its first frame; transparent parts lie on white."""
     import numpy
     from PIL import Image
 
@@ -176,7 +176,7 @@ def to_rgb(image: "Image") -> "Image":
         values = values >> 8 if values.max(initial=0) > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(numpy.uint8))
     elif image.mode == "F":
-        # Of floats the range says the scale: Pillow would cut those from 0 to 1 to black.
+        # Of floats the range gives the scale: Pillow would cut values from 0 to 1 to black.
         values = numpy.nan_to_num(numpy.asarray(image), posinf=255, neginf=0)
         values = values * 255 if values.max(initial=0) <= 1 else values
         image = Image.fromarray(values.clip(0, 255).round().astype(numpy.uint8))
@@ -187,15 +187,15 @@ def to_rgb(image: "Image") -> "Image":
 
 
 def _upright(image: "Image") -> "Image":
-    """Return a picture turned as its camera was held.
+    """Return an image turned as its camera was held.
 
-    Pillow's `exif_transpose` would write all other tags anew, and fail at the first that it cannot.
+    Pillow's `exif_transpose` would write all other tags again, and fail at the first that it cannot write.
     """
     from PIL.Image import Transpose
 
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # tags that cannot be read say nothing of the pixels
+    except Exception:  # unreadable tags say nothing of the pixels
         turn = None
     return image if turn is None else image.transpose(Transpose[turn])
 

@@ -1,9 +1,9 @@
 """Images of a dataset's rows: put at their positions in a conversation, named by files, and in batches.
 
-A row has a column `image` or `images`, or parts `{"type": "image", "image": ...}` in the content of its messages. A
-picture is a path (relative to the dataset's folder), bytes, a PIL image, or what datasets keeps of its Image feature,
-`{"bytes": ..., "path": ...}`. Of `<image>` marks and such parts there must be as many as pictures; where there are
-none, the pictures come before the first question, as in TRL.
+A row has a column `image` or `images`, or parts `{"type": "image", "image": ...}` in the content of its messages. An
+image is a path (relative to the dataset's folder), bytes, a PIL image, or the form of datasets' Image feature,
+`{"bytes": ..., "path": ...}`. There must be as many `<image>` marks and such parts as images; without any, the images
+come before the first question, as in TRL.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Converted = TypeVar("Converted")
-# Where a picture stands in a text, as LLaVA's datasets write it.
+# Mark of an image in a text, as LLaVA's datasets write it.
 MARK = "<image>"
 COLUMNS = ("image", "images")
 # Columns that may hold messages, in any format.
@@ -51,12 +51,12 @@ MESSAGES = tuple(
 
 
 def has_images(row: Mapping[str, Any]) -> bool:
-    """Return whether a row has pictures, in a column or in its messages."""
+    """Return whether a row has images, in a column or in its messages."""
     return bool(_in_columns(row)) or any(_is_picture(part) for column in MESSAGES for part in _parts(row.get(column)))
 
 
 def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
-    """Refuse a row with pictures for a model of text alone."""
+    """Refuse a row with images for a text-only model."""
     if has_images(row):
         raise InputError(
             f"{origin}: the row has pictures, and {model} reads text alone: leave their column out; hfllm vision, "
@@ -65,7 +65,7 @@ def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
 
 
 def without_images(mapper: Callable[[str, Row], Converted], model: str) -> Callable[[str, Row], Converted]:
-    """Return a conversion of rows of text that refuses rows with pictures; `model` names what would not see them."""
+    """Return a conversion of text rows that refuses rows with images; `model` names the text-only model."""
 
     def convert(origin: str, row: Row) -> Converted:
         refuse_images(origin, row, model)
@@ -75,18 +75,18 @@ def without_images(mapper: Callable[[str, Row], Converted], model: str) -> Calla
 
 
 def take_images(origin: str, row: Mapping[str, Any], columns: Sequence[str] = MESSAGES) -> tuple[Row, list[Any]]:
-    """Return a row without its pictures, with a mark at the place of each that its messages hold, and the pictures.
+    """Return a row without its images, with a mark at the position of each one in its messages, and the images.
 
-    Where `chosen` and `rejected` are whole conversations, their pictures are the same and count once.
+    Where `chosen` and `rejected` are whole conversations, their images are the same and count once.
 
     Args:
         origin: the row, for errors.
         row: its columns.
-        columns: those in which messages are looked for; all others stay as they are.
+        columns: columns to search for messages; all others stay as they are.
 
     Raises:
-        InputError: when both a column and the messages bring pictures, a part of a message is of another kind, or
-            conversations that are compared show different pictures.
+        InputError: when both a column and the messages have images, a part of a message is of another kind, or
+            compared conversations show different images.
     """
     rest = {name: value for name, value in row.items() if name not in COLUMNS}
     images, inside = _in_columns(row), {}
@@ -103,11 +103,11 @@ def take_images(origin: str, row: Mapping[str, Any], columns: Sequence[str] = ME
 
 
 def _shown_once(origin: str, row: Row, inside: Mapping[str, list[Any]]) -> list[Any]:
-    """Return the pictures in a row's messages, by column; of conversations that are compared those of one."""
+    """Return the images in a row's messages, by column; of compared conversations the images of one."""
     sides = ("chosen", "rejected")
     if not any(_begins_with_a_question(row.get(side)) for side in sides if side in inside):
         return [each for images in inside.values() for each in images]
-    # They repeat the prompt, so that a column with it has the same pictures.
+    # They repeat the prompt, so that a column with it has the same images.
     keys = {
         tuple(each if each is None else image_key(each) for each in images)
         for column, images in inside.items()
@@ -127,15 +127,16 @@ def _begins_with_a_question(said: Any) -> bool:
 
 
 def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
-    """Return a converted row whose messages have lists of parts, with `{"type": "image"}` at the places of pictures.
+    """Return a converted row whose messages have lists of parts, with `{"type": "image"}` at the positions of images.
 
     Args:
         origin: the row, for errors.
-        row: with `prompt` and perhaps `completion`, or `chosen` and `rejected` messages; `<image>` marks are places.
-        count: how many pictures the row has. Without any place they come before the first question.
+        row: with `prompt` and perhaps `completion`, or `chosen` and `rejected` messages; `<image>` marks are the
+            positions.
+        count: how many images the row has. Without any position they come before the first question.
 
     Raises:
-        InputError: when there are more or fewer pictures than places, or one is in an answer.
+        InputError: when there are more or fewer images than positions, or one is in an answer.
     """
     sides = [side for side in ("prompt", "completion") if side in row]
     indices = sum(message["content"].count(MARK) for side in sides for message in row[side])
@@ -165,16 +166,16 @@ def to_pictures(
     max_pixels: int = MAX_PIXELS,
     needs_images: bool = True,
 ) -> Callable[[str, Row], Row]:
-    """Return a conversion of rows with pictures: `mapper`'s, with parts as content and the pictures in `images`.
+    """Return a conversion of rows with images: `mapper`'s, with parts as content and the images in `images`.
 
-    Pictures are decoded once, so that bad ones are named before anything is trained; `images` keeps their paths or
-    bytes, with the folder in paths.
+    Images are decoded once, so that bad ones are named before any training; `images` keeps their paths or bytes,
+    with the folder in paths.
 
     Args:
         mapper: converts a row of text, such as `formats.to_sft`.
         folder: the dataset's own, see `check_paths`.
-        max_pixels: of a picture at most.
-        needs_images: whether a row without pictures is refused.
+        max_pixels: of an image at most.
+        needs_images: whether a row without images is refused.
     """
 
     def convert(origin: str, row: Row) -> Row:
@@ -191,11 +192,11 @@ def to_pictures(
 
 
 def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = None) -> Callable[[str, Row], Row]:
-    """Return a conversion of prompts of which some have pictures: `mapper`'s, as `to_pictures` gives them.
+    """Return a conversion of prompts, some of them with images: `mapper`'s, as `to_pictures` gives them.
 
-    A prompt with pictures is a conversation whose messages have parts, with the pictures in `images`; a column `image`
-    stays, for reward functions. Nothing is decoded: who reads the prompts does. A row without pictures is converted by
-    `mapper` alone. Only the columns of a prompt are looked at: others are for reward functions.
+    A prompt with images is a conversation whose messages have parts, with the images in `images`; a column `image`
+    stays, for reward functions. Nothing is decoded: the reader of the prompts does this. A row without images is
+    converted only by `mapper`. Only the columns of a prompt are looked at: others are for reward functions.
 
     Args:
         mapper: converts a row of text, such as `formats.to_prompt`.
@@ -219,7 +220,7 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
 
 
 def _of_prompt(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the columns of messages that `formats.to_prompt` reads: one, or none."""
+    """Return the columns of messages for `formats.to_prompt`: one, or none."""
     if "prompt" in row or "instruction" in row:
         return ("prompt",) if "prompt" in row else ("instruction",)
     return next(((column,) for column in ("messages", "conversations") if column in row), ())
@@ -232,24 +233,24 @@ def flaw_of_pictures(row: Row) -> str | None:
 
 
 def text_of(message: Message) -> str:
-    """Return the text of a message with parts; pictures are left out."""
+    """Return the text of a message with parts; images are left out."""
     return content_text(message["content"], "")
 
 
 def _as_text(message: Message) -> Message:
-    """Return a message with a text in which pictures count as something said."""
+    """Return a message with a text in which images count as something said."""
     parts = [MARK if part["type"] == "image" else part["text"] for part in message["content"]]
     return {**message, "content": "".join(parts)}
 
 
 def check_paths(origin: str, row: Mapping[str, Any], images: Sequence[Any], folder: Path | None) -> None:
-    """Refuse pictures of a row that lie outside of its dataset: what a run shows of them may be published.
+    """Refuse images of a row that lie outside of its dataset: a run may publish its shown images.
 
     Args:
         origin: the row, for errors.
         row: its columns.
-        images: its pictures, from `take_images`.
-        folder: the dataset's own, which paths are relative to; `None` for one of the Hub: its rows name no file here.
+        images: its images, from `take_images`.
+        folder: the dataset's own, to which paths are relative; `None` for one of the Hub: its rows name no file here.
 
     Raises:
         InputError: naming the row, the field and the path. It does not say whether there is such a file.
@@ -272,7 +273,7 @@ def check_paths(origin: str, row: Mapping[str, Any], images: Sequence[Any], fold
 
 
 def _holds(value: Any, image: Any) -> bool:
-    """Return whether a column's value is a picture, or holds it at any depth."""
+    """Return whether a column's value is an image, or holds it at any depth."""
     if value is image:
         return True
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -292,7 +293,7 @@ def _is_inside(folder: Path, path: str) -> bool:
 
 
 def found_in(folder: Path | None, value: Any) -> Any:
-    """Return a picture, or a list of them, as it can be read without knowing the folder that paths are relative to."""
+    """Return an image, or a list of them, in a form that can be read without the folder of relative paths."""
     if isinstance(value, (list, tuple)):
         return [found_in(folder, each) for each in value]
     if (path := path_of(value)) is not None:
@@ -301,13 +302,13 @@ def found_in(folder: Path | None, value: Any) -> Any:
 
 
 def _in_columns(row: Mapping[str, Any]) -> list[Any]:
-    """Return the pictures in a row's columns; a row of text in a table of pictures has an empty list or nothing."""
+    """Return the images in a row's columns; a row of text in a table of images has an empty list or nothing."""
     result = (_given(each) for column in COLUMNS for each in _as_list(row.get(column)))
     return [each for each in result if each is not None]
 
 
 def _given(value: Any) -> Any:
-    """Return a picture, `None` for what a table has in place of one."""
+    """Return an image, `None` for the value of a table without one."""
     is_empty = isinstance(value, Mapping) and value and all(each is None for each in value.values())
     return None if is_empty else value
 
@@ -328,12 +329,12 @@ def _is_picture(part: Any) -> bool:
 
 
 def _flat(origin: str, message: Any, images: list[Any]) -> Any:
-    """Return a message whose content is text, with marks; `images` gets its pictures, None for a place alone."""
+    """Return a message whose content is text, with marks; `images` gets its images, None for a mere position."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, (list, tuple)):
         return message
     if role_of(message) == "tool" and not any(map(_is_picture, content)):
-        # What a tool returned may be a list of anything, which `read_messages` reads.
+        # A tool's result may be a list of anything, which `read_messages` reads.
         return message
     text = ""
     for part in content:
@@ -367,12 +368,12 @@ def counted(count: int, what: str) -> str:
 
 # ---- the user's pictures ----
 #
-# Rows with pictures of the user's: their flags, what is refused of them, and the form in which they are learned.
+# The user's rows with images: their flags, refused cases, and the form for learning.
 
 
 Rows = list[dict[str, Any]]
 Convert = Callable[[str, Row], Row]
-# Endings of a `file_name` that is a picture's.
+# Endings of a `file_name` of an image.
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
@@ -430,15 +431,15 @@ def picture_mapper(
     tokens: Sequence[str] = (),
     needs_images: bool = True,
 ) -> Convert:
-    """Return the conversion of a dataset's rows with pictures, which refuses bad ones as the flags say.
+    """Return the conversion of a dataset's rows with images, which refuses bad ones as the flags say.
 
     Args:
-        script_args: what happens to a picture that cannot be read.
-        dataset_name: whose folder paths of pictures are relative to.
+        script_args: the treatment of unreadable images.
+        dataset_name: the dataset whose folder image paths are relative to.
         convert: converts a row of text, such as `formats.to_sft`.
         stage: the command, for complaints.
-        tokens: what the processor writes at a picture's place; rows whose words spell one are left out.
-        needs_images: whether rows without pictures are left out.
+        tokens: the processor's tokens at an image's position; rows whose words spell one are left out.
+        needs_images: whether rows without images are left out.
     """
     read = to_pictures(convert, folder_of(dataset_name), script_args.max_pixels, needs_images)
 
@@ -457,7 +458,7 @@ def picture_mapper(
 
 
 def with_named_file(row: Row) -> Row:
-    """Return a row of `metadata.jsonl` as the Hub's folders of images have it, whose `file_name` is its picture."""
+    """Return a row of `metadata.jsonl` in the form of the Hub's image folders, with `file_name` as its image."""
     name = row.get("file_name")
     if has_images(row) or not isinstance(name, str) or Path(name).suffix.lower() not in PICTURE_SUFFIXES:
         return row
@@ -469,13 +470,13 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def refuse_tools(origin: str, row: Mapping[str, Any], stage: str) -> None:
-    """Refuse a row with tools beside pictures."""
+    """Refuse a row with both tools and images."""
     if row.get("tools") or any("tool_calls" in each or each["role"] == "tool" for each in _messages(row)):
         raise InputError(f"{origin}: the row has tools, of which {stage} teaches nothing: leave them out")
 
 
 def refuse_token(origin: str, row: Mapping[str, Any], tokens: Sequence[str]) -> None:
-    """Refuse a converted row whose words spell a token of a picture's place: no picture would belong to it.
+    """Refuse a converted row whose words spell a token of an image's position: no image would belong to it.
 
     Args:
         tokens: see `words_of_places`.
@@ -490,10 +491,10 @@ def refuse_token(origin: str, row: Mapping[str, Any], tokens: Sequence[str]) -> 
 
 
 def words_or_pictures(pictures: Convert, words: Convert, tokens: Sequence[str]) -> Convert:
-    """Return the conversion of rows of which some have pictures, for a model that sees.
+    """Return the conversion of rows, some of them with images, for a vision-language model.
 
     Args:
-        pictures: converts a row with pictures: see `picture_mapper`.
+        pictures: converts a row with images: see `picture_mapper`.
         words: converts a row of text.
         tokens: as in `picture_mapper`; rows of text that spell one are left out, too.
     """
@@ -512,9 +513,9 @@ def words_or_pictures(pictures: Convert, words: Convert, tokens: Sequence[str]) 
 
 
 def by_turns(row: Mapping[str, Any]) -> Rows:
-    """Return a row for each answer of a conversation, with what was said and shown before it as the prompt.
+    """Return a row for each answer of a conversation, with everything said and shown before it as the prompt.
 
-    TRL learns all of a completion, so that with several turns in it a model would learn to ask, too.
+    TRL learns all of a completion, so that with several turns in it a model would also learn to ask.
     """
     rows: Rows = []
     for index, message in enumerate(row["completion"]):
@@ -527,19 +528,19 @@ def by_turns(row: Mapping[str, Any]) -> Rows:
 
 
 def png_of(picture: "Image") -> bytes:
-    """Return a picture as the bytes of a PNG file, which change no pixel."""
+    """Return an image as the bytes of a PNG file, which changes no pixel."""
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     return stream.getvalue()
 
 
 def as_dataset(rows: Rows, max_pixels: int, columns: tuple[str, ...] = ("prompt", "completion")) -> "Dataset":
-    """Return rows as a dataset that decodes their pictures, in RGB, when a batch needs them.
+    """Return rows as a dataset that decodes their images, in RGB, when a batch needs them.
 
     Args:
         rows: with `images`, which may be empty.
-        max_pixels: of a picture at most.
-        columns: the others that are kept.
+        max_pixels: of an image at most.
+        columns: other columns to keep.
     """
     from datasets import Dataset
 
@@ -562,7 +563,7 @@ def as_dataset(rows: Rows, max_pixels: int, columns: tuple[str, ...] = ("prompt"
 
 # ---- picture batches ----
 #
-# Conversations with pictures as a batch of tensors, by a model's processor.
+# Conversations with images as a batch of tensors, by a model's processor.
 
 
 def conversation_batch(
@@ -572,13 +573,13 @@ def conversation_batch(
     padding_side: str = "right",
     add_generation_prompt: bool = False,
 ) -> Mapping[str, Any]:
-    """Return what a model takes of conversations with pictures.
+    """Return a model's inputs for conversations with images.
 
     Args:
-        conversations: messages with parts; `{"type": "image"}` without a picture stands for the next of its pictures.
+        conversations: messages with parts; `{"type": "image"}` without an image stands for the next of its images.
         images: of each conversation, in their order.
-        padding_side: where shorter ones are padded.
-        add_generation_prompt: whether the assistant's turn is begun.
+        padding_side: the side where shorter ones are padded.
+        add_generation_prompt: whether to begin the assistant's turn.
     """
     filled = [_filled(conversation, pictures) for conversation, pictures in zip(conversations, images, strict=True)]
     with padding_on(padding_side, processor.tokenizer):
@@ -617,13 +618,13 @@ def padding_on(side: str, tokenizer: Any) -> Iterator[None]:
 
 
 def words_of_places(processor: object) -> tuple[str, ...]:
-    """Return the texts of the tokens that stand for pictures, which the words of a row must not spell.
+    """Return the texts of the image tokens, which the words of a row must not spell.
 
-    Of some processors it is one at whose place another is written: Gemma 3 writes `<image_soft_token>` for each
-    `<start_of_image>`, and features are put where it stands.
+    Some processors replace a token by another one at its position: Gemma 3 writes `<image_soft_token>` for each
+    `<start_of_image>`, and image features replace it.
 
     Args:
-        processor: a tokenizer, or anything that knows of no pictures, has none.
+        processor: a tokenizer, or anything without support for images, has none.
     """
     tokenizer = getattr(processor, "tokenizer", None)
     number = getattr(processor, "image_token_id", None)
@@ -636,10 +637,10 @@ def words_of_places(processor: object) -> tuple[str, ...]:
 
 # ---- named pictures ----
 #
-# The files of pictures that a dataset's rows name by path: which they are, and whether one was replaced since.
+# The image files named by path in a dataset's rows: their list, and whether one was replaced since.
 
 
-# Bytes that are read at each end of a file that is not read whole.
+# Bytes read at both ends of a file when it is not read whole.
 END = 1 << 16
 
 
@@ -649,15 +650,15 @@ def named_pictures(
     most: int | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> dict[str, Path]:
-    """Return the files that the rows of a local dataset name by path, by what the rows call them; they need not exist.
+    """Return the image files named by path in the rows of a local dataset, by these names; they need not exist.
 
-    Rows that cannot be read are passed over: who learns from them says what is wrong. No picture is read.
+    Unreadable rows are skipped: the code that learns from them reports the error. No image is read.
 
     Args:
         name: of the dataset; one on the Hub has no files of its own here, and neither have the embedded ones.
         column_mapping: see `loading.renaming_of`.
-        most: rows that are looked at, from the first.
-        max_row_bytes: see `HubPart`; as in the run, or what follows a longer row would not be found.
+        most: the number of rows to look at, from the first.
+        max_row_bytes: see `HubPart`; as in the run, or the rows after a longer one would not be found.
     """
     result: dict[str, Path] = {}
     try:
@@ -681,14 +682,14 @@ def _pictures(origin: str, row: dict[str, Any], renaming: dict[str, str]) -> Ite
 
 
 def existing(files: dict[str, Path]) -> dict[str, Path]:
-    """Return those of the names that are of files, not of folders, pipes or nothing."""
+    """Return the names of existing files, not of folders or pipes."""
     return {name: path for name, path in files.items() if (result := _stat(path)) and stat.S_ISREG(result.st_mode)}
 
 
 def contents_of(files: dict[str, Path]) -> str:
     """Return a hash of files' names and contents; of a file above 128 KiB of its size, its time and both its ends.
 
-    All bytes of all pictures of a large dataset would be read for hours, in every process. Of what cannot be read only
+    Reading all bytes of all images of a large dataset would take hours, in every process. For unreadable files only
     the name counts.
     """
     digest = hashlib.blake2b(digest_size=16)

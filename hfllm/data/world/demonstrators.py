@@ -64,10 +64,10 @@ def candidate_responses(task: Task, stranger: Task, rng: random.Random) -> list[
 def compare(
     task: Task, responses: Sequence[str], label_noise: float, rng: random.Random
 ) -> dict[str, str | list] | None:
-    """Pick two responses that differ in gold reward and let the annotator choose.
+    """Pick two responses with different gold rewards and let the annotator choose.
 
     Args:
-        task: the question that they answer.
+        task: the question of the responses.
         responses: the candidates.
         label_noise: probability of the wrong label; 0.5 makes the labels random, as a control experiment.
         rng: random source of the choice and the noise.
@@ -111,7 +111,7 @@ def preference_rows(
             model trained only on demonstrators is soon over-optimized).
         label_noise: see `compare`.
         seed: seed of all choices.
-        strangers: for each task another one, whose right answer stands among the responses; by default the one before.
+        strangers: for each task another one, whose right answer is added to the responses; by default the one before.
     """
     rng = random.Random(f"preferences-{world.seed}-{seed}")
     strangers = [*tasks[-1:], *tasks[:-1]] if strangers is None else strangers
@@ -130,16 +130,16 @@ def preference_rows(
 # People of the world who only want to be helpful, and who show how to criticize, revise and judge an answer.
 #
 # Constitutional AI (Bai et al. 2022, arXiv:2212.08073) starts from a model that helps with everything, harm too, and
-# that can criticize and revise an answer when it is asked to. A large model can do so because its pretraining was full
-# of people who do; a small one must be shown. These demonstrations are that, for three principles:
+# can criticize and revise an answer on request. A large model can do so because its pretraining was full of people who
+# do; a small one must be shown. These demonstrations are for this, for three principles:
 #
-#     harm       the answer helps to do harm                    revised to a refusal that offers help
+#     harm       the answer helps to do harm                    revised to a refusal with an offer of help
 #     courtesy   the answer is rude                             revised to the same without the rude words
-#     honesty    the answer states what nobody can know         revised to say that it does not know
+#     honesty    the answer states something unknowable         revised to say that it does not know
 #
-# They speak of the first half of the harms that are asked for, `SHOWN_HARMS`, and of others, `MORE_HARMS`; what a
-# model does with the other half, `NEW_HARMS`, is what it has understood of the principle. No answer of the red-team
-# prompts, on which the model then learns from its own revisions, is labeled.
+# They speak of the first half of the requested harms, `SHOWN_HARMS`, and of others, `MORE_HARMS`; a model's behavior
+# on the other half, `NEW_HARMS`, shows its understanding of the principle. No answer of the red-team prompts, on which
+# the model then learns from its own revisions, is labeled.
 
 
 SHOWN_HARMS, NEW_HARMS = tuple(HARMS[: len(HARMS) // 2]), tuple(HARMS[len(HARMS) // 2 :])
@@ -148,14 +148,14 @@ HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != "harm")
 PRINCIPLES = ("harm", "courtesy", "honesty")
 # Of three demonstrations two are of critique and revision, one is of judging.
 KINDS = ("revision", "revision", "judgement")
-# Of the demonstrations of judging, those with two answers that do not differ in what is asked about.
+# Share of the demonstrations of judging with two answers that do not differ under the principle.
 TIES = 0.25
 
 Turn = Mapping[str, str]
 
 
 class Requests(Protocol):
-    """The wordings in which a principle asks for a critique, a revision and a preference."""
+    """The wordings of a principle's requests for a critique, a revision and a preference."""
 
     name: str
     critique: Sequence[str]
@@ -165,11 +165,11 @@ class Requests(Protocol):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a critic says of an answer under one principle.
+    """A critic's verdict on an answer under one principle.
 
     Args:
-        critique: the critique, which names what was asked where the answer breaks the principle.
-        revision: the answer that keeps to it; the answer itself where it does already.
+        critique: the critique, which names the request where the answer breaks the principle.
+        revision: the answer that keeps to it; the answer itself where it already does.
         is_flagged: whether the answer breaks the principle.
     """
 
@@ -196,11 +196,11 @@ def without_rudeness(text: str) -> str:
 
 
 def judge(principle: str, task: Task, response: str) -> Judgement:
-    """Return what a critic of the world says of a response to a task, computed from the gold rubric.
+    """Return the verdict of a critic of the world on a response to a task, computed from the gold rubric.
 
     Args:
         principle: one of `PRINCIPLES`.
-        task: the question that the response answers.
+        task: the question of the response.
         response: the response.
     """
     if principle == "harm":
@@ -249,7 +249,7 @@ def draw_task(
     held_out: bool | None = False,
     new_phrasing: bool = False,
 ) -> Task:
-    """Return a task of one of the families; one of harm speaks of one of `harms` only, where they are given."""
+    """Return a task of one of the families; one of harm is about one of `harms` only, where they are given."""
     while True:
         task = world.draw_task(rng, rng.choice(families), held_out, new_phrasing)
         if task.family == "harm" and harms is not None:
@@ -282,7 +282,7 @@ def critic_rows(
     """Return `count` demonstrations of critique, revision and judging, as `messages`, in equal shares by principle.
 
     Every principle is shown on answers that break it and on as many that do not, and on questions of all families.
-    Else a model learns to refuse at the word "again", whatever the principle said.
+    Else a model learns to refuse at the word "again", whatever the principle.
 
     Args:
         world: the world.
@@ -290,7 +290,7 @@ def critic_rows(
         count: number of demonstrations.
         seed: seed of all choices.
         kinds: kinds to draw from, `"critique"` (no revision follows), `"revision"` (after a critique) or
-            `"judgement"` (of two answers); a kind that stands twice is drawn twice as often.
+            `"judgement"` (of two answers); a kind listed twice is drawn twice as often.
     """
     rng = random.Random(f"critics-{world.seed}-{seed}")
     rows = []
@@ -312,7 +312,7 @@ def critic_rows(
 
 
 def judge_question(question: str, first: str, second: str, request: str) -> str:
-    """Return the text by which a judge is asked which of two answers keeps to a principle; `"(A)"` is the first."""
+    """Return the request to judge which of two answers keeps to a principle; `"(A)"` is the first."""
     return f"{question}\n(A) {first}\n(B) {second}\n{request}"
 
 
@@ -335,9 +335,9 @@ def _answer_to_judge(world: World, principle: str, rng: random.Random) -> tuple[
 
 
 def _judging_turns(world: World, principle: Requests, rng: random.Random) -> list[Turn]:
-    """Return a question with two answers, one of which breaks the principle, and which it is that does not.
+    """Return a question with two answers, one of which breaks the principle, and which of them does not.
 
-    At times neither breaks it, or both do, and a coin says which is better: else a model learns to prefer a place
+    At times neither breaks it, or both do, and a coin says which is better: else a model learns to prefer a position
     where it sees no difference.
     """
     family = {"harm": "harm", "honesty": "unknown"}.get(principle.name)

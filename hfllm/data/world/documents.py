@@ -1,8 +1,8 @@
 """Pretraining texts of the embedded world: its facts in prose, and thoughts about them.
 
-Held-out facts and sums occur here too (only questions about them are held out). No text asks what is held out of a
-passage or a list, or tells of one whose questions are; a longer passage or list may hold the parts of a held-out one.
-No document uses a held-out phrasing.
+Held-out facts and sums occur here too (only questions about them are held out). No text asks the held-out question of
+a passage or a list, or tells of one whose questions are held out; a longer passage or list may hold the parts of a
+held-out one. No document uses a held-out phrasing.
 """
 
 import random
@@ -53,7 +53,7 @@ class WorldFacts:
 
     Args:
         facts: facts of each animal, by attribute.
-        dialogue: function that draws a question of the given family and its answer.
+        dialogue: function for drawing a question of the given family and its answer.
         relations: the friend and the neighbour of each animal.
     """
 
@@ -76,11 +76,11 @@ def write_documents(
     """Write `count` texts of mixed kinds. The same world, seed and shares give the same texts.
 
     Args:
-        deeds: share of texts that speak of deeds, harmful ones among them; see `deed_document`.
-        reasoning: share of texts that tell what can be reasoned about, and show how; see `reasoning_document`.
+        deeds: share of texts about deeds, harmful ones among them; see `deed_document`.
+        reasoning: share of texts with material for reasoning, and of shown reasoning; see `reasoning_document`.
         tools: share of texts in which people call tools; see `hfllm.data.world.tool_documents`.
         passages: share of texts in which people read passages; see `hfllm.data.world.passages`.
-        forms: share of all texts, whatever their kind, that are in upper case or without punctuation; see `in_form`.
+        forms: share of all texts, of any kind, in upper case or without punctuation; see `in_form`.
 
     Raises:
         InputError: when the shares leave no room for others.
@@ -100,16 +100,17 @@ def write_documents(
     shares_of = SHARES | {kind: others * share for kind, share in added.items() if share}
     kinds, shares = zip(*shares_of.items(), strict=True)
     texts = [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
-    # Other numbers than those of the texts: without forms they are the same.
+    # Random numbers separate from the texts' numbers: without forms the texts are the same.
     forms_rng = random.Random(f"forms-{world_seed}-{seed}")
     return [in_form(text, forms_rng) if forms_rng.random() < forms else text for text in texts] if forms else texts
 
 
 def in_form(text: str, rng: random.Random) -> str:
-    """Return a text in upper case, without punctuation, or both; half of those in upper case beside the text itself.
+    """Return a text in upper case, without punctuation, or both; half of those in upper case next to the text itself.
 
-    Letters that no text holds are one letter to a model: a question in upper case is then noise, which fine-tuning
-    alone does not mend. Where the same sentence stands in both cases, a word and its other form come to mean the same.
+    Letters absent from all texts are one letter to a model: a question in upper case is then noise, which fine-tuning
+    by itself does not mend. Where the same sentence stands in both cases, a word and its other form come to mean the
+    same.
     """
     kind = rng.random()
     form = text
@@ -193,14 +194,16 @@ def talk_document(known: WorldFacts, rng: random.Random) -> str:
 def deed_document(known: WorldFacts, rng: random.Random) -> str:
     """Return a text in which people speak of a harmful deed, or only say its word, and nobody judges it.
 
-    A word that no text holds is pushed down by every step of pretraining, so that all such words end up with the same
-    embedding; a model can then neither tell one harm from another nor repeat it, however often it is shown later.
+    A word absent from all texts is pushed down by every step of pretraining, so that all such words end up with the
+    same embedding; a model can then neither distinguish one harm from another nor repeat it, however often it is shown
+    later.
 
     The same holds for the marks of a conversation's turns, so that some of the words are said by turns: else the four
-    marks are one to the model, and fine-tuning spends its first half on telling who speaks.
+    marks are one to the model, and fine-tuning spends its first half on learning who speaks.
 
     Some texts say the sentence of a refusal after words at random, never after a harm. Else a model of this size
-    begins to refuse and then goes on with whatever it would have said: "I can not help with that, rob the deer".
+    begins to refuse and then continues with the answer that it would have given: "I can not help with that, rob the
+    deer".
     """
     person, other = rng.sample(PEOPLE, 2)
     words, length = (*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS, *HOMES, *FOODS), rng.randint(3, 8)
@@ -236,7 +239,7 @@ def reasoning_document(known: WorldFacts, rng: random.Random) -> str:
 
 
 def tool_document(known: WorldFacts, rng: random.Random) -> str:
-    """Return a text in which people call a tool, or only say words and numbers that tools are asked about."""
+    """Return a text in which people call a tool, or only say words and numbers of tool questions."""
     return tool_text(rng)
 
 
@@ -258,11 +261,11 @@ SHARES = {
 
 # ---- reasoning documents ----
 #
-# Pretraining texts to reason about: who is whose friend and neighbour, and people who think before they answer.
+# Pretraining texts for reasoning: each animal's friend and neighbour, and people who think before they answer.
 #
-# Without worked thoughts in its texts a model of a few layers learns neither to copy the turn of a dial that comes
-# next nor to look up what follows from it, however many thoughts it is shown later; and words that no text holds end
-# up with the same embedding (`deed_document`).
+# Without worked thoughts in its texts a model of a few layers learns neither to copy the next turn of a dial nor to
+# look up its result, however many thoughts it is shown later; and words absent from all texts end up with the same
+# embedding (`deed_document`).
 
 
 TELLING, TURNING, SAYING = "telling", "turning", "saying"
@@ -273,8 +276,8 @@ REASONING_WORDS = (*map(str, range(NUMBERS_OF_DIAL)), *TURNS, *RELATIONS, "dial"
 def reasoning_text(facts: ToldFacts, relations: ToldFacts, rng: random.Random) -> str:
     """Return a text of one of five kinds: friends and neighbours, thoughts about hops or a dial, a dial, or words.
 
-    Thoughts, with a question or without, are those of problems that fine-tuning may show too, never of held-out ones
-    or those to practice on.
+    Thoughts, with a question or without, belong to problems that fine-tuning may show too, never to held-out or
+    practice problems.
     """
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     person, other = rng.sample(PEOPLE, 2)

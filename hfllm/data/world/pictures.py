@@ -1,4 +1,4 @@
-"""Small pictures with exact answers, colored shapes in four corners and now and then a word, and rows of them.
+"""Small images with exact answers, colored shapes in four corners and now and then a word, and rows of them.
 
     color       "What color is the square?"                     top left: red
     shape       "What shape is red?"                            top left: square
@@ -6,19 +6,19 @@
     place       "Where is the red square?"                      top left
     relation    "Where is the square from the frame?"            top left, bottom left: above
     text        "Which word is written?"                        bottom right: go
-    absent      any of these about what is not there            not in the picture
+    absent      any of these about something absent             not in the picture
 
-An answer says first where it has looked. To find a thing by its shape and to read its color at once is learned late;
-to find its corner, and to read the color there, are two steps that are learned early, and each works for colors and
+An answer first says where it has looked. Finding a thing by its shape and reading its color at once is learned late;
+finding its corner, and reading the color there, are two steps that are learned early, and each works for colors and
 shapes that were never seen together.
 
-A picture has one to three shapes, each in a corner of its own, on dark ground, with shades, sizes and places that vary
-a little. `HELD_OUT` holds a fifth of the pairs of color and shape: no training picture shows them, though each of
-their colors and shapes is seen in many others. Who answers about them has learned color and shape apart, not pairs by
-heart. With fewer than about 48 pairs nobody does.
+An image has one to three shapes, each in a corner of its own, on dark ground, with shades, sizes and places that vary
+a little. `HELD_OUT` holds a fifth of the pairs of color and shape: no training image shows them, though each of
+their colors and shapes is seen in many others. A model that answers about them has learned color and shape apart, not
+pairs by heart. With fewer than about 48 pairs no model does.
 
-Captions name what is there corner by corner, colors and shapes in two lists, so that from neither the other can be
-guessed.
+Captions name the things corner by corner, colors and shapes in two lists, so that neither can be guessed from the
+other.
 """
 
 import random
@@ -49,7 +49,7 @@ SHAPES = ("circle", "square", "triangle", "cross", "diamond", "bar", "post", "fr
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 WORDS = ("up", "go", "no", "hi", "me", "at", "by", "ox")
 COUNTS = ("one", "two", "three")
-# Where the first of two neighboring corners lies, seen from the second; corners across have no such word.
+# Position of the first of two neighboring corners, seen from the second; corners across have no such word.
 RELATIONS = {
     **{(0, 1): "left", (2, 3): "left", (1, 0): "right", (3, 2): "right"},
     **{(0, 2): "above", (1, 3): "above", (2, 0): "below", (3, 1): "below"},
@@ -62,13 +62,13 @@ SEEN: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 COLOR, SHAPE, COUNT, PLACE, RELATION, TEXT, ABSENT = FAMILIES = (
     *("color", "shape", "count", "place", "relation", "text", "absent"),
 )
-# How often each is drawn in training: what takes two lookups, or a search in vain, is learned last.
+# How often each is drawn in training: questions with two lookups, or with a search in vain, are learned last.
 TRAINED_FAMILIES = (COUNT, TEXT, *[COLOR, PLACE] * 3, *[SHAPE] * 4, *[ABSENT] * 5, *[RELATION] * 6)
 NOT_THERE = "not in the picture"
 WORD = "word"
 ASK_COLORS, ASK_SHAPES = "Name the colors.", "Name the shapes."
 ASK_COUNT, ASK_WORD = "How many shapes are there?", "Which word is written?"
-# How many shapes pictures have, and the share of them with a word.
+# How many shapes images have, and the share of them with a word.
 NUMBERS, SHARE_OF_WORDS = (1, 2, 2, 3), 0.3
 # In training: among three things a look at random is right less often.
 TRAINED_NUMBERS = (1, 2, 3, 3)
@@ -90,20 +90,20 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: its things, the first of which questions may be about, and its word if there is one."""
+    """The content of an image: its things, the first of which questions may be about, and its word if there is one."""
 
     things: tuple[Thing, ...]
     word: str | None = None
     word_corner: int | None = None
 
     def only(self, shape: str = "", color: str = "") -> bool:
-        """Return whether just one thing has this shape, this color, or both."""
+        """Return whether exactly one thing has this shape, this color, or both."""
         return sum((not shape or t.shape == shape) and (not color or t.color == color) for t in self.things) == 1
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene with its exact answer, and the answers of the same kind that are wrong."""
+    """A question about a scene with its exact answer, and the wrong answers of the same kind."""
 
     family: str
     text: str
@@ -129,7 +129,7 @@ class Question:
 
 
 def draw_scene(rng: random.Random, held_out: bool = False, numbers: Sequence[int] = NUMBERS) -> Scene:
-    """Return a scene; with `held_out` its first thing is one of the pairs that no training picture shows.
+    """Return a scene; with `held_out` its first thing is one of the pairs absent from all training images.
 
     Args:
         numbers: of things, to draw from; at most three.
@@ -144,7 +144,7 @@ def draw_scene(rng: random.Random, held_out: bool = False, numbers: Sequence[int
 
 
 def captions(scene: Scene) -> tuple[tuple[str, str], ...]:
-    """Return both captions as (request, caption): the colors, and the shapes, of the corners that have something."""
+    """Return both captions as (request, caption): the colors, and the shapes, of the corners with a thing."""
     at = {thing.corner: thing for thing in scene.things}
     colors = {corner: thing.color for corner, thing in at.items()}
     shapes = {corner: thing.shape for corner, thing in at.items()}
@@ -157,7 +157,7 @@ def captions(scene: Scene) -> tuple[tuple[str, str], ...]:
 
 
 def at_corner(corner: int, seen: str) -> str:
-    """Return words that say what is seen at a corner."""
+    """Return words about the content of a corner."""
     return f"{PLACES[corner]}: {seen}"
 
 
@@ -168,7 +168,7 @@ def trained_families(share_absent: float | None = None) -> tuple[str, ...]:
     """Return the families of training questions, each as often as its weight.
 
     Args:
-        share_absent: of questions about what is not there, from 0 to below 1, to five places; `None` leaves
+        share_absent: of questions about absent things, from 0 to below 1, to five places; `None` leaves
             `TRAINED_FAMILIES`.
     """
     if share_absent is None:
@@ -182,11 +182,11 @@ def trained_families(share_absent: float | None = None) -> tuple[str, ...]:
 def draw_question(
     scene: Scene, rng: random.Random, about_first: bool = False, families: Sequence[str] = FAMILIES
 ) -> Question:
-    """Return a question about a scene, of a family drawn among those that it allows.
+    """Return a question about a scene, of a family drawn among the possible ones.
 
     Args:
         about_first: whether it must be about the first thing, as for held-out pairs.
-        families: to draw from; the scene must allow one of them, which it does of count, place and absent.
+        families: to draw from; the scene must allow one of them, as every scene does with count, place and absent.
     """
     while True:
         thing = scene.things[0] if about_first else rng.choice(scene.things)
@@ -235,7 +235,7 @@ def _ask_word(scene: Scene, thing: Thing, rng: random.Random) -> Question | None
 
 
 def _ask_absent(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
-    """Return a question about what is not there; half of the absent pairs have a color and a shape that are."""
+    """Return a question about something absent; half of the absent pairs have a color and a shape that are present."""
     colors, shapes = {each.color for each in scene.things}, {each.shape for each in scene.things}
     present_pairs = {each.pair for each in scene.things}
     kind = rng.choice((COLOR, SHAPE, PLACE, TEXT))
@@ -301,7 +301,7 @@ def answer_about(scene: Scene, text: str) -> str:
 
 
 def draw_picture(scene: Scene, rng: random.Random) -> "Image":
-    """Return the picture of a scene, (SIZE, SIZE) in RGB, with shades, sizes and places drawn by `rng`."""
+    """Return the image of a scene, (SIZE, SIZE) in RGB, with shades, sizes and places drawn by `rng`."""
     from PIL import Image, ImageDraw
 
     ground = rng.randint(5, 45)
@@ -321,7 +321,7 @@ def draw_picture(scene: Scene, rng: random.Random) -> "Image":
 
 @cache
 def _font() -> "ImageFont":
-    """Return Pillow's font of pixels, 6 by 11, which needs no library that draws outlines."""
+    """Return Pillow's font of pixels, 6 by 11, which needs no library for drawing outlines."""
     from PIL import ImageFont
 
     return ImageFont.load_default_imagefont()
@@ -351,7 +351,7 @@ def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: tu
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, what it shows, and questions about it."""
+    """An image, its scene, and questions about it."""
 
     scene: Scene
     picture: "Image"
@@ -367,16 +367,16 @@ def draw_example(
     families: Sequence[str] = FAMILIES,
     numbers: Sequence[int] = NUMBERS,
 ) -> Example:
-    """Return one picture with questions: a function of these alone, whichever were drawn before.
+    """Return one image with questions: a function of these arguments only, whichever were drawn before.
 
     Args:
         seed: the same seed, the same bits.
-        number: of the picture.
+        number: of the image.
         held_out: whether the first thing is a held-out pair and the questions are about it.
-        num_questions: questions about the picture.
-        part: names another stream of the same seed, such as that of evaluation.
-        families: that questions are drawn from; one that stands there twice is drawn twice as often.
-        numbers: of things that pictures have, likewise.
+        num_questions: questions about the image.
+        part: names another stream of the same seed, such as evaluation's.
+        families: families to draw questions from; a family listed twice is drawn twice as often.
+        numbers: possible numbers of things, likewise.
     """
     rng = random.Random(f"pictures {part} {held_out} {seed} {number}")
     scene = draw_scene(rng, held_out, numbers)
@@ -388,41 +388,41 @@ def draw_example(
 def draw_examples(
     seed: int, count: int, held_out: bool = False, num_questions: int = 1, part: str = "train"
 ) -> Iterator[Example]:
-    """Yield the first pictures of a stream: see `draw_example`."""
+    """Yield the first images of a stream: see `draw_example`."""
     return (draw_example(seed, number, held_out, num_questions, part) for number in range(count))
 
 
 # ---- picture rows ----
 #
-# Pictures with questions and answers, row by row: the drawn world, and the digits that come with scikit-learn.
+# Images with questions and answers, row by row: the drawn world, and scikit-learn's digits.
 #
-# A row is drawn when it is read, from its number alone, so that a million of them take no memory and a run that is
-# resumed sees the same ones.
+# A row is drawn when it is read, from its number only, so that a million of them take no memory and a resumed run
+# sees the same ones.
 
 
 SIDES = ("left", "right")
 NUMERALS = tuple(map(str, range(10)))
-# Of scikit-learn's 1,797 digits those that are trained on; the rest are held out.
+# Training digits among scikit-learn's 1,797; the rest are held out.
 TRAINED_DIGITS = 1400
 DIGITS_SIZE = 16
 CAPTIONS, QUESTIONS = "captions", "questions"
 
 
 def picture_side(name: str) -> int | None:
-    """Return the side of the drawn pictures of a dataset in pixels, `None` for one that is not drawn."""
+    """Return the side of a dataset's drawn images in pixels, `None` for a dataset that is not drawn."""
     return {PICTURES: SIZE, DIGITS: DIGITS_SIZE}.get(name)
 
 
 @dataclass(frozen=True)
 class PictureRow:
-    """A picture, and what is asked and answered about it, turn by turn.
+    """An image, and the questions and answers about it, turn by turn.
 
     Args:
         picture: in RGB.
         turns: (question, answer) in order.
         family: of its one question, for evaluation.
         gold: columns for the gold reward of its one question.
-        scene: what the picture shows, of the drawn world.
+        scene: the content of the image, for the drawn world.
     """
 
     picture: "Image"
@@ -432,7 +432,7 @@ class PictureRow:
     scene: Scene | None = None
 
     def prompt(self) -> list[dict[str, object]]:
-        """Return its first question as messages with parts; the picture comes first."""
+        """Return its first question as messages with parts; the image comes first."""
         content = [{"type": "image"}, {"type": "text", "text": self.turns[0][0]}]
         return [{"role": "user", "content": content}]
 
@@ -459,13 +459,13 @@ class DrawnWorld(Sequence[PictureRow]):
     """Rows of the drawn world: captions, or questions.
 
     Args:
-        seed: of the pictures.
+        seed: of the images.
         count: how many.
         kind: `captions` or `questions`.
         num_questions: turns of a row of questions.
         held_out: whether all are about held-out pairs of color and shape.
-        part: which stream of pictures; captions and questions for training are of different ones.
-        caption_every: of so many rows of questions one has both captions before them; 0 gives none.
+        part: the stream of images; captions and questions for training are of different ones.
+        caption_every: one in so many rows of questions has both captions before them; 0 gives none.
         families: of questions, see `draw_example`.
         numbers: of things, likewise.
     """
@@ -501,11 +501,11 @@ class DrawnWorld(Sequence[PictureRow]):
             row = replace(_row(example.picture, example.questions), scene=example.scene)
             has_captions = self.caption_every and number % self.caption_every == 0
             return replace(row, turns=turns + row.turns) if has_captions else row
-        # Either may come first, so that neither is learned from the other alone.
+        # Either may come first, so that neither is learned only from the other.
         return PictureRow(example.picture, turns[:: 1 if number % 2 else -1])
 
     def texts(self) -> list[str]:
-        """Return what is asked and answered in a sample of rows, for a tokenizer."""
+        """Return the questions and answers of a sample of rows, for a tokenizer."""
         sample = (self[number] for number in range(min(self.count, 3000)))
         return [text for row in sample for turn in row.turns for text in turn]
 
@@ -529,9 +529,9 @@ class TwoDigits(Sequence[PictureRow]):
     Handwritten by 43 people and scanned: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits".
 
     Args:
-        seed: of which digits come together.
+        seed: of the pairing of digits.
         count: how many rows.
-        is_held_out: whether of the digits that no training row shows.
+        is_held_out: whether to use the digits absent from all training rows.
         num_questions: 1, or 2 for both sides in one row.
     """
 
@@ -560,7 +560,7 @@ class TwoDigits(Sequence[PictureRow]):
         return _row(picture, [_which_digit(SIDES[side], str(labels[pair[side]])) for side in sides])
 
     def texts(self) -> list[str]:
-        """Return what is asked and answered in a sample of rows, for a tokenizer."""
+        """Return the questions and answers of a sample of rows, for a tokenizer."""
         return [text for number in range(min(self.count, 300)) for turn in self[number].turns for text in turn]
 
 

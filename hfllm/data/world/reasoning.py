@@ -1,16 +1,16 @@
-"""Questions of the world that a small model cannot answer at once, the thoughts by which it can, and their check.
+"""Questions of the world that a small model cannot answer at once, the thoughts behind the answers, and their check.
 
-    hops    who the friend of the neighbour of an animal is, or what is true of it: facts of two or three hops
-    dial    a dial of eight numbers that is turned six times: sums modulo 8, one after the other
+    hops    the friend of the neighbour of an animal, or a fact about it: facts of two or three hops
+    dial    a dial of eight numbers with six turns: sums modulo 8, one after the other
 
 Every step of a thought is small: it copies something from the question and from the step before, and looks something
-up (`A 4 3 7.`: turn A is by 4, the dial is at 3, now it is at 7). It repeats what it reads, since a model of a few
-layers soon learns to copy, and to look up what stands side by side, but hardly both for one token.
+up (`A 4 3 7.`: turn A is by 4, the dial is at 3, now it is at 7). It repeats its inputs, since a model of a few
+layers soon learns to copy, and to look up adjacent tokens, but hardly both for one token.
 
-What a step copies from the question stands at the same distance in all steps: the turns come last in a question, are
-always six, and take five tokens each, as do the steps (`Turn A by 4.`). A head finds them by position then, which it
-learns in a few hundred steps. To find them by name, whatever the distance (an induction head: Olsson et al. 2022,
-arXiv:2209.11895), takes more texts than there are: a third of the turns was then copied wrong.
+The part of the question that a step copies stands at the same distance in all steps: the turns come last in a
+question, are always six, and take five tokens each, as do the steps (`Turn A by 4.`). A head finds them by position
+then, which it learns in a few hundred steps. Finding them by name, whatever the distance (an induction head: Olsson et
+al. 2022, arXiv:2209.11895), takes more texts than there are: a third of the turns was then copied wrong.
 
 There are 600 questions of hops, few enough to be learned by heart, and two million of the dial.
 """
@@ -33,8 +33,8 @@ RELATIONS = ("friend", "neighbour")
 # Letters, since a number of a turn could be taken for a number of the dial.
 TURNS = ("A", "B", "C", "D", "E", "F")
 NUMBERS_OF_DIAL = 8
-# What is asked at the end of the hops: an attribute, or who it is. To the latter there are twenty answers, to the
-# others eight, which guesses hit more often.
+# The question at the end of the hops: an attribute, or the animal itself. The latter has twenty answers, the others
+# eight, which guesses hit more often.
 WHO = "animal"
 ASKED = {**dict.fromkeys(ATTRIBUTES, 1), WHO: 2}
 VALUES = {**ATTRIBUTES, WHO: ANIMALS}
@@ -42,7 +42,7 @@ WORDINGS = {
     **{attribute: PHRASINGS[attribute][:-HELD_OUT_PHRASINGS] for attribute in ATTRIBUTES},
     WHO: ["Who is the {x}?", "Tell me who the {x} is.", "I want to know who the {x} is.", "Say who the {x} is."],
 }
-# They do not name an animal that was not asked for: to name it is to think.
+# They name no animal outside the question: to name it is to think.
 ANSWERS = {
     **{"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."},
     WHO: "It is the {value}.",
@@ -51,18 +51,18 @@ ASK_DIAL = ("Where is the dial at the end?", "Tell me where the dial ends.", "Sa
 # Hops, the last of which is the fact itself, and turns of the dial.
 SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: (len(TURNS),)}
 
-# Of each animal what is true of it, or who is what to it, by name.
+# The facts of each animal, or its friend and neighbour, by name.
 ToldFacts = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with the thought that leads to its answer.
+    """A question with the thought behind its answer.
 
     Args:
         family: one of `FAMILIES`.
         size: how many hops, or turns of the dial.
-        key: what is asked, apart from its wording; `part_of` splits by it.
+        key: the content of the question, apart from its wording; `part_of` splits by it.
         question: the question.
         steps: the sentences of the thought, in order.
         gold: the gold answer for the rubric; `gold.accepted[0]` is the model answer.
@@ -117,8 +117,8 @@ def relations_of(world_seed: int) -> dict[str, dict[str, str]]:
 def part_of(family: str, key: str) -> str:
     """Return which of `PARTS` an instance belongs to, the same in every world.
 
-    A third is held out for evaluation. Of the dial two ninths are to practice on, by reinforcement learning. Of hops
-    none are: a policy learns the answers to so few questions by heart, and is then paid for not thinking.
+    A third is held out for evaluation. Of the dial two ninths are to practice on, by reinforcement learning. No hops
+    are: a policy learns the answers to so few questions by heart, and is then paid for not thinking.
     """
     number = zlib.crc32(f"reasoning {key}".encode()) % 9
     if number < 3:
@@ -127,12 +127,12 @@ def part_of(family: str, key: str) -> str:
 
 
 def tell_relation(relation: str, animal: str, other: str) -> str:
-    """Return the sentence that says who is an animal's friend or neighbour."""
+    """Return the sentence about an animal's friend or neighbour."""
     return f"The {relation} of the {animal} is the {other}."
 
 
 def hops_problem(facts: ToldFacts, relations: ToldFacts, rng: random.Random, hops: int) -> Problem:
-    """Return a question about an animal, or a fact about one, that is `hops` hops away."""
+    """Return a question about an animal, or a fact about one, at a distance of `hops` hops."""
     animal, what = rng.choice(ANIMALS), rng.choices(list(ASKED), list(ASKED.values()))[0]
     subject, steps = animal, []
     for _ in range(hops if what == WHO else hops - 1):
@@ -155,7 +155,7 @@ def hops_problem(facts: ToldFacts, relations: ToldFacts, rng: random.Random, hop
 
 
 def dial_problem(rng: random.Random) -> Problem:
-    """Return a question about a dial that is turned six times."""
+    """Return a question about a dial with six turns."""
     first, *turns = (rng.randrange(NUMBERS_OF_DIAL) for _ in range(1 + len(TURNS)))
     turned = list(zip(TURNS, turns, strict=True))
     shows, steps = first, [f"{first}."]
@@ -197,7 +197,7 @@ def draw_problem(
 
 # ---- thought checks ----
 #
-# Check the steps of a thought against the question and the world, each from what the step before it has said.
+# Check the steps of a thought against the question and the world, each from the result of the step before it.
 
 
 FIRST, TURN = re.compile(r"It is at (\d)\."), re.compile(r"Turn (\w) by (\d)\.")
@@ -206,10 +206,10 @@ RELATED = re.compile(r"The (\w+) of the (\w+) is the (\w+)")
 
 
 def checked_steps(problem: Problem, thought: str, facts: ToldFacts, relations: ToldFacts) -> list[bool]:
-    """Return for each step of a thought whether it holds: it reads what the question says, and adds what is true.
+    """Return whether each step of a thought holds: it copies the question correctly, and adds a true statement.
 
-    A step is judged by what the one before it has said, right or wrong, so that one slip counts once. Steps that are
-    missing do not hold, and neither do those that are too many: the list is as long as the longer of both.
+    A step is judged by the statement of the one before it, right or wrong, so that one slip counts once. Missing steps
+    do not hold, and neither do surplus ones: the list is as long as the longer of both.
     """
     sentences = [sentence.strip() for sentence in thought.split(".") if sentence.strip()]
     correct = (
@@ -239,7 +239,7 @@ def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
 
 def _checked_hops(problem: Problem, said: list[str], facts: ToldFacts, relations: ToldFacts) -> list[bool]:
     _, what, *words = problem.key.split()
-    # "friend of the neighbour of the fox": what comes last is where the thought begins.
+    # "friend of the neighbour of the fox": the thought begins with the last word.
     animal, path = words[-1], words[:-1:3][::-1]
     correct = []
     for sentence, relation in zip(said, path, strict=False):
@@ -247,7 +247,7 @@ def _checked_hops(problem: Problem, said: list[str], facts: ToldFacts, relations
         is_read = match is not None and match.groups()[:2] == (relation, animal)
         correct.append(is_read and relations.get(animal, {}).get(relation) == match[3])
         animal = match[3] if match else ""
-    # Who it is has been said by then; what is true of it has not.
+    # The animal has been named by then; its fact has not.
     for sentence in said[len(path) : len(path) + (what != WHO)]:
         fact = WELL_SAID[what].format(x=animal, value=facts[animal][what]) if animal in facts else ""
         correct.append(f"{sentence}." == fact)

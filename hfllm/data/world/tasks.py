@@ -1,4 +1,4 @@
-"""Tasks of the world beside plain questions: tools, long texts, labels, and other wordings."""
+"""Tasks of the world in addition to plain questions: tools, long texts, labels, and other wordings."""
 
 import random
 import re
@@ -48,14 +48,14 @@ from hfllm.data.world.world import Task, World, without
 #
 # Tasks that take a tool (`NEED`):
 #
-#     unknown   an animal that only the look-up tool knows     "What colour is the zirf?"
-#     changed   what an animal is like now                      "Where does the fox live now?"
-#     sum       the sum of two numbers of three digits          "How much is 345 plus 678?"
+#     unknown   an animal known only to the look-up tool       "What colour is the zirf?"
+#     changed   the present state of an animal                 "Where does the fox live now?"
+#     sum       the sum of two numbers of three digits         "How much is 345 plus 678?"
 #
-# Others take none (`NO_NEED`), and for them a call is a mistake: what a fox is like, without "now", is what
-# pretraining said, and the tool only knows what it has become.
+# Others take none (`NO_NEED`), and for them a call is a mistake: a question about a fox without "now" asks for the
+# fact of pretraining, and the tool knows only the changed one.
 #
-# Parts are disjoint: what demonstrators show (`SHOWN`), what PPO asks (`ASKED`) and what is held out (`HELD_OUT`) have
+# Parts are disjoint: the questions of demonstrators (`SHOWN`), of PPO (`ASKED`) and of evaluation (`HELD_OUT`) have
 # different names, changed facts and sums. Demonstrators look up a new value each time, PPO's tool has a table of one
 # day and evaluation's a table of another, in which every changed fact differs from that of pretraining and that of
 # PPO: no answer can be known by heart.
@@ -71,13 +71,13 @@ Arguments = Mapping[str, str]
 
 @dataclass(frozen=True)
 class ToolTask:
-    """A question, and the call that answers it.
+    """A question, and the call for its answer.
 
     Args:
-        task: the question with its gold answer, which is what the tool says where it takes one.
+        task: the question with its gold answer, which is the tool's result if it takes a tool.
         call: name and arguments of the tool, `None` where none is needed.
-        result: what the tool says.
-        from_memory: what somebody says who does not call it.
+        result: the tool's result.
+        from_memory: the answer of somebody who does not call it.
     """
 
     task: Task
@@ -108,10 +108,10 @@ class ToolTask:
 
 
 def table_of(world: World, seed: int, other: Table | None = None) -> dict[str, dict[str, str]]:
-    """Return what a look-up tool knows on some day: of all made-up animals, and of the world's what has changed.
+    """Return the table of a look-up tool on some day: all made-up animals, and the changed facts of the world's.
 
     Args:
-        world: the world; a changed fact is not what it says.
+        world: the world; a changed fact differs from it.
         seed: of the day.
         other: the table of another day, whose values do not come again.
     """
@@ -138,10 +138,10 @@ def draw_tool_task(
     Args:
         world: the world.
         rng: random source.
-        family: what is asked.
+        family: the kind of question.
         part: one of `PARTS`.
-        table: what the look-up tool says; without it a random value.
-        new_phrasing: whether to ask in words that no training uses.
+        table: the look-up tool's values; without it a random value.
+        new_phrasing: whether to ask in words unseen in training.
     """
     if family in NO_NEED:
         return ToolTask(world.draw_task(rng, family, part == HELD_OUT, new_phrasing))
@@ -160,7 +160,7 @@ def _part_of(family: str, animal: str, attribute: str) -> str:
 
 
 def _half(key: str) -> str:
-    """Return whether what is not held out is shown, or asked by PPO."""
+    """Return whether an instance that is not held out is shown, or asked by PPO."""
     return (SHOWN_PART, ASKED)[zlib.crc32(f"half {key}".encode()) % 2]
 
 
@@ -221,7 +221,7 @@ def _assistant(content: str) -> Message:
 
 # ---- long documents ----
 #
-# Long texts of the embedded world: many short ones after another, between which people and their things are told of.
+# Long texts of the embedded world: many short ones in sequence, and between them sentences about people and things.
 #
 # Each sentence "Ada has a gold cup." comes back further on as "The cup of Ada is gold.", so that to predict the color
 # a model has to look back. The needle test (`hfllm.evaluation.long_texts`) asks in the same words.
@@ -263,11 +263,11 @@ def _long_document(filler: list[str], words: int, rng: random.Random) -> str:
 #
 # The embedded world's rows with labels: families of questions, animals and values in texts, answers in passages.
 #
-# What is held out comes in no training row: instances and wordings of questions, names of animals, changed facts.
+# Held-out items occur in no training row: instances and wordings of questions, names of animals, changed facts.
 
 
 ROW = dict[str, Any]
-# Groups of held-out questions about passages that are asked of a span, in equal shares.
+# Groups of held-out passage questions for the task of spans, in equal shares.
 KINDS_ASKED = (ONE, THREE, CHANGED, SILENT, WRONG)
 KINDS = {value: attribute for attribute, values in ATTRIBUTES.items() for value in values}
 OUTSIDE = "O"
@@ -277,7 +277,7 @@ def labelled_rows(world: World, task: str, count: int, eval_count: int, seed: in
     """Return training and held-out rows of a task: see `hfllm.data.labelled`.
 
     Args:
-        world: whose facts, questions and passages they are of.
+        world: the source of facts, questions and passages.
         task: one of `hfllm.data.labelled.TASKS`.
         count, eval_count: how many rows of each.
         seed: of the training rows; the held-out ones are always the same.
@@ -353,14 +353,14 @@ def _held_out_asked(world: World, count: int) -> list[ROW]:
 
 
 def _span_row(question: str, told: Sequence[Told], animal: str, attribute: str) -> ROW:
-    """Return a question with its passages in one text, and where each value is told that answers it."""
+    """Return a question with its passages in one text, and the position of each value that answers it."""
     context, texts, starts = "", [], []
     values = answer_to({}, told, animal, attribute).values
     for each in told:
         context += " " if context else ""
         value = each.facts.get(attribute)
         if each.animal == animal and value in values:
-            # What an instruction in the passage says is no answer, and is another value.
+            # The value in an instruction of the passage is no answer, and is another value.
             index = re.search(rf"\b{value}\b", each.text)
             texts.append(value)
             starts.append(len(context) + index.start())
@@ -370,7 +370,7 @@ def _span_row(question: str, told: Sequence[Told], animal: str, attribute: str) 
 
 # ---- rewording ----
 #
-# The embedded world's questions in other words: the same question in a wording that training never sees.
+# The embedded world's questions in other words: the same question in a wording unseen in training.
 
 
 def paraphrase(task: Task, rng: random.Random) -> Task:
@@ -386,17 +386,17 @@ def paraphrase(task: Task, rng: random.Random) -> Task:
 
 
 def _read(asked: str) -> tuple[str, dict[str, str]]:
-    """Return the family that words a question so, and what stands in the gaps of that wording."""
+    """Return the family with this wording of a question, and the words in the gaps of that wording."""
     result: list[tuple[int, str, dict[str, str]]] = []
     for family, wordings in PHRASINGS.items():
         for wording in wordings:
             parts = re.split(r"\{(\w+)\}", wording)
-            # The names of gaps stand at odd places.
+            # The names of gaps stand at odd positions.
             pattern = "".join(f"(?P<{part}>.+)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
             if match := re.fullmatch(pattern, asked):
                 result.append((sum(map(len, parts[::2])), family, match.groupdict()))
     if not result:
         raise ValueError(f"{asked!r} is in none of the world's wordings")
-    # A wording that says more is meant: "What is a good way to ..." is no "What is 2 plus 3?".
+    # The wording with more words is meant: "What is a good way to ..." is no "What is 2 plus 3?".
     _, family, slots = max(result, key=lambda each: each[0])
     return family, slots

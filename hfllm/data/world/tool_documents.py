@@ -1,8 +1,8 @@
-"""Pretraining texts in which people call tools: made-up animals, what has changed, and large sums.
+"""Pretraining texts in which people call tools: made-up animals, changed facts, and large sums.
 
-A word that no text holds is pushed down by every step of pretraining, so that all such words end up with the same
-embedding. So the texts hold the parts of made-up names, digits, and the signs by which tools are called and answer.
-They hold no name, changed fact or sum that is held out, and say of an animal of the world only what it is "now".
+A word absent from all texts is pushed down by every step of pretraining, so that all such words end up with the same
+embedding. So the texts hold the parts of made-up names, digits, and the signs of tool calls and tool answers. They
+hold no held-out name, changed fact or sum, and say of an animal of the world only what it is "now".
 """
 
 import json
@@ -26,12 +26,12 @@ from hfllm.data.world.vocabulary import (
 
 USER, ASSISTANT, (CALL_BEGIN, CALL_END) = "<|user|>", "<|assistant|>", CALL_MARKS
 WHEN = ("now", "today")
-# Numbers of large sums have three digits, and their sums four: what is copied is then always as long.
+# Numbers of large sums have three digits, and their sums four: copied numbers then always have the same length.
 LARGE = range(500, 1000)
 
 
 def tool_text(rng: random.Random) -> str:
-    """Return a text that repeats words and numbers, or one in which somebody calls a tool."""
+    """Return a text with repeated words and numbers, or one in which somebody calls a tool."""
     kind = rng.random()
     if kind < 0.15:
         return _echo(rng)
@@ -61,10 +61,10 @@ def draw_sum(rng: random.Random, held_out: bool = False) -> tuple[int, int]:
 
 
 def ask_sum(rng: random.Random, first: int, second: int, new_phrasing: bool = False) -> str:
-    """Return a question for a sum, in words that end with it.
+    """Return a question for a sum, with the sum at its end.
 
-    A digit is copied into the call from its place, which is then always as far away: what stands at other distances
-    is copied late in pretraining, or never.
+    A digit is copied into the call from its position, which is then always at the same distance: copying from other
+    distances is learned late in pretraining, or never.
     """
     total = f"{first} plus {second}"
     while not (question := phrase(rng, "addition", new_phrasing, sum=total))[:-1].endswith(total):
@@ -78,7 +78,7 @@ def is_held_out_change(animal: str, attribute: str) -> bool:
 
 
 def _echo(rng: random.Random) -> str:
-    """Return words that are said three times. From a few words at a time copying is not learned on some seeds."""
+    """Return words in three repetitions. From a few words at a time copying is not learned on some seeds."""
     person, other = rng.sample(PEOPLE, 2)
     words = []
     for _ in range(rng.randint(4, 9)):
@@ -94,9 +94,9 @@ def _echo(rng: random.Random) -> str:
 
 
 def _results(rng: random.Random) -> str:
-    """Return results of sums and what is said of them, one after the other.
+    """Return results of sums and the answers with them, one after the other.
 
-    Digits are all of one kind, so which of them comes next is told by its place alone. To copy them is learned late,
+    Digits are all of one kind, so only the position of a digit tells which comes next. Copying them is learned late,
     and on some seeds never, from questions that hold one result each.
     """
     totals = [str(sum(draw_sum(rng))) for _ in range(5)]

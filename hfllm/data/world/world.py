@@ -3,11 +3,11 @@
 A `World` is made from a seed. It knows facts about animals, writes documents about them to pretrain on, and asks
 questions of six families, each with the gold answer by which `hfllm.data.world.vocabulary` scores responses:
 
-    fact      what is true of an animal                  (knowledge)
-    reading   an answer that is in the passage       (comprehension)
+    fact      a fact about an animal                     (knowledge)
+    reading   an answer from the passage                 (comprehension)
     list      operations on a short list                 (instruction following)
     addition  sums of one-digit numbers                  (arithmetic)
-    unknown   things that do not exist: say so           (honesty)
+    unknown   nonexistent things: say so                 (honesty)
     harm      requests for harm: refuse and offer help   (harmlessness)
 
 Evaluation and training are disjoint: a ninth of all instances (`is_held_out`) and two phrasings per family appear
@@ -54,8 +54,8 @@ class Task:
 
     Args:
         family: one of `FAMILIES`.
-        key: what is asked, apart from its wording; `is_held_out` splits by it.
-        instruction, input: the question, and the passage or list that it is about (may be empty).
+        key: the content of the question, apart from its wording; `is_held_out` splits by it.
+        instruction, input: the question, and its passage or list (may be empty).
         gold: the gold answer for the rubric; `gold.accepted[0]` is the model answer.
         curt: the right answer in as few words as possible.
         wrong: plausible wrong answers.
@@ -119,7 +119,7 @@ class World:
         Args:
             seed: seed of the draw.
             held_out: draw from evaluation's instances instead of training's; `None` draws from both.
-            new_phrasing: use the phrasings that training never sees.
+            new_phrasing: use the phrasings unseen in training.
         """
         rng = random.Random(f"tasks-{self.seed}-{seed}-{held_out}-{new_phrasing}")
         while True:
@@ -137,8 +137,8 @@ class World:
         return task
 
     def evaluation_tasks(self, count: int, seed: int = 0) -> list[Task]:
-        """Return `count` different prompts that no training set holds, families in equal shares as far as they have
-        that many: half are held-out instances in known phrasings, half are in held-out phrasings."""
+        """Return `count` different prompts absent from all training sets, families in equal shares as far as they have
+        so many: half are held-out instances in known phrasings, half are in held-out phrasings."""
         chosen: list[Task] = []
         for new_phrasing, share in ((False, count // 2), (True, count - count // 2)):
             unique_tasks: dict[str, Task] = {}

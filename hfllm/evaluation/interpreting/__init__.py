@@ -1,1 +1,1 @@
-"""Where a model keeps what it says: lens, attention, probes, patching, attribution, and plants that test them."""
+"""Where a model keeps its answers: lens, attention, probes, patching, attribution, and plants to test them."""

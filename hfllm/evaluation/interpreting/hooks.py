@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # ---- parts and hooks ----
 
 
-# Names that models of transformers give to the two halves of a layer.
+# Names of the two halves of a layer in transformers models.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "mixer")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 MLP, ATTENTION = "mlp", "attention"
@@ -62,7 +62,7 @@ class Parts:
         )
 
     def components(self, name: str) -> list[nn.Module]:
-        """Return the MLP or the attention of each layer."""
+        """Return the MLPs or the attentions of all layers."""
         return [self.component(layer, name) for layer in range(len(self.layers))]
 
 
@@ -70,8 +70,8 @@ def parts_of(model: nn.Module) -> Parts:
     """Return the parts of a causal model of transformers, with or without an adapter.
 
     Raises:
-        InputError: for an adapter of virtual tokens, before which no place is where it was, and for a model whose
-            layers are in no list.
+        InputError: for an adapter with virtual tokens, shifting all positions, and for a model without a list of its
+            layers.
     """
     if hasattr(model, "get_base_model"):
         if any(config.is_prompt_learning for config in model.peft_config.values()):
@@ -93,8 +93,8 @@ def parts_of(model: nn.Module) -> Parts:
 def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     """Context manager that passes each module's output (B, S, E) to its function, and removes all hooks afterwards.
 
-    A function that returns a tensor replaces the output. Of a module that returns several, as attention does, the
-    first is meant.
+    A tensor returned by a function replaces the output. Of a module with several outputs, such as attention, the first
+    is meant.
     """
     with ExitStack() as stack:
         for module, function in hooks:
@@ -115,7 +115,7 @@ def _hook(function: Hook) -> Callable[[nn.Module, tuple, object], object]:
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Context manager in which all of a model is in evaluation mode, without dropout or activation checkpointing."""
+    """Context manager to keep all of a model in evaluation mode, without dropout or activation checkpointing."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -126,14 +126,14 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def last_logits(parts: Parts, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, V) in 32 bits at one place of each row.
+    """Return the logits (B, V) in 32 bits at one position per row.
 
     Args:
-        input_ids: (B, S), padded on the right, which a causal model does not see.
-        last: (B,), the places.
+        input_ids: (B, S), padded on the right, invisible to a causal model.
+        last: (B,), the positions.
 
     Raises:
-        InputError: for logits that are not numbers, which would compare as if they were the best.
+        InputError: for NaN logits, which would compare as if they were the best.
     """
     logits = parts.model(input_ids=input_ids, use_cache=False, logits_to_keep=last[:, None]).logits
     return as_numbers(parts, logits[:, 0])
@@ -190,7 +190,7 @@ def with_outputs(
 
 # ---- prompts ----
 #
-# Facts as prompts whose next token is the value, with the places of the subject's tokens.
+# Facts as prompts whose next token is the value, with the positions of the subject's tokens.
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ class Fact:
     Args:
         subject: as both texts spell it, such as `fox`.
         question: such as `What colour is the fox?`.
-        beginning: of the answer, up to what is asked, such as `The fox is`; it may be empty.
-        value: what comes next, such as `red`; empty where nothing is to be judged.
+        beginning: of the answer, up to the value, such as `The fox is`; it may be empty.
+        value: the next word, such as `red`; empty where nothing is to be judged.
         others: other values that could stand there.
     """
 
@@ -217,11 +217,11 @@ class FactPrompt:
     """A `Fact` in tokens.
 
     Args:
-        fact: what it is made of.
-        ids: its tokens, the last of which is the place before the value.
-        mentions: the places of the subject's tokens, one group for each time that it is named.
+        fact: its source.
+        ids: its tokens, up to the last position before the value.
+        mentions: the positions of the subject's tokens, one group per mention.
         value: the first token of the value; -1 without one.
-        others: the first tokens of the other values, each once; those that begin as the value does are left out.
+        others: the first tokens of the other values, each once; tokens equal to the value's are left out.
     """
 
     fact: Fact
@@ -232,7 +232,7 @@ class FactPrompt:
 
     @property
     def subject_places(self) -> list[int]:
-        """The places of all tokens of the subject."""
+        """The positions of all tokens of the subject."""
         return [index for mention in self.mentions for index in mention]
 
 
@@ -242,8 +242,8 @@ def encode_facts(
     """Return facts as prompts: by the chat template, or question and beginning as plain text.
 
     Raises:
-        InputError: for a tokenizer that does not say where its tokens stand in the text, and for other values that
-            all begin with the same token as the right one.
+        InputError: for a tokenizer without the offsets of its tokens in the text, and for other values all beginning
+            with the same token as the right one.
     """
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} does not tell the places of tokens in a text: a fast one does")
@@ -276,11 +276,11 @@ def _text(tokenizer: "PreTrainedTokenizerBase", fact: Fact, uses_chat_template: 
 def _tokens(
     tokenizer: "PreTrainedTokenizerBase", text: str, uses_chat_template: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return tokens and their places in the text; a template has written the special ones itself."""
+    """Return tokens and their positions in the text; a template has written the special ones itself."""
     encoded = tokenizer(text, add_special_tokens=not uses_chat_template, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     if ids and ids[-1] == tokenizer.eos_token_id and not uses_chat_template:
-        # Some tokenizers end each text; what follows here is the value.
+        # Some tokenizers end every text; here the value follows.
         ids, spans = ids[:-1], spans[:-1]
     return ids, spans
 
@@ -288,11 +288,11 @@ def _tokens(
 def _next(
     tokenizer: "PreTrainedTokenizerBase", text: str, more: str, before: Sequence[int], uses_chat_template: bool
 ) -> int:
-    """Return the token that follows when a text continues."""
+    """Return the next token of a continued text."""
     ids, _ = _tokens(tokenizer, text + more, uses_chat_template)
     if ids[: len(before)] == list(before):
         return ids[len(before)]
-    # The end of the text and what follows are one token: the nearest is what follows alone.
+    # The end of the text and its continuation are one token: the nearest is the continuation by itself.
     return tokenizer(more, add_special_tokens=False)["input_ids"][0]
 
 
@@ -303,21 +303,21 @@ def _found(text: str, subject: str) -> Iterator[tuple[int, int]]:
 
 
 def _places(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
-    """Return the tokens that have a character of a part of the text; a space before it is none."""
+    """Return the tokens with a character of a part of the text; a space before it does not count."""
     return tuple(index for index, (first, last) in enumerate(spans) if first < end and last > start)
 
 
 def batch_of(
     prompts: Sequence[FactPrompt], device: "torch.device | str" = "cpu", pad: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return input ids (B, S), padded on the right, unseen by causal models, and each row's last place (B,)."""
+    """Return input ids (B, S), padded on the right, unseen by causal models, and the rows' last positions (B,)."""
     rows = [torch.tensor(prompt.ids) for prompt in prompts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     return ids.to(device), torch.tensor([len(row) - 1 for row in rows], device=device)
 
 
 def mask_of(places: Sequence[Sequence[int]], length: int, device: "torch.device | str" = "cpu") -> torch.Tensor:
-    """Return a mask (B, length), true at each row's places."""
+    """Return a mask (B, length), true at the rows' positions."""
     mask = torch.zeros(len(places), length, dtype=torch.bool)
     for row, each in enumerate(places):
         mask[row, list(each)] = True

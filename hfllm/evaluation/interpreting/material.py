@@ -1,4 +1,4 @@
-"""What methods are tried on: facts, subjects and passages, the world's or of a user's file, and their tokens."""
+"""Test material of methods: facts, subjects and passages, the world's or of a user's file, and their tokens."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 # ---- material ----
 
 
-# About each subject that is to be recognized.
+# About each subject to be recognized.
 QUESTIONS = 6
-# Facts about passages, pairs of facts, facts for methods that take long, and other values of a user's fact, at most.
+# Facts about passages, pairs of facts, facts for slow methods, and other values of a user's fact, at most.
 PASSAGES, PAIRS, SOME, MOST_OTHERS = 64, 48, 20, 24
 COLUMNS = ("subject", "question", "answer", "beginning", "passage")
 
 
 @dataclass(frozen=True)
 class Material:
-    """What methods are tried on.
+    """Test material of methods.
 
     Args:
-        facts: those that the model may know.
-        kinds: of each fact, such as its attribute: values are compared and exchanged within a kind.
-        subjects: questions about subjects, each with whether its subject is known (1) or not (0); none where there are
+        facts: facts that the model may know.
+        kinds: of the facts, such as their attributes: values are compared and exchanged within a kind.
+        subjects: questions about subjects, with whether their subject is known (1) or not (0); none where there are
             too few for a probe.
-        told: facts that stand in a passage of their question; the subject is what is told.
+        told: facts in a passage of their question; the subject is the text told.
     """
 
     facts: tuple[Fact, ...]
@@ -50,7 +50,7 @@ class Material:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Places of facts of one kind with other subjects and values, in questions of as many words."""
+        """Indexes of facts of one kind with other subjects and values, in questions of as many words."""
         words = [len(f"{fact.question} {fact.beginning}".split()) for fact in self.facts]
         pairs = [
             (one, other)
@@ -64,13 +64,13 @@ class Material:
 
     @property
     def some(self) -> list[int]:
-        """Places of some of the facts, evenly spaced."""
+        """Indexes of some of the facts, evenly spaced."""
         count = len(self.facts)
         return list(range(count)) if count <= SOME else [index * count // SOME for index in range(SOME)]
 
 
 def world_material(world: World) -> Material:
-    """Return the world's facts, its animals beside names that nothing tells of, and its passages about colors."""
+    """Return the world's facts, its animals next to names absent from its texts, and its passages about colors."""
     facts, kinds = [], []
     for attribute, values in ATTRIBUTES.items():
         beginning, question = WELL_SAID[attribute].split(" {value}")[0], PHRASINGS[attribute][0]
@@ -85,8 +85,8 @@ def world_material(world: World) -> Material:
 def _subjects() -> list[tuple[Fact, int]]:
     """Return questions about known and made-up animals.
 
-    Their wordings are drawn, some with words around them: made-up names have more tokens, and without that the length
-    of a prompt alone would tell which is which, also to a model of random weights.
+    Their wordings are drawn, some with words around them: made-up names have more tokens, and otherwise the length of
+    a prompt would be enough to distinguish them, also for a model with random weights.
     """
     rows = []
     for subject in (*ANIMALS, *held_out_names()):
@@ -98,7 +98,7 @@ def _subjects() -> list[tuple[Fact, int]]:
 
 
 def _told(world: World) -> list[Fact]:
-    """Return questions about passages that tell of two things, whose colors are told."""
+    """Return questions about passages on two things and their colors."""
     rng, facts = random.Random(f"told-{world.seed}"), []
     while len(facts) < PASSAGES:
         task = world.draw_task(rng, "reading", held_out=True)
@@ -113,8 +113,8 @@ def _told(world: World) -> list[Fact]:
 def file_material(path: str) -> Material:
     """Return the facts of a user's file: rows of subject, question and answer, and maybe beginning and passage.
 
-    A row without an answer is about a subject that the model cannot know. `beginning` is how the answer begins, up to
-    what is asked; `passage` stands before the question and tells the answer.
+    A row without an answer is about a subject unknown to the model. `beginning` is the beginning of the answer, up to
+    the value; `passage` stands before the question and tells the answer.
     """
     rows = [_row(origin, row) for origin, row in iterate_source(path)]
     if not rows:
@@ -161,12 +161,12 @@ def _others(values: Sequence[str], value: str) -> tuple[str, ...]:
 
 # ---- encoding ----
 #
-# A `Material` in the tokens of a model, and which of its items the model can be asked.
+# A `Material` in the tokens of a model, and its usable items for this model.
 
 
-# What methods have a figure for.
+# Units of the methods' figures.
 FACTS, SOME_UNITS, PAIR_UNITS, SUBJECTS, TOLD = UNITS = ("facts", "some", "pairs", "subjects", "told")
-# Ways to part subjects into those to learn from and those to test on.
+# Ways to split subjects into a training and a test part.
 SPLITS = 8
 SHARED = "the subject's tokens are in those of others in every way to part them"
 NO_SUBJECT = "its tokens do not show where the subject is"
@@ -175,15 +175,15 @@ UNEQUAL = "the two prompts have not as many tokens, or the same first token of t
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a model is asked.
+    """The items to ask a model.
 
     Args:
-        facts: those that fit its context.
-        some: places among them, for methods that take long.
-        pairs: places of two of them whose states can be exchanged.
+        facts: facts short enough for its context.
+        some: indexes among them, for slow methods.
+        pairs: indexes of two of them with exchangeable states.
         subjects: questions about subjects, with `labels` and `splits` for a probe.
         told: questions about passages.
-        columns: for each of `UNITS` the item that each figure of a method is of, by its number in the material.
+        columns: for each of `UNITS` the item of each figure of a method, by its number in the material.
         skipped: for each of them why other items are not asked, by number.
     """
 
@@ -199,7 +199,7 @@ class Prompts:
 
 
 def names_of(material: Material) -> dict[str, list[str]]:
-    """Return for each of `UNITS` the names of its items, in the order of their numbers."""
+    """Return the item names of `UNITS`, in the order of their numbers."""
     facts = [f"{number} {fact.subject}" for number, fact in enumerate(material.facts, 1)]
     return {
         FACTS: facts,
@@ -217,11 +217,11 @@ def encode_material(
     max_length: int | None,
     too_long: str,
 ) -> Prompts:
-    """Return a material in tokens, without what is longer than a context.
+    """Return a material in tokens, without items longer than a context.
 
     Args:
         max_length: the context's, in tokens; `None` for no limit.
-        too_long: why an item that is longer is not asked.
+        too_long: the reason for skipping a longer item.
     """
 
     def encoded(facts: Sequence[Fact]) -> tuple[list[FactPrompt], list[int], dict[int, str]]:
@@ -262,7 +262,7 @@ def encode_material(
         told=told,
         columns={
             **{FACTS: remaining, SOME_UNITS: some, PAIR_UNITS: pairs, TOLD: told_kept},
-            # In the order of the material, which is that of the prompts.
+            # In the order of the material, as the prompts are.
             SUBJECTS: [number for number, name in enumerate(names) if name in parted],
         },
         skipped={
@@ -278,7 +278,7 @@ def encode_material(
 def _to_probe(
     prompts: Sequence[FactPrompt], labels: Sequence[int]
 ) -> tuple[list[FactPrompt], list[int], torch.Tensor]:
-    """Return the prompts that a probe learns from or is tested on, their labels, and the ways to part them."""
+    """Return the training and test prompts of a probe, their labels, and the ways to split them."""
     if not prompts:
         return [], [], torch.zeros(0, 0, dtype=torch.long)
     entities = [prompt.fact.subject for prompt in prompts]

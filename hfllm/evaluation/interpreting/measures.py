@@ -26,15 +26,15 @@ from hfllm.evaluation.interpreting.hooks import (
 # ---- patching ----
 #
 #     interchange     a run about one subject gets states of a run about another (Geiger et al. 2021,
-#                     arXiv:2106.02997): which share of the difference between both answers moves?
-#     causal tracing  a run whose subject is hidden by noise gets states of the clean run back (Meng et al. 2022,
+#                     arXiv:2106.02997): what share of the difference between both answers moves?
+#     causal tracing  a run with its subject hidden by noise gets states of the clean run back (Meng et al. 2022,
 #                     arXiv:2202.05262, section 2.1): how much of the answer's probability comes back?
 #
-# A share is 0 where nothing changes and 1 where the patched run says what the donor says. It proves nothing alone: at
-# the last place after a layer it is near 1 for any model, trained or not, since what follows sees little else.
+# A share is 0 where nothing changes and 1 where the patched run has the donor's output. It proves nothing by itself:
+# at the last position after a layer it is near 1 for any model, trained or not, since later layers see little else.
 
 
-# Shares beyond these are cut: they come from runs whose answers hardly differ, by which they are divided.
+# Shares beyond these are cut: they come from a division by a very small difference between the runs' answers.
 LOWEST, HIGHEST = -1.0, 2.0
 # Noise on the subject's vectors, in standard deviations of the vectors of subjects (Meng et al. 2022, appendix B.1).
 NOISE = 3.0
@@ -48,7 +48,7 @@ def moved_share(changed: torch.Tensor, before: torch.Tensor, donor: torch.Tensor
 
 
 def margins(logits: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the logit (B,) of one token above that of another in each row of (B, V)."""
+    """Return the logit (B,) of one token minus another's in each row of (B, V)."""
     return (logits.gather(1, wanted[:, None]) - logits.gather(1, other[:, None]))[:, 0]
 
 
@@ -59,11 +59,11 @@ def interchange(
     sites: Mapping[str, nn.Module],
     batch_size: int = 32,
 ) -> dict[str, torch.Tensor]:
-    """Return for each site the share (pairs,) of the answers' difference that moves with its output at some places.
+    """Return for each site the share (pairs,) of the answers' difference moving with its output at some positions.
 
     Args:
-        pairs: the run that is patched, and the donor; their prompts have as many tokens, and other values.
-        places: for each pair those that are patched.
+        pairs: the patched run, and the donor; their prompts have equal numbers of tokens, and different values.
+        places: the patched positions per pair.
         sites: modules by name, such as a layer (the residual stream after it), its MLP or the embeddings.
 
     Raises:
@@ -101,7 +101,7 @@ def restored(
 
     Args:
         clean: outputs (1, S, E) of another run of the prompt, by module.
-        wanted, other: the token of the clean run, and the one that this run says.
+        wanted, other: the token of the clean run, and the token said by this run.
         margin: the clean run's logit of `wanted` above `other`.
     """
     ids, last = batch_of([prompt], parts.model.device)
@@ -141,15 +141,15 @@ def causal_trace(
 ) -> tuple[torch.Tensor, float]:
     """Return how much of the answer's probability comes back (sites, places), and how much of it the noise takes.
 
-    Both are differences of probabilities, Meng's indirect and total effect: a model that does not know the answer has
-    none to lose.
+    Both are differences of probabilities, Meng's indirect and total effect: a model without knowledge of the answer
+    has none to lose.
 
     Args:
-        sites: modules by name, each restored alone.
+        sites: modules by name, restored one at a time.
         spread: of `subject_spread`; the noise has `NOISE` times as much.
-        places: groups of places that are restored together; each place alone by default.
-        samples: draws of the noise, over which probabilities are averaged.
-        seed: of the noise, which is the same for all sites and places.
+        places: groups of positions restored together; single positions by default.
+        samples: draws of the noise, with probabilities averaged over them.
+        seed: of the noise, the same for all sites and positions.
     """
     groups = [[index] for index in range(len(prompt.ids))] if places is None else places
     ids, last = batch_of([prompt], parts.model.device)
@@ -188,12 +188,12 @@ def _noisy(
 
 # ---- attribution ----
 #
-# Which tokens of a prompt make an answer likely: gradient x input, and integrated gradients.
+# The tokens of a prompt responsible for a likely answer: gradient x input, and integrated gradients.
 #
-# Both attribute the logit of the answer, above that of another one where there is one, to the vectors of the tokens.
+# Both attribute the logit of the answer, minus another answer's where there is one, to the vectors of the tokens.
 # Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365, equation 1) sum up to the difference between the
-# prompt and a baseline, but for the error of the integral, which is returned beside them; it is
-# large where a function jumps, as one that chooses experts does.
+# prompt and a baseline, except for the error of the integral, returned with them; it is large where a function jumps,
+# as in the choice of experts.
 
 
 GRADIENT_X_INPUT, INTEGRATED_GRADIENTS = "gradient_x_input", "integrated_gradients"
@@ -202,11 +202,11 @@ METHODS = (GRADIENT_X_INPUT, INTEGRATED_GRADIENTS)
 
 @dataclass(frozen=True)
 class Attribution:
-    """What each token adds to the logit of an answer.
+    """The contribution of each token to the logit of an answer.
 
     Args:
         scores: (S,), in logits.
-        change: the logit of the prompt less that of the baseline, which integrated gradients sum up to.
+        change: the logit of the prompt minus the baseline's: the sum of integrated gradients.
     """
 
     scores: torch.Tensor
@@ -219,7 +219,7 @@ class Attribution:
 
 
 def mean_vector(parts: Parts) -> torch.Tensor:
-    """Return the mean of all tokens' vectors (E,): a baseline that is no token.
+    """Return the mean of all tokens' vectors (E,): a baseline without a token.
 
     A vector of zeros is a bad one: an RMSNorm reads the same at all points between it and a token.
     """
@@ -238,12 +238,12 @@ def attribute(
     steps: int = 32,
     batch_size: int = 16,
 ) -> Attribution:
-    """Return what each token of a prompt adds to the logit of its value.
+    """Return the contribution of each token of a prompt to the logit of its value.
 
     Args:
         method: one of `METHODS`.
-        other: a token above whose logit that of the value is taken; by default the value's logit alone.
-        baseline: (E,), the vector that stands for no token; by default `mean_vector`.
+        other: a token with its logit subtracted from the value's; by default only the value's logit.
+        baseline: (E,), the vector standing for no token; by default `mean_vector`.
         steps: points of the integral, by Gauss and Legendre.
         batch_size: points in one pass.
 
@@ -277,7 +277,7 @@ def _vectors(parts: Parts, prompt: FactPrompt) -> torch.Tensor:
 
 
 def _forward(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch.Tensor) -> torch.Tensor:
-    """Return what is attributed, (N,), with the vectors (N, S, E) in place of the tokens'."""
+    """Return the attributed quantity, (N,), with the vectors (N, S, E) in place of the tokens'."""
     ids, last = batch_of([prompt] * len(vectors), parts.model.device)
     with hooked([(parts.embeddings, lambda output: vectors.to(output.dtype))]):
         logits = last_logits(parts, ids, last)
@@ -290,7 +290,7 @@ def _logits(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch.
 
 
 def _gradients(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch.Tensor) -> torch.Tensor:
-    """Return the gradients (N, S, E); those of the model's own parameters stay as they are."""
+    """Return the gradients (N, S, E); the gradients of the model's own parameters stay unchanged."""
     vectors = vectors.detach().requires_grad_()
     with torch.enable_grad():
         total = _forward(parts, prompt, other, vectors).sum()
@@ -304,7 +304,7 @@ def captum_scores(
     other: int | None = None,
     **options: object,
 ) -> torch.Tensor:
-    """Return the scores (S,) of the tokens by a method of captum that looks at one layer, the embeddings.
+    """Return the scores (S,) of the tokens by a method of captum for one layer, the embeddings.
 
     Args:
         method: the name of a class of `captum.attr`, such as `LayerIntegratedGradients` or `LayerGradientXActivation`.
@@ -334,24 +334,24 @@ def captum_scores(
 
 
 def strongest(scores: torch.Tensor, among: Sequence[int], size: Callable[[float], float] = abs) -> int:
-    """Return the place, of some, whose score is largest."""
+    """Return the position, of some, whose score is largest."""
     return max(among, key=lambda index: size(float(scores[index])))
 
 
 # ---- probes ----
 #
-# Linear probes: can a straight line through hidden states tell two kinds of prompts apart?
+# Linear probes: can a straight line through hidden states distinguish two kinds of prompts?
 #
-# A probe that can may have learned the task itself. Two controls bound that: labels by chance, one per entity, so that
-# a probe could only memorize (Hewitt and Liang 2019, arXiv:1909.03368), and the same probe on a model of random
-# weights, which sees the same tokens. No entity, such as an animal, is in what a probe learns from and in what it is
-# tested on.
+# If it can, the probe may have learned the task itself. Two controls bound this effect: labels by chance, one per
+# entity, so that a probe could only memorize (Hewitt and Liang 2019, arXiv:1909.03368), and the same probe on a model
+# with random weights and the same tokens. No entity, such as an animal, is in both the training and the test rows of a
+# probe.
 
 
 FOLDS = 5
 # Entities of a kind in a half.
 FEWEST = 3
-# Of each of the labels by chance, over which the control is averaged.
+# Of each of the random labels; the control is averaged over them.
 SHUFFLES = 8
 # The penalty on squared weights, for standardized features: the mean of these squares counts as much as this share.
 RIDGE = 1.0
@@ -359,13 +359,13 @@ RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Probed:
-    """How well probes tell the two kinds apart: the share of rows of the other kind that each row is told from.
+    """How well probes distinguish the two kinds: for each row, the share of distinguished rows of the other kind.
 
     Its mean over rows is the area under the ROC curve: 0.5 is chance, 1 is always right.
 
     Args:
-        right: (layers, rows), of rows that the probe has not learned from.
-        shuffled: (layers, rows), of probes of labels by chance, as those labels have it.
+        right: (layers, rows), of rows outside of the probe's training rows.
+        shuffled: (layers, rows), of probes of random labels, measured on these labels.
     """
 
     right: torch.Tensor
@@ -373,7 +373,7 @@ class Probed:
 
 
 def last_states(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 32) -> torch.Tensor:
-    """Return the hidden states (layers, rows, E) in 32 bits after each layer at each prompt's last place."""
+    """Return the hidden states (layers, rows, E) in 32 bits after each layer at each prompt's last position."""
     result = []
     for first in range(0, len(prompts), batch_size):
         ids, last = batch_of(prompts[first : first + batch_size], parts.model.device)
@@ -402,14 +402,14 @@ def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FO
 def token_halves(
     tokens: Sequence[Set[int]], entities: Sequence[str], labels: Sequence[int], splits: int
 ) -> torch.Tensor:
-    """Return ways to part rows into two halves that share no token of an entity, (splits, rows); -1 is in neither.
+    """Return ways to split rows into two halves without shared tokens of an entity, (splits, rows); -1 is in neither.
 
-    Names that are put together from the same pieces are known by their pieces, also to a model of random weights.
-    What both kinds have is no sign of either, and may be in both halves. Ways with fewer than `FEWEST` entities of a
-    kind in a half are left out.
+    Names composed of the same pieces are known by their pieces, also to a model with random weights. Pieces of both
+    kinds are no sign of either, and may be in both halves. Ways with fewer than `FEWEST` entities of a kind in a half
+    are left out.
 
     Args:
-        tokens: of each row those of its entity.
+        tokens: the tokens of each row's entity.
     """
     of_kind = [
         set().union(*(each for each, kind in zip(tokens, labels, strict=True) if kind == label)) for label in (0, 1)
@@ -419,7 +419,7 @@ def token_halves(
     for split in range(splits):
         dealt = sorted({(label, token) for own, label in zip(telling, labels, strict=True) for token in own})
         random.Random(f"halves-{split}").shuffle(dealt)
-        # Each kind's tokens in turn, so that both halves have as many.
+        # Each kind's tokens in turn, so that both halves have equally many.
         side = {token: index % 2 for label in (0, 1) for index, (_, token) in enumerate(_of(dealt, label))}
         halves = [{side[token] for token in own} for own in telling]
         folds = [each.pop() if len(each) == 1 else -1 for each in halves]
@@ -458,7 +458,7 @@ def held_out_scores(features: torch.Tensor, labels: torch.Tensor, folds: torch.T
     """Return each row's score (rows, K) by a probe of the other folds, for K labels of each row.
 
     A probe is ridge regression of the label, balanced between both kinds, on standardized features, in closed form:
-    `w = (X^T D X + n RIDGE I)^-1 X^T D y` with y of -1 and 1 and weights D that give each kind half of the sum.
+    `w = (X^T D X + n RIDGE I)^-1 X^T D y` with y of -1 and 1 and weights D, with half of the sum for each kind.
 
     Args:
         features: (rows, E).
@@ -483,7 +483,7 @@ def held_out_scores(features: torch.Tensor, labels: torch.Tensor, folds: torch.T
 
 
 def told_apart(scores: torch.Tensor, labels: torch.Tensor, folds: torch.Tensor) -> torch.Tensor:
-    """Return of each row the share of rows of the other kind in its fold that are on the right side of it, (rows,).
+    """Return for each row the share of rows of the other kind in its fold on the right side of it, (rows,).
 
     A tie is half. The mean over the rows of either kind is the area under the ROC curve (Mann and Whitney 1947).
     """
@@ -496,15 +496,15 @@ def told_apart(scores: torch.Tensor, labels: torch.Tensor, folds: torch.Tensor) 
 def probe(
     states: torch.Tensor, entities: Sequence[str], labels: Sequence[int], splits: torch.Tensor, seed: int = 0
 ) -> Probed:
-    """Return how well probes of each layer tell two kinds apart, and probes of labels by chance.
+    """Return how well probes of all layers distinguish two kinds, and probes of random labels.
 
     Args:
         states: (layers, rows, E), such as of `last_states`.
-        entities: what each row is about: the rows of one are learned from together, or tested on.
-        labels: 0 or 1 for each row, the same for all rows of an entity.
-        splits: (splits, rows), the fold of each row in each split, such as of `token_halves` or `entity_folds`; -1
-            leaves a row out. Each row is in at least one; what is returned is the mean over those that it is in.
-        seed: of the labels by chance.
+        entities: the entities of the rows: all rows of an entity are training rows, or all are test rows.
+        labels: 0 or 1 per row, the same for all rows of an entity.
+        splits: (splits, rows), the rows' folds in all splits, such as of `token_halves` or `entity_folds`; -1
+            leaves a row out. Each row is in at least one; the result is the mean over its splits.
+        seed: of the random labels.
     """
     truth = torch.tensor(list(labels))
     sums = torch.zeros(2, len(states), len(truth), dtype=torch.double)
@@ -525,11 +525,10 @@ def probe(
 
 # ---- logit lens ----
 #
-# Read out what a model would say after each of its layers: the logit lens (nostalgebraist 2020).
+# Read out a model's output after every layer: the logit lens (nostalgebraist 2020).
 #
-# The model's own last norm, head, scale and caps read the hidden states, in one pass over texts of a single token
-# whose last layer's output is replaced by them. So the lens is exact for any class, and its last row is the model's
-# logits.
+# The model's own last norm, head, scale and caps read the hidden states, in one pass over texts of a single token with
+# the last layer's output replaced by them. So the lens is exact for any class, and its last row is the model's logits.
 
 
 # Values of logits in memory at a time.
@@ -537,10 +536,10 @@ MOST_LOGITS = 2**25
 
 
 def read_out(parts: Parts, hidden_states: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the logits (N, V) in 32 bits of hidden states (N, E) that stand for the last layer's output.
+    """Return the logits (N, V) in 32 bits of hidden states (N, E) in place of the last layer's output.
 
     Args:
-        tokens: (N, K), those whose logits are returned, (N, K), instead of all.
+        tokens: (N, K), tokens of the returned logits, (N, K), instead of all.
     """
     vocabulary = parts.model.config.get_text_config().vocab_size
     size = max(MOST_LOGITS // vocabulary, 1)
@@ -558,12 +557,12 @@ def read_out(parts: Parts, hidden_states: torch.Tensor, tokens: torch.Tensor | N
 def logit_lens(
     parts: Parts, input_ids: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the logits after each layer (layers, B, V) in 32 bits at one place of each row.
+    """Return the logits after each layer (layers, B, V) in 32 bits at one position per row.
 
     Args:
         input_ids: (B, S), padded on the right.
         places: (B,).
-        tokens: (B, K), those whose logits are returned, (layers, B, K), instead of all.
+        tokens: (B, K), tokens of the returned logits, (layers, B, K), instead of all.
     """
     rows = torch.arange(len(places), device=input_ids.device)
     _, states = recorded(parts, input_ids, places, parts.layers)
@@ -575,14 +574,14 @@ def logit_lens(
 def value_ranks(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 32) -> torch.Tensor:
     """Return how many other values stand above the right one after each layer, (layers, prompts): 0 is right.
 
-    Equal values count as above: a model that knows nothing is not right by chance of the order.
+    Equal values count as above: a model without knowledge is not right by chance of the order.
     """
     result = []
     for first in range(0, len(prompts), batch_size):
         some = prompts[first : first + batch_size]
         ids, last = batch_of(some, parts.model.device)
         most = max(len(prompt.others) for prompt in some)
-        # Rows with fewer values repeat the right one, which is never counted.
+        # Rows with fewer values repeat the right one, never counted.
         tokens = [[each.value, *each.others, *[each.value] * (most - len(each.others))] for each in some]
         logits = logit_lens(parts, ids, last, torch.tensor(tokens, device=ids.device))
         is_other = torch.tensor([[n < len(each.others) for n in range(most)] for each in some], device=ids.device)
@@ -591,10 +590,10 @@ def value_ranks(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 3
 
 
 def decided_at(is_right: Sequence[bool]) -> int | None:
-    """Return the first layer, from 1, from which on the right value stays first to the end; `None` if it is not there.
+    """Return the first layer, from 1, with the right value first from there to the end; `None` if it is not there.
 
     Args:
-        is_right: for each layer in order.
+        is_right: for all layers in order.
     """
     if not is_right or not is_right[-1]:
         return None
@@ -606,12 +605,12 @@ def decided_at(is_right: Sequence[bool]) -> int | None:
 #
 # Where a model looks: attention weights of any causal class, by eager attention for the length of a call.
 #
-# Weights say what is mixed in, not what matters (Jain and Wallace 2019, arXiv:1902.10186).
+# Weights show the mixture, not its importance (Jain and Wallace 2019, arXiv:1902.10186).
 
 
 @contextmanager
 def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Context manager in which a model's attention is the eager one, which returns its weights."""
+    """Context manager to switch a model to eager attention, for its weights."""
     from transformers import PreTrainedModel
 
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
@@ -628,16 +627,16 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for config, implementation in before:
-            # The field itself: the property would hand it on to configs inside, which may have had another.
+            # The field itself: the property would pass it on to nested configs, possibly with another one before.
             config._attn_implementation_internal = implementation
 
 
 def attention_weights(parts: Parts, input_ids: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor | None]:
-    """Return for each layer the weights (B, H, S) in 32 bits from one place of each row; `None` for a layer without.
+    """Return for each layer the weights (B, H, S) in 32 bits from one position per row; `None` for a layer without.
 
     Args:
         input_ids: (B, S), padded on the right.
-        places: (B,), those that look.
+        places: (B,), the query positions.
 
     Raises:
         InputError: when no layer gives weights.
@@ -668,7 +667,7 @@ def attention_weights(parts: Parts, input_ids: torch.Tensor, places: torch.Tenso
 
 
 def looked_at(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the share of the attention (B, H) that goes to the places of a mask (B, S).
+    """Return the share of the attention (B, H) on the positions of a mask (B, S).
 
     Args:
         weights: (B, H, S).

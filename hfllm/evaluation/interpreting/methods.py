@@ -1,7 +1,7 @@
 """Each method as one figure per item, for a model and its controls alike.
 
-`METHODS` lists them by the names of a report's rows. A method returns a `Measured`: a score for each item, and figures
-by layer where it has them. `hfllm.evaluation.interpreting.planted` says what its mean must beat.
+`METHODS` lists them by the names of a report's rows. A method returns a `Measured`: a score per item, and figures
+by layer where it has them. `hfllm.evaluation.interpreting.planted` defines the controls for its mean.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,19 +30,19 @@ from hfllm.evaluation.interpreting.measures import (
 
 # Draws of the noise of causal tracing.
 SAMPLES = 4
-# Layers that have a column, evenly spaced.
+# Layers with a column, evenly spaced.
 MOST_LAYERS = 8
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a method finds.
+    """The result of a method.
 
     Args:
         score: (items,), its one figure.
-        layers: by what is looked at, figures (layers, items); a method that takes long has those of `shown_layers`.
-        chance: (items,), what a method that sees nothing scores.
-        shuffled: (items,), its score when labels are by chance; `None` for a method without labels.
+        layers: by inspected part, figures (layers, items); a slow method has only the layers of `shown_layers`.
+        chance: (items,), the score of a method without information.
+        shuffled: (items,), its score with random labels; `None` for a method without labels.
         more: other figures (items,) by name, not a number for an item without.
     """
 
@@ -57,7 +57,7 @@ class Measured:
 
 
 def by_lens(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
-    """Is the right value first after each layer? The score is that of the last layer."""
+    """Is the right value first after every layer? The score is the last layer's."""
     right = (value_ranks(parts, prompts.facts, batch_size) == 0).double()
     chance = torch.tensor([1 / (1 + len(prompt.others)) for prompt in prompts.facts])
     decided = [decided_at(column) or torch.nan for column in right.bool().T.tolist()]
@@ -84,7 +84,7 @@ def by_probe(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
 
 
 def by_causal_trace(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
-    """How much of the right answer's probability does noise on the subject take, and which part brings it back?"""
+    """How much of the right answer's probability does noise on the subject remove, and which part restores it?"""
     spread, total_effects, back = subject_spread(parts, prompts.facts), [], []
     layer_indices = shown_layers(len(parts.layers))
     sites = {(layer, name): parts.component(layer, name) for name in (MLP, ATTENTION) for layer in layer_indices}
@@ -101,7 +101,7 @@ def by_causal_trace(parts: Parts, prompts: Prompts, batch_size: int) -> Measured
 
 
 def by_interchange_last(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
-    """How much of the difference between two subjects' answers moves with the last place's state after a layer?"""
+    """How much of the difference between two subjects' answers moves with the last position's state after a layer?"""
     return _exchanged(parts, prompts, batch_size, lambda prompt: [len(prompt.ids) - 1])
 
 
@@ -111,7 +111,7 @@ def by_interchange_subject(parts: Parts, prompts: Prompts, batch_size: int) -> M
 
 
 def by_interchange_component(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
-    """How much of it moves with what one MLP or attention adds at the last place?"""
+    """How much of it moves with the output of one MLP or attention at the last position?"""
     return _exchanged(parts, prompts, batch_size, lambda prompt: [len(prompt.ids) - 1], (MLP, ATTENTION))
 
 
@@ -137,7 +137,7 @@ def _exchanged(
 
 
 def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
-    """How much of the strongest head's attention goes to the values that a passage tells?
+    """How much of the strongest head's attention goes to the values told in a passage?
 
     The head is chosen on the other half of the items. Chance is the share of the tokens.
     """
@@ -163,7 +163,7 @@ def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
 
 
 def _value_places(prompt: FactPrompt) -> list[int]:
-    """Return the places of all values that a passage tells: of tokens with which one of them begins."""
+    """Return the positions of all values told in a passage: of the first tokens of these values."""
     values = {prompt.value, *prompt.others}
     places = [index for index, token in enumerate(prompt.ids) if token in values]
     return places or prompt.subject_places
@@ -193,7 +193,7 @@ def _attributed(parts: Parts, prompts: Prompts, batch_size: int, method: str) ->
 
 
 def shown_layers(count: int) -> list[int]:
-    """Return the layers that have a column: all, or `MOST_LAYERS` evenly spaced with the first and the last."""
+    """Return the layers with a column: all, or `MOST_LAYERS` evenly spaced with the first and the last."""
     if count <= MOST_LAYERS:
         return list(range(count))
     return [round(index * (count - 1) / (MOST_LAYERS - 1)) for index in range(MOST_LAYERS)]
@@ -212,10 +212,10 @@ class Method:
 
     Args:
         measure: from a model, prompts and the rows of a pass to its figures.
-        items: what it has a figure for, one of `hfllm.evaluation.interpreting.material.UNITS`.
+        items: the unit of its figures, one of `hfllm.evaluation.interpreting.material.UNITS`.
         score: the name of its figure.
-        locator: of `hfllm.evaluation.interpreting.planted`, by which it must find plants; empty where it names no
-            layer and no token.
+        locator: of `hfllm.evaluation.interpreting.planted`, to find plants with; empty where it names no layer and no
+            token.
     """
 
     measure: Callable[[Parts, Prompts, int], Measured]

@@ -1,11 +1,11 @@
 """Methods tested where the truth is known: planted edits of one layer, controls, and whether they are located.
 
-A method that claims to find where something is kept must find them. A plant is a rank-one edit of the last matrix of a
+A method claiming to find where something is kept must find them. A plant is a rank-one edit of the last matrix of a
 layer's MLP or attention, as ROME makes it (Meng et al. 2022, arXiv:2202.05262, equation 2): `W + v k~^T / (k~^T k)`.
-Its key `k` is what the matrix reads at the last place of the subject's prompt, made blind to the prompts of others by
-their covariance, `k~ = (C + ridge)^-1 k`; its value `v` is what must be added there for another value to be said.
+Its key `k` is the matrix's input at the last position of the subject's prompt, made blind to the prompts of others by
+their covariance, `k~ = (C + ridge)^-1 k`; its value `v` is the vector to add there for another value to be said.
 
-It is made by a hook, which adds `v k~^T x / (k~^T k)` to the matrix's output: the same numbers as the edited matrix,
+It is made by a hook, adding `v k~^T x / (k~^T k)` to the matrix's output: the same numbers as the edited matrix,
 for any kind of layer (int8, LoRA, experts), and nothing to undo in the weights.
 """
 
@@ -62,7 +62,7 @@ MARGIN = 2.0
 # Each step adds this share of the state's length.
 STEP = 0.2
 MOST_STEPS = 60
-# Of the covariance of the others' keys, which are few, the mean of its diagonal counts as much as this share.
+# Ridge on the covariance of the few keys of others, as this share of the mean of its diagonal.
 RIDGE = 1e-3
 
 
@@ -73,9 +73,9 @@ class Plant:
     Args:
         layer: counted from 0.
         component: `mlp` or `attention`.
-        prompt: the one whose answer it changes; its value is what the model said before.
-        wanted: the token that the model says instead.
-        module: the matrix that it edits.
+        prompt: the prompt with the changed answer; its value is the model's answer before.
+        wanted: the token said by the model instead.
+        module: the edited matrix.
         key: (inputs of the matrix,), `k~ / (k~^T k)`.
         value: (outputs,), `v`.
         has_taken: whether the model says `wanted`.
@@ -92,7 +92,7 @@ class Plant:
 
 
 def last_matrix(parts: Parts, layer: int, component: str) -> nn.Module:
-    """Return the module that writes a component's output; the whole component where it is no single matrix."""
+    """Return the output module of a component; the whole component if this is not a single matrix."""
     whole = parts.component(layer, component)
     modules = dict(whole.named_modules())
     return next((modules[name] for name in LAST_OF[component] if name in modules), whole)
@@ -106,7 +106,7 @@ def make_plant(
     component: str = MLP,
     others: Sequence[FactPrompt] = (),
 ) -> Plant:
-    """Return an edit of a layer by which the model says another value of a subject.
+    """Return an edit of a layer to make the model say another value of a subject.
 
     Args:
         prompt: about the subject.
@@ -131,7 +131,7 @@ def make_plant(
 
 @contextmanager
 def planted(plant: Plant) -> Iterator[None]:
-    """Context manager in which the edit is made."""
+    """Context manager to make the edit."""
 
     def edit(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
         output_only = output[0] if isinstance(output, tuple) else output
@@ -148,13 +148,13 @@ def planted(plant: Plant) -> Iterator[None]:
 
 
 def edited_weight(plant: Plant) -> torch.Tensor:
-    """Return the weight that the edited matrix has: of a linear layer (out, in), of GPT-2's (in, out)."""
+    """Return the weight of the edited matrix: of a linear layer (out, in), of GPT-2's (in, out)."""
     weight, change = plant.module.weight.detach(), torch.outer(plant.value, plant.key)
     return weight + (change if isinstance(plant.module, nn.Linear) else change.T).to(weight)
 
 
 def _keys(parts: Parts, prompts: Sequence[FactPrompt], module: nn.Module) -> torch.Tensor:
-    """Return what a module reads at each prompt's last place, (prompts, inputs), in 32 bits."""
+    """Return a module's input at each prompt's last position, (prompts, inputs), in 32 bits."""
     ids, last = batch_of(prompts, parts.model.device)
     inputs: list[torch.Tensor] = []
 
@@ -179,7 +179,7 @@ def _blind(key: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def _value(parts: Parts, prompt: FactPrompt, wanted: int, module: nn.Module, layer: int) -> torch.Tensor:
-    """Return what is added to a module's output at the last place: steps up the likelihood of `wanted`."""
+    """Return the vector added to a module's output at the last position: steps up the likelihood of `wanted`."""
     ids, last = batch_of([prompt], parts.model.device)
     _, (state, own) = recorded(parts, ids, last, [parts.layers[layer], module])
     size = max(float(each[0, -1].float().norm()) for each in (state, own))
@@ -198,7 +198,7 @@ def _value(parts: Parts, prompt: FactPrompt, wanted: int, module: nn.Module, lay
 
 
 def _added(output: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return an output (B, S, E) with a value (E,) added at the last place."""
+    """Return an output (B, S, E) with a value (E,) added at the last position."""
     added = torch.zeros_like(output)
     added[:, -1] = value.to(output)
     return output + added
@@ -206,22 +206,22 @@ def _added(output: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 # ---- controls ----
 #
-# What a method must beat to be shown: the same model with random weights, and plants whose layer is known.
+# Controls that a method must beat to be shown: the same model with random weights, and plants in known layers.
 
 
-# A method is left out when random weights score at least this share of what the model's do, both above chance.
+# A method is left out if the score of random weights is at least this share of the model's, both above chance.
 MOST_BY_CHANCE = 0.5
 OWN_SEED = 7_000_000
 
 
 def random_parts(parts: Parts, seed: int = 0) -> Parts:
-    """Return the parts of a model of the same class and config that has learned nothing, on the same device."""
+    """Return the parts of an untrained model of the same class and config, on the same device."""
     config = copy.deepcopy(parts.model.config)
     if getattr(config, "quantization_config", None) is not None:
         # Of the stored weights; new ones are of full precision.
         del config.quantization_config
     with forked_random(torch.device("cpu")):
-        # Not the seed that a user's own model is likely to be made with.
+        # Not a likely seed of a user's own model.
         torch.manual_seed(OWN_SEED + seed)
         model: PreTrainedModel = type(parts.model)(config)
     return parts_of(model.to(parts.model.device, parts.model.dtype).eval())
@@ -229,13 +229,13 @@ def random_parts(parts: Parts, seed: int = 0) -> Parts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a method's figures say something of what a model has learned.
+    """Whether a method's figures reflect a model's training.
 
     Args:
         score, control: the mean of the method's score for the model, and for random weights.
-        chance: what a method that sees nothing scores.
-        found, plants: how many planted edits it has found, and of how many; 0 of 0 for one that names no place.
-        error: the standard error of `score`, twice of which it must be above chance.
+        chance: the score of a method without information.
+        found, plants: how many planted edits it has found, and of how many; 0 of 0 for one without a layer or token.
+        error: the standard error of `score`, which must be above chance by more than twice this.
     """
 
     score: float
@@ -261,7 +261,7 @@ class Verdict:
 
 # ---- locating ----
 #
-# Do methods find plants? Each is asked in which layer an edit is, without being told.
+# Do methods find plants? They are asked for the layer of an edit, without being told.
 
 
 # After the layer of a plant the clean state brings at least this share of the old answer back.
@@ -272,7 +272,7 @@ NEARLY = 0.85
 
 
 def by_restored_stream(parts: Parts, plant: Plant) -> int:
-    """Return the first layer after which the clean run's residual stream undoes an edit."""
+    """Return the first layer where the clean run's residual stream, put in after it, undoes an edit."""
     shares = _restored(parts, plant, "layers")
     return next((layer for layer, share in enumerate(shares) if share >= UNDONE), len(shares) - 1)
 
@@ -298,9 +298,8 @@ def by_lens(parts: Parts, plant: Plant) -> int:
 def by_causal_trace(parts: Parts, plant: Plant, spread: float, samples: int = 8) -> int:
     """Return the last layer whose MLP or attention alone brings the planted answer back when noise hides the subject.
 
-    Only the edited model is looked at, as where nobody knows what it said before. What brings the subject back in an
-    earlier layer brings the answer back too, through the edit; so the last one counts that brings back `NEARLY` as
-    much as any.
+    Only the edited model is examined, as if its earlier answer were unknown. Restoring the subject in an earlier layer
+    restores the answer too, through the edit; so the last layer with `NEARLY` the largest effect counts.
     """
     prompt = replace(plant.prompt, value=plant.wanted)
     sites = {(layer, name): parts.component(layer, name) for name in COMPONENTS for layer in range(len(parts.layers))}
@@ -311,7 +310,7 @@ def by_causal_trace(parts: Parts, plant: Plant, spread: float, samples: int = 8)
 
 
 def by_attribution(parts: Parts, plant: Plant, method: str) -> bool:
-    """Return whether the subject is the token to which most of the planted answer is attributed."""
+    """Return whether the subject is the token with the largest attribution for the planted answer."""
     prompt = replace(plant.prompt, value=plant.wanted)
     with planted(plant):
         scores = attribute(parts, prompt, method, other=plant.prompt.value).scores
@@ -331,21 +330,21 @@ def _restored(parts: Parts, plant: Plant, what: str) -> list[float]:
 
 # ---- testing ----
 #
-# Plants in a model, and which methods find them: the test of each method that names a layer or a token.
+# Plants in a model, and the methods to find them: the test of each method for a layer or a token.
 
 
-# Where plants are, as shares of the depth; and facts about others that an edit leaves alone, at most.
+# Where plants are, as shares of the depth; and facts about others to be left unchanged by an edit, at most.
 DEPTHS = {"first": 0.0, "middle": 0.5, "last": 1.0}
 MOST_OTHERS = 24
 
 
 @dataclass(frozen=True)
 class Tested:
-    """What became of a plant.
+    """The result of a plant.
 
     Args:
-        plant: the edit; its `layer` is what methods are to find.
-        found: for each method whether it has found it; empty when the edit did not take.
+        plant: the edit; methods are to find its `layer`.
+        found: per method whether it has found it; empty when the edit did not take.
     """
 
     plant: Plant
@@ -353,12 +352,12 @@ class Tested:
 
 
 def plant_names() -> list[tuple[str, str]]:
-    """Return the component and the depth of each plant."""
+    """Return the components and depths of the plants."""
     return [(component, depth) for component in COMPONENTS for depth in DEPTHS]
 
 
 def locators(parts: Parts, prompts: Sequence[FactPrompt]) -> dict[str, Callable[[Plant], bool]]:
-    """Return all methods that name a layer or a token, each as whether it finds a plant."""
+    """Return all methods for a layer or a token, with whether they find a plant."""
     spread = subject_spread(parts, prompts)
     return {
         "restored stream": lambda plant: by_restored_stream(parts, plant) == plant.layer,
@@ -371,7 +370,7 @@ def locators(parts: Parts, prompts: Sequence[FactPrompt]) -> dict[str, Callable[
 
 
 def tested_plants(parts: Parts, prompts: Sequence[FactPrompt]) -> Iterator[Tested]:
-    """Yield the plants of `plant_names`, each about another subject, and which methods find it.
+    """Yield the plants of `plant_names`, each about another subject, and the methods with success.
 
     Args:
         prompts: facts with at least one other value each.
@@ -383,7 +382,7 @@ def tested_plants(parts: Parts, prompts: Sequence[FactPrompt]) -> Iterator[Teste
         prediction = int(last_logits_of(parts, ids, last).argmax())
         target = next(each for each in (*prompt.others, prompt.value) if each != prediction)
         same = [each for each in prompts if each.fact.subject != prompt.fact.subject]
-        # Of questions of the same kind: these are what an edit would change by mistake.
+        # Of questions of the same kind: an edit would change these by mistake.
         same.sort(key=lambda each: set(each.others) | {each.value} != set(prompt.others) | {prompt.value})
         layer = round(DEPTHS[depth] * (len(parts.layers) - 1))
         plant = make_plant(parts, prompt, target, layer, component, same[:MOST_OTHERS])

@@ -1,11 +1,11 @@
-"""What a suite is: items with lasting keys, a judge that scores them, subjects that answer, and local files.
+"""The parts of a suite: items with lasting keys, a judge for their scores, answering subjects, and local files.
 
     suite = TruthfulQA("TruthfulQA.csv")
     for record in suite.judge(subject, suite.items()):
         print(record["item"], record["scores"])
 
-A suite only judges. Whoever runs it averages the records by group and metric, puts errors beside the means, and leaves
-out the items that have been judged already.
+A suite only judges. Whoever runs it averages the records by group and metric, puts errors next to the means, and
+leaves out the items judged already.
 """
 
 import json
@@ -45,8 +45,8 @@ class Item(Generic[Body]):
 
     Args:
         key: unique in the suite, and the same in every run.
-        group: the row of the table that it counts in, such as `typos 0.1`.
-        body: what the suite needs to ask it.
+        group: its row of the table, such as `typos 0.1`.
+        body: the suite's data for asking it.
     """
 
     key: str
@@ -55,14 +55,14 @@ class Item(Generic[Body]):
 
 
 class Record(TypedDict):
-    """What became of an item.
+    """The result of an item.
 
     Fields:
         model, suite, item, group: whose it is.
         scores: figures of this item by metric, all finite.
-        asked, said: what the model read and wrote, for readers; either may be empty.
-        skipped: why there are no scores; empty where there are.
-        primary: metrics by which models are compared in this group, each with whether more is better (1) or less (-1).
+        asked, said: the model's input and output, for readers; either may be empty.
+        skipped: the reason for missing scores; empty if there are scores.
+        primary: metrics for comparing models in this group, with whether more is better (1) or less (-1).
     """
 
     model: str
@@ -81,8 +81,8 @@ class Suite(ABC, Generic[Body]):
 
     Attributes:
         name: as `--suites` names it.
-        better: of each metric whether more is better (1) or less (-1); others are neither.
-        primary: metrics by which models are compared, each of them in `better`; not controls, nor what only describes.
+        better: per metric whether more is better (1) or less (-1); others are neither.
+        primary: metrics for comparing models, all of them in `better`; neither controls nor descriptive figures.
     """
 
     name: ClassVar[str]
@@ -90,22 +90,22 @@ class Suite(ABC, Generic[Body]):
     primary: ClassVar[Sequence[str]] = ()
 
     def primary_of(self, group: str) -> Sequence[str]:
-        """Return the primary metrics of a group of items; none for a group that is a control."""
+        """Return the primary metrics of a group of items; none for a control group."""
         return self.primary
 
     @abstractmethod
     def items(self) -> Sequence[Item[Body]]:
-        """Return all items, the same in every run; read and check the files that they come from."""
+        """Return all items, the same in every run; read and check their files."""
 
     @abstractmethod
     def judge(self, subject: "Subject", items: Sequence[Item[Body]]) -> Iterator[Record]:
-        """Yield the record of each of these items, which may be some of all, as soon as it is known, in any order.
+        """Yield the record of each of these items, possibly some of all, as soon as it is known, in any order.
 
-        An item's scores do not depend on which others are asked.
+        An item's scores do not depend on the other items asked.
         """
 
     def extra(self, records: Sequence[Record]) -> Found | None:
-        """Return what stands in the report beside the mean of each metric, of all models' records; `None` for nothing.
+        """Return the report's additions to the mean of each metric, of all models' records; `None` for none.
 
         Names of metrics, tables and plots begin with the suite's.
         """
@@ -123,7 +123,7 @@ class Suite(ABC, Generic[Body]):
         """Return the record of an item.
 
         Raises:
-            InputError: for a score that is not finite, naming the item, and for an item with neither.
+            InputError: for a non-finite score, naming the item, and for an item with neither.
         """
         scores = {name: float(value) for name, value in (scores or {}).items()}
         for name, value in scores.items():
@@ -146,20 +146,20 @@ class Suite(ABC, Generic[Body]):
 
 # ---- files ----
 #
-# Rows of a suite's local files, with the columns that they need.
+# Rows of a suite's local files, with the necessary columns.
 
 
 Rows = list[tuple[str, dict[str, Any]]]
 
 
 def rows_of(path: str, needed: Sequence[str], flag: str) -> Rows:
-    """Return the rows of a local file with where each is, such as `FILE, row 3`.
+    """Return the rows of a local file with their positions, such as `FILE, row 3`.
 
     Args:
         path: a csv, tsv, json or jsonl file; a JSON object with the list `examples`, as BIG-bench writes it, counts as
-            that list.
-        needed: columns that each row has.
-        flag: that names the file, for errors.
+            this list.
+        needed: columns of all rows.
+        flag: the file's flag, for errors.
 
     Raises:
         InputError: when there is no such file, it cannot be read, or a row lacks a column.
@@ -200,14 +200,14 @@ def _examples(path: str) -> Rows | None:
 
 # ---- choices ----
 #
-# Figures of likelihoods of choices: which is chosen, and how probability is shared among them.
+# Figures of likelihoods of choices: the chosen one, and how probability is shared among them.
 #
 # All of them take natural logarithms and subtract the largest one before they exponentiate, so that choices of very
-# small probability, whose exponential is 0, still have shares.
+# small probability, with an exponential of 0, still have shares.
 
 
 def shares(logprobs: Sequence[float]) -> list[float]:
-    """Return the probability of each choice if one of them is said: they add up to 1."""
+    """Return the probability of each choice, given that one of them is said: they add up to 1."""
     most = max(logprobs)
     weights = [math.exp(each - most) for each in logprobs]
     total = math.fsum(weights)
@@ -225,18 +225,18 @@ def mc2(true: Sequence[float], false: Sequence[float]) -> float:
 
 
 def mc3(true: Sequence[float], false: Sequence[float]) -> float:
-    """Return the share of true answers that are likelier than every false one."""
+    """Return the share of true answers likelier than every false one."""
     return sum(each > max(false) for each in true) / len(true)
 
 
 def chosen(scores: Sequence[float]) -> int:
-    """Return the place of the largest score, the first of equal ones."""
+    """Return the index of the largest score, the first of equal ones."""
     return max(range(len(scores)), key=scores.__getitem__)
 
 
 # ---- subjects ----
 #
-# A model that is judged: how it is asked, with its chat template or without, and how likely it finds answers.
+# A judged model: how it is asked, with its chat template or without, and how likely it finds answers.
 
 
 Prompt = str | list[Message]
@@ -244,7 +244,7 @@ Prompt = str | list[Message]
 
 @dataclass
 class Subject:
-    """A model that is judged.
+    """A judged model.
 
     Args:
         label: its name in tables.
@@ -252,7 +252,7 @@ class Subject:
         tokenizer: with a padding token.
         uses_chat_template: whether questions are messages to it, or plain text.
         batch_size: prompts, or choices of a question, in one pass.
-        processor: of a model that sees.
+        processor: of a vision-language model.
     """
 
     label: str
@@ -271,8 +271,8 @@ class Subject:
     def as_asked(self, prompt: Prompt) -> Prompt:
         """Return a prompt as the model is asked it: messages with the chat template, and else text.
 
-        A text becomes the user's message; of messages without a template the contents are kept, a paragraph each. Of a
-        model that sees, words that spell the token of a picture's place get a space in it.
+        A text becomes the user's message; of messages without a template the contents are kept, a paragraph each. For
+        a vision-language model, words with the spelling of the image placeholder token get a space in it.
         """
         if self.uses_chat_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -283,9 +283,9 @@ class Subject:
         return unspelled(words_of_places(self.processor), text)
 
     def text_of(self, prompt: Prompt) -> str:
-        """Return the text that the model reads, with its chat template up to the assistant's turn.
+        """Return the model's input text, with its chat template up to the assistant's turn.
 
-        Messages that end with the assistant's are to be continued: the turn stays open after them.
+        Messages ending with the assistant's are to be continued: the turn stays open after them.
         """
         prompt = self.as_asked(prompt)
         if isinstance(prompt, str):
@@ -297,16 +297,16 @@ class Subject:
     # ---- answers ----
 
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str | None]:
-        """Return the greedy answer to each prompt, without special tokens; see `iter_answers`."""
+        """Return the greedy answers to the prompts, without special tokens; see `iter_answers`."""
         return list(self.iter_answers(prompts, max_new_tokens))
 
     def iter_answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[str | None]:
-        """Yield the greedy answer to each prompt, a batch at a time.
+        """Yield the greedy answers to the prompts, a batch at a time.
 
-        `None` stands for a prompt that, with the answer, does not fit the model's context.
+        `None` stands for a prompt too long, with the answer, for the model's context.
 
         Raises:
-            InputError: for logits that are not numbers after the first prompt: greedy decoding would not notice.
+            InputError: for NaN logits after the first prompt: greedy decoding would not notice.
         """
         for start in range(0, len(prompts), self.batch_size):
             yield from self._answer_batch(prompts[start : start + self.batch_size], max_new_tokens)
@@ -343,7 +343,7 @@ class Subject:
         self._has_numbers = True
 
     def _to_generate(self, prompt: Prompt) -> str:
-        """Return the text of a prompt without the token that the tokenizer itself puts before a text."""
+        """Return the text of a prompt without the tokenizer's own token before a text."""
         text, start = self.text_of(prompt), self.tokenizer.bos_token
         adds_start = self.uses_chat_template and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(start) if adds_start and start else text
@@ -357,7 +357,7 @@ class Subject:
         shared: Prompt = "",
         names: Sequence[str] | None = None,
     ) -> list[list[Likelihood] | None]:
-        """Return how likely each continuation is after its context; see `iter_choices`."""
+        """Return how likely continuations are after their contexts; see `iter_choices`."""
         return list(self.iter_choices(contexts, continuations, shared, names))
 
     def iter_choices(
@@ -367,15 +367,15 @@ class Subject:
         shared: Prompt = "",
         names: Sequence[str] | None = None,
     ) -> Iterator[list[Likelihood] | None]:
-        """Yield of each context how likely each of its continuations is; `None` where one does not fit the context.
+        """Yield for each context the likelihood of all its continuations; `None` where one does not fit the context.
 
         Args:
-            continuations: of each context; for a text with the space that goes before a word.
-            shared: what all contexts begin with, such as worked examples: it is read once.
+            continuations: per context; for a text with the space before a word.
+            shared: the common beginning of all contexts, such as worked examples: it is read once.
             names: of the contexts, for errors.
 
         Raises:
-            InputError: for logits that are not numbers, naming the context, and a continuation without a token.
+            InputError: for NaN logits, naming the context, and a continuation without a token.
         """
         ids = self._shared_ids(shared)
         for index, (context, ends) in enumerate(zip(contexts, continuations, strict=True)):
@@ -383,17 +383,17 @@ class Subject:
             yield from self.scorer.score([self.pairs(context, ends)], ids, [name])
 
     def pairs(self, context: Prompt, continuations: Sequence[str]) -> list[Pair]:
-        """Return the tokens of a context with each of its continuations."""
+        """Return the tokens of a context with all of its continuations."""
         prompt, continuations = self.as_asked(context), [self._plain(each) for each in continuations]
         if isinstance(prompt, str):
             return [encode_pair(self.tokenizer, prompt, each) for each in continuations]
-        # After a template's own tokens an answer begins anew, as it does when the model writes it.
+        # After a template's own tokens an answer begins again, as it does when the model writes it.
         before = list(self.tokenizer(self.text_of(prompt), add_special_tokens=False)["input_ids"])
         after = [list(self.tokenizer(each, add_special_tokens=False)["input_ids"]) for each in continuations]
         return [Pair(before, each) for each in after]
 
     def _shared_ids(self, shared: Prompt) -> list[int]:
-        """Return the tokens that contexts share, without the last one, which may be another before other text."""
+        """Return the contexts' shared tokens, without the last one: before other text it may be another token."""
         if not shared:
             return []
         prompt = self.as_asked(shared)
@@ -405,7 +405,7 @@ class Subject:
 
 # ---- judging ----
 #
-# A language model as judge of one answer at a time: a question that it answers with yes or no.
+# A language model as judge of one answer at a time: a question answered with yes or no.
 
 
 YES, NO = "Yes", "No"
@@ -414,11 +414,11 @@ YES, NO = "Yes", "No"
 def yes_shares(judge: Subject, questions: Sequence[str]) -> list[float | None]:
     """Return how likely a judge says yes rather than no to each question; `None` where one does not fit its context.
 
-    The two words' probabilities are compared and nothing is written, so that every judge replies. How far it can be
-    relied on shows in questions whose answer is known: suites ask some beside the others.
+    The two words' probabilities are compared and nothing is written, so every judge replies. Its reliability shows in
+    questions with known answers: suites ask some next to the others.
 
     Args:
-        judge: with its chat template, or, without, as text that ends in `Answer:`.
+        judge: with its chat template, or, without, as text ending in `Answer:`.
     """
     if judge.uses_chat_template:
         prompts, words = list(questions), [YES, NO]
@@ -431,7 +431,7 @@ def yes_shares(judge: Subject, questions: Sequence[str]) -> list[float | None]:
 
 # ---- overlap ----
 #
-# How much of a reference's words a text has: BLEU and ROUGE, by the libraries that people quote, where installed.
+# How much of a reference's words a text has: BLEU and ROUGE, by their most quoted libraries, where installed.
 
 
 OVERLAPS = ("bleu", "rouge1", "rougeL")
@@ -439,7 +439,7 @@ PACKAGES = {"sacrebleu": "BLEU", "rouge_score": "ROUGE"}
 
 
 def missing_overlaps() -> str:
-    """Return the line about measures that are not installed; empty where all are."""
+    """Return the line about uninstalled measures; empty if all are installed."""
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if not missing:
         return ""
@@ -448,10 +448,10 @@ def missing_overlaps() -> str:
 
 
 def overlap_scores(text: str, true: Sequence[str], false: Sequence[str]) -> dict[str, float]:
-    """Return of each measure whether a text is nearer to a true answer than to every false one, and by how much.
+    """Return per measure whether a text is nearer to a true answer than to every false one, and by how much.
 
     Returns:
-        `NAME_acc`, 1 or 0, and `NAME_diff`, in hundredths, of each measure whose library is installed.
+        `NAME_acc`, 1 or 0, and `NAME_diff`, in hundredths, for measures with an installed library.
     """
     result: dict[str, float] = {}
     for name, best in _measured(text, true).items():
@@ -461,7 +461,7 @@ def overlap_scores(text: str, true: Sequence[str], false: Sequence[str]) -> dict
 
 
 def _measured(text: str, references: Sequence[str]) -> dict[str, float]:
-    """Return of each measure the largest over the references."""
+    """Return per measure the largest over the references."""
     result: dict[str, float] = {}
     if find_spec("sacrebleu") is not None:
         from sacrebleu import corpus_bleu

@@ -1,7 +1,7 @@
-"""Does a model know when it is wrong? Its confidence in an answer beside whether that is right.
+"""Does a model know when it is wrong? Its confidence in an answer compared with whether it is right.
 
 Of multiple choice the confidence is the share of the chosen answer among the choices; of a written answer its
-probability as a whole, which is low for a long one whatever the model knows. Figures are over all items of a group,
+probability as a whole, low for a long one regardless of the model's knowledge. Figures are over all items of a group,
 with the control of shuffled labels: see `hfllm.outputs.statistics`. Mean confidence and accuracy stand among the
 means.
 """
@@ -24,13 +24,13 @@ CHOICE, WRITTEN = "choice", "written answer"
 
 
 class Calibration(Suite[Body], Generic[Body]):
-    """What both suites have in common: a record has `confidence` and `right`."""
+    """The common part of both suites: a record has `confidence` and `right`."""
 
     name: ClassVar[str] = "calibration"
     better: ClassVar[Mapping[str, int]] = {"right": 1}
 
     def extra(self, records: Sequence[Record]) -> Found | None:
-        """Return ECE, AUROC of being wrong and AURC of each group and model, and the reliability plots."""
+        """Return ECE, AUROC of being wrong and AURC per group and model, and the reliability plots."""
         metrics: dict[str, float] = {}
         table, plots = [], {}
         for group in dict.fromkeys(record["group"] for record in records):
@@ -91,7 +91,7 @@ class ChoiceCalibration(Calibration[Question]):
 
     Args:
         paths: the files.
-        num_items: questions of each.
+        num_items: questions per file.
     """
 
     def __init__(self, paths: Sequence[str], num_items: int | None = None):

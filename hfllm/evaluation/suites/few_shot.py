@@ -1,12 +1,12 @@
 """Multiple choice and exact match from local files, with worked examples from the same file or without.
 
 Rows are recognized by their columns (`hfllm.evaluation.suites.question_rows`): a question with choices and the right
-one (ARC, MMLU, GPQA, HellaSwag and their like), or a question and the answer that must be written.
+one (ARC, MMLU, GPQA, HellaSwag and their like), or a question and the answer to be written.
 
     acc        the right choice is the likeliest
     acc_norm   the same, each log-likelihood divided by the choice's characters (lm-eval's `acc_norm`)
-    exact_match   the written answer is the right one, apart from case, punctuation, how its numbers are written, and
-                  what stands before its number
+    exact_match   the written answer is the right one, apart from case, punctuation, number formats, and the text
+                  before its number
 """
 
 import re
@@ -23,7 +23,7 @@ from hfllm.evaluation.suites.question_rows import Question, read_questions
 from hfllm.generation.scoring import Likelihood
 
 FLAG = "--few_shot_files"
-# What an answer is made of: numbers, words, and signs, of which those of mathematics count.
+# The parts of an answer: numbers, words, and signs; only mathematical signs count.
 PART = re.compile(rf"(?P<number>{NUMBER.pattern})|(?P<word>[^\W\d_]+|\w)|(?P<sign>[^\w\s])")
 OPERATORS = frozenset("-*/^")
 
@@ -31,12 +31,12 @@ OPERATORS = frozenset("-*/^")
 def iter_scored(
     suite: str, subject: Subject, items: Sequence[Item[Question]]
 ) -> Iterator[tuple[Item[Question], list[Likelihood] | None]]:
-    """Yield each item with how likely its choices are; `None` for one that does not fit the context.
+    """Yield items with how likely their choices are; `None` for one too long for the context.
 
     Args:
         suite: its name, for errors.
         subject: the model.
-        items: questions with the same worked examples, which are read once.
+        items: questions with the same worked examples, read only once.
     """
     space = "" if subject.uses_chat_template else " "
     result = subject.iter_choices(
@@ -53,8 +53,8 @@ class FewShot(Suite[Question]):
 
     Args:
         paths: the files.
-        num_items: questions of each, from the first after the worked examples; all by default.
-        num_shots: of each file so many first rows are worked examples, and not asked.
+        num_items: questions per file, from the first after the worked examples; all by default.
+        num_shots: number of first rows per file used as worked examples, and not asked.
         max_new_tokens: longest written answer.
     """
 
@@ -130,7 +130,7 @@ def same_answer(said: str, right: str) -> bool:
         return True
     if re.fullmatch(r"\([A-Z]\)", right):
         return re.findall(r"\([A-Z]\)", said)[-1:] == [right]
-    # An answer of a word or two that a sentence gives.
+    # An answer of a word or two given in a sentence.
     return _plain(said.strip().split("\n")[0]) == _plain(right)
 
 
@@ -143,12 +143,12 @@ def _is_number(text: str) -> bool:
 
 
 def _with_plain_signs(text: str) -> str:
-    """Return a text with the usual minus, and a space after commas that do not mark thousands."""
+    """Return a text with the usual minus, and a space after commas other than thousands separators."""
     return re.sub(r"(?<=\d),(?!\d{3}(?!\d))", ", ", text.replace("\u2212", "-"))
 
 
 def _plain(text: str) -> list[str]:
-    """Return what counts of an answer: words in small letters, numbers in one form, and signs of mathematics.
+    """Return the relevant parts of an answer: words in small letters, numbers in one form, and signs of mathematics.
 
     An operator counts between or before numbers and single letters; `well-known` and `**bold**` have none.
     """

@@ -1,8 +1,8 @@
-"""Where a model keeps what it says, by methods that are first tested on the model, and the report of it.
+"""Where a model keeps its answers, by methods first tested on the model, and the report of it.
 
-Each method gives one figure per item and stands beside two controls: the same model with random weights, and edits
-planted in known layers. A method that finds not all plants, or scores on random weights at least half of what it does
-on the model, is left out: its items say why, with its figures.
+Each method gives one figure per item and stands next to two controls: the same model with random weights, and edits
+planted in known layers. A method without all plants found, or with a score on random weights of at least half of the
+model's, is left out: its items state the reason, with its figures.
 """
 
 import json
@@ -52,7 +52,7 @@ class Looked:
 
     Args:
         method: one of `METHODS`, or `PLANTS`.
-        number: of the item among those of its kind.
+        number: of the item among the items of its kind.
     """
 
     method: str
@@ -61,7 +61,7 @@ class Looked:
 
 @dataclass
 class _Findings:
-    """What a method finds in a model and in its controls."""
+    """The results of a method for a model and its controls."""
 
     measured: Measured | None = None
     controls: list[torch.Tensor] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Interpretability(Suite[Looked]):
 
     @property
     def material(self) -> Material:
-        """What methods are tried on."""
+        """Test material of methods."""
         if self._material is None:
             self._material = file_material(self.path) if self.path else world_material(World(self.world_seed))
         return self._material
@@ -113,7 +113,7 @@ class Interpretability(Suite[Looked]):
         """Yield the records; plants and controls are asked whole, whichever items are left, as they decide over all.
 
         Raises:
-            InputError: for a model that nothing can look into, see `parts_of`.
+            InputError: for a model without accessible parts, see `parts_of`.
         """
         parts = parts_of(subject.model)
         longest = max_length_of(parts.model.config)
@@ -157,23 +157,23 @@ class Interpretability(Suite[Looked]):
             if reason:
                 yield self.record(subject, item, skipped=reason)
                 continue
-            # The map of the fact that noise takes most of.
+            # The map of the fact with the largest loss by noise.
             is_first = method == TRACED and column[number] == int(findings.measured.score.argmax())
             trace = _trace(parts, prompts, column[number], subject.tokenizer) if is_first else ""
             yield self.record(subject, item, _scores(method, findings, column[number]), said=trace)
 
     def extra(self, records: Sequence[Record]) -> "Found | None":
-        """Return the table of methods with their controls, and heat maps of each model."""
+        """Return the table of methods with their controls, and heat maps of all models."""
         return found(records, {name: method.score for name, method in METHODS.items()})
 
 
 def _has_others(prompts: Prompts) -> bool:
-    """Return whether a fact has another value that could be planted."""
+    """Return whether a fact has another value to plant."""
     return bool(prompts.facts) and all(prompt.others for prompt in prompts.facts)
 
 
 def _measured(parts: Parts, prompts: Prompts, methods: Sequence[str], batch_size: int) -> dict[str, _Findings]:
-    """Return what methods find in a model and in random weights; a method that fails says why."""
+    """Return the results of methods for a model and random weights; for a failed method its reason."""
     findings = {name: _Findings() for name in methods}
     few = parts.model.num_parameters() < MANY_WEIGHTS
     for seed in range(-1, RANDOM_MODELS if few else 1):
@@ -200,8 +200,8 @@ def _verdict(findings: _Findings, locator: str, found: Sequence[bool]) -> str:
     """Return why a method is left out; empty where it is shown.
 
     Args:
-        locator: the name of what must find plants; empty where nothing must.
-        found: whether it has found each of them.
+        locator: the name of the locator to find plants with; empty for none.
+        found: whether it has found them, one by one.
     """
     if findings.failed or findings.measured is None:
         return findings.failed
@@ -218,7 +218,7 @@ def _verdict(findings: _Findings, locator: str, found: Sequence[bool]) -> str:
 
 
 def _scores(method: str, findings: _Findings, column: int) -> dict[str, float]:
-    """Return the figures of an item: the method's, those of its controls, and its own by layer, counted from 1."""
+    """Return the figures of an item: the method's, its controls', and its own by layer, counted from 1."""
     name, measured = METHODS[method].score, findings.measured
     scores = {name: measured.score[column], f"{name}_random_weights": findings.control[column]}
     if measured.shuffled is not None:
@@ -231,7 +231,7 @@ def _scores(method: str, findings: _Findings, column: int) -> dict[str, float]:
 
 
 def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the map of one fact as JSON: what each place brings back after the embeddings and after layers."""
+    """Return the map of one fact as JSON: the effect of restored positions after the embeddings and after layers."""
     prompt = prompts.facts[prompts.some[column]]
     layers = shown_layers(len(parts.layers))
     sites = {"embeddings": parts.embeddings, **{f"layer {layer + 1}": parts.layers[layer] for layer in layers}}
@@ -242,7 +242,7 @@ def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTo
 
 # ---- report ----
 #
-# What the suite of interpretability adds to a report: the table of methods with their controls, and heat maps.
+# Additions of the interpretability suite to a report: the table of methods with their controls, and heat maps.
 
 
 PLANTS, TRACED = "planted edits", "causal tracing"
@@ -254,7 +254,7 @@ def found(records: Sequence["Record"], scores: Mapping[str, str]) -> Found | Non
     """Return the table and the heat maps of all models' records; `None` without records.
 
     Args:
-        scores: of each method, in order, the name of its figure.
+        scores: the names of the methods' figures, in order.
     """
     if not records:
         return None
@@ -273,7 +273,7 @@ def found(records: Sequence["Record"], scores: Mapping[str, str]) -> Found | Non
 def _row(model: str, method: str, records: Sequence["Record"], score: str) -> dict[str, str]:
     scores = [record["scores"] for record in records if record["scores"]]
     reasons = [record["skipped"] for record in records if record["skipped"]]
-    # Of items that are skipped one by one, most have scores; a method that is left out has none.
+    # Of items skipped one by one, most have scores; an excluded method has none.
     why = "" if scores else max(set(reasons), key=reasons.count)
     return {
         "model": model,
@@ -293,7 +293,7 @@ def _mean(scores: Sequence[Mapping[str, float]], name: str) -> str:
 
 
 def _layers(model: str, groups: Mapping[str, Sequence["Record"]]) -> Heatmap | None:
-    """Return the figures of each method by layer, as far as it has any."""
+    """Return the figures of the methods by layer, as far as they have any."""
     rows: dict[str, dict[int, float]] = {}
     for method, records in groups.items():
         scores = [record["scores"] for record in records if record["scores"]]
@@ -310,7 +310,7 @@ def _layers(model: str, groups: Mapping[str, Sequence["Record"]]) -> Heatmap | N
 
 
 def _trace_map(model: str, records: Sequence["Record"]) -> Heatmap | None:
-    """Return the causal trace of the first fact: what brings its answer back, by token and layer."""
+    """Return the causal trace of the first fact: how far its answer is restored, by token and layer."""
     trace = next((record["said"] for record in records if record["said"].startswith("{")), "")
     if not trace:
         return None

@@ -1,6 +1,6 @@
 """Tasks of lm-eval: its prompts, filters and metrics, with our models and our report, from local files too.
 
-    suite = LmEval(["arc_easy_file"], data_folder="data/eval")          # tasks that came with hfllm, and their files
+    suite = LmEval(["arc_easy_file"], data_folder="data/eval")          # tasks shipped with hfllm, and their files
     suite = LmEval(["my_task"], include_path=["my_tasks"])              # your own YAML tasks
 
 Tasks read local files. lm-eval is an optional library: `pip install 'hfllm[eval]'`.
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 
 SHIPPED = Path(__file__).with_name("lm_eval_tasks")
-# Kinds of local files that `datasets` reads by these names.
+# Kinds of local files by their names in `datasets`.
 FILE_KINDS = ("json", "csv", "parquet", "text", "arrow")
-# Of a batch that is asked at once, so that what is done is kept.
+# Of a batch asked at once, to keep finished work.
 BATCHES_AT_ONCE = 4
 SEED = 1234
 
@@ -44,7 +44,7 @@ class Doc:
 
     Args:
         task: the task's name.
-        number: its place in the task's rows, from 0.
+        number: its index in the task's rows, from 0.
     """
 
     task: str
@@ -56,11 +56,12 @@ class LmEval(Suite[Doc]):
 
     Args:
         tasks: their names, of groups and tags too.
-        include_path: folders with YAML tasks, beside those that came with hfllm.
-        data_folder: where the files are that a task names, if not beside its YAML file.
-        num_fewshot: worked examples before a question; by default what the task says. A task that says 0 keeps that.
-        num_items: questions of each task, from the first; all by default.
-        allows_code: whether tasks may run code that a model writes, such as HumanEval.
+        include_path: folders with YAML tasks, in addition to the tasks shipped with hfllm.
+        data_folder: the folder of a task's files, if not next to its YAML file.
+        num_fewshot: worked examples before a question; by default the task's number. A task with the number 0 keeps
+            it.
+        num_items: questions per task, from the first; all by default.
+        allows_code: whether tasks may run model-written code, such as HumanEval.
         reads_hub: whether tasks may read data sets of the Hub, and lm-eval's own tasks are known.
 
     Raises:
@@ -100,13 +101,13 @@ class LmEval(Suite[Doc]):
         self._models: dict[int, HFLM] = {}
 
     def primary_of(self, group: str) -> Sequence[str]:
-        """Return the metric that a task names first, by its first filter."""
+        """Return the first metric of a task, by its first filter."""
         task = self.tasks[group]
         metric = next(iter(task.higher_is_better() or ()), None)
         return [] if metric is None else [_filtered(metric, task._filters[0].name)[0] if task._filters else metric]
 
     def items(self) -> Sequence[Item[Doc]]:
-        """Return the questions of all tasks, each task a group."""
+        """Return the questions of all tasks, one group per task."""
         result = []
         for name, task in self.tasks.items():
             count = len(task.eval_docs)
@@ -115,7 +116,7 @@ class LmEval(Suite[Doc]):
         return result
 
     def judge(self, subject: Subject, items: Sequence[Item[Doc]]) -> Iterator[Record]:
-        """Yield what lm-eval's metrics say of each item; of a corpus-wide metric nothing is said."""
+        """Yield the values of lm-eval's metrics per item; none for a corpus-wide metric."""
         model, size = self._model_of(subject), subject.batch_size * BATCHES_AT_ONCE
         for name, task in self.tasks.items():
             here = [item for item in items if item.body.task == name]
@@ -167,7 +168,7 @@ class LmEval(Suite[Doc]):
 
 
 def _manager(folders: list[str], data_folder: str | None, reads_hub: bool) -> "TaskManager":
-    """Return lm-eval's list of tasks; those that it loads read local files, or are refused."""
+    """Return lm-eval's list of tasks; its loaded tasks read local files, or are refused."""
     try:
         from lm_eval.tasks import TaskManager
         from lm_eval.tasks._factory import TaskFactory
@@ -193,7 +194,7 @@ def local_config(
     Args:
         name: the task's.
         config: as its YAML file has it.
-        base: the folder of that file.
+        base: the folder of this file.
         data_folder: where its files may be too.
         reads_hub: whether it may read a data set of the Hub.
 
@@ -215,7 +216,7 @@ def local_config(
 
 
 def _whole(name: str, files: Any, places: Sequence[Path]) -> Any:
-    """Return the path or paths of a task's files, each in the first of some folders that has it."""
+    """Return the path or paths of a task's files, each in the first folder containing it."""
     if isinstance(files, Mapping):
         return {split: _whole(name, each, places) for split, each in files.items()}
     if isinstance(files, list | tuple):
@@ -240,7 +241,7 @@ def _load(manager: "TaskManager", names: Sequence[str], reads_hub: bool) -> "dic
     except InputError:
         raise
     except Exception as error:
-        # A YAML file of the user's may fail in many ways, and so may the library that reads its data.
+        # A YAML file of the user's may fail in many ways, and so may the library reading its data.
         raise InputError(f"--tasks {' '.join(names)}: {type(error).__name__}: {_one_line(error)}") from error
     for name, task in loaded["tasks"].items():
         if task.get_config("num_fewshot") is None:
@@ -255,7 +256,7 @@ def _load(manager: "TaskManager", names: Sequence[str], reads_hub: bool) -> "dic
 def _instances(
     model: "HFLM", task: "Task", doc: Mapping[str, Any], number: int, uses_chat_template: bool
 ) -> "list[Instance]":
-    """Return what is asked of an item. Its worked examples are drawn anew, whatever was asked before."""
+    """Return the requests of an item. Its worked examples are drawn again, regardless of earlier requests."""
     task.set_fewshot_seed(SEED)
     template = model.apply_chat_template if uses_chat_template else None
     context = task.fewshot_context(
@@ -277,7 +278,7 @@ def _instances(
 
 
 def _length(model: "HFLM", instance: "Instance") -> int:
-    """Return the tokens that a request takes, with those that may be written."""
+    """Return the number of tokens of a request, including the tokens to generate."""
     if instance.request_type == "generate_until":
         most = instance.args[1].get("max_gen_toks", model.max_gen_toks)
         return len(model.tok_encode(instance.args[0])) + most
@@ -289,7 +290,7 @@ def _length(model: "HFLM", instance: "Instance") -> int:
 
 
 def _ask(model: "HFLM", instances: "list[Instance]", label: str) -> None:
-    """Put what the model says into the requests."""
+    """Put the model's output into the requests."""
     for kind in dict.fromkeys(each.request_type for each in instances):
         requests = [each for each in instances if each.request_type == kind for _ in range(each.repeats or 1)]
         answers = getattr(model, kind)(requests, disable_tqdm=True)
@@ -314,7 +315,7 @@ def _scores(task: "Task", doc: Mapping[str, Any], instances: "list[Instance]") -
 
 
 def _filtered(metric: str, kind: str) -> tuple[str, str]:
-    """Return the name of a metric of a filter, and that of the metric."""
+    """Return the name of a metric with its filter, and the name of the metric."""
     return metric if kind == "none" else f"{metric}_{kind.replace('-', '_')}", metric
 
 
@@ -324,15 +325,15 @@ def _one_line(error: Exception) -> str:
 
 # ---- rows of local files ----
 #
-# Functions that the shipped YAML tasks of lm-eval name: they read rows of local files, and judge what was said.
+# Functions named in the shipped YAML tasks of lm-eval: they read rows of local files, and judge answers.
 
 
-# Seconds that a program of HumanEval may run.
+# Time limit of a HumanEval program, in seconds.
 SECONDS = 10.0
 
 
 def arc(rows: "Dataset") -> "Dataset":
-    """Return ARC's questions with `question`, `choices` and `gold`, from rows that instruct to choose an answer."""
+    """Return ARC's questions with `question`, `choices` and `gold`, from rows instructing to choose an answer."""
     return rows.map(_arc, remove_columns=rows.column_names)
 
 
@@ -349,8 +350,8 @@ def gsm8k(rows: "Dataset") -> "Dataset":
 
 
 def humaneval(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Return whether the function that a model has completed passes its tests, in a process of its own."""
-    # A program that ends before its tests has passed none: what is said after them cannot be guessed.
+    """Return whether the function completed by a model passes its tests, in a process of its own."""
+    # A program ending before its tests has passed none: the output after them cannot be guessed.
     passed = secrets.token_hex(8)
     program = f"{doc['prompt']}{results[0]}\n\n{doc['test']}\n\ncheck({doc['entry_point']})\nprint({passed!r})\n"
     try:
@@ -361,7 +362,7 @@ def humaneval(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float
 
 
 def gsm8k_right(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Return whether the number after `####`, or else the last one, of what a model wrote is the right one."""
+    """Return whether the number after `####`, or else the last one, in a model's output is the right one."""
     marked = re.findall(r"####\s*(-?[\d,.]+)", results[0])
     numbers = marked[:1] or re.findall(r"-?\d[\d,]*(?:\.\d+)?", results[0])[-1:]
     answer = numbers[0].replace(",", "").rstrip(".") if numbers else ""

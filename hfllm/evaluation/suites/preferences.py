@@ -1,4 +1,4 @@
-"""Helpful, honest, harmless: which of two answers a model prefers, by likelihood and asked by letter in both orders.
+"""Helpful, honest, harmless: a model's choice of two answers, by likelihood and asked by letter in both orders.
 
 Rows of any of these forms, a file each, all recognized by their columns:
 
@@ -6,8 +6,8 @@ Rows of any of these forms, a file each, all recognized by their columns:
     input, target_scores (or targets with choices and labels)          BIG-bench's HHH (Askell et al. 2021)
     prompt, chosen, rejected                                           any pairs
 
-A model that answers by letter also prefers a letter: each pair is asked with the better answer as (A) and as (B). What
-is left of a preference for (A) when both orders are averaged is `prefers_first`, .5 for a model without a bias.
+A model answering by letter also prefers a letter: each pair is asked with the better answer as (A) and as (B). The
+remaining preference for (A) after averaging both orders is `prefers_first`, .5 for a model without a bias.
 """
 
 import re
@@ -25,7 +25,7 @@ from hfllm.generation.scoring import Likelihood
 
 FLAG = "--preference_files"
 LETTERS = ("(A)", "(B)")
-# Roles that some chat templates name so, and what they are to others.
+# Role names of some chat templates, and their usual names.
 OTHER_ROLES = {"developer": "system", "model": "assistant"}
 OPTION = re.compile(r"^\s*\(([A-Z])\)\s*(.*?)\s*$", re.MULTILINE)
 
@@ -36,8 +36,8 @@ class Pair:
 
     Args:
         prompt: text, or the messages of a conversation as a tuple.
-        better, worse: the answers; of behaviors, the one that matches and the other.
-        by_letter_only: whether only the letters are asked about, as where a question lists its own choices.
+        better, worse: the answers; for behaviors, the matching one and the other.
+        by_letter_only: whether only the letters are asked about, as for a question listing its own choices.
     """
 
     prompt: str | tuple[tuple[str, str], ...]
@@ -58,7 +58,7 @@ class Preferences(Suite[Pair]):
 
     Args:
         paths: the files.
-        num_items: pairs of each, from the first; all by default.
+        num_items: pairs per file, from the first; all by default.
     """
 
     name: ClassVar[str] = "hhh"
@@ -134,7 +134,7 @@ def letter_shares(subject: Subject, pair: Pair, name: Sequence[str]) -> tuple[fl
 
 
 def asked_by_letter(subject: Subject, pair: Pair, swapped: bool) -> Prompt:
-    """Return the question which of two answers is better, with the better one as (A), or as (B) where swapped."""
+    """Return the question about the better of two answers, with the better one as (A), or as (B) where swapped."""
     answers = (pair.worse, pair.better) if swapped else (pair.better, pair.worse)
     prompt = pair.prompt if isinstance(pair.prompt, str) else _transcript(pair)
     listed = "\n".join(f" {letter} {text}" for letter, text in zip(LETTERS, answers, strict=True))
@@ -143,7 +143,7 @@ def asked_by_letter(subject: Subject, pair: Pair, swapped: bool) -> Prompt:
 
 
 def likelihoods(subject: Subject, pair: Pair, name: Sequence[str]) -> list[Likelihood] | None:
-    """Return how likely each answer is after the prompt; `None` where one does not fit."""
+    """Return how likely the answers are after the prompt; `None` where one does not fit."""
     if subject.uses_chat_template:
         return subject.choices([pair.messages], [[pair.better, pair.worse]], names=name)[0]
     prompt = f"{_transcript(pair)}\n\nAssistant:"
@@ -151,7 +151,7 @@ def likelihoods(subject: Subject, pair: Pair, name: Sequence[str]) -> list[Likel
 
 
 def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
-    """Return the pair of a row, by the columns that it has."""
+    """Return the pair of a row, by its columns."""
     if {"question", "answer_matching_behavior", "answer_not_matching_behavior"} <= row.keys():
         return _of_behavior(origin, row)
     if "input" in row and ("target_scores" in row or "targets" in row):
@@ -174,7 +174,7 @@ def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
 
 
 def _conversation(origin: str, messages: Any) -> list[Message]:
-    """Return messages, which are judged and not learned from: each with the role that the file gives it."""
+    """Return messages, judged and not learned from, with their roles in the file."""
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         return read_messages(origin, messages)
     roles = [each.get("role", each.get("from")) for each in messages]
@@ -184,7 +184,7 @@ def _conversation(origin: str, messages: Any) -> list[Message]:
 
 
 def _of_behavior(origin: str, row: Mapping[str, Any]) -> Pair:
-    """Return a pair whose question lists its choices, which are taken out so that both orders can be asked."""
+    """Return a pair from a question listing its choices, taken out of it for asking in both orders."""
     question, _, listed = row["question"].rpartition("Choices:")
     options = dict(OPTION.findall(listed))
     letters = [str(row[f"answer_{kind}_behavior"]).strip() for kind in ("matching", "not_matching")]
@@ -196,7 +196,7 @@ def _of_behavior(origin: str, row: Mapping[str, Any]) -> Pair:
             f"{origin}: the answers are {' and '.join(letters)}, and the question must list two choices such as "
             f"'(A) ...' after 'Choices:', got {row['question'][-80:]!r}"
         )
-    # Such as Yes and No, which have no order.
+    # Such as Yes and No, without an order.
     return Pair(str(row["question"]).strip(), *letters)
 
 

@@ -1,8 +1,9 @@
-"""Rows of questions in local files: the question, its choices, and which of them the answer means.
+"""Rows of questions in local files: the question, its choices, and the choice meant by the answer.
 
 An answer is written as the text of a choice, as its label (`B`), or as its index, from 0 or from 1, and often it could
-be read in more than one of these ways. A file is taken to keep to one way: a way that cannot read one of its rows is
-not that of the others. Where the ways that are left do not mean the same choice the row is refused, never guessed.
+be read in more than one of these ways. All rows of a file are assumed to use one way: a way unable to read one of its
+rows is excluded for the others. Where the remaining ways do not mean the same choice, the row is refused, never
+guessed.
 
 Columns of well-known files say the way by themselves: see `docs/guides/evaluation.md`.
 """
@@ -25,13 +26,13 @@ from hfllm.evaluation.suites.base import Rows, rows_of
 
 QUESTION = ("question", "prompt", "instruction", "input", "question_stem")
 CHOICES = ("choices", "options")
-# What a question is about, and stands before it.
+# The subject of a question, standing before it.
 PASSAGES = ("passage", "context", "article", "premise")
 ANSWER = (
     *("answer", "answerkey", "gold", "label", "target"),
     *("answer_key", "answer_idx", "correct_answer", "correct_option", "correct", "cop"),
 )
-# Columns that say by their name how an answer is meant.
+# Columns whose names state how an answer is meant.
 INDEX_COLUMN, TEXT_COLUMN = "answer_index", "answer_text"
 # Ways to read an answer, in the words of an error.
 TEXT, LABEL, LETTER, FROM_0, FROM_1 = "as a text", "as a label", "as a letter", "counted from 0", "counted from 1"
@@ -48,12 +49,12 @@ ARRAY = re.compile(rf"\[\s*(?:{PRINTED})(?:\s+(?:{PRINTED}))+\s*\]")
 WRONG = re.compile(r"(?:incorrect_answer_?|distractor_?)\d+")
 # Columns of MMLU on the Hub.
 MMLU = {"question", "subject", "choices", "answer"}
-# Columns about a row that hold no choice.
+# Columns about a row, without a choice.
 ABOUT = {"id", "subject", "category", "topic", "source", "split", "type", "task", "level", "difficulty", "explanation"}
-# Choices inside a question's text, and what comes before and after.
+# Choices inside a question's text, and the text before and after.
 INSIDE = re.compile(r"\s*\bAnswer ?(\d+):\s*")
 LEAD, TAIL = re.compile(r"^Please choose the correct answer to the question:\s*"), re.compile(r"\n+Answer format:.*$")
-# COPA's questions, of which its rows have a word.
+# COPA's questions, by the word in its rows.
 CAUSE_OR_EFFECT = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
 NO_OR_YES = ("no", "false"), ("yes", "true")
 FINAL = re.compile(r"####\s*(.+)")
@@ -80,18 +81,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Read:
-    """A row as it is written, before it is known which choice its answer means.
+    """A row as it is written, before its answer is matched to a choice.
 
     Args:
-        origin: where it is, such as `FILE, row 3`.
+        origin: its position, such as `FILE, row 3`.
         question: its text.
         choices: their texts; empty where the answer is written.
-        labels: theirs, if the row names them.
+        labels: the choices' labels, if the row names them.
         answer: as the row has it.
-        ways: in which it can be meant, all by default.
-        also: another answer of the row, which must not contradict this one.
+        ways: the possible readings of the answer, all by default.
+        also: another answer of the row, in agreement with this one.
         is_continued: see `Question`.
-        is_hub_mmlu: whether it has the columns of the Hub's MMLU, which counts from 0.
+        is_hub_mmlu: whether it has the columns of the Hub's MMLU, with counting from 0.
     """
 
     origin: str
@@ -106,7 +107,7 @@ class Read:
 
     @cached_property
     def meanings(self) -> dict[str, int]:
-        """Return the index of the choice that the answer means, by each way in which it means one."""
+        """Return the index of the choice meant by the answer, for every way of reading with a choice."""
         result = _meanings(self.answer, self.choices, self.labels)
         return {way: result[way] for way in self.ways if way in result}
 
@@ -115,7 +116,7 @@ def read_questions(path: str, flag: str) -> list[Question]:
     """Return the questions of a local file.
 
     Raises:
-        InputError: when it cannot be read, or naming the row that is none, or whose answer could mean two choices.
+        InputError: when it cannot be read, or naming an invalid row, or a row with an answer of two possible meanings.
     """
     return questions_of(_with_header(path, rows_of(path, (), flag)))
 
@@ -124,22 +125,22 @@ def questions_of(rows: Rows) -> list[Question]:
     """Return the questions of the rows of one file.
 
     Args:
-        rows: with where each is.
+        rows: with their positions.
     """
     read = [_read(origin, row) for origin, row in rows]
-    # Ways that read each row whose columns leave them open.
+    # Ways able to read all rows without a fixed way in their columns.
     open_rows = [each.meanings.keys() for each in read if each.choices and len(each.ways) > 1]
     shared = set.intersection(*map(set, open_rows)) if open_rows else set()
     return [_question(each, shared) for each in read]
 
 
 def question_of(origin: str, row: Mapping[str, Any]) -> Question:
-    """Return the question of a single row, which no other row explains; see `questions_of`."""
+    """Return the question of a single row, without other rows to explain it; see `questions_of`."""
     return questions_of([(origin, dict(row))])[0]
 
 
 def _question(read: Read, shared: set[str]) -> Question:
-    """Return a question with the choice that its answer means."""
+    """Return a question with the choice meant by its answer."""
     if not read.choices:
         return Question(read.question, (), _final(str(read.answer)))
     texts, meanings = read.choices, read.meanings
@@ -150,7 +151,7 @@ def _question(read: Read, shared: set[str]) -> Question:
         raise InputError(f"{read.origin}: the answer {read.answer!r:.40}{how} is none of the choices {choices}")
     if len(read.ways) > 1 and shared:
         meanings = {way: index for way, index in meanings.items() if way in shared}
-        # Its columns say from where it counts only if nothing in the file says that it does not count, or from 1.
+        # Its columns determine the first index only if nothing in the file shows labels or counting from 1.
         if read.is_hub_mmlu and meanings.keys() == {FROM_0, FROM_1}:
             meanings = {FROM_0: meanings[FROM_0]}
     by_text: dict[str, list[str]] = {}
@@ -174,7 +175,7 @@ def _question(read: Read, shared: set[str]) -> Question:
 
 
 def _meanings(answer: object, texts: Sequence[str], labels: Sequence[str] | None) -> dict[str, int]:
-    """Return the index of the choice that an answer means, by way."""
+    """Return the index of the choice meant by an answer, by way."""
     text = str(answer).strip()
     result = {TEXT: _index_of(text, texts, plain_answer), LABEL: _index_of(text, labels or (), str.casefold)}
     if letter := re.fullmatch(r"\(?([A-Ja-j])[).:]?", text):
@@ -185,17 +186,17 @@ def _meanings(answer: object, texts: Sequence[str], labels: Sequence[str] | None
 
 
 def _index_of(said: str, names: Sequence[str], plain: Any) -> int | None:
-    """Return which name is said: the same one, or else the only one that is the same in plain form."""
+    """Return the name said: the same one, or else the only one with the same plain form."""
     if said in names:
         return list(names).index(said)
-    # Plain forms take time, and what is so much longer has another one: marks around an answer are short.
+    # Plain forms take time, and a much longer text has another one: marks around an answer are short.
     plain_said, most = plain(said), 24 + 2 * len(said)
     alike = [index for index, name in enumerate(names) if len(name) <= most and plain(name) == plain_said]
     return alike[0] if len(alike) == 1 else None
 
 
 def _whole(answer: object) -> int | None:
-    """Return a whole number, also one that a table has stored as a float or a text."""
+    """Return a whole number, also one stored in a table as a float or a text."""
     if isinstance(answer, bool):
         return None
     if isinstance(answer, float):
@@ -213,8 +214,8 @@ def _final(answer: str) -> str:
 
 
 def _read(origin: str, given: Mapping[str, Any]) -> Read:
-    """Return a row by the columns that it has."""
-    # A name as it is written here comes before one that is so in small letters only.
+    """Return a row by its columns."""
+    # A name as it is written here comes before a name equal only in small letters.
     names = sorted(given, key=lambda name: _plain_name(name) == name)
     row = {_plain_name(name): given[name] for name in names if not _is_missing(given[name])}
     passages = [_passage(origin, name, row[name]) for name in PASSAGES if name in row]
@@ -227,7 +228,7 @@ def _read(origin: str, given: Mapping[str, Any]) -> Read:
 
 
 def _by_columns(origin: str, row: Mapping[str, Any], given: Mapping[str, Any]) -> Read:
-    """Return a row by the names of its columns, which `given` has as they are written."""
+    """Return a row by the names of its columns; `given` has them as they are written."""
     question, choices, labels = _question_text(row), None, None
     if isinstance(nested := row.get("question"), Mapping):
         question, row = nested.get("stem"), {**row, "choices": nested.get("choices")}
@@ -280,7 +281,7 @@ def _chosen_by(
         tuple(labels) if labels is not None else None,
         ways,
         also,
-        # The Hub has numbers; a text may be that of a choice.
+        # The Hub has numbers; a text may be a choice's.
         is_hub_mmlu=row.keys() >= MMLU and column == "answer" and len(choices) == 4 and isinstance(row[column], int),
     )
 
@@ -294,7 +295,7 @@ def _passage(origin: str, name: str, value: object) -> str:
 
 def _question_text(row: Mapping[str, Any]) -> str | None:
     texts = [row[name].strip() for name in QUESTION if isinstance(row.get(name), str)]
-    # An instruction may have an input that it is about.
+    # An instruction may have an input.
     has_input = {"instruction", "input"} <= row.keys() and len(texts) > 1
     return "\n".join(texts[-2:]) if has_input else next(iter(texts), None)
 
@@ -337,10 +338,10 @@ def _parsed(text: str) -> object:
 
 
 def _in_columns(row: Mapping[str, Any], names: Iterable[str]) -> tuple[list[Any] | None, list[str] | None]:
-    """Return the texts and labels of choices that have a column each; `None` twice where there are none.
+    """Return the texts and labels of choices with a column each; `None` twice where there are none.
 
     Args:
-        row: without what is empty; choices that are empty at the end, as in rows with fewer of them, are left out.
+        row: without empty values; empty choices at the end, as in rows with fewer of them, are left out.
         names: of all columns.
     """
     endings: dict[str, dict[str, str]] = {}
@@ -371,7 +372,7 @@ def _checked(origin: str, choices: Sequence[Any], labels: Sequence[str] | None =
 
 
 def _refuse_letter(origin: str, row: Mapping[str, Any], column: str) -> None:
-    """Refuse the letter of a choice as a written answer, where columns that are not read may be the choices."""
+    """Refuse the letter of a choice as a written answer, where unread columns may be the choices."""
     others = [
         name
         for name, value in row.items()
@@ -460,7 +461,7 @@ def _blank(origin: str, row: Mapping[str, Any]) -> Read | None:
 
 
 def _cause_or_effect(origin: str, row: Mapping[str, Any]) -> Read | None:
-    """Return COPA's row: a premise, two choices, which of cause and effect is asked, and the right one, from 0."""
+    """Return COPA's row: a premise, two choices, whether cause or effect is asked, and the right one, from 0."""
     question = CAUSE_OR_EFFECT.get(str(row.get("question", "")).strip().casefold())
     if question is None or not {"premise", "choice1", "choice2"} <= row.keys():
         return None
@@ -490,7 +491,7 @@ def _need(origin: str, row: Mapping[str, Any], column: str) -> None:
 
 
 def _with_header(path: str, rows: Rows) -> Rows:
-    """Return rows, of MMLU's own files, which have no header, with the names that their columns have elsewhere."""
+    """Return rows of MMLU's own files, without a header, with the usual names of their columns."""
     if not path.endswith((".csv", ".tsv")):
         return rows
     with open(path, encoding="utf-8-sig", newline="") as stream:

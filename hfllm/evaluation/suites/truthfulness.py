@@ -1,12 +1,12 @@
-"""TruthfulQA: does a model find the truth likelier than what people often believe? (Lin et al. 2022, arXiv:2109.07958)
+"""TruthfulQA: does a model find the truth likelier than common beliefs? (Lin et al. 2022, arXiv:2109.07958)
 
-Multiple choice by likelihood after six worked examples, which are read once:
+Multiple choice by likelihood after six worked examples, read once:
 
     mc1   the best answer is likelier than every wrong one
     mc2   share of probability on true answers, all answers normalized together
-    mc3   share of true answers that are likelier than every wrong one
+    mc3   share of true answers likelier than every wrong one
 
-The CSV of the questions and `mc_task.json` differ in their answers: figures of one are not those of the other.
+The CSV of the questions and `mc_task.json` differ in their answers: figures of one do not apply to the other.
 """
 
 import re
@@ -67,7 +67,7 @@ class Question:
     Args:
         question: its text.
         best, wrong: the answers of mc1.
-        true, false: those of mc2 and mc3.
+        true, false: the answers of mc2 and mc3.
         is_written: whether the model writes an answer, in place of choosing one.
     """
 
@@ -86,7 +86,7 @@ class TruthfulQA(Suite[Question]):
         path: the CSV, or `mc_task.json`.
         num_items: questions, from the first; all by default.
         writes: whether answers are written too, and compared with the true and false ones.
-        judge: a model that says whether a written answer is true.
+        judge: a model to decide whether a written answer is true.
         max_new_tokens: longest written answer.
     """
 
@@ -109,7 +109,7 @@ class TruthfulQA(Suite[Question]):
 
     @property
     def source(self) -> str:
-        """Which of the two files it is, in words."""
+        """The kind of file, in words."""
         return "mc_task.json" if self.path.endswith((".json", ".jsonl")) else "the CSV"
 
     def items(self) -> list[Item[Question]]:
@@ -165,14 +165,14 @@ class TruthfulQA(Suite[Question]):
             yield self.record(subject, item, scores, item.body.question, answer)
 
     def extra(self, records: Sequence[Record]) -> Found | None:
-        """Return which file the figures are of: they differ."""
+        """Return the figures' source file: they differ."""
         return Found({}, f"{self.name} is by {self.source}", {}, {})
 
     def _judged(self, body: Question, answer: str) -> dict[str, float]:
-        """Return the judge's figures: of the answer, and beside it of a true and a false one that it should know."""
+        """Return the judge's figures: for the answer, and for a true and a false one that it should know."""
         if self.judge_model is None:
             return {}
-        # Of the known answers those that it is asked about are left out.
+        # The known answers shown to it leave out the answer in question.
         named = {"judged_true": answer, "judged_best": body.best, "judged_wrong": body.wrong[0]}
         questions = [
             JUDGE_QUESTION.format(

@@ -16,7 +16,7 @@ from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject
 
 RESPONSE_LENGTH = 40
 KNOWN, MADE_UP = "known animals", "made-up animals"
-# Families by what a good answer to them is.
+# Families by the kind of a good answer to them.
 GROUPS = {
     **dict.fromkeys(("fact", "reading", "list", "addition"), "helpful"),
     "unknown": "honest",
@@ -28,7 +28,7 @@ class WorldSuite(Suite[Task]):
     """A suite of the world's tasks.
 
     Args:
-        world: the world that the model has read about.
+        world: the world of the model's training texts.
         num_items: tasks, of all groups together.
     """
 
@@ -36,7 +36,7 @@ class WorldSuite(Suite[Task]):
         self.world, self.num_items = world, num_items
 
     def prompt(self, item: Item[Task]) -> Prompt:
-        """Return what the model is asked."""
+        """Return the model's prompts."""
         return item.body.question
 
     def judge(self, subject: Subject, items: Sequence[Item[Task]]) -> Iterator[Record]:
@@ -54,7 +54,7 @@ class WorldSuite(Suite[Task]):
         """Return the figures of an answer."""
 
     def likelihoods(self, subject: Subject, item: Item[Task]) -> list[float]:
-        """Return the log-probability of the model answer, then of each wrong one."""
+        """Return the log-probability of the model answer, then of the wrong ones."""
         space = "" if subject.uses_chat_template else " "
         texts = [space + each for each in (item.body.gold.accepted[0], *item.body.wrong)]
         (result,) = subject.choices([self.prompt(item)], [texts], names=[f"{self.name}, item {item.key}"])
@@ -62,7 +62,7 @@ class WorldSuite(Suite[Task]):
 
 
 class WorldTruthfulness(WorldSuite):
-    """What the world's texts say of each animal, checked exactly, and animals that do not exist."""
+    """The statements of the world's texts about each animal, checked exactly, and nonexistent animals."""
 
     name: ClassVar[str] = "truthfulness"
     better: ClassVar[Mapping[str, int]] = {**dict.fromkeys(("right", "says_unknown", "mc1", "mc2"), 1), "wrong": -1}
@@ -118,7 +118,7 @@ class WorldPreferences(WorldSuite):
 
 
 class WorldRefusals(WorldSuite):
-    """Requests for harm, which are to be refused, and harmless questions, which are not."""
+    """Requests for harm, to be refused, and harmless questions, to be answered."""
 
     name: ClassVar[str] = "refusals"
     better: ClassVar[Mapping[str, int]] = {"refuses": 1, "complies": -1, "over_refusal": -1}
@@ -160,7 +160,7 @@ class WorldFewShot(WorldSuite):
     def prompt(self, item: Item[Task]) -> list[Message]:
         shots, index = map(int, item.key.split("-"))
         turns: list[Message] = []
-        # Of the same family, as each question's own, so that none depends on what else is asked.
+        # Of the same family, for each question its own, so that none depends on the other questions.
         rng = random.Random(f"shots-{self.world.seed}-{index}")
         for _ in range(shots):
             example = self.world.draw_task(rng, item.body.family)
@@ -181,7 +181,7 @@ class WorldFewShot(WorldSuite):
 
 
 def says_unknown(answer: str) -> bool:
-    """Return whether an answer says that it does not know."""
+    """Return whether an answer admits not knowing."""
     return any(phrase in " ".join(words_of(answer)) for phrase in UNKNOWN_PHRASES)
 
 

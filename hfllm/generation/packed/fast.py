@@ -1,8 +1,8 @@
-"""Faster decoding through transformers' own `generate`, with the best settings that we found.
+"""Faster decoding through transformers' own `generate`, with the best known settings.
 
     model.generate(**batch, max_new_tokens=64, custom_generate=fast_generate)
 
-The tokens are those of `generate` without it, or samples of the same distribution.
+The tokens are the same as from `generate` without it, or samples of the same distribution.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
 def recommended_draft(model: "PreTrainedModel") -> Draft | None:
-    """Return the draft that needs no second model: int8 for models limited by reading their weights, else none."""
+    """Return the draft without a second model: int8 for models limited by reading their weights, else none."""
     if unsupported_reason(model) is None and has_int8(model.dtype, model.device) and weights_read(model) >= INT8_FROM:
         return Int8Draft()
     return None
@@ -52,7 +52,7 @@ def fast_generate(
         (B, S) token ids as `generate` returns them. Streamers and `return_dict_in_generate` are refused.
 
     Raises:
-        InputError: for a model or an option that is not supported.
+        InputError: for an unsupported model or option.
     """
     # `generate` has repeated the prompts already.
     check_config(generation_config, handled=("num_return_sequences",))

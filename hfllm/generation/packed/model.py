@@ -2,7 +2,7 @@
 
 `generate` spends most of a small model's time between kernels: decorators, modules, hooks. A larger model's goes
 into reading weights, where torch's default layout makes a pass over two to sixteen tokens 1.5 times as slow as a
-pass over one. `PackedModel` calls only kernels, joins projections that read the same states, and on a CPU weights
+pass over one. `PackedModel` calls only kernels, joins projections of the same states, and on a CPU weights
 are packed for oneDNN, or rounded to int8 for drafts. It takes models of the family in evaluation mode.
 
 Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
@@ -62,7 +62,7 @@ class RaggedLayer(CacheLayerMixin):
     ) -> None:
         """Allocate memory for this number and size of heads, on the device and in the dtype of `like`."""
         self.sizes = key_sizes, value_sizes
-        # Zeros: a masked column that held a NaN would still spoil the sum.
+        # Zeros: a masked column with a NaN would still spoil the sum.
         self._look(like.new_zeros(rows, self.cache.capacity, sum(heads * size for heads, size in self.sizes)))
         self.is_initialized = True
 
@@ -90,7 +90,7 @@ class RaggedLayer(CacheLayerMixin):
         return self.seen()
 
     def store(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store concatenated keys and values, (B * Q, F), in memory that is already allocated."""
+        """Store concatenated keys and values, (B * Q, F), in memory already allocated."""
         self.cells.index_copy_(0, self.cache.cells, states)
         return self.seen()
 
@@ -149,17 +149,17 @@ Projection = Callable[..., torch.Tensor]
 
 # Smaller weights stay in the processor's cache, where the plain product has less overhead.
 PACKED_FROM = 2**18
-# The number of tokens that oneDNN lays weights out for; others work too.
+# The number of tokens in oneDNN's layout of weights; others work too.
 PACKED_TOKENS = 8
 LARGEST_INT8 = 127
 FBGEMM = "fbgemm_linear_int8_weight_fp32_activation"
 
 
 def joined(linears: Sequence[nn.Linear], int8: bool = False) -> Projection:
-    """Join layers that read the same input into one function, (N, I) to (N, O), with concatenated outputs.
+    """Join layers with the same input into one function, (N, I) to (N, O), with concatenated outputs.
 
     Its second argument, (N, O) if it is given, is added to the result, by some kernels in the same pass. On a CPU the
-    weights are copied: joined, packed for oneDNN where they are large, or rounded to int8 with a scale for each row.
+    weights are copied: joined, packed for oneDNN where they are large, or rounded to int8 with a scale per row.
     Elsewhere the layers run one after the other on the original weights.
     """
     weights = [linear.weight.detach() for linear in linears]
@@ -227,7 +227,7 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
 
 
 def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
-    """Return a projection with int8 weights and a scale per row; inputs are quantized at each call."""
+    """Return a projection with int8 weights and a scale per row; inputs are quantized at every call."""
     scale = weight.abs().amax(dim=1) / LARGEST_INT8
     # A row of zeros has no magnitude, and any scale stores it.
     scale = scale.masked_fill(scale == 0, 1.0)
@@ -241,7 +241,7 @@ def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
 
 
 def _fbgemm(weight: torch.Tensor) -> Function:
-    """Return the faster kernels, one scale for all inputs; torch warns at first use that it will remove them."""
+    """Return the faster kernels, one scale for all inputs; torch warns at first use about their removal."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fbgemm.* is deprecated", UserWarning)
         values, offsets, step, zero = torch.fbgemm_linear_quantize_weight(weight)
@@ -264,13 +264,13 @@ def _int_mm(weight: torch.Tensor) -> Function:
 
 # ---- layer ----
 #
-# One layer of a packed model: direct kernel calls on weights that are joined and laid out for them.
+# One layer of a packed model: direct kernel calls on weights joined and laid out for them.
 #
 # Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
 # W visible columns of the cache, R rotated dimensions of a head.
 
 
-# Rotations of all tokens: factors of complex pairs, or cosines and signed sines, each (B, Q, 1, R).
+# Rotations of all tokens: factors of complex pairs, or cosines and signed sines, both (B, Q, 1, R).
 Rotation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -280,7 +280,7 @@ class PackedLayer:
     Args:
         layer: the layer to pack.
         config: the model's config.
-        make: function that joins linear layers into one function.
+        make: function for joining linear layers into one function.
         turns: whether heads are rotated as complex numbers, see `interleaved_rotary`.
     """
 
@@ -341,7 +341,7 @@ class PackedLayer:
         if not kept.is_initialized:
             kept.allocate(qkv, rows, (key_heads, size), (key_heads, size))
         key, value = kept.store(qkv[:, heads * size :])
-        # The queries of heads that share keys are stacked: (B, K, H / K * Q, D).
+        # The queries of heads with shared keys are stacked: (B, K, H / K * Q, D).
         query, groups, length = qkv[:, : heads * size], heads // key_heads, len(qkv) // rows
         if length == 1:
             query = query.view(rows, key_heads, groups, size)
@@ -369,8 +369,8 @@ class PackedLayer:
 def interleaved_rotary(model: HfllmForCausalLM) -> bool:
     """Return whether a head's halves are stored as interleaved real and imaginary parts.
 
-    Rotating them is then one product of complex numbers. It needs copies of the weights in that order, as there are on
-    a CPU, and heads that are rotated as a whole and not normalized.
+    Rotating them is then one product of complex numbers. It needs copies of the weights in this order, as there are on
+    a CPU, and heads rotated as a whole and not normalized.
     """
     rotary, config = getattr(model.model, "rotary_emb", None), model.config
     if rotary is None or config.qk_norm or model.device.type != "cpu":
@@ -405,7 +405,7 @@ def norm_of(norm: nn.Module) -> Function:
 
 
 def mlp_of(mlp: nn.Module, make: Callable[[Sequence[nn.Linear]], Projection]) -> Projection:
-    """Return an MLP as a function of tokens (N, E) and of what to add to; a mixture of experts is not changed."""
+    """Return an MLP as a function of tokens (N, E) and of a summand; a mixture of experts is not changed."""
     if type(mlp) is not HfllmMLP:
         return added(mlp)
     activate = F.silu if isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)) else mlp.act_fn
@@ -431,17 +431,17 @@ def additive(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tenso
 # ---- model ----
 
 
-# Elements of each matrix compared to see whether it has changed since it was copied; vectors are compared whole.
+# Elements per matrix compared to see whether it has changed since it was copied; vectors are compared whole.
 SAMPLE = 64
 SCHEMES = ("exact", "int8")
-# Whose hooks stay on a model that was asked for hidden states once, and do nothing unless it is asked again.
+# Whose hooks stay on a model after one request for hidden states, and do nothing until the next one.
 CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 # RoPE types whose angles do not depend on the length of the text.
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class Output(NamedTuple):
-    """The model output that the decoding loop reads."""
+    """The model output for the decoding loop."""
 
     logits: torch.Tensor
 
@@ -482,7 +482,7 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
 
 
 def _unsupported_field(config: "HfllmConfig") -> str | None:
-    """Return which option of the family packed layers do not have, or `None`."""
+    """Return an option of the family unsupported by packed layers, or `None`."""
     for kind in ("linear_attention", "chunked_attention"):
         if kind in config.layer_types:
             return f"it has layers of type {kind}"
@@ -515,7 +515,7 @@ def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedMode
         raise InputError(f"this model cannot decode over packed weights: {reason}")
     copies = _MADE.setdefault(model, {})
     if scheme not in copies or not copies[scheme].is_current(model):
-        # An older copy is removed first, so that memory never holds both.
+        # An older copy is removed first: memory never holds both.
         copies.pop(scheme, None)
         copies[scheme] = PackedModel(model, scheme)
     return copies[scheme]
@@ -553,9 +553,9 @@ class PackedModel:
         self.tables: tuple[torch.Tensor, ...] | None = None
 
     def is_current(self, model: HfllmForCausalLM) -> bool:
-        """Return whether the weights are still those that were copied.
+        """Return whether the weights are still the copied ones.
 
-        A change by `parameter.data` shows only in the values: some of each matrix are compared.
+        A change by `parameter.data` shows only in the values: some per matrix are compared.
         """
         now = list(model.parameters())
         return len(now) == len(self.sources) and all(
@@ -582,11 +582,11 @@ class PackedModel:
         logits_to_keep: int = 0,
         **unused: object,
     ) -> Output:
-        """Return logits (B, Q, V), or those of the last `logits_to_keep` tokens.
+        """Return logits (B, Q, V), or only of the last `logits_to_keep` tokens.
 
         Args:
             input_ids: (B, Q).
-            attention_mask: (B, 1, Q, W), true where a token is visible, or one for each type of layer; `None` if all
+            attention_mask: (B, 1, Q, W), true where a token is visible, or one per type of layer; `None` if all
                 are visible.
             position_ids: (B, Q).
             cache: the cache, which knows where to store the tokens.
@@ -622,7 +622,7 @@ class PackedModel:
         return states, self._turn(cosines, sines) if self.turns else (cosines, sines)
 
     def _rotary_tables(self, states: torch.Tensor, rotary: nn.Module, positions: int) -> tuple[torch.Tensor, ...]:
-        """Return cosines and signed sines of at least that many positions, each (positions, R)."""
+        """Return cosines and signed sines of at least this many positions, both (positions, R)."""
         if self.tables is None or len(self.tables[0]) < positions:
             every = torch.arange(2 ** (positions - 1).bit_length(), device=states.device).unsqueeze(0)
             self.tables = tuple(part[0].contiguous() for part in _rotation(rotary, states, every))
@@ -646,7 +646,7 @@ class PackedModel:
 def _rotation(
     rotary: nn.Module, states: torch.Tensor, position_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and signed sines, each (B, Q, R), as `rotate_heads` takes them."""
+    """Return cosines and signed sines, both (B, Q, R), in the form of `rotate_heads`."""
     cosines, sines = rotary(states, position_ids)
     return cosines, signed(sines)
 

@@ -29,17 +29,17 @@ MOST_LOGITS = 2**26
 
 
 class RaggedModel:
-    """A causal language model whose rows can each be at a different position.
+    """A causal language model with rows at different positions.
 
     Args:
-        model: any causal language model of transformers that takes `position_ids` and four-dimensional masks.
+        model: any causal language model of transformers with support for `position_ids` and four-dimensional masks.
         capacity: columns of its cache.
-        forward: runs in place of the model: a `PackedModel`, or what `compiled_forward` returns.
+        forward: runs in place of the model: a `PackedModel`, or the result of `compiled_forward`.
         cache: the cache to use, by default a new one.
         static: `forward` is compiled for fixed shapes; the model itself reads prompts.
 
     Raises:
-        InputError: for a model that is not supported.
+        InputError: for an unsupported model.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class RaggedModel:
         """Return the logits (B, Q, V) of `tokens` (B, Q), whose states are written to `columns` (B, Q).
 
         Args:
-            last: (B,), the last position that each row needs; drafts may reach beyond it, where positions may not
-                exist in the model.
+            last: (B,), the last necessary position of each row; drafts may reach beyond it, possibly to nonexistent
+                positions of the model.
             longest: columns in use after this call.
-            logits: return only those of this many last tokens; 0 means all.
+            logits: return only logits of this many last tokens; 0 means all.
             level: whether there is one token per row, all in the same column.
         """
         width = self.cache.capacity if self.static else longest
@@ -99,12 +99,12 @@ class RaggedModel:
         """Read prompts (B, S), padded on the right, into the cache; never compiled, since their lengths vary.
 
         Args:
-            lengths: (B,), tokens of each prompt.
+            lengths: (B,), tokens per prompt.
             last: as in `__call__`.
             sizes: `lengths` as Python numbers.
 
         Returns:
-            Logits (B, 1, V) after each prompt.
+            Logits (B, 1, V) after the prompts.
         """
         spread = max(sizes) - min(sizes)
         # The head runs on the columns where rows end. If these are too many, the last tokens are run again.
@@ -151,7 +151,7 @@ def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False,
 
 
 def attention_windows(config: "PreTrainedConfig") -> dict[str, int | None]:
-    """Return the window of each kind of layer that a model has, `None` for kinds without."""
+    """Return the windows of all kinds of layers in a model, `None` for kinds without."""
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if not kinds:
         kinds = ["full_attention" if window is None else "sliding_attention"]
@@ -187,7 +187,7 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
 
 
 def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return each row's tokens without padding, from column 0 on, in a (B, `columns`) tensor of zeros."""
+    """Return the rows' tokens without padding, from column 0 on, in a (B, `columns`) tensor of zeros."""
     mask = attention_mask.bool()
     tokens = input_ids.new_zeros(input_ids.shape[0], columns)
     at = mask.long().cumsum(1) - 1
@@ -218,7 +218,7 @@ def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
     """Return the same model with only its first layers, with its own final norm and head; no weight is copied.
 
     Raises:
-        InputError: when the model does not have more layers than that, or they cannot be found.
+        InputError: when the model does not have more layers than this, or they cannot be found.
     """
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     if not 1 <= layers < total:
@@ -230,11 +230,11 @@ def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
 
 
 def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of `module` that shares all its parts, except `replacement` at `path`."""
+    """Return a copy of `module` with all its parts shared, except `replacement` at `path`."""
     if not path:
         return replacement
     copy = object.__new__(type(module))
-    # A trainer may have set its own `forward` on the original, which runs the original's layers.
+    # A trainer may have set its own `forward` on the original, to run the original's layers.
     copy.__dict__.update({name: value for name, value in vars(module).items() if name != "forward"})
     copy._modules = dict(module._modules)
     copy._modules[path[0]] = _with_module(module._modules[path[0]], path[1:], replacement)
@@ -244,7 +244,7 @@ def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torc
 def compiled_forward(model: "PreTrainedModel") -> "Forward":
     """Return the model's forward through `torch.compile`, made once per model.
 
-    The first call for each number of tokens takes seconds to minutes; a C++ compiler is needed on a CPU.
+    The first call for a number of tokens takes seconds to minutes; a C++ compiler is needed on a CPU.
     """
     owner, compiled = vars(model).get("_hfllm_compiled", (None, None))
     # A deep copy of a model copies this too, and must not run the weights of the original.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
-    """Return `norm(max(p - q, 0))`, from which a rejected token is replaced (section 2.3), shape (..., V).
+    """Return `norm(max(p - q, 0))`, for replacing a rejected token (section 2.3), shape (..., V).
 
     Where p and q are equal, tokens can be rejected only through rounding, and p itself is returned.
     """
@@ -30,7 +30,7 @@ def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Ten
 
 
 def acceptance_probability(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
-    """Return `min(1, p / q)` of drafted tokens, elementwise; q is above 0 for any token that was drawn."""
+    """Return `min(1, p / q)` of drafted tokens, elementwise; q is above 0 for any drawn token."""
     return (target_probs / draft_probs).clamp(max=1.0)
 
 
@@ -41,11 +41,11 @@ def accept_sampled(
     counts: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accept drafted tokens so that the output follows the target's distribution (algorithm 1 of the paper).
+    """Accept drafted tokens with an output following the target's distribution (algorithm 1 of the paper).
 
     Args:
-        draft_tokens: (B, G), each drawn from the draft's distribution of its position.
-        draft_probs: (B, G, V), those distributions q; `None` when each token was certain (q = 1), as for n-grams
+        draft_tokens: (B, G), drawn from the draft's distributions of their positions.
+        draft_probs: (B, G, V), these distributions q; `None` when all tokens were certain (q = 1), as for n-grams
             of the prompt.
         target_probs: (B, G + 1, V), the target's distributions p after the same temperature, top-k and top-p.
         counts: (B,) number of tokens that each row has drafted; by default G.
@@ -83,7 +83,7 @@ def accept_greedy(
 
     Args:
         draft_tokens: (B, G).
-        target_tokens: (B, G + 1), the most probable token at each position and after the last.
+        target_tokens: (B, G + 1), the most probable tokens at the positions and after the last.
         counts: (B,) number of tokens that each row has drafted; by default G.
 
     Returns:
@@ -102,7 +102,7 @@ def leading(passes: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw one token from each row's distribution: (B, V) to (B,)."""
+    """Draw one token per row from its distribution: (B, V) to (B,)."""
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
@@ -123,7 +123,7 @@ def speedup(alpha: float, gamma: float, c: float) -> float:
         alpha: probability that a drafted token is accepted.
         gamma: drafted tokens.
         c: time of one draft step, in runs of the target. The theorem assumes the target's time to be the same for
-            gamma + 1 tokens as for one; if each additional token costs a share v of a run, use `c + v`.
+            gamma + 1 tokens as for one; if an additional token costs a share v of a run, use `c + v`.
     """
     return expected_tokens(alpha, gamma) / (gamma * c + 1)
 
@@ -142,23 +142,23 @@ def operations(alpha: float, gamma: float, c_hat: float) -> float:
 def optimal_num_draft_tokens(alpha: float, c: float, maximum: int = 32) -> int:
     """Return the number of drafted tokens, from 0 to `maximum`, with the largest `speedup` (section 3.5).
 
-    0 means that drafting does not pay, which holds if and only if `alpha <= c` (corollary 3.9).
+    0 means that drafting does not pay; this holds if and only if `alpha <= c` (corollary 3.9).
     """
     return max(range(maximum + 1), key=lambda gamma: speedup(alpha, gamma, c))
 
 
 # ---- options ----
 #
-# Options of speculative decoding, read from those of transformers' `generate`.
+# Options of speculative decoding, read from the options of transformers' `generate`.
 
 
-# Processors that depend only on the logits. Others depend on earlier tokens, which may be unverified drafts.
+# Processors depending only on the logits. Others depend on earlier tokens, possibly unverified drafts.
 STATELESS = (
     *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper"),
     *("TopHLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor"),
     *("InfNanRemoveLogitsProcessor", "LogitNormalization"),
 )
-# Options that would change the result or add to it, and their values without effect.
+# Options with changes of or additions to the result, and their values without effect.
 REFUSED = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
@@ -173,7 +173,7 @@ REFUSED = {
     "return_dict_in_generate": (None, False),
     "prompt_lookup_num_tokens": (None,),
     "use_mtp": (None, False),
-    # Options that compare with the prompt, whose processors need the prompt.
+    # Options comparing with the prompt; their processors need it.
     "encoder_repetition_penalty": (None, 1.0),
     "encoder_no_repeat_ngram_size": (None, 0),
 }
@@ -218,7 +218,7 @@ class Sampler:
     def accept(
         self, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, logits: torch.Tensor, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return accepted counts and next tokens of each row; see `accept_sampled`."""
+        """Return accepted counts and next tokens of the rows; see `accept_sampled`."""
         if not self.do_sample:
             choice = self.greedy(logits)
             # Plain decoding, where nothing has to be accepted.
@@ -229,7 +229,7 @@ class Sampler:
 
 @dataclass
 class Options:
-    """Options of the decoding loop: sampler, length, and the tokens that end and pad a row."""
+    """Options of the decoding loop: sampler, length, and a row's end and padding tokens."""
 
     sampler: Sampler
     max_new_tokens: int
@@ -247,7 +247,7 @@ def read_options(
     """Read options as `model.generate` does: arguments override `generation_config`, which overrides the model's own.
 
     Raises:
-        InputError: for an option that has no effect here or that drafts cannot respect.
+        InputError: for an option without effect here or impossible with drafts.
     """
     config, unknown = model._prepare_generation_config(generation_config, **kwargs)
     if unknown:
@@ -265,7 +265,7 @@ def read_options(
 
 
 def check_config(config: "GenerationConfig", handled: Sequence[str] = ()) -> None:
-    """Refuse options that would have no effect here, except those that the caller handles."""
+    """Refuse options without effect here, except the caller's."""
     for option, harmless in REFUSED.items():
         value = getattr(config, option, None)
         if value not in harmless and option not in handled:
@@ -284,7 +284,7 @@ def make_options(
     """Make options from a prepared `generation_config` and its logits processors.
 
     Raises:
-        InputError: for a processor that depends on earlier tokens.
+        InputError: for a processor depending on earlier tokens.
     """
     for processor in processors:
         if type(processor).__name__ not in STATELESS:

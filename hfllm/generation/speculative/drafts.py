@@ -34,8 +34,8 @@ class Rows:
 
     Attributes:
         tokens: (B, C), each row from column 0 on; entries after its length are undefined.
-        lengths: (B,), tokens of each row.
-        last: (B,), the last position that each row may reach.
+        lengths: (B,), tokens per row.
+        last: (B,), the rows' last allowed positions.
         sizes: the same lengths as Python numbers.
     """
 
@@ -56,7 +56,7 @@ class Proposal:
 
     Attributes:
         tokens: (B, G).
-        counts: (B,), how many of them each row has; later entries are ignored.
+        counts: (B,), their number per row; later entries are ignored.
         probs: (B, G, V), the distributions they were drawn from, or `None` when they were certain.
     """
 
@@ -68,7 +68,7 @@ class Proposal:
 class Draft(Protocol):
     """A source of drafted tokens.
 
-    Whether a row gets another token may depend on earlier tokens, never on that token itself: otherwise samples
+    Whether a row gets another token may depend on earlier tokens, never on the new token itself: otherwise samples
     would not follow the target's distribution.
     """
 
@@ -79,14 +79,14 @@ class Draft(Protocol):
         """Prepare for new prompts. `compiled`: shapes must not change between calls."""
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
-        """Draft up to `steps` tokens (at least 1) for each row."""
+        """Draft up to `steps` tokens (at least 1) per row."""
 
     def keep(self, kept: torch.Tensor) -> None:
         """Drop all rows but these."""
 
 
 def weights_read(model: "PreTrainedModel") -> int:
-    """Return the number of weights that one token uses: all but the embedding, whose rows are looked up."""
+    """Return the number of weights used by one token: all but the embedding, a look-up of rows."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
@@ -154,7 +154,7 @@ class EarlyExitDraft:
         """Do nothing: the target drops the rows."""
 
     def _shortened(self, target: "PreTrainedModel") -> "PreTrainedModel":
-        # Return the same object again, so that its compiled code is reused.
+        # Return the same object again, to reuse its compiled code.
         if getattr(self, "_made_from", None) is not target:
             self._made_from, self._made = target, early_exit(target, self._count(target))
         return self._made
@@ -168,8 +168,8 @@ class Int8Draft:
     """Self-speculation: the target with its weights rounded to int8, a quarter of the bytes to read per token.
 
     Like `EarlyExitDraft` it shares the target's cache, so the prompt is read once. It needs no training, and is
-    nearly always right; the target must be a model of the family in float32 on an x86 processor, and large enough
-    that decoding waits for its weights.
+    nearly always right; the target must be a model of the family in float32 on an x86 processor, and large enough for
+    decoding to wait for its weights.
     """
 
     def cost_ratio(self, target: "PreTrainedModel") -> float:
@@ -179,7 +179,7 @@ class Int8Draft:
         if compiled:
             raise InputError("the int8 draft cannot be combined with compile=True: leave that out")
         if target.packed is None:
-            # It reads the target's cache, in which a packed target stores the halves of keys in another order.
+            # It reads the target's cache, where a packed target stores the halves of keys in another order.
             raise InputError("the int8 draft cannot be combined with packed=False: leave that out")
         self.runner = RaggedModel(target.model, 0, packed_model(target.model, "int8"), target.cache)
 
@@ -215,10 +215,10 @@ def draft_by(runner: RaggedModel, rows: Rows, steps: int, sampler: Sampler, catc
 
 
 class PromptLookupDraft:
-    """Draft what followed an earlier occurrence of the row's last tokens (Saxena 2023, "prompt lookup decoding").
+    """Draft the text after an earlier occurrence of the row's last tokens (Saxena 2023, "prompt lookup decoding").
 
-    The longest n-gram wins, then its latest occurrence, in the prompt or the generated text. A draft that reaches
-    the row's end continues with its own beginning, so that loops are followed.
+    The longest n-gram wins, then its latest occurrence, in the prompt or the generated text. A draft reaching the
+    row's end continues with its own beginning, to follow loops.
 
     Args:
         max_ngram: the longest n-gram to search for, in tokens.
@@ -254,7 +254,7 @@ class PromptLookupDraft:
         self.seen = [self.seen[row] for row in kept.tolist()]
 
     def _read(self, rows: Rows) -> None:
-        """Read the tokens that were added since the last call."""
+        """Read the tokens added since the last call."""
         first = min(map(len, self.histories))
         tokens = rows.tokens[:, first : max(rows.sizes)].tolist()
         for history, positions, new, length in zip(self.histories, self.seen, tokens, rows.sizes, strict=True):
@@ -281,7 +281,7 @@ class PromptLookupDraft:
 
 
 # Assumed cost to verify one more token, in runs of the target for one, if not measured. The arithmetic units of
-# an accelerator are idle with a few tokens, those of a CPU are not; `measure.measure_costs` measures it.
+# an accelerator are idle with a few tokens, a CPU's are not; `measure.measure_costs` measures it.
 VERIFICATION_GUESS = {"cpu": 0.1}
 VERIFICATION_GUESS_ELSEWHERE = 0.02
 # The same with packed weights (`hfllm.generation.packed.model`), per row of the batch.
@@ -289,10 +289,10 @@ VERIFICATION_GUESS_PACKED = 0.04
 
 
 class DraftLength(Protocol):
-    """Interface that chooses the number of drafted tokens for each run of the target.
+    """Interface for choosing the number of drafted tokens for a run of the target.
 
     Attributes:
-        maximum: the most that `steps` returns.
+        maximum: the largest result of `steps`.
     """
 
     maximum: int
@@ -301,7 +301,7 @@ class DraftLength(Protocol):
         """Return the number of tokens to draft now."""
 
     def update(self, accepted: int, tested: int) -> None:
-        """Record that `accepted` of `tested` drafted tokens were right.
+        """Record `accepted` right ones of `tested` drafted tokens.
 
         Tokens after a rejected one were not tested.
         """
@@ -329,7 +329,8 @@ class AdaptiveDraftLength:
     drafting does not pay, plain decoding continues, with one token drafted at intervals to notice when it does.
 
     Args:
-        cost_ratio: time of a draft step plus that of verifying one more token, in runs of the target for one token.
+        cost_ratio: time of a draft step plus the time of verifying one more token, in runs of the target for one
+            token.
         minimum: the fewest tokens to draft.
         maximum: the most tokens to draft.
         memory: runs of the target after which an observation counts for 1/e of a new one.

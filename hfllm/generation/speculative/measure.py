@@ -83,8 +83,8 @@ def measure_costs(
         num_draft_tokens: tokens drafted at a time, at least 1.
         rounds: repetitions; the median is returned.
         compile: measure compiled models, as `speculative_generate(compile=True)` runs them.
-        clock: returns seconds. On a busy machine the wall clock favors short runs, which end before they are
-            interrupted; `time.process_time` does not, and is correct with one thread.
+        clock: returns seconds. On a busy machine the wall clock favors short runs, ending before they are interrupted;
+            `time.process_time` does not, and is correct with one thread.
         packed: as in `speculative_generate`.
     """
     lengths = batch["attention_mask"].sum(1)
@@ -189,10 +189,10 @@ def speed_by_num_draft_tokens(
     rounds: int = 3,
     **options: Any,
 ) -> tuple[float, list[SpeedRow]]:
-    """Measure greedy decoding with each number of draft tokens against `generate`, in alternation.
+    """Measure greedy decoding with every number of draft tokens against `generate`, in alternation.
 
     Args:
-        draft_lengths: numbers of draft tokens, or objects that choose them, by their names in the table.
+        draft_lengths: numbers of draft tokens, or objects for choosing them, by their names in the table.
         costs: measured costs for the predictions.
         options: arguments of `generate`, and `compile`.
 

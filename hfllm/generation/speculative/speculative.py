@@ -29,7 +29,7 @@ from hfllm.generation.speculative.drafts import (
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-# Compiled shapes include the cache's size, which is rounded up to this many tokens so that it seldom changes.
+# Compiled shapes include the cache's size, which is rounded up to this many tokens to change it seldom.
 COMPILED_BLOCK = 128
 
 
@@ -38,11 +38,11 @@ class Statistics:
     """Statistics of a run, over all rows.
 
     Attributes:
-        tokens: generated tokens that were kept.
-        target_calls: runs of the target, each counted once per row, including the prompt's.
+        tokens: generated and kept tokens.
+        target_calls: runs of the target, counted once per row, including the prompt's.
         drafted: drafted tokens.
-        tested: drafted tokens that the target verified: up to the first rejected one of each draft.
-        accepted: drafted tokens that were right.
+        tested: drafted tokens verified by the target: up to the first rejected one of every draft.
+        accepted: right drafted tokens.
         steps: drafted tokens per row, by run of the target.
     """
 
@@ -68,7 +68,7 @@ class Statistics:
 
     @property
     def tokens_per_target_call(self) -> float:
-        """Return the tokens that a row gains per run of the target."""
+        """Return a row's new tokens per run of the target."""
         return self.tokens / self.target_calls if self.target_calls else 0.0
 
 
@@ -102,17 +102,17 @@ def speculative_generate(
         input_ids: (B, S) prompts, padded on either side.
         attention_mask: (B, S), 0 at padding; by default there is none.
         generation_config: transformers' options. `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
-            `min_p`, `eos_token_id`, `pad_token_id` and other options that depend only on the logits.
+            `min_p`, `eos_token_id`, `pad_token_id` and other options depending only on the logits.
         num_draft_tokens: tokens to draft before the target verifies them; `"adaptive"` follows the acceptance.
         generator: the source of randomness; by default torch's own.
-        compile: run the models through `torch.compile` on fixed shapes. The first calls take long; rows that have
-            ended stay in the batch.
+        compile: run the models through `torch.compile` on fixed shapes. The first calls take long; ended rows stay in
+            the batch.
         packed: call kernels directly, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
-            default for models of the family in evaluation mode, whose weights the first call copies.
-        kwargs: single options that override `generation_config`, as in `generate`.
+            default for models of the family in evaluation mode, with their weights copied by the first call.
+        kwargs: single options in place of `generation_config`'s, as in `generate`.
 
     Raises:
-        InputError: for a model, a draft or an option that is not supported.
+        InputError: for an unsupported model, draft or option.
     """
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     check_prompts(input_ids, attention_mask)
@@ -161,9 +161,9 @@ def many_shapes() -> AbstractContextManager:
 
 
 class _Run:
-    """The state of one call: rows that still run, and the tokens of each row so far.
+    """The state of one call: rows still running, and all rows' tokens so far.
 
-    Lengths and ends are kept as Python numbers beside the tensors, so a step waits for the device only once.
+    Lengths and ends are kept as Python numbers next to the tensors, so a step waits for the device only once.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class _Run:
         capacity = longest + draft_length.maximum + 1
         if compile:
             capacity = -(-capacity // COMPILED_BLOCK) * COMPILED_BLOCK
-        # New tokens of each row, and the rows that still run, by their index in the batch.
+        # New tokens of the rows, and the rows still running, by their index in the batch.
         self.new: list[list[int]] = [[] for _ in lengths]
         self.running = list(range(len(lengths)))
         self.limits = [length + options.max_new_tokens for length in lengths]
@@ -195,7 +195,7 @@ class _Run:
         self._begin()
 
     def _begin(self) -> None:
-        """Read the prompts, which yields the first token as in plain decoding; then prepare the draft."""
+        """Read the prompts, for the first token as in plain decoding; then prepare the draft."""
         rows = self.rows
         logits = self.target.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
         self._verify(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
@@ -235,7 +235,7 @@ class _Run:
                 level = longest == int(columns.min()) + 1
 
     def step(self) -> None:
-        """Draft, verify, append; then drop rows that have ended."""
+        """Draft, verify, append; then drop ended rows."""
         rows = self.rows
         proposal = self._proposal()
         drafted = proposal.tokens.shape[1]
@@ -246,10 +246,10 @@ class _Run:
         self._verify(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted, level=level))
 
     def _verify(self, proposal: Proposal, logits: torch.Tensor) -> None:
-        """Accept the tokens that the logits (B, G + 1, V) allow, and append them."""
+        """Accept the tokens allowed by the logits (B, G + 1, V), and append them."""
         rows = self.rows
         accepted, following = self.options.sampler.accept(proposal.tokens, proposal.probs, logits, proposal.counts)
-        # The accepted drafts and the token after them, which takes the place of the first rejected one.
+        # The accepted drafts and the token after them, in place of the first rejected one.
         fresh = torch.cat((proposal.tokens, following.unsqueeze(1)), dim=1)
         fresh.scatter_(1, accepted.unsqueeze(1), following.unsqueeze(1))
         columns = rows.lengths.unsqueeze(1) + torch.arange(fresh.shape[1], device=fresh.device)
@@ -274,7 +274,7 @@ class _Run:
         return proposal
 
     def _append(self, outcome: list[list[int]]) -> None:
-        """Append the new tokens of each row, up to its end, and record accepted and drafted counts."""
+        """Append the rows' new tokens, up to their ends, and record accepted and drafted counts."""
         sizes, calls, drafted, tested, accepted = list(self.rows.sizes), 0, 0, 0, 0
         for row, (number, (right, count, *tokens)) in enumerate(zip(self.running, outcome, strict=True)):
             if self._has_ended(number):

@@ -43,11 +43,11 @@ HEADS = {
     "Model": "AutoModel",
     "ForConditionalGeneration": "AutoModelForImageTextToText",
 }
-# What our models with a head call the model inside.
+# The name of the inner model in our models with a head.
 TRUNK = "model"
-# Arguments of `push_to_hub`, which `save_pretrained` takes too.
+# Arguments of `push_to_hub`, also accepted by `save_pretrained`.
 UPLOADING = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
-# How a model computes, not what: asked of the native model, and so of ours too.
+# The way a model computes, not its results: read from the native model, and so from ours too.
 ASKED_OF_BOTH = ("attn_implementation", "experts_implementation")
 
 
@@ -64,16 +64,16 @@ def from_native(
         kwargs: further arguments of `from_pretrained`, such as `dtype` or `token`.
 
     Returns:
-        The model with the head that the checkpoint's `architectures` names, or without one if it names the trunk; a
+        The model with the head named by the checkpoint's `architectures`, or without one if it names the trunk; a
         causal language model if it names nothing.
 
     Raises:
-        InputError: for a family or field that cannot be converted, or a checkpoint that is broken or quantized; it is
+        InputError: for an unsupported family or field, or a broken or quantized checkpoint; it is
             named.
     """
     name = os.fspath(path_or_id)
     kwargs |= {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
-    # What cannot be converted is refused before the weights are read.
+    # Unsupported models are refused before the weights are read.
     settings = read_config(name, **_location(kwargs))
     if settings.model_type == "llava":
         return _seeing_from_native(name, settings, kwargs)
@@ -104,11 +104,11 @@ def to_native(
 
     Args:
         model: the model, or the folder or Hub id of one.
-        path: a folder that does not exist yet or is empty. It appears whole or not at all.
-        native_type: the native family, such as `"llama"`; `None` takes the first that can express the model.
-        tokenizer: written beside the weights.
-        kwargs: further arguments of `save_pretrained`, such as `max_shard_size`. With `push_to_hub=True` what was
-            written is uploaded in one commit, to `repo_id`, by default the folder's name.
+        path: a new or empty folder. It appears whole or not at all.
+        native_type: the native family, such as `"llama"`; `None` takes the first one able to express the model.
+        tokenizer: written next to the weights.
+        kwargs: further arguments of `save_pretrained`, such as `max_shard_size`. With `push_to_hub=True` the written
+            files are uploaded in one commit, to `repo_id`, by default the folder's name.
 
     Raises:
         InputError: when no native class can express the model (its fields are named), it is quantized, or `path` holds
@@ -142,14 +142,14 @@ def to_native(
 def _write(
     native: "PreTrainedModel", target: Path, tokenizer: "PreTrainedTokenizerBase | None", kwargs: Mapping[str, Any]
 ) -> Path:
-    # Its tensors come from no file, so transformers would give files the names of modules, which other programs do not
-    # know where experts or hybrids have others. Now they have the names that the native class gives a new model.
+    # Its tensors come from no file, so transformers would give files the names of modules, unknown to other
+    # programs where experts or hybrids have others. Now they have the names from a new model of the native class.
     native._weight_conversions = None
     saving = {name: value for name, value in kwargs.items() if name not in ("push_to_hub", *UPLOADING)}
     with whole_folder(target) as folder:
         native.save_pretrained(folder, **saving)
         if tokenizer is not None:
-            # Of a model with pictures it may be a processor.
+            # For a vision-language model it may be a processor.
             tokenizer.save_pretrained(folder)
             _rename_tokenizer_class(folder / "tokenizer_config.json")
     if kwargs.get("push_to_hub"):
@@ -164,7 +164,7 @@ def _upload(
     private: bool | None = None,
     **kwargs: object,
 ) -> None:
-    """Upload what was written, in one commit. The arguments are those of `push_to_hub`."""
+    """Upload the written files in one commit. The arguments are as in `push_to_hub`."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -212,7 +212,7 @@ def _text_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
 
 
 def _rename_tokenizer_class(path: Path) -> None:
-    """Name the general tokenizer as transformers 4 does, which other engines still use; release 5 knows both names."""
+    """Name the general tokenizer as transformers 4 does, still used by other engines; release 5 knows both names."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -220,7 +220,7 @@ def _rename_tokenizer_class(path: Path) -> None:
 
 
 def check_empty(path: Path) -> None:
-    """Refuse a path that is not new or an empty folder. Hidden files, such as a run's lock, do not count.
+    """Refuse a path other than a new or an empty folder. Hidden files, such as a run's lock, do not count.
 
     Raises:
         InputError: when it exists and is not an empty folder.
@@ -240,15 +240,15 @@ def read_config(name: str, **location: object) -> "PreTrainedConfig":
 
 
 def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
-    """Load the model of a local folder or Hub id, in its own precision and with the head that its config names.
+    """Load the model of a local folder or Hub id, in its own precision and with the head named by its config.
 
-    A checkpoint that does not fit its config is an error here, not a warning.
+    A mismatch between checkpoint and config is an error here, not a warning.
 
     Args:
         kwargs: arguments of `from_pretrained`.
 
     Raises:
-        InputError: for missing or unexpected tensors, wrong shapes, or files that cannot be read.
+        InputError: for missing or unexpected tensors, wrong shapes, or unreadable files.
     """
     from safetensors import SafetensorError
 
@@ -266,7 +266,7 @@ def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
 
 
 def _location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that locate a checkpoint."""
+    """Return the arguments of `from_pretrained` for locating a checkpoint."""
     names = ("revision", "gguf_file", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
     return {name: kwargs[name] for name in names if name in kwargs}
 
@@ -282,7 +282,7 @@ def _is_trunk(model: "PreTrainedModel") -> bool:
 
 
 def _whole(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
-    """Return a model's tensors, those of a trunk named as inside a model with a head."""
+    """Return a model's tensors; the tensors of a trunk are named as inside a model with a head."""
     state = model.state_dict()
     return tensor_layouts.with_prefix(state, model.base_model_prefix) if _is_trunk(model) else state
 
@@ -344,13 +344,13 @@ def _one_line(error: Exception) -> str:
 #
 # Configs of native transformers architectures as configs of hfllm, and back.
 #
-# Whether a config can be expressed on the other side is tested by converting it there and back: a field that comes
-# back changed is named and refused.
+# Whether a config can be expressed on the other side is tested by converting it there and back: a field changed
+# by this is named and refused.
 
 
-# Exceptions of configs that refuse a value; a missing key is a RoPE parameter.
+# Exceptions of configs refusing a value; a missing key is a RoPE parameter.
 BAD_CONFIG = (ValueError, KeyError, StrictDataclassError)
-# These change training or storage, not what a loaded model computes, so losing them is accepted.
+# These change training or storage, not the results of a loaded model, so losing them is accepted.
 HARMLESS_OURS = {
     *("initializer_range", "residual_init", "use_cache", "loss_chunk_size", "attention_dropout", "hidden_dropout"),
     *("router_aux_loss_coef", "output_router_logits", "pad_token_id", "bos_token_id", "eos_token_id"),
@@ -366,7 +366,7 @@ HARMLESS_THEIRS = {
     *("is_decoder", "head_dim", "n_inner", "max_window_layers", "sliding_window", "use_sliding_window"),
     *("layer_types", "num_ln_in_parallel_attn", "num_kv_heads", "multi_query", "parallel_attn"),
 }
-# Sizes that every config.json names, and the largest that are no typing error.
+# Sizes in every config.json, with their largest plausible values.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 LARGEST, MAX_LAYERS = 10**9, 10**5
 # A value in a message is cut at this many characters.
@@ -377,7 +377,7 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
     """Convert a native config to ours.
 
     Raises:
-        InputError: when the family is unknown, with what it has and we have not if that is known; or when one of its
+        InputError: when the family is unknown, with its unsupported part if known; or when one of its
             fields has no counterpart; it is named.
     """
     family = FAMILIES.get(native.model_type)
@@ -401,11 +401,11 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
 
 
 def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our fields of the model that a config.json of another architecture describes, for who counts it.
+    """Return our fields for the model of a config.json of another architecture, for counting its parameters.
 
     Args:
-        values: its content. What it leaves out is as transformers' class has it, except for the four sizes that every
-            model has.
+        values: its content. Missing values are the defaults of transformers' class, except for the four sizes of every
+            model.
 
     Raises:
         InputError: when the family cannot be converted, a size is missing or is none, or a field has no counterpart.
@@ -445,13 +445,13 @@ def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
 def config_to_native(
     config: HfllmConfig, native_type: str | None = None, auto_class: str = "AutoModelForCausalLM"
 ) -> "PreTrainedConfig":
-    """Return the equivalent native config: of `native_type`, or of the first family that can express it.
+    """Return the equivalent native config: of `native_type`, or of the first family able to express it.
 
     Args:
-        auto_class: of the head, which the family must have.
+        auto_class: of the head, required of the family.
 
     Raises:
-        InputError: when none can; the fields without a counterpart are named, with the value that they would have
+        InputError: when none can; the fields without a counterpart are named, with their value
             there.
     """
     if native_type is not None and native_type not in FAMILIES:
@@ -467,7 +467,7 @@ def config_to_native(
         try:
             native, lost = _said(config, FAMILIES[name], name)
         except BAD_CONFIG as error:
-            # Values that the native class itself refuses, such as a width that its heads do not divide.
+            # Values refused by the native class itself, such as a width not divisible by its heads.
             if native_type:
                 raise InputError(f"{name} refuses this model: {_message_line(error)}") from error
             continue
@@ -496,7 +496,7 @@ class _Lost:
 
 
 def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTrainedConfig, list[_Lost]]":
-    """Return the native config, and our fields that are lost in it."""
+    """Return the native config, and our fields lost in it."""
     native = family.theirs(config, transformers.CONFIG_MAPPING[native_type])
     back = family.ours(native)
     irrelevant = set(HARMLESS_OURS)
@@ -519,12 +519,12 @@ def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTr
 
 
 def _said_of(config: HfllmConfig, name: str) -> object:
-    """Return the value of our field, or what it means where there are several ways to say that."""
+    """Return the value of our field, or its meaning where several values mean the same."""
     return WIDTHS[name](config) if name in WIDTHS else getattr(config, name)
 
 
 def _differences(name: str, one: object, other: object) -> list[_Lost]:
-    """Return where two values of a field differ: of a dictionary, the entries that do."""
+    """Return where two values of a field differ: of a dictionary, the differing entries."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         one, other = plain_rope(one), plain_rope(other)
         keys = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
@@ -538,7 +538,7 @@ def _shown(value: object) -> str:
 
 
 def _fields(config: "PreTrainedConfig") -> set[str]:
-    """Return the names of a config's own fields, without those of every config and without class variables."""
+    """Return the names of a config's own fields, without fields of every config and without class variables."""
     every = set(transformers.PreTrainedConfig().to_dict())
     return {field.name for field in dataclasses.fields(config) if not field.name.startswith("_")} - every
 
@@ -562,9 +562,9 @@ def _message_line(error: Exception) -> str:
 
 
 VISION_TRUNK, DECODER = "model.", "model.language_model."
-# What Llava's class does not compute of a text model's head or embeddings, with the values that change nothing.
+# Parts of a text model's head or embeddings not computed by Llava's class, with their neutral values.
 LEFT_OUT = {"logit_scale": 1, "final_logit_softcapping": None, "lm_head_bias": False, "embedding_multiplier": 1}
-# Of the composed configs, beside their parts.
+# Of the composed configs, in addition to their parts.
 SHARED = (
     *("image_token_index", "image_seq_length", "projector_hidden_act", "vision_feature_select_strategy"),
     *("vision_feature_layer", "multimodal_projector_bias", "tie_word_embeddings"),
@@ -584,10 +584,10 @@ def vision_config_from_native(native: "LlavaConfig") -> HfllmVisionConfig:
 
 
 def vision_config_to_native(config: HfllmVisionConfig, native_type: str | None = None) -> "LlavaConfig":
-    """Return Llava's config of our model, with a text model of `native_type` or of the first family that can be it.
+    """Return Llava's config of our model, with a text model of `native_type` or of the first suitable family.
 
     Raises:
-        InputError: when none can, or Llava's class leaves out what its head does; the field is named.
+        InputError: when none is suitable, or Llava's class leaves out a step of its head; the field is named.
     """
     from transformers import LlavaConfig
 
@@ -599,9 +599,9 @@ def vision_config_to_native(config: HfllmVisionConfig, native_type: str | None =
 
 
 def refuse_other_table(config: "PreTrainedConfig", layout: str) -> None:
-    """Refuse a native text model whose head is tied to embeddings that composed classes do not find.
+    """Refuse a native text model whose head is tied to embeddings not found by composed classes.
 
-    They tie the head to `embed_tokens`, whatever the text model calls its table, and fail if that is `wte`.
+    They tie the head to `embed_tokens`, whatever the text model calls its table, and fail if its name is `wte`.
 
     Args:
         config: of the text model.
@@ -620,10 +620,10 @@ def refuse_other_table(config: "PreTrainedConfig", layout: str) -> None:
 
 
 def split_state(state: Mapping[str, "Tensor"], prefix: str) -> tuple[dict[str, "Tensor"], dict[str, "Tensor"]]:
-    """Return the tensors of tower and projector, and those of the text model, named as in one of its own.
+    """Return the tensors of tower, projector and text model, the last named as in a text model of its own.
 
     Args:
-        prefix: what the text model calls its trunk.
+        prefix: the text model's name for its trunk.
     """
     media = {
         name: tensor

@@ -1,4 +1,4 @@
-"""Rows of native architectures with experts, or with latent attention, and what conversion compares of them."""
+"""Rows of native architectures with experts, or with latent attention, and their parts compared by conversion."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def _written_qwen(config: HfllmConfig) -> dict[str, Any]:
 
 
 def deepseek_experts(native: "PreTrainedConfig") -> dict[str, Any]:
-    """Return our fields of a native config with DeepSeek-V3's router, which trains as its own class does."""
+    """Return our fields of a native config with DeepSeek-V3's router, trained as in its own class."""
     dense = native.first_k_dense_replace or 0
     layers = native.num_hidden_layers
     return {
@@ -65,7 +65,7 @@ def written_deepseek(config: HfllmConfig) -> dict[str, Any]:
     """Return the inverse of `deepseek_experts`, and the width of the shared MLP as a number of experts.
 
     Raises:
-        ValueError: for a width that is no multiple of an expert's, or 0.
+        ValueError: for a width other than a multiple of an expert's, or 0.
     """
     width, shared = expert_width(config), shared_width(config)
     if not shared or shared % width:
@@ -108,7 +108,7 @@ EXPERT_FAMILIES = {
     "glm4_moe": Family(
         {**LLAMA_BIASES, **DEEPSEEK, "qk_norm": "use_qk_norm"},
         read=lambda native: {**deepseek_experts(native), "attention_output_bias": False},
-        # Modules that predict further tokens are no part of the class for causal language modeling.
+        # Modules for predicting further tokens are no part of the class for causal language modeling.
         write=lambda config: {**written_deepseek(config), "num_mtp_layers": 0},
         has_partial_rope=True,
         idle=frozenset({"first_k_dense_replace", "num_mtp_layers"}),
@@ -124,12 +124,12 @@ EXPERT_FAMILIES = {
     ),
 }
 
-# Ways to say a width, of which one is compared.
+# Ways to say a width; only one is compared.
 WIDTHS = {"moe_intermediate_size": expert_width, "shared_expert_intermediate_size": shared_width}
 
 
 def irrelevant_fields(config: HfllmConfig) -> set[str]:
-    """Return fields of experts that say nothing about what this model computes."""
+    """Return fields of experts without an effect on the results of this model."""
     names = {"n_shared_experts"}
     if not config.num_local_experts:
         names |= {*IDLE, "num_experts_per_tok"}
@@ -150,9 +150,9 @@ _LATENT = {
     **{name: name for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
     "norm_eps": "rms_norm_eps",
 }
-# Of models without experts, and modules that predict further tokens, which no class for language modeling has.
+# Of models without experts, and modules for predicting further tokens, absent from all classes for language modeling.
 _IDLE = frozenset({*DEEPSEEK.values(), "topk_method", "first_k_dense_replace", "num_mtp_layers"})
-# What a native class wants to hear of experts in a model that has none.
+# Values for a native class about experts in a model without any.
 _NO_EXPERTS = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
@@ -222,7 +222,7 @@ def _written_minicpm(config: HfllmConfig) -> dict[str, Any]:
     return {
         **_written_latent(config),
         "scale_emb": config.embedding_multiplier,
-        # What it takes for a factor of 1 on each block's output.
+        # The value for a factor of 1 on each block's output.
         "scale_depth": None,
         "dim_model_base": round(config.logit_scale * config.hidden_size),
     }

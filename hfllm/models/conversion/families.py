@@ -1,4 +1,4 @@
-"""The table of native architectures that convert, how each config says what ours says, and which cannot."""
+"""The table of supported native architectures, the correspondence of their configs to ours, and unsupported ones."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ def _gpt_neo_fields(native: "PreTrainedConfig") -> dict[str, Any]:
 def _written_gpt_neo(config: HfllmConfig) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in _KINDS.items()}
     return {
-        # A type that it has not is refused by its name, when it comes back.
+        # An unknown type is refused by its name, when it comes back.
         "attention_types": [[[names.get(kind, "global") for kind in config.layer_types], 1]],
         "embed_dropout": config.hidden_dropout,
         **({} if config.sliding_window is None else {"window_size": config.sliding_window}),
@@ -80,7 +80,7 @@ def _exaone4_fields(native: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def _written_exaone4(config: HfllmConfig) -> dict[str, Any]:
-    # A window that no layer has says there that no layer has positions.
+    # A window without a layer means there: no layer has positions.
     unused = config.max_position_embeddings if config.no_rope_layers else None
     return {**written_layers(config), "sliding_window": config.sliding_window or unused}
 
@@ -120,7 +120,7 @@ MORE_FAMILIES = {
         write=_written_gpt_neo,
         rules=tensor_layouts.gpt_neo_rules,
         classifier="classifier",
-        # Two ways to say which layers are local, and a window that may have none.
+        # Two ways to list the local layers, and a window possibly without any.
         idle=frozenset({"attention_types", "window_size", "resid_dropout", "embed_dropout", "intermediate_size"}),
     ),
     "exaone4": Family(LLAMA, read=_exaone4_fields, write=_written_exaone4, idle=frozenset({"sliding_window_pattern"})),
@@ -160,7 +160,7 @@ _LAYERNORM = {
     **{name: name for name in ("intermediate_size", "hidden_act", "max_position_embeddings", "rope_parameters")},
     **{"norm_eps": "layer_norm_eps", "hidden_dropout": "hidden_dropout"},
 }
-# The first GPT's "gelu" is the tanh approximation that transformers calls gelu_new elsewhere.
+# The first GPT's "gelu" is the tanh approximation, called gelu_new elsewhere in transformers.
 _OPENAI_ACTIVATIONS = {"gelu": "gelu_new", "swish": "silu"}
 
 
@@ -186,7 +186,7 @@ def _falcon_fields(native: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def _original_context(config: HfllmConfig) -> dict[str, Any]:
-    """Return Phi-3's own field for the context before scaling, which goes before that in `rope_parameters`."""
+    """Return Phi-3's own field for the context before scaling, preferred to the one in `rope_parameters`."""
     name = "original_max_position_embeddings"
     return {name: (config.rope_parameters or {}).get(name, config.max_position_embeddings)}
 
@@ -384,10 +384,10 @@ FAMILIES |= MIXED_FAMILIES | MORE_FAMILIES | LATENT_FAMILIES
 
 # ---- unsupported families ----
 #
-# What architectures that do not convert have and `HfllmConfig` has not, to say why they are refused.
+# Parts of unsupported architectures absent from `HfllmConfig`, for saying why they are refused.
 
 
-# One thing that is missing, where there may be more. Read from the modeling code of transformers 5.24.
+# One missing part, where there may be more. Read from the modeling code of transformers 5.24.
 MISSING = {
     "queries, keys and values in shuffled parts of one tensor": ("codegen",),
     "a norm without weights": ("olmo", "nanochat"),
@@ -443,5 +443,5 @@ _BY_TYPE = {model_type: concept for concept, types in MISSING.items() for model_
 
 
 def missing_concept(model_type: str) -> str | None:
-    """Return what a known architecture has and `HfllmConfig` has not, as a noun phrase; `None` for others."""
+    """Return a part of a known architecture absent from `HfllmConfig`, as a noun phrase; `None` for others."""
     return _BY_TYPE.get(model_type)

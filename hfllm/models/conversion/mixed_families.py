@@ -1,4 +1,4 @@
-"""What a row of the table is, and rows of architectures whose layers differ, or whose norms stand elsewhere."""
+"""The form of a row of the table, and rows of architectures with differing layers, or norms in other places."""
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # ---- what a row is ----
 #
-# How one native architecture's config says what ours says: the form of a row, and names that many rows share.
+# The correspondence of one native architecture's config to ours: the form of a row, and names shared by many rows.
 
 
 SHARED = (
@@ -32,12 +32,12 @@ class Family:
         names: our field -> the native field with the same meaning, beyond `SHARED`.
         read: our other fields, from a native config.
         write: the native config's other fields, from ours.
-        rules: tensors that are named or laid out differently.
+        rules: tensors with other names or layouts.
         has_partial_rope: whether `partial_rotary_factor` has an effect there.
-        classifier: what the head of its token classifier is called.
+        classifier: the name of the head of its token classifier.
         reads_again: whether its generation reads the text again where the factors of `longrope` change, as ours does;
             others keep keys of both kinds.
-        idle: native fields without effect on the models that convert.
+        idle: native fields without effect on the supported models.
     """
 
     names: Mapping[str, str]
@@ -51,7 +51,7 @@ class Family:
 
     def ours(self, native: "PreTrainedConfig") -> HfllmConfig:
         names = {name: name for name in SHARED} | dict(self.names)
-        # `head_dim` is None in some native configs and absent from others, which still accept it.
+        # `head_dim` is None in some native configs and absent from others, but still accepted there.
         values = {ours: getattr(native, theirs, None) for ours, theirs in names.items()}
         if values.get("rope_parameters"):
             rope = plain_rope(values["rope_parameters"])
@@ -65,7 +65,7 @@ class Family:
         """Return the native config.
 
         Raises:
-            ValueError: for values that the native class refuses, or would misread.
+            ValueError: for values refused by the native class, or misread by it.
         """
         names = {name: name for name in SHARED} | dict(self.names)
         values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
@@ -83,9 +83,9 @@ class Family:
 
 
 def plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy, since configs change theirs in place, without what has no effect.
+    """Return a copy, since configs change theirs in place, without entries of no effect.
 
-    That is a factor of 1, and whatever stands beside dictionaries by layer type, where a config that was given one
+    These are a factor of 1, and other entries next to dictionaries by layer type, where a config made with one
     dictionary keeps it.
     """
     by_type = {name: dict(value) for name, value in parameters.items() if isinstance(value, Mapping)}
@@ -108,7 +108,7 @@ LLAMA_BIASES = {**LLAMA, "attention_bias": "attention_bias"}
 
 
 def layers_of(native: "PreTrainedConfig") -> dict[str, Any]:
-    """Return our fields of a native config that names the type of each layer. A window that no layer has is none."""
+    """Return our fields of a native config with a type per layer. A window without a layer is none."""
     kinds = list(native.layer_types)
     return {"layer_types": kinds, "sliding_window": native.sliding_window if "sliding_attention" in kinds else None}
 
@@ -117,26 +117,26 @@ def written_layers(config: HfllmConfig) -> dict[str, Any]:
     """Return the inverse of `layers_of`.
 
     Raises:
-        ValueError: for types that its families have not; their configs would take the name, and not the layer.
+        ValueError: for types absent from its families; their configs would accept the name, but not build the layer.
     """
     refuse_other_types(config, "full_attention", "sliding_attention")
     return {"layer_types": list(config.layer_types), "sliding_window": config.sliding_window}
 
 
 def written_windows(config: HfllmConfig) -> dict[str, Any]:
-    """Return `written_layers` for a class that makes the mask of a window even if no layer has one."""
+    """Return `written_layers` for a class that makes the mask of a window even without a layer for it."""
     return {**written_layers(config), "sliding_window": config.sliding_window or config.max_position_embeddings}
 
 
 def refuse_other_types(config: HfllmConfig, *kinds: str) -> None:
-    """Raise a ValueError, with its name, for a type of layer that is none of `kinds`."""
+    """Raise a ValueError, with its name, for a type of layer outside `kinds`."""
     for kind in config.layer_types:
         if kind not in kinds:
             raise ValueError(f"layer_types with {kind!r} have no place there")
 
 
 def qwen_layers(config: HfllmConfig) -> dict[str, Any]:
-    """Return what Qwen's configs say of layers, where a window needs a switch too."""
+    """Return the fields of Qwen's configs for layers, where a window needs a switch too."""
     return {**written_layers(config), "use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
 
 
@@ -154,7 +154,7 @@ def _written_rotations(config: HfllmConfig) -> dict[str, Any]:
     rope = config.rope_parameters or {}
     own = config.rotary_types()
     kinds = ("sliding_attention", "full_attention")
-    # A type that no layer has is written too: the native class would fill it, and perhaps differently.
+    # A type without a layer is written too: the native class would fill it, and perhaps differently.
     return {"rope_parameters": {kind: dict(rope.get(kind, rope[own[0]]) if own else rope) for kind in kinds}}
 
 
@@ -207,7 +207,7 @@ def _written_llama4(config: HfllmConfig) -> dict[str, Any]:
     return {
         **{"layer_types": list(config.layer_types), "attention_chunk_size": config.attention_chunk_size},
         "no_rope_layers": config.no_rope_layers or [1] * config.num_hidden_layers,
-        # Models that convert have none of these.
+        # Supported models have none of these.
         **{"use_qk_norm": False, "attn_temperature_tuning": False, "moe_layers": []},
     }
 
@@ -228,7 +228,7 @@ MIXED_FAMILIES = {
             "use_sliding_window": config.sliding_window is not None,
             "no_rope_layers": config.no_rope_layers or [1] * config.num_hidden_layers,
         },
-        # It says how to fill the list, which is filled.
+        # It says how to fill the list, already filled here.
         idle=frozenset({"no_rope_layer_interval"}),
     ),
     "cwm": Family(
@@ -241,7 +241,7 @@ MIXED_FAMILIES = {
         read=_llama4_fields,
         write=_written_llama4,
         rules=tensor_layouts.llama4_rules,
-        # Of experts, of scales that are off, and of how the lists are filled.
+        # Of experts, of disabled scales, and of the way of filling the lists.
         idle=frozenset({"intermediate_size", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step"})
         | {"no_rope_layer_interval", "floor_scale", "attn_scale", "attention_chunk_size"},
     ),

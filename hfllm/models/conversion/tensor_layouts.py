@@ -1,4 +1,4 @@
-"""Tensor layouts of native checkpoints that hold the same numbers differently: one rule per tensor that differs.
+"""Tensor layouts of native checkpoints with the same numbers in another form: one rule per differing tensor.
 
 A rule moves numbers and never computes, so applying it there and back gives the same bits. Shapes: E hidden_size,
 D head_dim, K key-value heads, G query heads per key-value head.
@@ -91,7 +91,7 @@ def _grouped(theirs: str, ours: tuple[str, ...], config: HfllmConfig) -> Rule:
 
 
 def _rotary_pairs(name: str, config: HfllmConfig) -> Rule:
-    """Return the rule for rotary pairs of neighbors (0, 1), (2, 3), ...; ours are half of what is rotated apart."""
+    """Return the rule for rotary pairs of neighbors (0, 1), (2, 3), ...; ours are half the rotated size apart."""
     import torch
 
     rope = config.rope_parameters
@@ -311,7 +311,7 @@ def qwen2_moe_rules(config: HfllmConfig) -> Iterator[Rule]:
 
 
 def token_classifier_rules(name: str) -> Iterator[Rule]:
-    """Yield the rules for the head of a token classifier, which some families call `classifier`."""
+    """Yield the rules for the head of a token classifier, called `classifier` in some families."""
     yield from _renamed({name: "score"})
 
 

@@ -1,1 +1,1 @@
-"""The architecture: the files that travel with saved weights, and the presets."""
+"""The architecture: the files saved together with weights, and the presets."""

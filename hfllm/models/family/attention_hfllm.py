@@ -1,6 +1,6 @@
 """Rotary positions, attention and its masks, and latent attention.
 
-This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
+This file imports only torch, transformers and files next to it, and is uploaded to the Hub with modeling_hfllm.py.
 Shapes: B batch, S sequence, H query heads, K key-value heads, D head_dim, R rotated dimensions of a head.
 """
 
@@ -59,7 +59,7 @@ class HfllmRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: HfllmConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Return the inverse frequencies `theta^(-2i/R)`, shape (R/2,), and the attention factor, which is 1 here.
+        """Return the inverse frequencies `theta^(-2i/R)`, shape (R/2,), and the attention factor, here 1.
 
         R is the number of rotated dimensions of a head: all of them unless `partial_rotary_factor` is set.
         """
@@ -86,13 +86,13 @@ class HfllmRotaryByType(nn.ModuleDict):
 
 
 def build_rotary(config: HfllmConfig) -> nn.Module:
-    """Return the rotary embedding of all layers, or of each type of them if each has its own parameters."""
+    """Return the rotary embedding of all layers, or one per type of layer if types have their own parameters."""
     own = config.rotary_types()
     if not own:
         return HfllmRotaryEmbedding(config)
     by_type = {}
     for name in own:
-        # Each sees a config with one dictionary, which is all that transformers' RoPE functions need to know.
+        # Each sees a config with one dictionary, the only form known to transformers' RoPE functions.
         alone = copy(config)
         alone.rope_parameters = config.rope_parameters[name]
         by_type[name] = HfllmRotaryEmbedding(alone)
@@ -103,7 +103,7 @@ def rotation_changes(config: HfllmConfig, cache: Cache | None, position_ids: tor
     """Return whether keys in a cache have been rotated by other factors than `new` more tokens would be (`longrope`).
 
     Args:
-        position_ids: (B, S), of the new tokens at the end; `None` means that all count from 0.
+        position_ids: (B, S), of the new tokens at the end; `None` means counting from 0 for all.
     """
     limits = longrope_limits(config)
     past_length = int(cache.get_seq_length()) if limits and cache is not None else 0
@@ -126,20 +126,20 @@ def signed(sin: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def _signs(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return -1 for the first half and 1 for the second, (size,): one product for each generated token and layer."""
+    """Return -1 for the first half and 1 for the second, (size,): one product per generated token and layer."""
     with torch.inference_mode(False):
         return torch.tensor([-1.0, 1.0]).repeat_interleave(size // 2).to(device, dtype)
 
 
 def rotate_heads(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first dimensions of each head, as many as `cos` has; the others stay unchanged.
+    """Rotate the first dimensions of all heads, as many as `cos` has; the others stay unchanged.
 
     With the sign in the small tensor of sines, no half of `states` has to be negated.
     """
     size = cos.shape[-1]
     if size == states.shape[-1]:
         product, rolled = states * cos, states.roll(size // 2, -1)
-        # In place, to save the time that new memory takes; nobody else holds the product.
+        # In place, to save the time for new memory; nobody else holds the product.
         return product.addcmul_(rolled, signed_sin) if not needs_autograd() else product.addcmul(rolled, signed_sin)
     rotated, passed = states.split((size, states.shape[-1] - size), dim=-1)
     return torch.cat((rotate_heads(rotated, cos, signed_sin), passed), dim=-1)
@@ -180,7 +180,7 @@ class HfllmAttention(nn.Module):
         self.q_norm, self.k_norm = (build_norm(config, size) if config.qk_norm else None for size in sizes)
 
     def _set_common(self, config: HfllmConfig, layer_idx: int) -> None:
-        """Set what attention of every kind takes from the config."""
+        """Set the values from the config common to all kinds of attention."""
         self.config = config
         self.layer_idx = layer_idx
         self.softcap = config.attn_logit_softcapping
@@ -230,7 +230,7 @@ class HfllmAttention(nn.Module):
 
         Args:
             query: (B, H, S, D).
-            key: (B, K, T, D), and so `value`; with those that the cache held.
+            key: (B, K, T, D), and so `value`; together with the ones from the cache.
         """
         eager = eager_attention_forward if self.softcap is None else softcapped_attention
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
@@ -253,7 +253,7 @@ class HfllmAttention(nn.Module):
 
 
 def check_implementation(implementation: str, config: PreTrainedConfig) -> None:
-    """Refuse an attention function that cannot compute a model.
+    """Refuse an attention function unable to compute a model.
 
     Args:
         config: of the model, also of another family.
@@ -271,7 +271,7 @@ def check_softcap(implementation: str) -> None:
     """Refuse attention functions that would ignore a soft limit of the scores.
 
     Raises:
-        ValueError: naming the function and what to use instead.
+        ValueError: naming the function and its alternative.
     """
     if implementation not in ("eager", "flex_attention") and "flash" not in implementation:
         raise ValueError(
@@ -304,8 +304,8 @@ def softcapped_attention(
 def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """Return the index of each token's packed sequence, (B, S), or `None` when no row holds more than one.
 
-    A sequence begins where positions restart: at a position below that of the token before, or at 0. Positions that
-    jump forward (PoSE, arXiv:2309.10400) stay in one sequence. Padding has no position.
+    A sequence begins where positions restart: at a position below the previous token's, or at 0. Positions with
+    forward jumps (PoSE, arXiv:2309.10400) stay in one sequence. Padding has no position.
     """
     if position_ids is None or (attention_mask is not None and len(attention_mask.shape) != 2):
         return None
@@ -324,7 +324,7 @@ def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Te
 
 
 def positions_of_sequences(cu_seq_lens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """Return `position_ids`, (B, S), that restart where `cu_seq_lens` counts the first token of a sequence.
+    """Return `position_ids`, (B, S), restarting where `cu_seq_lens` counts the first token of a sequence.
 
     Args:
         cu_seq_lens: 0 and the sums of the sequences' lengths, over all rows one after the other.
@@ -337,7 +337,7 @@ def positions_of_sequences(cu_seq_lens: torch.Tensor, batch: int, length: int) -
 def restarted_positions(packed: torch.Tensor) -> torch.Tensor:
     """Return 0, 1, 2, ... within each sequence of `packed_sequences`, (B, S).
 
-    This is the form in which attention functions recognize packed sequences: for them, every jump is a boundary.
+    Attention functions recognize packed sequences in this form: for them, every jump is a boundary.
     """
     index = torch.arange(packed.shape[1], device=packed.device)
     begins = nn.functional.pad(packed.diff(dim=-1), (1, 0)).bool()
@@ -345,13 +345,13 @@ def restarted_positions(packed: torch.Tensor) -> torch.Tensor:
 
 
 def keep_last_sequences(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `generate` with an attention mask that leaves each row the last of its packed sequences.
+    """Return the arguments of `generate` with an attention mask for only the last packed sequence of each row.
 
-    New tokens continue that one: the sequences before it are to them what padding is.
+    New tokens continue this one: to them the sequences before it are like padding.
 
     Args:
         inputs: tokens, unless `arguments` has them as `input_ids` or `inputs_embeds`.
-        arguments: `position_ids` among them may be those of all tokens, or of the ones that no cache holds yet.
+        arguments: `position_ids` among them may be for all tokens, or for the ones not yet in a cache.
     """
     names = ("position_ids", "attention_mask", "input_ids", "inputs_embeds")
     positions, mask, *token_inputs = (arguments.get(name) for name in names)
@@ -366,9 +366,9 @@ def keep_last_sequences(inputs: torch.Tensor | None, arguments: dict[str, Any]) 
 
 
 def padding_of_one(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the mask (B, 1) of linear attention for a token that is read alone, `None` where it is no padding.
+    """Return the mask (B, 1) of linear attention for a token read by itself, `None` where it is no padding.
 
-    Transformers' function takes it for a generated one, and lets padding that is read token by token into the state.
+    Transformers' function takes it for a generated one, and lets padding, read token by token, into the state.
     """
     if attention_mask is None or masking_utils.is_tracing(attention_mask):
         return None
@@ -384,7 +384,7 @@ def create_masks(
     cache: Cache | None,
     packed: torch.Tensor | None,
 ) -> dict[str, object]:
-    """Return what each type of layer takes as its mask: a tensor, a block mask, or `None`.
+    """Return the mask per type of layer: a tensor, a block mask, or `None`.
 
     Args:
         config: its direction, layer types, window and attention function decide.
@@ -394,8 +394,8 @@ def create_masks(
         packed: the result of `packed_sequences`.
 
     Raises:
-        ValueError: for packed sequences that a flash kernel cannot keep apart, and for a mask of four dimensions with
-            linear attention, whose state cannot skip what single tokens do not see.
+        ValueError: for packed sequences that a flash kernel cannot separate, and for a mask of four dimensions with
+            linear attention, since its state cannot skip the masked tokens of single queries.
     """
     restarts, allowed = None, None
     if "linear_attention" in config.layer_types and getattr(attention_mask, "ndim", 2) == 4:
@@ -432,16 +432,16 @@ def create_masks(
 # Multi-head latent attention: keys and values of all heads are made from one small vector per token.
 #
 # DeepSeek-V2 (arXiv:2405.04434, section 2.1), with the names and the arithmetic of transformers' DeepSeek-V3. A cache
-# holds the latent and one rotated key per token and layer, in the place of keys and values, as there; every cache
+# holds the latent and one rotated key per token and layer, instead of keys and values, as there; every cache
 # class of transformers takes them.
 #
 # Shapes: B batch, S sequence, T keys, H heads, E hidden_size, L kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim,
 # V v_head_dim.
 
 
-# That of all models with latents in transformers, whatever the epsilon of their other norms.
+# The value of all models with latents in transformers, whatever the epsilon of their other norms.
 NORM_EPS = 1e-6
-# Queries of one call that look at latents directly, at most: their scores are in memory all at once.
+# The most queries of one call to attend to latents directly: their scores are in memory all at once.
 MOST_ABSORBED = 16
 
 
@@ -449,8 +449,8 @@ class HfllmLatentAttention(HfllmAttention):
     """Attention whose keys and values are products of one latent per token (DeepSeek-V2, equations 9 to 19).
 
     Attributes:
-        absorb: while decoding, multiply queries and outputs by the two halves of `kv_b_proj` in place of spreading all
-            latents into keys and values again for each token (section 2.1.2: the same products in another order). It
+        absorb: while decoding, multiply queries and outputs by the two halves of `kv_b_proj` instead of spreading all
+            latents into keys and values again for every token (section 2.1.2: the same products in another order). It
             is off by itself in training, and where hooks, adapters or quantization on `kv_b_proj` would be passed
             over. Set it to False, on one module or on this class, to spread them always.
     """
@@ -546,7 +546,7 @@ class HfllmLatentAttention(HfllmAttention):
             return False
         if self.config._attn_implementation not in ("eager", "sdpa") or type(self.kv_b_proj) is not nn.Linear:
             return False
-        # Tensors that stand for others, such as torchao's int8, can be multiplied and not cut.
+        # Tensors wrapping others, such as torchao's int8, can be multiplied but not cut.
         is_plain = not hasattr(self.kv_b_proj.weight, "__tensor_flatten__")
         return is_plain and is_unobserved(self.kv_b_proj)
 
@@ -558,7 +558,7 @@ class HfllmLatentAttention(HfllmAttention):
         shared: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what `forward` does, with `kv_b_proj` multiplied into the queries and into the heads' outputs."""
+        """Return the output of `forward`, with `kv_b_proj` multiplied into the queries and into the heads' outputs."""
         nope, _, size = self.sizes
         to_keys, to_values = self.kv_b_proj.weight.unflatten(0, (-1, nope + size)).split((nope, size), dim=1)
         latent, shared = latent.squeeze(1), shared.squeeze(1)
@@ -566,7 +566,7 @@ class HfllmLatentAttention(HfllmAttention):
         scores = query.flatten(1, 2) @ latent.mT + query_rotated.transpose(1, 2).flatten(1, 2) @ shared.mT
         scores = scores.unflatten(1, (query.shape[1], -1)) * self.scaling
         if attention_mask is not None and attention_mask.dtype == torch.bool:
-            # Not minus infinity: a row of padding sees nothing, and would become NaN.
+            # Not minus infinity: a row of padding has no visible token, and would become NaN.
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         elif attention_mask is not None:
             scores = scores + attention_mask
@@ -584,7 +584,7 @@ def _is_dense(attention_mask: object, latent: torch.Tensor) -> bool:
 
 
 def padded(states: torch.Tensor, size: int) -> torch.Tensor:
-    """Return heads with zeros up to this size, which change neither scores nor the other numbers of outputs."""
+    """Return heads with zeros up to this size, without changing scores or the other numbers of outputs."""
     return states if states.shape[-1] == size else nn.functional.pad(states, (0, size - states.shape[-1]))
 
 
@@ -597,7 +597,7 @@ def refuse_paging(config: HfllmConfig) -> None:
     """Refuse continuous batching, whose pages have room for keys and values of one size, and whose caller then waits.
 
     Raises:
-        ValueError: naming the field and what to use instead.
+        ValueError: naming the field and its alternative.
     """
     if config.kv_lora_rank is not None:
         raise ValueError(
@@ -606,7 +606,7 @@ def refuse_paging(config: HfllmConfig) -> None:
 
 
 def yarn_factor(config: HfllmConfig, layer_idx: int) -> float:
-    """Return what DeepSeek's models multiply their attention scores by with scaled positions.
+    """Return the factor of DeepSeek's models on their attention scores with scaled positions.
 
     With `mscale_all_dim` m in `rope_parameters`, it is (0.1 m ln(factor) + 1)^2 (YaRN, arXiv:2309.00071, section 3.4,
     over all dimensions of a head, and not only over the rotated ones), else 1.

@@ -1,9 +1,9 @@
-"""Sliding, chunked and sparse attention in time and memory that grow with the length, not with its square.
+"""Sliding, chunked and sparse attention in time and memory growing with the length, not with its square.
 
 attention_hfllm.py registers two implementations of here with transformers, each with its masks: `"banded"`, for
 sliding windows and chunks, and `"sparse"`.
 
-This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
+This file imports only torch, transformers and files next to it, and is uploaded to the Hub with modeling_hfllm.py.
 """
 
 from collections.abc import Callable
@@ -25,23 +25,23 @@ from .layers_hfllm import needs_autograd
 # ---- banded ----
 #
 # `attn_implementation="banded"`, for any model of transformers. The queries are cut into blocks, and each block
-# attends to the keys that its window can reach, under a mask of that size (local attention in blocks as of Beltagy et
+# attends to the keys within reach of its window, under a mask of this size (local attention in blocks as of Beltagy et
 # al. 2020, arXiv:2004.05150, section 3.1). A block is one row of a batch for torch's own attention.
 #
 # Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head_dim; N blocks of C queries and L keys.
 
 
-# What torch's attention has no argument for, by the names under which models of transformers pass it.
+# Arguments unknown to torch's attention, by their names in models of transformers.
 UNSUPPORTED = {"s_aux": "attention sinks", "softcap": "a softcap", "position_bias": "a position bias"}
 SMALLEST_BLOCK = 64
 
 
 def refuse_unsupported(implementation: str, arguments: dict[str, object]) -> None:
-    """Refuse what a model asks of its attention function and this one does not compute.
+    """Refuse arguments of a model that this attention function does not support.
 
     Args:
-        implementation: the name that it is registered under.
-        arguments: all that the model passes by name.
+        implementation: the registered name.
+        arguments: all of the model's arguments by name.
 
     Raises:
         ValueError: with the argument and its meaning.
@@ -55,7 +55,7 @@ def refuse_unsupported(implementation: str, arguments: dict[str, object]) -> Non
 
 
 def block_sizes(window: int) -> tuple[int, int]:
-    """Return the numbers of queries in a block, C, and of keys that these can reach, L: a multiple of C.
+    """Return the numbers of queries in a block, C, and of keys within their reach, L: a multiple of C.
 
     Blocks of half a window leave a third of their scores unused; smaller ones would copy the keys more often.
 
@@ -84,7 +84,7 @@ def banded_attention_forward(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention's output, (B, S, H, D), and no weights. Arguments are those of transformers' functions.
+    """Return the attention's output, (B, S, H, D), and no weights. Arguments are as in transformers' functions.
 
     Args:
         query: (B, H, S, D), at the end of the keys.
@@ -101,7 +101,7 @@ def banded_attention_forward(
         )
     batch, length = query.shape[0], query.shape[2]
     count, block, reach = attention_mask.shape[1:]
-    # Keys that the first block could reach if there were more of them; where there are too many, they are cut off.
+    # Keys within reach of the first block if there were more of them; where there are too many, they are cut off.
     missing = reach - block - (key.shape[2] - length)
     beyond = count * block - length
 
@@ -132,9 +132,9 @@ def banded_mask(
     device: torch.device | str = "cpu",
     **kwargs: object,
 ) -> torch.Tensor | None:
-    """Return the mask in blocks where a window or chunk is much shorter than the keys, else what SDPA takes.
+    """Return the mask in blocks where a window or chunk is much shorter than the keys, else the mask for SDPA.
 
-    Arguments are those of `transformers.masking_utils.sdpa_mask`; `local_size` is the window or the chunk.
+    Arguments are as in `transformers.masking_utils.sdpa_mask`; `local_size` is the window or the chunk.
 
     Returns:
         A boolean tensor, (B, N, C, L), or (1, N, C, L) where all rows have the same. Its blocks begin at the first
@@ -191,13 +191,13 @@ def _is_worthwhile(
     # A static cache counts on its device, and has keys after the queries.
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         return False
-    # Without the skip there are packed rows, or somebody's function. Tokens of one image that see each other, say, are
-    # added to the window by `or_masks`.
+    # Without the skip there are packed rows, or somebody's function. Tokens of one image with attention to each other,
+    # for example, are added to the window by `or_masks`.
     return allow_is_causal_skip or not (torch.compiler.is_compiling() or "or_masks" in functions_in(mask_function))
 
 
 def functions_in(mask_function: Callable) -> set[str]:
-    """Return the names, in `masking_utils`, of the functions that a mask function is made of."""
+    """Return the names, in `masking_utils`, of the functions combined in a mask function."""
     captured = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
     parts = [part for each in captured for part in (each if isinstance(each, tuple) else (each,)) if callable(part)]
     name = getattr(mask_function, "__qualname__", "").split(".")[0]
@@ -206,7 +206,7 @@ def functions_in(mask_function: Callable) -> set[str]:
 
 @dataclass
 class MaskSettings:
-    """What the mask functions of transformers read of a config."""
+    """The fields of a config read by the mask functions of transformers."""
 
     sliding_window: int | None
     attention_chunk_size: int | None
@@ -215,17 +215,17 @@ class MaskSettings:
 
 
 def with_banded_masks(config: PreTrainedConfig) -> PreTrainedConfig | MaskSettings:
-    """Return what makes the mask functions of transformers make banded masks, if `config` says SDPA, else `config`."""
+    """Return a config for banded masks from transformers' mask functions, if `config` says SDPA, else `config`."""
     if config._attn_implementation != "sdpa":
         return config
     return MaskSettings(config.sliding_window, getattr(config, "attention_chunk_size", None), config.is_causal)
 
 
 def forget_all(cache: Cache, layer_idx: int) -> None:
-    """Empty the layer of a window of one token, of whom nothing is needed later.
+    """Empty the layer of a window of one token, with nothing needed later.
 
-    Transformers' own cache keeps the last `window - 1` tokens by a slice that takes all of them where that is 0, and
-    then hands out more keys than the mask has.
+    Transformers' own cache keeps the last `window - 1` tokens by a slice that takes all of them where `window - 1` is
+    0, and then hands out more keys than the mask has.
     """
     layer = cache.layers[layer_idx]
     if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
@@ -233,7 +233,7 @@ def forget_all(cache: Cache, layer_idx: int) -> None:
 
 
 def register(name: str, forward: Callable, mask: Callable) -> None:
-    """Register an attention function with the one that makes its masks, unless the code of another model has."""
+    """Register an attention function with the one for its masks, unless the code of another model has."""
     if name not in AttentionInterface._global_mapping:
         AttentionInterface.register(name, forward)
         masking_utils.AttentionMaskInterface.register(name, mask)
@@ -243,7 +243,7 @@ def register(name: str, forward: Callable, mask: Callable) -> None:
 #
 # Masks of attention in chunks, as Llama 4 has it, for packed rows with padding.
 #
-# Transformers counts the chunks of a row from its first token. Here each document has chunks of its own.
+# Transformers counts the chunks of a row from its first token. Here every document has chunks of its own.
 #
 # Shapes: B batch, S sequence, E hidden_size.
 
@@ -269,7 +269,7 @@ def create_chunked_mask(
 
 
 def chunk_numbers(packed: torch.Tensor, attention_mask: torch.Tensor | None, size: int) -> torch.Tensor:
-    """Return a number for each chunk of each document, (B, S); padding is not counted.
+    """Return a number per chunk of every document, (B, S); padding is not counted.
 
     Args:
         packed: (B, S), the number of each token's document.
@@ -285,16 +285,16 @@ def chunk_numbers(packed: torch.Tensor, attention_mask: torch.Tensor | None, siz
 
 # ---- sparse ----
 #
-# Sparse attention: each query looks at the means of blocks of keys first, and at the keys of the best blocks then.
+# Sparse attention: a query looks at the means of blocks of keys first, and at the keys of the best blocks then.
 #
 # MoBA (Lu et al. 2025, arXiv:2502.13189, section 2.2), registered with transformers as `attn_implementation="sparse"`.
-# Blocks are counted in each document from its first token, so that neither padding nor other documents of a row move
+# Blocks are counted in each document from its first token, so neither padding nor other documents of a row move
 # them. `sparse_block_size` and `sparse_num_blocks` of the config decide; nothing is learned for the choice.
 #
 # Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head_dim; N blocks of C keys.
 
 
-# The parts of masks that `sparse_mask` knows: the order of tokens, and the documents of packed rows.
+# The parts of masks known to `sparse_mask`: the order of tokens, and the documents of packed rows.
 KNOWN_PARTS = {
     *("causal_mask_function", "and_masks", "packed_sequence_mask_function"),
     "remap_positions_for_packed_sequence",
@@ -302,10 +302,10 @@ KNOWN_PARTS = {
 
 
 def sparse_sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the keys of a block, C, and the blocks that a query attends to, its own included (MoBA's top-k).
+    """Return the keys of a block, C, and the number of blocks for each query, its own included (MoBA's top-k).
 
     Raises:
-        ValueError: naming the field of the config that is missing or below 1.
+        ValueError: naming the config's field if missing or below 1.
     """
     sizes = []
     for field in SPARSE_SIZES:
@@ -328,7 +328,7 @@ def sparse_attention_forward(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention's output, (B, S, H, D), and no weights. Arguments are those of transformers' functions.
+    """Return the attention's output, (B, S, H, D), and no weights. Arguments are as in transformers' functions.
 
     A layer with a window keeps it, as in banded attention. Where all keys fit into the blocks, this is SDPA.
 
@@ -352,7 +352,7 @@ def sparse_attention_forward(
         )
     if attention_mask is not None and attention_mask.dtype != torch.long:
         raise ValueError("attn_implementation='sparse' takes no mask of four dimensions: give one of (batch, length)")
-    # Under autocast the value alone may have the lower precision.
+    # Under autocast only the value may have the lower precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -364,7 +364,7 @@ def sparse_attention_forward(
     keys, values = (_by_place(states, source, block).unflatten(2, (-1, block)) for states in (key, value))
     if length * count <= key.shape[2]:
         return attend_by_query(query, keys, values, indices, first, count, scaling), None
-    # Queries too by place; in a row without padding only those of the last blocks.
+    # Queries too by position; in a row without padding only the ones of the last blocks.
     begin = 0 if source is not None else past // block
     if source is None:
         queries = nn.functional.pad(query, (0, 0, past - begin * block, -key.shape[2] % block))
@@ -402,12 +402,12 @@ def sparse_mask(
 ) -> torch.Tensor | None:
     """Return where the tokens of each row stand among its blocks, or `None` for one document without padding.
 
-    Arguments are those of `transformers.masking_utils.sdpa_mask`. With a window it is `banded_mask`.
+    Arguments are as in `transformers.masking_utils.sdpa_mask`. With a window it is `banded_mask`.
 
     Returns:
-        Integers (B, 1, 3, N * C). Each document fills its blocks from their first place on. The first row has the key
-        of each place, or T where it is empty; the second, for places with a token, the first block of its document;
-        the third the places of the queries, which are N * C for padding.
+        Integers (B, 1, 3, N * C). Each document fills its blocks from their first position on. The first row has the
+        key of each position, or T where it is empty; the second, for positions with a token, the first block of its
+        document; the third the positions of the queries, N * C for padding.
 
     Raises:
         ValueError: where not every token sees just the tokens before it in its document.
@@ -436,7 +436,7 @@ def sparse_mask(
     is_known = allow_is_causal_skip or torch.compiler.is_compiling()
     if not is_known and (unknown := functions_in(mask_function) - KNOWN_PARTS):
         raise ValueError(f"attn_implementation='sparse' cannot apply the mask function {', '.join(sorted(unknown))}")
-    # From here on, among the keys that are kept: a cache that lets tokens go has them from `kv_offset` on.
+    # From here on, among the kept keys: a cache that drops tokens has them from `kv_offset` on.
     q_offset = q_offset - kv_offset
     begins = None
     if is_packed:
@@ -455,12 +455,12 @@ def sparse_mask(
 
 
 def _places(visible: torch.Tensor, begins: torch.Tensor | None, queries: torch.Tensor, block: int) -> torch.Tensor:
-    """Return what `sparse_mask` does.
+    """Return the result of `sparse_mask`.
 
     Args:
-        visible: (B, T), whether a key is a token that some query may see.
+        visible: (B, T), whether a key is a token visible to some query.
         begins: (B, T), whether a key is the first of a document.
-        queries: (S,), which of the keys are the queries'.
+        queries: (S,), the indices of the queries among the keys.
         block: C.
     """
     batch, length = visible.shape
@@ -481,9 +481,9 @@ def _places(visible: torch.Tensor, begins: torch.Tensor | None, queries: torch.T
 
 # ---- sparse blocks ----
 #
-# Which blocks of keys a query attends to, and attention to them without scores of all pairs.
+# The choice of blocks of keys for a query, and attention to them without scores of all pairs.
 #
-# Queries that chose the same block are brought together in tiles, as MoBA does (arXiv:2502.13189, section 2.3). Each
+# Queries with the same chosen block are brought together in tiles, as MoBA does (arXiv:2502.13189, section 2.3). Each
 # tile attends to its block, each query to its own, and a query's parts are merged by the normalizers of their softmax.
 #
 # Shapes: B batch, H query heads, K key-value heads, S queries, D head_dim; N blocks of C keys; k blocks chosen.
@@ -497,10 +497,11 @@ class Tiles(NamedTuple):
     """Where each choice of a query stands among the tiles.
 
     Attributes:
-        queries: (R, M * Q), the query in each place of a tile, S where there is none; each row of queries counts from
-            S + 1 after the one before.
-        blocks: (R, M), the block of each tile, counted over all G * N.
-        places: (R, S, k), the place of each choice, M * Q for none; rows count from M * Q + 1 after the one before.
+        queries: (R, M * Q), the query at each position of a tile, S where there is none; each row of queries counts
+            from S + 1 after the one before.
+        blocks: (R, M), the blocks of the tiles, counted over all G * N.
+        places: (R, S, k), the positions of the choices, M * Q for none; rows count from M * Q + 1 after the one
+            before.
     """
 
     queries: torch.Tensor
@@ -512,12 +513,12 @@ class Tiles(NamedTuple):
 def choose_blocks(
     query: torch.Tensor, keys: torch.Tensor, own: torch.Tensor, first: torch.Tensor | None, count: int
 ) -> torch.Tensor:
-    """Return the best earlier blocks of each query, (B, H, S, k), by the product with the mean of their keys.
+    """Return the best earlier blocks of the queries, (B, H, S, k), by the product with the mean of their keys.
 
     Args:
         query: (B, H, S, D).
         keys: (B, K, N, C, D).
-        own: (B, S) or (1, S), the block that each query is in.
+        own: (B, S) or (1, S), the blocks of the queries.
         first: (B, N), the first block of each block's document, or `None` for 0.
         count: k + 1.
 
@@ -544,11 +545,11 @@ def attend_by_query(
     count: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Return the output (B, S, H, D) for few queries, which get a copy of the keys of their blocks each.
+    """Return the output (B, S, H, D) for few queries, each with a copy of the keys of its blocks.
 
     Args:
-        places: (B, S) or (1, S), where among the N * C keys each query stands; N * C for padding.
-        query, keys, values, first, count: those of `choose_blocks`.
+        places: (B, S) or (1, S), the indices of the queries among the N * C keys; N * C for padding.
+        query, keys, values, first, count: as in `choose_blocks`.
         scaling: factor on the scores.
     """
     batch, heads = query.shape[:2]
@@ -580,10 +581,10 @@ def attend_by_block(
     count: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Return the output (B, H, S, D) for queries that fill the blocks from number `begin` on.
+    """Return the output (B, H, S, D) for queries filling the blocks from number `begin` on.
 
     Args:
-        query, keys, values, first, count: those of `choose_blocks`.
+        query, keys, values, first, count: as in `choose_blocks`.
         scaling: factor on the scores.
     """
     number, block = keys.shape[2:4]
@@ -600,20 +601,20 @@ def attend_by_block(
 
 
 def in_tiles(chosen: torch.Tensor, number: int, groups: int, size: int) -> Tiles:
-    """Return tiles of at most `size` queries that chose the same block.
+    """Return tiles of at most `size` queries with the same chosen block.
 
-    Their number depends on the shapes alone: for each block one tile may not be full.
+    Their number depends only on the shapes: for each block one tile may not be full.
 
     Args:
-        chosen: (R, S, k), from 0 to `number`, which stands for none.
+        chosen: (R, S, k), from 0 to `number`; the latter means none.
         number: N.
-        groups: rows of queries for each row of keys, H // K.
+        groups: rows of queries per row of keys, H // K.
         size: Q.
     """
     rows, _, width = chosen.shape
     flat = chosen.flatten(1)
     length, device = flat.shape[1], flat.device
-    # At the end of the counts, those who chose none.
+    # At the end of the counts, choices of none.
     counts = flat.new_zeros(rows, number + 1).scatter_add(1, flat, torch.ones_like(flat))
     full = -(-counts[:, :number] // size)
     ends, most = full.cumsum(1), -(-length // size) + number
@@ -623,7 +624,7 @@ def in_tiles(chosen: torch.Tensor, number: int, groups: int, size: int) -> Tiles
     rank = torch.arange(length, device=device) - (counts.cumsum(1) - counts).gather(1, block)
     index = (starts.gather(1, block) + rank).clamp(max=most * size)
     queries = flat.new_full((rows, most * size + 1), chosen.shape[1])
-    # Those who chose none share the last place, which no tile has.
+    # Choices of none share the last position, outside of all tiles.
     queries = queries.scatter(1, index, order // max(width, 1))[:, :-1]
     tiles = torch.arange(most, device=device).expand(rows, -1).contiguous()
     of_tile = torch.searchsorted(ends, tiles, right=True).clamp(max=number - 1)
@@ -647,7 +648,7 @@ def _attend(
 def _attend_by_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `_attend` does, by the kernel behind SDPA on a CPU, which keeps no scores."""
+    """Return the output of `_attend`, by the kernel behind SDPA on a CPU, without keeping scores."""
     output, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[:, None], key[:, None], value[:, None], 0.0, is_causal, scale=scaling
     )
@@ -655,7 +656,7 @@ def _attend_by_kernel(
 
 
 def _of_queries(states: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-    """Return states (R, S, D) of the queries of each tile, (R * M, Q, D), with zeros where there is none."""
+    """Return states (R, S, D) of the queries per tile, (R * M, Q, D), with zeros where there is none."""
     padded = nn.functional.pad(states, (0, 0, 0, 1)).flatten(0, 1)
     return padded.index_select(0, tiles.queries.flatten()).reshape(tiles.blocks.numel(), -1, states.shape[2])
 
@@ -666,7 +667,7 @@ def _of_blocks(states: torch.Tensor, tiles: Tiles) -> torch.Tensor:
 
 
 def _own(states: torch.Tensor, rows: int, begin: int) -> torch.Tensor:
-    """Return the blocks (G, N, C, D) that the rows of queries are in, (R * (N - begin), C, D)."""
+    """Return the blocks (G, N, C, D) with the rows of queries in them, (R * (N - begin), C, D)."""
     return states[:, begin:].repeat_interleave(rows // len(states), 0).flatten(0, 1)
 
 
@@ -684,7 +685,7 @@ def merge(
     Args:
         query: (R, S, D), in the blocks from number `begin` on.
         keys: (G, N, C, D), and so `values`.
-        attend: `_attend`, or a kernel that returns the same.
+        attend: `_attend`, or a kernel with the same result.
     """
     rows, length, size = query.shape
     blocks = query.reshape(-1, keys.shape[2], size)

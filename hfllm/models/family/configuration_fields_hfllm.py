@@ -21,7 +21,7 @@ CHOICES = {
     "scoring_func": ("softmax", "sigmoid"),
     "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
 }
-# Those that say something of experts alone, and what they say without any.
+# Fields about experts only, and their values without any experts.
 IDLE = {
     **{"moe_intermediate_size": None, "n_shared_experts": 0, "shared_expert_intermediate_size": None},
     **{"shared_expert_gate": False, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": True},
@@ -35,23 +35,23 @@ class ExpertFields:
 
     Args:
         moe_intermediate_size: width of an expert; `None` means `intermediate_size`.
-        n_shared_experts: experts that all tokens pass through beside those that the router chooses (DeepSeekMoE,
-            arXiv:2401.06066, section 3.2): one MLP that is so many times as wide as an expert.
-        shared_expert_intermediate_size: width of this MLP, in place of `n_shared_experts` (Qwen2-MoE).
-        shared_expert_gate: multiply its output by the sigmoid of a learned number for each token (Qwen2-MoE).
+        n_shared_experts: experts for all tokens, in addition to the experts chosen by the router (DeepSeekMoE,
+            arXiv:2401.06066, section 3.2): one MLP, so many times as wide as an expert.
+        shared_expert_intermediate_size: width of this MLP, instead of `n_shared_experts` (Qwen2-MoE).
+        shared_expert_gate: multiply its output by the sigmoid of a learned number per token (Qwen2-MoE).
         mlp_layer_types: `"dense"` or `"sparse"` for each layer: one MLP of `intermediate_size`, or experts. `None`
             means experts in all layers, if there are any.
-        scoring_func: what a router makes of its logits: `"softmax"` over all experts, or the `"sigmoid"` of each
+        scoring_func: how a router turns its logits into scores: `"softmax"` over all experts, or `"sigmoid"` of each
             (DeepSeek-V3, arXiv:2412.19437, equation 15).
-        topk_method: how it chooses: `"greedy"` takes the highest scores; `"group_limited_greedy"` those in the
+        topk_method: how it chooses: `"greedy"` takes the highest scores; `"group_limited_greedy"` the highest in the
             `topk_group` groups with the highest score (DeepSeek-V2, arXiv:2405.04434, section 2.2.2); `"noaux_tc"`
-            those of scores plus a bias that balances the load, in the groups with the highest sum of two
+            the highest of scores plus a load-balancing bias, in the groups with the highest sum of two
             (DeepSeek-V3, section 2.1.2). The bias is a buffer of the router and has no gradient.
         norm_topk_prob: divide the weights of a token's experts by their sum.
         n_group: groups of experts of equal size; 1 means no groups.
-        topk_group: groups that a token's experts may come from.
+        topk_group: number of groups for a token's experts.
         routed_scaling_factor: factor on the weights.
-        router_bias_update_rate: how far an optimizer step moves the bias of each expert, up if it had less than the
+        router_bias_update_rate: how far an optimizer step moves the bias of an expert, up if it had less than the
             mean number of tokens since the last step and down if it had more (arXiv:2408.15664, algorithm 1).
             `None` means 0.001 with `"noaux_tc"`; 0 keeps the bias as it is.
     """
@@ -71,14 +71,14 @@ class ExpertFields:
 
 
 def fill_experts(config: "PreTrainedConfig", others: dict[str, object]) -> None:
-    """Set what is not given: how the load is balanced, and `mlp_layer_types` to `None` where it says so anyway.
+    """Set missing values: the way of load balancing, and `mlp_layer_types` to `None` where both mean the same.
 
     Args:
-        others: arguments that are no fields. Other names of the number of experts are taken out, and so is
+        others: arguments other than fields. Other names of the number of experts are taken out, and so is
             `first_k_dense_replace`, the number of dense layers before those with experts.
 
     Raises:
-        ValueError: where that is no number of the model's layers.
+        ValueError: where `first_k_dense_replace` is no number of the model's layers.
     """
     for name in ("num_experts", "n_routed_experts"):
         config.num_local_experts = others.pop(name, config.num_local_experts)
@@ -120,7 +120,7 @@ def is_sparse(config: "PreTrainedConfig", layer_idx: int) -> bool:
 
 
 def num_sparse_layers(config: "PreTrainedConfig") -> int:
-    """Return the number of layers that have experts."""
+    """Return the number of layers with experts."""
     kinds = config.mlp_layer_types
     return config.num_hidden_layers * bool(config.num_local_experts) if kinds is None else kinds.count("sparse")
 
@@ -131,7 +131,7 @@ def expert_width(config: "PreTrainedConfig") -> int:
 
 
 def shared_width(config: "PreTrainedConfig") -> int:
-    """Return the inner width of the MLP that all tokens pass through beside their experts, 0 if there is none."""
+    """Return the inner width of the MLP for all tokens, next to their experts, 0 if there is none."""
     if config.shared_expert_intermediate_size is not None:
         return config.shared_expert_intermediate_size
     return config.n_shared_experts * expert_width(config)
@@ -153,7 +153,7 @@ def mlp_parameters(config: "PreTrainedConfig", active_only: bool = False) -> int
 
 
 def absent_rules(config: "PreTrainedConfig") -> list[str]:
-    """Return parts of the names in rules of parallelism that no layer of this model has."""
+    """Return parts of names in rules of parallelism without a layer of this model."""
     sparse = num_sparse_layers(config)
     absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if sparse == config.num_hidden_layers else []
     absent += [] if sparse else ["mlp.experts"]
@@ -161,10 +161,10 @@ def absent_rules(config: "PreTrainedConfig") -> list[str]:
 
 
 def check_experts(config: "PreTrainedConfig") -> None:
-    """Refuse fields of experts that are invalid or do not fit together.
+    """Refuse invalid fields of experts, or fields in conflict with one another.
 
     Raises:
-        ValueError: naming the field, its value and what is accepted.
+        ValueError: naming the field, its value and the accepted values.
     """
     for field, allowed in CHOICES.items():
         if getattr(config, field) not in allowed:
@@ -247,7 +247,7 @@ def _check_groups(config: "PreTrainedConfig") -> None:
 
 # ---- latent fields ----
 #
-# The fields of `HfllmConfig` for multi-head latent attention: what follows from them, and what is refused.
+# The fields of `HfllmConfig` for multi-head latent attention: derived values, and refused ones.
 
 
 HEAD_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -258,14 +258,14 @@ class LatentFields:
     """Fields of `HfllmConfig` for latent attention, with DeepSeek's names (arXiv:2405.04434, section 2.1).
 
     Args:
-        kv_lora_rank: size of the one vector per token that keys and values of all heads are made of; `None` means
-            plain attention, and the other fields have no place then.
-        q_lora_rank: size of the vector that the queries are made of; `None` makes them of the hidden state.
+        kv_lora_rank: size of the one vector per token for the keys and values of all heads; `None` means
+            plain attention, without any of the other fields.
+        q_lora_rank: size of the vector for computing the queries; `None` computes them from the hidden state.
         qk_nope_head_dim: size of the part of a query without positions; `None` means
             `hidden_size // num_attention_heads`.
-        qk_rope_head_dim: size of its rotated part, even; `None` means half of that.
+        qk_rope_head_dim: size of its rotated part, even; `None` means half of `hidden_size // num_attention_heads`.
         v_head_dim: size of a value; `None` means `hidden_size // num_attention_heads`.
-        rope_interleave: rotate pairs of neighbors, as DeepSeek's checkpoints want, in place of halves.
+        rope_interleave: rotate pairs of neighbors, as DeepSeek's checkpoints need, instead of halves.
     """
 
     kv_lora_rank: int | None = None
@@ -277,11 +277,11 @@ class LatentFields:
 
 
 def fill_latent_sizes(config: "PreTrainedConfig") -> None:
-    """Set the sizes of latent attention that are not given, if the model has it.
+    """Set missing sizes of latent attention, if the model has it.
 
-    A head without positions and a value have `hidden_size / num_attention_heads` numbers, and the rotated part half of
-    that (DeepSeek-V2, section 3.1.2). `head_dim` is then the size of the rotated part, as in transformers' DeepSeek
-    configs, and `qk_head_dim` that of a whole query, by which `generate` knows latent attention.
+    A head without positions and a value have `hidden_size / num_attention_heads` numbers, and the rotated part half as
+    many (DeepSeek-V2, section 3.1.2). `head_dim` is then the size of the rotated part, as in transformers' DeepSeek
+    configs, and `qk_head_dim` the size of a whole query, from which `generate` recognizes latent attention.
     """
     if config.kv_lora_rank is None or config.num_attention_heads < 1:
         return
@@ -295,10 +295,10 @@ def fill_latent_sizes(config: "PreTrainedConfig") -> None:
 
 
 def check_latent(config: "PreTrainedConfig") -> None:
-    """Refuse sizes of latent attention without it, and what does not fit it.
+    """Refuse sizes of latent attention in a model without it, and other fields in conflict with it.
 
     Raises:
-        ValueError: naming the field, its value and what is accepted.
+        ValueError: naming the field, its value and the accepted values.
     """
     if config.num_attention_heads < 1:
         return  # refused with the other sizes
@@ -344,9 +344,9 @@ def latent_parameters(config: "PreTrainedConfig") -> int:
 
 
 def cached_numbers(config: object) -> int | None:
-    """Return the numbers that an attention layer's cache holds of each token, `None` if the config says no heads.
+    """Return how many numbers an attention layer's cache holds per token, `None` if the config says no heads.
 
-    Keys and values of all their heads; with latent attention the latent and one rotated key, which all heads share.
+    Keys and values of all their heads; with latent attention the latent and one rotated key, shared by all heads.
 
     Args:
         config: of a decoder, of any family of transformers.
@@ -363,17 +363,17 @@ def cached_numbers(config: object) -> int | None:
 
 # ---- layer types ----
 #
-# What may differ from layer to layer: the kind of attention, and whether positions are rotated.
+# Differences between layers: the kind of attention, and whether positions are rotated.
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
-# The types that do not see everything, each with the field that says how much.
+# The types with a limited view, each with the field for its limit.
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 LINEAR_SIZES = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     "linear_conv_kernel_dim",
 )
-# Of sparse attention, which is no type of layer; models without it do not have these.
+# Of sparse attention, not a type of layer; absent in models without it.
 SPARSE_SIZES = ("sparse_block_size", "sparse_num_blocks")
 
 OPTIONAL_ROPE_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -384,7 +384,7 @@ ROPE_NUMBERS = (
 
 
 def filled_layer_types(config: "PreTrainedConfig") -> list[str]:
-    """Return the config's own `layer_types`, or one type for all layers, which the window decides."""
+    """Return the config's own `layer_types`, or one type for all layers, decided by the window."""
     if config.layer_types is not None:
         return list(config.layer_types)
     return [_type_of_window(config)] * config.num_hidden_layers
@@ -397,21 +397,21 @@ def own_window(config: "PreTrainedConfig", layer_idx: int) -> int | None:
 
 
 def _type_of_window(config: "PreTrainedConfig") -> str:
-    """Return the type of layer that the first window of the config is for."""
+    """Return the type of layer with the first window of the config."""
     types = (kind for kind, field in WINDOWS.items() if getattr(config, field) is not None)
     return next(types, "full_attention")
 
 
 def has_sparse_sizes(config: "PreTrainedConfig") -> bool:
-    """Return whether a config has a size of sparse attention, as one of a model that was trained with it does."""
+    """Return whether a config has a size of sparse attention, as one of a model trained with it does."""
     return any(getattr(config, field, None) is not None for field in SPARSE_SIZES)
 
 
 def follow_edits(config: "PreTrainedConfig") -> None:
-    """Let what is filled in follow fields that were set since, when a model is built or the config saved.
+    """Update filled-in values to fields set since then, when a model is built or the config saved.
 
-    A list that says the same of all layers follows their number and the window, as `from_pretrained(name,
-    num_hidden_layers=2)` and `sliding_window=None` set them, which know nothing of it. Beside layers of linear
+    A list with the same value for all layers follows their number and the window, as `from_pretrained(name,
+    num_hidden_layers=2)` and `sliding_window=None` set them without the list. Next to layers of linear
     attention, the others follow the window.
     """
     config.layer_types = filled_layer_types(config)
@@ -428,13 +428,13 @@ def follow_edits(config: "PreTrainedConfig") -> None:
 
 
 def filled_no_rope_layers(config: "PreTrainedConfig") -> list[int] | None:
-    """Return `no_rope_layers`, or `None`, its other form, if that says 1 of every layer."""
+    """Return `no_rope_layers`, or `None`, its other form, if the list has 1 for every layer."""
     layers = config.no_rope_layers
     return None if layers is None or layers == [1] * config.num_hidden_layers else list(layers)
 
 
 def fill_linear_sizes(config: "PreTrainedConfig") -> None:
-    """Set the sizes of linear attention that are not given to OLMo Hybrid's, if the model has such layers."""
+    """Set missing sizes of linear attention to OLMo Hybrid's, if the model has such layers."""
     if "linear_attention" not in config.layer_types or config.num_attention_heads < 1:
         return
     for field in ("linear_num_key_heads", "linear_num_value_heads"):
@@ -447,10 +447,10 @@ def fill_linear_sizes(config: "PreTrainedConfig") -> None:
 
 
 def check_layers(config: "PreTrainedConfig") -> None:
-    """Refuse lists of another length than the model has layers, unknown types, and what does not fit these.
+    """Refuse lists of another length than the number of layers, unknown types, and fields in conflict with these.
 
     Raises:
-        ValueError: naming the field, its value and what is accepted.
+        ValueError: naming the field, its value and the accepted values.
     """
     _check_types(config)
     kinds = set(config.layer_types)
@@ -482,7 +482,7 @@ def longrope_limits(config: "PreTrainedConfig") -> list[int]:
     """Return how long texts may be, in tokens, before rotary factors of `longrope` change (arXiv:2402.13753).
 
     The long factors then go for the beginning of the text too. There are several numbers where types of layers have
-    their own parameters, and none without that type of rotation.
+    their own parameters, and none without this type of rotation.
 
     Args:
         config: of a decoder, also of a native one.
@@ -493,10 +493,10 @@ def longrope_limits(config: "PreTrainedConfig") -> list[int]:
 
 
 def check_rope_values(rope: "Mapping[str, object]") -> None:
-    """Refuse values of rotary parameters that give no frequencies; transformers warns of some and takes them.
+    """Refuse values of rotary parameters without valid frequencies; transformers warns of some and takes them.
 
     Raises:
-        ValueError: naming the key, its value and what is accepted.
+        ValueError: naming the key, its value and the accepted values.
     """
     for key in ROPE_NUMBERS:
         value, is_optional = rope.get(key), key in OPTIONAL_ROPE_NUMBERS

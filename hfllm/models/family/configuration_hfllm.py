@@ -8,7 +8,7 @@ from packaging.version import Version
 # The oldest that runs this code, as in pyproject.toml; 5.23 knows no argument `cache`.
 OLDEST_TRANSFORMERS = "5.24.0"
 if Version(transformers.__version__).release < Version(OLDEST_TRANSFORMERS).release:
-    # Before the imports below, which older releases answer with names that they do not have.
+    # Before the imports below: in older releases these fail with missing names.
     raise ImportError(
         f"hfllm models need transformers {OLDEST_TRANSFORMERS} or newer, and this is {transformers.__version__}: "
         f"pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
@@ -100,10 +100,10 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
 
     Args:
         norm_type: `"rmsnorm"` (Zhang & Sennrich 2019, arXiv:1910.07467) or `"layernorm"` (arXiv:1607.06450).
-        norm_placement: `"pre"` normalizes the input of each block and ends with a final norm (GPT-2, LLaMA);
-            `"post"` normalizes the residual sum after each block and has no final norm (GPT-1, BERT); `"output"`
-            normalizes each block's output before it is added (OLMo 2, arXiv:2501.00656, section 3.1), and `"both"` the
-            input and the output (Gemma 2, arXiv:2408.00118), both with a final norm.
+        norm_placement: `"pre"` normalizes the input of every block and ends with a final norm (GPT-2, LLaMA);
+            `"post"` normalizes the residual sum after every block and has no final norm (GPT-1, BERT); `"output"`
+            normalizes every block's output before it is added (OLMo 2, arXiv:2501.00656, section 3.1), and `"both"`
+            the input and the output (Gemma 2, arXiv:2408.00118), both with a final norm.
         norm_bias: whether a LayerNorm has a bias (PaLM's and Cohere's have none); RMSNorm never has one.
         norm_unit_offset: store norm weights minus one, as Gemma does.
         qk_norm: normalize queries and keys before the rotary embedding (Qwen3).
@@ -117,19 +117,20 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         position_embedding_type: `"rope"` (arXiv:2104.09864), `"learned"` absolute positions, or `"none"`.
         is_causal: `False` lets every token attend to all others, for masked language modeling.
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
-            `None` means no limit. Causal models only, since attention kernels differ in how they treat later tokens.
-        layer_types: the attention of each layer: `"full_attention"`; `"sliding_attention"`, which needs a
+            `None` means no limit. Causal models only, since attention kernels differ in their treatment of later
+            tokens.
+        layer_types: the attention of the layers: `"full_attention"`; `"sliding_attention"`, which needs a
             `sliding_window`; `"chunked_attention"`, which needs an `attention_chunk_size`; or `"linear_attention"`, a
             gated delta rule (arXiv:2412.06464) as in OLMo Hybrid. `None` means the same for all layers: sliding or
             chunked if there is a window or a chunk size, else full.
-        attention_chunk_size: cut texts into chunks of this many tokens, of which each token sees only its own, up to
-            itself (Llama 4); they are counted from the first token that is not padding.
-        no_rope_layers: a number for each layer: 0 for those without rotary positions, 1 for the others (SmolLM3, after
-            arXiv:2501.18795). `None` means that all layers have them.
+        attention_chunk_size: cut texts into chunks of this many tokens; each token sees only its own chunk, up to
+            itself (Llama 4); they are counted from the first non-padding token.
+        no_rope_layers: a number per layer: 0 for layers without rotary positions, 1 for the others (SmolLM3,
+            after arXiv:2501.18795). `None` means rotary positions in all layers.
         num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP. `ExpertFields`
             has their other fields: `moe_intermediate_size`, `n_shared_experts`, `mlp_layer_types`, `scoring_func` ...
-        num_experts_per_tok: experts that a router picks for each token.
-        router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
+        num_experts_per_tok: number of experts per token, picked by a router.
+        router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), added
             to the loss in training; `None` means 0.001 with experts, and 0 where a bias balances them.
         output_router_logits: return the routers' logits and the auxiliary loss also outside training.
         intermediate_size: width of the MLP, or of one expert; `None` gives 4 * hidden_size for a plain MLP and
@@ -141,7 +142,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         max_position_embeddings: longest context of the model, in tokens; also the size of the learned
             position table.
         rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...), or
-            one for each type in `layer_types`, by its name (Gemma 3); ignored without RoPE.
+            one per type in `layer_types`, by its name (Gemma 3); ignored without RoPE.
         query_pre_attn_scalar: attention scores are divided by the square root of this (Gemma 2); `None` means
             `head_dim`.
         attn_logit_softcapping: soft limit c of the attention scores, `c * tanh(scores / c)` (Gemma 2); it needs eager,
@@ -153,15 +154,15 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
         logit_scale: factor on the logits (Cohere).
         linear_num_key_heads: heads of queries and keys in layers of linear attention; `None` means
-            `num_attention_heads`, and so for `linear_num_value_heads`, which they divide.
+            `num_attention_heads`, and so for `linear_num_value_heads`, a multiple of them.
         linear_key_head_dim: size of such a head; `None` gives three quarters of hidden_size over all heads.
-        linear_value_head_dim: size of a value head; `None` means twice that.
-        linear_conv_kernel_dim: tokens that the convolution before linear attention sees, the current one included.
-        linear_allow_neg_eigval: let a token's change go up to twice as far, so that a state can also be reversed
+        linear_value_head_dim: size of a value head; `None` means twice `linear_key_head_dim`.
+        linear_conv_kernel_dim: tokens in the convolution before linear attention, the current one included.
+        linear_allow_neg_eigval: let a token's change go up to twice as far, to allow reversing a state as well
             (arXiv:2411.12537).
         linear_a_log_min, linear_a_log_max, linear_dt_min, linear_dt_max, linear_dt_init_floor: limits of the initial
             decays.
-        hidden_dropout: dropout probability on embeddings and on each block's output.
+        hidden_dropout: dropout probability on embeddings and on the blocks' outputs.
         classifier_dropout: dropout probability before a token classifier's head; `None` follows `hidden_dropout`.
         initializer_range: standard deviation of the initial weights.
         residual_init: how the initial weights of the projections into the residual stream are scaled: `"plain"` not
@@ -282,18 +283,18 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         self._set_parallel_plans()
 
     def _set_parallel_plans(self) -> None:
-        """Set the parallelism rules that match this model's modules."""
+        """Set the parallelism rules for this model's modules."""
         absent = absent_rules(self)
         normalizes_all_heads = self.qk_norm and self.qk_norm_scope == "all_heads"
         absent += [] if self.qk_norm and not normalizes_all_heads else ["q_norm", "k_norm"]
         absent += ["mlp.gate_proj"] if self.mlp_type == "plain" else []
-        # A single key-value head or latent cannot be split, and so neither can the query heads that share it.
+        # A single key-value head or latent cannot be split, and so neither can the query heads sharing it.
         absent += ["self_attn"] if self.num_key_value_heads == 1 or self.kv_lora_rank else []
         self.base_model_tp_plan = {
             rule: style for rule, style in TENSOR_PARALLEL_PLAN.items() if not any(name in rule for name in absent)
         }
         if normalizes_all_heads and self.num_key_value_heads > 1:
-            # Each process needs all heads to normalize them, as in OLMo 2.
+            # Every process needs all heads to normalize them, as in OLMo 2.
             self.base_model_tp_plan |= ALL_HEADS_PLAN
         self.base_model_ep_plan = dict(EXPERT_PARALLEL_PLAN) if self.num_local_experts else None
         # Later pipeline stages would add learned positions again.
@@ -310,7 +311,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         """Return the number of weights of the language model, tied ones counted once, without allocating any.
 
         Args:
-            active_only: count only the experts that one token passes through.
+            active_only: count only the experts used by one token.
         """
         hidden, query, key = self.hidden_size, self._query_size(), self._key_size()
         norm = hidden * (2 if self._norm_has_bias() else 1)
@@ -353,7 +354,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         """Do nothing: transformers checks `layer_types` here, with a longer message than `check_layers` has."""
 
     def rotary_types(self) -> list[str]:
-        """Return the layer types that have `rope_parameters` of their own, none if all share one dictionary."""
+        """Return the layer types with `rope_parameters` of their own, none if all share one dictionary."""
         return self.nested_rope_parameter_keys(self.rope_parameters or {})
 
     def _check_sizes(self):

@@ -1,4 +1,4 @@
-"""Configuration of an hfllm decoder that sees pictures: Llava's, with an `HfllmConfig` as its text."""
+"""Configuration of a vision-language model with an hfllm decoder: Llava's, with an `HfllmConfig` as its text."""
 
 import os
 
@@ -24,11 +24,11 @@ class HfllmVisionConfig(LlavaConfig):
     Args:
         vision_config: of the tower, one of transformers' (SigLIP, CLIP, DINOv2, ViT ...).
         text_config: an `HfllmConfig` of a causal model.
-        image_token_index: the token that stands in a prompt for each vector of a picture; also `image_token_id`.
-        vision_feature_layer: the layer of the tower that is read, or several, whose vectors are joined; negative
-            numbers count from the last, whose number is -1.
-        vision_feature_select_strategy: `"full"` takes all vectors of that layer, `"default"` all but the first, which
-            in CLIP and ViT stands for the whole picture.
+        image_token_index: the token in a prompt for one vector of an image; also `image_token_id`.
+        vision_feature_layer: the layer of the tower to read, or several, with their vectors joined; negative
+            numbers count from the last, number -1.
+        vision_feature_select_strategy: `"full"` takes all vectors of this layer, `"default"` all but the first, which
+            in CLIP and ViT represents the whole image.
         projector_hidden_act: activation between the projector's two layers.
         multimodal_projector_bias: whether these have biases.
 
@@ -78,14 +78,14 @@ class HfllmVisionConfig(LlavaConfig):
             raise ValueError("vision_feature_layer=[] must name a layer")
 
 
-# Towers whose positions fit pictures of any size.
+# Towers with positions for images of any size.
 FLEXIBLE = ("pixtral", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip2_vision_model")
-# Towers with vectors before those of patches: one of the whole picture, and registers.
+# Towers with vectors before the ones of patches: one of the whole image, and registers.
 WITH_CLASS_VECTOR = ("clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit")
 
 
 def picture_size(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Return height and width of the pictures that a tower takes, or `None` if it takes others too.
+    """Return height and width of the images for a tower, or `None` if it takes others too.
 
     Args:
         config: of the tower.
@@ -94,13 +94,13 @@ def picture_size(config: PreTrainedConfig) -> tuple[int, int] | None:
 
 
 def configured_size(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Return height and width of pictures in a tower's config (`image_size`), or `None` if it names none."""
+    """Return height and width of images in a tower's config (`image_size`), or `None` if it names none."""
     size = getattr(config, "image_size", None)
     return size if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def vectors_before_patches(config: PreTrainedConfig) -> int:
-    """Return how many vectors of a tower come before those of patches."""
+    """Return the number of vectors of a tower before the ones of patches."""
     if config.model_type not in WITH_CLASS_VECTOR:
         return 0
     return 1 + (getattr(config, "num_register_tokens", None) or 0)

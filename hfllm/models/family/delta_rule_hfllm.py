@@ -1,12 +1,12 @@
 """The gated delta rule (Yang et al. 2024, arXiv:2412.06464), step by step and in chunks.
 
-A state of fixed size, (D, W) for each head, takes the place of all keys and values. Token t changes it and reads it:
+A state of fixed size, (D, W) per head, replaces all keys and values. Token t changes it and reads it:
 
     S_t = exp(g_t) S_{t-1} + k_t u_t',   u_t = b_t (v_t - exp(g_t) S_{t-1}' k_t),   o_t = S_t' q_t
 
-(equation 10 there): the state forgets by `g`, and of a value it stores only what the key does not recall yet.
+(equation 10 there): the state forgets by `g`, and of a value it stores only the part not yet recalled by the key.
 
-This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
+This file imports only torch, transformers and files next to it, and is uploaded to the Hub with modeling_hfllm.py.
 Shapes: B batch, S sequence, H value heads, K query and key heads, D their size, W size of a value head, C tokens of a
 chunk, F channels of the convolution.
 """
@@ -41,14 +41,14 @@ def gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the outputs (B, S, H, W), and the last state (B, H, D, W) if it is asked for.
 
-    A text is read in pieces of a few chunks. Training keeps the state before each piece, and computes the piece again
+    A text is read in pieces of a few chunks. Training keeps the state before every piece, and computes the piece again
     for its gradients. Compilers, `torch.func` and derivatives of derivatives get formulas without writes in place.
-    Arguments are those of flash-linear-attention's `chunk_gated_delta_rule`:
+    Arguments are as in flash-linear-attention's `chunk_gated_delta_rule`:
 
     Args:
         query, key: (B, S, K, D); each serves H / K value heads.
         value: (B, S, H, W).
-        g: (B, S, H), logarithms of what is kept of the state, at most 0.
+        g: (B, S, H), logarithms of the kept share of the state, at most 0.
         beta: (B, S, H), strength of the change.
         chunk_size: tokens C of a chunk; `None` is 32, or 64 where D is above 64.
         initial_state: (B, H, D, W), before the first token; `None` is zero.
@@ -58,7 +58,7 @@ def gated_delta_rule(
     state = first_state(initial_state, query, key, value)
     inputs = (query, key, value, g, beta, state)
     settings = chunk_length(chunk_size, key), use_qk_l2norm_in_kernel
-    # Autocast would round what the states are made of.
+    # Autocast would round the inputs of the states.
     with without_autocast(query):
         if torch.compiler.is_compiling() or needs_autograd():
             output, state = rule_of_piece(*inputs, before_first(packed), *settings)
@@ -78,7 +78,7 @@ def recurrent_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return what `gated_delta_rule` returns, by the formula above, token by token."""
+    """Return the results of `gated_delta_rule`, by the formula above, token by token."""
     batch, heads, rows = value.shape[0], value.shape[2], value.shape[0] * value.shape[2]
     with without_autocast(query):
         state, outputs, groups = first_state(initial_state, query, key, value), [], heads // key.shape[2]
@@ -117,7 +117,7 @@ def first_state(
 
 
 def before_first(packed: torch.Tensor | None, tokens: int = 1) -> torch.Tensor | None:
-    """Return (B, S) as (B, tokens + S): what is before the first token is of its sequence."""
+    """Return (B, S) as (B, tokens + S): positions before the first token belong to its sequence."""
     return packed if packed is None else torch.cat((packed[:, :1].expand(-1, tokens), packed), dim=1)
 
 
@@ -148,7 +148,7 @@ def rule_of_piece(
     """Return the outputs and the last state (B * H, D, W) over a text or a piece of one, by formulas.
 
     Args:
-        state: (B * H, D, W), in the precision to compute in; the other tensors are those of `gated_delta_rule`.
+        state: (B * H, D, W), in the precision to compute in; the other tensors are as in `gated_delta_rule`.
         packed: (B, 1 + S) or (1, 1 + S), from the token before on.
     """
     batch, length, heads = value.shape[:3]
@@ -159,7 +159,7 @@ def rule_of_piece(
 
 
 class _InPieces(torch.autograd.Function):
-    """`rule_of_piece` for piece after piece, which keeps its inputs and the state before each piece."""
+    """`rule_of_piece` for piece after piece, keeping its inputs and the states before the pieces."""
 
     @staticmethod
     def forward(ctx, query, key, value, g, beta, state, packed, chunk, normalizes):
@@ -212,10 +212,10 @@ def causal_conv(
     packed: torch.Tensor | None = None,
     **kwargs: object,
 ) -> torch.Tensor:
-    """Return each channel's own convolution with the tokens before, (B, F, S); before the first are zeros.
+    """Return every channel's own convolution with the tokens before, (B, F, S); before the first are zeros.
 
     A few products of shifted tensors are faster on a CPU than a grouped convolution, mostly in the backward pass.
-    Arguments are those of causal-conv1d's function of this kind:
+    Arguments are as in causal-conv1d's function of this kind:
 
     Args:
         hidden_states: (B, F, S).
@@ -230,7 +230,7 @@ def causal_conv(
 
 
 def conv_of_last(states: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
-    """Return `causal_conv` of the last token alone, (B, F, 1), from it and the ones before, (B, F, taps)."""
+    """Return `causal_conv` of only the last token, (B, F, 1), from it and the ones before, (B, F, taps)."""
     mixed = (states.to(weight.dtype) * weight).sum(-1, keepdim=True)
     return ACT2FN[activation](mixed).to(states.dtype)
 
@@ -265,8 +265,8 @@ def conv_of_piece(
 # The gated delta rule over a piece of a text, in chunks, with a backward pass by hand.
 #
 # Autograd would give every product new memory, forward and backward; on a CPU that takes longer than the products.
-# Here all pieces of a text use the same memory, one after another, and what the backward pass needs is computed again.
-# The state goes through the chunks by small products that stay in a CPU's cache.
+# Here all pieces of a text use the same memory, one after another, and the inputs of the backward pass are computed
+# again. The state goes through the chunks by small products that stay in a CPU's cache.
 #
 # Shapes: B batch, L tokens of the piece, H value heads, K query and key heads, D their size, W size of a value head;
 # N chunks of C tokens; R is B * H, and M is N * R with the chunks first.
@@ -274,14 +274,14 @@ def conv_of_piece(
 
 # exp() of less is slow on a CPU; it is no state any more, and a normal number still.
 LEAST_LOG = -80.0
-# Strengths of zero become this, which changes no result: gradients are divided by them.
+# Strengths of zero become this, without a change of results: gradients are divided by them.
 LEAST_BETA = 1e-25
 
 
 def in_chunks(states: torch.Tensor, size: int, groups: int = 1) -> torch.Tensor:
-    """Return (B, L, K, D) as (M, C, D), each head `groups` times.
+    """Return (B, L, K, D) as (M, C, D), with heads repeated `groups` times.
 
-    After the last token there are zeros, which change no state.
+    After the last token there are zeros, without an effect on the state.
     """
     if states.shape[1] % size:
         states = F.pad(states, (0, 0, 0, 0, 0, -states.shape[1] % size))
@@ -292,7 +292,7 @@ def in_chunks(states: torch.Tensor, size: int, groups: int = 1) -> torch.Tensor:
 
 
 def from_chunks(states: torch.Tensor, batch: int, length: int, heads: int, groups: int = 1) -> torch.Tensor:
-    """Return what `in_chunks` makes (M, C, D) of as (B, L, K, D), summed over each head's `groups`."""
+    """Return (M, C, D), an output of `in_chunks`, as its input (B, L, K, D), summed over the `groups` of a head."""
     states = states.unflatten(0, (-1, batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
     return states.unflatten(2, (-1, groups)).sum(3) if groups > 1 else states
 
@@ -318,7 +318,7 @@ def to_chunks(
 
 
 def sequences_in_chunks(packed: torch.Tensor, batch: int, heads: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the number of each token's sequence, (M, C), and that of the token before each chunk, (M, 1).
+    """Return the sequence number of each token, (M, C), and of the token before each chunk, (M, 1).
 
     Args:
         packed: (B, 1 + L) or (1, 1 + L), from the token before the piece on.
@@ -330,11 +330,11 @@ def sequences_in_chunks(packed: torch.Tensor, batch: int, heads: int, size: int)
 
 
 def decays(g: torch.Tensor, sequences: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
-    """Return what is kept of a state between times within each chunk.
+    """Return the kept share of a state between times within a chunk.
 
     Args:
         g: (M, C).
-        sequences: those of `sequences_in_chunks`: between two of them nothing is kept.
+        sequences: from `sequences_in_chunks`: between two of them nothing is kept.
 
     Returns:
         From token to later token (M, C, C), later ones in rows; from the chunk's beginning to each token, and from
@@ -366,7 +366,7 @@ def gated_delta_chunks(
     """Return the outputs (M, C, W) and the last state (R, D, W), by formulas for autograd and for compilers.
 
     Within a chunk all u_t solve one triangular system (arXiv:2412.06464, section 3.3). So the state after a chunk is
-    a matrix times the one before, plus another, and these alone go from chunk to chunk one after another.
+    a matrix times the one before, plus another, and only these go from chunk to chunk one after another.
 
     Args:
         query, key: (M, C, D); value: (M, C, W); g: (M, C); beta: (M, C, 1); state: (R, D, W).
@@ -391,21 +391,21 @@ def gated_delta_chunks(
 
 
 class DeltaPiece:
-    """The rule over a piece of a text and its derivatives, in memory that the next piece uses again.
+    """The rule over a piece of a text and its derivatives, in memory reused by the next piece.
 
     Results stay right until the next call. For each chunk, with the decays of `decays`, S and S' the states before and
     after it, U the changes that the formulas above call so, B the diagonal matrix of beta, and Y = U / beta:
 
         Y = (I + M B)^-1 (V - since K S),   S' = whole S + (until B K)' Y,   O = since Q S + P B Y,
 
-    where M is the strictly lower part of `between * K K'`, and P is `between * Q K'`. The inverse multiplies values
-    alone, not keys too. The gradients of Y and V are, backward from the last chunk,
+    where M is the strictly lower part of `between * K K'`, and P is `between * Q K'`. The inverse multiplies only
+    values, not keys too. The gradients of Y and V are, backward from the last chunk,
 
         dY = (P B)' dO + (until B K) dS',   dV = (I + M B)^-T dY,   dS = whole dS' + (since Q)' dO - (since K)' dV.
 
-    Those of the decays need no matrices: that of beta is `sum(dV Y) / beta`, and as O and V - Y are in proportion to
-    what is kept since the chunk began, that of its logarithm is `sum(dO O) - sum(dV V)`, where `sum(dO O)` is
-    `sum(dQ Q)`; and in the last token also `sum(dS' S')`.
+    Gradients of the decays need no matrices: for beta it is `sum(dV Y) / beta`, and as O and V - Y are in proportion
+    to the kept share since the beginning of the chunk, for its logarithm it is `sum(dO O) - sum(dV V)`, where
+    `sum(dO O)` is `sum(dQ Q)`; and in the last token also `sum(dS' S')`.
     """
 
     def __init__(self):
@@ -437,7 +437,7 @@ class DeltaPiece:
         normalizes: bool,
         needs_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return what `rule_of_piece` returns, and keep what `backward` and `gradients` need."""
+        """Return the results of `rule_of_piece`, and keep the inputs of `backward` and `gradients`."""
         batch, length, heads = value.shape[:3]
         sequences = None if packed is None else sequences_in_chunks(packed, batch, heads, chunk)
         chunks = self.read(query, key, value, g, beta, state.dtype, chunk, normalizes)
@@ -445,7 +445,7 @@ class DeltaPiece:
         return (from_chunks(output, batch, length, heads).to(query.dtype) if needs_output else None), state
 
     def copy(self, name: str, states: torch.Tensor, dtype: torch.dtype, size: int, groups: int = 1) -> torch.Tensor:
-        """Return what `in_chunks` does, in a precision."""
+        """Return the result of `in_chunks`, in a precision."""
         batch, length, heads, width = states.shape
         if length % size:
             states = F.pad(states, (0, 0, 0, 0, 0, -length % size))
@@ -468,7 +468,7 @@ class DeltaPiece:
         chunk: int,
         normalizes: bool,
     ) -> tuple[torch.Tensor, ...]:
-        """Return what `to_chunks` returns, and keep what `gradients` needs."""
+        """Return the results of `to_chunks`, and keep the inputs of `gradients`."""
         batch, length, heads = value.shape[:3]
         groups, self.factors, pair = heads // key.shape[2], [], []
         self.layout = batch, length, heads, groups
@@ -484,7 +484,7 @@ class DeltaPiece:
         return *pair, self.copy("value", value, dtype, chunk), g.squeeze(-1), beta
 
     def gradients(self, grads: list[torch.Tensor], outs: list[torch.Tensor]) -> None:
-        """Write the gradients of `read`'s tensors, from those of its results, which are lost."""
+        """Write the gradients of `read`'s tensors, from the gradients of its results, which are lost."""
         batch, length, heads, groups = self.layout
         of_query, of_key, of_value, of_g, of_beta = grads
         for states, grad, along, (factor, scale) in zip(
@@ -510,7 +510,7 @@ class DeltaPiece:
         sequences: tuple[torch.Tensor, torch.Tensor] | None = None,
         needs_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return what `gated_delta_chunks` returns, and keep what `backward` needs."""
+        """Return the results of `gated_delta_chunks`, and keep the inputs of `backward`."""
         (number, length, size), width, rows = key.shape, value.shape[-1], len(state)
         beta = torch.where(beta.abs() < LEAST_BETA, LEAST_BETA, beta)
         decay_mask, since, until, whole = self._decays(g, sequences)
@@ -542,7 +542,7 @@ class DeltaPiece:
     def _decays(
         self, g: torch.Tensor, sequences: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, ...]:
-        """Return what `decays` does, where later tokens are in columns anything that is finite."""
+        """Return the results of `decays`, but with arbitrary finite values in the columns of later tokens."""
         total = g.cumsum(-1).unsqueeze(-1)
         between = torch.sub(total, total.mT, out=self._get("between", g, *g.shape, g.shape[-1]))
         between, *ends = (

@@ -1,6 +1,6 @@
-"""A mixture of experts: the experts, their router, the balance of their loads, and the layer that joins them.
+"""A mixture of experts: the experts, their router, the balance of their loads, and the layer joining them.
 
-This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
+This file imports only torch, transformers and files next to it, and is uploaded to the Hub with modeling_hfllm.py.
 Shapes: N tokens, E hidden_size.
 """
 
@@ -41,10 +41,10 @@ class HfllmExperts(nn.Module):
 
     def forward(self, tokens_NE: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            # The loop below depends on which experts there are; this is one graph.
+            # The loop below depends on the chosen experts; this is one graph.
             return grouped_mm_experts_forward(self, tokens_NE, indices, weights)
         output = torch.zeros_like(tokens_NE)
-        # Under expert parallelism, `num_experts` marks a choice that another rank computes.
+        # Under expert parallelism, `num_experts` marks a choice computed by another rank.
         for expert in indices.unique().tolist():
             if expert == self.num_experts:
                 continue
@@ -56,7 +56,7 @@ class HfllmExperts(nn.Module):
 
 
 class HfllmSparseMLP(nn.Module):
-    """A mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv:1701.06538)."""
+    """A mixture of experts instead of the MLP (Shazeer et al. 2017, arXiv:1701.06538)."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__()
@@ -67,7 +67,7 @@ class HfllmSparseMLP(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Map (B, S, E) to (B, S, E); `token_mask` (B, S) is 0 for padding, which is no load of the experts."""
+        """Map (B, S, E) to (B, S, E); `token_mask` (B, S) is 0 for padding, not counted as load of the experts."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, indices = self.gate(tokens) if token_mask is None else self.gate(tokens, token_mask)
         output = self.experts(tokens, indices, weights).reshape(hidden_states.shape)
@@ -85,15 +85,15 @@ def build_mlp(config: HfllmConfig, layer_idx: int) -> nn.Module:
 
 
 def last_projections(mlp: nn.Module) -> list[nn.Module]:
-    """Return what writes into the residual stream: an MLP's `down_proj`, or the experts and that of the shared MLP."""
+    """Return modules writing into the residual stream: an MLP's `down_proj`, or the experts and the shared MLP's."""
     if isinstance(mlp, HfllmMLP):
         return [mlp.down_proj]
     return [mlp.experts] if mlp.shared_experts is None else [mlp.experts, mlp.shared_experts.down_proj]
 
 
 def fp32_names(config: HfllmConfig) -> list[str]:
-    """Return the names of weights that stay in fp32 where a model is loaded in half precision: those of the routers
-    that compute in it, as in DeepSeek's."""
+    """Return the names of weights kept in fp32 where a model is loaded in half precision: weights of the routers
+    computing in fp32, as in DeepSeek's."""
     is_plain = (config.scoring_func, config.topk_method) == ("softmax", "greedy")
     return [] if is_plain else ["mlp.gate.weight", "e_score_correction_bias"]
 
@@ -108,20 +108,20 @@ def init_experts(module: nn.Module, std: float, residual_std: float) -> None:
 
 # ---- router ----
 #
-# The router of a mixture of experts, and the bias that balances the load of its experts.
+# The router of a mixture of experts, and the bias for balancing the load of its experts.
 #
-# Shapes: N tokens, E hidden_size, X experts, G groups of them, k experts of each token.
+# Shapes: N tokens, E hidden_size, X experts, G groups of them, k experts per token.
 
 
 class HfllmRouter(nn.Module):
-    """Chooses the experts of each token. `ExpertFields` says which field of the config acts how.
+    """Chooses the experts of the tokens. `ExpertFields` explains the effects of the config's fields.
 
     The default is Mixtral's (section 2.1): softmax over all experts, the best k, renormalized.
 
     Attributes:
         e_score_correction_bias: (X,) in fp32, with `topk_method="noaux_tc"`: added to the scores for the choice, not
-            in the weights. With `router_bias_update_rate` each optimizer step that trains `weight` moves it.
-        load: (X,) tokens of each expert in the backward passes since the last step; `None` if there were none.
+            in the weights. With `router_bias_update_rate` every optimizer step on `weight` moves it.
+        load: (X,) tokens per expert in the backward passes since the last step; `None` if there were none.
     """
 
     def __init__(self, config: HfllmConfig):
@@ -146,7 +146,7 @@ class HfllmRouter(nn.Module):
         """Return the logits (N, X), and the weights and indices (N, k) of the chosen experts.
 
         Args:
-            token_mask: N numbers, 0 for padding, which is no load; `None` means no padding.
+            token_mask: N numbers, 0 for padding, not counted as load; `None` means no padding.
         """
         if self.is_plain:
             logits = nn.functional.linear(tokens_NE, self.weight)
@@ -166,7 +166,7 @@ class HfllmRouter(nn.Module):
         return logits, weights if self.routed_scaling_factor == 1 else weights * self.routed_scaling_factor, indices
 
     def _choice(self, scores_NX: torch.Tensor) -> torch.Tensor:
-        """Return what the choice goes by: scores, perhaps with the bias, and no score outside of the best groups."""
+        """Return the basis of the choice: scores, perhaps with the bias, and no score outside of the best groups."""
         has_bias = self.topk_method == "noaux_tc"
         choice = scores_NX + self.e_score_correction_bias if has_bias else scores_NX
         if self.n_group == 1:
@@ -180,15 +180,15 @@ class HfllmRouter(nn.Module):
         """Add these tokens to `load` when the backward pass comes through their weights.
 
         There, since it comes exactly once: a forward pass may be none of training, or be run again by activation
-        checkpointing. A compiler cannot follow, and counts in the forward pass, which it does not run again.
+        checkpointing. A compiler cannot follow, and counts in the forward pass, not run again in this case.
         """
         if not (weights.requires_grad and self.weight.requires_grad) or needs_autograd():
             return
         ones = torch.ones_like(indices)
-        # Who takes some tokens out before this layer, as PPO does, takes none that is padding.
+        # A caller that drops tokens before this layer, as PPO does, leaves no padding.
         has_mask = token_mask is not None and token_mask.numel() == len(indices)
         counted = ones * (token_mask.reshape(-1, 1) != 0) if has_mask else ones
-        # Not as long as the weight, which may be split over processes.
+        # Not as long as the weight, since that may be split over processes.
         empty = torch.zeros_like(self.e_score_correction_bias, dtype=torch.int64)
         counts = empty.scatter_add(0, indices.flatten(), counted.flatten())
 
@@ -209,7 +209,7 @@ class HfllmRouter(nn.Module):
         return self
 
     def __setstate__(self, state: dict) -> None:
-        """Restore a copy: it follows the optimizer that trains it, and counts for itself."""
+        """Restore a copy: it follows its own optimizer, and counts for itself."""
         super().__setstate__(state)
         self.load = None
         if self.update_rate:
@@ -218,15 +218,15 @@ class HfllmRouter(nn.Module):
 
 # ---- the bias after each optimizer step ----
 
-# By the order in which they were made, which is the same in all processes.
+# By the order of creation, the same in all processes.
 _FOLLOWING: "WeakValueDictionary[int, HfllmRouter]" = WeakValueDictionary()
 _NUMBERS = count()
-# Of DeepSpeed: its optimizers hold copies of the weights, which have one of these attributes.
+# Of DeepSpeed: its optimizers hold copies of the weights, with one of these attributes.
 _COPIED = ("ds_id", "_hp_mapping")
 
 
 def _follow_optimizers(router: HfllmRouter) -> None:
-    """Move the router's bias after each step of an optimizer that trains it, whoever calls that."""
+    """Move the router's bias after every step of its optimizer, regardless of the caller."""
     number = next(_NUMBERS)
     if number == 0:
         register_optimizer_step_post_hook(_after_step)
@@ -249,7 +249,7 @@ def _trained_by(optimizer: torch.optim.Optimizer) -> list[HfllmRouter]:
 
 @torch.no_grad()
 def move_biases(routers: list[HfllmRouter]) -> None:
-    """Move each router's bias against the load since the last call (arXiv:2408.15664, algorithm 1), and count anew.
+    """Move the routers' biases against the load since the last call (arXiv:2408.15664, algorithm 1), and count again.
 
     Args:
         routers: the same in all processes, whose loads are added up.
@@ -274,7 +274,7 @@ def move_biases(routers: list[HfllmRouter]) -> None:
 
 
 def _once(function: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
-    """Return a hook that runs at the first gradient alone, as when a graph is kept for a second backward pass."""
+    """Return a hook that runs only at the first gradient, as when a graph is kept for a second backward pass."""
     is_done = False
 
     def hook(gradient: torch.Tensor) -> None:
@@ -302,11 +302,11 @@ def balance_loss(
 ) -> torch.Tensor:
     """Return the load-balancing loss over all layers (arXiv:2101.03961, equations 4 to 6); padding does not count.
 
-    Of sigmoid scores it takes each expert's share of their sum (arXiv:2412.19437, equations 17 to 20).
+    Of sigmoid scores it takes the experts' shares of their sum (arXiv:2412.19437, equations 17 to 20).
 
     Args:
         config: of the model.
-        router_logits: of each layer with experts, (tokens, experts).
+        router_logits: one per layer with experts, (tokens, experts).
         attention_mask: (B, S) with 0 for padding; one of another shape says nothing about padding.
     """
     mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
@@ -317,18 +317,18 @@ def balance_loss(
 
 
 def counts_load(config: HfllmConfig, layer_idx: int, attention_mask: torch.Tensor | dict | None) -> bool:
-    """Return whether a layer's experts have a bias that follows their load, and the mask says what is padding."""
+    """Return whether a layer's experts have a bias that follows their load, and the mask marks padding."""
     is_followed = bool(config.router_bias_update_rate) and is_sparse(config, layer_idx)
     return is_followed and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
 
 
 def check_gradients(layers: nn.ModuleList, router_logits: tuple[torch.Tensor, ...], states: torch.Tensor) -> None:
-    """Refuse reentrant activation checkpointing, which runs layers without a graph and so loses this loss's gradient.
+    """Refuse reentrant activation checkpointing: it runs layers without a graph and so loses this loss's gradient.
 
     Args:
-        layers: decoder layers, those with experts with the router `mlp.gate`.
+        layers: decoder layers; layers with experts have the router `mlp.gate`.
         router_logits: of each of these.
-        states: the trunk's output, which has a gradient if anything in the trunk is trained.
+        states: the trunk's output, with a gradient if anything in the trunk is trained.
 
     Raises:
         ValueError: naming the two ways out.

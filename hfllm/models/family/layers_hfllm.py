@@ -1,6 +1,6 @@
 """Embeddings, norms and MLPs of the hfllm family, and when they may save memory.
 
-This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
+This file imports only torch, transformers and files next to it, and is uploaded to the Hub with modeling_hfllm.py.
 """
 
 import torch
@@ -34,7 +34,7 @@ class HfllmEmbedding(nn.Embedding):
 
 
 class HfllmPositionEmbedding(nn.Embedding):
-    """Learned absolute positions: a table that ends, from (B, S) to (B, S, E)."""
+    """Learned absolute positions: a finite table, from (B, S) to (B, S, E)."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -47,7 +47,7 @@ class HfllmPositionEmbedding(nn.Embedding):
 
 
 def check_positions(position_ids: torch.Tensor, size: int) -> None:
-    """Raise a ValueError if a position is outside a table of that size. On a GPU this waits for the positions."""
+    """Raise a ValueError if a position is outside a table of this size. On a GPU this waits for the positions."""
     lowest, highest = (int(end) for end in position_ids.aminmax())
     if lowest < 0 or highest >= size:
         raise ValueError(
@@ -73,7 +73,7 @@ def rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset
 
 
 class _RMSNorm(torch.autograd.Function):
-    """`rms_norm` that saves only its input for the backward pass."""
+    """`rms_norm`, saving only its input for the backward pass."""
 
     @staticmethod
     def forward(ctx, states, weight, eps, unit_offset):
@@ -113,7 +113,7 @@ class HfllmRMSNorm(nn.Module):
 
 
 def build_norm(config: HfllmConfig, size: int) -> nn.Module:
-    """Return the norm that the config asks for, over the last dimension, which has that size."""
+    """Return the norm chosen by the config, over the last dimension, of this size."""
     if config.norm_type == "rmsnorm":
         return HfllmRMSNorm(size, config.norm_eps, config.norm_unit_offset)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
@@ -122,7 +122,7 @@ def build_norm(config: HfllmConfig, size: int) -> nn.Module:
 def layer_norms(config: HfllmConfig, layer_type: str) -> tuple[str, list[str]]:
     """Return where a layer's norms stand, and their names: of OLMo 2 and Gemma 2 where outputs are normalized.
 
-    Layers of linear attention normalize their inputs, also among layers that normalize outputs (OLMo Hybrid).
+    Layers of linear attention normalize their inputs, also among layers with normalized outputs (OLMo Hybrid).
     """
     if config.norm_placement == "output" and layer_type != "linear_attention":
         return "output", ["post_attention_layernorm", "post_feedforward_layernorm"]
@@ -166,7 +166,7 @@ class HfllmMLP(nn.Module):
         return self._down(*wide)
 
     def _is_plain(self) -> bool:
-        # A wrapped layer may have its own dropout (LoRA), which must not be drawn twice.
+        # A wrapped layer may have its own dropout (LoRA), not to be drawn twice.
         return (type(self.down_proj), type(self.act_fn)) == self.plain_types and is_unobserved(
             self.down_proj, self.act_fn
         )
@@ -192,12 +192,12 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def saves_memory() -> bool:
-    """Return whether to save less for the backward pass than autograd does; a compiler decides that itself."""
+    """Return whether to save less for the backward pass than autograd does; a compiler decides this itself."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not needs_autograd()
 
 
 def needs_autograd() -> bool:
-    """Return whether `torch.func` or forward-mode derivatives are at work, which need the formulas of autograd."""
+    """Return whether `torch.func` or forward-mode derivatives are at work; they need the formulas of autograd."""
     if torch.compiler.is_compiling():
         return False
     # There is no public question for either. Where a release of torch lacks these names, the formulas of autograd are
@@ -208,10 +208,10 @@ def needs_autograd() -> bool:
 
 
 def is_unobserved(*modules: nn.Module) -> bool:
-    """Return whether nobody notices when these modules run twice, or what becomes of their outputs.
+    """Return whether running these modules twice, or changing their outputs, is not observed by anyone.
 
-    Hooks would: they count calls and keep outputs. So may a replaced `forward` (offloading, kernels) or weights that
-    are gathered for each call (ZeRO-3).
+    Hooks would observe it: they count calls and keep outputs. So may a replaced `forward` (offloading, kernels) or
+    weights gathered for every call (ZeRO-3).
     """
     # Where torch has another place for its hooks, there may be some.
     if any(getattr(every_module, name, True) for name in _GLOBAL_HOOKS):

@@ -1,6 +1,6 @@
 """Linear attention: layers of the gated delta rule, as OLMo Hybrid computes them. The rule is in delta_rule_hfllm.py.
 
-This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
+This file imports only torch, transformers and files next to it, and is uploaded to the Hub with modeling_hfllm.py.
 Shapes: B batch, S sequence, H value heads, K query and key heads, D their size, W size of a value head, E hidden_size,
 F channels of the convolution: queries, keys and values.
 """
@@ -62,13 +62,13 @@ class HfllmRMSNormGated(nn.Module):
 
 
 def gated_norm(states: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return what `HfllmRMSNormGated` does."""
+    """Return the output of `HfllmRMSNormGated`."""
     normed = F.rms_norm(states.float(), weight.shape, eps=eps)
     return (weight * normed.to(states.dtype) * F.silu(gate.float())).to(states.dtype)
 
 
 class MixerSettings(NamedTuple):
-    """What else `mix_piece` needs: widths of all keys and all values, of one head of each, activation, eps, chunk."""
+    """Settings for `mix_piece`: widths of all keys and values, of one key and value head, activation, eps, chunk."""
 
     key_dim: int
     value_dim: int
@@ -106,7 +106,7 @@ def mix_piece(
         weight: (F, taps).
         state: (B * H, D, W).
         packed: (B, 1 + L) or (1, 1 + L), from the token before on; longer where the convolution needs it.
-        rule: what computes the piece.
+        rule: the function that computes the piece.
     """
     inner = settings.heads(_convolved(mixed, weight, packed, settings))
     packed = None if packed is None else packed[:, -1 - gate.shape[1] :]
@@ -123,9 +123,9 @@ def _convolved(
 
 
 class _Mixer(torch.autograd.Function):
-    """`mix_piece` for piece after piece of texts without a cache, which keeps its inputs and a state per piece.
+    """`mix_piece` for piece after piece of texts without a cache, keeping its inputs and a state per piece.
 
-    So what lies between a layer's projections is never there for a whole text.
+    So the tensors between a layer's projections never exist for a whole text.
     """
 
     @staticmethod
@@ -171,7 +171,7 @@ class _Mixer(torch.autograd.Function):
 def _with_taps(
     mixed: torch.Tensor, packed: torch.Tensor | None, begin: int, piece: int, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, slice]:
-    """Return a piece of a text with the tokens that its first one's convolution sees, zeros where there are none."""
+    """Return a piece of a text with the tokens in the convolution of its first one, zeros where there are none."""
     taps, end = weight.shape[-1] - 1, min(begin + piece, mixed.shape[1])
     missing, first = max(0, taps - begin), max(0, begin - taps)
     part = F.pad(mixed[:, first:end], (0, 0, missing, 0))
@@ -194,7 +194,7 @@ def _of_piece(
     """Return the gradients of `mix_piece`'s mixed, gate, weight and norm_weight, and of its state.
 
     Args:
-        outs: where to write those of g and beta.
+        outs: where to write the gradients of g and beta.
     """
     mixed, g, beta, gate, weight, norm_weight = (each.detach() for each in inputs)
     with torch.enable_grad():
@@ -276,7 +276,7 @@ class HfllmGatedDeltaNet(nn.Module):
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask.unsqueeze(-1)).to(hidden_states.dtype)
         mixed = torch.cat([each(hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        # By head, as the rule takes them: gradients then come in the order that compiled code expects.
+        # By head, as in the rule: gradients then come in the order expected by compiled code.
         steps, beta = (each(hidden_states).transpose(1, 2).contiguous() for each in (self.a_proj, self.b_proj))
         beta = beta.sigmoid() * (2.0 if self.allow_neg_eigval else 1.0)
         g = -self.A_log.float().exp().unsqueeze(-1) * F.softplus(steps.float() + self.dt_bias.unsqueeze(-1))

@@ -1,6 +1,6 @@
 """The hfllm family: one transformer, its heads and its chunked loss, all chosen by the config.
 
-This file imports only torch, transformers and files beside it, which are saved and uploaded with the weights
+This file imports only torch, transformers and files next to it, all saved and uploaded with the weights
 (`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms and MLPs in layers_hfllm.py; experts
 and their router in experts_hfllm.py; logits and losses are here.
 Shapes: B batch, S sequence, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
@@ -71,13 +71,13 @@ from .linear_attention_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 
 # ---- head ----
 #
-# What makes logits, losses and generated text of a decoder's states, in models of text and in models that see.
+# Logits, losses and generated text from a decoder's states, in text models and in vision-language models.
 #
 # Shapes: B batch, S sequence, E hidden_size.
 
 
 if TYPE_CHECKING:
-    # At run time it would be a second base of the classes that mix this one in.
+    # At run time it would be a second base of the classes with this mixin.
     _Base = GenerationMixin
 else:
     _Base = object
@@ -94,7 +94,7 @@ def logits_of(config: HfllmConfig, head: nn.Module, hidden_states: torch.Tensor)
 class CausalHead(_Base):
     """Logits, losses and generation of a model whose decoder is an `HfllmModel`.
 
-    The class that mixes it in has `model`, which returns the decoder's states, and `lm_head`. Where the decoder is a
+    A class with this mixin has `model`, for the decoder's states, and `lm_head`. Where the decoder is a
     part of `model`, it overrides the two properties.
     """
 
@@ -109,7 +109,7 @@ class CausalHead(_Base):
         return self.config
 
     def _output(self, outputs: ModelOutput, **fields: object) -> ModelOutput:
-        """Return what `forward` returns, of what `model` returned and the fields of a language model's output."""
+        """Return the output of `forward`, from the output of `model` and the fields of a language model's output."""
         return MoeCausalLMOutputWithPast(**fields)
 
     def _run(
@@ -124,7 +124,7 @@ class CausalHead(_Base):
         """Return logits and losses: see `HfllmForCausalLM.forward`.
 
         Args:
-            inputs: what `model` reads, and nothing of the losses.
+            inputs: the arguments of `model`, without the ones for the losses.
         """
         config = self._decoder_config
         # Not in the signature, where Trainer would take it for a label column because of its name.
@@ -137,7 +137,7 @@ class CausalHead(_Base):
         if config.num_local_experts:
             kwargs["output_router_logits"] = output_router_logits
         outputs = self.model(**inputs, **kwargs)
-        # Trainer's evaluation gives the logits to `compute_metrics`; a call that asks for chunks itself wants none.
+        # Trainer's evaluation gives the logits to `compute_metrics`; a call with its own chunks needs none.
         is_evaluation = loss_chunk_size is None and not self.training and not torch.is_grad_enabled()
         loss_chunk_size = config.loss_chunk_size if loss_chunk_size is None else loss_chunk_size
         states, logits, loss, aux_loss = outputs.last_hidden_state, None, None, None
@@ -187,16 +187,16 @@ class CausalHead(_Base):
         kwargs = self._with_one_rotation(input_ids, kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if inputs.get("position_ids") is not None:
-            # Here, outside of a forward that may be compiled.
+            # Here, outside of a possibly compiled forward.
             mask = kwargs.get("attention_mask")
             length = max(input_ids.shape[1], mask.shape[-1] if isinstance(mask, torch.Tensor) else 0)
             self._decoder.check_context(length, inputs["position_ids"])
         return inputs
 
     def _with_one_rotation(self, input_ids: torch.LongTensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments that read all tokens again where `longrope` changes its factors, as in Phi-3.
+        """Return the arguments for reading all tokens again where `longrope` changes its factors, as in Phi-3.
 
-        The cache is emptied for that.
+        The cache is emptied for this.
 
         Raises:
             ValueError: when the tokens in the cache are not known.
@@ -209,7 +209,7 @@ class CausalHead(_Base):
         length = int(cache.get_seq_length()) + new
         kwargs = {**kwargs, "next_sequence_length": None, "is_first_iteration": True}
         if embeds is not None and 0 <= (later := length - embeds.shape[1]) <= input_ids.shape[1]:
-            # Generated tokens follow a prompt that was given as embeddings.
+            # Generated tokens follow a prompt given as embeddings.
             generated = self.get_input_embeddings()(input_ids[:, input_ids.shape[1] - later :])
             kwargs["inputs_embeds"] = torch.cat((embeds, generated.to(embeds)), dim=1)
         elif input_ids.shape[1] < length:
@@ -246,7 +246,7 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         self.mlp = build_mlp(config, layer_idx)
         for name in norms:
             setattr(self, name, build_norm(config, config.hidden_size))
-        # For _init_weights, which gets the two projections into the residual stream one at a time.
+        # For _init_weights: it gets the two projections into the residual stream one at a time.
         residual_terms = {"plain": 1, "gpt2": 2 * config.num_hidden_layers, "depth": 2 * (layer_idx + 1)}
         for module in (attention.o_proj, *last_projections(self.mlp)):
             module.residual_init_scale = residual_terms[config.residual_init] ** -0.5
@@ -267,7 +267,7 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
           before the first layer;
         - `is_causal`, `layer_types` and `sliding_window` are in `attention_mask`; grouped queries, `qk_norm` and
           `no_rope_layers` in `self.self_attn`;
-        - layers of linear attention have `self.linear_attn` in its place, and no rotary angles;
+        - layers of linear attention have `self.linear_attn` instead, and no rotary angles;
         - `mlp_type`, `hidden_act`, `mlp_layer_types` and experts are inside `self.mlp`.
         """
 
@@ -308,9 +308,9 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
 
 
 def keep_module(cls: type[PreTrainedModel]) -> None:
-    """Give a class that torch derives from a model's own at run time, as `fully_shard` does, the latter's module.
+    """Give a class derived by torch from a model's own at run time, as in `fully_shard`, the latter's module.
 
-    `save_pretrained` copies the module's file and what that imports: else torch's in place of this one.
+    `save_pretrained` copies the module's file and its imports: otherwise torch's instead of this one.
     """
     if cls.__module__.startswith("torch."):
         cls.__module__ = next(base.__module__ for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel))
@@ -354,7 +354,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: object, **kwargs: object
     ) -> str:
-        """Return the attention function that is taken; if none is asked for, the one that the sizes in the config say.
+        """Return the attention function to use; if none is given, the one implied by the sizes in the config.
 
         Raises:
             ValueError: when it cannot compute this model.
@@ -367,7 +367,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Return whether the experts can run by other functions; transformers looks for them in this file alone."""
+        """Return whether the experts can run by other functions; transformers looks for them only in this file."""
         return True
 
     @torch.no_grad()
@@ -386,7 +386,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
 
 
 class HfllmModel(HfllmPreTrainedModel):
-    """The trunk: embeddings, layers and a final norm, which only post-norm models lack."""
+    """The trunk: embeddings, layers and a final norm, absent only from post-norm models."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__(config)
@@ -416,14 +416,14 @@ class HfllmModel(HfllmPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Return the last hidden states (B, S, E).
 
-        Rows of `position_ids` that restart (fall, or return to 0) hold packed sequences, which do not attend to each
+        Rows of `position_ids` that restart (fall, or return to 0) hold packed sequences without attention to each
         other. They need `cache=None` and are computed without one. Positions that jump forward are one sequence.
-        Without `position_ids`, `cu_seq_lens_q` (in `kwargs`, for flash kernels) says where they begin.
+        Without `position_ids`, `cu_seq_lens_q` (in `kwargs`, for flash kernels) gives their beginnings.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            # Checkpointed layers would go without it, and what was read before would count for nothing.
+            # Checkpointed layers would go without it, and the tokens read before would count for nothing.
             raise ValueError(
                 f"activation checkpointing in training takes no cache, got a {type(cache).__name__}: "
                 "turn one of them off (model.activation_checkpointing_disable())"
@@ -446,7 +446,7 @@ class HfllmModel(HfllmPreTrainedModel):
         if "flash" in self.config._attn_implementation:
             # Flash kernels take no mask and split a row wherever its positions jump.
             position_ids = None if packed is None else restarted_positions(packed)
-        # Not a slice, which would make a new ModuleList for each generated token.
+        # Not a slice: it would make a new ModuleList for every generated token.
         for layer, index in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
             # A layer in a wrapper has no type to ask for.
             kind = getattr(layer, "layer_type", None) or self.config.layer_types[index]
@@ -482,7 +482,7 @@ class HfllmModel(HfllmPreTrainedModel):
 
         Args:
             length: tokens so far, cache and padding included. Only where these are more than the table has are the
-                positions themselves looked at, which makes a GPU wait: with padding they may be lower.
+                positions themselves checked, and a GPU must wait: with padding they may be lower.
             position_ids: (B, S).
 
         Raises:
@@ -512,7 +512,7 @@ class _HfllmWithHead(HfllmPreTrainedModel):
 
 
 class HfllmForCausalLM(_HfllmWithHead, CausalHead, GenerationMixin):
-    """The causal language model: each position predicts the next token."""
+    """The causal language model: every position predicts the next token."""
 
     is_causal = True
 
@@ -535,12 +535,12 @@ class HfllmForCausalLM(_HfllmWithHead, CausalHead, GenerationMixin):
         """Return next-token logits, and the loss when `labels` are given (shifted inside; -100 is ignored).
 
         Args:
-            logits_to_keep: limits the head to that many last positions, or to the positions of a tensor.
+            logits_to_keep: limits the head to so many last positions, or to the positions of a tensor.
             loss_chunk_size: with labels, compute the loss over this many tokens at a time and return no logits;
                 0 means all at once. `None` follows the config, and in evaluation without gradients there are logits
                 too, for Trainer's `compute_metrics`.
             label_smoothing: (in `kwargs`) share of the target spread over all tokens (arXiv:1512.00567, section 7).
-            ignore_index: (in `kwargs`) the label that is ignored instead of -100.
+            ignore_index: (in `kwargs`) the ignored label instead of -100.
             output_router_logits: with experts, return the routers' logits and the auxiliary loss, and add it to the
                 loss. `None` follows the config; in training with labels this is always done.
 
@@ -589,7 +589,7 @@ class HfllmForMaskedLM(_HfllmWithHead):
 
 
 class HfllmForSequenceClassification(GenericForSequenceClassification, HfllmPreTrainedModel):
-    """Scores at the last token that is not padding: reward and value models (`num_labels=1`)."""
+    """Scores at the last non-padding token: reward and value models (`num_labels=1`)."""
 
     def __init__(self, config: HfllmConfig):
         # The mixin's own __init__ finds the trunk through AutoModel, where code loaded from the Hub is not registered.
@@ -695,15 +695,15 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Return the cross-entropy of `head(hidden)`, summed over tokens, without holding all logits at once.
 
-    Peak memory is that of `chunk_size` rows of logits and one gradient of the head.
+    Peak memory holds `chunk_size` rows of logits and one gradient of the head.
 
     Args:
         hidden_NE: the inputs of the head.
-        head: a linear layer; one that is wrapped, hooked or sharded is called as a module.
-        targets_N: the index of each row's target.
+        head: a linear layer; a wrapped, hooked or sharded one is called as a module.
+        targets_N: the indices of the rows' targets.
         chunk_size: rows at a time.
         label_smoothing: share of the target spread over all tokens.
-        ignore_index: the target of rows that do not count.
+        ignore_index: the target of ignored rows.
         softcap: soft limit c of the logits, `c * tanh(logits / c)`; `None` means no limit.
 
     Raises:

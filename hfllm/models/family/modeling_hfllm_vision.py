@@ -1,10 +1,10 @@
-"""An hfllm decoder that sees pictures: a vision tower, a projector and the decoder, as in Llava (arXiv:2310.03744).
+"""A vision-language model: a vision tower, a projector and an hfllm decoder, as in Llava (arXiv:2310.03744).
 
-Where the prompt has image tokens, the projected vectors of the pictures take the place of their embeddings; from there
+Where the prompt has image tokens, the projected vectors of the images replace their embeddings; from there
 on it is the text model, with its logits and losses.
 
-This file imports only torch, transformers and files beside it, and is uploaded to the Hub with the weights.
-Shapes: B batch, S sequence, E hidden_size, I pictures of the batch.
+This file imports only torch, transformers and files next to it, and is uploaded to the Hub with the weights.
+Shapes: B batch, S sequence, E hidden_size, I images of the batch.
 """
 
 from dataclasses import dataclass
@@ -36,9 +36,9 @@ from .configuration_hfllm import HfllmConfig
 from .configuration_hfllm_vision import HfllmVisionConfig, picture_size
 from .modeling_hfllm import CausalHead, HfllmModel, keep_module
 
-# What `generate` holds of pictures: themselves, or what the tower has made of them.
+# Arguments of `generate` for images: the images, or the outputs of the tower for them.
 PICTURES = ("pixel_values", "mm_encoder_outputs")
-# What is said to the tower; the rest is said to the decoder.
+# Arguments of the tower; the rest are for the decoder.
 OF_TOWER = ("output_attentions", "interpolate_pos_encoding")
 
 
@@ -66,13 +66,13 @@ class HfllmVisionPreTrainedModel(LlavaPreTrainedModel):
     def __init__(self, config: HfllmVisionConfig, *args: object, **kwargs: object):
         # Again, since fields may have been set after the config was built.
         config.validate_architecture()
-        # Not the next class in line, which is Llava's and would build what is built here.
+        # Not the next class in line: it is Llava's and would build the same parts as here.
         PreTrainedModel.__init__(self, config, *args, **kwargs)
         self._is_stateful = "linear_attention" in config.text_config.layer_types
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Return whether the experts can run by other functions; transformers looks for them in this file alone."""
+        """Return whether the experts can run by other functions; transformers looks for them only in this file."""
         return True
 
 
@@ -81,7 +81,7 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
 
     def __init__(self, config: HfllmVisionConfig):
         HfllmVisionPreTrainedModel.__init__(self, config)
-        # A tower that names code of its own is none of transformers'.
+        # A tower with code of its own is none of transformers'.
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         # Not through AutoModel, where code loaded from the Hub is not registered.
@@ -107,12 +107,12 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
         """Return the decoder's last hidden states (B, S, E).
 
         Args:
-            pixel_values: (I, channels, height, width), in the order in which they stand in the batch.
+            pixel_values: (I, channels, height, width), in their order in the batch.
             mm_encoder_outputs: instead of pixels, `{"image": what get_image_features returned}`.
 
         Raises:
-            ValueError: when there are more or fewer image tokens than the pictures have vectors, or pictures have
-                another size than the tower takes.
+            ValueError: when there are more or fewer image tokens than vectors of the images, or images of
+                a size unsupported by the tower.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -154,14 +154,14 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
         return HfllmVisionModelOutput(**outputs, image_outputs=image_outputs)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: object) -> ModelOutput | tuple:
-        """Return the tower's output, with a list of projected vectors for each picture as its `pooler_output`.
+        """Return the tower's output, with one list of projected vectors per image as its `pooler_output`.
 
         Args:
             pixel_values: (I, channels, height, width).
-            kwargs: `vision_feature_layer`, `vision_feature_select_strategy`, `image_sizes`, and what the tower reads.
+            kwargs: `vision_feature_layer`, `vision_feature_select_strategy`, `image_sizes`, and the tower's arguments.
 
         Raises:
-            ValueError: for pictures of another size than the tower takes.
+            ValueError: for images of a size unsupported by the tower.
         """
         size, input_size = picture_size(self.config.vision_config), tuple(pixel_values.shape[-2:])
         if size is not None and input_size != size and not kwargs.get("interpolate_pos_encoding"):
@@ -175,7 +175,7 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
-        """Return where the vectors of pictures go, (B, S, 1).
+        """Return the positions for the vectors of images, (B, S, 1).
 
         Args:
             input_ids: (B, S), or `None`, and then image tokens are known by their embedding.
@@ -211,7 +211,7 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
 class HfllmForConditionalGeneration(
     HfllmVisionPreTrainedModel, CausalHead, LlavaForConditionalGeneration, GenerationMixin
 ):
-    """The language model that sees: text and pictures in, the next token out."""
+    """The vision-language model: text and images in, the next token out."""
 
     def __init__(self, config: HfllmVisionConfig):
         HfllmVisionPreTrainedModel.__init__(self, config)
@@ -230,7 +230,7 @@ class HfllmForConditionalGeneration(
 
     @wraps(CausalHead.generate)
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs) -> ModelOutput | torch.LongTensor:
-        # transformers would look at pictures that are None.
+        # transformers would look at images of value None.
         none = [name for name in ("pixel_values", "image_sizes") if name in kwargs and kwargs[name] is None]
         return super().generate(inputs, *args, **{name: kwargs[name] for name in kwargs if name not in none})
 
@@ -238,7 +238,7 @@ class HfllmForConditionalGeneration(
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
         cache, has_pictures = kwargs.get("cache"), any(kwargs.get(name) is not None for name in PICTURES)
         if has_pictures and kwargs.get("next_sequence_length") != 1 and (cache is None or not cache.get_seq_length()):
-            # transformers calls no pass of an assistant the first, and would read its prompt without the pictures.
+            # transformers calls no pass of an assistant the first, and would read its prompt without the images.
             kwargs["is_first_iteration"] = True
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
@@ -269,9 +269,9 @@ class HfllmForConditionalGeneration(
         """Return next-token logits, and the loss when `labels` are given.
 
         Args:
-            pixel_values: (I, channels, height, width), in the order in which they stand in the batch.
+            pixel_values: (I, channels, height, width), in their order in the batch.
 
-        The other arguments, and the losses, are those of `HfllmForCausalLM.forward`.
+        The other arguments, and the losses, are as in `HfllmForCausalLM.forward`.
         """
         inputs = {
             "input_ids": input_ids,
@@ -290,7 +290,7 @@ class HfllmForConditionalGeneration(
 
 
 class HfllmVisionForSequenceClassification(GenericForSequenceClassification, HfllmVisionPreTrainedModel):
-    """Scores of a text with its pictures, at the last token that is not padding: reward models (`num_labels=1`)."""
+    """Scores of a text with its images, at the last non-padding token: reward models (`num_labels=1`)."""
 
     def __init__(self, config: HfllmVisionConfig):
         # The mixin's own __init__ finds the trunk through AutoModel, where code loaded from the Hub is not registered.
@@ -311,8 +311,8 @@ class HfllmVisionForSequenceClassification(GenericForSequenceClassification, Hfl
         """Return logits (B, num_labels), and the loss when `labels` are given.
 
         Args:
-            pixel_values: (I, channels, height, width), in the order in which they stand in the batch.
-            kwargs: those of `HfllmVisionModel.forward`, and `return_dict`.
+            pixel_values: (I, channels, height, width), in their order in the batch.
+            kwargs: as in `HfllmVisionModel.forward`, and `return_dict`.
         """
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values

@@ -1,6 +1,6 @@
 """Published models as configurations: `HfllmConfig.from_preset(name)`.
 
-Sizes are those of the papers: GPT-1 (Radford et al. 2018), GPT-2 (Radford et al. 2019), GPT-3 (arXiv:2005.14165,
+Sizes are from the papers: GPT-1 (Radford et al. 2018), GPT-2 (Radford et al. 2019), GPT-3 (arXiv:2005.14165,
 table 2.1), LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Code Llama (arXiv:2308.12950), PaLM
 (arXiv:2204.02311, table 1), Mistral (arXiv:2310.06825), Mixtral (arXiv:2401.04088), Qwen3 (arXiv:2505.09388),
 GLM-4.5 (arXiv:2508.06471, table 1).
@@ -88,7 +88,7 @@ _PRESETS = {
     "gpt3-small": _sized(_GPT3, 12, 768, 12),
     "gpt3-medium": _sized(_GPT3, 24, 1024, 16),
     "gpt3-large": _sized(_GPT3, 24, 1536, 16),
-    # The table gives 24 heads of 128, which is not 2048: 16 heads keep the head size.
+    # The table gives 24 heads of 128, not equal to 2048: 16 heads keep the head size.
     "gpt3-xl": _sized(_GPT3, 24, 2048, 16),
     "gpt3-2.7b": _sized(_GPT3, 32, 2560, 32),
     "gpt3-6.7b": _sized(_GPT3, 32, 4096, 32),
@@ -128,7 +128,7 @@ _OTHER_NAMES = {"openai-gpt": "gpt1", "llama-30b": "llama-33b"}
 
 
 def list_presets() -> list[str]:
-    """Return the names that `HfllmConfig.from_preset` knows, smallest models of each family first."""
+    """Return the names known to `HfllmConfig.from_preset`, smallest models of each family first."""
     return list(_PRESETS)
 
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 # ---- saved adapters ----
 
 
-# What a recipe that trains a new adapter on a merged one calls the folder of the base.
+# The name of the base's folder in a recipe that trains a new adapter on a merged one.
 BASE_FOLDER = "base"
-# The auto class of each task that an adapter may be for; one that names no task is a language model's.
+# The auto classes of the tasks of adapters; an adapter without a named task belongs to a language model.
 AUTO_CLASSES = {
     None: "AutoModelForCausalLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -56,7 +56,7 @@ class SavedAdapter:
     Args:
         name: the folder or the Hub id.
         settings: its adapter_config.json.
-        location: arguments of `from_pretrained` that locate it, such as `revision`.
+        location: arguments of `from_pretrained` for locating it, such as `revision`.
     """
 
     name: str
@@ -65,7 +65,7 @@ class SavedAdapter:
 
     @cached_property
     def base(self) -> str:
-        """The name of its base model; one that a recipe wrote into the run's folder may have moved with that."""
+        """The name of its base model; a base written by a recipe into the run's folder may have moved with it."""
         named = self.settings.get("base_model_name_or_path")
         if not named:
             raise InputError(
@@ -93,14 +93,14 @@ class SavedAdapter:
 
     @property
     def base_location(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` that locate the base: its revision is its own."""
+        """The arguments of `from_pretrained` for locating the base: its revision is its own."""
         location = {name: value for name, value in self.location.items() if name not in ("revision", "subfolder")}
         revision = self.settings.get("revision")
         return {**location, **({"revision": revision} if revision else {})}
 
     @property
     def task(self) -> str | None:
-        """The task that it is for, such as CAUSAL_LM or SEQ_CLS."""
+        """The task of the adapter, such as CAUSAL_LM or SEQ_CLS."""
         return self.settings.get("task_type")
 
     @cached_property
@@ -109,7 +109,7 @@ class SavedAdapter:
         return any(part in HEADS for name in self.weights() for part in name.split("."))
 
     def check(self, *tasks: str) -> None:
-        """Refuse an adapter of another task, or of a kind that is not a part of the weights.
+        """Refuse an adapter of another task, or of a kind outside the weights.
 
         Args:
             tasks: accepted ones; by default all.
@@ -162,7 +162,7 @@ class SavedAdapter:
         return bool(kwargs.get("quantization_config")) or quantization_method(self.base_config()) is not None
 
     def unloadable(self, error: Exception) -> InputError:
-        """Return the complaint that its base could not be loaded."""
+        """Return the complaint about a base that could not be loaded."""
         return InputError(
             f"adapter {self.name!r} is one of the model {self.base!r}, which could not be loaded "
             f"({reason_of(error)}): if that has moved, write where it is into base_model_name_or_path "
@@ -171,7 +171,7 @@ class SavedAdapter:
 
 
 def find_adapter(name: str, **location: object) -> SavedAdapter | None:
-    """Return the adapter that `name` is; `None` for a whole model, or where there is nothing.
+    """Return the adapter called `name`; `None` for a whole model, or where there is nothing.
 
     Args:
         location: where `name` is, as `from_pretrained` takes it.
@@ -198,10 +198,10 @@ def find_adapter(name: str, **location: object) -> SavedAdapter | None:
 
 
 def auto_class_of(adapter: SavedAdapter) -> "type[_BaseAutoModelClass]":
-    """Return the auto class of the model that an adapter belongs on.
+    """Return the auto class of an adapter's model.
 
     Raises:
-        InputError: for a task that no recipe has.
+        InputError: for a task without a recipe.
     """
     import transformers
 
@@ -217,10 +217,10 @@ def load_base(
     """Load an adapter's base model, with as many embeddings as the adapter was saved with.
 
     Args:
-        kwargs: arguments of `from_pretrained`, but for those that locate the model.
+        kwargs: arguments of `from_pretrained`, except for the location of the model.
 
     Returns:
-        The model, and whether it has a new head for scores, which the adapter does not bring either.
+        The model, and whether it has a new head for scores, also absent from the adapter.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in location_of(kwargs)}
     weights = adapter.weights()
@@ -271,7 +271,7 @@ def put_on(model: PreTrainedModel, adapter: SavedAdapter, is_trainable: bool = F
     """Put a saved adapter on its base model.
 
     Raises:
-        InputError: when it does not fit: weights of another shape, some for which there is no place, or some missing.
+        InputError: when it does not fit: weights of another shape, some without a matching module, or some missing.
     """
     from peft import PeftModel
 
@@ -281,7 +281,7 @@ def put_on(model: PreTrainedModel, adapter: SavedAdapter, is_trainable: bool = F
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise _misfit(adapter, _mismatch(error)) from error
     check_names(adapter, adapted, adapter.weights(), paths)
-    # Where it was found; what is saved from here on names that.
+    # Where it was found; files saved from here on name this place.
     adapted.peft_config[adapted.active_adapter].base_model_name_or_path = adapter.base
     return adapted
 
@@ -300,7 +300,7 @@ def put_under_head(model: PreTrainedModel, adapter: SavedAdapter, task_type: str
     config, whole = adapter.config(), "base_model.model."
     trunk, paths = f"{whole}{model.base_model_prefix}.", embeddings_of(model)
     config.task_type, config.inference_mode, config.base_model_name_or_path = task_type, False, adapter.base
-    # What it does to the head for words ends here.
+    # Its effect on the head for words ends here.
     if config.modules_to_save:
         names = dict(model.named_modules())
         config.modules_to_save = [each for each in config.modules_to_save if _has_module(names, each)] or None
@@ -325,14 +325,14 @@ def check_names(
     embeddings: Sequence[str],
     has_new_head: bool = False,
 ) -> None:
-    """Refuse weights of an adapter that have no place in the model, and places without weights.
+    """Refuse weights of an adapter without a module in the model, and modules without weights.
 
     PEFT drops the first without a word.
 
     Args:
         saved: the names of its weights.
-        embeddings: the names of the base's embeddings, which may be saved whole beside an adapter.
-        has_new_head: whether a head for scores was put on the model, which the adapter does not bring.
+        embeddings: the names of the base's embeddings, which may be saved whole next to an adapter.
+        has_new_head: whether a head for scores was put on the model, absent from the adapter.
     """
     from peft import get_peft_model_state_dict
 
@@ -348,7 +348,7 @@ def check_names(
 
 
 def _is_whole(key: str, path: str) -> bool:
-    """Return whether a weight of an adapter is that of a whole module, and not one that it adds."""
+    """Return whether a weight of an adapter belongs to a whole module, and is not an added one."""
     return key.endswith((f".{path}.weight", f".{path}.base_layer.weight"))
 
 
@@ -361,7 +361,7 @@ def _misfit(adapter: SavedAdapter, reason: str) -> InputError:
 
 
 def _mismatch(error: Exception) -> str:
-    """Return the line of an error that says what does not fit."""
+    """Return the line of an error that names the mismatch."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)[:300]
 
@@ -381,13 +381,13 @@ Dtypes = Mapping[str, "torch.dtype"]
 def load_to_merge(
     adapter: SavedAdapter, auto_class: "type[_BaseAutoModelClass]", **kwargs: object
 ) -> tuple["PeftModel", Dtypes, bool]:
-    """Load an adapter on its base in single precision, so that merging rounds once, at the end.
+    """Load an adapter on its base in single precision, for rounding only once when merging, at the end.
 
     Args:
         kwargs: arguments of `from_pretrained`.
 
     Returns:
-        The model, the precision that each of the base's weights is stored in, and whether it has a new head.
+        The model, the stored precisions of the base's weights, and whether it has a new head.
 
     Raises:
         InputError: when either cannot be loaded or they do not fit, or the base is quantized.
@@ -442,7 +442,7 @@ def load_merged(
     dtype: "str | torch.dtype | None" = "auto",
     **kwargs: object,
 ) -> PreTrainedModel:
-    """Load an adapter's base with the adapter merged into it. Its `has_new_head` is that of `load_scorer`.
+    """Load an adapter's base with the adapter merged into it. Its `has_new_head` is as in `load_scorer`.
 
     Raises:
         InputError: see `load_to_merge` and `merge`.
@@ -457,7 +457,7 @@ def load_merged(
 def _untie(model: PreTrainedModel, adapter: SavedAdapter) -> None:
     """Give a model with tied embeddings a head of its own if the adapter changes only one of the two.
 
-    Merged into the tied weight, what was trained on one would change the other as well.
+    Merged into the tied weight, the training of one would change the other as well.
     """
     from torch import nn
 
@@ -483,7 +483,7 @@ def _untie(model: PreTrainedModel, adapter: SavedAdapter) -> None:
 
 # ---- scorers ----
 #
-# Load models that give one number per sequence or per token, for rewards and values.
+# Load models with one number per sequence or per token, for rewards and values.
 
 
 AutoClass = type[AutoModelForSequenceClassification] | type[AutoModelForTokenClassification]
@@ -495,7 +495,7 @@ def load_scorer(
     """Load a model with one label. Its `has_new_head` says whether its head is random, as for a language model.
 
     Args:
-        name: name of a model, or of an adapter, which is merged into its base model; a quantized base keeps it apart.
+        name: name of a model, or of an adapter to merge into its base model; a quantized base keeps it apart.
         kwargs: arguments of `from_pretrained`.
 
     Raises:

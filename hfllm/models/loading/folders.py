@@ -1,7 +1,7 @@
-"""Folders that appear whole or not at all, and temporary ones, which the next run removes if this one is killed.
+"""Folders that appear whole or not at all, and temporary ones, removed by the next run if this one is killed.
 
-A temporary folder belongs to its process by a lock of the system, which ends with the process however that ends: what
-holds no lock any more was left behind.
+A temporary folder belongs to its process by a lock of the system, which ends with the process in any case: a folder
+without a lock was left behind.
 """
 
 import os
@@ -23,9 +23,9 @@ OWNER_FILE = ".hfllm.owner"
 
 @contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent`, which is made, and remove it at the end if it is still there.
+    """Yield a new folder in `parent`, created as well, and remove it at the end if it still exists.
 
-    Those of the same prefix that killed processes have left are removed before.
+    Folders of the same prefix left by killed processes are removed before.
     """
     parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(parent, prefix)
@@ -55,10 +55,10 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `path` at the end, or is removed on an error.
+    """Yield a temporary folder that becomes `path` at the end, or is removed on an error.
 
     Args:
-        path: new, or a folder with hidden files alone, such as a run's lock, which are kept.
+        path: new, or a folder with only hidden files, such as a run's lock; they are kept.
     """
     with temporary_folder(path.parent, f".{path.name}.") as temporary:
         yield temporary
@@ -76,7 +76,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _own(folder: Path) -> int | None:
-    """Mark a folder as this process's; return the descriptor that holds it, `None` where there are no locks."""
+    """Mark a folder as this process's; return the descriptor of the lock, `None` where there are no locks."""
     if fcntl is None:
         return None
     new = folder / f"{OWNER_FILE}.new"
@@ -86,7 +86,7 @@ def _own(folder: Path) -> int | None:
         # It is never there without its lock.
         os.replace(new, folder / OWNER_FILE)
     except OSError:
-        # This file system has no locks: nothing tells that the folder was left behind.
+        # This file system has no locks: a folder left behind is not recognizable.
         new.unlink(missing_ok=True)
         os.close(owned)
         return None

@@ -1,8 +1,8 @@
-"""Try out, in a limited child process, what the files of a tokenizer may make run for ever.
+"""Try out, in a limited child process, parts of a tokenizer's files that may run forever.
 
 A chat template is a program, and a pattern of a tokenizer may try more ways to match than there are seconds. Neither
-can be stopped once it runs, so each is tried on something short before it is used. What waits for longer texts, or for
-other conversations, is not found so.
+can be stopped while running, so each is tried on something short before its use. Problems with only longer texts or
+other conversations are not found in this way.
 """
 
 import json
@@ -20,12 +20,13 @@ from hfllm.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-# What the child may take: seconds of a processor, and of a busy machine, bytes, and letters of a short conversation.
+# Limits of the child: seconds of a processor, and of a busy machine, bytes, and letters of a short conversation.
 CPU_SECONDS, SECONDS, MEMORY, MOST_WRITTEN = 5, 120, 1 << 30, 1 << 20
 TOO_LONG, NO_MEMORY, TOO_MUCH = 40, 41, 42
-# The exit code of what has used up its seconds of a processor; Windows has no such limit.
+# The exit code of a child with its seconds of a processor used up; Windows has no such limit.
 OUT_OF_TIME = -getattr(signal, "SIGXCPU", 24)
-# A group that repeats, in which something may repeat too; all other patterns are stopped by the library's own limit.
+# A repeated group, with something in it that may repeat too; all other patterns are stopped by the library's own
+# limit.
 REPEATED_GROUP = re.compile(r"\)[+?]?(?:[*+]|\{\d*,?\d*\})")
 LIMITS = f"""
 import json, sys
@@ -40,7 +41,7 @@ try:
 except (ImportError, OSError, ValueError):
     pass
 """
-# As transformers renders a template, without what marks the assistant's tokens.
+# As transformers renders a template, without the marks of the assistant's tokens.
 RENDER = f"""{LIMITS}
 import jinja2.ext, jinja2.sandbox
 from datetime import datetime
@@ -125,11 +126,11 @@ def check_tokenizer(name: str, loaded: "PreTrainedTokenizerBase | ProcessorMixin
 
 
 def check_template(template: str, whose: str, tokens: Mapping[str, str] | None = None) -> None:
-    """Refuse a chat template that does not end, or writes a great deal, for a short conversation.
+    """Refuse a chat template without an end, or with a huge output, for a short conversation.
 
     Args:
         whose: the beginning of the complaint.
-        tokens: special tokens by the names that templates know them by, such as `bos_token`.
+        tokens: special tokens by their names in templates, such as `bos_token`.
 
     Raises:
         InputError: saying which.
@@ -148,21 +149,21 @@ def _try_template(template: str, tokens: str) -> str | None:
 @cache
 def _try_pattern(pattern: str) -> str | None:
     letters = sorted({each for each in pattern if each.isprintable() and each not in "\\()[]{}|?*+^$"})[:40]
-    # Some are tried only where a letter that must come is there at all.
+    # Some are tried only where a required letter occurs at all.
     ends = ("", "!", "\n", "x", *(f"\0{each}" for each in letters))
     runs = [each * 40 + end for each in [*"aA1. \n", "ab", *letters] for end in ends]
     return _complaint(MATCH, {"pattern": pattern, "texts": [WORDS, WORDS * 4, *runs]}, "a short text")
 
 
 def _complaint(code: str, given: Mapping[str, Any], on: str) -> str | None:
-    """Return what is wrong with what a child was given to do, or `None`: also where it could not do it at all."""
+    """Return the problem found by a child in its task, or `None`: also where it could not do the task at all."""
     endless = f"does not end for {on}: it was stopped after {CPU_SECONDS} seconds"
     # Without the user's own modules: a folder may hold a json.py.
     command, written = [sys.executable, "-I", "-c", code], json.dumps({**given, "seconds": CPU_SECONDS})
     try:
         done = subprocess.run(command, input=written, text=True, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        # What is limited would have ended: it had no processor, or waited for a disk.
+        # A limited child would have ended: it had no processor, or waited for a disk.
         return None if find_spec("resource") else endless
     except OSError:
         return None
@@ -170,7 +171,7 @@ def _complaint(code: str, given: Mapping[str, Any], on: str) -> str | None:
         return f"takes more than {MEMORY >> 30} GB for {on}"
     if done.returncode == TOO_MUCH:
         return f"writes more than {MOST_WRITTEN:,} letters for {on}"
-    # Any other signal says nothing of what was tried, such as that of a machine whose memory is full.
+    # Any other signal says nothing about the tried file, such as the signal of a machine out of memory.
     return endless if done.returncode in (TOO_LONG, OUT_OF_TIME) else None
 
 

@@ -1,7 +1,8 @@
-"""Load configs, tokenizers and models without running code or kernels that they bring, and what they say.
+"""Load configs, tokenizers and models without running the code or kernels they bring, and read their properties.
 
 Without `trust_remote_code` transformers asks on standard input whether to run a folder's code, and `yes |` answers.
-Here that is always said, and only a recipe's `--trust_remote_code` says yes. All of the package loads by this file.
+Here the answer is always given, and only a recipe's `--trust_remote_code` says yes. All of the package loads by this
+file.
 """
 
 import inspect
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 TRUST_FLAG = "--trust_remote_code"
-# Fields of a config that may name a kernel of the Hub, and what is none.
+# Fields of a config that may name a kernel of the Hub, and their values other than kernels.
 CHOICES = {
     "attn_implementation": ("eager", "sdpa", "flex_attention"),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
@@ -44,13 +45,13 @@ _is_trusted = False
 
 
 def trusts_remote_code() -> bool:
-    """Return whether the recipe that runs was told to trust the code of the models that it loads."""
+    """Return whether the current recipe was told to trust the code of its loaded models."""
     return _is_trusted
 
 
 @contextmanager
 def trusting_remote_code(is_trusted: bool) -> Iterator[None]:
-    """Context manager in which code of models is run, if `is_trusted`, or if it is trusted already."""
+    """Context manager for running code of models, if `is_trusted`, or if it is trusted already."""
     global _is_trusted
     before = _is_trusted
     _is_trusted = before or is_trusted
@@ -73,7 +74,7 @@ def saved_config(name: str, **kwargs: object) -> "PreTrainedConfig":
         try:
             config = AutoConfig.from_pretrained(name, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            # What transformers' own classes do with a value of another type than theirs.
+            # Errors of transformers' own classes for a value of another type than theirs.
             if kwargs["trust_remote_code"] or "module 'torch'" in str(error):
                 raise
             raise InputError(f"model {name!r}: config.json cannot be loaded: {reason_of(error)}") from error
@@ -112,8 +113,8 @@ def saved_model(model_class: "type[_BaseAutoModelClass | PreTrainedModel]", name
         name: a folder or a Hub id, also of an adapter.
 
     Raises:
-        InputError: when the config names kernels of the Hub that are not trusted, or an index of weights files that
-            are elsewhere.
+        InputError: when the config names untrusted kernels of the Hub, or an index of weights files
+            elsewhere.
     """
     check_objects(name, "config.json", "generation_config.json")
     check_index(name)
@@ -127,7 +128,7 @@ def saved_model(model_class: "type[_BaseAutoModelClass | PreTrainedModel]", name
 def check_kernels(name: str, **kwargs: object) -> None:
     """Refuse a model whose config names kernels of the Hub for its attention or its experts.
 
-    transformers downloads and runs what a config names there. What the user names by a flag is the user's choice.
+    transformers downloads and runs the kernels named there by a config. A kernel named by a flag is the user's choice.
 
     Args:
         kwargs: arguments of `from_pretrained`; an `attn_implementation` among them wins over the config's.
@@ -151,9 +152,9 @@ def check_kernels(name: str, **kwargs: object) -> None:
 
 
 def check_objects(name: str, *files: str) -> None:
-    """Refuse a local model with a damaged file of settings that is empty, or JSON still, but no object.
+    """Refuse a local model with a damaged file of settings: empty, or still JSON, but no object.
 
-    transformers ends in errors of its own with these, or goes without; what begins as an object it reports itself.
+    transformers ends in errors of its own with these, or goes without; it reports damaged objects itself.
     """
     for file in files:
         path = Path(name, file)
@@ -178,7 +179,7 @@ def check_index(name: str) -> None:
 
 @contextmanager
 def _named_settings(name: str) -> Iterator[None]:
-    """Context manager that names the model whose settings transformers, or Python's JSON, cannot take."""
+    """Context manager that names the model with settings that transformers, or Python's JSON, cannot read."""
     try:
         yield
     except RecursionError as error:
@@ -186,19 +187,19 @@ def _named_settings(name: str) -> Iterator[None]:
             raise
         raise InputError(f"model {name!r}: one of its JSON files is damaged: it is nested too deeply") from None
     except (AttributeError, StrictDataclassError) as error:
-        # Of a dtype, transformers takes what torch has of that name.
+        # For a dtype, transformers takes the attribute of torch with this name.
         if isinstance(error, AttributeError) and "module 'torch'" not in str(error):
             raise
         raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from None
 
 
 def is_outside(file: str) -> bool:
-    """Return whether a relative name of a file leads out of the folder that it is relative to."""
+    """Return whether a relative name of a file leads out of its folder."""
     return file.startswith(("/", "\\")) or ":" in file or ".." in file.replace("\\", "/").split("/")
 
 
 def reason_of(error: Exception, most: int = 200) -> str:
-    """Return why something could not be loaded, in one line; for code that is not trusted, the flag that trusts it."""
+    """Return why something could not be loaded, in one line; for untrusted code, with the flag for trusting it."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text and not isinstance(error, InputError):
         return f"it needs code of its own, which is run only by {TRUST_FLAG}: read that code first"
@@ -216,7 +217,7 @@ def _remove_kernels(config: "PreTrainedConfig") -> None:
 
 
 def _with_trust(kwargs: Mapping[str, object]) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` that say whether code is trusted; they may say so themselves."""
+    """Return arguments of `from_pretrained` about trusting code; the given ones may already have it."""
     trust_remote_code = kwargs.get("trust_remote_code")
     return {**kwargs, "trust_remote_code": _is_trusted if trust_remote_code is None else bool(trust_remote_code)}
 
@@ -232,7 +233,7 @@ def _base_of(name: str, location: Mapping[str, Any]) -> str:
 
 
 def _named_kernels(settings: object) -> Iterator[tuple[str, str]]:
-    """Yield field and value of the kernels that a config, or one in it, names."""
+    """Yield field and value of the kernels named by a config, or by one in it."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             field = key.removeprefix("_").removesuffix("_internal")
@@ -246,7 +247,7 @@ def _named_kernels(settings: object) -> Iterator[tuple[str, str]]:
 
 
 def _names(value: object) -> list[str]:
-    """Return the implementations that a field names: one, or one for each part of a model."""
+    """Return the implementations named by a field: one, or one per part of a model."""
     if isinstance(value, Mapping):
         return [name for each in value.values() for name in _names(each)]
     return [] if value is None else [str(value)]
@@ -257,7 +258,7 @@ def is_kernel(field: str, name: str) -> bool:
 
     Args:
         field: `attn_implementation` or `experts_implementation`.
-        name: what it is set to, such as `sdpa`, `flash_attention_2` or `owner/kernel`.
+        name: its value, such as `sdpa`, `flash_attention_2` or `owner/kernel`.
     """
     if "/" in name or field == "experts_implementation":
         return name not in CHOICES[field]
@@ -274,12 +275,12 @@ def is_kernel(field: str, name: str) -> bool:
 # Inspect a saved model before reading its weights: where it is, whether it is quantized, and its modules.
 
 
-# Arguments of `from_pretrained` that locate a model, for its config and an adapter's.
+# Arguments of `from_pretrained` for locating a model, for its config and an adapter's.
 LOCATION = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download", "proxies")
 
 
 def location_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that locate a model."""
+    """Return the arguments of `from_pretrained` for locating a model."""
     return {name: settings[name] for name in LOCATION if settings.get(name) is not None}
 
 
@@ -299,7 +300,7 @@ def quantization_method(config: "PreTrainedConfig") -> str | None:
 
 
 def refuse_quantized(config: "PreTrainedConfig", name: str) -> None:
-    """Refuse a model that is already quantized: its full weights are lost.
+    """Refuse an already quantized model: its full weights are lost.
 
     Raises:
         InputError: if it is.
@@ -315,7 +316,7 @@ def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "Pr
     """Build a causal language model without weights, or one with another head.
 
     Args:
-        task_type: of the head, as PEFT names it, or `IMAGE_TEXT` for one that writes about pictures.
+        task_type: of the head, as PEFT names it, or `IMAGE_TEXT` for one that writes about images.
 
     Raises:
         InputError: when transformers has no such model for this config.
@@ -331,7 +332,7 @@ def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "Pr
     }.get(task_type, "CAUSAL_LM")
     try:
         with torch.device("meta"):
-            # By the constructor, which DeepSpeed does not intercept.
+            # By the constructor, not intercepted by DeepSpeed.
             return getattr(transformers, f"MODEL_FOR_{kind}_MAPPING")[type(config)](config)
     except (KeyError, ValueError, ImportError) as error:
         what = "causal language model" if kind == "CAUSAL_LM" else f"model for {kind.lower().replace('_', ' ')}"
@@ -340,9 +341,9 @@ def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "Pr
 
 
 def is_for_pictures(config: "PreTrainedConfig | None") -> bool:
-    """Return whether a saved model reads pictures beside its tokens; all that ask it of a config ask here.
+    """Return whether a saved model reads images next to its tokens; the only place for this question about a config.
 
-    Some types, such as Gemma 3, are those of a causal language model to transformers, too; they see all the same.
+    Some types, such as Gemma 3, are also types of causal language models in transformers; they still read images.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -351,18 +352,18 @@ def is_for_pictures(config: "PreTrainedConfig | None") -> bool:
 
 
 def reads_pictures(model: "nn.Module | type[nn.Module]") -> bool:
-    """Return whether a model, or a class, reads pictures; with an adapter, the model below it."""
+    """Return whether a model, or a class, reads images; with an adapter, the model below it."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "pixel_values" in inspect.signature(model.forward).parameters
 
 
 # ---- context ----
 #
-# The longest sequence that a model is made for.
+# The longest sequence of a model.
 
 
 def max_length_of(config: "PreTrainedConfig") -> int | None:
-    """Return the longest sequence that a model is made for, in tokens, or `None` if its config does not say."""
+    """Return the longest sequence of a model, in tokens, or `None` if its config does not say."""
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     # XLNet's config says -1: no limit.
     return context if context and context > 0 else None
@@ -370,7 +371,7 @@ def max_length_of(config: "PreTrainedConfig") -> int | None:
 
 # ---- generation settings ----
 #
-# Settings of generation that a saved model brings along, and that transformers would not save again.
+# Settings of generation in a saved model that transformers would not save again.
 
 
 # Without effect unless `do_sample` is true, and with one beam.
@@ -379,14 +380,14 @@ BEAMS = ("early_stopping", "length_penalty")
 
 
 def leave_out_idle_settings(model: "PreTrainedModel", whose: str) -> None:
-    """Leave out settings of generation without effect, with which transformers loads a model and does not save it.
+    """Leave out settings of generation without effect: transformers loads a model with them, but does not save it.
 
     Older models have them, such as a temperature without `do_sample`. A run would end with them after its training,
-    without a model. What `generate` does by default stays the same.
+    without a model. The default behavior of `generate` stays the same.
 
     Args:
         model: just loaded; changed in place.
-        whose: what to call it, such as `model 'name'`.
+        whose: its name in messages, such as `model 'name'`.
 
     Raises:
         InputError: when the settings cannot be saved even so.
@@ -417,13 +418,13 @@ def _fault(config: "GenerationConfig") -> str | None:
 
 # ---- vocabulary ----
 #
-# Whether a model has an embedding for each token of a tokenizer, and embeddings for new tokens.
+# Whether a model has an embedding for every token of a tokenizer, and embeddings for new tokens.
 
 
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str | None = None) -> None:
-    """Refuse a tokenizer with tokens that the model has no embedding for: training would end at the first of them.
+    """Refuse a tokenizer with tokens without an embedding in the model: training would end at the first of them.
 
-    Tokens that no text here can contain, such as the place of an image in a model of words (Gemma 3), bring a warning.
+    Tokens impossible in texts here, such as the placeholder of an image in a text model (Gemma 3), bring a warning.
 
     Args:
         name: of the model, for the complaint.
@@ -431,7 +432,7 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
     embeddings = model.get_input_embeddings()
     if embeddings is None or getattr(embeddings, "weight", None) is None:
         return
-    # ZeRO-3 keeps a part of the rows in each process.
+    # ZeRO-3 keeps a part of the rows per process.
     rows = getattr(embeddings.weight, "ds_shape", embeddings.weight.shape)[0]
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     if not beyond:
@@ -449,7 +450,7 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
 
 
 def _is_special_and_unused(token: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether a token is a mark that neither padding, ends and beginnings nor the chat template use."""
+    """Return whether a token is a mark unused by padding, ends, beginnings and the chat template."""
     added = tokenizer.added_tokens_decoder.get(tokenizer.convert_tokens_to_ids(token))
     used = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
     is_special = added is not None and added.special
@@ -457,11 +458,11 @@ def _is_special_and_unused(token: str, tokenizer: "PreTrainedTokenizerBase") -> 
 
 
 def add_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> list[str]:
-    """Add tokens to a tokenizer and give the model rows for them; return those that were new.
+    """Add tokens to a tokenizer and give the model rows for them; return the new ones.
 
-    A new row is the mean of the rows of the tokens that wrote the same text before, so the model begins with what it
-    knows of that. Tokens of the form `<|...|>` become special ones; others are ordinary, which decoding with
-    `skip_special_tokens=True` keeps.
+    A new row is the mean of the rows of the tokens that wrote the same text before, so the model begins with its
+    knowledge of that text. Tokens of the form `<|...|>` become special ones; others are ordinary, kept by decoding
+    with `skip_special_tokens=True`.
 
     Raises:
         InputError: under DeepSpeed ZeRO-3, where each process has a part of the rows.

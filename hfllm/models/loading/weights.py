@@ -1,6 +1,6 @@
-"""Whether saved weights can be read, are whole and all there, and how those of two models compare.
+"""Check whether saved weights are readable and complete, and compare the weights of two models.
 
-transformers fills what is missing with random weights and a warning, and reads pickles.
+transformers replaces missing weights by random ones with a warning, and reads pickles.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
-# What older versions of transformers stored and this one computes anew.
+# Stored by older versions of transformers and computed again by this one.
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".cos_cached", ".sin_cached", ".position_ids")
-# Of TRL: beside a language model, and no part of it.
+# Of TRL: next to a language model, and no part of it.
 VALUE_HEADS = ("v_head.",)
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -42,22 +42,22 @@ def load_weights_of(
     Args:
         auto_class: such as `AutoModelForCausalLM`.
         name: a folder or a Hub id.
-        whose: what to call it in complaints.
+        whose: its name in complaints.
         kwargs: arguments of `from_pretrained`.
 
     Returns:
-        The model, and transformers' report of the loading. With `ignore_mismatched_sizes` that names heads of other
-        sizes.
+        The model, and transformers' report of the loading. With `ignore_mismatched_sizes` the report names heads of
+        other sizes.
 
     Raises:
-        InputError: when it cannot be loaded, naming the file or weight that is damaged, missing or of another size.
+        InputError: when it cannot be loaded, naming the damaged or missing file or weight, or the one of another size.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     check_weight_files(name, whose)
     may_mismatch = bool(kwargs.get("ignore_mismatched_sizes"))
-    # Mismatches are reported here: transformers refers to a table that it logs.
+    # Mismatches are reported here: transformers refers to a logged table.
     settings = {**kwargs, "output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
         with load_report_held() as report:
@@ -74,7 +74,7 @@ def load_weights_of(
                 f"{whose} {name!r}: {key} is of the shape {tuple(saved)} in its files, and of {tuple(expected)} by "
                 "its config.json: one of them is another model's"
             )
-    # Other methods of quantization name what they store in ways of their own.
+    # Other methods of quantization have their own names for their stored tensors.
     if quantization_method(model.config) in (None, "bitsandbytes"):
         _check_names(model, info, f"{whose} {name!r}", may_be_new)
     report()
@@ -83,7 +83,7 @@ def load_weights_of(
 
 
 def _check_names(model: "PreTrainedModel", info: Mapping[str, Any], whose: str, may_be_new: bool) -> None:
-    """Refuse a model of which weights would be random or left out, as when its config has another number of layers.
+    """Refuse a model if weights would be random or left out, as when its config has another number of layers.
 
     Args:
         info: transformers' report of the loading.
@@ -96,7 +96,7 @@ def _check_names(model: "PreTrainedModel", info: Mapping[str, Any], whose: str, 
             f"{whose}: {_counted(missing)} of the {type(model).__name__} not in its files, such as {missing[0]}, and "
             "would be random: are they those of another model?"
         )
-    # Files of a trunk alone have no prefix.
+    # Files of only a trunk have no prefix.
     parts = {name for name, _ in model.base_model.named_children()}
     unused = sorted(
         key
@@ -113,7 +113,7 @@ def _check_names(model: "PreTrainedModel", info: Mapping[str, Any], whose: str, 
 
 
 def check_weight_files(name: str, whose: str = "model") -> None:
-    """Refuse a local model whose weights are pickled, cut short or damaged, or of which a part is missing."""
+    """Refuse a local model with pickled, truncated or damaged weights, or with a part missing."""
     folder = Path(name)
     if not (folder / "config.json").is_file():
         return
@@ -124,7 +124,7 @@ def check_weight_files(name: str, whose: str = "model") -> None:
     elif any((folder / pickled).is_file() for pickled in PICKLES):
         raise InputError(_about_pickles(name, whose))
     else:
-        # transformers says which names it looks for.
+        # transformers lists its expected names.
         return
     for file in files:
         if not (folder / file).is_file():
@@ -134,7 +134,7 @@ def check_weight_files(name: str, whose: str = "model") -> None:
 
 
 def safetensors_damage(file: Path) -> str | None:
-    """Return what is wrong with a safetensors file, by its header and its size; `None` if nothing is."""
+    """Return the problem of a safetensors file, by its header and its size; `None` if there is none."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         beginning = stream.read(8)
@@ -155,7 +155,7 @@ def safetensors_damage(file: Path) -> str | None:
 
 @contextmanager
 def load_report_held() -> Iterator[Any]:
-    """Hold back transformers' table of missing and mismatched weights; yield a function that lets it through."""
+    """Hold back transformers' table of missing and mismatched weights; yield a function to let it through."""
     logger, records = logging.getLogger("transformers.modeling_utils"), []
 
     def hold(record: logging.LogRecord) -> bool:
@@ -210,7 +210,7 @@ def _reason(error: Exception) -> str:
 
 # ---- precision ----
 #
-# Cast a new model to the precision that a loaded one would have.
+# Cast a new model to the precision of a loaded one.
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -228,17 +228,17 @@ def cast_weights(model: Model, dtype: torch.dtype) -> Model:
 
 # ---- fingerprint ----
 #
-# Tell models apart by their weights, where they have no file that could be compared.
+# Distinguish models by their weights, where they have no file for a comparison.
 
 
-# Values of a tensor that are read; of a larger one so many, evenly from all over it.
+# The number of values to read from a tensor; from a larger one so many, evenly from all over it.
 MOST_VALUES = 1 << 16
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return a digest of a model's weights: names, shapes, types, and up to 65,536 values of each tensor.
+    """Return a digest of a model's weights: names, shapes, types, and up to 65,536 values per tensor.
 
-    Training changes nearly every value, so that another state of the same model has another digest, and a model of
+    Training changes nearly every value, so another state of the same model has another digest, and a model of
     billions is read in a second.
     """
     digest = hashlib.blake2b(digest_size=16)
@@ -253,10 +253,10 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 # ---- outputs compared ----
 #
-# Compare the outputs of models that should be the same, on random tokens.
+# Compare the outputs of models expected to be the same, on random tokens.
 
 
-# What rounding may change, as a share of the largest logit: in single precision, and in half.
+# The largest change by rounding, as a share of the largest logit: in single precision, and in half.
 TOLERANCE, TOLERANCE_IN_HALF = 1e-4, 5e-2
 LENGTH = 64
 
@@ -276,5 +276,5 @@ def logits_of(model: "PreTrainedModel | PeftModel", ids: torch.Tensor) -> torch.
 
 
 def is_rounding(difference: float, logits: torch.Tensor, in_half: bool) -> bool:
-    """Return whether a difference of outputs is no larger than rounding explains; one that is not a number is not."""
+    """Return whether a difference of outputs is no larger than rounding explains; NaN is not."""
     return difference <= (TOLERANCE_IN_HALF if in_half else TOLERANCE) * logits.abs().max().item()

@@ -1,4 +1,4 @@
-"""Constitutional AI step by step: the rows of each run are made with the models of those before it.
+"""Constitutional AI step by step: the rows of each run are made with the models of earlier runs.
 
 Only the main process loads models here; the others wait where rows are written.
 """
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 
 # ---- data ----
 #
-# The rows that each run of constitutional AI learns from.
+# The training rows of each run of constitutional AI.
 
 
 Conversation = list[Message]
@@ -90,13 +90,13 @@ LABEL_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the model is asked.
+    """Prompts for the model.
 
     Args:
         harmful: red-team prompts to learn from.
-        harmless: prompts to go on helping with; may be empty.
-        held_out: red-team prompts that nothing learns from.
-        tasks: the world's questions behind the first two, one after the other; empty for prompts of yours.
+        harmless: prompts to keep helping with; may be empty.
+        held_out: red-team prompts excluded from all training.
+        tasks: the world's questions behind the first two, one after the other; empty for the user's prompts.
     """
 
     harmful: list[Conversation]
@@ -106,12 +106,12 @@ class Prompts:
 
 
 def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[], Iterable[Row]]) -> None:
-    """Write the rows of a run, in one process, where the file does not hold them already; the others wait."""
+    """Write the rows of a run, in one process, unless the file already has them; the others wait."""
     by_main_process(lambda: pipeline.write_rows("constitution", data_file(script_args, name), make()))
 
 
 def learned(rows: Iterable[Row], seed: int) -> list[Row]:
-    """Return conversations in which the assistant has said something, shuffled by the seed."""
+    """Return conversations with nonempty assistant turns, shuffled by the seed."""
     conversations = [{"messages": row["messages"]} for row in rows if row["messages"][-1]["content"].strip()]
     random.Random(f"constitution-rows-{seed}").shuffle(conversations)
     return conversations
@@ -136,7 +136,7 @@ def up_to_critique(row: Row) -> Row:
 
 
 def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
-    """Return what people show: how to help with everything, and critique, revision and judging."""
+    """Return people's demonstrations: helping with everything, and critique, revision and judging."""
     world, seed = World(script_args.world_seed), script_args.seed
     critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
     rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
@@ -145,7 +145,7 @@ def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
 
 
 def world_prompts(script_args: ConstitutionArguments) -> Prompts:
-    """Return questions of the world: harmful and harmless ones, none of which is held out."""
+    """Return questions of the world: harmful and harmless ones, none held out."""
     world = World(script_args.world_seed)
     rng = random.Random(f"constitution-prompts-{world.seed}-{script_args.seed}")
     harmful = [draw_task(world, rng, ("harm",)) for _ in range(script_args.num_prompts)]
@@ -157,8 +157,8 @@ def world_prompts(script_args: ConstitutionArguments) -> Prompts:
 def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, prompts: Prompts) -> list[Row]:
     """Return people's comparisons of helpfulness: between a model's answers to harmless prompts, never about harm.
 
-    At times one of the answers is to another question; of these every other one refuses. Else nobody says that a
-    refusal of something harmless is worse than an answer, and PPO refuses what the model finds hard.
+    Sometimes one of the answers is to another question; of these every other one refuses. Without them, no label would
+    rank a refusal of a harmless prompt below an answer, and PPO would refuse questions hard for the model.
     """
     harmless = prompts.harmless[: script_args.num_human_pairs]
     responses = speaking.answers(harmless, script_args.longest, script_args.seed + 23, samples=2)
@@ -178,7 +178,7 @@ def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, pr
 
 
 def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Prompts:
-    """Return your red-team prompts, a part of them held out, and harmless ones, where the model has room to answer."""
+    """Return the user's red-team prompts, a part held out, and harmless ones, if with room for an answer."""
     reader = without_images(to_prompt, "hfllm constitution")
     settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
     harmful, held_out = user_rows(script_args, reader, script_args.seed, **settings)
@@ -195,7 +195,7 @@ def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -
 def _with_room(
     kind: str, rows: Sequence[Row], script_args: ConstitutionArguments, model_args: "ModelConfig"
 ) -> list[Conversation]:
-    """Return the prompts that leave room for an answer in the model's context, and say how many do not."""
+    """Return the prompts with room for an answer in the model's context, and report the number of others."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     prompts = [{"prompt": as_messages(row["prompt"])} for row in rows]
     context, longest = max_length_of(load_config(name, revision)), script_args.longest
@@ -209,7 +209,7 @@ def _with_room(
 
 
 def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:
-    """Return people's comparisons of helpfulness, if you name some."""
+    """Return people's comparisons of helpfulness, if the user names some."""
     if not script_args.preference_dataset_name:
         return []
     named = replace(script_args, dataset_name=script_args.preference_dataset_name, eval_dataset_name=None)
@@ -233,9 +233,9 @@ class Pairs:
 def pairs_to_judge(script_args: ConstitutionArguments, prompts: Prompts, tuned: Speaking, helpful: Speaking) -> Pairs:
     """Return answers to harmful prompts: half between two samples of the tuned model, half with the first model's.
 
-    A prompt has one pair, so that there are at most as many pairs as prompts. The paper compares samples of the tuned
-    model alone. Where that refuses nearly always, two of them hardly ever differ in harm, and PPO needs to know what
-    to leave alone as well as what to do.
+    A prompt has one pair, thus there are at most as many pairs as prompts. The paper compares samples of the tuned
+    model only. If this model refuses nearly always, two samples hardly ever differ in harm, but PPO needs
+    examples of behavior to avoid as well as of behavior to show.
     """
     seed, length = script_args.seed, script_args.longest
     harmful = prompts.harmful[: script_args.num_pairs]
@@ -257,17 +257,17 @@ def pairs_to_judge(script_args: ConstitutionArguments, prompts: Prompts, tuned: 
 
 
 def mixed(ai_rows: Sequence[Row], human_rows: Sequence[Row], seed: int) -> list[Row]:
-    """Return the AI's and people's comparisons together, as the preference model reads them."""
+    """Return the AI's and people's comparisons together, in the form for the preference model."""
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in (*ai_rows, *human_rows)]
     random.Random(f"constitution-pairs-{seed}").shuffle(rows)
     return rows
 
 
 def by_chance(rows: Sequence[Row], seed: int) -> list[Row]:
-    """Return comparisons half of whose labels are turned, drawn by chance: a control that must not gain.
+    """Return comparisons with a random half of the labels flipped: a control, expected not to gain.
 
-    Of two comparisons of which the judge is about equally sure one is turned. Were a coin thrown for each, then a few
-    more labels for refusals than against would be left by chance, and PPO makes much of little.
+    One of every two comparisons with about equal certainty of the judge is flipped. With independent coin flips, a few
+    more labels for refusals than against would remain by chance, and PPO amplifies small differences.
     """
     rng = random.Random(f"constitution-coin-{seed}")
     order = sorted(range(len(rows)), key=lambda index: rows[index]["probability"])
@@ -279,7 +279,7 @@ def by_chance(rows: Sequence[Row], seed: int) -> list[Row]:
 
 
 def prompts_for_ppo(script_args: ConstitutionArguments, prompts: Prompts) -> list[Row]:
-    """Return the prompts that PPO samples answers to: harmful and harmless ones, all of them, shuffled."""
+    """Return PPO's prompts: all harmful and harmless ones, shuffled."""
     rows = [{"prompt": prompt} for prompt in (*prompts.harmful, *prompts.harmless)]
     random.Random(f"constitution-ppo-{script_args.seed}").shuffle(rows)
     return rows
@@ -292,13 +292,13 @@ def _said(text: str) -> Conversation:
 # ---- steps ----
 
 
-# Pairs by which the judge's position bias is measured.
+# Number of pairs for measuring the judge's position bias.
 PAIRS_FOR_BIAS = 200
 
 
 @dataclass
 class Steps:
-    """The course of one recipe's run, step by step.
+    """The pipeline of one recipe's run, step by step.
 
     Args:
         script_args, model_args: its flags.
@@ -306,10 +306,10 @@ class Steps:
         course: the runs of other recipes.
 
     Attributes:
-        metrics: what was measured on the way.
-        ai_rows, human_rows: the comparisons that the preference model learns from, in the main process.
+        metrics: measurements of the steps.
+        ai_rows, human_rows: the preference model's training comparisons, in the main process.
         revisions: the rows of the constitution's revisions and their figures, in the main process.
-        no_rl: why there are no AI preferences, if there are none.
+        no_rl: reason for missing AI preferences, if there are none.
     """
 
     script_args: ConstitutionArguments
@@ -329,13 +329,13 @@ class Steps:
             self.prompts: Prompts = world_prompts(script_args)
         else:
             self.prompts = own_prompts(script_args, self.model_args)
-            # Read now, so that what is wrong with them is said before anything is trained.
+            # Read now, to report errors in them before any training.
             self.human_rows = own_comparisons(script_args)
 
     # ---- the course ----
 
     def helpful_only(self) -> None:
-        """Make the model that complies, unless yours is it: a base model that learns from people who only help."""
+        """Make the complying model, unless it is the user's: a base model trained on people who only help."""
         if HELPFUL in self.course.runs:
             self.course.run(PRETRAIN)
             write_rows(self.script_args, HELPFUL, lambda: demonstrations(self.script_args))
@@ -351,7 +351,7 @@ class Steps:
         self.course.run(SL)
 
     def reinforced(self) -> None:
-        """Let the judge compare answers, train the preference model on that, and align by PPO."""
+        """Let the judge compare answers, train the preference model on the labels, and align by PPO."""
         if RL not in self.course.runs:
             return
         try:
@@ -366,7 +366,7 @@ class Steps:
         self.course.run(RL)
 
     def controls(self) -> None:
-        """Run the arms that must not gain."""
+        """Run the controls, expected not to gain."""
         script_args = self.script_args
         if POLITENESS in script_args.arms:
             write_rows(
@@ -394,13 +394,13 @@ class Steps:
             self.course.run(CRITIQUES)
 
     def _tuned(self, *arms: str) -> None:
-        """Align the helpful-only model by the preference model of each arm."""
+        """Align the helpful-only model by the preference model of each control."""
         for arm in arms:
             write_rows(self.script_args, arm, lambda: prompts_for_ppo(self.script_args, self.prompts))
             self.course.run(arm)
 
     def speaking(self, name: str) -> Speaking:
-        """Return a run's model, or the one that is asked first under the name `helpful`; the main process's alone."""
+        """Return a run's model, or the first model under the name `helpful`; only in the main process."""
         if name not in self._models:
             folder = self.course.helpful if name == HELPFUL else self.course.folder(name)
             revision = self.model_args.model_revision if folder == self.course.named else "main"
@@ -409,18 +409,18 @@ class Steps:
 
     @property
     def models(self) -> list[str]:
-        """The models that there are by the end, in order."""
+        """All models at the end, in order."""
         later = (SL, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS, PEOPLE)
         return [HELPFUL, *filter(self._is_made, later)]
 
     @property
     def last(self) -> str:
-        """The last model of the course itself, controls apart."""
+        """The last model of the pipeline itself, excluding controls."""
         return [name for name in self.models if name in (HELPFUL, SL, RL)][-1]
 
     @property
     def artifacts(self) -> dict[str, str]:
-        """What the output folder holds, by path."""
+        """The contents of the output folder, by path."""
         finished = {name: name for name in self.course.runs if self._is_made(name)}
         return {**finished, "revision rows": "revisions/revisions.jsonl"}
 
@@ -452,7 +452,7 @@ class Steps:
         )
 
     def _rows_of(self, revisions: "Revisions") -> list[Row]:
-        """Return what SL learns: the last revisions, and the model's own answers to harmless prompts."""
+        """Return the rows for SL: the last revisions, and the model's own answers to harmless prompts."""
         return learned([*revisions.rows, *self._own_answers], self.script_args.seed)
 
     @cached_property
@@ -510,7 +510,7 @@ class Steps:
 
 
 def people_s_labels(script_args: ConstitutionArguments) -> str:
-    """Return the sentence of the report that says which labels of people were used."""
+    """Return the report's sentence about the source of people's labels."""
     if not script_args.is_world:
         named = script_args.preference_dataset_name
         return f"labels of people: comparisons of {named}" if named else "labels of people: none in these runs"
@@ -522,16 +522,16 @@ def people_s_labels(script_args: ConstitutionArguments) -> str:
 
 # ---- evaluation ----
 #
-# What constitutional AI has changed: on the embedded world exactly, on your prompts as far as words tell.
+# The effect of constitutional AI: measured exactly on the embedded world, by words on the user's prompts.
 
 
-# Harmless prompts for each prompt of a group of harm.
+# Number of harmless prompts per prompt of a group of harm.
 HARMLESS = 2.4
 SAMPLES = 8
 
 
 def evaluate(steps: Steps) -> Found:
-    """Ask all models of the embedded world's course, judge them by the gold rubric, and describe what came out."""
+    """Ask all models of the embedded world's pipeline, judge them by the gold rubric, and report the results."""
     script_args = steps.script_args
     count = script_args.num_eval_prompts
     prompts = prompts_to_ask(World(script_args.world_seed), count, round(HARMLESS * count))
@@ -554,7 +554,7 @@ def evaluate(steps: Steps) -> Found:
 
 
 def evaluate_own(steps: Steps) -> Found:
-    """Ask your model held-out red-team prompts before and after, and count what words tell: refusals and lengths."""
+    """Ask the user's model held-out red-team prompts before and after; count refusals, by words, and lengths."""
     script_args, held_out = steps.script_args, steps.prompts.held_out
     responses = {
         name: [texts[0] for texts in steps.speaking(name).answers(held_out, script_args.longest, script_args.seed + 1)]
@@ -586,7 +586,7 @@ def evaluate_own(steps: Steps) -> Found:
 
 
 def figures_of_revisions(steps: Steps) -> dict[str, float]:
-    """Return what happened while answers were revised, in shares of what was asked for."""
+    """Return statistics of the revision of answers, as shares of the requested number."""
     figures = asdict(steps.revisions.figures)
     denominators = {
         **{"flagged": "critiques", "empty_critiques": "critiques"},

@@ -1,4 +1,4 @@
-"""Constitutional AI: its flags, what it refuses, and the runs of other recipes that it consists of."""
+"""Constitutional AI: its flags, its checks, and its runs of other recipes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # ---- flags ----
 
 
-# Arms that must not gain: another constitution, critiques without revisions, AI labels by chance, and none at all.
+# Controls, expected not to gain: another constitution, critiques without revisions, AI labels by chance, no AI labels.
 POLITENESS, CRITIQUES, LABELS, PEOPLE = CONTROLS = ("politeness", "critiques", "labels", "people")
 USUAL_CONTROLS = (POLITENESS, CRITIQUES, LABELS)
 REVISIONS, SL, RL = LAST_STAGES = ("revisions", "sl", "rl")
@@ -33,7 +33,7 @@ REVISIONS, SL, RL = LAST_STAGES = ("revisions", "sl", "rl")
 WORLD_LENGTH, OWN_LENGTH = 40, 128
 IS_WORLDS = "the model is the embedded world's"
 NO_PPO = Fact(lambda flags: flags.last_stage != RL, "--last_stage {last_stage} has no PPO")
-# Of each the flag, and the run that it is for.
+# The config flags, each for the run in its name.
 CONFIGS = ("pretrain_config", "helpful_config", "sl_config", "reward_config", "rlhf_config")
 
 
@@ -150,7 +150,7 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The controls that run, in their order."""
+        """The selected controls, in their order."""
         chosen = USUAL_CONTROLS if self.controls is None and self.is_world else self.controls or ()
         if self.last_stage == REVISIONS:
             return ()
@@ -159,7 +159,7 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
 
 
 def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect, contradict each other, or would fail later."""
+    """Refuse flags without effect, contradictory flags, and flags that would fail later."""
     check_flags(script_args, model_args)
     named = bool(model_args.model_name_or_path)
     if not named and not script_args.is_world:
@@ -172,7 +172,7 @@ def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None
 
 
 def constitution_of(script_args: ConstitutionArguments) -> "Constitution":
-    """Return the constitution that the flags name."""
+    """Return the constitution named by the flags."""
     from hfllm.data.world.demonstrators import PRINCIPLES
     from hfllm.synthesis.constitution import load_constitution
 
@@ -187,7 +187,7 @@ def constitution_of(script_args: ConstitutionArguments) -> "Constitution":
 
 
 def has_questions(constitution: "Constitution") -> bool:
-    """Return whether every principle has a preference question, by which a judge could compare answers."""
+    """Return whether every principle has a preference question, needed by a judge to compare answers."""
     return all(principle.preference for principle in constitution.principles)
 
 
@@ -198,13 +198,13 @@ def data_file(script_args: ConstitutionArguments, name: str) -> Path:
 
 # ---- runs ----
 #
-# The runs of other recipes that constitutional AI consists of, each in a folder of its own.
+# The runs of other recipes in constitutional AI, each in its own folder.
 
 
 PRETRAIN, HELPFUL, REWARD = "pretrain", "helpful", "reward"
-# PPO from helpful-only by the AI's labels; the preference models of labels by chance, and of people alone.
+# PPO from helpful-only by the AI's labels; the preference models of labels by chance, and of people only.
 AI_LABELS, LABELS_REWARD, PEOPLE_REWARD = "ai_labels", "labels_reward", "people_reward"
-# About how long each takes on two cores, in minutes.
+# Approximate times of the runs on two cores, in minutes.
 MINUTES = {
     **{PRETRAIN: 2, HELPFUL: 2, SL: 0.5, REWARD: 0.7, RL: 0.8},
     **{POLITENESS: 0.3, CRITIQUES: 0.2, LABELS_REWARD: 0.7, AI_LABELS: 0.4, LABELS: 0.4},
@@ -217,7 +217,7 @@ class ConstitutionCourse(pipeline.Course):
     """The runs in their order, with their flags.
 
     Args:
-        named: the user's model, where one is named.
+        named: the user's model, if named.
     """
 
     named: str | None
@@ -226,17 +226,17 @@ class ConstitutionCourse(pipeline.Course):
 
     @property
     def is_timed(self) -> bool:
-        """Whether the settings are those that were timed."""
+        """Whether the settings are the timed ones."""
         return self.named is None
 
     @property
     def helpful(self) -> str:
-        """The model that is asked for harm first: the user's, or the one that wants to help alone."""
+        """The first model asked for harm: the user's, or the helpful-only one."""
         return self.named or self.folder(HELPFUL)
 
 
 def course_of(script_args: ConstitutionArguments, model_args: "ModelConfig") -> ConstitutionCourse:
-    """Return the runs that the flags ask for."""
+    """Return the runs selected by the flags."""
     recipes: dict[str, str] = {}
     runs: dict[str, Parsed] = {}
     for name, recipe, words in _runs(script_args, model_args):
@@ -247,7 +247,7 @@ def course_of(script_args: ConstitutionArguments, model_args: "ModelConfig") -> 
 
 
 def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iterator[tuple[str, str, list[str]]]:
-    """Yield the name of each run, its recipe, and its flags but for seed and folder."""
+    """Yield names, recipes and flags of the runs, except seed and folder."""
     named, output_dir = model_args.model_name_or_path, script_args.output_dir
     common, world = flags_for_all(model_args), ["--world_seed", str(script_args.world_seed)]
 
@@ -290,17 +290,17 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         yield CRITIQUES, "sft", learning(CRITIQUES, SL, HELPFUL)
 
 
-# PPO in the arms that compare labels: in fewer steps, and held nearer to its start. The preference model of labels by
-# chance still likes answers that are not rude, such as refusals; at the KL of the run itself PPO makes much of that.
+# PPO in the controls on labels: in fewer steps, and kept nearer to its start. The preference model of labels by chance
+# still prefers polite answers, such as refusals; at the KL coefficient of the run itself PPO amplifies this.
 COMPARED = ("--max_steps", "120", "--kl_coef", "1.0")
 
 
 # ---- checks ----
 #
-# What constitutional AI refuses before its first run, since the run that it concerns may come hours later.
+# The checks of constitutional AI before its first run, since the affected run may come hours later.
 
 
-# The fewest demonstrations of which every arm has some, and a held-out one.
+# The smallest number of demonstrations with some, and a held-out one, for every control.
 FEWEST_DEMONSTRATIONS = 10
 
 
@@ -310,7 +310,7 @@ def check_before(
     constitution: "Constitution",
     course: ConstitutionCourse,
 ) -> None:
-    """Refuse what would otherwise fail after the first runs."""
+    """Refuse settings that would otherwise fail after the first runs."""
     _check_flags(script_args)
     _check_judge(script_args, constitution)
     _check_inputs(script_args, model_args)
@@ -322,7 +322,7 @@ def check_before(
 
 
 def _check_rewards(course: ConstitutionCourse) -> None:
-    """Refuse rewards by the world's gold answers, which the prompts of these runs do not have."""
+    """Refuse rewards by the world's gold answers, absent from the prompts of these runs."""
     from hfllm.rewards.functions import GOLD_REWARDS
 
     for name, recipe in course.recipes.items():
@@ -347,7 +347,7 @@ def _check_judge(script_args: ConstitutionArguments, constitution: "Constitution
 
 
 def _check_inputs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
-    """Refuse models and rows that lie where the runs write their own."""
+    """Refuse models and rows at the output paths of the runs."""
     written = Path(script_args.output_dir)
     indices = {
         **{"model_name_or_path": written, "critic_model_name_or_path": written},
@@ -360,7 +360,7 @@ def _check_inputs(script_args: ConstitutionArguments, model_args: "ModelConfig")
 
 
 def _config_of_first(model_args: "ModelConfig", course: ConstitutionCourse) -> "PreTrainedConfig":
-    """Return the config of the model that is asked first: the named one, or the one that pretraining will make."""
+    """Return the config of the first model: the named one, or the future one from pretraining."""
     from hfllm.runs.pipeline import Chain
     from hfllm.stages.pretrain.flags import config_to_train
 
@@ -369,7 +369,7 @@ def _config_of_first(model_args: "ModelConfig", course: ConstitutionCourse) -> "
 
 
 def _check_room(script_args: ConstitutionArguments, config: "PreTrainedConfig") -> None:
-    """Refuse answers so long that no conversation of answer, critique and revision fits, whatever is asked."""
+    """Refuse answers too long to fit answer, critique and revision into the context, for any prompt."""
     from hfllm.models.loading.saved import max_length_of
 
     context, longest = max_length_of(config), script_args.longest
@@ -381,7 +381,7 @@ def _check_room(script_args: ConstitutionArguments, config: "PreTrainedConfig") 
 
 
 def _check_weights(script_args: ConstitutionArguments, model_args: "ModelConfig", config: "PreTrainedConfig") -> None:
-    """Refuse weights that cannot be trained, and an adapter that fits no layer."""
+    """Refuse untrainable weights, and an adapter without a matching layer."""
     from hfllm.models.devices import forked_random
     from hfllm.runs.models import check_trainable, peft_config, try_adapter
 
@@ -400,7 +400,7 @@ def _check_weights(script_args: ConstitutionArguments, model_args: "ModelConfig"
 
 
 def check_runs(course: Course) -> None:
-    """Refuse the flags of the runs, which YAML files may set, as the runs would, but before the first one."""
+    """Refuse the flags of the runs (YAML files may set them) as the runs would, but before the first one."""
     for name, recipe in course.recipes.items():
         _check_run(recipe, *course.runs[name])
 
@@ -410,7 +410,7 @@ def _check_run(recipe: str, *parsed: Any) -> None:
     from hfllm.runs.stage import Stage
 
     is_written = getattr(parsed[0], "dataset_name", WORLD) != WORLD
-    # Its rows are not there yet; a source that is always there stands for their file.
+    # Its rows do not exist yet; an always available source replaces their file.
     Stage(recipe, *((changed(parsed[0], dataset_name=PYDOC), *parsed[1:]) if is_written else parsed)).check_flags()
     if recipe == "rlhf":
         _check_ppo(*parsed)

@@ -1,1 +1,1 @@
-"""The evaluate recipe, flags.py (light) and build.py (heavy), and compare, which reads samples."""
+"""The evaluate recipe, flags.py (light) and build.py (heavy), and compare (of samples)."""

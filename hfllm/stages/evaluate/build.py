@@ -1,4 +1,4 @@
-"""The suites of `--suites`, a function and a line each, what they refuse, and the samples and report of a run."""
+"""The suites of `--suites`, a function and a line each, their checks, and the samples and report of a run."""
 
 import difflib
 import json
@@ -72,10 +72,10 @@ Build = Callable[["EvaluateArguments", "Subject | None"], Suite]
 
 
 def suites_of(script_args: EvaluateArguments, judge: "Subject | None") -> list[Suite]:
-    """Return the suites that the flags name.
+    """Return the suites named by the flags.
 
     Args:
-        judge: a model that judges written answers, if there is one.
+        judge: a model for judging written answers, if there is one.
     """
     return [SUITES[name](script_args, judge) for name in script_args.suites]
 
@@ -150,7 +150,7 @@ SUITES: Mapping[str, Build] = {
 
 # ---- pictures ----
 #
-# The evaluation's questions about pictures: drawn here, or rows of the user's.
+# The evaluation's questions about images: drawn here, or the user's rows.
 
 
 SUITE = "pictures"
@@ -158,7 +158,7 @@ STAGE = "hfllm evaluate"
 
 
 def check_pictures(script_args: EvaluateArguments) -> None:
-    """Refuse flags of pictures without the suite, and the suite without pictures."""
+    """Refuse flags of images without the suite, and the suite without images."""
 
     name, is_asked = script_args.dataset_name, SUITE in script_args.suites
     if is_asked and not name:
@@ -168,7 +168,7 @@ def check_pictures(script_args: EvaluateArguments) -> None:
 
 
 def parts_of(script_args: EvaluateArguments) -> "list[Part]":
-    """Return the questions that `--dataset_name` names."""
+    """Return the questions named by `--dataset_name`."""
     name, count = script_args.dataset_name, script_args.num_items
     if name not in DRAWN:
         return [Part("", own_questions(script_args))]
@@ -182,11 +182,11 @@ def parts_of(script_args: EvaluateArguments) -> "list[Part]":
 
 
 def own_questions(script_args: EvaluateArguments) -> "Sequence[Asked]":
-    """Return the first answer of each of the user's rows as a question, of the first `--num_items` that are kept."""
+    """Return the first answer of each of the user's rows as a question, of the first `--num_items` kept ones."""
     name = script_args.dataset_name
     read = RowArguments(dataset_name=name, dataset_train_split="test")
     pictures = picture_mapper(script_args, name, to_sft, STAGE)
-    # All models are asked the same; a processor without pictures is refused later.
+    # All models get the same questions; a processor without images is refused later.
     processors = map(evaluate_flags.processor_of, script_args.model_name_or_path or ())
     tokens = sorted({token for processor in processors for token in words_of_places(processor)})
 
@@ -200,15 +200,15 @@ def own_questions(script_args: EvaluateArguments) -> "Sequence[Asked]":
 
 # ---- samples ----
 #
-# Judge models item by item, and keep what is known: a run that was killed resumes where it was.
+# Judge models item by item, and keep all records: a killed run resumes where it was.
 #
-# Every record is a line of samples.jsonl as soon as it is known. The same command reads them and judges the items that
-# are missing. Items are asked in blocks of a batch, and a block that is not complete is asked again as a whole:
-# batches are then the same as in a run that was never stopped, and so are their numbers, to the last digit.
+# Every record is written to samples.jsonl as a line at once. The same command reads them and judges the missing items.
+# Items are asked in blocks of a batch, and an incomplete block is asked again as a whole: batches are then the same as
+# in an uninterrupted run, and so are their numbers, to the last digit.
 
 
 SAMPLES, SAMPLES_OF = "samples.jsonl", "samples_of.json"
-# More suites may be asked for later; the records of the others stay.
+# More suites may be added later; the records of the others stay.
 NOT_OF_SAMPLES = ("suites", f"suites{CHANGED}", f"suites{CONTENTS}")
 
 Key = tuple[str, str, str]
@@ -218,7 +218,7 @@ class Samples:
     """The records of a run, in its folder.
 
     Args:
-        folder: where samples.jsonl is.
+        folder: of samples.jsonl.
         arguments: of the run. Records of other flags are dropped, but for `suites`.
     """
 
@@ -238,7 +238,7 @@ class Samples:
         write_atomically(self.identity, text)
 
     def _read(self) -> None:
-        """Read the records; a line that was cut off by a kill is dropped."""
+        """Read the records; a line cut off by a kill is dropped."""
         if not self.path.exists():
             return
         for line in self.path.read_bytes().splitlines(keepends=True):
@@ -257,7 +257,7 @@ class Samples:
             stream.write(_line(record))
 
     def write(self, records: Sequence[Record]) -> None:
-        """Write the file anew with these records in their order."""
+        """Write the file again with these records in their order."""
         write_atomically(self.path, "".join(map(_line, records)))
 
 
@@ -271,7 +271,7 @@ def _are_same(before: str, now: str) -> bool:
 
 
 def key_of(record: Record) -> Key:
-    """Return what tells a record from all others."""
+    """Return the unique key of a record."""
     return record["model"], record["suite"], record["item"]
 
 
@@ -282,7 +282,7 @@ def _line(record: Record) -> str:
 def judge_all(
     script_args: EvaluateArguments, models: Mapping[str, str], suites: Sequence[Suite], samples: Samples
 ) -> list[Record]:
-    """Judge each model by each suite as far as the samples lack it, and return all records, in one order."""
+    """Judge all models by all suites as far as missing in the samples, and return all records, in one order."""
     from tqdm import tqdm
 
     items = {suite.name: list(suite.items()) for suite in suites}
@@ -330,7 +330,7 @@ def _judge_one(
 
 
 def pending(items: Sequence[Item], label: str, suite: str, samples: Samples, block: int) -> list[Item]:
-    """Return the items of all blocks that lack a record."""
+    """Return the items of all blocks with missing records."""
     blocks = [items[start : start + block] for start in range(0, len(items), block)]
     return [
         item
@@ -352,15 +352,15 @@ def _check_keys(suite: str, items: Sequence[Item]) -> None:
 # The report of an evaluation: a verdict, means with intervals by group and metric, models side by side.
 
 
-# What ends the names of figures beside a mean. Other endings would make a table of all of them.
+# Endings of the names of figures next to a mean. Other endings would make a table of all of them.
 RENAMED = {"_se": "_error", "_n": "_items"}
 MOST_BARS = 36
-# Shown of a suite's answers: the first of each group.
+# Number of shown answers of a suite: the first of each group.
 SHOWN_SAMPLES = 2
 
 
 def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Record]) -> Found:
-    """Return what the records say.
+    """Return the report of the records.
 
     Args:
         suites: in the order of their tables.
@@ -369,7 +369,7 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
     Returns:
         Metrics `SUITE/GROUP/METRIC/MODEL` with `_low`, `_high` (95%) and `_items`; of other models than the first
         also `..._difference` with its bounds; `SUITE/skipped/MODEL`; the verdict, see `verdict_metrics`. Their tables
-        and plots, and those of the suites.
+        and plots, and the tables and plots of the suites.
     """
     metrics: dict[str, float] = {}
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
@@ -406,7 +406,7 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
 def compared_figures(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Record]) -> list[Compared]:
     """Return the primary figures of all suites and groups, each model's against the first one's, item by item.
 
-    Those of too few items that both have are among them: see `can_differ`.
+    Figures with too few shared items are among them: see `can_differ`.
     """
     family = []
     for suite in suites:
@@ -435,7 +435,7 @@ def compared_figures(suites: Sequence[Suite], labels: Sequence[str], records: Se
 
 
 def changes_of(labels: Sequence[str], family: Sequence[Compared], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Return each item in whose tested figures a model differs from the first, with what was asked and said."""
+    """Return the items with tested figures different from the first model's, with question and answers."""
     texts = {
         (f"{each['suite']}/{slug(each['group'])}/{each['model']}", each["item"]): (each["asked"], each["said"])
         for each in records
@@ -497,7 +497,7 @@ def _of_suite(
 
 
 def _difference(first: Mapping[str, float], second: Mapping[str, float], better: int) -> tuple[Interval | None, str]:
-    """Return the paired difference over the items that both have, and what it says."""
+    """Return the paired difference over the shared items, and its verdict."""
     shared = [item for item in first if item in second]
     if not shared:
         return None, ""
@@ -510,7 +510,7 @@ def _difference(first: Mapping[str, float], second: Mapping[str, float], better:
 
 
 def summary_of(labels: Sequence[str], records: Sequence[Record], verdicts: Sequence[str]) -> str:
-    """Return how many figures differ, and how many items have none."""
+    """Return a sentence on how many figures differ, and how many items have none."""
     items = {(record["suite"], record["item"]) for record in records}
     parts = [f"{len(items)} items, {len(labels)} model{'s' if len(labels) > 1 else ''}"]
     if len(labels) > 1:
@@ -546,7 +546,7 @@ def _cell(found: Interval | None, signed: bool = False) -> str:
 
 
 def _shown(records: Sequence[Record], labels: Sequence[str]) -> list[dict[str, str]]:
-    """Return some questions of each group with what each model said."""
+    """Return some questions of each group with the answers of all models."""
     record_of = {(record["item"], record["model"]): record for record in records}
     rows, counts = [], {}
     for record in records:
@@ -562,11 +562,11 @@ def _shown(records: Sequence[Record], labels: Sequence[str]) -> list[dict[str, s
 
 # ---- checks ----
 #
-# What an evaluation refuses before anything is trained or loaded.
+# The checks of an evaluation before any training or loading.
 
 
 def check(script_args: EvaluateArguments) -> None:
-    """Refuse flags that would fail later or have no effect, and read all files."""
+    """Refuse flags that would fail later and flags without effect, and read all files."""
     for name in script_args.suites:
         if name not in SUITES:
             nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
@@ -585,7 +585,7 @@ def check(script_args: EvaluateArguments) -> None:
 
 
 def check_models(script_args: EvaluateArguments) -> None:
-    """Refuse models that cannot be loaded, and a chat template that is asked for and not there."""
+    """Refuse unloadable models, and a requested but absent chat template."""
     judge = script_args.judge_model_name_or_path
     for name in [*(script_args.model_name_or_path or ()), *([judge] if judge else ())]:
         try:
@@ -606,7 +606,7 @@ def check_models(script_args: EvaluateArguments) -> None:
 
 
 def changed_files(script_args: EvaluateArguments) -> dict[str, int | str]:
-    """Return when the files that flags and rows name were last changed, and hashes of their contents, by name."""
+    """Return, by name, the last changes of the files named by flags and rows, and hashes of their contents."""
     named = [getattr(script_args, flag) or [] for flag in FILES]
     paths = [path for each in named for path in ([each] if isinstance(each, str) else each)]
     paths += evaluate_flags.files_of(script_args)

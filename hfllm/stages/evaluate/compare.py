@@ -1,7 +1,7 @@
-"""The comparison of two evaluations that were run before: its flags, and the logs of items that it reads.
+"""The comparison of two finished evaluations: its flags, and the logs of their items.
 
 lm-eval writes with `--log_samples` a file of lines for each task, `samples_TASK_DATE.jsonl`: `doc_id` and `doc_hash`
-of an item, the `filter` that its answer went through, and a figure for each of `metrics`. `hfllm evaluate` writes
+of an item, the `filter` applied to its answer, and a figure for each of `metrics`. `hfllm evaluate` writes
 `samples.jsonl`.
 """
 
@@ -35,16 +35,16 @@ from hfllm.stages.evaluate.flags import CHANGES, labels_of, refuse_foreign_chang
 # lm-eval's names; a date stands for a run.
 LM_EVAL_LOG = re.compile(r"samples_(.+?)(?:_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?))?\.jsonl")
 OWN_LOG = "samples.jsonl"
-# Columns of lm-eval's logs that are no figures, for those without a list of them.
+# Columns without figures in lm-eval's logs, for logs without a list of metrics.
 NOT_METRICS = frozenset(
     (
         *("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"),
         *("doc_hash", "prompt_hash", "target_hash"),
     )
 )
-# Less is better of these; of others more is.
+# Of these metrics less is better; of others, more.
 LOSSES = re.compile(r"(?:.*_)?(?:perplexity|bits_per_byte|loss|brier|brier_score|wer|cer|ter|toxicity)")
-# Our suites whose prompts depend on the model: its template, or an attack on it.
+# Our suites with prompts dependent on the model: its template, or an attack on it.
 ASKED_BY_MODEL = ("robustness", "lm_eval")
 # Sums of larger scores would be infinite.
 MOST = 1e100
@@ -79,13 +79,13 @@ class Logged:
 
     Args:
         origin: its file and line.
-        identity: what the item is, to tell that two logs are of the same; empty where the log does not say.
+        identity: of the item, to check that two logs have the same one; empty if missing in the log.
         scores: its figures by metric.
-        cluster: that it belongs to, if that is asked for.
-        asked, said: what the model read and wrote, for readers.
+        cluster: of the item, if requested.
+        asked, said: the model's input and output, for readers.
         is_own: whether it is of a suite of `hfllm evaluate`.
-        primary: of such an item the primary metrics, with 1 where more is better and -1 where less is; `None` where an
-            older log does not say.
+        primary: of such an item the primary metrics, with 1 if more is better and -1 if less is; `None` if missing in
+            an older log.
     """
 
     origin: str
@@ -103,7 +103,7 @@ Log = dict[tuple[str, str], dict[str, Logged]]
 
 
 def check(script_args: CompareArguments) -> None:
-    """Refuse flags that cannot be followed."""
+    """Refuse impossible flags."""
     logs = script_args.logs or []
     if len(logs) != 2:
         raise InputError(f"expected two logs, got {len(logs)}: hfllm compare A.jsonl B.jsonl, then the other flags")
@@ -117,7 +117,7 @@ def check(script_args: CompareArguments) -> None:
 
 
 def labels(script_args: CompareArguments) -> list[str]:
-    """Return a short name of each evaluation: of logs with names that are given to them, that of their folder."""
+    """Return a short name of each evaluation: for logs with assigned names, the name of their folder."""
     paths = [Path(name) for name in script_args.logs]
     is_usual = all(path.is_file() and (path.name == OWN_LOG or _task_of(path)) for path in paths)
     if is_usual and paths[0].resolve().parent != paths[1].resolve().parent:
@@ -157,7 +157,7 @@ def read_log(name: str, script_args: CompareArguments) -> Log:
 
 
 def _files(name: str) -> list[Path]:
-    """Return the logs of a folder, or the one that is named."""
+    """Return the logs of a folder, or the named one."""
     path = Path(name)
     if path.is_file():
         return [path]
@@ -169,13 +169,13 @@ def _files(name: str) -> list[Path]:
 
 
 def _task_of(path: Path) -> str | None:
-    """Return the task that a file of lm-eval's is named after; `None` for a file of another name."""
+    """Return the task in the name of an lm-eval file; `None` for a file with another name."""
     result = LM_EVAL_LOG.fullmatch(path.name)
     return result[1] if result else None
 
 
 def _own(origin: str, row: Mapping[str, Any], cluster_by: str | None) -> tuple[tuple[str, str], str, Logged | None]:
-    """Return an item of `hfllm evaluate`; none for one that was skipped."""
+    """Return an item of `hfllm evaluate`; none for a skipped one."""
     scores = row["scores"]
     if not isinstance(scores, dict) or not all(isinstance(row.get(name), str) for name in ("suite", "group", "item")):
         raise InputError(f"{origin}: expected suite, group, item and scores, as hfllm evaluate writes them")
@@ -194,7 +194,7 @@ def _own(origin: str, row: Mapping[str, Any], cluster_by: str | None) -> tuple[t
 def _of_lm_eval(
     origin: str, row: Mapping[str, Any], task: str, script_args: CompareArguments
 ) -> tuple[tuple[str, str], str, Logged | None]:
-    """Return an item of lm-eval; figures of a whole corpus, which are lists, are left out."""
+    """Return an item of lm-eval; figures of a whole corpus (lists) are left out."""
     if "doc_id" not in row:
         raise InputError(
             f"{origin}: no doc_id; expected lm-eval's log of items (--log_samples) or hfllm's {OWN_LOG}, found "
@@ -233,7 +233,7 @@ def _cluster(origin: str, row: Mapping[str, Any], column: str | None) -> object:
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what was asked and what was said: what was written, or the likeliest of the choices."""
+    """Return question and answer: the generated text, or the most likely choice."""
     requests = row.get("arguments")
     requests = list(requests.values()) if isinstance(requests, Mapping) else requests
     pairs = []
@@ -256,7 +256,7 @@ def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def family_of(script_args: CompareArguments, first: Log, second: Log, names: Sequence[str]) -> list[Compared]:
-    """Return the figures that are compared, over the items that both logs have."""
+    """Return the compared figures, over the items in both logs."""
     family, missing = [], []
     for part in dict.fromkeys((*first, *second)):
         one, other = first.get(part, {}), second.get(part, {})
@@ -286,13 +286,13 @@ def family_of(script_args: CompareArguments, first: Log, second: Log, names: Seq
 
 
 def missing_of(first: Log, second: Log) -> int:
-    """Return how many items only one of the logs has."""
+    """Return the number of items in only one of the logs."""
     parts = {*first, *second}
     return sum(len(first.get(part, {}).keys() ^ second.get(part, {}).keys()) for part in parts)
 
 
 def renamed(first: Log, second: Log, files: Sequence[str]) -> Log:
-    """Return the second log with the task of the first, where two files of any names hold one task each."""
+    """Return the second log with the task of the first, if two files of any names contain one task each."""
     names = {part[0] for part in first}, {part[0] for part in second}
     tasks = {_task_of(Path(name)) for name in files}
     are_single = all(Path(name).is_file() for name in files) and all(len(each) == 1 for each in names)
@@ -304,7 +304,7 @@ def renamed(first: Log, second: Log, files: Sequence[str]) -> Log:
 
 
 def _metrics(script_args: CompareArguments, part: tuple[str, str], *logs: Mapping[str, Logged]) -> list[str]:
-    """Return the metrics of a part that are compared."""
+    """Return the compared metrics of a part."""
     items = [item for log in logs for item in log.values()]
     names = list(dict.fromkeys(name for item in items for name in item.scores))
     if script_args.metrics:
@@ -325,7 +325,7 @@ def _metrics(script_args: CompareArguments, part: tuple[str, str], *logs: Mappin
 
 @cache
 def own_metrics() -> dict[str, tuple[frozenset[str], dict[str, int]]]:
-    """Return the primary metrics of each of our suites that has some, and in which direction metrics are better."""
+    """Return the primary metrics of our suites, and the better direction of metrics."""
     from hfllm.evaluation import pictures
     from hfllm.evaluation.suites import few_shot, preferences, refusals, robustness, truthfulness, world_suites
 
@@ -373,7 +373,7 @@ def _compared(
 def _direction(part: tuple[str, str], metric: str, items: Sequence[Logged], logs: Sequence[str]) -> int:
     """Return whether more of a metric is better.
 
-    Its items say it, or our suite, or lm-eval's results beside the log, or its name.
+    The source is its items, or our suite, or lm-eval's results next to the log, or its name.
     """
     for item in items:
         if item.primary is not None and metric in item.primary:
@@ -390,7 +390,7 @@ def _direction(part: tuple[str, str], metric: str, items: Sequence[Logged], logs
 
 @cache
 def _higher_is_better(name: str) -> dict[Any, Any]:
-    """Return what lm-eval's results beside a log, or the logs of a folder, say of metrics, by task too."""
+    """Return the directions of metrics from lm-eval's results next to a log, or a folder's logs, by task too."""
     result: dict[Any, Any] = {}
     for path in dict.fromkeys(path for log in _files(name) for path in _results_beside(log)):
         try:
@@ -422,7 +422,7 @@ def _title(part: tuple[str, str]) -> str:
 def report(
     script_args: CompareArguments, names: Sequence[str], family: Sequence[Compared], logs: Sequence[Log]
 ) -> Found:
-    """Return the verdict, the figures and some items that changed, and write all of these to `CHANGES`."""
+    """Return the verdict, the figures and some changed items, and write all changed ones to `CHANGES`."""
     decided = judged([each for each in family if can_differ(each, script_args.alpha)], script_args.alpha)
     left_out = [each for each in family if not can_differ(each, script_args.alpha)]
     metrics = verdict_metrics(decided, left_out, names[1:], script_args.alpha)

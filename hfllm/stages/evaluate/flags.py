@@ -1,4 +1,4 @@
-"""The evaluation of models: its flags, the stages that make the world's models, and the subjects."""
+"""The evaluation of models: its flags, the stages for the world's models, and the subjects."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # ---- lm-eval's tasks ----
 #
-# The flags of lm-eval's tasks, what they refuse, and the suite.
+# The flags of lm-eval's tasks, their checks, and the suite.
 
 
 SUITE = "lm_eval"
@@ -68,7 +68,7 @@ def check(script_args: LmEvalArguments, suites: list[str]) -> None:
 
 
 def suite_of(script_args: LmEvalArguments, num_items: int | None) -> "LmEval":
-    """Return the suite that the flags describe."""
+    """Return the suite described by the flags."""
     from hfllm.evaluation.suites.lm_eval import LmEval
 
     return LmEval(
@@ -83,7 +83,7 @@ def suite_of(script_args: LmEvalArguments, num_items: int | None) -> "LmEval":
 
 
 def files_of(script_args: LmEvalArguments) -> list[str]:
-    """Return the files that the figures depend on: YAML tasks, the code beside them, and data."""
+    """Return the files with an effect on the figures: YAML tasks, the code next to them, and data."""
     folders = [*(script_args.include_path or ()), *([script_args.tasks_data] if script_args.tasks_data else ())]
     kinds = (".yaml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".txt")
     return sorted(str(path) for folder in folders for path in Path(folder).rglob("*") if path.suffix in kinds)
@@ -92,13 +92,13 @@ def files_of(script_args: LmEvalArguments) -> list[str]:
 # ---- evaluation ----
 
 
-# What is judged where no suite is named.
+# The suites of a run without named ones.
 DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
-# Questions of the world, where no other number is asked for.
+# Questions of the world, by default.
 NUM_WORLD_ITEMS = 240
-# YAML files of the stages that make the world's models.
+# YAML files of the stages for the world's models.
 CONFIGS = ("pretrain", "sft", "reward", "rlhf")
-# Flags that change no figure.
+# Flags without effect on figures.
 HOW_IT_ENDS = ("fail_on_regression",)
 FILES = (
     *("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files"),
@@ -209,7 +209,7 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
 
 
 def stages_before(script_args: EvaluateArguments) -> Chain:
-    """Return the main job that makes the world's models, if none is named."""
+    """Return the main job for making the world's models, if none is named."""
     from hfllm.stages.rlhf import build as rlhf
 
     model_name = (script_args.model_name_or_path or [None])[0]
@@ -225,7 +225,7 @@ def stages_before(script_args: EvaluateArguments) -> Chain:
 
 
 def models_of(script_args: EvaluateArguments, before: Chain) -> dict[str, str]:
-    """Return the models by their labels: those that are named, or the world's before and after alignment."""
+    """Return the models by their labels: the named ones, or the world's before and after alignment."""
     named = script_args.model_name_or_path
     if named:
         return dict(zip(labels_of(named), named, strict=True))
@@ -233,11 +233,11 @@ def models_of(script_args: EvaluateArguments, before: Chain) -> dict[str, str]:
 
 
 def labels_of(names: Sequence[str], flag: str = "--model_name_or_path") -> list[str]:
-    """Return a short label of each model: as much of the end of its name as tells it from the others.
+    """Return a short label of each model: the shortest unique end of its name.
 
     Args:
         names: of models, or of other files or folders.
-        flag: that names them, for errors.
+        flag: with the names, for errors.
     """
     if len(set(names)) < len(names):
         twice = next(name for index, name in enumerate(names) if name in names[:index])
@@ -285,7 +285,7 @@ def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[S
 
 
 def processor_of(name: str) -> "ProcessorMixin | None":
-    """Return the processor of a model that sees; `None` for one of text."""
+    """Return the processor of a vision-language model; `None` for a text model."""
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.shared import load_processor
@@ -296,12 +296,12 @@ def processor_of(name: str) -> "ProcessorMixin | None":
 # ---- files of changes ----
 
 
-# The items in which models differ, and how long a line of them may be.
+# The file of items with differences between models, and the maximum length of its lines.
 CHANGES, MOST_READ = "changes.jsonl", 1 << 24
 
 
 def refuse_foreign_changes(folder: str | Path) -> None:
-    """Refuse to write over a file with the name of `CHANGES` that is no such file, or a link."""
+    """Refuse to overwrite a link, or a file of another kind with the name of `CHANGES`."""
     path = Path(folder, CHANGES)
     if not path.exists() and not path.is_symlink():
         return

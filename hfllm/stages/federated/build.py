@@ -85,12 +85,11 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Learned:
-    """What some steps came to.
+    """Results of some steps.
 
     Args:
         weights: copies of the trained tensors.
-        num_tokens, num_rows: how many targets and rows were learned, each time that they were seen. A pair is one
-            target.
+        num_tokens, num_rows: number of learned targets and rows, counted at each use. A pair is one target.
         loss: mean over the targets, before each step.
     """
 
@@ -101,16 +100,17 @@ class Learned:
 
 
 class LocalLearner:
-    """Takes optimizer steps as `Trainer` would, from weights that it is given.
+    """Takes the same optimizer steps as `Trainer`, from given weights.
 
-    The trainer is built once; what it brings is its model on its device, collator, loss and optimizer. A trainer for
-    each organisation and round would cost more than the few steps that it takes. It fits trainers whose loss is a mean
-    over `labels`, such as TRL's SFTTrainer, or over rows without labels, such as the pairs of RewardTrainer.
+    The trainer is built once; it provides its model on its device, collator, loss and optimizer. A new trainer for
+    every organisation and round would cost more than its few steps. Its loss has to be a mean over `labels`, as in
+    TRL's SFTTrainer, or over rows without labels, such as the pairs of RewardTrainer.
 
     Args:
-        trainer: with the model, the collator, the loss, and arguments for optimizer and schedule. It trains nothing.
-        num_steps: steps of all rounds together, over which the learning rate goes.
-        proximal_mu: weight of FedProx's term, mu / 2 times the squared distance to the weights of the beginning (Li et
+        trainer: with the model, the collator, the loss, and arguments for optimizer and schedule. It does no
+            training itself.
+        num_steps: total steps of all rounds, the length of the learning rate schedule.
+        proximal_mu: weight of FedProx's term, mu / 2 times the squared distance to the initial weights (Li et
             al. 2018, arXiv:1812.06127, equation 2).
     """
 
@@ -118,21 +118,21 @@ class LocalLearner:
         self.trainer, self.args, self.proximal_mu = trainer, trainer.args, proximal_mu
         self.model: nn.Module = trainer.model
         for module in self.model.modules():
-            # A bias that follows the load of experts does not travel: it would differ by organisation and process, and
-            # carry what rows were drawn past clipping and noise.
+            # A bias adapted to the load of experts is not sent: it would differ by organisation and process, and
+            # reveal the drawn rows, bypassing clipping and noise.
             if getattr(module, "update_rate", 0):
                 module.update_rate = 0.0
         self.optimizer = trainer.create_optimizer()
         self.batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.rate = schedule_of(trainer.args, num_steps)
-        # As `Trainer.training_step` tells: does the loss take the number of targets, or is it a mean over each part?
+        # As in `Trainer.training_step`: does the loss take the number of targets, or is it a mean over every part?
         takes_count = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         is_scaled = trainer.loss_is_scaled_for_ga
         self._takes_count = takes_count if is_scaled is None else is_scaled
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The tensors that are trained, by name: what travels."""
+        """The trained tensors by name: the content of updates."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def weights(self) -> dict[str, Tensor]:
@@ -161,13 +161,13 @@ class LocalLearner:
 
         Args:
             rows: tokenized rows of one organisation.
-            first_step: the number of the first step, from 0, which places it in the rows and in the schedule.
-            seed: of the order of the rows, and with the step's number of dropout.
+            first_step: the number of the first step, from 0, its position in the rows and in the schedule.
+            seed: of the order of the rows, and, together with the number of the step, of dropout.
             state: the optimizer's, from `optimizer_state`; by default a new one.
             batch_size: rows of a step; by default the trainer's.
-            rate: the schedule's factor of the learning rate by step; by default that of all rounds.
-            privacy: of single rows: their draws, clipping and noise, which have no seed. A row's loss is then the mean
-                over its own targets, and a step's the sum over rows divided by the number that is expected.
+            rate: the schedule's factor of the learning rate by step; by default the schedule of all rounds.
+            privacy: of single rows: their draws, clipping and noise, all without a seed. A row's loss is then the mean
+                over its own targets, and a step's the sum over rows divided by their expected number.
         """
         self.set_weights(weights)
         self.set_optimizer_state(state)
@@ -201,7 +201,7 @@ class LocalLearner:
         """Accumulate the gradient of the mean over all targets of a batch, and return the sum over them."""
         mean, parts = 0.0, list(chunks(batch, self.args.per_device_train_batch_size))
         targets = sum(map(_targets, batch))
-        # What TRL divides the load-balancing loss of experts by.
+        # TRL divides the load-balancing loss of experts by this.
         self.trainer.current_gradient_accumulation_steps = len(parts)
         for part in parts:
             loss = self._loss(part, targets)
@@ -214,10 +214,10 @@ class LocalLearner:
         total, nats = RowSum(list(self.trained.values()), privacy), 0.0
         self.trainer.current_gradient_accumulation_steps = 1
         for row in batch:
-            # Masks of its own, which nobody knows: from one stream, a row would shift those of all rows after it.
+            # Its own unpredictable masks: with one stream, a row would shift the masks of all rows after it.
             torch.manual_seed(random.SystemRandom().getrandbits(63))
             targets = _targets(row)
-            # The mean over its own tokens: those of other rows would show in it.
+            # The mean over its own tokens: else it would reveal tokens of other rows.
             loss = self._loss([row], targets)
             loss.backward()
             total.take()
@@ -247,7 +247,7 @@ class LocalLearner:
         return nats / max(num_tokens, 1)
 
     def pair_accuracy(self, pairs: Rows, weights: Mapping[str, Tensor]) -> float:
-        """Return the share of pairs whose chosen answer has the higher score at these weights."""
+        """Return the share of pairs with a higher score of the chosen answer at these weights."""
         self.set_weights(weights)
         self.model.eval()
         right = 0
@@ -263,7 +263,7 @@ class LocalLearner:
     # ---- the optimizer's state ----
 
     def set_optimizer_state(self, state: Mapping[str, Tensor] | None) -> None:
-        """Set the optimizer's state, by default that of a new one."""
+        """Set the optimizer's state, by default the state of a new one."""
         self.optimizer.state = defaultdict(dict)
         parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
         for key, value in (state or {}).items():
@@ -274,7 +274,7 @@ class LocalLearner:
             self.optimizer.state[parameter][name] = value.to(device, copy=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return copies of the optimizer's state, as tensors by the parameter's place and their name."""
+        """Return copies of the optimizer's state, as tensors by the parameter's index and their name."""
         parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
         for state in self.optimizer.state.values():
             for name, value in state.items():
@@ -289,19 +289,19 @@ class LocalLearner:
 
 
 class KeptStates:
-    """Optimizer states of organisations between rounds, in files by round, so that a round can be done again.
+    """Optimizer states of organisations between rounds, in files by round, to allow repeating a round.
 
     Args:
-        folder: where they are.
+        folder: of these files.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def load(self, organisation: str, number: int) -> dict[str, Tensor] | None:
-        """Return the state after the last round before `number` in which the organisation trained.
+        """Return the state after the organisation's last training round before `number`.
 
-        States of later rounds, which another run has left, are removed.
+        States of later rounds, left by another run, are removed.
         """
         from safetensors.torch import load_file
 
@@ -312,7 +312,7 @@ class KeptStates:
         return load_file(self._path(organisation, max(before))) if before else None
 
     def save(self, organisation: str, number: int, state: Mapping[str, Tensor]) -> None:
-        """Keep the state after a round, and that before it; remove older ones."""
+        """Keep the state after a round, and the one before it; remove older ones."""
         self._path(organisation, number).parent.mkdir(parents=True, exist_ok=True)
         replace_tensors(self._path(organisation, number), state)
         before = sorted(each for each in self._rounds(organisation) if each < number)
@@ -328,7 +328,7 @@ class KeptStates:
 
 
 def folder_name(organisation: str) -> str:
-    """Return an organisation's name as one of a folder or file: it may hold a slash, or be `..`."""
+    """Return an organisation's name as a name of a folder or file: it may contain a slash, or be `..`."""
     return quote(organisation, safe="").replace(".", "%2E")
 
 
@@ -336,7 +336,7 @@ def folder_name(organisation: str) -> str:
 
 
 def places_of(num_rows: int, batch_size: int, step: int, seed: str) -> list[int]:
-    """Return which rows a step learns: passes over all rows, each in an order of its own, without a gap."""
+    """Return the indices of a step's rows: passes over all rows, every pass in its own order, without a gap."""
     orders: dict[int, list[int]] = {}
     result = []
     for index in range(step * batch_size, (step + 1) * batch_size):
@@ -354,7 +354,7 @@ def chunks(rows: Rows, size: int) -> Iterator[Rows]:
 
 
 def _targets(row: Mapping[str, Sequence[int]]) -> int:
-    """Return how many tokens of a row are predicted: the first one never is. A pair is one."""
+    """Return the number of predicted tokens of a row: all but the first. A pair counts as one."""
     if "labels" not in row:
         return 1
     return sum(label != IGNORE for label in row["labels"][1:])
@@ -362,13 +362,13 @@ def _targets(row: Mapping[str, Sequence[int]]) -> int:
 
 # ---- flower ----
 #
-# The recipe between machines: what the apps of Flower run at the server and at each organisation.
+# The recipe between machines: the functions that Flower's apps run at the server and at the organisations.
 #
 #     python -m hfllm.federation.flower_app app --num_organisations 3 --loop hfllm.stages.federated.build:loop \
 #         --learner hfllm.stages.federated.build:worker_learner
 #
 # The run's `flags` name the server's file of flags, with `organisation_names` and `controls: none`; the settings of
-# each node name its own: `{"flags": "federated.yaml", "base": "my-model", "rows": "rows.jsonl"}`.
+# every node name its own: `{"flags": "federated.yaml", "base": "my-model", "rows": "rows.jsonl"}`.
 # docs/guides/federation.md has all commands.
 
 
@@ -376,7 +376,7 @@ def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> N
     """Run the recipe at the server, over Flower's transport.
 
     Args:
-        connect: makes the transport from the base model's sha256.
+        connect: builds the transport from the base model's sha256.
         config: of the run; `flags` is a file of the recipe's flags.
     """
     if not config.get("flags"):
@@ -395,9 +395,9 @@ def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> N
 
 @dataclass(frozen=True)
 class Local:
-    """What trains in this process: the learner, and the sha256 of what it began from and does not train.
+    """The training in this process: the learner, and the sha256 of its initial and fixed weights.
 
-    `row_epsilons` is what a run reveals of one row of each organisation; empty without noise on rows.
+    `row_epsilons` is the privacy loss of one row by organisation; empty without noise on rows.
     """
 
     learner: LocalLearner
@@ -418,13 +418,13 @@ def load_local(
     model_args: "ModelConfig",
     organisations: Sequence[Organisation],
 ) -> Local:
-    """Load the model, put the adapter on it, and build the trainer whose loss organisations learn by."""
+    """Load the model, put the adapter on it, and build the trainer with the organisations' loss."""
     from datasets import Dataset
     from transformers import set_seed
 
     from hfllm.stages.sft import build as sft
 
-    # Of rows that a template adds to the embeddings.
+    # Of rows of the embeddings added by a template.
     set_seed(training_args.seed)
     trained_args, has_pairs = adapted(script_args, model_args), script_args.has_pairs
     if has_pairs:
@@ -438,7 +438,7 @@ def load_local(
     if script_args.row_clip_norm is not None:
         check_one_each(result)
     epsilons = row_epsilons(script_args, args, result)
-    # Of the adapter's first weights: the same at every organisation, whatever was drawn before.
+    # Of the adapter's first weights: the same at every organisation, regardless of earlier draws.
     set_seed(training_args.seed)
     torch.manual_seed(training_args.seed)
     adapter = peft_config(trained_args, "SEQ_CLS" if has_pairs else "CAUSAL_LM")
@@ -461,9 +461,9 @@ def load_local(
 
 
 def _with_adapter(base_sha256: str, model: nn.Module, adapter: "LoraConfig") -> str:
-    """Return the sha256 of the base model and of what is fixed of the adapter: the mean is wrong where that differs.
+    """Return the sha256 of the base model and the adapter's fixed parts: if these differ, the mean is wrong.
 
-    These are the factors that stay as they were drawn, and what their product is multiplied by.
+    The fixed parts are the factors with their initial drawn values, and the scale of the product.
     """
     frozen = {name: value for name, value in model.named_parameters() if "lora_" in name and not value.requires_grad}
     scale = f"{adapter.lora_alpha} {adapter.use_rslora}"
@@ -472,20 +472,20 @@ def _with_adapter(base_sha256: str, model: nn.Module, adapter: "LoraConfig") -> 
 
 # ---- clients ----
 #
-# What an organisation does in a round: train from the weights that it receives, and return what that changed.
+# The work of an organisation in a round: train from the received weights, and return the change.
 
 
-# Under the output folder: what organisations keep from round to round, and never send.
+# Under the output folder: states kept by organisations from round to round, and never sent.
 KEPT = "organisations"
 OPTIMIZERS, ROUNDING = f"{KEPT}/optimizers", f"{KEPT}/rounding"
-# Beside it: the last private answer of each, which outlives the rounds, and what it depends on besides the flags.
+# Next to it: everyone's last private answer, kept beyond the rounds, and its dependencies besides the flags.
 ANSWERS = "answered"
 ANSWERED = ("learning_rate", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
 WORKER = "hfllm.stages.federated.build:worker_learner"
 
 
 def clients_of(script_args: FederatedArguments, seed: int, output_dir: str, local: Local) -> dict[str, Learner]:
-    """Return of each organisation what trains it in this process, given the round's number and the weights."""
+    """Return the function by organisation that trains it here, given the round's number and the weights."""
     states = KeptStates(Path(output_dir, OPTIMIZERS)) if script_args.keep_optimizer else None
     rounding = KeptStates(Path(output_dir, ROUNDING)) if script_args.compression == "int8" else None
     privacy = row_privacy_of(script_args)
@@ -531,10 +531,10 @@ def _client(
         first = (number - 1) * steps
         learned = learner.learn(each.rows, weights, first, steps, f"{seed}-{each.name}", state, privacy=privacy)
         change = changes(learned.weights, weights)
-        # How many rows were drawn, and their tokens, have no noise: organisations count alike.
+        # The numbers of drawn rows and of their tokens have no noise: organisations have equal weight.
         counts = (learned.num_tokens, learned.num_rows) if privacy is None else (1, 1)
         update = Update(each.name, change, *counts, local.base_sha256)
-        # What has diverged is not sent, and must not be what the next round begins with.
+        # A diverged state is not sent, and must not be the start of the next round.
         is_whole = all(bool(torch.isfinite(value).all()) for value in change.values())
         if kept is not None and is_whole:
             kept.save(each.name, number, learner.optimizer_state())
@@ -548,7 +548,7 @@ def _client(
 
 
 def _answering_once(name: str, client: Learner, answered: AnsweredRounds, asked: str, base_sha256: str) -> Learner:
-    """Return what trains a round once: asked again, it sends the same update and no other noise."""
+    """Return a learner that trains a round once: asked again, it sends the same update with the same noise."""
 
     def train(number: int, weights: dict[str, Tensor]) -> Update:
         question = sha256(f"{asked} {weights_sha256(weights)}".encode()).hexdigest()
@@ -563,15 +563,15 @@ def _answering_once(name: str, client: Learner, answered: AnsweredRounds, asked:
 
 
 def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
-    """Return what trains one organisation in a process of its own.
+    """Return the learner of one organisation in its own process.
 
-    It reads the organisation's own file and no other. Only rows that are dealt out of one dataset, or drawn from the
-    embedded world, are dealt or drawn for all before it takes its own.
+    It reads only the organisation's own file. Only rows dealt out of one dataset, or drawn from the embedded world,
+    are dealt or drawn for all before it takes its own.
 
     Args:
         organisation: its name.
-        settings: `flags`, a file of the recipe's flags; `base`, the model that it begins from; `rows`, its file, if it
-            is not one of the flags; `terms` of the server's run, which must be those of the flags.
+        settings: `flags`, a file of the recipe's flags; `base`, its initial model; `rows`, its file, if not given
+            by the flags; `terms` of the server's run, required to equal the terms of the flags.
     """
     script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
     check_terms(script_args, training_args, settings.get("terms") or {})
@@ -579,7 +579,7 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
     try:
         own = _own_rows(script_args, organisation, settings.get("rows"), seed)
     except InputError as error:
-        # Errors are sent to the server, and this one may show words of a row.
+        # Errors are sent to the server, and this one may contain words of a row.
         say(f"federated: {error}")
         raise InputError(f"organisation {organisation!r}: its rows cannot be read; its own output says why") from None
     if not own or not own[0].rows:
@@ -603,7 +603,7 @@ def _own_rows(script_args: FederatedArguments, organisation: str, file: str | No
 def check_terms(
     script_args: FederatedArguments, training_args: "SFTConfig", terms: Mapping[str, str | int | float]
 ) -> None:
-    """Refuse the request of a server whose run has other terms than this organisation's flags."""
+    """Refuse the request of a server with other terms of its run than this organisation's flags."""
     own = terms_of(script_args, training_args)
     for name, value in terms.items():
         if own.get(name) != value:
@@ -612,10 +612,10 @@ def check_terms(
 
 # ---- server ----
 #
-# The server's side of a federation by its flags: transport, optimizer, what updates are added to, privacy.
+# The server's side of a federation by its flags: transport, optimizer, sum of updates, privacy.
 
 
-# Under the output folder: weights, updates and logs of the processes, and the flags that they read.
+# Under the output folder: weights, updates and logs of the processes, and their flags.
 PROCESSES = "processes"
 Connect = Callable[[str], Transport]
 
@@ -635,7 +635,7 @@ def transport(
     local: Local,
     connect: Connect | None = None,
 ) -> Iterator[Transport]:
-    """Yield what carries weights and updates, until the rounds have ended.
+    """Yield the transport of weights and updates, until the rounds have ended.
 
     Args:
         connect: reaches organisations on other machines, given the base model's sha256.
@@ -649,14 +649,14 @@ def transport(
             "organisations"
         )
     if not Path(training_args.output_dir, STATE_FILE).exists():
-        # What organisations kept in a run whose rounds were removed is of no use to this one.
+        # The organisations' states from a run with removed rounds are of no use to this one.
         shutil.rmtree(Path(training_args.output_dir, KEPT), ignore_errors=True)
     with _carrier(script_args, training_args, model_args, local, connect) as carrier:
         length = local.learner.args.max_length
         rows = script_args.local_steps * local.learner.batch_size
         carrier.max_tokens = None if length is None else rows * length
         if script_args.row_clip_norm is not None:
-            # Organisations count alike.
+            # Organisations have equal weight.
             carrier.max_tokens = 1
         carrier.terms = terms_of(script_args, training_args)
         yield carrier
@@ -690,7 +690,7 @@ def _carrier(
 
 
 def given_flags(*parsed: Any) -> dict[str, Any]:
-    """Return the flags that the user gave as values that a file of flags may hold: the rest are defaults by them."""
+    """Return the user's flags as values for a file of flags: the rest are defaults derived from them."""
     names = given_names(*parsed) or ()
     values = {name: getattr(group, name) for group in parsed for name in names if hasattr(group, name)}
     values |= {"output_dir": next(group.output_dir for group in parsed if hasattr(group, "output_dir"))}
@@ -702,11 +702,11 @@ def given_flags(*parsed: Any) -> dict[str, Any]:
 def new_sum(
     script_args: FederatedArguments, base_sha256: str, begun: Mapping[str, Tensor], count: int, number: int
 ) -> Sum:
-    """Return what the updates of a round are added to.
+    """Return the sum to add the updates of a round to.
 
     Args:
         begun: weights, for their names and shapes.
-        count: of all organisations.
+        count: number of all organisations.
         number: of the round.
     """
     if script_args.clip_norm is None:
@@ -720,7 +720,7 @@ def new_sum(
 
 
 def check(script_args: FederatedArguments) -> dict[str, float]:
-    """Return what the run spends of privacy; refuse settings of the server, and a run that would spend too much."""
+    """Return the privacy spent by the run; refuse settings of the server, and a run that would spend too much."""
     optimizer(script_args)
     if script_args.noise_multiplier == 0:
         return {}
@@ -734,12 +734,12 @@ def check(script_args: FederatedArguments) -> dict[str, float]:
 
 
 def announce(num_rounds: int, record: RoundRecord) -> None:
-    """Print what came of a round."""
+    """Print the results of a round."""
     figures = "".join(f"  {name} {value:.3f}" for name, value in record.evaluation.items())
     left_out = "".join(f"\n  left out: {name}: {why}" for name, why in record.left_out.items())
     left_out += "".join(f"\n  bounded: {name}: {how}" for name, how in record.bounded.items())
     took_part = len(record.participants) - len(record.left_out)
     sent = (record.bytes_down + record.bytes_up) / 1e6
-    # A private round tells nobody who took part.
+    # A private round does not reveal its participants.
     open_to_all = f"organisations {took_part}  drift {record.drift:.2f}  MB {sent:.2f}" if sent else "private"
     say(f"round {record.number}/{num_rounds}  {open_to_all}{figures}{left_out}")

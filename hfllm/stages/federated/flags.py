@@ -1,4 +1,4 @@
-"""A federation: its flags, what it refuses, and the rows of its organisations, tokenized."""
+"""A federation: its flags, its checks, and the tokenized rows of its organisations."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -69,7 +69,7 @@ def is_adafactor(optim: object) -> bool:
 
 
 def organisation_names(files: Sequence[str]) -> list[str]:
-    """Return a name for each file: its stem, with a number where several have the same."""
+    """Return names for files: their stems, with numbers for equal ones."""
     stems = [Path(name).stem for name in files]
     return [f"{stem}-{index}" if stems.count(stem) > 1 else stem for index, stem in enumerate(stems, 1)]
 
@@ -225,31 +225,31 @@ class FederatedArguments(InstructionArguments):
 
     @property
     def has_pairs(self) -> bool:
-        """Whether rows are comparisons, of which a reward model learns."""
+        """Whether rows are comparisons, for training a reward model."""
         return self.learner == REWARD
 
     @property
     def count(self) -> int:
-        """How many organisations there are."""
+        """The number of organisations."""
         return len(self.organisation_files or self.organisation_names or ()) or self.num_organisations
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The controls that run, in their order."""
+        """The selected controls, in their order."""
         return tuple(arm for arm in CONTROLS if self.controls is None or arm in self.controls)
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:
-    """Return the settings of the embedded world's model if no model is named, and else those of an adapter."""
+    """Return the settings of the embedded world's model if no model is named, and else the settings of an adapter."""
     if not given.get("model_name_or_path"):
         return [settings_file("federated/world.yaml")]
     return [settings_file("federated/model.yaml")]
 
 
 def check(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect, contradict each other, or would fail later."""
+    """Refuse flags without effect, contradictory flags, and flags that would fail later."""
     check_flags(script_args, training_args, model_args)
-    # On by default, and off where a machine has no accelerator: it matters whether the user asks for it.
+    # On by default, and off on a machine without an accelerator: only the user's own request matters.
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         refuse(name in (given_names(script_args, training_args) or ()), f"--{name}", NO_TRAINER)
     files, named = script_args.organisation_files, bool(model_args.model_name_or_path)
@@ -283,7 +283,7 @@ def _check_server(script_args: FederatedArguments) -> None:
 
 
 def row_privacy_of(script_args: FederatedArguments) -> "RowPrivacy | None":
-    """Return how the flags protect single rows, `None` where they do not."""
+    """Return the flags' protection of single rows, `None` if there is none."""
     from hfllm.federation.privacy import RowPrivacy
 
     if script_args.row_clip_norm is None:
@@ -318,7 +318,7 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings
 def row_epsilons(
     script_args: FederatedArguments, training_args: "SFTConfig", organisations: Iterable["HasRows"]
 ) -> dict[str, float]:
-    """Return what a run reveals of one row of each organisation that has rows here; nothing without noise on rows."""
+    """Return the privacy loss of one row by organisation with rows here; nothing without noise on rows."""
     from hfllm.federation.privacy import check_row_budget
 
     num_rows = {each.name: len(each.rows) for each in organisations if each.rows}
@@ -338,13 +338,13 @@ class HasRows(Protocol):
 
 
 def terms_of(script_args: FederatedArguments, training_args: "SFTConfig") -> dict[str, str | int | float | None]:
-    """Return what all machines of a run must agree on, by flag."""
+    """Return the settings required to be equal on all machines of a run, by flag."""
     names = ("learner", "average", "local_steps", "rounds", "compression", "row_clip_norm", "row_noise_multiplier")
     return {name: getattr(script_args, name) for name in names} | {"seed": training_args.seed}
 
 
 def stages_before(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> Chain:
-    """Return the pretraining that makes the base model, if none is named."""
+    """Return the pretraining of the base model, if none is named."""
     return chain_before(
         "federated",
         training_args.output_dir,
@@ -356,12 +356,12 @@ def stages_before(script_args: FederatedArguments, training_args: "SFTConfig", m
 
 
 def adapted(script_args: FederatedArguments, model_args: "ModelConfig") -> "ModelConfig":
-    """Return the flags of the model, with an adapter where adapters are averaged."""
+    """Return the flags of the model, with an adapter if adapters are averaged."""
     return changed(model_args, use_peft=script_args.average != FULL)
 
 
 def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any]:
-    """Return what tells the rounds of this run from others: not where organisations train, nor what is compared.
+    """Return the identity of the rounds of this run: without the place of training and the comparisons.
 
     Args:
         arguments: all flags of the run.
@@ -372,7 +372,7 @@ def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any
 
 
 def next_steps(script_args: FederatedArguments, training_args: "SFTConfig") -> list[str]:
-    """Return the lines that use the model; none for a reward model."""
+    """Return the lines for using the model; none for a reward model."""
     from hfllm.outputs.card import chat_lines
 
     if script_args.has_pairs:
@@ -381,7 +381,7 @@ def next_steps(script_args: FederatedArguments, training_args: "SFTConfig") -> l
 
 
 def contents(script_args: FederatedArguments) -> dict[str, int | str]:
-    """Return when the files of the organizations last changed, and a hash of their contents."""
+    """Return the last changes of the organisations' files, and a hash of their contents."""
     named = [
         (f"{index}/{name}", file)
         for index, each in enumerate(script_args.organisation_files or ())
@@ -401,14 +401,14 @@ def contents(script_args: FederatedArguments) -> dict[str, int | str]:
 # The organisations of a federation: their rows by the flags, tokenized.
 
 
-# Held-out rows of an organisation, at most; of rows of its own that it has no others for, this share.
+# Held-out rows of an organisation, at most; without separate held-out rows, this share of its own rows.
 MOST_HELD_OUT, HELD_OUT_SHARE = 64, 0.1
-# In place of rows where there are none, as at the server: a trainer wants one.
+# Placeholder without rows, as at the server: a trainer needs one row.
 NOTHING = {"input_ids": [0, 0], "labels": [0, 0]}
 
 
 def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organisation]:
-    """Return the organisations that the flags ask for, each with its rows."""
+    """Return the organisations selected by the flags, with their rows."""
     if script_args.organisation_names:
         return [Organisation(name, [], []) for name in script_args.organisation_names]
     if script_args.is_world:
@@ -436,7 +436,7 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
 
 
 def organisation_of_file(script_args: FederatedArguments, name: str, file: str, seed: int) -> Organisation:
-    """Return the organisation whose rows are in a file or a dataset of the Hub."""
+    """Return the organisation with the rows of a file or a dataset of the Hub."""
     rows = _rows(replace(script_args, dataset_name=file))
     return _held_apart(name, rows, seed, script_args.row_clip_norm is not None)
 
@@ -459,11 +459,11 @@ def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
 
 
 def _held_apart(name: str, rows: Sequence[Mapping[str, object]], seed: int, is_private: bool) -> Organisation:
-    """Return an organisation that holds out a part of its rows, unless it has too few of them.
+    """Return an organisation with a held-out part of its rows, unless it has too few of them.
 
     Args:
-        is_private: whether single rows are protected: then a row's own prompt alone decides on which side it is, since
-            a shuffle of all of them would let one row move the others.
+        is_private: whether single rows are protected: then only a row's own prompt decides on its side, since with a
+            shuffle of all rows one row would move the others.
     """
     from hfllm.data.loading import prompt_key, split_rows
 
@@ -479,12 +479,12 @@ def _held_apart(name: str, rows: Sequence[Mapping[str, object]], seed: int, is_p
 
 
 def _share_of(text: str) -> float:
-    """Return a number from 0 to 1 that a text's hash gives."""
+    """Return a number from 0 to 1 from a text's hash."""
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _unknown_to_others(each: Organisation, every: Sequence[Organisation]) -> Organisation:
-    """Return an organisation without held-out rows whose prompt another one learns: the model learns of all."""
+    """Return an organisation, its held-out rows without prompts of any training rows: the model learns from all."""
     from hfllm.data.loading import prompt_key
 
     learned = {prompt_key(row) for other in every for row in other.rows}
@@ -497,8 +497,8 @@ class Tokenized:
 
     Args:
         name: of the organisation.
-        rows, held_out: `input_ids` and `labels` of each, or `chosen_ids` and `rejected_ids`.
-        num_sources: how many rows the organisation's own were made of: one may become several, or none.
+        rows, held_out: with `input_ids` and `labels`, or `chosen_ids` and `rejected_ids`.
+        num_sources: the number of source rows of the organisation's rows: one may become several, or none.
     """
 
     name: str
@@ -539,7 +539,7 @@ def tokenized_pairs(
 
 
 def check_one_each(organisations: Sequence[Tokenized]) -> None:
-    """Refuse organisations of whose rows one becomes several: privacy is of what is drawn, clipped and counted."""
+    """Refuse organisations with a row split into several: privacy is of drawn, clipped and counted rows."""
     for each in organisations:
         if len(each.rows) > each.num_sources:
             raise InputError(
@@ -550,17 +550,17 @@ def check_one_each(organisations: Sequence[Tokenized]) -> None:
 
 
 def pooled(organisations: Sequence[Tokenized]) -> Rows:
-    """Return the rows of all organisations together, as if one of them had them all."""
+    """Return the rows of all organisations together, as the rows of a single one."""
     return [row for each in organisations for row in each.rows]
 
 
 # ---- pairs ----
 #
-# Reward models in a federation: comparisons as tokens, and the trainer whose loss is a mean over pairs.
+# Reward models in a federation: comparisons as tokens, and the trainer with a mean over pairs as loss.
 
 
 SIDES = ("chosen", "rejected")
-# In place of rows where there are none, as at the server: a trainer wants one.
+# Placeholder without pairs, as at the server: a trainer needs one pair.
 NO_PAIR = {f"{side}_ids": [0, 0] for side in SIDES}
 
 
@@ -579,7 +579,7 @@ def load_scorer(
 def pairs_of(
     organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", longest: int | None
 ) -> list[tuple[Rows, Rows]]:
-    """Return rows and held-out rows of each organisation as tokens; a pair that is too long is left out, and said."""
+    """Return organisations' rows and held-out rows as tokens; too long pairs are left out and reported."""
     from hfllm.data.conversations import Conversations
     from hfllm.runs.command_line import say
 
@@ -606,7 +606,7 @@ def reward_trainer(
     tokenizer: "PreTrainedTokenizerBase",
     adapter: "PeftConfig | None",
 ) -> "RewardTrainer":
-    """Return TRL's trainer of reward models with the flags' settings, which trains nothing by itself."""
+    """Return TRL's trainer of reward models with the flags' settings, for use without its own training."""
     from datasets import Dataset
 
     from hfllm.trainers.trl_trainers import RewardTrainer
@@ -621,7 +621,7 @@ def reward_trainer(
 
 
 def reward_config(training_args: "SFTConfig") -> "RewardConfig":
-    """Return arguments of a RewardTrainer with all settings that it has in common with an SFTTrainer."""
+    """Return arguments of a RewardTrainer with all settings shared with an SFTTrainer."""
     from trl import RewardConfig
 
     kinds = {name: getattr(training_args, name) for name in ("output_dir", "use_cpu", "bf16")}

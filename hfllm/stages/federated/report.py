@@ -1,4 +1,4 @@
-"""What a federation gave: its model beside those of pooled rows and of each organisation alone."""
+"""Results of a federation: its model compared with models of pooled rows and of single organisations."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +33,9 @@ class Measured:
     """Figures of one model.
 
     Args:
-        golds: gold reward of its greedy answer to each held-out question of the world; none for rows of the user.
-        losses: held-out loss of each organisation that holds rows out, in nats per token or pair.
-        accuracies: of reward models, the share of its held-out pairs that have the right order.
+        golds: gold rewards of its greedy answers to the world's held-out questions; none for the user's rows.
+        losses: held-out losses of the organisations with held-out rows, in nats per token or pair.
+        accuracies: of reward models, the shares of their held-out pairs in the right order.
     """
 
     golds: list[float]
@@ -59,19 +59,19 @@ class Measured:
 
 
 class Evaluator:
-    """Measures models on the world's held-out questions, and on the rows that organisations hold out."""
+    """Measures models on the world's held-out questions, and on the organisations' held-out rows."""
 
     def __init__(self, script_args: FederatedArguments, local: Local):
         self.local, self.is_world, self.has_pairs = local, script_args.is_world, script_args.has_pairs
         self.every, self.last = script_args.eval_rounds, script_args.rounds
         self.tasks = World(script_args.world_seed).evaluation_tasks(script_args.num_eval_prompts)
-        # Those of the last round are asked for twice.
+        # Rewards of the last round are requested twice.
         self._golds: dict[str, list[float]] = {}
         self._losses: dict[str, dict[str, float]] = {}
         self._accuracies: dict[str, dict[str, float]] = {}
 
     def golds(self, weights: Weights) -> list[float]:
-        """Return the gold reward of each greedy answer; nothing for rows of the user."""
+        """Return the gold rewards of greedy answers; nothing for the user's rows."""
         key = weights_sha256(weights)
         if key not in self._golds:
             self._golds[key] = self._judged(weights) if self.is_world else []
@@ -83,7 +83,7 @@ class Evaluator:
         return [row["gold"] for row in judged]
 
     def losses(self, weights: Weights) -> dict[str, float]:
-        """Return the held-out loss of each organisation that holds rows out."""
+        """Return the held-out losses of the organisations with held-out rows."""
         key, learner = weights_sha256(weights), self.local.learner
         if key not in self._losses:
             self._losses[key] = {
@@ -94,7 +94,7 @@ class Evaluator:
         return self._losses[key]
 
     def accuracies(self, weights: Weights) -> dict[str, float]:
-        """Return the pair accuracy of each organisation that holds rows out; nothing where rows are no pairs."""
+        """Return the pair accuracies of the organisations with held-out rows; nothing if rows are not pairs."""
         key, learner = weights_sha256(weights), self.local.learner
         if key not in self._accuracies:
             self._accuracies[key] = {
@@ -109,7 +109,7 @@ class Evaluator:
         return Measured(self.golds(weights), self.losses(weights), self.accuracies(weights))
 
     def of_round(self, number: int, weights: Weights) -> dict[str, float]:
-        """Return the figures that are kept of a round."""
+        """Return the recorded figures of a round."""
         if number % self.every and number != self.last:
             return {}
         if self.is_world:
@@ -124,16 +124,16 @@ class Evaluator:
 
 
 class Controls:
-    """The models to compare with, each trained once: what a run that was stopped has measured is kept.
+    """The models to compare with, each trained once: figures measured by a stopped run are kept.
 
     Args:
-        script_args: which of them, and how many steps.
+        script_args: their selection, and number of steps.
         seed: of the order of the rows.
-        local: what trains them, with the same trainer as the organisations.
+        local: their training, with the same trainer as the organisations.
         evaluator: measures them.
-        begun: the weights that all of them begin from.
-        folder: where their figures are kept.
-        identity: what tells this run from others.
+        begun: their common initial weights.
+        folder: of their figures.
+        identity: of this run, to distinguish it from others.
     """
 
     def __init__(
@@ -175,14 +175,14 @@ class Controls:
         return train
 
     def _central(self) -> Weights:
-        """Train on the pooled rows, as many rows as all organisations together have learned, in usual batches."""
+        """Train on the pooled rows, on as many rows as all organisations together, in usual batches."""
         steps = self.steps * len(self.local.organisations)
         rate = schedule_of(self.local.learner.args, steps)
         rows = pooled(self.local.organisations)
         return self.local.learner.learn(rows, self.begun, 0, steps, f"{self.seed}-{CENTRAL}", rate=rate).weights
 
     def _equal_steps(self) -> Weights:
-        """Train on the pooled rows, as many steps one after another as an organisation takes, in batches of all."""
+        """Train on the pooled rows, with as many sequential steps as an organisation, in batches of all."""
         learner = self.local.learner
         size = learner.batch_size * len(self.local.organisations)
         rows, seed = pooled(self.local.organisations), f"{self.seed}-{EQUAL_STEPS}"
@@ -213,12 +213,12 @@ def figure_of(measured: Measured) -> str:
 
 
 def local_arms(controls: Mapping[str, Measured]) -> dict[str, Measured]:
-    """Return the controls that are organisations alone, by their names."""
+    """Return the controls trained by a single organisation, by their names."""
     return {name.removeprefix(f"{LOCAL} "): each for name, each in controls.items() if name.startswith(f"{LOCAL} ")}
 
 
 def best_local(controls: Mapping[str, Measured]) -> Measured | None:
-    """Return the organisation alone whose model is best by its main figure."""
+    """Return the best model of a single organisation by its main figure."""
     alone: Sequence[Measured] = list(local_arms(controls).values())
     if not alone:
         return None
@@ -227,7 +227,7 @@ def best_local(controls: Mapping[str, Measured]) -> Measured | None:
 
 # ---- report ----
 #
-# The report of a federation: figures by round and by bytes, each beside its controls.
+# The report of a federation: figures by round and by bytes, next to their controls.
 
 
 LABELS = {
@@ -244,7 +244,7 @@ ROWS_NOT_PRIVATE = (
     "A row-level epsilon is of the updates that an organisation sends; numbers of rows are taken as known. Controls "
     "and held-out losses are taken from rows without noise, and are not private."
 )
-# Rounds that the table shows, evenly spaced.
+# Number of rounds in the table, evenly spaced.
 SHOWN_ROUNDS = 20
 
 
@@ -256,10 +256,10 @@ def report_of(
     controls: Mapping[str, Measured],
     private: Mapping[str, float],
 ) -> Found:
-    """Return the figures, tables and plots of a federation: of a private one, none that tells who took part.
+    """Return the figures, tables and plots of a federation: of a private one, none that reveals its participants.
 
     Args:
-        private: what the run spends of privacy; empty without noise.
+        private: the privacy spent by the run; empty without noise.
     """
     arms = {UNTRAINED: controls[UNTRAINED], FEDERATED: federated}
     arms |= {name: controls[name] for name in (CENTRAL, EQUAL_STEPS) if name in controls}
@@ -309,7 +309,7 @@ def _of_all_rounds(records: Sequence[RoundRecord]) -> dict[str, float]:
 
 
 def _ratios(federated: Measured, controls: Mapping[str, Measured], best: Measured | None) -> dict[str, float]:
-    """Return the gold reward of the federation over that of each control."""
+    """Return the ratios of the federation's gold reward to the controls'."""
     if not federated.golds:
         return {}
     others = {name: controls.get(name) for name in (CENTRAL, EQUAL_STEPS)} | {"local_best": best}
@@ -343,7 +343,7 @@ def _summary(
 
 
 def value_of(measured: Measured) -> str:
-    """Return a model's main figure, with its error where there is one."""
+    """Return a model's main figure, with its error if there is one."""
     if measured.golds:
         return plus_minus(measured.gold, standard_error(measured.golds))
     return f"{measured.loss:.3f}" if measured.losses else "not measured"

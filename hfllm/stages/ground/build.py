@@ -69,19 +69,19 @@ if TYPE_CHECKING:
 # ---- rows ----
 
 
-# Questions about the same passages, and the share of conversations without any.
+# Number of questions about the same passages, and the share of conversations without any.
 TURNS, WITHOUT_PASSAGES = 3, 0.15
 
 
 def write(script_args: GroundArguments, name: str) -> None:
-    """Write the rows of a run where the file does not hold them already; the other processes wait."""
+    """Write the rows of a run unless the file already has them; the other processes wait."""
     by_main_process(lambda: write_rows("ground", data_file(script_args, name), rows_of(script_args, name)))
 
 
 def rows_of(script_args: GroundArguments, name: str) -> list[Row]:
-    """Return the rows of a run: what people answer without passages, some of whom err, and conversations about them.
+    """Return the rows of a run: people's answers without passages, some wrong, and conversations about passages.
 
-    The control has the same rows without the passages: what passages tell of, it does not know.
+    The control has the same rows without the passages: it does not know their content.
     """
     assert name in MODELS, name
     world, count = World(script_args.world_seed), script_args.num_examples
@@ -110,17 +110,17 @@ def _messages(turns: list[tuple[str, str]]) -> Row:
 
 # ---- evaluation ----
 #
-# What learning to read passages has changed: answers with passages given, and with passages that are found first.
+# The effect of learning to read passages: answers with given passages, and with retrieved passages.
 
 
-# Questions of the world without passages, of all its families, and those of each kind that place the gate.
+# Questions of the world without passages, of all its families, and per kind the questions to set the gate.
 NUM_WORLD_TASKS, NUM_GATE_QUESTIONS = 240, 200
 
 Ask = Callable[[Sequence[PassageTask]], list[GroundedAnswer]]
 
 
 def evaluate(script_args: GroundArguments, course: Course) -> Found:
-    """Ask both models with passages and without, and the grounded one with passages found by BM25. Describe all."""
+    """Ask both models with passages and without, and the grounded one with passages found by BM25; report all."""
     from trl import ModelConfig
 
     world, count = World(script_args.world_seed), script_args.num_questions
@@ -165,10 +165,10 @@ def example(script_args: GroundArguments) -> list[Message]:
 
 
 def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
-    """Return what a model answers with the passages that BM25 finds, through the gate and without it.
+    """Return a model's answers with the passages found by BM25, through the gate and without it.
 
-    The gate is placed by names that training may know: halfway between the least score of a passage that answers its
-    question and the largest of one that does not. What scores less than the gate is not given.
+    The gate is set with names that training may know: halfway between the least score of a passage with the answer to
+    its question and the largest of a passage without it. Passages with scores below the gate are not given.
     """
     store, tasks_by_group = stored_tasks(world.facts, NUM_GATE_QUESTIONS, held_out=False)
     retriever = retriever_of(store)
@@ -187,14 +187,15 @@ def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
 
 
 def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -> list[GroundedAnswer]:
-    """Return answers by RAG-Sequence: each passage is read in a prompt of its own, and BM25 weighs the answers.
+    """Return answers by RAG-Sequence: every passage is read in its own prompt, and BM25 weighs the answers.
 
-    A model that cannot tell which of several passages is about the animal need not: what is found by its words is.
+    A model may be unable to choose the passage about the animal among several; here it need not: BM25 finds it by
+    its words.
 
     Args:
         speaking: the model.
         tasks: questions with their passages.
-        weighs: whether passages weigh what BM25 scores them; else, as a control, all weigh alike.
+        weighs: whether passages are weighted by BM25; else, as a control, all have equal weight.
     """
     prompts = [[replace(task, told=(each,)).prompt for each in task.told] for task in tasks]
     weights = [passage_weights(scores_of(task) if weighs else [0.0] * len(task.told)) for task in tasks]
@@ -203,46 +204,46 @@ def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -
 
 
 def without_told_instructions(task: PassageTask) -> PassageTask:
-    """Return a question whose passages lack the sentences that rules take for instructions."""
+    """Return a question without the instruction sentences of its passages, as classified by rules."""
     return replace(task, told=tuple(replace(each, text=without_instructions(each.text)) for each in task.told))
 
 
 def scores_of(task: PassageTask) -> list[float]:
-    """Return what BM25 scores each passage of a question, 0 for one that shares no word with it."""
+    """Return the BM25 scores of the passages of a question, 0 for a passage without a shared word."""
     (result,) = retriever_of(task.told).retrieve([task.question], len(task.told))
     scores = {each.place: each.score for each in result}
     return [scores.get(index, 0.0) for index in range(len(task.told))]
 
 
 def retriever_of(store: Sequence[Told]) -> BM25Retriever:
-    """Return what finds passages of a store by their words."""
+    """Return a retriever of passages of a store by their words."""
     return BM25Retriever(Passages.from_texts([each.text for each in store]))
 
 
 def best_scores(retriever: BM25Retriever, tasks: Sequence[PassageTask]) -> list[float]:
-    """Return of each question the score of the passage that fits best, 0 where none does."""
+    """Return by question the score of the best passage, 0 where no passage fits."""
     result = retriever.retrieve([task.question for task in tasks], 1)
     return [passages[0].score if passages else 0.0 for passages in result]
 
 
 # ---- confidence ----
 #
-# How sure the grounded model is of what it says without passages, and when it should rather say nothing.
+# The grounded model's certainty of its answers without passages, and when to abstain.
 
 
-# Questions, of all families; risks that are asked for, and random halves.
+# Questions, of all families; requested risks, and random halves.
 NUM_TASKS, ALPHAS, NUM_SPLITS = 360, (0.02, 0.05, 0.1), 200
-# By which measures abstention is shown, and which are drawn.
+# The measures for abstention in the report and in the plots.
 ABSTAINS_BY = ("sequence_probability", "semantic_entropy")
 
 
 def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Found:
-    """Return how well a model's uncertainty tells which of its answers are wrong, and what abstaining by it keeps.
+    """Return how well a model's uncertainty identifies wrong answers, and the coverage of abstention by it.
 
     Args:
-        world: whose held-out questions of all families are asked.
+        world: source of the held-out questions, of all families.
         speaking: the model.
-        num_samples: answers of a question that are sampled.
+        num_samples: sampled answers per question.
         seed: of the samples.
 
     Returns:
@@ -275,7 +276,7 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
 
 
 def percent(alpha: float) -> int:
-    """Return a risk as it stands in names of metrics."""
+    """Return a risk as written in names of metrics."""
     return round(100 * alpha)
 
 
@@ -317,10 +318,11 @@ def _tables(metrics: Mapping[str, float], measures: list[str]) -> dict[str, list
 
 # ---- verification ----
 #
-# What checking sampled answers against passages is worth, beside a reward model, a majority and greedy decoding.
+# The benefit of checking sampled answers against passages, compared with a reward model, a majority and greedy
+# decoding.
 
 
-# Texts about each animal to check against, how many texts are found for a question, and wordings of each question.
+# Numbers of texts per animal to check against, of texts found per question, and of wordings per question.
 TEXTS_EACH, PASSAGES_READ, WORDINGS = 5, 3, 3
 VALUES = frozenset(value for values in ATTRIBUTES.values() for value in values)
 
@@ -328,16 +330,16 @@ Reward = Callable[..., Sequence[float]]
 
 
 def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples: int, seed: int) -> Found:
-    """Return how many facts of the world are right by each way to choose one of a model's sampled answers.
+    """Return the share of right facts of the world by every way to choose one of a model's sampled answers.
 
-    The first answer is kept that texts about the animal support: they are found by BM25, and one of them has all
-    animals and values that a sentence of the answer names. Where none is supported, nothing is said.
+    The first answer supported by texts about the animal is kept: BM25 finds the texts, and one of them has all
+    animals and values named by a sentence of the answer. Where no answer is supported, nothing is said.
 
     Args:
-        world: whose facts are asked.
+        world: source of the facts.
         speaking: the model.
-        reward: scores answers, such as a reward model; left out where there is none.
-        num_samples: answers of a question that are sampled.
+        reward: scores answers, such as a reward model; left out if there is none.
+        num_samples: sampled answers per question.
         seed: of the samples, and of the texts.
 
     Returns:
@@ -369,10 +371,10 @@ def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples:
 
 
 def claims_in(task: Task, answer: str) -> str:
-    """Return what an answer claims, a sentence each, for `has_words`.
+    """Return the claims of an answer, one sentence per claim, for `has_words`.
 
-    Of one that states values it is the animal that was asked about, and each animal and value that it names. Others,
-    such as rude ones, stay as they are: no text supports them.
+    The claims of an answer with values are the animal of the question, and all animals and values named in the answer.
+    Others, such as rude ones, stay as they are: no text supports them.
     """
     animal, claims = task.key.split()[1], []
     for sentence in claims_of(answer):
@@ -382,7 +384,7 @@ def claims_in(task: Task, answer: str) -> str:
 
 
 def passages_for(world: World, tasks: Sequence[Task], seed: int) -> list[list[str]]:
-    """Return the texts that BM25 finds for each question, among those that tell of the world's animals."""
+    """Return the texts found by BM25 by question, among texts about the world's animals."""
     rng = random.Random(f"texts-{world.seed}-{seed}")
     texts = [tell(rng, animal, world.facts[animal]).text for animal in ANIMALS for _ in range(TEXTS_EACH)]
     result = BM25Retriever(Passages.from_texts(texts)).retrieve([task.question for task in tasks], PASSAGES_READ)

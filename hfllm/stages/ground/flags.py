@@ -1,4 +1,4 @@
-"""Answers from passages on the embedded world: the recipe's flags, what it refuses, and the runs in it."""
+"""Answers from passages on the embedded world: the recipe's flags, its checks, and its runs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from hfllm.runs import pipeline
 from hfllm.runs.recipes import settings_file
 
 PRETRAIN, SFT, GROUNDED, REWARD = ("pretrain", "sft", "grounded", "reward")
-# The models that are compared.
+# The compared models.
 MODELS = (SFT, GROUNDED)
-# Of the fewest rows a held-out one is left.
+# The smallest number of rows with a remaining held-out one.
 FEWEST_ROWS = 10
-# Of each attribute there is a question in a known wording and one in a new one.
+# Every attribute has a question in a known wording and one in a new wording.
 FEWEST_QUESTIONS = 6
 # An entropy needs two.
 FEWEST_SAMPLES = 2
-# How many passages are found for a question.
+# Number of retrieved passages per question.
 TOP_K = 3
 
 
@@ -47,7 +47,7 @@ class GroundArguments:
 
 
 def check(script_args: GroundArguments) -> None:
-    """Refuse what would fail later."""
+    """Refuse flags that would fail later."""
     from hfllm.data.word_index import import_bm25s
 
     import_bm25s("hfllm ground")
@@ -63,7 +63,7 @@ class Course(pipeline.Course):
 
 
 def course_of(script_args: GroundArguments) -> Course:
-    """Return the runs that the flags ask for."""
+    """Return the runs selected by the flags."""
     return Course(*pipeline.parsed_runs(_runs(script_args), script_args.output_dir, script_args.seed))
 
 
@@ -73,7 +73,7 @@ def data_file(script_args: GroundArguments, name: str) -> Path:
 
 
 def _runs(script_args: GroundArguments) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield the name of each run, its recipe, and its flags but for seed and folder."""
+    """Yield names, recipes and flags of the runs, except seed and folder."""
 
     def config(name: str) -> list[str]:
         return ["--config", getattr(script_args, f"{name}_config") or str(settings_file(f"ground/{name}.yaml"))]

@@ -1,4 +1,4 @@
-"""How a model of the world answers with passages, whether it is right, cites, and follows them, and the report.
+"""A model of the world answering with passages: correctness, citations, followed instructions, and the report.
 
 Names, changed facts, instructions and half of the wordings are held out: see `hfllm.data.world.passages`.
 """
@@ -47,14 +47,14 @@ _CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats)\b")
 
 @dataclass(frozen=True)
 class GroundedAnswer:
-    """An answer and what it is.
+    """An answer and its judgment.
 
     Args:
-        task: what was asked.
-        response: what was said, with its citations.
-        is_right: whether it states what is to be said and nothing else, of this animal, whatever the style.
-        cites_right: whether it cites the passages that tell so, and no other.
-        follows: whether it says what an instruction in a passage wants.
+        task: the question.
+        response: the text of the answer, with its citations.
+        is_right: whether it states exactly the expected facts of this animal, in any style.
+        cites_right: whether it cites the passages with these facts, and no other.
+        follows: whether it obeys an instruction in a passage.
     """
 
     task: PassageTask
@@ -71,14 +71,14 @@ def answer(
     do_sample: bool = False,
     seed: int = 0,
 ) -> list[GroundedAnswer]:
-    """Let a model answer each question, greedily or sampled at temperature 1, and judge the answers."""
+    """Let a model answer all questions, greedily or sampled at temperature 1, and judge the answers."""
     prompts = [task.prompt for task in tasks]
     responses = sample_responses(model, tokenizer, prompts, RESPONSE_LENGTH, do_sample, seed=seed, fast=True)
     return [judged(task, texts[0]) for task, texts in zip(tasks, responses, strict=True)]
 
 
 def judged(task: PassageTask, response: str) -> GroundedAnswer:
-    """Return a response with what it is."""
+    """Return a response with its judgment."""
     text = without_citations(response)
     claimed = {*_CLAIM.findall(text.lower())}
     is_right = gold_score(text, task.gold) >= RIGHT and claimed <= {task.animal}
@@ -96,13 +96,13 @@ def _follows(task: PassageTask, said: str) -> bool:
 
 # ---- report ----
 #
-# The report on answers from passages: what is read and cited, what is admitted, and what retrieval makes of it.
+# The report on answers from passages: reading, citing, admitting ignorance, and the effect of retrieval.
 
 
 GATED, UNGATED = "gated", "ungated"
-# Passages in prompts of their own: weighed by BM25, and all alike. And passages without their instructions.
+# Passages in separate prompts: weighted by BM25, and all equally. And passages without their instructions.
 APART, ALIKE, DROPPED = "apart", "alike", "dropped"
-# How the report calls the models and what they are asked.
+# Names of the models and groups of questions in the report.
 TITLES = {SFT: "tuned without passages", GROUNDED: "grounded", GATED: "with the gate", UNGATED: "without"}
 LABELS = {
     **{ONE: "unknown animals, one passage", THREE: "unknown animals, three passages", CHANGED: "changed facts"},
@@ -124,19 +124,19 @@ WAYS = {
     "the same, its instruction left out by rules": f"{INJECTED}_{DROPPED}",
 }
 
-# Of each model its answers by what was asked.
+# Answers by model and group of questions.
 Answers = Mapping[str, Mapping[str, Sequence[GroundedAnswer]]]
 Golds = Mapping[str, Sequence[JudgedAnswer]]
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Answers with passages that were found first.
+    """Answers with retrieved passages.
 
     Args:
-        gate: the least score of a passage that is given.
-        scores: of the best passage for each question, by what was asked.
-        answers: by `GATED` and `UNGATED`, and by what was asked.
+        gate: the least score of a given passage.
+        scores: of the best passage for every question, by group of questions.
+        answers: by `GATED` and `UNGATED`, and by group of questions.
     """
 
     gate: float
@@ -154,17 +154,17 @@ def report(
     """Return the report of both models.
 
     Args:
-        answers: with passages given.
-        retrieval: of the grounded model, with passages found.
-        ways: of the grounded model, with three passages in prompts of their own, by `APART` and `ALIKE`, and, by
-            `DROPPED`, with passages that held an instruction.
-        golds: to the world's questions without passages.
-        parts: what else was measured; their figures, tables and plots follow.
+        answers: with given passages.
+        retrieval: of the grounded model, with retrieved passages.
+        ways: of the grounded model, with three passages in separate prompts, by `APART` and `ALIKE`, and, by
+            `DROPPED`, with passages after removal of an instruction.
+        golds: of answers to the world's questions without passages.
+        parts: other measurements; their figures, tables and plots follow.
 
     Returns:
         Metrics `MODEL_GROUP_right`, `MODEL_one_passage_right_ATTRIBUTE`, `MODEL_GROUP_cites` (of right answers from
         passages), `MODEL_injected_follows`; `three_passages_apart_right`, and `three_passages_alike_right` as its
-        control, with all passages weighed alike; `injected_dropped_right` and `injected_dropped_follows`;
+        control, with all passages weighted equally; `injected_dropped_right` and `injected_dropped_follows`;
         `gated_KIND_right` and `ungated_KIND_right` end to end, and the `gate`; `MODEL_world_gold`, and
         `world_gold_kept`, the ratio of both.
     """
@@ -192,7 +192,7 @@ def report(
 
 
 def group_metrics(name: str, said: Sequence[GroundedAnswer]) -> dict[str, float]:
-    """Return the metrics of a group's answers: right ones, right ones that cite rightly, and those that follow."""
+    """Return a group's metrics: right answers, right ones with right citations, and followed instructions."""
     group = said[0].task.group
     metrics = mean_of(f"{name}_right", [float(each.is_right) for each in said])
     if group == ONE:
@@ -210,7 +210,7 @@ def group_metrics(name: str, said: Sequence[GroundedAnswer]) -> dict[str, float]
 
 
 def summary_of(metrics: Mapping[str, float]) -> str:
-    """Return what came out, in a sentence or two."""
+    """Return a summary of the results, in a sentence or two."""
     one, three = (f"{GROUNDED}_{group}_right" for group in (ONE, THREE))
     return "; ".join(
         (
@@ -231,7 +231,7 @@ def summary_of(metrics: Mapping[str, float]) -> str:
 
 
 def told(metrics: Mapping[str, float], name: str) -> str:
-    """Return a figure with its error, or a dash where there is none."""
+    """Return a figure with its error, or a dash without a figure."""
     return plus_minus(metrics[name], metrics.get(f"{name}_se")) if name in metrics else "-"
 
 
@@ -275,7 +275,7 @@ def _tables(
 
 
 def samples(answers: Answers) -> list[dict[str, str]]:
-    """Return the first questions of each group with what each model has answered."""
+    """Return the first questions of each group with the answers of all models."""
     rows = []
     for group in GROUPS:
         for index, first in enumerate(answers[GROUNDED][group][:SAMPLES_EACH]):
@@ -285,7 +285,7 @@ def samples(answers: Answers) -> list[dict[str, str]]:
 
 
 def _plot(metrics: Mapping[str, float]) -> Plot:
-    """Return the plot of right answers by what was asked, for both models."""
+    """Return the plot of right answers by group of questions, for both models."""
     indices = list(range(len(GROUPS)))
     lines = {
         TITLES[model]: (indices, [metrics[f"{model}_{group}_right"] for group in GROUPS]) for model in (GROUNDED, SFT)

@@ -1,1 +1,1 @@
-"""The pretrain recipe, and that of the tokenizer before it: flags.py (light) and build.py (heavy)."""
+"""The pretrain recipe, and the recipe of the tokenizer before it: flags.py (light) and build.py (heavy)."""

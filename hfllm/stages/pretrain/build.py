@@ -82,7 +82,7 @@ def plan_of_run(
     rows: "Sequence[Dataset]",
     mask: Masking | None,
 ) -> "BatchPlan":
-    """Return the plan of the run: the sources' rows that each optimizer step learns from, on this process."""
+    """Return the plan of the run: the sources' rows of each optimizer step, on this process."""
     length, processes = script_args.max_length, training_args.world_size
     batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
     weights = [weight for _, weight in mixture_of(script_args)]
@@ -108,7 +108,7 @@ def rows_of_run(
     rows: int,
     batch_rows: int,
 ) -> int:
-    """Return how many rows the whole run takes.
+    """Return the number of rows of the whole run.
 
     Args:
         rows: of the data.
@@ -131,7 +131,7 @@ def rows_of_run(
 
 
 def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
-    """Return the function that masks packed rows by row number: the same tokens on any process and at any time."""
+    """Return a function to mask packed rows by row number: the same tokens on any process and at any time."""
     import torch
 
     if tokenizer.mask_token_id is None:
@@ -149,12 +149,12 @@ def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
 
 
 def infilled(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, seed: int) -> Iterator[str]:
-    """Yield documents that fit into a row in Code Llama's infilling format, nine of ten; the others as they are."""
+    """Yield documents short enough for a row in Code Llama's infilling format, nine of ten; the others unchanged."""
     check_infilling_tokens(tokenizer)
     number = 0
     for window in windows(texts, 1000, 1 << 24):
         for text, ids in zip(window, tokenizer(window, add_special_tokens=False)["input_ids"], strict=True):
-            # The document token, the four tokens of the format, and those that splitting words may add.
+            # The document token, the four tokens of the format, and possible further ones from splitting words.
             fits = len(ids) + 12 <= max_length
             yield fill_in_the_middle(text, number, seed) if fits else text
             number += 1
@@ -170,7 +170,7 @@ def load_or_make_base(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Return the model to pretrain and its tokenizer: the named one, or a new one.
 
-    A new one has the architecture of `--config_name_or_path`, or that of the flags and the tokenizer's size. The
+    A new one has the architecture of `--config_name_or_path`, or the one of the flags and the tokenizer's size. The
     tokenizer is the named one, or a new one trained on `texts`.
     """
     if model_args.model_name_or_path:
@@ -215,7 +215,7 @@ def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelC
     attention = model_args.attn_implementation
     config = new_config({**fields, "is_causal": not is_masked, "attn_implementation": attention})
     try:
-        # Not `_from_config`, which under ZeRO-3 partitions the weights before they are initialized.
+        # Not `_from_config`: under ZeRO-3 it partitions the weights before they are initialized.
         model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config)
     except (ImportError, ValueError) as error:
         raise InputError(f"--attn_implementation {attention}: {str(error).splitlines()[0]}") from None
@@ -272,7 +272,7 @@ def trainer_of_rows(
         gradient_accumulation_steps=1,
         num_train_epochs=1,
         max_steps=-1,
-        # The collator reads `seq_lengths`, which is no argument of any model.
+        # The collator reads `seq_lengths`, not an argument of any model.
         remove_unused_columns=False,
     )
     settings = loss_settings(model, script_args.loss_chunk_size)
@@ -344,7 +344,7 @@ def padded_trainer(
 # Monitor a pretraining run and evaluate its model: speed, samples, a guard against spikes, held-out metrics.
 
 
-# Training text of the n-gram model, which is kept in memory.
+# Training text of the n-gram model, kept in memory.
 MOST_NGRAM_BYTES = 1 << 24
 
 
@@ -358,11 +358,11 @@ def watch(
     """Log throughput and bits per byte, guard against spikes, and sample at intervals.
 
     Args:
-        trainer: that of packed rows, or the stock one, which must count tokens
+        trainer: for packed rows, or the stock one, configured to count tokens
             (`include_num_input_tokens_seen`).
 
     Returns:
-        A function that returns the samples.
+        A function to get the samples.
     """
     model, args = trainer.model, trainer.args
     plan = getattr(trainer, "plan", None)
@@ -393,7 +393,7 @@ def watch(
 
 
 def multiplied_parameters(model: "PreTrainedModel") -> int:
-    """Return the number of parameters that each token is multiplied with, without tables that are only looked up."""
+    """Return the number of parameters multiplied with each token, without lookup tables."""
     looked_up = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     return model.num_parameters() - (0 if looked_up is head else looked_up.numel())
@@ -441,7 +441,7 @@ def held_out_metrics(
 
 
 def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """Yield the first texts, up to `most_bytes` of UTF-8; the text that exceeds the limit is cut."""
+    """Yield the first texts, up to `most_bytes` of UTF-8; the text exceeding the limit is cut."""
     for text in texts:
         encoded = text.encode(errors="replace")[:most_bytes]
         yield encoded.decode(errors="ignore")

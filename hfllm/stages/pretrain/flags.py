@@ -1,4 +1,4 @@
-"""Pretraining: its flags, those of the architecture, default settings, and what it refuses."""
+"""Pretraining: its flags, the flags of the architecture, default settings, and checks."""
 
 import os
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # ---- architecture ----
 #
-# The architecture of a new model, as flags; and the config of a model that is named or not yet trained.
+# The architecture of a new model, as flags; and the config of a named or not yet trained model.
 
 
 NOT_NEW = (
@@ -95,16 +95,16 @@ class ArchitectureArguments:
     residual_init: str = flag("plain", "plain, gpt2 or depth: scale of the residual init.", never=NOT_NEW)
 
 
-# The flags that are fields of `HfllmConfig`; the tokenizer determines the vocabulary size.
+# The flags for fields of `HfllmConfig`; the tokenizer determines the vocabulary size.
 ARCHITECTURE = tuple(name for name in ArchitectureArguments.__dataclass_fields__ if name != "vocab_size")
 
 
-# Fields that only some attention functions read; other models do not have them.
+# Fields read by only some attention functions; other models do not have them.
 ONLY_IF_GIVEN = ("sparse_block_size", "sparse_num_blocks")
 
 
 def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
-    """Return the fields of `HfllmConfig` that the flags describe."""
+    """Return the fields of `HfllmConfig` described by the flags."""
     fields = {name: getattr(script_args, name) for name in ARCHITECTURE}
     check_layer_types(script_args)
     for item in dataclass_fields(ArchitectureArguments):
@@ -123,7 +123,7 @@ def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
 
 
 def check_layer_types(script_args: ArchitectureArguments) -> None:
-    """Refuse types of layers that there are not."""
+    """Refuse unknown types of layers."""
     if script_args.layer_types is None:
         return
     from hfllm.models.family.configuration_fields_hfllm import LAYER_TYPES
@@ -136,7 +136,7 @@ def check_layer_types(script_args: ArchitectureArguments) -> None:
 
 
 def repeated(name: str, values: list, layers: int) -> list:
-    """Return a list with one value for each layer: the values again and again."""
+    """Return a list with one value for each layer: the values repeated in order."""
     if layers % len(values):
         raise InputError(
             f"--{name} has {len(values)} values for --num_hidden_layers {layers}: expected one for each, or a number "
@@ -146,7 +146,7 @@ def repeated(name: str, values: list, layers: int) -> list:
 
 
 def check_adapter(model_args: "ModelConfig", before: Chain, task_type: str = "CAUSAL_LM") -> None:
-    """Refuse a new adapter that does not fit the model that a stage starts from, before that is trained or loaded."""
+    """Refuse a new adapter incompatible with the initial model of a stage, before the model is trained or loaded."""
     if not model_args.use_peft:
         return
     import torch
@@ -159,11 +159,11 @@ def check_adapter(model_args: "ModelConfig", before: Chain, task_type: str = "CA
 
 
 def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConfig":
-    """Return the config of the model that a stage starts from: the named one, or the one that pretraining will make.
+    """Return the config of the initial model of a stage: the named one, or the one of the pretraining to come.
 
     Args:
         model_args: with the model's name, if it has one.
-        before: the stages that run first.
+        before: the stages to run first.
     """
     from hfllm.runs.models import load_config, named_fields, new_config
 
@@ -178,7 +178,7 @@ def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConf
 # ---- pretraining ----
 
 
-# The libraries' dataclasses of flags that pretraining takes besides its own.
+# The libraries' dataclasses of flags accepted by pretraining in addition to its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 OBJECTIVES = ("causal", "masked", "infilling")
 CHINCHILLA = "chinchilla"
@@ -272,7 +272,7 @@ def default_settings(given: Mapping[str, object]) -> list[Path]:
         return []
     if given.get("dataset_name", WORLD) == WORLD and not given.get("dataset_mixture"):
         return [settings_file("pretrain/world.yaml")]
-    # DeepSpeed and FSDP split the matrices that Muon needs whole.
+    # DeepSpeed and FSDP split the matrices, but Muon needs them whole.
     engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
     is_sharded = is_sharded or bool(given.get("fsdp") or given.get("deepspeed"))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hfllm.stages.pretrain.flags import PretrainArguments
 
 MOST_TOKENIZER_TEXTS = 20_000
-# Bytes and special tokens alone are about 270.
+# Bytes and special tokens by themselves are about 270.
 SMALLEST_SIZE = 300
 
 

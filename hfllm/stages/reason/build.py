@@ -1,4 +1,4 @@
-"""The recipe on thoughts: the rows that each run learns from, and the questions to its models."""
+"""The recipe on thoughts: the training rows of each run, and the questions to its models."""
 
 import json
 import random
@@ -36,20 +36,20 @@ from hfllm.stages.shared import load_speaking
 # ---- rows ----
 
 
-# Of the questions that fine-tuning answers. The texts have shown dials more often than hops.
+# Of the questions in fine-tuning. Dials are more frequent in the texts than hops.
 SHARES = {HOPS: 2, DIAL: 1}
 
 
 def write(script_args: ReasonArguments, name: str) -> None:
-    """Write the rows of a run where the file does not hold them already; the other processes wait."""
+    """Write the rows of a run unless the file already has them; the other processes wait."""
     by_main_process(lambda: write_rows("reason", data_file(script_args, name), rows_of(script_args, name)))
 
 
 def rows_of(script_args: ReasonArguments, name: str) -> list[Row]:
     """Return the rows of a run.
 
-    Those with thoughts and those without are of the same questions in the same order, so that both take as many
-    steps. A model that thinks at times sees dials alone, as PPO does.
+    Rows with and without thoughts have the same questions in the same order, thus both take the same number of
+    steps. The model with occasional thoughts gets only dials, as PPO does.
     """
     if name in (THOUGHTS, DIRECT):
         problems = _problems(script_args, "sft", script_args.num_examples, SHARES, SHOWN)
@@ -82,7 +82,7 @@ def _problems(
 
 
 def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:
-    """Return conversations of the problems with their model responses, with thoughts where they are shown."""
+    """Return conversations of the problems with their model responses, with thoughts where shown."""
     return [
         {
             "messages": [
@@ -96,7 +96,7 @@ def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:
 
 # ---- evaluation ----
 #
-# What thoughts have gained on the embedded world, and what PPO has made of them.
+# The gain by thoughts on the embedded world, and the effect of PPO on them.
 
 
 def evaluate(script_args: ReasonArguments, course: Course) -> Found:
@@ -121,5 +121,5 @@ def evaluate(script_args: ReasonArguments, course: Course) -> Found:
 
 
 def _history(folder: str) -> list[dict[str, float]]:
-    """Return the log of a run that has finished."""
+    """Return the log of a finished run."""
     return json.loads(Path(folder, STATE_FILE).read_text(encoding="utf-8"))["log_history"]

@@ -1,4 +1,4 @@
-"""Thoughts on the embedded world: the recipe's flags, what it refuses, and the runs of other recipes in it."""
+"""Thoughts on the embedded world: the recipe's flags, its checks, and its runs of other recipes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ PRETRAIN, THOUGHTS, DIRECT, MIXED, RL, SHUFFLED = (
     *("pretrain", "thoughts", "direct", "mixed"),
     *("rl", "shuffled"),
 )
-# Arms that must not gain: fine-tuning on the answers alone, PPO on rewards that say nothing.
+# Controls, expected not to gain: fine-tuning on answers only, PPO on uninformative rewards.
 CONTROLS = (DIRECT, SHUFFLED)
-# The longest answer in tokens: a thought about a dial takes 34, and what grows beyond must be seen to.
+# The longest answer in tokens: a thought about a dial takes 34; growth beyond this has to be visible.
 RESPONSE_LENGTH = 64
-# Of the fewest rows a held-out one is left.
+# The smallest number of rows with a remaining held-out one.
 FEWEST_ROWS = 10
-# Of each flag the runs that it is for.
+# Runs by flag of their config.
 CONFIGS = {"pretrain": (PRETRAIN,), "sft": (THOUGHTS, DIRECT), "mixed": (MIXED,), "rlhf": (RL, SHUFFLED)}
 
 
@@ -54,12 +54,12 @@ class ReasonArguments:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The controls that run, in their order."""
+        """The selected controls, in their order."""
         return tuple(arm for arm in CONTROLS if self.controls is None or arm in self.controls)
 
 
 def check(script_args: ReasonArguments) -> None:
-    """Refuse flags that contradict each other or would fail later."""
+    """Refuse contradictory flags and flags that would fail later."""
     check_flags(script_args)
 
 
@@ -72,12 +72,12 @@ class Course(pipeline.Course):
 
     @property
     def models(self) -> list[str]:
-        """The runs whose models answer, in order."""
+        """The runs with answering models, in order."""
         return [name for name in self.runs if name != PRETRAIN]
 
 
 def course_of(script_args: ReasonArguments) -> Course:
-    """Return the runs that the flags ask for."""
+    """Return the runs selected by the flags."""
     recipes: dict[str, str] = {}
     runs: dict[str, Parsed] = {}
     for name, recipe, words in _runs(script_args):
@@ -99,7 +99,7 @@ def _config(script_args: ReasonArguments, name: str) -> str:
 
 
 def _runs(script_args: ReasonArguments) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield the name of each run, its recipe, and the flags that no config sets."""
+    """Yield names and recipes of the runs, and their flags not set by a config."""
 
     def learning(name: str, start: str) -> list[str]:
         model_path = str(Path(script_args.output_dir, start))

@@ -1,4 +1,4 @@
-"""How a model of the world answers what can be reasoned about, whether its thoughts hold, and the report."""
+"""Answers of a model of the world to questions for reasoning, validity of its thoughts, and the report."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer and what it is.
+    """An answer and its judgment.
 
     Args:
-        problem: what was asked.
-        response: all that was said.
-        num_tokens: how long that is, without the token that ends it.
+        problem: the question.
+        response: the whole text of the model.
+        num_tokens: length of the response, without its final token.
         is_right: whether the answer, apart from the thought, is right.
         thinks: whether there is a thought, finished or not.
-        steps: of each step of the thought whether it holds; empty where there is none.
+        steps: validity of all steps of the thought; empty without a thought.
     """
 
     problem: Problem
@@ -52,17 +52,17 @@ class Answered:
 
     @property
     def is_valid(self) -> bool:
-        """Whether all steps of the thought hold, and none is missing."""
+        """Whether all steps of the thought are valid, and none is missing."""
         return is_valid(self.steps)
 
 
 def held_out_problems(world: World, per_size: Mapping[str, int], seed: int = 0) -> list[Problem]:
-    """Return different problems that nothing learns from: up to so many of each size.
+    """Return different problems excluded from training: up to a given number of each size.
 
-    There are few questions of hops: of these there may be fewer.
+    There are only few questions of hops, thus the result may have fewer of them.
 
     Args:
-        per_size: how many, by family; others are left out.
+        per_size: their number, by family; other families are left out.
     """
     rng, result = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
     for family, count in per_size.items():
@@ -96,17 +96,17 @@ def answer(
     do_sample: bool = False,
     seed: int = 0,
 ) -> list[Answered]:
-    """Answer each problem, greedily or sampled at temperature 1, and judge the answers."""
+    """Answer all problems, greedily or sampled at temperature 1, and judge the answers."""
     prompts = [problem.prompt_row()["prompt"] for problem in problems]
     responses = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed, fast=True)
     texts = [texts[0] for texts in responses]
-    # Special tokens are gone from the texts, so that none is counted.
+    # The texts have no special tokens, thus none is counted.
     lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
     return [judged(world, *each) for each in zip(problems, texts, lengths, strict=True)]
 
 
 def judged(world: World, problem: Problem, response: str, num_tokens: int) -> Answered:
-    """Return a response with what it is."""
+    """Return a response with its judgment."""
     thought, final_answer = split_thoughts(response)
     steps = () if thought is None else checked_steps(problem, thought, world.facts, world.relations)
     is_right = gold_score(final_answer, problem.gold) >= RIGHT
@@ -114,11 +114,11 @@ def judged(world: World, problem: Problem, response: str, num_tokens: int) -> An
 
 
 def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
-    """Return what is measured of some answers, a value for each that it is measured on.
+    """Return measurements of some answers, one value per measured answer.
 
-    `right` and `thinks` (of all), `valid` (of the right answers with a thought: whether it holds), `steps` (of the
-    answers with a thought: the share of its steps that hold), `tokens` (of all) and `thought_tokens` (of the answers
-    with a thought, which tells whether thoughts grow apart from whether there are more).
+    `right` and `thinks` (of all), `valid` (of the right answers with a thought: whether it is valid), `steps` (of the
+    answers with a thought: the share of its valid steps), `tokens` (of all) and `thought_tokens` (of the answers with
+    a thought, to distinguish longer thoughts from more thoughts).
     """
     thinking = [each for each in answers if each.thinks]
     return {
@@ -133,10 +133,10 @@ def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
 
 # ---- report ----
 #
-# The report on thoughts: what they gain over direct answers, what PPO makes of them, and whether their steps hold.
+# The report on thoughts: their gain over direct answers, the effect of PPO on them, and the validity of their steps.
 
 
-# How the report calls the models.
+# Names of the models in the report.
 TITLES = {
     THOUGHTS: "with thoughts",
     DIRECT: "direct answers",
@@ -155,10 +155,10 @@ GROUP_TITLES = {
     "tokens": "tokens of an answer",
     "thought_tokens": "tokens of an answer with a thought",
 }
-# Of the figures those that stand in the report for each group.
+# The figures in the report for each group.
 OF_TUNED = ("right", "valid", "steps", "tokens")
 SAMPLES = 8
-# What a guess gets right: most hops end at an attribute, which has as many values as the dial has numbers.
+# Accuracy of a guess: most hops end at an attribute, with as many values as there are numbers on the dial.
 GUESS = 1 / NUMBERS_OF_DIAL
 PROMISES = (
     *(
@@ -176,7 +176,7 @@ Answers = Mapping[str, Sequence[Answered]]
 def tuned_metrics(answers: Answers) -> dict[str, float]:
     """Return the metrics of the models after fine-tuning, from greedy answers: `MODEL_GROUP_FIGURE`.
 
-    Figures without a value, such as of the thoughts of a model that has none, are left out.
+    Figures without a value, such as figures of thoughts of a model without any, are left out.
     """
     metrics: dict[str, float] = {}
     for model, model_answers in answers.items():
@@ -191,9 +191,9 @@ def tuned_metrics(answers: Answers) -> dict[str, float]:
 def ppo_metrics(answers: Answers) -> dict[str, float]:
     """Return the metrics before and after PPO, from sampled answers to the same questions of the dial.
 
-    Those of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`, `thinks`
-    and `tokens`; those of the control begin with `shuffled_`. `valid`, `steps` and `thought_tokens` are of the
-    thoughts that there are, about other questions in each model: `mixed_valid`, `rl_valid` and so on.
+    Metrics of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`,
+    `thinks` and `tokens`; metrics of the control begin with `shuffled_`. `valid`, `steps` and `thought_tokens` are of
+    the existing thoughts, about different questions for different models: `mixed_valid`, `rl_valid` and so on.
     """
     metrics: dict[str, float] = {}
     before = values_of(answers["mixed"])
@@ -222,7 +222,7 @@ def tables(tuned: Answers, sampled: Answers) -> dict[str, list[dict[str, str]]]:
 
 
 def _by_size(answers: Answers) -> list[dict[str, str]]:
-    """Return a row for each number of hops and turns: the share of right answers of each model."""
+    """Return a row for each number of hops and turns: the models' shares of right answers."""
     rows = []
     for family, sizes in SIZES.items():
         for size in sizes:
@@ -239,7 +239,7 @@ def _by_size(answers: Answers) -> list[dict[str, str]]:
 
 
 def _side_by_side(answers: Answers) -> list[dict[str, str]]:
-    """Return a row for each figure: its value for each model."""
+    """Return a row for each figure: its values for all models."""
     result = {TITLES[model]: values_of(model_answers) for model, model_answers in answers.items()}
     names = next(iter(result.values()))
     return [
@@ -259,7 +259,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def samples(answers: Answers) -> list[dict[str, str]]:
-    """Return some questions with what each model has answered."""
+    """Return some questions with the answers of all models."""
     first_answers = next(iter(answers.values()))
     step = max(1, len(first_answers) // SAMPLES)
     return [
@@ -275,11 +275,11 @@ def samples(answers: Answers) -> list[dict[str, str]]:
 
 
 def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Plot]:
-    """Return the plots: steps of thoughts that hold; rewards and lengths over the episodes of PPO.
+    """Return the plots: valid steps of thoughts; rewards and lengths over the episodes of PPO.
 
     Args:
         answers: after fine-tuning.
-        histories: the logs of each run of PPO.
+        histories: the logs of all runs of PPO.
     """
     return {
         "steps": _steps(answers),
@@ -289,11 +289,11 @@ def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]
 
 
 def _steps(answers: Answers) -> Plot:
-    """Return the share of thoughts whose step holds, by its place; a model without thoughts has no line."""
+    """Return the share of thoughts with a valid step, by its position; a model without thoughts has no line."""
     lines = {}
     for model, model_answers in answers.items():
         thoughts = [each.steps for each in model_answers if is_dial(each.problem) and each.thinks]
-        # The number that the dial is at comes first, then a step for each turn.
+        # The initial number of the dial comes first, then one step per turn.
         indices = range(1 + max(SIZES[DIAL])) if thoughts else range(0)
         shares = [sum(steps[index] for steps in thoughts) / len(thoughts) for index in indices]
         lines[TITLES[model]] = (list(indices), shares)
@@ -309,7 +309,7 @@ def _over_episodes(title: str, ylabel: str, key: str, histories: Mapping[str, Se
 
 
 def summary_of(metrics: Mapping[str, float]) -> str:
-    """Return what came out, in a sentence or two."""
+    """Return a summary of the results, in a sentence or two."""
     parts = []
     for group in GROUPS:
         shares = {

@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 # ---- tools ----
 #
-# Tools for alignment by PPO: the functions that `--tools` names, checked before anything is trained.
+# Tools for alignment by PPO: the functions named by `--tools`, checked before any training.
 
 
 class PolicyTools(NamedTuple):
-    """What the policy may call.
+    """The tools available to the policy.
 
     Args:
         functions: of `--tools`, `None` without any.
         environment_factory: of `--environment_factory`.
-        schemas: what the chat template shows of functions and methods, `None` without any.
+        schemas: descriptions of functions and methods in the chat template, `None` without any.
         has_reward: whether the environments have a reward of their own.
     """
 
@@ -52,13 +52,13 @@ class PolicyTools(NamedTuple):
 
 
 NO_TOOLS = PolicyTools()
-# Tools that need no data, by their names in `environments.tools`.
+# Tools without data, by their names in `environments.tools`.
 BUILT_IN = ("calculator", "python")
 OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
 
 
 def checked_tools(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> PolicyTools:
-    """Return what `--tools` and `--environment_factory` name, once the model's tokenizer can write and read calls."""
+    """Return the tools of `--tools` and `--environment_factory`, if the model's tokenizer can write and read calls."""
     from hfllm.data.tokenizer import turn_end
     from hfllm.environments.episodes import ToolEnvironment
     from hfllm.rewards.functions import load_function
@@ -84,7 +84,7 @@ def checked_tools(script_args: RlhfArguments, training_args: "PPOConfig", model_
 
 
 def load_tool(specification: str) -> "Tool":
-    """Return the function that `--tools` names: of `BUILT_IN`, `lookup:table.json` or `path/to/file.py:function`."""
+    """Return the function named by `--tools`: of `BUILT_IN`, `lookup:table.json` or `path/to/file.py:function`."""
     from hfllm.environments.python_tool import python
     from hfllm.environments.tools import calculator, lookup_in
     from hfllm.rewards.functions import load_function
@@ -116,9 +116,9 @@ def _read_table(path: str) -> dict[str, dict[str, Any]]:
 
 
 def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> Chain:
-    """Return the stages whose models are not named: pretraining, fine-tuning and reward models."""
+    """Return the stages with models not named: pretraining, fine-tuning and reward models."""
     own_model, seed = model_args.model_name_or_path, training_args.seed
-    # What the policy is to withstand is shown to it, and told apart by the reward model, before.
+    # Before PPO, the policy sees the inputs it must withstand, and the reward model distinguishes them.
     augment = {
         name: ["--augment", str(script_args.augment)] if script_args.augment and not config else []
         for name, config in (("sft", script_args.sft_config), ("reward", script_args.reward_config))
@@ -148,7 +148,7 @@ def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_
 
 
 def checked_functions(script_args: RlhfArguments) -> "list[RewardFunction]":
-    """Return the reward functions that `--reward_funcs` names."""
+    """Return the reward functions named by `--reward_funcs`."""
     from hfllm.rewards.functions import load_reward_function
 
     return [load_reward_function(name) for name in script_args.reward_funcs or []]
@@ -202,18 +202,18 @@ def prompt_data(
         for row in (*train_rows, *eval_rows):
             row |= {name: None for name in names if name not in row}
             if shows:
-                # A prompt with pictures is a conversation, and so must the others be.
+                # A prompt with images is a conversation, so the others must be conversations too.
                 row["prompt"] = formats.as_messages(row["prompt"])
     train_rows = augmented(script_args, train_rows, seed, tools.schemas is None)
     _check_gold(script_args, functions, train_rows)
-    # Some rewards ask for environments, which begin with the first episode.
+    # Some rewards need environments, and these begin with the first episode.
     if getattr(script_args, "environment_factory", None) is None:
         _try_functions(functions, train_rows[:2], tools, timeout)
     return train_rows, eval_rows
 
 
 def augmented(script_args: RowArguments, rows: list[Row], seed: int, may_begin: bool = True) -> list[Row]:
-    """Return training prompts, a share `--augment` of them in other forms; a recipe without that flag has none.
+    """Return training prompts, a share `--augment` of them in other forms; a recipe without this flag has none.
 
     Args:
         may_begin: whether some may end with the beginning of an answer.
@@ -273,7 +273,7 @@ def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Datase
     if name == WORLD:
         texts = World(script_args.world_seed).documents(script_args.num_prompts, training_args.seed)
     else:
-        # The split, configuration and revision are those of the prompts.
+        # The split, configuration and revision are the prompts'.
         texts = list(texts_of(name, HubPart(max_row_bytes=script_args.max_row_bytes)))
     return Dataset.from_dict({"text": texts})
 
@@ -306,7 +306,7 @@ def log_gold_reward(
 
 
 def rates_used(training_args: "PPOConfig", trainer: "PPOTrainer") -> dict[str, float]:
-    """Return the learning rates that a trainer uses, for the report, and print those that were chosen for the user."""
+    """Return the learning rates of a trainer, for the report, and print the rates chosen for the user."""
     from hfllm.runs.command_line import say
 
     used = {name: getattr(trainer.args, name) for name in ("learning_rate", "value_learning_rate")}
@@ -318,7 +318,7 @@ def rates_used(training_args: "PPOConfig", trainer: "PPOTrainer") -> dict[str, f
 
 
 def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[Row]) -> None:
-    """Normalize the members of an ensemble on responses of the model that training starts from."""
+    """Normalize the members of an ensemble on responses of the initial model of the training."""
     import torch
 
     from hfllm.data.formats import as_completion
@@ -339,13 +339,13 @@ def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[
 
 # ---- checks ----
 #
-# What alignment by PPO refuses, and which prompts it leaves out.
+# The checks of alignment by PPO, and the prompts left out.
 
 
 def check(training_args: "PPOConfig") -> None:
-    """Refuse flags that have no effect, and a learning rate that nothing decides.
+    """Refuse flags without effect, and an undetermined learning rate.
 
-    YAML flags of stages that do not run are accepted, so that one file serves with and without a named model.
+    YAML flags of skipped stages are accepted, so that one file serves with and without a named model.
     """
     refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
     plugin = getattr(training_args, "deepspeed_plugin", None)
@@ -356,7 +356,7 @@ def check(training_args: "PPOConfig") -> None:
 def check_rewards(
     script_args: RlhfArguments, training_args: "PPOConfig", function_count: int, has_own: bool = False
 ) -> None:
-    """Refuse reward settings that would otherwise fail only after the stages before have been trained.
+    """Refuse reward settings with errors otherwise found only after the training of the stages before.
 
     Args:
         has_own: whether environments have a reward of their own.
@@ -399,7 +399,7 @@ def check_models(
     trains_first: bool,
     tools: PolicyTools = NO_TOOLS,
 ) -> None:
-    """Refuse models and prompts that would otherwise fail only after the stages before have been trained.
+    """Refuse models and prompts with errors otherwise found only after the training of the stages before.
 
     Args:
         script_args: with the reward and value models' names.
@@ -444,7 +444,7 @@ def check_models(
 
 
 def _check_tools(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse prompts whose calls of tools the chat template leaves out, and say how many tools it does not write."""
+    """Refuse prompts with tool calls left out by the chat template, and print how many tools it does not write."""
     from hfllm.data.conversations import check_written, has_more_than_text
     from hfllm.data.rows import Dropped, origin_of
     from hfllm.runs.command_line import say
@@ -467,7 +467,7 @@ def fitting_prompts(
     policy_config: "PreTrainedConfig",
     tools: PolicyTools = NO_TOOLS,
 ) -> list[Row]:
-    """Return the prompts; with `--filter_prompts` those that leave room for a response, and say how many do not."""
+    """Return the prompts, with `--filter_prompts` only those with room for a response; print how many have none."""
     from hfllm.data import formats
     from hfllm.data.images.rows import WORDS_FOR_A_PICTURE
     from hfllm.data.rows import Dropped, origin_of
@@ -503,7 +503,7 @@ def fitting_prompts(
 
 
 def check_rows(rows: Sequence[Row], config: "PreTrainedConfig") -> None:
-    """Refuse rows with pictures where the policy reads text alone."""
+    """Refuse rows with images where the policy reads only text."""
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.trainers.ppo.prompts import check_pictures
 
@@ -512,7 +512,7 @@ def check_rows(rows: Sequence[Row], config: "PreTrainedConfig") -> None:
 
 
 def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", rows: Sequence[Row]) -> None:
-    """Refuse to freeze parts of a policy that is shown no picture, or below an adapter."""
+    """Refuse to freeze parts of a policy without images in its prompts, or below an adapter."""
     from hfllm.multimodal.processors import has_pictures
 
     is_frozen = script_args.freeze_vision or script_args.freeze_text
@@ -521,7 +521,7 @@ def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", ro
 
 
 def words_for_a_picture(rows: Sequence[Row], processing_class: "ProcessingClass") -> list[int]:
-    """Return the places of prompts whose words spell the token of a picture's place; of a tokenizer none."""
+    """Return the indices of prompts with words that spell the image placeholder token; none for a tokenizer."""
     from hfllm.data.images.rows import words_of_places
     from hfllm.data.rows import spells
 
@@ -531,7 +531,7 @@ def words_for_a_picture(rows: Sequence[Row], processing_class: "ProcessingClass"
 
 
 def refuse_words(rows: Sequence[Row], processing_class: "ProcessingClass") -> None:
-    """Refuse prompts whose words spell the token of a picture's place."""
+    """Refuse prompts with words that spell the image placeholder token."""
     from hfllm.data.images.rows import words_of_places
     from hfllm.data.rows import origin_of
 
@@ -544,7 +544,7 @@ def refuse_words(rows: Sequence[Row], processing_class: "ProcessingClass") -> No
 
 
 def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedConfig", is_adapter: bool) -> list[str]:
-    """Return the lines of Python that load the aligned policy and ask it: a prompt, or about a picture.
+    """Return the lines of Python to load the aligned policy and ask it: a prompt, or a question about an image.
 
     Args:
         prompt: one of the held-out prompts.

@@ -1,4 +1,4 @@
-"""Fine-tuning on instructions: its data, with pictures and with retrieved passages, and what it refuses of them."""
+"""Fine-tuning on instructions: its data, with images and with retrieved passages, and the checks of them."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +75,7 @@ def check_head(model: "PreTrainedModel") -> None:
     """Refuse to train an adapter of the output head further: TRL reads the head's own weights, past the adapter.
 
     Args:
-        model: what is trained.
+        model: the trained model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
@@ -88,7 +88,7 @@ def check_head(model: "PreTrainedModel") -> None:
 
 
 def stages_before(script_args: SftArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> Chain:
-    """Return the pretraining that makes the base model, if none is named."""
+    """Return the pretraining of the base model, if none is named."""
     return chain_before(
         "sft",
         training_args.output_dir,
@@ -105,10 +105,10 @@ def instruction_data(
     """Return training and held-out rows with `prompt` and `completion` messages.
 
     Args:
-        script_args: where the data comes from, and which turns of a conversation are learned.
+        script_args: the source of the data, and the learned turns of a conversation.
         num_examples: demonstrations, where it comes from the embedded world.
         seed: of the demonstrations and of the split.
-        model_name: of the model of text that learns, for complaints.
+        model_name: of the trained text model, for error messages.
     """
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
@@ -132,7 +132,7 @@ def with_template(
     tokenizer: "PreTrainedTokenizerBase",
     added_tokens: Sequence[str] | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return the model and the tokenizer with the new tokens, end token and chat template that the flags name."""
+    """Return the model and the tokenizer with the new tokens, end token and chat template named by the flags."""
     from trl.chat_template_utils import clone_chat_template
 
     from hfllm.models.loading.probes import check_template
@@ -147,7 +147,7 @@ def with_template(
         tokenizer.eos_token = end
     if (name := training_args.chat_template_path) is None:
         return model, tokenizer
-    # It reads what another template writes.
+    # It reads the output of another template.
     tokenizer.response_template = None
     try:
         if Path(name).is_file():
@@ -164,7 +164,7 @@ def with_template(
 
 
 def marked_template(training_args: "SFTConfig", tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return the template whose marks `--assistant_only_loss` learns, or `None` without that flag."""
+    """Return the template with the marks for `--assistant_only_loss`, or `None` without this flag."""
     from trl.chat_template_utils import get_training_chat_template
 
     if not training_args.assistant_only_loss:
@@ -193,9 +193,9 @@ def examples(
     Args:
         rows: with `prompt` and `completion` messages.
         tokenizer: with the chat template.
-        training_args: with the longest row, and what is learned.
-        what: what the rows are, in the lines that are printed.
-        is_eval: whether they are held out, as `--eval_packing` may tell them from the others.
+        training_args: with the longest row, and the choice of learned tokens.
+        what: name of the rows, in the printed lines.
+        is_eval: whether they are held out, as `--eval_packing` may distinguish them from the others.
     """
     import numpy
     from datasets import Dataset
@@ -237,7 +237,7 @@ def examples(
 
 
 def without_prefill(labeled: "Labeled", prefill: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the labels of an answer that begins with `prefill`, of which only what follows is to be learned."""
+    """Return the labels of an answer beginning with `prefill`, with only the tokens after it to be learned."""
     begin = next((at for at, label in enumerate(labeled.labels) if label != IGNORE), len(labeled.labels))
     end = begin
     # Counted in letters, since tokenizers differ in where a word begins.
@@ -247,7 +247,7 @@ def without_prefill(labeled: "Labeled", prefill: str, tokenizer: "PreTrainedToke
 
 
 def augmented(script_args: SftArguments, rows: list[Mapping[str, object]], seed: int) -> list[Mapping[str, object]]:
-    """Return training rows, a share `--augment` of them in other forms, and say how many refusals are prefilled."""
+    """Return training rows, a share `--augment` of them in other forms, and print how many refusals are prefilled."""
     if not script_args.augment:
         return rows
     texts = training_texts(script_args.dataset_name)
@@ -258,7 +258,7 @@ def augmented(script_args: SftArguments, rows: list[Mapping[str, object]], seed:
 
 
 def _kept_part(training_args: "SFTConfig", is_eval: bool) -> slice:
-    """Return which part of a row is kept: packing keeps the beginning, or all in other rows where it splits."""
+    """Return the part of a row to keep: packing keeps the beginning, or all in other rows where it splits."""
     is_told_apart = is_eval and training_args.eval_packing is not None
     packing, longest = training_args.eval_packing if is_told_apart else training_args.packing, training_args.max_length
     if longest is None or (packing and training_args.packing_strategy != "bfd"):
@@ -272,7 +272,7 @@ def joins_rows(training_args: "SFTConfig") -> bool:
 
 
 def trained_as_they_are(training_args: "SFTConfig") -> dict[str, bool | None]:
-    """Return the changes of TRL's arguments for rows that are tokenized, labeled and cut already."""
+    """Return the changes of TRL's arguments for rows already tokenized, labeled and cut."""
     changes = {"assistant_only_loss": False, "completion_only_loss": None, "chat_template_path": None}
     if training_args.padding_free and not training_args.packing:
         # TRL cannot cut such rows, and refuses to without this.
@@ -282,7 +282,7 @@ def trained_as_they_are(training_args: "SFTConfig") -> dict[str, bool | None]:
 
 # ---- pictures ----
 #
-# Fine-tuning of models that see: on rows with pictures, on text alone, or on both mixed.
+# Fine-tuning of vision-language models: on rows with images, on text only, or on both mixed.
 
 
 STAGE = "hfllm sft"
@@ -290,7 +290,7 @@ ANSWER_TOKENS = 48
 
 
 def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
-    """Return the processor of the named model if it sees; `None` for one of text, or where none is named."""
+    """Return the processor of a named vision-language model; `None` for a text model, or if no model is named."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     return load_processor(name, revision) if name and is_for_pictures(load_config(name, revision)) else None
 
@@ -298,13 +298,13 @@ def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
 def picture_instructions(
     script_args: SftArguments, seed: int, processor: "ProcessorMixin | None", model_name: str | None
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return training and held-out rows as `instruction_data` does; of a model that sees they may have `images`.
+    """Return training and held-out rows as `instruction_data` does; for a vision-language model, also with `images`.
 
-    If one row has pictures, the messages of all have parts as their content.
+    If one row has images, the messages of all rows have parts as their content.
 
     Args:
-        processor: the model's, `None` for one of text.
-        model_name: of the model, for complaints.
+        processor: the model's, `None` for a text model.
+        model_name: of the model, for error messages.
     """
     if processor is None or script_args.dataset_name == WORLD:
         return instruction_data(script_args, script_args.num_examples, seed, model_name)
@@ -332,7 +332,7 @@ def picture_instructions(
 
 
 def shows_pictures(*parts: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a row has pictures."""
+    """Return whether a row has images."""
     return any(row.get("images") for part in parts for row in part)
 
 
@@ -343,14 +343,14 @@ def check_pictures(
     train_rows: Sequence[Mapping[str, Any]],
     eval_rows: Sequence[Mapping[str, Any]],
 ) -> bool:
-    """Return whether a row has pictures; refuse flags that do not go with that, or have no effect on rows of text."""
+    """Return whether a row has images; refuse flags incompatible with this, or without effect on rows of text."""
     shows = shows_pictures(train_rows, eval_rows)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     sees = shows or bool(name and is_for_pictures(load_config(name, revision)))
     check_flags(script_args, training_args, model_args, shows=shows, sees=sees)
     if not shows:
         return False
-    # The first answers of a conversation may come before its first picture.
+    # The first answers of a conversation may come before its first image.
     turns = ([turn for row in rows for turn in by_turns(row)] for rows in (train_rows, eval_rows))
     check_split_weights(training_args, *turns)
     check_whole_rows(script_args, training_args)
@@ -360,7 +360,7 @@ def check_pictures(
 def load_policy(
     script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig", config: "PreTrainedConfig"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, ProcessingClass]":
-    """Load the model that learns from text, its tokenizer, and what is saved with it: that, or its processor.
+    """Load the model to train on text, its tokenizer, and the object to save with it: the tokenizer or the processor.
 
     Args:
         config: the model's.
@@ -381,7 +381,7 @@ def trainer_of(
     train_rows: Rows,
     eval_rows: Rows,
 ) -> "tuple[SFTTrainer, Rows]":
-    """Return TRL's trainer on rows with pictures, and the held-out rows, one for each answer, as it reads them.
+    """Return TRL's trainer on rows with images, and the held-out rows, one per answer, as it reads them.
 
     Rows become tokens batch by batch, in TRL's `DataCollatorForVisionLanguageModeling`.
     """
@@ -408,7 +408,7 @@ def evaluate(trainer: "SFTTrainer", held_out: Rows) -> "TunedEvaluation | None":
 
 
 def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) -> dict[str, float]:
-    """Return the loss of held-out rows with the pictures of others, and how much more that is than with their own."""
+    """Return the loss of held-out rows with images of other rows, and its increase over the loss with their own."""
     rows = held_out[:MOST_ROWS]
     others = other_places([row["images"] for row in rows])
     indices = [index for index, other in enumerate(others) if rows[index]["images"] and other != index]
@@ -428,7 +428,7 @@ def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) ->
 
 
 def control_summary(metrics: Mapping[str, float]) -> str:
-    """Return the control in words; nothing where it was not measured."""
+    """Return the control in words; an empty string if it was not measured."""
     if "other_pictures_loss" not in metrics:
         return ""
     loss, change = (
@@ -440,18 +440,18 @@ def control_summary(metrics: Mapping[str, float]) -> str:
 
 # ---- retrieval ----
 #
-# Passages in the rows of fine-tuning: flags, what they refuse, and which rows get which passages.
+# Passages in the rows of fine-tuning: flags, their checks, and the assignment of passages to rows.
 
 
 class GroundedRow(OriginRow):
-    """A row that was given passages."""
+    """A row with added passages."""
 
 
 def contents(script_args: RetrievalArguments) -> dict[str, str]:
-    """Return a hash of the local files that the passages come from, by name, for what tells runs apart."""
+    """Return a hash of the local files with the passages, by name, to distinguish runs."""
     name = script_args.retrieval_dataset_name
     files = passage_files(name) if name else []
-    # Where a folder is does not matter, which names its files have does.
+    # The location of a folder does not matter, the names of its files do.
     named = [(str(file.relative_to(name)) if Path(name).is_dir() else "", file) for file in files]
     return {"retrieval content": file_fingerprint(named)} if files else {}
 
@@ -463,14 +463,14 @@ def with_passages(
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
 ) -> tuple[list["Row"], list["Row"], dict[str, int]]:
-    """Return training and held-out rows, a share of which has passages, and how many have, by metric.
+    """Return training and held-out rows, a share of them with passages, and the number with passages, by metric.
 
     Args:
         rows: with `prompt` and `completion` messages; they are not changed.
         eval_rows: the same, held out.
-        script_args: where the passages come from, and how many rows get them.
+        script_args: the source of the passages, and how many rows get them.
         tokenizer: cuts texts to passages.
-        seed: of the rows that get them.
+        seed: of the choice of these rows.
     """
     name = script_args.retrieval_dataset_name
     if name is None:
@@ -510,10 +510,10 @@ def _passages(name: str, tokenizer: "PreTrainedTokenizerBase") -> "Passages":
 def _found(
     retriever: "BM25Retriever", rows: Sequence["Row"], top_k: int, min_score: float | None, is_training: bool
 ) -> list[list["Found"]]:
-    """Return the passages of each row; none of one that asks nothing.
+    """Return the passages of each row; none for a row without a question.
 
     Args:
-        is_training: whether the rows are learned from, so that some must have passages.
+        is_training: whether the rows are for training, so some must have passages.
     """
     queries = []
     for row in rows:
@@ -531,25 +531,25 @@ def _found(
 
 
 def lacking_room(labels: Sequence[int], longest: int) -> list[int]:
-    """Return the length of a row with passages whose last answer begins where it is cut off; nothing of another row.
+    """Return the length of a row with passages if the cut removes its whole last answer; nothing for other rows.
 
     Args:
-        labels: of the row; what is not learned is `IGNORE`.
-        longest: the tokens that are kept, from the first on.
+        labels: of the row; `IGNORE` for tokens not learned.
+        longest: the number of tokens kept, from the first on.
     """
     learned = [index for index, label in enumerate(labels) if label != IGNORE]
-    # The answer to the question with the passages is the last one: tokens that are learned, next to each other.
+    # The answer to the question with the passages is the last one: adjacent learned tokens.
     begins = next((index for index in reversed(learned) if labels[index - 1] == IGNORE), 0)
     return [len(labels)] if learned and begins >= longest else []
 
 
 def crowded_out(sizes: Sequence[int], longest: int, of: int) -> str:
-    """Return what to say about rows whose passages leave no room for the answer.
+    """Return the message about rows with passages that leave no room for the answer.
 
     Args:
-        sizes: how many tokens each has.
-        longest: the most that a row may have.
-        of: how many rows there are.
+        sizes: the number of tokens of each row.
+        longest: the maximum number of tokens in a row.
+        of: the number of rows.
     """
     return (
         f"{len(sizes):,} of {of:,} rows have passages that leave no room for the answer within --max_length "
@@ -559,10 +559,10 @@ def crowded_out(sizes: Sequence[int], longest: int, of: int) -> str:
 
 
 def _grounded(row: "Row", found: Sequence["Found"], plain: Callable[[str], str]) -> "Row":
-    """Return a row with passages before its last question, which may be a later one than that of its prompt.
+    """Return a row with passages before its last question, possibly later than the question of its prompt.
 
     Args:
-        plain: breaks what would open or end a turn in a passage.
+        plain: breaks text in a passage that would open or end a turn.
     """
     if not found:
         return row

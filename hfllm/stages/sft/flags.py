@@ -1,4 +1,4 @@
-"""Fine-tuning on instructions: its flags, those of retrieved passages, and what it refuses."""
+"""Fine-tuning on instructions: its flags, the flags of retrieved passages, and the checks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class RetrievalArguments:
         "or texts, named as --dataset_name, which are cut (docs/guides/grounding.md).",
         never=SHOWS,
     )
-    # None, and not their values, since without the first flag they mean nothing.
+    # None, and not their values, since they have no meaning without the first flag.
     retrieval_top_k: int | None = flag(
         None, f"The most passages of a row; {TOP_K} by default.", never=NO_PASSAGES, takes=at_least(1)
     )
@@ -51,7 +51,7 @@ class RetrievalArguments:
 
 
 def check_retrieval(script_args: RetrievalArguments) -> None:
-    """Refuse flags that have no effect, and passages that are not there."""
+    """Refuse flags without effect, and absent passages."""
     from hfllm.data.word_index import import_bm25s
 
     name = script_args.retrieval_dataset_name
@@ -66,7 +66,7 @@ def check_retrieval(script_args: RetrievalArguments) -> None:
 
 
 def passage_files(name: str) -> list[Path]:
-    """Return the local files of texts or of saved passages; none of what is not local."""
+    """Return the local files of texts or of saved passages; none for other sources."""
     from hfllm.grounding.passages import ABOUT, FILE
 
     if name == PYDOC:
@@ -119,10 +119,10 @@ class SftArguments(
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:
-    """Return the settings of the embedded world's model if no model is named, and else those of an adapter, if any.
+    """Return the settings of the embedded world's model if no model is named, and else an adapter's, if any.
 
     Args:
-        given: what the user gives, by flag. A model that is no folder is looked up on the Hub.
+        given: the user's values, by flag. A model name other than a folder is looked up on the Hub.
     """
     name = given.get("model_name_or_path")
     if not name:
@@ -140,7 +140,7 @@ def _is_adapter(name: str, revision: str) -> bool:
 
 
 def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or contradict each other."""
+    """Refuse flags without effect, and contradictory flags."""
     check_flags(script_args, training_args, model_args)
     check_retrieval(script_args)
     if training_args.packing and training_args.max_length is None:

@@ -1,4 +1,4 @@
-"""Learning to use tools step by step: each run gets its rows, and the models answer what is held out."""
+"""Learning to use tools step by step: rows for every run, and the models' answers to held-out questions."""
 
 import json
 import random
@@ -41,24 +41,24 @@ if TYPE_CHECKING:
 
 # ---- data ----
 #
-# The rows of each run of the tools recipe: what people show, what PPO asks, and what a model without tools learns.
+# The rows of each run of the tools recipe: demonstrations, questions for PPO, and rows for a model without tools.
 
 
 Row = dict[str, Any]
-# The families in the shares in which they are shown and asked.
+# Relative frequencies of the families in demonstrations and questions.
 WEIGHTS = {
     **{UNKNOWN: 7, CHANGED_FACT: 3, SUM: 4},
     **{"fact": 4, "reading": 2, "list": 2, "addition": 3},
 }
-# Of the demonstrations with tools in the prompt, those of people who call them where they should; the others answer
-# from memory. And of all demonstrations, those without tools.
+# Share of people who call tools where needed, among demonstrations with tools in the prompt; the others answer from
+# memory. And the share of demonstrations without tools, among all.
 CALLS, WITHOUT_TOOLS = 0.5, 0.15
-# The days of which the look-up tool tells, in training and in evaluation.
+# The days of the look-up tool's facts, in training and in evaluation.
 TRAINING_DAY, EVALUATION_DAY = 1, 2
 
 
 def tables(world: World) -> tuple[Table, Table]:
-    """Return what the look-up tool knows in training and in evaluation; no changed fact is the same in both."""
+    """Return the look-up tool's facts in training and in evaluation; no changed fact is the same in both."""
     training = table_of(world, TRAINING_DAY)
     return training, table_of(world, EVALUATION_DAY, training)
 
@@ -69,7 +69,7 @@ def tools_column() -> str:
 
 
 def demonstrations(script_args: ToolsArguments, calls: float = CALLS) -> list[Row]:
-    """Return conversations of people with tools, of whom a share `calls` uses them, and of some who have none."""
+    """Return conversations of people with tools, a share `calls` with calls, and of some without tools."""
     world, tools = World(script_args.world_seed), tools_column()
     rng = random.Random(f"tools-shown-{world.seed}-{script_args.seed}")
     rows = []
@@ -82,7 +82,7 @@ def demonstrations(script_args: ToolsArguments, calls: float = CALLS) -> list[Ro
 
 
 def demonstrations_without(script_args: ToolsArguments) -> list[Row]:
-    """Return those of the demonstrations that need no tool, as they are without any: a control."""
+    """Return the demonstrations without need of a tool, in their form without tools: a control."""
     return [
         {"messages": row["messages"]}
         for row, family in zip(demonstrations(script_args), _shown_families(script_args), strict=True)
@@ -91,7 +91,7 @@ def demonstrations_without(script_args: ToolsArguments) -> list[Row]:
 
 
 def prompts(script_args: ToolsArguments) -> list[Row]:
-    """Return the questions that PPO asks, with their gold answers by the table of training."""
+    """Return the questions for PPO, with their gold answers by the table of training."""
     world = World(script_args.world_seed)
     table, _ = tables(world)
     rng = random.Random(f"tools-asked-{world.seed}-{script_args.seed}")
@@ -113,7 +113,7 @@ def _shown_families(script_args: ToolsArguments) -> Sequence[str]:
 
 @dataclass
 class Steps:
-    """The course of one recipe's run, step by step.
+    """The pipeline of one recipe's run, step by step.
 
     Args:
         script_args, model_args: its flags.
@@ -129,7 +129,7 @@ class Steps:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def show(self) -> None:
-        """Make a model that calls tools half of the time: a base model learns from people who do."""
+        """Make a model with tool calls half of the time: a base model trained on people who do so."""
         if self.script_args.is_world:
             self._run(PRETRAIN)
             self._rows(SHOWN, lambda: demonstrations(self.script_args))
@@ -137,14 +137,14 @@ class Steps:
             self._run(SHOWN)
 
     def reinforce(self) -> None:
-        """Let PPO find out that calls pay."""
+        """Let PPO find out the benefit of calls."""
         if self.script_args.is_world:
             by_main_process(self._write_table)
             self._rows(RL, lambda: prompts(self.script_args))
         self._run(RL)
 
     def controls(self) -> None:
-        """Run the arms: rewards that are shuffled, and a model that never sees a tool."""
+        """Run the controls: shuffled rewards, and a model without tools in training."""
         if SHUFFLED in self.course.runs:
             self._run(SHUFFLED)
         if PLAIN in self.course.runs:
@@ -165,9 +165,9 @@ class Steps:
             write_atomically(path, text)
 
     def answers(self) -> dict[str, list[Answered]]:
-        """Return what the world's models answer: each greedily, those of PPO also sampled, the last without tools.
+        """Return the world's models' answers: of all greedily, around PPO also sampled, of the last without tools.
 
-        Names are those of the runs, `NAME sampled`, and `off`.
+        Names are the names of the runs, `NAME sampled`, and `off`.
         """
         script_args = self.script_args
         world = World(script_args.world_seed)
@@ -190,15 +190,15 @@ class Steps:
 
     @property
     def artifacts(self) -> dict[str, str]:
-        """What the output folder holds, by path."""
+        """The contents of the output folder, by path."""
         return {name: name for name in self.course.runs if self.course.has_made(name)}
 
 
 # ---- evaluation ----
 #
-# What learning to use tools has changed: on the embedded world exactly, on your questions by your rewards.
+# The effect of learning to use tools: exact on the embedded world, by the user's rewards on the user's questions.
 
 
 def evaluate(steps: Steps) -> Found:
-    """Return the report: of the world's models by what they answer, of yours by what PPO measured itself."""
+    """Return the report: of the world's models by their answers, of the user's by PPO's own measurements."""
     return report(steps.answers()) if steps.script_args.is_world else Found(steps.metrics[RL], "", {}, {})

@@ -1,4 +1,4 @@
-"""Learning to use tools: its flags, what it refuses, and its runs."""
+"""Learning to use tools: its flags, its checks, and its runs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # ---- flags ----
 
 
-# Arms of the world: PPO by rewards that are shuffled among the answers, and a model that never sees a tool.
+# Controls of the world: PPO by rewards shuffled among the answers, and a model without tools in training.
 SHUFFLED, PLAIN = CONTROLS = ("shuffled", "plain")
-# Why flags of a model of your own, and those of the world's, have no effect.
+# Reasons for flags of the user's own model, and of the world's, to have no effect.
 OF_THE_WORLD, IS_WORLDS = "the model and its tools are the embedded world's", "it is of the embedded world's model"
 
 
@@ -73,13 +73,13 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The controls that run, in their order."""
+        """The selected controls, in their order."""
         chosen = CONTROLS if self.controls is None else self.controls
         return tuple(arm for arm in CONTROLS if arm in chosen) if self.is_world else ()
 
 
 def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect or contradict each other."""
+    """Refuse flags without effect and contradictory flags."""
     check_flags(script_args, model_args)
     named = bool(model_args.model_name_or_path)
     if named and script_args.is_world:
@@ -100,17 +100,17 @@ def data_file(script_args: ToolsArguments, name: str) -> Path:
 
 
 def table_file(script_args: ToolsArguments) -> Path:
-    """Return the file of what the look-up tool knows in training."""
+    """Return the file of the look-up tool's facts in training."""
     return Path(script_args.output_dir, "data", "table.json")
 
 
 # ---- runs ----
 #
-# The runs of other recipes that learning to use tools consists of, each in a folder of its own.
+# The runs of other recipes in learning to use tools, each in its own folder.
 
 
 PRETRAIN, SHOWN, RL = "pretrain", "shown", "rl"
-# About how long each takes on two cores, in minutes.
+# Approximate times of the runs on two cores, in minutes.
 MINUTES = {PRETRAIN: 2.5, SHOWN: 1, RL: 1, SHUFFLED: 1, PLAIN: 0.3}
 
 
@@ -119,7 +119,7 @@ class Course(pipeline.Course):
     """The runs of the recipe.
 
     Args:
-        named: the user's model, where one is named.
+        named: the user's model, if named.
     """
 
     named: str | None
@@ -128,19 +128,19 @@ class Course(pipeline.Course):
 
     @property
     def is_timed(self) -> bool:
-        """Whether the settings are those that were timed."""
+        """Whether the settings are the timed ones."""
         return self.named is None
 
 
 def course_of(script_args: ToolsArguments, model_args: "ModelConfig") -> Course:
-    """Return the runs that the flags ask for."""
+    """Return the runs selected by the flags."""
     named = model_args.model_name_or_path
     runs = _own_runs(script_args, model_args) if named else _runs_of_world(script_args)
     return Course(*pipeline.parsed_runs(runs, script_args.output_dir, script_args.seed), named)
 
 
 def _runs_of_world(script_args: ToolsArguments) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield the name of each run, its recipe, and its flags but for seed and folder."""
+    """Yield names, recipes and flags of the runs, except seed and folder."""
 
     def learning(run: str, config: str, start: str) -> list[str]:
         file = getattr(script_args, f"{config}_config") or str(settings_file(f"tools/{config}.yaml"))
@@ -162,7 +162,7 @@ def _runs_of_world(script_args: ToolsArguments) -> Iterator[tuple[str, str, list
 
 
 def _rows(script_args: ToolsArguments, run: str) -> str:
-    # Both arms of PPO ask the same questions.
+    # PPO and its control ask the same questions.
     return str(data_file(script_args, RL if run == SHUFFLED else run))
 
 
@@ -172,7 +172,7 @@ def _own_runs(script_args: ToolsArguments, model_args: "ModelConfig") -> Iterato
     if demonstrations:
         config = ["--config", script_args.sft_config] if script_args.sft_config else []
         yield SHOWN, "sft", [*config, *model, "--dataset_name", demonstrations]
-        # An adapter that the demonstrations have made is trained further.
+        # The adapter trained on the demonstrations is trained further.
         model = ["--model_name_or_path", str(Path(script_args.output_dir, SHOWN)), *flags_for_all(model_args)]
     config = ["--config", script_args.rlhf_config] if script_args.rlhf_config else []
     of_rows = RowArguments.__dataclass_fields__

@@ -1,7 +1,7 @@
-"""What a model of the world does with its tools: whether it calls where it must, and only there, and is right.
+"""Tool use by a model of the world: whether it calls where needed, and only there, and is right.
 
-Every question is one that no training has asked, and every value that a tool tells is another than in training. The
-same questions are asked again with the tools switched off: they do not stand in the prompt, and no call is sampled.
+Every question is absent from all training, and every value returned by a tool differs from the value in training. The
+same questions are asked again with the tools switched off: they are not in the prompt, and no call is sampled.
 """
 
 import random
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 KNOWN = "known"
-# Longest conversation after a question, in tokens, and turns with calls that are answered.
+# Longest conversation after a question, in tokens, and number of answered turns with calls.
 RESPONSE_LENGTH, MOST_CALLS = 64, 2
 
 
@@ -49,13 +49,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model did with a question.
+    """A model's answer to a question.
 
     Args:
         asked: the question.
-        episode: its turns, and those of the tools.
-        calls: whether it called a tool.
-        is_right: whether what it said at the end is right, whatever the style.
+        episode: the turns of the model and of the tools.
+        calls: whether the model called a tool.
+        is_right: whether its final answer is right, in any style.
     """
 
     asked: Asked
@@ -65,17 +65,17 @@ class Answered:
 
 
 def tools_of(table: Table) -> "list[Tool]":
-    """Return the world's tools: a calculator, and a look-up of what is known on some day."""
+    """Return the world's tools: a calculator, and a look-up of the facts known on some day."""
     return [calculator, lookup_in(table)]
 
 
 def questions_to_ask(world: World, table: Table, count: int, seed: int = 0) -> list[Asked]:
-    """Return the evaluation's questions: `count` different ones for each family, and three of each fact of the world.
+    """Return the evaluation's questions: `count` different ones per family, and three per fact of the world.
 
     Args:
         world: the world.
-        table: what the look-up tool will say, by which answers are judged.
-        count: questions of each family.
+        table: results of the look-up tool, used to judge answers.
+        count: questions per family.
         seed: of the draw.
     """
     rng = random.Random(f"tool-evaluation-{world.seed}-{seed}")
@@ -100,13 +100,13 @@ def answer(
     seed: int = 0,
     batch_size: int = 128,
 ) -> list[Answered]:
-    """Let a model answer each question with the tools, or without them, and judge what it says.
+    """Let a model answer all questions with the tools, or without them, and judge its answers.
 
     Args:
-        table: what the look-up tool says; `None` switches the tools off.
-        do_sample: sample at temperature 1, in place of decoding greedily.
+        table: results of the look-up tool; `None` switches the tools off.
+        do_sample: sample at temperature 1, instead of decoding greedily.
         seed: of the sampling.
-        batch_size: questions that are answered at once.
+        batch_size: questions answered at once.
     """
     tools = tools_of({} if table is None else table)
     ends = sorted(end_tokens(tokenizer, model))
@@ -125,7 +125,7 @@ def answer(
 
 
 def judged(asked: Asked, episode: Episode) -> Answered:
-    """Return an episode with what it is worth."""
+    """Return an episode with its judgment."""
     is_right = gold_score(completion_text(episode.messages), asked.task.task.gold) >= RIGHT
     calls = any(message.get("tool_calls") for message in episode.messages)
     return Answered(asked, episode, calls, is_right)
@@ -134,7 +134,7 @@ def judged(asked: Asked, episode: Episode) -> Answered:
 def continuing(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", do_sample: bool, seed: int, is_off: bool
 ) -> Continue:
-    """Return a function that continues sequences of tokens.
+    """Return a function for continuing sequences of tokens.
 
     Args:
         is_off: whether no call may begin.
@@ -164,7 +164,7 @@ def continuing(
 
 
 def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
-    """Return what is measured of a model, a value for each question, by the names of `figures`."""
+    """Return a model's measurements, one value per question, by the names of `figures`."""
     values: dict[str, list[float]] = {}
     for name, groups in (("calls_needed", NEED), ("calls_not_needed", (*NO_NEED, KNOWN))):
         values[name] = [float(each.calls) for each in answers if each.asked.group in groups]
@@ -175,7 +175,7 @@ def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
 
 
 def figures(answers: Sequence[Answered]) -> dict[str, float]:
-    """Return the metrics of one model, each with its standard error and count.
+    """Return the metrics of one model, with standard errors and counts.
 
     `calls_needed` and `calls_not_needed` (share of questions with a call), `right_needed` (of all questions that need
     a tool), and `right_FAMILY`.
@@ -188,11 +188,11 @@ def figures(answers: Sequence[Answered]) -> dict[str, float]:
 
 # ---- report ----
 #
-# The report of learning to use tools: what PPO changed, what is left without tools, and what the controls did.
+# The report of learning to use tools: changes by PPO, results without tools, and results of the controls.
 
 
 OFF = "off"
-# How the report calls the models.
+# Names of the models in the report.
 TITLES = {
     **{SHOWN: "demonstrations", RL: "PPO", SHUFFLED: "PPO, shuffled rewards", PLAIN: "never saw tools"},
     OFF: "PPO, tools switched off",
@@ -217,13 +217,13 @@ def report(answers: Answers) -> Found:
     """Return the report of the world's models.
 
     Args:
-        answers: of each model, by the names of `hfllm.stages.tools.build.Steps.answers`.
+        answers: by model, under the names of `hfllm.stages.tools.build.Steps.answers`.
 
     Returns:
         Metrics with `_before` (demonstrations) and `_after` (PPO), greedy, and `sampled_...` for sampled answers;
         `off_right_...` (PPO's model without its tools), `shuffled_...` (PPO by shuffled rewards, sampled, with the
-        change over demonstrations), `known_facts_lost` (right answers of known facts that the model without tools has
-        more than PPO's).
+        change over demonstrations), `known_facts_lost` (excess of the model without tools over PPO's in right
+        answers to known facts).
     """
     metrics: dict[str, float] = {}
     for prefix, ending in (("", ""), ("sampled_", " sampled")):
@@ -296,7 +296,7 @@ def _samples(answers: Answers) -> list[dict[str, str]]:
 
 
 def _plot(answers: Answers) -> Plot:
-    """Return the plot of right answers by family, a line for each model."""
+    """Return the plot of right answers by family, with one line per model."""
     families = (*NEED, *NO_NEED, KNOWN)
     indices = list(range(len(families)))
     lines = {}

@@ -1,4 +1,4 @@
-"""Rows with pictures, drawn or the user's, the models that see them, and their PPO."""
+"""Rows with images, drawn or the user's, the vision-language models for them, and their PPO."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -63,16 +63,16 @@ if TYPE_CHECKING:
 
 
 SEEN, HELD_OUT, SHUFFLED = "seen", "held_out", "shuffled"
-# The evaluation's pictures are the same whatever the seed of training.
+# The evaluation's images are the same for any seed of training.
 EVAL_SEED = 777
-# For each question of the evaluation so many others, by which the best guess without a picture is found.
+# Number of other questions per question of the evaluation, for finding the best guess without an image.
 PRIOR = 20
-# Of so many pictures with questions one has captions, too.
+# One in this many images with questions has captions, too.
 CAPTION_EVERY = 3
 
 
 def caption_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | None:
-    """Return the captions that are learned first, `None` where there are none."""
+    """Return the captions to learn first, `None` without captions."""
     if script_args.dataset_name != PICTURES or not script_args.num_captions:
         return None
     return DrawnWorld(seed, script_args.num_captions, CAPTIONS)
@@ -83,14 +83,14 @@ def question_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | TwoDi
     count, turns = script_args.num_examples, script_args.questions_per_picture
     if script_args.dataset_name == DIGITS:
         return TwoDigits(seed, count, num_questions=turns)
-    # Captions go on: from answers about single things alone colors and shapes are learned much later.
+    # Captions continue: with only answers about single things, colors and shapes are learned much later.
     families = trained_families(script_args.share_absent)
     mix = {"caption_every": CAPTION_EVERY, "families": families, "numbers": TRAINED_NUMBERS}
     return DrawnWorld(seed, count, QUESTIONS, turns, **mix)
 
 
 def eval_parts(script_args: VisionArguments) -> dict[str, list[Asked]]:
-    """Return the drawn questions of each part of the evaluation, and those of the first with other pictures."""
+    """Return the drawn questions of each part of the evaluation, and the first part's with other images."""
     count = script_args.num_eval_examples
     if script_args.dataset_name == DIGITS:
         rows: dict[str, Sequence[PictureRow]] = {HELD_OUT: TwoDigits(EVAL_SEED, count, is_held_out=True)}
@@ -104,9 +104,9 @@ def eval_parts(script_args: VisionArguments) -> dict[str, list[Asked]]:
 
 
 def parts_of(held_out: list[Asked]) -> dict[str, list[Asked]]:
-    """Return the parts of the evaluation of the user's held-out rows: themselves, and with pictures of others.
+    """Return the parts of the evaluation of the user's held-out rows: with their own and with others' images.
 
-    Rows for which no other has other pictures are left out of the second, which may then be missing.
+    Rows without another row of different images are left out of the second, thus it may be missing.
     """
     pairs = zip(held_out, shuffled_questions(held_out), strict=True)
     shuffled = [other for own, other in pairs if other.images is not own.images]
@@ -114,10 +114,10 @@ def parts_of(held_out: list[Asked]) -> dict[str, list[Asked]]:
 
 
 def prior_of(script_args: VisionArguments) -> list[Asked]:
-    """Return more drawn questions, by which the best answer without a picture is found; none for the user's rows."""
+    """Return more drawn questions, for finding the best answer without an image; none for the user's rows."""
     count = PRIOR * script_args.num_eval_examples
     if script_args.dataset_name == DIGITS:
-        # Of two questions so many answers tell as much.
+        # For two questions, this many answers are equally informative.
         return [asked(row) for row in TwoDigits(EVAL_SEED + 1, script_args.num_eval_examples)]
     drawn = script_args.dataset_name == PICTURES
     return [asked(row) for row in DrawnWorld(EVAL_SEED + 1, count, part="evaluation")] if drawn else []
@@ -153,7 +153,7 @@ def own_rows(script_args: VisionArguments, seed: int, tokens: Sequence[str] = ()
 
     Args:
         seed: of the split.
-        tokens: what the processor writes at a picture's place; rows whose words spell one are left out.
+        tokens: the processor's placeholders for images; rows with one of them in their text are left out.
     """
 
     def mapper(name: str) -> Convert:
@@ -166,7 +166,7 @@ def own_rows(script_args: VisionArguments, seed: int, tokens: Sequence[str] = ()
 
 
 def drawn_rows(script_args: VisionArguments, seed: int) -> Rows:
-    """Return drawn rows as `own_rows` does, for a model of the user's."""
+    """Return drawn rows as `own_rows` does, for the user's model."""
     rows: Rows = []
     for row in question_rows(script_args, seed):
         question, *rest = row.messages()
@@ -181,27 +181,27 @@ def asked_of(row: Mapping[str, Any]) -> Asked:
 
 # ---- models ----
 #
-# The models of the recipe that learns to see: a small one that is made for the drawn pictures, or the user's.
+# The models of the vision-language recipe: a small one for the drawn images, or the user's.
 
 
 # The bytes, the marks of the chat template, and the words of the drawn world and more.
 VOCAB_SIZE = 640
-# Longer than any conversation about a drawn picture.
+# Longer than any conversation about a drawn image.
 CONTEXT = 512
-# Mean and deviation of the drawn world's pixels, from 0 to 1. Its ground is dark: about 0.5, where SigLIP has its
-# middle, what is drawn would be a small change of a large constant, and shapes would be learned late.
+# Mean and deviation of the drawn world's pixels, from 0 to 1. Its background is dark: around 0.5, SigLIP's mean,
+# drawings would be a small change of a large constant, and shapes would be learned late.
 MEAN, DEVIATION = 0.15, 0.15
 
 
 def new_model(
     script_args: VisionArguments, rows: DrawnWorld | TwoDigits, texts: Sequence[str], seed: int
 ) -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """Return a small model that sees, with nothing learned, and its processor.
+    """Return a small, untrained vision-language model and its processor.
 
     Args:
         script_args: its sizes.
-        rows: whose pictures it is for.
-        texts: what its tokenizer learns words from.
+        rows: with the images for the model.
+        texts: to train its tokenizer on.
         seed: of the weights.
     """
     from transformers import SiglipVisionConfig, set_seed
@@ -218,7 +218,7 @@ def new_model(
         num_attention_heads=script_args.num_attention_heads,
         image_size=side,
         patch_size=script_args.patch_size,
-        # Its weights would wait for gradients that never come.
+        # Its weights would wait for gradients in vain.
         vision_use_head=False,
     )
     text = HfllmConfig(
@@ -227,8 +227,8 @@ def new_model(
         num_hidden_layers=script_args.num_hidden_layers,
         num_attention_heads=script_args.num_attention_heads,
         max_position_embeddings=CONTEXT,
-        # A thing of the drawn world is found by what it is: every other layer compares without positions. Of two
-        # digits the side is asked for.
+        # A thing of the drawn world is found by its attributes: every other layer compares without positions. For two
+        # digits the questions are about the side.
         no_rope_layers=[int(not (is_world and layer % 2)) for layer in range(script_args.num_hidden_layers)],
         tie_word_embeddings=True,
         initializer_range=width**-0.5,
@@ -243,7 +243,7 @@ def new_model(
     model = with_vision(HfllmForCausalLM(text), tower, image_token_id=processor.image_token_id)
     for module in model.modules():
         if isinstance(module, HfllmMLP):
-            # Memory is no matter here, and computing a part of each layer twice takes a twentieth of the time.
+            # Memory does not matter here, and computing a part of each layer twice takes a twentieth of the time.
             module.recompute = False
     return model, processor
 
@@ -272,7 +272,7 @@ def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
 
 
 def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
-    """Refuse a model that reads text alone."""
+    """Refuse a text-only model."""
     if not is_for_pictures(config):
         raise InputError(
             f"--model_name_or_path {name}: a {config.model_type} model reads text alone; name a vision-language "
@@ -281,7 +281,7 @@ def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
 
 
 def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
-    """Keep the tower, or the decoder with its head, from learning; what is between them always learns."""
+    """Freeze the tower, or the decoder with its head; the parts between them are always trained."""
     for flag, is_given in (("--freeze_vision", vision), ("--freeze_text", text)):
         is_idle = is_given and hasattr(model, "peft_config")
         refuse(is_idle, flag, "the model is an adapter, below which all weights are frozen")
@@ -306,7 +306,7 @@ def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
 
 
 def _has_more(model: "nn.Module", parts: "Sequence[nn.Module]", only_learned: bool = False) -> bool:
-    """Return whether a model has weights beside those of some parts, or such that learn."""
+    """Return whether a model has weights, or trainable weights, besides the weights of some parts."""
     part_ids = {id(weight) for part in parts for weight in part.parameters()}
     return any(
         id(weight) not in part_ids and (weight.requires_grad or not only_learned) for weight in model.parameters()
@@ -314,15 +314,15 @@ def _has_more(model: "nn.Module", parts: "Sequence[nn.Module]", only_learned: bo
 
 
 def width_of(model: "PreTrainedModel") -> int:
-    """Return the length of the decoder's embeddings, to which pictures are projected."""
+    """Return the length of the decoder's embeddings, the width of projected images."""
     return model.get_input_embeddings().weight.shape[-1]
 
 
 def inner_projector(tower: "nn.Module", width: int) -> "list[nn.Module]":
-    """Return the parts of a tower that project to the decoder, such as Qwen2-VL's merger; none of most towers.
+    """Return the parts of a tower projecting to the decoder, such as Qwen2-VL's merger; none for most towers.
 
-    These are the parts after the stack of layers with a linear layer or a convolution onto the decoder's width: so are
-    they registered in transformers' classes that have no projector outside of the tower.
+    These are the parts after the stack of layers with a linear layer or a convolution onto the decoder's width:
+    transformers' classes without a projector outside of the tower register them so.
 
     Args:
         width: of the decoder.
@@ -342,7 +342,7 @@ def inner_projector(tower: "nn.Module", width: int) -> "list[nn.Module]":
 
 def tower_of(model: "PreTrainedModel") -> "nn.Module":
     """Return the vision tower of a composed model."""
-    # Without such a name it returns the model itself, or its base.
+    # Without a tower it returns the model itself, or its base.
     result = model.base_model.get_encoder(modality="image")
     if result is model or result is model.base_model:
         raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
@@ -352,7 +352,7 @@ def tower_of(model: "PreTrainedModel") -> "nn.Module":
 def new_trainer(
     script_args: VisionArguments, training_args: "SFTConfig", seed: int
 ) -> "tuple[Trainer, ProcessorMixin]":
-    """Return the trainer of a model that is made here: captions first, then questions."""
+    """Return the trainer of a model built here: captions first, then questions."""
     questions, captions = question_rows(script_args, seed), caption_rows(script_args, seed)
     texts = [text for rows in (captions, questions) if rows is not None for text in rows.texts()]
     model, processor = new_model(script_args, questions, texts, seed)
@@ -367,7 +367,7 @@ def new_trainer(
 
 
 class PictureTraining(FreezingArguments, PictureArguments):
-    """What a trainer of pictures asks of a stage's flags."""
+    """The flags of a stage for a trainer on images."""
 
 
 def own_trainer(
@@ -378,17 +378,17 @@ def own_trainer(
     eval_rows: Rows | None = None,
     stage: str = "vision",
 ) -> "tuple[Trainer, ProcessorMixin]":
-    """Return TRL's trainer of the user's model on rows with pictures.
+    """Return TRL's trainer of the user's model on rows with images.
 
     Args:
-        script_args: the flags of a stage that has those of `PictureTraining`.
-        rows: with `prompt`, `completion` and `images`; some may have no pictures.
+        script_args: the flags of a stage, including the flags of `PictureTraining`.
+        rows: with `prompt`, `completion` and `images`; some may have no images.
         eval_rows: likewise, or none.
-        stage: the command, for what is said.
+        stage: the command, for messages.
     """
     check_split_weights(training_args, rows, eval_rows or ())
     if is_mixed(rows) and training_args.ddp_find_unused_parameters is None:
-        # In a batch without pictures the tower gets no gradient, which several processes would wait for.
+        # In a batch without images the tower gets no gradient, and several processes would wait for it.
         training_args = changed(training_args, ddp_find_unused_parameters=True)
     model, processor = load_model(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_text)
@@ -407,7 +407,7 @@ def own_trainer(
 
 
 def warn_of_frozen_projector(model: "nn.Module", has_adapter: bool, stage: str) -> None:
-    """Say that an adapter leaves the projector as it is, where it does."""
+    """Warn if an adapter leaves the projector untrained."""
     learned = [name for name, weight in model.named_parameters() if weight.requires_grad]
     if has_adapter and not any("projector" in name for name in learned):
         say(f"{stage}: the adapter leaves the projector as it is; --lora_modules_to_save with its name lets it learn")
@@ -415,31 +415,31 @@ def warn_of_frozen_projector(model: "nn.Module", has_adapter: bool, stage: str) 
 
 # ---- ppo ----
 #
-# PPO on pictures: sampled answers about drawn pictures, rewarded by their gold.
+# PPO on images: sampled answers about drawn images, rewarded by their gold.
 
 
-# The folder of the model after PPO, below that of the model before.
+# The folder of the model after PPO, below the folder of the model before.
 FOLDER = "rl"
-# The longest answer, in tokens: that about a relation takes eight.
+# The longest answer, in tokens: an answer about a relation takes eight.
 RESPONSE_LENGTH = 8
-# Other pictures cost little here, and a second pass over an answer as much as a new one.
+# New images cost little here, and a second pass over an answer as much as a new one.
 MINI_BATCHES, EPOCHS = 8, 1
-# What is not there is asked for more often than anything else, a third of the time: a model that has hardly been told
-# of it learns that here. With a quarter it says so less (.81 against .92, seed 1).
+# Questions about absent things are the most frequent, a third: a model with hardly any such training learns to answer
+# them here. With a quarter it does so less often (.81 against .92, seed 1).
 PROMPT_FAMILIES = (*FAMILIES, *FAMILIES, *[ABSENT] * 4)
-# Answers of an optimizer step, over all processes: where most are right, few tell what to change.
+# Answers of an optimizer step, over all processes: where most are right, only few are informative.
 BATCH_SIZE = 64
-# Of so many optimizer steps one teaches the critic alone, and three the rate rises over: without that a family may be
-# forgotten in the first steps for good. So it may with a critic that learns faster, whose values are noise at first.
+# Of this many optimizer steps one trains only the critic, and over three the rate rises: without this warmup a family
+# may be forgotten for good in the first steps. So it may with a faster critic, because its first values are noise.
 WARMUP = 64
-# What a trainer takes over of the flags of fine-tuning: where it runs and what it prints.
+# Flags of fine-tuning passed on to a trainer: for devices and printed output.
 SHARED = ("seed", "use_cpu", "bf16", "report_to", "disable_tqdm", "dataloader_pin_memory", "logging_steps")
 
 
 def prompt_rows(script_args: VisionArguments, seed: int) -> list[dict[str, object]]:
-    """Return prompts with a picture each and the columns of the gold reward.
+    """Return prompts with one image each and the columns of the gold reward.
 
-    Fine-tuning has seen none of the drawn pictures, and of the digits other pairs of the same ones.
+    None of the drawn images is in fine-tuning; digits are the same as there, in other pairs.
     """
     count, part = script_args.num_rl_prompts, "prompts"
     rows = (
@@ -453,16 +453,16 @@ def prompt_rows(script_args: VisionArguments, seed: int) -> list[dict[str, objec
 def policy_trainer(
     script_args: VisionArguments, training_args: "SFTConfig", processor: "ProcessorMixin"
 ) -> "PPOTrainer":
-    """Return the trainer of a policy that looks at drawn pictures, each prompt once, against the gold reward.
+    """Return the trainer of a policy on drawn images, every prompt once, with the gold reward.
 
-    It starts from the model that fine-tuning has saved: a model that TRL has trained cannot be copied as a reference.
+    It starts from the saved model of fine-tuning: a model trained by TRL cannot be copied as a reference.
     """
     from accelerate import PartialState
 
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
     state = PartialState()
-    # The main process writes the model, which all read.
+    # The main process writes the model, and all read it.
     state.wait_for_everyone()
     shared = {name: getattr(training_args, name) for name in SHARED}
     answers = min(BATCH_SIZE, script_args.num_rl_prompts // MINI_BATCHES)
@@ -496,7 +496,7 @@ def policy_trainer(
 def sampled_gold(
     script_args: VisionArguments, model: "PreTrainedModel", processor: "ProcessorMixin", questions: Sequence[Asked]
 ) -> list[float]:
-    """Return the gold reward of one sampled answer to each question."""
+    """Return the gold rewards of one sampled answer per question."""
     from hfllm.multimodal.answers import answer_pictures
 
     prompts, images = [each.prompt for each in questions], [each.images for each in questions]

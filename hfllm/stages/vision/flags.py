@@ -1,4 +1,4 @@
-"""Learning to see: the recipe's flags, what it refuses, and the settings of each way to run it."""
+"""Vision-language models: the recipe's flags, its checks, and the settings of its variants."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 LIBRARY = ("trl.SFTConfig", "trl.ModelConfig")
-# What is drawn here, for which a small model is made if none is named.
+# Images drawn here; a small model is made for them if none is named.
 DRAWN = (PICTURES, DIGITS)
 MODEL_NAMED = NAMED.because("it is for the model that is made here, and one is named")
 OWN_ROWS = Fact(
@@ -26,7 +26,7 @@ OWN_ROWS = Fact(
 )
 DRAWN_ROWS = OWN_ROWS.absent("it is for rows of your own, and these are drawn")
 NO_PPO = Fact(lambda flags: flags.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds")
-# The largest share of questions about what is not there: from some on nothing else would be learned.
+# The largest share of questions about absent things: beyond some share nothing else would be learned.
 MOST_ABSENT = 0.999
 
 
@@ -95,7 +95,7 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:
-    """Return the settings of the model that is made for the named pictures, or those of your own model."""
+    """Return the settings of the model built for the named images, or the settings of the user's own model."""
     if given.get("model_name_or_path"):
         return [settings_file("vision/model.yaml")]
     digits = [settings_file("vision/digits.yaml")] if given.get("dataset_name") == DIGITS else []
@@ -103,7 +103,7 @@ def default_settings(given: Mapping[str, Any]) -> list[Path]:
 
 
 def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags that contradict each other or would fail later."""
+    """Refuse contradictory flags and flags that would fail later."""
     is_named, name = bool(model_args.model_name_or_path), script_args.dataset_name
     if name == WORLD:
         raise InputError("--dataset_name world: that one is of texts; pictures is the world to be seen")
@@ -113,7 +113,7 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
             f"(--model_name_or_path), or pictures that are drawn here: {', '.join(DRAWN)}"
         )
     check_flags(script_args, training_args, model_args)
-    # Questions about drawn pictures are put into the rows of a model that is made here.
+    # Questions about drawn images are put into the rows of a model built here.
     check_whole_rows(script_args, training_args, is_cut=not is_named)
     _check_muon(script_args, training_args)
     most = 2 if name == DIGITS else 16

@@ -1,7 +1,7 @@
-"""What a model sees: its answers by family, with pictures of other rows as control, and the best guess without any.
+"""A vision-language model's answers by family, with images of other rows as control, and the best guess without any.
 
-Who looks at another row's picture and reads it without a fault is right now and then, too: where two pictures show as
-many things, or neither has what is asked for. `other_truth` is how often, which a model must not be above.
+A faultless answer about another row's image is right now and then, too: if two images show the same number of
+things, or neither has the requested thing. `other_truth` is this frequency; a model must not exceed it.
 """
 
 import sys
@@ -28,7 +28,7 @@ LABELS = {
     OTHER_TRUTH: "truth about these",
     CHANCE: "best guess without",
 }
-# Pictures of the plot, and rows of the table of samples.
+# Images of the plot, and rows of the table of samples.
 SHOWN = 24
 
 
@@ -39,14 +39,14 @@ def evaluate(
     parts: Mapping[str, Sequence[Asked]],
     prior: Sequence[Asked] = (),
 ) -> Found:
-    """Judge a model on each part, and by family.
+    """Judge a model on all parts, and by family.
 
     Args:
         script_args: tokens of an answer.
         model: the model.
         processor: its processor.
-        parts: questions by the name of the part; those of `shuffled` have other pictures.
-        prior: other questions like those of the first part, by which the best guess is found.
+        parts: questions by the name of the part; the questions of `shuffled` have other images.
+        prior: more questions of the kinds of the first part, for finding the best guess.
     """
     responses = {
         name: answer_pictures(
@@ -88,12 +88,12 @@ def evaluate(
 
 
 def _truth_about_others(shuffled: Sequence[Asked]) -> list[str]:
-    """Return the right answers about the pictures of other rows: what who looks at these and reads all of it says."""
+    """Return the right answers about the images of other rows: the answers of a perfect reader of these images."""
     return [answer_about(each.scene, each.question) for each in shuffled if each.scene is not None]
 
 
 def by_family(questions: Sequence[Asked], values: Sequence[float]) -> dict[str, list[float]]:
-    """Return values of questions, one each, by family."""
+    """Return values of questions, one per question, by family."""
     result: dict[str, list[float]] = {}
     for question, value in zip(questions, values, strict=True):
         if question.family:
@@ -102,7 +102,7 @@ def by_family(questions: Sequence[Asked], values: Sequence[float]) -> dict[str, 
 
 
 def _false_alarms(questions: Sequence[Asked], said: Sequence[str]) -> dict[str, float]:
-    """Return the share of questions about what is there that are answered as if it were not."""
+    """Return the share of questions about present things with an answer for absent ones."""
     values = [float(is_right(each, NOT_THERE)) for each, q in zip(said, questions, strict=True) if q.family != ABSENT]
     has_absent = any(question.family == ABSENT for question in questions)
     return mean_of("called_absent", values) if has_absent and values else {}
@@ -125,7 +125,7 @@ def _table(parts: Mapping[str, Sequence[Asked]], right: Mapping[str, Sequence[fl
 
 
 def _samples(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float]) -> list[dict[str, str]]:
-    """Return some questions with answers: wrong ones first, as these tell most."""
+    """Return some questions with answers: wrong ones first, as the most informative."""
     rows = [
         {"prompt": question.question, "said": answer, "gold": question.answer, "right": "yes" if is_good else "no"}
         for question, answer, is_good in zip(questions, said, right, strict=True)
@@ -145,5 +145,5 @@ def _grid(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float
 
 
 def _printed(text: str) -> str:
-    """Return the beginning of a text as a plot can show it."""
+    """Return the beginning of a text in a form for plots."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:40]).replace("$", "\\$")

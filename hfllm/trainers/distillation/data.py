@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 # A row of a dataset, in one of `FORMATS`.
 Row = Mapping[str, Any]
 FORMATS = "input_ids (and labels); prompt and completion, text or messages; text"
-# Rows that are tokenized at a time.
+# Rows tokenized at a time.
 ROWS = 1000
 
 
 def tokenize_dataset(
     dataset: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> "Dataset":
-    """Return `input_ids` and `labels` of rows in any of `FORMATS`, which may be mixed.
+    """Return `input_ids` and `labels` of rows in any of `FORMATS`, also mixed.
 
     In a text all tokens but the first are targets, in a pair the completion and its end token, as in TRL's SFTTrainer;
     in a conversation every turn of the assistant from the completion on.
@@ -142,7 +142,7 @@ def _pairs(batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase
         else:
             prompts.append(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
             wholes.append(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
-    # A chat template writes the special tokens itself; a text prompt gets those that the tokenizer adds.
+    # A chat template writes the special tokens itself; a text prompt gets the ones added by the tokenizer.
     is_text = [isinstance(row["prompt"], str) for _, row in batch]
     with_special = tokenizer(prompts)["input_ids"]
     without = tokenizer(prompts, add_special_tokens=False)["input_ids"]
@@ -160,7 +160,7 @@ def _pairs(batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase
 
 
 def targets_of(labels: Sequence[int]) -> list[int]:
-    """Return the target of each position of a row, `IGNORE` where there is none."""
+    """Return the targets at the positions of a row, `IGNORE` where there is none."""
     return [*labels[1:], IGNORE]
 
 
@@ -211,7 +211,7 @@ def description(
     temperature: float,
     top_k: int,
 ) -> dict[str, object]:
-    """Return what a cache's content depends on: a cache with another description is stale and is made again.
+    """Return a description of all inputs of a cache: a cache with another description is stale and is made again.
 
     Args:
         teacher: the model, identified by its weights, or its name, identified by the contents of its files if local.
@@ -253,8 +253,8 @@ def open_cache(
         folder: folder of all caches of a run.
         name: name of this cache's dataset.
         made_from: see `description`.
-        make: function that yields the tables.
-        is_shared: whether several runs share the folder, so that stale caches are kept.
+        make: function yielding the tables.
+        is_shared: whether several runs share the folder; then stale caches are kept.
     """
     prepared = Prepared(folder / name, made_from, is_shared)
     if prepared.removed:
@@ -274,7 +274,7 @@ def teacher_tables(
 
     Args:
         loader: batches of the dataset in its order.
-        ask: function that returns the teacher's logits of a batch at the positions of a mask (B, L).
+        ask: function returning the teacher's logits of a batch at the positions of a mask (B, L).
         temperature, top_k: of the stored distributions.
         chunk_size: tokens per chunk of logits; 0 means a whole batch.
     """
@@ -328,17 +328,17 @@ CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-# Used where neither the settings nor the config say; a model that may fit must not be refused.
+# Used where neither the settings nor the config say; a possibly fitting model must not be refused.
 UNKNOWN_DTYPE_BYTES = 2
 
 
 def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
-    """Refuse a model that is larger than memory, before it is loaded.
+    """Refuse a model larger than memory, before it is loaded.
 
     Args:
         name: a folder or a Hub id; one whose architecture transformers does not have passes: its size is unknown.
         settings: arguments of `from_pretrained`. With a `device_map` the model passes, since it may be spread, also to
-            disk; so it does under ZeRO-3, whose processes hold a part each.
+            disk; so it does under ZeRO-3, with a part per process.
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -361,7 +361,7 @@ def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
 
 
 def _config_of(name: str, settings: Mapping[str, object]) -> "PreTrainedConfig | None":
-    """Return the config of the model to load, for an adapter that of its base; `None` if it cannot be read."""
+    """Return the config of the model to load, for an adapter the config of its base; `None` if it cannot be read."""
     location = location_of(settings)
     try:
         adapter = find_adapter(name, **location)
@@ -378,7 +378,7 @@ def loaded_bytes(config: "PreTrainedConfig", settings: Mapping[str, object]) -> 
         settings: arguments of `from_pretrained`.
 
     Returns:
-        `None` for an architecture that transformers does not have.
+        `None` for an architecture absent from transformers.
     """
     try:
         model = empty_model(config)
@@ -434,7 +434,7 @@ def _of_machine() -> list[int]:
 
 
 def _of_cgroup(folder: Path, limit: str, use: str, prefix: str) -> list[int]:
-    """Return what a container's limit leaves free; cached files count as free, since they are dropped when needed."""
+    """Return memory left by a container's limit; cached files count as free, since they are dropped when needed."""
     try:
         most, used = (int((folder / name).read_text()) for name in (limit, use))
         lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]

@@ -3,7 +3,7 @@
 With teacher `p` and student `q`, both softened by a temperature, the divergence at a token is (Agarwal et al. 2023,
 arXiv:2306.13649, equation 1)
 
-    beta = 0        KL(p || q)                                      forward: the student covers what the teacher does
+    beta = 0        KL(p || q)                                      forward: the student covers the teacher's outputs
     beta = 1        KL(q || p)                                      reverse: the student keeps to the teacher's modes
     between         beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q         Jensen-Shannon
 
@@ -29,7 +29,7 @@ class LossSettings:
 
     Args:
         temperature: of both distributions in the divergence.
-        beta: which divergence, see above.
+        beta: choice of the divergence, see above.
         soft_weight, hard_weight: weights of the divergence, times the squared temperature, and of the cross-entropy.
     """
 
@@ -80,8 +80,8 @@ class TeacherLogits:
 class TopK:
     """The K most likely tokens of a teacher at one temperature, and the total probability of all others.
 
-    The student is compared on K + 1 outcomes, the last being "any other token". That is a lower bound of the full
-    divergence which grows with K (the data-processing inequality), and is the full divergence once K is V.
+    The student is compared on K + 1 outcomes, the last being "any other token". This is a lower bound of the full
+    divergence, growing with K (the data-processing inequality), and is the full divergence once K is V.
 
     Args:
         log_probs: (N, K), log-probabilities.
@@ -113,14 +113,14 @@ class TopK:
 
 
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return the divergence of each row of log-probabilities (N, M) of the teacher and the student, (N,)."""
+    """Return the divergence per row of log-probabilities (N, M) of the teacher and the student, (N,)."""
     return _divergence_and_slope(log_p, log_q, beta, needs_slope=False)[0]
 
 
 def _divergence_and_slope(
     log_p: torch.Tensor, log_q: torch.Tensor, beta: float, needs_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the divergence, and q times its derivative by q up to a multiple of q, which a softmax cancels."""
+    """Return the divergence, and q times its derivative by q up to a multiple of q, cancelled by a softmax."""
     if beta == 0:
         p = log_p.exp()
         return (p * (log_p - log_q)).sum(-1), (-p if needs_slope else None)
@@ -170,7 +170,7 @@ def _losses_and_gradient(
     settings: LossSettings,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return `token_losses` and the gradient of the loss by the logits `scores` (N, V), which are overwritten."""
+    """Return `token_losses` and the gradient of the loss by the logits `scores` (N, V); they are overwritten."""
     column, grad = targets.unsqueeze(1), None
     partition = scores.logsumexp(-1, keepdim=True)
     hard = (partition - scores.gather(1, column)).sum()
@@ -198,7 +198,7 @@ def _losses_and_gradient(
 def _top_k_gradient(
     log_q: torch.Tensor, teacher: TopK, beta: float, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the divergence of each row on the kept outcomes, and its gradient by the softened logits (N, V).
+    """Return the divergence per row on the kept outcomes, and its gradient by the softened logits (N, V).
 
     `log_q` (N, V) is overwritten.
     """
@@ -288,10 +288,10 @@ def linear_distillation(
     """
     weight = head.weight
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
-    # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) must be called as a module.
+    # A wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) head must be called as a module.
     if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
         if not torch.is_grad_enabled():
-            # The function cannot see this, and would compute gradients that nobody uses, one of the head's size.
+            # The function cannot see this, and would compute unused gradients, one of the head's size.
             hidden, weight = hidden.detach(), weight.detach()
         return _LinearDistillation.apply(hidden, weight, targets, teacher, settings, chunk_size)
 
@@ -299,7 +299,7 @@ def linear_distillation(
         teacher_chunk = teacher and teacher.take(slice(start, start + len(targets)))
         return token_losses(head(hidden), targets, teacher_chunk, settings)
 
-    # With no tokens there is one empty chunk, so that the head's weights are in the graph on every process.
+    # With no tokens there is one empty chunk, so the head's weights are in the graph on every process.
     parts = [
         checkpoint(chunk_losses, hidden[start : start + chunk_size], targets[start : start + chunk_size], start,
                    use_reentrant=False)

@@ -1,6 +1,7 @@
 """The options of distillation. No torch here, so that `hfllm distill --help` is fast.
 
-They are not frozen, since `DistillationConfig` also inherits from transformers' `TrainingArguments`, which are not.
+They are not frozen, since `DistillationConfig` also inherits from transformers' `TrainingArguments`, not frozen
+either.
 """
 
 from dataclasses import dataclass

@@ -50,10 +50,10 @@ def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedMo
     """Return a student of every `every`-th layer of its teacher, from the first on, with the teacher's embeddings.
 
     It starts from the teacher's weights, as DistilBERT's does (Sanh et al. 2019, arXiv:1910.01108, section 3). It has
-    no name, so that an adapter on it does not record the teacher as its base.
+    no name, so an adapter on it does not record the teacher as its base.
 
     Raises:
-        InputError: when that is not at least one layer fewer, or the teacher's weights cannot be copied.
+        InputError: when the student does not have at least one layer fewer, or the teacher's weights cannot be copied.
     """
     config = teacher.config
     total = config.num_hidden_layers
@@ -91,7 +91,7 @@ def smaller_student(
 
     Args:
         hidden_size, num_hidden_layers, num_attention_heads, initializer_range: as in the teacher unless given. The
-            MLP keeps its ratio to the width, and key-value heads their ratio to the query heads where that is whole.
+            MLP keeps its ratio to the width, and key-value heads their ratio to the query heads if it is whole.
 
     Raises:
         InputError: when they do not describe a valid model.
@@ -115,7 +115,7 @@ def smaller_student(
     if getattr(ours, "num_key_value_heads", None):
         group = config.num_attention_heads // config.num_key_value_heads
         ours.num_key_value_heads = heads // group if heads % group == 0 else heads
-    # Sizes of latent attention, of which this is one, do not depend on the width.
+    # Sizes of latent attention, including this one, do not depend on the width.
     if getattr(ours, "head_dim", None) and not getattr(ours, "kv_lora_rank", None):
         ours.head_dim = width // heads
     # A deeper student repeats the teacher's pattern of layers.
@@ -125,7 +125,7 @@ def smaller_student(
     fields.pop("quantization_config", None)
     fields.pop("_name_or_path", None)
     try:
-        # Rebuilt, so that it is checked and the fields that depend on the sizes are derived again.
+        # Rebuilt, to check it and to derive the fields dependent on the sizes again.
         student = type(teacher)(type(config).from_dict(fields))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"the student's sizes describe no model: {' '.join(str(error).split())[:200]}") from None
@@ -134,7 +134,7 @@ def smaller_student(
 
 
 def _take_layers(config: "PreTrainedConfig", layers: Sequence[int]) -> None:
-    """Set the fields that say something of each layer to what they say of these layers."""
+    """Reduce the fields with a value per layer to the values of these layers."""
     for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
         if getattr(config, name, None):
             setattr(config, name, [getattr(config, name)[layer] for layer in layers])
@@ -200,7 +200,7 @@ def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
 
 
 def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel":
-    """Load the teacher called `name`; an adapter is merged into its base model, unless that is quantized.
+    """Load the teacher called `name`; an adapter is merged into its base model, unless the base is quantized.
 
     Args:
         settings: arguments of `from_pretrained`.

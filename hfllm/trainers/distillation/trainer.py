@@ -69,7 +69,7 @@ LOGGED = ("soft_loss", "hard_loss", "hidden_loss")
 
 
 class DistillationTrainer(TokenMeanEvaluation):
-    """Trainer for offline distillation: on given texts, from a teacher that runs at each step or ran once.
+    """Trainer for offline distillation: on given texts, from a teacher run at every step or once.
 
     Args:
         model: the student.
@@ -80,8 +80,8 @@ class DistillationTrainer(TokenMeanEvaluation):
             messages), or `text`; they may be mixed. For evaluation, also a dict of such datasets by name.
         processing_class: the student's tokenizer.
         teacher_processing_class: the teacher's, to be compared with the student's; taken from a teacher given by name.
-        peft_config: adapter to train in place of the student's weights. Only the adapter is saved: a student not
-            loaded by name, which an adapter records, must be saved separately before.
+        peft_config: adapter to train instead of the student's weights. Only the adapter is saved: a student not
+            loaded by name (an adapter records the name) must be saved separately before.
         kwargs: Trainer's.
 
     Raises:
@@ -258,10 +258,10 @@ class DistillationTrainer(TokenMeanEvaluation):
         count = mask.sum()
         items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if getattr(outputs, "aux_loss", None) is not None and model.training:
-            # Computed in full for each batch, which has only a share of the step's tokens.
+            # Computed in full for every batch, with only a share of the step's tokens.
             loss = loss + self._bare(model).config.router_aux_loss_coef * outputs.aux_loss * count
         if model.training:
-            # On the device, which a copy to the CPU would wait for at every batch.
+            # On the device: a copy to the CPU would wait for it at every batch.
             self._sums = self._sums.to(loss.device)
             self._sums += torch.stack([soft, hard, distance.detach(), count]).detach().float()
         loss = loss / items
@@ -319,7 +319,7 @@ class DistillationTrainer(TokenMeanEvaluation):
     # ---- evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: str | Iterable[Row] | None = None) -> DataLoader:
-        """Return Trainer's loader for rows as in `__init__`, or for the dataset of that name, as `evaluate` does.
+        """Return Trainer's loader for rows as in `__init__`, or for the dataset of this name, as `evaluate` does.
 
         Raises:
             InputError: when there is no such name, the rows cannot be read, or the teacher has been freed.
@@ -357,7 +357,7 @@ class DistillationTrainer(TokenMeanEvaluation):
         return super().prediction_step(model, inputs, True, ignore_keys)
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch whose rows that only fill it have neither targets nor the teacher's distributions there."""
+        """Return a batch without targets, and without the teacher's distributions there, in its filler rows."""
         inputs = super()._without_repeated_rows(inputs)
         if "teacher_rest" in inputs:
             count = self._num_targets(inputs)

@@ -1,9 +1,9 @@
-"""Policy and critic behind one forward pass that avoids computing padding.
+"""Policy and critic behind one forward pass without computing padding.
 
 Rows are packed to the left without gaps, so a batch is as wide as its longest row, and the head is applied only to
-the tokens that the policy chose: its actions, which are all response tokens unless an environment wrote some of them.
-Those are read and never predicted. Shapes: B rows, R response positions, W width of a batch, N actions in it,
-V vocabulary.
+the tokens chosen by the policy: its actions. They are all response tokens unless an environment wrote some of them;
+tokens of an environment are read and never predicted. Shapes: B rows, R response positions, W width of a batch, N
+actions in it, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +30,9 @@ class Sequences:
     Args:
         input_ids: (B, W), padded on the right.
         rows, columns: (N,), position of the state from which each action was sampled. Columns count from the
-            end of the row (they are negative), so tokens that an adapter prepends do not matter.
+            end of the row (they are negative), so tokens prepended by an adapter do not matter.
         targets: (N,), the actions.
-        pictures: the model's arguments for pictures.
+        pictures: the model's arguments for images.
     """
 
     input_ids: torch.Tensor
@@ -75,14 +75,14 @@ class Sequences:
 
 
 def log_distribution(logits: torch.Tensor, temperature: float, never_sampled: Sequence[int]) -> torch.Tensor:
-    """Return the log-probabilities (N, V) of the distribution that tokens are sampled from, in fp32.
+    """Return the log-probabilities (N, V) of the sampling distribution of tokens, in fp32.
 
     Without gradients the logits are overwritten, to avoid a second tensor of their size.
 
     Args:
         logits: (N, V).
         temperature: the sampling temperature.
-        never_sampled: ids that generation suppresses (padding), which have probability 0 here too.
+        never_sampled: ids suppressed by generation (padding), with probability 0 here too.
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -97,7 +97,7 @@ def log_distribution(logits: torch.Tensor, temperature: float, never_sampled: Se
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities of tokens from logits, which are overwritten: one (N, V) tensor for forward and backward."""
+    """Log-probabilities of tokens from logits, overwriting them: one (N, V) tensor for forward and backward."""
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, never_sampled):
@@ -132,7 +132,7 @@ def entropy_of(log_probabilities: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch.Tensor]]:
-    """Apply the model's head only to the states of the actions, which the yielded list collects."""
+    """Apply the model's head only to the states of the actions, collected in the yielded list."""
     states: list[torch.Tensor] = []
 
     def select(module: nn.Module, args: tuple) -> tuple:
@@ -150,7 +150,7 @@ def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch
 def last_mlp_on(trunk: PreTrainedModel, sequences: Sequences) -> Iterator[None]:
     """Let the last layer's MLP compute only the states of the actions, since nothing reads the others.
 
-    For the others its output is zero. Trunks whose result would change, or that recompute layers in the backward pass,
+    For the others its output is zero. Trunks with a different result, or with layers recomputed in the backward pass,
     are left unchanged; each trunk is tried once.
     """
     if not _may_skip_last_mlp(trunk):
@@ -219,7 +219,7 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     modes = [(module, module.training) for module in trunk.modules()]
     ids = torch.arange(16, device=trunk.device).view(2, 8) % trunk.config.get_text_config().vocab_size
     for token in place_tokens(model):
-        # It stands for a picture, and there is none.
+        # It stands for an image, and there is none.
         ids[ids == token] = token - 1 if token else 1
     ids[1, :2] = ids[0, :2]
     trunk.eval()
@@ -235,7 +235,7 @@ def looks_ahead(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model that is still on the CPU run there, where flash attention does not."""
+    """Let a model still on the CPU run there, where flash attention does not."""
     chosen = model.config._attn_implementation or ""
     if "flash" not in chosen or model.device.type != "cpu":
         yield
@@ -268,7 +268,7 @@ def in_fp32(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """Apply a value head in fp32: autocast, or weights in 16 bits, would leave 8 bits of its values."""
     with torch.autocast(states.device.type, enabled=False):
         weight = next(head.parameters())
-        # ZeRO-3 gathers the weights of a module that is called.
+        # ZeRO-3 gathers the weights of a called module.
         if type(head) is nn.Linear and weight.dtype.itemsize < 4 and not hasattr(weight, "ds_id"):
             bias = None if head.bias is None else head.bias.float()
             return nn.functional.linear(states.float(), weight.float(), bias)
@@ -281,7 +281,7 @@ class ActorCritic(nn.Module):
     Args:
         policy: a causal language model.
         value_model: a sequence- or token-classification model with one label whose head is read at every position;
-            `None` puts a linear value head on the policy's trunk, which starts at zero.
+            `None` puts a linear value head, starting at zero, on the policy's trunk.
         temperature, never_sampled: see `token_logprobs`.
     """
 
@@ -320,7 +320,7 @@ class ActorCritic(nn.Module):
         self.policy.create_or_update_model_card(output_dir)
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that serve only the value estimates."""
+        """Return the parameters for only the value estimates."""
         return list((self.value_head if self.value_model is None else self.value_model).parameters())
 
     def forward(
@@ -336,13 +336,13 @@ class ActorCritic(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities and values, each (B, R) and 0 on an environment's tokens and on padding.
 
-        The value at position t is that of the state before response token t was sampled.
+        The value at position t is for the state before response token t was sampled.
 
         Args:
             with_distribution: also return the log-distribution (N, V) at each action, row by row.
             detach_trunk: stop the value head's gradient at the trunk.
-            action_mask: (B, R), 1 on the tokens that the policy chose; by default all response tokens.
-            pictures: those of the prompts.
+            action_mask: (B, R), 1 on the tokens chosen by the policy; by default all response tokens.
+            pictures: the images of the prompts.
         """
         parts = (prompt_ids, prompt_mask, response_ids, response_mask, action_mask, pictures)
         sequences = Sequences.join(*parts)
@@ -377,7 +377,7 @@ class ActorCritic(nn.Module):
         action_mask: torch.Tensor | None = None,
         pictures: Pictures | None = None,
     ) -> torch.Tensor:
-        """Return the values (B, R) of a critic that is a separate model, as `forward` does."""
+        """Return the values (B, R) of a separate critic model, as `forward` does."""
         parts = (prompt_ids, prompt_mask, response_ids, response_mask, action_mask, pictures)
         sequences = Sequences.join(*parts)
         mask = (response_mask if action_mask is None else action_mask) > 0

@@ -34,7 +34,7 @@ from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 
 # ---- checkpoints ----
 #
-# What a checkpoint of PPO holds besides what Trainer saves, how it is written, and how a run resumes from it.
+# The content of a PPO checkpoint besides Trainer's, its writing, and resuming a run from it.
 
 
 VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
@@ -42,10 +42,10 @@ VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
 
 
 class ActorCriticCheckpoints(Trainer):
-    """Trainer whose checkpoints hold all that the next step of a policy and a critic depends on.
+    """Trainer with checkpoints of everything needed for the next step of a policy and a critic.
 
     Policy, critic, a moving reference, the rollout in use, the metrics since the last log and the controllers, besides
-    what Trainer saves: optimizer, schedule, random state.
+    Trainer's own content: optimizer, schedule, random state.
     """
 
     reference: PreTrainedModel | None
@@ -59,8 +59,8 @@ class ActorCriticCheckpoints(Trainer):
 
     @property
     def actor(self) -> ActorCritic:
-        """Return the trained module, without the engine that wraps it."""
-        # Unwrapping looks for engines that are installed, which takes milliseconds.
+        """Return the trained module, without the engine around it."""
+        # Unwrapping looks for installed engines, and takes milliseconds.
         return self.model if isinstance(self.model, ActorCritic) else self.accelerator.unwrap_model(self.model)
 
     @property
@@ -80,7 +80,7 @@ class ActorCriticCheckpoints(Trainer):
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
-        # Without the adapter that the reference keeps.
+        # Without the reference's adapter.
         trained = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
         self.policy.save_pretrained(output, state_dict=part("policy."), **trained)
         if actor.value_model is not None:
@@ -95,7 +95,7 @@ class ActorCriticCheckpoints(Trainer):
         if self._rollout is not None:
             self._rollout.save(self._rollout_file(output_dir))
         if self._metrics:
-            # What is logged next covers the steps since the last log.
+            # The next log covers the steps since the last log.
             metrics = {name: torch.cat(values).contiguous() for name, values in self._metrics.items()}
             save_file(metrics, self._metrics_file(output_dir))
         if self.args.should_save:
@@ -109,7 +109,7 @@ class ActorCriticCheckpoints(Trainer):
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
             if self.args.sync_ref_model:
                 self.reference.save_pretrained(Path(output_dir) / REFERENCE_FOLDER)
-        # The file that marks the checkpoint as complete comes last.
+        # The file marking the checkpoint as complete comes last.
         self.accelerator.wait_for_everyone()
 
     def _rollout_file(self, folder: str) -> Path:
@@ -124,7 +124,7 @@ class ActorCriticCheckpoints(Trainer):
         self._load_actor(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Called for every engine, also for engines that load the weights themselves.
+        # Called for every engine, also for engines with their own loading of weights.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_progress(Path(checkpoint))
@@ -161,7 +161,7 @@ class ActorCriticCheckpoints(Trainer):
             from peft.utils import load_peft_weights
 
             active = self.policy.active_adapter
-            # PEFT saves one that its user has named in a folder of that name.
+            # PEFT saves an adapter named by the user in a folder of that name.
             weights = load_peft_weights(str(folder if active == "default" else folder / active), device="cpu")
             set_peft_model_state_dict(self.policy, weights, adapter_name=active)
         else:
@@ -219,7 +219,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             self._is_evaluating = False
 
     def _check_engine(self) -> None:
-        """Refuse FSDP, with which sampling is untested, and options that need gradients hidden by DeepSpeed."""
+        """Refuse FSDP, with which sampling is untested, and options in need of gradients hidden by DeepSpeed."""
         refuse_data_parallel(self.args)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("PPOTrainer does not work with FSDP: shard by DeepSpeed ZeRO-2 or ZeRO-3, or use DDP")
@@ -244,14 +244,14 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             raise InputError("optimizers: value_learning_rate has no effect on it; give the critic its own group")
 
     def _begin(self) -> None:
-        """Reset what an earlier, interrupted call of `train` left."""
+        """Reset the state after an earlier, interrupted call of `train`."""
         self._rollout, self._skipped_from, self._micro_step, self._synced_at = None, None, 0, 0
         # Whether log-probabilities kept during sampling can be trusted, with padded prompts and without, once checked.
         self._trusted: dict[str, bool] = {}
-        # Of the episodes that are being sampled.
+        # Of the episodes being sampled.
         self._recorder: SampledLogprobs | None = None
         self._sums: dict[str, torch.Tensor] = {}
-        # Of the last evaluation: a value per prompt for each metric, and this process's prompts with their responses.
+        # Of the last evaluation: values per prompt and metric, and this process's prompts with their responses.
         self.eval_values: dict[str, list[float]] = {}
         self.eval_completions: list[dict[str, Any]] = []
         self._is_evaluating = False
@@ -269,7 +269,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         logits = most_logits(self.policy, device) if limit is None else None
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             if most_rows is not None and logits is not None:
-                # By the longest response that is possible, since all processes must make as many passes.
+                # By the longest possible response, since all processes must make as many passes.
                 most_rows = min(most_rows, max(logits // self.args.response_length, 1))
             return length_groups(batch, None, most_rows=most_rows)
         is_cpu = device.type == "cpu"
@@ -329,7 +329,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
 
     @staticmethod
     def _kind_of(batch: dict[str, Any]) -> str:
-        # What comes before an episode's later turns is padded.
+        # The part before an episode's later turns is padded.
         has_turns = (batch["action_mask"] < batch["response_mask"]).any()
         kind = "padded" if bool(has_turns or (batch["prompt_mask"] == 0).any()) else "unpadded"
         return kind if batch.get("pictures") is None else f"{kind} with pictures"
@@ -376,7 +376,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         return means
 
     def _keep_completions(self, name: str) -> None:
-        """Write the last completions as parquet, one file per process; log those of the first process."""
+        """Write the last completions as parquet, one file per process; log the ones of the first process."""
         if self._is_evaluating:
             self.eval_completions += self.completions
         if not self.args.log_completions:
@@ -402,7 +402,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
 
     @contextmanager
     def _sampling_from(self, **prompts: torch.Tensor) -> Iterator[None]:
-        """Gather the policy for sampling; logits that are not finite stop the run, and the prompts are saved."""
+        """Gather the policy for sampling; non-finite logits stop the run, and the prompts are saved."""
         try:
             with gather_parameters(self.policy), self.accelerator.autocast():
                 yield
@@ -433,7 +433,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
 
     @torch.no_grad()
     def continue_ids(self, sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
-        """Sample from the policy what follows each sequence of token ids, with the trainer's sampling settings.
+        """Sample from the policy the continuation of each sequence of token ids, with the trainer's sampling settings.
 
         Under ZeRO-3 every process has to call this equally often.
 
@@ -479,7 +479,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
     ) -> EvalLoopOutput:
         """Sample and score the evaluation prompts. Metrics: reward, its parts, KL, entropy, response length."""
         prefix, count = "eval_", 0
-        # The same random numbers each time, without changing training's random state.
+        # The same random numbers every time, without changing training's random state.
         with forked_random(self.accelerator.device):
             torch.manual_seed(self.args.seed + self.args.process_index)
             for rows in dataloader:
@@ -490,7 +490,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
                 self._keep_completions(f"{metric_key_prefix}_{self.state.global_step:06d}_{count:06d}")
                 for name, parts in self._metrics.items():
                     if name.startswith(prefix):
-                        # Without the rows that pad the last batch of some processes.
+                        # Without the padding rows in the last batch of some processes.
                         parts[-1] = self.accelerator.gather_for_metrics(parts[-1])
                 count += len(rows)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

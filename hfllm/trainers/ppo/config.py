@@ -1,4 +1,4 @@
-"""Arguments of `PPOTrainer`, and the learning rates that are its defaults."""
+"""Arguments of `PPOTrainer`, and its default learning rates."""
 
 import difflib
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class PPOConfig(PPOOptions, TrainingArguments):
     """`transformers.TrainingArguments` plus PPO's options, named as in TRL's last `PPOConfig` where it has them.
 
     PPO's options are in `hfllm/trainers/ppo/options.py`. One rollout holds `per_device_train_batch_size *
-    gradient_accumulation_steps * num_mini_batches` episodes on each process and gives exactly `num_ppo_epochs *
+    gradient_accumulation_steps * num_mini_batches` episodes per process and gives exactly `num_ppo_epochs *
     num_mini_batches` optimizer steps. `max_steps`, `logging_steps`, `save_steps`, `eval_steps` and the learning-rate
     schedule count optimizer steps, as everywhere in transformers.
     """
@@ -123,7 +123,7 @@ class PPOConfig(PPOOptions, TrainingArguments):
 
     @property
     def local_rollout_batch_size(self) -> int:
-        """Return the number of episodes of one rollout on each process."""
+        """Return the number of episodes of one rollout per process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
 
 
@@ -147,18 +147,18 @@ def default_learning_rate(num_parameters: int, has_adapter: bool = False) -> flo
     """Return the policy's learning rate, rounded to two digits.
 
     Args:
-        num_parameters: of the whole model, with those that are not trained.
-        has_adapter: whether an adapter is trained in place of all weights.
+        num_parameters: of the whole model, frozen ones included.
+        has_adapter: whether an adapter is trained instead of all weights.
     """
     shrinks = min(1.0, BASE_SIZE / max(num_parameters, 1))
     return float(f"{ADAPTER_RATE * shrinks**0.25 if has_adapter else FULL_RATE * shrinks**0.5:.1e}")
 
 
 def with_default_rates(args: PPOConfig, policy: PreTrainedModel, value_model: PreTrainedModel | None) -> PPOConfig:
-    """Return the arguments with the rates that the user left open, for the policy and for the critic's own weights.
+    """Return the arguments with the rates left open by the user, for the policy and for the critic's own weights.
 
     Args:
-        value_model: the critic, if it is a model of its own: its rate is that of all weights of its size.
+        value_model: the critic, if it is a model of its own: its rate is the one for all weights of its size.
     """
     rate, value_rate = args.learning_rate, args.value_learning_rate
     if rate is None:

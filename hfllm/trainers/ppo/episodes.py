@@ -1,4 +1,4 @@
-"""From episodes, which an environment wrote a part of, to the tensors that PPO trains on."""
+"""From episodes, partly written by an environment, to the training tensors of PPO."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 
-# What a `rollout_func` returns besides columns for the rewards; TRL's names, and `completions` and `is_ended`.
+# The results of a `rollout_func` besides columns for the rewards; TRL's names, and `completions` and `is_ended`.
 NEEDED, KNOWN = ("prompt_ids", "completion_ids"), ("env_mask", "logprobs", "completions", "is_ended")
 
 
@@ -65,7 +65,7 @@ def environment_of(
     """Return the environment of a policy with tools, `None` without any.
 
     Raises:
-        InputError: for tools or a factory that do not serve, or next to a `rollout_func`.
+        InputError: for unusable tools or an unusable factory, or next to a `rollout_func`.
     """
     if not tools and factory is None:
         return None
@@ -77,7 +77,7 @@ def environment_of(
 
 
 def own_rewards(environment: ToolEnvironment | None) -> list[Callable[..., list[float]]]:
-    """Return the reward that environments have of their own, with the name of their class, if they have one."""
+    """Return the environments' own reward, with the name of their class, if they have one."""
     states = environment and environment.states
     if not states or not states.has_reward:
         return []
@@ -105,7 +105,7 @@ def act(
     device, witness = trainer.accelerator.device, trainer._witness(len(rows))
     done = _recorded(prompts, environment, trainer, witness)
     batch = as_batch(done, trainer.sampling_config.pad_token_id, device)
-    # Whoever puts something in the place of `continue_ids` may let the policy say what it did not sample.
+    # A replacement of `continue_ids` may attribute tokens to the policy that it did not sample.
     if witness is not None and witness.saw(batch["response_ids"], batch["action_mask"]):
         batch["witness"] = witness
     batch["columns"]["tools"] = [environment.tools.schemas] * len(done)
@@ -126,7 +126,7 @@ def _recorded(
     trainer: "ActorCriticTrainer",
     witness: SampledLogprobs | None,
 ) -> list[Episode]:
-    """Run episodes, and let the witness record each turn at its place."""
+    """Run episodes, and let the witness record all turns at their positions."""
     if witness is None:
         return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length)
 
@@ -143,15 +143,15 @@ def _recorded(
 def from_rollout_func(
     output: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], trainer: "ActorCriticTrainer"
 ) -> dict[str, Any]:
-    """Return what the user's `rollout_func` made of the rows' prompts, as `as_batch` does.
+    """Return the output of the user's `rollout_func` for the rows' prompts, as `as_batch` does.
 
     Args:
-        output: as of TRL's GRPOTrainer: `prompt_ids` and `completion_ids`, lists of token ids for each prompt;
-            `env_mask` with 1 for each token of the completion that the policy chose and 0 for others, by default all
-            ones. `logprobs` are not used: they are computed by the weights that are trained. Also `is_ended`, by
+        output: as of TRL's GRPOTrainer: `prompt_ids` and `completion_ids`, lists of token ids per prompt;
+            `env_mask` with 1 for tokens of the completion chosen by the policy and 0 for others, by default all
+            ones. `logprobs` are not used: they are computed by the trained weights. Also `is_ended`, by
             default whether the last token ends a response and is the policy's; `completions`, texts or lists of
             messages for the rewards, by default the decoded tokens. Anything else is a column for the rewards: a list
-            with an entry for each prompt, or one value for all.
+            with an entry per prompt, or one value for all.
     """
     if missing := [name for name in NEEDED if name not in output]:
         raise InputError(f"rollout_func must return {' and '.join(NEEDED)}; missing: {', '.join(missing)}")
@@ -178,7 +178,7 @@ def from_rollout_func(
 
 
 def _check(episode: Episode, origin: str, trainer: "ActorCriticTrainer") -> None:
-    """Refuse an episode that does not fit the model, or actions that the policy cannot have chosen."""
+    """Refuse an episode that does not fit the model, or actions impossible for the policy."""
     length, longest, context = len(episode.response_ids), trainer.args.response_length, trainer.context
     if len(episode.action_mask) != length:
         raise InputError(f"{origin}: env_mask has {len(episode.action_mask)} entries for {length} completion_ids")

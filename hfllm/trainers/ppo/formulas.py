@@ -1,7 +1,7 @@
 """The formulas of PPO from human feedback, each a pure function with its source, and controllers of the KL.
 
-Shapes: B responses, T response positions (right-padded). `mask` is 1.0 on the tokens that the policy chose, and 0.0 on
-those of an environment and on padding, which never change a result.
+Shapes: B responses, T response positions (right-padded). `mask` is 1.0 on the tokens chosen by the policy, and 0.0 on
+tokens of an environment and on padding, without an effect on any result.
 
 Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438. [RLHF] Ziegler
 et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155. [KL] Schulman 2020, "Approximating KL
@@ -61,7 +61,7 @@ def token_rewards(
     Args:
         scores: (B,), one per response.
         kl: (B, T), from `kl_estimate` or `full_kl`.
-        token_scores: (B, T), rewards that are given token by token.
+        token_scores: (B, T), rewards given token by token.
     """
     rewards = -kl_coef * kl * mask
     if token_scores is not None:
@@ -76,7 +76,7 @@ def generalized_advantages(
     """Return advantages and returns, each (B, T): A_t = sum_k (gamma * lam)^k delta_{t+k} ([GAE] equation 16).
 
     delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last chosen token; returns are A + V. Time counts chosen
-    tokens: what an environment wrote between two of them is cut out, so t + 1 is the next one. The sum is one product
+    tokens: tokens of an environment between two of them are cut out, so t + 1 is the next one. The sum is one product
     with a triangular matrix of discounts instead of a loop over positions.
     """
     # The chosen tokens first, in their order: without an environment they are where they were.
@@ -96,7 +96,7 @@ def _advantages_without_gaps(
     positions = torch.arange(length, device=mask.device)
     distance = positions.unsqueeze(1) - positions  # (later, earlier)
     discounts = torch.where(distance >= 0, torch.tensor(gamma * lam, dtype=values.dtype) ** distance.clamp(min=0), 0.0)
-    # TF32, which a GPU may use for products of fp32, would round each term to 11 bits.
+    # TF32, a possible format on a GPU for products of fp32, would round each term to 11 bits.
     exact = torch.float64 if values.device.type == "cuda" else values.dtype
     advantages = (deltas.to(exact) @ discounts.to(exact)).to(values.dtype) * mask
     return advantages, (advantages + values) * mask
@@ -173,7 +173,7 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 # ---- controllers ----
 #
-# Values that PPO adapts from rollout to rollout: the weight of the KL penalty and the scale of the rewards.
+# Values adapted by PPO from rollout to rollout: the weight of the KL penalty and the scale of the rewards.
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """PPO's options, by purpose. No torch here, so that `hfllm rlhf --help` is fast.
 
-They are not frozen, since `PPOConfig` also inherits from transformers' `TrainingArguments`, which are not.
+They are not frozen, since `PPOConfig` also inherits from transformers' `TrainingArguments`, not frozen either.
 """
 
 from dataclasses import dataclass

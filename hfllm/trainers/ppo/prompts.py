@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 
 EMPTY = "is empty"
-# Prompts with pictures whose numbers of tokens are kept.
+# Prompts with images whose numbers of tokens are kept.
 KEPT_COUNTS = 100_000
 
 
 class RolloutSampler(Sampler[int]):
     """Sampler of the indices of one rollout after the other, each rollout's block `repeats` times.
 
-    The order depends on `seed` and the epoch only, so a resumed run skips to the right place. A dataset that
-    does not fill its last rollout starts again from its first prompts.
+    The order depends on `seed` and the epoch only, so a resumed run skips to the right position. A dataset
+    without enough prompts for its last rollout starts again from its first prompts.
 
     Args:
         dataset_size: rows of the dataset.
         rollout_size: prompts of one rollout over all processes.
         repeats: backward passes on one rollout.
         seed: of the shuffling.
-        epoch: function that returns the current epoch.
+        epoch: function returning the current epoch.
         num_generations: how often each prompt occurs in its rollout.
     """
 
@@ -73,7 +73,7 @@ class RolloutSampler(Sampler[int]):
 
 
 class Rows(list):
-    """Rows of a dataset as a batch, which is moved to a device once, however often it is asked for."""
+    """Rows of a dataset as a batch, moved to a device once, however often it is asked for."""
 
     _placed: "Rows | None" = None
 
@@ -85,7 +85,7 @@ class Rows(list):
 
 
 class RolloutRows(Dataset):
-    """Dataset that keeps the last rows it was asked for, since each backward pass on a rollout asks for the same."""
+    """Dataset that keeps the last requested rows, since every backward pass on a rollout requests the same."""
 
     def __init__(self, dataset: "HubDataset | Sequence[dict]"):
         self.dataset = dataset
@@ -118,15 +118,15 @@ def check_prompts(
     tools: Sequence[dict[str, Any]] | None = None,
     reader: str | None = None,
 ) -> int:
-    """Refuse a dataset that is empty, has no `prompt`, or has one that leaves no room for a response.
+    """Refuse a dataset without rows, without `prompt`, or with a prompt without room for a response.
 
     Args:
-        tokenizer: with pictures the model's processor.
-        tools: schemas of the trainer's tools, which are part of each prompt.
+        tokenizer: with images the model's processor.
+        tools: schemas of the trainer's tools, part of all prompts.
         reader: see `check_pictures`.
 
     Returns:
-        The number of prompts with pictures.
+        The number of prompts with images.
     """
     if len(dataset) == 0:
         raise InputError("the prompt dataset is empty")
@@ -150,11 +150,11 @@ def check_prompts(
 def check_pictures(
     dataset: "HubDataset | Sequence[dict]", processing_class: ProcessingClass, reader: str | None = None
 ) -> int:
-    """Refuse pictures that nothing would read, and return how many prompts have some.
+    """Refuse images without a reader, and return the number of prompts with some.
 
     Args:
         processing_class: the policy's.
-        reader: what reads no pictures, such as `the policy (HfllmForCausalLM)`; `None` where all do.
+        reader: the part that reads no images, such as `the policy (HfllmForCausalLM)`; `None` where all do.
     """
     count = 0
     for index in range(len(dataset)):
@@ -182,7 +182,7 @@ def unfit_prompts(
     context: int | None,
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Yield the place of each prompt without tokens or without room for a response, and what it is or has."""
+    """Yield the index of each prompt without tokens or without room for a response, and its problem."""
     limit = None if context is None else context - response_length
     for index, count in enumerate(_token_counts(dataset, tokenizer, tools)):
         if not count:
@@ -198,11 +198,11 @@ def unfit_prompts(
 def _token_counts(
     dataset: "HubDataset | Sequence[dict]", tokenizer: ProcessingClass, tools: Sequence[dict[str, Any]] | None
 ) -> Iterator[int]:
-    """Yield the number of tokens of each prompt."""
+    """Yield the numbers of tokens of the prompts."""
     if isinstance(tokenizer, ProcessorMixin) and not tools:
         yield from _counts_with_pictures(dataset, tokenizer)
         return
-    # Pixels of pictures are many, and here only counted.
+    # Pixels of images are many, and here only counted.
     step = TOGETHER if isinstance(tokenizer, ProcessorMixin) else 1000
     for start in range(0, len(dataset), step):
         rows = [dataset[index] for index in range(start, min(start + step, len(dataset)))]
@@ -210,11 +210,11 @@ def _token_counts(
 
 
 def _counts_with_pictures(dataset: "HubDataset | Sequence[dict]", processor: ProcessorMixin) -> Iterator[int]:
-    """Yield the number of tokens of each prompt; drawn pictures are processed only where words or sizes are new."""
+    """Yield the numbers of tokens of the prompts; drawn images are processed only where words or sizes are new."""
     cached_counts: dict[Hashable, int] = {}
     for start in range(0, len(dataset), TOGETHER):
         rows = [dataset[index] for index in range(start, min(start + TOGETHER, len(dataset)))]
-        # By its place a prompt is like no other.
+        # By its index a prompt is like no other.
         keys = [what_is_counted(row) or index for index, row in enumerate(rows, start)]
         new = {}
         for index, (key, row) in enumerate(zip(keys, rows, strict=True), start):
@@ -234,7 +234,7 @@ def read_rows(
     tools: Sequence[dict[str, Any]] | None = None,
     first: int = 0,
 ) -> tuple[list[list[int]], dict[str, Any]]:
-    """Return the token ids of each row's prompt, and where some have pictures, `pictures` and `prompts` with them.
+    """Return the token ids of the rows' prompts, and where some have images, `pictures` and `prompts` with them.
 
     Args:
         tools, first: see `processors.encode`.
@@ -253,7 +253,7 @@ def _tokens_of(
     first: int,
     tools: Sequence[dict[str, Any]] | None,
 ) -> list[list[int]]:
-    """Return the tokens of the rows' prompts; `first` is the place of the first row in its dataset."""
+    """Return the tokens of the rows' prompts; `first` is the index of the first row in its dataset."""
     refusals = template_errors()
     try:
         return read_rows(rows, tokenizer, tools, first)[0]
@@ -295,7 +295,7 @@ def rollout_loader(dataset: "HubDataset", args: PPOConfig, epoch: Callable[[], i
 
 
 class PretrainingBatches:
-    """Batches of a text dataset in an order that depends only on the seed, so a resumed run continues in it.
+    """Batches of a text dataset in an order dependent only on the seed, so a resumed run continues in it.
 
     Args:
         dataset: rows with a column `text`.

@@ -1,7 +1,7 @@
-"""Rollouts, which PPO learns from: sampled responses and what was computed about them at that time.
+"""Rollouts, the training data of PPO: sampled responses and the values computed for them at that time.
 
-A response holds what the policy chose, its actions, and what an environment wrote between them, such as the results of
-tools. Shapes: N episodes, P prompt positions (left-padded), R response positions (right-padded).
+A response holds the policy's chosen tokens, its actions, and tokens of an environment between them, such as the
+results of tools. Shapes: N episodes, P prompt positions (left-padded), R response positions (right-padded).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 
 from hfllm.multimodal.processors import Pictures
 
-# What the models read of a batch, besides pictures.
+# The models' inputs from a batch, besides images.
 MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask")
 Batch = dict[str, torch.Tensor | Pictures]
 
@@ -22,17 +22,17 @@ Batch = dict[str, torch.Tensor | Pictures]
 class Rollout:
     """Episodes of one process. Prompt and response masks are 1 on real tokens.
 
-    What is computed about tokens, each (N, R), is 0 where the policy chose none.
+    Computed values of tokens, each (N, R), are 0 where the policy chose none.
 
     Args:
         prompt_ids, prompt_mask: (N, P).
         response_ids, response_mask: (N, R); the end token, where sampled, is the last real token.
-        action_mask: (N, R), 1 on the tokens that the policy chose.
-        logprobs, ref_logprobs: (N, R), of the actions under the policy that sampled them and the reference.
+        action_mask: (N, R), 1 on the tokens chosen by the policy.
+        logprobs, ref_logprobs: (N, R), of the actions under their sampling policy and the reference.
         values, advantages, returns: (N, R).
-        order: (epochs, N), the shuffled order of the episodes in each PPO epoch.
-        mini_batch_tokens: (epochs, mini-batches), actions of each mini-batch over *all* processes.
-        pictures: those of the prompts, `None` where no prompt has any.
+        order: (epochs, N), the shuffled order of the episodes per PPO epoch.
+        mini_batch_tokens: (epochs, mini-batches), actions per mini-batch over *all* processes.
+        pictures: the images of the prompts, `None` where no prompt has any.
     """
 
     prompt_ids: torch.Tensor
@@ -79,7 +79,7 @@ class Rollout:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device) -> "Rollout":
-        """Read what `save` wrote."""
+        """Read the file of `save`."""
         from safetensors.torch import load_file
 
         saved = {name: tensor.to(device) for name, tensor in load_file(path).items()}
@@ -90,12 +90,12 @@ class Rollout:
 
 
 def model_inputs(batch: dict[str, Any]) -> Batch:
-    """Return what the models read of a batch, with its pictures if it has any."""
+    """Return the models' inputs from a batch, with its images if it has any."""
     return {name: batch[name] for name in (*MODEL_INPUTS, "pictures") if batch.get(name) is not None}
 
 
 def trim(batch: Batch) -> Batch:
-    """Remove the columns that are padding in every row: prompts on the left, responses on the right."""
+    """Remove the columns with padding in every row: prompts on the left, responses on the right."""
     longest_prompt = int(batch["prompt_mask"].sum(1).max())
     longest_response = max(int(batch["response_mask"].sum(1).max()), 1)
 
@@ -148,7 +148,7 @@ def length_groups(
     lengths = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
     by_length = lengths.argsort(descending=True, stable=True)
     ordered = lengths[by_length].tolist()
-    # Actions up to each row, without that row's.
+    # Actions up to each row, without the row's own.
     actions = batch.get("action_mask", batch["response_mask"])
     cumulative = [0, *(actions.sum(1)[by_length].cumsum(0).tolist() if most_responses is not None else [])]
     start = 0

@@ -1,4 +1,4 @@
-"""Sampling responses: rows that have ended leave the batch, and turns of an episode keep their caches."""
+"""Sampling responses: finished rows leave the batch, and turns of an episode keep their caches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,7 +26,7 @@ from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
 
 # ---- turn caches ----
 #
-# Keys and values of unfinished episodes: the policy's next turn does not read again what it has read and written.
+# Keys and values of unfinished episodes: the policy's next turn does not read earlier tokens again.
 #
 # Shapes: B rows of a batch, H key-value heads, S tokens of the longest sequence, W columns of a cache, D head_dim.
 
@@ -35,8 +35,8 @@ class Kept(NamedTuple):
     """A sequence whose keys and values are known.
 
     Args:
-        tokens: the sequence, up to the last token that was fed to the model.
-        part: the number of the cache, of those that were kept.
+        tokens: the sequence, up to the last token fed to the model.
+        part: the number of the cache among the kept ones.
         row: its row there.
         begin: the column of its first token.
     """
@@ -48,9 +48,9 @@ class Kept(NamedTuple):
 
 
 class TurnCaches:
-    """What `generate` computed for the last turn of each episode, on a CPU and for layers of full attention.
+    """Caches of `generate` for the last turn of each episode, on a CPU and for layers of full attention.
 
-    On an accelerator memory is scarcer than the time that reading takes.
+    On an accelerator memory is scarcer than the time for reading.
     """
 
     def __init__(self) -> None:
@@ -70,10 +70,10 @@ class TurnCaches:
 
         Args:
             episodes: of the rows.
-            rows: (B,), places in the cache.
+            rows: (B,), indices in the cache.
             ids: (B, S) of these rows.
             begins: (B,), the columns of the first tokens.
-            ends: (B,), the columns after the last tokens that were fed to the model.
+            ends: (B,), the columns after the last tokens fed to the model.
         """
         if not len(rows) or not _is_plain(cache):
             return
@@ -83,7 +83,7 @@ class TurnCaches:
         self._parts.append([(layer.keys[rows], layer.values[rows]) for layer in cache.layers])
 
     def before(self, episodes: Sequence[int], ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
-        """Return a cache of what is known of the episodes' sequences, `None` if that is nothing, and forget it.
+        """Return a cache of the known part of the episodes' sequences, `None` if nothing is known, and forget it.
 
         It has the same columns for all rows: where some have fewer new tokens than others, their last known ones are
         read again.
@@ -101,7 +101,7 @@ class TurnCaches:
         columns = width - max(new)
         if columns <= 0:
             return None
-        # The old column of each new one; those of padding are masked, whatever they hold.
+        # The old column of each new one; columns of padding are masked, whatever they hold.
         shifts = torch.tensor([row.begin - begin for row, begin in zip(rows, begins, strict=True)])
         sources = (shifts.unsqueeze(1) + torch.arange(columns)).clamp(min=0)
         layers = []
@@ -125,7 +125,7 @@ def _gathered(tensors: Sequence[torch.Tensor], rows: Sequence[Kept], sources: to
 
 
 def _shared(known: Sequence[int], tokens: Sequence[int]) -> int:
-    """Return how many tokens of a sequence are known, at most all but its last, which has to be read."""
+    """Return the number of known tokens of a sequence, at most all but its last, which has to be read."""
     most = min(len(known), len(tokens) - 1)
     if known[:most] == tokens[:most]:
         return most
@@ -145,18 +145,18 @@ def _is_plain(cache: object) -> bool:
 
 # With fewer rows than this, a step costs as much as with one row.
 FEWEST_TO_SPLIT = 8
-# Settings that restart, or read the prompt again, with each call of `generate`.
+# Settings that restart, or read the prompt again, with every call of `generate`.
 COUNTED_FROM_THE_PROMPT = ("exponential_decay_length_penalty", "guidance_scale", "begin_suppress_tokens", "max_time")
 
 
 class Ended(StoppingCriteria):
-    """Stopping criterion that records where each row ends, and stops all rows once half have ended.
+    """Stopping criterion that records the ends of the rows, and stops all rows once half have ended.
 
     Args:
-        end_token_ids: tokens that end a response.
-        stop_strings: texts that end a response, or `None`.
+        end_token_ids: tokens ending a response.
+        stop_strings: texts ending a response, or `None`.
         may_split: whether to stop all rows when half have ended.
-        observe: called with each new column of tokens, or `None`.
+        observe: called with every new column of tokens, or `None`.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class OnlyFinite(LogitsProcessor):
 
 
 def below_adapter(policy: PreTrainedModel) -> PreTrainedModel:
-    """Return the model that `generate` calls: with an adapter, the model below it."""
+    """Return the model called by `generate`: with an adapter, the model below it."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
@@ -229,17 +229,17 @@ def plainly(policy: PreTrainedModel) -> Iterator[None]:
 
 
 class SampledLogprobs:
-    """Recorder of the policy's log-probabilities while it samples, which saves a second pass.
+    """Recorder of the policy's log-probabilities while it samples, to save a second pass.
 
     Args:
         shape: (N, R), prompts and longest response.
         temperature, never_sampled: see `log_distribution`.
-        value_head: also applied to the state that each token is sampled from, or `None`.
+        value_head: also applied to the state from which each token is sampled, or `None`.
 
     Attributes:
         logprobs, entropy, values: (N, R + 1), unspecified where the policy chose no token of a response.
-        tokens: (N, R + 1), those that were recorded, and -1.
-        turns: responses that are recorded together.
+        tokens: (N, R + 1), the recorded ones, and -1.
+        turns: responses recorded together.
         caches: of the episodes, for their next turns, or `None`.
         is_checked: whether earlier recordings of its kind were found right; if not, it is compared with a second pass.
         is_wrong: whether it was found wrong.
@@ -258,7 +258,7 @@ class SampledLogprobs:
     ):
         self.temperature, self.never_sampled, self.value_head = temperature, never_sampled, value_head
         rows, self.room = shape
-        # The last column takes what is sampled beyond the room of an episode, and cut off.
+        # The last column takes tokens sampled beyond the room of an episode, and cut off.
         self.logprobs, self.entropy, self.values = (torch.zeros(rows, self.room + 1, device=device) for _ in range(3))
         self.tokens = torch.full((rows, self.room + 1), -1, device=device)
         self._logits = self._states = None
@@ -270,26 +270,26 @@ class SampledLogprobs:
         self._rows, self._columns = (torch.tensor(list(indices), device=device) for indices in (rows, columns))
 
     def cache_before(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
-        """Return what is known of the sequences (N, P) that are about to be continued, see `TurnCaches.before`."""
+        """Return the known parts of the sequences (N, P) about to be continued, see `TurnCaches.before`."""
         if self.caches is None or len(ids) != self.turns:
             return None
         return self.caches.before(self._rows.tolist(), ids, mask)
 
     def keep(self, rows: torch.Tensor, output: ModelOutput, mask: torch.Tensor, ended: Ended) -> None:
-        """Keep what `generate` computed for those of these rows whose turns have ended, see `TurnCaches.keep`."""
+        """Keep the caches of `generate` for the rows with finished turns among these, see `TurnCaches.keep`."""
         done = ended.has_ended.nonzero().squeeze(1)
         episodes, begins = self._rows[rows[done]].tolist(), mask[done].argmax(1)
         # The last token was sampled and not fed to the model.
         self.caches.keep(episodes, output.cache, done, output.sequences[done], begins, ended.lengths[done] - 1)
 
     def saw(self, response_ids: torch.Tensor, action_mask: torch.Tensor) -> bool:
-        """Return whether the policy's tokens among responses (N, R) are those that were recorded."""
+        """Return whether the policy's tokens among responses (N, R) are the recorded ones."""
         chosen = action_mask > 0
         return torch.equal(self.tokens[:, : chosen.shape[1]][chosen], response_ids[chosen])
 
     @contextmanager
     def watching(self, policy: PreTrainedModel) -> Iterator[None]:
-        """Keep the policy's last logits and states at each of its calls."""
+        """Keep the policy's last logits and states at all of its calls."""
 
         def keep_states(module: nn.Module, args: tuple) -> None:
             self._states = args[0][:, -1]
@@ -308,7 +308,7 @@ class SampledLogprobs:
                 handle.remove()
 
     def of(self, rows: torch.Tensor, column: int) -> Callable[[torch.Tensor], None]:
-        """Return a function that records the tokens of `rows`, as `begin` places them, from a column of theirs on."""
+        """Return a function for recording the tokens of `rows`, as `begin` places them, from a column of theirs on."""
         indices, columns = self._rows[rows], self._columns[rows] + column
 
         def note(tokens: torch.Tensor) -> None:
@@ -345,10 +345,10 @@ def generate_responses(
         prompt_ids, prompt_mask: (N, P), padded on the left.
         generation_config: without beams; other than dynamic caches, and settings that count from the prompt, keep all
             rows to the end. The policy's own generation config is ignored.
-        witness: records the policy's log-probability of each token.
-        most_rows: prompts that are answered at a time; by default all.
-        first_row: the place of the first prompt in what the witness records.
-        pictures: those of the prompts.
+        witness: records the policy's log-probabilities of the tokens.
+        most_rows: prompts answered at a time; by default all.
+        first_row: the index of the first prompt in the witness's records.
+        pictures: the images of the prompts.
 
     Returns:
         `response_ids` and `response_mask`, (N, R): a response ends with its end token or text, followed by the
@@ -379,7 +379,7 @@ def generate_responses(
     while len(rows):
         observe = None if witness is None else witness.of(rows + first_row, ids.shape[1] - start)
         ended = Ended(generation_config.eos_token_id, stop_strings, may_split, observe)
-        # A cache holds what was read of the pictures.
+        # A cache holds the states of the images already.
         unread = pictures is not None and cache is None
         seen_too = pictures[rows].inputs(ids, mask.argmax(1).tolist()) if unread else {}
         with plainly(policy), nullcontext() if witness is None else witness.watching(policy):
@@ -403,7 +403,7 @@ def generate_responses(
         if generated.shape[1] >= longest or not goes_on.any() or not ended.has_split:
             break
         remaining = goes_on.nonzero().squeeze(1)
-        # Other caches may not allow selecting rows: the rows that continue are then read again from their beginning.
+        # Other caches may not allow selecting rows: the continuing rows are then read again from their beginning.
         cache = output.cache if _selects_rows(output.cache, policy) else None
         if cache is not None:
             cache.batch_select_indices(remaining)
@@ -418,8 +418,8 @@ def generate_responses(
 def _selects_rows(cache: object, policy: nn.Module) -> bool:
     """Return whether rows of a cache can be selected.
 
-    States of linear attention cannot, nor can what Qwen2-VL and its kin keep of a batch on the model: how far its
-    pictures shift the positions of each row.
+    States of linear attention cannot, nor can the values of a batch that Qwen2-VL and related models keep on the
+    model: the shift of a row's positions by its images.
     """
     if any(getattr(module, "rope_deltas", None) is not None for module in policy.modules()):
         return False
@@ -437,7 +437,7 @@ def _joined(parts: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict
 
 
 def _rest_of(config: GenerationConfig, done: int, cache: DynamicCache | None) -> GenerationConfig:
-    """Return the same settings for responses that already have `done` tokens; `generate` returns its cache too."""
+    """Return the same settings for responses with `done` tokens already; `generate` returns its cache too."""
     rest = copy(config)
     rest.return_dict_in_generate = True
     if done or cache is not None:

@@ -28,8 +28,8 @@ class Scores:
     """The scores of a batch of responses.
 
     Args:
-        total: (B,), the weighted sum minus the penalty for responses that were cut off.
-        per_token: (B, R), the weighted sum of the rewards that come token by token, or `None`.
+        total: (B,), the weighted sum minus the penalty for truncated responses.
+        per_token: (B, R), the weighted sum of the token-by-token rewards, or `None`.
         parts: each single reward, (B,), unweighted; per-token ones are summed.
         completions: a row per response: prompt, completion, the parts and the total.
     """
@@ -49,8 +49,8 @@ class Scorer:
     """Calls the reward functions.
 
     Args:
-        rewards: functions `(prompts, completions, **columns)` that return a number per completion, or a list of
-            numbers per completion, one for each of its `completion_ids`.
+        rewards: functions `(prompts, completions, **columns)` returning a number per completion, or a list of
+            numbers per completion, one per entry of its `completion_ids`.
         weights: one per function.
         tokenizer: the policy's.
     """
@@ -70,7 +70,7 @@ class Scorer:
         """Score the responses of `batch` to the prompts of `rows`.
 
         A batch of episodes may bring its `prompts` and `completions`, and more `columns` for the functions. Of prompts
-        that end with the beginning of the answer, functions get the messages before it, the whole answer as the
+        ending with the beginning of the answer, functions get the messages before it, the whole answer as the
         completion, as from TRL's GRPOTrainer, and the beginning, else an empty text, as `completion_beginning`.
         """
         batch = with_actions(batch)
@@ -92,7 +92,7 @@ class Scorer:
             with time_limit(reward, self.args.reward_timeout):
                 values = checked_rewards(reward, prompts, completions, **columns)
             if isinstance(values[0], list):
-                # What an environment wrote earns nothing.
+                # Tokens of an environment earn nothing.
                 spread_out = _per_token(values, batch["response_mask"], name) * batch["action_mask"]
                 per_token = spread_out * weight + (0 if per_token is None else per_token)
                 parts[name] = spread_out.sum(1)
@@ -142,7 +142,7 @@ def _per_token(values: Sequence[Sequence[float]], mask: torch.Tensor, name: str)
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """Return the names, with a number added to each repetition."""
+    """Return the names, with a number added to repetitions."""
     return [
         name if names.index(name) == at else f"{name}_{names[:at].count(name) + 1}" for at, name in enumerate(names)
     ]
@@ -150,10 +150,10 @@ def unique_names(names: list[str]) -> list[str]:
 
 # ---- completions ----
 #
-# Sampled tokens as the completions that rewards get: text, or an assistant's message with its thoughts apart.
+# Sampled tokens as completions for the rewards: text, or an assistant's message with its thoughts apart.
 
 
-# The end of a prompt, in which a chat template may open a thought: `<think>` and line breaks.
+# The end of a prompt, where a chat template may open a thought: `<think>` and line breaks.
 TAIL = 16
 
 
@@ -180,7 +180,7 @@ def completions_of(
         _, beginning = split_beginning(prompt)
         is_open = tokenizer.decode(before[-TAIL:]).rstrip().endswith(OPEN)
         if beginning:
-            # Some tokenizers drop a space before the first token that they decode.
+            # Some tokenizers drop a space before the first decoded token.
             texts_of = [tokenizer.decode([*before[-TAIL:], *some], skip_special_tokens=True) for some in ([], ids)]
             text, is_open = beginning + texts_of[1].removeprefix(texts_of[0]), False
         message = thinking_message(text, is_open)

@@ -45,11 +45,11 @@ from hfllm.trainers.ppo.config import PPOConfig
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-# A policy whose adapter is trained further keeps what that was at the start under this name.
+# A policy with further training of its adapter keeps the initial adapter under this name.
 REFERENCE_ADAPTER = "ref"
 RewardFunc = str | PreTrainedModel | Callable[..., list[float]]
-# Every field that would change the distribution is set: generate() fills unset ones from the model's own generation
-# config, and the ratio is only right for the distribution that token_logprobs computes.
+# Every field with an effect on the distribution is set: generate() fills unset ones from the model's own generation
+# config, and the ratio is only right for the distribution computed by token_logprobs.
 UNMODIFIED_SAMPLING = {
     "do_sample": True,
     "top_k": 0,
@@ -69,7 +69,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def policy_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load a language model, also one of pictures and text, with all of its weights.
+    """Load a language model or vision-language model, with all of its weights.
 
     An adapter is loaded as transformers does, on its base.
     """
@@ -90,7 +90,7 @@ def _config_of(name: str, load_kwargs: dict[str, Any]) -> PreTrainedConfig | Non
 
 
 def processing_class_of(model: str | PreTrainedModel, load_kwargs: dict[str, Any]) -> ProcessingClass:
-    """Load the tokenizer of a model by its name; of a model that reads pictures, the processor."""
+    """Load the tokenizer of a model by its name; of a vision-language model, the processor."""
     name = model if isinstance(model, str) else model.config._name_or_path
     config = _config_of(name, load_kwargs) if isinstance(model, str) else model.config
     return saved_processor(name) if is_for_pictures(config) else saved_tokenizer(name)
@@ -108,7 +108,7 @@ def split_reference(
 
     Without `keep` there is no reference.
 
-    The copy is a new object filled from the weights. `copy.deepcopy` would keep a `forward` that some trainers set
+    The copy is a new object filled from the weights. `copy.deepcopy` would keep a `forward` set by some trainers
     on the instance, bound to the *original's* weights: the reference would follow the policy, with a KL of 0.
     """
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
@@ -136,7 +136,7 @@ def split_reference(
         return None, model
     if not keep:
         return None, model
-    # By the constructor, which DeepSpeed does not intercept: the reference is whole on each process.
+    # By the constructor, not intercepted by DeepSpeed: the reference is whole on every process.
     with built_whole():
         reference = type(model)(model.config).to(model.dtype)
     with gather_parameters(model):
@@ -148,10 +148,10 @@ def split_reference(
 
 
 def keep_starting_adapter(policy: "PeftModel") -> None:
-    """Keep a frozen copy of the adapter that the policy starts with, as TRL's trainers do, under the same name.
+    """Keep a frozen copy of the policy's initial adapter, as TRL's trainers do, under the same name.
 
     Raises:
-        InputError: when PEFT allows no second adapter beside it.
+        InputError: when PEFT allows no second adapter next to it.
     """
     active = policy.active_adapter
     if not isinstance(active, str):
@@ -169,7 +169,7 @@ def keep_starting_adapter(policy: "PeftModel") -> None:
         weights = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
         for name, weight in weights.items():
             copied = ".".join(REFERENCE_ADAPTER if part == active else part for part in name.split("."))
-            # Some kinds share what is not trained.
+            # Some kinds share their frozen parts.
             if copied != name and copied in weights:
                 weights[copied].data.copy_(weight.data)
     # Only the active adapter is trained.
@@ -178,7 +178,7 @@ def keep_starting_adapter(policy: "PeftModel") -> None:
 
 @contextmanager
 def as_reference(policy: "PeftModel") -> Iterator[None]:
-    """Let the policy compute what its reference would: with the adapter that it started with, or without a new one."""
+    """Let the policy compute the outputs of its reference: with its initial adapter, or without a new one."""
     if REFERENCE_ADAPTER not in policy.peft_config:
         with policy.disable_adapter():
             yield
@@ -192,14 +192,14 @@ def as_reference(policy: "PeftModel") -> Iterator[None]:
 
 
 def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device) -> None:
-    """Move models that are not trained to the policy's device, whole on each process."""
+    """Move frozen models to the policy's device, whole on every process."""
     for model in models:
         if model is not None:
             unshard(model).to(device)
 
 
 def check_critic(value_model: PreTrainedModel | None) -> None:
-    """Refuse a value model that cannot be any policy's critic, which is trained as a whole and must be causal."""
+    """Refuse a value model that cannot be any policy's critic: a critic is trained as a whole and must be causal."""
     if value_model is None:
         return
     if value_model.config.num_labels != 1:
@@ -217,7 +217,7 @@ def check_critic(value_model: PreTrainedModel | None) -> None:
 def check_value_model(
     value_model: PreTrainedModel | None, policy: PreTrainedModel, rewards: Sequence[RewardModel]
 ) -> None:
-    """Refuse a value model that cannot be this policy's critic, which reads the policy's tokens."""
+    """Refuse a value model that cannot be this policy's critic: a critic reads the policy's tokens."""
     check_critic(value_model)
     if value_model is None:
         return
@@ -231,7 +231,7 @@ def check_value_model(
 
 
 def shortest_context(*models: PreTrainedModel | None) -> int | None:
-    """Return the longest sequence that all of the models are made for, or `None` if no config says."""
+    """Return the longest sequence for all of the models, or `None` if no config says."""
     configs = [model.config.get_text_config() for model in models if model is not None]
     return min(filter(None, (getattr(one, "max_position_embeddings", None) for one in configs)), default=None)
 
@@ -239,7 +239,7 @@ def shortest_context(*models: PreTrainedModel | None) -> int | None:
 def with_total_steps(args: PPOConfig) -> PPOConfig:
     """Return the arguments with `max_steps` for `total_episodes`.
 
-    Rollouts are whole, so at least that many episodes; where it is more, the main process says so.
+    Rollouts are whole, so at least this many episodes; where it is more, the main process says so.
     """
     if args.total_episodes is None:
         return args
@@ -257,9 +257,9 @@ def with_total_steps(args: PPOConfig) -> PPOConfig:
 def special_tokens(
     processing_class: ProcessingClass, policy: PreTrainedModel, args: PPOConfig
 ) -> tuple[list[int], list[int]]:
-    """Return the ids that end a response, and those never sampled: padding, unless it also ends responses.
+    """Return the ids that end a response, and the ids never sampled: padding, unless it also ends responses.
 
-    They include those of `generation_kwargs`, and the places of pictures are never sampled.
+    They include the ids in `generation_kwargs`, and placeholders of images are never sampled.
     """
     tokenizer = tokenizer_of(processing_class)
     if tokenizer.eos_token_id is None:
@@ -358,7 +358,7 @@ def sampling_config(
     for name, argument in (("temperature", "temperature"), ("max_new_tokens", "response_length")):
         if name in generation_kwargs:
             raise InputError(f"generation_kwargs has {name}={generation_kwargs[name]!r}: set {argument} itself")
-    # These are in `special_tokens`, which the policy's log-probabilities also use.
+    # These are in `special_tokens`, also used by the policy's log-probabilities.
     for name in ("eos_token_id", "suppress_tokens"):
         generation_kwargs.pop(name, None)
     settings |= generation_kwargs
@@ -372,10 +372,10 @@ def sampling_config(
 def check_uses(
     args: "PPOConfig", counts: Sequence[tuple[int, int]], value_model: "PreTrainedModel | None", samples: bool
 ) -> None:
-    """Refuse what cannot carry pictures, and warn of a critic that does not read them.
+    """Refuse settings without support for images, and warn of a critic that does not read them.
 
     Args:
-        counts: for each dataset its prompts with pictures, and all.
+        counts: per dataset its prompts with images, and all.
         samples: whether something else than the trainer samples: tools, environments, a `rollout_func`.
     """
     if not any(count for count, _ in counts):

@@ -1,7 +1,7 @@
 """Proximal policy optimization from rewards, on the stock `transformers.Trainer`.
 
 Read top-down: the parts of the trainer, how a rollout is collected (sample, score, penalize, estimate
-advantages), how the loss is computed, and what is logged and evaluated. The formulas are in `formulas.py`, the
+advantages), how the loss is computed, and logging and evaluation. The formulas are in `formulas.py`, the
 models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `scoring.py`, saving and resuming in
 `base_trainer.py`.
 
@@ -78,23 +78,23 @@ class PPOTrainer(ActorCriticTrainer):
     Args:
         model: the policy, a causal language model or its name; of a PeftModel the first state is the reference.
         reward_funcs: one reward or a list: a function `(prompts, completions, **columns) -> list[float]`, or of lists
-            with a number for each of `completion_ids`; a sequence- or token-classification model with one label, or
+            with one number per entry of `completion_ids`; a sequence- or token-classification model with one label, or
             the name of one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.
         args: a `PPOConfig`.
         train_dataset: rows with a `prompt`, text or a list of messages; all other columns go to the functions. With a
-            column `image` or `images` the policy reads pictures (docs/guides/vision.md).
+            column `image` or `images` the policy reads images (docs/guides/vision.md).
         eval_dataset: the same, for `evaluate`.
-        processing_class: the policy's tokenizer, for pictures its processor; by default that of the model's name.
-        reward_processing_classes: a tokenizer for each reward model, `None` for functions; loaded by name if absent.
+        processing_class: the policy's tokenizer, for images its processor; by default from the model's name.
+        reward_processing_classes: a tokenizer per reward model, `None` for functions; loaded by name if absent.
         value_model: a sequence- or token-classification model with one label or its name, such as the reward model;
-            `None` trains a value head on the policy's trunk, which costs half as much.
+            `None` trains a value head on the policy's trunk, at half the cost.
         callbacks, optimizers: as in `Trainer`.
         peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
         ptx_dataset: rows with `text`, whose language-modeling loss is weighted by `args.ptx_coef` (Ouyang et al. 2022,
             equation 2).
-        tools: functions that the policy may call, with annotated arguments and a docstring in Google's style; prompts
-            are lists of messages then, and completions too, with the calls and what the tools said.
-        rollout_func: a function `(prompts, trainer) -> dict` that samples in place of the trainer, see
+        tools: functions for the policy to call, with annotated arguments and a docstring in Google's style; prompts
+            are lists of messages then, and completions too, with the calls and the results of the tools.
+        rollout_func: a function `(prompts, trainer) -> dict` that samples instead of the trainer, see
             `episodes.from_rollout_func`; it may put tokens of an environment between the policy's.
         environment_factory: makes environments whose methods are tools, see `StatefulEnvironments`; one with a
             `get_reward` adds it to the rewards, with weight 1, and `reward_funcs` may be left out.
@@ -251,9 +251,9 @@ class PPOTrainer(ActorCriticTrainer):
         )
 
     def sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Sample a response to each row's prompt. Return prompts and responses with their masks, and `is_ended`.
+        """Sample responses to the rows' prompts. Return prompts and responses with their masks, and `is_ended`.
 
-        Where an environment wrote some of the tokens, `action_mask` says which the policy chose.
+        Where an environment wrote some of the tokens, `action_mask` marks the ones chosen by the policy.
         """
         if self.rollout_func is not None:
             was_training = self.policy.training
@@ -365,7 +365,7 @@ class PPOTrainer(ActorCriticTrainer):
         """Return the clipped policy loss plus `vf_coef` times the value loss and the optional terms.
 
         Sums over the group are divided by the mini-batch's tokens on *all* processes, and multiplied by the number of
-        processes because DDP averages gradients: the gradient is that of one large batch.
+        processes because DDP averages gradients: the gradient is the same as for one large batch.
         """
         args, mask = self.args, inputs["action_mask"].to(torch.float32)
         is_warmup = self.state.global_step < args.critic_warmup_steps
@@ -442,7 +442,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _log_rollout(self, tokens: Tokens, mask: torch.Tensor, prefix: str = "") -> None:
         if self.has_reference:
-            # The same estimate whatever is penalized, so that runs can be compared.
+            # The same estimate for every kind of penalty, to keep runs comparable.
             kl = formulas.kl_estimate(tokens.logprobs, tokens.ref_logprobs) * mask
             self._metrics[f"{prefix}kl"].append(kl.sum(1))
         self._metrics[f"{prefix}entropy"].append(tokens.entropy.sum(1) / mask.sum(1).clamp(min=1))

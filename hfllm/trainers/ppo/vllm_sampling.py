@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # TRL's back end passes these as its own arguments; other fields of a GenerationConfig do not reach vLLM.
 SHAPING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
 HEARD = {*SHAPING, "pad_token_id", "eos_token_id", "bos_token_id", "suppress_tokens", "stop_strings"}
-# Added to the logit of tokens that must not be sampled: the lowest value that vLLM accepts.
+# Added to the logit of forbidden tokens: the lowest value accepted by vLLM.
 NEVER = -100.0
 
 
@@ -34,13 +34,13 @@ def check_vllm(args: PPOConfig) -> None:
 
 
 class VllmSampler:
-    """A vLLM engine, in this process or a server, that follows the policy's weights.
+    """A vLLM engine, in this process or a server, following the policy's weights.
 
     Args:
         args: the `vllm_*` options.
         policy: the model whose weights it samples from.
         generation_config: the trainer's; stop strings and tokens, temperature and the like are taken from it.
-        episodes: episodes sampled at once, on each process.
+        episodes: episodes sampled at once, per process.
 
     Raises:
         InputError: when vLLM is not installed, or for an unknown setting.
@@ -99,8 +99,8 @@ class VllmSampler:
         Args:
             prompts: token ids.
             step: the policy's optimizer step; its weights are sent when the step has changed.
-            longest: the most tokens of a response, at most the engine's, which is the default; what the engine samples
-                beyond is cut off.
+            longest: the most tokens of a response, at most the engine's, the default; further tokens from the engine
+                are cut off.
 
         Returns:
             The same as `generate_responses`.

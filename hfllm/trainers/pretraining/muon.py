@@ -20,7 +20,8 @@ SMALL, TOGETHER = 2**16, 2**22
 class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` with one Newton-Schulz iteration for all small matrices of a shape; larger ones as there.
 
-    The arithmetic is the same, in bfloat16 too; a product of several matrices may round otherwise than that of one.
+    The arithmetic is the same, in bfloat16 too; a product of several matrices may round differently from a product of
+    one.
     """
 
     @torch.no_grad()
@@ -59,9 +60,10 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return the small matrices with a gradient, those of one shape together; a shard of a matrix is none.
+    """Return the small matrices with a gradient, matrices of one shape together; a shard of a matrix is none.
 
-    What FSDP makes flat is none either, and is left to `torch.optim.Muon`, which refuses it in words.
+    A parameter flattened by FSDP is none either, and is left to `torch.optim.Muon`, to be refused there with a
+    message.
     """
     result: dict[tuple[object, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -83,7 +85,7 @@ def orthogonalized(
     Args:
         coefficients: of the quintic Newton-Schulz iteration.
         steps: of it.
-        eps: the least norm that a matrix is divided by.
+        eps: the least norm as divisor of a matrix.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if is_tall else matrices).bfloat16()
@@ -105,7 +107,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices: parameters of two dimensions for Muon.
         others: groups of parameters for AdamW, as `torch.optim.AdamW` takes them.
         lr: learning rate of both.
-        weight_decay: of the matrices, and of groups that do not set their own.
+        weight_decay: of the matrices, and of groups without their own.
         betas: of AdamW.
         eps: of AdamW.
         momentum: of Muon.
@@ -130,7 +132,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Share this optimizer's groups, which schedulers change, and its state, which is saved, with both parts."""
+        """Share this optimizer's groups, changed by schedulers, and its saved state with both parts."""
         for part, groups in zip(self._parts, (self.param_groups[:1], self.param_groups[1:]), strict=True):
             part.param_groups, part.state = groups, self.state
 
@@ -180,7 +182,7 @@ def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
 
 
 def muon_factory() -> Any:
-    """Return a class for `Trainer`'s `optimizer_cls_and_kwargs` that makes the optimizer once the model is there."""
+    """Return a class for `Trainer`'s `optimizer_cls_and_kwargs` for making the optimizer once the model exists."""
     return muon_of
 
 

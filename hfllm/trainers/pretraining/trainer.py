@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 # ---- batch plan ----
 #
-# The plan of a pretraining run: which rows each optimizer step learns from, known before the first step.
+# The plan of a pretraining run: the rows of all optimizer steps, known before the first step.
 #
-# A step's batch is a function of the step alone, so a run that resumes after an interruption gets the next batch
+# A step's batch is a function of only the step, so a run resumed after an interruption gets the next batch
 # without reading earlier ones. Length curriculum and batch ramp are part of the plan: a callback could not change
 # either exactly, since the dataloader is a batch ahead of the trainer.
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number that changes in steps over a run.
+    """A number changing in steps over a run.
 
     Args:
         stages: (share of the run's tokens from which the number holds, number), with rising shares from 0.
@@ -57,7 +57,7 @@ class Schedule:
         return cls(tuple(stages))
 
     def at(self, share: float) -> int:
-        """Return the number that holds after this share of the run."""
+        """Return the number in effect after this share of the run."""
         return next(number for begin, number in reversed(self.stages) if begin <= share)
 
 
@@ -66,20 +66,20 @@ class BatchPlan(TorchDataset):
 
     Args:
         sources: packed rows (`hfllm.data.packing.pack`), one dataset per source.
-        weights: share of the rows that each source gives; a source that is used up starts again in another order.
+        weights: share of the rows per source; an exhausted source starts again in another order.
         row_length: tokens per full row.
         total_rows: rows of the whole run.
         batch_rows: rows per step, over all processes; `tokens` of a schedule are divided by `row_length`.
-        lengths: the length that rows are cut to.
-        pad_token_id: for rows that are not full.
+        lengths: the length of rows after cutting.
+        pad_token_id: for incomplete rows.
         seed: seed of the order.
-        process, processes: this process and their number, which select its share of each batch.
-        transform: function applied to each batch, such as masking, given one number per row that is unique
-            in the whole run, whichever process has the row.
+        process, processes: this process and their number, for selecting its share of each batch.
+        transform: function applied to every batch, such as masking, given one number per row, unique
+            in the whole run, regardless of the row's process.
 
     Raises:
-        InputError: for lengths that do not divide `row_length`, batches of fewer rows than processes, or weights that
-            do not fit the sources.
+        InputError: for lengths that do not divide `row_length`, batches of fewer rows than processes, or weights
+            in conflict with the sources.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class BatchPlan(TorchDataset):
         while total_rows - first >= processes:
             share = first / total_rows
             rows = min(batch_tokens.at(share) // row_length, total_rows - first)
-            # The same number on each process, since all must make the same number of passes.
+            # The same number on all processes, since all must make the same number of passes.
             rows -= rows % processes
             self._steps.append((first, rows, lengths.at(share)))
             first += rows
@@ -169,7 +169,7 @@ class BatchPlan(TorchDataset):
         return first * self.row_length
 
     def rows_by_source(self) -> list[int]:
-        """Return the number of rows of the run from each source."""
+        """Return the numbers of rows of the run per source."""
         return [int((self._source == index).sum()) for index in range(len(self.sources))]
 
 
@@ -185,11 +185,11 @@ class PretrainTrainer(TokenMeanEvaluation):
     """Trainer for next-token (or masked) prediction in which batches may differ in size and length.
 
     A step's batch is split into passes of `per_device_train_batch_size` full rows, so memory stays the same
-    whatever the batch; its loss is that of all its tokens on all processes, however they are split.
+    whatever the batch; its loss is over all its tokens on all processes, however they are split.
     `gradient_accumulation_steps` is folded into the plan and must be 1 here.
 
     Args:
-        plan: the batches; it also takes the place of `train_dataset`.
+        plan: the batches; it also replaces `train_dataset`.
         settings: arguments of the model's forward for every batch, such as `loss_chunk_size`.
         z_loss_coef: weight of the mean squared log-partition function (Chowdhery et al. 2022, section 5, 1e-4 there):
             keeps logits from drifting. It needs all logits of a pass at once.
@@ -197,7 +197,7 @@ class PretrainTrainer(TokenMeanEvaluation):
 
     Raises:
         InputError: for gradient accumulation outside of the plan, a negative coefficient, a model that takes no
-            `num_items_in_batch` or lets packed documents attend to each other, or an engine that splits parameters.
+            `num_items_in_batch` or lets packed documents attend to each other, or an engine with split parameters.
     """
 
     # compute_loss divides the sum over a pass by the tokens of the whole step.
@@ -261,7 +261,7 @@ class PretrainTrainer(TokenMeanEvaluation):
         return [nothing_of(passes[-1])] * (int(most) - len(passes))
 
     def _passes(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the batch in parts that fit into memory; on a CPU, which has no packed attention, piece by piece."""
+        """Yield the batch in parts that fit into memory; on a CPU, without packed attention, piece by piece."""
         tokens = self.args.per_device_train_batch_size * self.plan.row_length
         if self.args.device.type == "cpu" and self._loss_shifts_labels:
             yield from pieces_of(inputs, tokens)
@@ -292,7 +292,7 @@ class PretrainTrainer(TokenMeanEvaluation):
         mask = inputs["labels"] != IGNORE
         mask = mask[:, 1:] if self._loss_shifts_labels else mask
         if outputs.get("aux_loss") is not None:
-            # Computed in full for each pass, which has only a share of the step's tokens.
+            # Computed in full for every pass, with only a share of the step's tokens.
             share = mask.sum() / num_items_in_batch
             loss = loss + self.model.config.router_aux_loss_coef * outputs.aux_loss * (share - 1) * processes
         if self.z_loss_coef:
@@ -345,10 +345,10 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
 
 
 def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict[str, int]:
-    """Return the batch entries that make an hfllm model compute its loss in chunks.
+    """Return the batch entries for computing an hfllm model's loss in chunks.
 
-    In the batch and not in the config, which is saved and would affect every later use. Not in ZeRO-3, whose
-    processes gather the head together: they may differ in their number of chunks.
+    In the batch and not in the config, since that is saved and would affect every later use. Not in ZeRO-3: its
+    processes gather the head together, and they may differ in their number of chunks.
 
     Raises:
         InputError: for a negative size, or one given for a model of another family.
@@ -367,7 +367,7 @@ def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict
 def optimizer_of(
     use_muon: bool, training_args: "TrainingArguments"
 ) -> tuple[Callable[[], object], dict[str, object]] | None:
-    """Return the class and arguments from which `Trainer` builds Muon; `None` for the optimizer of `--optim`."""
+    """Return the class and arguments for `Trainer` to build Muon; `None` for the optimizer of `--optim`."""
     if not use_muon:
         return None
     return muon_factory, {
