@@ -301,7 +301,7 @@ KILLS = [
     ("transformers.trainer:Trainer.training_step", 3, "critiques"),
     ("hfllm.trainers.ppo.trainer:PPOTrainer.training_step", 2, "the AI's labels"),
     ("hfllm.trainers.ppo.trainer:PPOTrainer.training_step", 1, "labels by chance"),
-    ("hfllm.stages.constitution.report:answer", 2, "the second model's answers are judged"),
+    ("hfllm.stages.constitution.build:answer", 2, "the second model's answers are judged"),
     ("hfllm.outputs.report:write_atomically", 1, "the report"),
     ("hfllm.outputs.report:write_atomically", 2, "report.json"),
 ]
