@@ -1,4 +1,4 @@
-"""Training speed and memory of a decoder that sees against Llava's class around transformers' Llama, side by side.
+"""Training speed and memory of a vision-language decoder against Llava's class around transformers' Llama.
 
     OMP_NUM_THREADS=1 python benchmarks/vision.py --output benchmarks/results/vision.md
 

@@ -209,12 +209,17 @@ def _refusals(parsed: "Sequence[DataclassInstance]") -> Iterator[tuple[str, Fact
             yield name, rules.never
 
 
+def given_names(*parsed: "DataclassInstance") -> tuple[str, ...] | None:
+    """Return the names of the user's flags, on the command line or in files; `None` if not parsed here."""
+    return next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
+
+
 def is_set(name: str, *parsed: "DataclassInstance") -> bool:
     """Return whether a flag asks for something: the user named it and did not switch it off.
 
     Where the flags were not parsed, whether it is not at its default.
     """
-    provided = next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
+    provided = given_names(*parsed)
     for group in parsed:
         for item in fields(group):
             if item.name == name:

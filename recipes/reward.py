@@ -5,10 +5,10 @@
     accelerate launch recipes/reward.py --model_name_or_path NAME --dataset_name pairs.jsonl
 
 Comparisons may be `prompt`/`chosen`/`rejected`, transcripts as in Anthropic's HH, labeled pairs (PandaLM, LLMBar) or
-scored completions (UltraFeedback); docs/guides/data.md lists all. A model that sees judges answers about pictures, in
-rows with a column `image` or `images` (docs/guides/vision.md). On the embedded world two thirds of them are between
-the model's own samples, judged by the gold rubric with label noise. Without `--model_name_or_path` the stages before
-this one run first, under the output folder.
+scored completions (UltraFeedback); docs/guides/data.md lists all. A vision-language model judges answers about
+images, in rows with a column `image` or `images` (docs/guides/vision.md). On the embedded world two thirds of them are
+between the model's own samples, judged by the gold rubric with label noise. Without `--model_name_or_path` the
+stages before this one run first, under the output folder.
 """
 
 from collections.abc import Sequence

@@ -5,9 +5,9 @@
     accelerate launch recipes/sft.py --model_name_or_path NAME --dataset_name alpaca.json
 
 Datasets may be in Alpaca, Dolly, FLAN, ShareGPT, `messages` or `prompt`/`completion` format; every answer of a
-conversation is learned (`--loss_on`). docs/guides/data.md lists formats and flags. A model that sees also learns of
-rows with a column `image` or `images` (docs/guides/vision.md). Without `--model_name_or_path` a small base model is
-pretrained on the embedded world first, under the output folder.
+conversation is learned (`--loss_on`). docs/guides/data.md lists formats and flags. A vision-language model also
+learns of rows with a column `image` or `images` (docs/guides/vision.md). Without `--model_name_or_path` a small base
+model is pretrained on the embedded world first, under the output folder.
 """
 
 from collections.abc import Sequence

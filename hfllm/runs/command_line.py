@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.child_processes import be_launcher, end_children_with_this_process, end_with_launcher
 from hfllm.errors import InputError, MachineError, redact, without_credentials
+from hfllm.flags import GIVEN
 from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
 from hfllm.outputs.report import compared, read_report
 from hfllm.runs.flags import check_json_flags, check_libraries, check_ranges
@@ -50,8 +51,6 @@ NOT_PART_OF_THE_RUN = frozenset(
     )
 )
 ASKS_FOR_HELP = frozenset(("--help", "-h"))
-# The attribute of parsed flags with the names of the given ones.
-GIVEN = "given_flags"
 # The text of --help about the libraries' own flags.
 ALWAYS = {
     "--config": "A YAML file of flags, or settings that came with hfllm, such as curate/books; flags win over it.",
@@ -167,11 +166,6 @@ def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstan
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             reason = os.strerror(error.errno)
             raise InputError(f"--output_dir {folder[:80]!r}...: no name for a folder: {reason}") from None
-
-
-def given_names(*parsed: "DataclassInstance") -> tuple[str, ...] | None:
-    """Return the names of the user's flags, on the command line or in files; `None` if not parsed here."""
-    return next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
 
 
 def _imported(dotted: str) -> type:

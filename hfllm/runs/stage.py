@@ -13,6 +13,7 @@ from hfllm.data.loading import DataArguments, check_source
 from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError
 from hfllm.fingerprint import FORM, file_fingerprint
+from hfllm.flags import given_names
 from hfllm.outputs.card import START, is_written, lineage, write_card
 from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming, record_of, state_of
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
@@ -40,7 +41,7 @@ from hfllm.outputs.report import (
 )
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed, without_nested_secrets
-from hfllm.runs.command_line import checkpoint_to_resume, finished_run, given_names, main_process, run_arguments
+from hfllm.runs.command_line import checkpoint_to_resume, finished_run, main_process, run_arguments
 from hfllm.runs.identity import data_files, difference, model_files, run_identity
 from hfllm.runs.lock import join, lock, owner_of, release
 from hfllm.runs.output import explained

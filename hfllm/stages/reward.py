@@ -269,8 +269,8 @@ def check_pictures(
     processor: "ProcessorMixin | None",
 ) -> bool:
     """Return whether a row has images; refuse flags incompatible with this, or with a vision-language model."""
+    from hfllm.flags import given_names
     from hfllm.multimodal.processors import check_template
-    from hfllm.runs.command_line import given_names
     from hfllm.stages.sft.build import shows_pictures
     from hfllm.stages.shared import check_sampling, check_split_weights
 

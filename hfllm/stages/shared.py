@@ -11,8 +11,9 @@ from hfllm.data.loading import DataArguments, RowArguments, held_out_arguments, 
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import Dropped, Message, flaw_of
 from hfllm.errors import InputError, refuse
+from hfllm.flags import given_names
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import given_names, say
+from hfllm.runs.command_line import say
 
 if TYPE_CHECKING:
     from peft import PeftModel

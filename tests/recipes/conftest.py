@@ -93,7 +93,7 @@ def learns_on(tmp_path):
 
 @pytest.fixture(scope="session")
 def seeing_folder(tmp_path_factory):
-    """A folder with a tiny model that sees, and its processor, in `model`."""
+    """A folder with a tiny vision-language model, and its processor, in `model`."""
     from seeing_rows import make_model, make_processor
 
     folder = tmp_path_factory.mktemp("seeing")

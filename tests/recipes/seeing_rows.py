@@ -1,4 +1,4 @@
-"""A tiny model that sees, and rows about which half of a picture is bright, for the recipes that take pictures."""
+"""A tiny vision-language model, and rows about the bright half of an image, for recipes that take images."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Which weights of a model that sees learn when its tower or its decoder is frozen, in several layouts."""
+"""Which weights of a vision-language model learn when its tower or its decoder is frozen, in several layouts."""
 
 import pytest
 import torch

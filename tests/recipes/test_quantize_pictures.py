@@ -1,4 +1,4 @@
-"""hfllm quantize on a model that sees: what its forms answer about pictures, and what is saved and loaded again."""
+"""hfllm quantize on a vision-language model: answers of its forms about images, and saving and loading."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What becomes of an adapter of a model that sees: merged, judged, published with a card, and quantized."""
+"""What becomes of an adapter of a vision-language model: merged, judged, published with a card, and quantized."""
 
 import evaluate
 import merge

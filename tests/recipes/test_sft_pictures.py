@@ -1,4 +1,4 @@
-"""Fine-tuning a model that sees by `hfllm sft`: on pictures, on text, on both; what it refuses, and its control."""
+"""Fine-tuning a vision-language model by `hfllm sft`: on images, text and both; refusals and its control."""
 
 import json
 import shutil

@@ -614,7 +614,7 @@ def in_tiles(chosen: torch.Tensor, number: int, groups: int, size: int) -> Tiles
     rows, _, width = chosen.shape
     flat = chosen.flatten(1)
     length, device = flat.shape[1], flat.device
-    # At the end of the counts, choices of none.
+    # At the end of the counts, unused choices.
     counts = flat.new_zeros(rows, number + 1).scatter_add(1, flat, torch.ones_like(flat))
     full = -(-counts[:, :number] // size)
     ends, most = full.cumsum(1), -(-length // size) + number
@@ -624,7 +624,7 @@ def in_tiles(chosen: torch.Tensor, number: int, groups: int, size: int) -> Tiles
     rank = torch.arange(length, device=device) - (counts.cumsum(1) - counts).gather(1, block)
     index = (starts.gather(1, block) + rank).clamp(max=most * size)
     queries = flat.new_full((rows, most * size + 1), chosen.shape[1])
-    # Choices of none share the last position, outside of all tiles.
+    # Unused choices share the last position, outside of all tiles.
     queries = queries.scatter(1, index, order // max(width, 1))[:, :-1]
     tiles = torch.arange(most, device=device).expand(rows, -1).contiguous()
     of_tile = torch.searchsorted(ends, tiles, right=True).clamp(max=number - 1)

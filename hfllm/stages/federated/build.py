@@ -41,10 +41,11 @@ from hfllm.federation.rounds import (
 )
 from hfllm.federation.transports import InProcess, Learner, SeveralProcesses, Transport
 from hfllm.federation.updates import ErrorFeedback, Expected, Update, changes, replace_tensors, weights_sha256
+from hfllm.flags import given_names
 from hfllm.models.devices import forked_random
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import given_names, say
+from hfllm.runs.command_line import say
 from hfllm.runs.models import fitting_length, load_to_train, peft_config
 from hfllm.runs.recipes import load_recipe
 from hfllm.stages.federated import flags as federated_flags

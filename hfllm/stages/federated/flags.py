@@ -19,10 +19,9 @@ from hfllm.federation.organisations import (
     world_organisations,
 )
 from hfllm.fingerprint import file_fingerprint
-from hfllm.flags import ALWAYS, NAMED, NOT_NEGATIVE, SHARE, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, NOT_NEGATIVE, SHARE, Fact, Refused, at_least, check_flags, flag, given_names
 from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import given_names
 from hfllm.runs.identity import data_files
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.runs.recipes import settings_file
