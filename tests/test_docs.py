@@ -1,5 +1,6 @@
 """The documentation's code runs, its commands and files exist, and it knows every argument of TRL's last PPOConfig."""
 
+import importlib.util
 import re
 import shlex
 import warnings
@@ -50,6 +51,13 @@ def test_what_ppo_md_names_exists():
     table = [row for row in page.splitlines() if row.startswith("| ")]
     named = {name for row in table for name in re.findall(r"`([a-z_\d]+)`", row.strip("| ").rpartition(" | ")[2])}
     assert {"cliprange", "kl_target"} <= named <= known | others
+
+
+def test_the_page_of_flags_is_that_of_their_declarations():
+    spec = importlib.util.spec_from_file_location("reference", ROOT / ".ci" / "reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    assert reference.PAGE.read_text() == reference.page(), "run .ci/reference.py"
 
 
 # Flags that go to accelerate or torchrun, each with a value.
