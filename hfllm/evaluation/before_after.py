@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -17,6 +18,7 @@ from hfllm.evaluation.judged import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
 from hfllm.evaluation.pictures import Asked, is_right
 from hfllm.generation.responses import sample_responses
+from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random
 from hfllm.models.loading.saved import saved_model
 from hfllm.outputs.report import (
@@ -513,10 +515,9 @@ def fit_metrics(
     sums: dict[str, list[float]] = {name: [] for name in models}
     agreed: dict[str, list[float]] = {name: [] for name in models}
     counts: list[int] = []
-    modes = {name: model.training for name, model in models.items()}
-    for model in models.values():
-        model.eval()
-    with torch.inference_mode():
+    with ExitStack() as modes, torch.inference_mode():
+        for model in models.values():
+            modes.enter_context(evaluating(model))
         for batch in batches:
             likeliest = {}
             counts += (batch["shift_labels"] != -100).sum(1).tolist()
@@ -525,8 +526,6 @@ def fit_metrics(
                 sums[name] += _by_row(losses, batch)
             for name in models if TEACHER in models else ():
                 agreed[name] += _by_row((likeliest[name] == likeliest[TEACHER]).double(), batch)
-    for name, model in models.items():
-        model.train(modes[name])
     # Without a target there is nothing to divide by; a row without one says nothing.
     count, metrics = max(sum(counts), 1), {}
     rows = [index for index, number in enumerate(counts) if number]
@@ -570,13 +569,11 @@ def row_losses(model: "PreTrainedModel", batches: Iterable[Mapping[str, "torch.T
     """Return nats and number of targets per row of batches in the form of `fit_metrics`."""
     import torch
 
-    result, was_training = [], model.training
-    model.eval()
-    with torch.inference_mode():
+    result = []
+    with evaluating(model), torch.inference_mode():
         for batch in batches:
             counts = (batch["shift_labels"] != -100).sum(1).tolist()
             result += zip(_by_row(target_losses(model, batch)[0], batch), counts, strict=True)
-    model.train(was_training)
     return result
 
 

@@ -15,6 +15,7 @@ from hfllm.data.world.vocabulary import PEOPLE, WELL_SAID
 from hfllm.data.world.world import FAMILIES, Task, World
 from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses
+from hfllm.generation.scoring import batches_of_tokens, evaluating
 from hfllm.outputs.report import Plot
 
 if TYPE_CHECKING:
@@ -279,35 +280,29 @@ def answer_scores(
     """
     import torch
 
-    from hfllm.models.devices import most_logits
-
-    batch_tokens = min(batch_tokens, most_logits(model, model.device) or batch_tokens)
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     before = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     after = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     if [] in after:
         raise InputError(f"answer {after.index([]) + 1} has no token")
-    order = sorted(range(len(prompts)), key=lambda at: len(before[at]) + len(after[at]))
+    texts = [[*start, *prompt, *answer] for prompt, answer in zip(before, after, strict=True)]
     scores: list[dict[str, float]] = [{} for _ in prompts]
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for rows in _batches(order, [len(start) + len(before[at]) + len(after[at]) for at in order], batch_tokens):
-            pieces = [torch.tensor([*start, *before[at], *after[at]]) for at in rows]
+    with evaluating(model), torch.inference_mode():
+        for rows in batches_of_tokens(model, list(map(len, texts)), batch_tokens):
             # A causal model does not see padding on the right.
+            pieces = [torch.tensor(texts[row]) for row in rows]
             ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True).to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits.float()
-            for row, at in enumerate(rows):
-                end, size = len(pieces[row]), len(after[at])
-                predicted, target = logits[row, end - size - 1 : end - 1], ids[row, end - size : end]
+            for index, row in enumerate(rows):
+                end, size = len(texts[row]), len(after[row])
+                predicted, target = logits[index, end - size - 1 : end - 1], ids[index, end - size : end]
                 hits = (predicted.argmax(-1) == target).float()
                 likelihood = predicted.log_softmax(-1).gather(-1, target[:, None]).mean()
-                scores[at] = {
+                scores[row] = {
                     "exact_match": float(hits.min()),
                     "token_match": float(hits.mean()),
                     "log_likelihood": float(likelihood),
                 }
-    model.train(was_training)
     return scores
 
 
@@ -361,15 +356,3 @@ def _sentences(text: str, count: int) -> str:
     line = text.split("\n")[0]
     ends = [match.end() for match in re.finditer(r"\.(?=\s|$)", line)]
     return line[: ends[count - 1]] if len(ends) >= count else line.rstrip()
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield rows from short to long in batches of at most `batch_tokens` tokens, padding included."""
-    rows: list[int] = []
-    for at, length in zip(order, lengths, strict=True):
-        if rows and (len(rows) + 1) * length > batch_tokens:
-            yield rows
-            rows = []
-        rows.append(at)
-    if rows:
-        yield rows

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
+from hfllm.generation.scoring import batches_of_tokens, evaluating, token_nats
 from hfllm.outputs.report import ratio_error, with_error
 
 if TYPE_CHECKING:
@@ -101,17 +102,14 @@ def text_likelihood(
     """
     import torch
 
-    from hfllm.models.devices import most_logits
-
-    batch_tokens = min(batch_tokens, most_logits(model, model.device) or batch_tokens)
     stride = max(max_length // 2, 1) if stride is None else stride
     if not 1 <= stride < max_length:
         raise InputError(f"stride={stride} with max_length={max_length}: expected at least 1, and less than a window")
-    windows = sorted(_windows(texts, tokenizer, max_length, stride), key=lambda w: len(w[0]))
-    nats, tokens, was_training = [0.0] * len(texts), [0] * len(texts), model.training
-    model.eval()
-    with torch.inference_mode():
-        for batch in _batches(windows, batch_tokens):
+    windows = list(_windows(texts, tokenizer, max_length, stride))
+    nats, tokens = [0.0] * len(texts), [0] * len(texts)
+    with evaluating(model), torch.inference_mode():
+        for rows in batches_of_tokens(model, [len(ids) for ids, _, _ in windows], batch_tokens):
+            batch = [windows[row] for row in rows]
             width = max(len(ids) for ids, _, _ in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
             labels = torch.full_like(ids, -100)
@@ -119,14 +117,11 @@ def text_likelihood(
                 ids[row, : len(window)] = torch.tensor(window)
                 labels[row, context_length : len(window)] = ids[row, context_length : len(window)]
             # A causal model does not see padding on the right.
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            targets = labels[:, 1:]
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            by_row, counts = losses.view_as(targets).double().sum(1).tolist(), (targets != -100).sum(1).tolist()
+            losses = token_nats(model(input_ids=ids, use_cache=False).logits[:, :-1], labels[:, 1:])
+            by_row, counts = losses.double().sum(1).tolist(), (labels[:, 1:] != -100).sum(1).tolist()
             for (_, _, text), row_nats, count in zip(batch, by_row, counts, strict=True):
                 nats[text] += row_nats
                 tokens[text] += count
-    model.train(was_training)
     if not any(tokens):
         raise InputError(f"{len(texts)} text(s) without a token to predict")
     sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
@@ -150,15 +145,3 @@ def _windows(
             begin = max(0, end - max_length)
             yield ids[begin:end], tokens_seen - begin, text
             tokens_seen = end
-
-
-def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Yield windows, ordered from short to long, in batches of at most `batch_tokens` tokens."""
-    batch: list[Window] = []
-    for window in windows:
-        if batch and (len(batch) + 1) * len(window[0]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch

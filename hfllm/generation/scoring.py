@@ -12,14 +12,14 @@ import copy
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from hfllm.data.tokenizer import tokenize_prompts, turn_end
 from hfllm.errors import InputError, is_out_of_memory
-from hfllm.models.devices import most_tokens
+from hfllm.models.devices import most_logits, most_tokens
 from hfllm.models.family.configuration_fields_hfllm import longrope_limits
 from hfllm.models.loading.saved import check_vocabulary, max_length_of
 
@@ -98,8 +98,7 @@ class Scorer:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.batch_size = model, batch_size
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        takes = inspect.signature(base.forward).parameters
+        takes = forward_parameters(model)
         self._keeps_logits = "logits_to_keep" in takes
         # Where the rotation of a whole text changes with its length.
         self._limits = longrope_limits(model.config.get_text_config(decoder=True))
@@ -196,21 +195,14 @@ class Scorer:
     def _score_rows(
         self, pairs: Sequence[Pair], read: list[list[int]], common: int, cache: "Cache | None", name: str
     ) -> list[Likelihood]:
-        import torch
-
-        tails = [each[common:] for each in read]
-        longest = max(map(len, tails))
-        device = self.model.device
-        ids = torch.tensor([[*each, *[each[-1]] * (longest - len(each))] for each in tails], device=device)
-        lengths = [common + len(each) for each in tails]
-        mask = torch.tensor([[1] * size + [0] * (common + longest - size) for size in lengths], device=device)
+        ids, mask = padded_batch([each[common:] for each in read], self.model.device, common)
         before = {}
         if cache is not None:
             before[self._cache_name] = copy_of(cache)
-            before[self._cache_name].batch_repeat_interleave(len(tails))
+            before[self._cache_name].batch_repeat_interleave(len(read))
         # The head is applied from where the first continuation is predicted.
         first = min(len(each.context) for each in pairs) - 1 - common
-        keep = {"logits_to_keep": longest - first} if self._keeps_logits else {}
+        keep = {"logits_to_keep": ids.shape[1] - first} if self._keeps_logits else {}
         output = self.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **before, **keep)
         logits = output.logits if self._keeps_logits else output.logits[:, first:]
         return [
@@ -248,12 +240,12 @@ def _likelihood(logits: "torch.Tensor", continuation: Sequence[int], name: str) 
     """
     import torch
 
-    chosen = torch.tensor(continuation, device=logits.device)
+    targets = torch.tensor(continuation, device=logits.device)
     numbers = logits[: len(continuation)].float().log_softmax(-1)
-    logprobs = numbers.gather(-1, chosen[:, None])[:, 0]
+    logprobs = numbers.gather(-1, targets[:, None])[:, 0]
     if bool(logprobs.isnan().any()):
         raise InputError(f"{name}: {NOT_NUMBERS}")
-    is_greedy = bool((numbers.argmax(-1) == chosen).all())
+    is_greedy = bool((numbers.argmax(-1) == targets).all())
     # Summed in 64 bits, unsupported by Apple's GPUs.
     return Likelihood(float(sum(logprobs.tolist())), len(continuation), is_greedy)
 
@@ -280,6 +272,24 @@ def copy_of(cache: "Cache") -> "Cache":
 # ---- passes ----
 #
 # Passes without gradients over sequences of different lengths: their grouping, their precision, and replies.
+
+
+def batches_of_tokens(model: "PreTrainedModel", lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield rows from short to long in batches of at most `batch_tokens` tokens, padding included.
+
+    Args:
+        lengths: tokens of the rows.
+        batch_tokens: most tokens in one pass; fewer where their logits would fill a GPU.
+    """
+    limit = min(batch_tokens, most_logits(model, model.device) or batch_tokens)
+    rows: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if rows and (len(rows) + 1) * lengths[row] > limit:
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
 
 
 def batches_of_like_length(model: "PreTrainedModel", lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -310,6 +320,28 @@ def pass_precision(model: "PreTrainedModel") -> "AbstractContextManager":
     return torch.autocast(model.device.type, torch.bfloat16) if needs_16_bits else nullcontext()
 
 
+def forward_parameters(model: "PreTrainedModel") -> Collection[str]:
+    """Return the names of the arguments of a model's forward pass, also of one with an adapter."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(base.forward).parameters
+
+
+def padded_batch(
+    rows: Sequence[Sequence[int]], device: "torch.device", common: int = 0
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Return rows of tokens as a batch and its attention mask; padding on the right is invisible to earlier tokens.
+
+    Args:
+        common: number of tokens before all of them, in a cache.
+    """
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=device)
+    mask = [[1] * (common + len(row)) + [0] * (longest - len(row)) for row in rows]
+    return ids, torch.tensor(mask, device=device)
+
+
 @contextmanager
 def evaluating(model: "PreTrainedModel") -> Iterator[None]:
     """Put a model into evaluation mode, and back: it may be in training."""
@@ -338,8 +370,7 @@ def reply_log_odds(
     """
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+    keeps_logits = "logits_to_keep" in forward_parameters(model)
     replies = [0.0] * len(questions)
     with evaluating(model), torch.inference_mode(), pass_precision(model):
         for rows in batches_of_like_length(model, [len(ids) for ids in questions], batch_size):
@@ -384,15 +415,15 @@ def nats_by_position(
 
     ids = torch.tensor([list(row) for row in rows], device=model.device)
     length = ids.shape[1]
-    window = length if window is None else min(window, length)
-    was_training, result = model.training, []
-    model.eval()
-    with torch.inference_mode():
+    window, result = length if window is None else min(window, length), []
+    with evaluating(model), torch.inference_mode():
         for begin, end, new in tqdm(_windows(length, window), disable=not sys.stderr.isatty(), leave=False):
             inputs = torch.cat([ids[:, :kept], ids[:, begin + kept : end]], dim=1)
             parts = inputs.split(max(1, BATCH_TOKENS // (end - begin)))
-            result.append(torch.cat([_nats(model, part)[:, new - begin :] for part in parts]))
-    model.train(was_training)
+            nats = [
+                token_nats(model(input_ids=part, use_cache=False).logits[:, :-1], part[:, 1:]).cpu() for part in parts
+            ]
+            result.append(torch.cat([each[:, new - begin :] for each in nats]))
     return torch.cat(result, dim=1)
 
 
@@ -406,12 +437,13 @@ def _windows(length: int, window: int) -> list[tuple[int, int, int]]:
     return indices
 
 
-def _nats(model: "PreTrainedModel", ids: "torch.Tensor") -> "torch.Tensor":
-    import torch
+def token_nats(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+    """Return minus the log-probabilities of tokens (B, S) under logits (B, S, V), in nats; 0 at targets of -100."""
+    from torch.nn.functional import cross_entropy
 
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids), -1).cpu()
+    # Not kept beside their copy in 32 bits: logits fill the memory.
+    logits = logits.float().flatten(0, 1)
+    return cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
 def bytes_of(rows: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase", first: int, last: int) -> list[int]:
@@ -571,21 +603,15 @@ def _answer_tokens(tokenizer: "PreTrainedTokenizerBase", answer: str | ScoredAns
 def _teacher_forced(
     model: "PreTrainedModel", before: Sequence[list[int]], after: Sequence[list[int]]
 ) -> list[list[float]]:
-    """Return the log-probabilities of the tokens after the prompts.
-
-    Rows are padded on the right, invisible to earlier tokens.
-    """
+    """Return the log-probabilities of the tokens after the prompts."""
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    rows = [[*prompt, *answer] for prompt, answer in zip(before, after, strict=True)]
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
-    # The head is applied from where the first answer begins, and nowhere before.
+    ids, mask = padded_batch([[*prompt, *answer] for prompt, answer in zip(before, after, strict=True)], model.device)
+    # The head is applied from where the first answer begins, and nowhere before. Positions and not their number: a
+    # head with biases rounds the two differently.
     first = min(map(len, before)) - 1
-    keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
-    keep = {"logits_to_keep": torch.arange(first, longest, device=model.device)} if keeps else {}
+    keeps = "logits_to_keep" in forward_parameters(model)
+    keep = {"logits_to_keep": torch.arange(first, ids.shape[1], device=model.device)} if keeps else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
     if not keeps:
         logits = logits[:, first:]
@@ -594,8 +620,8 @@ def _teacher_forced(
         start = len(prompt) - 1 - first
         numbers = logits[row, start : start + len(answer)].float().log_softmax(-1)
         target = ids[row, len(prompt) : len(prompt) + len(answer)]
-        chosen = numbers.gather(-1, target[:, None])[:, 0]
-        if bool(chosen.isnan().any()):
+        logprobs = numbers.gather(-1, target[:, None])[:, 0]
+        if bool(logprobs.isnan().any()):
             raise InputError(NOT_FINITE)
-        result.append(chosen.tolist())
+        result.append(logprobs.tolist())
     return result

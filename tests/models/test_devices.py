@@ -62,7 +62,7 @@ def test_the_pass_of_a_reward_model_and_of_the_perplexity_fit(make_model, tokeni
     # Room for 40 tokens of 3 x 32 values, and 12 of the logits.
     monkeypatch.setattr(devices, "most_tokens", lambda model, device: 40)
     monkeypatch.setattr("hfllm.generation.scoring.most_tokens", lambda model, device: 40)
-    monkeypatch.setattr(devices, "most_logits", lambda model, device: 12)
+    monkeypatch.setattr("hfllm.generation.scoring.most_logits", lambda model, device: 12)
     reward = RewardModel(make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=1), tokenizer)
     batches = list(batches_of_like_length(reward.model, [10, 12, 11, 9, 40, 50, 3], reward.batch_size))
     assert batches == [[5], [4], [1, 2, 0], [3, 6]]
