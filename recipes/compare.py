@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.lock import lock, releases_folders
-from hfllm.stages.evaluate.compare import CompareArguments
+from hfllm.stages.compare import CompareArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[CompareArguments]:
@@ -28,10 +28,10 @@ def parse(argv: Sequence[str]) -> tuple[CompareArguments]:
 def main(script_args: CompareArguments) -> dict[str, float]:
     """Read both logs, compare, report. Return the metrics."""
     from hfllm.evaluation.verdicts import fail_if_worse
-    from hfllm.outputs.report import is_samples, markdown_table
-    from hfllm.runs.command_line import say
     from hfllm.runs.stage import Stage
-    from hfllm.stages.evaluate import compare
+    from hfllm.stages import compare
+    from hfllm.stages.evaluate.flags import CHANGES
+    from hfllm.stages.evaluate.report import print_tables, write_changes
 
     # The same folder may be used again: earlier files are overwritten.
     compare.check(script_args)
@@ -40,20 +40,19 @@ def main(script_args: CompareArguments) -> dict[str, float]:
     if not main_process():
         return {}
 
-    names = compare.labels(script_args)
-    first, second = (compare.read_log(name, script_args) for name in script_args.logs)
-    second = compare.renamed(first, second, script_args.logs)
-    family = compare.family_of(script_args, first, second, names)
+    evaluations = compare.read_evaluations(script_args.logs, script_args.cluster_by, script_args.pool or ())
+    family = compare.family_of(*evaluations, script_args.metrics or (), script_args.allow_missing)
     lock(script_args.output_dir)
-    result = compare.report(script_args, names, family, (first, second))
-    for title, rows in result.tables.items():
-        if not is_samples(rows):
-            say("\n".join(["", title, *markdown_table(rows)]))
+    changes = compare.changes_of(evaluations, family)
+    write_changes(script_args.output_dir, changes)
+    result = compare.report(evaluations, family, changes, script_args.alpha)
+    print_tables(result.tables)
     metrics = stage.finish(
-        result.metrics, summary=result.summary, tables=result.tables, artifacts={"changes": compare.CHANGES}
+        result.metrics, summary=result.summary, tables=result.tables, artifacts={"changes": CHANGES}
     )
     if script_args.fail_on_regression:
-        fail_if_worse(metrics, *names[:1], names[1:])
+        first, second = evaluations
+        fail_if_worse(metrics, first.label, [second.label])
     return metrics
 
 

@@ -16,7 +16,8 @@ from contextlib import nullcontext
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.evaluate.flags import HOW_IT_ENDS, EvaluateArguments
+from hfllm.stages.evaluate import flags
+from hfllm.stages.evaluate.flags import EvaluateArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[EvaluateArguments]:
@@ -28,28 +29,32 @@ def parse(argv: Sequence[str]) -> tuple[EvaluateArguments]:
 @trusts_code_if_asked
 def main(script_args: EvaluateArguments) -> dict[str, float]:
     """Make what is missing, judge, compare, report. Return the metrics."""
+    from trl import ModelConfig
+
     from hfllm.evaluation.verdicts import fail_if_worse
-    from hfllm.outputs.report import is_samples, markdown_table
-    from hfllm.runs.command_line import main_process, say
+    from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages.evaluate import build as evaluate
-    from hfllm.stages.evaluate import flags as evaluate_flags
-    from hfllm.stages.evaluate.build import SAMPLES, Samples, judge_all, report, suites_of, write_changes
+    from hfllm.stages.evaluate import build, report
+    from hfllm.stages.shared import files_changed
 
     # Refuse what cannot work before anything is trained or loaded.
-    evaluate.check(script_args)
-    before = evaluate_flags.stages_before(script_args)
-    models = evaluate_flags.models_of(script_args, before)
-    files = evaluate.changed_files(script_args)
-    stage = Stage("evaluate", script_args, before=before.parsed, also=files, without=HOW_IT_ENDS, is_spread=True)
+    flags.check(script_args)
+    build.check_items(build.suites_of(script_args), script_args.write_answers)
+    named, output_dir = script_args.model_name_or_path or [], script_args.output_dir
+    configs = {name: getattr(script_args, f"{name}_config") for name in flags.CONFIGS}
+    before = flags.stages_before(output_dir, script_args.seed, script_args.world_seed, named, configs)
+    models = flags.models_of(named, before)
+    files = {**build.changed_files(script_args.files), **files_changed(script_args, named)}
+    stage = Stage("evaluate", script_args, before=before.parsed, also=files, without=flags.HOW_IT_ENDS, is_spread=True)
     stage.check()
-    first, *others = models
+    first, *others = labels = list(models)
     if stage.is_finished:
         metrics = stage.reuse()
         if script_args.fail_on_regression:
             fail_if_worse(metrics, first, others)
         return metrics
-    evaluate.check_models(script_args)
+    judge = script_args.judge_model_name_or_path
+    build.check_models(named, judge, bool(script_args.apply_chat_template), "pictures" in script_args.suites)
     stage.announce()
 
     # The world's models, if none is named.
@@ -58,24 +63,23 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
         return {}
 
     # Judge each by each suite, as far as an earlier run has not.
-    judge = script_args.judge_model_name_or_path
-    samples = Samples(script_args.output_dir, stage.arguments)
-    with evaluate_flags.loaded(script_args, "judge", judge) if judge else nullcontext() as judging:
-        suites = suites_of(script_args, judging)
-        records = judge_all(script_args, models, suites, samples)
+    names = ("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit")
+    config = ModelConfig(**{name: getattr(script_args, name) for name in names})
+    loader = build.Loader(config, script_args.batch_size, script_args.apply_chat_template)
+    samples = build.Samples(output_dir, stage.arguments)
+    with loader.load("judge", judge) if judge else nullcontext() as judging:
+        suites = build.suites_of(script_args, judging)
+        records = build.judge_all(loader, models, suites, samples)
 
-    result = report(suites, list(models), records)
-    changes = write_changes(script_args.output_dir, suites, list(models), records)
-    for title, rows in result.tables.items():
-        if not is_samples(rows):
-            say("\n".join(["", title, *markdown_table(rows)]))
+    result = report.report(suites, labels, records)
+    artifacts = {**{name: name for name in before.runs}, "samples": build.SAMPLES}
+    if others:
+        family = report.compared_figures(suites, labels, records)
+        report.write_changes(output_dir, report.changes_of(labels, family, records))
+        artifacts["changes"] = flags.CHANGES
+    report.print_tables(result.tables)
     metrics = stage.finish(
-        result.metrics,
-        summary=result.summary,
-        tables=result.tables,
-        curves=result.plots,
-        artifacts={**{name: name for name in before.runs}, "samples": SAMPLES, **changes},
-        models={label: name for label, name in models.items()},
+        result.metrics, None, result.summary, result.tables, result.plots, artifacts=artifacts, models=models
     )
     if script_args.fail_on_regression:
         fail_if_worse(metrics, first, others)

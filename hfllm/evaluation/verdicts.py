@@ -108,6 +108,22 @@ def judged(family: Sequence[Compared], alpha: float = ALPHA) -> list[Verdict]:
     return result
 
 
+def verdicts_of(
+    family: Sequence[Compared], models: Sequence[str], alpha: float = ALPHA
+) -> tuple[list[Verdict], dict[str, float], list[str]]:
+    """Return the verdicts of figures with enough items, the metrics of all, and their sentences.
+
+    Args:
+        models: names of the first model and of those compared with it.
+        alpha: see `judged`.
+    """
+    verdicts = judged([each for each in family if can_differ(each, alpha)], alpha)
+    left_out = [each for each in family if not can_differ(each, alpha)]
+    sentences = [sentence(models[0], model, verdicts, alpha) for model in models[1:]]
+    sentences += [left_out_sentence(left_out)] if left_out else []
+    return verdicts, verdict_metrics(verdicts, left_out, models[1:], alpha), sentences
+
+
 def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float = ALPHA) -> str:
     """Return the verdict in one sentence.
 

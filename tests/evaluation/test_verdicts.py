@@ -9,7 +9,8 @@ from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Record, Suite
 from hfllm.evaluation.verdicts import Compared, can_differ, fail_if_worse, judged, sentence
 from hfllm.outputs.statistics import holm
-from hfllm.stages.evaluate.build import SUITES, changes_of, compared_figures, report
+from hfllm.stages.evaluate.flags import SUITES
+from hfllm.stages.evaluate.report import changes_of, compared_figures, report
 
 
 class Made(Suite):
@@ -211,5 +212,5 @@ def test_every_suite_declares_what_decides_with_a_direction():
     for kind in kinds:
         assert kind.primary and {*kind.primary} <= kind.better.keys(), kind
     # These only describe, and lm_eval asks its tasks.
-    assert {kind.name for kind in kinds} == SUITES.keys() - {"calibration", "interpretability", "lm_eval"}
+    assert {kind.name for kind in kinds} == {*SUITES} - {"calibration", "interpretability", "lm_eval"}
     assert suites is not None and robustness.Robustness(dataset_name="x").primary_of("random search") == ()

@@ -160,7 +160,7 @@ def test_only_results_of_the_logs_own_run_say_which_way_is_better(tmp_path):
 
 
 def compare_stage():
-    from hfllm.stages.evaluate import compare as stage
+    from hfllm.stages import compare as stage
 
     return stage._higher_is_better
 
@@ -216,7 +216,7 @@ def test_our_samples_have_the_family_of_the_evaluation_that_wrote_them(tmp_path)
     """Suites of one name have other primary figures on the world, and lm-eval's tasks those that they name first."""
     from hfllm.evaluation.suites import robustness, world_suites
     from hfllm.evaluation.suites.base import Item
-    from hfllm.stages.evaluate.build import report
+    from hfllm.stages.evaluate.report import report
 
     class Tasks(world_suites.WorldSuite):
         name, better, primary = "lm_eval", {"acc": 1, "misses": -1}, ("misses",)

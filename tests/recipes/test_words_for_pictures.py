@@ -8,7 +8,7 @@ import rlhf
 import sft
 from seeing_rows import halves, make_processor, write_rows
 
-from hfllm.data.images.rows import conversation_batch
+from hfllm.data.images.rows import PictureArguments, conversation_batch
 from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
@@ -16,7 +16,6 @@ from hfllm.multimodal.answers import picture_batch
 from hfllm.multimodal.processors import encode
 from hfllm.stages import reward as reward_module
 from hfllm.stages.evaluate import build as evaluate
-from hfllm.stages.evaluate.flags import EvaluateArguments
 from hfllm.stages.rlhf import build as rlhf_build
 from hfllm.stages.rlhf.build import prompt_data, refuse_words
 from hfllm.stages.sft import build as sft_build
@@ -85,15 +84,14 @@ def test_comparisons(processor, seeing_folder, tmp_path, capsys, pictures):
 def test_questions_of_the_evaluation(seeing_folder, tmp_path, monkeypatch, capsys):
     """Asked of two models with different tokens: neither gets a question that it cannot read."""
     processors = {f"m{place}": make_processor(token) for place, token in enumerate(TOKENS)}
-    monkeypatch.setattr("hfllm.stages.evaluate.flags.processor_of", processors.__getitem__)
+    monkeypatch.setattr("hfllm.stages.evaluate.build.processor_of", processors.__getitem__)
     path = write_rows(tmp_path, halves(4))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1]["prompt"] = "<image> say <|image|>"
     # Of answers nothing is read.
     lines[2]["completion"] = "<|image|>"
     path.write_text("\n".join(map(json.dumps, lines)))
-    arguments = EvaluateArguments(model_name_or_path=list(processors), dataset_name=str(path))
-    questions = evaluate.own_questions(arguments)
+    questions = evaluate.own_questions(str(path), list(processors), PictureArguments())
     assert [asked.answer for asked in questions] == [lines[place]["completion"] for place in (0, 2, 3)]
     assert f"{COUNTED} ({path}, line 2)" in capsys.readouterr().out
     for each in processors.values():

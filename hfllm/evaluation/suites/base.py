@@ -13,8 +13,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
@@ -427,57 +425,3 @@ def yes_shares(judge: Subject, questions: Sequence[str]) -> list[float | None]:
     names = [f"judged answer {number}" for number in range(1, len(prompts) + 1)]
     result = judge.iter_choices(prompts, [words] * len(prompts), names=names)
     return [None if each is None else shares([number.logprob for number in each])[0] for each in result]
-
-
-# ---- overlap ----
-#
-# How much of a reference's words a text has: BLEU and ROUGE, by their most quoted libraries, where installed.
-
-
-OVERLAPS = ("bleu", "rouge1", "rougeL")
-PACKAGES = {"sacrebleu": "BLEU", "rouge_score": "ROUGE"}
-
-
-def missing_overlaps() -> str:
-    """Return the line about uninstalled measures; empty if all are installed."""
-    missing = [package for package in PACKAGES if find_spec(package) is None]
-    if not missing:
-        return ""
-    names = " and ".join(PACKAGES[each] for each in missing)
-    return f"{names} left out: pip install {' '.join(each.replace('_', '-') for each in missing)}"
-
-
-def overlap_scores(text: str, true: Sequence[str], false: Sequence[str]) -> dict[str, float]:
-    """Return per measure whether a text is nearer to a true answer than to every false one, and by how much.
-
-    Returns:
-        `NAME_acc`, 1 or 0, and `NAME_diff`, in hundredths, for measures with an installed library.
-    """
-    result: dict[str, float] = {}
-    for name, best in _measured(text, true).items():
-        difference = best - _measured(text, false)[name]
-        result |= {f"{name}_acc": float(difference > 0), f"{name}_diff": difference}
-    return result
-
-
-def _measured(text: str, references: Sequence[str]) -> dict[str, float]:
-    """Return per measure the largest over the references."""
-    result: dict[str, float] = {}
-    if find_spec("sacrebleu") is not None:
-        from sacrebleu import corpus_bleu
-
-        # As lm-eval counts: with every n-gram of a sentence smoothed, and words split as for international text.
-        options = {"smooth_method": "exp", "smooth_value": 0.0, "force": False, "tokenize": "intl"}
-        options |= {"lowercase": False, "use_effective_order": False}
-        result["bleu"] = max(corpus_bleu([text], [[each]], **options).score for each in references)
-    if find_spec("rouge_score") is not None:
-        scores = [_rouge().score(each, text) for each in references]
-        result |= {name: max(100 * each[name].fmeasure for each in scores) for name in ("rouge1", "rougeL")}
-    return result
-
-
-@cache
-def _rouge():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1", "rougeL"])

@@ -12,12 +12,13 @@ The CSV of the questions and `mc_task.json` differ in their answers: figures of 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from hfllm.data.rows import Message
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import (
-    OVERLAPS,
     TOO_LONG,
     Item,
     Prompt,
@@ -27,7 +28,6 @@ from hfllm.evaluation.suites.base import (
     mc1,
     mc2,
     mc3,
-    overlap_scores,
     rows_of,
     yes_shares,
 )
@@ -58,6 +58,10 @@ Proposed answer: {answer}
 Answers known to be true: {true}
 Answers known to be false: {false}
 Is the proposed answer true? Reply with Yes or No."""
+
+# Measures of overlap, and their packages.
+OVERLAPS = ("bleu", "rouge1", "rougeL")
+PACKAGES = {"sacrebleu": "BLEU", "rouge_score": "ROUGE"}
 
 
 @dataclass(frozen=True)
@@ -250,3 +254,53 @@ def _targets(origin: str, row: Mapping[str, Any], name: str) -> tuple[list[str],
     if not isinstance(targets, Mapping) or not {*targets.values()} == {0, 1}:
         raise InputError(f"{origin}: {name} must say of each answer 1 or 0, with both there, got {str(targets)[:80]}")
     return [each for each, label in targets.items() if label], [each for each, label in targets.items() if not label]
+
+
+# ---- overlap ----
+#
+# How much of a reference's words a text has: BLEU and ROUGE, by their most quoted libraries, where installed.
+
+
+def missing_overlaps() -> str:
+    """Return the line about uninstalled measures; empty if all are installed."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if not missing:
+        return ""
+    names = " and ".join(PACKAGES[each] for each in missing)
+    return f"{names} left out: pip install {' '.join(each.replace('_', '-') for each in missing)}"
+
+
+def overlap_scores(text: str, true: Sequence[str], false: Sequence[str]) -> dict[str, float]:
+    """Return per measure whether a text is nearer to a true answer than to every false one, and by how much.
+
+    Returns:
+        `NAME_acc`, 1 or 0, and `NAME_diff`, in hundredths, for measures with an installed library.
+    """
+    result: dict[str, float] = {}
+    for name, best in _measured(text, true).items():
+        difference = best - _measured(text, false)[name]
+        result |= {f"{name}_acc": float(difference > 0), f"{name}_diff": difference}
+    return result
+
+
+def _measured(text: str, references: Sequence[str]) -> dict[str, float]:
+    """Return per measure the largest over the references."""
+    result: dict[str, float] = {}
+    if find_spec("sacrebleu") is not None:
+        from sacrebleu import corpus_bleu
+
+        # As lm-eval counts: with every n-gram of a sentence smoothed, and words split as for international text.
+        options = {"smooth_method": "exp", "smooth_value": 0.0, "force": False, "tokenize": "intl"}
+        options |= {"lowercase": False, "use_effective_order": False}
+        result["bleu"] = max(corpus_bleu([text], [[each]], **options).score for each in references)
+    if find_spec("rouge_score") is not None:
+        scores = [_rouge().score(each, text) for each in references]
+        result |= {name: max(100 * each[name].fmeasure for each in scores) for name in ("rouge1", "rougeL")}
+    return result
+
+
+@cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rougeL"])

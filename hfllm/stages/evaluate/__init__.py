@@ -1,1 +1,1 @@
-"""The evaluate recipe, flags.py (light) and build.py (heavy), and compare (of samples)."""
+"""The evaluate recipe: flags.py (light), build.py (heavy) and report.py."""

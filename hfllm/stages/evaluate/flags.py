@@ -1,40 +1,36 @@
-"""The evaluation of models: its flags, the stages for the world's models, and the subjects."""
+"""The evaluation of models: its flags, what they refuse, and the stages for the world's models."""
 
+import difflib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from hfllm.data.images.rows import OF_PICTURES, PictureArguments
 from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.errors import InputError
-from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, Fact, Refused, at_least, flag
+from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-    from trl import ModelConfig
-
-    from hfllm.evaluation.suites.base import Subject
-    from hfllm.evaluation.suites.lm_eval import LmEval
+# ---- flags ----
 
 
-# ---- lm-eval's tasks ----
-#
-# The flags of lm-eval's tasks, their checks, and the suite.
+SUITES = (
+    *("truthfulness", "hhh", "refusals", "calibration", "few_shot", "interpretability", "lm_eval", "robustness"),
+    "pictures",
+)
+# The suites of a run without named ones.
+DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
 
 
-SUITE = "lm_eval"
-
-
-def _not_asked(*suites: str) -> Fact:
+def _is_for(*suites: str) -> Fact:
     return Fact(lambda flags: not {*suites} & {*flags.suites}, f"it is for --suites {' or '.join(suites)}")
 
 
-NO_TASKS = _not_asked(SUITE)
+NO_TASKS = _is_for("lm_eval")
+MODELS_NAMED = NAMED.because("the models are named")
 
 
 @dataclass(frozen=True)
@@ -59,51 +55,16 @@ class LmEvalArguments:
     )
 
 
-def check(script_args: LmEvalArguments, suites: list[str]) -> None:
-    """Refuse flags of tasks without the suite, and the suite without tasks."""
-    if SUITE in suites and not script_args.tasks:
-        raise InputError(f"--suites {SUITE} needs --tasks, such as --tasks arc_easy_file --tasks_data FOLDER")
-    if script_args.tasks_data is not None and not Path(script_args.tasks_data).is_dir():
-        raise InputError(f"--tasks_data {script_args.tasks_data}: no such folder")
-
-
-def suite_of(script_args: LmEvalArguments, num_items: int | None) -> "LmEval":
-    """Return the suite described by the flags."""
-    from hfllm.evaluation.suites.lm_eval import LmEval
-
-    return LmEval(
-        script_args.tasks or (),
-        script_args.include_path or (),
-        script_args.tasks_data,
-        script_args.num_fewshot,
-        num_items,
-        script_args.allow_code_execution,
-        script_args.tasks_from_hub,
-    )
-
-
-def files_of(script_args: LmEvalArguments) -> list[str]:
-    """Return the files with an effect on the figures: YAML tasks, the code next to them, and data."""
-    folders = [*(script_args.include_path or ()), *([script_args.tasks_data] if script_args.tasks_data else ())]
-    kinds = (".yaml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".txt")
-    return sorted(str(path) for folder in folders for path in Path(folder).rglob("*") if path.suffix in kinds)
-
-
-# ---- evaluation ----
-
-
-# The suites of a run without named ones.
-DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
 # Questions of the world, by default.
 NUM_WORLD_ITEMS = 240
 # YAML files of the stages for the world's models.
 CONFIGS = ("pretrain", "sft", "reward", "rlhf")
 # Flags without effect on figures.
 HOW_IT_ENDS = ("fail_on_regression",)
-FILES = (
-    *("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files"),
-    *("facts_file", "robustness_file"),
-)
+# Flags of local files.
+FILES = ("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files", "facts_file", "robustness_file")
+# Kinds of files beside lm-eval's tasks with an effect on their figures.
+OF_TASKS = (".yaml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".txt")
 
 
 @dataclass(frozen=True)
@@ -132,7 +93,7 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     truthfulqa_file: str | None = flag(
         None,
         "TruthfulQA's CSV or mc_task.json; without it the world's facts are asked.",
-        never=_not_asked("truthfulness"),
+        never=_is_for("truthfulness"),
     )
     write_answers: bool = flag(
         False,
@@ -140,16 +101,16 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
         never=Fact(lambda flags: not flags.truthfulqa_file, "no --truthfulqa_file"),
     )
     preference_files: list[str] | None = flag(
-        None, "Pairs for hhh: behaviors with (A) and (B), BIG-bench's HHH, chosen, rejected.", never=_not_asked("hhh")
+        None, "Pairs for hhh: behaviors with (A) and (B), BIG-bench's HHH, chosen, rejected.", never=_is_for("hhh")
     )
-    xstest_file: str | None = flag(None, "XSTest's CSV, for refusals.", never=_not_asked("refusals"))
+    xstest_file: str | None = flag(None, "XSTest's CSV, for refusals.", never=_is_for("refusals"))
     few_shot_files: list[str] | None = flag(
         None,
         "Multiple choice or exact match, for few_shot and calibration.",
-        never=_not_asked("few_shot", "calibration"),
+        never=_is_for("few_shot", "calibration"),
     )
     facts_file: str | None = flag(
-        None, "Rows of subject, question and answer, for interpretability.", never=_not_asked("interpretability")
+        None, "Rows of subject, question and answer, for interpretability.", never=_is_for("interpretability")
     )
     num_shots: int = flag(
         0,
@@ -160,29 +121,25 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     robustness_file: str | None = flag(
         None,
         "Prompts for robustness, with a column answer, harmful, or XSTest's label.",
-        never=_not_asked("robustness"),
+        never=_is_for("robustness"),
     )
     num_attacks: int | None = flag(
         None,
         "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file.",
         takes=at_least(0),
-        never=_not_asked("robustness"),
+        never=_is_for("robustness"),
     )
     dataset_name: str | None = flag(
         None,
         "Questions about pictures, for the suite pictures, which is then the default: rows with a column "
         "image or images, or 'pictures' or 'digits', which are drawn here.",
-        never=_not_asked("pictures"),
+        never=_is_for("pictures"),
     )
     max_new_tokens: int = flag(64, "Longest written answer to the rows of a file.", takes=at_least(1))
-    pretrain_config: str | None = flag(
-        None, "YAML flags of the world's pretraining.", never=NAMED.because("the models are named")
-    )
-    sft_config: str | None = flag(None, "YAML flags of its fine-tuning.", never=NAMED.because("the models are named"))
-    reward_config: str | None = flag(
-        None, "YAML flags of its reward model.", never=NAMED.because("the models are named")
-    )
-    rlhf_config: str | None = flag(None, "YAML flags of its alignment.", never=NAMED.because("the models are named"))
+    pretrain_config: str | None = flag(None, "YAML flags of the world's pretraining.", never=MODELS_NAMED)
+    sft_config: str | None = flag(None, "YAML flags of its fine-tuning.", never=MODELS_NAMED)
+    reward_config: str | None = flag(None, "YAML flags of its reward model.", never=MODELS_NAMED)
+    rlhf_config: str | None = flag(None, "YAML flags of its alignment.", never=MODELS_NAMED)
     fail_on_regression: bool = flag(
         False,
         "Exit code 1 where a model is significantly worse than the first one, 2 where nothing is tested.",
@@ -192,7 +149,7 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     refused: ClassVar[Refused] = dict.fromkeys(
         OF_PICTURES,
         (
-            _not_asked("pictures"),
+            _is_for("pictures"),
             Fact(
                 lambda flags: flags.dataset_name in (PICTURES, DIGITS),
                 "it is for rows of your own, and these are drawn",
@@ -204,96 +161,44 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
         if self.dataset_name and self.suites == list(DEFAULT_SUITES):
             object.__setattr__(self, "suites", ["pictures"])
 
-
-# ---- the stages before ----
-
-
-def stages_before(script_args: EvaluateArguments) -> Chain:
-    """Return the main job for making the world's models, if none is named."""
-    from hfllm.stages.rlhf import build as rlhf
-
-    model_name = (script_args.model_name_or_path or [None])[0]
-    before = chain_before(
-        "evaluate",
-        script_args.output_dir,
-        script_args.seed,
-        script_args.world_seed,
-        given_models={"rlhf": model_name},
-        configs={name: getattr(script_args, f"{name}_config") for name in CONFIGS},
-    )
-    return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})
+    @property
+    def files(self) -> list[str]:
+        """The local files with an effect on the figures: of suites, and lm-eval's tasks with code and data."""
+        values = [getattr(self, name) or () for name in FILES]
+        folders = [*(self.include_path or ()), *([self.tasks_data] if self.tasks_data else ())]
+        of_tasks = [path for folder in folders for path in Path(folder).rglob("*") if path.suffix in OF_TASKS]
+        of_suites = [path for value in values for path in ([value] if isinstance(value, str) else value)]
+        return [*of_suites, *sorted(map(str, of_tasks))]
 
 
-def models_of(script_args: EvaluateArguments, before: Chain) -> dict[str, str]:
-    """Return the models by their labels: the named ones, or the world's before and after alignment."""
-    named = script_args.model_name_or_path
-    if named:
-        return dict(zip(labels_of(named), named, strict=True))
-    return {"sft": before.nested["rlhf"].model("sft"), "rlhf": before.model("rlhf")}
+# ---- what is refused ----
 
 
-def labels_of(names: Sequence[str], flag: str = "--model_name_or_path") -> list[str]:
-    """Return a short label of each model: the shortest unique end of its name.
-
-    Args:
-        names: of models, or of other files or folders.
-        flag: with the names, for errors.
-    """
-    if len(set(names)) < len(names):
-        twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise InputError(f"{flag} names {twice} twice")
-    parts = [[part for part in name.split("/") if part not in ("", ".")] or [name] for name in names]
-    for size in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(each[-size:]) for each in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return list(names)
+# Flags without which a suite has nothing to ask, and what they name.
+NEEDED = (
+    ("lm_eval", "tasks", "--tasks, such as --tasks arc_easy_file --tasks_data FOLDER"),
+    ("pictures", "dataset_name", "--dataset_name: rows with pictures, or 'pictures' or 'digits'"),
+    ("pictures", "model_name_or_path", "--model_name_or_path: a model that sees (hfllm vision makes one)"),
+)
 
 
-# ---- the subjects ----
-
-
-def model_config(script_args: EvaluateArguments) -> "ModelConfig":
-    """Return how models are loaded."""
-    from trl import ModelConfig
-
-    names = ("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit")
-    return ModelConfig(**{name: getattr(script_args, name) for name in names})
-
-
-@contextmanager
-def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[Subject]":
-    """Load a model to be judged, and let it go afterwards."""
-    import gc
-
-    import torch
-
-    from hfllm.evaluation.suites.base import Subject
-    from hfllm.runs.models import saved_tokenizer
-    from hfllm.stages.shared import load_speaking
-
-    requested = script_args.apply_chat_template
-    has_template = saved_tokenizer(name).chat_template is not None
-    processor = processor_of(name)
-    speaking = load_speaking(name, model_config(script_args), processor=processor)
-    uses = has_template if requested is None else requested
-    yield Subject(label, speaking.model, speaking.tokenizer, uses, script_args.batch_size, processor)
-    del speaking
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def processor_of(name: str) -> "ProcessorMixin | None":
-    """Return the processor of a vision-language model; `None` for a text model."""
-    from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.runs.models import load_config
-    from hfllm.stages.shared import load_processor
-
-    return load_processor(name, "main") if is_for_pictures(load_config(name)) else None
-
-
-# ---- files of changes ----
+def check(script_args: EvaluateArguments) -> None:
+    """Refuse flags that would fail later, and flags without effect."""
+    suites = script_args.suites
+    for name in suites:
+        if name not in SUITES:
+            nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
+            raise InputError(f"--suites {name!r}: no such suite; did you mean {nearest!r}? All: {', '.join(SUITES)}")
+    if not suites or len(set(suites)) < len(suites):
+        raise InputError(f"--suites {' '.join(suites)}: expected one or more, each once")
+    check_flags(script_args)
+    if len(script_args.model_name_or_path or ()) != 1:
+        refuse_foreign_changes(script_args.output_dir)
+    for suite, name, flags in NEEDED:
+        if suite in suites and not getattr(script_args, name):
+            raise InputError(f"--suites {suite} needs {flags}")
+    if script_args.tasks_data is not None and not Path(script_args.tasks_data).is_dir():
+        raise InputError(f"--tasks_data {script_args.tasks_data}: no such folder")
 
 
 # The file of items with differences between models, and the maximum length of its lines.
@@ -315,6 +220,46 @@ def refuse_foreign_changes(folder: str | Path) -> None:
         raise InputError(f"{path} is not hfllm's and would be overwritten: move it or choose another --output_dir")
 
 
-def slug(text: str) -> str:
-    """Return a part of a metric's name: small letters, digits and points, with `_` between words."""
-    return "_".join("".join(each if each.isalnum() or each in ".-" else " " for each in text.lower()).split())
+# ---- the stages before ----
+
+
+def stages_before(
+    output_dir: str, seed: int, world_seed: int, models: Sequence[str], configs: Mapping[str, str | None]
+) -> Chain:
+    """Return the main job for making the world's models, if none is named.
+
+    Args:
+        models: the named ones.
+        configs: YAML files of the stages' flags, by stage of `CONFIGS`.
+    """
+    from hfllm.stages.rlhf import build as rlhf
+
+    named = {"rlhf": models[0] if models else None}
+    before = chain_before("evaluate", output_dir, seed, world_seed, given_models=named, configs=configs)
+    nested = {name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()}
+    return replace(before, nested=nested)
+
+
+def models_of(names: Sequence[str], before: Chain) -> dict[str, str]:
+    """Return the models by their labels: the named ones, or the world's before and after alignment."""
+    if names:
+        return dict(zip(labels_of(names), names, strict=True))
+    return {"sft": before.nested["rlhf"].model("sft"), "rlhf": before.model("rlhf")}
+
+
+def labels_of(names: Sequence[str], flag: str = "--model_name_or_path") -> list[str]:
+    """Return a short label of each model: the shortest unique end of its name.
+
+    Args:
+        names: of models, or of other files or folders.
+        flag: with the names, for errors.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise InputError(f"{flag} names {twice} twice")
+    parts = [[part for part in name.split("/") if part not in ("", ".")] or [name] for name in names]
+    for size in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(each[-size:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return list(names)

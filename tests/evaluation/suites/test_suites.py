@@ -9,7 +9,7 @@ import torch
 
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.evaluation.suites import base
+from hfllm.evaluation.suites import truthfulness
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Subject, chosen, mc1, mc2, mc3, shares, yes_shares
 from hfllm.evaluation.suites.calibration import ChoiceCalibration, WorldCalibration
 from hfllm.evaluation.suites.few_shot import FewShot, same_answer
@@ -126,7 +126,7 @@ def test_written_answers_are_compared_and_judged(make_model, tokenizer, tmp_path
     subject = Subject("small", make_model(max_position_embeddings=1024), tokenizer, uses_chat_template=True)
     judge = Subject("judge", make_model(seed=3, max_position_embeddings=1024), tokenizer, uses_chat_template=True)
     # Its imports take seconds.
-    monkeypatch.setattr(base, "find_spec", lambda package: None)
+    monkeypatch.setattr(truthfulness, "find_spec", lambda package: None)
     suite = TruthfulQA(write_csv(tmp_path / "t.csv", TQA), writes=True, judge=judge, max_new_tokens=4)
     items = [item for item in suite.items() if item.body.is_written]
     assert len(items) == 2 and len(suite.items()) == 4
@@ -140,8 +140,8 @@ def test_written_answers_are_compared_and_judged(make_model, tokenizer, tmp_path
 
 
 def test_measures_that_are_not_installed_are_named(monkeypatch):
-    monkeypatch.setattr(base, "find_spec", lambda package: None if package == "rouge_score" else True)
-    assert base.missing_overlaps() == "ROUGE left out: pip install rouge-score"
+    monkeypatch.setattr(truthfulness, "find_spec", lambda package: None if package == "rouge_score" else True)
+    assert truthfulness.missing_overlaps() == "ROUGE left out: pip install rouge-score"
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_overlap_as_lm_eval_counts_it():
     reason = "its measures need sacrebleu and rouge-score"
     utils = pytest.importorskip("lm_eval.tasks.truthfulqa.utils", reason=reason)
     true, false = ["The fox is red.", "It is an animal."], ["The fox is blue."]
-    found = base.overlap_scores("The fox is a red animal.", true, false)
+    found = truthfulness.overlap_scores("The fox is a red animal.", true, false)
     doc = {"correct_answers": true, "incorrect_answers": false}
     theirs = utils.process_results_gen(doc, ["The fox is a red animal."])
     assert found["rouge1_diff"] == pytest.approx(theirs["rouge1_diff"])

@@ -7,7 +7,7 @@ of an item, the `filter` applied to its answer, and a figure for each of `metric
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,22 +15,12 @@ from typing import Any
 
 from hfllm.data.sources import iterate_source, parse_json
 from hfllm.errors import InputError, refuse
-from hfllm.evaluation.verdicts import (
-    ALPHA,
-    Compared,
-    can_differ,
-    changed_items,
-    judged,
-    left_out_sentence,
-    sentence,
-    shown_changes,
-    verdict_metrics,
-    verdict_table,
-)
+from hfllm.evaluation.verdicts import ALPHA, Compared, changed_items, shown_changes, verdict_table, verdicts_of
 from hfllm.flags import flag
-from hfllm.outputs.report import Found, write_atomically
+from hfllm.outputs.report import Found
 from hfllm.outputs.statistics import mean_interval
-from hfllm.stages.evaluate.flags import CHANGES, labels_of, refuse_foreign_changes, slug
+from hfllm.stages.evaluate.flags import labels_of, refuse_foreign_changes
+from hfllm.stages.evaluate.report import interval_metrics, slug
 
 # lm-eval's names; a date stands for a run.
 LM_EVAL_LOG = re.compile(r"samples_(.+?)(?:_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?))?\.jsonl")
@@ -45,7 +35,7 @@ NOT_METRICS = frozenset(
 # Of these metrics less is better; of others, more.
 LOSSES = re.compile(r"(?:.*_)?(?:perplexity|bits_per_byte|loss|brier|brier_score|wer|cer|ter|toxicity)")
 # Our suites with prompts dependent on the model: its template, or an attack on it.
-ASKED_BY_MODEL = ("robustness", "lm_eval")
+PROMPTED_BY_MODEL = ("robustness", "lm_eval")
 # Sums of larger scores would be infinite.
 MOST = 1e100
 MOST_LISTED = 3
@@ -74,7 +64,7 @@ class CompareArguments:
 
 
 @dataclass(frozen=True)
-class Logged:
+class LoggedItem:
     """An item of a log.
 
     Args:
@@ -82,7 +72,7 @@ class Logged:
         identity: of the item, to check that two logs have the same one; empty if missing in the log.
         scores: its figures by metric.
         cluster: of the item, if requested.
-        asked, said: the model's input and output, for readers.
+        prompt, answer: the model's input and output, for readers.
         is_own: whether it is of a suite of `hfllm evaluate`.
         primary: of such an item the primary metrics, with 1 if more is better and -1 if less is; `None` if missing in
             an older log.
@@ -92,14 +82,31 @@ class Logged:
     identity: str
     scores: dict[str, float]
     cluster: object
-    asked: str
-    said: str
+    prompt: str
+    answer: str
     is_own: bool = False
     primary: Mapping[str, int] | None = None
 
 
-# Items by their keys, for each part: a task and a filter, or a suite and a group.
-Log = dict[tuple[str, str], dict[str, Logged]]
+# A task and a filter of it, or a suite and a group of it.
+Part = tuple[str, str]
+# The items of an evaluation by their keys, for each part.
+Log = dict[Part, dict[str, LoggedItem]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Args:
+        path: of its log, or of the folder of its logs.
+        label: its name in the report.
+        log: its items.
+    """
+
+    path: str
+    label: str
+    log: Log
 
 
 def check(script_args: CompareArguments) -> None:
@@ -116,20 +123,34 @@ def check(script_args: CompareArguments) -> None:
     refuse_foreign_changes(script_args.output_dir)
 
 
-def labels(script_args: CompareArguments) -> list[str]:
+# ---- logs ----
+
+
+def read_evaluations(names: Sequence[str], cluster_by: str | None, pool: Sequence[str]) -> list[Evaluation]:
+    """Return two evaluations, the second with the name of the first's task where files of one task have any names.
+
+    Args:
+        names: logs, or folders of logs.
+        cluster_by: see `CompareArguments`.
+        pool: beginnings of names of tasks that are taken together.
+    """
+    labels = _labels(names)
+    first, second = (read_log(name, cluster_by, pool) for name in names)
+    logs = first, renamed(first, second, names)
+    return [Evaluation(*each) for each in zip(names, labels, logs, strict=True)]
+
+
+def _labels(names: Sequence[str]) -> list[str]:
     """Return a short name of each evaluation: for logs with assigned names, the name of their folder."""
-    paths = [Path(name) for name in script_args.logs]
+    paths = [Path(name) for name in names]
     is_usual = all(path.is_file() and (path.name == OWN_LOG or _task_of(path)) for path in paths)
     if is_usual and paths[0].resolve().parent != paths[1].resolve().parent:
         paths = [path.resolve().parent for path in paths]
     return labels_of([str(path) for path in paths], "--logs")
 
 
-# ---- logs ----
-
-
-def read_log(name: str, script_args: CompareArguments) -> Log:
-    """Return the items of a log, or of all logs of a folder."""
+def read_log(name: str, cluster_by: str | None = None, pool: Sequence[str] = ()) -> Log:
+    """Return the items of a log, or of all logs of a folder; see `read_evaluations`."""
     result: Log = {}
     of_task: dict[str, Path] = {}
     for path in _files(name):
@@ -142,9 +163,9 @@ def read_log(name: str, script_args: CompareArguments) -> Log:
                 models.add(str(row.get("model")))
                 if len(models) > 1:
                     raise InputError(f"{origin}: the log has several models, which hfllm evaluate has compared")
-                part, key, logged = _own(origin, row, script_args.cluster_by)
+                part, key, logged = _own(origin, row, cluster_by)
             else:
-                part, key, logged = _of_lm_eval(origin, row, task or path.stem, script_args)
+                part, key, logged = _of_lm_eval(origin, row, task or path.stem, cluster_by, pool)
             if logged is None:
                 continue
             items = result.setdefault(part, {})
@@ -174,7 +195,7 @@ def _task_of(path: Path) -> str | None:
     return result[1] if result else None
 
 
-def _own(origin: str, row: Mapping[str, Any], cluster_by: str | None) -> tuple[tuple[str, str], str, Logged | None]:
+def _own(origin: str, row: Mapping[str, Any], cluster_by: str | None) -> tuple[Part, str, LoggedItem | None]:
     """Return an item of `hfllm evaluate`; none for a skipped one."""
     scores = row["scores"]
     if not isinstance(scores, dict) or not all(isinstance(row.get(name), str) for name in ("suite", "group", "item")):
@@ -186,14 +207,14 @@ def _own(origin: str, row: Mapping[str, Any], cluster_by: str | None) -> tuple[t
         raise InputError(f"{origin}: primary is {primary!r:.80}, expected metrics with 1 or -1")
     cluster = _cluster(origin, row, cluster_by)
     texts = str(row.get("asked", "")), str(row.get("said", ""))
-    identity = "" if row["suite"] in ASKED_BY_MODEL else texts[0]
-    logged = Logged(origin, identity, numbers, cluster, *texts, is_own=True, primary=primary) if numbers else None
+    identity = "" if row["suite"] in PROMPTED_BY_MODEL else texts[0]
+    logged = LoggedItem(origin, identity, numbers, cluster, *texts, is_own=True, primary=primary) if numbers else None
     return (row["suite"], row["group"]), row["item"], logged
 
 
 def _of_lm_eval(
-    origin: str, row: Mapping[str, Any], task: str, script_args: CompareArguments
-) -> tuple[tuple[str, str], str, Logged | None]:
+    origin: str, row: Mapping[str, Any], task: str, cluster_by: str | None, pool: Sequence[str]
+) -> tuple[Part, str, LoggedItem | None]:
     """Return an item of lm-eval; figures of a whole corpus (lists) are left out."""
     if "doc_id" not in row:
         raise InputError(
@@ -210,11 +231,11 @@ def _of_lm_eval(
     doc = row.get("doc")
     identity = str(row.get("doc_hash") or "") or (json.dumps(doc, sort_keys=True) if doc is not None else "")
     whole = {**row, **doc} if isinstance(doc, Mapping) else row
-    cluster, key = _cluster(origin, whole, script_args.cluster_by), str(row["doc_id"])
-    pooled = next((each for each in script_args.pool or () if task.startswith(each)), None)
+    cluster, key = _cluster(origin, whole, cluster_by), str(row["doc_id"])
+    pooled = next((each for each in pool if task.startswith(each)), None)
     if pooled is not None:
         key, task, cluster = f"{task}/{key}", pooled, None if cluster is None else (task, cluster)
-    logged = Logged(origin, identity, scores, cluster, *_texts(row)) if scores else None
+    logged = LoggedItem(origin, identity, scores, cluster, *_texts(row)) if scores else None
     return (task, str(row.get("filter") or "none")), key, logged
 
 
@@ -255,32 +276,37 @@ def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
 # ---- the comparison ----
 
 
-def family_of(script_args: CompareArguments, first: Log, second: Log, names: Sequence[str]) -> list[Compared]:
-    """Return the compared figures, over the items in both logs."""
+def family_of(
+    first: Evaluation, second: Evaluation, metrics: Sequence[str] = (), allow_missing: bool = False
+) -> list[Compared]:
+    """Return the compared figures, over the items in both evaluations.
+
+    Args:
+        metrics: the compared ones; by default all of lm-eval's, and the primary ones of ours.
+        allow_missing: whether one may lack items of the other.
+    """
     family, missing = [], []
-    for part in dict.fromkeys((*first, *second)):
-        one, other = first.get(part, {}), second.get(part, {})
+    for part in dict.fromkeys((*first.log, *second.log)):
+        one, other = first.log.get(part, {}), second.log.get(part, {})
         _refuse_other_items(part, one, other)
-        for metric in _metrics(script_args, part, one, other):
+        for metric in _metrics(metrics, part, one, other):
             having = [{key for key, item in each.items() if metric in item.scores} for each in (one, other)]
-            for lacking, has, name in ((having[1], having[0], names[1]), (having[0], having[1], names[0])):
+            for lacking, has, label in ((having[1], having[0], second.label), (having[0], having[1], first.label)):
                 if absent := sorted(has - lacking):
                     listed = ", ".join(absent[:MOST_LISTED])
                     missing.append(
-                        f"{name} lacks {len(absent)} of {len(has)} items of {_title(part)} {metric} ({listed})"
+                        f"{label} lacks {len(absent)} of {len(has)} items of {_title(part)} {metric} ({listed})"
                     )
-            shared = [key for key in one if key in having[0] & having[1]]
-            if shared:
-                family.append(
-                    _compared(part, metric, names[1], {key: (one[key], other[key]) for key in shared}, script_args)
-                )
-    if missing and not script_args.allow_missing:
+            if shared := [key for key in one if key in having[0] & having[1]]:
+                pairs = {key: (one[key], other[key]) for key in shared}
+                items = [each for pair in pairs.values() for each in pair]
+                better = _direction(part, metric, items, (first.path, second.path))
+                family.append(_compared(part, metric, second.label, better, pairs))
+    if missing and not allow_missing:
         more = f", and {len(missing) - 1} more such" if len(missing) > 1 else ""
         raise InputError(f"--logs: {missing[0]}{more}; --allow_missing compares what both have")
     if not family:
-        condition = (
-            f"with the metrics {', '.join(script_args.metrics)}" if script_args.metrics else "with the same figure"
-        )
+        condition = f"with the metrics {', '.join(metrics)}" if metrics else "with the same figure"
         raise InputError(f"--logs: no item {condition} in both")
     return family
 
@@ -303,12 +329,12 @@ def renamed(first: Log, second: Log, files: Sequence[str]) -> Log:
     return {(task, part[1]): items for part, items in second.items()}
 
 
-def _metrics(script_args: CompareArguments, part: tuple[str, str], *logs: Mapping[str, Logged]) -> list[str]:
+def _metrics(selected: Sequence[str], part: Part, *logs: Mapping[str, LoggedItem]) -> list[str]:
     """Return the compared metrics of a part."""
     items = [item for log in logs for item in log.values()]
     names = list(dict.fromkeys(name for item in items for name in item.scores))
-    if script_args.metrics:
-        return [name for name in names if name in script_args.metrics]
+    if selected:
+        return [name for name in names if name in selected]
     primaries = [item.primary for item in items if item.primary is not None]
     if primaries:
         return [name for name in names if any(name in primary for primary in primaries)]
@@ -331,13 +357,8 @@ def own_metrics() -> dict[str, tuple[frozenset[str], dict[str, int]]]:
 
     kinds = [
         *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals.XSTest, robustness.Robustness),
-        *(
-            truthfulness.TruthfulQA,
-            world_suites.WorldTruthfulness,
-            world_suites.WorldPreferences,
-            world_suites.WorldRefusals,
-        ),
-        world_suites.WorldFewShot,
+        *(truthfulness.TruthfulQA, world_suites.WorldTruthfulness, world_suites.WorldPreferences),
+        *(world_suites.WorldRefusals, world_suites.WorldFewShot),
     ]
     result: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
     for kind in kinds:
@@ -346,7 +367,7 @@ def own_metrics() -> dict[str, tuple[frozenset[str], dict[str, int]]]:
     return result
 
 
-def _refuse_other_items(part: tuple[str, str], one: Mapping[str, Logged], other: Mapping[str, Logged]) -> None:
+def _refuse_other_items(part: Part, one: Mapping[str, LoggedItem], other: Mapping[str, LoggedItem]) -> None:
     for key in (key for key in one if key in other):
         identities = one[key].identity, other[key].identity
         if all(identities) and identities[0] != identities[1]:
@@ -357,20 +378,16 @@ def _refuse_other_items(part: tuple[str, str], one: Mapping[str, Logged], other:
 
 
 def _compared(
-    part: tuple[str, str],
-    metric: str,
-    label: str,
-    pairs: Mapping[str, tuple[Logged, Logged]],
-    script_args: CompareArguments,
+    part: Part, metric: str, label: str, better: int, pairs: Mapping[str, tuple[LoggedItem, LoggedItem]]
 ) -> Compared:
-    clusters = [one.cluster for one, _ in pairs.values()] if script_args.cluster_by else None
+    clusters = [one.cluster for one, _ in pairs.values()]
     key = "/".join(map(slug, (*part, metric)))
     scores = [[each.scores[metric] for each in side] for side in zip(*pairs.values(), strict=True)]
-    better = _direction(part, metric, [each for pair in pairs.values() for each in pair], script_args.logs)
-    return Compared(f"{_title(part)}: {metric.replace('_', ' ')}", key, label, better, [*pairs], *scores, clusters)
+    name = f"{_title(part)}: {metric.replace('_', ' ')}"
+    return Compared(name, key, label, better, [*pairs], *scores, None if None in clusters else clusters)
 
 
-def _direction(part: tuple[str, str], metric: str, items: Sequence[Logged], logs: Sequence[str]) -> int:
+def _direction(part: Part, metric: str, items: Sequence[LoggedItem], logs: Sequence[str]) -> int:
     """Return whether more of a metric is better.
 
     The source is its items, or our suite, or lm-eval's results next to the log, or its name.
@@ -412,44 +429,39 @@ def _results_beside(log: Path) -> list[Path]:
     return sorted(log.parent.glob("results_*.json"))
 
 
-def _title(part: tuple[str, str]) -> str:
+def _title(part: Part) -> str:
     return part[0] if part[1] == "none" else ", ".join(part)
 
 
 # ---- the report ----
 
 
+def changes_of(evaluations: Sequence[Evaluation], family: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Return the items with different figures in two evaluations, with question and answers."""
+    texts = {
+        (f"{'/'.join(map(slug, part))}/{each.label}", key): (item.prompt, item.answer)
+        for each in evaluations
+        for part, items in each.log.items()
+        for key, item in items.items()
+    }
+    return changed_items(evaluations[0].label, family, texts)
+
+
 def report(
-    script_args: CompareArguments, names: Sequence[str], family: Sequence[Compared], logs: Sequence[Log]
+    evaluations: Sequence[Evaluation],
+    family: Sequence[Compared],
+    changes: Sequence[Mapping[str, Any]],
+    alpha: float = ALPHA,
 ) -> Found:
-    """Return the verdict, the figures and some changed items, and write all changed ones to `CHANGES`."""
-    decided = judged([each for each in family if can_differ(each, script_args.alpha)], script_args.alpha)
-    left_out = [each for each in family if not can_differ(each, script_args.alpha)]
-    metrics = verdict_metrics(decided, left_out, names[1:], script_args.alpha)
+    """Return the verdict, the figures and some changed items of two evaluations."""
+    first, second = labels = [each.label for each in evaluations]
+    verdicts, metrics, sentences = verdicts_of(family, labels, alpha)
     for each in family:
-        for label, values in zip(names, (each.first, each.second), strict=True):
-            result = mean_interval(values)
-            key = f"{each.key}/{label}"
-            metrics |= {key: result.value, f"{key}_low": result.low, f"{key}_high": result.high}
-            metrics[f"{key}_items"] = len(values)
-    for each in decided:
-        key, result = f"{each.compared.key}/{names[1]}_difference", each.difference
-        metrics |= {key: result.value, f"{key}_low": result.low, f"{key}_high": result.high}
-    changes = changed_items(names[0], family, dict(_all_texts(names, logs)))
-    path = Path(script_args.output_dir, CHANGES)
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in changes))
-    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
-    if decided:
-        tables[f"{names[1]} against {names[0]} (Holm over {len(decided)})"] = verdict_table(names[0], decided)
-    sentences = [sentence(names[0], names[1], decided, script_args.alpha)]
-    sentences += [left_out_sentence(left_out)] if left_out else []
-    if absent := missing_of(*logs):
+        for label, values in zip(labels, (each.first, each.second), strict=True):
+            metrics |= interval_metrics(f"{each.key}/{label}", mean_interval(values), len(values))
+    for each in verdicts:
+        metrics |= interval_metrics(f"{each.compared.key}/{second}_difference", each.difference)
+    table = {f"{second} against {first} (Holm over {len(verdicts)})": verdict_table(first, verdicts)}
+    if absent := missing_of(*(each.log for each in evaluations)):
         sentences.append(f"{absent} items that only one of them has left out")
-    return Found(metrics, "; ".join(sentences), {**tables, **shown_changes(changes)}, {})
-
-
-def _all_texts(names: Sequence[str], logs: Sequence[Log]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-    for name, log in zip(names, logs, strict=True):
-        for part, items in log.items():
-            where = f"{'/'.join(map(slug, part))}/{name}"
-            yield from (((where, key), (item.asked, item.said)) for key, item in items.items())
+    return Found(metrics, "; ".join(sentences), {**(table if verdicts else {}), **shown_changes(changes)}, {})
