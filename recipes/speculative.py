@@ -36,31 +36,46 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
     from hfllm.compression.schemes import quiet_bitsandbytes
     from hfllm.outputs.card import speculative_lines
     from hfllm.runs.command_line import main_process
+    from hfllm.runs.models import load_policy
+    from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import speculative
 
     # Refuse what cannot work before anything is trained.
     speculative.check(script_args, model_args)
-    before = speculative.stages_before(script_args, model_args)
+    before = chain_before(
+        "speculative",
+        script_args.output_dir,
+        script_args.seed,
+        script_args.world_seed,
+        given_models={"sft": model_args.model_name_or_path, "draft": script_args.assistant_model_name_or_path},
+        configs={name: getattr(script_args, f"{name}_config") for name in ("pretrain", "sft", "draft")},
+        skip=[] if script_args.draft == "model" else ["draft"],
+    )
     stage = Stage("speculative", script_args, model_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     speculative.check_draft(script_args, model_args, before)
-    rows = speculative.prompt_rows(script_args)
+    rows = speculative.prompt_rows(script_args, script_args.num_prompts)
     stage.announce()
 
     # The stages before: a target, and a draft model distilled from it.
     before.run()
     target_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
-    assistant = before.model("draft") or script_args.assistant_model_name_or_path
+    small = before.model("draft") or script_args.assistant_model_name_or_path
+    assistant = replace(target_args, model_name_or_path=small, model_revision="main")
+    source = speculative.DraftSource(
+        script_args.draft, assistant, script_args.max_ngram, script_args.early_exit_layers
+    )
     if not main_process():
         return {}
 
     # Measure how often drafts are accepted, their cost, and the speedup.
     quiet_bitsandbytes()
-    model, tokenizer = speculative.load_target(target_args)
-    draft = speculative.make_draft(script_args, target_args, assistant, model, tokenizer)
+    model, tokenizer = load_policy(target_args)
+    speculative.prepare_target(model)
+    draft = source.load(model, tokenizer)
     metrics, speeds = speculative.measure(script_args, model, tokenizer, draft, rows)
 
     return stage.finish(
@@ -68,9 +83,7 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
         tables={"Speed by number of draft tokens": speeds},
         curves={"speed": speculative.speed_plot(speeds)},
         artifacts={},
-        next_steps=speculative_lines(
-            target_args.model_name_or_path, speculative.draft_expression(script_args, assistant)
-        ),
+        next_steps=speculative_lines(target_args.model_name_or_path, source.expression),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from hfllm.data.sources import iterate_source, parse_json
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.verdicts import ALPHA, Compared, changed_items, shown_changes, verdict_table, verdicts_of
-from hfllm.flags import flag
+from hfllm.flags import Range, check_flags, flag
 from hfllm.outputs.report import Found
 from hfllm.outputs.statistics import mean_interval
 from hfllm.stages.evaluate.flags import labels_of, refuse_foreign_changes
@@ -56,7 +56,11 @@ class CompareArguments:
         None, "Column of the items, such as passage_id; those with the same value are not independent."
     )
     allow_missing: bool = flag(False, "Compare what both have, where one lacks tasks, metrics or items.")
-    alpha: float = flag(ALPHA, "Chance that equal models are found to differ in anything.")
+    alpha: float = flag(
+        ALPHA,
+        "Chance that equal models are found to differ in anything.",
+        takes=Range("a number between 0 and 1, such as .05", lambda value: 0 < value < 1),
+    )
     fail_on_regression: bool = flag(
         False, "Exit code 1 where the second is significantly worse, 2 where nothing is tested."
     )
@@ -114,8 +118,7 @@ def check(script_args: CompareArguments) -> None:
     logs = script_args.logs or []
     if len(logs) != 2:
         raise InputError(f"expected two logs, got {len(logs)}: hfllm compare A.jsonl B.jsonl, then the other flags")
-    if not 0 < script_args.alpha < 1:
-        raise InputError(f"--alpha {script_args.alpha}: expected a number between 0 and 1, such as .05")
+    check_flags(script_args)
     for name in logs:
         if not Path(name).exists():
             raise InputError(f"--logs {name}: no such file or folder")

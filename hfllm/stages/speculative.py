@@ -1,7 +1,7 @@
-"""Speculative decoding: its flags and checks, the stages before it, its draft, and its measurements."""
+"""Speculative decoding: its flags and checks, its target and draft, and its measurements."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import DataArguments
@@ -9,7 +9,6 @@ from hfllm.errors import InputError, refuse
 from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Plot
 from hfllm.runs.flags import RemoteCodeArguments
-from hfllm.runs.pipeline import Chain, chain_before
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
     from hfllm.generation.speculative.drafts import Draft, DraftLength
     from hfllm.generation.speculative.measure import Costs, SpeedRow
     from hfllm.generation.speculative.speculative import Statistics
+    from hfllm.runs.pipeline import Chain
 
 Row = Mapping[str, Any]
-DRAFTS = ("model", "int8", "prompt_lookup", "early_exit")
 # Batch size for the comparison of answers.
 COMPARED_BATCH = 16
 
@@ -35,7 +34,9 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
 
     output_dir: str = flag("outputs/speculative", "Where the report goes.")
     seed: int = flag(42, "Seed of the samples, and of the world's models.", takes=SEED)
-    draft: str = flag("model", "Where draft tokens come from.", choices=list(DRAFTS))
+    draft: str = flag(
+        "model", "Where draft tokens come from.", choices=["model", "int8", "prompt_lookup", "early_exit"]
+    )
     assistant_model_name_or_path: str | None = flag(
         None, "The draft model: smaller, with the target's tokenizer.", never=_not_drafted_by("model")
     )
@@ -82,16 +83,14 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
 
 def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
     """Refuse flags without effect, and values out of range."""
-    draft, own = script_args.draft, model_args.model_name_or_path
-    if draft not in DRAFTS:
-        raise InputError(f"--draft {draft!r} is not one of {', '.join(DRAFTS)}")
     requested, compared = script_args.num_draft_tokens, script_args.num_draft_tokens_compared
     if not (requested == "adaptive" or requested.isdecimal()):
         raise InputError(f"--num_draft_tokens {requested!r}: expected a number of tokens, or 'adaptive'")
     if not compared or min(compared) < 1:
         raise InputError(f"--num_draft_tokens_compared {compared}: expected numbers of at least 1")
     check_flags(script_args, model_args)
-    if own and draft == "model" and not script_args.assistant_model_name_or_path:
+    own = model_args.model_name_or_path
+    if own and script_args.draft == "model" and not script_args.assistant_model_name_or_path:
         raise InputError(
             f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
             f"tokenizer (hfllm distill --teacher_model_name_or_path {own} makes one), or --draft int8, prompt_lookup "
@@ -99,7 +98,7 @@ def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
         )
 
 
-def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", before: Chain) -> None:
+def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", before: "Chain") -> None:
     """Refuse a draft incompatible with the target, whether the target is named or not yet trained."""
     from hfllm.generation.speculative import PromptLookupDraft
     from hfllm.models.loading.weights import check_weight_files
@@ -125,47 +124,28 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
             raise InputError(f"--early_exit_layers {exit_layers}: the target has {layers}, so 1 to {layers - 1}")
 
 
-# ---- the stages before, the prompts, the target and the draft ----
+# ---- the prompts, the target and the draft ----
 
 
-def stages_before(script_args: SpeculativeArguments, model_args: "ModelConfig") -> Chain:
-    """Return the stages to make the target and its draft model, if they are needed and not named."""
-    return chain_before(
-        "speculative",
-        script_args.output_dir,
-        script_args.seed,
-        script_args.world_seed,
-        given_models={"sft": model_args.model_name_or_path, "draft": script_args.assistant_model_name_or_path},
-        configs={
-            "pretrain": script_args.pretrain_config,
-            "sft": script_args.sft_config,
-            "draft": script_args.draft_config,
-        },
-        skip=[] if script_args.draft == "model" else ["draft"],
-    )
-
-
-def prompt_rows(script_args: SpeculativeArguments) -> list[Row]:
-    """Return the world's held-out questions, or the user's own prompts."""
+def prompt_rows(source: DataArguments, num_prompts: int) -> list[Row]:
+    """Return the world's held-out questions, or the first of the user's own prompts."""
     from hfllm.data import formats
     from hfllm.data.images.rows import without_images
     from hfllm.data.loading import load_rows, world_of
 
-    world = world_of(script_args)
+    world = world_of(source)
     if world is not None:
-        return [task.prompt_row() for task in world.evaluation_tasks(script_args.num_prompts)]
-    rows = load_rows(script_args, without_images(formats.to_prompt, "hfllm speculative"))[: script_args.num_prompts]
+        return [task.prompt_row() for task in world.evaluation_tasks(num_prompts)]
+    rows = load_rows(source, without_images(formats.to_prompt, "hfllm speculative"))[:num_prompts]
     if not rows:
-        raise InputError(f"--dataset_name {script_args.dataset_name} has no prompts")
+        raise InputError(f"--dataset_name {source.dataset_name} has no prompts")
     return rows
 
 
-def load_target(model_args: "ModelConfig") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load the target, ready to decode, and its tokenizer; print its ignored options."""
+def prepare_target(model: "PreTrainedModel") -> None:
+    """Make a loaded target ready to decode, and print its ignored options."""
     from hfllm.compression.schemes import default_device
-    from hfllm.runs.models import load_policy
 
-    model, tokenizer = load_policy(model_args)
     # A quantized model was placed on its device while loading.
     if not getattr(model, "is_quantized", False):
         model.to(default_device())
@@ -173,7 +153,6 @@ def load_target(model_args: "ModelConfig") -> "tuple[PreTrainedModel, PreTrained
     left_out = use_plain_generation(model)
     if left_out:
         print(f"speculative: left out of the model's generation_config.json, on both sides: {left_out}", flush=True)
-    return model, tokenizer
 
 
 def use_plain_generation(model: "PreTrainedModel") -> str:
@@ -191,47 +170,51 @@ def use_plain_generation(model: "PreTrainedModel") -> str:
     return ", ".join(f"{name}={options[name]}" for name in others)
 
 
-def make_draft(
-    script_args: SpeculativeArguments,
-    model_args: "ModelConfig",
-    assistant: str | None,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-) -> "Draft":
-    """Return the draft described by the flags.
+@dataclass(frozen=True)
+class DraftSource:
+    """Where draft tokens come from.
 
     Args:
-        model_args: how the target was loaded; the draft model is loaded the same way.
-        assistant: the draft model, named or made; used only with `--draft model`.
-        model: the target.
+        kind: `model`, `int8`, `prompt_lookup` or `early_exit`.
+        assistant: the draft model, named or made, and how it is loaded; used only for `model`.
+        max_ngram: longest sequence of `prompt_lookup`; by default 3 tokens.
+        early_exit_layers: layers of the target for `early_exit`; by default half.
     """
-    from hfllm.generation.packed.model import has_int8, unsupported_reason
-    from hfllm.generation.speculative import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
-    from hfllm.generation.speculative.acceptance import check_same_vocabulary
-    from hfllm.runs.models import load_policy
 
-    if script_args.draft == "prompt_lookup":
-        return PromptLookupDraft() if script_args.max_ngram is None else PromptLookupDraft(script_args.max_ngram)
-    if script_args.draft == "early_exit":
-        return EarlyExitDraft(script_args.early_exit_layers)
-    if script_args.draft == "int8":
-        without_kernels = "" if has_int8(model.dtype, model.device) else "it is not in float32 on an x86 CPU"
-        reason = unsupported_reason(model) or without_kernels
-        refuse(bool(reason), "--draft int8", reason)
-        return Int8Draft()
-    small, theirs = load_policy(replace(model_args, model_name_or_path=assistant, model_revision="main"))
-    check_same_vocabulary(model, small, tokenizer, theirs)
-    return ModelDraft(small.to(model.device).eval())
+    kind: str
+    assistant: "ModelConfig"
+    max_ngram: int | None = None
+    early_exit_layers: int | None = None
 
+    def load(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "Draft":
+        """Return the draft for a target."""
+        from hfllm.generation.packed.model import has_int8, unsupported_reason
+        from hfllm.generation.speculative import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+        from hfllm.generation.speculative.acceptance import check_same_vocabulary
+        from hfllm.runs.models import load_policy
 
-def draft_expression(script_args: SpeculativeArguments, assistant: str | None) -> str:
-    """Return the Python expression for the same draft in your own code."""
-    return {
-        "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({assistant!r}))",
-        "prompt_lookup": f"PromptLookupDraft({script_args.max_ngram or 3})",
-        "early_exit": f"EarlyExitDraft({script_args.early_exit_layers})",
-        "int8": "Int8Draft()",
-    }[script_args.draft]
+        if self.kind == "prompt_lookup":
+            return PromptLookupDraft() if self.max_ngram is None else PromptLookupDraft(self.max_ngram)
+        if self.kind == "early_exit":
+            return EarlyExitDraft(self.early_exit_layers)
+        if self.kind == "int8":
+            without_kernels = "" if has_int8(model.dtype, model.device) else "it is not in float32 on an x86 CPU"
+            reason = unsupported_reason(model) or without_kernels
+            refuse(bool(reason), "--draft int8", reason)
+            return Int8Draft()
+        small, its_tokenizer = load_policy(self.assistant)
+        check_same_vocabulary(model, small, tokenizer, its_tokenizer)
+        return ModelDraft(small.to(model.device).eval())
+
+    @property
+    def expression(self) -> str:
+        """The Python expression for the same draft in your own code."""
+        return {
+            "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({self.assistant.model_name_or_path!r}))",
+            "prompt_lookup": f"PromptLookupDraft({self.max_ngram or 3})",
+            "early_exit": f"EarlyExitDraft({self.early_exit_layers})",
+            "int8": "Int8Draft()",
+        }[self.kind]
 
 
 # ---- what is measured ----
@@ -262,19 +245,19 @@ def measure(
     timed = batches(ids[: script_args.num_timed_prompts], script_args.batch_size, tokenizer, model)
     costs = measure.measure_costs(model, draft, timed[0], compile=script_args.compile)
 
-    def asked() -> "int | DraftLength":
+    def requested() -> "int | DraftLength":
         # A new one each time, since it adapts to its past inputs.
         number = script_args.num_draft_tokens
         return AdaptiveDraftLength(costs.per_draft) if number == "adaptive" else int(number)
 
     compared = batches(ids, COMPARED_BATCH, tokenizer, model)
-    share = measure.identical_share(model, draft, compared, num_draft_tokens=asked(), **options)
+    share = measure.identical_share(model, draft, compared, num_draft_tokens=requested(), **options)
     lengths = {str(number): number for number in script_args.num_draft_tokens_compared}
-    lengths[f"{script_args.num_draft_tokens} (asked for)"] = asked()
+    lengths[f"{script_args.num_draft_tokens} (asked for)"] = requested()
     seconds, speeds = measure.speed_by_num_draft_tokens(
         model, draft, timed, lengths, costs, script_args.rounds, **options
     )
-    sampling = {"do_sample": True, "temperature": script_args.temperature, "top_k": 0, "num_draft_tokens": asked()}
+    sampling = {"do_sample": True, "temperature": script_args.temperature, "top_k": 0, "num_draft_tokens": requested()}
     generator = torch.Generator(model.device).manual_seed(script_args.seed)
     sampled = measure.speculative(model, draft, timed, **options, **sampling, generator=generator)[1]
     return speculation_metrics(share, costs, seconds, speeds, sampled), speeds
