@@ -109,6 +109,18 @@ class Suite(ABC, Generic[Body]):
         """
         return None
 
+    def logprobs(
+        self, subject: "Subject", item: Item[Body], prompt: "Prompt", answers: Sequence[str]
+    ) -> list[float] | None:
+        """Return the log-probability of each answer to a prompt; `None` where one does not fit the context."""
+        texts = [subject.space + each for each in answers]
+        (result,) = subject.choices([prompt], [texts], names=[self.name_of(item)])
+        return None if result is None else [each.logprob for each in result]
+
+    def name_of(self, item: Item[Body]) -> str:
+        """Return the name of an item in errors."""
+        return f"{self.name}, item {item.key}"
+
     def record(
         self,
         subject: "Subject",
@@ -126,9 +138,9 @@ class Suite(ABC, Generic[Body]):
         scores = {name: float(value) for name, value in (scores or {}).items()}
         for name, value in scores.items():
             if not math.isfinite(value):
-                raise InputError(f"{self.name}, item {item.key}: {name} of {subject.label} is {value}, not a number")
+                raise InputError(f"{self.name_of(item)}: {name} of {subject.label} is {value}, not a number")
         if not scores and not skipped:
-            raise InputError(f"{self.name}, item {item.key}: it has neither scores nor a reason why not")
+            raise InputError(f"{self.name_of(item)}: it has neither scores nor a reason why not")
         return Record(
             model=subject.label,
             suite=self.name,
@@ -240,6 +252,12 @@ def chosen(scores: Sequence[float]) -> int:
 Prompt = str | list[Message]
 
 
+def turns_of(pairs: Sequence[tuple[str, str]]) -> list[Message]:
+    """Return questions and answers as turns of a conversation."""
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
 @dataclass
 class Subject:
     """A judged model.
@@ -265,6 +283,11 @@ class Subject:
     def __post_init__(self):
         self.model.eval()
         self.scorer = Scorer(self.model, self.batch_size)
+
+    @property
+    def space(self) -> str:
+        """What separates a prompt and its answer; a chat template ends a prompt itself."""
+        return "" if self.uses_chat_template else " "
 
     def as_asked(self, prompt: Prompt) -> Prompt:
         """Return a prompt as the model is asked it: messages with the chat template, and else text.
@@ -418,10 +441,9 @@ def yes_shares(judge: Subject, questions: Sequence[str]) -> list[float | None]:
     Args:
         judge: with its chat template, or, without, as text ending in `Answer:`.
     """
-    if judge.uses_chat_template:
-        prompts, words = list(questions), [YES, NO]
-    else:
-        prompts, words = [f"{question}\nAnswer:" for question in questions], [f" {YES}", f" {NO}"]
+    prompts, words = list(questions), [f"{judge.space}{word}" for word in (YES, NO)]
+    if not judge.uses_chat_template:
+        prompts = [f"{question}\nAnswer:" for question in questions]
     names = [f"judged answer {number}" for number in range(1, len(prompts) + 1)]
     result = judge.iter_choices(prompts, [words] * len(prompts), names=names)
     return [None if each is None else shares([number.logprob for number in each])[0] for each in result]

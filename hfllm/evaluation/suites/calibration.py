@@ -44,7 +44,7 @@ class Calibration(Suite[Body], Generic[Body]):
                 name = f"{self.name}/{slug(group)}"
                 result = figures(sure, right)
                 metrics |= {f"{name}/{key}/{model}": value for key, value in result.items()}
-                table.append({"group": group, "model": model, **shown(result), "n": str(len(sure))})
+                table.append({"group": group, "model": model, **table_cells(result), "n": str(len(sure))})
                 curves |= {model: sure, f"{model} right": right}
             plots |= self._plot(group, curves)
         return Found(metrics, "", {"Confidence and being right": table}, plots)
@@ -70,14 +70,13 @@ def figures(confidence: Sequence[float], right: Sequence[float]) -> dict[str, fl
     return result | {"aurc": aurc(unsure, wrong)}
 
 
-def shown(found: Mapping[str, float]) -> dict[str, str]:
-    """Return the cells of a table."""
-    auroc = plus_minus(found["auroc"], found["auroc_se"]) if "auroc" in found else "-"
+def table_cells(result: Mapping[str, float]) -> dict[str, str]:
+    """Return the result of `figures` as cells of a table."""
     return {
-        "ECE": f"{found['ece']:.3f}",
-        "AUROC of being wrong": auroc,
-        "labels shuffled": f"{found['auroc_shuffled']:.3f}" if "auroc" in found else "-",
-        "AURC": f"{found['aurc']:.3f}",
+        "ECE": f"{result['ece']:.3f}",
+        "AUROC of being wrong": plus_minus(result["auroc"], result["auroc_se"]) if "auroc" in result else "-",
+        "labels shuffled": f"{result['auroc_shuffled']:.3f}" if "auroc" in result else "-",
+        "AURC": f"{result['aurc']:.3f}",
     }
 
 
@@ -101,7 +100,7 @@ class ChoiceCalibration(Calibration[Question]):
         return [item for item in self.questions.items() if item.body.choices]
 
     def judge(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
-        for item, scored in iter_scored(self.name, subject, items):
+        for item, scored in iter_scored(self, subject, items):
             if scored is None:
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue
@@ -139,7 +138,7 @@ class WorldCalibration(Calibration[Task]):
 
     def _choose(self, subject: Subject, item: Item[Task]) -> Record:
         texts = [item.body.gold.accepted[0], *item.body.wrong]
-        logprobs = self._logprobs(subject, item, texts)
+        logprobs = self.logprobs(subject, item, item.body.question, texts)
         if logprobs is None:
             return self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
         index = chosen(logprobs)
@@ -147,16 +146,10 @@ class WorldCalibration(Calibration[Task]):
         return self.record(subject, item, scores, item.body.question, texts[index])
 
     def _write(self, subject: Subject, item: Item[Task], answer: str | None) -> Record:
-        logprobs = self._logprobs(subject, item, [answer]) if answer else None
+        logprobs = self.logprobs(subject, item, item.body.question, [answer]) if answer else None
         if logprobs is None:
             reason = TOO_LONG if answer is None else "nothing was written"
             return self.record(subject, item, asked=item.body.question, skipped=reason)
         right = gold_score(split_thoughts(answer)[1], item.body.gold) >= RIGHT
         scores = {"confidence": min(math.exp(logprobs[0]), 1.0), "right": float(right)}
         return self.record(subject, item, scores, item.body.question, answer)
-
-    def _logprobs(self, subject: Subject, item: Item[Task], texts: Sequence[str]) -> list[float] | None:
-        space = "" if subject.uses_chat_template else " "
-        name = f"{self.name}, item {item.key}"
-        (result,) = subject.choices([item.body.question], [[space + each for each in texts]], names=[name])
-        return None if result is None else [each.logprob for each in result]

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from hfllm.data.thoughts import FRACTION, NUMBER, PLAIN_NUMBER, final_answer, plain_answer
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject, Suite, chosen
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject, Suite, chosen, turns_of
 from hfllm.evaluation.suites.question_rows import Question, read_questions
 from hfllm.generation.scoring import Likelihood
 
@@ -29,21 +29,20 @@ OPERATORS = frozenset("-*/^")
 
 
 def iter_scored(
-    suite: str, subject: Subject, items: Sequence[Item[Question]]
+    suite: Suite, subject: Subject, items: Sequence[Item[Question]]
 ) -> Iterator[tuple[Item[Question], list[Likelihood] | None]]:
     """Yield items with how likely their choices are; `None` for one too long for the context.
 
     Args:
-        suite: its name, for errors.
+        suite: theirs.
         subject: the model.
         items: questions with the same worked examples, read only once.
     """
-    space = "" if subject.uses_chat_template else " "
     result = subject.iter_choices(
         [asked_as(subject, item.body) for item in items],
-        [[space + each for each in item.body.choices] for item in items],
+        [[subject.space + each for each in item.body.choices] for item in items],
         shared=shared_of(subject, items[0].body) if items else "",
-        names=[f"{suite}, item {item.key}" for item in items],
+        names=[suite.name_of(item) for item in items],
     )
     yield from zip(items, result, strict=True)
 
@@ -94,7 +93,7 @@ class FewShot(Suite[Question]):
     def _choose(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
         if not items:
             return
-        for item, scored in iter_scored(self.name, subject, items):
+        for item, scored in iter_scored(self, subject, items):
             if scored is None:
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue
@@ -117,21 +116,21 @@ class FewShot(Suite[Question]):
             yield self.record(subject, item, scores, item.body.question, answer)
 
 
-def same_answer(said: str, right: str) -> bool:
+def same_answer(answer: str, right: str) -> bool:
     """Return whether a written answer is the right one, as a whole or by its last number or letter in brackets.
 
     Numbers are equal as they are to the reward `exact_match`: `1,007` is `1007` and `1/2` is `0.5`, but `5` is not
     `-5`. Of words, case and punctuation do not count.
     """
-    said, right = _with_plain_signs(said), _with_plain_signs(right)
+    answer, right = _with_plain_signs(answer), _with_plain_signs(right)
     if _is_number(right):
-        return plain_answer(final_answer(said)) == plain_answer(right)
-    if _plain(said) == _plain(right):
+        return plain_answer(final_answer(answer)) == plain_answer(right)
+    if _plain(answer) == _plain(right):
         return True
     if re.fullmatch(r"\([A-Z]\)", right):
-        return re.findall(r"\([A-Z]\)", said)[-1:] == [right]
+        return re.findall(r"\([A-Z]\)", answer)[-1:] == [right]
     # An answer of a word or two given in a sentence.
-    return _plain(said.strip().split("\n")[0]) == _plain(right)
+    return _plain(answer.strip().split("\n")[0]) == _plain(right)
 
 
 def _is_number(text: str) -> bool:
@@ -174,7 +173,7 @@ def _is_operand(part: re.Match) -> bool:
 def asked_as(subject: Subject, body: Question) -> Prompt:
     """Return a question after its worked examples, as the subject reads it."""
     if subject.uses_chat_template:
-        return [*_turns(body.shots), {"role": "user", "content": body.question}]
+        return [*turns_of(body.shots), {"role": "user", "content": body.question}]
     question = body.question if body.is_continued else f"Question: {body.question}\nAnswer:"
     return f"{shared_of(subject, body)}{question}"
 
@@ -182,11 +181,6 @@ def asked_as(subject: Subject, body: Question) -> Prompt:
 def shared_of(subject: Subject, body: Question) -> Prompt:
     """Return the worked examples before a question."""
     if subject.uses_chat_template:
-        return _turns(body.shots)
+        return turns_of(body.shots)
     pattern = "{} {}\n\n" if body.is_continued else "Question: {}\nAnswer: {}\n\n"
     return "".join(pattern.format(*shot) for shot in body.shots)
-
-
-def _turns(shots: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for shot in shots for role, text in zip(roles, shot, strict=True)]

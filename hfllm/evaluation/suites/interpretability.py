@@ -28,14 +28,12 @@ from hfllm.evaluation.interpreting.material import (
 from hfllm.evaluation.interpreting.measures import causal_trace, subject_spread
 from hfllm.evaluation.interpreting.methods import METHODS, Measured, shown_layers
 from hfllm.evaluation.interpreting.planted import Verdict, plant_names, random_parts, tested_plants
-from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.report import Found, Heatmap, standard_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from hfllm.evaluation.suites.base import Subject
 
 
 # ---- the suite ----
@@ -109,7 +107,7 @@ class Interpretability(Suite[Looked]):
             ),
         ]
 
-    def judge(self, subject: "Subject", items: Sequence[Item[Looked]]) -> Iterator[Record]:
+    def judge(self, subject: Subject, items: Sequence[Item[Looked]]) -> Iterator[Record]:
         """Yield the records; plants and controls are asked whole, whichever items are left, as they decide over all.
 
         Raises:
@@ -129,7 +127,7 @@ class Interpretability(Suite[Looked]):
                 yield from self._records(subject, parts, prompts, items, method, each, verdict)
 
     def _plant_records(
-        self, subject: "Subject", items: Sequence[Item[Looked]], tested: Sequence[Mapping[str, bool]]
+        self, subject: Subject, items: Sequence[Item[Looked]], tested: Sequence[Mapping[str, bool]]
     ) -> Iterator[Record]:
         for item in items:
             if item.body.method == PLANTS:
@@ -139,7 +137,7 @@ class Interpretability(Suite[Looked]):
 
     def _records(
         self,
-        subject: "Subject",
+        subject: Subject,
         parts: Parts,
         prompts: Prompts,
         items: Sequence[Item[Looked]],
@@ -162,9 +160,9 @@ class Interpretability(Suite[Looked]):
             trace = _trace(parts, prompts, column[number], subject.tokenizer) if is_first else ""
             yield self.record(subject, item, _scores(method, findings, column[number]), said=trace)
 
-    def extra(self, records: Sequence[Record]) -> "Found | None":
+    def extra(self, records: Sequence[Record]) -> Found | None:
         """Return the table of methods with their controls, and heat maps of all models."""
-        return found(records, {name: method.score for name, method in METHODS.items()})
+        return methods_report(records, {name: method.score for name, method in METHODS.items()})
 
 
 def _has_others(prompts: Prompts) -> bool:
@@ -196,12 +194,12 @@ def _measured(parts: Parts, prompts: Prompts, methods: Sequence[str], batch_size
     return findings
 
 
-def _verdict(findings: _Findings, locator: str, found: Sequence[bool]) -> str:
+def _verdict(findings: _Findings, locator: str, hits: Sequence[bool]) -> str:
     """Return why a method is left out; empty where it is shown.
 
     Args:
         locator: the name of the locator to find plants with; empty for none.
-        found: whether it has found them, one by one.
+        hits: whether it has found them, one by one.
     """
     if findings.failed or findings.measured is None:
         return findings.failed
@@ -210,11 +208,11 @@ def _verdict(findings: _Findings, locator: str, found: Sequence[bool]) -> str:
     control = float(findings.control.mean())
     if measured.shuffled is not None:
         control = max(control, float(measured.shuffled.mean()))
-    if locator and not found:
+    if locator and not hits:
         return "no edit could be planted to test it"
     score = float(measured.score.mean())
     error = standard_error(measured.score.tolist()) or 0.0
-    return Verdict(score, control, chance, sum(found), len(found), error).left_out
+    return Verdict(score, control, chance, sum(hits), len(hits), error).left_out
 
 
 def _scores(method: str, findings: _Findings, column: int) -> dict[str, float]:
@@ -250,7 +248,7 @@ RANDOM, SHUFFLED = "random_weights", "shuffled_labels"
 _LAYER = re.compile(r"(?:(\w+)_)?layer_(\d+)$")
 
 
-def found(records: Sequence["Record"], scores: Mapping[str, str]) -> Found | None:
+def methods_report(records: Sequence[Record], scores: Mapping[str, str]) -> Found | None:
     """Return the table and the heat maps of all models' records; `None` without records.
 
     Args:
@@ -270,7 +268,7 @@ def found(records: Sequence["Record"], scores: Mapping[str, str]) -> Found | Non
     return Found({}, "", {"interpretability: methods and their controls": rows}, heatmaps)
 
 
-def _row(model: str, method: str, records: Sequence["Record"], score: str) -> dict[str, str]:
+def _row(model: str, method: str, records: Sequence[Record], score: str) -> dict[str, str]:
     scores = [record["scores"] for record in records if record["scores"]]
     reasons = [record["skipped"] for record in records if record["skipped"]]
     # Of items skipped one by one, most have scores; an excluded method has none.
@@ -292,7 +290,7 @@ def _mean(scores: Sequence[Mapping[str, float]], name: str) -> str:
     return f"{sum(values) / len(values):.3f}" if values else ""
 
 
-def _layers(model: str, groups: Mapping[str, Sequence["Record"]]) -> Heatmap | None:
+def _layers(model: str, groups: Mapping[str, Sequence[Record]]) -> Heatmap | None:
     """Return the figures of the methods by layer, as far as they have any."""
     rows: dict[str, dict[int, float]] = {}
     for method, records in groups.items():
@@ -309,7 +307,7 @@ def _layers(model: str, groups: Mapping[str, Sequence["Record"]]) -> Heatmap | N
     return Heatmap(model, "layer", "", list(rows), [str(layer) for layer in layers], values, 0.0, 1.0)
 
 
-def _trace_map(model: str, records: Sequence["Record"]) -> Heatmap | None:
+def _trace_map(model: str, records: Sequence[Record]) -> Heatmap | None:
     """Return the causal trace of the first fact: how far its answer is restored, by token and layer."""
     trace = next((record["said"] for record in records if record["said"].startswith("{")), "")
     if not trace:

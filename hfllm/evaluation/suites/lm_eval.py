@@ -93,10 +93,8 @@ class LmEval(Suite[Doc]):
             if num_fewshot is not None and task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=num_fewshot)
         higher = {key: way for task in self.tasks.values() for key, way in (task.higher_is_better() or {}).items()}
-        filters = {
-            _filtered(key, each.name) for key in higher for task in self.tasks.values() for each in task._filters
-        }
-        ways = {**higher, **{name: higher[key] for name, key in filters}}
+        filters = {each.name for task in self.tasks.values() for each in task._filters}
+        ways = {**higher, **{_filtered(key, kind): way for key, way in higher.items() for kind in filters}}
         self.better = {name: 1 if way else -1 for name, way in ways.items()}
         self._models: dict[int, HFLM] = {}
 
@@ -104,7 +102,7 @@ class LmEval(Suite[Doc]):
         """Return the first metric of a task, by its first filter."""
         task = self.tasks[group]
         metric = next(iter(task.higher_is_better() or ()), None)
-        return [] if metric is None else [_filtered(metric, task._filters[0].name)[0] if task._filters else metric]
+        return [] if metric is None else [_filtered(metric, task._filters[0].name) if task._filters else metric]
 
     def items(self) -> Sequence[Item[Doc]]:
         """Return the questions of all tasks, one group per task."""
@@ -204,8 +202,8 @@ def local_config(
     kwargs, path = dict(config.get("dataset_kwargs") or {}), config.get("dataset_path")
     files = kwargs.get("data_files")
     if path in FILE_KINDS and files is not None:
-        indices = [base, Path(data_folder) if data_folder else Path(), Path()]
-        kwargs["data_files"] = _whole(name, files, indices)
+        folders = [base, Path(data_folder) if data_folder else Path(), Path()]
+        kwargs["data_files"] = _whole(name, files, folders)
         return {**config, "dataset_kwargs": kwargs}
     is_local = config.get("custom_dataset") is not None or path is None or Path(str(path)).is_dir()
     if not is_local and not reads_hub:
@@ -215,15 +213,15 @@ def local_config(
     return dict(config)
 
 
-def _whole(name: str, files: Any, places: Sequence[Path]) -> Any:
+def _whole(name: str, files: Any, folders: Sequence[Path]) -> Any:
     """Return the path or paths of a task's files, each in the first folder containing it."""
     if isinstance(files, Mapping):
-        return {split: _whole(name, each, places) for split, each in files.items()}
+        return {split: _whole(name, each, folders) for split, each in files.items()}
     if isinstance(files, list | tuple):
-        return [_whole(name, each, places) for each in files]
-    for index in places:
-        if (index / str(files)).is_file():
-            return str((index / str(files)).resolve())
+        return [_whole(name, each, folders) for each in files]
+    for folder in folders:
+        if (folder / str(files)).is_file():
+            return str((folder / str(files)).resolve())
     raise InputError(f"--tasks {name}: no file {str(files)!r} beside its YAML file or in --tasks_data (a folder)")
 
 
@@ -310,13 +308,13 @@ def _scores(task: "Task", doc: Mapping[str, Any], instances: "list[Instance]") -
         result = task.process_results(doc, [each.filtered_resps[kind] for each in ordered])
         for metric, value in result.items():
             if isinstance(value, bool | int | float) or hasattr(value, "item"):
-                scores[_filtered(metric, kind)[0]] = float(value)
+                scores[_filtered(metric, kind)] = float(value)
     return scores
 
 
-def _filtered(metric: str, kind: str) -> tuple[str, str]:
-    """Return the name of a metric with its filter, and the name of the metric."""
-    return metric if kind == "none" else f"{metric}_{kind.replace('-', '_')}", metric
+def _filtered(metric: str, kind: str) -> str:
+    """Return the name of a metric with its filter."""
+    return metric if kind == "none" else f"{metric}_{kind.replace('-', '_')}"
 
 
 def _one_line(error: Exception) -> str:

@@ -84,16 +84,16 @@ class Preferences(Suite[Pair]):
 
     def judged(self, subject: Subject, item: Item[Pair]) -> Record:
         """Return the record of a pair."""
-        pair, name = item.body, [f"{self.name}, item {item.key}"]
+        pair, name = item.body, self.name_of(item)
         by_letter = letter_shares(subject, pair, name)
-        scored = None if pair.by_letter_only else likelihoods(subject, pair, name)
+        scored = None if pair.by_letter_only else answer_likelihoods(subject, pair, name)
         if by_letter is None or (scored is None and not pair.by_letter_only):
-            return self.record(subject, item, asked=_shown(pair), skipped=TOO_LONG)
+            return self.record(subject, item, asked=transcript(pair), skipped=TOO_LONG)
         scores = letter_scores(*by_letter)
         if scored is not None:
             scores |= likelihood_scores(pair, scored)
         answer = pair.better if scores["prefers_better"] > 0.5 else pair.worse
-        return self.record(subject, item, scores, _shown(pair), answer)
+        return self.record(subject, item, scores, transcript(pair), answer)
 
 
 def letter_scores(as_first: float, as_second: float) -> dict[str, float]:
@@ -111,22 +111,23 @@ def letter_scores(as_first: float, as_second: float) -> dict[str, float]:
     }
 
 
-def likelihood_scores(pair: Pair, told: Sequence[Likelihood]) -> dict[str, float]:
+def likelihood_scores(pair: Pair, likelihoods: Sequence[Likelihood]) -> dict[str, float]:
     """Return whether the better answer is likelier than the worse one: as a whole, and per byte."""
     per_byte = [
-        each.logprob / max(len(text.encode()), 1) for each, text in zip(told, (pair.better, pair.worse), strict=True)
+        each.logprob / max(len(text.encode()), 1)
+        for each, text in zip(likelihoods, (pair.better, pair.worse), strict=True)
     ]
     return {
-        "likelier": float(told[0].logprob > told[1].logprob),
+        "likelier": float(likelihoods[0].logprob > likelihoods[1].logprob),
         "likelier_per_byte": float(per_byte[0] > per_byte[1]),
     }
 
 
-def letter_shares(subject: Subject, pair: Pair, name: Sequence[str]) -> tuple[float, float] | None:
+def letter_shares(subject: Subject, pair: Pair, name: str) -> tuple[float, float] | None:
     """Return how likely the better answer's letter is, shown as (A) and as (B); `None` where it does not fit."""
     orders = [asked_by_letter(subject, pair, swapped) for swapped in (False, True)]
-    letters = list(LETTERS) if subject.uses_chat_template else [f" {each}" for each in LETTERS]
-    result = subject.choices(orders, [letters] * 2, names=list(name) * 2)
+    letters = [subject.space + each for each in LETTERS]
+    result = subject.choices(orders, [letters] * 2, names=[name] * 2)
     if any(each is None for each in result):
         return None
     first, second = (shares([letter.logprob for letter in each]) for each in result)
@@ -136,18 +137,17 @@ def letter_shares(subject: Subject, pair: Pair, name: Sequence[str]) -> tuple[fl
 def asked_by_letter(subject: Subject, pair: Pair, swapped: bool) -> Prompt:
     """Return the question about the better of two answers, with the better one as (A), or as (B) where swapped."""
     answers = (pair.worse, pair.better) if swapped else (pair.better, pair.worse)
-    prompt = pair.prompt if isinstance(pair.prompt, str) else _transcript(pair)
+    prompt = pair.prompt if isinstance(pair.prompt, str) else transcript(pair)
     listed = "\n".join(f" {letter} {text}" for letter, text in zip(LETTERS, answers, strict=True))
     question = f"{prompt}\n\nChoices:\n{listed}"
     return question if subject.uses_chat_template else f"Human: {question}\n\nAssistant:"
 
 
-def likelihoods(subject: Subject, pair: Pair, name: Sequence[str]) -> list[Likelihood] | None:
+def answer_likelihoods(subject: Subject, pair: Pair, name: str) -> list[Likelihood] | None:
     """Return how likely the answers are after the prompt; `None` where one does not fit."""
-    if subject.uses_chat_template:
-        return subject.choices([pair.messages], [[pair.better, pair.worse]], names=name)[0]
-    prompt = f"{_transcript(pair)}\n\nAssistant:"
-    return subject.choices([prompt], [[f" {pair.better}", f" {pair.worse}"]], names=name)[0]
+    prompt = pair.messages if subject.uses_chat_template else f"{transcript(pair)}\n\nAssistant:"
+    answers = [subject.space + each for each in (pair.better, pair.worse)]
+    return subject.choices([prompt], [answers], names=[name])[0]
 
 
 def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
@@ -211,9 +211,6 @@ def _of_scores(origin: str, row: Mapping[str, Any]) -> Pair:
     return Pair(str(row["input"]).strip(), ranked[0].strip(), ranked[1].strip())
 
 
-def _transcript(pair: Pair) -> str:
+def transcript(pair: Pair) -> str:
+    """Return the prompt as text."""
     return to_transcript(pair.messages).removesuffix("\n\nAssistant:").strip()
-
-
-def _shown(pair: Pair) -> str:
-    return _transcript(pair)

@@ -185,13 +185,13 @@ def _meanings(answer: object, texts: Sequence[str], labels: Sequence[str] | None
     return {way: index for way, index in result.items() if index is not None and 0 <= index < len(texts)}
 
 
-def _index_of(said: str, names: Sequence[str], plain: Any) -> int | None:
-    """Return the name said: the same one, or else the only one with the same plain form."""
-    if said in names:
-        return list(names).index(said)
+def _index_of(answer: str, names: Sequence[str], plain: Any) -> int | None:
+    """Return the index of an answer among names: of the same one, or else the only one with the same plain form."""
+    if answer in names:
+        return list(names).index(answer)
     # Plain forms take time, and a much longer text has another one: marks around an answer are short.
-    plain_said, most = plain(said), 24 + 2 * len(said)
-    alike = [index for index, name in enumerate(names) if len(name) <= most and plain(name) == plain_said]
+    plain_form, most = plain(answer), 24 + 2 * len(answer)
+    alike = [index for index, name in enumerate(names) if len(name) <= most and plain(name) == plain_form]
     return alike[0] if len(alike) == 1 else None
 
 
@@ -213,29 +213,29 @@ def _final(answer: str) -> str:
 # ---- what a row has ----
 
 
-def _read(origin: str, given: Mapping[str, Any]) -> Read:
+def _read(origin: str, raw: Mapping[str, Any]) -> Read:
     """Return a row by its columns."""
     # A name as it is written here comes before a name equal only in small letters.
-    names = sorted(given, key=lambda name: _plain_name(name) == name)
-    row = {_plain_name(name): given[name] for name in names if not _is_missing(given[name])}
+    names = sorted(raw, key=lambda name: _plain_name(name) == name)
+    row = {_plain_name(name): raw[name] for name in names if not _is_missing(raw[name])}
     passages = [_passage(origin, name, row[name]) for name in PASSAGES if name in row]
     of_files = (_right_and_wrong, _endings, _goal, _blank, _cause_or_effect, _yes_or_no, _scored)
     candidates = (of_file(origin, row) for of_file in of_files)
-    read = next((each for each in candidates if each is not None), None) or _by_columns(origin, row, given)
+    read = next((each for each in candidates if each is not None), None) or _by_columns(origin, row, raw)
     # A prompt may have been made of it.
     new = [each for each in passages if each not in read.question]
     return replace(read, question="\n".join([*new, read.question])) if new else read
 
 
-def _by_columns(origin: str, row: Mapping[str, Any], given: Mapping[str, Any]) -> Read:
-    """Return a row by the names of its columns; `given` has them as they are written."""
+def _by_columns(origin: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> Read:
+    """Return a row by the names of its columns; `raw` has them as they are written."""
     question, choices, labels = _question_text(row), None, None
     if isinstance(nested := row.get("question"), Mapping):
         question, row = nested.get("stem"), {**row, "choices": nested.get("choices")}
     if (listed := next((row[name] for name in CHOICES if name in row), None)) is not None:
         choices, labels = _listed(origin, listed)
     elif question is not None:
-        choices, labels = _in_columns(row, map(_plain_name, given))
+        choices, labels = _in_columns(row, map(_plain_name, raw))
     if choices is None and question is not None and len(INSIDE.findall(question)) > 1:
         first, *rest = INSIDE.split(LEAD.sub("", TAIL.sub("", question)))
         question, choices, labels = first, rest[1::2], [f"answer{number}" for number in rest[::2]]
@@ -243,7 +243,7 @@ def _by_columns(origin: str, row: Mapping[str, Any], given: Mapping[str, Any]) -
     if not isinstance(question, str) or column is None:
         missing = ANSWER[:5] if isinstance(question, str) else QUESTION
         raise InputError(
-            f"{origin}: no column of {', '.join(missing)}; found {', '.join(map(repr, list(given)[:12]))}; expected a "
+            f"{origin}: no column of {', '.join(missing)}; found {', '.join(map(repr, list(raw)[:12]))}; expected a "
             "question, its answer, and for multiple choice its choices"
         )
     if not isinstance(row[column], (str, int, float)):

@@ -36,7 +36,7 @@ from hfllm.data.world.tasks import paraphrase
 from hfllm.data.world.vocabulary import COMPLIES, RIGHT, GoldAnswer, gold_score, words_of
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.generation.scoring import evaluating, pass_precision
 from hfllm.models.loading.saved import max_length_of
@@ -46,8 +46,6 @@ from hfllm.rewards.functions import exact_match
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from hfllm.evaluation.suites.base import Subject
 
     Propose = Callable[[list[int], int, random.Random], list[int]]
 
@@ -91,7 +89,7 @@ class Question:
         return self.prompt[-1]["role"] == "assistant"
 
     @property
-    def asked(self) -> str:
+    def text(self) -> str:
         """The last question, for the report."""
         return next(message["content"] for message in reversed(self.prompt) if message["role"] == "user")
 
@@ -178,7 +176,7 @@ def perturbed_items(base: Sequence[tuple[str, Question]], texts: AddedTexts, see
         for strength in perturbation.strengths:
             group = f"{name} {strength:g}"
             for key, question in base:
-                text = perturb(question.asked, name, strength, texts, key, seed)
+                text = perturb(question.text, name, strength, texts, key, seed)
                 yield Item(f"{group}: {key}", group, _asked_so(question, text, texts))
     for prefill in texts.prefills:
         group = f'{PREFILLED} "{prefill}"'
@@ -208,7 +206,7 @@ def attack_items(
 def _asked_so(question: Question, text: str, texts: AddedTexts) -> Question:
     """Return a question in other words, with the word of any order in them."""
     orders = zip(texts.orders, texts.order_words, strict=True)
-    word = next((word for order, word in orders if order in text and order not in question.asked), "")
+    word = next((word for order, word in orders if order in text and order not in question.text), "")
     prompt = [*question.prompt[:-1], {**question.prompt[-1], "content": text}]
     return replace(question, prompt=prompt, order_word=word)
 
@@ -556,13 +554,13 @@ class Robustness(Suite[Question]):
             return row_items(self.dataset_name, self.num_prompts, self.seed, self.num_attacks)
         return world_items(self.world, self.num_prompts, self.seed, self.num_attacks)
 
-    def judge(self, subject: "Subject", items: Sequence[Item[Question]]) -> Iterator[Record]:
+    def judge(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
         """Yield the records of the items, a batch at a time."""
         attacked = [item for item in items if item.body.attack]
         indices = {group: index for index, group in enumerate(dict.fromkeys(item.group for item in items))}
         # Prompts of like length in a batch: answers do not depend on it, and time does.
-        asked_at = [(indices[item.group], len(item.body.asked), item) for item in items if not item.body.attack]
-        items = [item for _, _, item in sorted(asked_at, key=lambda each: each[:2])]
+        items = [item for item in items if not item.body.attack]
+        items.sort(key=lambda item: (indices[item.group], len(item.body.text)))
         answers = subject.iter_answers([item.body.prompt for item in items], self.max_new_tokens)
         for item, answer in zip(items, answers, strict=True):
             text = subject.text_of(item.body.prompt)
@@ -573,14 +571,14 @@ class Robustness(Suite[Question]):
         for item in attacked:
             yield self._attacked(subject, item)
 
-    def _attacked(self, subject: "Subject", item: Item[Question]) -> Record:
+    def _attacked(self, subject: Subject, item: Item[Question]) -> Record:
         """Return the record of a question with the suffix of a search."""
         question = item.body
         template = subject.uses_chat_template
-        target = AttackTarget.of_question(subject.tokenizer, question.asked, question.attack_target, template)
+        target = AttackTarget.of_question(subject.tokenizer, question.text, question.attack_target, template)
         search = attack if question.attack == GRADIENT else random_search
         result = search(subject.model, target, replace(self.attack_settings, seed=self.seed))
-        prompt = question.asked + result.suffix
+        prompt = question.text + result.suffix
         (answer,) = subject.answers([prompt], self.max_new_tokens)
         text = subject.text_of(prompt)
         if answer is None:

@@ -11,12 +11,11 @@ The CSV of the questions and `mc_task.json` differ in their answers: figures of 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from hfllm.data.rows import Message
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import (
     TOO_LONG,
@@ -29,6 +28,7 @@ from hfllm.evaluation.suites.base import (
     mc2,
     mc3,
     rows_of,
+    turns_of,
     yes_shares,
 )
 from hfllm.outputs.report import Found
@@ -126,7 +126,7 @@ class TruthfulQA(Suite[Question]):
         questions = [read(origin, row) for origin, row in rows[: self.num_items]]
         result = [Item(f"{number}", CHOICES, each) for number, each in enumerate(questions, 1)]
         if self.writes:
-            written = [Question(**{**vars(each), "is_written": True}) for each in questions]
+            written = [replace(each, is_written=True) for each in questions]
             result += [Item(f"{number}-written", ANSWERS, each) for number, each in enumerate(written, 1)]
         return result
 
@@ -135,14 +135,14 @@ class TruthfulQA(Suite[Question]):
         yield from self._write(subject, [each for each in items if each.body.is_written])
 
     def _choose(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
-        texts = [list(dict.fromkeys((_.best, *_.wrong, *_.true, *_.false))) for _ in (item.body for item in items)]
+        bodies = [item.body for item in items]
+        texts = [list(dict.fromkeys((each.best, *each.wrong, *each.true, *each.false))) for each in bodies]
         prompts = [asked_as(subject, item.body.question) for item in items]
-        space = "" if subject.uses_chat_template else " "
         result = subject.iter_choices(
             prompts,
-            [[space + each for each in answers] for answers in texts],
+            [[subject.space + each for each in answers] for answers in texts],
             shared=examples_of(subject),
-            names=[f"{self.name}, item {item.key}" for item in items],
+            names=[self.name_of(item) for item in items],
         )
         for item, answers, scored in zip(items, texts, result, strict=True):
             if scored is None:
@@ -194,28 +194,20 @@ class TruthfulQA(Suite[Question]):
 def examples_of(subject: Subject) -> Prompt:
     """Return the worked examples as the subject reads them: text, or turns of a conversation."""
     if subject.uses_chat_template:
-        return _turns(EXAMPLES)
+        return turns_of(EXAMPLES)
     return "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in EXAMPLES) + "\n\n"
 
 
 def asked_as(subject: Subject, question: str) -> Prompt:
     """Return a question after the worked examples."""
     if subject.uses_chat_template:
-        return [*_turns(EXAMPLES), {"role": "user", "content": question}]
+        return [*turns_of(EXAMPLES), {"role": "user", "content": question}]
     return f"{examples_of(subject)}Q: {question}\nA:"
 
 
 def plain(text: str) -> str:
     """Return a text in lower case without punctuation, to compare answers."""
     return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def _turns(pairs: Sequence[tuple[str, str]]) -> list[Message]:
-    return [
-        {"role": role, "content": text}
-        for pair in pairs
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
 
 
 def _without(answers: Sequence[str], answer: str) -> list[str]:

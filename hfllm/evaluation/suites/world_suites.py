@@ -54,11 +54,8 @@ class WorldSuite(Suite[Task]):
         """Return the figures of an answer."""
 
     def likelihoods(self, subject: Subject, item: Item[Task]) -> list[float]:
-        """Return the log-probability of the model answer, then of the wrong ones."""
-        space = "" if subject.uses_chat_template else " "
-        texts = [space + each for each in (item.body.gold.accepted[0], *item.body.wrong)]
-        (result,) = subject.choices([self.prompt(item)], [texts], names=[f"{self.name}, item {item.key}"])
-        return [] if result is None else [each.logprob for each in result]
+        """Return the log-probability of the model answer, then of the wrong ones; none where one does not fit."""
+        return self.logprobs(subject, item, self.prompt(item), [item.body.gold.accepted[0], *item.body.wrong]) or []
 
 
 class WorldTruthfulness(WorldSuite):

@@ -81,8 +81,8 @@ class Draft(Protocol):
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         """Draft up to `steps` tokens (at least 1) per row."""
 
-    def keep(self, kept: torch.Tensor) -> None:
-        """Drop all rows but these."""
+    def keep(self, index: torch.Tensor) -> None:
+        """Drop all rows but these, by their index."""
 
 
 def weights_read(model: "PreTrainedModel") -> int:
@@ -121,8 +121,8 @@ class ModelDraft:
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         return draft_by(self.runner, rows, steps, sampler, catch_up=2)
 
-    def keep(self, kept: torch.Tensor) -> None:
-        self.runner.cache.keep(kept)
+    def keep(self, index: torch.Tensor) -> None:
+        self.runner.cache.keep(index)
 
 
 class EarlyExitDraft:
@@ -150,14 +150,14 @@ class EarlyExitDraft:
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         return draft_by(self.runner, rows, steps, sampler, catch_up=1)
 
-    def keep(self, kept: torch.Tensor) -> None:
+    def keep(self, index: torch.Tensor) -> None:
         """Do nothing: the target drops the rows."""
 
     def _shortened(self, target: "PreTrainedModel") -> "PreTrainedModel":
         # Return the same object again, to reuse its compiled code.
-        if getattr(self, "_made_from", None) is not target:
-            self._made_from, self._made = target, early_exit(target, self._count(target))
-        return self._made
+        if getattr(self, "_exit_of", None) is not target:
+            self._exit_of, self._exit = target, early_exit(target, self._count(target))
+        return self._exit
 
     def _count(self, target: "PreTrainedModel") -> int:
         total = target.config.get_text_config(decoder=True).num_hidden_layers
@@ -186,7 +186,7 @@ class Int8Draft:
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         return draft_by(self.runner, rows, steps, sampler, catch_up=1)
 
-    def keep(self, kept: torch.Tensor) -> None:
+    def keep(self, index: torch.Tensor) -> None:
         """Do nothing: the target drops the rows."""
 
 
@@ -238,26 +238,26 @@ class PromptLookupDraft:
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         self.histories: list[list[int]] = [[] for _ in range(len(rows.lengths))]
         # n-gram -> where its latest occurrence ends, except the one at the row's end.
-        self.seen: list[dict[tuple[int, ...], int]] = [{} for _ in self.histories]
+        self.ends: list[dict[tuple[int, ...], int]] = [{} for _ in self.histories]
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         self._read(rows)
-        result = [self._continuation(*row, steps) for row in zip(self.histories, self.seen, strict=True)]
+        result = [self._continuation(*row, steps) for row in zip(self.histories, self.ends, strict=True)]
         counts = [len(tokens) for tokens in result]
         longest = max(counts)
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in result]
         make = rows.tokens.new_tensor
         return Proposal(make(padded).view(len(result), longest), make(counts))
 
-    def keep(self, kept: torch.Tensor) -> None:
-        self.histories = [self.histories[row] for row in kept.tolist()]
-        self.seen = [self.seen[row] for row in kept.tolist()]
+    def keep(self, index: torch.Tensor) -> None:
+        self.histories = [self.histories[row] for row in index.tolist()]
+        self.ends = [self.ends[row] for row in index.tolist()]
 
     def _read(self, rows: Rows) -> None:
         """Read the tokens added since the last call."""
         first = min(map(len, self.histories))
         tokens = rows.tokens[:, first : max(rows.sizes)].tolist()
-        for history, positions, new, length in zip(self.histories, self.seen, tokens, rows.sizes, strict=True):
+        for history, positions, new, length in zip(self.histories, self.ends, tokens, rows.sizes, strict=True):
             for token in new[len(history) - first : length - first]:
                 end = len(history)
                 for size in self.sizes:
@@ -265,10 +265,10 @@ class PromptLookupDraft:
                         positions[tuple(history[end - size :])] = end
                 history.append(token)
 
-    def _continuation(self, history: list[int], seen: dict[tuple[int, ...], int], steps: int) -> Sequence[int]:
+    def _continuation(self, history: list[int], ends: dict[tuple[int, ...], int], steps: int) -> Sequence[int]:
         end = len(history)
         for size in self.sizes:
-            at = seen.get(tuple(history[end - size :])) if end >= size else None
+            at = ends.get(tuple(history[end - size :])) if end >= size else None
             if at is not None:
                 period = end - at
                 return [history[at + index % period] for index in range(steps)]

@@ -70,10 +70,10 @@ def test_items_are_the_same_in_every_run_and_groups_ask_the_same_questions(suite
     assert all(body.gold.kind != "harm" or body.is_harmful for item in items for body in [item.body])
     # Material under a question is never changed.
     for item in items:
-        if "\n" in item.body.asked and item.group not in ("paraphrase", "other world"):
+        if "\n" in item.body.text and item.group not in ("paraphrase", "other world"):
             number = item.key.split(": ")[1].split()[0]
             (clean,) = (each.body for each in items if each.group == CLEAN and each.key.startswith(f"clean: {number}"))
-            assert item.body.asked.partition("\n")[2] == clean.asked.partition("\n")[2]
+            assert item.body.text.partition("\n")[2] == clean.text.partition("\n")[2]
 
 
 def test_a_perfect_model_is_perfect_everywhere(suite, items):
