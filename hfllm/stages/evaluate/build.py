@@ -66,7 +66,7 @@ def suites_of(script_args: EvaluateArguments, judge: Subject | None = None) -> l
     world, of_world = World(args.world_seed), NUM_WORLD_ITEMS if count is None else count
     truthfulqa, xstest, prompts = args.truthfulqa_file, args.xstest_file, args.robustness_file
     pairs, questions = args.preference_files, args.few_shot_files
-    pictures = PictureArguments(args.bad_images, args.max_pixels)
+    pictures = PictureArguments(bad_images=args.bad_images, max_pixels=args.max_pixels)
     builders: dict[str, Callable[[], Suite]] = {
         "truthfulness": lambda: (
             TruthfulQA(truthfulqa, count, args.write_answers, judge)
