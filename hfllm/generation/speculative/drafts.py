@@ -125,7 +125,19 @@ class ModelDraft:
         self.runner.cache.keep(index)
 
 
-class EarlyExitDraft:
+class _SelfDraft:
+    """A draft by the target itself, in part or rounded, over its own cache."""
+
+    runner: RaggedModel
+
+    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
+        return draft_by(self.runner, rows, steps, sampler, catch_up=1)
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Do nothing: the target drops the rows."""
+
+
+class EarlyExitDraft(_SelfDraft):
     """Self-speculation: the target's first layers with its own norm and head (Zhang et al. 2024, arXiv:2309.08168).
 
     It needs no second model and no separate cache: the first layers' cache is the target's.
@@ -147,12 +159,6 @@ class EarlyExitDraft:
             forward = target.packed.first(self._count(target.model))
         self.runner = RaggedModel(model, 0, forward, target.cache, compiled)
 
-    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
-        return draft_by(self.runner, rows, steps, sampler, catch_up=1)
-
-    def keep(self, index: torch.Tensor) -> None:
-        """Do nothing: the target drops the rows."""
-
     def _shortened(self, target: "PreTrainedModel") -> "PreTrainedModel":
         # Return the same object again, to reuse its compiled code.
         if getattr(self, "_exit_of", None) is not target:
@@ -164,7 +170,7 @@ class EarlyExitDraft:
         return max(1, total // 2) if self.layers is None else self.layers
 
 
-class Int8Draft:
+class Int8Draft(_SelfDraft):
     """Self-speculation: the target with its weights rounded to int8, a quarter of the bytes to read per token.
 
     Like `EarlyExitDraft` it shares the target's cache, so the prompt is read once. It needs no training, and is
@@ -182,12 +188,6 @@ class Int8Draft:
             # It reads the target's cache, where a packed target stores the halves of keys in another order.
             raise InputError("the int8 draft cannot be combined with packed=False: leave that out")
         self.runner = RaggedModel(target.model, 0, packed_model(target.model, "int8"), target.cache)
-
-    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
-        return draft_by(self.runner, rows, steps, sampler, catch_up=1)
-
-    def keep(self, index: torch.Tensor) -> None:
-        """Do nothing: the target drops the rows."""
 
 
 def draft_by(runner: RaggedModel, rows: Rows, steps: int, sampler: Sampler, catch_up: int) -> Proposal:

@@ -137,8 +137,10 @@ def _wait() -> None:
 
 
 def plain(model: "PreTrainedModel", batch: Batch, **options: Any) -> torch.Tensor:
-    """Decode with the target alone: transformers' `generate`."""
-    return model.generate(**batch, **options)
+    """Decode greedily with the target alone, by transformers' `generate`: options of drafting are left out."""
+    ours = ("num_draft_tokens", "generator", "compile")
+    shared = {name: value for name, value in options.items() if name not in ours}
+    return model.generate(**batch, do_sample=False, **shared)
 
 
 def speculative(
@@ -148,14 +150,8 @@ def speculative(
     total, sequences = Statistics(), []
     for batch in batches:
         output = speculative_generate(model, draft, **batch, **options)
-        stats = output.statistics
         sequences.append(output.sequences)
-        total.tokens += stats.tokens
-        total.target_calls += stats.target_calls
-        total.drafted += stats.drafted
-        total.tested += stats.tested
-        total.accepted += stats.accepted
-        total.steps += stats.steps
+        total.include(output.statistics)
     return sequences, total
 
 
@@ -163,7 +159,7 @@ def identical_share(model: "PreTrainedModel", draft: Draft, batches: Sequence[Ba
     """Return the share of prompts for which greedy speculative decoding gives exactly the tokens of `generate`."""
     same = total = 0
     for batch in batches:
-        expected = plain(model, batch, do_sample=False, **_shared(options))
+        expected = plain(model, batch, **options)
         result = speculative_generate(model, draft, **batch, do_sample=False, **options).sequences
         total += len(expected)
         if result.shape == expected.shape:
@@ -174,10 +170,6 @@ def identical_share(model: "PreTrainedModel", draft: Draft, batches: Sequence[Ba
             ended = (result[:, width:] == pad).all(1) & (expected[:, width:] == pad).all(1)
             same += int(((result[:, :width] == expected[:, :width]).all(1) & ended).sum())
     return same / total
-
-
-def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in ("num_draft_tokens", "generator", "compile")}
 
 
 def speed_by_num_draft_tokens(
@@ -209,7 +201,7 @@ def speed_by_num_draft_tokens(
         return decode
 
     runs = {name: run(name) for name in draft_lengths}
-    baseline = {"plain": lambda: [plain(model, batch, do_sample=False, **_shared(options)) for batch in batches]}
+    baseline = {"plain": lambda: [plain(model, batch, **options) for batch in batches]}
     seconds = interleaved({**baseline, **runs}, rounds)
     rows = []
     for name in draft_lengths:

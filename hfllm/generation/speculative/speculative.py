@@ -61,6 +61,11 @@ class Statistics:
         self.accepted += accepted
         self.steps.append(drafted // max(calls, 1))
 
+    def include(self, other: "Statistics") -> None:
+        """Count the rows of another call too."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
     @property
     def acceptance_rate(self) -> float:
         """Return the share of verified tokens accepted: the maximum-likelihood estimate of the paper's alpha."""
