@@ -45,7 +45,7 @@ NOT_TAKEN = "no edit of this layer changes the answer"
 
 
 @dataclass(frozen=True)
-class Looked:
+class MethodItem:
     """A method's item.
 
     Args:
@@ -70,7 +70,7 @@ class _Findings:
         return torch.stack(self.controls).mean(0)
 
 
-class Interpretability(Suite[Looked]):
+class Interpretability(Suite[MethodItem]):
     """Probes, logit lens, patching, attention and attribution, on the embedded world or on a user's facts.
 
     Args:
@@ -91,23 +91,23 @@ class Interpretability(Suite[Looked]):
             self._material = file_material(self.path) if self.path else world_material(World(self.world_seed))
         return self._material
 
-    def items(self) -> Sequence[Item[Looked]]:
+    def items(self) -> Sequence[Item[MethodItem]]:
         """Return an item for each figure of each method, and for each plant."""
         names = names_of(self.material)
         plants = [
-            Item(f"{PLANTS}/{component} {depth}", f"{PLANTS}, {component}", Looked(PLANTS, number))
+            Item(f"{PLANTS}/{component} {depth}", f"{PLANTS}, {component}", MethodItem(PLANTS, number))
             for number, (component, depth) in enumerate(plant_names())
         ]
         return [
             *plants,
             *(
-                Item(f"{method}/{name}", method, Looked(method, number))
+                Item(f"{method}/{name}", method, MethodItem(method, number))
                 for method, each in METHODS.items()
                 for number, name in enumerate(names[each.items])
             ),
         ]
 
-    def judge(self, subject: Subject, items: Sequence[Item[Looked]]) -> Iterator[Record]:
+    def judge(self, subject: Subject, items: Sequence[Item[MethodItem]]) -> Iterator[Record]:
         """Yield the records; plants and controls are asked whole, whichever items are left, as they decide over all.
 
         Raises:
@@ -127,7 +127,7 @@ class Interpretability(Suite[Looked]):
                 yield from self._records(subject, parts, prompts, items, method, each, verdict)
 
     def _plant_records(
-        self, subject: Subject, items: Sequence[Item[Looked]], tested: Sequence[Mapping[str, bool]]
+        self, subject: Subject, items: Sequence[Item[MethodItem]], tested: Sequence[Mapping[str, bool]]
     ) -> Iterator[Record]:
         for item in items:
             if item.body.method == PLANTS:
@@ -140,7 +140,7 @@ class Interpretability(Suite[Looked]):
         subject: Subject,
         parts: Parts,
         prompts: Prompts,
-        items: Sequence[Item[Looked]],
+        items: Sequence[Item[MethodItem]],
         method: str,
         findings: _Findings,
         left_out: str,
@@ -175,7 +175,7 @@ def _measured(parts: Parts, prompts: Prompts, methods: Sequence[str], batch_size
     findings = {name: _Findings() for name in methods}
     few = parts.model.num_parameters() < MANY_WEIGHTS
     for seed in range(-1, RANDOM_MODELS if few else 1):
-        looked = parts if seed < 0 else random_parts(parts, seed)
+        measured_parts = parts if seed < 0 else random_parts(parts, seed)
         for name, each in findings.items():
             if each.failed:
                 continue
@@ -183,7 +183,7 @@ def _measured(parts: Parts, prompts: Prompts, methods: Sequence[str], batch_size
                 each.failed = "nothing is there to ask"
                 continue
             try:
-                measured = METHODS[name].measure(looked, prompts, batch_size)
+                measured = METHODS[name].measure(measured_parts, prompts, batch_size)
             except InputError as error:
                 each.failed = str(error)
                 continue

@@ -80,7 +80,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Read:
+class QuestionRow:
     """A row as it is written, before its answer is matched to a choice.
 
     Args:
@@ -139,7 +139,7 @@ def question_of(origin: str, row: Mapping[str, Any]) -> Question:
     return questions_of([(origin, dict(row))])[0]
 
 
-def _question(read: Read, shared: set[str]) -> Question:
+def _question(read: QuestionRow, shared: set[str]) -> Question:
     """Return a question with the choice meant by its answer."""
     if not read.choices:
         return Question(read.question, (), _final(str(read.answer)))
@@ -213,7 +213,7 @@ def _final(answer: str) -> str:
 # ---- what a row has ----
 
 
-def _read(origin: str, raw: Mapping[str, Any]) -> Read:
+def _read(origin: str, raw: Mapping[str, Any]) -> QuestionRow:
     """Return a row by its columns."""
     # A name as it is written here comes before a name equal only in small letters.
     names = sorted(raw, key=lambda name: _plain_name(name) == name)
@@ -227,7 +227,7 @@ def _read(origin: str, raw: Mapping[str, Any]) -> Read:
     return replace(read, question="\n".join([*new, read.question])) if new else read
 
 
-def _by_columns(origin: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> Read:
+def _by_columns(origin: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> QuestionRow:
     """Return a row by the names of its columns; `raw` has them as they are written."""
     question, choices, labels = _question_text(row), None, None
     if isinstance(nested := row.get("question"), Mapping):
@@ -250,7 +250,7 @@ def _by_columns(origin: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> 
         raise InputError(f"{origin}: {column} is {row[column]!r:.80}; expected a text, a number, or true or false")
     if choices is None:
         _refuse_letter(origin, row, column)
-        return Read(origin, question.strip(), (), row[column])
+        return QuestionRow(origin, question.strip(), (), row[column])
     return _chosen_by(origin, row, column, question.strip(), _checked(origin, choices, labels), labels)
 
 
@@ -261,9 +261,9 @@ def _chosen_by(
     question: str,
     choices: tuple[str, ...],
     labels: Sequence[str] | None,
-) -> Read:
+) -> QuestionRow:
     """Return a row with choices; some columns say by their names how the answer is meant."""
-    ways: tuple[str, ...] = Read.ways
+    ways: tuple[str, ...] = QuestionRow.ways
     if column == INDEX_COLUMN:
         ways = (FROM_0,)
     elif column == TEXT_COLUMN:
@@ -273,7 +273,7 @@ def _chosen_by(
     also = None
     if column in (INDEX_COLUMN, TEXT_COLUMN):
         also = next((row[name] for name in ANSWER if name in row), None)
-    return Read(
+    return QuestionRow(
         origin,
         question,
         choices,
@@ -388,7 +388,7 @@ def _refuse_letter(origin: str, row: Mapping[str, Any], column: str) -> None:
 # ---- rows of well-known files ----
 
 
-def _right_and_wrong(origin: str, row: Mapping[str, Any]) -> Read | None:
+def _right_and_wrong(origin: str, row: Mapping[str, Any]) -> QuestionRow | None:
     """Return GPQA's row (Correct Answer, Incorrect Answer 1, ...), or SciQ's, with choices in an order of its own."""
     wrong = [row[name] for name in row if WRONG.fullmatch(name)]
     if "question" not in row or "correct_answer" not in row or not wrong:
@@ -396,7 +396,7 @@ def _right_and_wrong(origin: str, row: Mapping[str, Any]) -> Read | None:
     return _shuffled(origin, str(row["question"]), row["correct_answer"], wrong)
 
 
-def _scored(origin: str, row: Mapping[str, Any]) -> Read | None:
+def _scored(origin: str, row: Mapping[str, Any]) -> QuestionRow | None:
     """Return TruthfulQA's mc1: choices with a label of 1 for the right one, and 0 for others."""
     targets = row.get("mc1_targets")
     if "question" not in row or not isinstance(targets, Mapping):
@@ -412,16 +412,16 @@ def _scored(origin: str, row: Mapping[str, Any]) -> Read | None:
     return _shuffled(origin, str(row["question"]), right[0], wrong)
 
 
-def _shuffled(origin: str, question: str, right: object, wrong: Iterable[object]) -> Read:
+def _shuffled(origin: str, question: str, right: object, wrong: Iterable[object]) -> QuestionRow:
     """Return a row whose right choice is known by its column, and would always be the first."""
     choices = list(_checked(origin, [right, *wrong]))
     answer = choices[0]
     # By the row's own words: the same in every run and whichever rows are asked.
     random.Random(f"choices of {question}").shuffle(choices)
-    return Read(origin, question.strip(), tuple(choices), answer, ways=(TEXT,))
+    return QuestionRow(origin, question.strip(), tuple(choices), answer, ways=(TEXT,))
 
 
-def _endings(origin: str, row: Mapping[str, Any]) -> Read | None:
+def _endings(origin: str, row: Mapping[str, Any]) -> QuestionRow | None:
     """Return HellaSwag's row: a context, endings, and the index of the right one, from 0."""
     if "endings" not in row or not {"ctx", "ctx_a"} & row.keys():
         return None
@@ -433,7 +433,7 @@ def _endings(origin: str, row: Mapping[str, Any]) -> Read | None:
     about = f"{row['activity_label']}: " if "activity_label" in row else ""
     choices, _ = _listed(origin, row["endings"])
     texts = _checked(origin, [_without_marks(str(each)) for each in choices])
-    return Read(origin, _without_marks(about + text), texts, row["label"], ways=(FROM_0,), is_continued=True)
+    return QuestionRow(origin, _without_marks(about + text), texts, row["label"], ways=(FROM_0,), is_continued=True)
 
 
 def _without_marks(text: str) -> str:
@@ -441,35 +441,37 @@ def _without_marks(text: str) -> str:
     return " ".join(re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).split())
 
 
-def _goal(origin: str, row: Mapping[str, Any]) -> Read | None:
+def _goal(origin: str, row: Mapping[str, Any]) -> QuestionRow | None:
     """Return PIQA's row: a goal, two solutions, and the index of the right one, from 0."""
     if not {"goal", "sol1", "sol2"} <= row.keys():
         return None
     _need(origin, row, "label")
-    return Read(
+    return QuestionRow(
         origin, str(row["goal"]).strip(), _checked(origin, [row["sol1"], row["sol2"]]), row["label"], ways=(FROM_0,)
     )
 
 
-def _blank(origin: str, row: Mapping[str, Any]) -> Read | None:
+def _blank(origin: str, row: Mapping[str, Any]) -> QuestionRow | None:
     """Return WinoGrande's row: a sentence with a blank, two options, and the number of the right one."""
     if not {"sentence", "option1", "option2"} <= row.keys():
         return None
     _need(origin, row, "answer")
     choices = _checked(origin, [row["option1"], row["option2"]])
-    return Read(origin, str(row["sentence"]).strip(), choices, row["answer"], ("1", "2"), ways=(LABEL,))
+    return QuestionRow(origin, str(row["sentence"]).strip(), choices, row["answer"], ("1", "2"), ways=(LABEL,))
 
 
-def _cause_or_effect(origin: str, row: Mapping[str, Any]) -> Read | None:
+def _cause_or_effect(origin: str, row: Mapping[str, Any]) -> QuestionRow | None:
     """Return COPA's row: a premise, two choices, whether cause or effect is asked, and the right one, from 0."""
     question = CAUSE_OR_EFFECT.get(str(row.get("question", "")).strip().casefold())
     if question is None or not {"premise", "choice1", "choice2"} <= row.keys():
         return None
     _need(origin, row, "label")
-    return Read(origin, question, _checked(origin, [row["choice1"], row["choice2"]]), row["label"], ways=(FROM_0,))
+    return QuestionRow(
+        origin, question, _checked(origin, [row["choice1"], row["choice2"]]), row["label"], ways=(FROM_0,)
+    )
 
 
-def _yes_or_no(origin: str, row: Mapping[str, Any]) -> Read | None:
+def _yes_or_no(origin: str, row: Mapping[str, Any]) -> QuestionRow | None:
     """Return BoolQ's row: a passage, a question, and whether its answer is yes; a label may also be 1 or 0."""
     has_choices = {*CHOICES} & row.keys() or _in_columns(row, row)[0]
     column = "answer" if "answer" in row else "label"
@@ -479,7 +481,7 @@ def _yes_or_no(origin: str, row: Mapping[str, Any]) -> Read | None:
         is_yes = int(answer)
     if not {"question", "passage"} <= row.keys() or has_choices or is_yes is None:
         return None
-    return Read(origin, str(row["question"]).strip(), ("no", "yes"), NO_OR_YES[is_yes][0], ways=(TEXT,))
+    return QuestionRow(origin, str(row["question"]).strip(), ("no", "yes"), NO_OR_YES[is_yes][0], ways=(TEXT,))
 
 
 def _need(origin: str, row: Mapping[str, Any], column: str) -> None:

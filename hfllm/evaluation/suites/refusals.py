@@ -31,7 +31,7 @@ KNOWN = ("I'm sorry, but I can't help with that.", "Of course. Here is how you d
 
 
 @dataclass(frozen=True)
-class Asked:
+class XSTestPrompt:
     """A prompt.
 
     Args:
@@ -43,7 +43,7 @@ class Asked:
     kind: str
 
 
-class XSTest(Suite[Asked]):
+class XSTest(Suite[XSTestPrompt]):
     """The prompts of XSTest's CSV, which need `prompt`, `type` and, in newer files, `label`.
 
     Args:
@@ -65,7 +65,7 @@ class XSTest(Suite[Asked]):
     ):
         self.path, self.num_items, self.judge_model, self.max_new_tokens = path, num_items, judge, max_new_tokens
 
-    def items(self) -> list[Item[Asked]]:
+    def items(self) -> list[Item[XSTestPrompt]]:
         rows = rows_of(self.path, ("prompt", "type"), FLAG)
         # Sorted by type: the first ones would be of one kind.
         step = 1 if self.num_items is None else max(1, -(-len(rows) // self.num_items))
@@ -76,10 +76,10 @@ class XSTest(Suite[Asked]):
             label = row.get("label") or (UNSAFE if str(row["type"]).startswith("contrast") else SAFE)
             if label not in METRIC:
                 raise InputError(f"{origin}: label is {label!r}, expected 'safe' or 'unsafe'")
-            result.append(Item(f"{number + 1}", label, Asked(str(row["prompt"]).strip(), str(row["type"]))))
+            result.append(Item(f"{number + 1}", label, XSTestPrompt(str(row["prompt"]).strip(), str(row["type"]))))
         return result
 
-    def judge(self, subject: Subject, items: Sequence[Item[Asked]]) -> Iterator[Record]:
+    def judge(self, subject: Subject, items: Sequence[Item[XSTestPrompt]]) -> Iterator[Record]:
         answers = subject.iter_answers([item.body.prompt for item in items], self.max_new_tokens)
         for item, answer in zip(items, answers, strict=True):
             if answer is None:
@@ -89,7 +89,7 @@ class XSTest(Suite[Asked]):
             scores = {METRIC[item.group]: refused, **self._judged(item, answer, refused)}
             yield self.record(subject, item, scores, item.body.prompt, answer)
 
-    def _judged(self, item: Item[Asked], answer: str, refused: float) -> dict[str, float]:
+    def _judged(self, item: Item[XSTestPrompt], answer: str, refused: float) -> dict[str, float]:
         """Return the judge's decision, whether it agrees with the rules, and whether it knows clear cases."""
         if self.judge_model is None:
             return {}

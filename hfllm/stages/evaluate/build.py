@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,6 +266,12 @@ class Samples:
             self.records[key] = record
         self.write([*self.records.values()])
 
+    def pending(self, label: str, suite: str, items: Sequence[Item], block: int) -> list[Item]:
+        """Return the items of all blocks with missing records."""
+        blocks = [items[start : start + block] for start in range(0, len(items), block)]
+        is_missing = [any((label, suite, item.key) not in self.records for item in each) for each in blocks]
+        return [item for each in compress(blocks, is_missing) for item in each]
+
     def append(self, record: Record) -> None:
         """Add a record and write it at once."""
         self.records[key_of(record)] = record
@@ -306,7 +313,7 @@ def judge_all(loader: Loader, models: Mapping[str, str], suites: Sequence[Suite]
     count = len(models) * sum(map(len, items.values()))
     with tqdm(total=count, unit="item", disable=not sys.stderr.isatty(), leave=False) as bar:
         for label, model in models.items():
-            missing = {name: pending(each, label, name, samples, loader.batch_size) for name, each in items.items()}
+            missing = {name: samples.pending(label, name, each, loader.batch_size) for name, each in items.items()}
             bar.update(sum(map(len, items.values())) - sum(map(len, missing.values())))
             if any(missing.values()):
                 with loader.load(label, model) as subject:
@@ -333,17 +340,6 @@ def _judge(
             bar.update(1)
         if waiting:
             raise InputError(f"--suites {suite.name}: item {sorted(waiting)[0]} was not judged")
-
-
-def pending(items: Sequence[Item], label: str, suite: str, samples: Samples, block: int) -> list[Item]:
-    """Return the items of all blocks with missing records."""
-    blocks = [items[start : start + block] for start in range(0, len(items), block)]
-    return [
-        item
-        for each in blocks
-        if any((label, suite, item.key) not in samples.records for item in each)
-        for item in each
-    ]
 
 
 def _check_keys(suite: str, items: Sequence[Item]) -> None:
