@@ -88,6 +88,8 @@ def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizer
             str(question_of(question)).encode()
         except UnicodeEncodeError:
             raise InputError(f"question {number} has half a character (a lone surrogate)") from None
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
 
 
 def check_room(
@@ -425,16 +427,8 @@ def answer_with_passages(
         InputError: for invalid numbers, invalid questions, passages cut by another tokenizer, a prompt without room
             for the answer, a tokenizer without padding token, or sampling of a mixture.
     """
-    if marginal is not None and marginal not in MARGINALS:
-        raise InputError(f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
-    if marginal is not None and do_sample:
-        raise InputError(f"do_sample cannot be used with marginal={marginal!r}, whose answers are the likeliest")
-    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not isinstance(number, Integral) or number < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")
+    _check_options(marginal, do_sample, max_new_tokens, batch_size)
     check_questions(questions, tokenizer)
-    if tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
     if isinstance(retriever.passages, Passages):
         check_tokenizer(retriever.passages, tokenizer, "the retriever's passages")
     if not questions:
@@ -447,18 +441,19 @@ def answer_with_passages(
     contexts = [[plain(each.passage.text) for each in ranking] for ranking in result]
     if drop_instructions:
         contexts = [[without_instructions(text) for text in texts] for texts in contexts]
-    pairs = list(zip(base_prompts, contexts, strict=True))
+
+    def parts(passages: list) -> list[list]:
+        """Return the passages of each prompt of a question; a question without passages has one prompt."""
+        return [passages] if marginal is None else [[each] for each in passages] or [[]]
+
+    pairs = zip(base_prompts, contexts, strict=True)
+    prompts = [[grounded(prompt, part) for part in parts(texts)] for prompt, texts in pairs]
+    check_room(model, tokenizer, prompts, [parts(ranking) for ranking in result], max_new_tokens)
     if marginal is None:
-        prompts = [[grounded(prompt, texts)] for prompt, texts in pairs]
-        check_room(model, tokenizer, prompts, [[ranking] for ranking in result], max_new_tokens)
-        sampling = {"do_sample": do_sample, "batch_size": batch_size, "seed": seed}
         whole = [prompt for (prompt,) in prompts]
+        sampling = {"do_sample": do_sample, "batch_size": batch_size, "seed": seed}
         answers = [response for (response,) in sample_with_ends(model, tokenizer, whole, max_new_tokens, **sampling)]
     else:
-        # A question without passages is asked alone.
-        prompts = [[grounded(prompt, [text]) for text in texts] or [prompt] for prompt, texts in pairs]
-        rankings = [[[each] for each in ranking] or [[]] for ranking in result]
-        check_room(model, tokenizer, prompts, rankings, max_new_tokens)
         scores = [[each.score for each in ranking] for ranking in result]
         weights = [passage_weights(each, weight_temperature) if each else [1.0] for each in scores]
         answers = MARGINALS[marginal](model, tokenizer, prompts, weights, max_new_tokens, batch_size)
@@ -466,6 +461,16 @@ def answer_with_passages(
         GroundedAnswer(question_of(prompt), response.text, ranking, response.has_ended, marginal is not None)
         for prompt, response, ranking in zip(base_prompts, answers, result, strict=True)
     ]
+
+
+def _check_options(marginal: str | None, do_sample: bool, max_new_tokens: int, batch_size: int) -> None:
+    if marginal is not None and marginal not in MARGINALS:
+        raise InputError(f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
+    if marginal is not None and do_sample:
+        raise InputError(f"do_sample cannot be used with marginal={marginal!r}, whose answers are the likeliest")
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(number, Integral) or number < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")
 
 
 def _gated(rankings: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
