@@ -4,7 +4,24 @@ A file system may write a new name before the file's contents: after a crash the
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a new name beside `path` for its contents, and rename it over `path` at the end; after an error remove it.
+
+    No other process has that name, since it may write the same file.
+    """
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
+    try:
+        yield unfinished
+        replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def replace(unfinished: str | Path, path: str | Path) -> None:

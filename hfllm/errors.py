@@ -58,6 +58,15 @@ def refuse(condition: bool, flag: str, reason: str) -> None:
         raise InputError(f"{flag} cannot be used here: {reason}")
 
 
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """Return the first line of an error's message, or the name of an error without one.
+
+    Args:
+        most: its most characters; by default all.
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory was short, on a GPU or in the machine; also as the cause of an error."""
     kinds = (RuntimeError, OSError, ImportError)

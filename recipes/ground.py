@@ -11,6 +11,7 @@ more.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
@@ -26,17 +27,18 @@ def parse(argv: Sequence[str]) -> tuple[GroundArguments]:
 @releases_folders
 def main(script_args: GroundArguments) -> dict[str, float]:
     """Pretrain, fine-tune with passages and without, ask, report. Return the metrics."""
+    from hfllm.data.world.passages import ONE, passage_tasks
+    from hfllm.data.world.world import World
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages.constitution.flags import check_runs
-    from hfllm.stages.ground import build as ground
-    from hfllm.stages.ground import flags as ground_flags
-    from hfllm.stages.ground.build import evaluate, example
+    from hfllm.stages.ground.build import compare_models, rows_of
+    from hfllm.stages.ground.flags import GROUNDED, MODELS, check, course_of
 
     # Refuse what cannot work before anything is trained.
-    ground_flags.check(script_args)
-    course = ground_flags.course_of(script_args)
+    check(script_args)
+    course = course_of(script_args)
     stage = Stage("ground", script_args, before=course.runs, is_spread=True)
     stage.check()
     if stage.is_finished:
@@ -44,17 +46,13 @@ def main(script_args: GroundArguments) -> dict[str, float]:
     check_runs(course)
     stage.announce()
 
-    course.announce()
-    course.run(ground_flags.PRETRAIN)
-    for name in ground_flags.MODELS:
-        ground.write(script_args, name)
-        course.run(name)
-    course.run(ground_flags.REWARD)
-    course.end()
+    world, seed = World(script_args.world_seed), script_args.seed
+    size = script_args.num_examples, script_args.grounded_fraction
+    course.run_all({name: partial(rows_of, world, *size, seed, has_passages=name == GROUNDED) for name in MODELS})
     if not main_process():
         return {}
 
-    result = evaluate(script_args, course)
+    result = compare_models(course, world, script_args.num_questions, script_args.num_samples, seed)
     return stage.finish(
         result.metrics,
         summary=result.summary,
@@ -62,7 +60,7 @@ def main(script_args: GroundArguments) -> dict[str, float]:
         curves=result.plots,
         promises=result.promises,
         artifacts={name: name for name in course.runs},
-        next_steps=chat_lines(course.folder(ground_flags.GROUNDED), example(script_args)),
+        next_steps=chat_lines(course.folder(GROUNDED), passage_tasks(world.facts, ONE, 1)[0].prompt),
     )
 
 

@@ -11,6 +11,7 @@ fine-tuning on `--demonstrations_dataset_name` if that is given. docs/guides/too
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
@@ -32,39 +33,45 @@ def parse(argv: Sequence[str]) -> tuple[ToolsArguments, "ModelConfig"]:
 @trusts_code_if_asked
 def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, show, reinforce, run the controls, report. Return the metrics."""
+    from hfllm.data.world.world import World
     from hfllm.outputs.card import chat_lines
+    from hfllm.outputs.report import Found
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages.tools import flags as tools_flags
-    from hfllm.stages.tools.build import Steps, evaluate
-    from hfllm.stages.tools.flags import RL, course_of
+    from hfllm.stages.shared import load_speaking
+    from hfllm.stages.tools.build import ask_models, rows_by_run
+    from hfllm.stages.tools.flags import RL, check, course_of
+    from hfllm.stages.tools.report import report
 
     # Refuse what cannot work before anything is trained.
-    tools_flags.check(script_args, model_args)
+    check(script_args, model_args)
     course = course_of(script_args, model_args)
     stage = Stage("tools", script_args, model_args, before=course.runs, is_spread=True)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    steps = Steps(script_args, model_args, course)
     stage.announce()
 
-    course.announce()
-    steps.show()
-    steps.reinforce()
-    steps.controls()
-    course.end()
+    world, seed, output_dir = World(script_args.world_seed), script_args.seed, script_args.output_dir
+    counts = script_args.num_demonstrations, script_args.num_prompts
+    rows = rows_by_run(world, *counts, seed, output_dir) if script_args.is_world else {}
+    metrics = course.run_all(rows)
     if not main_process():
         return {}
 
-    result = evaluate(steps)
+    if script_args.is_world:
+        load = partial(load_speaking, model_args=model_args)
+        result = report(ask_models(course, load, world, script_args.num_eval_prompts, seed))
+    else:
+        # The user's model is measured by PPO itself.
+        result = Found(metrics[RL], "", {}, {})
     return stage.finish(
         result.metrics,
         summary=result.summary,
         tables=result.tables,
         curves=result.plots,
         promises=result.promises,
-        artifacts=steps.artifacts,
+        artifacts={name: name for name in course.runs},
         too_wide=("Conversations",),
         next_steps=chat_lines(course.folder(RL), [{"role": "user", "content": "Hello!"}]),
         models={"model": course.named},

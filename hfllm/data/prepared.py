@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
@@ -63,17 +62,13 @@ class Prepared:
             if first is None:
                 raise InputError(f"{name}: nothing to write: no row has any text")
             self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{uuid.uuid4().hex}")
-            try:
-                with (
-                    pyarrow.OSFile(str(unfinished), "wb") as sink,
-                    pyarrow.ipc.new_stream(sink, first.schema) as writer,
-                ):
-                    for table in chain([first], tables):
-                        writer.write_table(table)
-                durable.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            with (
+                durable.written_whole(path) as unfinished,
+                pyarrow.OSFile(str(unfinished), "wb") as sink,
+                pyarrow.ipc.new_stream(sink, first.schema) as writer,
+            ):
+                for table in chain([first], tables):
+                    writer.write_table(table)
         return Dataset.from_file(str(path))
 
     def remove(self) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 from unicodedata import normalize
-from uuid import uuid4
 
-from hfllm.errors import InputError
+from hfllm import durable
+from hfllm.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import bm25s
@@ -55,7 +55,7 @@ def import_bm25s(needed_by: str, extra: str = "grounding") -> ModuleType:
     return bm25s
 
 
-def best_places(scores: "NDArray[np.floating]", top_k: int, above: float = -math.inf) -> "NDArray[np.intp]":
+def best_indices(scores: "NDArray[np.floating]", top_k: int, above: float = -math.inf) -> "NDArray[np.intp]":
     """Return the indices of the `top_k` largest scores, the largest first; of equal ones the earlier comes first.
 
     Args:
@@ -74,6 +74,30 @@ def best_places(scores: "NDArray[np.floating]", top_k: int, above: float = -math
     return indices[np.argsort(-scores[indices], kind="stable")][:top_k]
 
 
+def read_arrays(
+    file: Path, names: Iterable[str], contents: str
+) -> "tuple[dict[str, str], dict[str, NDArray[np.generic]]]":
+    """Return the metadata and the named arrays of a safetensors file.
+
+    Args:
+        file: the file.
+        names: of the arrays.
+        contents: what it should be, in words.
+
+    Raises:
+        InputError: when it is damaged or lacks an array.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import safe_open
+
+    try:
+        with safe_open(file, "numpy") as stored:
+            return stored.metadata() or {}, {name: stored.get_tensor(name) for name in names}
+    # Of the last two for types missing in numpy.
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: no {contents}, or damaged: {first_line(error, 80)}") from None
+
+
 class _Numbers(dict[str, int]):
     """Numbers of words; a new word gets the next one."""
 
@@ -88,12 +112,12 @@ class _Postings:
 
     Args:
         texts_of_word: the number of texts with each word (words).
-        places: their indices, in order (postings).
+        indices: their indices, in order (postings).
         counts: the word's count in each (postings).
     """
 
     texts_of_word: "NDArray[np.integer]"
-    places: "NDArray[np.int32]"
+    indices: "NDArray[np.int32]"
     counts: "NDArray[np.integer]"
 
 
@@ -152,7 +176,7 @@ class WordIndex:
         if not numbers:
             return []
         scores = self.finish().get_scores_from_ids(numbers)
-        indices = best_places(scores, top_k, above=0.0)
+        indices = best_indices(scores, top_k, above=0.0)
         return list(zip(indices.tolist(), scores[indices].tolist(), strict=True))
 
     def save(self, file: Path, passages: str) -> None:
@@ -169,15 +193,9 @@ class WordIndex:
         # No word has a line break.
         words = np.frombuffer("\n".join(self._numbers).encode(), np.uint8)
         lengths = np.concatenate(self._lengths)
-        values = (words, postings.texts_of_word, postings.places, postings.counts, lengths)
-        arrays = dict(zip(ARRAYS, values, strict=True))
-        # Of its own, since another process may save into the same folder.
-        unfinished = file.with_name(f"{file.name}.{uuid4().hex}")
-        try:
-            save_file(arrays, unfinished, {"format": FORMAT, "passages": passages})
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        values = (words, postings.texts_of_word, postings.indices, postings.counts, lengths)
+        with durable.written_whole(file) as unfinished:
+            save_file(dict(zip(ARRAYS, values, strict=True)), unfinished, {"format": FORMAT, "passages": passages})
 
     @classmethod
     def load(cls, file: Path, passages: str) -> "WordIndex":
@@ -186,17 +204,9 @@ class WordIndex:
         Raises:
             InputError: when the file is missing, damaged, or of texts with another digest than `passages`.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import safe_open
-
         if not file.is_file():
             raise InputError(f"{file}: no such index of words")
-        try:
-            with safe_open(file, "numpy") as stored:
-                metadata, arrays = stored.metadata() or {}, {name: stored.get_tensor(name) for name in ARRAYS}
-        # Of the last two for types missing in numpy.
-        except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: no index of words, or damaged: {str(error).splitlines()[0][:80]}") from None
+        metadata, arrays = read_arrays(file, ARRAYS, "index of words")
         if metadata.get("format") != FORMAT:
             raise InputError(f"{file}: format {metadata.get('format')!r}; expected {FORMAT!r}")
         if metadata.get("passages") != passages:
@@ -241,9 +251,7 @@ class WordIndex:
         keys = np.concatenate(self._open).astype(np.int64) << 32
         keys |= np.repeat(np.arange(first, self._size), lengths)
         self._open, self._open_words = [], 0
-        keys.sort()
-        begins = np.flatnonzero(np.diff(keys, prepend=-1))
-        counts, keys = np.diff(begins, append=len(keys)), keys[begins]
+        keys, counts = np.unique(keys, return_counts=True)
         texts_of_word = np.bincount(keys >> 32, minlength=len(self._numbers)).astype(np.int32)
         smallest = np.min_scalar_type(int(counts.max(initial=0)))
         self._blocks.append(_Postings(texts_of_word, (keys & 0xFFFFFFFF).astype(np.int32), counts.astype(smallest)))
@@ -268,8 +276,8 @@ class WordIndex:
             num_block_words = len(block.texts_of_word)
             ends = np.cumsum(block.texts_of_word)
             targets = np.repeat(heads[:num_block_words] - ends + block.texts_of_word, block.texts_of_word)
-            targets += np.arange(len(block.places))
-            indices[targets], counts[targets] = block.places, block.counts
+            targets += np.arange(len(block.indices))
+            indices[targets], counts[targets] = block.indices, block.counts
             heads[:num_block_words] += block.texts_of_word
         self._blocks = [_Postings(texts_of_word, indices, counts)]
         return self._blocks[0]
@@ -290,12 +298,12 @@ class WordIndex:
             for start in range(0, len(scores), BLOCK):
                 part = slice(start, start + BLOCK)
                 counts = postings.counts[part].astype(np.float32)
-                scores[part] *= counts / (counts + saturation[postings.places[part]])
+                scores[part] *= counts / (counts + saturation[postings.indices[part]])
             self._scored = self._module.BM25(k1=K1, b=B, method="lucene", backend="numpy")
             starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(having)])
             self._scored.nonoccurrence_array = None
             self._scored.scores = {
-                **{"data": scores, "indices": postings.places, "indptr": starts},
+                **{"data": scores, "indices": postings.indices, "indptr": starts},
                 "num_docs": self._size,
             }
         return self._scored

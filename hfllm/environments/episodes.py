@@ -186,7 +186,7 @@ class ToolTurns:
         }
         messages = _calling([])[:1]
         before, opened = (self._tokens(messages, add_generation_prompt=is_opened) for is_opened in (False, True))
-        self.opening, self._asked = opened[len(before) :], before
+        self.opening, self._prompt_ids = opened[len(before) :], before
         self._before = lru_cache(KEPT_REPLIES)(self._tokens_before)
         self._written = lru_cache(KEPT_REPLIES)(self._write)
         self._turn_end = set(self._before(("tool",))[-1:]) & self.end_token_ids
@@ -273,8 +273,8 @@ class ToolTurns:
         before = self._tokens(_calling(names), add_generation_prompt=False)
         # The policy's turn stops at its end token: the template's text after it is part of the reply. Some
         # templates, such as Gemma 4's, end a turn with calls by none.
-        pairs = enumerate(zip(before, self._asked, strict=False))
-        begin = next((index for index, (one, other) in pairs if one != other), len(self._asked))
+        pairs = enumerate(zip(before, self._prompt_ids, strict=False))
+        begin = next((index for index, (one, other) in pairs if one != other), len(self._prompt_ids))
         ends = [index for index in range(begin, len(before)) if before[index] in self.end_token_ids]
         return tuple(before[: ends[-1] + 1] if ends else before)
 
@@ -373,7 +373,7 @@ class StatefulEnvironments:
         self.tools = ToolBox([*self._tools, *methods_of(first)], timeout, max_length)
         self._free = [first]
         self.current: list[Any] = []
-        self.told: list[str] = []
+        self.observations: list[str] = []
         self.boxes: list[ToolBox] = []
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Message]]:
@@ -388,8 +388,8 @@ class StatefulEnvironments:
             self._free.append(self._make())
         self.current, self._free = self._free[: len(rows)], self._free[len(rows) :]
         self.boxes = [self.tools.bound(methods_of(each)) for each in self.current]
-        self.told = [self._reset(*each) for each in zip(self.current, rows, strict=True)]
-        return [_with_more(row["prompt"], observation) for row, observation in zip(rows, self.told, strict=True)]
+        self.observations = [self._reset(*each) for each in zip(self.current, rows, strict=True)]
+        return [_with_more(row["prompt"], text) for row, text in zip(rows, self.observations, strict=True)]
 
     def get_reward(self, environments: Sequence[Any], **columns: object) -> list[float]:
         """Return the environments' own rewards of the just finished episodes."""
@@ -417,12 +417,12 @@ class StatefulEnvironments:
         return encodable(observation or "")
 
 
-def _with_more(prompt: Sequence[Message], told: str) -> list[Message]:
+def _with_more(prompt: Sequence[Message], text: str) -> list[Message]:
     """Return a prompt with a text added to its last message."""
-    if not told:
+    if not text:
         return list(prompt)
     content = prompt[-1].get("content") or ""
-    added = told if isinstance(content, str) else [{"type": "text", "text": told}]
+    added = text if isinstance(content, str) else [{"type": "text", "text": text}]
     return [*prompt[:-1], {**prompt[-1], "content": content + added}]
 
 
@@ -480,7 +480,7 @@ class ToolEnvironment:
         """
         tokenizer, schemas = self.turns.tokenizer, self.tools.schemas
         ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer, [schemas] * len(rows))
-        for index, observation in enumerate(self.states.told if self.states else ()):
+        for index, observation in enumerate(self.states.observations if self.states else ()):
             if self.turns.forges(observation):
                 (ids[index],) = tokenize_prompts([rows[index]["prompt"]], tokenizer, [schemas], as_plain_text=True)
         return ids

@@ -115,19 +115,19 @@ def readable_places() -> list[tuple[str, int]]:
     Such another folder belongs to a project installed as editable, where data and keys may lie too.
     """
     own = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
-    indices = [(path, READ) for path in (*own, "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom")]
+    places = [(path, READ) for path in (*own, "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom")]
     for path in map(os.path.realpath, sys.path):
         if any(os.path.commonpath([path, os.path.realpath(each)]) == os.path.realpath(each) for each in own):
             continue
         if not os.path.isdir(path) or os.path.basename(path) in ("site-packages", "dist-packages"):
-            indices.append((path, READ))
+            places.append((path, READ))
             continue
-        indices.append((path, READ_NAMES))
+        places.append((path, READ_NAMES))
         for entry in os.scandir(path):
             is_package = entry.is_dir() and os.path.exists(os.path.join(entry.path, "__init__.py"))
             if is_package or entry.name.endswith((".py", ".so", "-info")):
-                indices.append((entry.path, READ))
-    return indices
+                places.append((entry.path, READ))
+    return places
 
 
 def close_files(libc: ctypes.CDLL) -> bool:
@@ -143,9 +143,9 @@ def close_files(libc: ctypes.CDLL) -> bool:
     for path, access in [*readable_places(), (os.getcwd(), everything)]:
         if os.path.exists(path):
             access = access if os.path.isdir(path) else READ_FILE
-            index = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", access, index), 0)
-            os.close(index)
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", access, descriptor), 0)
+            os.close(descriptor)
     has_closed = libc.syscall(LANDLOCK_RESTRICT, rules, 0) == 0
     os.close(rules)
     return has_closed

@@ -76,16 +76,16 @@ def _folder() -> Iterator[str]:
     finally:
         # Folders may be nested more deeply than a path is long: a folder is moved up before it is emptied.
         waiting = [folder]
-        for count, index in enumerate(waiting):
+        for count, path in enumerate(waiting):
             with suppress(OSError):
-                os.chmod(index, 0o700)
-                for number, entry in enumerate(list(os.scandir(index))):
+                os.chmod(path, 0o700)
+                for number, entry in enumerate(list(os.scandir(path))):
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(f"{folder}-{count}-{number}")
                         os.rename(entry.path, waiting[-1])
                     else:
                         os.unlink(entry.path)
-                os.rmdir(index)
+                os.rmdir(path)
 
 
 def _read(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:

@@ -104,7 +104,7 @@ class ToolBox:
                 pass
             # A tool may also leave by sys.exit.
             except BaseException as error:
-                errors.append(_told(error))
+                errors.append(_described(error))
 
         thread = threading.Thread(target=work, name=f"tool-{name}"[:40], daemon=True)
         try:
@@ -184,7 +184,7 @@ def as_text(result: object) -> str:
     return str(result)
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except BaseException:

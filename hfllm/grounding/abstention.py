@@ -77,8 +77,8 @@ class Abstainer:
         """Return the sure enough answers, and `UNKNOWN` in place of the others."""
         if len(answers) != len(uncertainty):
             raise InputError(f"there are {len(answers)} answers and {len(uncertainty)} uncertainties")
-        is_given = self.answers(uncertainty).tolist()
-        return [text if answered else UNKNOWN for text, answered in zip(answers, is_given, strict=True)]
+        is_sure = self.answers(uncertainty).tolist()
+        return [text if sure else UNKNOWN for text, sure in zip(answers, is_sure, strict=True)]
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""

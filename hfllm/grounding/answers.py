@@ -1,5 +1,6 @@
 """Answer questions from passages: their prompts, citations, and the mean over passages (RAG)."""
 
+import inspect
 import math
 import re
 import warnings
@@ -13,6 +14,7 @@ from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, plain_text, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation.responses import Response, sample_with_ends
+from hfllm.generation.scoring import evaluating
 from hfllm.grounding.passages import Passages, check_tokenizer
 from hfllm.grounding.retrieval import Found, Retriever, scoring_enough
 from hfllm.models.loading.saved import max_length_of
@@ -86,26 +88,27 @@ def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizer
             str(question_of(question)).encode()
         except UnicodeEncodeError:
             raise InputError(f"question {number} has half a character (a lone surrogate)") from None
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
 
 
 def check_room(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    tokens: Sequence[Sequence[int]],
-    found: Sequence[Sequence[Found]],
+    prompts: Sequence[Sequence[Prompt]],
+    rankings: Sequence[Sequence[Sequence[Found]]],
     max_new_tokens: int,
-    numbers: Sequence[int] | None = None,
 ) -> None:
     """Refuse prompts without room for an answer in the model's context.
 
     Args:
-        tokens: of the prompts.
-        found: the passages of the prompts.
+        prompts: of each question.
+        rankings: the passages of each of its prompts.
         max_new_tokens: of an answer.
-        numbers: of the questions, where one has several prompts.
     """
     context = max_length_of(model.config)
-    for number, prompt, passages in zip(numbers or range(1, len(tokens) + 1), tokens, found, strict=True):
+    pairs = [(number, ranking) for number, each in enumerate(rankings, 1) for ranking in each]
+    for (number, passages), prompt in zip(pairs, _tokens(tokenizer, prompts), strict=True):
         if not prompt:
             raise InputError(f"question {number} has no token")
         if context is None or len(prompt) + max_new_tokens <= context:
@@ -289,12 +292,10 @@ def _decoded(
     import torch
 
     ends, answers = sorted(end_tokens(tokenizer, model)), []
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(tokens), batch_size):
-        batch = {"input_ids": list(tokens[start : start + batch_size])}
-        batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
-        with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(tokens), batch_size):
+            batch = {"input_ids": list(tokens[start : start + batch_size])}
+            batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
             output = model.generate(
                 **batch,
                 do_sample=False,
@@ -305,10 +306,9 @@ def _decoded(
                 eos_token_id=ends,
                 use_cache=True,
             )
-        for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            end = next((index for index, token in enumerate(row) if token in ends), len(row))
-            answers.append(tuple(row[: end + 1]))
-    model.train(was_training)
+            for row in output[:, batch["input_ids"].shape[1] :].tolist():
+                end = next((index for index, token in enumerate(row) if token in ends), len(row))
+                answers.append(tuple(row[: end + 1]))
     return answers
 
 
@@ -316,33 +316,29 @@ def _log_probs(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
 ) -> "list[torch.Tensor]":
     """Return the log-probabilities of an answer's tokens after its prompt, in 64 bits."""
-    import inspect
-
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-    was_training, result = model.training, []
-    model.eval()
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        rows = [[*prompt, *answer] for prompt, answer in zip(prompts[part], answers[part], strict=True)]
-        longest = max(map(len, rows))
-        # Tokens of a causal model do not see tokens to their right, so any token serves as padding.
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
-        # Only the logits of the answers, at the end: logits of whole prompts would take much memory.
-        first = min(len(prompt) for prompt in prompts[part]) - 1
-        keep = {"logits_to_keep": longest - first} if keeps_logits else {}
-        with torch.inference_mode():
+    result = []
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            rows = [[*prompt, *answer] for prompt, answer in zip(prompts[part], answers[part], strict=True)]
+            longest = max(map(len, rows))
+            # Tokens of a causal model do not see tokens to their right, so any token serves as padding.
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
+            # Only the logits of the answers, at the end: logits of whole prompts would take much memory.
+            first = min(len(prompt) for prompt in prompts[part]) - 1
+            keep = {"logits_to_keep": longest - first} if keeps_logits else {}
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
-        left_out = longest - logits.shape[1]
-        for index, (row, answer) in enumerate(zip(rows, answers[part], strict=True)):
-            begins = len(row) - len(answer) - 1 - left_out
-            predicted = logits[index, begins : begins + len(answer)].double().log_softmax(-1)
-            targets = ids[index, len(row) - len(answer) : len(row), None]
-            result.append(predicted.gather(1, targets)[:, 0].cpu())
-    model.train(was_training)
+            left_out = longest - logits.shape[1]
+            for index, (row, answer) in enumerate(zip(rows, answers[part], strict=True)):
+                begins = len(row) - len(answer) - 1 - left_out
+                predicted = logits[index, begins : begins + len(answer)].double().log_softmax(-1)
+                targets = ids[index, len(row) - len(answer) : len(row), None]
+                result.append(predicted.gather(1, targets)[:, 0].cpu())
     return result
 
 
@@ -431,16 +427,8 @@ def answer_with_passages(
         InputError: for invalid numbers, invalid questions, passages cut by another tokenizer, a prompt without room
             for the answer, a tokenizer without padding token, or sampling of a mixture.
     """
-    if marginal is not None and marginal not in MARGINALS:
-        raise InputError(f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
-    if marginal is not None and do_sample:
-        raise InputError(f"do_sample cannot be used with marginal={marginal!r}, whose answers are the likeliest")
-    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not isinstance(number, Integral) or number < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")
+    _check_options(marginal, do_sample, max_new_tokens, batch_size)
     check_questions(questions, tokenizer)
-    if tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
     if isinstance(retriever.passages, Passages):
         check_tokenizer(retriever.passages, tokenizer, "the retriever's passages")
     if not questions:
@@ -453,59 +441,48 @@ def answer_with_passages(
     contexts = [[plain(each.passage.text) for each in ranking] for ranking in result]
     if drop_instructions:
         contexts = [[without_instructions(text) for text in texts] for texts in contexts]
+
+    def parts(passages: list) -> list[list]:
+        """Return the passages of each prompt of a question; a question without passages has one prompt."""
+        return [passages] if marginal is None else [[each] for each in passages] or [[]]
+
+    pairs = zip(base_prompts, contexts, strict=True)
+    prompts = [[grounded(prompt, part) for part in parts(texts)] for prompt, texts in pairs]
+    check_room(model, tokenizer, prompts, [parts(ranking) for ranking in result], max_new_tokens)
     if marginal is None:
-        prompts = [grounded(prompt, texts) for prompt, texts in zip(base_prompts, contexts, strict=True)]
-        tokens = [tokenize_prompts([prompt], tokenizer)[0] for prompt in prompts]
-        check_room(model, tokenizer, tokens, result, max_new_tokens)
+        whole = [prompt for (prompt,) in prompts]
         sampling = {"do_sample": do_sample, "batch_size": batch_size, "seed": seed}
-        answers = [
-            responses[0] for responses in sample_with_ends(model, tokenizer, prompts, max_new_tokens, **sampling)
-        ]
+        answers = [response for (response,) in sample_with_ends(model, tokenizer, whole, max_new_tokens, **sampling)]
     else:
-        answers = _mixed(
-            model, tokenizer, base_prompts, contexts, result, max_new_tokens, batch_size, marginal, weight_temperature
-        )
+        scores = [[each.score for each in ranking] for ranking in result]
+        weights = [passage_weights(each, weight_temperature) if each else [1.0] for each in scores]
+        answers = MARGINALS[marginal](model, tokenizer, prompts, weights, max_new_tokens, batch_size)
     return [
         GroundedAnswer(question_of(prompt), response.text, ranking, response.has_ended, marginal is not None)
         for prompt, response, ranking in zip(base_prompts, answers, result, strict=True)
     ]
 
 
-def _gated(found: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
+def _check_options(marginal: str | None, do_sample: bool, max_new_tokens: int, batch_size: int) -> None:
+    if marginal is not None and marginal not in MARGINALS:
+        raise InputError(f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
+    if marginal is not None and do_sample:
+        raise InputError(f"do_sample cannot be used with marginal={marginal!r}, whose answers are the likeliest")
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(number, Integral) or number < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")
+
+
+def _gated(rankings: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
     """Return the passages with high enough scores, and warn if a gate passes nothing: it may be for another scale."""
-    rankings = scoring_enough(found, min_score)
-    best = max((each.score for ranking in found for each in ranking), default=None)
-    if best is not None and not any(rankings):
+    passing = scoring_enough(rankings, min_score)
+    best = max((each.score for ranking in rankings for each in ranking), default=None)
+    if best is not None and not any(passing):
         warnings.warn(
-            f"min_score={min_score}: none of {len(found)} question(s) gets a passage; the best score is {best:.3g}",
+            f"min_score={min_score}: none of {len(rankings)} question(s) gets a passage; the best score is {best:.3g}",
             stacklevel=3,
         )
-    return rankings
-
-
-def _mixed(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    asked: Sequence[Prompt],
-    shown: Sequence[list[str]],
-    found: Sequence[list[Found]],
-    max_new_tokens: int,
-    batch_size: int,
-    marginal: str,
-    temperature: float,
-) -> list[Response]:
-    """Return answers from a question's passages apart; from only the question where it has none."""
-    prompts = [
-        [grounded(prompt, [text]) for text in texts] or [prompt] for prompt, texts in zip(asked, shown, strict=True)
-    ]
-    tokens = [tokenize_prompts([prompt], tokenizer)[0] for each in prompts for prompt in each]
-    alone = [passages for ranking in found for passages in ([[each] for each in ranking] or [[]])]
-    numbers = [number for number, each in enumerate(prompts, 1) for _ in each]
-    check_room(model, tokenizer, tokens, alone, max_new_tokens, numbers)
-    weights = [
-        passage_weights([each.score for each in ranking], temperature) if ranking else [1.0] for ranking in found
-    ]
-    return MARGINALS[marginal](model, tokenizer, prompts, weights, max_new_tokens, batch_size)
+    return passing
 
 
 # ---- instructions ----

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import uuid
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +15,7 @@ from hfllm import durable
 from hfllm.data.formats import to_text
 from hfllm.data.passages import Passage
 from hfllm.data.sources import TRAIN, HubPart, iterate_source
-from hfllm.errors import InputError
+from hfllm.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -277,26 +276,26 @@ class Passages(Sequence[Passage]):
         return self._table.num_rows
 
     @overload
-    def __getitem__(self, place: int) -> Passage: ...
+    def __getitem__(self, index: int) -> Passage: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[Passage]: ...
+    def __getitem__(self, index: slice) -> list[Passage]: ...
 
-    def __getitem__(self, place: int | slice) -> Passage | list[Passage]:
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"place {place} of {len(self)} passages")
-        return Passage(*(column[place % len(self)].as_py() for column in self._table.columns))
+    def __getitem__(self, index: int | slice) -> Passage | list[Passage]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"place {index} of {len(self)} passages")
+        return Passage(*(column[index % len(self)].as_py() for column in self._table.columns))
 
-    def at(self, places: Iterable[int]) -> dict[int, Passage]:
+    def at(self, indices: Iterable[int]) -> dict[int, Passage]:
         """Return the passages of indexes by index: of many at once, this is much faster than one by one."""
         import numpy as np
 
-        unique_places, result, first = np.unique(np.fromiter(places, np.int64)), {}, 0
+        unique, result, first = np.unique(np.fromiter(indices, np.int64)), {}, 0
         batches = self._table.to_batches()
         ends = np.cumsum([batch.num_rows for batch in batches])
-        for number, inside in enumerate(np.split(unique_places, np.searchsorted(unique_places, ends))[: len(batches)]):
+        for number, inside in enumerate(np.split(unique, np.searchsorted(unique, ends))[: len(batches)]):
             if len(inside):
                 # Taken batch by batch, since joined ones would be copied.
                 columns = batches[number].take(inside - first).columns
@@ -369,7 +368,7 @@ class Passages(Sequence[Passage]):
             names, stored_cut = ", ".join(table.column_names), (table.schema.metadata or {}).get(CUT)
         # A damaged name is no UTF-8.
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: damaged: {str(error).splitlines()[0][:80]}") from None
+            raise InputError(f"{path}: damaged: {first_line(error, 80)}") from None
         if table.schema != _schema() or any(column.null_count for column in table.columns):
             raise InputError(f"{path}: its columns are {names}; expected those of save")
         passages._table = table.replace_schema_metadata(None)
@@ -453,21 +452,15 @@ def _write(folder: Path, passages: Iterable[Passage], cut: Cut | None) -> None:
     import pyarrow
 
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished, count = folder / f"{FILE}.{uuid.uuid4().hex}", 0
-    unfinished_about = folder / f"{ABOUT}.{unfinished.suffix[1:]}"
-    schema = _schema().with_metadata({CUT: _encoded(cut)})
-    try:
-        with pyarrow.OSFile(str(unfinished), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
+    schema, count = _schema().with_metadata({CUT: _encoded(cut)}), 0
+    # The table is in place before its description.
+    with durable.written_whole(folder / ABOUT) as description, durable.written_whole(folder / FILE) as table:
+        with pyarrow.OSFile(str(table), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
             for batch in _batches(passages):
                 writer.write_batch(batch)
                 count += batch.num_rows
         about = {"format": FORMAT, "passages": count, "cut": None if cut is None else json.loads(cut.as_json())}
-        unfinished_about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        durable.replace(unfinished, folder / FILE)
-        durable.replace(unfinished_about, folder / ABOUT)
-    finally:
-        unfinished.unlink(missing_ok=True)
-        unfinished_about.unlink(missing_ok=True)
+        description.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_about(path: Path) -> dict[str, int | Cut | None]:
@@ -482,4 +475,4 @@ def _read_about(path: Path) -> dict[str, int | Cut | None]:
                 raise ValueError(f"{each.name} is {getattr(cut, each.name)!r}")
         return {"passages": about["passages"], "cut": cut}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: missing or damaged: {str(error).splitlines()[0][:80]}") from None
+        raise InputError(f"{path}: missing or damaged: {first_line(error, 80)}") from None

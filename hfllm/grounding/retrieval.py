@@ -8,13 +8,12 @@ from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
-from uuid import uuid4
 
 from hfllm import durable
 from hfllm.data.passages import Passage
 from hfllm.data.tokenizer import padding_token
-from hfllm.data.word_index import FILE, WordIndex, best_places, import_bm25s, words_of
-from hfllm.errors import InputError
+from hfllm.data.word_index import FILE, WordIndex, best_indices, import_bm25s, read_arrays, words_of
+from hfllm.errors import InputError, first_line
 from hfllm.fingerprint import fingerprint
 from hfllm.grounding.passages import Passages, loaded_passages
 from hfllm.models.loading.saved import max_length_of, reason_of, saved_model, saved_tokenizer
@@ -73,16 +72,21 @@ def found_of(passages: Passages, rankings: Sequence[Sequence[tuple[int, float]]]
     return [[Found(index, texts[index], score) for index, score in ranked] for ranked in rankings]
 
 
+def check_count(name: str, number: object) -> None:
+    """Refuse another number than a whole one of at least 1."""
+    if not isinstance(number, Integral):
+        raise InputError(f"{name} must be a whole number, got {number!r:.40}")
+    if number < 1:
+        raise InputError(f"{name} must be at least 1, got {number}")
+
+
 def check_queries(queries: Sequence[str], top_k: int) -> None:
     """Refuse input unsupported by all retrievers.
 
     Raises:
         InputError: for a `top_k` below 1, or queries that are no list of texts.
     """
-    if not isinstance(top_k, Integral):
-        raise InputError(f"top_k must be a whole number, got {top_k!r:.40}")
-    if top_k < 1:
-        raise InputError(f"top_k must be at least 1, got {top_k}")
+    check_count("top_k", top_k)
     if isinstance(queries, str):
         raise InputError(f"queries must be a list of texts, got the text {queries!r:.60}")
     # An iterator, readable only once, would be empty after this.
@@ -234,7 +238,7 @@ class Gated:
         return scoring_enough(self.retriever.retrieve(queries, top_k), self.min_score)
 
 
-def scoring_enough(found: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
+def scoring_enough(rankings: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
     """Return per query the passages with scores of at least `min_score`.
 
     Raises:
@@ -242,11 +246,11 @@ def scoring_enough(found: Sequence[Sequence[Found]], min_score: float) -> list[l
     """
     if isinstance(min_score, bool) or not isinstance(min_score, Real) or math.isnan(min_score):
         raise InputError(f"min_score is {min_score!r:.40}; expected a number on the scale of the retriever's scores")
-    for number, ranking in enumerate(found, 1):
+    for number, ranking in enumerate(rankings, 1):
         for each in ranking:
             if math.isnan(each.score):
                 raise InputError(f"query {number}: the score of passage {each.place} is nan")
-    return [[each for each in ranking if each.score >= min_score] for ranking in found]
+    return [[each for each in ranking if each.score >= min_score] for ranking in rankings]
 
 
 def search_tool(retriever: Retriever, top_k: int = 3) -> Callable[[str], str]:
@@ -425,14 +429,14 @@ class StaticVectors:
             # Torch reads bf16 too, unknown to numpy.
             tensors = [tensor for tensor in load_file(vectors).values() if tensor.ndim == 2]
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{vectors}: not safetensors, or damaged: {str(error).splitlines()[0][:80]}") from None
+            raise InputError(f"{vectors}: not safetensors, or damaged: {first_line(error, 80)}") from None
         if len(tensors) != 1:
             raise InputError(f"{vectors}: {len(tensors)} matrices; expected one, with a row for each token")
         try:
             vocabulary = Tokenizer.from_file(str(tokenizer))
         # The library raises this class itself.
         except Exception as error:
-            raise InputError(f"{tokenizer}: no tokenizer.json: {str(error).splitlines()[0][:80]}") from None
+            raise InputError(f"{tokenizer}: no tokenizer.json: {first_line(error, 80)}") from None
         vocabulary.no_padding()
         vocabulary.no_truncation()
         return cls(tensors[0].float().numpy(), vocabulary)
@@ -505,14 +509,8 @@ class DenseRetriever:
 
         vectors = self._catch_up()
         self.passages.save(folder)
-        path = Path(folder, VECTORS_FILE)
-        # Of its own, since another process may save into the same folder.
-        unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
-        try:
+        with durable.written_whole(Path(folder, VECTORS_FILE)) as unfinished:
             save_file({"vectors": vectors}, unfinished, {"format": FORMAT, **self._about()})
-            durable.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -578,10 +576,10 @@ def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_
     if not np.isfinite(scores).all():
         raise InputError("products of vectors are not finite: an encoder gives vectors of length 1")
     slack = 1e-5 * max(1.0, float(np.abs(scores).max()))
-    near = np.flatnonzero(scores >= scores[best_places(scores, top_k)[-1]] - slack)
+    near = np.flatnonzero(scores >= scores[best_indices(scores, top_k)[-1]] - slack)
     parts = [near[start : start + BATCH] for start in range(0, len(near), BATCH)]
     exact = np.concatenate([(vectors[part] * vector.astype(np.float64)).sum(1) for part in parts])
-    indices = best_places(exact, top_k)
+    indices = best_indices(exact, top_k)
     return list(zip(near[indices].tolist(), exact[indices].tolist(), strict=True))
 
 
@@ -606,17 +604,10 @@ def _finite(vectors: "NDArray[np.float32]", what: str, first: int) -> "NDArray[n
 
 def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float32]":
     """Return the vectors of a file of `count` passages."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import safe_open
-
     if not path.is_file():
         raise InputError(f"{path}: no such vectors")
-    try:
-        with safe_open(path, "numpy") as stored:
-            metadata, vectors = stored.metadata() or {}, stored.get_tensor("vectors")
-    # Of the last two for types absent in numpy.
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: no vectors of passages, or damaged: {str(error).splitlines()[0][:80]}") from None
+    metadata, arrays = read_arrays(path, ["vectors"], "vectors of passages")
+    vectors = arrays["vectors"]
     _refuse_other(path, metadata, {"format": FORMAT, **about})
     if vectors.dtype.name != "float32" or vectors.ndim != 2 or len(vectors) != count:
         raise InputError(
@@ -625,12 +616,12 @@ def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float3
     return _finite(vectors, f"{path}: passage", 0)
 
 
-def _refuse_other(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+def _refuse_other(path: Path, metadata: dict[str, str], expected: dict[str, str]) -> None:
     names = {"passages": "other passages", "encoder": "another encoder", "passage_prefix": "another passage_prefix"}
     names["words"] = "an encoder of another vocabulary"
     # Earlier versions did not note the vocabulary.
-    before = {"words": expected.get("words"), **found}
+    before = {"words": expected.get("words"), **metadata}
     for key, value in expected.items():
         if before.get(key) != value:
             what = names.get(key, "another format")
-            raise InputError(f"{path}: made with {what} ({found.get(key)!r:.60}, here {value!r:.60}): make it anew")
+            raise InputError(f"{path}: made with {what} ({metadata.get(key)!r:.60}, here {value!r:.60}): make it anew")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,7 @@ from hfllm.generation.scoring import (
     score_answers,
 )
 from hfllm.grounding.answers import normalized
+from hfllm.grounding.retrieval import check_count
 from hfllm.models.loading.saved import max_length_of
 from hfllm.rewards.judges import LETTERS, letter_tokens
 
@@ -160,10 +161,7 @@ def _check(
     model: "PreTrainedModel", n: int, max_new_tokens: int, do_sample: bool, temperature: float, batch_size: int
 ) -> None:
     for name, number in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not isinstance(number, Integral):
-            raise InputError(f"{name} must be a whole number, got {number!r:.40}")
-        if number < 1:
-            raise InputError(f"{name} must be at least 1, got {number}")
+        check_count(name, number)
     if not do_sample and n != 1:
         raise InputError(f"n must be 1 without do_sample, got {n}: greedy answers are all the same")
     if not isinstance(temperature, Real) or not 0 < temperature < math.inf:

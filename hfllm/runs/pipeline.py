@@ -393,6 +393,7 @@ class Course:
     Args:
         recipes: the runs' recipes, by run name.
         runs: their parsed flags, by run name.
+        named: the user's model, if named: the settings are then not the timed ones.
 
     Attributes:
         stage: the recipe of this pipeline.
@@ -401,13 +402,14 @@ class Course:
 
     recipes: Mapping[str, str]
     runs: Mapping[str, Parsed]
+    named: str | None = None
     stage: ClassVar[str] = ""
     minutes: ClassVar[Mapping[str, float]] = {}
 
     @property
     def is_timed(self) -> bool:
         """Whether the settings are the timed ones."""
-        return True
+        return self.named is None
 
     def folder(self, name: str) -> str:
         """Return the folder of a run, also its model's folder."""
@@ -436,6 +438,26 @@ class Course:
         """Note the end of all runs."""
         schedule.come_back(self.stage)
 
+    def run_all(self, rows: Mapping[str, Callable[[], Iterable[Row]]]) -> dict[str, dict[str, float]]:
+        """Run all in order, each once its rows are written, and return their metrics by run.
+
+        Args:
+            rows: what makes the rows of a run, by run, for those that learn from rows of this recipe.
+        """
+        self.announce()
+        metrics = {}
+        for name in self.runs:
+            if name in rows:
+                self.write(name, rows[name])
+            metrics[name] = self.run(name)
+        self.end()
+        return metrics
+
+    def write(self, name: str, make: Callable[[], Iterable[Row]]) -> None:
+        """Write the rows that a run learns from unless their file already has them; the other processes wait."""
+        path = Path(self.runs[name][0].dataset_name)
+        by_main_process(lambda: write_rows(self.stage, path, make()))
+
 
 def parsed_runs(
     runs: Iterable[tuple[str, str, list[str]]], output_dir: str, seed: int
@@ -457,6 +479,11 @@ def parsed_runs(
 
 
 # ---- rows ----
+
+
+def data_file(output_dir: str, name: str) -> Path:
+    """Return the file of the rows of a run in a pipeline's folder."""
+    return Path(output_dir, "data", f"{name}.jsonl")
 
 
 def write_rows(stage: str, path: Path, rows: Iterable[Row]) -> None:

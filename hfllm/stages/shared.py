@@ -12,6 +12,7 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import Dropped, Message, flaw_of
 from hfllm.errors import InputError, refuse
 from hfllm.flags import given_names
+from hfllm.outputs.report import Plot, plus_minus
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 
@@ -289,6 +290,27 @@ def load_speaking(
             tokenizer.pad_token = padding_token(tokenizer)
     device = PartialState().device if torch.cuda.is_available() else model.device
     return Speaking(model.to(device).eval(), tokenizer)
+
+
+# ---- figures ----
+
+
+def figure_text(metrics: Mapping[str, float], name: str) -> str:
+    """Return a figure of `metrics` with its error, as `plus_minus` does, or a dash without the figure."""
+    return plus_minus(metrics[name], metrics.get(f"{name}_se")) if name in metrics else "-"
+
+
+def plot_of_right(shares: Mapping[str, Sequence[float]], groups: Sequence[str]) -> Plot:
+    """Return the plot of right answers by group of questions, a point for each model.
+
+    Args:
+        shares: of right answers, one per group, by model.
+        groups: their names.
+    """
+    indices = list(range(len(groups)))
+    lines = {model: (indices, values) for model, values in shares.items()}
+    ticks = dict(enumerate(groups))
+    return Plot("Right answers", "", "share of questions", lines, xticks=ticks, points_only=True)
 
 
 # ---- files of pictures ----

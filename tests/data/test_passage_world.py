@@ -2,6 +2,7 @@
 
 import random
 import re
+from functools import partial
 from itertools import pairwise, product
 
 import pytest
@@ -29,7 +30,6 @@ from hfllm.data.world.tool_documents import is_held_out_change
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out, words_of
 from hfllm.data.world.world import World
 from hfllm.stages.ground.build import rows_of
-from hfllm.stages.ground.flags import GROUNDED, SFT, GroundArguments
 from hfllm.stages.ground.report import judged
 
 NAMES = {"".join(parts) for parts in product(*NAME_PARTS)}
@@ -69,7 +69,7 @@ def texts(world):
 
 @pytest.fixture(scope="module")
 def rows():
-    return rows_of(GroundArguments(world_seed=3, seed=5, num_examples=2000, grounded_fraction=0.6), GROUNDED)
+    return rows_of(World(3), 2000, grounded_fraction=0.6, seed=5, has_passages=True)
 
 
 def facts_in(passages):
@@ -275,11 +275,11 @@ def test_stored_passages_answer_half_of_the_names(world):
 
 
 def test_rows_of_the_control_have_no_passages():
-    wanted = GroundArguments(world_seed=3, seed=5, num_examples=200, grounded_fraction=0.5)
-    control, grounded = rows_of(wanted, SFT), rows_of(wanted, GROUNDED)
+    make = partial(rows_of, World(3), 200, grounded_fraction=0.5, seed=5)
+    control, grounded = make(has_passages=False), make(has_passages=True)
     assert len(control) == len(grounded) == 200 and grounded[:100] == control[:100]
     assert not any("[1]" in message["content"] for row in control for message in row["messages"])
-    assert rows_of(wanted, GROUNDED) == grounded
+    assert make(has_passages=True) == grounded
     # It is asked of made-up animals as often, and never knows them.
     asked = [[message["content"] for message in row["messages"]] for row in control[100:]]
     answers = [

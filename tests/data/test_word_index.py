@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hfllm.data import word_index
-from hfllm.data.word_index import FORMAT, WordIndex, best_places, words_of
+from hfllm.data.word_index import FORMAT, WordIndex, best_indices, words_of
 from hfllm.errors import InputError
 
 bm25s = pytest.importorskip("bm25s")
@@ -82,18 +82,18 @@ def test_equal_scores_keep_the_order_and_words_that_are_not_there_find_nothing()
     assert [place for place, _ in index.search("owl", 5)] == [2, 4]
     assert [place for place, _ in index.search("OWL fox", 3)] == [0, 2, 3]
     assert index.search("zebra", 5) == index.search("", 5) == WordIndex().search("owl", 5) == []
-    assert best_places(np.array([1.0, 3, 2, 3, 0]), 2).tolist() == [1, 3]
-    assert best_places(np.array([1.0, 3, 2, 3, 0]), 9).tolist() == [1, 3, 2, 0, 4]
+    assert best_indices(np.array([1.0, 3, 2, 3, 0]), 2).tolist() == [1, 3]
+    assert best_indices(np.array([1.0, 3, 2, 3, 0]), 9).tolist() == [1, 3, 2, 0, 4]
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 20, 300])
-def test_the_best_places_are_those_of_a_sort(top_k):
+def test_the_best_indices_are_those_of_a_sort(top_k):
     rng = np.random.default_rng(top_k)
     for count, kinds in ((1, 1), (7, 3), (200, 2), (1000, 30), (999, 10**6), (500, 1)):
         scores = rng.integers(kinds, size=count).astype(np.float32)
         order = np.argsort(-scores, kind="stable")
-        assert best_places(scores, top_k).tolist() == order[:top_k].tolist()
-        assert best_places(scores, top_k, above=0.0).tolist() == order[scores[order] > 0][:top_k].tolist()
+        assert best_indices(scores, top_k).tolist() == order[:top_k].tolist()
+        assert best_indices(scores, top_k, above=0.0).tolist() == order[scores[order] > 0][:top_k].tolist()
 
 
 def test_a_saved_index_answers_as_before_and_grows(tmp_path):

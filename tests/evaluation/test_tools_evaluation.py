@@ -10,7 +10,18 @@ from hfllm.data.tokenizer import CALL_MARKS
 from hfllm.data.world.tasks import CHANGED_FACT, NEED, NO_NEED, SUM, UNKNOWN, table_of
 from hfllm.data.world.world import World
 from hfllm.stages.tools import report as tools_report
-from hfllm.stages.tools.report import KNOWN, OFF, PLAIN, RL, SHOWN, SHUFFLED, answer, figures, questions_to_ask, report
+from hfllm.stages.tools.report import (
+    KNOWN,
+    OFF,
+    PLAIN,
+    RL,
+    SHOWN,
+    SHUFFLED,
+    answer,
+    figures,
+    held_out_questions,
+    report,
+)
 
 CALL_BEGIN = CALL_MARKS[0]
 WORLD = World(3)
@@ -25,7 +36,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def asked():
-    return questions_to_ask(WORLD, TABLE, COUNT)
+    return held_out_questions(WORLD, TABLE, COUNT)
 
 
 @pytest.fixture

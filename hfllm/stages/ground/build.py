@@ -6,13 +6,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hfllm.data.rows import Message
+from transformers import AutoModelForSequenceClassification
+from trl import ModelConfig
+
+from hfllm.data.formats import to_sft
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.passages import (
     ANSWERABLE,
     GROUPS,
     INJECTED,
-    ONE,
     THREE,
     PassageTask,
     Told,
@@ -40,11 +42,11 @@ from hfllm.grounding.verification import (
     majority_of_meaning,
 )
 from hfllm.models.loading.saved import saved_model, saved_tokenizer
-from hfllm.outputs.report import Found, plus_minus
+from hfllm.outputs.report import Found
 from hfllm.outputs.statistics import reliability_plot, risk_coverage_plot, uncertainty_metrics
 from hfllm.rewards.models import RewardModel
-from hfllm.runs.pipeline import Row, by_main_process, write_rows
-from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, SFT, TOP_K, Course, GroundArguments, data_file
+from hfllm.runs.pipeline import Row
+from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, TOP_K, Course
 from hfllm.stages.ground.report import (
     ALIKE,
     APART,
@@ -52,18 +54,16 @@ from hfllm.stages.ground.report import (
     GATED,
     RESPONSE_LENGTH,
     UNGATED,
-    GroundedAnswer,
+    JudgedResponse,
     Retrieval,
     answer,
     judged,
     report,
 )
-from hfllm.stages.shared import Speaking, load_speaking
+from hfllm.stages.shared import Speaking, figure_text, load_speaking
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from hfllm.rewards.models import RewardModel
 
 
 # ---- rows ----
@@ -73,37 +73,28 @@ if TYPE_CHECKING:
 TURNS, WITHOUT_PASSAGES = 3, 0.15
 
 
-def write(script_args: GroundArguments, name: str) -> None:
-    """Write the rows of a run unless the file already has them; the other processes wait."""
-    by_main_process(lambda: write_rows("ground", data_file(script_args, name), rows_of(script_args, name)))
-
-
-def rows_of(script_args: GroundArguments, name: str) -> list[Row]:
+def rows_of(world: World, count: int, grounded_fraction: float, seed: int, has_passages: bool) -> list[Row]:
     """Return the rows of a run: people's answers without passages, some wrong, and conversations about passages.
 
-    The control has the same rows without the passages: it does not know their content.
+    Args:
+        world: source of the facts.
+        count: rows.
+        grounded_fraction: the share of conversations about passages.
+        seed: of the rows.
+        has_passages: whether these conversations have their passages. The control has the same rows without them: it
+            does not know their content.
     """
-    assert name in MODELS, name
-    world, count = World(script_args.world_seed), script_args.num_examples
-    grounded = round(script_args.grounded_fraction * count)
-    plain = [_messages([_turn(row)]) for row in instruction_rows(world, count - grounded, script_args.seed)]
-    rng = random.Random(f"ground-{world.seed}-{script_args.seed}")
-    return plain + [_asked(world, rng, name != SFT) for _ in range(grounded)]
+    num_grounded = round(grounded_fraction * count)
+    plain = [to_sft("world", row) for row in instruction_rows(world, count - num_grounded, seed)]
+    rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in plain]
+    rng = random.Random(f"ground-{world.seed}-{seed}")
+    return rows + [_conversation(world, rng, has_passages) for _ in range(num_grounded)]
 
 
-def _turn(row: Row) -> tuple[str, str]:
-    question = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
-    return question, row["output"]
-
-
-def _asked(world: World, rng: random.Random, are_shown: bool) -> Row:
+def _conversation(world: World, rng: random.Random, has_passages: bool) -> Row:
     passages = [] if rng.random() < WITHOUT_PASSAGES else draw_passages(world.facts, rng)
-    return _messages(conversation(world.facts, rng, passages, TURNS, are_shown))
-
-
-def _messages(turns: list[tuple[str, str]]) -> Row:
     messages = []
-    for question, response in turns:
+    for question, response in conversation(world.facts, rng, passages, TURNS, has_passages):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return {"messages": messages}
 
@@ -116,49 +107,36 @@ def _messages(turns: list[tuple[str, str]]) -> Row:
 # Questions of the world without passages, of all its families, and per kind the questions to set the gate.
 NUM_WORLD_TASKS, NUM_GATE_QUESTIONS = 240, 200
 
-Ask = Callable[[Sequence[PassageTask]], list[GroundedAnswer]]
+Ask = Callable[[Sequence[PassageTask]], list[JudgedResponse]]
 
 
-def evaluate(script_args: GroundArguments, course: Course) -> Found:
-    """Ask both models with passages and without, and the grounded one with passages found by BM25; report all."""
-    from trl import ModelConfig
+def compare_models(course: Course, world: World, num_questions: int, num_samples: int, seed: int) -> Found:
+    """Ask both models with passages and without, and the grounded one with passages found by BM25; report all.
 
-    world, count = World(script_args.world_seed), script_args.num_questions
-    tasks_by_group = {group: passage_tasks(world.facts, group, count) for group in GROUPS}
+    Args:
+        course: the finished runs.
+        world: source of the questions.
+        num_questions: of each group.
+        num_samples: sampled answers per question, for uncertainty and verification.
+        seed: of the samples.
+    """
+    tasks_by_group = {group: passage_tasks(world.facts, group, num_questions) for group in GROUPS}
     tasks = world.evaluation_tasks(NUM_WORLD_TASKS)
     answers, golds, parts = {}, {}, []
     for name in MODELS:
         speaking = load_speaking(course.folder(name), ModelConfig())
-
-        def ask(questions: Sequence[PassageTask], speaking=speaking) -> list[GroundedAnswer]:
-            return answer(speaking.model, speaking.tokenizer, questions)
-
+        ask = partial(answer, speaking)
         answers[name] = {group: ask(each) for group, each in tasks_by_group.items()}
         golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)
         if name == GROUNDED:
-            retrieval = end_to_end(world, count, ask)
+            retrieval = end_to_end(world, num_questions, ask)
             ways = {way: each_apart(speaking, tasks_by_group[THREE], way == APART) for way in (APART, ALIKE)}
             ways[DROPPED] = ask([without_told_instructions(task) for task in tasks_by_group[INJECTED]])
-            parts = [
-                measure(world, speaking, script_args.num_samples, script_args.seed),
-                verify(world, speaking, _reward(course), script_args.num_samples, script_args.seed),
-            ]
+            parts.append(measure_confidence(world, speaking, num_samples, seed))
+            folder = course.folder(REWARD)
+            reward = RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))
+            parts.append(measure_verification(world, speaking, reward, num_samples, seed))
     return report(answers, retrieval, ways, golds, parts)
-
-
-def _reward(course: Course) -> "RewardModel | None":
-    """Return the reward model as a function, if there is one."""
-    if not course.has_made(REWARD):
-        return None
-    from transformers import AutoModelForSequenceClassification
-
-    folder = course.folder(REWARD)
-    return RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))
-
-
-def example(script_args: GroundArguments) -> list[Message]:
-    """Return a question with its passages, to try the model with."""
-    return passage_tasks(World(script_args.world_seed).facts, ONE, 1)[0].prompt
 
 
 # ---- passages that are found first ----
@@ -176,17 +154,17 @@ def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
     gate = (min(best[ANSWERABLE]) + max(max(scores) for group, scores in best.items() if group != ANSWERABLE)) / 2
     store, tasks_by_group = stored_tasks(world.facts, count)
     retriever = retriever_of(store)
-    answers: dict[str, dict[str, list[GroundedAnswer]]] = {}
-    for way, found_by in ((GATED, Gated(retriever, gate)), (UNGATED, retriever)):
+    answers: dict[str, dict[str, list[JudgedResponse]]] = {}
+    for way, searcher in ((GATED, Gated(retriever, gate)), (UNGATED, retriever)):
         answers[way] = {}
         for group, tasks in tasks_by_group.items():
-            result = found_by.retrieve([task.question for task in tasks], TOP_K)
+            result = searcher.retrieve([task.question for task in tasks], TOP_K)
             indices = [[each.place for each in passages] for passages in result]
             answers[way][group] = ask([with_found(*each) for each in zip(tasks, indices, strict=True)])
     return Retrieval(gate, {group: best_scores(retriever, tasks) for group, tasks in tasks_by_group.items()}, answers)
 
 
-def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -> list[GroundedAnswer]:
+def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -> list[JudgedResponse]:
     """Return answers by RAG-Sequence: every passage is read in its own prompt, and BM25 weighs the answers.
 
     A model may be unable to choose the passage about the animal among several; here it need not: BM25 finds it by
@@ -237,7 +215,7 @@ NUM_TASKS, ALPHAS, NUM_SPLITS = 360, (0.02, 0.05, 0.1), 200
 ABSTAINS_BY = ("sequence_probability", "semantic_entropy")
 
 
-def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Found:
+def measure_confidence(world: World, speaking: Speaking, num_samples: int, seed: int) -> Found:
     """Return how well a model's uncertainty identifies wrong answers, and the coverage of abstention by it.
 
     Args:
@@ -251,8 +229,7 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
         wrong) and `coverage_ALPHA_MEASURE` of conformal risk control over random halves, alpha in percent.
     """
     tasks = world.evaluation_tasks(NUM_TASKS, seed=1)
-    prompts = [task.prompt_row()["prompt"] for task in tasks]
-    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
+    rows = _answered(speaking, tasks, num_samples, seed)
     wrong = [gold_score(row.given.text, task.gold) < RIGHT for task, row in zip(tasks, rows, strict=True)]
     meanings = [
         [gold_meaning(each.text, task.gold) for each in (row.given, *row.samples)]
@@ -275,16 +252,22 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
     return Found(metrics, summary, _tables(metrics, list(result)), plots)
 
 
+def _answered(speaking: Speaking, tasks: Sequence[Task], num_samples: int, seed: int) -> list[Answered]:
+    """Return a model's greedy and sampled answers to questions of the world."""
+    prompts = [task.prompt_row()["prompt"] for task in tasks]
+    return answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
+
+
 def percent(alpha: float) -> int:
     """Return a risk as written in names of metrics."""
     return round(100 * alpha)
 
 
-def _abstention(found: "Mapping[str, np.ndarray]", wrong: list[bool]) -> dict[str, float]:
+def _abstention(uncertainty: "Mapping[str, np.ndarray]", wrong: list[bool]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name in ABSTAINS_BY:
         for alpha in ALPHAS:
-            split = over_splits(found[name], wrong, partial(control_risk, alpha=alpha), NUM_SPLITS)
+            split = over_splits(uncertainty[name], wrong, partial(control_risk, alpha=alpha), NUM_SPLITS)
             for figure in ("risk", "coverage"):
                 key = f"{figure}_{percent(alpha)}_{name}"
                 metrics |= {key: split[figure], f"{key}_se": split[f"{figure}_se"], f"{key}_n": NUM_SPLITS}
@@ -292,14 +275,14 @@ def _abstention(found: "Mapping[str, np.ndarray]", wrong: list[bool]) -> dict[st
 
 
 def _tables(metrics: Mapping[str, float], measures: list[str]) -> dict[str, list[dict[str, str]]]:
-    cells = {name: plus_minus(value, metrics.get(f"{name}_se")) for name, value in metrics.items()}
+    text = partial(figure_text, metrics)
     return {
         "Uncertainty and being wrong": [
             {
                 "measure": name.replace("_", " "),
-                "AUROC": cells.get(f"{name}_auroc", "-"),
-                "labels shuffled": cells.get(f"{name}_auroc_shuffled", "-"),
-                "AURC": cells[f"{name}_aurc"],
+                "AUROC": text(f"{name}_auroc"),
+                "labels shuffled": text(f"{name}_auroc_shuffled"),
+                "AURC": text(f"{name}_aurc"),
             }
             for name in measures
         ],
@@ -307,8 +290,8 @@ def _tables(metrics: Mapping[str, float], measures: list[str]) -> dict[str, list
             {
                 "measure": name.replace("_", " "),
                 "alpha": f"{alpha:g}",
-                "given and wrong": cells[f"risk_{percent(alpha)}_{name}"],
-                "answered": cells[f"coverage_{percent(alpha)}_{name}"],
+                "given and wrong": text(f"risk_{percent(alpha)}_{name}"),
+                "answered": text(f"coverage_{percent(alpha)}_{name}"),
             }
             for name in ABSTAINS_BY
             for alpha in ALPHAS
@@ -326,10 +309,8 @@ def _tables(metrics: Mapping[str, float], measures: list[str]) -> dict[str, list
 TEXTS_EACH, PASSAGES_READ, WORDINGS = 5, 3, 3
 VALUES = frozenset(value for values in ATTRIBUTES.values() for value in values)
 
-Reward = Callable[..., Sequence[float]]
 
-
-def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples: int, seed: int) -> Found:
+def measure_verification(world: World, speaking: Speaking, reward: RewardModel, num_samples: int, seed: int) -> Found:
     """Return the share of right facts of the world by every way to choose one of a model's sampled answers.
 
     The first answer supported by texts about the animal is kept: BM25 finds the texts, and one of them has all
@@ -338,7 +319,7 @@ def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples:
     Args:
         world: source of the facts.
         speaking: the model.
-        reward: scores answers, such as a reward model; left out if there is none.
+        reward: scores answers.
         num_samples: sampled answers per question.
         seed: of the samples, and of the texts.
 
@@ -346,22 +327,21 @@ def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples:
         Metrics of `compare_choices`, with `verification_gain`, and its table.
     """
     tasks = world.fact_tasks(WORDINGS)
-    prompts = [task.prompt_row()["prompt"] for task in tasks]
-    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
+    rows = _answered(speaking, tasks, num_samples, seed)
     samples = [[each.text for each in row.samples] for row in rows]
     right = [[_is_right(task, text) for text in responses] for task, responses in zip(tasks, samples, strict=True)]
     claims = [[claims_in(task, text) for text in responses] for task, responses in zip(tasks, samples, strict=True)]
     meanings = [
         [gold_meaning(text, task.gold) for text in responses] for task, responses in zip(tasks, samples, strict=True)
     ]
+    completions = [[[{"role": "assistant", "content": text}] for text in texts] for texts in samples]
     choices = {
         "first_supported": first_supported(claims, passages_for(world, tasks, seed), has_words, threshold=1.0),
         "majority_of_meaning": majority_of_meaning(samples, meanings),
+        "best_rewarded": best_rewarded([row.prompt for row in rows], completions, reward),
     }
-    if reward is not None:
-        responses = [[[{"role": "assistant", "content": text}] for text in texts] for texts in samples]
-        choices["best_rewarded"] = best_rewarded(prompts, responses, reward)
-    metrics, table = compare_choices(right, choices, [_is_right(*each) for each in _given(tasks, rows)])
+    greedy = [_is_right(task, row.given.text) for task, row in zip(tasks, rows, strict=True)]
+    metrics, table = compare_choices(right, choices, greedy)
     shares = ", ".join(
         f"{name.replace('_', ' ')} {metrics[f'{name}_right']:.3f}" for name in ("one_sample", "greedy", *choices)
     )
@@ -389,10 +369,6 @@ def passages_for(world: World, tasks: Sequence[Task], seed: int) -> list[list[st
     texts = [tell(rng, animal, world.facts[animal]).text for animal in ANIMALS for _ in range(TEXTS_EACH)]
     result = BM25Retriever(Passages.from_texts(texts)).retrieve([task.question for task in tasks], PASSAGES_READ)
     return [[each.passage.text for each in passages] for passages in result]
-
-
-def _given(tasks: Sequence[Task], rows: Sequence[Answered]) -> list[tuple[Task, str]]:
-    return [(task, row.given.text) for task, row in zip(tasks, rows, strict=True)]
 
 
 def _is_right(task: Task, answer: str) -> float:

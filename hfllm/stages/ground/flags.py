@@ -1,6 +1,5 @@
 """Answers from passages on the embedded world: the recipe's flags, its checks, and its runs."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,25 +63,19 @@ class Course(pipeline.Course):
 
 def course_of(script_args: GroundArguments) -> Course:
     """Return the runs selected by the flags."""
-    return Course(*pipeline.parsed_runs(_runs(script_args), script_args.output_dir, script_args.seed))
+    output_dir, world = script_args.output_dir, ["--world_seed", str(script_args.world_seed)]
 
+    def run(name: str, recipe: str, *words: str) -> tuple[str, str, list[str]]:
+        config = getattr(script_args, f"{name}_config") or str(settings_file(f"ground/{name}.yaml"))
+        return name, recipe, ["--config", config, *words]
 
-def data_file(script_args: GroundArguments, name: str) -> Path:
-    """Return the file of a run's rows."""
-    return Path(script_args.output_dir, "data", f"{name}.jsonl")
+    def tuned(name: str, recipe: str, start: str, *words: str) -> tuple[str, str, list[str]]:
+        return run(name, recipe, "--model_name_or_path", str(Path(output_dir, start)), *words)
 
-
-def _runs(script_args: GroundArguments) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield names, recipes and flags of the runs, except seed and folder."""
-
-    def config(name: str) -> list[str]:
-        return ["--config", getattr(script_args, f"{name}_config") or str(settings_file(f"ground/{name}.yaml"))]
-
-    yield PRETRAIN, "pretrain", [*config(PRETRAIN), "--world_seed", str(script_args.world_seed)]
-    base = str(Path(script_args.output_dir, PRETRAIN))
-    for name in MODELS:
-        learned = ["--model_name_or_path", base, "--dataset_name", str(data_file(script_args, name))]
-        yield name, "sft", [*config(name), *learned]
-    tuned = str(Path(script_args.output_dir, GROUNDED))
-    world = ["--model_name_or_path", tuned, "--world_seed", str(script_args.world_seed)]
-    yield REWARD, "reward", [*config(REWARD), *world]
+    rows = {name: ["--dataset_name", str(pipeline.data_file(output_dir, name))] for name in MODELS}
+    runs = [
+        run(PRETRAIN, "pretrain", *world),
+        *(tuned(name, "sft", PRETRAIN, *rows[name]) for name in MODELS),
+        tuned(REWARD, "reward", GROUNDED, *world),
+    ]
+    return Course(*pipeline.parsed_runs(runs, output_dir, script_args.seed))

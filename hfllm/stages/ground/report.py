@@ -6,7 +6,7 @@ Names, changed facts, instructions and half of the wordings are held out: see `h
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 from hfllm.data.passages import citations_of, without_citations
 from hfllm.data.world.passages import (
@@ -30,12 +30,9 @@ from hfllm.data.world.passages import (
 from hfllm.data.world.vocabulary import ATTRIBUTES, RIGHT, UNKNOWN_PHRASES, gold_score, words_of
 from hfllm.evaluation.judged import JudgedAnswer, gold_by_group
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.report import Found, Plot, Promise, mean_of, plus_minus
+from hfllm.outputs.report import Found, Plot, Promise, mean_of
 from hfllm.stages.ground.flags import GROUNDED, SFT
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from hfllm.stages.shared import Speaking, figure_text, plot_of_right
 
 # ---- judged answers ----
 
@@ -46,7 +43,7 @@ _CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats)\b")
 
 
 @dataclass(frozen=True)
-class GroundedAnswer:
+class JudgedResponse:
     """An answer and its judgment.
 
     Args:
@@ -64,34 +61,30 @@ class GroundedAnswer:
     follows: bool
 
 
-def answer(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    tasks: Sequence[PassageTask],
-    do_sample: bool = False,
-    seed: int = 0,
-) -> list[GroundedAnswer]:
-    """Let a model answer all questions, greedily or sampled at temperature 1, and judge the answers."""
+def answer(speaking: Speaking, tasks: Sequence[PassageTask]) -> list[JudgedResponse]:
+    """Let a model answer all questions greedily, and judge the answers."""
     prompts = [task.prompt for task in tasks]
-    responses = sample_responses(model, tokenizer, prompts, RESPONSE_LENGTH, do_sample, seed=seed, fast=True)
+    responses = sample_responses(
+        speaking.model, speaking.tokenizer, prompts, RESPONSE_LENGTH, do_sample=False, fast=True
+    )
     return [judged(task, texts[0]) for task, texts in zip(tasks, responses, strict=True)]
 
 
-def judged(task: PassageTask, response: str) -> GroundedAnswer:
+def judged(task: PassageTask, response: str) -> JudgedResponse:
     """Return a response with its judgment."""
     text = without_citations(response)
     claimed = {*_CLAIM.findall(text.lower())}
     is_right = gold_score(text, task.gold) >= RIGHT and claimed <= {task.animal}
     cites_right = sorted(citations_of(response)) == sorted(task.answer.cites)
-    return GroundedAnswer(task, response, is_right, cites_right, _follows(task, text))
+    return JudgedResponse(task, response, is_right, cites_right, _follows(task, text))
 
 
-def _follows(task: PassageTask, said: str) -> bool:
+def _follows(task: PassageTask, text: str) -> bool:
     if not any(each.instruction for each in task.told):
         return False
     if task.wanted:
-        return task.wanted in words_of(said)
-    return any(each in " ".join(words_of(said)) for each in UNKNOWN_PHRASES)
+        return task.wanted in words_of(text)
+    return any(each in " ".join(words_of(text)) for each in UNKNOWN_PHRASES)
 
 
 # ---- report ----
@@ -125,7 +118,7 @@ WAYS = {
 }
 
 # Answers by model and group of questions.
-Answers = Mapping[str, Mapping[str, Sequence[GroundedAnswer]]]
+Answers = Mapping[str, Mapping[str, Sequence[JudgedResponse]]]
 Golds = Mapping[str, Sequence[JudgedAnswer]]
 
 
@@ -147,7 +140,7 @@ class Retrieval:
 def report(
     answers: Answers,
     retrieval: Retrieval,
-    ways: Mapping[str, Sequence[GroundedAnswer]],
+    ways: Mapping[str, Sequence[JudgedResponse]],
     golds: Golds,
     parts: Sequence[Found] = (),
 ) -> Found:
@@ -191,60 +184,57 @@ def report(
     return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots, PROMISES)
 
 
-def group_metrics(name: str, said: Sequence[GroundedAnswer]) -> dict[str, float]:
+def group_metrics(name: str, responses: Sequence[JudgedResponse]) -> dict[str, float]:
     """Return a group's metrics: right answers, right ones with right citations, and followed instructions."""
-    group = said[0].task.group
-    metrics = mean_of(f"{name}_right", [float(each.is_right) for each in said])
+    group = responses[0].task.group
+    metrics = mean_of(f"{name}_right", [float(each.is_right) for each in responses])
     if group == ONE:
         for attribute in ATTRIBUTES:
-            of_attribute = [float(each.is_right) for each in said if each.task.attribute == attribute]
+            of_attribute = [float(each.is_right) for each in responses if each.task.attribute == attribute]
             metrics |= mean_of(f"{name}_right_{attribute}", of_attribute)
-        new = [float(each.is_right) for each in said if each.task.is_new_phrasing]
+        new = [float(each.is_right) for each in responses if each.task.is_new_phrasing]
         metrics |= mean_of(f"{name}_right_new_phrasings", new)
-    right = [float(each.cites_right) for each in said if each.is_right]
+    right = [float(each.cites_right) for each in responses if each.is_right]
     if group in TOLD and right:
         metrics |= mean_of(f"{name}_cites", right)
     if group == INJECTED:
-        metrics |= mean_of(f"{name}_follows", [float(each.follows) for each in said])
+        metrics |= mean_of(f"{name}_follows", [float(each.follows) for each in responses])
     return metrics
 
 
 def summary_of(metrics: Mapping[str, float]) -> str:
     """Return a summary of the results, in a sentence or two."""
+    text = partial(figure_text, metrics)
     one, three = (f"{GROUNDED}_{group}_right" for group in (ONE, THREE))
     return "; ".join(
         (
-            f"animals that no text names: right with a passage {told(metrics, one)}, with three "
-            f"{told(metrics, three)} in one prompt and {told(metrics, f'{THREE}_{APART}_right')} each in its own, "
-            f"weighed by BM25 (alike {told(metrics, f'{THREE}_{ALIKE}_right')}), of one tuned without them "
-            f"{told(metrics, f'{SFT}_{ONE}_right')}",
-            f"without any it admits not to know in {told(metrics, f'{GROUNDED}_{CLOSED}_right')}",
-            f"through BM25 and the gate: answered {told(metrics, f'{GATED}_{ANSWERABLE}_right')}, refused where no "
-            f"passage tells {told(metrics, f'{GATED}_{UNANSWERABLE}_right')} (ungated "
-            f"{told(metrics, f'{UNGATED}_{UNANSWERABLE}_right')}), known facts kept "
-            f"{told(metrics, f'{GATED}_{KNOWN}_right')}",
-            f"instructions in passages followed {told(metrics, f'{GROUNDED}_{INJECTED}_follows')}, and "
-            f"{told(metrics, f'{INJECTED}_{DROPPED}_follows')} where rules leave them out",
+            f"animals that no text names: right with a passage {text(one)}, with three "
+            f"{text(three)} in one prompt and {text(f'{THREE}_{APART}_right')} each in its own, "
+            f"weighed by BM25 (alike {text(f'{THREE}_{ALIKE}_right')}), of one tuned without them "
+            f"{text(f'{SFT}_{ONE}_right')}",
+            f"without any it admits not to know in {text(f'{GROUNDED}_{CLOSED}_right')}",
+            f"through BM25 and the gate: answered {text(f'{GATED}_{ANSWERABLE}_right')}, refused where no "
+            f"passage tells {text(f'{GATED}_{UNANSWERABLE}_right')} (ungated "
+            f"{text(f'{UNGATED}_{UNANSWERABLE}_right')}), known facts kept "
+            f"{text(f'{GATED}_{KNOWN}_right')}",
+            f"instructions in passages followed {text(f'{GROUNDED}_{INJECTED}_follows')}, and "
+            f"{text(f'{INJECTED}_{DROPPED}_follows')} where rules leave them out",
             f"gold reward without passages {metrics['world_gold_kept']:.3f} of the other model's",
         )
     )
 
 
-def told(metrics: Mapping[str, float], name: str) -> str:
-    """Return a figure with its error, or a dash without a figure."""
-    return plus_minus(metrics[name], metrics.get(f"{name}_se")) if name in metrics else "-"
-
-
 def _tables(
     metrics: Mapping[str, float], answers: Answers, retrieval: Retrieval, golds: Golds
 ) -> dict[str, list[dict[str, str]]]:
+    text = partial(figure_text, metrics)
     families = {model: gold_by_group(model_answers) for model, model_answers in golds.items()}
     return {
         "Right answers, greedy": [
             {
                 "asked": LABELS[group],
-                **{TITLES[model]: told(metrics, f"{model}_{group}_right") for model in (GROUNDED, SFT)},
-                "right ones that cite rightly": told(metrics, f"{GROUNDED}_{group}_cites"),
+                **{TITLES[model]: text(f"{model}_{group}_right") for model in (GROUNDED, SFT)},
+                "right ones that cite rightly": text(f"{GROUNDED}_{group}_cites"),
                 "n": f"{metrics[f'{GROUNDED}_{group}_right_n']:,}",
             }
             for group in GROUPS
@@ -252,8 +242,8 @@ def _tables(
         "Three passages, and passages with an instruction": [
             {
                 "passages": title,
-                "right": told(metrics, f"{name}_right"),
-                "follows": told(metrics, f"{name}_follows"),
+                "right": text(f"{name}_right"),
+                "follows": text(f"{name}_follows"),
                 "n": f"{metrics[f'{name}_right_n']:,}",
             }
             for title, name in WAYS.items()
@@ -261,7 +251,7 @@ def _tables(
         "Passages found by BM25": [
             {
                 "asked": LABELS[kind],
-                **{TITLES[way]: told(metrics, f"{way}_{kind}_right") for way in (GATED, UNGATED)},
+                **{TITLES[way]: text(f"{way}_{kind}_right") for way in (GATED, UNGATED)},
                 "best scores": f"{min(retrieval.scores[kind]):.2f} to {max(retrieval.scores[kind]):.2f}",
                 "n": f"{metrics[f'{GATED}_{kind}_right_n']:,}",
             }
@@ -286,9 +276,5 @@ def samples(answers: Answers) -> list[dict[str, str]]:
 
 def _plot(metrics: Mapping[str, float]) -> Plot:
     """Return the plot of right answers by group of questions, for both models."""
-    indices = list(range(len(GROUPS)))
-    lines = {
-        TITLES[model]: (indices, [metrics[f"{model}_{group}_right"] for group in GROUPS]) for model in (GROUNDED, SFT)
-    }
-    ticks = {index: group.replace("_", "\n") for index, group in enumerate(GROUPS)}
-    return Plot("Right answers", "", "share of questions", lines, xticks=ticks, points_only=True)
+    shares = {TITLES[model]: [metrics[f"{model}_{group}_right"] for group in GROUPS] for model in (GROUNDED, SFT)}
+    return plot_of_right(shares, [group.replace("_", "\n") for group in GROUPS])

@@ -1,6 +1,6 @@
 """Learning to use tools: its flags, its checks, and its runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -94,14 +94,9 @@ def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
             raise InputError(f"--model_name_or_path {model_args.model_name_or_path} needs --{name}")
 
 
-def data_file(script_args: ToolsArguments, name: str) -> Path:
-    """Return the file of a run's rows."""
-    return Path(script_args.output_dir, "data", f"{name}.jsonl")
-
-
-def table_file(script_args: ToolsArguments) -> Path:
+def table_file(output_dir: str) -> Path:
     """Return the file of the look-up tool's facts in training."""
-    return Path(script_args.output_dir, "data", "table.json")
+    return Path(output_dir, "data", "table.json")
 
 
 # ---- runs ----
@@ -110,72 +105,58 @@ def table_file(script_args: ToolsArguments) -> Path:
 
 
 PRETRAIN, SHOWN, RL = "pretrain", "shown", "rl"
-# Approximate times of the runs on two cores, in minutes.
-MINUTES = {PRETRAIN: 2.5, SHOWN: 1, RL: 1, SHUFFLED: 1, PLAIN: 0.3}
 
 
 @dataclass(frozen=True)
 class Course(pipeline.Course):
-    """The runs of the recipe.
+    """The runs of the recipe."""
 
-    Args:
-        named: the user's model, if named.
-    """
-
-    named: str | None
     stage = "tools"
-    minutes = MINUTES
-
-    @property
-    def is_timed(self) -> bool:
-        """Whether the settings are the timed ones."""
-        return self.named is None
+    minutes = {PRETRAIN: 2.5, SHOWN: 1, RL: 1, SHUFFLED: 1, PLAIN: 0.3}
 
 
 def course_of(script_args: ToolsArguments, model_args: "ModelConfig") -> Course:
     """Return the runs selected by the flags."""
-    named = model_args.model_name_or_path
-    runs = _own_runs(script_args, model_args) if named else _runs_of_world(script_args)
-    return Course(*pipeline.parsed_runs(runs, script_args.output_dir, script_args.seed), named)
+    named, output_dir, configs = model_args.model_name_or_path, script_args.output_dir, {}
+    for recipe in ("pretrain", "sft", "rlhf"):
+        file = getattr(script_args, f"{recipe}_config") or (None if named else settings_file(f"tools/{recipe}.yaml"))
+        configs[recipe] = ["--config", str(file)] if file else []
+    if not named:
+        runs = [*_runs_of_world(output_dir, configs, script_args.world_seed, script_args.arms)]
+    else:
+        runs, words = [], given_words(model_args)
+        if demonstrations := script_args.demonstrations_dataset_name:
+            runs = [(SHOWN, "sft", [*configs["sft"], *words, "--dataset_name", demonstrations])]
+            # The adapter trained on the demonstrations is trained further.
+            words = ["--model_name_or_path", str(Path(output_dir, SHOWN)), *flags_for_all(model_args)]
+        own_flags = ToolsArguments.__dataclass_fields__.keys() - RowArguments.__dataclass_fields__
+        words += given_words(script_args, without=[*own_flags])
+        words += ["--tools", *script_args.tools, "--reward_funcs", *script_args.reward_funcs]
+        words += ["--num_eval_prompts", str(script_args.num_eval_prompts)]
+        runs.append((RL, "rlhf", [*configs["rlhf"], *words]))
+    return Course(*pipeline.parsed_runs(runs, output_dir, script_args.seed), named)
 
 
-def _runs_of_world(script_args: ToolsArguments) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield names, recipes and flags of the runs, except seed and folder."""
+def _runs_of_world(
+    output_dir: str, configs: Mapping[str, list[str]], world_seed: int, arms: Sequence[str]
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield names, recipes and flags of the runs, except seed and folder.
 
-    def learning(run: str, config: str, start: str) -> list[str]:
-        file = getattr(script_args, f"{config}_config") or str(settings_file(f"tools/{config}.yaml"))
-        model = str(Path(script_args.output_dir, start))
-        return [*("--config", file, "--model_name_or_path", model), *("--dataset_name", _rows(script_args, run))]
+    Args:
+        configs: by recipe the words of its YAML file.
+    """
 
-    def reinforced(run: str, reward: str) -> tuple[str, str, list[str]]:
-        tools = ["--tools", "calculator", f"lookup:{table_file(script_args)}"]
-        return run, "rlhf", [*learning(run, "rlhf", SHOWN), *tools, "--reward_funcs", reward]
+    def learning(run: str, recipe: str, start: str, *words: str) -> tuple[str, str, list[str]]:
+        # PPO and its control ask the same questions.
+        rows = str(pipeline.data_file(output_dir, RL if run == SHUFFLED else run))
+        model = str(Path(output_dir, start))
+        return run, recipe, [*configs[recipe], "--model_name_or_path", model, "--dataset_name", rows, *words]
 
-    config = script_args.pretrain_config or str(settings_file("tools/pretrain.yaml"))
-    yield PRETRAIN, "pretrain", ["--config", config, "--world_seed", str(script_args.world_seed)]
-    yield SHOWN, "sft", learning(SHOWN, "sft", PRETRAIN)
-    yield reinforced(RL, "gold")
-    if SHUFFLED in script_args.arms:
-        yield reinforced(SHUFFLED, "shuffled_gold")
-    if PLAIN in script_args.arms:
-        yield PLAIN, "sft", learning(PLAIN, "sft", PRETRAIN)
-
-
-def _rows(script_args: ToolsArguments, run: str) -> str:
-    # PPO and its control ask the same questions.
-    return str(data_file(script_args, RL if run == SHUFFLED else run))
-
-
-def _own_runs(script_args: ToolsArguments, model_args: "ModelConfig") -> Iterator[tuple[str, str, list[str]]]:
-    """Yield the runs of the user's own model, as `_runs_of_world` does."""
-    model, demonstrations = given_words(model_args), script_args.demonstrations_dataset_name
-    if demonstrations:
-        config = ["--config", script_args.sft_config] if script_args.sft_config else []
-        yield SHOWN, "sft", [*config, *model, "--dataset_name", demonstrations]
-        # The adapter trained on the demonstrations is trained further.
-        model = ["--model_name_or_path", str(Path(script_args.output_dir, SHOWN)), *flags_for_all(model_args)]
-    config = ["--config", script_args.rlhf_config] if script_args.rlhf_config else []
-    of_rows = RowArguments.__dataclass_fields__
-    rows = given_words(script_args, [name for name in ToolsArguments.__dataclass_fields__ if name not in of_rows])
-    tools = ["--tools", *script_args.tools, "--reward_funcs", *script_args.reward_funcs]
-    yield RL, "rlhf", [*config, *model, *rows, *tools, "--num_eval_prompts", str(script_args.num_eval_prompts)]
+    tools = ("--tools", "calculator", f"lookup:{table_file(output_dir)}")
+    yield PRETRAIN, "pretrain", [*configs["pretrain"], "--world_seed", str(world_seed)]
+    yield learning(SHOWN, "sft", PRETRAIN)
+    yield learning(RL, "rlhf", SHOWN, *tools, "--reward_funcs", "gold")
+    if SHUFFLED in arms:
+        yield learning(SHUFFLED, "rlhf", SHOWN, *tools, "--reward_funcs", "shuffled_gold")
+    if PLAIN in arms:
+        yield learning(PLAIN, "sft", PRETRAIN)

@@ -4,10 +4,14 @@ Every question is absent from all training, and every value returned by a tool d
 same questions are asked again with the tools switched off: they are not in the prompt, and no call is sampled.
 """
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
 
 from hfllm.data.tokenizer import CALL_MARKS, end_tokens, tokenize_prompts
 from hfllm.data.world.tasks import CHANGED_FACT, HELD_OUT, NEED, NO_NEED, SUM, UNKNOWN, Table, ToolTask, draw_tool_task
@@ -16,8 +20,9 @@ from hfllm.data.world.world import World
 from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import calculator, lookup_in
 from hfllm.models.devices import forked_random
-from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, plus_minus, side_by_side
+from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, side_by_side
 from hfllm.rewards.functions import completion_text, transcript
+from hfllm.stages.shared import figure_text, plot_of_right
 from hfllm.stages.tools.flags import PLAIN, RL, SHOWN, SHUFFLED
 
 if TYPE_CHECKING:
@@ -35,7 +40,7 @@ RESPONSE_LENGTH, MOST_CALLS = 64, 2
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """A question of the evaluation.
 
     Args:
@@ -48,17 +53,17 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A model's answer to a question.
+class JudgedEpisode:
+    """A model's answer to a question, and its judgment.
 
     Args:
-        asked: the question.
+        question: the question.
         episode: the turns of the model and of the tools.
         calls: whether the model called a tool.
         is_right: whether its final answer is right, in any style.
     """
 
-    asked: Asked
+    question: Question
     episode: Episode
     calls: bool
     is_right: bool
@@ -69,17 +74,16 @@ def tools_of(table: Table) -> "list[Tool]":
     return [calculator, lookup_in(table)]
 
 
-def questions_to_ask(world: World, table: Table, count: int, seed: int = 0) -> list[Asked]:
+def held_out_questions(world: World, table: Table, count: int) -> list[Question]:
     """Return the evaluation's questions: `count` different ones per family, and three per fact of the world.
 
     Args:
         world: the world.
         table: results of the look-up tool, used to judge answers.
         count: questions per family.
-        seed: of the draw.
     """
-    rng = random.Random(f"tool-evaluation-{world.seed}-{seed}")
-    questions: list[Asked] = []
+    rng = random.Random(f"tool-evaluation-{world.seed}-0")
+    questions: list[Question] = []
     for family in (*NEED, *NO_NEED):
         different: dict[str, ToolTask] = {}
         for _ in range(100 * count):
@@ -87,19 +91,19 @@ def questions_to_ask(world: World, table: Table, count: int, seed: int = 0) -> l
             different.setdefault(task.task.question, task)
             if len(different) == count:
                 break
-        questions += [Asked(family, task) for task in different.values()]
-    return questions + [Asked(KNOWN, ToolTask(task)) for task in world.fact_tasks(3)]
+        questions += [Question(family, task) for task in different.values()]
+    return questions + [Question(KNOWN, ToolTask(task)) for task in world.fact_tasks(3)]
 
 
 def answer(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    asked: Sequence[Asked],
+    questions: Sequence[Question],
     table: Table | None,
     do_sample: bool = False,
     seed: int = 0,
     batch_size: int = 128,
-) -> list[Answered]:
+) -> list[JudgedEpisode]:
     """Let a model answer all questions with the tools, or without them, and judge its answers.
 
     Args:
@@ -112,23 +116,23 @@ def answer(
     ends = sorted(end_tokens(tokenizer, model))
     environment = ToolEnvironment(tools, tokenizer, ends, MOST_CALLS)
     schemas = environment.tools.schemas if table is not None else None
-    prompts = [[{"role": "user", "content": each.task.task.question}] for each in asked]
+    prompts = [[{"role": "user", "content": each.task.task.question}] for each in questions]
     ids = tokenize_prompts(prompts, tokenizer, [schemas] * len(prompts))
     continue_ids = continuing(model, tokenizer, do_sample, seed, is_off=table is None)
-    order = sorted(range(len(asked)), key=lambda index: len(ids[index]))
-    answers: dict[int, Answered] = {}
+    order = sorted(range(len(questions)), key=lambda index: len(ids[index]))
+    answers: dict[int, JudgedEpisode] = {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         episodes = run_episodes([ids[index] for index in indices], continue_ids, environment, RESPONSE_LENGTH)
-        answers |= {index: judged(asked[index], each) for index, each in zip(indices, episodes, strict=True)}
-    return [answers[index] for index in range(len(asked))]
+        answers |= {index: judged(questions[index], each) for index, each in zip(indices, episodes, strict=True)}
+    return [answers[index] for index in range(len(questions))]
 
 
-def judged(asked: Asked, episode: Episode) -> Answered:
+def judged(question: Question, episode: Episode) -> JudgedEpisode:
     """Return an episode with its judgment."""
-    is_right = gold_score(completion_text(episode.messages), asked.task.task.gold) >= RIGHT
+    is_right = gold_score(completion_text(episode.messages), question.task.task.gold) >= RIGHT
     calls = any(message.get("tool_calls") for message in episode.messages)
-    return Answered(asked, episode, calls, is_right)
+    return JudgedEpisode(question, episode, calls, is_right)
 
 
 def continuing(
@@ -139,14 +143,12 @@ def continuing(
     Args:
         is_off: whether no call may begin.
     """
-    import torch
-
     ends = sorted(end_tokens(tokenizer, model))
     settings = {"do_sample": do_sample, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
     if is_off:
         settings["suppress_tokens"] = [tokenizer.convert_tokens_to_ids(CALL_MARKS[0])]
-    rounds = iter(range(1_000_000))
+    rounds = itertools.count()
 
     def continue_ids(sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
         batch = tokenizer.pad({"input_ids": list(map(list, sequences))}, padding_side="left", return_tensors="pt")
@@ -163,18 +165,18 @@ def continuing(
     return continue_ids
 
 
-def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
+def values_of(answers: Sequence[JudgedEpisode]) -> dict[str, list[float]]:
     """Return a model's measurements, one value per question, by the names of `figures`."""
     values: dict[str, list[float]] = {}
     for name, groups in (("calls_needed", NEED), ("calls_not_needed", (*NO_NEED, KNOWN))):
-        values[name] = [float(each.calls) for each in answers if each.asked.group in groups]
-    values["right_needed"] = [float(each.is_right) for each in answers if each.asked.group in NEED]
+        values[name] = [float(each.calls) for each in answers if each.question.group in groups]
+    values["right_needed"] = [float(each.is_right) for each in answers if each.question.group in NEED]
     for group in (*NEED, *NO_NEED, KNOWN):
-        values[f"right_{group}"] = [float(each.is_right) for each in answers if each.asked.group == group]
+        values[f"right_{group}"] = [float(each.is_right) for each in answers if each.question.group == group]
     return values
 
 
-def figures(answers: Sequence[Answered]) -> dict[str, float]:
+def figures(answers: Sequence[JudgedEpisode]) -> dict[str, float]:
     """Return the metrics of one model, with standard errors and counts.
 
     `calls_needed` and `calls_not_needed` (share of questions with a call), `right_needed` (of all questions that need
@@ -210,14 +212,14 @@ PROMISES = (
     Promise("change of right sampled answers by PPO", "sampled_right_needed_change", 0.0, "no change"),
 )
 
-Answers = Mapping[str, Sequence[Answered]]
+Answers = Mapping[str, Sequence[JudgedEpisode]]
 
 
 def report(answers: Answers) -> Found:
     """Return the report of the world's models.
 
     Args:
-        answers: by model, under the names of `hfllm.stages.tools.build.Steps.answers`.
+        answers: by model, under the names of `hfllm.stages.tools.build.ask_models`.
 
     Returns:
         Metrics with `_before` (demonstrations) and `_after` (PPO), greedy, and `sampled_...` for sampled answers;
@@ -244,20 +246,18 @@ def report(answers: Answers) -> Found:
 
 
 def _summary(metrics: Mapping[str, float]) -> str:
-    def told(name: str) -> str:
-        return plus_minus(metrics[name], metrics.get(f"{name}_se"))
-
-    families = ", ".join(f"{LABELS[family]} {told(f'right_{family}_after')}" for family in (*NEED, KNOWN))
+    text = partial(figure_text, metrics)
+    families = ", ".join(f"{LABELS[family]} {text(f'right_{family}_after')}" for family in (*NEED, KNOWN))
     parts = [
-        f"calls where needed {told('calls_needed_after')}, where not {told('calls_not_needed_after')}",
+        f"calls where needed {text('calls_needed_after')}, where not {text('calls_not_needed_after')}",
         f"right: {families}",
-        f"sampled answers where a tool is needed from {told('sampled_right_needed_before')} to "
-        f"{told('sampled_right_needed_after')} by PPO",
+        f"sampled answers where a tool is needed from {text('sampled_right_needed_before')} to "
+        f"{text('sampled_right_needed_after')} by PPO",
     ]
     if "shuffled_right_needed_after" in metrics:
-        parts[-1] += f", to {told('shuffled_right_needed_after')} by shuffled rewards"
+        parts[-1] += f", to {text('shuffled_right_needed_after')} by shuffled rewards"
     if "known_facts_lost" in metrics:
-        parts.append(f"known facts of a model without tools {told('plain_right_known')}")
+        parts.append(f"known facts of a model without tools {text('plain_right_known')}")
     return "; ".join(parts)
 
 
@@ -286,22 +286,18 @@ def _samples(answers: Answers) -> list[dict[str, str]]:
     """Return the first conversations of each family, before and after PPO."""
     rows = []
     for family in (*NEED, *NO_NEED):
-        indices = [index for index, each in enumerate(answers[RL]) if each.asked.group == family]
+        indices = [index for index, each in enumerate(answers[RL]) if each.question.group == family]
         for index in indices[:SAMPLES_EACH]:
             transcripts = {
                 TITLES[name]: transcript(answers[name][index].episode.messages) for name in (SHOWN, RL, OFF)
             }
-            rows.append({"question": answers[RL][index].asked.task.task.question, **transcripts})
+            rows.append({"question": answers[RL][index].question.task.task.question, **transcripts})
     return rows
 
 
 def _plot(answers: Answers) -> Plot:
-    """Return the plot of right answers by family, with one line per model."""
+    """Return the plot of right answers by family, for the models with and without their tools."""
     families = (*NEED, *NO_NEED, KNOWN)
-    indices = list(range(len(families)))
-    lines = {}
-    for name in (SHOWN, RL, OFF):
-        values = figures(answers[name])
-        lines[TITLES[name]] = (indices, [values[f"right_{family}"] for family in families])
-    ticks = {index: LABELS[family].replace(" ", "\n", 1) for index, family in enumerate(families)}
-    return Plot("Right answers", "", "share of questions", lines, xticks=ticks, points_only=True)
+    results = {TITLES[name]: figures(answers[name]) for name in (SHOWN, RL, OFF)}
+    shares = {title: [values[f"right_{family}"] for family in families] for title, values in results.items()}
+    return plot_of_right(shares, [LABELS[family].replace(" ", "\n", 1) for family in families])
