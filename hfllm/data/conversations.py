@@ -353,17 +353,17 @@ def _read(
         return {}
 
 
-def _count(found: ReadBack, written: Message, read: Message, row: Mapping[str, Any]) -> None:
+def _count(counts: ReadBack, written: Message, read: Message, row: Mapping[str, Any]) -> None:
     calls = [_call(call) for call in written.get("tool_calls") or ()]
     exact = [_call(call) for call in read.get("tool_calls") or ()]
-    found.calls += len(calls)
-    found.exact_calls += (same_calls := len(calls) if calls == exact else 0)
+    counts.calls += len(calls)
+    counts.exact_calls += (same_calls := len(calls) if calls == exact else 0)
     has_thought = bool(written.get("reasoning_content"))
-    found.thoughts += has_thought
+    counts.thoughts += has_thought
     is_same = has_thought and read.get("reasoning_content", "").strip() == written["reasoning_content"].strip()
-    found.exact_thoughts += is_same
-    if not found.first and (same_calls < len(calls) or has_thought > is_same):
-        found.first = origin_of(row, "a row")
+    counts.exact_thoughts += is_same
+    if not counts.first and (same_calls < len(calls) or has_thought > is_same):
+        counts.first = origin_of(row, "a row")
 
 
 def _call(call: Mapping[str, Any]) -> tuple[object, object]:

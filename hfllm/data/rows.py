@@ -169,11 +169,11 @@ def split_beginning(prompt: str | list[Message]) -> tuple[str | list[Message], s
     return (prompt[:-1], prompt[-1]["content"]) if is_begun(prompt) else (prompt, "")
 
 
-def content_text(content: str | list[dict[str, Any]] | None, place: str = "<image>") -> str:
-    """Return the words of a message's content, a text or a list of parts, with `place` for each other part."""
+def content_text(content: str | list[dict[str, Any]] | None, placeholder: str = "<image>") -> str:
+    """Return the words of a message's content, a text or a list of parts, with `placeholder` for each other part."""
     if not isinstance(content, list):
         return content or ""
-    return "".join(part["text"] if part.get("type") == "text" else place for part in content)
+    return "".join(part["text"] if part.get("type") == "text" else placeholder for part in content)
 
 
 def joined_texts(origin: str, content: Any) -> Any:
@@ -199,13 +199,13 @@ def words_of(message: Message) -> Message:
     return {**message, "content": content_text(message["content"], "")} if is_in_parts(message) else message
 
 
-def spells(tokens: Sequence[str], said: Any) -> bool:
+def spells(tokens: Sequence[str], value: Any) -> bool:
     """Return whether one of several texts occurs in messages, tools or other values of a row, at any depth."""
-    if isinstance(said, str):
-        return any(token in said for token in tokens)
-    if isinstance(said, dict):
-        return any(spells(tokens, part) for pair in said.items() for part in pair)
-    return isinstance(said, (list, tuple)) and any(spells(tokens, each) for each in said)
+    if isinstance(value, str):
+        return any(token in value for token in tokens)
+    if isinstance(value, dict):
+        return any(spells(tokens, part) for pair in value.items() for part in pair)
+    return isinstance(value, (list, tuple)) and any(spells(tokens, each) for each in value)
 
 
 def unspelled(tokens: Sequence[str], text: str) -> str:

@@ -420,12 +420,12 @@ class PictureQuantization(QuantizationEvaluation):
         return {"loss": sum(nats) / len(nats), "right": sum(right) / len(right)}
 
 
-def answer_tokens(processor: "ProcessorMixin", asked: Asked) -> AnswerTokens:
+def answer_tokens(processor: "ProcessorMixin", question: Asked) -> AnswerTokens:
     """Return a question and its right answer as a model reads them, with the position where the answer begins."""
-    images = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in asked.images]]
-    whole = [*asked.prompt, {"role": "assistant", "content": [{"type": "text", "text": asked.answer}]}]
+    images = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in question.images]]
+    whole = [*question.prompt, {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}]
     inputs: dict[str, Any] = dict(conversation_batch(processor, [whole], images))
-    begun = conversation_batch(processor, [asked.prompt], images, add_generation_prompt=True)["input_ids"][0]
+    begun = conversation_batch(processor, [question.prompt], images, add_generation_prompt=True)["input_ids"][0]
     ids = inputs["input_ids"][0]
     # Templates may begin an answer with text left out of an existing one.
     same = (ids[: len(begun)] == begun[: len(ids)]).long().cumprod(0).sum().item()

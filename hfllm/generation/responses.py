@@ -176,7 +176,7 @@ def _declined_reason(model: "PreTrainedModel", settings: dict[str, Any], longest
     return None
 
 
-def _own_options(config: "GenerationConfig", given: Collection[str]) -> dict[str, Any]:
+def _own_options(config: "GenerationConfig", excluded: Collection[str]) -> dict[str, Any]:
     """Return a model's own generation options that could change the samples, besides the options of a call.
 
     They are transformers' own fields with a value neither unset, nor off, nor at transformers' default: compared with
@@ -191,7 +191,7 @@ def _own_options(config: "GenerationConfig", given: Collection[str]) -> dict[str
         if name in fields
         and not name.startswith("_")
         and name not in NO_OPTIONS
-        and name not in given
+        and name not in excluded
         and value is not None
         and value is not False
         and value != defaults.get(name)

@@ -192,10 +192,10 @@ def check_template(processor: ProcessorMixin, name: str) -> None:
         raise InputError(f"{whose} cannot write a question about a picture by its chat template: {reason}") from None
 
 
-def _of_another_size(made: tuple[int, int], size: tuple[int, int]) -> InputError:
+def _of_another_size(output: tuple[int, int], size: tuple[int, int]) -> InputError:
     return InputError(
-        f"the processor makes pictures of {made[0]}x{made[1]} pixels and the vision tower takes {size[0]}x{size[1]} "
-        "(image_size)"
+        f"the processor makes pictures of {output[0]}x{output[1]} pixels and the vision tower takes "
+        f"{size[0]}x{size[1]} (image_size)"
     )
 
 
@@ -457,7 +457,7 @@ def encode(
     for row, origin in zip(rows, origins, strict=True):
         if isinstance(row["prompt"], str) and pictures_of(row, origin):
             raise InputError(f"{origin}: the prompt is text; with pictures it must be a list of messages")
-    distinct: list[_Asked] = []
+    distinct: list[_Request] = []
     tokens = words_of_places(processor)
     numbers, before = [], None
     for row, origin in zip(rows, origins, strict=True):
@@ -467,7 +467,7 @@ def encode(
             if spells(tokens, [content_text(each.get("content"), "") for each in prompt]):
                 words = " or ".join(map(repr, tokens))
                 raise InputError(f"{origin}: the words spell {words}, which stands for a picture's features")
-            distinct.append(_Asked(prompt, tools or row.get("tools")))
+            distinct.append(_Request(prompt, tools or row.get("tools")))
         before = key
         numbers.append(len(distinct) - 1)
     encoded: list[Encoded] = []
@@ -524,7 +524,7 @@ def _counted_picture(image: object) -> tuple[int, int] | None:
     return None if image.format is not None or image.info or image.getexif() else image.size
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     """A prompt with its images, and the schemas of its tools."""
 
     prompt: list[Message]
@@ -545,17 +545,17 @@ class _Asked(NamedTuple):
         ]
 
 
-def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list[Encoded] | None:
+def _encode_together(requests: Sequence[_Request], processor: ProcessorMixin) -> list[Encoded] | None:
     """Return the results of `_encode_one`, at a fraction of its cost; `None` where they are not certain.
 
     They are certain where images become `pixel_values` of one size and nothing else: then every image is a tensor by
     itself, the same whatever is next to it, the images are as many as in the prompts, and all take as many positions.
     """
-    options, counts = asked[0].options(), [count_parts(each.prompt) for each in asked]
-    if len(asked) == 1 or processor in _ONE_BY_ONE or any(each.options() != options for each in asked[1:]):
+    options, counts = requests[0].options(), [count_parts(each.prompt) for each in requests]
+    if len(requests) == 1 or processor in _ONE_BY_ONE or any(each.options() != options for each in requests[1:]):
         return None
     try:
-        conversations = [each.parts() for each in asked]
+        conversations = [each.parts() for each in requests]
         fields = dict(_templated(processor, conversations, processor_kwargs={"padding": True}, **options))
     except Exception:
         # The prompt and its error are found one by one.
@@ -580,14 +580,14 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
     return [(some, {"pixel_values": next(parts)} if count else {}) for some, count in zip(ids, counts, strict=True)]
 
 
-def _encode_one(asked: _Asked, processor: ProcessorMixin) -> Encoded:
-    fields = dict(_templated(processor, [asked.parts()], **asked.options()))
+def _encode_one(request: _Request, processor: ProcessorMixin) -> Encoded:
+    fields = dict(_templated(processor, [request.parts()], **request.options()))
     ids = fields.pop("input_ids")[0].tolist()
     fields.pop("attention_mask", None)
-    pictures = count_parts(asked.prompt)
+    pictures = count_parts(request.prompt)
     tensors = {name: torch.as_tensor(value) for name, value in fields.items()} if pictures else {}
     return ids, {name: value[0] if name in PER_TOKEN else value for name, value in tensors.items()}
 
 
-def _templated(processor: ProcessorMixin, said: list[list[Message]], **options: Any) -> Mapping[str, Any]:
-    return processor.apply_chat_template(said, tokenize=True, return_dict=True, return_tensors="pt", **options)
+def _templated(processor: ProcessorMixin, messages: list[list[Message]], **options: Any) -> Mapping[str, Any]:
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)

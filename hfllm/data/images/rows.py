@@ -121,8 +121,8 @@ def _shown_once(origin: str, row: Row, inside: Mapping[str, list[Any]]) -> list[
     return inside["chosen"]
 
 
-def _begins_with_a_question(said: Any) -> bool:
-    first = said[0] if isinstance(said, list) and said and isinstance(said[0], Mapping) else {}
+def _begins_with_a_question(messages: Any) -> bool:
+    first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], Mapping) else {}
     return role_of(first) in ("system", "user")
 
 

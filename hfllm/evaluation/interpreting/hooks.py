@@ -158,15 +158,15 @@ def recorded(
     """Return the logits (B, V) of `last_logits`, and the outputs (B, S, E) of modules in the same pass."""
     outputs: dict[int, torch.Tensor] = {}
 
-    def keep(place: int) -> Hook:
+    def keep(index: int) -> Hook:
         def record(output: torch.Tensor) -> None:
-            outputs[place] = output.detach()
+            outputs[index] = output.detach()
 
         return record
 
-    with torch.no_grad(), hooked((module, keep(place)) for place, module in enumerate(modules)):
+    with torch.no_grad(), hooked((module, keep(index)) for index, module in enumerate(modules)):
         logits = last_logits(parts, input_ids, last)
-    return logits, [outputs[place] for place in range(len(modules))]
+    return logits, [outputs[index] for index in range(len(modules))]
 
 
 def with_outputs(
@@ -316,9 +316,9 @@ def batch_of(
     return ids.to(device), torch.tensor([len(row) - 1 for row in rows], device=device)
 
 
-def mask_of(places: Sequence[Sequence[int]], length: int, device: "torch.device | str" = "cpu") -> torch.Tensor:
+def mask_of(positions: Sequence[Sequence[int]], length: int, device: "torch.device | str" = "cpu") -> torch.Tensor:
     """Return a mask (B, length), true at the rows' positions."""
-    mask = torch.zeros(len(places), length, dtype=torch.bool)
-    for row, each in enumerate(places):
+    mask = torch.zeros(len(positions), length, dtype=torch.bool)
+    for row, each in enumerate(positions):
         mask[row, list(each)] = True
     return mask.to(device)

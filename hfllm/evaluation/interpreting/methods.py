@@ -119,7 +119,7 @@ def _exchanged(
     parts: Parts,
     prompts: Prompts,
     batch_size: int,
-    places: Callable[[FactPrompt], list[int]],
+    positions: Callable[[FactPrompt], list[int]],
     names: Sequence[str] = ("",),
 ) -> Measured:
     pairs = [(prompts.facts[one], prompts.facts[other]) for one, other in prompts.pairs]
@@ -129,7 +129,7 @@ def _exchanged(
         for name in names
         for layer in layer_indices
     }
-    result = interchange(parts, pairs, [places(one) for one, _ in pairs], sites, batch_size)
+    result = interchange(parts, pairs, [positions(one) for one, _ in pairs], sites, batch_size)
     every = {name: torch.stack([result[f"{name} {layer}"] for layer in layer_indices]).double() for name in names}
     rows = torch.cat(list(every.values()))
     layers = {name: _at_layers(each, layer_indices, parts) for name, each in every.items()}
@@ -142,8 +142,8 @@ def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
     The head is chosen on the other half of the items. Chance is the share of the tokens.
     """
     shares, chance = [], []
-    for first in range(0, len(prompts.told), batch_size):
-        some = prompts.told[first : first + batch_size]
+    for first in range(0, len(prompts.passage_facts), batch_size):
+        some = prompts.passage_facts[first : first + batch_size]
         ids, last = batch_of(some, parts.model.device)
         mask = mask_of([_value_places(prompt) for prompt in some], ids.shape[1], ids.device)
         weights = [each for each in attention_weights(parts, ids, last) if each is not None]
@@ -165,8 +165,8 @@ def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
 def _value_places(prompt: FactPrompt) -> list[int]:
     """Return the positions of all values told in a passage: of the first tokens of these values."""
     values = {prompt.value, *prompt.others}
-    places = [index for index, token in enumerate(prompt.ids) if token in values]
-    return places or prompt.subject_places
+    positions = [index for index, token in enumerate(prompt.ids) if token in values]
+    return positions or prompt.subject_places
 
 
 def by_gradient_x_input(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
@@ -199,10 +199,10 @@ def shown_layers(count: int) -> list[int]:
     return [round(index * (count - 1) / (MOST_LAYERS - 1)) for index in range(MOST_LAYERS)]
 
 
-def _at_layers(figures: torch.Tensor, shown: Sequence[int], parts: Parts) -> torch.Tensor:
+def _at_layers(figures: torch.Tensor, layer_indices: Sequence[int], parts: Parts) -> torch.Tensor:
     """Return figures of some layers (shown, items) as (layers, items), not a number for the others."""
     every = torch.full((len(parts.layers), figures.shape[1]), torch.nan, dtype=figures.dtype)
-    every[list(shown)] = figures
+    every[list(layer_indices)] = figures
     return every
 
 

@@ -394,7 +394,7 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
     for name in sorted(_fields(native) - HARMLESS_THEIRS - family.idle):
         for lost in _differences(name, getattr(native, name), getattr(back, name)):
             raise InputError(
-                f"{native.model_type} with {lost.name}={lost.value} has no place in HfllmConfig, only {lost.kept} has"
+                f"{native.model_type} with {lost.name}={lost.value} has no place in HfllmConfig, only {lost.other} has"
             )
     _copy_labels(native, config)
     return config
@@ -471,7 +471,7 @@ def config_to_native(
             if native_type:
                 raise InputError(f"{name} refuses this model: {_message_line(error)}") from error
             continue
-        reasons[name] = [f"{each.name}={each.value} (it has {each.kept})" for each in lost]
+        reasons[name] = [f"{each.name}={each.value} (it has {each.other})" for each in lost]
         if type(native) not in getattr(transformers, auto_class)._model_mapping:
             reasons[name].append(f"the head of {auto_class}")
         if not reasons[name]:
@@ -488,11 +488,11 @@ def config_to_native(
 
 @dataclasses.dataclass(frozen=True)
 class _Lost:
-    """A field whose `value` came back as `kept`, both as text."""
+    """A field whose `value` came back as `other`, both as text."""
 
     name: str
     value: str
-    kept: str
+    other: str
 
 
 def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTrainedConfig, list[_Lost]]":

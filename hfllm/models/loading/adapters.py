@@ -352,8 +352,8 @@ def _is_whole(key: str, path: str) -> bool:
     return key.endswith((f".{path}.weight", f".{path}.base_layer.weight"))
 
 
-def _has_module(names: Mapping[str, object], wanted: str) -> bool:
-    return any(name == wanted or name.endswith(f".{wanted}") for name in names)
+def _has_module(names: Mapping[str, object], target: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _misfit(adapter: SavedAdapter, reason: str) -> InputError:

@@ -155,11 +155,11 @@ def _try_pattern(pattern: str) -> str | None:
     return _complaint(MATCH, {"pattern": pattern, "texts": [WORDS, WORDS * 4, *runs]}, "a short text")
 
 
-def _complaint(code: str, given: Mapping[str, Any], on: str) -> str | None:
+def _complaint(code: str, arguments: Mapping[str, Any], on: str) -> str | None:
     """Return the problem found by a child in its task, or `None`: also where it could not do the task at all."""
     endless = f"does not end for {on}: it was stopped after {CPU_SECONDS} seconds"
     # Without the user's own modules: a folder may hold a json.py.
-    command, written = [sys.executable, "-I", "-c", code], json.dumps({**given, "seconds": CPU_SECONDS})
+    command, written = [sys.executable, "-I", "-c", code], json.dumps({**arguments, "seconds": CPU_SECONDS})
     try:
         done = subprocess.run(command, input=written, text=True, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
