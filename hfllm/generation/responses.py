@@ -98,10 +98,9 @@ def sample_with_ends(
     import torch
 
     from hfllm.generation.packed.fast import fast_generate
+    from hfllm.generation.scoring import evaluating
     from hfllm.models.devices import forked_random
 
-    was_training = model.training
-    model.eval()
     ends = sorted(end_tokens(tokenizer, model))
     # A model's own generation config may ask for beams, neither sampled nor greedy.
     settings: dict[str, Any] = {"do_sample": do_sample, "num_beams": 1, "use_cache": True}
@@ -114,10 +113,10 @@ def sample_with_ends(
     responses: list[list[Response]] = [[] for _ in prompts]
     tokens_of = tokenize_prompts(prompts, tokenizer, tools) if prompts else []
     order = list(range(len(prompts)))
-    if fast and _can_be_fast(model, settings, max(map(len, tokens_of), default=0)):
-        settings["custom_generate"] = fast_generate
-        order.sort(key=lambda index: len(tokens_of[index]))
-    with forked_random(model.device), torch.inference_mode():
+    with evaluating(model), forked_random(model.device), torch.inference_mode():
+        if fast and _can_be_fast(model, settings, max(map(len, tokens_of), default=0)):
+            settings["custom_generate"] = fast_generate
+            order.sort(key=lambda index: len(tokens_of[index]))
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             indices = order[start : start + batch_size]
@@ -131,7 +130,6 @@ def sample_with_ends(
             completions = [_cut(text, ended, stop_strings) for text, ended in zip(texts, has_ended, strict=True)]
             for row, index in enumerate(indices):
                 responses[index] = completions[row * num_return_sequences : (row + 1) * num_return_sequences]
-    model.train(was_training)
     return responses
 
 

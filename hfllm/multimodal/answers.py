@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import conversation_batch
+from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random
 
 if TYPE_CHECKING:
@@ -50,23 +51,18 @@ def answer_pictures(
     import torch
 
     answers: list[str] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), forked_random(model.device) if do_sample else nullcontext():
-            if do_sample:
-                torch.manual_seed(seed)
-            for first in range(0, len(prompts), batch_size):
-                rows = slice(first, first + batch_size)
-                pictures = [
-                    [read_image(each, "a prompt", max_pixels=sys.maxsize, min_side=1) for each in row]
-                    for row in images[rows]
-                ]
-                batch = picture_batch(processor, prompts[rows], pictures).to(model.device)
-                sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
-                sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)
-                ids = sequences[:, batch["input_ids"].shape[1] :]
-                answers += processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), forked_random(model.device) if do_sample else nullcontext():
+        if do_sample:
+            torch.manual_seed(seed)
+        for first in range(0, len(prompts), batch_size):
+            rows = slice(first, first + batch_size)
+            pictures = [
+                [read_image(each, "a prompt", max_pixels=sys.maxsize, min_side=1) for each in row]
+                for row in images[rows]
+            ]
+            batch = picture_batch(processor, prompts[rows], pictures).to(model.device)
+            sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+            sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)
+            ids = sequences[:, batch["input_ids"].shape[1] :]
+            answers += processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -19,6 +19,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from hfllm.data.curation.duplicates import marked
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.text import hash_text, mix
+from hfllm.data.packing import start_of
 from hfllm.data.sources import PYDOC, pydoc_documents
 from hfllm.errors import InputError
 
@@ -101,8 +102,7 @@ class CausalJudge:
         import torch
 
         text = text[:EXCERPT]
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = start + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = start_of(self.tokenizer) + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([ids[: self.length]])
         if ids.shape[1] < 2:
             return 0.0
