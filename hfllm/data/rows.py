@@ -17,6 +17,11 @@ NO_ANSWER, DOUBLED, EQUAL, TIE = "without an answer", "with doubled turns", "wit
 UNDESIRED = "with the label false, answers that are not wanted"
 
 
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun, such as `1 picture` and `2 pictures`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 class OriginRow(dict[str, Any]):
     """A row of a dataset, with its origin, such as `pairs.jsonl, line 3`."""
 
@@ -196,7 +201,8 @@ def _is_text(part: Any) -> bool:
 
 def words_of(message: Message) -> Message:
     """Return a message without its images: of a list of parts, the text."""
-    return {**message, "content": content_text(message["content"], "")} if is_in_parts(message) else message
+    is_in_parts = isinstance(message.get("content"), list)
+    return {**message, "content": content_text(message["content"], "")} if is_in_parts else message
 
 
 def spells(tokens: Sequence[str], value: Any) -> bool:
@@ -213,11 +219,6 @@ def unspelled(tokens: Sequence[str], text: str) -> str:
     for token in tokens:
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
-
-
-def is_in_parts(message: Message) -> bool:
-    """Return whether a message is a list of parts, as messages with images are."""
-    return isinstance(message.get("content"), list)
 
 
 def _in_reach(origin: str, read: Callable[[], Any]) -> Any:

@@ -606,11 +606,11 @@ def _target_logits(
         with bare.base_model.register_forward_hook(hook):
             return model(**read, use_cache=False).logits
 
-    def first_places(whole: "torch.Tensor") -> "torch.Tensor":
+    def first_position(whole: "torch.Tensor") -> "torch.Tensor":
         states.append(whole)
         return whole[:, :1]
 
-    logits = logits_of(read, first_places)
+    logits = logits_of(read, first_position)
     result, indices = states[0] if states else logits, batch["shift_labels"] != -100
     chunks = result[indices.to(result.device)].split(CHUNK)
     # A target stands for no image, as the first token of a row may.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 RESAMPLES = 500
+# Rows of a table of classes.
+MOST_CLASSES = 30
 # First word, last word, type.
 Entity = tuple[int, int, str]
 OUTSIDE = "O"
@@ -120,7 +122,7 @@ def _parts(tag: str) -> tuple[str, str]:
 
 
 def bootstrap_error(
-    parts: numpy.ndarray, figure: Callable[[numpy.ndarray], numpy.ndarray], count: int = RESAMPLES, seed: int = 0
+    parts: numpy.ndarray, figure: Callable[[numpy.ndarray], numpy.ndarray], count: int = RESAMPLES
 ) -> float | None:
     """Return the standard error of a figure of sums over rows, by drawing rows again; `None` below two rows.
 
@@ -128,23 +130,22 @@ def bootstrap_error(
         parts: the rows' contributions, (rows, ...).
         figure: from sums (draws, ...) to figures (draws).
         count: how many draws.
-        seed: of the draws.
     """
     rows = len(parts)
     if rows < 2:
         return None
-    times = numpy.random.default_rng(seed).multinomial(rows, numpy.full(rows, 1 / rows), size=count)
+    times = numpy.random.default_rng(0).multinomial(rows, numpy.full(rows, 1 / rows), size=count)
     sums = numpy.tensordot(times, parts, axes=1)
     error = float(numpy.std(figure(sums), ddof=1))
     # For identical rows only rounding is left.
     return error if error > 1e-12 else 0.0
 
 
-def class_table(predicted: Sequence[str], gold: Sequence[str], most: int = 30) -> list[dict[str, object]]:
+def class_table(predicted: Sequence[str], gold: Sequence[str]) -> list[dict[str, object]]:
     """Return the rows of a table: precision, recall, F1 and the most frequent mistake of each class."""
     rows = []
     names = sorted(set(gold) | set(predicted))
-    for name in names[:most]:
+    for name in names[:MOST_CLASSES]:
         here = [guess for guess, true in zip(predicted, gold, strict=True) if true == name]
         tp, predicted_positives, n = here.count(name), list(predicted).count(name), len(here)
         wrong = [guess for guess in here if guess != name]

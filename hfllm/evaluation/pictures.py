@@ -43,14 +43,14 @@ class Asked:
         return text_of(self.prompt[-1])
 
 
-def shuffled_questions(questions: Sequence[Asked], seed: int = 0) -> list[Asked]:
+def shuffled_questions(questions: Sequence[Asked]) -> list[Asked]:
     """Return questions, each with the images of another with equally many; with its own if all others are equal."""
-    others = other_places([question.images for question in questions], seed)
+    others = other_places([question.images for question in questions])
     sources = [questions[other] for other in others]
     return [replace(each, images=it.images, scene=it.scene) for each, it in zip(questions, sources, strict=True)]
 
 
-def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
+def other_places(images: Sequence[Sequence[Any]]) -> list[int]:
     """Return for each row the index of one with equally many, but different images; its own where there is none.
 
     Rows of one conversation, or several questions about an image, have the same images: exchanged they would be no
@@ -65,7 +65,7 @@ def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
         groups.setdefault(len(key), []).append(index)
     other = dict(enumerate(range(len(keys))))
     for indices in groups.values():
-        random.Random(seed).shuffle(indices)
+        random.Random(0).shuffle(indices)
         alike: dict[tuple[str, ...], list[int]] = {}
         for index in indices:
             alike.setdefault(keys[index], []).append(index)

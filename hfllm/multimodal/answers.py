@@ -1,7 +1,7 @@
 """Answers of a vision-language model to questions about images."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,7 @@ from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
-
-
-def picture_batch(
-    processor: "ProcessorMixin", prompts: Sequence[list[dict[str, Any]]], images: Sequence[Sequence["Image"]]
-) -> Mapping[str, Any]:
-    """Return a model's inputs for conversations with images, padded on the left.
-
-    Args:
-        prompts: messages with parts; `{"type": "image"}` stands for the next of its images.
-        images: of every prompt, in their order.
-    """
-    return conversation_batch(processor, prompts, images, "left", add_generation_prompt=True)
 
 
 def answer_pictures(
@@ -60,7 +47,8 @@ def answer_pictures(
                 [read_image(each, "a prompt", max_pixels=sys.maxsize, min_side=1) for each in row]
                 for row in images[rows]
             ]
-            batch = picture_batch(processor, prompts[rows], pictures).to(model.device)
+            batch = conversation_batch(processor, prompts[rows], pictures, "left", add_generation_prompt=True)
+            batch = batch.to(model.device)
             sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
             sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)
             ids = sequences[:, batch["input_ids"].shape[1] :]

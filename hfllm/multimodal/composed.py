@@ -9,7 +9,7 @@ import warnings
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.conversion.convert import refuse_other_table
 from hfllm.models.devices import built_whole
 from hfllm.models.family.configuration_hfllm import HfllmConfig
@@ -200,7 +200,7 @@ def _composed(
     try:
         config = config_class(**{part: tower_config, "text_config": text, token_id_name: token_id, **fields})
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()).rpartition("ValueError: ")[2]
+        reason = one_line(error, None).rpartition("ValueError: ")[2]
         raise InputError(f"{config_class.__name__}: {reason}") from error
     model_class = _class_of(config)
     if not isinstance(config, HfllmVisionConfig):

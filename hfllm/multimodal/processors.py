@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hfllm.data.images.files import read_image
-from hfllm.data.images.rows import counted, words_of_places
-from hfllm.data.rows import Message, content_text, is_begun, origin_of, read_tools, spells
+from hfllm.data.images.rows import words_of_places
+from hfllm.data.rows import Message, content_text, counted, is_begun, origin_of, read_tools, spells
 from hfllm.data.tokenizer import text_of_macro
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.family.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches
 from hfllm.models.loading.saved import reads_pictures
 
@@ -124,12 +124,8 @@ def check_processor(processor: ProcessorMixin, vision_config: "PreTrainedConfig"
         processor: of Llava's layout.
         vision_config: of the tower.
     """
-    patch = getattr(processor, "patch_size", None)
-    if patch != vision_config.patch_size:
-        raise InputError(f"the processor has patch_size={patch} and the vision tower {vision_config.patch_size}")
-    processor_size, size = made_size(processor.image_processor), configured_size(vision_config)
-    if processor_size is not None and size is not None and processor_size != size:
-        raise _of_another_size(processor_size, size)
+    _check_patch(processor, vision_config)
+    _check_size(processor, configured_size(vision_config))
     before, counted = vectors_before_patches(vision_config), processor.num_additional_image_tokens
     if before != counted:
         raise InputError(
@@ -149,15 +145,10 @@ def check_fit(processor: ProcessorMixin, config: "PreTrainedConfig") -> None:
     tower = getattr(config, "vision_config", None)
     if config.model_type not in ("hfllm_vision", "llava") or type(processor).__name__ != "LlavaProcessor":
         return
-    size, processor_size = picture_size(tower), made_size(processor.image_processor)
-    if size is not None and processor_size is not None and processor_size != size:
-        raise _of_another_size(processor_size, size)
+    _check_size(processor, picture_size(tower))
     if tower.model_type not in (*IMAGE_PROCESSORS, "vit"):
         return
-    if processor.patch_size != tower.patch_size:
-        raise InputError(
-            f"the processor has patch_size={processor.patch_size} and the vision tower {tower.patch_size}"
-        )
+    _check_patch(processor, tower)
     # `"default"` leaves out one per image.
     more = vectors_before_patches(tower) - (config.vision_feature_select_strategy == "default")
     counted = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
@@ -188,18 +179,28 @@ def check_template(processor: ProcessorMixin, name: str) -> None:
         processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
     # A template may refuse anything in its own words.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{whose} cannot write a question about a picture by its chat template: {reason}") from None
+        raise InputError(
+            f"{whose} cannot write a question about a picture by its chat template: {one_line(error)}"
+        ) from None
 
 
-def _of_another_size(output: tuple[int, int], size: tuple[int, int]) -> InputError:
-    return InputError(
-        f"the processor makes pictures of {output[0]}x{output[1]} pixels and the vision tower takes "
-        f"{size[0]}x{size[1]} (image_size)"
-    )
+def _check_size(processor: ProcessorMixin, size: tuple[int, int] | None) -> None:
+    """Refuse a processor with images of another size than a tower's; either may be unknown."""
+    output = output_size(processor.image_processor)
+    if output is not None and size is not None and output != size:
+        raise InputError(
+            f"the processor makes pictures of {output[0]}x{output[1]} pixels and the vision tower takes "
+            f"{size[0]}x{size[1]} (image_size)"
+        )
 
 
-def made_size(image_processor: "BaseImageProcessor") -> tuple[int, int] | None:
+def _check_patch(processor: ProcessorMixin, tower: "PreTrainedConfig") -> None:
+    patch = getattr(processor, "patch_size", None)
+    if patch != tower.patch_size:
+        raise InputError(f"the processor has patch_size={patch} and the vision tower {tower.patch_size}")
+
+
+def output_size(image_processor: "BaseImageProcessor") -> tuple[int, int] | None:
     """Return height and width of an image processor's output images, or `None` if they vary."""
     is_cropped = getattr(image_processor, "do_center_crop", False)
     size = getattr(image_processor, "crop_size" if is_cropped else "size", None)

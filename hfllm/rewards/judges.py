@@ -71,11 +71,6 @@ def judge_question(
     return "\n".join([conversation.strip(), *answers, question, *instructions])
 
 
-def was_trained_on_questions(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether a judge is assumed to know the bare question: one with our own chat template."""
-    return writes_as_ours(tokenizer)
-
-
 @dataclass(frozen=True)
 class LetterTokens:
     """The tokens of a judge's two replies.
@@ -191,7 +186,7 @@ class PreferenceJudge:
         self.model, self.tokenizer, self.batch_size, self.seed = model, tokenizer, batch_size, seed
         self.chain_of_thought, self.thought_length, self.clamp = chain_of_thought, thought_length, clamp
         self.letters, self.num_principles = letters, num_principles or most
-        self.ask_for_letter = not was_trained_on_questions(tokenizer) if ask_for_letter is None else ask_for_letter
+        self.ask_for_letter = not writes_as_ours(tokenizer) if ask_for_letter is None else ask_for_letter
         # A transcript ends with a colon.
         self.lead = HAS_THOUGHT if chain_of_thought else "" if tokenizer.chat_template else " "
         self.tokens = letter_tokens(tokenizer, letters, self.lead)
@@ -377,7 +372,8 @@ def measure_bias(
     Raises:
         InputError: when no pair has two different answers, or as `PreferenceJudge.compare`.
     """
-    pairs = [pair for pair in zip(prompts, first, second, strict=True) if _differ(*pair[1:])]
+    triples = zip(prompts, first, second, strict=True)
+    pairs = [triple for triple in triples if completion_text(triple[1]) != completion_text(triple[2])]
     if not pairs:
         raise InputError(
             f"the judge's bias cannot be measured: none of {len(prompts)} pairs has two different answers"
@@ -485,7 +481,3 @@ def preference_rows(
             "the context"
         )
     return LabeledPairs(rows, LabelFigures(len(pairs), ties, len(pairs) - len(remaining), flipped))
-
-
-def _differ(first: Said, second: Said) -> bool:
-    return completion_text(first) != completion_text(second)

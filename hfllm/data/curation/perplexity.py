@@ -21,7 +21,7 @@ from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.text import hash_text, mix
 from hfllm.data.packing import start_of
 from hfllm.data.sources import PYDOC, pydoc_documents
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 
 # ---- judges and the filter ----
 
@@ -157,7 +157,7 @@ def check_judge(model: str) -> None:
         AutoConfig.from_pretrained(model, trust_remote_code=False)
         AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         reason = "it needs code of its own, which is not run" if "trust_remote_code" in reason else reason[:200]
         raise InputError(f"--perplexity_model {model!r} could not be loaded: {reason}") from None
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hfllm.data.formats import ANSWERED, LABELED, as_messages, renamed
 from hfllm.data.images.files import MAX_PIXELS, BadImage, image_key, path_of, read_image, to_rgb
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.rows import BadRow, Message, content_text, flaw_of, role_of, spells
+from hfllm.data.rows import BadRow, Message, content_text, counted, flaw_of, role_of, spells
 from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
 from hfllm.errors import InputError
 from hfllm.flags import Fact, flag
@@ -229,18 +229,18 @@ def _of_prompt(row: Mapping[str, Any]) -> tuple[str, ...]:
 def flaw_of_pictures(row: Row) -> str | None:
     """Return why a row with parts cannot be learned from, as `hfllm.data.rows.flaw_of` does for texts, or `None`."""
     sides = ("prompt", "completion", "chosen", "rejected")
-    return flaw_of({side: [_as_text(message) for message in row[side]] for side in sides if side in row})
+    # An image counts as something said.
+    texts = {
+        side: [{**message, "content": content_text(message["content"], MARK)} for message in row[side]]
+        for side in sides
+        if side in row
+    }
+    return flaw_of(texts)
 
 
 def text_of(message: Message) -> str:
     """Return the text of a message with parts; images are left out."""
     return content_text(message["content"], "")
-
-
-def _as_text(message: Message) -> Message:
-    """Return a message with a text in which images count as something said."""
-    parts = [MARK if part["type"] == "image" else part["text"] for part in message["content"]]
-    return {**message, "content": "".join(parts)}
 
 
 def check_paths(origin: str, row: Mapping[str, Any], images: Sequence[Any], folder: Path | None) -> None:
@@ -361,11 +361,6 @@ def _split(text: str) -> list[Message]:
     return parts
 
 
-def counted(count: int, what: str) -> str:
-    """Return a number with its noun, such as `1 picture` and `2 pictures`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 # ---- the user's pictures ----
 #
 # The user's rows with images: their flags, refused cases, and the form for learning.
@@ -429,7 +424,6 @@ def picture_mapper(
     convert: Convert,
     stage: str,
     tokens: Sequence[str] = (),
-    needs_images: bool = True,
 ) -> Convert:
     """Return the conversion of a dataset's rows with images, which refuses bad ones as the flags say.
 
@@ -439,9 +433,8 @@ def picture_mapper(
         convert: converts a row of text, such as `formats.to_sft`.
         stage: the command, for complaints.
         tokens: the processor's tokens at an image's position; rows whose words spell one are left out.
-        needs_images: whether rows without images are left out.
     """
-    read = to_pictures(convert, folder_of(dataset_name), script_args.max_pixels, needs_images)
+    read = to_pictures(convert, folder_of(dataset_name), script_args.max_pixels)
 
     def mapper(origin: str, row: Row) -> Row:
         try:

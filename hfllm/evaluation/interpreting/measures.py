@@ -1,7 +1,7 @@
 """Methods: patching and causal tracing, attribution, probes, the logit lens, and attention to words."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -333,9 +333,9 @@ def captum_scores(
     return result[0].float().sum(-1).detach().cpu()
 
 
-def strongest(scores: torch.Tensor, among: Sequence[int], size: Callable[[float], float] = abs) -> int:
-    """Return the position, of some, whose score is largest."""
-    return max(among, key=lambda index: size(float(scores[index])))
+def strongest(scores: torch.Tensor, among: Sequence[int]) -> int:
+    """Return the position, of some, whose score is largest in size."""
+    return max(among, key=lambda index: abs(float(scores[index])))
 
 
 # ---- probes ----
@@ -383,8 +383,8 @@ def last_states(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 3
     return torch.cat(result, dim=1)
 
 
-def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FOLDS, seed: int = 0) -> torch.Tensor:
-    """Return a fold for each row, (1, rows), the same for all rows of an entity; each kind's are spread over all.
+def entity_folds(entities: Sequence[str], labels: Sequence[int]) -> torch.Tensor:
+    """Return a fold for each row, (1, rows), the same for all rows of an entity; each kind is spread over `FOLDS`.
 
     Raises:
         InputError: when a kind has fewer entities than there are folds.
@@ -392,10 +392,10 @@ def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FO
     fold_of: dict[str, int] = {}
     for label in (0, 1):
         own = sorted({entity for entity, each in zip(entities, labels, strict=True) if each == label})
-        if len(own) < folds:
-            raise InputError(f"a probe needs at least {folds} subjects of each kind, and one has {len(own)}")
-        random.Random(f"folds-{seed}-{label}").shuffle(own)
-        fold_of |= {entity: index % folds for index, entity in enumerate(own)}
+        if len(own) < FOLDS:
+            raise InputError(f"a probe needs at least {FOLDS} subjects of each kind, and one has {len(own)}")
+        random.Random(f"folds-0-{label}").shuffle(own)
+        fold_of |= {entity: index % FOLDS for index, entity in enumerate(own)}
     return torch.tensor([[fold_of[entity] for entity in entities]])
 
 
@@ -420,7 +420,8 @@ def token_halves(
         dealt = sorted({(label, token) for own, label in zip(telling, labels, strict=True) for token in own})
         random.Random(f"halves-{split}").shuffle(dealt)
         # Each kind's tokens in turn, so that both halves have equally many.
-        side = {token: index % 2 for label in (0, 1) for index, (_, token) in enumerate(_of(dealt, label))}
+        of_kinds = [[token for kind, token in dealt if kind == label] for label in (0, 1)]
+        side = {token: index % 2 for kind_tokens in of_kinds for index, token in enumerate(kind_tokens)}
         halves = [{side[token] for token in own} for own in telling]
         folds = [each.pop() if len(each) == 1 else -1 for each in halves]
         counts = [
@@ -430,10 +431,6 @@ def token_halves(
         if min(counts) >= FEWEST:
             result.append(folds)
     return torch.tensor(result, dtype=torch.long).reshape(len(result), len(tokens))
-
-
-def _of(dealt: Sequence[tuple[int, int]], label: int) -> list[tuple[int, int]]:
-    return [each for each in dealt if each[0] == label]
 
 
 def shuffled_labels(

@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from hfllm.data.rows import OriginRow, is_begun, origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.multimodal.processors import TOGETHER, ProcessingClass, encode, has_pictures, tokenizer_of, what_is_counted
 from hfllm.trainers.ppo.config import PPOConfig
 
@@ -264,7 +264,7 @@ def _tokens_of(
             try:
                 read_rows([row], tokenizer, tools, index)
             except refusals as error:
-                origin, reason = origin_of(row, f"prompt {index} of the dataset"), " ".join(str(error).split())[:200]
+                origin, reason = origin_of(row, f"prompt {index} of the dataset"), one_line(error)
                 raise InputError(f"{origin}: the chat template cannot write this prompt: {reason}") from None
         raise
 
