@@ -46,9 +46,7 @@ def reader_of(task: str, class_names: Sequence[str] | None = None) -> Callable[[
 
     def named(origin: str, label: object) -> str:
         text = str(label).strip()
-        if not class_names:
-            return text
-        if text in class_names:
+        if not class_names or text in class_names:
             return text
         if not text.isdecimal() or int(text) >= len(class_names):
             raise InputError(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from transformers.utils import ModelOutput
 
     Row = Mapping[str, Any]
@@ -309,8 +310,7 @@ class QuantizationEvaluation:
         import torch
         from transformers import AutoModelForCausalLM
 
-        again = saved_model(AutoModelForCausalLM, folder).eval()
-        again = again if again.device == model.device else again.to(model.device)
+        again = _reloaded(AutoModelForCausalLM, folder, model.device)
         with torch.inference_mode():
             ours, theirs = (each(input_ids=self.windows[0].to(each.device)).logits for each in (model, again))
         return (ours - theirs).abs().max().item()
@@ -332,6 +332,11 @@ class QuantizationEvaluation:
             golds = [row["gold"] for row in judged]
         self._measured[name] = fit, golds
         return {"perplexity": fit.perplexity, **({"gold_reward": sum(golds) / len(golds)} if golds else {})}
+
+
+def _reloaded(auto_class: "type[_BaseAutoModelClass]", folder: str, device: "torch.device") -> "PreTrainedModel":
+    model = saved_model(auto_class, folder).eval()
+    return model if model.device == device else model.to(device)
 
 
 # ---- picture quantization ----
@@ -393,9 +398,7 @@ class PictureQuantization(QuantizationEvaluation):
         """Return the largest difference of logits between a model and the one saved in `folder`, on one question."""
         from transformers import AutoModelForImageTextToText
 
-        again = saved_model(AutoModelForImageTextToText, folder).eval()
-        again = again if again.device == model.device else again.to(model.device)
-        first = next(self.answers)
+        again, first = _reloaded(AutoModelForImageTextToText, folder, model.device), next(self.answers)
         ours, theirs = (_logits(each, first) for each in (model, again))
         return (ours - theirs).abs().max().item()
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hfllm.errors import InputError, one_line
 from hfllm.models.conversion import tensor_layouts
 from hfllm.models.conversion.expert_families import WIDTHS, irrelevant_fields
-from hfllm.models.conversion.families import FAMILIES, missing_concept
+from hfllm.models.conversion.families import FAMILIES, missing_part
 from hfllm.models.conversion.mixed_families import Family, plain_rope
 from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, has_sparse_sizes, longrope_limits
 from hfllm.models.family.configuration_hfllm import HfllmConfig
@@ -374,10 +374,10 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
     """
     family = FAMILIES.get(native.model_type)
     if family is None:
-        concept = missing_concept(native.model_type)
-        reason = f" ({concept} has no place in HfllmConfig)" if concept else ""
-        supported = ", ".join(FAMILIES)
-        raise InputError(f"model_type {native.model_type!r} cannot be converted{reason}; these can: {supported}")
+        reason = missing_part(native.model_type)
+        raise InputError(
+            f"model_type {native.model_type!r} cannot be converted{reason}; these can: {', '.join(FAMILIES)}"
+        )
     try:
         config = family.ours(native)
         back = family.theirs(config, type(native))
@@ -404,9 +404,7 @@ def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        concept = missing_concept(kind) if isinstance(kind, str) else None
-        reason = f" ({concept} has no place in HfllmConfig)" if concept else ""
-        raise InputError(f"model_type {kind!r} is not one of hfllm, {', '.join(FAMILIES)}{reason}")
+        raise InputError(f"model_type {kind!r} is not one of hfllm, {', '.join(FAMILIES)}{missing_part(kind)}")
     native_class = transformers.CONFIG_MAPPING[kind]
     for name in SIZES:
         theirs = native_class.attribute_map.get(name, name)
