@@ -313,9 +313,9 @@ def _near(words: Sequence[str], index: int) -> Features:
 def _span_control(train: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
     features, labels = [], []
     for row in train:
-        spans = _places(row["context"])
+        spans = _word_spans(row["context"])
         marked = [(start, start + len(text)) for text, start in zip(row["texts"], row["starts"], strict=True)]
-        features += _asked_near(row, spans)
+        features += _features_near(row, spans)
         labels += [str(any(begin < stop and end > start for start, stop in marked)) for begin, end, _ in spans]
     if len(set(labels)) < 2:
         return [""] * len(held_out)
@@ -325,8 +325,8 @@ def _span_control(train: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
 
 
 def _likeliest(row: Row, control: LogisticRegression, answer: int) -> str:
-    spans = _places(row["context"])
-    likely = control.log_probabilities(_asked_near(row, spans))[:, answer].exp().tolist()
+    spans = _word_spans(row["context"])
+    likely = control.log_probabilities(_features_near(row, spans))[:, answer].exp().tolist()
     best = max(range(len(spans)), key=likely.__getitem__, default=None)
     if best is None or likely[best] < 0.5:
         return ""
@@ -338,11 +338,11 @@ def _likeliest(row: Row, control: LogisticRegression, answer: int) -> str:
     return row["context"][spans[first][0] : spans[last][1]]
 
 
-def _places(context: str) -> list[tuple[int, int, str]]:
+def _word_spans(context: str) -> list[tuple[int, int, str]]:
     return [(match.start(), match.end(), match.group().lower()) for match in _WORDS.finditer(context)]
 
 
-def _asked_near(row: Row, spans: Sequence[tuple[int, int, str]]) -> list[Features]:
+def _features_near(row: Row, spans: Sequence[tuple[int, int, str]]) -> list[Features]:
     """Return per word of the context: the words near it, their presence in the question, and a word of both."""
     question_words = words_of(row["question"])
     words, question_vocabulary = [word for _, _, word in spans], set(question_words)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SAID = "{person} has a {colour} {thing}."
-ASKED = "The {thing} of {person} is"
+NEEDLE = "{person} has a {colour} {thing}."
+QUESTION = "The {thing} of {person} is"
 # Tokens of one forward pass.
 BATCH_TOKENS = 16384
 
@@ -160,8 +160,8 @@ def _case(
     """Return the tokens of a text with its question, and the answer."""
     person, thing, colour = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(colours)
     words = {"person": person, "thing": thing, "colour": colour}
-    needle = tokenizer(f" {SAID.format(**words)} ", add_special_tokens=False)["input_ids"]
-    question = [*tokenizer(f" {ASKED.format(**words)}", add_special_tokens=False)["input_ids"], *shared]
+    needle = tokenizer(f" {NEEDLE.format(**words)} ", add_special_tokens=False)["input_ids"]
+    question = [*tokenizer(f" {QUESTION.format(**words)}", add_special_tokens=False)["input_ids"], *shared]
     start, row = start_of(tokenizer), rng.choice(filler)
     row = row[len(start) :] if row[: len(start)] == start else row
     needed = len(start) + len(needle) + len(question)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Fields of a generation config without effect on tokens, or set by every call below itself.
 NO_OPTIONS = frozenset(("transformers_version", "bos_token_id", "decoder_start_token_id", "max_length"))
 # Warnings given per model, to give them only once.
-_SAID: "WeakKeyDictionary[PreTrainedModel, set[str]]" = WeakKeyDictionary()
+_WARNED: "WeakKeyDictionary[PreTrainedModel, set[str]]" = WeakKeyDictionary()
 
 
 class Response(NamedTuple):
@@ -145,8 +145,8 @@ def _can_be_fast(model: "PreTrainedModel", settings: dict[str, Any], longest: in
     if reason is None:
         return True
     # Elsewhere no model is decoded over packed weights, and nobody can change this.
-    if model.device.type == "cpu" and reason not in _SAID.setdefault(model, set()):
-        _SAID[model].add(reason)
+    if model.device.type == "cpu" and reason not in _WARNED.setdefault(model, set()):
+        _WARNED[model].add(reason)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         warnings.warn(f"{name} is decoded by generate, not by the faster fast_generate: {reason}", stacklevel=4)
     return False

@@ -212,7 +212,7 @@ def _composed(
             plan = model_class(config)
         state = _text_state(model, plan, rows=text.vocab_size)
         if isinstance(tower, torch.nn.Module):
-            state |= with_prefix(tower.state_dict(), _place_of(type(tower), plan))
+            state |= with_prefix(tower.state_dict(), _module_name(type(tower), plan))
         composite = _loaded(model_class, config, state, model.dtype)
     composite.generation_config = deepcopy(model.generation_config)
     # It stands for features of an image or a sound: written by the model, it would stand for nothing.
@@ -250,10 +250,10 @@ def _text_state(model: "PreTrainedModel", plan: "PreTrainedModel", rows: int) ->
         tables.add(id(head.bias))
     state_dict = model.state_dict(keep_vars=True)
     state = {name: _extended(each, rows) if id(each) in tables else each.detach() for name, each in state_dict.items()}
-    whole = _place_of(type(model), plan, is_needed=False)
+    whole = _module_name(type(model), plan, is_needed=False)
     if whole is not None:
         return with_prefix(state, whole)
-    begin, index = f"{model.base_model_prefix}.", _place_of(type(trunk), plan)
+    begin, index = f"{model.base_model_prefix}.", _module_name(type(trunk), plan)
     of_trunk = {name.removeprefix(begin): each for name, each in state.items() if name.startswith(begin)}
     named = {id(module): name for name, module in plan.named_modules()}
     mine = next(name for name, module in model.named_modules() if module is head)
@@ -273,7 +273,7 @@ def _extended(table: "Tensor", rows: int) -> "Tensor":
     return torch.cat((table, mean.expand(missing, *table.shape[1:])))
 
 
-def _place_of(module_class: "type[nn.Module]", plan: "PreTrainedModel", is_needed: bool = True) -> str | None:
+def _module_name(module_class: "type[nn.Module]", plan: "PreTrainedModel", is_needed: bool = True) -> str | None:
     """Return the name of the one module of a class in `plan`."""
     name = next((name for name, module in plan.named_modules() if type(module) is module_class), None)
     if name is None and is_needed:

@@ -376,7 +376,7 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
     prompt, pictures = row["prompt"], pictures_of(row, origin)
     column = next((name for name in COLUMNS if row.get(name) is not None), None)
     if pictures and not count_parts(prompt):
-        prompt = _with_places(prompt, len(pictures), origin)
+        prompt = _with_placeholders(prompt, len(pictures), origin)
     for part in (part for message in prompt for part in _parts(message)):
         if part.get("type") not in ("text", "image"):
             raise InputError(f"{origin}: a part of the type {part.get('type')!r}; PPO reads text and image")
@@ -395,7 +395,7 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
     return [{**each, "content": [put(part) for part in _parts(each)]} if _parts(each) else each for each in prompt]
 
 
-def _with_places(prompt: list[Message], count: int, origin: str) -> list[Message]:
+def _with_placeholders(prompt: list[Message], count: int, origin: str) -> list[Message]:
     """Return a prompt with placeholders before the user's first words, as TRL puts them."""
     first = next((at for at, message in enumerate(prompt) if message["role"] == "user"), None)
     if first is None:

@@ -125,7 +125,7 @@ def _pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
 # ---- judges ----
 
 
-Said = str | list[Message]
+Text = str | list[Message]
 # The paper's bounds for judges with thoughts before the reply; their probabilities are near 0 or 1 otherwise.
 PAPER_CLAMP = (0.4, 0.6)
 
@@ -193,7 +193,7 @@ class PreferenceJudge:
         self.context = max_length_of(model.config)
         self.__name__ = Path(getattr(model.config, "_name_or_path", "") or "judge").name
 
-    def compare(self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]) -> list[float]:
+    def compare(self, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> list[float]:
         """Return, for every pair, the log-odds in nats of the first answer being better than the second.
 
         It is log P(A) - log P(B) with the first answer as (A), averaged over both orders, clamped if asked, and
@@ -209,7 +209,7 @@ class PreferenceJudge:
         ]
 
     def in_both_orders(
-        self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]
+        self, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]
     ) -> list[list[tuple[float, float]]]:
         """Return, for every pair and principle, the log-odds of the first being better: shown as (A), shown as (B)."""
         questions = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
@@ -226,14 +226,14 @@ class PreferenceJudge:
         replies = dict(zip(texts, self._replies([ids[text] for text in texts]), strict=True))
         return [[(replies[one], -replies[other]) for one, other in pair] for pair in questions]
 
-    def has_room(self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]) -> list[bool]:
+    def has_room(self, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> list[bool]:
         """Return whether the questions about every pair fit into the judge's context."""
         questions = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
         ids = self._token_ids([text for pair in questions for both in pair for text in both])
         lengths = [max(self._whole_length(ids[text]) for both in pair for text in both) for pair in questions]
         return [self.context is None or length <= self.context for length in lengths]
 
-    def _questions(self, prompt: Said, first: Said, second: Said) -> list[tuple[str, str]]:
+    def _questions(self, prompt: Text, first: Text, second: Text) -> list[tuple[str, str]]:
         """Return, for every principle, the question with the first answer as (A), and with it as (B)."""
         # By the prompt, so a reward does not depend on the rest of a batch.
         rng = random.Random(f"judge-{self.seed}-{[message['content'] for message in as_messages(prompt)]}")
@@ -315,9 +315,9 @@ class JudgeReward:
 
     def __call__(
         self,
-        prompts: Sequence[Said],
-        completions: Sequence[Said],
-        baseline: Sequence[Said] | None = None,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        baseline: Sequence[Text] | None = None,
         **columns: Sequence[object],
     ) -> list[float]:
         """Return a number per completion.
@@ -365,7 +365,7 @@ class BiasReport:
 
 
 def measure_bias(
-    judge: PreferenceJudge, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]
+    judge: PreferenceJudge, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]
 ) -> BiasReport:
     """Measure a judge's position bias on the pairs at hand; pairs of equal answers are left out.
 
@@ -429,9 +429,9 @@ class LabeledPairs(NamedTuple):
 
 def preference_rows(
     judge: PreferenceJudge,
-    prompts: Sequence[Said],
-    first: Sequence[Said],
-    second: Sequence[Said],
+    prompts: Sequence[Text],
+    first: Sequence[Text],
+    second: Sequence[Text],
     *,
     label_noise: float = 0.0,
     min_log_odds: float = 0.0,

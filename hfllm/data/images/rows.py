@@ -303,11 +303,11 @@ def found_in(folder: Path | None, value: Any) -> Any:
 
 def _in_columns(row: Mapping[str, Any]) -> list[Any]:
     """Return the images in a row's columns; a row of text in a table of images has an empty list or nothing."""
-    result = (_given(each) for column in COLUMNS for each in _as_list(row.get(column)))
+    result = (_image_or_none(each) for column in COLUMNS for each in _as_list(row.get(column)))
     return [each for each in result if each is not None]
 
 
-def _given(value: Any) -> Any:
+def _image_or_none(value: Any) -> Any:
     """Return an image, `None` for the value of a table without one."""
     is_empty = isinstance(value, Mapping) and value and all(each is None for each in value.values())
     return None if is_empty else value
@@ -339,7 +339,7 @@ def _flat(origin: str, message: Any, images: list[Any]) -> Any:
     text = ""
     for part in content:
         if _is_picture(part):
-            candidates = [_given(part.get(name)) for name in ("image", "image_url", "url", "path")]
+            candidates = [_image_or_none(part.get(name)) for name in ("image", "image_url", "url", "path")]
             result = next((each for each in candidates if each is not None), None)
             images.append(result.get("url") if isinstance(result, Mapping) and "url" in result else result)
             text += MARK

@@ -231,7 +231,7 @@ class FactPrompt:
     others: tuple[int, ...]
 
     @property
-    def subject_places(self) -> list[int]:
+    def subject_positions(self) -> list[int]:
         """The positions of all tokens of the subject."""
         return [index for mention in self.mentions for index in mention]
 
@@ -253,7 +253,7 @@ def encode_facts(
 def _encoded(tokenizer: "PreTrainedTokenizerBase", fact: Fact, uses_chat_template: bool) -> FactPrompt:
     text = _text(tokenizer, fact, uses_chat_template)
     ids, spans = _tokens(tokenizer, text, uses_chat_template)
-    mentions = tuple(_places(spans, start, end) for start, end in _found(text, fact.subject))
+    mentions = tuple(_tokens_in(spans, start, end) for start, end in _spans_of(text, fact.subject))
     gap = "" if not text or text[-1].isspace() or not fact.beginning else " "
     values = [each for each in (fact.value, *fact.others) if each] if fact.value else []
     firsts = dict.fromkeys(_next(tokenizer, text, gap + each, ids, uses_chat_template) for each in values)
@@ -296,13 +296,13 @@ def _next(
     return tokenizer(more, add_special_tokens=False)["input_ids"][0]
 
 
-def _found(text: str, subject: str) -> Iterator[tuple[int, int]]:
+def _spans_of(text: str, subject: str) -> Iterator[tuple[int, int]]:
     """Yield where a text names a subject, not inside another word."""
     for result in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text) if subject else ():
         yield result.span()
 
 
-def _places(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
+def _tokens_in(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
     """Return the tokens with a character of a part of the text; a space before it does not count."""
     return tuple(index for index, (first, last) in enumerate(spans) if first < end and last > start)
 

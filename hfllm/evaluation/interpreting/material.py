@@ -79,7 +79,7 @@ def world_material(world: World) -> Material:
             others = tuple(each for each in values if each != value)
             facts.append(Fact(animal, question.format(x=animal), beginning.format(x=animal), value, others))
             kinds.append(attribute)
-    return Material(tuple(facts), tuple(kinds), tuple(_subjects()), tuple(_told(world)))
+    return Material(tuple(facts), tuple(kinds), tuple(_subjects()), tuple(_passage_facts(world)))
 
 
 def _subjects() -> list[tuple[Fact, int]]:
@@ -97,7 +97,7 @@ def _subjects() -> list[tuple[Fact, int]]:
     return rows
 
 
-def _told(world: World) -> list[Fact]:
+def _passage_facts(world: World) -> list[Fact]:
     """Return questions about passages on two things and their colors."""
     rng, facts = random.Random(f"told-{world.seed}"), []
     while len(facts) < PASSAGES:
@@ -282,7 +282,7 @@ def _to_probe(
     if not prompts:
         return [], [], torch.zeros(0, 0, dtype=torch.long)
     entities = [prompt.fact.subject for prompt in prompts]
-    tokens = [{prompt.ids[index] for index in prompt.subject_places} for prompt in prompts]
+    tokens = [{prompt.ids[index] for index in prompt.subject_positions} for prompt in prompts]
     splits = token_halves(tokens, entities, labels, SPLITS)
     if not len(splits):
         splits = entity_folds(entities, labels)

@@ -123,7 +123,7 @@ def last_logits_of(parts: Parts, ids: torch.Tensor, last: torch.Tensor) -> torch
 
 def subject_spread(parts: Parts, prompts: Sequence[FactPrompt]) -> float:
     """Return the standard deviation of the vectors of the subjects' tokens, over all their values."""
-    tokens = sorted({prompt.ids[index] for prompt in prompts for index in prompt.subject_places})
+    tokens = sorted({prompt.ids[index] for prompt in prompts for index in prompt.subject_positions})
     ids = torch.tensor([tokens], device=parts.model.device)
     with torch.no_grad():
         return float(parts.embeddings(ids).float().std())
@@ -154,7 +154,7 @@ def causal_trace(
     groups = [[index] for index in range(len(prompt.ids))] if positions is None else positions
     ids, last = batch_of([prompt], parts.model.device)
     clean, states = recorded(parts, ids, last, list(sites.values()))
-    subject = mask_of([prompt.subject_places], ids.shape[1], ids.device)
+    subject = mask_of([prompt.subject_positions], ids.shape[1], ids.device)
     noise = torch.randn((samples, *ids.shape[1:], states[0].shape[-1]), generator=torch.Generator().manual_seed(seed))
     noise = (NOISE * spread * noise).to(ids.device)
     broken = float(_noisy(parts, prompt, noise, subject).mean())

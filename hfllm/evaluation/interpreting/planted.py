@@ -314,7 +314,7 @@ def by_attribution(parts: Parts, plant: Plant, method: str) -> bool:
     prompt = replace(plant.prompt, value=plant.target)
     with planted(plant):
         scores = attribute(parts, prompt, method, other=plant.prompt.value).scores
-    return strongest(scores, range(len(prompt.ids))) in prompt.subject_places
+    return strongest(scores, range(len(prompt.ids))) in prompt.subject_positions
 
 
 def _restored(parts: Parts, plant: Plant, what: str) -> list[float]:

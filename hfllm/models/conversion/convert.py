@@ -455,7 +455,7 @@ def config_to_native(
     reasons: dict[str, list[str]] = {}
     for name in [native_type] if native_type else FAMILIES:
         try:
-            native, lost = _said(config, FAMILIES[name], name)
+            native, lost = _native_and_lost(config, FAMILIES[name], name)
         except BAD_CONFIG as error:
             # Values refused by the native class itself, such as a width not divisible by its heads.
             if native_type:
@@ -485,7 +485,7 @@ class _Lost:
     other: str
 
 
-def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTrainedConfig, list[_Lost]]":
+def _native_and_lost(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTrainedConfig, list[_Lost]]":
     """Return the native config, and our fields lost in it."""
     native = family.theirs(config, transformers.CONFIG_MAPPING[native_type])
     back = family.ours(native)
@@ -504,11 +504,11 @@ def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTr
         irrelevant.add("layer_types")
     names = sorted(_fields(config) - irrelevant)
     return native, [
-        lost for name in names for lost in _differences(name, _said_of(config, name), _said_of(back, name))
+        lost for name in names for lost in _differences(name, _meaning_of(config, name), _meaning_of(back, name))
     ]
 
 
-def _said_of(config: HfllmConfig, name: str) -> object:
+def _meaning_of(config: HfllmConfig, name: str) -> object:
     """Return the value of our field, or its meaning where several values mean the same."""
     return WIDTHS[name](config) if name in WIDTHS else getattr(config, name)
 
@@ -518,11 +518,11 @@ def _differences(name: str, one: object, other: object) -> list[_Lost]:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         one, other = plain_rope(one), plain_rope(other)
         keys = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
-        return [_Lost(f"{name}.{key}", _shown(one.get(key)), _shown(other.get(key))) for key in keys]
-    return [] if one == other else [_Lost(name, _shown(one), _shown(other))]
+        return [_Lost(f"{name}.{key}", _shortened(one.get(key)), _shortened(other.get(key))) for key in keys]
+    return [] if one == other else [_Lost(name, _shortened(one), _shortened(other))]
 
 
-def _shown(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 

@@ -84,8 +84,8 @@ for text in given["texts"]:
     except BaseException as error:
         sys.exit({TOO_LONG} if "retry" in str(error) else 0)
 """
-ASKED = {"role": "user", "content": "What is it?"}
-SAID = {"role": "assistant", "content": "A fox."}
+QUESTION = {"role": "user", "content": "What is it?"}
+ANSWER = {"role": "assistant", "content": "A fox."}
 TOOL = {
     "type": "function",
     "function": {
@@ -95,16 +95,16 @@ TOOL = {
     },
 }
 CONVERSATIONS: tuple[dict[str, Any], ...] = (
-    {"messages": [ASKED], "add_generation_prompt": True},
+    {"messages": [QUESTION], "add_generation_prompt": True},
     {
-        "messages": [{"role": "system", "content": "Be brief."}, ASKED, SAID, ASKED, SAID],
+        "messages": [{"role": "system", "content": "Be brief."}, QUESTION, ANSWER, QUESTION, ANSWER],
         "add_generation_prompt": False,
     },
-    {"messages": [ASKED], "tools": [TOOL], "add_generation_prompt": True},
+    {"messages": [QUESTION], "tools": [TOOL], "add_generation_prompt": True},
     {
         "messages": [
-            {**ASKED, "content": [{"type": "text", "text": "Hi"}]},
-            {**SAID, "content": [{"type": "text", "text": "A"}]},
+            {**QUESTION, "content": [{"type": "text", "text": "Hi"}]},
+            {**ANSWER, "content": [{"type": "text", "text": "A"}]},
         ]
     },
 )
