@@ -278,9 +278,11 @@ class PreferenceJudge:
         thought: list[list[int]] = [[] for _ in questions]
         ends = end_tokens(self.tokenizer, self.model)
         for rows in batches_of_like_length(self.model, [len(ids) for ids in questions], self.batch_size):
-            batch = self._padded([questions[row] for row in rows], "left")
+            ids = {"input_ids": [questions[row] for row in rows]}
+            batch = self.tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(self.model.device)
             output = self.model.generate(
-                **batch,
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
                 do_sample=False,
                 max_new_tokens=self.thought_length,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -291,10 +293,6 @@ class PreferenceJudge:
                 length = next((index for index, number in enumerate(generated) if number in ends), len(generated))
                 thought[row] = generated[:length]
         return [[*ids, *generated] for ids, generated in zip(questions, thought, strict=True)]
-
-    def _padded(self, ids: list[list[int]], side: str) -> dict[str, Any]:
-        batch = self.tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(self.model.device)
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def _clamped(self, odds: float) -> float:
         if self.clamp is None:

@@ -303,18 +303,15 @@ def found_in(folder: Path | None, value: Any) -> Any:
 
 def _in_columns(row: Mapping[str, Any]) -> list[Any]:
     """Return the images in a row's columns; a row of text in a table of images has an empty list or nothing."""
-    result = (_image_or_none(each) for column in COLUMNS for each in _as_list(row.get(column)))
-    return [each for each in result if each is not None]
+    columns = [row.get(column) for column in COLUMNS]
+    values = (each for column in columns for each in (column if isinstance(column, (list, tuple)) else [column]))
+    return [each for each in map(_image_or_none, values) if each is not None]
 
 
 def _image_or_none(value: Any) -> Any:
     """Return an image, `None` for the value of a table without one."""
     is_empty = isinstance(value, Mapping) and value and all(each is None for each in value.values())
     return None if is_empty else value
-
-
-def _as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _parts(messages: Any) -> list[Any]:

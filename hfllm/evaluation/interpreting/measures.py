@@ -254,7 +254,8 @@ def attribute(
         raise InputError(f"attribution method {method!r} is not one of {', '.join(METHODS)}")
     vectors = _vectors(parts, prompt)
     start = (mean_vector(parts) if baseline is None else baseline.to(vectors)).expand_as(vectors)
-    ends = _logits(parts, prompt, other, torch.stack([start, vectors]))
+    with torch.no_grad():
+        ends = _forward(parts, prompt, other, torch.stack([start, vectors]))
     change = float(ends[1] - ends[0])
     if method == GRADIENT_X_INPUT:
         scores = (_gradients(parts, prompt, other, vectors[None])[0] * vectors).sum(-1)
@@ -282,11 +283,6 @@ def _forward(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch
     with hooked([(parts.embeddings, lambda output: vectors.to(output.dtype))]):
         logits = last_logits(parts, ids, last)
     return logits[:, prompt.value] - (0.0 if other is None else logits[:, other])
-
-
-def _logits(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return _forward(parts, prompt, other, vectors)
 
 
 def _gradients(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch.Tensor) -> torch.Tensor:

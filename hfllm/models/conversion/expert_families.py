@@ -156,10 +156,6 @@ _IDLE = frozenset({*DEEPSEEK.values(), "topk_method", "first_k_dense_replace", "
 _NO_EXPERTS = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
-def _v3_fields(native: "PreTrainedConfig") -> dict[str, Any]:
-    return _dense_fields(native) or deepseek_experts(native)
-
-
 def _v2_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     routing = {
         **deepseek_experts(native),
@@ -196,10 +192,6 @@ def _written_lite(config: HfllmConfig) -> dict[str, Any]:
     return {**written, "mlp_layer_types": kinds}
 
 
-def _lite_fields(native: "PreTrainedConfig") -> dict[str, Any]:
-    return {**_V3_ROUTER, "mlp_layer_types": list(native.mlp_layer_types)}
-
-
 def _written_latent(config: HfllmConfig) -> dict[str, Any]:
     if config.kv_lora_rank is None:
         raise ValueError("kv_lora_rank=None: it has latent attention alone")
@@ -226,7 +218,7 @@ def _written_minicpm(config: HfllmConfig) -> dict[str, Any]:
 LATENT_FAMILIES = {
     "deepseek_v3": Family(
         {**_LATENT, **DEEPSEEK, "rope_interleave": "rope_interleave"},
-        read=_v3_fields,
+        read=lambda native: _dense_fields(native) or deepseek_experts(native),
         write=lambda config: {**_written_experts(config), "num_mtp_layers": 0},
         idle=_IDLE,
     ),
@@ -242,7 +234,9 @@ LATENT_FAMILIES = {
         idle=_IDLE,
     ),
     "glm4_moe_lite": Family(
-        {**_LATENT, **DEEPSEEK, "rope_interleave": "rope_interleave"}, read=_lite_fields, write=_written_lite
+        {**_LATENT, **DEEPSEEK, "rope_interleave": "rope_interleave"},
+        read=lambda native: {**_V3_ROUTER, "mlp_layer_types": list(native.mlp_layer_types)},
+        write=_written_lite,
     ),
     "minicpm3": Family({**_LATENT, "mlp_bias": "mlp_bias"}, read=_minicpm_fields, write=_written_minicpm),
 }
