@@ -71,6 +71,13 @@ def one_line(message: object, most: int | None = 200) -> str:
     return " ".join(str(message).split())[:most]
 
 
+def check_positive(**numbers: int) -> None:
+    """Refuse arguments below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, got {number}")
+
+
 def redact(text: str, *secrets: str | None) -> str:
     """Return `text` without `secrets`, the tokens in the environment, and anything similar to a token."""
     for secret in (*secrets, *map(os.environ.get, TOKEN_VARIABLES)):

@@ -11,7 +11,7 @@ from hfllm.data.formats import as_completion
 from hfllm.data.rows import split_beginning
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -320,6 +320,5 @@ def _sampled(
     max_new_tokens: int,
     sampling: dict[str, Any],
 ) -> list[list[str]]:
-    if n < 1:
-        raise InputError(f"n must be at least 1, got {n}")
+    check_positive(n=n)
     return sample_responses(model, tokenizer, prompts, max_new_tokens, num_return_sequences=n, **sampling)

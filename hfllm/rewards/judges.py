@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds
-from hfllm.models.loading.saved import check_vocabulary, max_length_of
+from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of
 from hfllm.outputs.report import share_error, standard_error
 from hfllm.rewards.functions import completion_text
 
@@ -171,13 +171,10 @@ class PreferenceJudge:
         batch_size: int = 64,
         seed: int = 0,
     ):
-        if tokenizer.pad_token_id is None:
-            raise InputError("the judge's tokenizer has no padding token: set tokenizer.pad_token")
+        check_padding(tokenizer, "the judge's")
         if clamp is not None and not (len(clamp) == 2 and 0 < clamp[0] < clamp[1] < 1):
             raise InputError(f"clamp must be two probabilities in order, such as {PAPER_CLAMP}, got {clamp}")
-        for name, number in (("batch_size", batch_size), ("thought_length", thought_length)):
-            if number < 1:
-                raise InputError(f"{name} must be at least 1, got {number}")
+        check_positive(batch_size=batch_size, thought_length=thought_length)
         check_vocabulary(model, tokenizer, "judge")
         self.principles = constitution.judging_principles()
         most = len(self.principles)

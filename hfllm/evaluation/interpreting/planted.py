@@ -125,8 +125,7 @@ def make_plant(
     value = _value(parts, prompt, target, module, layer)
     plant = Plant(layer, component, prompt, target, module, key / (key @ keys[0]), value, False)
     with planted(plant):
-        has_taken = int(last_logits_of(parts, ids, last).argmax()) == target
-    return Plant(layer, component, prompt, target, module, plant.key, value, has_taken)
+        return replace(plant, has_taken=int(last_logits_of(parts, ids, last).argmax()) == target)
 
 
 @contextmanager

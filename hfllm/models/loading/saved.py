@@ -431,6 +431,12 @@ def _fault(config: "GenerationConfig") -> str | None:
 # Whether a model has an embedding for every token of a tokenizer, and embeddings for new tokens.
 
 
+def check_padding(tokenizer: "PreTrainedTokenizerBase", whose: str = "the") -> None:
+    """Refuse a tokenizer without a padding token, which batches need; `whose` begins the complaint."""
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{whose} tokenizer has no padding token: set tokenizer.pad_token")
+
+
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str | None = None) -> None:
     """Refuse a tokenizer with tokens without an embedding in the model: training would end at the first of them.
 
