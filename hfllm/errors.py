@@ -75,6 +75,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or is_reported or is_caused
 
 
+def one_line(message: object, most: int | None = 200) -> str:
+    """Return an error's message, or another text, in one line of at most `most` characters."""
+    return " ".join(str(message).split())[:most]
+
+
+def check_positive(**numbers: int) -> None:
+    """Refuse arguments below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, got {number}")
+
+
 def redact(text: str, *secrets: str | None) -> str:
     """Return `text` without `secrets`, the tokens in the environment, and anything similar to a token."""
     for secret in (*secrets, *map(os.environ.get, TOKEN_VARIABLES)):
@@ -90,8 +102,8 @@ def without_credentials(value: Any) -> Any:
     Mappings, lists, tuples and JSON objects as text are searched; all other contents stay unchanged.
     """
     if isinstance(value, Mapping):
-        hidden = {name: HIDDEN if each and _is_credential(name) else each for name, each in value.items()}
-        return {name: without_credentials(each) for name, each in hidden.items()}
+        secret = {name for name in value if str(name).lower().replace("-", "_") in CREDENTIALS}
+        return {name: HIDDEN if each and name in secret else without_credentials(each) for name, each in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map(without_credentials, value))
     if not isinstance(value, str):
@@ -104,7 +116,3 @@ def without_credentials(value: Any) -> Any:
         hidden = without_credentials(parsed)
         value = value if hidden == parsed else json.dumps(hidden)
     return redact(value)
-
-
-def _is_credential(name: object) -> bool:
-    return str(name).lower().replace("-", "_") in CREDENTIALS

@@ -222,10 +222,6 @@ def _write_dataclass(value: Any, write: Write) -> None:
         _write_at(f".{each.name}", getattr(value, each.name), write)
 
 
-def _write_enum(value: Enum, write: Write) -> None:
-    _tagged(write, b"E", _text(f"{type(value).__name__}.{value.name}"))
-
-
 def _write_by(tag: bytes, text: Callable[[Any], str]) -> Callable[[Any, Write], None]:
     return lambda value, write: _tagged(write, tag, _text(text(value)))
 
@@ -306,7 +302,7 @@ OTHERS: Sequence[tuple[Callable[[object], bool], Callable[[Any, Write], None]]] 
         lambda value: getattr(value, "_hf_encoded", None) is not None,
         lambda value, write: _write(value._hf_encoded, write),
     ),
-    (_is(Enum), _write_enum),
+    (_is(Enum), _write_by(b"E", lambda value: f"{type(value).__name__}.{value.name}")),
     (lambda value: is_dataclass(value) and not isinstance(value, type), _write_dataclass),
     (_is(str), _write_by(b"u", str.__str__)),
     (_is(int), lambda value, write: _write_int(int(value), write)),

@@ -133,19 +133,19 @@ def flag(
 class Flags:
     """All flags of a run by name, from any dataclass, and other known facts; `None` for the rest."""
 
-    def __init__(self, *parsed: "DataclassInstance", **known: object) -> None:
-        self._parsed, self._known = parsed, known
+    def __init__(self, *parsed: "DataclassInstance", **extra: object) -> None:
+        self._parsed, self._extra = parsed, extra
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._known:
-            return self._known[name]
+        if name in self._extra:
+            return self._extra[name]
         return next((getattr(group, name) for group in self._parsed if hasattr(group, name)), None)
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._known or any(hasattr(group, name) for group in self._parsed)
+        return name in self._extra or any(hasattr(group, name) for group in self._parsed)
 
 
 def rules_of(kind: "type[DataclassInstance]") -> dict[str, Rules]:
@@ -154,7 +154,7 @@ def rules_of(kind: "type[DataclassInstance]") -> dict[str, Rules]:
     return {name: text.rules for name, text in helps.items() if isinstance(text, Help)}
 
 
-def check_flags(*parsed: "DataclassInstance", names: Collection[str] | None = None, **known: object) -> None:
+def check_flags(*parsed: "DataclassInstance", names: Collection[str] | None = None, **extra: object) -> None:
     """Refuse invalid values of flags, and flags without effect.
 
     A dataclass refuses flags of the others by its attribute `refused`, such as `{"use_peft": NAMED}`.
@@ -162,9 +162,10 @@ def check_flags(*parsed: "DataclassInstance", names: Collection[str] | None = No
     Args:
         parsed: the dataclasses of a run's flags.
         names: the flags to check; by default all.
-        known: other information known by now, such as `shows`, whether a row has images; facts treat it like a flag.
+        extra: other information available by now, such as `shows`, whether a row has images; facts treat it like a
+            flag.
     """
-    flags = Flags(*parsed, **known)
+    flags = Flags(*parsed, **extra)
     for group in parsed:
         for name, rules in rules_of(type(group)).items():
             if names is not None and name not in names:

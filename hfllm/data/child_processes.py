@@ -156,11 +156,11 @@ class Workers:
         try:
             while len(self._processes) < min(self.number, len(items)):
                 self._start()
-            busy = [pipe for pipe in self._processes if self._told(pipe, work, waiting)]
+            busy = [pipe for pipe in self._processes if self._hand_over(pipe, work, waiting)]
             while busy:
                 for pipe in wait(busy):
                     self._check_answer(pipe)
-                    if not self._told(pipe, work, waiting):
+                    if not self._hand_over(pipe, work, waiting):
                         busy.remove(pipe)
         except BaseException:
             self.close()
@@ -188,7 +188,7 @@ class Workers:
         theirs.close()
         self._processes[ours] = process
 
-    def _told(self, pipe: Connection, work: Callable[[Any], object], waiting: Iterator[Any]) -> bool:
+    def _hand_over(self, pipe: Connection, work: Callable[[Any], object], waiting: Iterator[Any]) -> bool:
         """Hand the next item to a process; return whether there was one."""
         for item in waiting:
             try:

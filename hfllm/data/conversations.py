@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.packing import IGNORE
 from hfllm.data.rows import Dropped, Message, origin_of
 from hfllm.data.tokenizer import template_errors
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,8 +178,9 @@ class Conversations:
         try:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=self.marked_template, **options)
         except template_errors() as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{origin}: the chat template cannot write this conversation: {reason}") from None
+            raise InputError(
+                f"{origin}: the chat template cannot write this conversation: {one_line(error)}"
+            ) from None
 
     def _markers_suffice(self) -> bool:
         """Return whether the chat template marks the assistant's turns with the token at their end."""
@@ -317,19 +318,19 @@ def read_back(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizer
         `None` where rows have neither, or the way to read the template's turns is unknown.
     """
     result, template = ReadBack(), None
-    for row in islice(filter(_has_something, rows), MOST_ROWS):
+    for row in islice((row for row in rows if any(map(_is_read_back, row["completion"]))), MOST_ROWS):
         template = template or response_template_of(tokenizer)
         if template is None:
             return None
         for index, message in enumerate(row["completion"]):
-            if message.get("tool_calls") or message.get("reasoning_content"):
+            if _is_read_back(message):
                 before = [*row["prompt"], *row["completion"][:index]]
                 _count(result, message, _read(tokenizer, template, before, message, row.get("tools")), row)
     return result if result.calls or result.thoughts else None
 
 
-def _has_something(row: Mapping[str, Any]) -> bool:
-    return any(message.get("tool_calls") or message.get("reasoning_content") for message in row["completion"])
+def _is_read_back(message: Message) -> bool:
+    return bool(message.get("tool_calls") or message.get("reasoning_content"))
 
 
 def _read(
@@ -353,17 +354,17 @@ def _read(
         return {}
 
 
-def _count(found: ReadBack, written: Message, read: Message, row: Mapping[str, Any]) -> None:
+def _count(counts: ReadBack, written: Message, read: Message, row: Mapping[str, Any]) -> None:
     calls = [_call(call) for call in written.get("tool_calls") or ()]
     exact = [_call(call) for call in read.get("tool_calls") or ()]
-    found.calls += len(calls)
-    found.exact_calls += (same_calls := len(calls) if calls == exact else 0)
+    counts.calls += len(calls)
+    counts.exact_calls += (same_calls := len(calls) if calls == exact else 0)
     has_thought = bool(written.get("reasoning_content"))
-    found.thoughts += has_thought
+    counts.thoughts += has_thought
     is_same = has_thought and read.get("reasoning_content", "").strip() == written["reasoning_content"].strip()
-    found.exact_thoughts += is_same
-    if not found.first and (same_calls < len(calls) or has_thought > is_same):
-        found.first = origin_of(row, "a row")
+    counts.exact_thoughts += is_same
+    if not counts.first and (same_calls < len(calls) or has_thought > is_same):
+        counts.first = origin_of(row, "a row")
 
 
 def _call(call: Mapping[str, Any]) -> tuple[object, object]:

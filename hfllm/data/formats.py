@@ -108,7 +108,7 @@ def to_sft(origin: str, row: Row) -> Row:
                 if prompt_column == "instruction"
                 else _as_messages(origin, row[prompt_column])
             )
-            completion = _ended(origin, answered, _said(origin, row[answered]))
+            completion = _ended(origin, answered, _answer(origin, row[answered]))
             return {"prompt": prompt, "completion": completion, **shared}
     for column in ("messages", "conversations"):
         if column in row:
@@ -144,17 +144,17 @@ def _compared(origin: str, row: Row) -> Row:
         chosen, rejected = row["response_a"], row["response_b"]
         if row["preference"] == "b":
             chosen, rejected = rejected, chosen
-        return _comparison(_as_messages(origin, row["prompt"]), _said(origin, chosen), _said(origin, rejected))
+        return _comparison(_as_messages(origin, row["prompt"]), _answer(origin, chosen), _answer(origin, rejected))
     for first, second in LABELED:
         label = next((column for column in ("label", "preference") if _has(row, column)), None)
-        if label and _has(row, first, second) and _asked(row) is not None:
+        if label and _has(row, first, second) and _instruction_column(row) is not None:
             chosen, rejected = _by_label(origin, label, row[label], row[first], row[second])
-            return _comparison(_question(origin, row), _said(origin, chosen), _said(origin, rejected))
+            return _comparison(_question(origin, row), _answer(origin, chosen), _answer(origin, rejected))
     if _has(row, "chosen", "rejected"):
         return _chosen_and_rejected(origin, row)
-    if _has(row, "completions") and _asked(row) is not None:
+    if _has(row, "completions") and _instruction_column(row) is not None:
         best, worst = _best_and_worst(origin, row)
-        return _comparison(_question(origin, row), _said(origin, best), _said(origin, worst))
+        return _comparison(_question(origin, row), _answer(origin, best), _answer(origin, worst))
     raise _unreadable(origin, row, PREFERENCE_FORMATS)
 
 
@@ -166,7 +166,7 @@ def _chosen_and_rejected(origin: str, row: Row) -> Row:
         # UltraFeedback's and others' answers repeat the prompt; the answers by themselves begin with the assistant.
         sides = [row[side] for side in ("chosen", "rejected")]
         if not any(isinstance(side, list) and _role(origin, side) in ("user", "system") for side in sides):
-            return _comparison(_as_messages(origin, row[column]), *(_said(origin, side) for side in sides))
+            return _comparison(_as_messages(origin, row[column]), *(_answer(origin, side) for side in sides))
     chosen, rejected = (_transcript(origin, row[column]) for column in ("chosen", "rejected"))
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -265,13 +265,13 @@ def _comparison(prompt: list[Message], chosen: list[Message], rejected: list[Mes
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _asked(row: Row) -> str | None:
+def _instruction_column(row: Row) -> str | None:
     """Return the column of a labeled pair's instruction, `None` if there is none."""
     return next((column for column in ("instruction", "prompt", "input") if row.get(column) is not None), None)
 
 
 def _question(origin: str, row: Row) -> list[Message]:
-    column = _asked(row)
+    column = _instruction_column(row)
     return _instruction(origin, row) if column == "instruction" else _as_messages(origin, row[column])
 
 
@@ -284,7 +284,7 @@ def _as_messages(origin: str, prompt: str | list) -> list[Message]:
     return as_messages(prompt) if isinstance(prompt, str) else read_messages(origin, prompt)
 
 
-def _said(origin: str, answer: Any) -> list[Message]:
+def _answer(origin: str, answer: Any) -> list[Message]:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     return read_messages(origin, answer if isinstance(answer, list) else [answer])

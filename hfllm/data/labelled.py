@@ -46,9 +46,7 @@ def reader_of(task: str, class_names: Sequence[str] | None = None) -> Callable[[
 
     def named(origin: str, label: object) -> str:
         text = str(label).strip()
-        if not class_names:
-            return text
-        if text in class_names:
+        if not class_names or text in class_names:
             return text
         if not text.isdecimal() or int(text) >= len(class_names):
             raise InputError(
@@ -220,7 +218,7 @@ def encode_words(
     for row in rows:
         result = tokenizer(" ".join(row["words"]), return_offsets_mapping=True, verbose=False)
         ids, _ = _with_end(result["input_ids"], tokenizer, max_length)
-        index = _places(row["words"], result["offset_mapping"], len(ids) - 1, label_token == "last")
+        index = _token_indices(row["words"], result["offset_mapping"], len(ids) - 1, label_token == "last")
         targets = [IGNORE] * len(ids)
         for where, tag in zip(index, row["tags"], strict=True):
             if where >= 0:
@@ -230,7 +228,7 @@ def encode_words(
     return encoded, indices
 
 
-def _places(words: Sequence[str], offsets: Sequence[tuple[int, int]], most: int, takes_last: bool) -> list[int]:
+def _token_indices(words: Sequence[str], offsets: Sequence[tuple[int, int]], most: int, takes_last: bool) -> list[int]:
     """Return for each word the index of its first or last token among the first `most`; -1 where there is none."""
     indices, begin, token = [], 0, 0
     for word in words:

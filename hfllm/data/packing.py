@@ -64,9 +64,14 @@ def packed_tables(
         raise InputError("no document has two tokens: there is no next token to predict")
 
 
+def start_of(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the token at the beginning of texts (`bos_token`), as in pretraining, if there is one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
 def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return the token ids of each document, from the document token on."""
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    start = start_of(tokenizer)
     # Not verbose: a document longer than the model's context is split later and needs no warning.
     return [start + ids for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
@@ -158,8 +163,7 @@ Piece = TypeVar("Piece")
 
 def token_pieces(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[list[int]]:
     """Return the token ids of each document, from the document token on; documents over `max_length` are split."""
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    pieces = []
+    start, pieces = start_of(tokenizer), []
     for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
         ids = start + ids
         pieces += [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
@@ -319,11 +323,6 @@ def _check_probability(name: str, value: float) -> None:
 # ---- long texts ----
 #
 # Rows of tokens of the requested length, from texts that may be shorter.
-
-
-def start_of(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the token at the beginning of texts (`bos_token`), as in pretraining, if there is one."""
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def long_rows(

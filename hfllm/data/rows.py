@@ -17,6 +17,11 @@ NO_ANSWER, DOUBLED, EQUAL, TIE = "without an answer", "with doubled turns", "wit
 UNDESIRED = "with the label false, answers that are not wanted"
 
 
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun, such as `1 picture` and `2 pictures`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 class OriginRow(dict[str, Any]):
     """A row of a dataset, with its origin, such as `pairs.jsonl, line 3`."""
 
@@ -169,11 +174,11 @@ def split_beginning(prompt: str | list[Message]) -> tuple[str | list[Message], s
     return (prompt[:-1], prompt[-1]["content"]) if is_begun(prompt) else (prompt, "")
 
 
-def content_text(content: str | list[dict[str, Any]] | None, place: str = "<image>") -> str:
-    """Return the words of a message's content, a text or a list of parts, with `place` for each other part."""
+def content_text(content: str | list[dict[str, Any]] | None, placeholder: str = "<image>") -> str:
+    """Return the words of a message's content, a text or a list of parts, with `placeholder` for each other part."""
     if not isinstance(content, list):
         return content or ""
-    return "".join(part["text"] if part.get("type") == "text" else place for part in content)
+    return "".join(part["text"] if part.get("type") == "text" else placeholder for part in content)
 
 
 def joined_texts(origin: str, content: Any) -> Any:
@@ -196,16 +201,17 @@ def _is_text(part: Any) -> bool:
 
 def words_of(message: Message) -> Message:
     """Return a message without its images: of a list of parts, the text."""
-    return {**message, "content": content_text(message["content"], "")} if is_in_parts(message) else message
+    is_in_parts = isinstance(message.get("content"), list)
+    return {**message, "content": content_text(message["content"], "")} if is_in_parts else message
 
 
-def spells(tokens: Sequence[str], said: Any) -> bool:
+def spells(tokens: Sequence[str], value: Any) -> bool:
     """Return whether one of several texts occurs in messages, tools or other values of a row, at any depth."""
-    if isinstance(said, str):
-        return any(token in said for token in tokens)
-    if isinstance(said, dict):
-        return any(spells(tokens, part) for pair in said.items() for part in pair)
-    return isinstance(said, (list, tuple)) and any(spells(tokens, each) for each in said)
+    if isinstance(value, str):
+        return any(token in value for token in tokens)
+    if isinstance(value, dict):
+        return any(spells(tokens, part) for pair in value.items() for part in pair)
+    return isinstance(value, (list, tuple)) and any(spells(tokens, each) for each in value)
 
 
 def unspelled(tokens: Sequence[str], text: str) -> str:
@@ -213,11 +219,6 @@ def unspelled(tokens: Sequence[str], text: str) -> str:
     for token in tokens:
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
-
-
-def is_in_parts(message: Message) -> bool:
-    """Return whether a message is a list of parts, as messages with images are."""
-    return isinstance(message.get("content"), list)
 
 
 def _in_reach(origin: str, read: Callable[[], Any]) -> Any:

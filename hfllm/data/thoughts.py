@@ -153,6 +153,6 @@ def _without_latex(text: str) -> str:
     return bare if NUMBER.fullmatch(bare) else LATEX_TEXT.sub(r"\1", text)
 
 
-def _fraction(found: re.Match) -> str:
-    whole = f"{found[1]} " if found[1] else ""
-    return f"{whole}{found[2] or found[3]}/{found[4] or found[5]}"
+def _fraction(match: re.Match) -> str:
+    whole = f"{match[1]} " if match[1] else ""
+    return f"{whole}{match[2] or match[3]}/{match[4] or match[5]}"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from hfllm.data.rows import Message
 from hfllm.data.word_index import WordIndex, import_bm25s, words_of
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 
 # ---- calls ----
 
@@ -58,8 +58,7 @@ class ToolBox:
                 self.schemas.append(get_json_schema(tool))
             # Of missing annotations or descriptions, all with errors of their own.
             except Exception as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"tools: {name!r} has no schema: {reason}") from error
+                raise InputError(f"tools: {name!r} has no schema: {one_line(error)}") from error
             self.tools[name] = tool
 
     def bound(self, tools: Sequence[Tool]) -> "ToolBox":

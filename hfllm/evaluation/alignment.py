@@ -12,7 +12,7 @@ from hfllm.data.tokenizer import WORLD_TESTS
 from hfllm.data.world.vocabulary import RIGHT
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
-from hfllm.evaluation.before_after import SAMPLES, prompt_text
+from hfllm.evaluation.before_after import SAMPLES, SHOWN_SAMPLES, prompt_text
 from hfllm.evaluation.judged import JudgedAnswer, by_group, judge_tasks, mean_gold
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.evaluation.suites.world_suites import GROUPS
@@ -50,7 +50,6 @@ class PolicyTrainer(Protocol):
     def evaluate(self) -> Mapping[str, float]: ...
 
 
-SHOWN_SAMPLES = 12
 FAMILIES = "Gold reward by task family"
 # Harmless questions asked with two sentences of a jailbreak after them.
 NUM_JAILBROKEN, JAILBREAK, STRENGTH = 120, "jailbreak after", 2
@@ -190,7 +189,8 @@ def alignment_summary(metrics: Mapping[str, float]) -> str:
     before, after, n = (metrics[f"{first}_{part}"] for part in ("before", "after", "n"))
     change, error = metrics[f"{first}_change"], metrics.get(f"{first}_change_se")
     name = "Gold reward" if first == "gold_reward" else "Reward"
-    sides = [plus_minus(*pair) for pair in zip((before, after), _errors(first, metrics), strict=True)]
+    errors = (metrics.get(f"{first}_{side}_se") for side in ("before", "after"))
+    sides = [plus_minus(*pair) for pair in zip((before, after), errors, strict=True)]
     kind = verdict(first, change, error)
     prompts = f"{n:,} held-out prompt{'' if n == 1 else 's'}"
     if kind in ("better", "worse"):
@@ -208,10 +208,6 @@ def alignment_summary(metrics: Mapping[str, float]) -> str:
     if first == "gold_reward" and kind != "better" and proxy == "better":
         summary += " PPO raised the reward that it was trained on, but not the gold reward (over-optimization)."
     return summary
-
-
-def _errors(name: str, metrics: Mapping[str, float]) -> list[float | None]:
-    return [metrics.get(f"{name}_{side}_se") for side in ("before", "after")]
 
 
 def _other_changes(first: str, metrics: Mapping[str, float]) -> str:

@@ -143,10 +143,10 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     return np.array(discounts)
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, missing: float) -> np.ndarray:
+def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray, missing: float) -> np.ndarray:
     """Return the values at the wanted keys, `missing` where there is no such key; `keys` are sorted."""
-    indices = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[indices] == wanted, values[indices], missing)
+    indices = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[indices] == queries, values[indices], missing)
 
 
 def _windows(texts: Sequence[bytes], order: int) -> np.ndarray:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from transformers.utils import ModelOutput
 
     Row = Mapping[str, Any]
@@ -311,8 +312,7 @@ class QuantizationEvaluation:
         import torch
         from transformers import AutoModelForCausalLM
 
-        again = saved_model(AutoModelForCausalLM, folder).eval()
-        again = again if again.device == model.device else again.to(model.device)
+        again = _reloaded(AutoModelForCausalLM, folder, model.device)
         with torch.inference_mode():
             ours, theirs = (each(input_ids=self.windows[0].to(each.device)).logits for each in (model, again))
         return (ours - theirs).abs().max().item()
@@ -334,6 +334,11 @@ class QuantizationEvaluation:
             golds = [row["gold"] for row in judged]
         self._measured[name] = fit, golds
         return {"perplexity": fit.perplexity, **({"gold_reward": sum(golds) / len(golds)} if golds else {})}
+
+
+def _reloaded(auto_class: "type[_BaseAutoModelClass]", folder: str, device: "torch.device") -> "PreTrainedModel":
+    model = saved_model(auto_class, folder).eval()
+    return model if model.device == device else model.to(device)
 
 
 # ---- picture quantization ----
@@ -395,9 +400,7 @@ class PictureQuantization(QuantizationEvaluation):
         """Return the largest difference of logits between a model and the one saved in `folder`, on one question."""
         from transformers import AutoModelForImageTextToText
 
-        again = saved_model(AutoModelForImageTextToText, folder).eval()
-        again = again if again.device == model.device else again.to(model.device)
-        first = next(self.answers)
+        again, first = _reloaded(AutoModelForImageTextToText, folder, model.device), next(self.answers)
         ours, theirs = (_logits(each, first) for each in (model, again))
         return (ours - theirs).abs().max().item()
 
@@ -422,12 +425,12 @@ class PictureQuantization(QuantizationEvaluation):
         return {"loss": sum(nats) / len(nats), "right": sum(right) / len(right)}
 
 
-def answer_tokens(processor: "ProcessorMixin", asked: Asked) -> AnswerTokens:
+def answer_tokens(processor: "ProcessorMixin", question: Asked) -> AnswerTokens:
     """Return a question and its right answer as a model reads them, with the position where the answer begins."""
-    images = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in asked.images]]
-    whole = [*asked.prompt, {"role": "assistant", "content": [{"type": "text", "text": asked.answer}]}]
+    images = [[read_image(each, "a question", max_pixels=sys.maxsize, min_side=1) for each in question.images]]
+    whole = [*question.prompt, {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}]
     inputs: dict[str, Any] = dict(conversation_batch(processor, [whole], images))
-    begun = conversation_batch(processor, [asked.prompt], images, add_generation_prompt=True)["input_ids"][0]
+    begun = conversation_batch(processor, [question.prompt], images, add_generation_prompt=True)["input_ids"][0]
     ids = inputs["input_ids"][0]
     # Templates may begin an answer with text left out of an existing one.
     same = (ids[: len(begun)] == begun[: len(ids)]).long().cumprod(0).sum().item()
@@ -603,11 +606,11 @@ def _target_logits(
         with bare.base_model.register_forward_hook(hook):
             return model(**read, use_cache=False).logits
 
-    def first_places(whole: "torch.Tensor") -> "torch.Tensor":
+    def first_position(whole: "torch.Tensor") -> "torch.Tensor":
         states.append(whole)
         return whole[:, :1]
 
-    logits = logits_of(read, first_places)
+    logits = logits_of(read, first_position)
     result, indices = states[0] if states else logits, batch["shift_labels"] != -100
     chunks = result[indices.to(result.device)].split(CHUNK)
     # A target stands for no image, as the first token of a row may.

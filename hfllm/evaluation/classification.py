@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 RESAMPLES = 500
+# Rows of a table of classes.
+MOST_CLASSES = 30
 # First word, last word, type.
 Entity = tuple[int, int, str]
 OUTSIDE = "O"
@@ -120,7 +122,7 @@ def _parts(tag: str) -> tuple[str, str]:
 
 
 def bootstrap_error(
-    parts: numpy.ndarray, figure: Callable[[numpy.ndarray], numpy.ndarray], count: int = RESAMPLES, seed: int = 0
+    parts: numpy.ndarray, figure: Callable[[numpy.ndarray], numpy.ndarray], count: int = RESAMPLES
 ) -> float | None:
     """Return the standard error of a figure of sums over rows, by drawing rows again; `None` below two rows.
 
@@ -128,23 +130,22 @@ def bootstrap_error(
         parts: the rows' contributions, (rows, ...).
         figure: from sums (draws, ...) to figures (draws).
         count: how many draws.
-        seed: of the draws.
     """
     rows = len(parts)
     if rows < 2:
         return None
-    times = numpy.random.default_rng(seed).multinomial(rows, numpy.full(rows, 1 / rows), size=count)
+    times = numpy.random.default_rng(0).multinomial(rows, numpy.full(rows, 1 / rows), size=count)
     sums = numpy.tensordot(times, parts, axes=1)
     error = float(numpy.std(figure(sums), ddof=1))
     # For identical rows only rounding is left.
     return error if error > 1e-12 else 0.0
 
 
-def class_table(predicted: Sequence[str], gold: Sequence[str], most: int = 30) -> list[dict[str, object]]:
+def class_table(predicted: Sequence[str], gold: Sequence[str]) -> list[dict[str, object]]:
     """Return the rows of a table: precision, recall, F1 and the most frequent mistake of each class."""
     rows = []
     names = sorted(set(gold) | set(predicted))
-    for name in names[:most]:
+    for name in names[:MOST_CLASSES]:
         here = [guess for guess, true in zip(predicted, gold, strict=True) if true == name]
         tp, predicted_positives, n = here.count(name), list(predicted).count(name), len(here)
         wrong = [guess for guess in here if guess != name]
@@ -305,17 +306,17 @@ def _text_features(row: Row) -> Features:
     return words_of(row["text"]) + pair
 
 
-def _near(words: Sequence[str], place: int) -> Features:
-    return [f"{step} {words[place + step].lower()}" for step in NEAR if 0 <= place + step < len(words)]
+def _near(words: Sequence[str], index: int) -> Features:
+    return [f"{step} {words[index + step].lower()}" for step in NEAR if 0 <= index + step < len(words)]
 
 
 def _span_control(train: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
     features, labels = [], []
     for row in train:
-        result = _places(row["context"])
+        spans = _word_spans(row["context"])
         marked = [(start, start + len(text)) for text, start in zip(row["texts"], row["starts"], strict=True)]
-        features += _asked_near(row, result)
-        labels += [str(any(begin < stop and end > start for start, stop in marked)) for begin, end, _ in result]
+        features += _features_near(row, spans)
+        labels += [str(any(begin < stop and end > start for start, stop in marked)) for begin, end, _ in spans]
     if len(set(labels)) < 2:
         return [""] * len(held_out)
     control = LogisticRegression(min_rows=MIN_ROWS).fit(features, labels)
@@ -324,27 +325,27 @@ def _span_control(train: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
 
 
 def _likeliest(row: Row, control: LogisticRegression, answer: int) -> str:
-    result = _places(row["context"])
-    likely = control.log_probabilities(_asked_near(row, result))[:, answer].exp().tolist()
-    best = max(range(len(result)), key=likely.__getitem__, default=None)
+    spans = _word_spans(row["context"])
+    likely = control.log_probabilities(_features_near(row, spans))[:, answer].exp().tolist()
+    best = max(range(len(spans)), key=likely.__getitem__, default=None)
     if best is None or likely[best] < 0.5:
         return ""
     first = last = best
     while first and likely[first - 1] >= 0.5:
         first -= 1
-    while last + 1 < len(result) and likely[last + 1] >= 0.5:
+    while last + 1 < len(spans) and likely[last + 1] >= 0.5:
         last += 1
-    return row["context"][result[first][0] : result[last][1]]
+    return row["context"][spans[first][0] : spans[last][1]]
 
 
-def _places(context: str) -> list[tuple[int, int, str]]:
+def _word_spans(context: str) -> list[tuple[int, int, str]]:
     return [(match.start(), match.end(), match.group().lower()) for match in _WORDS.finditer(context)]
 
 
-def _asked_near(row: Row, found: Sequence[tuple[int, int, str]]) -> list[Features]:
+def _features_near(row: Row, spans: Sequence[tuple[int, int, str]]) -> list[Features]:
     """Return per word of the context: the words near it, their presence in the question, and a word of both."""
     question_words = words_of(row["question"])
-    words, question_vocabulary = [word for _, _, word in found], set(question_words)
+    words, question_vocabulary = [word for _, _, word in spans], set(question_words)
     rows = []
     for index in range(len(words)):
         near = _near(words, index)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.packing import start_of
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
 from hfllm.errors import InputError
+from hfllm.generation.scoring import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SAID = "{person} has a {colour} {thing}."
-ASKED = "The {thing} of {person} is"
+NEEDLE = "{person} has a {colour} {thing}."
+QUESTION = "The {thing} of {person} is"
 # Tokens of one forward pass.
 BATCH_TOKENS = 16384
 
@@ -107,9 +108,7 @@ def find_needles(
 
     shared, answers = first_tokens(tokenizer)
     rng, right = random.Random(f"needle-{seed}"), []
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for length in tqdm(lengths, disable=not sys.stderr.isatty(), leave=False):
             row = []
             for depth in depths:
@@ -123,7 +122,6 @@ def find_needles(
                 names = list(answers)
                 row.append([int(names[pick] == colour) for pick, (_, colour) in zip(chosen, drawn, strict=True)])
             right.append(row)
-    model.train(was_training)
     return NeedleGrid(list(lengths), list(depths), right, 1 / len(answers))
 
 
@@ -162,8 +160,8 @@ def _case(
     """Return the tokens of a text with its question, and the answer."""
     person, thing, colour = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(colours)
     words = {"person": person, "thing": thing, "colour": colour}
-    needle = tokenizer(f" {SAID.format(**words)} ", add_special_tokens=False)["input_ids"]
-    question = [*tokenizer(f" {ASKED.format(**words)}", add_special_tokens=False)["input_ids"], *shared]
+    needle = tokenizer(f" {NEEDLE.format(**words)} ", add_special_tokens=False)["input_ids"]
+    question = [*tokenizer(f" {QUESTION.format(**words)}", add_special_tokens=False)["input_ids"], *shared]
     start, row = start_of(tokenizer), rng.choice(filler)
     row = row[len(start) :] if row[: len(start)] == start else row
     needed = len(start) + len(needle) + len(question)
@@ -206,10 +204,8 @@ def nats_by_segment(
     if segment_length < 2 or ids.shape[1] < 2:
         raise InputError(f"segment_length={segment_length} and {ids.shape[1]} tokens: expected at least 2 of each")
     memory = cache if memory_length is None else SegmentMemory(model, memory_length)
-    was_training, result = model.training, []
-    model.eval()
-    with torch.inference_mode():
-        last = None
+    result, last = [], None
+    with evaluating(model), torch.inference_mode():
         for piece in ids.split(segment_length, dim=1):
             cache_options = {"use_cache": False} if memory is None else {"cache": memory, "use_cache": True}
             logits = model(input_ids=piece, **cache_options).logits.float()
@@ -218,7 +214,6 @@ def nats_by_segment(
             losses = torch.nn.functional.cross_entropy(before.flatten(0, 1), targets.flatten(), reduction="none")
             result.append(losses.view_as(targets).cpu())
             last = logits[:, -1:]
-    model.train(was_training)
     return torch.cat(result, dim=1)
 
 

@@ -43,14 +43,14 @@ class Asked:
         return text_of(self.prompt[-1])
 
 
-def shuffled_questions(questions: Sequence[Asked], seed: int = 0) -> list[Asked]:
+def shuffled_questions(questions: Sequence[Asked]) -> list[Asked]:
     """Return questions, each with the images of another with equally many; with its own if all others are equal."""
-    others = other_places([question.images for question in questions], seed)
+    others = other_places([question.images for question in questions])
     sources = [questions[other] for other in others]
     return [replace(each, images=it.images, scene=it.scene) for each, it in zip(questions, sources, strict=True)]
 
 
-def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
+def other_places(images: Sequence[Sequence[Any]]) -> list[int]:
     """Return for each row the index of one with equally many, but different images; its own where there is none.
 
     Rows of one conversation, or several questions about an image, have the same images: exchanged they would be no
@@ -65,20 +65,20 @@ def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
         groups.setdefault(len(key), []).append(index)
     other = dict(enumerate(range(len(keys))))
     for indices in groups.values():
-        random.Random(seed).shuffle(indices)
+        random.Random(0).shuffle(indices)
         alike: dict[tuple[str, ...], list[int]] = {}
         for index in indices:
             alike.setdefault(keys[index], []).append(index)
         # Equal images stand together, and a shift by the largest of these groups leads out of all groups.
         order, shift = [index for group in alike.values() for index in group], max(map(len, alike.values()))
         pairs = zip(order, order[shift:] + order[:shift], strict=True)
-        other |= {index: place for index, place in pairs if keys[index] != keys[place]}
+        other |= {index: partner for index, partner in pairs if keys[index] != keys[partner]}
     return [other[index] for index in range(len(keys))]
 
 
-def is_right(said: str, answer: str) -> bool:
+def is_right(response: str, answer: str) -> bool:
     """Return whether an answer is the right one, apart from case, spaces and a full stop."""
-    return _plain(said) == _plain(answer)
+    return _plain(response) == _plain(answer)
 
 
 def _plain(text: str) -> str:
@@ -116,12 +116,12 @@ class Shown:
     """A question.
 
     Args:
-        asked: with its images and the right answer.
+        question: with its images and the right answer.
         other: the images of another question with equally many; `None` where there is no other.
         guess: the best answer without an image.
     """
 
-    asked: Asked
+    question: Asked
     other: Sequence[Any] | None
     guess: str
 
@@ -167,13 +167,13 @@ class Pictures(Suite[Shown]):
             yield from self._judge_block(subject, items[start : start + subject.batch_size])
 
     def _judge_block(self, subject: Subject, items: Sequence[Item[Shown]]) -> Iterator[Record]:
-        subject.check_numbers(items[0].body.asked.question or "a")
-        answers = self._answers(subject, [(item.body.asked, item.body.asked.images) for item in items])
+        subject.check_numbers(items[0].body.question.question or "a")
+        answers = self._answers(subject, [(item.body.question, item.body.question.images) for item in items])
         controls = [item for item in items if item.body.other is not None]
-        others = self._answers(subject, [(item.body.asked, item.body.other or ()) for item in controls])
+        others = self._answers(subject, [(item.body.question, item.body.other or ()) for item in controls])
         with_others = dict(zip((item.key for item in controls), others, strict=True))
         for item, answer in zip(items, answers, strict=True):
-            question = item.body.asked
+            question = item.body.question
             scores = {
                 "right": is_right(answer, question.answer),
                 "best_guess": is_right(item.body.guess, question.answer),

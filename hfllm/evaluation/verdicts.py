@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from hfllm.data.rows import counted
 from hfllm.errors import InputError
 from hfllm.outputs.statistics import Interval, clustered_interval, difference_interval, holm, paired_p_value
 from hfllm.runs.command_line import main_process
@@ -135,8 +136,7 @@ def sentence(first: str, second: str, verdicts: Sequence[Verdict], alpha: float 
     own = [each for each in verdicts if each.compared.model == second]
     if not own:
         return f"no verdict on {second}: no primary figure has enough items"
-    number = f"{len(verdicts)} primary figure{'s' * (len(verdicts) != 1)}"
-    of_all = f"at alpha {_shown(alpha)} (Holm over {number}, paired by item)"
+    of_all = f"at alpha {_shown(alpha)} (Holm over {counted(len(verdicts), 'primary figure')}, paired by item)"
     named = {word: [each for each in own if each.word == word] for word in (WORSE, BETTER)}
     if not any(named.values()):
         least = min(own, key=lambda each: each.adjusted)
@@ -154,7 +154,7 @@ def left_out_sentence(left_out: Sequence[Compared]) -> str:
         return ""
     named = [f"{each.name} ({each.model}, {each.units})" for each in left_out[:MOST_NAMED]]
     more = f"; and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
-    summary = f"{len(left_out)} figure{'s' * (len(left_out) != 1)} of too few items left out"
+    summary = f"{counted(len(left_out), 'figure')} of too few items left out"
     return f"{summary}: {'; '.join(named)}{more}"
 
 
@@ -288,7 +288,7 @@ def fail_if_worse(metrics: Mapping[str, float], first: str, models: Sequence[str
     alpha = metrics.get("verdict/alpha", ALPHA)
     worse = [(model, int(metrics[name])) for model, name in zip(models, names, strict=True) if metrics[name]]
     if worse:
-        regressions = ", ".join(f"{model} in {count} primary figure{'s' * (count != 1)}" for model, count in worse)
+        regressions = ", ".join(f"{model} in {counted(count, 'primary figure')}" for model, count in worse)
         if main_process():
             print(
                 f"regression: worse than {first} at alpha {_shown(alpha)}: {regressions}", file=sys.stderr, flush=True

@@ -11,7 +11,7 @@ from hfllm.data.formats import as_completion
 from hfllm.data.rows import split_beginning
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Fields of a generation config without effect on tokens, or set by every call below itself.
 NO_OPTIONS = frozenset(("transformers_version", "bos_token_id", "decoder_start_token_id", "max_length"))
 # Warnings given per model, to give them only once.
-_SAID: "WeakKeyDictionary[PreTrainedModel, set[str]]" = WeakKeyDictionary()
+_WARNED: "WeakKeyDictionary[PreTrainedModel, set[str]]" = WeakKeyDictionary()
 
 
 class Response(NamedTuple):
@@ -98,10 +98,9 @@ def sample_with_ends(
     import torch
 
     from hfllm.generation.packed.fast import fast_generate
+    from hfllm.generation.scoring import evaluating
     from hfllm.models.devices import forked_random
 
-    was_training = model.training
-    model.eval()
     ends = sorted(end_tokens(tokenizer, model))
     # A model's own generation config may ask for beams, neither sampled nor greedy.
     settings: dict[str, Any] = {"do_sample": do_sample, "num_beams": 1, "use_cache": True}
@@ -114,10 +113,10 @@ def sample_with_ends(
     responses: list[list[Response]] = [[] for _ in prompts]
     tokens_of = tokenize_prompts(prompts, tokenizer, tools) if prompts else []
     order = list(range(len(prompts)))
-    if fast and _can_be_fast(model, settings, max(map(len, tokens_of), default=0)):
-        settings["custom_generate"] = fast_generate
-        order.sort(key=lambda index: len(tokens_of[index]))
-    with forked_random(model.device), torch.inference_mode():
+    with evaluating(model), forked_random(model.device), torch.inference_mode():
+        if fast and _can_be_fast(model, settings, max(map(len, tokens_of), default=0)):
+            settings["custom_generate"] = fast_generate
+            order.sort(key=lambda index: len(tokens_of[index]))
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             indices = order[start : start + batch_size]
@@ -131,7 +130,6 @@ def sample_with_ends(
             completions = [_cut(text, ended, stop_strings) for text, ended in zip(texts, has_ended, strict=True)]
             for row, index in enumerate(indices):
                 responses[index] = completions[row * num_return_sequences : (row + 1) * num_return_sequences]
-    model.train(was_training)
     return responses
 
 
@@ -147,8 +145,8 @@ def _can_be_fast(model: "PreTrainedModel", settings: dict[str, Any], longest: in
     if reason is None:
         return True
     # Elsewhere no model is decoded over packed weights, and nobody can change this.
-    if model.device.type == "cpu" and reason not in _SAID.setdefault(model, set()):
-        _SAID[model].add(reason)
+    if model.device.type == "cpu" and reason not in _WARNED.setdefault(model, set()):
+        _WARNED[model].add(reason)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         warnings.warn(f"{name} is decoded by generate, not by the faster fast_generate: {reason}", stacklevel=4)
     return False
@@ -176,7 +174,7 @@ def _declined_reason(model: "PreTrainedModel", settings: dict[str, Any], longest
     return None
 
 
-def _own_options(config: "GenerationConfig", given: Collection[str]) -> dict[str, Any]:
+def _own_options(config: "GenerationConfig", excluded: Collection[str]) -> dict[str, Any]:
     """Return a model's own generation options that could change the samples, besides the options of a call.
 
     They are transformers' own fields with a value neither unset, nor off, nor at transformers' default: compared with
@@ -191,7 +189,7 @@ def _own_options(config: "GenerationConfig", given: Collection[str]) -> dict[str
         if name in fields
         and not name.startswith("_")
         and name not in NO_OPTIONS
-        and name not in given
+        and name not in excluded
         and value is not None
         and value is not False
         and value != defaults.get(name)
@@ -322,6 +320,5 @@ def _sampled(
     max_new_tokens: int,
     sampling: dict[str, Any],
 ) -> list[list[str]]:
-    if n < 1:
-        raise InputError(f"n must be at least 1, got {n}")
+    check_positive(n=n)
     return sample_responses(model, tokenizer, prompts, max_new_tokens, num_return_sequences=n, **sampling)

@@ -133,15 +133,15 @@ def normalized(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", without_marks).split()
 
 
-def exact_and_f1(said: str, golds: Sequence[str]) -> tuple[float, float]:
+def exact_and_f1(answer: str, golds: Sequence[str]) -> tuple[float, float]:
     """Return exact match and F1 of an answer against the best-fitting gold one; none stands for no answer."""
-    pairs = [_exact_and_f1(normalized(said), normalized(gold)) for gold in golds or [""]]
+    pairs = [_exact_and_f1(normalized(answer), normalized(gold)) for gold in golds or [""]]
     return max(exact for exact, _ in pairs), max(f1 for _, f1 in pairs)
 
 
-def _exact_and_f1(said: list[str], gold: list[str]) -> tuple[float, float]:
-    exact = float(said == gold)
-    if not said or not gold:
+def _exact_and_f1(answer: list[str], gold: list[str]) -> tuple[float, float]:
+    exact = float(answer == gold)
+    if not answer or not gold:
         return exact, exact
-    same = (Counter(said) & Counter(gold)).total()
-    return exact, 2 * same / (len(said) + len(gold))
+    same = (Counter(answer) & Counter(gold)).total()
+    return exact, 2 * same / (len(answer) + len(gold))

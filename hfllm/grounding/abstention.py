@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive
 from hfllm.outputs.report import standard_error, write_atomically
 from hfllm.outputs.statistics import as_numbers, as_pairs, check_share
 
@@ -159,8 +159,7 @@ def rows_needed_to_test(alpha: float, delta: float, tests: int = 1) -> int:
     """
     check_share(alpha, "alpha")
     check_share(delta, "delta")
-    if tests < 1:
-        raise InputError(f"tests must be at least 1, got {tests}")
+    check_positive(tests=tests)
     level = delta / tests
     rows = max(math.floor(math.log(level) / math.log1p(-alpha)) - 1, 1)
     while binomial_p(0, rows, alpha) > level:
@@ -279,8 +278,7 @@ def learn_then_test(
             f"correction must be one of {', '.join(CORRECTIONS)} and p_value of {', '.join(P_VALUES)}, "
             f"got {correction!r} and {p_value!r}"
         )
-    if num_thresholds < 1:
-        raise InputError(f"num_thresholds must be at least 1, got {num_thresholds}")
+    check_positive(num_thresholds=num_thresholds)
     tests = num_thresholds if thresholds is None else len(as_numbers(thresholds, "thresholds"))
     fewest = rows_needed_to_test(alpha, delta, tests if correction == "bonferroni" else 1)
     tested = np.arange(len(numbers))

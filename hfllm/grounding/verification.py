@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.passages import without_citations
 from hfllm.data.tokenizer import plain_text
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive
 from hfllm.generation.responses import best_by_reward, majority
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision
 from hfllm.grounding.abstention import UNKNOWN
 from hfllm.grounding.answers import normalized
-from hfllm.models.loading.saved import check_vocabulary, max_length_of
+from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of
 from hfllm.outputs.report import mean_of, readable, standard_error
 
 if TYPE_CHECKING:
@@ -292,10 +292,8 @@ class EntailmentModel:
                 f"the entailment model's labels are {named}; expected one of two or more to be {ENTAILMENT!r}: name "
                 "them in config.id2label, or take a model that was trained on natural language inference"
             )
-        if tokenizer.pad_token_id is None:
-            raise InputError("the entailment model's tokenizer has no padding token: set tokenizer.pad_token")
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        check_padding(tokenizer, "the entailment model's")
+        check_positive(batch_size=batch_size)
         check_vocabulary(model, tokenizer, "entailment model")
         if model.config.pad_token_id is None:
             # Decoders read the label at the last token before padding.

@@ -13,7 +13,7 @@ The types are as in transformers' `rope_parameters`; `ntk` is a higher `rope_the
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.loading.saved import max_length_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def extended_config(
     text = extended.get_text_config(decoder=True)
     name = _extended_part(text, length * factor)
     rope = text.rope_parameters if name is None else text.rope_parameters[name]
-    changed = _extended_rope(rope, rope_type, factor, length, _rotated_dimensions(text, rope))
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rotated = int(head * rope.get("partial_rotary_factor", 1.0))
+    changed = _extended_rope(rope, rope_type, factor, length, rotated)
     text.rope_parameters = changed if name is None else {**text.rope_parameters, name: changed}
     text.max_position_embeddings = length if rope_type == "dynamic" else int(length * factor)
     _check_valid(text, rope_type)
@@ -76,7 +78,7 @@ def _check_valid(config: "PreTrainedConfig", rope_type: str) -> None:
         if hasattr(config, "validate"):
             config.validate()
     except (KeyError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        reason = one_line(error.__cause__ or error, 300)
         raise InputError(
             f"--rope_type {rope_type}: a model of type {config.model_type} refuses it: {reason}"
         ) from None
@@ -137,11 +139,6 @@ def _extended_part(config: "PreTrainedConfig", new_length: float) -> str | None:
     if FULL not in rope:
         raise InputError(f"rope_parameters of {what} has {', '.join(rope)}, and none for {FULL}")
     return FULL
-
-
-def _rotated_dimensions(config: "PreTrainedConfig", rope: dict) -> int:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head * rope.get("partial_rotary_factor", 1.0))
 
 
 def _extended_rope(rope: dict, rope_type: str, factor: float, length: int, rotated: int) -> dict:

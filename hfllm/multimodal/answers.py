@@ -1,29 +1,17 @@
 """Answers of a vision-language model to questions about images."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import conversation_batch
+from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
-
-
-def picture_batch(
-    processor: "ProcessorMixin", prompts: Sequence[list[dict[str, Any]]], images: Sequence[Sequence["Image"]]
-) -> Mapping[str, Any]:
-    """Return a model's inputs for conversations with images, padded on the left.
-
-    Args:
-        prompts: messages with parts; `{"type": "image"}` stands for the next of its images.
-        images: of every prompt, in their order.
-    """
-    return conversation_batch(processor, prompts, images, "left", add_generation_prompt=True)
 
 
 def answer_pictures(
@@ -50,23 +38,19 @@ def answer_pictures(
     import torch
 
     answers: list[str] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), forked_random(model.device) if do_sample else nullcontext():
-            if do_sample:
-                torch.manual_seed(seed)
-            for first in range(0, len(prompts), batch_size):
-                rows = slice(first, first + batch_size)
-                pictures = [
-                    [read_image(each, "a prompt", max_pixels=sys.maxsize, min_side=1) for each in row]
-                    for row in images[rows]
-                ]
-                batch = picture_batch(processor, prompts[rows], pictures).to(model.device)
-                sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
-                sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)
-                ids = sequences[:, batch["input_ids"].shape[1] :]
-                answers += processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), forked_random(model.device) if do_sample else nullcontext():
+        if do_sample:
+            torch.manual_seed(seed)
+        for first in range(0, len(prompts), batch_size):
+            rows = slice(first, first + batch_size)
+            pictures = [
+                [read_image(each, "a prompt", max_pixels=sys.maxsize, min_side=1) for each in row]
+                for row in images[rows]
+            ]
+            batch = conversation_batch(processor, prompts[rows], pictures, "left", add_generation_prompt=True)
+            batch = batch.to(model.device)
+            sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+            sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)
+            ids = sequences[:, batch["input_ids"].shape[1] :]
+            answers += processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -9,8 +9,9 @@ import warnings
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.conversion.convert import refuse_other_table
+from hfllm.models.conversion.tensor_layouts import with_prefix
 from hfllm.models.devices import built_whole
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.configuration_hfllm_vision import HfllmVisionConfig, configured_size, vectors_before_patches
@@ -200,7 +201,7 @@ def _composed(
     try:
         config = config_class(**{part: tower_config, "text_config": text, token_id_name: token_id, **fields})
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()).rpartition("ValueError: ")[2]
+        reason = one_line(error, None).rpartition("ValueError: ")[2]
         raise InputError(f"{config_class.__name__}: {reason}") from error
     model_class = _class_of(config)
     if not isinstance(config, HfllmVisionConfig):
@@ -211,7 +212,7 @@ def _composed(
             plan = model_class(config)
         state = _text_state(model, plan, rows=text.vocab_size)
         if isinstance(tower, torch.nn.Module):
-            state |= _with_prefix(tower.state_dict(), _place_of(type(tower), plan))
+            state |= with_prefix(tower.state_dict(), _module_name(type(tower), plan))
         composite = _loaded(model_class, config, state, model.dtype)
     composite.generation_config = deepcopy(model.generation_config)
     # It stands for features of an image or a sound: written by the model, it would stand for nothing.
@@ -249,15 +250,15 @@ def _text_state(model: "PreTrainedModel", plan: "PreTrainedModel", rows: int) ->
         tables.add(id(head.bias))
     state_dict = model.state_dict(keep_vars=True)
     state = {name: _extended(each, rows) if id(each) in tables else each.detach() for name, each in state_dict.items()}
-    whole = _place_of(type(model), plan, is_needed=False)
+    whole = _module_name(type(model), plan, is_needed=False)
     if whole is not None:
-        return _with_prefix(state, whole)
-    begin, index = f"{model.base_model_prefix}.", _place_of(type(trunk), plan)
+        return with_prefix(state, whole)
+    begin, index = f"{model.base_model_prefix}.", _module_name(type(trunk), plan)
     of_trunk = {name.removeprefix(begin): each for name, each in state.items() if name.startswith(begin)}
     named = {id(module): name for name, module in plan.named_modules()}
     mine = next(name for name, module in model.named_modules() if module is head)
     of_head = {name.removeprefix(f"{mine}."): each for name, each in state.items() if name.startswith(f"{mine}.")}
-    return _with_prefix(of_trunk, index) | _with_prefix(of_head, named[id(plan.get_output_embeddings())])
+    return with_prefix(of_trunk, index) | with_prefix(of_head, named[id(plan.get_output_embeddings())])
 
 
 def _extended(table: "Tensor", rows: int) -> "Tensor":
@@ -272,16 +273,12 @@ def _extended(table: "Tensor", rows: int) -> "Tensor":
     return torch.cat((table, mean.expand(missing, *table.shape[1:])))
 
 
-def _place_of(module_class: "type[nn.Module]", plan: "PreTrainedModel", is_needed: bool = True) -> str | None:
+def _module_name(module_class: "type[nn.Module]", plan: "PreTrainedModel", is_needed: bool = True) -> str | None:
     """Return the name of the one module of a class in `plan`."""
     name = next((name for name, module in plan.named_modules() if type(module) is module_class), None)
     if name is None and is_needed:
         raise InputError(f"a {type(plan).__name__} has no place for a {module_class.__name__}")
     return name
-
-
-def _with_prefix(state: "dict[str, Tensor]", prefix: str | None) -> "dict[str, Tensor]":
-    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
 
 
 def _loaded(

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hfllm.data.images.files import read_image
-from hfllm.data.images.rows import counted, words_of_places
-from hfllm.data.rows import Message, content_text, is_begun, origin_of, read_tools, spells
+from hfllm.data.images.rows import words_of_places
+from hfllm.data.rows import Message, content_text, counted, is_begun, origin_of, read_tools, spells
 from hfllm.data.tokenizer import text_of_macro
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.family.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches
 from hfllm.models.loading.saved import reads_pictures
 
@@ -124,12 +124,8 @@ def check_processor(processor: ProcessorMixin, vision_config: "PreTrainedConfig"
         processor: of Llava's layout.
         vision_config: of the tower.
     """
-    patch = getattr(processor, "patch_size", None)
-    if patch != vision_config.patch_size:
-        raise InputError(f"the processor has patch_size={patch} and the vision tower {vision_config.patch_size}")
-    processor_size, size = made_size(processor.image_processor), configured_size(vision_config)
-    if processor_size is not None and size is not None and processor_size != size:
-        raise _of_another_size(processor_size, size)
+    _check_patch(processor, vision_config)
+    _check_size(processor, configured_size(vision_config))
     before, counted = vectors_before_patches(vision_config), processor.num_additional_image_tokens
     if before != counted:
         raise InputError(
@@ -149,15 +145,10 @@ def check_fit(processor: ProcessorMixin, config: "PreTrainedConfig") -> None:
     tower = getattr(config, "vision_config", None)
     if config.model_type not in ("hfllm_vision", "llava") or type(processor).__name__ != "LlavaProcessor":
         return
-    size, processor_size = picture_size(tower), made_size(processor.image_processor)
-    if size is not None and processor_size is not None and processor_size != size:
-        raise _of_another_size(processor_size, size)
+    _check_size(processor, picture_size(tower))
     if tower.model_type not in (*IMAGE_PROCESSORS, "vit"):
         return
-    if processor.patch_size != tower.patch_size:
-        raise InputError(
-            f"the processor has patch_size={processor.patch_size} and the vision tower {tower.patch_size}"
-        )
+    _check_patch(processor, tower)
     # `"default"` leaves out one per image.
     more = vectors_before_patches(tower) - (config.vision_feature_select_strategy == "default")
     counted = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
@@ -188,18 +179,28 @@ def check_template(processor: ProcessorMixin, name: str) -> None:
         processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
     # A template may refuse anything in its own words.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{whose} cannot write a question about a picture by its chat template: {reason}") from None
+        raise InputError(
+            f"{whose} cannot write a question about a picture by its chat template: {one_line(error)}"
+        ) from None
 
 
-def _of_another_size(made: tuple[int, int], size: tuple[int, int]) -> InputError:
-    return InputError(
-        f"the processor makes pictures of {made[0]}x{made[1]} pixels and the vision tower takes {size[0]}x{size[1]} "
-        "(image_size)"
-    )
+def _check_size(processor: ProcessorMixin, size: tuple[int, int] | None) -> None:
+    """Refuse a processor with images of another size than a tower's; either may be unknown."""
+    output = output_size(processor.image_processor)
+    if output is not None and size is not None and output != size:
+        raise InputError(
+            f"the processor makes pictures of {output[0]}x{output[1]} pixels and the vision tower takes "
+            f"{size[0]}x{size[1]} (image_size)"
+        )
 
 
-def made_size(image_processor: "BaseImageProcessor") -> tuple[int, int] | None:
+def _check_patch(processor: ProcessorMixin, tower: "PreTrainedConfig") -> None:
+    patch = getattr(processor, "patch_size", None)
+    if patch != tower.patch_size:
+        raise InputError(f"the processor has patch_size={patch} and the vision tower {tower.patch_size}")
+
+
+def output_size(image_processor: "BaseImageProcessor") -> tuple[int, int] | None:
     """Return height and width of an image processor's output images, or `None` if they vary."""
     is_cropped = getattr(image_processor, "do_center_crop", False)
     size = getattr(image_processor, "crop_size" if is_cropped else "size", None)
@@ -375,7 +376,7 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
     prompt, pictures = row["prompt"], pictures_of(row, origin)
     column = next((name for name in COLUMNS if row.get(name) is not None), None)
     if pictures and not count_parts(prompt):
-        prompt = _with_places(prompt, len(pictures), origin)
+        prompt = _with_placeholders(prompt, len(pictures), origin)
     for part in (part for message in prompt for part in _parts(message)):
         if part.get("type") not in ("text", "image"):
             raise InputError(f"{origin}: a part of the type {part.get('type')!r}; PPO reads text and image")
@@ -394,7 +395,7 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
     return [{**each, "content": [put(part) for part in _parts(each)]} if _parts(each) else each for each in prompt]
 
 
-def _with_places(prompt: list[Message], count: int, origin: str) -> list[Message]:
+def _with_placeholders(prompt: list[Message], count: int, origin: str) -> list[Message]:
     """Return a prompt with placeholders before the user's first words, as TRL puts them."""
     first = next((at for at, message in enumerate(prompt) if message["role"] == "user"), None)
     if first is None:
@@ -457,7 +458,7 @@ def encode(
     for row, origin in zip(rows, origins, strict=True):
         if isinstance(row["prompt"], str) and pictures_of(row, origin):
             raise InputError(f"{origin}: the prompt is text; with pictures it must be a list of messages")
-    distinct: list[_Asked] = []
+    distinct: list[_Request] = []
     tokens = words_of_places(processor)
     numbers, before = [], None
     for row, origin in zip(rows, origins, strict=True):
@@ -467,7 +468,7 @@ def encode(
             if spells(tokens, [content_text(each.get("content"), "") for each in prompt]):
                 words = " or ".join(map(repr, tokens))
                 raise InputError(f"{origin}: the words spell {words}, which stands for a picture's features")
-            distinct.append(_Asked(prompt, tools or row.get("tools")))
+            distinct.append(_Request(prompt, tools or row.get("tools")))
         before = key
         numbers.append(len(distinct) - 1)
     encoded: list[Encoded] = []
@@ -524,7 +525,7 @@ def _counted_picture(image: object) -> tuple[int, int] | None:
     return None if image.format is not None or image.info or image.getexif() else image.size
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     """A prompt with its images, and the schemas of its tools."""
 
     prompt: list[Message]
@@ -545,17 +546,17 @@ class _Asked(NamedTuple):
         ]
 
 
-def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list[Encoded] | None:
+def _encode_together(requests: Sequence[_Request], processor: ProcessorMixin) -> list[Encoded] | None:
     """Return the results of `_encode_one`, at a fraction of its cost; `None` where they are not certain.
 
     They are certain where images become `pixel_values` of one size and nothing else: then every image is a tensor by
     itself, the same whatever is next to it, the images are as many as in the prompts, and all take as many positions.
     """
-    options, counts = asked[0].options(), [count_parts(each.prompt) for each in asked]
-    if len(asked) == 1 or processor in _ONE_BY_ONE or any(each.options() != options for each in asked[1:]):
+    options, counts = requests[0].options(), [count_parts(each.prompt) for each in requests]
+    if len(requests) == 1 or processor in _ONE_BY_ONE or any(each.options() != options for each in requests[1:]):
         return None
     try:
-        conversations = [each.parts() for each in asked]
+        conversations = [each.parts() for each in requests]
         fields = dict(_templated(processor, conversations, processor_kwargs={"padding": True}, **options))
     except Exception:
         # The prompt and its error are found one by one.
@@ -580,14 +581,14 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
     return [(some, {"pixel_values": next(parts)} if count else {}) for some, count in zip(ids, counts, strict=True)]
 
 
-def _encode_one(asked: _Asked, processor: ProcessorMixin) -> Encoded:
-    fields = dict(_templated(processor, [asked.parts()], **asked.options()))
+def _encode_one(request: _Request, processor: ProcessorMixin) -> Encoded:
+    fields = dict(_templated(processor, [request.parts()], **request.options()))
     ids = fields.pop("input_ids")[0].tolist()
     fields.pop("attention_mask", None)
-    pictures = count_parts(asked.prompt)
+    pictures = count_parts(request.prompt)
     tensors = {name: torch.as_tensor(value) for name, value in fields.items()} if pictures else {}
     return ids, {name: value[0] if name in PER_TOKEN else value for name, value in tensors.items()}
 
 
-def _templated(processor: ProcessorMixin, said: list[list[Message]], **options: Any) -> Mapping[str, Any]:
-    return processor.apply_chat_template(said, tokenize=True, return_dict=True, return_tensors="pt", **options)
+def _templated(processor: ProcessorMixin, messages: list[list[Message]], **options: Any) -> Mapping[str, Any]:
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)

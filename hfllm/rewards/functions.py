@@ -165,7 +165,7 @@ def load_function(specification: str, flag: str) -> Callable[..., Any]:
         raise InputError(f"{flag} {specification}: {index}: {error.msg}") from error
     # A file written to be run as a script may end in sys.exit.
     except (Exception, SystemExit) as error:
-        raise InputError(f"{flag} {specification}: {path} does not run: {error!r}{_place(error)}") from error
+        raise InputError(f"{flag} {specification}: {path} does not run: {error!r}{_location(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         defined = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
@@ -198,7 +198,7 @@ def checked_rewards(
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
         column_names = ", ".join(columns) or "(none)"
-        raise InputError(f"{name} failed with {error!r}{_place(error)}; columns given: {column_names}") from error
+        raise InputError(f"{name} failed with {error!r}{_location(error)}; columns given: {column_names}") from error
     if not isinstance(rewards, list):
         raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
     if len(rewards) != len(completions):
@@ -252,7 +252,7 @@ def time_limit(function: Callable[..., Any], seconds: float) -> Iterator[None]:
     except _TimeIsUp as error:
         is_running = False
         # It may have called a library, but the library is not the code to mend.
-        index = _place(error, getattr(getattr(function, "__code__", None), "co_filename", None))
+        index = _location(error, getattr(getattr(function, "__code__", None), "co_filename", None))
         raise InputError(
             f"reward function {reward_name(function)!r} did not return within {seconds:g} seconds{index}; "
             "--reward_timeout gives it more, and 0 sets no limit"
@@ -272,7 +272,7 @@ def _as_list(values: object) -> object:
     return list(values) if is_several else values
 
 
-def _place(error: BaseException, file: str | None = None) -> str:
+def _location(error: BaseException, file: str | None = None) -> str:
     """Return the file and line of an error in the user's code, as the end of a phrase.
 
     Args:

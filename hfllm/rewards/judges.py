@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds
-from hfllm.models.loading.saved import check_vocabulary, max_length_of
+from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of
 from hfllm.outputs.report import share_error, standard_error
 from hfllm.rewards.functions import completion_text
 
@@ -69,11 +69,6 @@ def judge_question(
     answers = [f"{letter} {completion_text(each)}" for letter, each in zip(letters, (first, second), strict=True)]
     instructions = [f"Answer with {letters[0]} or {letters[1]}."] if ask_for_letter else []
     return "\n".join([conversation.strip(), *answers, question, *instructions])
-
-
-def was_trained_on_questions(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether a judge is assumed to know the bare question: one with our own chat template."""
-    return writes_as_ours(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,7 @@ def _pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
 # ---- judges ----
 
 
-Said = str | list[Message]
+Text = str | list[Message]
 # The paper's bounds for judges with thoughts before the reply; their probabilities are near 0 or 1 otherwise.
 PAPER_CLAMP = (0.4, 0.6)
 
@@ -176,13 +171,10 @@ class PreferenceJudge:
         batch_size: int = 64,
         seed: int = 0,
     ):
-        if tokenizer.pad_token_id is None:
-            raise InputError("the judge's tokenizer has no padding token: set tokenizer.pad_token")
+        check_padding(tokenizer, "the judge's")
         if clamp is not None and not (len(clamp) == 2 and 0 < clamp[0] < clamp[1] < 1):
             raise InputError(f"clamp must be two probabilities in order, such as {PAPER_CLAMP}, got {clamp}")
-        for name, number in (("batch_size", batch_size), ("thought_length", thought_length)):
-            if number < 1:
-                raise InputError(f"{name} must be at least 1, got {number}")
+        check_positive(batch_size=batch_size, thought_length=thought_length)
         check_vocabulary(model, tokenizer, "judge")
         self.principles = constitution.judging_principles()
         most = len(self.principles)
@@ -191,14 +183,14 @@ class PreferenceJudge:
         self.model, self.tokenizer, self.batch_size, self.seed = model, tokenizer, batch_size, seed
         self.chain_of_thought, self.thought_length, self.clamp = chain_of_thought, thought_length, clamp
         self.letters, self.num_principles = letters, num_principles or most
-        self.ask_for_letter = not was_trained_on_questions(tokenizer) if ask_for_letter is None else ask_for_letter
+        self.ask_for_letter = not writes_as_ours(tokenizer) if ask_for_letter is None else ask_for_letter
         # A transcript ends with a colon.
         self.lead = HAS_THOUGHT if chain_of_thought else "" if tokenizer.chat_template else " "
         self.tokens = letter_tokens(tokenizer, letters, self.lead)
         self.context = max_length_of(model.config)
         self.__name__ = Path(getattr(model.config, "_name_or_path", "") or "judge").name
 
-    def compare(self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]) -> list[float]:
+    def compare(self, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> list[float]:
         """Return, for every pair, the log-odds in nats of the first answer being better than the second.
 
         It is log P(A) - log P(B) with the first answer as (A), averaged over both orders, clamped if asked, and
@@ -214,7 +206,7 @@ class PreferenceJudge:
         ]
 
     def in_both_orders(
-        self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]
+        self, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]
     ) -> list[list[tuple[float, float]]]:
         """Return, for every pair and principle, the log-odds of the first being better: shown as (A), shown as (B)."""
         questions = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
@@ -231,14 +223,14 @@ class PreferenceJudge:
         replies = dict(zip(texts, self._replies([ids[text] for text in texts]), strict=True))
         return [[(replies[one], -replies[other]) for one, other in pair] for pair in questions]
 
-    def has_room(self, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]) -> list[bool]:
+    def has_room(self, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> list[bool]:
         """Return whether the questions about every pair fit into the judge's context."""
         questions = [self._questions(*pair) for pair in zip(prompts, first, second, strict=True)]
         ids = self._token_ids([text for pair in questions for both in pair for text in both])
         lengths = [max(self._whole_length(ids[text]) for both in pair for text in both) for pair in questions]
         return [self.context is None or length <= self.context for length in lengths]
 
-    def _questions(self, prompt: Said, first: Said, second: Said) -> list[tuple[str, str]]:
+    def _questions(self, prompt: Text, first: Text, second: Text) -> list[tuple[str, str]]:
         """Return, for every principle, the question with the first answer as (A), and with it as (B)."""
         # By the prompt, so a reward does not depend on the rest of a batch.
         rng = random.Random(f"judge-{self.seed}-{[message['content'] for message in as_messages(prompt)]}")
@@ -283,9 +275,11 @@ class PreferenceJudge:
         thought: list[list[int]] = [[] for _ in questions]
         ends = end_tokens(self.tokenizer, self.model)
         for rows in batches_of_like_length(self.model, [len(ids) for ids in questions], self.batch_size):
-            batch = self._padded([questions[row] for row in rows], "left")
+            ids = {"input_ids": [questions[row] for row in rows]}
+            batch = self.tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(self.model.device)
             output = self.model.generate(
-                **batch,
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
                 do_sample=False,
                 max_new_tokens=self.thought_length,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -296,10 +290,6 @@ class PreferenceJudge:
                 length = next((index for index, number in enumerate(generated) if number in ends), len(generated))
                 thought[row] = generated[:length]
         return [[*ids, *generated] for ids, generated in zip(questions, thought, strict=True)]
-
-    def _padded(self, ids: list[list[int]], side: str) -> dict[str, Any]:
-        batch = self.tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(self.model.device)
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def _clamped(self, odds: float) -> float:
         if self.clamp is None:
@@ -320,9 +310,9 @@ class JudgeReward:
 
     def __call__(
         self,
-        prompts: Sequence[Said],
-        completions: Sequence[Said],
-        baseline: Sequence[Said] | None = None,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        baseline: Sequence[Text] | None = None,
         **columns: Sequence[object],
     ) -> list[float]:
         """Return a number per completion.
@@ -370,14 +360,15 @@ class BiasReport:
 
 
 def measure_bias(
-    judge: PreferenceJudge, prompts: Sequence[Said], first: Sequence[Said], second: Sequence[Said]
+    judge: PreferenceJudge, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]
 ) -> BiasReport:
     """Measure a judge's position bias on the pairs at hand; pairs of equal answers are left out.
 
     Raises:
         InputError: when no pair has two different answers, or as `PreferenceJudge.compare`.
     """
-    pairs = [pair for pair in zip(prompts, first, second, strict=True) if _differ(*pair[1:])]
+    triples = zip(prompts, first, second, strict=True)
+    pairs = [triple for triple in triples if completion_text(triple[1]) != completion_text(triple[2])]
     if not pairs:
         raise InputError(
             f"the judge's bias cannot be measured: none of {len(prompts)} pairs has two different answers"
@@ -433,9 +424,9 @@ class LabeledPairs(NamedTuple):
 
 def preference_rows(
     judge: PreferenceJudge,
-    prompts: Sequence[Said],
-    first: Sequence[Said],
-    second: Sequence[Said],
+    prompts: Sequence[Text],
+    first: Sequence[Text],
+    second: Sequence[Text],
     *,
     label_noise: float = 0.0,
     min_log_odds: float = 0.0,
@@ -485,7 +476,3 @@ def preference_rows(
             "the context"
         )
     return LabeledPairs(rows, LabelFigures(len(pairs), ties, len(pairs) - len(remaining), flipped))
-
-
-def _differ(first: Said, second: Said) -> bool:
-    return completion_text(first) != completion_text(second)

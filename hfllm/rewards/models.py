@@ -175,11 +175,6 @@ class TokenRewardModel(RewardModel):
         return rewards
 
 
-def scores_tokens(model: "PreTrainedModel") -> bool:
-    """Return whether a model gives one number per token (`...ForTokenClassification`)."""
-    return type(model).__name__.endswith("ForTokenClassification")
-
-
 # ---- ensembles ----
 #
 # An ensemble of several rewards, harder to exploit than one.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.tokenizer import padding_token, plain_chat_template
-from hfllm.errors import InputError, is_out_of_memory, refuse
+from hfllm.errors import InputError, is_out_of_memory, one_line, refuse
 from hfllm.models.conversion.convert import BAD_CONFIG, check_empty, config_from_native
 from hfllm.models.family.attention_hfllm import check_implementation
 from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, ExpertFields, LatentFields
@@ -208,7 +208,7 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         sizes = ", ".join(f"{name} {fields.get(name)}" for name in ("hidden_size", "num_attention_heads"))
         # In an error of a config check the cause has the explanation; the rest names the check.
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        reason = one_line(error.__cause__ or error, 300)
         raise InputError(f"{sizes} and the other fields describe no model: {reason}") from None
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message, read_messages
 from hfllm.data.tokenizer import next_turn, to_prompt, tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive
 from hfllm.generation import responses
 from hfllm.generation.responses import Response
-from hfllm.models.loading.saved import check_vocabulary, max_length_of, saved_tokenizer
+from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of, saved_tokenizer
 from hfllm.models.loading.weights import weights_fingerprint
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import main_process, say
@@ -146,8 +146,7 @@ class Speaker:
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
-        if tokenizer.pad_token_id is None:
-            raise InputError(f"the {name}'s tokenizer has no padding token: set tokenizer.pad_token")
+        check_padding(tokenizer, f"the {name}'s")
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.context, self.next_turn = max_length_of(model.config), next_turn(tokenizer)
@@ -288,9 +287,9 @@ class RevisionSettings:
     temperature: float = 1.0
 
     def __post_init__(self):
-        for name in ("num_revisions", "response_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(
+            num_revisions=self.num_revisions, response_length=self.response_length, batch_size=self.batch_size
+        )
         if not self.temperature > 0:
             raise InputError(f"temperature must be above 0, got {self.temperature}; do_sample=False is greedy")
 

@@ -33,6 +33,7 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
+from hfllm.data.packing import start_of
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import write_checksums
 from hfllm.outputs.report import readable
@@ -285,8 +286,7 @@ class SampleCallback(TrainerCallback):
         self.samples: list[dict[str, int | str]] = []
 
     def _encode(self, prompt: str) -> list[int]:
-        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        return start + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return start_of(self.tokenizer) + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
     def on_train_begin(
         self,

@@ -327,7 +327,7 @@ class EachRowOnce(Trainer):
             self._kept = None
         return output
 
-    def _measured(self, kept: torch.Tensor) -> dict[str, float]:
+    def _measured(self, row_metrics: torch.Tensor) -> dict[str, float]:
         """Return metrics of the values kept by all processes: (processes, rows, columns), in double precision."""
         raise NotImplementedError
 
@@ -363,8 +363,8 @@ class TokenMeanEvaluation(EachRowOnce):
             self._kept.append(torch.stack((total, count.to(total.dtype))).unsqueeze(0))
         return loss, logits, labels
 
-    def _measured(self, kept: torch.Tensor) -> dict[str, float]:
-        total, count = kept.sum((0, 1)).tolist()
+    def _measured(self, row_metrics: torch.Tensor) -> dict[str, float]:
+        total, count = row_metrics.sum((0, 1)).tolist()
         return {"loss": total / count if count else float("nan")}
 
     def _without_repeated_rows(self, inputs: Batch) -> Batch:

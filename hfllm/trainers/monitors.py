@@ -91,10 +91,10 @@ class ThroughputCallback(TrainerCallback):
         self._device = torch.device("cpu")
         self._begin(0)
 
-    def _begin(self, seen: int) -> None:
+    def _begin(self, tokens: int) -> None:
         # Start of the timed interval, or `None` before the first step: a resumed run first skips used data.
         self._since: float | None = None
-        self._seconds, self._tokens, self._seen = 0.0, 0, seen
+        self._seconds, self._tokens, self._seen = 0.0, 0, tokens
 
     def _count_time(self, wait: bool) -> None:
         """Count the time until now; with `wait`, after the device has finished its work."""

@@ -206,8 +206,8 @@ def _other_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     return None
 
 
-def _rows_at(rows: "Dataset | Sequence[object]", places: Sequence[int]) -> list[object]:
+def _rows_at(rows: "Dataset | Sequence[object]", indices: Sequence[int]) -> list[object]:
     if hasattr(rows, "with_format"):
         # As they are stored: images and sounds are not decoded.
-        return rows.with_format("arrow")[places].to_pylist()
-    return [rows[index] for index in places]
+        return rows.with_format("arrow")[indices].to_pylist()
+    return [rows[index] for index in indices]

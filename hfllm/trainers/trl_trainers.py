@@ -45,14 +45,14 @@ class SFTTrainer(TokenMeanEvaluation, trl.SFTTrainer):
         finally:
             self.router_aux_loss_coef = weight
 
-    def _measured(self, kept: torch.Tensor) -> dict[str, float]:
-        counts, logged = kept[..., 1].sum(0), self._metrics["eval"]
+    def _measured(self, row_metrics: torch.Tensor) -> dict[str, float]:
+        counts, logged = row_metrics[..., 1].sum(0), self._metrics["eval"]
         for name in ("entropy", "mean_token_accuracy"):
             # TRL's own are of all processes, one per batch; `log` averages these values.
             values = torch.tensor(logged[name], dtype=torch.double)
             if len(values) == len(counts):
                 logged[name] = [((values * counts).sum() / counts.sum().clamp(min=1)).item()]
-        return super()._measured(kept)
+        return super()._measured(row_metrics)
 
 
 class RewardTrainer(EachRowOnce, trl.RewardTrainer):
@@ -86,8 +86,8 @@ class RewardTrainer(EachRowOnce, trl.RewardTrainer):
         self._kept.append(torch.stack((chosen, rejected, margin, is_new.float()), 1))
         return (loss, outputs) if return_outputs else loss
 
-    def _measured(self, kept: torch.Tensor) -> dict[str, float]:
-        chosen, rejected, margin, is_new = kept.flatten(0, 1).unbind(1)
+    def _measured(self, row_metrics: torch.Tensor) -> dict[str, float]:
+        chosen, rejected, margin, is_new = row_metrics.flatten(0, 1).unbind(1)
         chosen, rejected, margin = (values[is_new > 0] for values in (chosen, rejected, margin))
         rewards = torch.cat((chosen, rejected))
         figures = {

@@ -12,7 +12,7 @@ from seeing import TOWERS
 import hfllm
 from hfllm.data.tokenizer import BUILT_IN, plain_chat_template, set_built_in
 from hfllm.errors import InputError
-from hfllm.multimodal.processors import IMAGE_TOKEN, check_processor, made_size
+from hfllm.multimodal.processors import IMAGE_TOKEN, check_processor, output_size
 
 
 @pytest.fixture
@@ -105,4 +105,4 @@ def test_a_processor_that_does_not_fit_is_refused(tokens):
     tokens.chat_template = "{{ messages[0]['content'][1]['text'] }}"
     with pytest.raises(InputError, match="give chat_template="):
         hfllm.vision_processor(tokens, tower)
-    assert made_size(transformers.CLIPImageProcessorPil()) == (224, 224)
+    assert output_size(transformers.CLIPImageProcessorPil()) == (224, 224)

@@ -12,7 +12,6 @@ from hfllm.data.images.rows import PictureArguments, conversation_batch
 from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
-from hfllm.multimodal.answers import picture_batch
 from hfllm.multimodal.processors import encode
 from hfllm.stages import reward as reward_module
 from hfllm.stages.evaluate import build as evaluate
@@ -95,7 +94,9 @@ def test_questions_of_the_evaluation(seeing_folder, tmp_path, monkeypatch, capsy
     assert [asked.answer for asked in questions] == [lines[place]["completion"] for place in (0, 2, 3)]
     assert f"{COUNTED} ({path}, line 2)" in capsys.readouterr().out
     for each in processors.values():
-        picture_batch(each, [asked.prompt for asked in questions], [[row["image"]] for row in halves(3)])
+        conversation_batch(
+            each, [asked.prompt for asked in questions], [[row["image"]] for row in halves(3)], "left", True
+        )
 
 
 @pytest.mark.parametrize("form", ["text", "conversation", "beside a picture"])

@@ -9,7 +9,8 @@ import torch
 import hfllm
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
-from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
+from hfllm.models.loading.saved import scores_tokens
+from hfllm.rewards.models import RewardModel, TokenRewardModel
 
 WORDS = "the fox is red and the owl sings in an old house by the river"
 

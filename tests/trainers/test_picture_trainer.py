@@ -6,9 +6,10 @@ import torch
 from transformers import TrainingArguments
 from vision import parse
 
+from hfllm.data.images.rows import conversation_batch
 from hfllm.data.packing import IGNORE
 from hfllm.data.world.pictures import CAPTIONS, DrawnWorld, PictureRow
-from hfllm.multimodal.answers import answer_pictures, picture_batch
+from hfllm.multimodal.answers import answer_pictures
 from hfllm.stages.vision.build import new_model
 from hfllm.trainers.trl_trainers import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 
@@ -114,7 +115,7 @@ def test_answers_do_not_depend_on_the_batch(made):
     whole = answer_pictures(model, processor, prompts, images, 6)
     assert whole == answer_pictures(model, processor, prompts, images, 6, batch_size=2) and len(whole) == 7
     side = processor.tokenizer.padding_side
-    batch = picture_batch(processor, prompts, images)
+    batch = conversation_batch(processor, prompts, images, "left", add_generation_prompt=True)
     lengths = batch["attention_mask"].sum(1)
     assert len(set(lengths.tolist())) > 1 and processor.tokenizer.padding_side == side
     assert all(row[-length:].all() for row, length in zip(batch["attention_mask"], lengths, strict=True))

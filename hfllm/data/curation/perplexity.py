@@ -19,8 +19,9 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from hfllm.data.curation.duplicates import marked
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.text import hash_text, mix
+from hfllm.data.packing import start_of
 from hfllm.data.sources import PYDOC, pydoc_documents
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 
 # ---- judges and the filter ----
 
@@ -101,8 +102,7 @@ class CausalJudge:
         import torch
 
         text = text[:EXCERPT]
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = start + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = start_of(self.tokenizer) + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([ids[: self.length]])
         if ids.shape[1] < 2:
             return 0.0
@@ -157,7 +157,7 @@ def check_judge(model: str) -> None:
         AutoConfig.from_pretrained(model, trust_remote_code=False)
         AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         reason = "it needs code of its own, which is not run" if "trust_remote_code" in reason else reason[:200]
         raise InputError(f"--perplexity_model {model!r} could not be loaded: {reason}") from None
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.rows import BadRow
+from hfllm.errors import one_line
+from hfllm.fingerprint import ORIENTATION
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +28,6 @@ MIN_SIDE = 2
 # Letters of an image's name in an error.
 MOST_SHOWN = 200
 # How to turn an image by its camera's entry (the EXIF tag Orientation): `PIL.Image.Transpose`, by its name.
-ORIENTATION = 0x0112
 TURNS = {
     **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"},
     **{7: "TRANSVERSE", 8: "ROTATE_90"},
@@ -130,7 +131,7 @@ def _source(value: Any, origin: str, folder: Path | None) -> tuple[Any, str]:
 
 def _shown(name: str | Path) -> str:
     """Return a name in its form for a line of an error."""
-    name = " ".join(str(name).split())
+    name = one_line(name, None)
     return name if len(name) <= MOST_SHOWN else f"{name[:MOST_SHOWN]}..."
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hfllm.data.formats import ANSWERED, LABELED, as_messages, renamed
 from hfllm.data.images.files import MAX_PIXELS, BadImage, image_key, path_of, read_image, to_rgb
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.rows import BadRow, Message, content_text, flaw_of, role_of, spells
+from hfllm.data.rows import BadRow, Message, content_text, counted, flaw_of, role_of, spells
 from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
 from hfllm.errors import InputError
 from hfllm.flags import Fact, flag
@@ -121,8 +121,8 @@ def _shown_once(origin: str, row: Row, inside: Mapping[str, list[Any]]) -> list[
     return inside["chosen"]
 
 
-def _begins_with_a_question(said: Any) -> bool:
-    first = said[0] if isinstance(said, list) and said and isinstance(said[0], Mapping) else {}
+def _begins_with_a_question(messages: Any) -> bool:
+    first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], Mapping) else {}
     return role_of(first) in ("system", "user")
 
 
@@ -229,18 +229,18 @@ def _of_prompt(row: Mapping[str, Any]) -> tuple[str, ...]:
 def flaw_of_pictures(row: Row) -> str | None:
     """Return why a row with parts cannot be learned from, as `hfllm.data.rows.flaw_of` does for texts, or `None`."""
     sides = ("prompt", "completion", "chosen", "rejected")
-    return flaw_of({side: [_as_text(message) for message in row[side]] for side in sides if side in row})
+    # An image counts as something said.
+    texts = {
+        side: [{**message, "content": content_text(message["content"], MARK)} for message in row[side]]
+        for side in sides
+        if side in row
+    }
+    return flaw_of(texts)
 
 
 def text_of(message: Message) -> str:
     """Return the text of a message with parts; images are left out."""
     return content_text(message["content"], "")
-
-
-def _as_text(message: Message) -> Message:
-    """Return a message with a text in which images count as something said."""
-    parts = [MARK if part["type"] == "image" else part["text"] for part in message["content"]]
-    return {**message, "content": "".join(parts)}
 
 
 def check_paths(origin: str, row: Mapping[str, Any], images: Sequence[Any], folder: Path | None) -> None:
@@ -303,18 +303,15 @@ def found_in(folder: Path | None, value: Any) -> Any:
 
 def _in_columns(row: Mapping[str, Any]) -> list[Any]:
     """Return the images in a row's columns; a row of text in a table of images has an empty list or nothing."""
-    result = (_given(each) for column in COLUMNS for each in _as_list(row.get(column)))
-    return [each for each in result if each is not None]
+    columns = [row.get(column) for column in COLUMNS]
+    values = (each for column in columns for each in (column if isinstance(column, (list, tuple)) else [column]))
+    return [each for each in map(_image_or_none, values) if each is not None]
 
 
-def _given(value: Any) -> Any:
+def _image_or_none(value: Any) -> Any:
     """Return an image, `None` for the value of a table without one."""
     is_empty = isinstance(value, Mapping) and value and all(each is None for each in value.values())
     return None if is_empty else value
-
-
-def _as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _parts(messages: Any) -> list[Any]:
@@ -339,7 +336,7 @@ def _flat(origin: str, message: Any, images: list[Any]) -> Any:
     text = ""
     for part in content:
         if _is_picture(part):
-            candidates = [_given(part.get(name)) for name in ("image", "image_url", "url", "path")]
+            candidates = [_image_or_none(part.get(name)) for name in ("image", "image_url", "url", "path")]
             result = next((each for each in candidates if each is not None), None)
             images.append(result.get("url") if isinstance(result, Mapping) and "url" in result else result)
             text += MARK
@@ -359,11 +356,6 @@ def _split(text: str) -> list[Message]:
         if after := after.removeprefix("\n"):
             parts.append({"type": "text", "text": after})
     return parts
-
-
-def counted(count: int, what: str) -> str:
-    """Return a number with its noun, such as `1 picture` and `2 pictures`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 # ---- the user's pictures ----
@@ -429,7 +421,6 @@ def picture_mapper(
     convert: Convert,
     stage: str,
     tokens: Sequence[str] = (),
-    needs_images: bool = True,
 ) -> Convert:
     """Return the conversion of a dataset's rows with images, which refuses bad ones as the flags say.
 
@@ -439,9 +430,8 @@ def picture_mapper(
         convert: converts a row of text, such as `formats.to_sft`.
         stage: the command, for complaints.
         tokens: the processor's tokens at an image's position; rows whose words spell one are left out.
-        needs_images: whether rows without images are left out.
     """
-    read = to_pictures(convert, folder_of(dataset_name), script_args.max_pixels, needs_images)
+    read = to_pictures(convert, folder_of(dataset_name), script_args.max_pixels)
 
     def mapper(origin: str, row: Row) -> Row:
         try:

@@ -158,15 +158,15 @@ def recorded(
     """Return the logits (B, V) of `last_logits`, and the outputs (B, S, E) of modules in the same pass."""
     outputs: dict[int, torch.Tensor] = {}
 
-    def keep(place: int) -> Hook:
+    def keep(index: int) -> Hook:
         def record(output: torch.Tensor) -> None:
-            outputs[place] = output.detach()
+            outputs[index] = output.detach()
 
         return record
 
-    with torch.no_grad(), hooked((module, keep(place)) for place, module in enumerate(modules)):
+    with torch.no_grad(), hooked((module, keep(index)) for index, module in enumerate(modules)):
         logits = last_logits(parts, input_ids, last)
-    return logits, [outputs[place] for place in range(len(modules))]
+    return logits, [outputs[index] for index in range(len(modules))]
 
 
 def with_outputs(
@@ -231,7 +231,7 @@ class FactPrompt:
     others: tuple[int, ...]
 
     @property
-    def subject_places(self) -> list[int]:
+    def subject_positions(self) -> list[int]:
         """The positions of all tokens of the subject."""
         return [index for mention in self.mentions for index in mention]
 
@@ -253,7 +253,7 @@ def encode_facts(
 def _encoded(tokenizer: "PreTrainedTokenizerBase", fact: Fact, uses_chat_template: bool) -> FactPrompt:
     text = _text(tokenizer, fact, uses_chat_template)
     ids, spans = _tokens(tokenizer, text, uses_chat_template)
-    mentions = tuple(_places(spans, start, end) for start, end in _found(text, fact.subject))
+    mentions = tuple(_tokens_in(spans, start, end) for start, end in _spans_of(text, fact.subject))
     gap = "" if not text or text[-1].isspace() or not fact.beginning else " "
     values = [each for each in (fact.value, *fact.others) if each] if fact.value else []
     firsts = dict.fromkeys(_next(tokenizer, text, gap + each, ids, uses_chat_template) for each in values)
@@ -296,13 +296,13 @@ def _next(
     return tokenizer(more, add_special_tokens=False)["input_ids"][0]
 
 
-def _found(text: str, subject: str) -> Iterator[tuple[int, int]]:
+def _spans_of(text: str, subject: str) -> Iterator[tuple[int, int]]:
     """Yield where a text names a subject, not inside another word."""
     for result in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text) if subject else ():
         yield result.span()
 
 
-def _places(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
+def _tokens_in(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
     """Return the tokens with a character of a part of the text; a space before it does not count."""
     return tuple(index for index, (first, last) in enumerate(spans) if first < end and last > start)
 
@@ -316,9 +316,9 @@ def batch_of(
     return ids.to(device), torch.tensor([len(row) - 1 for row in rows], device=device)
 
 
-def mask_of(places: Sequence[Sequence[int]], length: int, device: "torch.device | str" = "cpu") -> torch.Tensor:
+def mask_of(positions: Sequence[Sequence[int]], length: int, device: "torch.device | str" = "cpu") -> torch.Tensor:
     """Return a mask (B, length), true at the rows' positions."""
-    mask = torch.zeros(len(places), length, dtype=torch.bool)
-    for row, each in enumerate(places):
+    mask = torch.zeros(len(positions), length, dtype=torch.bool)
+    for row, each in enumerate(positions):
         mask[row, list(each)] = True
     return mask.to(device)

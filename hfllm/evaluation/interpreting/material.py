@@ -40,13 +40,13 @@ class Material:
         kinds: of the facts, such as their attributes: values are compared and exchanged within a kind.
         subjects: questions about subjects, with whether their subject is known (1) or not (0); none where there are
             too few for a probe.
-        told: facts in a passage of their question; the subject is the text told.
+        passage_facts: facts in a passage of their question; the subject is the text told.
     """
 
     facts: tuple[Fact, ...]
     kinds: tuple[str, ...]
     subjects: tuple[tuple[Fact, int], ...] = ()
-    told: tuple[Fact, ...] = ()
+    passage_facts: tuple[Fact, ...] = ()
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -79,7 +79,7 @@ def world_material(world: World) -> Material:
             others = tuple(each for each in values if each != value)
             facts.append(Fact(animal, question.format(x=animal), beginning.format(x=animal), value, others))
             kinds.append(attribute)
-    return Material(tuple(facts), tuple(kinds), tuple(_subjects()), tuple(_told(world)))
+    return Material(tuple(facts), tuple(kinds), tuple(_subjects()), tuple(_passage_facts(world)))
 
 
 def _subjects() -> list[tuple[Fact, int]]:
@@ -97,7 +97,7 @@ def _subjects() -> list[tuple[Fact, int]]:
     return rows
 
 
-def _told(world: World) -> list[Fact]:
+def _passage_facts(world: World) -> list[Fact]:
     """Return questions about passages on two things and their colors."""
     rng, facts = random.Random(f"told-{world.seed}"), []
     while len(facts) < PASSAGES:
@@ -182,7 +182,7 @@ class Prompts:
         some: indexes among them, for slow methods.
         pairs: indexes of two of them with exchangeable states.
         subjects: questions about subjects, with `labels` and `splits` for a probe.
-        told: questions about passages.
+        passage_facts: questions about passages.
         columns: for each of `UNITS` the item of each figure of a method, by its number in the material.
         skipped: for each of them why other items are not asked, by number.
     """
@@ -193,7 +193,7 @@ class Prompts:
     subjects: Sequence[FactPrompt]
     labels: Sequence[int]
     splits: torch.Tensor
-    told: Sequence[FactPrompt]
+    passage_facts: Sequence[FactPrompt]
     columns: Mapping[str, Sequence[int]]
     skipped: Mapping[str, Mapping[int, str]]
 
@@ -206,7 +206,7 @@ def names_of(material: Material) -> dict[str, list[str]]:
         SOME_UNITS: [facts[index] for index in material.some],
         PAIR_UNITS: [f"{facts[one]}, {facts[other]}" for one, other in material.pairs],
         SUBJECTS: list(dict.fromkeys(fact.subject for fact, _ in material.subjects)),
-        TOLD: [f"{number} {fact.value}" for number, fact in enumerate(material.told, 1)],
+        TOLD: [f"{number} {fact.value}" for number, fact in enumerate(material.passage_facts, 1)],
     }
 
 
@@ -237,7 +237,7 @@ def encode_material(
         return prompts, remaining, skipped
 
     facts, remaining, without = encoded(material.facts)
-    told, told_kept, told_without = encoded(material.told)
+    passage_facts, passage_numbers, passages_skipped = encoded(material.passage_facts)
     index = {number: at for at, number in enumerate(remaining)}
     some = [number for number, fact in enumerate(material.some) if fact in index]
     pairs, unpaired = [], {}
@@ -259,9 +259,9 @@ def encode_material(
         subjects=subjects,
         labels=labels,
         splits=splits,
-        told=told,
+        passage_facts=passage_facts,
         columns={
-            **{FACTS: remaining, SOME_UNITS: some, PAIR_UNITS: pairs, TOLD: told_kept},
+            **{FACTS: remaining, SOME_UNITS: some, PAIR_UNITS: pairs, TOLD: passage_numbers},
             # In the order of the material, as the prompts are.
             SUBJECTS: [number for number, name in enumerate(names) if name in parted],
         },
@@ -270,7 +270,7 @@ def encode_material(
             SOME_UNITS: {number: without[fact] for number, fact in enumerate(material.some) if fact in without},
             PAIR_UNITS: unpaired,
             SUBJECTS: {number: SHARED for number, name in enumerate(names) if name not in parted},
-            TOLD: told_without,
+            TOLD: passages_skipped,
         },
     )
 
@@ -282,7 +282,7 @@ def _to_probe(
     if not prompts:
         return [], [], torch.zeros(0, 0, dtype=torch.long)
     entities = [prompt.fact.subject for prompt in prompts]
-    tokens = [{prompt.ids[index] for index in prompt.subject_places} for prompt in prompts]
+    tokens = [{prompt.ids[index] for index in prompt.subject_positions} for prompt in prompts]
     splits = token_halves(tokens, entities, labels, SPLITS)
     if not len(splits):
         splits = entity_folds(entities, labels)

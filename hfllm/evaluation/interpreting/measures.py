@@ -1,7 +1,7 @@
 """Methods: patching and causal tracing, attribution, probes, the logit lens, and attention to words."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,15 +47,15 @@ def moved_share(changed: torch.Tensor, before: torch.Tensor, donor: torch.Tensor
     return share.clamp(LOWEST, HIGHEST)
 
 
-def margins(logits: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def margins(logits: torch.Tensor, target: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the logit (B,) of one token minus another's in each row of (B, V)."""
-    return (logits.gather(1, wanted[:, None]) - logits.gather(1, other[:, None]))[:, 0]
+    return (logits.gather(1, target[:, None]) - logits.gather(1, other[:, None]))[:, 0]
 
 
 def interchange(
     parts: Parts,
     pairs: Sequence[tuple[FactPrompt, FactPrompt]],
-    places: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
     sites: Mapping[str, nn.Module],
     batch_size: int = 32,
 ) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def interchange(
 
     Args:
         pairs: the patched run, and the donor; their prompts have equal numbers of tokens, and different values.
-        places: the patched positions per pair.
+        positions: the patched positions per pair.
         sites: modules by name, such as a layer (the residual stream after it), its MLP or the embeddings.
 
     Raises:
@@ -73,7 +73,7 @@ def interchange(
         raise ValueError("both prompts of a pair need as many tokens")
     result: dict[str, list[torch.Tensor]] = {name: [] for name in sites}
     for first in range(0, len(pairs), batch_size):
-        some, at = pairs[first : first + batch_size], places[first : first + batch_size]
+        some, at = pairs[first : first + batch_size], positions[first : first + batch_size]
         receivers, donors = [one for one, _ in some], [other for _, other in some]
         ids, last = batch_of(receivers, parts.model.device)
         donor_ids, _ = batch_of(donors, parts.model.device)
@@ -93,7 +93,7 @@ def restored(
     parts: Parts,
     prompt: FactPrompt,
     clean: Mapping[nn.Module, torch.Tensor],
-    wanted: int,
+    target: int,
     other: int,
     margin: float,
 ) -> list[float]:
@@ -101,11 +101,11 @@ def restored(
 
     Args:
         clean: outputs (1, S, E) of another run of the prompt, by module.
-        wanted, other: the token of the clean run, and the token said by this run.
-        margin: the clean run's logit of `wanted` above `other`.
+        target, other: the token of the clean run, and the token said by this run.
+        margin: the clean run's logit of `target` above `other`.
     """
     ids, last = batch_of([prompt], parts.model.device)
-    tokens = torch.tensor([[wanted], [other]], device=ids.device)
+    tokens = torch.tensor([[target], [other]], device=ids.device)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     before = margins(last_logits_of(parts, ids, last), *tokens)
     shares = []
@@ -123,7 +123,7 @@ def last_logits_of(parts: Parts, ids: torch.Tensor, last: torch.Tensor) -> torch
 
 def subject_spread(parts: Parts, prompts: Sequence[FactPrompt]) -> float:
     """Return the standard deviation of the vectors of the subjects' tokens, over all their values."""
-    tokens = sorted({prompt.ids[index] for prompt in prompts for index in prompt.subject_places})
+    tokens = sorted({prompt.ids[index] for prompt in prompts for index in prompt.subject_positions})
     ids = torch.tensor([tokens], device=parts.model.device)
     with torch.no_grad():
         return float(parts.embeddings(ids).float().std())
@@ -134,12 +134,12 @@ def causal_trace(
     prompt: FactPrompt,
     sites: Mapping[str, nn.Module],
     spread: float,
-    places: Sequence[Sequence[int]] | None = None,
+    positions: Sequence[Sequence[int]] | None = None,
     samples: int = 4,
     seed: int = 0,
     batch_size: int = 32,
 ) -> tuple[torch.Tensor, float]:
-    """Return how much of the answer's probability comes back (sites, places), and how much of it the noise takes.
+    """Return how much of the answer's probability comes back (sites, positions), and how much of it the noise takes.
 
     Both are differences of probabilities, Meng's indirect and total effect: a model without knowledge of the answer
     has none to lose.
@@ -147,14 +147,14 @@ def causal_trace(
     Args:
         sites: modules by name, restored one at a time.
         spread: of `subject_spread`; the noise has `NOISE` times as much.
-        places: groups of positions restored together; single positions by default.
+        positions: groups of positions restored together; single positions by default.
         samples: draws of the noise, with probabilities averaged over them.
         seed: of the noise, the same for all sites and positions.
     """
-    groups = [[index] for index in range(len(prompt.ids))] if places is None else places
+    groups = [[index] for index in range(len(prompt.ids))] if positions is None else positions
     ids, last = batch_of([prompt], parts.model.device)
     clean, states = recorded(parts, ids, last, list(sites.values()))
-    subject = mask_of([prompt.subject_places], ids.shape[1], ids.device)
+    subject = mask_of([prompt.subject_positions], ids.shape[1], ids.device)
     noise = torch.randn((samples, *ids.shape[1:], states[0].shape[-1]), generator=torch.Generator().manual_seed(seed))
     noise = (NOISE * spread * noise).to(ids.device)
     broken = float(_noisy(parts, prompt, noise, subject).mean())
@@ -254,7 +254,8 @@ def attribute(
         raise InputError(f"attribution method {method!r} is not one of {', '.join(METHODS)}")
     vectors = _vectors(parts, prompt)
     start = (mean_vector(parts) if baseline is None else baseline.to(vectors)).expand_as(vectors)
-    ends = _logits(parts, prompt, other, torch.stack([start, vectors]))
+    with torch.no_grad():
+        ends = _forward(parts, prompt, other, torch.stack([start, vectors]))
     change = float(ends[1] - ends[0])
     if method == GRADIENT_X_INPUT:
         scores = (_gradients(parts, prompt, other, vectors[None])[0] * vectors).sum(-1)
@@ -282,11 +283,6 @@ def _forward(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch
     with hooked([(parts.embeddings, lambda output: vectors.to(output.dtype))]):
         logits = last_logits(parts, ids, last)
     return logits[:, prompt.value] - (0.0 if other is None else logits[:, other])
-
-
-def _logits(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return _forward(parts, prompt, other, vectors)
 
 
 def _gradients(parts: Parts, prompt: FactPrompt, other: int | None, vectors: torch.Tensor) -> torch.Tensor:
@@ -333,9 +329,9 @@ def captum_scores(
     return result[0].float().sum(-1).detach().cpu()
 
 
-def strongest(scores: torch.Tensor, among: Sequence[int], size: Callable[[float], float] = abs) -> int:
-    """Return the position, of some, whose score is largest."""
-    return max(among, key=lambda index: size(float(scores[index])))
+def strongest(scores: torch.Tensor, among: Sequence[int]) -> int:
+    """Return the position, of some, whose score is largest in size."""
+    return max(among, key=lambda index: abs(float(scores[index])))
 
 
 # ---- probes ----
@@ -383,8 +379,8 @@ def last_states(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 3
     return torch.cat(result, dim=1)
 
 
-def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FOLDS, seed: int = 0) -> torch.Tensor:
-    """Return a fold for each row, (1, rows), the same for all rows of an entity; each kind's are spread over all.
+def entity_folds(entities: Sequence[str], labels: Sequence[int]) -> torch.Tensor:
+    """Return a fold for each row, (1, rows), the same for all rows of an entity; each kind is spread over `FOLDS`.
 
     Raises:
         InputError: when a kind has fewer entities than there are folds.
@@ -392,10 +388,10 @@ def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FO
     fold_of: dict[str, int] = {}
     for label in (0, 1):
         own = sorted({entity for entity, each in zip(entities, labels, strict=True) if each == label})
-        if len(own) < folds:
-            raise InputError(f"a probe needs at least {folds} subjects of each kind, and one has {len(own)}")
-        random.Random(f"folds-{seed}-{label}").shuffle(own)
-        fold_of |= {entity: index % folds for index, entity in enumerate(own)}
+        if len(own) < FOLDS:
+            raise InputError(f"a probe needs at least {FOLDS} subjects of each kind, and one has {len(own)}")
+        random.Random(f"folds-0-{label}").shuffle(own)
+        fold_of |= {entity: index % FOLDS for index, entity in enumerate(own)}
     return torch.tensor([[fold_of[entity] for entity in entities]])
 
 
@@ -420,7 +416,8 @@ def token_halves(
         dealt = sorted({(label, token) for own, label in zip(telling, labels, strict=True) for token in own})
         random.Random(f"halves-{split}").shuffle(dealt)
         # Each kind's tokens in turn, so that both halves have equally many.
-        side = {token: index % 2 for label in (0, 1) for index, (_, token) in enumerate(_of(dealt, label))}
+        of_kinds = [[token for kind, token in dealt if kind == label] for label in (0, 1)]
+        side = {token: index % 2 for kind_tokens in of_kinds for index, token in enumerate(kind_tokens)}
         halves = [{side[token] for token in own} for own in telling]
         folds = [each.pop() if len(each) == 1 else -1 for each in halves]
         counts = [
@@ -430,10 +427,6 @@ def token_halves(
         if min(counts) >= FEWEST:
             result.append(folds)
     return torch.tensor(result, dtype=torch.long).reshape(len(result), len(tokens))
-
-
-def _of(dealt: Sequence[tuple[int, int]], label: int) -> list[tuple[int, int]]:
-    return [each for each in dealt if each[0] == label]
 
 
 def shuffled_labels(
@@ -555,20 +548,20 @@ def read_out(parts: Parts, hidden_states: torch.Tensor, tokens: torch.Tensor | N
 
 
 def logit_lens(
-    parts: Parts, input_ids: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor | None = None
+    parts: Parts, input_ids: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the logits after each layer (layers, B, V) in 32 bits at one position per row.
 
     Args:
         input_ids: (B, S), padded on the right.
-        places: (B,).
+        positions: (B,).
         tokens: (B, K), tokens of the returned logits, (layers, B, K), instead of all.
     """
-    rows = torch.arange(len(places), device=input_ids.device)
-    _, states = recorded(parts, input_ids, places, parts.layers)
-    stacked = torch.cat([each[rows, places] for each in states])
+    rows = torch.arange(len(positions), device=input_ids.device)
+    _, states = recorded(parts, input_ids, positions, parts.layers)
+    stacked = torch.cat([each[rows, positions] for each in states])
     repeated = None if tokens is None else tokens.repeat(len(states), 1)
-    return read_out(parts, stacked, repeated).unflatten(0, (len(states), len(places)))
+    return read_out(parts, stacked, repeated).unflatten(0, (len(states), len(positions)))
 
 
 def value_ranks(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 32) -> torch.Tensor:
@@ -631,17 +624,17 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
-def attention_weights(parts: Parts, input_ids: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor | None]:
+def attention_weights(parts: Parts, input_ids: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor | None]:
     """Return for each layer the weights (B, H, S) in 32 bits from one position per row; `None` for a layer without.
 
     Args:
         input_ids: (B, S), padded on the right.
-        places: (B,), the query positions.
+        positions: (B,), the query positions.
 
     Raises:
         InputError: when no layer gives weights.
     """
-    rows = torch.arange(len(places), device=input_ids.device)
+    rows = torch.arange(len(positions), device=input_ids.device)
     result: list[torch.Tensor | None] = [None] * len(parts.layers)
     handles = []
 
@@ -649,7 +642,7 @@ def attention_weights(parts: Parts, input_ids: torch.Tensor, places: torch.Tenso
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if isinstance(weights, torch.Tensor) and weights.dim() == 4:
-                result[layer] = weights[rows, :, places].detach().float()
+                result[layer] = weights[rows, :, positions].detach().float()
 
         return hook
 

@@ -107,7 +107,7 @@ def by_interchange_last(parts: Parts, prompts: Prompts, batch_size: int) -> Meas
 
 def by_interchange_subject(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
     """How much of it moves with the subject's states after a layer?"""
-    return _exchanged(parts, prompts, batch_size, lambda prompt: prompt.subject_places)
+    return _exchanged(parts, prompts, batch_size, lambda prompt: prompt.subject_positions)
 
 
 def by_interchange_component(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
@@ -119,7 +119,7 @@ def _exchanged(
     parts: Parts,
     prompts: Prompts,
     batch_size: int,
-    places: Callable[[FactPrompt], list[int]],
+    positions: Callable[[FactPrompt], list[int]],
     names: Sequence[str] = ("",),
 ) -> Measured:
     pairs = [(prompts.facts[one], prompts.facts[other]) for one, other in prompts.pairs]
@@ -129,7 +129,7 @@ def _exchanged(
         for name in names
         for layer in layer_indices
     }
-    result = interchange(parts, pairs, [places(one) for one, _ in pairs], sites, batch_size)
+    result = interchange(parts, pairs, [positions(one) for one, _ in pairs], sites, batch_size)
     every = {name: torch.stack([result[f"{name} {layer}"] for layer in layer_indices]).double() for name in names}
     rows = torch.cat(list(every.values()))
     layers = {name: _at_layers(each, layer_indices, parts) for name, each in every.items()}
@@ -142,10 +142,10 @@ def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
     The head is chosen on the other half of the items. Chance is the share of the tokens.
     """
     shares, chance = [], []
-    for first in range(0, len(prompts.told), batch_size):
-        some = prompts.told[first : first + batch_size]
+    for first in range(0, len(prompts.passage_facts), batch_size):
+        some = prompts.passage_facts[first : first + batch_size]
         ids, last = batch_of(some, parts.model.device)
-        mask = mask_of([_value_places(prompt) for prompt in some], ids.shape[1], ids.device)
+        mask = mask_of([_value_positions(prompt) for prompt in some], ids.shape[1], ids.device)
         weights = [each for each in attention_weights(parts, ids, last) if each is not None]
         shares.append(torch.stack([looked_at(each, mask) for each in weights]).cpu())
         chance.append((mask.sum(1) / (last + 1)).cpu())
@@ -162,11 +162,11 @@ def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
     return Measured(score, {"": by_layer}, torch.cat(chance).double())
 
 
-def _value_places(prompt: FactPrompt) -> list[int]:
+def _value_positions(prompt: FactPrompt) -> list[int]:
     """Return the positions of all values told in a passage: of the first tokens of these values."""
     values = {prompt.value, *prompt.others}
-    places = [index for index, token in enumerate(prompt.ids) if token in values]
-    return places or prompt.subject_places
+    positions = [index for index, token in enumerate(prompt.ids) if token in values]
+    return positions or prompt.subject_positions
 
 
 def by_gradient_x_input(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
@@ -187,8 +187,8 @@ def _attributed(parts: Parts, prompts: Prompts, batch_size: int, method: str) ->
         logits = last_logits_of(parts, ids, last)[0]
         other = max(prompt.others, key=lambda token: float(logits[token]), default=None)
         scores = attribute(parts, prompt, method, other, batch_size=batch_size).scores
-        right.append(float(strongest(scores, range(len(prompt.ids))) in prompt.subject_places))
-    chance = torch.tensor([len(prompt.subject_places) / len(prompt.ids) for prompt in some])
+        right.append(float(strongest(scores, range(len(prompt.ids))) in prompt.subject_positions))
+    chance = torch.tensor([len(prompt.subject_positions) / len(prompt.ids) for prompt in some])
     return Measured(torch.tensor(right, dtype=torch.double), {}, chance)
 
 
@@ -199,10 +199,10 @@ def shown_layers(count: int) -> list[int]:
     return [round(index * (count - 1) / (MOST_LAYERS - 1)) for index in range(MOST_LAYERS)]
 
 
-def _at_layers(figures: torch.Tensor, shown: Sequence[int], parts: Parts) -> torch.Tensor:
+def _at_layers(figures: torch.Tensor, layer_indices: Sequence[int], parts: Parts) -> torch.Tensor:
     """Return figures of some layers (shown, items) as (layers, items), not a number for the others."""
     every = torch.full((len(parts.layers), figures.shape[1]), torch.nan, dtype=figures.dtype)
-    every[list(shown)] = figures
+    every[list(layer_indices)] = figures
     return every
 
 

@@ -74,17 +74,17 @@ class Plant:
         layer: counted from 0.
         component: `mlp` or `attention`.
         prompt: the prompt with the changed answer; its value is the model's answer before.
-        wanted: the token said by the model instead.
+        target: the token said by the model instead.
         module: the edited matrix.
         key: (inputs of the matrix,), `k~ / (k~^T k)`.
         value: (outputs,), `v`.
-        has_taken: whether the model says `wanted`.
+        has_taken: whether the model says `target`.
     """
 
     layer: int
     component: str
     prompt: FactPrompt
-    wanted: int
+    target: int
     module: nn.Module
     key: torch.Tensor
     value: torch.Tensor
@@ -101,7 +101,7 @@ def last_matrix(parts: Parts, layer: int, component: str) -> nn.Module:
 def make_plant(
     parts: Parts,
     prompt: FactPrompt,
-    wanted: int,
+    target: int,
     layer: int,
     component: str = MLP,
     others: Sequence[FactPrompt] = (),
@@ -110,7 +110,7 @@ def make_plant(
 
     Args:
         prompt: about the subject.
-        wanted: the token to be said.
+        target: the token to be said.
         layer: counted from 0.
         component: `mlp` or `attention`.
         others: prompts about other subjects, whose answers the edit leaves alone as far as it can.
@@ -120,13 +120,12 @@ def make_plant(
     keys = _keys(parts, [prompt, *others], module)
     key = _blind(keys[0], keys[1:])
     prediction = int(last_logits_of(parts, ids, last).argmax())
-    if prediction == wanted:
+    if prediction == target:
         raise ValueError("the model says this value already")
-    value = _value(parts, prompt, wanted, module, layer)
-    plant = Plant(layer, component, prompt, wanted, module, key / (key @ keys[0]), value, False)
+    value = _value(parts, prompt, target, module, layer)
+    plant = Plant(layer, component, prompt, target, module, key / (key @ keys[0]), value, False)
     with planted(plant):
-        has_taken = int(last_logits_of(parts, ids, last).argmax()) == wanted
-    return Plant(layer, component, prompt, wanted, module, plant.key, value, has_taken)
+        return replace(plant, has_taken=int(last_logits_of(parts, ids, last).argmax()) == target)
 
 
 @contextmanager
@@ -178,8 +177,8 @@ def _blind(key: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(covariance + ridge, key.double()).float()
 
 
-def _value(parts: Parts, prompt: FactPrompt, wanted: int, module: nn.Module, layer: int) -> torch.Tensor:
-    """Return the vector added to a module's output at the last position: steps up the likelihood of `wanted`."""
+def _value(parts: Parts, prompt: FactPrompt, target: int, module: nn.Module, layer: int) -> torch.Tensor:
+    """Return the vector added to a module's output at the last position: steps up the likelihood of `target`."""
     ids, last = batch_of([prompt], parts.model.device)
     _, (state, own) = recorded(parts, ids, last, [parts.layers[layer], module])
     size = max(float(each[0, -1].float().norm()) for each in (state, own))
@@ -188,10 +187,10 @@ def _value(parts: Parts, prompt: FactPrompt, wanted: int, module: nn.Module, lay
         value.requires_grad_()
         with torch.enable_grad(), hooked([(module, lambda output, value=value: _added(output, value))]):
             logits = last_logits(parts, ids, last)[0]
-            likelihood = logits.log_softmax(-1)[wanted]
+            likelihood = logits.log_softmax(-1)[target]
         slope = torch.autograd.grad(likelihood, value)[0]
         value, best = value.detach(), logits.detach().topk(2)
-        if int(best.indices[0]) == wanted and float(best.values[0] - best.values[1]) >= MARGIN:
+        if int(best.indices[0]) == target and float(best.values[0] - best.values[1]) >= MARGIN:
             break
         value = value + STEP * size * slope / slope.norm().clamp(min=1e-12)
     return value
@@ -234,22 +233,22 @@ class Verdict:
     Args:
         score, control: the mean of the method's score for the model, and for random weights.
         chance: the score of a method without information.
-        found, plants: how many planted edits it has found, and of how many; 0 of 0 for one without a layer or token.
+        hits, plants: how many planted edits it has found, and of how many; 0 of 0 for one without a layer or token.
         error: the standard error of `score`, which must be above chance by more than twice this.
     """
 
     score: float
     control: float
     chance: float = 0.0
-    found: int = 0
+    hits: int = 0
     plants: int = 0
     error: float = 0.0
 
     @property
     def left_out(self) -> str:
         """Why the method is not shown; empty where it is."""
-        if self.found < self.plants:
-            return f"it finds {self.found} of {self.plants} planted edits"
+        if self.hits < self.plants:
+            return f"it finds {self.hits} of {self.plants} planted edits"
         above, by_chance = self.score - self.chance, self.control - self.chance
         if above <= NOISE * self.error or by_chance >= MOST_BY_CHANCE * above:
             return (
@@ -286,7 +285,7 @@ def by_restored_component(parts: Parts, plant: Plant) -> int:
 def by_lens(parts: Parts, plant: Plant) -> int:
     """Return the first layer after which the logit lens reads another thing from the edited model."""
     ids, last = batch_of([plant.prompt], parts.model.device)
-    tokens = torch.tensor([[plant.wanted, plant.prompt.value]], device=ids.device)
+    tokens = torch.tensor([[plant.target, plant.prompt.value]], device=ids.device)
     clean = logit_lens(parts, ids, last, tokens)
     with planted(plant):
         edited = logit_lens(parts, ids, last, tokens)
@@ -301,7 +300,7 @@ def by_causal_trace(parts: Parts, plant: Plant, spread: float, samples: int = 8)
     Only the edited model is examined, as if its earlier answer were unknown. Restoring the subject in an earlier layer
     restores the answer too, through the edit; so the last layer with `NEARLY` the largest effect counts.
     """
-    prompt = replace(plant.prompt, value=plant.wanted)
+    prompt = replace(plant.prompt, value=plant.target)
     sites = {(layer, name): parts.component(layer, name) for name in COMPONENTS for layer in range(len(parts.layers))}
     with planted(plant):
         effects, _ = causal_trace(parts, prompt, sites, spread, [[len(prompt.ids) - 1]], samples)
@@ -311,10 +310,10 @@ def by_causal_trace(parts: Parts, plant: Plant, spread: float, samples: int = 8)
 
 def by_attribution(parts: Parts, plant: Plant, method: str) -> bool:
     """Return whether the subject is the token with the largest attribution for the planted answer."""
-    prompt = replace(plant.prompt, value=plant.wanted)
+    prompt = replace(plant.prompt, value=plant.target)
     with planted(plant):
         scores = attribute(parts, prompt, method, other=plant.prompt.value).scores
-    return strongest(scores, range(len(prompt.ids))) in prompt.subject_places
+    return strongest(scores, range(len(prompt.ids))) in prompt.subject_positions
 
 
 def _restored(parts: Parts, plant: Plant, what: str) -> list[float]:
@@ -322,10 +321,10 @@ def _restored(parts: Parts, plant: Plant, what: str) -> list[float]:
     ids, last = batch_of([plant.prompt], parts.model.device)
     clean, states = recorded(parts, ids, last, modules)
     prediction = int(clean.argmax())
-    tokens = torch.tensor([[prediction], [plant.wanted]], device=ids.device)
+    tokens = torch.tensor([[prediction], [plant.target]], device=ids.device)
     margin = float(margins(clean, *tokens)[0])
     with planted(plant):
-        return restored(parts, plant.prompt, dict(zip(modules, states, strict=True)), prediction, plant.wanted, margin)
+        return restored(parts, plant.prompt, dict(zip(modules, states, strict=True)), prediction, plant.target, margin)
 
 
 # ---- testing ----
@@ -344,11 +343,11 @@ class Tested:
 
     Args:
         plant: the edit; methods are to find its `layer`.
-        found: per method whether it has found it; empty when the edit did not take.
+        hits: per method whether it has found it; empty when the edit did not take.
     """
 
     plant: Plant
-    found: Mapping[str, bool]
+    hits: Mapping[str, bool]
 
 
 def plant_names() -> list[tuple[str, str]]:

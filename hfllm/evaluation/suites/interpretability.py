@@ -118,7 +118,7 @@ class Interpretability(Suite[MethodItem]):
         prompts = encode_material(subject.tokenizer, self.material, subject.uses_chat_template, longest, TOO_LONG)
         methods = {item.body.method for item in items}
         with evaluated(parts.model):
-            tested = [each.found for each in tested_plants(parts, prompts.facts)] if _has_others(prompts) else []
+            tested = [each.hits for each in tested_plants(parts, prompts.facts)] if _has_others(prompts) else []
             yield from self._plant_records(subject, items, tested)
             findings = _measured(parts, prompts, [name for name in METHODS if name in methods], subject.batch_size)
             for method, each in findings.items():

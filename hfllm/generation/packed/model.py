@@ -87,14 +87,14 @@ class RaggedLayer(CacheLayerMixin):
         at = self.cache.cells.to(self.states.device)
         self.key_cells.index_copy_(0, at, key_states.transpose(1, 2).flatten(2).flatten(0, 1))
         self.value_cells.index_copy_(0, at, value_states.transpose(1, 2).flatten(2).flatten(0, 1))
-        return self.seen()
+        return self.visible()
 
     def store(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store concatenated keys and values, (B * Q, F), in memory already allocated."""
         self.cells.index_copy_(0, self.cache.cells, states)
-        return self.seen()
+        return self.visible()
 
-    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def visible(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values of the visible columns, (B, K, width, D)."""
         width = self.cache.width
         return self.keys.narrow(2, 0, width), self.values.narrow(2, 0, width)
@@ -122,7 +122,7 @@ class RaggedCache(Cache):
         self.cells: torch.Tensor | None = None
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
 
-    def place(self, columns: torch.Tensor, width: int) -> None:
+    def set_cells(self, columns: torch.Tensor, width: int) -> None:
         """Set where the next tokens are stored: `columns` (B, Q), and how many columns are visible."""
         cells = columns
         if len(columns) > 1:
@@ -315,13 +315,13 @@ class PackedLayer:
         rows: int,
         rotation: Rotation | None,
         mask: torch.Tensor | None,
-        kept: RaggedLayer,
+        cache: RaggedLayer,
     ) -> torch.Tensor:
         if self.is_post:
-            attended = self.input_norm(self._attention(states, states, rows, rotation, mask, kept))
+            attended = self.input_norm(self._attention(states, states, rows, rotation, mask, cache))
             return self.mlp_norm(self.mlp(attended, attended))
         normed = self.input_norm(states)
-        attended = self._attention(normed, states, rows, rotation, mask, kept)
+        attended = self._attention(normed, states, rows, rotation, mask, cache)
         if self.is_parallel:
             return self.mlp(normed if self.mlp_norm is None else self.mlp_norm(states), attended)
         return self.mlp(self.mlp_norm(attended), attended)
@@ -333,14 +333,14 @@ class PackedLayer:
         rows: int,
         rotation: Rotation | None,
         mask: torch.Tensor | None,
-        kept: RaggedLayer,
+        cache: RaggedLayer,
     ) -> torch.Tensor:
         heads, key_heads, size = self.heads, self.key_heads, self.size
         qkv = self.qkv(states)  # (N, (H + 2K) * D)
         self._turn(qkv, rows, rotation if self.use_rope else None)
-        if not kept.is_initialized:
-            kept.allocate(qkv, rows, (key_heads, size), (key_heads, size))
-        key, value = kept.store(qkv[:, heads * size :])
+        if not cache.is_initialized:
+            cache.allocate(qkv, rows, (key_heads, size), (key_heads, size))
+        key, value = cache.store(qkv[:, heads * size :])
         # The queries of heads with shared keys are stacked: (B, K, H / K * Q, D).
         query, groups, length = qkv[:, : heads * size], heads // key_heads, len(qkv) // rows
         if length == 1:

@@ -81,7 +81,7 @@ class RaggedModel:
             level: whether there is one token per row, all in the same column.
         """
         width = self.cache.capacity if self.static else longest
-        self.cache.place(columns, width)
+        self.cache.set_cells(columns, width)
         keep = {"logits_to_keep": logits} if self.keeps_logits else {}
         output = self.forward(
             input_ids=tokens,

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.conversion import tensor_layouts
 from hfllm.models.conversion.expert_families import WIDTHS, irrelevant_fields
-from hfllm.models.conversion.families import FAMILIES, missing_concept
+from hfllm.models.conversion.families import FAMILIES, missing_part
 from hfllm.models.conversion.mixed_families import Family, plain_rope
 from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, has_sparse_sizes, longrope_limits
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.configuration_hfllm_vision import HfllmVisionConfig
 from hfllm.models.loading.folders import whole_folder
-from hfllm.models.loading.saved import reason_of, refuse_quantized, saved_config, saved_model
+from hfllm.models.loading.saved import reason_of, refuse_quantized, saved_config, saved_model, scores_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def from_native(
     native = load_checked(name, **kwargs)
     # Of the model, since arguments of `from_pretrained` may change fields.
     config = config_from_native(native.config)
-    if _is_token_classifier(native):
+    if scores_tokens(native):
         config.classifier_dropout = native.dropout.p
     state = tensor_layouts.to_ours(_whole(native), _rules(native.config.model_type, native, config))
     if _is_trunk(native):
@@ -128,7 +128,7 @@ def to_native(
         raise InputError(f"a {type(model).__name__} has no native counterpart; these have: {', '.join(HEADS)}")
     native_config = config_to_native(model.config, native_type, HEADS[suffix])
     native_class = getattr(transformers, HEADS[suffix])._model_mapping[type(native_config)]
-    if _is_token_classifier(model):
+    if scores_tokens(model):
         native_config.classifier_dropout = model.dropout.p
     state = tensor_layouts.to_theirs(_whole(model), _rules(native_config.model_type, model, model.config))
     if _is_trunk(model):
@@ -234,7 +234,7 @@ def read_config(name: str, **location: object) -> "PreTrainedConfig":
     try:
         config = saved_config(name, **location)
     except (OSError, *BAD_CONFIG) as error:
-        raise InputError(f"{name}: {_one_line(error)}") from error
+        raise InputError(f"{name}: {reason_of(error, 400)}") from error
     refuse_quantized(config, name)
     return config
 
@@ -260,7 +260,7 @@ def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
     try:
         model, report = saved_model(auto_class, name, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{name}: cannot load the weights: {_one_line(error)}") from error
+        raise InputError(f"{name}: cannot load the weights: {reason_of(error, 400)}") from error
     _check_report(name, report)
     return model
 
@@ -269,10 +269,6 @@ def _location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for locating a checkpoint."""
     names = ("revision", "gguf_file", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
     return {name: kwargs[name] for name in names if name in kwargs}
-
-
-def _is_token_classifier(model: "PreTrainedModel") -> bool:
-    return type(model).__name__.endswith("ForTokenClassification")
 
 
 def _is_trunk(model: "PreTrainedModel") -> bool:
@@ -290,7 +286,7 @@ def _whole(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
 def _rules(model_type: str, model: "PreTrainedModel", config: HfllmConfig) -> Iterator[tensor_layouts.Rule]:
     family = FAMILIES[model_type]
     yield from family.rules(config)
-    if _is_token_classifier(model):
+    if scores_tokens(model):
         yield from tensor_layouts.token_classifier_rules(family.classifier)
 
 
@@ -336,10 +332,6 @@ def _auto_class(config: "PreTrainedConfig") -> "type[_BaseAutoModelClass]":
     raise InputError(f"a {architecture} has no counterpart; these have: {', '.join(HEADS)}")
 
 
-def _one_line(error: Exception) -> str:
-    return reason_of(error, 400)
-
-
 # ---- native families ----
 #
 # Configs of native transformers architectures as configs of hfllm, and back.
@@ -382,19 +374,19 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
     """
     family = FAMILIES.get(native.model_type)
     if family is None:
-        concept = missing_concept(native.model_type)
-        reason = f" ({concept} has no place in HfllmConfig)" if concept else ""
-        supported = ", ".join(FAMILIES)
-        raise InputError(f"model_type {native.model_type!r} cannot be converted{reason}; these can: {supported}")
+        reason = missing_part(native.model_type)
+        raise InputError(
+            f"model_type {native.model_type!r} cannot be converted{reason}; these can: {', '.join(FAMILIES)}"
+        )
     try:
         config = family.ours(native)
         back = family.theirs(config, type(native))
     except BAD_CONFIG as error:
-        raise InputError(f"{native.model_type}: {_message_line(error)}") from error
+        raise InputError(f"{native.model_type}: {one_line(error, None)}") from error
     for name in sorted(_fields(native) - HARMLESS_THEIRS - family.idle):
         for lost in _differences(name, getattr(native, name), getattr(back, name)):
             raise InputError(
-                f"{native.model_type} with {lost.name}={lost.value} has no place in HfllmConfig, only {lost.kept} has"
+                f"{native.model_type} with {lost.name}={lost.value} has no place in HfllmConfig, only {lost.other} has"
             )
     _copy_labels(native, config)
     return config
@@ -412,9 +404,7 @@ def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        concept = missing_concept(kind) if isinstance(kind, str) else None
-        reason = f" ({concept} has no place in HfllmConfig)" if concept else ""
-        raise InputError(f"model_type {kind!r} is not one of hfllm, {', '.join(FAMILIES)}{reason}")
+        raise InputError(f"model_type {kind!r} is not one of hfllm, {', '.join(FAMILIES)}{missing_part(kind)}")
     native_class = transformers.CONFIG_MAPPING[kind]
     for name in SIZES:
         theirs = native_class.attribute_map.get(name, name)
@@ -437,7 +427,7 @@ def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
     except InputError:
         raise
     except (*BAD_CONFIG, TypeError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{kind}: {_message_line(error)}") from error
+        raise InputError(f"{kind}: {one_line(error, None)}") from error
     fields = _fields(config) | {"tie_word_embeddings"}
     return {name: value for name, value in config.to_dict().items() if name in fields}
 
@@ -465,13 +455,13 @@ def config_to_native(
     reasons: dict[str, list[str]] = {}
     for name in [native_type] if native_type else FAMILIES:
         try:
-            native, lost = _said(config, FAMILIES[name], name)
+            native, lost = _native_and_lost(config, FAMILIES[name], name)
         except BAD_CONFIG as error:
             # Values refused by the native class itself, such as a width not divisible by its heads.
             if native_type:
-                raise InputError(f"{name} refuses this model: {_message_line(error)}") from error
+                raise InputError(f"{name} refuses this model: {one_line(error, None)}") from error
             continue
-        reasons[name] = [f"{each.name}={each.value} (it has {each.kept})" for each in lost]
+        reasons[name] = [f"{each.name}={each.value} (it has {each.other})" for each in lost]
         if type(native) not in getattr(transformers, auto_class)._model_mapping:
             reasons[name].append(f"the head of {auto_class}")
         if not reasons[name]:
@@ -488,14 +478,14 @@ def config_to_native(
 
 @dataclasses.dataclass(frozen=True)
 class _Lost:
-    """A field whose `value` came back as `kept`, both as text."""
+    """A field whose `value` came back as `other`, both as text."""
 
     name: str
     value: str
-    kept: str
+    other: str
 
 
-def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTrainedConfig, list[_Lost]]":
+def _native_and_lost(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTrainedConfig, list[_Lost]]":
     """Return the native config, and our fields lost in it."""
     native = family.theirs(config, transformers.CONFIG_MAPPING[native_type])
     back = family.ours(native)
@@ -514,11 +504,11 @@ def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTr
         irrelevant.add("layer_types")
     names = sorted(_fields(config) - irrelevant)
     return native, [
-        lost for name in names for lost in _differences(name, _said_of(config, name), _said_of(back, name))
+        lost for name in names for lost in _differences(name, _meaning_of(config, name), _meaning_of(back, name))
     ]
 
 
-def _said_of(config: HfllmConfig, name: str) -> object:
+def _meaning_of(config: HfllmConfig, name: str) -> object:
     """Return the value of our field, or its meaning where several values mean the same."""
     return WIDTHS[name](config) if name in WIDTHS else getattr(config, name)
 
@@ -528,11 +518,11 @@ def _differences(name: str, one: object, other: object) -> list[_Lost]:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         one, other = plain_rope(one), plain_rope(other)
         keys = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
-        return [_Lost(f"{name}.{key}", _shown(one.get(key)), _shown(other.get(key))) for key in keys]
-    return [] if one == other else [_Lost(name, _shown(one), _shown(other))]
+        return [_Lost(f"{name}.{key}", _shortened(one.get(key)), _shortened(other.get(key))) for key in keys]
+    return [] if one == other else [_Lost(name, _shortened(one), _shortened(other))]
 
 
-def _shown(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
@@ -548,10 +538,6 @@ def _copy_labels(source: "PreTrainedConfig", target: "PreTrainedConfig") -> None
         if getattr(source, name) is not None:
             setattr(target, name, dict(getattr(source, name)))
     target.problem_type = source.problem_type
-
-
-def _message_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 # ---- vision conversion ----

@@ -32,6 +32,11 @@ DEEPSEEK = {
     **{name: name for name in ("num_experts_per_tok", "n_shared_experts", "norm_topk_prob", "n_group", "topk_group")},
     "routed_scaling_factor": "routed_scaling_factor",
 }
+_V3_ROUTER = {
+    **{"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    # The native classes have no loss for the load, and leave the bias as it is.
+    **{"router_aux_loss_coef": 0.0, "router_bias_update_rate": 0.0},
+}
 
 
 def _qwen_experts(native: "PreTrainedConfig", dense_type: str) -> dict[str, Any]:
@@ -53,12 +58,7 @@ def deepseek_experts(native: "PreTrainedConfig") -> dict[str, Any]:
     """Return our fields of a native config with DeepSeek-V3's router, trained as in its own class."""
     dense = native.first_k_dense_replace or 0
     layers = native.num_hidden_layers
-    return {
-        **{"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-        # The native classes have no loss for the load, and leave the bias as it is.
-        **{"router_aux_loss_coef": 0.0, "router_bias_update_rate": 0.0},
-        "mlp_layer_types": ["dense"] * min(dense, layers) + ["sparse"] * (layers - dense),
-    }
+    return {**_V3_ROUTER, "mlp_layer_types": ["dense"] * min(dense, layers) + ["sparse"] * (layers - dense)}
 
 
 def written_deepseek(config: HfllmConfig) -> dict[str, Any]:
@@ -85,7 +85,7 @@ EXPERT_FAMILIES = {
     "qwen3_moe": Family(
         {**LLAMA_BIASES, **_QWEN, "sliding_window": "sliding_window"},
         read=lambda native: {
-            **{"qk_norm": True, "attention_output_bias": native.attention_bias},
+            "qk_norm": True,
             **_qwen_experts(native, "qwen3"),
         },
         write=lambda config: {**_written_qwen(config), "use_sliding_window": config.sliding_window is not None},
@@ -116,8 +116,8 @@ EXPERT_FAMILIES = {
     "dots1": Family(
         {**LLAMA_BIASES, **DEEPSEEK},
         read=lambda native: {
-            **{"qk_norm": True, "attention_output_bias": native.attention_bias},
-            **{**layers_of(native), **deepseek_experts(native)},
+            **{"qk_norm": True, **layers_of(native)},
+            **deepseek_experts(native),
         },
         write=lambda config: {**written_layers(config), **written_deepseek(config)},
         idle=frozenset({"first_k_dense_replace"}),
@@ -156,10 +156,6 @@ _IDLE = frozenset({*DEEPSEEK.values(), "topk_method", "first_k_dense_replace", "
 _NO_EXPERTS = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
-def _v3_fields(native: "PreTrainedConfig") -> dict[str, Any]:
-    return {"attention_output_bias": native.attention_bias, **(_dense_fields(native) or deepseek_experts(native))}
-
-
 def _v2_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     routing = {
         **deepseek_experts(native),
@@ -169,8 +165,7 @@ def _v2_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     }
     if native.topk_method == "greedy":
         routing |= {"n_group": 1, "topk_group": 1}
-    biases = {"attention_output_bias": native.attention_bias, "rope_interleave": True}
-    return {**biases, **(_dense_fields(native) or routing)}
+    return {"rope_interleave": True, **(_dense_fields(native) or routing)}
 
 
 def _dense_fields(native: "PreTrainedConfig") -> dict[str, Any]:
@@ -197,13 +192,6 @@ def _written_lite(config: HfllmConfig) -> dict[str, Any]:
     return {**written, "mlp_layer_types": kinds}
 
 
-def _lite_fields(native: "PreTrainedConfig") -> dict[str, Any]:
-    router = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    training = {"router_aux_loss_coef": 0.0, "router_bias_update_rate": 0.0}
-    layers = {"mlp_layer_types": list(native.mlp_layer_types), "attention_output_bias": native.attention_bias}
-    return {**router, **training, **layers}
-
-
 def _written_latent(config: HfllmConfig) -> dict[str, Any]:
     if config.kv_lora_rank is None:
         raise ValueError("kv_lora_rank=None: it has latent attention alone")
@@ -212,7 +200,6 @@ def _written_latent(config: HfllmConfig) -> dict[str, Any]:
 
 def _minicpm_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     return {
-        "attention_output_bias": native.attention_bias,
         "embedding_multiplier": native.scale_emb,
         "logit_scale": native.dim_model_base / native.hidden_size,
     }
@@ -231,13 +218,12 @@ def _written_minicpm(config: HfllmConfig) -> dict[str, Any]:
 LATENT_FAMILIES = {
     "deepseek_v3": Family(
         {**_LATENT, **DEEPSEEK, "rope_interleave": "rope_interleave"},
-        read=_v3_fields,
+        read=lambda native: _dense_fields(native) or deepseek_experts(native),
         write=lambda config: {**_written_experts(config), "num_mtp_layers": 0},
         idle=_IDLE,
     ),
     "youtu": Family(
         {**_LATENT, "rope_interleave": "rope_interleave"},
-        read=lambda native: {"attention_output_bias": native.attention_bias},
         write=_written_latent,
         idle=frozenset({"embedding_initializer_range"}),
     ),
@@ -248,7 +234,9 @@ LATENT_FAMILIES = {
         idle=_IDLE,
     ),
     "glm4_moe_lite": Family(
-        {**_LATENT, **DEEPSEEK, "rope_interleave": "rope_interleave"}, read=_lite_fields, write=_written_lite
+        {**_LATENT, **DEEPSEEK, "rope_interleave": "rope_interleave"},
+        read=lambda native: {**_V3_ROUTER, "mlp_layer_types": list(native.mlp_layer_types)},
+        write=_written_lite,
     ),
     "minicpm3": Family({**_LATENT, "mlp_bias": "mlp_bias"}, read=_minicpm_fields, write=_written_minicpm),
 }

@@ -129,9 +129,7 @@ MORE_FAMILIES = {
             **{**LLAMA_BIASES, "num_local_experts": "num_experts"},
             **{name: name for name in ("num_experts_per_tok", "router_aux_loss_coef", "norm_topk_prob")},
         },
-        read=lambda native: {
-            **{"qk_norm": True, "qk_norm_scope": "all_heads", "attention_output_bias": native.attention_bias},
-        },
+        read=lambda native: {"qk_norm": True, "qk_norm_scope": "all_heads"},
     ),
     "glm4": Family(
         LLAMA_BIASES,
@@ -146,6 +144,7 @@ MORE_FAMILIES = {
 
 
 _MISTRAL = {**LLAMA, "sliding_window": "sliding_window"}
+_LLAMA_ALL_BIASES = {**LLAMA_BIASES, "mlp_bias": "mlp_bias"}
 _ALL_BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 _EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
 _GPT_FIELDS = {
@@ -206,9 +205,7 @@ def _falcon_write(config: HfllmConfig) -> dict[str, Any]:
 
 # In the order in which `to_native` tries them.
 FAMILIES = {
-    "llama": Family(
-        {**LLAMA_BIASES, "mlp_bias": "mlp_bias"}, read=lambda native: {"attention_output_bias": native.attention_bias}
-    ),
+    "llama": Family(_LLAMA_ALL_BIASES),
     "mistral": Family(_MISTRAL),
     "mixtral": Family(
         {**_MISTRAL, **{name: name for name in _EXPERTS}},
@@ -217,20 +214,12 @@ FAMILIES = {
     **EXPERT_FAMILIES,
     "qwen2": Family(
         LLAMA,
-        read=lambda native: {
-            "attention_bias": True,
-            "attention_output_bias": False,
-            **layers_of(native),
-        },
+        read=lambda native: {"attention_bias": True, "attention_output_bias": False, **layers_of(native)},
         write=qwen_layers,
     ),
     "qwen3": Family(
         LLAMA_BIASES,
-        read=lambda native: {
-            "qk_norm": True,
-            "attention_output_bias": native.attention_bias,
-            **layers_of(native),
-        },
+        read=lambda native: {"qk_norm": True, **layers_of(native)},
         write=qwen_layers,
     ),
     "gemma": Family(
@@ -238,15 +227,11 @@ FAMILIES = {
         read=lambda native: {
             "norm_unit_offset": True,
             "embedding_multiplier": native.hidden_size**0.5,
-            "attention_output_bias": native.attention_bias,
         },
     ),
     "cohere": Family(
         {**LLAMA_BIASES, "norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
-        read=lambda native: {
-            **{"norm_type": "layernorm", "norm_bias": False, "parallel_block": True},
-            "attention_output_bias": native.attention_bias,
-        },
+        read=lambda native: {"norm_type": "layernorm", "norm_bias": False, "parallel_block": True},
         rules=tensor_layouts.rotary_pairs_rules,
     ),
     "gpt2": Family(
@@ -287,7 +272,6 @@ FAMILIES = {
         },
         read=lambda native: {
             **{"norm_type": "layernorm", "mlp_type": "plain", "mlp_bias": True, "shared_norm": False},
-            "attention_output_bias": native.attention_bias,
             "parallel_block": native.use_parallel_residual,
         },
         write=lambda config: {"use_parallel_residual": config.parallel_block},
@@ -344,23 +328,18 @@ FAMILIES = {
         has_partial_rope=True,
     ),
     "jais2": Family(
-        {**LLAMA_BIASES, "mlp_bias": "mlp_bias", "norm_eps": "layer_norm_eps"},
-        read=lambda native: {
-            **{"norm_type": "layernorm", "mlp_type": "plain", "attention_output_bias": native.attention_bias},
-        },
+        {**_LLAMA_ALL_BIASES, "norm_eps": "layer_norm_eps"},
+        read=lambda native: {"norm_type": "layernorm", "mlp_type": "plain"},
     ),
-    "arcee": Family(
-        {**LLAMA_BIASES, "mlp_bias": "mlp_bias"},
-        read=lambda native: {"mlp_type": "plain", "attention_output_bias": native.attention_bias},
-    ),
+    "arcee": Family(_LLAMA_ALL_BIASES, read=lambda native: {"mlp_type": "plain"}),
     "seed_oss": Family(
         {
-            **{**LLAMA_BIASES, "mlp_bias": "mlp_bias", "attention_output_bias": "attention_out_bias"},
+            **{**_LLAMA_ALL_BIASES, "attention_output_bias": "attention_out_bias"},
             "hidden_dropout": "residual_dropout",
         },
     ),
     "helium": Family(
-        {**LLAMA_BIASES, "mlp_bias": "mlp_bias"},
+        _LLAMA_ALL_BIASES,
         read=lambda native: {"attention_output_bias": False},
         rules=tensor_layouts.rotary_pairs_rules,
     ),
@@ -442,6 +421,7 @@ MISSING = {
 _BY_TYPE = {model_type: concept for concept, types in MISSING.items() for model_type in types}
 
 
-def missing_concept(model_type: str) -> str | None:
-    """Return a part of a known architecture absent from `HfllmConfig`, as a noun phrase; `None` for others."""
-    return _BY_TYPE.get(model_type)
+def missing_part(model_type: object) -> str:
+    """Return which part of a known architecture is absent from `HfllmConfig`, to end a phrase; empty for others."""
+    concept = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    return f" ({concept} has no place in HfllmConfig)" if concept else ""

@@ -101,6 +101,7 @@ LLAMA = {
     **{name: name for name in ("intermediate_size", "num_key_value_heads", "hidden_act", "max_position_embeddings")},
     **{"rope_parameters": "rope_parameters", "norm_eps": "rms_norm_eps", "head_dim": "head_dim"},
 }
+# The bias of attention's output follows this one, unless a family says otherwise.
 LLAMA_BIASES = {**LLAMA, "attention_bias": "attention_bias"}
 
 
@@ -162,7 +163,7 @@ def _gemma_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     scalar = native.query_pre_attn_scalar
     return {
         **layers_of(native),
-        **{"norm_placement": "both", "norm_unit_offset": True, "attention_output_bias": native.attention_bias},
+        **{"norm_placement": "both", "norm_unit_offset": True},
         "embedding_multiplier": native.hidden_size**0.5,
         "query_pre_attn_scalar": None if scalar == native.head_dim else scalar,
     }
@@ -172,18 +173,11 @@ def _written_gemma(config: HfllmConfig) -> dict[str, Any]:
     return {**written_windows(config), "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim}
 
 
-def _olmo_fields(native: "PreTrainedConfig") -> dict[str, Any]:
-    return {
-        **{"norm_placement": "output", "qk_norm": True, "qk_norm_scope": "all_heads"},
-        "attention_output_bias": native.attention_bias,
-    }
-
-
 def _hybrid_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     # Published models have this dictionary without a base, and no positions.
     is_rotated = (native.rope_parameters or {}).get("rope_theta") is not None
     return {
-        **{**_olmo_fields(native), "layer_types": list(native.layer_types)},
+        **{**_OLMO, "layer_types": list(native.layer_types)},
         "position_embedding_type": "rope" if is_rotated else "none",
     }
 
@@ -198,7 +192,6 @@ def _llama4_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     return {
         **{"layer_types": kinds, "no_rope_layers": list(native.no_rope_layers)},
         "attention_chunk_size": native.attention_chunk_size if "chunked_attention" in kinds else None,
-        "attention_output_bias": native.attention_bias,
     }
 
 
@@ -217,12 +210,13 @@ _LINEAR = (
     *("linear_conv_kernel_dim", "linear_allow_neg_eigval", "linear_a_log_min", "linear_a_log_max"),
     *("linear_dt_min", "linear_dt_max", "linear_dt_init_floor"),
 )
+_OLMO = {"norm_placement": "output", "qk_norm": True, "qk_norm_scope": "all_heads"}
 _GEMMA = {**LLAMA_BIASES, "hidden_act": "hidden_activation", "final_logit_softcapping": "final_logit_softcapping"}
 
 MIXED_FAMILIES = {
     "smollm3": Family(
         {**LLAMA_BIASES, "mlp_bias": "mlp_bias", "no_rope_layers": "no_rope_layers"},
-        read=lambda native: {**layers_of(native), "attention_output_bias": native.attention_bias},
+        read=layers_of,
         write=lambda config: {
             **written_layers(config),
             "use_sliding_window": config.sliding_window is not None,
@@ -251,7 +245,6 @@ MIXED_FAMILIES = {
         read=lambda native: {
             **{"norm_type": "layernorm", "norm_bias": False, "parallel_block": True},
             **layers_of(native),
-            "attention_output_bias": native.attention_bias,
             "no_rope_layers": [int(kind == "sliding_attention") for kind in native.layer_types],
         },
         write=written_windows,
@@ -265,10 +258,10 @@ MIXED_FAMILIES = {
         read=lambda native: {**_gemma_fields(native), **_rotations_of(native), "qk_norm": True},
         write=lambda config: {**_written_gemma(config), **_written_rotations(config)},
     ),
-    "olmo2": Family(LLAMA_BIASES, read=_olmo_fields),
+    "olmo2": Family(LLAMA_BIASES, read=lambda native: _OLMO),
     "olmo3": Family(
         LLAMA_BIASES,
-        read=lambda native: {**_olmo_fields(native), **layers_of(native), **_rotations_of(native)},
+        read=lambda native: {**_OLMO, **layers_of(native), **_rotations_of(native)},
         write=lambda config: {**written_windows(config), **_written_rotations(config)},
     ),
     "olmo_hybrid": Family(

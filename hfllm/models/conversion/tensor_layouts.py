@@ -116,6 +116,12 @@ def _renamed(pairs: dict[str, str], theirs: str = "", ours: str = "") -> Iterato
             yield Rule(f"{theirs}{their_name}.{part}", (f"{ours}{our_name}.{part}",))
 
 
+def _renamed_in_layers(pairs: dict[str, str], config: HfllmConfig, theirs: str = "model.layers.") -> Iterator[Rule]:
+    """Yield `_renamed` of every layer; `theirs` is the native name of their list."""
+    for index in range(config.num_hidden_layers):
+        yield from _renamed(pairs, f"{theirs}{index}.", f"model.layers.{index}.")
+
+
 def _head_sizes(config: HfllmConfig) -> tuple[int, int, int]:
     """Return the rows of a layer's queries, keys and values."""
     keys = config.num_key_value_heads * config.head_dim
@@ -212,9 +218,7 @@ def rotary_pairs_rules(config: HfllmConfig) -> Iterator[Rule]:
 
 
 def starcoder2_rules(config: HfllmConfig) -> Iterator[Rule]:
-    for index in range(config.num_hidden_layers):
-        mlp = f"model.layers.{index}.mlp."
-        yield from _renamed({"c_fc": "up_proj", "c_proj": "down_proj"}, mlp, mlp)
+    yield from _renamed_in_layers({"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}, config)
 
 
 def phi3_rules(config: HfllmConfig) -> Iterator[Rule]:
@@ -246,8 +250,7 @@ def gpt_neo_rules(config: HfllmConfig) -> Iterator[Rule]:
         **{f"attn.attention.{name}": f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")},
         **{"attn.attention.out_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
     }
-    for index in range(config.num_hidden_layers):
-        yield from _renamed(inside, f"transformer.h.{index}.", f"model.layers.{index}.")
+    yield from _renamed_in_layers(inside, config, "transformer.h.")
 
 
 def phi_rules(config: HfllmConfig) -> Iterator[Rule]:
@@ -256,9 +259,7 @@ def phi_rules(config: HfllmConfig) -> Iterator[Rule]:
         **{"self_attn.dense": "self_attn.o_proj", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"},
         **{f"self_attn.{name}_layernorm": f"self_attn.{name}_norm" for name in "qk"},
     }
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}."
-        yield from _renamed(inside, layer, layer)
+    yield from _renamed_in_layers(inside, config)
 
 
 def glm4_rules(config: HfllmConfig) -> Iterator[Rule]:
@@ -268,17 +269,13 @@ def glm4_rules(config: HfllmConfig) -> Iterator[Rule]:
         "post_mlp": "post_feedforward",
     }
     inside = {f"{theirs}_layernorm": f"{ours}_layernorm" for theirs, ours in norms.items()}
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}."
-        yield from _renamed(inside, layer, layer)
+    yield from _renamed_in_layers(inside, config)
 
 
 def llama4_rules(config: HfllmConfig) -> Iterator[Rule]:
     yield from rotary_pairs_rules(config)
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}."
-        parts = ("gate_proj", "up_proj", "down_proj")
-        yield from _renamed({f"feed_forward.{part}": f"mlp.{part}" for part in parts}, layer, layer)
+    parts = ("gate_proj", "up_proj", "down_proj")
+    yield from _renamed_in_layers({f"feed_forward.{part}": f"mlp.{part}" for part in parts}, config)
 
 
 def glm_rules(config: HfllmConfig) -> Iterator[Rule]:
@@ -304,10 +301,8 @@ def persimmon_rules(config: HfllmConfig) -> Iterator[Rule]:
 
 
 def qwen2_moe_rules(config: HfllmConfig) -> Iterator[Rule]:
-    names = {f"shared_expert.{name}_proj": f"shared_experts.{name}_proj" for name in ("gate", "up", "down")}
-    for index in range(config.num_hidden_layers):
-        mlp = f"model.layers.{index}.mlp."
-        yield from _renamed(names, mlp, mlp)
+    names = {f"mlp.shared_expert.{name}_proj": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+    yield from _renamed_in_layers(names, config)
 
 
 def token_classifier_rules(name: str) -> Iterator[Rule]:

@@ -361,7 +361,7 @@ def sparse_attention_forward(
     if attention_mask is not None:
         source, first, indices = attention_mask[:, 0].unbind(1)
         first, indices = first[:, ::block], indices[:, :length]
-    keys, values = (_by_place(states, source, block).unflatten(2, (-1, block)) for states in (key, value))
+    keys, values = (_in_blocks(states, source, block).unflatten(2, (-1, block)) for states in (key, value))
     if length * count <= key.shape[2]:
         return attend_by_query(query, keys, values, indices, first, count, scaling), None
     # Queries too by position; in a row without padding only the ones of the last blocks.
@@ -371,14 +371,14 @@ def sparse_attention_forward(
     else:
         index = torch.arange(length, device=query.device).expand_as(indices)
         holders = torch.full_like(source, length)
-        queries = _by_place(query, nn.functional.pad(holders, (0, 1)).scatter(1, indices, index)[:, :-1], block)
+        queries = _in_blocks(query, nn.functional.pad(holders, (0, 1)).scatter(1, indices, index)[:, :-1], block)
     output = attend_by_block(queries, keys, values, begin, first, count, scaling)
     index = (indices - begin * block).clamp(max=output.shape[2] - 1)[:, None, :, None]
     output = output.gather(2, index.expand(query.shape[0], query.shape[1], -1, query.shape[3]))
     return output.transpose(1, 2).contiguous(), None
 
 
-def _by_place(states: torch.Tensor, source: torch.Tensor | None, block: int) -> torch.Tensor:
+def _in_blocks(states: torch.Tensor, source: torch.Tensor | None, block: int) -> torch.Tensor:
     """Return states (B, H, T, D) in whole blocks, (B, H, N * C, D), with zeros where there is no token."""
     if source is None:
         return nn.functional.pad(states, (0, 0, 0, -states.shape[2] % block))
@@ -451,10 +451,10 @@ def sparse_mask(
     index = torch.arange(kv_length, device=device)
     visible = (index < q_offset + q_length).expand(batch_size, -1)
     visible = visible if padding is None else visible & padding[:, kv_offset : kv_offset + kv_length]
-    return _places(visible, begins, index[:q_length] + q_offset, block)
+    return _positions(visible, begins, index[:q_length] + q_offset, block)
 
 
-def _places(visible: torch.Tensor, begins: torch.Tensor | None, queries: torch.Tensor, block: int) -> torch.Tensor:
+def _positions(visible: torch.Tensor, begins: torch.Tensor | None, queries: torch.Tensor, block: int) -> torch.Tensor:
     """Return the result of `sparse_mask`.
 
     Args:

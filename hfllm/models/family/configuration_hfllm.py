@@ -313,7 +313,8 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         Args:
             active_only: count only the experts used by one token.
         """
-        hidden, query, key = self.hidden_size, self._query_size(), self._key_size()
+        hidden = self.hidden_size
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         norm = hidden * (2 if self._norm_has_bias() else 1)
         attention = hidden * (query + 2 * key) + query * hidden
         attention += (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
@@ -420,12 +421,6 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
                 raise ValueError(
                     f"head_dim={self.head_dim} times partial_rotary_factor={factor} must be even, from 2 to head_dim"
                 )
-
-    def _query_size(self) -> int:
-        return self.num_attention_heads * self.head_dim
-
-    def _key_size(self) -> int:
-        return self.num_key_value_heads * self.head_dim
 
     def _norm_has_bias(self) -> bool:
         return self.norm_type == "layernorm" and self.norm_bias

@@ -143,7 +143,7 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
             and input_ids is not None
             and (cache is None or cache.get_seq_length() == 0)
         ):
-            self._check_no_places(input_ids)
+            self._check_no_image_tokens(input_ids)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -200,7 +200,7 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
             )
         return indices.unsqueeze(-1).to(inputs_embeds.device)
 
-    def _check_no_places(self, input_ids: torch.LongTensor) -> None:
+    def _check_no_image_tokens(self, input_ids: torch.LongTensor) -> None:
         if not torch.compiler.is_compiling() and (count := int((input_ids == self.config.image_token_id).sum())):
             raise ValueError(
                 f"the prompts have {count} image tokens (id {self.config.image_token_id}) and no pictures: give "

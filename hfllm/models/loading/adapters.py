@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.loading.saved import (
     is_for_pictures,
     location_of,
@@ -88,7 +88,7 @@ class SavedAdapter:
                 if result is not None:
                     return str(Path(result).parent)
         except OSError as error:
-            raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
+            raise InputError(f"adapter {self.name!r}: its weights cannot be read: {one_line(error)}") from error
         raise InputError(f"adapter {self.name!r} has no {' or '.join(WEIGHT_FILES)}")
 
     @property
@@ -134,7 +134,7 @@ class SavedAdapter:
         try:
             return PeftConfig.from_pretrained(self.folder)
         except (KeyError, OSError, TypeError, ValueError) as error:
-            raise InputError(f"adapter {self.name!r}: its settings cannot be read: {_one_line(error)}") from error
+            raise InputError(f"adapter {self.name!r}: its settings cannot be read: {one_line(error)}") from error
 
     def weights(self) -> "dict[str, torch.Tensor]":
         """Return its weights, by their names in the file.
@@ -148,7 +148,7 @@ class SavedAdapter:
         try:
             return load_peft_weights(self.folder, device="cpu")
         except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
+            raise InputError(f"adapter {self.name!r}: its weights cannot be read: {one_line(error)}") from error
 
     def base_config(self) -> PreTrainedConfig:
         """Return the config of its base model."""
@@ -303,7 +303,9 @@ def put_under_head(model: PreTrainedModel, adapter: SavedAdapter, task_type: str
     # Its effect on the head for words ends here.
     if config.modules_to_save:
         names = dict(model.named_modules())
-        config.modules_to_save = [each for each in config.modules_to_save if _has_module(names, each)] or None
+        config.modules_to_save = [
+            each for each in config.modules_to_save if any(f".{name}".endswith(f".{each}") for name in names)
+        ] or None
     weights = {key: value for key, value in adapter.weights().items() if key.startswith(trunk) or whole not in key}
     try:
         adapted = get_peft_model(model, config)
@@ -352,10 +354,6 @@ def _is_whole(key: str, path: str) -> bool:
     return key.endswith((f".{path}.weight", f".{path}.base_layer.weight"))
 
 
-def _has_module(names: Mapping[str, object], wanted: str) -> bool:
-    return any(name == wanted or name.endswith(f".{wanted}") for name in names)
-
-
 def _misfit(adapter: SavedAdapter, reason: str) -> InputError:
     return InputError(f"adapter {adapter.name!r} does not fit its base model {adapter.base!r}: {reason}")
 
@@ -364,10 +362,6 @@ def _mismatch(error: Exception) -> str:
     """Return the line of an error that names the mismatch."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)[:300]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 # ---- merging ----

@@ -84,8 +84,8 @@ for text in given["texts"]:
     except BaseException as error:
         sys.exit({TOO_LONG} if "retry" in str(error) else 0)
 """
-ASKED = {"role": "user", "content": "What is it?"}
-SAID = {"role": "assistant", "content": "A fox."}
+QUESTION = {"role": "user", "content": "What is it?"}
+ANSWER = {"role": "assistant", "content": "A fox."}
 TOOL = {
     "type": "function",
     "function": {
@@ -95,16 +95,16 @@ TOOL = {
     },
 }
 CONVERSATIONS: tuple[dict[str, Any], ...] = (
-    {"messages": [ASKED], "add_generation_prompt": True},
+    {"messages": [QUESTION], "add_generation_prompt": True},
     {
-        "messages": [{"role": "system", "content": "Be brief."}, ASKED, SAID, ASKED, SAID],
+        "messages": [{"role": "system", "content": "Be brief."}, QUESTION, ANSWER, QUESTION, ANSWER],
         "add_generation_prompt": False,
     },
-    {"messages": [ASKED], "tools": [TOOL], "add_generation_prompt": True},
+    {"messages": [QUESTION], "tools": [TOOL], "add_generation_prompt": True},
     {
         "messages": [
-            {**ASKED, "content": [{"type": "text", "text": "Hi"}]},
-            {**SAID, "content": [{"type": "text", "text": "A"}]},
+            {**QUESTION, "content": [{"type": "text", "text": "Hi"}]},
+            {**ANSWER, "content": [{"type": "text", "text": "A"}]},
         ]
     },
 )
@@ -155,11 +155,11 @@ def _try_pattern(pattern: str) -> str | None:
     return _complaint(MATCH, {"pattern": pattern, "texts": [WORDS, WORDS * 4, *runs]}, "a short text")
 
 
-def _complaint(code: str, given: Mapping[str, Any], on: str) -> str | None:
+def _complaint(code: str, arguments: Mapping[str, Any], on: str) -> str | None:
     """Return the problem found by a child in its task, or `None`: also where it could not do the task at all."""
     endless = f"does not end for {on}: it was stopped after {CPU_SECONDS} seconds"
     # Without the user's own modules: a folder may hold a json.py.
-    command, written = [sys.executable, "-I", "-c", code], json.dumps({**given, "seconds": CPU_SECONDS})
+    command, written = [sys.executable, "-I", "-c", code], json.dumps({**arguments, "seconds": CPU_SECONDS})
     try:
         done = subprocess.run(command, input=written, text=True, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:

@@ -9,14 +9,14 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.loading.probes import check_tokenizer
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ def check_index(name: str) -> None:
         except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
             # Loading will report it, if it is read at all.
             continue
-        if outside := next(filter(is_outside, sorted(map(str, files))), None):
-            raise InputError(f"model {name!r}: {index.name} names {outside!r}, which is not in its folder")
+        refuse_outside(sorted(map(str, files)), f"model {name!r}: {index.name}")
 
 
 @contextmanager
@@ -193,6 +192,12 @@ def _named_settings(name: str) -> Iterator[None]:
         raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from None
 
 
+def refuse_outside(files: Iterable[str], index: str) -> None:
+    """Refuse an index of weights with files outside of its folder; `index` names it in the complaint."""
+    if outside := next(filter(is_outside, files), None):
+        raise InputError(f"{index} names {outside!r}, which is not in its folder")
+
+
 def is_outside(file: str) -> bool:
     """Return whether a relative name of a file leads out of its folder."""
     return file.startswith(("/", "\\")) or ":" in file or ".." in file.replace("\\", "/").split("/")
@@ -200,7 +205,7 @@ def is_outside(file: str) -> bool:
 
 def reason_of(error: Exception, most: int = 200) -> str:
     """Return why something could not be loaded, in one line; for untrusted code, with the flag for trusting it."""
-    text = " ".join(str(error).split())
+    text = one_line(error, None)
     if "trust_remote_code" in text and not isinstance(error, InputError):
         return f"it needs code of its own, which is run only by {TRUST_FLAG}: read that code first"
     return text[:most] or type(error).__name__
@@ -357,6 +362,11 @@ def reads_pictures(model: "nn.Module | type[nn.Module]") -> bool:
     return "pixel_values" in inspect.signature(model.forward).parameters
 
 
+def scores_tokens(model: "PreTrainedModel") -> bool:
+    """Return whether a model gives one number per token (`...ForTokenClassification`)."""
+    return type(model).__name__.endswith("ForTokenClassification")
+
+
 # ---- context ----
 #
 # The longest sequence of a model.
@@ -419,6 +429,12 @@ def _fault(config: "GenerationConfig") -> str | None:
 # ---- vocabulary ----
 #
 # Whether a model has an embedding for every token of a tokenizer, and embeddings for new tokens.
+
+
+def check_padding(tokenizer: "PreTrainedTokenizerBase", whose: str = "the") -> None:
+    """Refuse a tokenizer without a padding token, which batches need; `whose` begins the complaint."""
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{whose} tokenizer has no padding token: set tokenizer.pad_token")
 
 
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str | None = None) -> None:

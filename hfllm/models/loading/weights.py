@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from hfllm.errors import InputError, is_out_of_memory
-from hfllm.models.loading.saved import is_outside, leave_out_idle_settings, quantization_method, reason_of, saved_model
+from hfllm.models.loading.saved import (
+    leave_out_idle_settings,
+    quantization_method,
+    reason_of,
+    refuse_outside,
+    saved_model,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -181,8 +187,7 @@ def _shards(folder: Path, name: str, whose: str) -> list[str]:
         shards = sorted(map(str, files))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise InputError(f"{whose} {name!r}: {SAFE_INDEX} is damaged: it lists no files (weight_map)") from None
-    if outside := next(filter(is_outside, shards), None):
-        raise InputError(f"{whose} {name!r}: {SAFE_INDEX} names {outside!r}, which is not in its folder")
+    refuse_outside(shards, f"{whose} {name!r}: {SAFE_INDEX}")
     return shards
 
 
@@ -199,8 +204,7 @@ def _counted(missing: list[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "use_safetensors" in text:
+    if "use_safetensors" in str(error):
         return (
             "it has no safetensors files, and pickled weights can run code when they are read: if you trust them, "
             "convert them by https://huggingface.co/spaces/safetensors/convert"

@@ -161,15 +161,15 @@ def last_mlp_on(trunk: PreTrainedModel, sequences: Sequences) -> Iterator[None]:
 
 
 @contextmanager
-def _mlp_at(mlp: nn.Module, places: tuple[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+def _mlp_at(mlp: nn.Module, indices: tuple[torch.Tensor, torch.Tensor]) -> Iterator[None]:
     shapes: list[torch.Size] = []
 
     def select(module: nn.Module, args: tuple) -> tuple:
         shapes.append(args[0].shape)
-        return (args[0][places].unsqueeze(0), *args[1:])
+        return (args[0][indices].unsqueeze(0), *args[1:])
 
     def spread_out(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output.new_zeros(shapes.pop()).index_put(places, output.squeeze(0))
+        return output.new_zeros(shapes.pop()).index_put(indices, output.squeeze(0))
 
     handles = mlp.register_forward_pre_hook(select), mlp.register_forward_hook(spread_out)
     try:

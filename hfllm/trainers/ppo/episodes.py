@@ -130,12 +130,12 @@ def _recorded(
     if witness is None:
         return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length)
 
-    def place(going: Sequence[Episode]) -> None:
+    def begin_turn(going: Sequence[Episode]) -> None:
         witness.begin([episode.place for episode in going], [len(episode.response_ids) for episode in going])
 
     trainer._recorder, witness.caches = witness, TurnCaches()
     try:
-        return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length, place)
+        return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length, begin_turn)
     finally:
         trainer._recorder = witness.caches = None
 

@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from hfllm.data.rows import OriginRow, is_begun, origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.multimodal.processors import TOGETHER, ProcessingClass, encode, has_pictures, tokenizer_of, what_is_counted
 from hfllm.trainers.ppo.config import PPOConfig
 
@@ -95,14 +95,14 @@ class RolloutRows(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        return self.dataset[place]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[index]
 
-    def __getitems__(self, places: list[int]) -> Rows:
-        if places != self._places:
+    def __getitems__(self, indices: list[int]) -> Rows:
+        if indices != self._places:
             together = getattr(self.dataset, "__getitems__", None)
-            rows = together(places) if together is not None else [self.dataset[index] for index in places]
-            self._places, self._rows = list(places), Rows(rows)
+            rows = together(indices) if together is not None else [self.dataset[index] for index in indices]
+            self._places, self._rows = list(indices), Rows(rows)
         return self._rows
 
 
@@ -264,7 +264,7 @@ def _tokens_of(
             try:
                 read_rows([row], tokenizer, tools, index)
             except refusals as error:
-                origin, reason = origin_of(row, f"prompt {index} of the dataset"), " ".join(str(error).split())[:200]
+                origin, reason = origin_of(row, f"prompt {index} of the dataset"), one_line(error)
                 raise InputError(f"{origin}: the chat template cannot write this prompt: {reason}") from None
         raise
 
@@ -354,8 +354,8 @@ class PretrainingBatches:
         """Return the number of next tokens to predict in a batch."""
         return (batch["labels"][:, 1:] != -100).sum()
 
-    def _row(self, place: int) -> int:
-        epoch, within = divmod(place, len(self.dataset))
+    def _row(self, position: int) -> int:
+        epoch, within = divmod(position, len(self.dataset))
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + 7_000_003 * (epoch + 1))
             self._order = epoch, torch.randperm(len(self.dataset), generator=generator)

@@ -124,12 +124,12 @@ def _gathered(tensors: Sequence[torch.Tensor], rows: Sequence[Kept], sources: to
     return result
 
 
-def _shared(known: Sequence[int], tokens: Sequence[int]) -> int:
+def _shared(cached: Sequence[int], tokens: Sequence[int]) -> int:
     """Return the number of known tokens of a sequence, at most all but its last, which has to be read."""
-    most = min(len(known), len(tokens) - 1)
-    if known[:most] == tokens[:most]:
+    most = min(len(cached), len(tokens) - 1)
+    if cached[:most] == tokens[:most]:
         return most
-    return next(at for at in range(most) if known[at] != tokens[at])
+    return next(at for at in range(most) if cached[at] != tokens[at])
 
 
 def _is_plain(cache: object) -> bool:

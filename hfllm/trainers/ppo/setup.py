@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hfllm.data.tokenizer import configured_ends, turn_end
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.models.devices import built_whole, forked_random
 from hfllm.models.loading import adapters
 from hfllm.models.loading.adapters import find_adapter
@@ -32,11 +32,12 @@ from hfllm.models.loading.saved import (
     saved_model,
     saved_processor,
     saved_tokenizer,
+    scores_tokens,
 )
 from hfllm.models.loading.weights import load_weights_of
 from hfllm.multimodal.processors import ProcessingClass, place_tokens, tokenizer_of
 from hfllm.rewards.functions import MOST_REWARD, RewardFunction
-from hfllm.rewards.models import RewardModel, TokenRewardModel, reward_model, scores_tokens
+from hfllm.rewards.models import RewardModel, TokenRewardModel, reward_model
 from hfllm.runs.arguments import changed
 from hfllm.trainers.engines import gather_parameters, unshard
 from hfllm.trainers.ppo.actor_critic import looks_ahead
@@ -161,10 +162,9 @@ def keep_starting_adapter(policy: "PeftModel") -> None:
         try:
             policy.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(policy.peft_config[active]))
         except (KeyError, NotImplementedError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"model's adapter cannot be kept as the reference beside itself ({reason}): merge it and train a new "
-                "one, or leave the reference out by kl_coef=0"
+                f"model's adapter cannot be kept as the reference beside itself ({one_line(error)}): merge it and "
+                "train a new one, or leave the reference out by kl_coef=0"
             ) from error
         weights = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
         for name, weight in weights.items():

@@ -153,8 +153,8 @@ class BatchPlan(TorchDataset):
         starts = range(0, self.row_length, length)
         return self.transform(batch, [int(index) * self.row_length + start for index in indices for start in starts])
 
-    def _row(self, place: int) -> dict:
-        index, number = int(self._source[place]), int(self._number[place])
+    def _row(self, position: int) -> dict:
+        index, number = int(self._source[position]), int(self._number[position])
         source = self.sources[index]
         epoch, within = divmod(number, len(source))
         epoch_order = self._order_of.get(index)

@@ -105,9 +105,9 @@ def test_interchange_at_its_ends(parts, prompts):
 def test_causal_tracing_at_its_ends(parts, prompts):
     """The subject's own vectors undo the noise wholly, places before it not at all."""
     prompt, spread = prompts[0], subject_spread(parts, prompts)
-    first = min(prompt.subject_places)
+    first = min(prompt.subject_positions)
     sites = {"embeddings": parts.embeddings, "last": parts.layers[-1]}
-    places = [prompt.subject_places, list(range(first)), [len(prompt.ids) - 1]]
+    places = [prompt.subject_positions, list(range(first)), [len(prompt.ids) - 1]]
     effects, taken = causal_trace(parts, prompt, sites, spread, places)
     assert effects[0, 0] == pytest.approx(taken, abs=1e-6) and effects[1, 2] == pytest.approx(taken, abs=1e-6)
     assert effects[0, 1] == pytest.approx(0, abs=1e-6) and taken != 0
