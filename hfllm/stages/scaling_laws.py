@@ -20,8 +20,9 @@ from hfllm.fingerprint import file_fingerprint
 from hfllm.flags import POSITIVE, SEED, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import CHANGED, CONTENTS, read_report, write_atomically
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import finished_run, main_process, parse_recipe
+from hfllm.runs.command_line import main_process, parse_recipe, say
 from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.identity import finished_run
 from hfllm.runs.recipes import settings_file
 from hfllm.runs.stage import Stage, stage_arguments
 from hfllm.stages.pretrain.flags import LIBRARY, PretrainArguments, default_settings
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from trl import ModelConfig
 
-    from hfllm.evaluation.emergence import Emergence
+    from hfllm.evaluation.emergence import Emergence, Probe
     from hfllm.scaling.fitting import Fit, Outliers, Runs
     from hfllm.scaling.report import Study
     from hfllm.scaling.studies import Forecast
@@ -115,6 +116,24 @@ class ScalingArguments(DataArguments, RemoteCodeArguments):
         "max_samples": (FROM_TABLE, ON_WORLD.because("the world is as large as the runs need")),
     }
 
+    def pretrain_flags(self) -> list[str]:
+        """Return the flags of `hfllm pretrain` for all runs of the grid."""
+        flags = ["--config", str(settings_file("pretrain/grid.yaml"))]
+        flags += ["--config", self.pretrain_config] if self.pretrain_config else []
+        flags += ["--seed", str(self.seed)]
+        of_data = ("dataset_name", "dataset_train_split", "dataset_config", "dataset_revision", "max_samples")
+        for name in (*of_data, "world_seed", "dataset_streaming"):
+            if (value := getattr(self, name)) is not None:
+                flags += [f"--{name}", str(value)]
+        return flags + (["--column_mapping", *self.column_mapping] if self.column_mapping else [])
+
+    def table_files(self) -> dict[str, Any]:
+        """Return the times and contents of the files of runs and flags, for `Stage`."""
+        files = {name: Path(getattr(self, name) or "") for name in ("runs", "pretrain_config")}
+        files = {name: path for name, path in files.items() if path.is_file()}
+        times = {f"{name}{CHANGED}": path.stat().st_mtime_ns for name, path in files.items()}
+        return times | {f"{name}{CONTENTS}": file_fingerprint([("", path)], True) for name, path in files.items()}
+
 
 # ---- what is refused ----
 
@@ -138,13 +157,6 @@ class ScalingStage(Stage):
     """
 
     redo = "remove report.json there to redo it"
-
-    def __init__(self, script_args: ScalingArguments):
-        named = {name: Path(getattr(script_args, name) or "") for name in ("runs", "pretrain_config")}
-        files = {name: path for name, path in named.items() if path.is_file()}
-        written: dict[str, Any] = {f"{name}{CHANGED}": path.stat().st_mtime_ns for name, path in files.items()}
-        written |= {f"{name}{CONTENTS}": file_fingerprint([("", path)], True) for name, path in files.items()}
-        super().__init__("scaling_laws", script_args, also=written)
 
     @cached_property
     def report(self) -> dict[str, Any] | None:
@@ -176,7 +188,7 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
         columns = script_args.parameters_column, script_args.tokens_column, script_args.loss_column
         runs = read_runs(script_args.runs, *columns)
         if script_args.outliers == DROP:
-            outliers = outliers_of(script_args, runs)
+            outliers = outliers_of(script_args.runs, runs, delta, drops=True)
             runs = outliers.kept
         fitted, held_out = runs.split_by_compute(script_args.held_out_share)
         try:
@@ -188,21 +200,27 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
     except InputError as error:
         raise InputError(f"{script_args.runs or Path(script_args.output_dir) / 'runs.csv'}: {error}") from None
     if grid is None and outliers is None:
-        outliers = outliers_of(script_args, runs, whole)
+        outliers = outliers_of(script_args.runs, runs, delta, drops=False, fit=whole)
     resampled = bootstrap(whole, *sampling)
     return Study(forecast, held_out, whole, resampled, script_args.isoflop_tolerance, outliers)
 
 
-def outliers_of(script_args: ScalingArguments, runs: "Runs", fit: "Fit | None" = None) -> "Outliers":
-    """Return the file's runs far from the law of the others, after a warning with their names."""
-    from hfllm.scaling.fitting import DROP, find_outliers
+def outliers_of(file: str, runs: "Runs", delta: float, drops: bool, fit: "Fit | None" = None) -> "Outliers":
+    """Return the file's runs far from the law of the others, after a warning with their names.
+
+    Args:
+        delta: error above which the Huber loss is linear.
+        drops: whether they are left out.
+        fit: of the law to all runs, if there is one.
+    """
+    from hfllm.scaling.fitting import find_outliers
 
     try:
-        outliers = find_outliers(runs, script_args.huber_delta, fit)
+        outliers = find_outliers(runs, delta, fit)
     except InputError as error:
-        raise InputError(f"{script_args.runs}: {error}") from None
-    if len(outliers) and main_process():
-        print(f"scaling_laws: {outliers.warning(script_args.runs, script_args.outliers == DROP)}", flush=True)
+        raise InputError(f"{file}: {error}") from None
+    if len(outliers):
+        say(f"scaling_laws: {outliers.warning(file, drops)}")
     return outliers
 
 
@@ -221,37 +239,27 @@ def forecast_of(runs: "Runs", delta: float, sampling: tuple[int, int, float]) ->
 
 
 class SmallGrid:
-    """The grid of small runs, and the larger run predicted from it."""
+    """The grid of small runs, and the larger run predicted from it.
 
-    def __init__(self, script_args: ScalingArguments):
+    Args:
+        sizes: models and their tokens, see `GridRun.parse`.
+        held_out_run: the larger run, likewise.
+        column: the count of parameters that is N.
+        flags: of `hfllm pretrain`, for all runs.
+        output_dir: where runs.csv, the tokenizer and the models go.
+    """
 
-        self.script_args, self.column = script_args, COUNTS[script_args.count_parameters]
-        self.runs = [each for text in script_args.grid for each in GridRun.parse(text, "--grid")]
-        self.large, *others = GridRun.parse(script_args.held_out_run, "--held_out_run")
+    def __init__(self, sizes: Sequence[str], held_out_run: str, column: str, flags: Sequence[str], output_dir: str):
+        self.held_out_run, self.column = held_out_run, column
+        self.runs = [each for text in sizes for each in GridRun.parse(text, "--grid")]
+        self.large, *others = GridRun.parse(held_out_run, "--held_out_run")
         if others:
-            raise InputError(f"--held_out_run {script_args.held_out_run!r}: expected a single number of tokens")
+            raise InputError(f"--held_out_run {held_out_run!r}: expected a single number of tokens")
         # The cheapest first, so that errors show early.
         self.runs.sort(key=lambda each: (each.tokens, each.hidden_size, each.num_hidden_layers))
         if len({*self.runs, self.large}) <= len(self.runs):
             raise InputError("--grid, --held_out_run: a run comes twice")
-        flags = ["--seed", str(script_args.seed)]
-        of_data = (
-            "dataset_name",
-            "dataset_train_split",
-            "dataset_config",
-            "dataset_revision",
-            "max_samples",
-            "world_seed",
-        )
-        for name in of_data:
-            if (value := getattr(script_args, name)) is not None:
-                flags += [f"--{name}", str(value)]
-        flags += ["--dataset_streaming", str(script_args.dataset_streaming)]
-        flags += ["--column_mapping", *script_args.column_mapping] if script_args.column_mapping else []
-        own = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
-        flags = ["--config", str(settings_file("pretrain/grid.yaml")), *own, *flags]
-        longest = max(each.tokens for each in (*self.runs, self.large))
-        self.grid = Grid(script_args.output_dir, flags, longest)
+        self.grid = Grid(output_dir, flags, max(each.tokens for each in (*self.runs, self.large)))
 
     def small_runs(self) -> "Runs":
         """Return the table of the grid's runs, after training the missing ones."""
@@ -273,7 +281,7 @@ class SmallGrid:
         compute = self.grid.planned(self.large)["compute"]
         if compute <= largest[0]:
             raise InputError(
-                f"--held_out_run {self.script_args.held_out_run} takes {compute:.3g} FLOPs, no more than the grid's "
+                f"--held_out_run {self.held_out_run} takes {compute:.3g} FLOPs, no more than the grid's "
                 f"{largest[1]} with {largest[0]:.3g}: the run to predict must be larger than all of --grid"
             )
 
@@ -300,17 +308,15 @@ class SmallGrid:
         """Return all runs as rows of the report."""
         return [self.grid.rows[each.name] for each in (*self.runs, self.large)]
 
-    def probe(self) -> "Emergence":
+    def probe(self, probes: "Sequence[Probe]") -> "Emergence":
         """Ask each model the questions of the world, and return the results."""
         from hfllm.compression.schemes import default_device
-        from hfllm.data.world.world import World
-        from hfllm.evaluation.emergence import Emergence, ProbedRun, make_probes, run_probes
+        from hfllm.evaluation.emergence import Emergence, ProbedRun, run_probes
         from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
         from hfllm.models.loading.saved import saved_model
         from hfllm.runs.models import load_tokenizer
 
-        args, probed = self.script_args, []
-        probes = make_probes(World(args.world_seed), args.probe_questions, args.probe_shots, args.seed)
+        probed = []
         for each in (*self.runs, self.large):
             folder = str(self.grid.model_folder(each))
             model, tokenizer = saved_model(HfllmForCausalLM, folder), load_tokenizer(folder)
@@ -524,22 +530,24 @@ class Grid:
         script_args, training_args, _ = parse_run(self.flags)
         is_world, index = script_args.dataset_name == WORLD, self.folder / "tokenizer"
         text_args = replace(script_args, num_documents=5000) if is_world else script_args
+        (source,) = text_args.text_sources.values()
         with training_args.main_process_first(desc="reading texts"):
             settings = {**stage_arguments(text_args, training_args), "longest run": self.longest}
             prepared = Prepared(self.folder / "prepared", settings)
-            texts, test_texts = load_texts(text_args, training_args.seed, prepared, "texts")
+            texts, test_texts = load_texts(source, training_args.seed, prepared, "texts")
         if self.is_main and not (index / "tokenizer.json").is_file():
             if script_args.tokenizer_name_or_path:
                 load_tokenizer(script_args.tokenizer_name_or_path).save_pretrained(index)
             else:
-                make_tokenizer(script_args, texts["text"]).save_pretrained(index)
+                size, context = script_args.vocab_size, script_args.max_position_embeddings
+                make_tokenizer(texts["text"], size, context, world=script_args.world_texts).save_pretrained(index)
         PartialState().wait_for_everyone()
         tokenizer = load_tokenizer(str(index))
         if is_world:
             # One document token each, and a small margin so that no run sees a document twice.
             lengths = [len(ids) + 1 for ids in tokenizer(texts["text"][:], add_special_tokens=False)["input_ids"]]
             count = math.ceil(1.02 * self.longest * len(texts) / sum(lengths))
-            enough = replace(script_args, num_documents=count)
+            enough = replace(source, num_documents=count)
             texts, test_texts = load_texts(enough, training_args.seed, prepared, "texts")
         with training_args.main_process_first(desc="packing"):
             rows = prepared.table("rows", lambda: packed_tables(texts["text"], tokenizer, script_args.max_length))

@@ -10,7 +10,6 @@ from hfllm.data.loading import (
     InstructionArguments,
     RowArguments,
     TextArguments,
-    check_source,
     load_rows,
     prompt_key,
     split_rows,
@@ -142,14 +141,14 @@ def test_columns_are_renamed_before_they_are_read(tmp_path):
 def test_flags_of_the_data_without_effect_are_refused(tmp_path, flags, complaint):
     name = jsonl(tmp_path / "a.jsonl", {"prompt": "Q"})
     with pytest.raises(InputError) as error:
-        check_source(RowArguments(**{"dataset_name": name, **flags}))
+        RowArguments(**{"dataset_name": name, **flags}).check_source()
     assert complaint in str(error.value)
 
 
 def test_texts_may_be_streamed_without_an_end():
-    check_source(TextArguments("me/texts", dataset_streaming=True))
+    TextArguments("me/texts", dataset_streaming=True).check_source()
     with pytest.raises(InputError, match="--dataset_config cannot be used here: a mixture"):
-        check_source(TextArguments(dataset_mixture=["me/texts:1"], dataset_config="en"))
+        TextArguments(dataset_mixture=["me/texts:1"], dataset_config="en").check_source()
 
 
 @pytest.fixture
@@ -181,13 +180,13 @@ def on_the_hub(tmp_path, monkeypatch):
 def test_a_part_of_a_hub_dataset(on_the_hub):
     flags = {"dataset_config": "de", "dataset_revision": "v2", "dataset_train_split": "train[:10%]"}
     arguments = InstructionArguments("me/rows", **flags)
-    check_source(arguments)
+    arguments.check_source()
     assert [row["prompt"][0]["content"] for row in load_rows(arguments, formats.to_sft)] == [
         f"de train {number}" for number in range(4)
     ]
     assert on_the_hub == [("me/rows", "de", "v2")]
     streamed = InstructionArguments("me/rows", dataset_config="en", dataset_streaming=True, max_samples=3)
-    check_source(streamed)
+    streamed.check_source()
     assert load_rows(streamed, formats.to_sft)[-1]["prompt"] == asked("en train 2")
     with pytest.raises(InputError, match=r"'me/rows' is neither a local file or folder nor could it be loaded.*fr"):
         load_rows(InstructionArguments("me/rows", dataset_config="fr"), formats.to_sft)

@@ -14,7 +14,7 @@ from hfllm.outputs.card import MARKER
 from hfllm.outputs.hub import HEADER, RECORD
 from hfllm.outputs.report import Promise, Report
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import finished_run
+from hfllm.runs.identity import finished_run
 from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.stage import Stage, stage_arguments
 
