@@ -26,29 +26,18 @@ from hfllm.outputs.checkpoints import (
     record_of,
     state_of,
 )
+from hfllm.outputs.figures import Promise, broken_promises, figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
-from hfllm.outputs.hub import (
-    Repository,
+from hfllm.outputs.hub import Repository, repository_of
+from hfllm.outputs.ownership import (
     claim,
     damage_of_finished,
     is_own_card,
     refuse_changed_files,
     refuse_foreign_files,
-    repository_of,
     write_record,
 )
-from hfllm.outputs.report import (
-    CHANGED,
-    CONTENTS,
-    Bars,
-    Plot,
-    Promise,
-    Report,
-    broken_promises,
-    figure_tables,
-    given_flags,
-    plot_history,
-)
+from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Plot, Report, given_flags, plot_history
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.runs.command_line import main_process

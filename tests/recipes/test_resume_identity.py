@@ -18,7 +18,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import CHECKSUMS, RECORD, checkpoints_in, damage_of, write_checksums
-from hfllm.outputs.hub import RECORD as RECORD_FILE
+from hfllm.outputs.ownership import RECORD as RECORD_FILE
 from hfllm.runs import command_line
 from hfllm.runs.lock import LOCK_FILE, lock, release_all
 from hfllm.runs.stage import Stage, checkpoint_to_resume
