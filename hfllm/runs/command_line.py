@@ -129,13 +129,13 @@ def parse_recipe(
     return parsed
 
 
-def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> None:
+def check_output_dir(values: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> None:
     """Refuse an output folder without a name, or with a name rejected by every file system."""
     folder = next((group.output_dir for group in parsed if hasattr(group, "output_dir")), None)
-    if folder is None and "output_dir" not in given:
+    if folder is None and "output_dir" not in values:
         return
     # A library may put a name of its own in place of none.
-    is_none = "output_dir" in given and given["output_dir"] is None
+    is_none = "output_dir" in values and values["output_dir"] is None
     if is_none or not isinstance(folder, str) or not folder.strip():
         value = None if is_none else folder
         raise InputError(f"--output_dir {value!r:.80}: expected the name of a folder")
@@ -219,24 +219,24 @@ def given_values(argv: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def machine_defaults(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def machine_defaults(values: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Progress bars on a terminal only; without an accelerator no mixed precision, recomputation or pinned memory.
 
     An accelerator with bf16 multiplication uses it in every training recipe, with TF32 for operations in fp32.
 
     Args:
-        given: the user's values, by flag; `fp16` and `use_cpu` exclude bf16.
+        values: the user's values, by flag; `fp16` and `use_cpu` exclude bf16.
     """
     import torch
     from transformers.utils import is_torch_tf32_available
 
     from hfllm.models.devices import has_native_bf16
 
-    given = given or {}
+    values = values or {}
     defaults = {"disable_tqdm": not sys.stderr.isatty()}
-    if torch.accelerator.is_available() and not given.get("use_cpu"):
-        bf16 = has_native_bf16() and not given.get("fp16")
-        is_wanted = bf16 and given.get("bf16", True)
+    if torch.accelerator.is_available() and not values.get("use_cpu"):
+        bf16 = has_native_bf16() and not values.get("fp16")
+        is_wanted = bf16 and values.get("bf16", True)
         return {**defaults, "bf16": bf16, **({"tf32": True} if is_wanted and is_torch_tf32_available() else {})}
     return {
         **defaults,

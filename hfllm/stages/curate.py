@@ -55,9 +55,9 @@ class CurateArguments(CurationOptions):
         return [name for name in names if name]
 
 
-def settings(given: Mapping[str, Any]) -> list[Path]:
+def settings(values: Mapping[str, Any]) -> list[Path]:
     """Return the default settings, for Python's documentation, unless other data is named."""
-    return [settings_file("curate/pydoc.yaml")] if given.get("dataset_name", PYDOC) == PYDOC else []
+    return [settings_file("curate/pydoc.yaml")] if values.get("dataset_name", PYDOC) == PYDOC else []
 
 
 # ---- what is refused ----

@@ -189,7 +189,7 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
         runs = read_runs(script_args.runs, *columns)
         if script_args.outliers == DROP:
             outliers = outliers_of(script_args.runs, runs, delta, drops=True)
-            runs = outliers.kept
+            runs = outliers.inliers
         fitted, held_out = runs.split_by_compute(script_args.held_out_share)
         try:
             forecast = forecast_of(fitted, delta, sampling)

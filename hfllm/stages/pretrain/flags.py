@@ -267,16 +267,16 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, Re
         return named_fields(self.config_name_or_path) if self.config_name_or_path else self.architecture()
 
 
-def default_settings(given: Mapping[str, object]) -> list[Path]:
+def default_settings(values: Mapping[str, object]) -> list[Path]:
     """Return the default settings of the small models; none for a named model or architecture."""
-    if given.get("model_name_or_path") or given.get("config_name_or_path"):
+    if values.get("model_name_or_path") or values.get("config_name_or_path"):
         return []
-    if given.get("dataset_name", WORLD) == WORLD and not given.get("dataset_mixture"):
+    if values.get("dataset_name", WORLD) == WORLD and not values.get("dataset_mixture"):
         return [settings_file("pretrain/world.yaml")]
     # DeepSpeed and FSDP split the matrices, but Muon needs them whole.
     engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
-    is_sharded = is_sharded or bool(given.get("fsdp") or given.get("deepspeed"))
+    is_sharded = is_sharded or bool(values.get("fsdp") or values.get("deepspeed"))
     return [settings_file("pretrain/text.yaml"), *([settings_file("pretrain/text_sharded.yaml")] * is_sharded)]
 
 
