@@ -19,6 +19,7 @@ from hfllm.data.rows import Message, is_begun, read_tools
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 
@@ -217,7 +218,7 @@ def train_tokenizer(
     Raises:
         InputError: when `vocab_size` has no room for the bytes and the special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special_tokens = [*SPECIAL_TOKENS, *([mask_token] if mask_token else []), *extra_special_tokens]
@@ -227,11 +228,7 @@ def train_tokenizer(
     # A text may hold them, such as a conversation; they are tokens of their own, and their spelling needs no merges.
     marks = re.compile("|".join(map(re.escape, [*special_tokens, *added_tokens])))
     texts = (marks.sub(" ", text) for text in texts)
-    tokenizer = Tokenizer(models.BPE())
-    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alone = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([alone, bytes_of_words]) if splits_digits else bytes_of_words
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _untrained(splits_digits)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(added_tokens),
         special_tokens=special_tokens,
@@ -253,6 +250,18 @@ def train_tokenizer(
     )
     fast_tokenizer.add_tokens(list(added_tokens))
     return fast_tokenizer
+
+
+def _untrained(splits_digits: bool) -> "Tokenizer":
+    """Return a byte-level BPE without merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alone = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([alone, bytes_of_words]) if splits_digits else bytes_of_words
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError, redact, without_credentials
 from hfllm.fingerprint import file_fingerprint
+from hfllm.outputs.ownership import DECISIVE
 from hfllm.outputs.report import CHANGED, CONTENTS, compared, read_report
 from hfllm.runs.parser import present_name
 
@@ -63,10 +64,7 @@ MODELS = (
     *("reward_model_name_or_path", "value_model"),
 )
 # The files in a model's folder that decide its answers.
-MODEL_FILES = (
-    *("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"),
-    *("pytorch_model*.bin", "adapter_model.bin"),
-)
+MODEL_FILES = (*DECISIVE, "pytorch_model*.bin", "adapter_model.bin")
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 

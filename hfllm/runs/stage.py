@@ -316,29 +316,32 @@ class Stage:
             parents=lineage(self._models_of_flags() | dict(models or {})),
             warnings=broken_promises(promises, metrics),
         )
-        failure = None
-        if main_process():
-            folder = Path(self.output_dir)
-            report.write(folder)
-            if artifacts.get("model") == ".":
-                self._write_card()
-            if "model" in artifacts:
-                write_record(folder / artifacts["model"])
-            if summary and (schedule.runs_before_another() or not figure_tables(metrics)):
-                print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
-            else:
-                report.print(too_wide)
-            self._warn(report.warnings)
-            try:
-                self.publish()
-            except InputError as error:
-                failure = error
+        failure = self._leave(report, too_wide) if main_process() else None
         if trainer is not None:
             trainer.accelerator.wait_for_everyone()
         release(self.output_dir)
         if failure is not None:
             raise failure
         return dict(metrics)
+
+    def _leave(self, report: Report, too_wide: Sequence[str]) -> InputError | None:
+        """Write and print a report, and publish if asked; return an error of the Hub, for after the others' wait."""
+        folder, model = Path(self.output_dir), report.artifacts.get("model")
+        report.write(folder)
+        if model == ".":
+            self._write_card()
+        if model is not None:
+            write_record(folder / model)
+        if report.summary and (schedule.runs_before_another() or not figure_tables(report.metrics)):
+            print(f"{self.name}: {report.summary} ({report.wall_seconds:.0f} s)", flush=True)
+        else:
+            report.print(too_wide)
+        self._warn(report.warnings)
+        try:
+            self.publish()
+        except InputError as error:
+            return error
+        return None
 
     def _warn(self, warnings: Sequence[object]) -> None:
         """Print the warnings of a report."""
