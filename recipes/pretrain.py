@@ -83,15 +83,13 @@ def main(
         if script_args.packing:
             trainer = pretrain.trainer_of_rows(fitted_args, trainer_args, model, tokenizer, rows, test_texts)
         else:
-            loss_and_optimizer = (script_args.loss_chunk_size, script_args.use_muon)
-            texts = (train_texts[:], test_texts)
-            trainer = pretrain.padded_trainer(trainer_args, model, tokenizer, *texts, length, *loss_and_optimizer)
+            settings = (length, script_args.loss_chunk_size, script_args.use_muon)
+            trainer = pretrain.padded_trainer(trainer_args, model, tokenizer, train_texts[:], test_texts, *settings)
     use_plain_lines(trainer)
     token_size = None if is_masked else pretrain.bytes_per_token(train_texts, tokenizer)
     throughput = pretrain.monitor(trainer, length, script_args.loss_spikes, script_args.peak_flops, token_size)
-    samples = pretrain.add_samples(
-        trainer, tokenizer, test_texts, 0 if is_masked else script_args.sample_steps, throughput
-    )
+    sample_steps = 0 if is_masked else script_args.sample_steps
+    samples = pretrain.add_samples(trainer, tokenizer, test_texts, sample_steps, throughput)
     train(trainer, stage.checkpoint, stage.identity)
     pretrain.stop_if_broken(trainer)
     held_out_loss = trainer.evaluate()["eval_loss"]
