@@ -84,7 +84,7 @@ def named_model(model: "NamedModel | ModelConfig") -> NamedModel:
     if isinstance(model, NamedModel):
         return model
     settings = load_kwargs(model)
-    revision = settings.pop("revision")
+    revision = settings.pop("revision", "main")
     return NamedModel(model.model_name_or_path, revision, settings, model.use_peft)
 
 

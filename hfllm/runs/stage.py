@@ -316,7 +316,7 @@ class Stage:
             parents=lineage(self._models_of_flags() | dict(models or {})),
             warnings=broken_promises(promises, metrics),
         )
-        failure = self._leave(report, too_wide) if main_process() else None
+        failure = self._write_report(report, too_wide) if main_process() else None
         if trainer is not None:
             trainer.accelerator.wait_for_everyone()
         release(self.output_dir)
@@ -324,7 +324,7 @@ class Stage:
             raise failure
         return dict(metrics)
 
-    def _leave(self, report: Report, too_wide: Sequence[str]) -> InputError | None:
+    def _write_report(self, report: Report, too_wide: Sequence[str]) -> InputError | None:
         """Write and print a report, and publish if asked; return an error of the Hub, for after the others' wait."""
         folder, model = Path(self.output_dir), report.artifacts.get("model")
         report.write(folder)
