@@ -246,7 +246,7 @@ def read_report(path: Path) -> object:
     from hfllm.outputs.card import lineage, model_card, public_report
     from hfllm.outputs.report import flag_sections
     from hfllm.outputs.report import read_report as read
-    from hfllm.runs.command_line import finished_run
+    from hfllm.runs.identity import finished_run
 
     folder = _as_named(path, "report.json", _model_files())
     report = read(folder)

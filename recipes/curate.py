@@ -35,7 +35,7 @@ def main(script_args: CurateArguments) -> dict[str, float]:
 
     curate.check_installed()
     # How many tasks run at once does not change the result; an edited file does.
-    state = {curate.STATE: curate.fingerprint(script_args)}
+    state = {curate.STATE: curate.fingerprint(script_args.inputs)}
     stage = Stage("curate", script_args, also=state, without=curate.NOT_DECISIVE)
     if stage.is_finished:
         return stage.reuse()

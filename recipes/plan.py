@@ -13,7 +13,7 @@ beside its report. docs/guides/planner.md explains every column and formula.
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
-from hfllm.scaling.planner import PlanArguments
+from hfllm.stages.plan import PlanArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[PlanArguments]:
@@ -26,14 +26,16 @@ def main(script_args: PlanArguments) -> dict[str, float]:
     from hfllm.runs.stage import Stage
     from hfllm.scaling import plan_report
     from hfllm.scaling.plan_report import launch_files
-    from hfllm.scaling.planner import check, choose, make_request, model_shape, plan
+    from hfllm.scaling.planner import choose, plan
+    from hfllm.stages.plan import check, model_shape
 
     # The same folder may be used again: earlier files are overwritten.
     stage = Stage("plan", script_args)
     stage.refuse_foreign_files()
     check(script_args)
-    name, shape, fields = model_shape(script_args)
-    request = make_request(script_args, shape)
+    named = (script_args.preset, script_args.config_path)
+    name, shape, fields = model_shape(*named, script_args.images_per_row, script_args.loss_chunk_size)
+    request = script_args.request(shape)
     plans = plan(request)
     chosen = choose(plans)
     files = launch_files(chosen, request, script_args.output_dir, fields)

@@ -43,11 +43,11 @@ def main(
 
     from hfllm.data.loading import load_sources
     from hfllm.data.prepared import Prepared
-    from hfllm.outputs.report import by_contents, plus_minus
+    from hfllm.outputs.figures import plus_minus
+    from hfllm.outputs.report import by_contents
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
     from hfllm.stages.pretrain import build as pretrain
-    from hfllm.stages.pretrain.build import load_or_make_base
     from hfllm.stages.pretrain.flags import check
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import gather_parameters
@@ -64,20 +64,32 @@ def main(
     stage.announce()
 
     # Texts, and the model with its tokenizer: new ones are trained on those texts.
-    set_seed(training_args.seed)
+    seed, weights = training_args.seed, script_args.mixture_weights
+    set_seed(seed)
     with training_args.main_process_first(desc="reading texts"):
         prepared = Prepared(Path(training_args.output_dir) / "prepared", by_contents(stage.arguments))
-        sources, train_texts, test_texts = load_sources(script_args, training_args.seed, prepared)
-    model, tokenizer = load_or_make_base(script_args, model_args, train_texts)
-    fitted_args = replace(script_args, max_length=fitting_length(script_args.max_length, model))
+        sources, train_texts, test_texts = load_sources(script_args.text_sources, weights, seed, prepared)
+    model, tokenizer = pretrain.load_or_make_base(script_args, model_args, train_texts)
+    length, is_masked = fitting_length(script_args.max_length, model), script_args.objective == "masked"
+    fitted_args = replace(script_args, max_length=length)
 
     # Packed rows in planned batches, or padded documents.
-    build = pretrain.packed_trainer if script_args.packing else pretrain.padded_trainer
+    if script_args.packing:
+        infilling_seed = seed if script_args.objective == "infilling" else None
+        with training_args.main_process_first(desc="packing"):
+            rows = pretrain.packed_rows(sources.values(), tokenizer, length, prepared, infilling_seed)
     # The trainer counts the model's parameters and checks that it separates packed documents.
     with gather_parameters(model):
-        trainer, mixed = build(fitted_args, trainer_args, model, tokenizer, sources, test_texts, prepared)
+        if script_args.packing:
+            trainer = pretrain.trainer_of_rows(fitted_args, trainer_args, model, tokenizer, rows, test_texts)
+        else:
+            settings = (length, script_args.loss_chunk_size, script_args.use_muon)
+            trainer = pretrain.padded_trainer(trainer_args, model, tokenizer, train_texts[:], test_texts, *settings)
     use_plain_lines(trainer)
-    samples = pretrain.watch(trainer, fitted_args, tokenizer, train_texts, test_texts)
+    token_size = None if is_masked else pretrain.bytes_per_token(train_texts, tokenizer)
+    throughput = pretrain.monitor(trainer, length, script_args.loss_spikes, script_args.peak_flops, token_size)
+    sample_steps = 0 if is_masked else script_args.sample_steps
+    samples = pretrain.add_samples(trainer, tokenizer, test_texts, sample_steps, throughput)
     train(trainer, stage.checkpoint, stage.identity)
     pretrain.stop_if_broken(trainer)
     held_out_loss = trainer.evaluate()["eval_loss"]
@@ -86,7 +98,7 @@ def main(
     metrics = {
         "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
-        **pretrain.held_out_metrics(fitted_args, trainer.model, tokenizer, train_texts, test_texts),
+        **({} if is_masked else pretrain.held_out_metrics(trainer.model, tokenizer, train_texts, test_texts, length)),
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
         "tokens_per_second": pretrain.mean_speed(trainer.state.log_history),
@@ -95,7 +107,8 @@ def main(
     summary = f"{metrics['parameters']:,} parameters, held-out loss {held_out_loss:.3f} nats per token"
     if "bits_per_byte" in metrics:
         summary += f", {plus_minus(metrics['bits_per_byte'], metrics.get('bits_per_byte_se'))} bits per byte"
-    tables = {title: rows for title, rows in {"Sources": mixed, "Samples": samples()}.items() if rows}
+    shares = pretrain.source_table(sources, trainer.plan) if script_args.packing else []
+    tables = {title: rows for title, rows in {"Sources": shares, "Samples": samples()}.items() if rows}
     metrics = stage.finish(metrics, trainer, summary, tables, too_wide=[*tables])
     if trainer.is_local_process_zero():
         prepared.remove()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.scaling_laws import ScalingArguments
+from hfllm.stages.scaling_laws.flags import ScalingArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[ScalingArguments]:
@@ -29,25 +29,35 @@ def main(script_args: ScalingArguments) -> dict[str, float]:
     """Train the grid if there is no file of runs, fit, predict, write the report. Return the metrics."""
     from pathlib import Path
 
-    from hfllm.stages.scaling_laws import ScalingStage, SmallGrid, check, study_of
+    from hfllm.stages.scaling_laws.flags import COUNTS, check
+    from hfllm.stages.scaling_laws.report import ScalingStage, study_of
 
     check(script_args)
-    stage = ScalingStage(script_args)
+    stage = ScalingStage("scaling_laws", script_args, also=script_args.table_files())
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     stage.announce()
 
-    grid = None if script_args.runs else SmallGrid(script_args)
+    grid, output_dir = None, script_args.output_dir
+    if not script_args.runs:
+        from hfllm.stages.scaling_laws.build import SmallGrid
+
+        column, flags = COUNTS[script_args.count_parameters], script_args.pretrain_flags()
+        grid = SmallGrid(script_args.grid, script_args.held_out_run, column, flags, output_dir)
     study = study_of(script_args, grid)
     metrics, tables, curves = study.metrics(), study.tables(script_args.budgets), study.plots()
     if grid is not None:
         tables |= {"Runs": grid.table()}
     if script_args.probe:
-        probed = grid.probe()
+        from hfllm.data.world.world import World
+        from hfllm.evaluation.emergence import make_probes
+
+        world, questions, shots = World(script_args.world_seed), script_args.probe_questions, script_args.probe_shots
+        probed = grid.probe(make_probes(world, questions, shots, script_args.seed))
         metrics, tables, curves = metrics | probed.metrics(), tables | probed.tables(), curves | probed.plots()
 
-    runs = script_args.runs or str(Path(script_args.output_dir) / "runs.csv")
+    runs = script_args.runs or str(Path(output_dir) / "runs.csv")
     return stage.finish(
         metrics,
         tables=tables,

@@ -41,8 +41,10 @@ def main(script_args: TokenizerArguments) -> dict[str, float]:
     stage.announce()
 
     prepared = Prepared(Path(script_args.output_dir) / "prepared", by_contents(stage.arguments))
-    _, texts, held_out = load_sources(script_args, script_args.seed, prepared)
-    tokenizer = make_tokenizer(script_args, texts)
+    weights = script_args.mixture_weights
+    _, texts, held_out = load_sources(script_args.text_sources, weights, script_args.seed, prepared)
+    size, context = script_args.vocab_size, script_args.max_position_embeddings
+    tokenizer = make_tokenizer(texts, size, context, script_args.objective, script_args.world_texts)
     rows = compression_by_size(tokenizer, held_out)
     tokenizer.save_pretrained(script_args.output_dir)
     prepared.remove()

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -60,6 +60,60 @@ def _is_here(name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class RowSource:
+    """The rows of a dataset to read; an iterator over (origin, row), with columns under our names.
+
+    Args:
+        name: of the dataset: a local file or folder, or an id on the Hub.
+        part: of a dataset on the Hub.
+        max_samples: rows at most; `None` means all.
+        renaming: the dataset's names of columns by ours.
+        bad_rows: what happens to rows that cannot be learned from: drop or refuse.
+    """
+
+    name: str
+    part: HubPart = TRAIN
+    max_samples: int | None = None
+    renaming: Mapping[str, str] = field(default_factory=dict)
+    bad_rows: str = "drop"
+
+    def __iter__(self) -> Iterator[tuple[str, formats.Row]]:
+        for origin, row in islice(iterate_source(self.name, self.part), self.max_samples):
+            yield origin, renamed(origin, row, self.renaming)
+
+
+@dataclass(frozen=True)
+class WorldTexts:
+    """Texts of the embedded world to write.
+
+    Args:
+        world_seed: of the world's facts.
+        num_documents: to train on.
+        shares: of documents of each kind, 0 to 1, as `World.documents` names them.
+    """
+
+    world_seed: int
+    num_documents: int
+    shares: Mapping[str, float]
+
+    def split(self, seed: int) -> tuple["Dataset", list[str]]:
+        """Return texts to train on (a `text` column) and held-out texts, drawn by a seed."""
+        from datasets import Dataset, Features, Value
+
+        world = World(self.world_seed)
+        texts = world.documents(self.num_documents, seed, **self.shares)
+        # The world may write a document twice; held-out texts must not occur in training.
+        train_texts = set(texts)
+        unseen = world.documents(NUM_HELD_OUT_DOCUMENTS, -1 - seed, **self.shares)
+        held_out = [text for text in unseen if text not in train_texts]
+        # The type in `Prepared`, so that both can be in one mixture.
+        return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
+
+
+TextSource = RowSource | WorldTexts
+
+
+@dataclass(frozen=True)
 class DataArguments:
     """Where the data comes from."""
 
@@ -104,6 +158,48 @@ class DataArguments:
         """The part of a Hub dataset to train on."""
         named = (self.dataset_train_split, self.dataset_config, self.dataset_revision, self.dataset_streaming)
         return HubPart(*named, max_row_bytes=self.max_row_bytes)
+
+    @property
+    def row_source(self) -> RowSource:
+        """The rows of the named dataset."""
+        bad_rows = getattr(self, "bad_rows", "drop")
+        return RowSource(self.dataset_name, self.hub_part, self.max_samples, self.renaming, bad_rows)
+
+    @property
+    def renaming(self) -> dict[str, str]:
+        """The mapping of `--column_mapping`: the dataset's names of columns by ours.
+
+        Raises:
+            InputError: for an entry that is not OURS=THEIRS, a column that comes twice, or one of no format.
+        """
+        renaming: dict[str, str] = {}
+        for entry in self.column_mapping or []:
+            ours, equals, theirs = entry.partition("=")
+            if not (ours and equals and theirs):
+                raise InputError(f"--column_mapping {entry!r}: expected OURS=THEIRS, such as prompt=question")
+            if ours in renaming or theirs in renaming.values():
+                raise InputError(f"--column_mapping {entry!r}: a column comes twice")
+            if ours not in formats.COLUMNS and not self.takes_any_column:
+                raise InputError(
+                    f"--column_mapping {entry!r}: no format has a column {ours!r}; those there are: "
+                    f"{', '.join(formats.COLUMNS)}"
+                )
+            renaming[ours] = theirs
+        return renaming
+
+    @property
+    def world(self) -> World | None:
+        """The embedded world if the data comes from it, else `None`."""
+        return World(self.world_seed) if self.dataset_name == WORLD else None
+
+    def check_source(self) -> None:
+        """Refuse flags of the data without effect, files that do not exist, and columns of no format."""
+        of_data = {item.name for kind in (RowArguments, TextArguments) for item in fields(kind)}
+        check_flags(self, names=of_data)
+        if not getattr(self, "dataset_mixture", None):
+            for name in (self.dataset_name, getattr(self, "eval_dataset_name", None)):
+                _ = name is None or _is_here(name)
+        _ = self.renaming
 
 
 @dataclass(frozen=True)
@@ -170,42 +266,38 @@ class TextArguments(DataArguments):
     holds_rows: ClassVar[bool] = False
     refused: ClassVar[Refused] = {"dataset_name": MIXED.because("--dataset_mixture takes its place")}
 
+    @property
+    def text_sources(self) -> dict[str, TextSource]:
+        """The texts of each dataset, by its name."""
+        return {name: self._text_source(name) for name, _ in mixture_of(self.dataset_name, self.dataset_mixture)}
 
-def check_source(script_args: DataArguments) -> None:
-    """Refuse flags of the data without effect, files that do not exist, and columns of no format."""
-    of_data = {item.name for kind in (RowArguments, TextArguments) for item in fields(kind)}
-    check_flags(script_args, names=of_data)
-    if not getattr(script_args, "dataset_mixture", None):
-        for name in (script_args.dataset_name, getattr(script_args, "eval_dataset_name", None)):
-            _ = name is None or _is_here(name)
-    renaming_of(script_args)
+    @property
+    def mixture_weights(self) -> list[float] | None:
+        """The weights of the datasets of a mixture; `None` for a single dataset."""
+        weights = [weight for _, weight in mixture_of(self.dataset_name, self.dataset_mixture)]
+        return None if None in weights else weights
+
+    @property
+    def world_texts(self) -> WorldTexts | None:
+        """The texts of the embedded world if it is the only source, else `None`."""
+        return self._text_source(WORLD) if self.dataset_name == WORLD and not self.dataset_mixture else None
+
+    def _text_source(self, name: str) -> TextSource:
+        if name != WORLD:
+            return replace(self.row_source, name=name)
+        kinds = ("deeds", "reasoning", "tools", "passages", "forms")
+        shares = {kind: getattr(self, f"world_{kind}") for kind in kinds}
+        return WorldTexts(self.world_seed, self.num_documents, shares)
 
 
 def renaming_of(script_args: DataArguments) -> dict[str, str]:
-    """Return the mapping of `--column_mapping`: the dataset's names of columns by ours.
-
-    Raises:
-        InputError: for an entry that is not OURS=THEIRS, a column that comes twice, or one of no format.
-    """
-    renaming: dict[str, str] = {}
-    for entry in script_args.column_mapping or []:
-        ours, equals, theirs = entry.partition("=")
-        if not (ours and equals and theirs):
-            raise InputError(f"--column_mapping {entry!r}: expected OURS=THEIRS, such as prompt=question")
-        if ours in renaming or theirs in renaming.values():
-            raise InputError(f"--column_mapping {entry!r}: a column comes twice")
-        if ours not in formats.COLUMNS and not script_args.takes_any_column:
-            raise InputError(
-                f"--column_mapping {entry!r}: no format has a column {ours!r}; those there are: "
-                f"{', '.join(formats.COLUMNS)}"
-            )
-        renaming[ours] = theirs
-    return renaming
+    """Return the mapping of `--column_mapping`; see `DataArguments.renaming`."""
+    return script_args.renaming
 
 
 def world_of(script_args: DataArguments) -> World | None:
     """Return the embedded world if the data comes from it, else `None`."""
-    return World(script_args.world_seed) if script_args.dataset_name == WORLD else None
+    return script_args.world
 
 
 def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> tuple[list, list]:
@@ -259,32 +351,19 @@ def split_places(
     return [index for group in order for index in group], held_out
 
 
-def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: str) -> tuple["Dataset", list[str]]:
+def load_texts(source: TextSource, seed: int, prepared: Prepared, name: str) -> tuple["Dataset", list[str]]:
     """Load pretraining texts (a `text` column) and held-out texts, of the world or of the user's dataset.
 
     Args:
-        script_args: the flags of the data, except `--dataset_mixture`.
+        source: the texts.
         seed: seed of the split, and of the world's texts.
         prepared: the storage for the user's texts, so that they need not fit into memory.
         name: name of the table there.
     """
-    from datasets import Dataset, Features, Value
-
-    if script_args.dataset_name == WORLD:
-        world = World(script_args.world_seed)
-        names = ("deeds", "reasoning", "tools", "passages", "forms")
-        shares = {name: getattr(script_args, f"world_{name}") for name in names}
-        texts = world.documents(script_args.num_documents, seed, **shares)
-        # The world may write a document twice; held-out texts must not occur in training.
-        train_texts = set(texts)
-        unseen = world.documents(NUM_HELD_OUT_DOCUMENTS, -1 - seed, **shares)
-        held_out = [text for text in unseen if text not in train_texts]
-        # The type in `prepared`, so that both can be in one mixture.
-        return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
-
-    renaming = renaming_of(script_args)
-    source = (script_args.dataset_name, script_args.hub_part, script_args.max_samples)
-    stored = prepared.texts(name, lambda: texts_of(*source, renaming=renaming))
+    if isinstance(source, WorldTexts):
+        return source.split(seed)
+    named = (source.name, source.part, source.max_samples, source.renaming)
+    stored = prepared.texts(name, lambda: texts_of(*named))
     train, held_out = split_places((hash_of(text) for text in stored["text"]), seed)
     return stored.select(train), stored.select(held_out)["text"][:]
 
@@ -293,8 +372,8 @@ def texts_of(
     name: str, part: HubPart = TRAIN, most: int | None = None, renaming: Mapping[str, str] | None = None
 ) -> Iterator[str]:
     """Yield the texts of the first `most` rows of a user's dataset, without blank ones."""
-    for origin, row in islice(iterate_source(name, part), most):
-        text = formats.to_text(origin, renamed(origin, row, renaming or {}))
+    for origin, row in RowSource(name, part, most, renaming or {}):
+        text = formats.to_text(origin, row)
         if text.strip():
             yield text
 
@@ -305,7 +384,7 @@ def hash_of(text: str) -> bytes:
 
 
 def load_rows(
-    script_args: DataArguments,
+    source: RowSource | DataArguments,
     mapper: Callable[[str, formats.Row], formats.Converted],
     dropped: Dropped | None = None,
     flaw_of: Callable[[formats.Converted], str | None] = flaw_of,
@@ -314,7 +393,7 @@ def load_rows(
     """Load the user's dataset, with each row converted by `mapper(origin, row)`; rows keep their origin.
 
     Args:
-        script_args: which dataset, how many rows of it, and the names of its columns.
+        source: the rows, or the flags that name them.
         mapper: the conversion; it may raise `BadRow`.
         dropped: counts the rows left out since they cannot be learned from; without it all are kept.
         flaw_of: returns why a converted row cannot, or `None`.
@@ -323,15 +402,16 @@ def load_rows(
     Raises:
         InputError: for an unreadable row, or with `--bad_rows refuse` one that cannot be learned from.
     """
-    renaming, rows = renaming_of(script_args), []
-    for origin, row in islice(iterate_source(script_args.dataset_name, script_args.hub_part), script_args.max_samples):
+    source = source.row_source if isinstance(source, DataArguments) else source
+    rows = []
+    for origin, row in source:
         try:
-            converted = mapper(origin, renamed(origin, row, renaming))
+            converted = mapper(origin, row)
             flaw = flaw_of(converted) if dropped is not None else None
             if flaw:
                 raise BadRow(f"{origin}: a row {flaw}; --bad_rows drop leaves such rows out", flaw)
         except BadRow as error:
-            if dropped is None or getattr(script_args, "bad_rows", "drop") == "refuse":
+            if dropped is None or source.bad_rows == "refuse":
                 raise
             dropped.add(error.kind, origin)
         else:
@@ -365,16 +445,16 @@ def shared_prompts(train_rows: Sequence[formats.Row], eval_rows: Sequence[format
 # Training and held-out texts of one dataset, or of several with weights.
 
 
-def mixture_of(script_args: TextArguments) -> list[tuple[str, float | None]]:
+def mixture_of(dataset_name: str, dataset_mixture: Sequence[str] | None) -> list[tuple[str, float | None]]:
     """Return the datasets and their weights; a single dataset has the weight `None`.
 
     Raises:
         InputError: for an entry that is not NAME:WEIGHT, or a name that comes twice.
     """
-    if not script_args.dataset_mixture:
-        return [(script_args.dataset_name, None)]
+    if not dataset_mixture:
+        return [(dataset_name, None)]
     pairs = []
-    for entry in script_args.dataset_mixture:
+    for entry in dataset_mixture:
         name, _, weight = entry.rpartition(":")
         try:
             pairs.append((name, float(weight)))
@@ -383,12 +463,12 @@ def mixture_of(script_args: TextArguments) -> list[tuple[str, float | None]]:
         if not name or not pairs[-1][1] > 0:
             raise InputError(f"--dataset_mixture {entry!r}: expected NAME:WEIGHT with a weight above 0")
     if len({name for name, _ in pairs}) < len(pairs):
-        raise InputError(f"--dataset_mixture {' '.join(script_args.dataset_mixture)}: a dataset comes twice")
+        raise InputError(f"--dataset_mixture {' '.join(dataset_mixture)}: a dataset comes twice")
     return pairs
 
 
 def load_sources(
-    script_args: TextArguments, seed: int, prepared: Prepared
+    text_sources: Mapping[str, TextSource], weights: Sequence[float] | None, seed: int, prepared: Prepared
 ) -> tuple[dict[str, "Dataset"], Sequence[str], list[str]]:
     """Load training texts by source, all of them as one dataset, and held-out texts of all sources.
 
@@ -396,19 +476,23 @@ def load_sources(
     tokenizer or a baseline learns from the same mixture as the model. A text held out by one source and used in
     training by another is removed from the held-out texts.
 
+    Args:
+        text_sources: by name.
+        weights: of the sources of a mixture.
+        seed, prepared: see `load_texts`.
+
     Raises:
         InputError: when no held-out text is left.
     """
     from datasets import concatenate_datasets
 
-    sources, held_out, mixture = {}, [], mixture_of(script_args)
-    for number, (name, _) in enumerate(mixture):
-        of_source = replace(script_args, dataset_name=name)
-        sources[name], test = load_texts(of_source, seed, prepared, f"texts-{number}")
-        held_out += test
+    sources, held_out = {}, []
+    for number, (name, source) in enumerate(text_sources.items()):
+        sources[name], test_texts = load_texts(source, seed, prepared, f"texts-{number}")
+        held_out += test_texts
     together = concatenate_datasets(list(sources.values()))
     if len(sources) > 1:
-        together = together.select(by_weight(sources.values(), [weight for _, weight in mixture]))
+        together = together.select(by_weight(sources.values(), weights))
         held_out_hashes = {hash_of(text) for text in held_out}
         shared_hashes = held_out_hashes.intersection(hash_of(text) for text in together["text"])
         held_out = [text for text in held_out if hash_of(text) not in shared_hashes]

@@ -407,11 +407,11 @@ class _JsonItems:
             else:
                 break
             if self.limit and len(self.text) - self.at > self.limit:
-                raise too_long(self.place(self.at), self.limit)
+                raise too_long(self.line_of(self.at), self.limit)
             self.more()
         text = self.text[self.at : end]
         if self.limit and len(text) > self.limit:
-            raise too_long(self.place(self.at), self.limit)
+            raise too_long(self.line_of(self.at), self.limit)
         try:
             value = _without_surrogates(checked_depth(value, text), text)
         except ValueError as error:
@@ -419,12 +419,12 @@ class _JsonItems:
         self.at = end
         return value
 
-    def place(self, at: int) -> str:
+    def line_of(self, at: int) -> str:
         return f"{self.file}, line {self.lines_before + self.text.count(chr(10), 0, at) + 1}"
 
     def error(self, error: Exception) -> InputError:
         reason = getattr(error, "msg", str(error))
-        index = self.place(getattr(error, "pos", self.at))
+        index = self.line_of(getattr(error, "pos", self.at))
         return InputError(f"{index}: not JSON ({reason}); for one object per line name it .jsonl")
 
 

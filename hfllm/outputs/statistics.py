@@ -13,7 +13,8 @@ from statistics import NormalDist
 import numpy as np
 
 from hfllm.errors import InputError
-from hfllm.outputs.report import Plot, ratio_error, standard_error
+from hfllm.outputs.figures import ratio_error, standard_error
+from hfllm.outputs.report import Plot
 
 # ---- uncertainty and truth ----
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hfllm.errors import without_credentials
 
@@ -41,7 +41,7 @@ def without_nested_secrets(arguments: Arguments) -> Arguments:
     return changed(arguments, **{name: value for name, value in hidden.items() if value != nested[name]})
 
 
-# ---- flags that hold for all runs ----
+# ---- flags as words of a command line ----
 
 
 # The flags of your model for all runs, and the flags of an adapter in addition to `--lora_...`.
@@ -54,40 +54,31 @@ ADAPTER = ("use_peft", "use_rslora", "use_dora")
 
 def flags_for_all(model_args: "ModelConfig") -> list[str]:
     """Return the flags of the user's model for all runs."""
-    return _given(model_args, HOLD_FOR_ALL)
+    return given_words(model_args, only=HOLD_FOR_ALL)
 
 
 def flags_of_adapter(model_args: "ModelConfig") -> list[str]:
     """Return the flags of the adapter trained by the first run and continued by the others."""
     if not model_args.use_peft:
         return []
-    return _given(model_args, (*ADAPTER, *(each.name for each in fields(model_args) if _describes_lora(each.name))))
-
-
-def _describes_lora(flag: str) -> bool:
     # Each run sets the task of its own adapter.
-    return flag.startswith("lora_") and flag != "lora_task_type"
+    lora = (each.name for each in fields(model_args) if each.name.startswith("lora_"))
+    return given_words(model_args, ("lora_task_type",), (*ADAPTER, *lora))
 
 
-def _given(model_args: "ModelConfig", flags: Sequence[str]) -> list[str]:
-    """Return the flags with values other than their defaults, as words of a command line."""
-    words: list[str] = []
-    for each in fields(model_args):
-        value: Any = getattr(model_args, each.name)
-        if each.name in flags and value is not None and value != each.default:
-            words.append(f"--{each.name}")
-            words += map(str, value) if isinstance(value, list) else [str(value)]
-    return words
+def given_words(
+    group: "DataclassInstance", without: Sequence[str] = (), only: Sequence[str] | None = None
+) -> list[str]:
+    """Return the flags of a parsed group with values other than their defaults, as words of a command line.
 
-
-# ---- words of given flags ----
-
-
-def given_words(group: "DataclassInstance", without: Sequence[str] = ()) -> list[str]:
-    """Return the flags of a parsed group with values other than their defaults, as words of a command line."""
+    Args:
+        without: flags to leave out.
+        only: the flags to return; by default all.
+    """
     words: list[str] = []
     for each in fields(group):
         value = getattr(group, each.name)
-        if each.init and each.name not in without and value is not None and value != each.default and value != []:
+        is_selected = each.init and each.name not in without and (only is None or each.name in only)
+        if is_selected and value is not None and value != each.default and value != []:
             words += [f"--{each.name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words

@@ -1,25 +1,21 @@
-"""The command line of a recipe: read its flags, compare them with a finished run's, end bad input in a line."""
+"""The command line of a recipe: read its flags, print its lines, end bad input in a line."""
 
 import argparse
 import errno
 import importlib.util
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.child_processes import be_launcher, end_children_with_this_process, end_with_launcher
-from hfllm.errors import InputError, MachineError, redact, without_credentials
+from hfllm.errors import InputError, MachineError, redact
 from hfllm.flags import GIVEN
-from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
-from hfllm.outputs.report import compared, read_report
 from hfllm.runs.flags import check_json_flags, check_libraries, check_ranges
 from hfllm.runs.output import explained, hide_unhelpful_output, what_is_saved
 from hfllm.runs.parser import (
@@ -27,7 +23,6 @@ from hfllm.runs.parser import (
     PlainParser,
     ShortHelpFormatter,
     add_fields,
-    present_name,
     read_yaml,
     training_parser,
 )
@@ -38,18 +33,7 @@ end_children_with_this_process()
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-    from transformers import TrainingArguments
 
-# Where a run is, where it reports to and how it is continued do not change its result.
-NOT_PART_OF_THE_RUN = frozenset(
-    (
-        *("output_dir", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm", "log_level"),
-        *("log_level_replica", "logging_first_step", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
-        *("hub_private_repo", "hub_always_push", "hub_revision", "resume_from_checkpoint", "local_rank"),
-        *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
-        *("trust_remote_code", "max_row_bytes", "reward_timeout"),
-    )
-)
 ASKS_FOR_HELP = frozenset(("--help", "-h"))
 # The text of --help about the libraries' own flags.
 ALWAYS = {
@@ -145,13 +129,13 @@ def parse_recipe(
     return parsed
 
 
-def check_output_dir(given: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> None:
+def check_output_dir(values: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> None:
     """Refuse an output folder without a name, or with a name rejected by every file system."""
     folder = next((group.output_dir for group in parsed if hasattr(group, "output_dir")), None)
-    if folder is None and "output_dir" not in given:
+    if folder is None and "output_dir" not in values:
         return
     # A library may put a name of its own in place of none.
-    is_none = "output_dir" in given and given["output_dir"] is None
+    is_none = "output_dir" in values and values["output_dir"] is None
     if is_none or not isinstance(folder, str) or not folder.strip():
         value = None if is_none else folder
         raise InputError(f"--output_dir {value!r:.80}: expected the name of a folder")
@@ -235,24 +219,24 @@ def given_values(argv: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def machine_defaults(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def machine_defaults(values: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Progress bars on a terminal only; without an accelerator no mixed precision, recomputation or pinned memory.
 
     An accelerator with bf16 multiplication uses it in every training recipe, with TF32 for operations in fp32.
 
     Args:
-        given: the user's values, by flag; `fp16` and `use_cpu` exclude bf16.
+        values: the user's values, by flag; `fp16` and `use_cpu` exclude bf16.
     """
     import torch
     from transformers.utils import is_torch_tf32_available
 
     from hfllm.models.devices import has_native_bf16
 
-    given = given or {}
+    values = values or {}
     defaults = {"disable_tqdm": not sys.stderr.isatty()}
-    if torch.accelerator.is_available() and not given.get("use_cpu"):
-        bf16 = has_native_bf16() and not given.get("fp16")
-        is_wanted = bf16 and given.get("bf16", True)
+    if torch.accelerator.is_available() and not values.get("use_cpu"):
+        bf16 = has_native_bf16() and not values.get("fp16")
+        is_wanted = bf16 and values.get("bf16", True)
         return {**defaults, "bf16": bf16, **({"tf32": True} if is_wanted and is_torch_tf32_available() else {})}
     return {
         **defaults,
@@ -262,66 +246,6 @@ def machine_defaults(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
     }
-
-
-def run_arguments(*arguments: "DataclassInstance") -> dict[str, Any]:
-    """The flags that decide a run's result, as JSON values: they are compared when a folder is used again.
-
-    They go into reports and cards, so secrets in them are hidden.
-    """
-    merged: dict[str, Any] = {}
-    for group in arguments:
-        for item in fields(group):
-            if item.init and item.name not in NOT_PART_OF_THE_RUN:
-                merged[item.name] = getattr(group, item.name)
-    return without_credentials(json.loads(redact(json.dumps(merged, default=str, sort_keys=True))))
-
-
-def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a finished run with these arguments in `output_dir`, or `None` if none has finished."""
-    report = read_report(output_dir)
-    if report is None:
-        return None
-    recorded = {present_name(name): value for name, value in report["arguments"].items()}
-    before = {name: value for name, value in recorded.items() if name.rpartition(".")[2] not in NOT_PART_OF_THE_RUN}
-    for name in sorted(compared(before, arguments), key=_order_of_naming):
-        if before.get(name) != arguments.get(name):
-            raise InputError(
-                f"--output_dir {output_dir} holds a finished run with {name}={before.get(name)!r}, this one has "
-                f"{name}={arguments.get(name)!r}: choose another folder or remove that one"
-            )
-    return report
-
-
-def _order_of_naming(name: str) -> tuple[int, str]:
-    """The flags of a run itself, then the flags of the stages before it (`sft.seed`), then files with such flags."""
-    return (1 if "." in name else 2 if name.endswith("_config") else 0, name)
-
-
-def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
-    """The request of `--resume_from_checkpoint`: a checkpoint folder, the last one of the output folder, or none.
-
-    `true` is the last complete checkpoint. `auto` is the same, or the beginning where there is none yet: one command
-    for the first launch and for every restart.
-    """
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is None or str(checkpoint).lower() in ("false", "none", ""):
-        return None
-    if str(checkpoint).lower() in ("true", "auto"):
-        folder = training_args.output_dir
-        is_needed = str(checkpoint).lower() == "true"
-        checkpoint = last_complete_checkpoint(folder)
-        if checkpoint is None:
-            if (damaged := damaged_checkpoint(folder)) and not is_needed:
-                raise InputError(f"--resume_from_checkpoint auto: {damaged}: remove it to start from the beginning")
-            if not is_needed:
-                return None
-            raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {folder}")
-    elif not (Path(checkpoint) / STATE_FILE).is_file():
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: not a checkpoint folder (no {STATE_FILE})")
-    elif damage := damage_in(checkpoint):
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: {damage}: name the checkpoint before it, or auto")
-    return str(checkpoint)
 
 
 def main_process() -> bool:

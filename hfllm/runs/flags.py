@@ -179,19 +179,19 @@ def check_attention(name: str) -> None:
 FLAGS = ("deepspeed", "fsdp_config", "accelerator_config")
 
 
-def check_json_flags(given: Mapping[str, Any]) -> None:
+def check_json_flags(values: Mapping[str, Any]) -> None:
     """Refuse a missing file or one without a JSON object, and an unreadable object.
 
     The libraries complain without the name of the flag.
 
     Args:
-        given: the user's values, by flag.
+        values: the user's values, by flag.
     """
-    for name, value in given.items():
+    for name, value in values.items():
         if isinstance(value, str) and value.lstrip().startswith("{"):
             _check_object(name, value)
     for name in FLAGS:
-        named = given.get(name)
+        named = values.get(name)
         # An object may stand there itself, and DeepSpeed's in base64.
         if not isinstance(named, str) or named.lstrip().startswith("{") or _is_encoded(named):
             continue

@@ -1,24 +1,38 @@
-"""The run of a checkpoint: the flags that decide the training, and the contents of the files named by them.
+"""Which run a folder or a checkpoint is of: the flags that decide the result, and the files named by them.
 
-Contents count and not times or paths: a folder copied to another machine can be resumed there.
+A finished run is compared by its flags. A checkpoint's run is compared by contents and not by times or paths: a folder
+copied to another machine can be resumed there.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.images.rows import contents_of, existing, named_pictures
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.sources import PYDOC, WORLD, source_files
-from hfllm.errors import InputError
+from hfllm.errors import InputError, redact, without_credentials
 from hfllm.fingerprint import file_fingerprint
-from hfllm.outputs.report import CHANGED, CONTENTS
+from hfllm.outputs.ownership import DECISIVE
+from hfllm.outputs.report import CHANGED, CONTENTS, compared, read_report
 from hfllm.runs.parser import present_name
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# Where a run is, where it reports to and how it is continued do not change its result.
+NOT_PART_OF_THE_RUN = frozenset(
+    (
+        *("output_dir", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm", "log_level"),
+        *("log_level_replica", "logging_first_step", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
+        *("hub_private_repo", "hub_always_push", "hub_revision", "resume_from_checkpoint", "local_rank"),
+        *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
+        *("trust_remote_code", "max_row_bytes", "reward_timeout"),
+    )
+)
 # Flags that may change between a checkpoint and the run resuming it: logging, saving, evaluation, and speed. All other
 # flags must be the same.
 MAY_CHANGE = frozenset(
@@ -50,11 +64,48 @@ MODELS = (
     *("reward_model_name_or_path", "value_model"),
 )
 # The files in a model's folder that decide its answers.
-MODEL_FILES = (
-    *("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"),
-    *("pytorch_model*.bin", "adapter_model.bin"),
-)
+MODEL_FILES = (*DECISIVE, "pytorch_model*.bin", "adapter_model.bin")
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+# ---- finished runs ----
+
+
+def run_arguments(*arguments: "DataclassInstance") -> dict[str, Any]:
+    """Return the flags that decide a run's result, as JSON values: they are compared when a folder is used again.
+
+    They go into reports and cards, so secrets in them are hidden.
+    """
+    merged: dict[str, Any] = {}
+    for group in arguments:
+        for item in fields(group):
+            if item.init and item.name not in NOT_PART_OF_THE_RUN:
+                merged[item.name] = getattr(group, item.name)
+    return without_credentials(json.loads(redact(json.dumps(merged, default=str, sort_keys=True))))
+
+
+def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the report of a finished run with these arguments in `output_dir`, or `None` if none has finished."""
+    report = read_report(output_dir)
+    if report is None:
+        return None
+    recorded = {present_name(name): value for name, value in report["arguments"].items()}
+    before = {name: value for name, value in recorded.items() if name.rpartition(".")[2] not in NOT_PART_OF_THE_RUN}
+    for name in sorted(compared(before, arguments), key=_order_of_naming):
+        if before.get(name) != arguments.get(name):
+            raise InputError(
+                f"--output_dir {output_dir} holds a finished run with {name}={before.get(name)!r}, this one has "
+                f"{name}={arguments.get(name)!r}: choose another folder or remove that one"
+            )
+    return report
+
+
+def _order_of_naming(name: str) -> tuple[int, str]:
+    """Put a run's own flags first, then flags of the stages before it (`sft.seed`), then files with such flags."""
+    return (1 if "." in name else 2 if name.endswith("_config") else 0, name)
+
+
+# ---- checkpoints ----
 
 
 def run_identity(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from hfllm.errors import InputError
-from hfllm.outputs.hub import unclaim_empty
+from hfllm.outputs.ownership import LOCK_FILE, unclaim_empty
 
 Given, Made = ParamSpec("Given"), TypeVar("Made")
 
@@ -30,7 +30,6 @@ try:
 except ImportError:  # Windows has no such locks.
     fcntl = None
 
-LOCK_FILE = ".hfllm.lock"
 # The error of a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # The error of a held lock.

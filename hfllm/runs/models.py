@@ -3,9 +3,9 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,44 @@ if TYPE_CHECKING:
 TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
 
 
+@dataclass(frozen=True)
+class NamedModel:
+    """A saved model or adapter, and how to load it.
+
+    The loading functions take one, or the flags of `ModelConfig` that name one.
+
+    Args:
+        name: its folder, or its id on the Hub.
+        revision: its branch, tag or commit.
+        settings: further arguments of `from_pretrained`: attention, dtype and quantization.
+        trains_adapter: whether a new adapter is trained, of which it is the base.
+    """
+
+    name: str
+    revision: str = "main"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    trains_adapter: bool = False
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` besides the name."""
+        return {"revision": self.revision, **self.settings}
+
+    @property
+    def adapter(self) -> "SavedAdapter | None":
+        """The adapter of this name, `None` for a whole model."""
+        return find_adapter(self.name, revision=self.revision)
+
+
+def named_model(model: "NamedModel | ModelConfig") -> NamedModel:
+    """Return the model named by the flags of `ModelConfig`."""
+    if isinstance(model, NamedModel):
+        return model
+    settings = load_kwargs(model)
+    revision = settings.pop("revision", "main")
+    return NamedModel(model.model_name_or_path, revision, settings, model.use_peft)
+
+
 def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
     """Return the `from_pretrained` arguments for the flags of `ModelConfig`."""
     from trl import get_quantization_config
@@ -63,26 +101,26 @@ def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
-def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load_policy(model: "NamedModel | ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model and its tokenizer; an adapter is merged into its base, unless quantized."""
     from transformers import AutoModelForCausalLM
 
-    name = model_args.model_name_or_path
-    tokenizer = load_tokenizer(name, model_args.model_revision)
-    model = _load_writing(model_args, AutoModelForCausalLM)
-    check_vocabulary(model, tokenizer, name)
-    return model, tokenizer
+    named = named_model(model)
+    tokenizer = load_tokenizer(named.name, named.revision)
+    policy = _load_writing(named, AutoModelForCausalLM)
+    check_vocabulary(policy, tokenizer, named.name)
+    return policy, tokenizer
 
 
-def load_seeing(model_args: "ModelConfig") -> "PreTrainedModel":
+def load_seeing(model: "NamedModel | ModelConfig") -> "PreTrainedModel":
     """Load a vision-language model; an adapter is merged into its base, unless the base is quantized."""
     from transformers import AutoModelForImageTextToText
 
-    refuse_four_bits_of_pictures(model_args)
-    return _load_writing(model_args, AutoModelForImageTextToText)
+    refuse_four_bits_of_pictures(model)
+    return _load_writing(named_model(model), AutoModelForImageTextToText)
 
 
-def refuse_four_bits_of_pictures(model_args: "ModelConfig") -> None:
+def refuse_four_bits_of_pictures(model: "NamedModel | ModelConfig") -> None:
     """Refuse to load a vision-language model in 4 bits on a CPU.
 
     bitsandbytes' CPU kernel assumes contiguous input, and a tower's output for the projector need not be contiguous.
@@ -90,15 +128,16 @@ def refuse_four_bits_of_pictures(model_args: "ModelConfig") -> None:
     import torch
 
     why = "on a CPU bitsandbytes' 4-bit kernel reads pictures wrongly; leave it out, or run on a GPU"
-    refuse(model_args.load_in_4bit and not torch.accelerator.is_available(), "--load_in_4bit", why)
+    quantization = model.settings.get("quantization_config") if isinstance(model, NamedModel) else model
+    in_four_bits = getattr(quantization, "load_in_4bit", False)
+    refuse(in_four_bits and not torch.accelerator.is_available(), "--load_in_4bit", why)
 
 
-def _load_writing(model_args: "ModelConfig", auto_class: "type[_BaseAutoModelClass]") -> "PreTrainedModel":
-    from hfllm.models.loading.adapters import find_adapter, load_apart, load_merged
+def _load_writing(model: NamedModel, auto_class: "type[_BaseAutoModelClass]") -> "PreTrainedModel":
+    from hfllm.models.loading.adapters import load_apart, load_merged
     from hfllm.models.loading.weights import load_weights_of
 
-    name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
-    adapter = find_adapter(name, revision=model_args.model_revision)
+    name, kwargs, adapter = model.name, model.kwargs, model.adapter
     if adapter is not None:
         adapter.check("CAUSAL_LM")
     try:
@@ -240,16 +279,17 @@ def named_fields(name: str) -> dict[str, Any]:
     return {field: getattr(config, field) for field in fields if field != "loss_chunk_size"}
 
 
-def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "main") -> "PreTrainedModel":
+def load_reward_model(name: str, like: "NamedModel | ModelConfig", revision: str = "main") -> "PreTrainedModel":
     """Load a sequence-classification model with one label; its head is new if `name` is a language model.
 
     Args:
-        model_args: how to load it, except `--model_revision`, which belongs to the model named there.
+        like: a model with the same attention, dtype and quantization.
     """
     from hfllm.models.loading.adapters import load_scorer
 
+    kwargs = like.kwargs if isinstance(like, NamedModel) else load_kwargs(like)
     try:
-        return load_scorer(name, **{**load_kwargs(model_args), "revision": revision})
+        return load_scorer(name, **{**kwargs, "revision": revision})
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
@@ -257,7 +297,7 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
 
 
 def load_value_model(
-    value_model: str, model_args: "ModelConfig", reward_models: Sequence[str]
+    value_model: str, like: "NamedModel | ModelConfig", reward_models: Sequence[str]
 ) -> "PreTrainedModel | None":
     """Load the critic named by `--value_model`; `None` stands for a head on the policy's trunk.
 
@@ -266,7 +306,9 @@ def load_value_model(
     if value_model == "head":
         return None
     name = reward_models[0] if value_model == "reward" else value_model
-    return load_reward_model(name, replace(model_args, load_in_8bit=False, load_in_4bit=False))
+    like = named_model(like)
+    settings = {key: value for key, value in like.settings.items() if key != "quantization_config"}
+    return load_reward_model(name, replace(like, settings=settings))
 
 
 def peft_config(model_args: "ModelConfig", task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
@@ -337,46 +379,47 @@ def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | No
 
 
 def load_to_train(
-    model_args: "ModelConfig", output_dir: str
+    model: "NamedModel | ModelConfig", output_dir: str
 ) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerBase"]:
     """Load the language model to train in a stage, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    adapter = find_adapter(name, revision=revision)
+    model = named_model(model)
+    adapter = model.adapter
     if adapter is None:
-        return load_policy(model_args)
+        return load_policy(model)
     adapter.check("CAUSAL_LM")
-    if model_args.use_peft:
-        return load_policy(on_merged_base(adapter, model_args, output_dir))
-    say(f"adapter {name} of {adapter.base} is trained further")
-    base, _ = load_base(adapter, AutoModelForCausalLM, **load_kwargs(model_args))
-    model, tokenizer = put_on(base, adapter, is_trainable=True), load_tokenizer(name, revision)
-    check_vocabulary(model, tokenizer, name)
-    return model, tokenizer
+    if model.trains_adapter:
+        return load_policy(on_merged_base(adapter, model, output_dir))
+    say(f"adapter {model.name} of {adapter.base} is trained further")
+    base, _ = load_base(adapter, AutoModelForCausalLM, **model.kwargs)
+    policy, tokenizer = put_on(base, adapter, is_trainable=True), load_tokenizer(model.name, model.revision)
+    check_vocabulary(policy, tokenizer, model.name)
+    return policy, tokenizer
 
 
-def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrainedModel | PeftModel":
+def load_scorer_to_train(model: "NamedModel | ModelConfig", output_dir: str) -> "PreTrainedModel | PeftModel":
     """Load the model to train in a stage, with one score for a sequence. A language model's head is new."""
     from transformers import AutoModelForSequenceClassification
 
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    adapter = find_adapter(name, revision=revision)
+    model = named_model(model)
+    adapter = model.adapter
     if adapter is None:
-        return load_reward_model(name, model_args, revision)
+        return load_reward_model(model.name, model, model.revision)
     adapter.check("CAUSAL_LM", "SEQ_CLS")
-    if model_args.use_peft:
-        merged_args = on_merged_base(adapter, model_args, output_dir)
-        return load_reward_model(merged_args.model_name_or_path, merged_args)
+    if model.trains_adapter:
+        merged = on_merged_base(adapter, model, output_dir)
+        return load_reward_model(merged.name, merged)
     has_head = adapter.task == "SEQ_CLS" or adapter.brings_head
-    say(f"adapter {name} of {adapter.base} is trained further{'' if has_head else ', with a new head for scores'}")
-    settings = {"num_labels": 1, "ignore_mismatched_sizes": True, **load_kwargs(model_args)}
-    model, _ = load_base(adapter, AutoModelForSequenceClassification, **settings)
-    return put_on(model, adapter, is_trainable=True) if has_head else put_under_head(model, adapter)
+    head = "" if has_head else ", with a new head for scores"
+    say(f"adapter {model.name} of {adapter.base} is trained further{head}")
+    settings = {"num_labels": 1, "ignore_mismatched_sizes": True, **model.kwargs}
+    base, _ = load_base(adapter, AutoModelForSequenceClassification, **settings)
+    return put_on(base, adapter, is_trainable=True) if has_head else put_under_head(base, adapter)
 
 
 def load_head_to_train(
-    model_args: "ModelConfig",
+    model: "NamedModel | ModelConfig",
     output_dir: str,
     auto_class: "type[_BaseAutoModelClass]",
     task_type: str,
@@ -392,31 +435,28 @@ def load_head_to_train(
     """
     from hfllm.models.loading.weights import load_weights_of
 
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    settings = {"ignore_mismatched_sizes": True, **head}
-    adapter = find_adapter(name, revision=revision)
+    model = named_model(model)
+    name, adapter, settings = model.name, model.adapter, {"ignore_mismatched_sizes": True, **head}
     if adapter is not None:
         adapter.check("CAUSAL_LM", task_type)
-        if not model_args.use_peft:
+        if not model.trains_adapter:
             has_head = adapter.task == task_type
             say(f"adapter {name} of {adapter.base} is trained further{'' if has_head else ', with a new head'}")
-            model, _ = load_base(adapter, auto_class, **settings, **load_kwargs(model_args))
+            base, _ = load_base(adapter, auto_class, **settings, **model.kwargs)
             if has_head:
-                return put_on(model, adapter, is_trainable=True)
-            return put_under_head(model, adapter, task_type)
-        model_args = on_merged_base(adapter, model_args, output_dir)
-    kwargs = {**load_kwargs(model_args), **settings}
+                return put_on(base, adapter, is_trainable=True)
+            return put_under_head(base, adapter, task_type)
+        model = on_merged_base(adapter, model, output_dir)
     try:
-        model, _ = load_weights_of(auto_class, model_args.model_name_or_path, **kwargs)
+        return load_weights_of(auto_class, model.name, **{**model.kwargs, **settings})[0]
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from error
-    return model
+        raise _unloadable(name, error) from error
 
 
-def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_dir: str) -> "ModelConfig":
-    """Merge an adapter into its base, kept in the output folder, and return the flags for loading it from there.
+def on_merged_base(adapter: "SavedAdapter", model: NamedModel, output_dir: str) -> NamedModel:
+    """Merge an adapter into its base, kept in the output folder, and return the model to load from there.
 
     A new adapter is then trained on exactly the base it is loaded on later, to the bit. A restarted run finds it.
     """
@@ -441,7 +481,7 @@ def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_di
         write_merged(adapter, folder)
     PartialState().wait_for_everyone()
     say(f"adapter {adapter.name} is merged into {adapter.base}: {folder}, which the new adapter is trained on")
-    return replace(model_args, model_name_or_path=str(folder), model_revision="main")
+    return replace(model, name=str(folder), revision="main")
 
 
 @contextmanager

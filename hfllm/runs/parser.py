@@ -281,16 +281,16 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:100]
 
 
-def _values_of(node: "Node", known: dict[int, int]) -> int:
+def _values_of(node: "Node", counts: dict[int, int]) -> int:
     """Return the number of values of a YAML node; a reference to itself counts once.
 
     Args:
-        known: counts of the nodes so far, by their `id`; aliases are one node in several places.
+        counts: those of the nodes so far, by their `id`; aliases are one node in several places.
     """
-    if id(node) in known:
-        return known[id(node)]
-    known[id(node)] = 1
+    if id(node) in counts:
+        return counts[id(node)]
+    counts[id(node)] = 1
     children = node.value if isinstance(node.value, list) else []
     parts = (part for each in children for part in (each if isinstance(each, tuple) else (each,)))
-    known[id(node)] = 1 + sum(_values_of(part, known) for part in parts)
-    return known[id(node)]
+    counts[id(node)] = 1 + sum(_values_of(part, counts) for part in parts)
+    return counts[id(node)]

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError
-from hfllm.outputs.hub import refuse_changed_files, refuse_foreign_files
+from hfllm.outputs.ownership import refuse_changed_files, refuse_foreign_files
 from hfllm.outputs.report import read_report, write_atomically
 from hfllm.runs import schedule
-from hfllm.runs.command_line import finished_run, main_process, say
+from hfllm.runs.command_line import main_process, say
+from hfllm.runs.identity import finished_run
 from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.output import explained
 from hfllm.runs.parser import read_yaml

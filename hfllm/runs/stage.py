@@ -9,40 +9,39 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.loading import DataArguments, check_source
+from hfllm.data.loading import DataArguments
 from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError
 from hfllm.fingerprint import FORM, file_fingerprint
 from hfllm.flags import given_names
 from hfllm.outputs.card import START, is_written, lineage, write_card
-from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming, record_of, state_of
+from hfllm.outputs.checkpoints import (
+    STATE_FILE,
+    checkpoints_in,
+    damage_in,
+    damaged_checkpoint,
+    is_complete,
+    last_complete_checkpoint,
+    missing_for_resuming,
+    record_of,
+    state_of,
+)
+from hfllm.outputs.figures import Promise, broken_promises, figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
-from hfllm.outputs.hub import (
-    Repository,
+from hfllm.outputs.hub import Repository, repository_of
+from hfllm.outputs.ownership import (
     claim,
     damage_of_finished,
     is_own_card,
     refuse_changed_files,
     refuse_foreign_files,
-    repository_of,
     write_record,
 )
-from hfllm.outputs.report import (
-    CHANGED,
-    CONTENTS,
-    Bars,
-    Plot,
-    Promise,
-    Report,
-    broken_promises,
-    figure_tables,
-    given_flags,
-    plot_history,
-)
+from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Plot, Report, given_flags, plot_history
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed, without_nested_secrets
-from hfllm.runs.command_line import checkpoint_to_resume, finished_run, main_process, run_arguments
-from hfllm.runs.identity import data_files, difference, model_files, run_identity
+from hfllm.runs.command_line import main_process
+from hfllm.runs.identity import data_files, difference, finished_run, model_files, run_arguments, run_identity
 from hfllm.runs.lock import join, lock, owner_of, release
 from hfllm.runs.output import explained
 
@@ -113,9 +112,10 @@ class Stage:
     @cached_property
     def checkpoint(self) -> str | None:
         """The checkpoint to resume from, or `None`."""
-        checkpoint = checkpoint_to_resume(self.training_args)
+        requested = self.training_args.resume_from_checkpoint
+        checkpoint = checkpoint_to_resume(requested, self.output_dir)
         if checkpoint is not None:
-            check_resumable(checkpoint, self.training_args.resume_from_checkpoint, self.identity)
+            check_resumable(checkpoint, requested, self.identity)
         return checkpoint
 
     @cached_property
@@ -152,7 +152,7 @@ class Stage:
             if hasattr(group, "n_gpu"):
                 refuse_data_parallel(group)
             if isinstance(group, DataArguments):
-                check_source(group)
+                group.check_source()
 
     def announce(self, what: str | None = None) -> None:
         """Hold the folder, print the start line, and create the repository, to detect a wrong name or token now.
@@ -316,29 +316,32 @@ class Stage:
             parents=lineage(self._models_of_flags() | dict(models or {})),
             warnings=broken_promises(promises, metrics),
         )
-        failure = None
-        if main_process():
-            folder = Path(self.output_dir)
-            report.write(folder)
-            if artifacts.get("model") == ".":
-                self._write_card()
-            if "model" in artifacts:
-                write_record(folder / artifacts["model"])
-            if summary and (schedule.runs_before_another() or not figure_tables(metrics)):
-                print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
-            else:
-                report.print(too_wide)
-            self._warn(report.warnings)
-            try:
-                self.publish()
-            except InputError as error:
-                failure = error
+        failure = self._write_report(report, too_wide) if main_process() else None
         if trainer is not None:
             trainer.accelerator.wait_for_everyone()
         release(self.output_dir)
         if failure is not None:
             raise failure
         return dict(metrics)
+
+    def _write_report(self, report: Report, too_wide: Sequence[str]) -> InputError | None:
+        """Write and print a report, and publish if asked; return an error of the Hub, for after the others' wait."""
+        folder, model = Path(self.output_dir), report.artifacts.get("model")
+        report.write(folder)
+        if model == ".":
+            self._write_card()
+        if model is not None:
+            write_record(folder / model)
+        if report.summary and (schedule.runs_before_another() or not figure_tables(report.metrics)):
+            print(f"{self.name}: {report.summary} ({report.wall_seconds:.0f} s)", flush=True)
+        else:
+            report.print(too_wide)
+        self._warn(report.warnings)
+        try:
+            self.publish()
+        except InputError as error:
+            return error
+        return None
 
     def _warn(self, warnings: Sequence[object]) -> None:
         """Print the warnings of a report."""
@@ -495,22 +498,46 @@ def _reward_files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
 AUTOMATIC = ("true", "auto")
 
 
-def is_named(wanted: object) -> bool:
+def is_named(requested: object) -> bool:
     """Return whether `--resume_from_checkpoint` names a folder."""
-    return str(wanted).lower() not in AUTOMATIC
+    return str(requested).lower() not in AUTOMATIC
 
 
-def check_resumable(checkpoint: str, wanted: object, identity: Mapping[str, Any]) -> None:
+def checkpoint_to_resume(requested: object, output_dir: str) -> str | None:
+    """Return the checkpoint of `--resume_from_checkpoint`: a folder, the last one of the output folder, or none.
+
+    `true` is the last complete checkpoint. `auto` is the same, or the beginning where there is none yet: one command
+    for the first launch and for every restart.
+    """
+    if requested is None or str(requested).lower() in ("false", "none", ""):
+        return None
+    if is_named(requested):
+        if not (Path(requested) / STATE_FILE).is_file():
+            raise InputError(f"--resume_from_checkpoint {requested}: not a checkpoint folder (no {STATE_FILE})")
+        if damage := damage_in(requested):
+            raise InputError(f"--resume_from_checkpoint {requested}: {damage}: name the checkpoint before it, or auto")
+        return str(requested)
+    is_needed = str(requested).lower() == "true"
+    if (checkpoint := last_complete_checkpoint(output_dir)) is not None:
+        return str(checkpoint)
+    if is_needed:
+        raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {output_dir}")
+    if damaged := damaged_checkpoint(output_dir):
+        raise InputError(f"--resume_from_checkpoint auto: {damaged}: remove it to start from the beginning")
+    return None
+
+
+def check_resumable(checkpoint: str, requested: object, identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another run, one without a record of its run, and one without its optimizer.
 
     Args:
-        wanted: the value of `--resume_from_checkpoint`; a folder named there needs no record of its run.
+        requested: the value of `--resume_from_checkpoint`; a folder named there needs no record of its run.
         identity: this run's.
     """
     state = _state(checkpoint)
     refuse_without_state(checkpoint)
     run = record_of(state).get("run")
-    if run is None and not is_named(wanted):
+    if run is None and not is_named(requested):
         raise InputError(
             f"{_shown(checkpoint)} does not say which run made it, so it may be another one's: to resume from it all "
             f"the same name it, --resume_from_checkpoint {checkpoint}; to start anew choose another --output_dir"

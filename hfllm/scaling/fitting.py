@@ -243,28 +243,28 @@ def read_runs(
 def _column(
     file: Path,
     header: list[str],
-    given: str | None,
-    known: tuple[str, ...],
+    named: str | None,
+    common: tuple[str, ...],
     what: str,
     optional: bool = False,
     others: tuple[str, ...] = (),
 ) -> str | None:
     """Return the column of the header for `what`."""
-    if given is not None:
-        if given not in header:
-            raise InputError(f"{file}: no column {given!r} for {what}; it has {', '.join(map(repr, header))}")
-        if header.count(given) > 1:
-            raise InputError(f"{file}: column {given!r} for {what} comes {header.count(given)} times")
-        return given
+    if named is not None:
+        if named not in header:
+            raise InputError(f"{file}: no column {named!r} for {what}; it has {', '.join(map(repr, header))}")
+        if header.count(named) > 1:
+            raise InputError(f"{file}: column {named!r} for {what} comes {header.count(named)} times")
+        return named
     plain: dict[str, list[str]] = {}
     for name in filter(None, header):
         plain.setdefault("".join(character for character in name.lower() if character.isalnum()), []).append(name)
-    result, *others_found = next((plain[name] for name in known if name in plain), [None])
+    result, *others_found = next((plain[name] for name in common if name in plain), [None])
     if others_found:
         twice = ", ".join(map(repr, (result, *others_found)))
         raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them different names")
     if result is None and not optional:
-        accepted = ", ".join((*others, *known))
+        accepted = ", ".join((*others, *common))
         present = ", ".join(map(repr, header)) or "no header"
         raise InputError(f"{file}: no column for {what}; it has {present}; accepted names: {accepted}")
     return result
@@ -547,7 +547,7 @@ class Outliers:
         return len(self.indices)
 
     @property
-    def kept(self) -> Runs:
+    def inliers(self) -> Runs:
         """Return the other runs."""
         return self.without.runs
 

@@ -47,10 +47,17 @@ class CurateArguments(CurationOptions):
 
     output_dir: str = flag("outputs/curate", "Where shards and report go.")
 
+    @property
+    def inputs(self) -> list[str]:
+        """The names of everything that is read: files, folders and datasets of the Hub."""
+        names = (self.dataset_name, self.spam_train_file, *self.toxic_words, *self.decontaminate)
+        # An empty name does not mean the working folder, but an empty path would.
+        return [name for name in names if name]
 
-def settings(given: Mapping[str, Any]) -> list[Path]:
+
+def settings(values: Mapping[str, Any]) -> list[Path]:
     """Return the default settings, for Python's documentation, unless other data is named."""
-    return [settings_file("curate/pydoc.yaml")] if given.get("dataset_name", PYDOC) == PYDOC else []
+    return [settings_file("curate/pydoc.yaml")] if values.get("dataset_name", PYDOC) == PYDOC else []
 
 
 # ---- what is refused ----
@@ -76,16 +83,14 @@ def check_kept(dataset_name: str, statistics: Statistics) -> None:
 # ---- interrupted and finished runs ----
 
 
-def fingerprint(script_args: CurateArguments) -> str:
-    """Return a hash of all local files with an effect on the result, since they may change.
+def fingerprint(names: Sequence[str]) -> str:
+    """Return a hash of all local files among the inputs, and in the folders among them, since they may change.
 
     For each file the name, the size and the content count; if the total is large, the time instead of the content:
     reading all of a large dataset would take minutes, and parts of it do not show every edit.
     """
-    names = [script_args.dataset_name, script_args.spam_train_file]
     files: list[Path] = []
-    # An empty name does not mean the working folder, but an empty path would.
-    for path in map(Path, filter(None, (*names, *script_args.toxic_words, *script_args.decontaminate))):
+    for path in map(Path, names):
         files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]
     sizes = [file.stat().st_size for file in files]

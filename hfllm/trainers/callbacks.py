@@ -35,6 +35,7 @@ from transformers.trainer_utils import has_length
 
 from hfllm.data.packing import start_of
 from hfllm.errors import InputError
+from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.checkpoints import write_checksums
 from hfllm.outputs.report import readable
 from hfllm.runs.schedule import current_job
@@ -298,7 +299,7 @@ class SampleCallback(TrainerCallback):
     ) -> None:
         if is_split(model):
             raise InputError("SampleCallback needs the whole model in one process: not FSDP, ZeRO-3 or DTensors")
-        context = max_length_of(model)
+        context = max_length_of(model.config) or math.inf
         for prompt in self.prompts:
             length = len(self._encode(prompt))
             if not 0 < length < context:
@@ -337,7 +338,7 @@ class SampleCallback(TrainerCallback):
                 ids = torch.tensor([self._encode(prompt)], device=model.device)
                 length = ids.shape[1]
                 config = GenerationConfig(
-                    max_new_tokens=min(self.max_new_tokens, max_length_of(model) - length),
+                    max_new_tokens=min(self.max_new_tokens, (max_length_of(model.config) or math.inf) - length),
                     do_sample=self.temperature > 0,
                     use_cache=True,
                     # A document's start token ends the document before it.
@@ -369,11 +370,6 @@ def is_split(model: nn.Module) -> bool:
     """Return whether every process holds only a part of the model: FSDP, DeepSpeed ZeRO-3 or tensor parallelism."""
     spread = any(hasattr(each, "ds_id") or hasattr(each, "device_mesh") for each in model.parameters())
     return spread or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-
-
-def max_length_of(model: PreTrainedModel) -> float:
-    """Return the model's context in tokens, infinite if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _line(row: dict[str, int | str]) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from hfllm.data.augmentation import (
     PREFILL,
+    WORLD_TRAINING,
     augmented_demonstrations,
     augmented_prompts,
     begun_comparisons,
@@ -16,7 +17,7 @@ from hfllm.data.augmentation import (
 from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE
 from hfllm.data.rows import OriginRow, origin_of
-from hfllm.data.tokenizer import WORLD_TRAINING, train_tokenizer
+from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.documents import in_form
 from hfllm.data.world.world import World
 from hfllm.evaluation.suites.refusals import refuses

@@ -2,21 +2,17 @@
 
 import json
 import random
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 
-from hfllm.data.loading import DataArguments, by_weight, load_sources, mixture_of
+from hfllm.data.loading import TextArguments, by_weight, load_sources, mixture_of
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
 
 
-@dataclass(frozen=True)
-class Arguments(DataArguments):
-    dataset_mixture: list[str] | None = None
-    num_documents: int = 50
+def loaded(arguments, seed, prepared):
+    return load_sources(arguments.text_sources, arguments.mixture_weights, seed, prepared)
 
 
 def texts(seed, count):
@@ -32,10 +28,10 @@ def written(path, rows):
 
 def test_names_and_weights_are_read_from_the_flag():
     def read(*entries):
-        return mixture_of(SimpleNamespace(dataset_name="alone", dataset_mixture=list(entries)))
+        return mixture_of("alone", list(entries))
 
     assert read() == [("alone", None)]
-    assert mixture_of(SimpleNamespace(dataset_name="alone", dataset_mixture=None)) == [("alone", None)]
+    assert mixture_of("alone", None) == [("alone", None)]
     assert read("me/one:0.75", "world:2", "C:/texts:1e-3") == [("me/one", 0.75), ("world", 2.0), ("C:/texts", 0.001)]
     for entry in ("one", "one:", ":1", "one:nan", "one:-1", "one:0", "one:1:x", ""):
         with pytest.raises(
@@ -73,7 +69,7 @@ def test_a_source_that_is_used_up_leaves_the_rest_to_the_others():
 
 def test_a_single_dataset_is_all_there_is(tmp_path):
     name = written(tmp_path / "one.jsonl", texts(1, 60))
-    sources, together, held_out = load_sources(Arguments(name), 0, Prepared(tmp_path / "it", {}))
+    sources, together, held_out = loaded(TextArguments(name), 0, Prepared(tmp_path / "it", {}))
     assert list(sources) == [name] and list(sources[name]["text"]) == list(together)
     assert len(held_out) == 3 and sorted([*together, *held_out]) == sorted(texts(1, 60))
 
@@ -85,8 +81,8 @@ def test_a_mixture_holds_out_of_each_dataset_what_none_trains_on(tmp_path):
         written(tmp_path / "two.jsonl", texts(2, 90) + texts(1, 10)): texts(2, 90) + texts(1, 10),
     }
     for seed in range(5):
-        arguments = Arguments(dataset_mixture=[f"{name}:1" for name in files])
-        sources, together, held_out = load_sources(arguments, seed, Prepared(tmp_path / "it", {"seed": seed}))
+        arguments = TextArguments(dataset_mixture=[f"{name}:1" for name in files])
+        sources, together, held_out = loaded(arguments, seed, Prepared(tmp_path / "it", {"seed": seed}))
         trained = set().union(*(source["text"] for source in sources.values()))
         assert set(together) == trained and not trained & set(held_out)
         missing = {name: set(rows) - set(sources[name]["text"]) for name, rows in files.items()}
@@ -97,6 +93,6 @@ def test_a_mixture_holds_out_of_each_dataset_what_none_trains_on(tmp_path):
 def test_a_mixture_of_the_same_texts_has_nothing_to_hold_out(tmp_path):
     one = written(tmp_path / "one.jsonl", texts(1, 21))
     two = written(tmp_path / "two.jsonl", texts(1, 21)[1:] + texts(1, 21)[:1])
-    arguments = Arguments(dataset_mixture=[f"{one}:1", f"{two}:1"])
+    arguments = TextArguments(dataset_mixture=[f"{one}:1", f"{two}:1"])
     with pytest.raises(InputError, match="every held-out text of the mixture is a training text of another"):
-        load_sources(arguments, 0, Prepared(tmp_path / "it", {}))
+        loaded(arguments, 0, Prepared(tmp_path / "it", {}))

@@ -10,7 +10,6 @@ from hfllm.data.loading import (
     InstructionArguments,
     RowArguments,
     TextArguments,
-    check_source,
     load_rows,
     prompt_key,
     split_rows,
@@ -101,16 +100,17 @@ def test_the_system_column_begins_a_conversation():
 def test_columns_are_renamed_before_they_are_read(tmp_path):
     name = jsonl(tmp_path / "a.jsonl", {"question": "Q", "answer": "A", "prompt": "its number"})
     arguments = InstructionArguments(name, column_mapping=["prompt=question", "response=answer"])
-    (row,) = load_rows(arguments, formats.to_sft)
+    (row,) = load_rows(arguments.row_source, formats.to_sft)
     assert row == {"prompt": asked("Q"), "completion": said("A")}
     assert row.origin == f"{name}, line 1"
-    (row,) = load_rows(DataArguments(name, column_mapping=["prompt=answer", "output=prompt"]), lambda _, row: row)
+    arguments = DataArguments(name, column_mapping=["prompt=answer", "output=prompt"])
+    (row,) = load_rows(arguments.row_source, lambda _, row: row)
     assert row == {"question": "Q", "prompt": "A", "output": "its number"}
     assert list(texts_of(name, renaming={"text": "answer"})) == ["A"]
     with pytest.raises(
         InputError, match=r"a\.jsonl, line 1: --column_mapping prompt=body: no column 'body'; there are"
     ):
-        load_rows(InstructionArguments(name, column_mapping=["prompt=body"]), formats.to_sft)
+        load_rows(InstructionArguments(name, column_mapping=["prompt=body"]).row_source, formats.to_sft)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +142,14 @@ def test_columns_are_renamed_before_they_are_read(tmp_path):
 def test_flags_of_the_data_without_effect_are_refused(tmp_path, flags, complaint):
     name = jsonl(tmp_path / "a.jsonl", {"prompt": "Q"})
     with pytest.raises(InputError) as error:
-        check_source(RowArguments(**{"dataset_name": name, **flags}))
+        RowArguments(**{"dataset_name": name, **flags}).check_source()
     assert complaint in str(error.value)
 
 
 def test_texts_may_be_streamed_without_an_end():
-    check_source(TextArguments("me/texts", dataset_streaming=True))
+    TextArguments("me/texts", dataset_streaming=True).check_source()
     with pytest.raises(InputError, match="--dataset_config cannot be used here: a mixture"):
-        check_source(TextArguments(dataset_mixture=["me/texts:1"], dataset_config="en"))
+        TextArguments(dataset_mixture=["me/texts:1"], dataset_config="en").check_source()
 
 
 @pytest.fixture
@@ -181,16 +181,16 @@ def on_the_hub(tmp_path, monkeypatch):
 def test_a_part_of_a_hub_dataset(on_the_hub):
     flags = {"dataset_config": "de", "dataset_revision": "v2", "dataset_train_split": "train[:10%]"}
     arguments = InstructionArguments("me/rows", **flags)
-    check_source(arguments)
-    assert [row["prompt"][0]["content"] for row in load_rows(arguments, formats.to_sft)] == [
+    arguments.check_source()
+    assert [row["prompt"][0]["content"] for row in load_rows(arguments.row_source, formats.to_sft)] == [
         f"de train {number}" for number in range(4)
     ]
     assert on_the_hub == [("me/rows", "de", "v2")]
     streamed = InstructionArguments("me/rows", dataset_config="en", dataset_streaming=True, max_samples=3)
-    check_source(streamed)
-    assert load_rows(streamed, formats.to_sft)[-1]["prompt"] == asked("en train 2")
+    streamed.check_source()
+    assert load_rows(streamed.row_source, formats.to_sft)[-1]["prompt"] == asked("en train 2")
     with pytest.raises(InputError, match=r"'me/rows' is neither a local file or folder nor could it be loaded.*fr"):
-        load_rows(InstructionArguments("me/rows", dataset_config="fr"), formats.to_sft)
+        load_rows(InstructionArguments("me/rows", dataset_config="fr").row_source, formats.to_sft)
     assert len([*texts_of("me/rows", HubPart(config="en"), renaming={"text": "prompt"})]) == 40
 
 
@@ -251,7 +251,7 @@ def test_conversations_that_teach_nothing(tmp_path):
         {"messages": asked("Q") + said("A") + asked("P") + said("B")},
     ]
     dropped = Dropped()
-    kept = load_rows(InstructionArguments(jsonl(tmp_path / "a.jsonl", *rows)), formats.to_sft, dropped)
+    kept = load_rows(InstructionArguments(jsonl(tmp_path / "a.jsonl", *rows)).row_source, formats.to_sft, dropped)
     assert [origin_of(row, "") for row in kept] == [f"{tmp_path}/a.jsonl, line 5"]
     assert dropped.reasons == {"without an answer": 2, "with doubled turns": 1, "without a question": 1}
     assert (dropped.total, dropped.count) == (5, 4)

@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfllm.data.augmentation import PERTURBATIONS, PUNCTUATION, perturb
-from hfllm.data.tokenizer import ENGLISH_TESTS, ENGLISH_TRAINING, WORLD_TESTS, WORLD_TRAINING
+from hfllm.data.augmentation import (
+    ENGLISH_TESTS,
+    ENGLISH_TRAINING,
+    PERTURBATIONS,
+    PUNCTUATION,
+    WORLD_TESTS,
+    WORLD_TRAINING,
+    perturb,
+)
 from hfllm.data.world.tasks import paraphrase
 from hfllm.data.world.vocabulary import HELD_OUT_PHRASINGS, PHRASINGS
 from hfllm.data.world.world import FAMILIES, World

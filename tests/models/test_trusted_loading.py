@@ -19,8 +19,8 @@ from hfllm.models.loading import saved
 from hfllm.models.loading.adapters import find_adapter, load_base, load_scorer
 from hfllm.models.loading.weights import load_weights_of
 from hfllm.outputs.files import model_files
-from hfllm.runs.command_line import run_arguments
 from hfllm.runs.flags import RemoteCodeArguments, trusts_code_if_asked
+from hfllm.runs.identity import run_arguments
 from hfllm.runs.models import load_config, load_policy, load_reward_model, load_tokenizer
 from hfllm.stages.convert import find_tokenizer
 from hfllm.trainers.distillation.students import load_teacher

@@ -8,10 +8,10 @@ import subprocess
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.outputs import hub
+from hfllm.outputs import ownership
 from hfllm.outputs.card import MARKER
 from hfllm.outputs.checkpoints import checksums_of
-from hfllm.outputs.hub import (
+from hfllm.outputs.ownership import (
     HEADER,
     LOCK_FILE,
     RECORD,
@@ -220,10 +220,10 @@ def test_a_finished_model_is_read_again_only_when_its_files_have_changed(tmp_pat
         asked.append(1)
         return checksums_of(files)
 
-    monkeypatch.setattr(hub, "checksums_of", counted)
+    monkeypatch.setattr(ownership, "checksums_of", counted)
     # What has just been written may be written again in the same step of the clock.
     assert [damage_of_finished(tmp_path) for _ in range(2)] == [None, None] and len(asked) == 2
-    monkeypatch.setattr(hub, "SETTLED", -60.0)
+    monkeypatch.setattr(ownership, "SETTLED", -60.0)
     assert [damage_of_finished(tmp_path) for _ in range(3)] == [None] * 3 and len(asked) == 3
     (tmp_path / "model.safetensors").write_text("theirs")
     assert all("model.safetensors is damaged" in damage_of_finished(tmp_path) for _ in range(2))

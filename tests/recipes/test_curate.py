@@ -24,7 +24,7 @@ import yaml
 pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from hfllm.data.curation.options import FILTERS, CurationOptions
-from hfllm.data.loading import TextArguments, load_texts
+from hfllm.data.loading import RowSource, load_texts
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
@@ -132,8 +132,7 @@ def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys)
         assert example in text, example
     assert (out / "funnel.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["data", "funnel.png", "report.json", "report.md"]
-    args = TextArguments(dataset_name=str(out / "data"))
-    train, held_out = load_texts(args, 0, Prepared(corpus.folder / "prepared", {}), "texts")
+    train, held_out = load_texts(RowSource(str(out / "data")), 0, Prepared(corpus.folder / "prepared", {}), "texts")
     assert sorted([*train["text"], *held_out]) == sorted(corpus.good)
     capsys.readouterr()
     assert run(*corpus.flags, "--workers", 2) == metrics
@@ -193,26 +192,26 @@ def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path,
     """Nor the times of folders, which an editor or a viewer of files changes."""
     (script_args,) = curate.parse([str(flag) for flag in corpus.flags])
     (corpus.folder / "in" / "sub").mkdir()
-    before = fingerprint(script_args)
+    before = fingerprint(script_args.inputs)
     for path in (corpus.folder / "in" / "b.txt", corpus.folder / "in" / "sub"):
         os.utime(path, (1, 1))
-    assert fingerprint(script_args) == before
+    assert fingerprint(script_args.inputs) == before
     # Of large ones the times count, and none is read.
     with monkeypatch.context() as patch:
         patch.setattr("hfllm.stages.curate.MOST_COMPARED_BYTES", 0)
         patch.setattr(Path, "open", lambda *args: pytest.fail("a large file was read"))
-        large = fingerprint(script_args)
+        large = fingerprint(script_args.inputs)
         os.utime(corpus.folder / "in" / "b.txt", (2, 2))
-        assert fingerprint(script_args) != large
+        assert fingerprint(script_args.inputs) != large
     # Nor what lies where the command is given.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("a note")
-    assert fingerprint(script_args) == before
+    assert fingerprint(script_args.inputs) == before
     (attempt({"state": before, "seed": 1}, tmp_path) / "kept").touch()
     assert (attempt({"state": before, "seed": 1}, tmp_path) / "kept").exists()
     assert "resuming the unfinished run" in capsys.readouterr().out
     (corpus.folder / "in" / "b.txt").write_text("another text")
-    work = attempt({"state": fingerprint(script_args), "seed": 1}, tmp_path)
+    work = attempt({"state": fingerprint(script_args.inputs), "seed": 1}, tmp_path)
     assert not (work / "kept").exists()
     assert f"starting anew: the unfinished run had state={before!r}, this one has" in capsys.readouterr().out
     # As older versions kept it, without a folder for each attempt.
@@ -471,11 +470,11 @@ def test_a_folder_of_files_that_training_does_not_read(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.warc").write_bytes(b"")
     (script_args,) = curate.parse(["--dataset_name", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")])
-    before = fingerprint(script_args)
+    before = fingerprint(script_args.inputs)
     with pytest.raises(InputError, match="none of 1 documents is left: read/empty_file 1"):
         curate.main(script_args)
     (tmp_path / "in" / "a.warc").write_bytes(b"x")
-    assert fingerprint(script_args) != before
+    assert fingerprint(script_args.inputs) != before
 
 
 # The guide, its reference and its experiments.

@@ -111,7 +111,9 @@ def test_a_baseline_learns_from_the_beginning_of_a_long_text():
 
 def test_all_texts_of_a_mixture_are_ordered_by_weight(corpus, tmp_path):
     flags = ["--dataset_mixture", f"{corpus[0]}:3", f"{corpus[1]}:1", "--output_dir", str(tmp_path)]
-    sources, together, held_out = load_sources(pretrain.parse(flags)[0], 0, Prepared(tmp_path / "it", {}))
+    arguments = pretrain.parse(flags)[0]
+    prepared = Prepared(tmp_path / "it", {})
+    sources, together, held_out = load_sources(arguments.text_sources, arguments.mixture_weights, 0, prepared)
     assert sorted(together) == sorted(text for source in sources.values() for text in source["text"])
     first, second = (set(source["text"]) for source in sources.values())
     for count in (40, 80, 120):
@@ -124,15 +126,17 @@ def test_nothing_is_held_out_of_one_dataset_that_another_trains_on(corpus, tmp_p
     copied = tmp_path / "copied.jsonl"
     copied.write_text("".join(corpus[0].read_text().splitlines(keepends=True)[:60]))
     flags = ["--dataset_mixture", f"{corpus[0]}:1", f"{copied}:1", "--output_dir", str(tmp_path)]
-    _, together, held_out = load_sources(pretrain.parse(flags)[0], 0, Prepared(tmp_path / "it", {}))
+    arguments = pretrain.parse(flags)[0]
+    prepared = Prepared(tmp_path / "it", {})
+    _, together, held_out = load_sources(arguments.text_sources, arguments.mixture_weights, 0, prepared)
     # Six of the whole and three of its half were taken.
     assert 0 < len(held_out) < 9 and not set(held_out) & set(together)
 
 
 def test_flags_reach_a_new_model(run, corpus, tmp_path, monkeypatch):
     made = []
-    build = pretrain_build.packed_trainer
-    monkeypatch.setattr(pretrain_build, "packed_trainer", lambda *args: made.append(args[2]) or build(*args))
+    build = pretrain_build.trainer_of_rows
+    monkeypatch.setattr(pretrain_build, "trainer_of_rows", lambda *args: made.append(args[2]) or build(*args))
     run(dataset_name=corpus[0], attn_implementation="eager", dtype="bfloat16", total_tokens=640)
     assert made[0].config._attn_implementation == "eager" and made[0].dtype == torch.bfloat16
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -169,12 +173,7 @@ def test_files_that_are_edited_make_another_run(run, corpus, tmp_path):
 def test_chinchilla_is_twenty_tokens_per_parameter(corpus, tmp_path):
     flags = ["--dataset_name", str(corpus[0]), "--total_tokens", "chinchilla", "--output_dir", str(tmp_path)]
     script_args, training_args, _ = pretrain.parse(flags)
-
-    class Model:
-        def num_parameters(self):
-            return 1000
-
-    assert rows_of_run(script_args, training_args, Model(), 7, 8) == 20_000 // 512
+    assert rows_of_run(training_args, script_args.total_tokens, 512, 1000, 7) == 20_000 // 512
 
 
 def test_the_masked_objective_makes_a_bidirectional_model(run, corpus, tmp_path):

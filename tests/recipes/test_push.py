@@ -9,7 +9,7 @@ import sft
 from hub_server import TOKEN
 
 from hfllm.errors import HIDDEN, InputError
-from hfllm.runs.command_line import run_arguments
+from hfllm.runs.identity import run_arguments
 
 
 @pytest.fixture

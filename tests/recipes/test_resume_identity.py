@@ -8,7 +8,6 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +18,10 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import CHECKSUMS, RECORD, checkpoints_in, damage_of, write_checksums
-from hfllm.outputs.hub import RECORD as RECORD_FILE
+from hfllm.outputs.ownership import RECORD as RECORD_FILE
 from hfllm.runs import command_line
-from hfllm.runs.command_line import checkpoint_to_resume
 from hfllm.runs.lock import LOCK_FILE, lock, release_all
-from hfllm.runs.stage import Stage
+from hfllm.runs.stage import Stage, checkpoint_to_resume
 
 SCRIPT = Path(__file__).parent / "fault_run.py"
 SAVES = ["--save_strategy", "steps", "--save_steps", "1"]
@@ -253,20 +251,17 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_tried(run, cut, ro
         with pytest.raises(
             InputError, match=rf"--resume_from_checkpoint .*checkpoint-2: {name} (is damaged|cannot be)"
         ):
-            checkpoint_to_resume(
-                SimpleNamespace(resume_from_checkpoint=str(pair / "checkpoint-2"), output_dir=str(pair))
-            )
-        asked = SimpleNamespace(resume_from_checkpoint="auto", output_dir=str(pair))
+            checkpoint_to_resume(str(pair / "checkpoint-2"), str(pair))
         with pytest.warns(
             UserWarning, match=rf"checkpoint-2 is not complete \({name} .*\): trying the checkpoint before"
         ):
-            assert checkpoint_to_resume(asked) == str(pair / "checkpoint-1")
+            assert checkpoint_to_resume("auto", str(pair)) == str(pair / "checkpoint-1")
         (pair / "checkpoint-1" / name).unlink()
         with (
             pytest.warns(UserWarning),
             pytest.raises(InputError, match=rf"checkpoint-2 is damaged \({name} .* remove it"),
         ):
-            checkpoint_to_resume(asked)
+            checkpoint_to_resume("auto", str(pair))
     # A recipe says it on its way to the same weights.
     whole = shutil.copytree(cut, tmp_path / "whole" / "out")
     run("sft", whole, "--dataset_name", rows, *AUTO)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfllm.errors import InputError
 from hfllm.runs.recipes import settings_file
 from hfllm.scaling.laws import EPOCH
-from hfllm.stages.scaling_laws import COLUMNS, Grid, GridRun, embedding_parameters
+from hfllm.stages.scaling_laws.build import COLUMNS, Grid, GridRun, embedding_parameters
 
 METRICS = {
     *("E", "A", "B", "alpha", "beta", "objective", "runs", "fit_error", "parameters_exponent"),
@@ -126,7 +126,7 @@ def test_held_out_runs_do_not_enter_the_law_that_predicts_them(table, tmp_path):
     ],
 )
 def test_what_cannot_work_with_a_table_is_refused(table, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr("hfllm.scaling.fitting.fit_law", lambda *args: pytest.fail("fitted first"))
+    monkeypatch.setattr("hfllm.stages.scaling_laws.report.fit_law", lambda *args: pytest.fail("fitted first"))
     with pytest.raises(InputError, match=message):
         run("--runs", table, "--output_dir", tmp_path / "out", *flags)
 
@@ -153,9 +153,9 @@ def test_bad_tables_are_named(tmp_path):
 
 
 def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monkeypatch):
-    from hfllm.scaling import fitting
+    from hfllm.stages.scaling_laws import report
 
-    fit_law, fits = fitting.fit_law, []
+    fit_law, fits = report.fit_law, []
 
     def refused(runs, delta):
         fits.append(len(runs))
@@ -163,7 +163,7 @@ def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monke
             raise InputError("no law")
         return fit_law(runs, delta)
 
-    monkeypatch.setattr(fitting, "fit_law", refused)
+    monkeypatch.setattr(report, "fit_law", refused)
     with pytest.raises(InputError, match=r"runs\.csv: no law"):
         run("--runs", table, "--resamples", 10, "--output_dir", tmp_path / "out")
     assert fits == [36, 40]

@@ -7,24 +7,22 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hfllm.errors import HIDDEN, InputError
 from hfllm.runs.command_line import (
-    checkpoint_to_resume,
-    finished_run,
     given_values,
     main_process,
     parse_recipe,
     run,
-    run_arguments,
     take_configs,
     world_settings,
 )
+from hfllm.runs.identity import finished_run, run_arguments
 from hfllm.runs.recipes import load_recipe
+from hfllm.runs.stage import checkpoint_to_resume
 
 TOKEN = "hf_" + "Abc123" * 6
 
@@ -222,7 +220,7 @@ def test_a_finished_run_with_others_is_refused_by_the_first_that_differs(tmp_pat
 
 
 def wanted(folder, value):
-    return checkpoint_to_resume(SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=value))
+    return checkpoint_to_resume(value, str(folder))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 
 from hfllm.errors import InputError
 from hfllm.models.loading.folders import whole_folder
-from hfllm.outputs.hub import refuse_foreign_files
+from hfllm.outputs.ownership import refuse_foreign_files
 from hfllm.runs.lock import LOCK_FILE, join, lock, owner_of, release, release_all, releases_folders
 
 ROOT = Path(__file__).parent.parent.parent

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from trl import ModelConfig
 
 from hfllm.errors import InputError
 from hfllm.models.loading.adapters import SavedAdapter
@@ -11,6 +10,7 @@ from hfllm.outputs.files import MERGED_FROM
 from hfllm.runs import models as models_module
 
 ADAPTER = SavedAdapter("org/adapter", {"base_model_name_or_path": "org/model"}, {})
+NAMED = models_module.NamedModel("org/adapter", "v1", trains_adapter=True)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_folder_of_the_user_is_kept(tmp_path, merged, files):
     for name in files:
         (place / name).write_text("{}")
     with pytest.raises(InputError, match="base is where the adapter 'org/adapter' would be merged, and holds"):
-        models_module.on_merged_base(ADAPTER, ModelConfig(), str(tmp_path))
+        models_module.on_merged_base(ADAPTER, NAMED, str(tmp_path))
     assert sorted(path.name for path in place.iterdir()) == sorted(files) and not merged
 
 
@@ -39,6 +39,6 @@ def test_what_such_a_run_left_is_replaced_if_it_is_another_adapters(tmp_path, me
         place.mkdir()
         record |= {} if left == "the same" else {"adapter": "org/another"}
         (place / MERGED_FROM).write_text(json.dumps(record))
-    found = models_module.on_merged_base(ADAPTER, ModelConfig(model_revision="v1"), str(tmp_path))
-    assert (found.model_name_or_path, found.model_revision) == (str(place), "main")
+    base = models_module.on_merged_base(ADAPTER, NAMED, str(tmp_path))
+    assert (base.name, base.revision) == (str(place), "main")
     assert merged == ([] if left == "the same" else [place])

@@ -11,10 +11,11 @@ import pytest
 
 from hfllm.errors import HIDDEN, InputError
 from hfllm.outputs.card import MARKER
-from hfllm.outputs.hub import HEADER, RECORD
-from hfllm.outputs.report import Promise, Report
+from hfllm.outputs.figures import Promise
+from hfllm.outputs.ownership import HEADER, RECORD
+from hfllm.outputs.report import Report
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import finished_run
+from hfllm.runs.identity import finished_run
 from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.stage import Stage, stage_arguments
 
@@ -254,7 +255,7 @@ def test_a_finished_model_that_was_damaged_is_not_reused(saved, tmp_path, monkey
             following.check()
         with monkeypatch.context() as patch:
             patch.setenv("LOCAL_RANK", "1")
-            patch.setattr("hfllm.outputs.hub.checksums_of", lambda files: pytest.fail("read again"))
+            patch.setattr("hfllm.outputs.ownership.checksums_of", lambda files: pytest.fail("read again"))
             following.check()
     (tmp_path / "out" / RECORD).unlink()
     following.check()

@@ -25,7 +25,7 @@ def test_exactly_the_planted_rows_are_found(factor):
     assert 2e-3 < found.scale < 6e-3
     # Leaving them out brings the coefficients back to the truth.
     before, after = (abs(numpy.log(fit.law.B / EPOCH.B)) for fit in (found.with_them, found.without))
-    assert len(found.kept) == 55 and after <= before + 0.1
+    assert len(found.inliers) == 55 and after <= before + 0.1
 
 
 def test_noise_alone_has_no_outliers():

@@ -338,15 +338,15 @@ class Passages:
         order = np.lexsort((at, text))
         return at[order], text[order], index[order]
 
-    def _is_alike(self, words: np.ndarray, at: int, text: int, place: int) -> bool:
-        """Return whether the words around a seed at `at`, and at `place` in the text, belong to a passage."""
+    def _is_alike(self, words: np.ndarray, at: int, text: int, position: int) -> bool:
+        """Return whether the words around a seed at `at`, and at `position` in the text, belong to a passage."""
         start, end = self.starts[text : text + 2].tolist()
         for length, share in self.passages:
             is_whole = end - start < length
             length = min(length, end - start)
             missing = -(-length // 5) if is_whole else length // share
-            begin = min(max(start, place + self.SEED // 2 - length // 2), end - length)
-            first, slack = at - (place - begin), length // 8
+            begin = min(max(start, position + self.SEED // 2 - length // 2), end - length)
+            first, slack = at - (position - begin), length // 8
             around = words[max(0, first - slack) : max(0, first + length + slack)]
             if common_words(self.words[begin : begin + length], around) >= length - missing:
                 return True

@@ -279,7 +279,7 @@ WORDS = {
     "conversation": "ok lol yeah sorry home gonna later thanks what how so but da lor",
 }
 FEATURES = (*PATTERNS, *WORDS, "words")
-_PLACE = {word: len(PATTERNS) + place for place, words in enumerate(WORDS.values()) for word in words.split()}
+_PLACE = {word: len(PATTERNS) + index for index, words in enumerate(WORDS.values()) for word in words.split()}
 WEIGHTS: dict[str, float] = {
     "long number": 4.1,
     "short code": 1.6,
@@ -317,8 +317,8 @@ def features_of(text: str) -> np.ndarray:
     lowered = text.lower()
     words = words_of(lowered)
     counts = np.zeros(len(FEATURES))
-    for place, (name, pattern) in enumerate(PATTERNS.items()):
-        counts[place] = len(pattern.findall(text if name == "capitals" else lowered))
+    for index, (name, pattern) in enumerate(PATTERNS.items()):
+        counts[index] = len(pattern.findall(text if name == "capitals" else lowered))
     for word in words:
         if word in _PLACE:
             counts[_PLACE[word]] += 1

@@ -111,19 +111,19 @@ def ending_of(path: Path) -> str:
     return max((ending for ending in ENDINGS if path.name.lower().endswith(ending)), key=len, default="")
 
 
-def text_column(columns: Sequence[str], wanted: str | None) -> str | None:
+def text_column(columns: Sequence[str], column: str | None) -> str | None:
     """Return the column of the text, or `None`."""
-    return next((name for name in ([wanted] if wanted else TEXT_COLUMNS) if name in columns), None)
+    return next((name for name in ([column] if column else TEXT_COLUMNS) if name in columns), None)
 
 
-def _check(item: Input, wanted: str | None) -> None:
+def _check(item: Input, column: str | None) -> None:
     """Open a file, and look for the column of text where its format has columns."""
     try:
         columns = _columns(item)
     except OSError as error:
         raise InputError(f"{item.path}: cannot be opened: {error.strerror or error}") from None
-    if columns is not None and text_column(columns, wanted) is None:
-        expected = repr(wanted) if wanted else " or ".join(map(repr, TEXT_COLUMNS))
+    if columns is not None and text_column(columns, column) is None:
+        expected = repr(column) if column else " or ".join(map(repr, TEXT_COLUMNS))
         raise InputError(
             f"{item.path}: no column of text: columns {', '.join(columns) or '(none)'}; expected {expected} "
             f"(name another with --text_column)"
@@ -411,12 +411,12 @@ def bounded_lines(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
             yield line
 
 
-def decoded(place: str, raw: bytes) -> Item:
+def decoded(origin: str, raw: bytes) -> Item:
     """Decode a document from its bytes, which must be UTF-8."""
     try:
-        return place, raw.decode("utf-8"), None
+        return origin, raw.decode("utf-8"), None
     except UnicodeDecodeError:
-        return place, None, "invalid_utf8"
+        return origin, None, "invalid_utf8"
 
 
 def _text(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[Item]:

@@ -434,10 +434,10 @@ class DocumentReader(PipelineStep):
                     document.text = document.text.encode(errors="replace").decode()
                     examples.write(document, rank)
 
-    def _timed(self, places: Iterator[Item]) -> Iterator[Item]:
+    def _timed(self, items: Iterator[Item]) -> Iterator[Item]:
         while True:
             with self.track_time():
-                item = next(places, None)
+                item = next(items, None)
             if item is None:
                 return
             yield item

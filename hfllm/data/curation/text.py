@@ -184,9 +184,9 @@ def _sure_text(page: str) -> str:
     return _with_headline("\n".join(lines), headlines)
 
 
-def _is_most(found: str, everything: str) -> bool:
+def _is_most(part: str, everything: str) -> bool:
     """Return whether a text holds most of the long lines of another, and of the text between them."""
-    lines, every = ([" ".join(line.split()) for line in text.splitlines()] for text in (found, everything))
+    lines, every = ([" ".join(line.split()) for line in text.splitlines()] for text in (part, everything))
     size, extracted_lines = sum(map(len, lines)), set(lines)
     if size < MIN_CHARACTERS or 2 * sum(len(line) for line in lines if len(line) >= LONG_LINE) < size:
         return False
@@ -305,14 +305,14 @@ def tokens(page: str) -> Iterator[Token]:
         yield "text", page[index:], ""
 
 
-def _end_of_tag(page: str, place: int) -> int:
-    while part := _TAG_PART.search(page, place):
+def _end_of_tag(page: str, position: int) -> int:
+    while part := _TAG_PART.search(page, position):
         if not part[1]:
             return part.end()
         end = page.find(part[1], part.end())
         if end < 0:
             break
-        place = end + 1
+        position = end + 1
     return len(page)
 
 

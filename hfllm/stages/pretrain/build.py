@@ -2,11 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.loading import mixture_of
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling
+
 from hfllm.data.packing import (
     batch_of,
     check_infilling_tokens,
@@ -14,6 +16,7 @@ from hfllm.data.packing import (
     length_grouped,
     masked_tokens,
     pack,
+    packed_tables,
     seeded_generator,
     token_pieces,
 )
@@ -24,116 +27,94 @@ from hfllm.evaluation.perplexity import text_likelihood
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 from hfllm.models.loading.weights import cast_weights
 from hfllm.runs.arguments import changed
-from hfllm.runs.models import load_policy, load_tokenizer, named_fields, new_config
+from hfllm.runs.models import load_policy, load_tokenizer, new_config
 from hfllm.scaling.speed import palm_flops_per_token
-from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments, architecture_of
+from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments
 from hfllm.stages.pretrain.tokenizer import make_tokenizer
 from hfllm.trainers.callbacks import SampleCallback
+from hfllm.trainers.learning_rate import global_batch_size
 from hfllm.trainers.mixins import TokenMeanEvaluation
 from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
-from hfllm.trainers.pretraining.trainer import BatchPlan, Schedule, loss_settings, optimizer_of
+from hfllm.trainers.pretraining.trainer import (
+    BatchPlan,
+    PretrainTrainer,
+    Schedule,
+    has_flash_attention,
+    loss_settings,
+    optimizer_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow
-    import torch
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
     from trl import ModelConfig
-
-    from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer
 
 
 # ---- rows ----
 
 
-Batch = dict[str, "torch.Tensor"]
+Batch = dict[str, torch.Tensor]
 Masking = Callable[[Batch, Sequence[int]], Batch]
 TOKENS_PER_PARAMETER = 20  # Chinchilla's, Hoffmann et al. 2022, arXiv:2203.15556
 
 
 def packed_rows(
-    script_args: PretrainArguments,
-    training_args: "TrainingArguments",
+    sources: Iterable[Dataset],
     tokenizer: "PreTrainedTokenizerBase",
-    sources: Mapping[str, "Dataset"],
+    max_length: int,
     prepared: Prepared,
-) -> "list[Dataset]":
-    """Return the packed rows of each source, on disk; one process per machine makes them."""
-    from hfllm.data.packing import packed_tables
+    infilling_seed: int | None = None,
+) -> list[Dataset]:
+    """Return the packed rows of each source, on disk.
 
-    def tables(source: "Dataset") -> "Iterator[pyarrow.Table]":
-        texts: Iterable[str] = source["text"]
-        if script_args.objective == "infilling":
-            texts = infilled(texts, tokenizer, script_args.max_length, training_args.seed)
-        return packed_tables(texts, tokenizer, script_args.max_length)
+    Args:
+        sources: datasets with a `text` column.
+        max_length: tokens of a row.
+        prepared: the storage of the rows.
+        infilling_seed: for documents in the infilling format, see `infilled`; by default they stay as they are.
+    """
 
-    with training_args.main_process_first(desc="packing"):
-        return [
-            prepared.table(f"rows-{number}", lambda source=source: tables(source))
-            for number, source in enumerate(sources.values())
-        ]
+    def tables(texts: Iterable[str]) -> "Iterator[pyarrow.Table]":
+        if infilling_seed is not None:
+            texts = infilled(texts, tokenizer, max_length, infilling_seed)
+        return packed_tables(texts, tokenizer, max_length)
 
-
-def plan_of_run(
-    script_args: PretrainArguments,
-    training_args: "TrainingArguments",
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: "Sequence[Dataset]",
-    mask: Masking | None,
-) -> "BatchPlan":
-    """Return the plan of the run: the sources' rows of each optimizer step, on this process."""
-    length, processes = script_args.max_length, training_args.world_size
-    batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
-    weights = [weight for _, weight in mixture_of(script_args)]
-    return BatchPlan(
-        rows,
-        length,
-        rows_of_run(script_args, training_args, model, sum(map(len, rows)), batch_rows),
-        Schedule.parse(script_args.batch_ramp or batch_rows * length, "--batch_ramp"),
-        Schedule.parse(script_args.length_curriculum or length, "--length_curriculum"),
-        pad_token_id=tokenizer.pad_token_id,
-        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
-        weights=None if None in weights else weights,
-        process=training_args.process_index,
-        processes=processes,
-        transform=mask,
-    )
+    return [
+        prepared.table(f"rows-{number}", lambda source=source: tables(source["text"]))
+        for number, source in enumerate(sources)
+    ]
 
 
 def rows_of_run(
-    script_args: PretrainArguments,
-    training_args: "TrainingArguments",
-    model: "PreTrainedModel",
-    rows: int,
-    batch_rows: int,
+    args: "TrainingArguments", total_tokens: str | None, max_length: int, num_parameters: int, num_rows: int
 ) -> int:
     """Return the number of rows of the whole run.
 
     Args:
-        rows: of the data.
-        batch_rows: rows per optimizer step, over all processes.
+        args: of the trainer: steps, epochs and batches.
+        total_tokens: the flag, if set.
+        max_length: tokens of a row.
+        num_parameters: of the model.
+        num_rows: of the data.
     """
-    if script_args.total_tokens == CHINCHILLA:
-        num_rows = TOKENS_PER_PARAMETER * model.num_parameters() // script_args.max_length
-    elif script_args.total_tokens is not None:
-        num_rows = int(script_args.total_tokens) // script_args.max_length
-    elif training_args.max_steps > 0:
-        num_rows = training_args.max_steps * batch_rows
+    if total_tokens == CHINCHILLA:
+        total = TOKENS_PER_PARAMETER * num_parameters // max_length
+    elif total_tokens is not None:
+        total = int(total_tokens) // max_length
+    elif args.max_steps > 0:
+        total = args.max_steps * global_batch_size(args)
     else:
-        num_rows = int(training_args.num_train_epochs * rows)
-    if num_rows < training_args.world_size:
+        total = int(args.num_train_epochs * num_rows)
+    if total < args.world_size:
         raise InputError(
-            f"the run has {num_rows} row(s) of {script_args.max_length} tokens, fewer than {training_args.world_size} "
-            "process(es): more text, --total_tokens or --num_train_epochs, or a smaller --max_length"
+            f"the run has {total} row(s) of {max_length} tokens, fewer than {args.world_size} process(es): more text, "
+            "--total_tokens or --num_train_epochs, or a smaller --max_length"
         )
-    return num_rows
+    return total
 
 
 def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
     """Return a function to mask packed rows by row number: the same tokens on any process and at any time."""
-    import torch
-
     if tokenizer.mask_token_id is None:
         raise InputError(f"--objective masked: the tokenizer {tokenizer.name_or_path!r} has no mask_token")
 
@@ -175,52 +156,47 @@ def load_or_make_base(
     """
     if model_args.model_name_or_path:
         return load_policy(model_args)
-    named = script_args.config_name_or_path
-    fields = named_fields(named) if named else architecture_of(script_args)
-    size = fields["vocab_size"] if named else None
+    fields = script_args.model_fields()
+    # A named architecture keeps embedding rows without a token.
+    size, context = fields.get("vocab_size"), fields["max_position_embeddings"]
     if script_args.tokenizer_name_or_path:
         tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
     else:
-        context = fields["max_position_embeddings"]
-        tokenizer_args = replace(
-            script_args, vocab_size=size or script_args.vocab_size, max_position_embeddings=context
-        )
-        tokenizer = make_tokenizer(tokenizer_args, texts)
+        most = size or script_args.vocab_size
+        tokenizer = make_tokenizer(texts, most, context, script_args.objective, script_args.world_texts)
     if size is not None and len(tokenizer) > size:
         raise InputError(
-            f"--config_name_or_path {named}: vocab_size={size} is less than the {len(tokenizer)} tokens of the "
-            "tokenizer"
+            f"--config_name_or_path {script_args.config_name_or_path}: vocab_size={size} is less than the "
+            f"{len(tokenizer)} tokens of the tokenizer"
         )
+    refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
     of_the_tokenizer = {
-        # A named architecture keeps embedding rows without a token.
         "vocab_size": size or len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    return new_model({**fields, **of_the_tokenizer}, script_args.objective == "masked", model_args), tokenizer
+    is_masked, attention = script_args.objective == "masked", model_args.attn_implementation
+    return new_model({**fields, **of_the_tokenizer}, is_masked, attention, model_args.dtype), tokenizer
 
 
-def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelConfig") -> "PreTrainedModel":
+def new_model(
+    fields: Mapping[str, object], is_masked: bool, attn_implementation: str | None, dtype: str
+) -> "PreTrainedModel":
     """Return a model of the family with new weights.
 
     Args:
         fields: of its config.
         is_masked: whether it is bidirectional, for masked tokens.
-        model_args: its attention and its dtype.
+        dtype: of its weights, such as bfloat16; auto is float32.
     """
-    import torch
-
-    refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
-    attention = model_args.attn_implementation
-    config = new_config({**fields, "is_causal": not is_masked, "attn_implementation": attention})
+    config = new_config({**fields, "is_causal": not is_masked, "attn_implementation": attn_implementation})
     try:
         # Not `_from_config`: under ZeRO-3 it partitions the weights before they are initialized.
         model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config)
     except (ImportError, ValueError) as error:
-        raise InputError(f"--attn_implementation {attention}: {str(error).splitlines()[0]}") from None
-    dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
-    return cast_weights(model, getattr(torch, dtype))
+        raise InputError(f"--attn_implementation {attn_implementation}: {str(error).splitlines()[0]}") from None
+    return cast_weights(model, getattr(torch, "float32" if dtype == "auto" else dtype))
 
 
 # ---- trainers ----
@@ -228,44 +204,31 @@ def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelC
 # The trainers of pretraining: on packed rows in a planned order, and on padded documents.
 
 
-def packed_trainer(
-    script_args: PretrainArguments,
-    training_args: "TrainingArguments",
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    sources: Mapping[str, "Dataset"],
-    test_texts: Sequence[str],
-    prepared: Prepared,
-) -> "tuple[PretrainTrainer, list[dict[str, str | int]]]":
-    """Return a trainer on packed rows in a planned order, and a table of each source's share of the run."""
-    rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
-    trainer = trainer_of_rows(script_args, training_args, model, tokenizer, rows, test_texts)
-    table = [
-        {
-            "source": name,
-            "documents": len(texts),
-            "rows": len(packed),
-            "tokens of the run": num_rows * script_args.max_length,
-        }
-        for (name, texts), packed, num_rows in zip(sources.items(), rows, trainer.plan.rows_by_source(), strict=True)
-    ]
-    return trainer, table
-
-
 def trainer_of_rows(
     script_args: PretrainArguments,
     training_args: "TrainingArguments",
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    rows: "Sequence[Dataset]",
+    rows: Sequence[Dataset],
     test_texts: Sequence[str],
-) -> "PretrainTrainer":
+) -> PretrainTrainer:
     """Return a trainer on the packed rows of each source, in the order and the batches of a plan."""
-    from hfllm.trainers.pretraining.trainer import PretrainTrainer, has_flash_attention
-
-    length = script_args.max_length
+    length, batch_tokens = script_args.max_length, global_batch_size(training_args) * script_args.max_length
     mask = masking(tokenizer, training_args.seed) if script_args.objective == "masked" else None
-    plan = plan_of_run(script_args, training_args, model, tokenizer, rows, mask)
+    num_rows, num_parameters = sum(map(len, rows)), model.num_parameters()
+    plan = BatchPlan(
+        rows,
+        length,
+        rows_of_run(training_args, script_args.total_tokens, length, num_parameters, num_rows),
+        Schedule.parse(script_args.batch_ramp or batch_tokens, "--batch_ramp"),
+        Schedule.parse(script_args.length_curriculum or length, "--length_curriculum"),
+        pad_token_id=tokenizer.pad_token_id,
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        weights=script_args.mixture_weights,
+        process=training_args.process_index,
+        processes=training_args.world_size,
+        transform=mask,
+    )
     trainer_args = changed(
         training_args,
         # Each batch of the plan is a whole optimizer step, and the plan covers the whole run.
@@ -277,7 +240,7 @@ def trainer_of_rows(
     )
     settings = loss_settings(model, script_args.loss_chunk_size)
 
-    def collate(packed: list[dict[str, list[int]]]) -> dict[str, "torch.Tensor | int"]:
+    def collate(packed: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | int]:
         batch = batch_of(packed, length, tokenizer.pad_token_id)
         if mask is not None:
             # Held-out rows are masked at the same positions in every evaluation.
@@ -299,44 +262,44 @@ def trainer_of_rows(
     )
 
 
-# ---- padded documents ----
+def source_table(sources: Mapping[str, Dataset], plan: BatchPlan) -> list[dict[str, str | int]]:
+    """Return a table of each source's share of a run."""
+    return [
+        {"source": name, "documents": len(texts), "rows": len(rows), "tokens of the run": num_rows * plan.row_length}
+        for (name, texts), rows, num_rows in zip(sources.items(), plan.sources, plan.rows_by_source(), strict=True)
+    ]
 
 
 def padded_trainer(
-    script_args: PretrainArguments,
-    training_args: "TrainingArguments",
+    args: "TrainingArguments",
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    sources: Mapping[str, "Dataset"],
+    texts: Sequence[str],
     test_texts: Sequence[str],
-    prepared: Prepared,
-) -> "tuple[Trainer, list[dict[str, str | int]]]":
-    """Return a trainer on single documents, in batches of similar length; no table for its one source."""
-    from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling
-
-    (source,) = sources.values()
-    texts = source["text"][:]
-    batch = training_args.per_device_train_batch_size * training_args.world_size
+    max_length: int,
+    loss_chunk_size: int | None,
+    use_muon: bool,
+) -> "Trainer":
+    """Return a trainer on single documents, in batches of similar length."""
     trainer_args = changed(
-        training_args,
+        args,
         train_sampling_strategy="sequential",
         # The logged speed counts only tokens with a loss.
         include_num_input_tokens_seen="non_padding",
     )
-    train_pieces = length_grouped(token_pieces(texts, tokenizer, script_args.max_length), batch, training_args.seed)
+    batch_rows = args.per_device_train_batch_size * args.world_size
+    train_pieces = length_grouped(token_pieces(texts, tokenizer, max_length), batch_rows, args.seed)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    settings = loss_settings(model, script_args.loss_chunk_size)
-    trainer = TokenMeanEvaluation(
+    settings = loss_settings(model, loss_chunk_size)
+    return TokenMeanEvaluation(
         model=model,
         args=trainer_args,
         train_dataset=Dataset.from_dict({"input_ids": train_pieces}),
-        eval_dataset=Dataset.from_dict({"input_ids": token_pieces(test_texts, tokenizer, script_args.max_length)}),
+        eval_dataset=Dataset.from_dict({"input_ids": token_pieces(test_texts, tokenizer, max_length)}),
         data_collator=lambda rows: {**collate(rows), **settings},
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizer_of(script_args.use_muon, trainer_args),
+        optimizer_cls_and_kwargs=optimizer_of(use_muon, trainer_args),
     )
-    return trainer, []
 
 
 # ---- watch ----
@@ -348,45 +311,59 @@ def padded_trainer(
 MOST_NGRAM_BYTES = 1 << 24
 
 
-def watch(
-    trainer: "Trainer",
-    script_args: PretrainArguments,
-    tokenizer: "PreTrainedTokenizerBase",
-    train_texts: Sequence[str],
-    test_texts: Sequence[str],
-) -> Callable[[], list[dict[str, int | str]]]:
-    """Log throughput and bits per byte, guard against spikes, and sample at intervals.
+def monitor(
+    trainer: "Trainer", max_length: int, loss_spikes: str, peak_flops: float | None, token_size: float | None
+) -> ThroughputCallback:
+    """Log throughput, and bits per byte where the size of a token is known, and guard against spikes of the loss.
 
     Args:
         trainer: for packed rows, or the stock one, configured to count tokens
             (`include_num_input_tokens_seen`).
+        max_length: tokens of a row.
+        loss_spikes: stop or warn.
+        peak_flops: of one device, to log the reached share.
+        token_size: bytes per token of the training text.
+    """
+    model, plan = trainer.model, getattr(trainer, "plan", None)
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    shape = (config.num_hidden_layers, heads, config.hidden_size // heads, max_length)
+    throughput = ThroughputCallback(
+        tokens_per_step=None if plan is None else lambda step: plan.tokens_at(step) - plan.tokens_at(step - 1),
+        flops_per_token=palm_flops_per_token(multiplied_parameters(model), *shape) if peak_flops else None,
+        peak_flops=peak_flops,
+        **({} if token_size is None else {"bytes_per_token": token_size}),
+    )
+    add_to_logs(trainer, throughput)
+    trainer.add_callback(LossSpikeGuard(action=loss_spikes))
+    return throughput
+
+
+def add_samples(
+    trainer: "Trainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    sample_steps: int | None,
+    throughput: ThroughputCallback,
+) -> Callable[[], list[dict[str, int | str]]]:
+    """Sample continuations of texts at intervals; not while the model is split over processes.
+
+    Args:
+        texts: the first words of three of them are the prompts.
+        sample_steps: steps between samples; by default four times per run, 0 means never.
+        throughput: its clock is stopped meanwhile.
 
     Returns:
         A function to get the samples.
     """
-    model, args = trainer.model, trainer.args
-    plan = getattr(trainer, "plan", None)
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    shape = (config.num_hidden_layers, heads, config.hidden_size // heads, script_args.max_length)
-    flops = palm_flops_per_token(multiplied_parameters(model), *shape) if script_args.peak_flops else None
-    throughput = ThroughputCallback(
-        tokens_per_step=None if plan is None else lambda step: plan.tokens_at(step) - plan.tokens_at(step - 1),
-        flops_per_token=flops,
-        peak_flops=script_args.peak_flops,
-        **({} if script_args.objective == "masked" else {"bytes_per_token": bytes_per_token(train_texts, tokenizer)}),
-    )
-    add_to_logs(trainer, throughput)
-    trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
-    is_split = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if script_args.objective == "masked" or script_args.sample_steps == 0 or is_split:
+    if sample_steps == 0 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return lambda: []
+    plan, args = getattr(trainer, "plan", None), trainer.args
     steps = len(plan) if plan is not None else max(args.max_steps, 0) or len(trainer.get_train_dataloader())
-    prompts = [" ".join(text.split()[:8]) for text in test_texts if len(text.split()) > 12][:3]
+    prompts = [" ".join(text.split()[:8]) for text in texts if len(text.split()) > 12][:3]
     if not prompts:
         return lambda: []
-    every = script_args.sample_steps or max(steps // 4, 1)
-    file = Path(args.output_dir) / "samples.jsonl"
+    every, file = sample_steps or max(steps // 4, 1), Path(args.output_dir) / "samples.jsonl"
     callback = SampleCallback(tokenizer, prompts, every, file, max_new_tokens=48, throughput=throughput)
     trainer.add_callback(callback)
     return lambda: callback.samples
@@ -420,21 +397,18 @@ def mean_speed(log_history: Sequence[dict]) -> float:
 
 
 def held_out_metrics(
-    script_args: PretrainArguments,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     train_texts: Sequence[str],
     test_texts: Sequence[str],
+    max_length: int,
 ) -> dict[str, float]:
-    """Return the bits per byte of held-out texts under the model and its baselines; nothing for a masked model.
+    """Return the bits per byte of held-out texts under the model and its baselines.
 
     The 5-gram model learns from as many of the training texts as fit into `MOST_NGRAM_BYTES`.
     """
-    if script_args.objective == "masked":
-        return {}
-    fit = text_likelihood(model, tokenizer, test_texts, script_args.max_length)
     return {
-        **fit.metrics(),
+        **text_likelihood(model, tokenizer, test_texts, max_length).metrics(),
         "bits_per_byte_5gram": ngram_bits_per_byte(beginning(train_texts, MOST_NGRAM_BYTES), test_texts, order=5),
         "bits_per_byte_gzip": gzip_bits_per_byte(test_texts),
     }

@@ -1,7 +1,7 @@
 """Pretraining: its flags, the flags of the architecture, default settings, and checks."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
@@ -94,41 +94,34 @@ class ArchitectureArguments:
     )
     residual_init: str = flag("plain", "plain, gpt2 or depth: scale of the residual init.", never=NOT_NEW)
 
+    def architecture(self) -> dict[str, object]:
+        """Return the fields of `HfllmConfig` described by the flags; the tokenizer determines the vocabulary size."""
+        from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES
 
-# The flags for fields of `HfllmConfig`; the tokenizer determines the vocabulary size.
-ARCHITECTURE = tuple(name for name in ArchitectureArguments.__dataclass_fields__ if name != "vocab_size")
-
-
-# Fields read by only some attention functions; other models do not have them.
-ONLY_IF_GIVEN = ("sparse_block_size", "sparse_num_blocks")
-
-
-def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
-    """Return the fields of `HfllmConfig` described by the flags."""
-    fields = {name: getattr(script_args, name) for name in ARCHITECTURE}
-    check_layer_types(script_args)
-    for item in dataclass_fields(ArchitectureArguments):
-        is_given = item.name.startswith("linear_") and fields[item.name] != item.default
-        if is_given and "linear_attention" not in (script_args.layer_types or ()):
-            raise InputError(f"--{item.name} {fields[item.name]} needs linear_attention in --layer_types")
-    for name in ("layer_types", "no_rope_layers"):
-        if fields[name]:
-            fields[name] = repeated(name, fields[name], script_args.num_hidden_layers)
-    sizes = [fields[name] for name in ONLY_IF_GIVEN]
-    if sizes != [None, None] and not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise InputError(
-            f"--sparse_block_size {sizes[0]} and --sparse_num_blocks {sizes[1]}: expected both, each at least 1"
-        )
-    return {name: value for name, value in fields.items() if value is not None or name not in ONLY_IF_GIVEN}
+        fields = {name: getattr(self, name) for name in ArchitectureArguments.__dataclass_fields__}
+        del fields["vocab_size"]
+        check_layer_types(self.layer_types or ())
+        for item in dataclass_fields(ArchitectureArguments):
+            is_set = item.name.startswith("linear_") and fields[item.name] != item.default
+            if is_set and "linear_attention" not in (self.layer_types or ()):
+                raise InputError(f"--{item.name} {fields[item.name]} needs linear_attention in --layer_types")
+        for name in ("layer_types", "no_rope_layers"):
+            if fields[name]:
+                fields[name] = repeated(name, fields[name], self.num_hidden_layers)
+        sizes = [fields[name] for name in SPARSE_SIZES]
+        if sizes != [None, None] and not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise InputError(
+                f"--sparse_block_size {sizes[0]} and --sparse_num_blocks {sizes[1]}: expected both, each at least 1"
+            )
+        # Read by sparse attention alone; other models do not have them.
+        return {name: value for name, value in fields.items() if value is not None or name not in SPARSE_SIZES}
 
 
-def check_layer_types(script_args: ArchitectureArguments) -> None:
+def check_layer_types(layer_types: Sequence[str]) -> None:
     """Refuse unknown types of layers."""
-    if script_args.layer_types is None:
-        return
     from hfllm.models.family.configuration_fields_hfllm import LAYER_TYPES
 
-    for name in script_args.layer_types:
+    for name in layer_types:
         if name not in LAYER_TYPES:
             near = get_close_matches(name, LAYER_TYPES, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -165,14 +158,13 @@ def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConf
         model_args: with the model's name, if it has one.
         before: the stages to run first.
     """
-    from hfllm.runs.models import load_config, named_fields, new_config
+    from hfllm.runs.models import load_config, new_config
 
     parsed = before.parsed.get("pretrain")
     start = parsed[2] if parsed else model_args
     if start.model_name_or_path:
         return load_config(start.model_name_or_path, start.model_revision)
-    named = parsed[0].config_name_or_path
-    return new_config(named_fields(named) if named else architecture_of(parsed[0]))
+    return new_config(parsed[0].model_fields())
 
 
 # ---- pretraining ----
@@ -265,17 +257,26 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, Re
         ),
     }
 
+    def model_fields(self) -> dict[str, object]:
+        """Return the fields of a new model's config: of `--config_name_or_path`, or described by the flags.
 
-def default_settings(given: Mapping[str, object]) -> list[Path]:
+        Only the former have a `vocab_size`; else the tokenizer determines it.
+        """
+        from hfllm.runs.models import named_fields
+
+        return named_fields(self.config_name_or_path) if self.config_name_or_path else self.architecture()
+
+
+def default_settings(values: Mapping[str, object]) -> list[Path]:
     """Return the default settings of the small models; none for a named model or architecture."""
-    if given.get("model_name_or_path") or given.get("config_name_or_path"):
+    if values.get("model_name_or_path") or values.get("config_name_or_path"):
         return []
-    if given.get("dataset_name", WORLD) == WORLD and not given.get("dataset_mixture"):
+    if values.get("dataset_name", WORLD) == WORLD and not values.get("dataset_mixture"):
         return [settings_file("pretrain/world.yaml")]
     # DeepSpeed and FSDP split the matrices, but Muon needs them whole.
     engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
-    is_sharded = is_sharded or bool(given.get("fsdp") or given.get("deepspeed"))
+    is_sharded = is_sharded or bool(values.get("fsdp") or values.get("deepspeed"))
     return [settings_file("pretrain/text.yaml"), *([settings_file("pretrain/text_sharded.yaml")] * is_sharded)]
 
 
@@ -284,7 +285,7 @@ def default_settings(given: Mapping[str, object]) -> list[Path]:
 
 def check(script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
     """Refuse flags that would have no effect or would fail later."""
-    from hfllm.runs.models import check_attention, check_trainable, load_config, named_fields, new_config
+    from hfllm.runs.models import check_attention, check_trainable, load_config, new_config
     from hfllm.trainers.pretraining.muon import refusals_of_muon
 
     own, named = model_args.model_name_or_path, script_args.config_name_or_path
@@ -300,8 +301,7 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
     if tokens not in (None, CHINCHILLA) and not (tokens.isdecimal() and int(tokens) > 0):
         raise InputError(f"--total_tokens {tokens!r}: expected a number of tokens, or {CHINCHILLA!r}")
     if not own:
-        fields = named_fields(named) if named else architecture_of(script_args)
-        config = new_config({**fields, "is_causal": not is_masked})
+        config = new_config({**script_args.model_fields(), "is_causal": not is_masked})
     is_sparse = model_args.attn_implementation == "sparse"
     refuse(is_sparse and is_masked, "--attn_implementation sparse", "--objective masked sees later tokens")
     if is_sparse and not (own or named or script_args.sparse_block_size):

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfllm.data.loading import TextArguments
+from hfllm.data.loading import TextArguments, WorldTexts
 from hfllm.flags import SEED, at_least, flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from hfllm.stages.pretrain.flags import PretrainArguments
 
 MOST_TOKENIZER_TEXTS = 20_000
 # Bytes and special tokens by themselves are about 270.
@@ -33,33 +31,42 @@ class TokenizerArguments(TextArguments):
 
 
 def make_tokenizer(
-    script_args: "TokenizerArguments | PretrainArguments", texts: Sequence[str]
+    texts: Sequence[str],
+    vocab_size: int,
+    max_position_embeddings: int,
+    objective: str = "causal",
+    world: WorldTexts | None = None,
 ) -> "PreTrainedTokenizerFast":
-    """Return a tokenizer trained on `texts`, with the special tokens of the objective."""
+    """Return a tokenizer trained on `texts`, with the special tokens of the objective.
+
+    Args:
+        vocab_size: upper bound on the number of tokens.
+        max_position_embeddings: context of the models that will use it.
+        objective: of pretraining: causal, masked or infilling.
+        world: the embedded world if the texts are its own: its models also write instructions, thoughts and calls.
+    """
     from hfllm.data.packing import INFILLING_TOKENS
-    from hfllm.data.sources import WORLD
     from hfllm.data.tokenizer import CALL_MARKS, MASK, THOUGHT_MARKS, TOOL, set_built_in, train_tokenizer
     from hfllm.data.world.demonstrators import instruction_rows
     from hfllm.data.world.world import World
 
     sample = list(texts[:MOST_TOKENIZER_TEXTS])
-    is_world = script_args.dataset_name == WORLD and not script_args.dataset_mixture
-    if is_world:
+    shares = world.shares if world else {}
+    if world:
         # Instructions are part of the language, although the base model is not taught to follow them.
-        rows = instruction_rows(World(script_args.world_seed), 3000)
+        rows = instruction_rows(World(world.world_seed), 3000)
         instructions = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
-        in_forms = round(getattr(script_args, "world_forms", 0.0) * len(rows))
+        in_forms = round(shares["forms"] * len(rows))
         instructions[:in_forms] = [f"{text} {text.upper()}" for text in instructions[:in_forms]]
         sample = sample[:5000] + instructions
-    has_thoughts = is_world and script_args.world_reasoning > 0
-    has_tools = is_world and script_args.world_tools > 0
+    has_thoughts, has_tools = shares.get("reasoning", 0) > 0, shares.get("tools", 0) > 0
     tokenizer = train_tokenizer(
         sample,
-        script_args.vocab_size,
-        script_args.max_position_embeddings,
-        mask_token=MASK if script_args.objective == "masked" else None,
+        vocab_size,
+        max_position_embeddings,
+        mask_token=MASK if objective == "masked" else None,
         extra_special_tokens=[
-            *(INFILLING_TOKENS if script_args.objective == "infilling" else ()),
+            *(INFILLING_TOKENS if objective == "infilling" else ()),
             *([TOOL] if has_tools else []),
         ],
         added_tokens=[*(THOUGHT_MARKS if has_thoughts else ()), *(CALL_MARKS if has_tools else ())],

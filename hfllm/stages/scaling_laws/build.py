@@ -1,4 +1,4 @@
-"""Scaling laws: flags, their checks, the grid of small runs, and the study of a table of runs."""
+"""Scaling laws: the grid of small runs, and the larger run predicted from it."""
 
 import csv
 import io
@@ -8,255 +8,83 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from hfllm.data.loading import ON_WORLD, DataArguments
-from hfllm.data.sources import PYDOC, WORLD
+import datasets
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
+
+from hfllm.compression.schemes import default_device
+from hfllm.data.loading import load_texts
+from hfllm.data.packing import packed_tables
+from hfllm.data.prepared import Prepared
+from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.fingerprint import file_fingerprint
-from hfllm.flags import POSITIVE, SEED, Fact, Range, Refused, at_least, check_flags, flag
-from hfllm.outputs.report import CHANGED, CONTENTS, read_report, write_atomically
+from hfllm.evaluation.emergence import Emergence, Probe, ProbedRun, run_probes
+from hfllm.evaluation.perplexity import text_likelihood
+from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
+from hfllm.models.loading.saved import saved_model
+from hfllm.outputs.report import write_atomically
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import finished_run, main_process, parse_recipe
-from hfllm.runs.flags import RemoteCodeArguments
-from hfllm.runs.recipes import settings_file
-from hfllm.runs.stage import Stage, stage_arguments
+from hfllm.runs.command_line import main_process, parse_recipe
+from hfllm.runs.models import load_tokenizer
+from hfllm.runs.stage import stage_arguments
+from hfllm.scaling.fitting import FEWEST_RUNS, Runs
+from hfllm.scaling.report import formula
+from hfllm.scaling.studies import CHINCHILLA, KAPLAN, Forecast
+from hfllm.stages.pretrain.build import load_or_make_base, stop_if_broken, trainer_of_rows
 from hfllm.stages.pretrain.flags import LIBRARY, PretrainArguments, default_settings
+from hfllm.stages.pretrain.tokenizer import make_tokenizer
+from hfllm.trainers.monitors import LossSpikeGuard
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from trl import ModelConfig
 
-    from hfllm.evaluation.emergence import Emergence
-    from hfllm.scaling.fitting import Fit, Outliers, Runs
-    from hfllm.scaling.report import Study
-    from hfllm.scaling.studies import Forecast
 
+Row = dict[str, int | float | str]
 
-# ---- flags ----
-
-
-GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
-COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
-PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
-NO_TABLE = Fact(lambda flags: not flags.runs, "it is for --runs")
-FROM_TABLE = NO_TABLE.absent("it is for the grid, which --runs replaces")
-NO_PROBE = Fact(lambda flags: not flags.probe, "it needs --probe")
-
-
-@dataclass(frozen=True)
-class ScalingArguments(DataArguments, RemoteCodeArguments):
-    """Runs to fit, or a grid of runs to train."""
-
-    dataset_name: str = flag(
-        PYDOC,
-        "Texts of the grid: 'pydoc', the documentation of this Python, 'world' (embedded), a local file "
-        "or folder, or a dataset id on the Hub.",
-    )
-    runs: str | None = flag(None, "CSV file of finished runs; without it a grid is trained.")
-    parameters_column: str | None = flag(None, "Its column of N, if not a common name.", never=NO_TABLE)
-    tokens_column: str | None = flag(None, "Its column of D, if not a common name.", never=NO_TABLE)
-    loss_column: str | None = flag(None, "Its column of losses, if not a common name.", never=NO_TABLE)
-    held_out_share: float = flag(
-        0.1,
-        "Share of the file's runs, those with the most compute, to predict.",
-        takes=Range("a share between 0 and 1", lambda value: 0 < value < 1),
-        never=NO_TABLE,
-    )
-    outliers: str = flag(
-        "keep",
-        "What to do with the file's runs that are far from the law of the others: 'keep' and name them, "
-        "or 'drop' them.",
-        choices=["keep", "drop"],
-        never=NO_TABLE,
-    )
-    resamples: int = flag(1000, "Bootstrap resamples behind the 95%% intervals.", takes=at_least(10))
-    huber_delta: float = flag(1e-3, "Error in log loss above which the Huber loss is linear.", takes=POSITIVE)
-    isoflop_tolerance: float = flag(
-        0.05, "How far the compute of runs may lie above or below their IsoFLOP budget, as a share.", takes=POSITIVE
-    )
-    budgets: list[float] | None = flag(
-        None, "FLOPs to divide between N and D in the report; by default ten times the largest run's."
-    )
-    grid: list[str] = flag(
-        GRID, "Models and their training tokens: WIDTHxLAYERS:TOKENS,... once per model.", never=FROM_TABLE
-    )
-    held_out_run: str = flag(
-        "64x3:2400000",
-        "The run to predict, WIDTHxLAYERS:TOKENS, with more compute than any of the grid.",
-        never=FROM_TABLE,
-    )
-    count_parameters: str = flag(
-        "total",
-        "N of the grid: 'total', Chinchilla's, or 'non_embedding', Kaplan's. runs.csv has both.",
-        choices=list(COUNTS),
-        never=FROM_TABLE,
-    )
-    pretrain_config: str | None = flag(
-        None, "YAML flags of `hfllm pretrain` for all runs of the grid.", never=FROM_TABLE
-    )
-    probe: bool = flag(
-        False,
-        "Ask each size the world's questions, and plot exact match beside log-likelihood.",
-        never=(FROM_TABLE, ON_WORLD.absent("its questions need --dataset_name world")),
-    )
-    probe_questions: int = flag(50, "Questions of each task family.", takes=at_least(1), never=NO_PROBE)
-    probe_shots: int = flag(1, "Solved examples before a few-shot question.", takes=at_least(1), never=NO_PROBE)
-    seed: int = flag(42, "Seed of the grid's data and weights, and of the bootstrap.", takes=SEED)
-    output_dir: str = flag("outputs/scaling_laws", "Where runs, models and report go.")
-
-    refused: ClassVar[Refused] = {
-        **dict.fromkeys([item.name for item in fields(DataArguments)], FROM_TABLE),
-        "world_seed": (FROM_TABLE, ON_WORLD.absent("it is for --dataset_name world")),
-        "max_samples": (FROM_TABLE, ON_WORLD.because("the world is as large as the runs need")),
-    }
-
-
-# ---- what is refused ----
-
-
-def check(script_args: ScalingArguments) -> None:
-    """Refuse flags without effect, and numbers out of range."""
-    check_flags(script_args)
-    for budget in script_args.budgets or []:
-        if not 0 < budget < float("inf"):
-            raise InputError(f"--budgets {budget}: FLOPs must be above 0 and finite")
-
-
-# ---- the run ----
-
-
-class ScalingStage(Stage):
-    """A stage with its single runs kept: if its report is removed, only missing runs are trained.
-
-    A finished stage without the requested probe counts as unfinished, and only the probe is made. A stage with the
-    probe also serves a run without it.
-    """
-
-    redo = "remove report.json there to redo it"
-
-    def __init__(self, script_args: ScalingArguments):
-        named = {name: Path(getattr(script_args, name) or "") for name in ("runs", "pretrain_config")}
-        files = {name: path for name, path in named.items() if path.is_file()}
-        written: dict[str, Any] = {f"{name}{CHANGED}": path.stat().st_mtime_ns for name, path in files.items()}
-        written |= {f"{name}{CONTENTS}": file_fingerprint([("", path)], True) for name, path in files.items()}
-        super().__init__("scaling_laws", script_args, also=written)
-
-    @cached_property
-    def report(self) -> dict[str, Any] | None:
-        """The report of the same run if it has already finished in the output folder, else `None`."""
-        report = read_report(self.output_dir)
-        if report is None:
-            return None
-        before = report["arguments"]
-        if self.arguments["probe"] and before.get("probe"):
-            return finished_run(self.output_dir, self.arguments)
-        apart_from_probe = self.arguments | {name: before.get(name) for name in PROBE_FLAGS}
-        done = finished_run(self.output_dir, apart_from_probe)
-        return None if self.arguments["probe"] else done
-
-
-def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study":
-    """Fit the smaller runs, measure how well they predict the losses of the larger, then fit all."""
-    from hfllm.scaling.fitting import DROP, Runs, bootstrap, fit_law, read_runs
-    from hfllm.scaling.report import Study
-
-    delta, sampling = script_args.huber_delta, (script_args.resamples, script_args.seed, script_args.huber_delta)
-    outliers = None
-    if grid is not None:
-        forecast = forecast_of(grid.small_runs(), delta, sampling)
-        held_out = grid.large_run(forecast)
-        both = zip(forecast.fit.runs.columns, held_out.columns, strict=True)
-        runs = Runs(*([*fitted, *predicted] for fitted, predicted in both))
-    else:
-        columns = script_args.parameters_column, script_args.tokens_column, script_args.loss_column
-        runs = read_runs(script_args.runs, *columns)
-        if script_args.outliers == DROP:
-            outliers = outliers_of(script_args, runs)
-            runs = outliers.kept
-        fitted, held_out = runs.split_by_compute(script_args.held_out_share)
-        try:
-            forecast = forecast_of(fitted, delta, sampling)
-        except InputError as error:
-            raise InputError(f"{script_args.runs}, without its {len(held_out)} largest run(s): {error}") from None
-    try:
-        whole = fit_law(runs, delta)
-    except InputError as error:
-        raise InputError(f"{script_args.runs or Path(script_args.output_dir) / 'runs.csv'}: {error}") from None
-    if grid is None and outliers is None:
-        outliers = outliers_of(script_args, runs, whole)
-    resampled = bootstrap(whole, *sampling)
-    return Study(forecast, held_out, whole, resampled, script_args.isoflop_tolerance, outliers)
-
-
-def outliers_of(script_args: ScalingArguments, runs: "Runs", fit: "Fit | None" = None) -> "Outliers":
-    """Return the file's runs far from the law of the others, after a warning with their names."""
-    from hfllm.scaling.fitting import DROP, find_outliers
-
-    try:
-        outliers = find_outliers(runs, script_args.huber_delta, fit)
-    except InputError as error:
-        raise InputError(f"{script_args.runs}: {error}") from None
-    if len(outliers) and main_process():
-        print(f"scaling_laws: {outliers.warning(script_args.runs, script_args.outliers == DROP)}", flush=True)
-    return outliers
-
-
-def forecast_of(runs: "Runs", delta: float, sampling: tuple[int, int, float]) -> "Forecast":
-    """Return both laws, fitted to the runs not held out.
-
-    Args:
-        delta: error above which the Huber loss is linear.
-        sampling: resamples of the bootstrap, their seed, and `delta`.
-    """
-    from hfllm.scaling.fitting import bootstrap, fit_law
-    from hfllm.scaling.studies import Forecast, fit_kaplan
-
-    fit = fit_law(runs, delta)
-    return Forecast(fit, bootstrap(fit, *sampling), fit_kaplan(runs, *sampling))
+COLUMNS = (
+    *("name", "hidden_size", "num_hidden_layers", "parameters", "parameters_non_embedding", "tokens", "epochs"),
+    *("compute", "loss", "seconds"),
+)
+RUNS_FILE, SETTINGS_FILE = "runs.csv", "grid.json"
+# Adam's learning rate goes with 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3), and for Muon, with
+# steps of Adam's size, the same did best for widths of 16 to 96; the settings' rate is for this width.
+REFERENCE_WIDTH = 128
+HEAD_WIDTH = 32
 
 
 class SmallGrid:
-    """The grid of small runs, and the larger run predicted from it."""
+    """The grid of small runs, and the larger run predicted from it.
 
-    def __init__(self, script_args: ScalingArguments):
+    Args:
+        sizes: models and their tokens, see `GridRun.parse`.
+        held_out_run: the larger run, likewise.
+        column: the count of parameters that is N.
+        flags: of `hfllm pretrain`, for all runs.
+        output_dir: where runs.csv, the tokenizer and the models go.
+    """
 
-        self.script_args, self.column = script_args, COUNTS[script_args.count_parameters]
-        self.runs = [each for text in script_args.grid for each in GridRun.parse(text, "--grid")]
-        self.large, *others = GridRun.parse(script_args.held_out_run, "--held_out_run")
+    def __init__(self, sizes: Sequence[str], held_out_run: str, column: str, flags: Sequence[str], output_dir: str):
+        self.held_out_run, self.column = held_out_run, column
+        self.runs = [each for text in sizes for each in GridRun.parse(text, "--grid")]
+        self.large, *others = GridRun.parse(held_out_run, "--held_out_run")
         if others:
-            raise InputError(f"--held_out_run {script_args.held_out_run!r}: expected a single number of tokens")
+            raise InputError(f"--held_out_run {held_out_run!r}: expected a single number of tokens")
         # The cheapest first, so that errors show early.
         self.runs.sort(key=lambda each: (each.tokens, each.hidden_size, each.num_hidden_layers))
         if len({*self.runs, self.large}) <= len(self.runs):
             raise InputError("--grid, --held_out_run: a run comes twice")
-        flags = ["--seed", str(script_args.seed)]
-        of_data = (
-            "dataset_name",
-            "dataset_train_split",
-            "dataset_config",
-            "dataset_revision",
-            "max_samples",
-            "world_seed",
-        )
-        for name in of_data:
-            if (value := getattr(script_args, name)) is not None:
-                flags += [f"--{name}", str(value)]
-        flags += ["--dataset_streaming", str(script_args.dataset_streaming)]
-        flags += ["--column_mapping", *script_args.column_mapping] if script_args.column_mapping else []
-        own = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
-        flags = ["--config", str(settings_file("pretrain/grid.yaml")), *own, *flags]
-        longest = max(each.tokens for each in (*self.runs, self.large))
-        self.grid = Grid(script_args.output_dir, flags, longest)
+        self.grid = Grid(output_dir, flags, max(each.tokens for each in (*self.runs, self.large)))
 
-    def small_runs(self) -> "Runs":
+    def small_runs(self) -> Runs:
         """Return the table of the grid's runs, after training the missing ones."""
-        from hfllm.scaling.fitting import FEWEST_RUNS
-
         sizes = {(each.hidden_size, each.num_hidden_layers) for each in self.runs}
         lengths = {each.tokens for each in self.runs}
         if min(len(sizes), len(lengths)) < 3 or len(self.runs) < FEWEST_RUNS:
@@ -273,15 +101,12 @@ class SmallGrid:
         compute = self.grid.planned(self.large)["compute"]
         if compute <= largest[0]:
             raise InputError(
-                f"--held_out_run {self.script_args.held_out_run} takes {compute:.3g} FLOPs, no more than the grid's "
+                f"--held_out_run {self.held_out_run} takes {compute:.3g} FLOPs, no more than the grid's "
                 f"{largest[1]} with {largest[0]:.3g}: the run to predict must be larger than all of --grid"
             )
 
-    def large_run(self, forecast: "Forecast") -> "Runs":
+    def large_run(self, forecast: Forecast) -> Runs:
         """Print the loss expected of the larger run, train it, and return it as a table."""
-        from hfllm.scaling.report import formula
-        from hfllm.scaling.studies import CHINCHILLA, KAPLAN
-
         planned = self.grid.planned(self.large)
         parameters, tokens = planned[self.column], planned["tokens"]
         low, high = forecast.interval(parameters, tokens)
@@ -296,21 +121,13 @@ class SmallGrid:
             )
         return self._runs([self.grid.train(self.large)])
 
-    def table(self) -> "list[Row]":
+    def table(self) -> list[Row]:
         """Return all runs as rows of the report."""
         return [self.grid.rows[each.name] for each in (*self.runs, self.large)]
 
-    def probe(self) -> "Emergence":
+    def probe(self, probes: Sequence[Probe]) -> Emergence:
         """Ask each model the questions of the world, and return the results."""
-        from hfllm.compression.schemes import default_device
-        from hfllm.data.world.world import World
-        from hfllm.evaluation.emergence import Emergence, ProbedRun, make_probes, run_probes
-        from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
-        from hfllm.models.loading.saved import saved_model
-        from hfllm.runs.models import load_tokenizer
-
-        args, probed = self.script_args, []
-        probes = make_probes(World(args.world_seed), args.probe_questions, args.probe_shots, args.seed)
+        probed = []
         for each in (*self.runs, self.large):
             folder = str(self.grid.model_folder(each))
             model, tokenizer = saved_model(HfllmForCausalLM, folder), load_tokenizer(folder)
@@ -319,28 +136,13 @@ class SmallGrid:
             probed.append(ProbedRun(each.name, row[self.column], row["compute"], row["loss"], rows))
         return Emergence(probed)
 
-    def _runs(self, rows: "list[Row]") -> "Runs":
-        from hfllm.scaling.fitting import Runs
-
+    def _runs(self, rows: list[Row]) -> Runs:
         return Runs(*([row[name] for row in rows] for name in (self.column, "tokens", "loss")))
 
 
 # ---- grid ----
 #
 # Train a grid of small models of different size and length, one row of runs.csv per run, for a scaling law.
-
-
-Row = dict[str, int | float | str]
-
-COLUMNS = (
-    *("name", "hidden_size", "num_hidden_layers", "parameters", "parameters_non_embedding", "tokens", "epochs"),
-    *("compute", "loss", "seconds"),
-)
-RUNS_FILE, SETTINGS_FILE = "runs.csv", "grid.json"
-# Adam's learning rate goes with 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3), and for Muon, with
-# steps of Adam's size, the same did best for widths of 16 to 96; the settings' rate is for this width.
-REFERENCE_WIDTH = 128
-HEAD_WIDTH = 32
 
 
 @dataclass(frozen=True)
@@ -414,7 +216,7 @@ class Grid:
         if not sys.stderr.isatty():
             disable_progress_bars()
         self.rows = self._read(json.loads(json.dumps(settings, default=str)))
-        self._data: tuple[PreTrainedTokenizerBase, Dataset, list[str]] | None = None
+        self._data: tuple[PreTrainedTokenizerBase, datasets.Dataset, list[str]] | None = None
 
     def _read(self, settings: dict[str, Any]) -> dict[str, Row]:
         """Finished runs by name. If there is none, remove the tokenizer left by runs with other settings."""
@@ -456,10 +258,6 @@ class Grid:
 
     def planned(self, run: GridRun) -> Row:
         """Return the row of a run without `loss` and `seconds`, as these need training."""
-        import torch
-
-        from hfllm.stages.pretrain.build import load_or_make_base
-
         script_args, _, model_args = self._arguments(run)
         _, packed, _ = self._prepared()
         with torch.device("meta"):
@@ -484,13 +282,6 @@ class Grid:
         return replace(script_args, tokenizer_name_or_path=str(self.folder / "tokenizer")), training_args, model_args
 
     def _trained(self, run: GridRun) -> Row:
-        from transformers import set_seed
-        from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-        from hfllm.evaluation.perplexity import text_likelihood
-        from hfllm.stages.pretrain.build import load_or_make_base, stop_if_broken, trainer_of_rows
-        from hfllm.trainers.monitors import LossSpikeGuard
-
         began, planned = time.perf_counter(), self.planned(run)
         script_args, training_args, model_args = self._arguments(run)
         tokenizer, packed, test_texts = self._prepared()
@@ -509,37 +300,31 @@ class Grid:
         seconds = round(time.perf_counter() - began, 1)
         return {**planned, "loss": round(loss.nats / loss.tokens, 6), "seconds": seconds}
 
-    def _prepared(self) -> "tuple[PreTrainedTokenizerBase, Dataset, list[str]]":
+    def _prepared(self) -> "tuple[PreTrainedTokenizerBase, datasets.Dataset, list[str]]":
         """Return the tokenizer, the packed rows and the held-out texts of all runs, made on first use."""
         if self._data is not None:
             return self._data
-        from accelerate import PartialState
-
-        from hfllm.data.loading import load_texts
-        from hfllm.data.packing import packed_tables
-        from hfllm.data.prepared import Prepared
-        from hfllm.runs.models import load_tokenizer
-        from hfllm.stages.pretrain.tokenizer import make_tokenizer
-
         script_args, training_args, _ = parse_run(self.flags)
         is_world, index = script_args.dataset_name == WORLD, self.folder / "tokenizer"
         text_args = replace(script_args, num_documents=5000) if is_world else script_args
+        (source,) = text_args.text_sources.values()
         with training_args.main_process_first(desc="reading texts"):
             settings = {**stage_arguments(text_args, training_args), "longest run": self.longest}
             prepared = Prepared(self.folder / "prepared", settings)
-            texts, test_texts = load_texts(text_args, training_args.seed, prepared, "texts")
+            texts, test_texts = load_texts(source, training_args.seed, prepared, "texts")
         if self.is_main and not (index / "tokenizer.json").is_file():
             if script_args.tokenizer_name_or_path:
                 load_tokenizer(script_args.tokenizer_name_or_path).save_pretrained(index)
             else:
-                make_tokenizer(script_args, texts["text"]).save_pretrained(index)
+                size, context = script_args.vocab_size, script_args.max_position_embeddings
+                make_tokenizer(texts["text"], size, context, world=script_args.world_texts).save_pretrained(index)
         PartialState().wait_for_everyone()
         tokenizer = load_tokenizer(str(index))
         if is_world:
             # One document token each, and a small margin so that no run sees a document twice.
             lengths = [len(ids) + 1 for ids in tokenizer(texts["text"][:], add_special_tokens=False)["input_ids"]]
             count = math.ceil(1.02 * self.longest * len(texts) / sum(lengths))
-            enough = replace(script_args, num_documents=count)
+            enough = replace(source, num_documents=count)
             texts, test_texts = load_texts(enough, training_args.seed, prepared, "texts")
         with training_args.main_process_first(desc="packing"):
             rows = prepared.table("rows", lambda: packed_tables(texts["text"], tokenizer, script_args.max_length))
@@ -561,8 +346,6 @@ def parse_run(flags: Sequence[str]) -> "tuple[PretrainArguments, TrainingArgumen
 
 def embedding_parameters(model: "PreTrainedModel") -> int:
     """Return the parameters of token and position embeddings and of an untied head, excluded by Kaplan et al."""
-    import torch
-
     tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     head = model.get_output_embeddings().weight
     tables[id(head)] = head
@@ -571,9 +354,6 @@ def embedding_parameters(model: "PreTrainedModel") -> int:
 
 def disable_progress_bars() -> None:
     """Disable the progress bars of each run, to leave one line per run."""
-    import datasets
-    from transformers.utils.logging import disable_progress_bar
-
     datasets.disable_progress_bars()
     disable_progress_bar()
 
