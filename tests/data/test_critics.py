@@ -22,7 +22,8 @@ from hfllm.data.world.demonstrators import (
     names_what_was_asked,
     without_rudeness,
 )
-from hfllm.data.world.vocabulary import COMPLIES, HARMS, MORE_HARMS, gold_score, is_held_out, words_of
+from hfllm.data.world.rubric import COMPLIES, gold_score, words_of
+from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
 from hfllm.data.world.world import FAMILIES
 from hfllm.synthesis.constitution import finds_fault
 

@@ -25,8 +25,9 @@ from hfllm.data.world.passages import (
     stored_tasks,
     with_found,
 )
+from hfllm.data.world.rubric import words_of
 from hfllm.data.world.tool_documents import is_held_out_change
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out, words_of
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out
 from hfllm.data.world.world import World
 from hfllm.stages.ground.build import rows_of
 from hfllm.stages.ground.flags import GROUNDED, SFT, GroundArguments

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hfllm.data.world.demonstrators import is_rude
-from hfllm.data.world.vocabulary import REFUSAL_PHRASES
+from hfllm.data.world.rubric import REFUSAL_PHRASES
 from hfllm.stages.constitution.build import by_chance, human_comparisons, world_prompts
 from hfllm.stages.constitution.flags import ConstitutionArguments
 

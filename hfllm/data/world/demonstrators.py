@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from hfllm.data.world.vocabulary import COMPLIES, HARMS, MORE_HARMS, RUDE_PHRASES, gold_score, is_held_out, words_of
+from hfllm.data.world.rubric import COMPLIES, RUDE_PHRASES, gold_score, words_of
+from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
 from hfllm.data.world.world import FAMILIES, Task, World
 
 # ---- demonstrations and comparisons ----

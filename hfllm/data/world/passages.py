@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from hfllm.data.passages import with_passages
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import CONVERSATION
+from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.tool_documents import draw_name, is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
@@ -32,7 +33,6 @@ from hfllm.data.world.vocabulary import (
     SAY_UNKNOWN,
     TELLINGS,
     WELL_SAID,
-    GoldAnswer,
     is_held_out,
     phrase,
 )

@@ -28,7 +28,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from hfllm.data.sources import DIGITS, PICTURES
-from hfllm.data.world.vocabulary import GoldAnswer, words_of
+from hfllm.data.world.rubric import GoldAnswer, words_of
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -116,16 +116,6 @@ class Question:
         needed = ("not",) if self.family == ABSENT else tuple(words_of(self.answer))
         wrong = {word for other in self.others for word in other.split()} - set(needed)
         return GoldAnswer("answer", (self.answer,), needed, tuple(sorted(wrong)))
-
-    def gold_columns(self) -> dict[str, object]:
-        """Return the columns of a prompt dataset for gold scoring."""
-        gold = self.gold
-        return {
-            "gold_kind": gold.kind,
-            "gold_accepted": list(gold.accepted),
-            "gold_needed": list(gold.needed),
-            "gold_forbidden": list(gold.forbidden),
-        }
 
 
 def draw_scene(rng: random.Random, held_out: bool = False, numbers: Sequence[int] = NUMBERS) -> Scene:
@@ -452,7 +442,7 @@ def _message(role: str, text: str) -> dict[str, object]:
 def _row(picture: "Image", questions: Sequence[Question]) -> PictureRow:
     first = questions[0]
     turns = tuple((question.text, question.answer) for question in questions)
-    return PictureRow(picture, turns, first.family, first.gold_columns())
+    return PictureRow(picture, turns, first.family, first.gold.columns())
 
 
 class DrawnWorld(Sequence[PictureRow]):

@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfllm.data.thoughts import CLOSE, OPEN
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID, GoldAnswer
+from hfllm.data.world.rubric import GoldAnswer
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID
 
 # ---- problems ----
 
@@ -92,13 +93,7 @@ class Problem:
 
     def prompt_row(self) -> dict:
         """Return the row of a prompt dataset: the conversation, and the columns for gold scoring."""
-        return {
-            "prompt": [{"role": "user", "content": self.question}],
-            "gold_kind": self.gold.kind,
-            "gold_accepted": list(self.gold.accepted),
-            "gold_needed": list(self.gold.needed),
-            "gold_forbidden": list(self.gold.forbidden),
-        }
+        return {"prompt": [{"role": "user", "content": self.question}], **self.gold.columns()}
 
 
 def relations_of(world_seed: int) -> dict[str, dict[str, str]]:

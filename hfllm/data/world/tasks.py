@@ -24,6 +24,7 @@ from hfllm.data.world.passages import (
     passage_tasks,
     told_of,
 )
+from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.tool_documents import WHEN, ask_sum, draw_sum, is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
@@ -37,7 +38,6 @@ from hfllm.data.world.vocabulary import (
     SAY_UNKNOWN,
     THINGS,
     WELL_SAID,
-    GoldAnswer,
     is_held_out,
     made_up_name,
     phrase,

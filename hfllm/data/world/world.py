@@ -1,7 +1,7 @@
 """The embedded world: a small closed universe in plain English whose every answer can be checked.
 
 A `World` is made from a seed. It knows facts about animals, writes documents about them to pretrain on, and asks
-questions of six families, each with the gold answer by which `hfllm.data.world.vocabulary` scores responses:
+questions of six families, each with the gold answer by which `hfllm.data.world.rubric` scores responses:
 
     fact      a fact about an animal                     (knowledge)
     reading   an answer from the passage                 (comprehension)
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from hfllm.data.world.documents import WorldFacts, write_documents
 from hfllm.data.world.reasoning import relations_of
+from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -37,7 +38,6 @@ from hfllm.data.world.vocabulary import (
     SAY_UNKNOWN,
     THINGS,
     WELL_SAID,
-    GoldAnswer,
     is_held_out,
     made_up_name,
     phrase,
@@ -81,10 +81,7 @@ class Task:
             "prompt": [{"role": "user", "content": self.question}],
             "family": self.family,
             "is_new_phrasing": self.is_new_phrasing,
-            "gold_kind": self.gold.kind,
-            "gold_accepted": list(self.gold.accepted),
-            "gold_needed": list(self.gold.needed),
-            "gold_forbidden": list(self.gold.forbidden),
+            **self.gold.columns(),
         }
 
 

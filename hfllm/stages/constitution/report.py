@@ -18,7 +18,7 @@ from hfllm.data.world.demonstrators import (
     names_what_was_asked,
     without_rudeness,
 )
-from hfllm.data.world.vocabulary import COMPLIES, REFUSAL_PHRASES, RIGHT, gold_score, words_of
+from hfllm.data.world.rubric import COMPLIES, REFUSAL_PHRASES, RIGHT, gold_score, words_of
 from hfllm.data.world.world import Task, World
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plus_minus, side_by_side

@@ -17,7 +17,7 @@ from hfllm.data.world.reasoning import (
     draw_problem,
     is_valid,
 )
-from hfllm.data.world.vocabulary import RIGHT, gold_score
+from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import World
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plot_history, plus_minus
