@@ -393,6 +393,7 @@ class Course:
     Args:
         recipes: the runs' recipes, by run name.
         runs: their parsed flags, by run name.
+        named: the user's model, if named.
 
     Attributes:
         stage: the recipe of this pipeline.
@@ -401,13 +402,14 @@ class Course:
 
     recipes: Mapping[str, str]
     runs: Mapping[str, Parsed]
+    named: str | None = None
     stage: ClassVar[str] = ""
     minutes: ClassVar[Mapping[str, float]] = {}
 
     @property
     def is_timed(self) -> bool:
-        """Whether the settings are the timed ones."""
-        return True
+        """Whether the settings are the timed ones, those of the embedded world."""
+        return self.named is None
 
     def folder(self, name: str) -> str:
         """Return the folder of a run, also its model's folder."""
@@ -416,6 +418,19 @@ class Course:
     def has_made(self, name: str) -> bool:
         """Return whether a run is one of these and has finished."""
         return name in self.runs and Path(self.folder(name), "report.json").is_file()
+
+    @property
+    def artifacts(self) -> dict[str, str]:
+        """The finished runs, as artifacts of the recipe's output folder."""
+        return {name: name for name in self.runs if self.has_made(name)}
+
+    def write_rows(self, name: str, make: Callable[[], Iterable[Row]]) -> None:
+        """Write the rows that a run learns from, in the main process, unless the file already has them.
+
+        The other processes wait.
+        """
+        path = Path(self.runs[name][0].dataset_name)
+        by_main_process(lambda: write_rows(self.stage, path, make()))
 
     def announce(self) -> None:
         """Print the coming runs and about how long they take, if the settings are the timed ones."""
@@ -435,6 +450,11 @@ class Course:
     def end(self) -> None:
         """Note the end of all runs."""
         schedule.come_back(self.stage)
+
+
+def rows_file(output_dir: str, name: str) -> Path:
+    """Return the file of the rows of a recipe's run."""
+    return Path(output_dir, "data", f"{name}.jsonl")
 
 
 def parsed_runs(
