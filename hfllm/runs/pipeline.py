@@ -411,9 +411,18 @@ class Course:
         """Whether the settings are the timed ones, those of the embedded world."""
         return self.named is None
 
+    @property
+    def parsed(self) -> dict[str, Parsed]:
+        """The flags of all runs, in their order."""
+        return dict(self.runs)
+
     def folder(self, name: str) -> str:
         """Return the folder of a run, also its model's folder."""
         return output_dir_of(self.runs[name])
+
+    def rows_file(self, name: str) -> Path:
+        """Return the file of the rows that a run learns from."""
+        return Path(self.runs[name][0].dataset_name)
 
     def has_made(self, name: str) -> bool:
         """Return whether a run is one of these and has finished."""
@@ -429,14 +438,13 @@ class Course:
 
         The other processes wait.
         """
-        path = Path(self.runs[name][0].dataset_name)
-        by_main_process(lambda: write_rows(self.stage, path, make()))
+        by_main_process(lambda: write_rows(self.stage, self.rows_file(name), make()))
 
     def announce(self) -> None:
         """Print the coming runs and about how long they take, if the settings are the timed ones."""
         planned = [
             schedule.Planned(name, output_dir_of(flags), self.minutes.get(name) if self.is_timed else None)
-            for name, flags in self.runs.items()
+            for name, flags in self.parsed.items()
         ]
         if schedule.plan(self.stage, planned, 1 if self.is_timed else None) and main_process():
             print(f"{self.stage}: {schedule.described(schedule.current_job())}", flush=True)
