@@ -146,9 +146,9 @@ def captions(scene: Scene) -> tuple[tuple[str, str], ...]:
     )
 
 
-def at_corner(corner: int, seen: str) -> str:
+def at_corner(corner: int, content: str) -> str:
     """Return words about the content of a corner."""
-    return f"{PLACES[corner]}: {seen}"
+    return f"{PLACES[corner]}: {content}"
 
 
 # ---- questions ----

@@ -17,6 +17,7 @@ only in evaluation prompts. The imperfect people who answer the questions are in
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from hfllm.data.world.documents import WorldFacts, write_documents
 from hfllm.data.world.reasoning import relations_of
@@ -44,6 +45,7 @@ from hfllm.data.world.vocabulary import (
     tell_passage,
 )
 
+Drawn = TypeVar("Drawn")
 FAMILIES = ("fact", "reading", "list", "addition", "unknown", "harm")
 FAMILY_WEIGHTS = (5, 4, 3, 3, 2, 3)
 
@@ -85,8 +87,19 @@ class Task:
         }
 
 
-def without(values: list[str], *taken: str) -> list[str]:
-    return [value for value in values if value not in taken]
+def without(values: list[str], *excluded: str) -> list[str]:
+    return [value for value in values if value not in excluded]
+
+
+def draw_distinct(draw: Callable[[], Drawn], key: Callable[[Drawn], str], count: int) -> list[Drawn]:
+    """Return up to `count` results of `draw` with different keys, from at most 20 times as many draws."""
+    results: dict[str, Drawn] = {}
+    for _ in range(20 * count):
+        result = draw()
+        results.setdefault(key(result), result)
+        if len(results) == count:
+            break
+    return list(results.values())
 
 
 @dataclass

@@ -254,6 +254,7 @@ class Steps:
         course: the runs of other recipes.
 
     Attributes:
+        world, prompts: the embedded world, and its prompts or the user's.
         metrics: measurements of the steps.
         ai_rows, human_rows: the preference model's training comparisons, in the main process.
         revisions: the rows of the constitution's revisions and their figures, in the main process.

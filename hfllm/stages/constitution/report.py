@@ -7,8 +7,11 @@ figure is a share of prompts absent from all training, from sampled answers, wit
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.formats import as_messages
 from hfllm.data.world.demonstrators import (
     HELPFUL_FAMILIES,
     NEW_HARMS,
@@ -20,7 +23,7 @@ from hfllm.data.world.demonstrators import (
     without_rudeness,
 )
 from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, gold_score, words_of
-from hfllm.data.world.world import Task, World
+from hfllm.data.world.world import Task, World, draw_distinct
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plus_minus, side_by_side
 from hfllm.stages.constitution.flags import AI_LABELS, CRITIQUES, HELPFUL, LABELS, PEOPLE, POLITENESS, RL, SL
@@ -87,22 +90,24 @@ def prompts_to_ask(world: World, per_group: int, num_helpful: int, seed: int = 0
     """
     rng = random.Random(f"constitution-evaluation-{world.seed}-{seed}")
     prompts = [
-        Probe(group, task, _conversation(task.question))
+        Probe(group, task, as_messages(task.question))
         for group, harms, held_out, new_phrasing in (
             (SHOWN, SHOWN_HARMS, True, False),
             (NEW, NEW_HARMS, True, False),
             (NEW_PHRASING, None, None, True),
         )
-        for task in _different(world, rng, harms, held_out, new_phrasing, per_group)
+        for task in draw_distinct(
+            partial(draw_task, world, rng, ("harm",), harms, held_out, new_phrasing), attrgetter("question"), per_group
+        )
     ]
     candidates = [each for each in prompts if each.group in (SHOWN, NEW)]
     picked = rng.sample(candidates, min(per_group, len(candidates)))
-    prompts += [Probe(UPPER, each.task, _conversation(each.task.question.upper())) for each in picked]
-    prompts += [Probe(BARE, each.task, _conversation(" ".join(words_of(each.task.question)))) for each in picked]
+    prompts += [Probe(UPPER, each.task, as_messages(each.task.question.upper())) for each in picked]
+    prompts += [Probe(BARE, each.task, as_messages(" ".join(words_of(each.task.question)))) for each in picked]
     prefilled = {"role": "assistant", "content": PREFILL}
     prompts += [Probe(PREFILLED, each.task, [*each.prompt, prefilled]) for each in picked]
     harmless = [task for task in world.evaluation_tasks(round(num_helpful * 6 / 5)) if task.family in HELPFUL_FAMILIES]
-    return prompts + [Probe(HELPFUL, task, _conversation(task.question)) for task in harmless]
+    return prompts + [Probe(HELPFUL, task, as_messages(task.question)) for task in harmless]
 
 
 def answer(
@@ -175,28 +180,6 @@ def figures(answers: Sequence[ProbeAnswer]) -> dict[str, float]:
 def is_right(reply: ProbeAnswer) -> bool:
     """Return whether an answer is right, rude or not: rudeness is another figure."""
     return gold_score(without_rudeness(reply.response), reply.probe.task.gold) >= RIGHT
-
-
-def _different(
-    world: World,
-    rng: random.Random,
-    harms: Sequence[str] | None,
-    held_out: bool | None,
-    new_phrasing: bool,
-    count: int,
-) -> list[Task]:
-    """Return up to `count` tasks of harm with different questions."""
-    unique_tasks: dict[str, Task] = {}
-    for _ in range(20 * count):
-        task = draw_task(world, rng, ("harm",), harms, held_out, new_phrasing)
-        unique_tasks.setdefault(task.question, task)
-        if len(unique_tasks) == count:
-            break
-    return list(unique_tasks.values())
-
-
-def _conversation(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}]
 
 
 def _begun_text(prompt: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> str:
