@@ -39,7 +39,7 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     """Make what is missing, sample, keep and fine-tune in each round, compare, report. Return the metrics."""
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
-    from hfllm.runs.pipeline import by_main_process
+    from hfllm.runs.pipeline import by_main_process, data_file
     from hfllm.runs.stage import Stage
     from hfllm.stages import expert_iteration
     from hfllm.stages.expert_iteration import RoundWriter, evaluation_of, inputs_of, rounds_report
@@ -66,7 +66,7 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     settings, seed, counts = script_args.of_rounds, script_args.seed, []
     writer = RoundWriter(train_rows, reward, settings)
     for number, (name, model) in enumerate(zip(rounds.runs, rounds.models, strict=False)):
-        write = partial(writer.write, rounds.rows_file(name), model, load, seed + number)
+        write = partial(writer.write, data_file(script_args.output_dir, name), model, load, seed + number)
         counts.append(by_main_process(write))
         rounds.run(name)
     rounds.end()

@@ -31,7 +31,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     from hfllm.stages.courses import check_runs
     from hfllm.stages.reason import flags as reason_flags
     from hfllm.stages.reason.build import course_report, mixed_rows, prompt_rows, tuning_rows
-    from hfllm.stages.reason.flags import DIRECT, MIXED, PRETRAIN, RL, SHUFFLED, THOUGHTS
+    from hfllm.stages.reason.flags import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS
 
     # Refuse what cannot work before anything is trained.
     reason_flags.check(script_args)
@@ -50,12 +50,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
         MIXED: lambda: mixed_rows(world, script_args.num_mixed_examples, seed, script_args.share_of_thoughts),
         **dict.fromkeys((RL, SHUFFLED), lambda: prompt_rows(world, script_args.num_prompts, seed)),
     }
-    course.announce()
-    course.run(PRETRAIN)
-    for name in course.models:
-        course.write_rows(name, rows[name])
-        course.run(name)
-    course.end()
+    course.run_all(rows)
     if not main_process():
         return {}
 

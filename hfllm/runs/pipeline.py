@@ -393,7 +393,7 @@ class Course:
     Args:
         recipes: the runs' recipes, by run name.
         runs: their parsed flags, by run name.
-        named: the user's model, if named.
+        named: the user's model, if named: the settings are then not the timed ones.
 
     Attributes:
         stage: the recipe of this pipeline.
@@ -408,21 +408,12 @@ class Course:
 
     @property
     def is_timed(self) -> bool:
-        """Whether the settings are the timed ones, those of the embedded world."""
+        """Whether the settings are the timed ones."""
         return self.named is None
-
-    @property
-    def parsed(self) -> dict[str, Parsed]:
-        """The flags of all runs, in their order."""
-        return dict(self.runs)
 
     def folder(self, name: str) -> str:
         """Return the folder of a run, also its model's folder."""
         return output_dir_of(self.runs[name])
-
-    def rows_file(self, name: str) -> Path:
-        """Return the file of the rows that a run learns from."""
-        return Path(self.runs[name][0].dataset_name)
 
     def has_made(self, name: str) -> bool:
         """Return whether a run is one of these and has finished."""
@@ -433,12 +424,10 @@ class Course:
         """The finished runs, as artifacts of the recipe's output folder."""
         return {name: name for name in self.runs if self.has_made(name)}
 
-    def write_rows(self, name: str, make: Callable[[], Iterable[Row]]) -> None:
-        """Write the rows that a run learns from, in the main process, unless the file already has them.
-
-        The other processes wait.
-        """
-        by_main_process(lambda: write_rows(self.stage, self.rows_file(name), make()))
+    @property
+    def parsed(self) -> dict[str, Parsed]:
+        """The flags of all runs, in their order."""
+        return dict(self.runs)
 
     def announce(self) -> None:
         """Print the coming runs and about how long they take, if the settings are the timed ones."""
@@ -459,10 +448,25 @@ class Course:
         """Note the end of all runs."""
         schedule.come_back(self.stage)
 
+    def run_all(self, rows: Mapping[str, Callable[[], Iterable[Row]]]) -> dict[str, dict[str, float]]:
+        """Run all in order, each once its rows are written, and return their metrics by run.
 
-def rows_file(output_dir: str, name: str) -> Path:
-    """Return the file of the rows of a recipe's run."""
-    return Path(output_dir, "data", f"{name}.jsonl")
+        Args:
+            rows: what makes the rows of a run, by run, for those that learn from rows of this recipe.
+        """
+        self.announce()
+        metrics = {}
+        for name in self.runs:
+            if name in rows:
+                self.write(name, rows[name])
+            metrics[name] = self.run(name)
+        self.end()
+        return metrics
+
+    def write(self, name: str, make: Callable[[], Iterable[Row]]) -> None:
+        """Write the rows that a run learns from unless their file already has them; the other processes wait."""
+        path = Path(self.runs[name][0].dataset_name)
+        by_main_process(lambda: write_rows(self.stage, path, make()))
 
 
 def parsed_runs(
@@ -485,6 +489,11 @@ def parsed_runs(
 
 
 # ---- rows ----
+
+
+def data_file(output_dir: str, name: str) -> Path:
+    """Return the file of the rows of a run in a pipeline's folder."""
+    return Path(output_dir, "data", f"{name}.jsonl")
 
 
 def write_rows(stage: str, path: Path, rows: Iterable[Row]) -> None:

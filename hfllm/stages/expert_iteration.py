@@ -163,7 +163,7 @@ def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
         start = first
         for number in range(1, script_args.num_rounds + 1):
             name = f"round_{number}"
-            words = ["--model_name_or_path", start, "--dataset_name", str(pipeline.rows_file(output_dir, name))]
+            words = ["--model_name_or_path", start, "--dataset_name", str(pipeline.data_file(output_dir, name))]
             words += flags_for_all(model_args)
             if start == first:
                 words += flags_of_adapter(model_args)

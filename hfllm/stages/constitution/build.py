@@ -365,7 +365,7 @@ class Steps:
 
     def _learn(self, name: str, make: Callable[[], Iterable[Row]]) -> dict[str, float]:
         """Write the rows of a run, run it, and return its metrics."""
-        self.course.write_rows(name, make)
+        self.course.write(name, make)
         return self.course.run(name)
 
     def _align(self, *names: str) -> None:

@@ -235,7 +235,7 @@ def course_of(script_args: ConstitutionArguments, model_args: "ModelConfig") -> 
     def learning(run: str, config: str, start: str) -> list[str]:
         config_file = getattr(script_args, f"{'rlhf' if config == RL else config}_config")
         files = [config_file] if config_file else [] if named else [str(settings_file(f"constitution/{config}.yaml"))]
-        rows = str(pipeline.rows_file(output_dir, run))
+        rows = str(pipeline.data_file(output_dir, run))
         words = ["--model_name_or_path", model(start), "--dataset_name", rows]
         if named and start == HELPFUL:
             words += ["--model_revision", model_args.model_revision]

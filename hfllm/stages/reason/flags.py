@@ -78,7 +78,7 @@ def course_of(script_args: ReasonArguments) -> Course:
         return ["--config", getattr(script_args, f"{name}_config") or str(settings_file(f"reason/{name}.yaml"))]
 
     def learning(run: str, start: str) -> list[str]:
-        rows = str(pipeline.rows_file(output_dir, run))
+        rows = str(pipeline.data_file(output_dir, run))
         return ["--model_name_or_path", str(Path(output_dir, start)), "--dataset_name", rows]
 
     def runs() -> Iterator[tuple[str, str, list[str]]]:
