@@ -204,7 +204,7 @@ def test_the_gold_reward_pays_for_right_answers_alone():
     seen = defaultdict(set)
     for example in some(60):
         for question in example.questions:
-            columns = {name: [value] for name, value in question.gold.columns().items()}
+            columns = {name: [value] for name, value in question.gold_columns().items()}
             columns = {name: value * len(answers) for name, value in columns.items()}
             for said, paid in zip(answers, gold_reward(["-"] * len(answers), list(answers), **columns), strict=True):
                 assert (paid == 1.0) == (said == question.answer), (question, said)

@@ -117,6 +117,10 @@ class Question:
         wrong = {word for other in self.others for word in other.split()} - set(needed)
         return GoldAnswer("answer", (self.answer,), needed, tuple(sorted(wrong)))
 
+    def gold_columns(self) -> dict[str, object]:
+        """Return the columns of a prompt dataset for gold scoring."""
+        return self.gold.columns()
+
 
 def draw_scene(rng: random.Random, held_out: bool = False, numbers: Sequence[int] = NUMBERS) -> Scene:
     """Return a scene; with `held_out` its first thing is one of the pairs absent from all training images.
@@ -442,7 +446,7 @@ def _message(role: str, text: str) -> dict[str, object]:
 def _row(picture: "Image", questions: Sequence[Question]) -> PictureRow:
     first = questions[0]
     turns = tuple((question.text, question.answer) for question in questions)
-    return PictureRow(picture, turns, first.family, first.gold.columns())
+    return PictureRow(picture, turns, first.family, first.gold_columns())
 
 
 class DrawnWorld(Sequence[PictureRow]):
