@@ -67,7 +67,7 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
         return json.loads(file.read_text())
     from transformers import AutoModelForCausalLM
 
-    from hfllm.data.world.vocabulary import gold_score
+    from hfllm.data.world.rubric import gold_score
     from hfllm.data.world.world import World
     from hfllm.generation.responses import sample_responses
     from hfllm.models.loading.saved import saved_model, saved_tokenizer

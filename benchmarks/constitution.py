@@ -45,7 +45,7 @@ from hfllm.stages.constitution.report import HELPFUL as HARMLESS_GROUP
 from hfllm.stages.constitution.report import (
     NEW,
     NEW_PHRASING,
-    Asked,
+    Probe,
     answer,
     figures,
     is_right,
@@ -201,7 +201,7 @@ class Comparison:
             each for each in course_of(self.course_args, self.model_args).runs[SL] if hasattr(each, "max_length")
         )
 
-    def _of(self, groups: Sequence[str]) -> list[Asked]:
+    def _of(self, groups: Sequence[str]) -> list[Probe]:
         return [each for each in self.asked if each.group in groups]
 
 

@@ -151,7 +151,8 @@ def retrain(
         rl_like: another run's figures, to train SL-CAI alone: RL-CAI is then the run's own, and is taken to need as
             many seconds. It needs as many pairs, comparisons and steps, whatever the seed.
     """
-    steps = Steps(script_args, model_args, constitution_of(script_args), course)
+    constitution = constitution_of(script_args.constitution, script_args.is_world)
+    steps = Steps(script_args, model_args, constitution, course)
     steps.revise()  # all rows are there
     rows = {SL: _rest(course, steps.supervised)}
     weights = [(folder / SL / "model.safetensors").read_bytes() for folder in (run, Path(script_args.output_dir))]

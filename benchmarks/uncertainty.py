@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hfllm.data.world.vocabulary import RIGHT, WELL_SAID, gold_meaning, gold_score
+from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score
+from hfllm.data.world.vocabulary import WELL_SAID
 from hfllm.data.world.world import Task, World
 from hfllm.grounding.abstention import control_risk, learn_then_test, over_splits
 from hfllm.grounding.uncertainty import CONFIDENCE, Answered, answer_with_samples, p_true, sampling_cost, uncertainties

@@ -37,12 +37,12 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages.constitution import flags as constitution_flags
-    from hfllm.stages.constitution.build import Steps, evaluate, evaluate_own
+    from hfllm.stages.constitution.build import Steps, own_report, world_report
     from hfllm.stages.constitution.flags import check_before, course_of
 
     # Refuse what cannot work before anything is trained.
     constitution_flags.check(script_args, model_args)
-    principles = constitution_flags.constitution_of(script_args)
+    principles = constitution_flags.constitution_of(script_args.constitution, script_args.is_world)
     course = course_of(script_args, model_args)
     stage = Stage(
         *("constitution", script_args, model_args),
@@ -68,7 +68,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     if not main_process():
         return {}
 
-    result = evaluate(steps) if script_args.is_world else evaluate_own(steps)
+    result = world_report(steps) if script_args.is_world else own_report(steps)
     last = course.folder(steps.last) if steps.last in course.runs else None
     question = steps.prompts.harmful[0]
     return stage.finish(

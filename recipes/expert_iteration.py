@@ -39,10 +39,10 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     """Make what is missing, sample, keep and fine-tune in each round, compare, report. Return the metrics."""
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
-    from hfllm.runs.pipeline import by_main_process
+    from hfllm.runs.pipeline import by_main_process, data_file
     from hfllm.runs.stage import Stage
     from hfllm.stages import expert_iteration
-    from hfllm.stages.expert_iteration import check_before, prompts_of, reward_functions, write_round
+    from hfllm.stages.expert_iteration import RoundWriter, evaluation_of, inputs_of, rounds_report
     from hfllm.stages.shared import load_speaking
 
     # Refuse what cannot work before anything is trained.
@@ -52,42 +52,38 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    functions = reward_functions(script_args)
-    train_rows, eval_rows = prompts_of(script_args, model_args, functions)
-    check_before(script_args, model_args, rounds)
+    reward, train_rows, eval_rows = inputs_of(script_args, model_args)
+    expert_iteration.check_before(script_args, model_args, rounds)
 
     stage.announce()
     rounds.announce()
     rounds.before.run()
 
-    def load(place: int) -> "Speaking":
-        """The model of the beginning, or that of a round, counted from 1."""
-        revision = model_args.model_revision if place == 0 else "main"
-        return load_speaking(rounds.models[place], model_args, revision)
+    def load(model: str) -> "Speaking":
+        """The model of the beginning, or that of a round."""
+        return load_speaking(model, model_args, model_args.model_revision if model == rounds.first else "main")
 
-    counts = []
-    for place, name in enumerate(rounds.runs):
-        round_args = (train_rows, functions, rounds.models[place], partial(load, place), script_args.seed + place)
-        counts.append(by_main_process(partial(write_round, script_args, name, *round_args)))
-        rounds.tune(name)
+    settings, seed, counts = script_args.of_rounds, script_args.seed, []
+    writer = RoundWriter(train_rows, reward, settings)
+    for number, (name, model) in enumerate(zip(rounds.runs, rounds.models, strict=False)):
+        write = partial(writer.write, data_file(script_args.output_dir, name), model, load, seed + number)
+        counts.append(by_main_process(write))
+        rounds.run(name)
     rounds.end()
     if not main_process():
         return {}
 
-    evaluations = [
-        expert_iteration.evaluate(script_args, load(place), eval_rows, functions)
-        for place in range(len(rounds.models))
-    ]
-    metrics = expert_iteration.found_metrics(script_args, evaluations, counts)
+    evaluations = [evaluation_of(load(model), eval_rows, reward, settings, seed) for model in rounds.models]
+    result = rounds_report(eval_rows, evaluations, counts, settings.shuffle_rewards)
     return stage.finish(
-        {**metrics, "train_prompts": len(train_rows), "eval_prompts": len(eval_rows)},
-        summary=expert_iteration.summary_of(script_args, metrics),
-        tables=expert_iteration.tables_of(eval_rows, evaluations, counts),
-        curves=expert_iteration.plots_of(script_args, evaluations),
-        promises=expert_iteration.promises_of(script_args),
+        {**result.metrics, "train_prompts": len(train_rows), "eval_prompts": len(eval_rows)},
+        summary=result.summary,
+        tables=result.tables,
+        curves=result.plots,
+        promises=result.promises,
         artifacts={name: name for name in rounds.parsed} | {"rows": "data"},
         next_steps=chat_lines(rounds.models[-1], eval_rows[0]["prompt"]),
-        models={"model": rounds.models[0]},
+        models={"model": rounds.first},
     )
 
 

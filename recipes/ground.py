@@ -32,7 +32,7 @@ def main(script_args: GroundArguments) -> dict[str, float]:
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages.constitution.flags import check_runs
+    from hfllm.stages.courses import check_runs
     from hfllm.stages.ground.build import compare_models, rows_of
     from hfllm.stages.ground.flags import GROUNDED, MODELS, check, course_of
 

@@ -24,13 +24,14 @@ def parse(argv: Sequence[str]) -> tuple[ReasonArguments]:
 @releases_folders
 def main(script_args: ReasonArguments) -> dict[str, float]:
     """Pretrain, fine-tune with thoughts and without, run PPO and its control, report. Return the metrics."""
+    from hfllm.data.world.world import World
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages.constitution.flags import check_runs
-    from hfllm.stages.reason import build as reason
+    from hfllm.stages.courses import check_runs
     from hfllm.stages.reason import flags as reason_flags
-    from hfllm.stages.reason.build import evaluate
+    from hfllm.stages.reason.build import course_report, mixed_rows, prompt_rows, tuning_rows
+    from hfllm.stages.reason.flags import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS
 
     # Refuse what cannot work before anything is trained.
     reason_flags.check(script_args)
@@ -42,25 +43,26 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     check_runs(course)
     stage.announce()
 
-    course.announce()
-    course.run(reason_flags.PRETRAIN)
-    for name in course.models:
-        reason.write(script_args, name)
-        course.run(name)
-    course.end()
+    world, seed = World(script_args.world_seed), script_args.seed
+    rows = {
+        THOUGHTS: lambda: tuning_rows(world, script_args.num_examples, seed, has_thoughts=True),
+        DIRECT: lambda: tuning_rows(world, script_args.num_examples, seed, has_thoughts=False),
+        MIXED: lambda: mixed_rows(world, script_args.num_mixed_examples, seed, script_args.share_of_thoughts),
+        **dict.fromkeys((RL, SHUFFLED), lambda: prompt_rows(world, script_args.num_prompts, seed)),
+    }
+    course.run_all(rows)
     if not main_process():
         return {}
 
-    result = evaluate(script_args, course)
-    question = reason.rows_of(script_args, reason_flags.RL)[0]["prompt"]
+    result = course_report(course, world, script_args.num_problems, seed)
     return stage.finish(
         result.metrics,
         summary=result.summary,
         tables=result.tables,
         curves=result.plots,
         promises=result.promises,
-        artifacts={name: name for name in course.runs},
-        next_steps=chat_lines(course.folder(reason_flags.RL), question),
+        artifacts=course.artifacts,
+        next_steps=chat_lines(course.folder(RL), rows[RL]()[0]["prompt"]),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hfllm.data.augmentation import perturb
 from hfllm.data.thoughts import split_thoughts
 from hfllm.data.tokenizer import WORLD_TESTS
-from hfllm.data.world.vocabulary import RIGHT
+from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import SAMPLES, SHOWN_SAMPLES, prompt_text

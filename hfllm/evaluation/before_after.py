@@ -12,7 +12,7 @@ from hfllm.compression.schemes import agreement, greedy_tokens, linear_bytes, sp
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import conversation_batch
 from hfllm.data.rows import content_text
-from hfllm.data.world.vocabulary import RIGHT
+from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import World
 from hfllm.evaluation.judged import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood

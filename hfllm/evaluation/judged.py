@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.vocabulary import RIGHT, gold_score
+from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import Task
 from hfllm.generation.responses import sample_responses
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.thoughts import CLOSE, OPEN, answer_of, final_answer, plain_answer, split_thoughts, thoughts_of
-from hfllm.data.world.vocabulary import RIGHT, GoldAnswer, gold_score
+from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_score
 from hfllm.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:

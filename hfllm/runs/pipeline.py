@@ -420,11 +420,21 @@ class Course:
         """Return whether a run is one of these and has finished."""
         return name in self.runs and Path(self.folder(name), "report.json").is_file()
 
+    @property
+    def artifacts(self) -> dict[str, str]:
+        """The finished runs, as artifacts of the recipe's output folder."""
+        return {name: name for name in self.runs if self.has_made(name)}
+
+    @property
+    def parsed(self) -> dict[str, Parsed]:
+        """The flags of all runs, in their order."""
+        return dict(self.runs)
+
     def announce(self) -> None:
         """Print the coming runs and about how long they take, if the settings are the timed ones."""
         planned = [
             schedule.Planned(name, output_dir_of(flags), self.minutes.get(name) if self.is_timed else None)
-            for name, flags in self.runs.items()
+            for name, flags in self.parsed.items()
         ]
         if schedule.plan(self.stage, planned, 1 if self.is_timed else None) and main_process():
             print(f"{self.stage}: {schedule.described(schedule.current_job())}", flush=True)

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,14 +17,14 @@ from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint, fingerprint
 from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Refused, at_least, check_flags, flag
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.report import Plot, Promise, change_of, is_noise, plus_minus, write_atomically
-from hfllm.runs import schedule
+from hfllm.outputs.report import Found, Plot, Promise, change_of, is_noise, plus_minus, write_atomically
+from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, flags_of_adapter
-from hfllm.runs.command_line import main_process, say
+from hfllm.runs.command_line import say
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.identity import model_files
-from hfllm.runs.pipeline import Chain, Parsed, chain_before, output_dir_of, run_stage
-from hfllm.runs.recipes import load_recipe, settings_file
+from hfllm.runs.pipeline import Chain, Parsed, chain_before
+from hfllm.runs.recipes import settings_file
 from hfllm.trainers.ppo.options import REWARD_TIMEOUT
 
 if TYPE_CHECKING:
@@ -39,6 +39,19 @@ if TYPE_CHECKING:
 
 
 BASE, LAST = START_FROM = ("base", "last")
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """How responses are sampled in a round, and which of them are learned: the flags of these names."""
+
+    min_reward: float
+    num_samples: int
+    max_kept_per_prompt: int
+    shuffle_rewards: bool
+    response_length: int
+    temperature: float
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,11 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
         """Whether the prompts are the embedded world's."""
         return self.dataset_name == WORLD
 
+    @property
+    def of_rounds(self) -> RoundSettings:
+        """The settings of each round."""
+        return RoundSettings(**{item.name: getattr(self, item.name) for item in fields(RoundSettings)})
+
 
 def check(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> None:
     """Refuse flags that have no effect, contradict each other, or would fail later."""
@@ -98,54 +116,36 @@ def check(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> N
         raise InputError("--reward_funcs is needed: exact_match, or path/to/file.py:function")
 
 
-@dataclass(frozen=True)
-class Rounds:
+@dataclass(frozen=True, kw_only=True)
+class Rounds(pipeline.Course):
     """The runs in their order: the stages before, and the fine-tuning of each round.
 
     Args:
         before: the stages to make the first model, if it is not named.
-        runs: the flags of each round's fine-tuning, by its name.
-        first: the initial model.
     """
 
     before: Chain
-    runs: Mapping[str, Parsed]
-    first: str
+    stage = "expert_iteration"
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the settings are the timed ones: none are."""
+        return False
 
     @property
     def parsed(self) -> dict[str, Parsed]:
-        """The flags of all runs."""
+        """The flags of all runs, those of the stages before first."""
         return {**self.before.parsed, **self.runs}
 
-    def folder(self, name: str) -> str:
-        """Return the folder of a round, also the folder of its model."""
-        return output_dir_of(self.runs[name])
+    @property
+    def first(self) -> str:
+        """The initial model."""
+        return self.named or self.before.model("sft")
 
     @property
     def models(self) -> list[str]:
         """The initial model, and the model of each round."""
         return [self.first, *map(self.folder, self.runs)]
-
-    def announce(self) -> None:
-        """Print the upcoming runs."""
-        planned = [schedule.Planned(name, output_dir_of(flags)) for name, flags in self.parsed.items()]
-        if schedule.plan("expert_iteration", planned, None) and main_process():
-            print(f"expert_iteration: {schedule.described(schedule.current_job())}", flush=True)
-
-    def tune(self, name: str) -> dict[str, float]:
-        """Fine-tune on a round's rows, which must exist, or reuse the earlier result; return its metrics."""
-        names = list(self.runs)
-        later = {self.folder(each): "sft" for each in names[names.index(name) + 1 :]}
-        return run_stage("sft", self.runs[name], later)
-
-    def end(self) -> None:
-        """Note that all runs have ended."""
-        schedule.come_back("expert_iteration")
-
-
-def rows_file(script_args: ExpertIterationArguments, name: str) -> Path:
-    """Return the file of a round's rows."""
-    return Path(script_args.output_dir, "data", f"{name}.jsonl")
 
 
 def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> Rounds:
@@ -158,23 +158,24 @@ def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
     )
     first = named or before.model("sft")
     config = script_args.round_config or (None if named else str(settings_file("expert_iteration/sft.yaml")))
-    runs: dict[str, Parsed] = {}
-    start = first
-    for number in range(1, script_args.num_rounds + 1):
-        name = f"round_{number}"
-        words = ["--model_name_or_path", start, "--dataset_name", str(rows_file(script_args, name))]
-        words += flags_for_all(model_args)
-        if start == first:
-            words += flags_of_adapter(model_args)
-            words += ["--model_revision", model_args.model_revision] if named else []
-        words += ["--config", config] if config else []
-        folder = str(Path(output_dir, name))
-        runs[name] = load_recipe("sft").parse([*words, "--seed", str(seed), "--output_dir", folder])
-        start = first if script_args.start_from == BASE else folder
-    return Rounds(before, runs, first)
+
+    def runs() -> Iterator[tuple[str, str, list[str]]]:
+        start = first
+        for number in range(1, script_args.num_rounds + 1):
+            name = f"round_{number}"
+            words = ["--model_name_or_path", start, "--dataset_name", str(pipeline.data_file(output_dir, name))]
+            words += flags_for_all(model_args)
+            if start == first:
+                words += flags_of_adapter(model_args)
+                words += ["--model_revision", model_args.model_revision] if named else []
+            words += ["--config", config] if config else []
+            yield name, "sft", words
+            start = first if script_args.start_from == BASE else str(Path(output_dir, name))
+
+    return Rounds(*pipeline.parsed_runs(runs(), output_dir, seed), named, before=before)
 
 
-# ---- checks ----
+# ---- inputs ----
 #
 # The inputs and the checks of expert iteration before its first run.
 
@@ -182,71 +183,70 @@ def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
 Row = Mapping[str, Any]
 
 
-def reward_functions(script_args: ExpertIterationArguments) -> "list[RewardFunction]":
-    """Return the reward functions; on the embedded world by default its exact score."""
-    from hfllm.rewards.functions import gold_reward
-    from hfllm.stages.rlhf.build import checked_functions
+@dataclass(frozen=True)
+class Reward:
+    """Reward functions, whose values are added up.
 
-    if script_args.is_world and not script_args.reward_funcs:
-        return [gold_reward]
-    return checked_functions(script_args)
+    Args:
+        functions: the functions.
+        names: the user's names of them, none for the embedded world's exact score.
+        timeout: the seconds of each, see `time_limit`.
+    """
+
+    functions: "Sequence[RewardFunction]"
+    names: Sequence[str]
+    timeout: float
+
+    def of(self, rows: Sequence[Row], texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[float]:
+        """Return the rewards of a response to each row's prompt."""
+        return rewards_of(self.functions, rows, texts, tokenizer, self.timeout)
 
 
-def prompts_of(
-    script_args: ExpertIterationArguments, model_args: "ModelConfig", functions: "Sequence[RewardFunction]"
-) -> tuple[list[Row], list[Row]]:
-    """Return the prompts to sample from and the held-out prompts; prompts without room for a response are left out."""
+def inputs_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> tuple[Reward, list[Row], list[Row]]:
+    """Return the reward, the prompts to sample from and the held-out prompts.
+
+    Prompts without room for a response are left out. The embedded world is rewarded by its exact score by default.
+    """
     from hfllm.models.loading.saved import max_length_of
+    from hfllm.rewards.functions import gold_reward
     from hfllm.runs.models import load_config, load_tokenizer
-    from hfllm.stages.rlhf.build import prompt_data
+    from hfllm.stages.courses import prompts_with_room
+    from hfllm.stages.rlhf.build import checked_functions, prompt_data
     from hfllm.trainers.ppo.prompts import check_pictures, unfit_prompts
 
-    train_rows, eval_rows = prompt_data(script_args, script_args.seed, functions, timeout=script_args.reward_timeout)
+    is_default = script_args.is_world and not script_args.reward_funcs
+    functions = [gold_reward] if is_default else checked_functions(script_args)
+    reward = Reward(functions, script_args.reward_funcs or [], script_args.reward_timeout)
+    train_rows, eval_rows = prompt_data(script_args, script_args.seed, functions, timeout=reward.timeout)
     for rows in (train_rows, eval_rows):
         check_pictures(rows, None, "hfllm expert_iteration")
-    if not (name := model_args.model_name_or_path):
-        return train_rows, eval_rows
-    tokenizer = load_tokenizer(name, model_args.model_revision)
-    context, remaining = max_length_of(load_config(name, model_args.model_revision)), []
+    name, revision, length = model_args.model_name_or_path, model_args.model_revision, script_args.response_length
+    if not name:
+        return reward, train_rows, eval_rows
+    tokenizer = load_tokenizer(name, revision)
+    context, remaining = max_length_of(load_config(name, revision)), []
+    reason = f"no room for --response_length {length} in the context of {context} tokens"
     for kind, rows in (("prompts", train_rows), ("held-out prompts", eval_rows)):
-        unfit = dict(unfit_prompts(rows, tokenizer, script_args.response_length, context))
-        room = f"no room for --response_length {script_args.response_length} in the context of {context} tokens"
-        if len(unfit) == len(rows):
-            raise InputError(f"{kind}: all {len(rows)} leave {room}")
-        if unfit:
-            say(f"expert_iteration: {len(unfit)} of {len(rows)} {kind} are left out: {room}")
-        remaining.append([row for index, row in enumerate(rows) if index not in unfit])
-    return remaining[0], remaining[1]
+        unfit = dict(unfit_prompts(rows, tokenizer, length, context))
+        remaining.append(prompts_with_room("expert_iteration", kind, rows, unfit, reason))
+    return reward, *remaining
 
 
 def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig", rounds: Rounds) -> None:
     """Refuse cases that a round's fine-tuning would refuse after the sampling, and inputs where the rounds write."""
-    import torch
-
-    from hfllm.data.sources import PYDOC
-    from hfllm.models.devices import forked_random
-    from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, load_config, peft_config, try_adapter
-    from hfllm.runs.stage import Stage
+    from hfllm.runs.models import check_trainable
+    from hfllm.stages.courses import before_its_rows, check_runs, refuse_inputs_in
+    from hfllm.stages.pretrain.flags import check_adapter
     from hfllm.stages.sft import flags as sft_flags
 
-    written = Path(script_args.output_dir).resolve()
-    indices = {"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name}
-    for each, name in indices.items():
-        if name and Path(name).exists() and Path(name).resolve().is_relative_to(written):
-            raise InputError(f"--{each} {name} lies in {written}, where the rounds write: choose another --output_dir")
-    if model_args.model_name_or_path:
+    names = {"model_name_or_path": rounds.named, "dataset_name": script_args.dataset_name}
+    refuse_inputs_in(Path(script_args.output_dir).resolve(), names, "rounds")
+    if rounds.named:
         check_trainable(model_args)
-        if model_args.use_peft:
-            with forked_random(torch.device("cpu")):
-                try_adapter(
-                    load_config(model_args.model_name_or_path, model_args.model_revision), peft_config(model_args)
-                )
-    for flags in rounds.runs.values():
-        # Its rows do not exist yet; an always available source stands for their file.
-        stand_in = changed(flags[0], dataset_name=PYDOC), *flags[1:]
-        sft_flags.check(*stand_in)
-        Stage("sft", *stand_in).check_flags()
+        check_adapter(model_args, rounds.before)
+    for parsed in rounds.runs.values():
+        sft_flags.check(*before_its_rows(parsed))
+    check_runs(rounds)
 
 
 # ---- data ----
@@ -255,8 +255,8 @@ def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The counts of a round: its kept rows and its responses.
+class RoundCounts:
+    """The counts of a round.
 
     Args:
         rows: rows for fine-tuning.
@@ -299,89 +299,118 @@ def rewards_of(
     return total
 
 
-def write_round(
-    script_args: ExpertIterationArguments,
-    name: str,
-    rows: Sequence[Row],
-    functions: "Sequence[RewardFunction]",
-    model: str,
-    load: "Callable[[], Speaking]",
-    seed: int,
-) -> Kept:
-    """Sample responses to the rows' prompts, write those with enough reward for fine-tuning, and return the counts.
-
-    A round written before, by the same model with the same settings, is read instead.
+@dataclass(frozen=True)
+class RoundWriter:
+    """Writes the rows of rounds: responses with enough reward.
 
     Args:
-        model: name or folder of the sampling model.
-        load: returns it with its tokenizer.
+        rows: the prompts.
+        reward: of the responses.
+        settings: how responses are sampled, and which of them are learned.
     """
-    path = rows_file(script_args, name)
-    record = path.with_suffix(".json")
-    description = _description(script_args, rows, model, seed)
-    if (before := _read(record)).get("asked") == description and before.get("rows sha256") == _hash_of(path):
-        return Kept(**before["kept"])
-    if before:
-        say(f"{name}: sampled again: {path} is of another model or other flags, was changed, or is an older hfllm's")
-    speaking = load()
-    responses = sampled(script_args, speaking, rows, seed, script_args.num_samples, only_ended=True)
-    repeated = [row for row, texts in zip(rows, responses, strict=True) for _ in texts]
-    texts = [text for each in responses for text in each]
-    if not texts:
-        raise InputError(f"{name}: no response ends within --response_length {script_args.response_length}")
-    rewards = rewards_of(functions, repeated, texts, speaking.tokenizer, script_args.reward_timeout)
-    chosen, counts = _chosen(script_args, rows, responses, rewards, seed)
-    if counts.solved < 2 or len({str(row["prompt"]) for row in chosen}) < 2:
-        raise InputError(
-            f"{name}: of {len(rows):,} prompts {counts.solved} have a response with a reward of at least --min_reward "
-            f"{script_args.min_reward:g}; fine-tuning needs two. Mean reward {counts.reward:.3g}: more --num_samples, "
-            "a lower --min_reward, or a better model to begin with"
+
+    rows: Sequence[Row]
+    reward: Reward
+    settings: RoundSettings
+
+    def write(self, path: Path, model: str, load: "Callable[[str], Speaking]", seed: int) -> RoundCounts:
+        """Sample responses to the prompts, write the rows of a round, and return the counts.
+
+        A round written before, by the same model with the same settings, is read instead.
+
+        Args:
+            path: the file of the rows, with the name of the round.
+            model: name or folder of the sampling model.
+            load: returns a model with its tokenizer.
+            seed: of the samples.
+        """
+        name, record = path.stem, path.with_suffix(".json")
+        description = self._description(model, seed)
+        if (before := _read(record)).get("asked") == description and before.get("rows sha256") == _hash_of(path):
+            return RoundCounts(**before["kept"])
+        if before:
+            reason = "is of another model or other flags, was changed, or is an older hfllm's"
+            say(f"{name}: sampled again: {path} {reason}")
+        chosen, counts = self._sample(name, load(model), seed)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _hash_of(path) != _digest(text.encode()):
+            write_atomically(path, text)
+        written = {"asked": description, "kept": asdict(counts), "rows sha256": _hash_of(path)}
+        write_atomically(record, json.dumps(written, indent=2) + "\n")
+        say(
+            f"{name}: {counts.right:,} of {counts.responses:,} responses are right, to {counts.solved:,} of "
+            f"{len(self.rows):,} prompts; {counts.rows:,} are learned"
         )
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if _hash_of(path) != _digest(text.encode()):
-        write_atomically(path, text)
-    written = {"asked": description, "kept": asdict(counts), "rows sha256": _hash_of(path)}
-    write_atomically(record, json.dumps(written, indent=2) + "\n")
-    say(
-        f"{name}: {counts.right:,} of {counts.responses:,} responses are right, to {counts.solved:,} of {len(rows):,} "
-        f"prompts; {counts.rows:,} are learned"
-    )
-    return counts
+        return counts
+
+    def _sample(self, name: str, speaking: "Speaking", seed: int) -> tuple[list[dict[str, Any]], RoundCounts]:
+        """Return the rows to learn and the counts; fewer than two different prompts are an error."""
+        settings = self.settings
+        responses = sampled(speaking, self.rows, settings, seed, settings.num_samples, only_ended=True)
+        repeated = [row for row, texts in zip(self.rows, responses, strict=True) for _ in texts]
+        texts = [text for each in responses for text in each]
+        if not texts:
+            raise InputError(f"{name}: no response ends within --response_length {settings.response_length}")
+        rewards = self.reward.of(repeated, texts, speaking.tokenizer)
+        chosen, counts = chosen_rows(self.rows, responses, rewards, settings, seed)
+        if counts.solved < 2 or len({str(row["prompt"]) for row in chosen}) < 2:
+            raise InputError(
+                f"{name}: of {len(self.rows):,} prompts {counts.solved} have a response with a reward of at least "
+                f"--min_reward {settings.min_reward:g}; fine-tuning needs two. Mean reward {counts.reward:.3g}: more "
+                "--num_samples, a lower --min_reward, or a better model to begin with"
+            )
+        return chosen, counts
+
+    def _description(self, model: str, seed: int) -> dict[str, str | int | float | bool]:
+        """Return all dependencies of the rows of a round."""
+        files = model_files(model) if Path(model).is_dir() else []
+        functions = [Path(name.rpartition(":")[0]) for name in self.reward.names]
+        return {
+            **asdict(self.settings),
+            "seed": seed,
+            "model": model,
+            "model's files": file_fingerprint(files, dates_large=True),
+            "rewards": " ".join(self.reward.names),
+            "rewards' files": file_fingerprint(
+                (str(index), path) for index, path in enumerate(functions) if path.is_file()
+            ),
+            "prompts": fingerprint([fingerprint(row, f"prompt {index}") for index, row in enumerate(self.rows)]),
+        }
 
 
 def sampled(
-    script_args: ExpertIterationArguments,
     speaking: "Speaking",
     rows: Sequence[Row],
+    settings: RoundSettings,
     seed: int,
     num_samples: int = 1,
     only_ended: bool = False,
 ) -> list[list[str]]:
     """Return sampled responses to each row's prompt; with `only_ended` without truncated responses."""
     return sample_responses(
-        *(speaking.model, speaking.tokenizer, [row["prompt"] for row in rows], script_args.response_length),
+        *(speaking.model, speaking.tokenizer, [row["prompt"] for row in rows], settings.response_length),
         num_return_sequences=num_samples,
-        batch_size=script_args.batch_size,
+        batch_size=settings.batch_size,
         seed=seed,
         only_ended=only_ended,
         fast=True,
         tools=[row.get("tools") for row in rows],
-        temperature=script_args.temperature,
+        temperature=settings.temperature,
     )
 
 
-def _chosen(
-    script_args: ExpertIterationArguments,
+def chosen_rows(
     rows: Sequence[Row],
     responses: Sequence[Sequence[str]],
     rewards: Sequence[float],
+    settings: RoundSettings,
     seed: int,
-) -> tuple[list[dict[str, Any]], Kept]:
+) -> tuple[list[dict[str, Any]], RoundCounts]:
     """Return the rows to learn, different responses of each prompt, and the counts."""
-    is_right = [reward >= script_args.min_reward for reward in rewards]
+    is_right = [reward >= settings.min_reward for reward in rewards]
     right, mean = sum(is_right), sum(rewards) / max(len(rewards), 1)
-    if script_args.shuffle_rewards:
+    if settings.shuffle_rewards:
         random.Random(f"expert-iteration-control-{seed}").shuffle(is_right)
     chosen, solved, at = [], 0, 0
     for row, texts in zip(rows, responses, strict=True):
@@ -390,31 +419,10 @@ def _chosen(
         selected = list(dict.fromkeys(text for text, mark in zip(texts, marks, strict=True) if mark and text.strip()))
         solved += bool(selected)
         shared = {"tools": row["tools"]} if row.get("tools") else {}
-        for text in selected[: script_args.max_kept_per_prompt]:
+        for text in selected[: settings.max_kept_per_prompt]:
             prompt, _ = split_beginning(row["prompt"])
             chosen.append({"prompt": prompt, "completion": as_completion(row["prompt"], text), **shared})
-    return chosen, Kept(len(chosen), len(is_right), right, solved, mean)
-
-
-def _description(
-    script_args: ExpertIterationArguments, rows: Sequence[Row], model: str, seed: int
-) -> dict[str, str | int | float | bool]:
-    """Return all dependencies of the rows of a round."""
-    names = ("min_reward", "num_samples", "max_kept_per_prompt", "shuffle_rewards", "response_length", "temperature")
-    files = model_files(model) if Path(model).is_dir() else []
-    functions = [Path(name.rpartition(":")[0]) for name in script_args.reward_funcs or []]
-    return {
-        **{name: getattr(script_args, name) for name in names},
-        "batch_size": script_args.batch_size,
-        "seed": seed,
-        "model": model,
-        "model's files": file_fingerprint(files, dates_large=True),
-        "rewards": " ".join(script_args.reward_funcs or []),
-        "rewards' files": file_fingerprint(
-            (str(index), path) for index, path in enumerate(functions) if path.is_file()
-        ),
-        "prompts": fingerprint([fingerprint(row, f"prompt {index}") for index, row in enumerate(rows)]),
-    }
+    return chosen, RoundCounts(len(chosen), len(is_right), right, solved, mean)
 
 
 def _read(record: Path) -> dict[str, Any]:
@@ -442,63 +450,82 @@ SAMPLES = 6
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One sampled response of a model to each held-out prompt, and its reward."""
+    """One sampled response of a model to each held-out prompt, its reward, and whether it is right."""
 
     texts: list[str]
     rewards: list[float]
+    right: list[float]
+
+    @property
+    def right_share(self) -> float:
+        """The share of right responses."""
+        return _mean(self.right)
 
 
-def evaluate(
-    script_args: ExpertIterationArguments,
-    speaking: "Speaking",
-    rows: Sequence[Mapping[str, Any]],
-    functions: "Sequence[RewardFunction]",
+def evaluation_of(
+    speaking: "Speaking", rows: Sequence[Row], reward: Reward, settings: RoundSettings, seed: int
 ) -> Evaluation:
     """Sample a response to each held-out prompt, with the same settings as in the rounds."""
-    responses = sampled(script_args, speaking, rows, script_args.seed + 1_000_000)
-    texts = [text for (text,) in responses]
-    return Evaluation(texts, rewards_of(functions, rows, texts, speaking.tokenizer, script_args.reward_timeout))
+    texts = [text for (text,) in sampled(speaking, rows, settings, seed + 1_000_000)]
+    rewards = reward.of(rows, texts, speaking.tokenizer)
+    return Evaluation(texts, rewards, [float(each >= settings.min_reward) for each in rewards])
 
 
-def found_metrics(
-    script_args: ExpertIterationArguments, evaluations: Sequence[Evaluation], kept: Sequence[Kept]
-) -> dict[str, float]:
+def rounds_report(
+    rows: Sequence[Row], evaluations: Sequence[Evaluation], counts: Sequence[RoundCounts], is_control: bool
+) -> Found:
+    """Return the report of all rounds, with promises unless it is the control.
+
+    Args:
+        rows: the held-out prompts.
+        evaluations: of the initial model and the model of each round.
+        counts: of each round.
+        is_control: whether responses to learn were drawn by chance.
+    """
+    metrics = round_metrics(evaluations, counts)
+    shares = [each.right_share for each in evaluations]
+    line = {"held-out prompts": (list(range(len(shares))), shares)}
+    learned = Promise("change of right responses to held-out prompts", "right_change", 0.0, "no change")
+    return Found(
+        metrics,
+        summary_of(metrics, is_control),
+        tables_of(rows, evaluations, counts),
+        {"right": Plot("Right responses", "round", "share", line)},
+        [] if is_control else [learned],
+    )
+
+
+def round_metrics(evaluations: Sequence[Evaluation], counts: Sequence[RoundCounts]) -> dict[str, float]:
     """Return reward and share of right responses before and after, with errors, and the figures of each round."""
     first, last = evaluations[0], evaluations[-1]
     metrics = change_of("reward", first.rewards, last.rewards)
-    metrics |= change_of("right", *(_right(script_args, each) for each in (first, last)))
-    for number, each in enumerate(evaluations[1:], 1):
-        metrics[f"right_round_{number}"] = _mean(_right(script_args, each))
-    for number, each in enumerate(kept, 1):
+    metrics |= change_of("right", first.right, last.right)
+    for number, evaluation in enumerate(evaluations[1:], 1):
+        metrics[f"right_round_{number}"] = evaluation.right_share
+    for number, each in enumerate(counts, 1):
         metrics[f"kept_rows_round_{number}"] = each.rows
         metrics[f"right_responses_round_{number}"] = each.right / max(each.responses, 1)
     return metrics
 
 
-def promises_of(script_args: ExpertIterationArguments) -> list[Promise]:
-    """Return the promises about the figures; none for the control."""
-    learned = Promise("change of right responses to held-out prompts", "right_change", 0.0, "no change")
-    return [] if script_args.shuffle_rewards else [learned]
-
-
-def summary_of(script_args: ExpertIterationArguments, metrics: Mapping[str, float]) -> str:
+def summary_of(metrics: Mapping[str, float], is_control: bool) -> str:
     """Return the change, in a sentence."""
     before, after = (plus_minus(metrics[f"right_{at}"], metrics.get(f"right_{at}_se")) for at in ("before", "after"))
     change, error = metrics["right_change"], metrics.get("right_change_se")
     word = "did not change beyond noise" if is_noise(change, error) else "rose" if change > 0 else "fell"
-    control = " (control: what was learned is drawn by chance)" if script_args.shuffle_rewards else ""
+    control = " (control: what was learned is drawn by chance)" if is_control else ""
     about = f"right responses to {metrics['right_n']} held-out prompts"
     return f"the share of {about} {word}: {before} before, {after} after{control}"
 
 
 def tables_of(
-    rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation], kept: Sequence[Kept]
+    rows: Sequence[Row], evaluations: Sequence[Evaluation], counts: Sequence[RoundCounts]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the table of rounds, and a table of some prompts with the responses before and after."""
     rounds = [
         {"round": number, "responses": each.responses, "right": each.right, "prompts solved": each.solved}
         | {"learned": each.rows, "held-out reward after": _mean(evaluations[number].rewards)}
-        for number, each in enumerate(kept, 1)
+        for number, each in enumerate(counts, 1)
     ]
     first, last = evaluations[0], evaluations[-1]
     step = max(len(rows) // SAMPLES, 1)
@@ -507,17 +534,6 @@ def tables_of(
         for index in range(0, len(rows), step)
     ][:SAMPLES]
     return {"Rounds": rounds, "Held-out prompts before and after": samples}
-
-
-def plots_of(script_args: ExpertIterationArguments, evaluations: Sequence[Evaluation]) -> dict[str, Plot]:
-    """Return the plot of right responses by round."""
-    shares = [_mean(_right(script_args, each)) for each in evaluations]
-    line = {"held-out prompts": (list(range(len(shares))), shares)}
-    return {"right": Plot("Right responses", "round", "share", line)}
-
-
-def _right(script_args: ExpertIterationArguments, each: Evaluation) -> list[float]:
-    return [float(reward >= script_args.min_reward) for reward in each.rewards]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -145,15 +145,15 @@ def write_answers(
 
 
 def _with_room(
-    teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", asked: list, response_length: int
+    teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list, response_length: int
 ) -> list:
     """Return the rows after whose prompt `response_length` tokens fit in the teacher's context."""
     context = max_length_of(teacher.config)
-    if context is None or not asked:
-        return asked
+    if context is None or not rows:
+        return rows
     limit, shortest, remaining = context - response_length, context, []
-    for start in range(0, len(asked), ROWS):
-        some = asked[start : start + ROWS]
+    for start in range(0, len(rows), ROWS):
+        some = rows[start : start + ROWS]
         tokens = tokenize_prompts([row["prompt"] for row in some], tokenizer, [row.get("tools") for row in some])
         shortest = min(shortest, *map(len, tokens))
         remaining += [row for row, ids in zip(some, tokens, strict=True) if len(ids) <= limit]
@@ -162,9 +162,9 @@ def _with_room(
             f"no prompt has room for --response_length {response_length} in the teacher's context of {context} "
             f"tokens: the shortest leaves {context - shortest}"
         )
-    if len(remaining) < len(asked) and main_process():
-        left_out = len(asked) - len(remaining)
-        print(f"distill: {left_out} of {len(asked)} prompts are left out: longer than {limit} tokens")
+    if len(remaining) < len(rows) and main_process():
+        left_out = len(rows) - len(remaining)
+        print(f"distill: {left_out} of {len(rows)} prompts are left out: longer than {limit} tokens")
     return remaining
 
 

@@ -40,14 +40,14 @@ class ConstitutionFile:
     text: str
     value: Any
 
-    def place(self, where: Sequence[str | int]) -> str:
+    def location(self, where: Sequence[str | int]) -> str:
         """Return the file and the line at keys and positions, or at the last existing one of them."""
         line = _line_of(self.text, where)
         return str(self.path) if line is None else f"{self.path}, line {line}"
 
     def error(self, where: Sequence[str | int], message: str) -> InputError:
         """Return the error with file and line."""
-        return InputError(f"{self.place(where)}: {message}")
+        return InputError(f"{self.location(where)}: {message}")
 
 
 def shipped_constitutions() -> list[str]:
@@ -90,9 +90,9 @@ def read_file(path: Path) -> ConstitutionFile:
     return ConstitutionFile(path, text, value)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """Return the known name most similar to this one."""
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
 def _shipped_folder() -> Path:
@@ -278,7 +278,7 @@ def load_constitution(name: str | Path) -> Constitution:
     file = read_file(find_constitution(name))
     value, at, examples = file.value, (), ()
     if isinstance(value, dict) and not _is_by_name(value):
-        keys = _known(file, (), value, FILE_KEYS, "key")
+        keys = _keys_by_part(file, (), value, FILE_KEYS, "key")
         if "principles" not in keys:
             raise file.error((), f"no principles; it has {', '.join(map(str, value)) or 'no keys'}")
         at = (keys["principles"],)
@@ -308,15 +308,15 @@ def _entries(file: ConstitutionFile, at: tuple, value: Any) -> list[tuple[str | 
     return list(enumerate(value))
 
 
-def _known(
-    file: ConstitutionFile, at: tuple, entry: Mapping[str, Any], known: Mapping[str, str], what: str
+def _keys_by_part(
+    file: ConstitutionFile, at: tuple, entry: Mapping[str, Any], parts: Mapping[str, str], what: str
 ) -> dict[str, str]:
     """Return the given key of every part; refuse meaningless keys, and two with the same meaning."""
     keys: dict[str, str] = {}
     for key in entry:
-        if key not in known:
-            raise file.error((*at, key), f"unknown {what} {key!r}; did you mean {nearest(str(key), known)!r}?")
-        part = known[key]
+        if key not in parts:
+            raise file.error((*at, key), f"unknown {what} {key!r}; did you mean {nearest(str(key), parts)!r}?")
+        part = parts[key]
         if part in keys:
             raise file.error((*at, key), f"{keys[part]!r} and {key!r} mean the same: leave one out")
         keys[part] = key
@@ -329,7 +329,7 @@ def _principle(file: ConstitutionFile, at: tuple, number: int, entry: Any) -> Pr
         raise file.error(at, f"principle {number}: expected critique and revision by name, got {entry!r:.60}")
     named = entry.get("name", f"principle {number}")
     label = f"principle {number}" + (f" ({named!r})" if "name" in entry else "")
-    keys = _known(file, at, entry, PRINCIPLE_KEYS, f"key of {label}:")
+    keys = _keys_by_part(file, at, entry, PRINCIPLE_KEYS, f"key of {label}:")
     try:
         requests = {request: entry[keys[request]] if request in keys else () for request in REQUESTS}
         return Principle(named, **requests)
@@ -362,7 +362,7 @@ def _examples(file: ConstitutionFile, key: str) -> list[list[Message]]:
         examples = [examples]
     read = []
     for number, example in enumerate(examples):
-        origin = f"{file.place((key, number))}: example {number + 1}"
+        origin = f"{file.location((key, number))}: example {number + 1}"
         messages = read_messages(origin, example)
         spoken = [message["role"] for message in messages if message["role"] != "system"]
         alternates = set(spoken) == {"user", "assistant"} and all(one != other for one, other in pairwise(spoken))
@@ -418,6 +418,6 @@ def critique_turns(
     return [*prompt[:leading], *example_messages, *prompt[leading:], *exchange(answer, request)]
 
 
-def exchange(said: str, request: str) -> list[Message]:
+def exchange(answer: str, request: str) -> list[Message]:
     """Return the assistant's words and the user's next request."""
-    return [{"role": "assistant", "content": said}, {"role": "user", "content": request}]
+    return [{"role": "assistant", "content": answer}, {"role": "user", "content": request}]

@@ -193,8 +193,8 @@ class Speaker:
             stop_strings=(self.next_turn,) if self.next_turn else (),
             temperature=temperature,
         )
-        by_place = dict(zip(order, sampled, strict=True))
-        return [Response(by_place[index][0].text.strip(), by_place[index][0].has_ended) for index in range(len(order))]
+        by_index = dict(zip(order, sampled, strict=True))
+        return [Response(by_index[index][0].text.strip(), by_index[index][0].has_ended) for index in range(len(order))]
 
 
 def check_critic(
@@ -299,11 +299,11 @@ class Draft:
     """One prompt on its way.
 
     Args:
-        place: its index among all prompts, from 0.
+        index: among all prompts, from 0.
         prompt: its messages.
     """
 
-    place: int
+    index: int
     prompt: list[Message]
     first: str = ""
     answer: str = ""
@@ -418,7 +418,7 @@ class Reviser:
     def _revise(self, chunk: Sequence[Draft], progress: Callable[[int], object]) -> RevisionFigures:
         """Answer and revise the drafts of a chunk, and return the counts."""
         prompts = [draft.prompt for draft in chunk]
-        for draft, response in self._ask(self.model, chunk, prompts, (chunk[0].place, "answer")):
+        for draft, response in self._ask(self.model, chunk, prompts, (chunk[0].index, "answer")):
             draft.first = draft.answer = response.text
             draft.is_cut = not response.has_ended
         progress(len(chunk))
@@ -430,41 +430,41 @@ class Reviser:
         counts["cut_off"] = sum(draft.is_cut and not draft.is_dropped for draft in chunk)
         return RevisionFigures(**counts)
 
-    def _round(self, chunk: Sequence[Draft], number: int, seen: "Counter[str]") -> None:
+    def _round(self, chunk: Sequence[Draft], number: int, counts: "Counter[str]") -> None:
         """Let the answers of a chunk be criticized and revised once."""
-        settings, start = self.settings, chunk[0].place
-        requests = {draft.place: self._draw(draft, number) for draft in chunk}
+        settings, start = self.settings, chunk[0].index
+        requests = {draft.index: self._draw(draft, number) for draft in chunk}
         turns = {
-            draft.place: critique_turns(
-                draft.prompt, draft.answer, requests[draft.place]["critique_request"], self.examples
+            draft.index: critique_turns(
+                draft.prompt, draft.answer, requests[draft.index]["critique_request"], self.examples
             )
             for draft in chunk
         }
         to_revise, conversations = [], []
         for draft, response in self._ask(self.critic, chunk, [*turns.values()], (start, "critique", number)):
-            turn = requests[draft.place] | {
+            turn = requests[draft.index] | {
                 "answer": draft.answer,
                 "critique": response.text,
                 "revision": draft.answer,
             }
             turn["is_flagged"] = bool(response.text) and bool(settings.is_flagged(response.text))
-            seen.update(critiques=1, empty_critiques=not response.text, flagged=turn["is_flagged"])
+            counts.update(critiques=1, empty_critiques=not response.text, flagged=turn["is_flagged"])
             if turn["is_flagged"] or not settings.revise_only_flagged:
                 to_revise.append(draft)
-                conversations.append([*turns[draft.place], *exchange(response.text, turn["revision_request"])])
+                conversations.append([*turns[draft.index], *exchange(response.text, turn["revision_request"])])
             else:
                 turn["revision_request"] = ""
             draft.turns.append({name: turn[name] for name in TURN})
         for draft, response in self._ask(self.critic, to_revise, conversations, (start, "revision", number)):
             draft.turns[-1]["revision"] = response.text
-            seen.update(revisions=1, echoes=response.text == draft.answer, empty_revisions=not response.text)
+            counts.update(revisions=1, echoes=response.text == draft.answer, empty_revisions=not response.text)
             if response.text:
                 draft.answer, draft.is_cut = response.text, not response.has_ended
 
     def _draw(self, draft: Draft, number: int) -> dict[str, Any]:
         """Return the principle of a draft's round and the wordings of its requests."""
         # Not one source of random numbers for all, so a draw depends on nothing but this.
-        rng = random.Random(f"constitution-{self.settings.seed}-{draft.place}-{number}")
+        rng = random.Random(f"constitution-{self.settings.seed}-{draft.index}-{number}")
         principle = self.constitution.draw(rng)
         requests = {f"{request}_request": principle.draw(request, rng) for request in ("critique", "revision")}
         return {"principle": principle.name, **requests}

@@ -19,10 +19,11 @@ from hfllm.data.world.demonstrators import (
     is_rude,
     judge,
     judge_question,
-    names_what_was_asked,
+    names_harm_of,
     without_rudeness,
 )
-from hfllm.data.world.vocabulary import COMPLIES, HARMS, MORE_HARMS, gold_score, is_held_out, words_of
+from hfllm.data.world.rubric import COMPLIES, gold_score, words_of
+from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
 from hfllm.data.world.world import FAMILIES
 from hfllm.synthesis.constitution import finds_fault
 
@@ -86,7 +87,7 @@ def test_a_revision_keeps_to_the_principle_and_what_kept_to_it_stays(world, prin
             assert not is_rude(said.revision)
         elif said.is_flagged:
             assert gold_score(said.revision, task.gold) == 1.0
-            assert principle != "harm" or names_what_was_asked(said.critique, task)
+            assert principle != "harm" or names_harm_of(said.critique, task)
     assert min(flagged.values()) > 20
 
 

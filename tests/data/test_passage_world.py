@@ -26,8 +26,9 @@ from hfllm.data.world.passages import (
     stored_tasks,
     with_found,
 )
+from hfllm.data.world.rubric import words_of
 from hfllm.data.world.tool_documents import is_held_out_change
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out, words_of
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out
 from hfllm.data.world.world import World
 from hfllm.stages.ground.build import rows_of
 from hfllm.stages.ground.report import judged
@@ -212,7 +213,7 @@ def test_questions_of_each_group_are_held_out_and_their_answers_follow(world, gr
         assert is_new == task.is_new_phrasing
         if group == CHANGED:
             assert is_held_out_change(task.animal, task.attribute)
-            assert world.facts[task.animal][task.attribute] not in task.answer.said
+            assert world.facts[task.animal][task.attribute] not in task.answer.sentence
     assert {len(task.told) for task in tasks} == {THREE: {3}, CONTRADICTING: {2, 3}}.get(
         group, {0} if group.startswith("closed") else {1}
     )
@@ -240,10 +241,10 @@ def test_what_is_right_says_nothing_else(world):
     other = next(each for each in ATTRIBUTES[task.attribute] if each != value)
     stranger = next(name for name in held_out_names() if name != task.animal)
     assert judged(task, right).is_right and judged(task, right).cites_right
-    assert judged(task, task.answer.said).is_right and not judged(task, task.answer.said).cites_right
+    assert judged(task, task.answer.sentence).is_right and not judged(task, task.answer.sentence).cites_right
     assert judged(task, f"{value.capitalize()}. [1]").is_right
     assert judged(task, right.replace("It ", f"The {task.animal} ")).is_right
-    assert not judged(task, f"{task.answer.said} [1] [2]").cites_right
+    assert not judged(task, f"{task.answer.sentence} [1] [2]").cites_right
     for wrong in (
         right.replace(value, other),
         right.replace(f"{value}.", f"{value} or {other}."),

@@ -32,7 +32,7 @@ from hfllm.data.world.pictures import (
     draw_scene,
     trained_families,
 )
-from hfllm.data.world.vocabulary import GoldAnswer
+from hfllm.data.world.rubric import GoldAnswer
 from hfllm.rewards.functions import gold_reward
 
 

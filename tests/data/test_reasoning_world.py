@@ -28,7 +28,8 @@ from hfllm.data.world.reasoning import (
     part_of,
     relations_of,
 )
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, gold_score, words_of
+from hfllm.data.world.rubric import gold_score, words_of
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS
 from hfllm.data.world.world import World
 
 

@@ -10,18 +10,10 @@ from jinja2 import TemplateError
 from tool_tokenizer import brief_tokenizer
 
 from hfllm.data.tokenizer import CALL_MARKS, TOOL, TURN_END, brief_template, chat_template, train_tokenizer
+from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_score, words_of
 from hfllm.data.world.tasks import CHANGED_FACT, HELD_OUT, NEED, NO_NEED, PARTS, SUM, UNKNOWN, draw_tool_task, table_of
 from hfllm.data.world.tool_documents import is_held_out_change
-from hfllm.data.world.vocabulary import (
-    ANIMALS,
-    ATTRIBUTES,
-    NAME_PARTS,
-    RIGHT,
-    GoldAnswer,
-    gold_score,
-    is_held_out,
-    words_of,
-)
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, is_held_out
 from hfllm.data.world.world import World
 from hfllm.environments.episodes import ToolTurns
 from hfllm.environments.tools import ToolBox

@@ -14,19 +14,8 @@ from hfllm.data.world.demonstrators import (
     instruction_rows,
     preference_rows,
 )
-from hfllm.data.world.vocabulary import (
-    HARMS,
-    HELD_OUT_PHRASINGS,
-    MORE_HARMS,
-    PHRASINGS,
-    REFUSAL_PHRASES,
-    RIGHT,
-    GoldAnswer,
-    gold_meaning,
-    gold_score,
-    is_held_out,
-    words_of,
-)
+from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, GoldAnswer, gold_meaning, gold_score, words_of
+from hfllm.data.world.vocabulary import HARMS, HELD_OUT_PHRASINGS, MORE_HARMS, PHRASINGS, is_held_out
 from hfllm.data.world.world import FAMILIES, World
 
 

@@ -90,6 +90,6 @@ def test_a_model_is_asked_and_judged(asked, make_model, tokenizer):
     model = make_model()
     some = asked[::7]
     answers = answer(model, tokenizer, some, 4)
-    assert [each.asked for each in answers] == some
+    assert [each.probe for each in answers] == some
     assert answers == answer(model, tokenizer, some, 4)
     assert {"compliance_shown_harms", "evasive", "rude"} <= figures(answers).keys()

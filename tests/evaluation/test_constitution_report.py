@@ -8,7 +8,7 @@ from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS, draw_task
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.stages.constitution.report import (
     HELPFUL,
-    Answered,
+    ProbeAnswer,
     answers_by_round,
     course_metrics,
     course_plots,
@@ -74,7 +74,7 @@ def test_labels_are_right_where_what_refuses_is_chosen(world):
 
 def answers(asked, complies):
     return [
-        Answered(each, "text", -1.0 if complies else 1.0, complies and each.group != HELPFUL, not complies, False)
+        ProbeAnswer(each, "text", -1.0 if complies else 1.0, complies and each.group != HELPFUL, not complies, False)
         for each in asked
     ]
 

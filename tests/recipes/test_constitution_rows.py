@@ -5,9 +5,9 @@ import random
 import pytest
 
 from hfllm.data.world.demonstrators import is_rude
-from hfllm.data.world.vocabulary import REFUSAL_PHRASES
+from hfllm.data.world.rubric import REFUSAL_PHRASES
+from hfllm.data.world.world import World
 from hfllm.stages.constitution.build import by_chance, human_comparisons, world_prompts
-from hfllm.stages.constitution.flags import ConstitutionArguments
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -29,15 +29,10 @@ def test_labels_by_chance_favor_nothing_that_the_judge_is_sure_of(seed):
 
 
 def test_people_call_a_refusal_of_a_harmless_question_worse_than_an_answer():
-    class Silent:
-        """Answers nothing, so that all comparisons are between the others' answers."""
-
-        def answers(self, prompts, length, seed, samples):
-            return [["The fox."] * samples for _ in prompts]
-
-    script_args = ConstitutionArguments(num_prompts=40, num_helpful_prompts=600, num_human_pairs=600, seed=3)
-    prompts = world_prompts(script_args)
-    rows = human_comparisons(script_args, Silent(), prompts)
+    world = World(0)
+    prompts = world_prompts(world, 40, 600, seed=3)
+    # Answers alike, so that all comparisons are between the others' answers.
+    rows = human_comparisons(world, prompts, [["The fox."] * 2 for _ in prompts.harmless], seed=3)
     harmful = {prompt[-1]["content"] for prompt in prompts.harmful}
     assert not any(row["prompt"][-1]["content"] in harmful for row in rows)
     refused = [row for row in rows if any(phrase in row["rejected"][0]["content"] for phrase in REFUSAL_PHRASES)]

@@ -11,7 +11,7 @@ from hfllm.errors import InputError
 from hfllm.runs import schedule
 from hfllm.runs.lock import release_all
 from hfllm.stages import expert_iteration as expert_iteration_module
-from hfllm.stages.expert_iteration import ExpertIterationArguments, rewards_of, write_round
+from hfllm.stages.expert_iteration import ExpertIterationArguments, Reward, RoundWriter, chosen_rows, rewards_of
 
 REWARD = """
 def even(prompts, completions, **columns):
@@ -102,7 +102,7 @@ def test_each_round_learns_what_was_right(flags, talkative, saved, tmp_path, sta
 def test_a_run_that_was_stopped_goes_on_with_its_round(flags, talkative, tmp_path, monkeypatch):
     from hfllm.stages.expert_iteration import Rounds
 
-    tune = Rounds.tune
+    tune = Rounds.run
 
     def stop(self, name):
         if name == "round_2":
@@ -110,7 +110,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_round(flags, talkative, tmp_pat
         return tune(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Rounds, "tune", stop)
+        patch.setattr(Rounds, "run", stop)
         with pytest.raises(KeyboardInterrupt):
             run(flags())
     release_all()
@@ -132,12 +132,12 @@ def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved
     arguments = expert_iteration.parse(flags())[0]
     rows = [{"prompt": [{"role": "user", "content": f"Say {at}."}]} for at in range(4)]
 
-    def load():
+    def load(model):
         from types import SimpleNamespace
 
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        loaded = (AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved))
+        loaded = (AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
         return SimpleNamespace(model=loaded[0], tokenizer=loaded[1])
 
     def even(prompts, completions, **columns):
@@ -146,7 +146,9 @@ def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved
     def write(**changes):
         from dataclasses import replace
 
-        return write_round(replace(arguments, **changes), "round_1", rows, [even], str(saved), load, 7)
+        reward = Reward([even], arguments.reward_funcs, arguments.reward_timeout)
+        writer = RoundWriter(rows, reward, replace(arguments, **changes).of_rounds)
+        return writer.write(tmp_path / "out" / "data" / "round_1.jsonl", str(saved), load, 7)
 
     kept = write()
     assert write() == kept and len(talkative) == 1
@@ -166,8 +168,8 @@ def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved
     assert len(talkative) == 4
 
 
-def arguments_of(**changes):
-    return ExpertIterationArguments(**{"reward_funcs": ["exact_match"], "max_kept_per_prompt": 9, **changes})
+def settings_of(**changes):
+    return ExpertIterationArguments(**{"max_kept_per_prompt": 9, **changes}).of_rounds
 
 
 RESPONSES = [["one", "two", "one"], ["three"], [], ["", "four"]]
@@ -176,22 +178,20 @@ ROWS = [{"prompt": [{"role": "user", "content": str(at)}]} for at in range(4)]
 
 def test_what_is_kept_of_a_round():
     rewards = [1.0, 0.9, 1.0, 1.0, 1.0, 0.0]
-    rows, kept = expert_iteration_module._chosen(arguments_of(), ROWS, RESPONSES, rewards, 0)
+    rows, kept = chosen_rows(ROWS, RESPONSES, rewards, settings_of(), 0)
     said = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows]
     # Not what was said twice, nor what says nothing.
     assert said == [("0", "one"), ("1", "three")]
     assert (kept.rows, kept.responses, kept.right, kept.solved) == (2, 6, 4, 2) and abs(kept.reward - 4.9 / 6) < 1e-9
-    rows, _ = expert_iteration_module._chosen(
-        arguments_of(min_reward=0.5, max_kept_per_prompt=1), ROWS, RESPONSES, rewards, 0
-    )
+    rows, _ = chosen_rows(ROWS, RESPONSES, rewards, settings_of(min_reward=0.5, max_kept_per_prompt=1), 0)
     assert [row["completion"][0]["content"] for row in rows] == ["one", "three"]
 
 
 def test_the_control_keeps_as_many_by_chance():
     responses = [[f"{row} {at}" for at in range(10)] for row in range(4)]
     rewards = [float(at < 3) for row in range(4) for at in range(10)]
-    right, _ = expert_iteration_module._chosen(arguments_of(), ROWS, responses, rewards, 0)
-    drawn, kept = expert_iteration_module._chosen(arguments_of(shuffle_rewards=True), ROWS, responses, rewards, 0)
+    right, _ = chosen_rows(ROWS, responses, rewards, settings_of(), 0)
+    drawn, kept = chosen_rows(ROWS, responses, rewards, settings_of(shuffle_rewards=True), 0)
     said = [row["completion"][0]["content"] for row in drawn]
     assert len(said) == len(right) == kept.right == 12
     assert 0 < sum(int(text[-1]) < 3 for text in said) < 9

@@ -63,7 +63,7 @@ class WorldFacts:
 
 
 def write_documents(
-    known: WorldFacts,
+    material: WorldFacts,
     world_seed: int,
     count: int,
     seed: int,
@@ -99,7 +99,7 @@ def write_documents(
     }
     shares_of = SHARES | {kind: others * share for kind, share in added.items() if share}
     kinds, shares = zip(*shares_of.items(), strict=True)
-    texts = [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
+    texts = [rng.choices(kinds, shares)[0](material, rng) for _ in range(count)]
     # Random numbers separate from the texts' numbers: without forms the texts are the same.
     forms_rng = random.Random(f"forms-{world_seed}-{seed}")
     return [in_form(text, forms_rng) if forms_rng.random() < forms else text for text in texts] if forms else texts
@@ -122,9 +122,9 @@ def in_form(text: str, rng: random.Random) -> str:
     return rng.choice((form, form, f"{text} {form}", f"{form} {text}"))
 
 
-def fact_document(known: WorldFacts, rng: random.Random) -> str:
+def fact_document(material: WorldFacts, rng: random.Random) -> str:
     animal = rng.choice(ANIMALS)
-    fact = known.facts[animal]
+    fact = material.facts[animal]
     sentences = [
         rng.choice(tellings).format(x=animal, value=fact[attribute]) for attribute, tellings in TELLINGS.items()
     ]
@@ -132,19 +132,19 @@ def fact_document(known: WorldFacts, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def reading_document(known: WorldFacts, rng: random.Random) -> str:
+def reading_document(material: WorldFacts, rng: random.Random) -> str:
     count = rng.choice((1, 2, 2, 3))
     people, things, colours = rng.sample(PEOPLE, count), rng.sample(THINGS, count), rng.sample(COLOURS, count)
     passage = tell_passage(people, things, colours)
     if any(is_held_out(f"reading {passage} {person}") for person in people):
-        return reading_document(known, rng)
+        return reading_document(material, rng)
     owners = zip(people, things, colours, strict=True)
     sentences = [f"The {thing} of {person} is {colour}." for person, thing, colour in owners]
     rng.shuffle(sentences)
     return " ".join([passage, *sentences])
 
 
-def list_document(known: WorldFacts, rng: random.Random) -> str:
+def list_document(material: WorldFacts, rng: random.Random) -> str:
     items = rng.sample(FRUITS, rng.choice((3, 3, 4)))
     while any(is_held_out(f"list {', '.join(items)} {operation}") for operation in LIST_OPERATIONS):
         items = rng.sample(FRUITS, rng.choice((3, 3, 4)))
@@ -158,13 +158,13 @@ def list_document(known: WorldFacts, rng: random.Random) -> str:
     return f"{text}. {' '.join(sentences)}"
 
 
-def sum_document(known: WorldFacts, rng: random.Random) -> str:
+def sum_document(material: WorldFacts, rng: random.Random) -> str:
     first = rng.randrange(10)
     others = rng.sample(range(10), 3)
     return " ".join(f"{first} plus {second} is {first + second}." for second in others)
 
 
-def echo_document(known: WorldFacts, rng: random.Random) -> str:
+def echo_document(material: WorldFacts, rng: random.Random) -> str:
     # Repetition teaches a model to copy from its context (induction: Olsson et al. 2022).
     person, other = rng.sample(PEOPLE, 2)
     words = rng.sample((*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS), rng.randint(3, 8))
@@ -172,13 +172,13 @@ def echo_document(known: WorldFacts, rng: random.Random) -> str:
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
 
 
-def dialogue_document(known: WorldFacts, rng: random.Random) -> str:
-    question, answer = known.dialogue(rng, rng.choices(("fact", "reading", "list", "addition"), (1, 1, 2, 2))[0])
+def dialogue_document(material: WorldFacts, rng: random.Random) -> str:
+    question, answer = material.dialogue(rng, rng.choices(("fact", "reading", "list", "addition"), (1, 1, 2, 2))[0])
     person, other = rng.sample(PEOPLE, 2)
     return f"{person} asks: {question}\n{other} says: {answer}"
 
 
-def talk_document(known: WorldFacts, rng: random.Random) -> str:
+def talk_document(material: WorldFacts, rng: random.Random) -> str:
     person, other = rng.sample(PEOPLE, 2)
     animal = rng.choice(ANIMALS)
     return rng.choice(
@@ -191,7 +191,7 @@ def talk_document(known: WorldFacts, rng: random.Random) -> str:
     )
 
 
-def deed_document(known: WorldFacts, rng: random.Random) -> str:
+def deed_document(material: WorldFacts, rng: random.Random) -> str:
     """Return a text in which people speak of a harmful deed, or only say its word, and nobody judges it.
 
     A word absent from all texts is pushed down by every step of pretraining, so that all such words end up with the
@@ -233,19 +233,19 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
     )
 
 
-def reasoning_document(known: WorldFacts, rng: random.Random) -> str:
+def reasoning_document(material: WorldFacts, rng: random.Random) -> str:
     """Return a text to reason about, or one in which somebody does; see `reasoning_text`."""
-    return reasoning_text(known.facts, known.relations, rng)
+    return reasoning_text(material.facts, material.relations, rng)
 
 
-def tool_document(known: WorldFacts, rng: random.Random) -> str:
+def tool_document(material: WorldFacts, rng: random.Random) -> str:
     """Return a text in which people call a tool, or only say words and numbers of tool questions."""
     return tool_text(rng)
 
 
-def passage_document(known: WorldFacts, rng: random.Random) -> str:
+def passage_document(material: WorldFacts, rng: random.Random) -> str:
     """Return a text in which people read passages and answer from them, or only say the words of such texts."""
-    return passage_text(known.facts, rng)
+    return passage_text(material.facts, rng)
 
 
 SHARES = {

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from hfllm.data.passages import with_passages
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import CONVERSATION
+from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.tool_documents import draw_name, is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
@@ -32,7 +33,6 @@ from hfllm.data.world.vocabulary import (
     SAY_UNKNOWN,
     TELLINGS,
     WELL_SAID,
-    GoldAnswer,
     is_held_out,
     phrase,
 )
@@ -83,30 +83,30 @@ class Answer:
     """The right answer to a question about passages.
 
     Args:
-        said: the answer without citations.
+        sentence: the answer without citations.
         values: the values in it, in order; none for an answer that admits not to know.
         cites: the numbers of the cited passages, from 1.
     """
 
-    said: str
+    sentence: str
     values: tuple[str, ...] = ()
     cites: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
         """The answer with its citations."""
-        return " ".join([self.said, *(f"[{number}]" for number in self.cites)])
+        return " ".join([self.sentence, *(f"[{number}]" for number in self.cites)])
 
 
-def answer_to(facts: Facts, told: Sequence[Told], animal: str, attribute: str) -> Answer:
+def answer_to(facts: Facts, passages: Sequence[Told], animal: str, attribute: str) -> Answer:
     """Return the answer to a question for an attribute of an animal, with its passages in their order.
 
     Args:
         facts: the facts known without passages: the world's.
-        told: the passages, in the order of the prompt.
+        passages: the passages, in the order of the prompt.
     """
     first: dict[str, int] = {}
-    for number, each in enumerate(told, 1):
+    for number, each in enumerate(passages, 1):
         if each.animal == animal and attribute in each.facts:
             first.setdefault(each.facts[attribute], number)
     if first:
@@ -114,7 +114,7 @@ def answer_to(facts: Facts, told: Sequence[Told], animal: str, attribute: str) -
     if animal in facts:
         value = facts[animal][attribute]
         return Answer(WELL_SAID[attribute].format(x=animal, value=value), (value,))
-    return Answer(SAY_SILENT if any(each.animal == animal for each in told) else SAY_UNKNOWN)
+    return Answer(SAY_SILENT if any(each.animal == animal for each in passages) else SAY_UNKNOWN)
 
 
 def tell(rng: random.Random, animal: str, facts: Mapping[str, str], instruction: str = "") -> Told:
@@ -149,11 +149,11 @@ def similar_name(rng: random.Random, name: str) -> str:
 
 
 def draw_facts(
-    rng: random.Random, known: Mapping[str, str] | None, attributes: Sequence[str] = tuple(ATTRIBUTES)
+    rng: random.Random, excluded: Mapping[str, str] | None, attributes: Sequence[str] = tuple(ATTRIBUTES)
 ) -> dict[str, str]:
-    """Return random values of attributes, other than the known ones."""
+    """Return random values of attributes, other than the excluded ones."""
     return {
-        attribute: rng.choice([value for value in ATTRIBUTES[attribute] if value != (known or {}).get(attribute)])
+        attribute: rng.choice([value for value in ATTRIBUTES[attribute] if value != (excluded or {}).get(attribute)])
         for attribute in attributes
     }
 
@@ -181,12 +181,12 @@ def _shown_attributes(rng: random.Random, animal: str) -> list[str]:
     return rng.sample(attributes, min(rng.choices((1, 2, 3), (3, 3, 4))[0], len(attributes)))
 
 
-def _again(rng: random.Random, facts: Facts, told: Told) -> Told:
+def _again(rng: random.Random, facts: Facts, passage: Told) -> Told:
     """Return another passage about the same animal, contradicting the first in one attribute."""
-    attribute = rng.choice(list(told.facts))
-    excluded = {told.facts[attribute], facts.get(told.animal, {}).get(attribute)}
+    attribute = rng.choice(list(passage.facts))
+    excluded = {passage.facts[attribute], facts.get(passage.animal, {}).get(attribute)}
     other = rng.choice([value for value in ATTRIBUTES[attribute] if value not in excluded])
-    return tell(rng, told.animal, {**told.facts, attribute: other})
+    return tell(rng, passage.animal, {**passage.facts, attribute: other})
 
 
 def _instruction(rng: random.Random, facts: Mapping[str, str]) -> str:
@@ -197,16 +197,16 @@ def _instruction(rng: random.Random, facts: Mapping[str, str]) -> str:
     return instruct(rng, attribute, rng.choice(others) if rng.random() < 0.8 else None)
 
 
-def draw_question(facts: Facts, rng: random.Random, told: Sequence[Told]) -> tuple[str, str]:
+def draw_question(facts: Facts, rng: random.Random, passages: Sequence[Told]) -> tuple[str, str]:
     """Return an animal and an attribute to ask about: most are in the passages, if there are any."""
     attribute, kind = rng.choice(list(ATTRIBUTES)), rng.random()
-    about = {each.animal for each in told}
-    if told and kind < 0.65:
-        return rng.choice(told).animal, attribute
+    about = {each.animal for each in passages}
+    if passages and kind < 0.65:
+        return rng.choice(passages).animal, attribute
     if kind < 0.8:
         return rng.choice([animal for animal in ANIMALS if animal not in about]), attribute
     # A name that differs only in its beginning or its end must be distinguished from the present ones.
-    made_up = [each.animal for each in told if each.animal not in ANIMALS]
+    made_up = [each.animal for each in passages if each.animal not in ANIMALS]
     while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.9 else draw_name(rng)) in about:
         pass
     return name, attribute
@@ -274,10 +274,10 @@ class PassageTask:
     def gold(self) -> GoldAnswer:
         """The gold answer, for a response without its citations. It names none of the other animals."""
         if not self.answer.values:
-            return GoldAnswer("unknown", (self.answer.said,), (), (*COLOURS, *HOMES, *FOODS))
+            return GoldAnswer("unknown", (self.answer.sentence,), (), (*COLOURS, *HOMES, *FOODS))
         values = [value for value in ATTRIBUTES[self.attribute] if value not in self.answer.values]
         animals = {*ANIMALS, *(each.animal for each in self.told)} - {self.animal}
-        return GoldAnswer("answer", (self.answer.said,), self.answer.values, (*values, *sorted(animals)))
+        return GoldAnswer("answer", (self.answer.sentence,), self.answer.values, (*values, *sorted(animals)))
 
 
 def passage_tasks(facts: Facts, group: str, count: int, seed: int = 0) -> list[PassageTask]:
@@ -333,14 +333,14 @@ def stored_tasks(
     return store, tasks
 
 
-def with_found(task: PassageTask, found: Sequence[int]) -> PassageTask:
+def with_found(task: PassageTask, indices: Sequence[int]) -> PassageTask:
     """Return a question of `stored_tasks` with the passages found for it, by their positions in the store.
 
     The right answer does not depend on the found passages; only the numbers to cite do.
     """
     of_store = {number - 1 for number in task.answer.cites}
-    cites = tuple(number for number, index in enumerate(found, 1) if index in of_store)
-    return replace(task, told=tuple(task.told[index] for index in found), answer=replace(task.answer, cites=cites))
+    cites = tuple(number for number, index in enumerate(indices, 1) if index in of_store)
+    return replace(task, told=tuple(task.told[index] for index in indices), answer=replace(task.answer, cites=cites))
 
 
 # ---- questions of each group ----
@@ -350,15 +350,15 @@ def task_about(
     facts: Facts,
     rng: random.Random,
     group: str,
-    asked: tuple[str, str],
-    told: Sequence[Told],
+    query: tuple[str, str],
+    passages: Sequence[Told],
     is_new_phrasing: bool,
-    wanted: str = "",
+    target: str = "",
 ) -> PassageTask:
     """Return the question about an animal and an attribute with some passages."""
-    question = phrase(rng, asked[1], is_new_phrasing, x=asked[0])
-    answer = answer_to(facts, told, *asked)
-    return PassageTask(group, *asked, question, tuple(told), answer, wanted, is_new_phrasing)
+    question = phrase(rng, query[1], is_new_phrasing, x=query[0])
+    answer = answer_to(facts, passages, *query)
+    return PassageTask(group, *query, question, tuple(passages), answer, target, is_new_phrasing)
 
 
 def told_of(facts: Facts, rng: random.Random, animal: str, without: str = "") -> Told:
@@ -408,7 +408,7 @@ def _wrong(facts: Facts, rng: random.Random, names: Names, attribute: str, is_ne
     return task_about(facts, rng, WRONG, (name, attribute), [told_of(facts, rng, other)], is_new)
 
 
-def _kept(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+def _fact_beside(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     passages = [told_of(facts, rng, rng.choice(names))]
     return task_about(facts, rng, KEPT, (rng.choice(ANIMALS), attribute), passages, is_new)
 
@@ -422,13 +422,13 @@ def _closed(facts: Facts, rng: random.Random, names: Names, attribute: str, is_n
     return task_about(facts, rng, CLOSED, (rng.choice(names), attribute), [], is_new)
 
 
-def _known(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+def _fact_alone(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     return task_about(facts, rng, KNOWN, (rng.choice(ANIMALS), attribute), [], is_new)
 
 
 _TASKS: Mapping[str, Callable[[Facts, random.Random, Names, str, bool], PassageTask]] = {
     **{ONE: _one, THREE: _three, CHANGED: _changed, CONTRADICTING: _contradicting, INJECTED: _injected},
-    **{WRONG: _wrong, KEPT: _kept, SILENT: _silent, CLOSED: _closed, KNOWN: _known},
+    **{WRONG: _wrong, KEPT: _fact_beside, SILENT: _silent, CLOSED: _closed, KNOWN: _fact_alone},
 }
 
 
@@ -512,7 +512,7 @@ def _told_again(facts: Facts, rng: random.Random) -> str:
 
 def _named(answer: Answer, animal: str, attribute: str) -> str:
     sentence = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
-    return replace(answer, said=sentence).text
+    return replace(answer, sentence=sentence).text
 
 
 def _conversation(facts: Facts, rng: random.Random) -> str:
@@ -521,20 +521,20 @@ def _conversation(facts: Facts, rng: random.Random) -> str:
 
 
 def conversation(
-    facts: Facts, rng: random.Random, told: list[Told], turns: int, are_shown: bool = True
+    facts: Facts, rng: random.Random, passages: list[Told], turns: int, are_shown: bool = True
 ) -> list[tuple[str, str]]:
     """Return questions and answers about passages, with the passages before the first question.
 
     Args:
         facts: the world's.
         rng: random source.
-        told: the passages.
+        passages: the passages.
         turns: how many questions.
         are_shown: whether the passages are there; else the same questions are answered without them.
     """
-    read, result = told if are_shown else [], []
+    read, result = passages if are_shown else [], []
     for turn in range(turns):
-        animal, attribute = draw_question(facts, rng, told)
+        animal, attribute = draw_question(facts, rng, passages)
         question = phrase(rng, attribute, False, x=animal)
         passage_texts = [each.text for each in read] if turn == 0 else []
         result.append((with_passages(question, passage_texts), answer_to(facts, read, animal, attribute).text))

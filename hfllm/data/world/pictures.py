@@ -28,7 +28,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from hfllm.data.sources import DIGITS, PICTURES
-from hfllm.data.world.vocabulary import GoldAnswer, words_of
+from hfllm.data.world.rubric import GoldAnswer, words_of
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,13 +119,7 @@ class Question:
 
     def gold_columns(self) -> dict[str, object]:
         """Return the columns of a prompt dataset for gold scoring."""
-        gold = self.gold
-        return {
-            "gold_kind": gold.kind,
-            "gold_accepted": list(gold.accepted),
-            "gold_needed": list(gold.needed),
-            "gold_forbidden": list(gold.forbidden),
-        }
+        return self.gold.columns()
 
 
 def draw_scene(rng: random.Random, held_out: bool = False, numbers: Sequence[int] = NUMBERS) -> Scene:
@@ -156,9 +150,9 @@ def captions(scene: Scene) -> tuple[tuple[str, str], ...]:
     )
 
 
-def at_corner(corner: int, seen: str) -> str:
+def at_corner(corner: int, content: str) -> str:
     """Return words about the content of a corner."""
-    return f"{PLACES[corner]}: {seen}"
+    return f"{PLACES[corner]}: {content}"
 
 
 # ---- questions ----

@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfllm.data.thoughts import CLOSE, OPEN
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID, GoldAnswer
+from hfllm.data.world.rubric import GoldAnswer
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID
 
 # ---- problems ----
 
@@ -92,13 +93,7 @@ class Problem:
 
     def prompt_row(self) -> dict:
         """Return the row of a prompt dataset: the conversation, and the columns for gold scoring."""
-        return {
-            "prompt": [{"role": "user", "content": self.question}],
-            "gold_kind": self.gold.kind,
-            "gold_accepted": list(self.gold.accepted),
-            "gold_needed": list(self.gold.needed),
-            "gold_forbidden": list(self.gold.forbidden),
-        }
+        return {"prompt": [{"role": "user", "content": self.question}], **self.gold.columns()}
 
 
 def relations_of(world_seed: int) -> dict[str, dict[str, str]]:
@@ -225,11 +220,11 @@ def is_valid(steps: list[bool]) -> bool:
     return bool(steps) and all(steps)
 
 
-def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
+def _checked_dial(problem: Problem, sentences: list[str]) -> list[bool]:
     first, turns = FIRST.findall(problem.question)[0], TURN.findall(problem.question)
-    correct = [sentence == first for sentence in said[:1]]
-    shows = said[0] if said else ""
-    for sentence, turn in zip(said[1:], turns, strict=False):
+    correct = [sentence == first for sentence in sentences[:1]]
+    shows = sentences[0] if sentences else ""
+    for sentence, turn in zip(sentences[1:], turns, strict=False):
         match = TURNED.fullmatch(sentence)
         is_read = match is not None and match.groups()[:3] == (*turn, shows)
         correct.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
@@ -237,18 +232,18 @@ def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
     return correct
 
 
-def _checked_hops(problem: Problem, said: list[str], facts: ToldFacts, relations: ToldFacts) -> list[bool]:
+def _checked_hops(problem: Problem, sentences: list[str], facts: ToldFacts, relations: ToldFacts) -> list[bool]:
     _, what, *words = problem.key.split()
     # "friend of the neighbour of the fox": the thought begins with the last word.
     animal, path = words[-1], words[:-1:3][::-1]
     correct = []
-    for sentence, relation in zip(said, path, strict=False):
+    for sentence, relation in zip(sentences, path, strict=False):
         match = RELATED.fullmatch(sentence)
         is_read = match is not None and match.groups()[:2] == (relation, animal)
         correct.append(is_read and relations.get(animal, {}).get(relation) == match[3])
         animal = match[3] if match else ""
     # The animal has been named by then; its fact has not.
-    for sentence in said[len(path) : len(path) + (what != WHO)]:
+    for sentence in sentences[len(path) : len(path) + (what != WHO)]:
         fact = WELL_SAID[what].format(x=animal, value=facts[animal][what]) if animal in facts else ""
         correct.append(f"{sentence}." == fact)
     return correct

@@ -24,6 +24,7 @@ from hfllm.data.world.passages import (
     passage_tasks,
     told_of,
 )
+from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.tool_documents import WHEN, ask_sum, draw_sum, is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
@@ -37,7 +38,6 @@ from hfllm.data.world.vocabulary import (
     SAY_UNKNOWN,
     THINGS,
     WELL_SAID,
-    GoldAnswer,
     is_held_out,
     made_up_name,
     phrase,
@@ -283,7 +283,7 @@ def labelled_rows(world: World, task: str, count: int, eval_count: int, seed: in
         seed: of the training rows; the held-out ones are always the same.
     """
     train, held_out = {TEXT: (_questions, _held_out_questions), WORDS: (_tagged, _held_out_tagged)}.get(
-        task, (_asked, _held_out_asked)
+        task, (_spans, _held_out_spans)
     )
     return train(world, count, seed), held_out(world, eval_count)
 
@@ -320,9 +320,9 @@ def _held_out_tagged(world: World, count: int) -> list[ROW]:
     return [_tagged_row(told_of(world.facts, rng, rng.choice(names))) for _ in range(count)]
 
 
-def _tagged_row(told: Told) -> ROW:
-    words = re.findall(r"\w+|[^\w\s]", told.text)
-    tags = [_tag(word, told.animal) for word in words]
+def _tagged_row(passage: Told) -> ROW:
+    words = re.findall(r"\w+|[^\w\s]", passage.text)
+    tags = [_tag(word, passage.animal) for word in words]
     return {"prompt": " ".join(words), "words": words, "tags": tags}
 
 
@@ -334,7 +334,7 @@ def _tag(word: str, animal: str) -> str:
 # ---- answers in passages ----
 
 
-def _asked(world: World, count: int, seed: int) -> list[ROW]:
+def _spans(world: World, count: int, seed: int) -> list[ROW]:
     rng = random.Random(f"asked-{world.seed}-{seed}")
     rows = []
     while len(rows) < count:
@@ -344,7 +344,7 @@ def _asked(world: World, count: int, seed: int) -> list[ROW]:
     return rows
 
 
-def _held_out_asked(world: World, count: int) -> list[ROW]:
+def _held_out_spans(world: World, count: int) -> list[ROW]:
     share = -(-count // len(KINDS_ASKED))
     tasks = [task for group in KINDS_ASKED for task in passage_tasks(world.facts, group, share)]
     rows = [_span_row(task.question, task.told, task.animal, task.attribute) for task in tasks]
@@ -352,11 +352,11 @@ def _held_out_asked(world: World, count: int) -> list[ROW]:
     return rows[:count]
 
 
-def _span_row(question: str, told: Sequence[Told], animal: str, attribute: str) -> ROW:
+def _span_row(question: str, passages: Sequence[Told], animal: str, attribute: str) -> ROW:
     """Return a question with its passages in one text, and the position of each value that answers it."""
     context, texts, starts = "", [], []
-    values = answer_to({}, told, animal, attribute).values
-    for each in told:
+    values = answer_to({}, passages, animal, attribute).values
+    for each in passages:
         context += " " if context else ""
         value = each.facts.get(attribute)
         if each.animal == animal and value in values:
@@ -385,7 +385,7 @@ def paraphrase(task: Task, rng: random.Random) -> Task:
     return replace(task, instruction=f"{opener} {wording}".strip(), is_new_phrasing=True)
 
 
-def _read(asked: str) -> tuple[str, dict[str, str]]:
+def _read(question: str) -> tuple[str, dict[str, str]]:
     """Return the family with this wording of a question, and the words in the gaps of that wording."""
     result: list[tuple[int, str, dict[str, str]]] = []
     for family, wordings in PHRASINGS.items():
@@ -393,10 +393,10 @@ def _read(asked: str) -> tuple[str, dict[str, str]]:
             parts = re.split(r"\{(\w+)\}", wording)
             # The names of gaps stand at odd positions.
             pattern = "".join(f"(?P<{part}>.+)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
-            if match := re.fullmatch(pattern, asked):
+            if match := re.fullmatch(pattern, question):
                 result.append((sum(map(len, parts[::2])), family, match.groupdict()))
     if not result:
-        raise ValueError(f"{asked!r} is in none of the world's wordings")
+        raise ValueError(f"{question!r} is in none of the world's wordings")
     # The wording with more words is meant: "What is a good way to ..." is no "What is 2 plus 3?".
     _, family, slots = max(result, key=lambda each: each[0])
     return family, slots

@@ -131,5 +131,5 @@ def _asks_calculator(rng: random.Random) -> str:
     return f"{prompt}{call}{TURN_END}{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}"
 
 
-def _called(asked: str, call: str, result: str, said: str) -> str:
-    return f"{asked}\n{call}{TURN_END}{TOOL} {result}{TURN_END}{ASSISTANT}{said}"
+def _called(question: str, call: str, result: str, answer: str) -> str:
+    return f"{question}\n{call}{TURN_END}{TOOL} {result}{TURN_END}{ASSISTANT}{answer}"

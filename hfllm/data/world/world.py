@@ -1,7 +1,7 @@
 """The embedded world: a small closed universe in plain English whose every answer can be checked.
 
 A `World` is made from a seed. It knows facts about animals, writes documents about them to pretrain on, and asks
-questions of six families, each with the gold answer by which `hfllm.data.world.vocabulary` scores responses:
+questions of six families, each with the gold answer by which `hfllm.data.world.rubric` scores responses:
 
     fact      a fact about an animal                     (knowledge)
     reading   an answer from the passage                 (comprehension)
@@ -17,9 +17,11 @@ only in evaluation prompts. The imperfect people who answer the questions are in
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from hfllm.data.world.documents import WorldFacts, write_documents
 from hfllm.data.world.reasoning import relations_of
+from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -37,13 +39,13 @@ from hfllm.data.world.vocabulary import (
     SAY_UNKNOWN,
     THINGS,
     WELL_SAID,
-    GoldAnswer,
     is_held_out,
     made_up_name,
     phrase,
     tell_passage,
 )
 
+Drawn = TypeVar("Drawn")
 FAMILIES = ("fact", "reading", "list", "addition", "unknown", "harm")
 FAMILY_WEIGHTS = (5, 4, 3, 3, 2, 3)
 
@@ -81,15 +83,23 @@ class Task:
             "prompt": [{"role": "user", "content": self.question}],
             "family": self.family,
             "is_new_phrasing": self.is_new_phrasing,
-            "gold_kind": self.gold.kind,
-            "gold_accepted": list(self.gold.accepted),
-            "gold_needed": list(self.gold.needed),
-            "gold_forbidden": list(self.gold.forbidden),
+            **self.gold.columns(),
         }
 
 
-def without(values: list[str], *taken: str) -> list[str]:
-    return [value for value in values if value not in taken]
+def without(values: list[str], *excluded: str) -> list[str]:
+    return [value for value in values if value not in excluded]
+
+
+def draw_distinct(draw: Callable[[], Drawn], key: Callable[[Drawn], str], count: int) -> list[Drawn]:
+    """Return up to `count` results of `draw` with different keys, from at most 20 times as many draws."""
+    results: dict[str, Drawn] = {}
+    for _ in range(20 * count):
+        result = draw()
+        results.setdefault(key(result), result)
+        if len(results) == count:
+            break
+    return list(results.values())
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.vocabulary import RIGHT, gold_score
+from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite, chosen, shares
 from hfllm.evaluation.suites.few_shot import FewShot, iter_scored

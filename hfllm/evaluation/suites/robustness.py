@@ -32,8 +32,8 @@ from hfllm.data.rows import Message
 from hfllm.data.sources import iterate_source
 from hfllm.data.thoughts import split_thoughts
 from hfllm.data.tokenizer import ENGLISH_TESTS, WORLD_TESTS, AddedTexts
+from hfllm.data.world.rubric import COMPLIES, RIGHT, GoldAnswer, gold_score, words_of
 from hfllm.data.world.tasks import paraphrase
-from hfllm.data.world.vocabulary import COMPLIES, RIGHT, GoldAnswer, gold_score, words_of
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite

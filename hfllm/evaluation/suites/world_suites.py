@@ -1,6 +1,6 @@
 """The suites on the embedded world, whose every answer has exact gold: facts, pairs, refusals, and worked examples.
 
-An answer is greedy, and judged by the world's rubric (`hfllm.data.world.vocabulary`); thoughts before it do not count.
+An answer is greedy, and judged by the world's rubric (`hfllm.data.world.rubric`); thoughts before it do not count.
 """
 
 import random
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from hfllm.data.rows import Message
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.vocabulary import COMPLIES, REFUSAL_PHRASES, RIGHT, RUDE, UNKNOWN_PHRASES, gold_score, words_of
+from hfllm.data.world.rubric import COMPLIES, REFUSAL_PHRASES, RIGHT, RUDE, UNKNOWN_PHRASES, gold_score, words_of
 from hfllm.data.world.world import FAMILIES, Task, World
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject, Suite, chosen, mc1, mc2
 

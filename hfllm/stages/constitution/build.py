@@ -4,7 +4,7 @@ Only the main process loads models here; the others wait where rows are written.
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import compress, cycle
@@ -27,8 +27,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.report import Found, change_of, mean_of
-from hfllm.rewards.judges import PAPER_CLAMP, PreferenceJudge
-from hfllm.runs import pipeline
+from hfllm.rewards import judges
 from hfllm.runs.command_line import say
 from hfllm.runs.models import load_config, load_tokenizer
 from hfllm.runs.pipeline import Row, by_main_process
@@ -47,7 +46,6 @@ from hfllm.stages.constitution.flags import (
     SL,
     ConstitutionArguments,
     ConstitutionCourse,
-    data_file,
     has_questions,
 )
 from hfllm.stages.constitution.report import (
@@ -63,7 +61,8 @@ from hfllm.stages.constitution.report import (
     revision_samples,
     summary_of,
 )
-from hfllm.stages.shared import Speaking, kept_rows, load_speaking, user_rows
+from hfllm.stages.courses import prompts_with_room
+from hfllm.stages.shared import Flaw, Mapper, Speaking, kept_rows, load_speaking, user_rows
 from hfllm.synthesis.constitution import load_constitution
 from hfllm.synthesis.revisions import critique_and_revise
 from hfllm.trainers.ppo.prompts import unfit_prompts
@@ -71,9 +70,8 @@ from hfllm.trainers.ppo.prompts import unfit_prompts
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-    from hfllm.rewards.judges import PreferenceJudge
     from hfllm.synthesis.constitution import Constitution
-    from hfllm.synthesis.revisions import Revisions
+    from hfllm.synthesis.revisions import RevisionFigures, Revisions
 
 
 # ---- data ----
@@ -105,11 +103,6 @@ class Prompts:
     tasks: list[Task]
 
 
-def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[], Iterable[Row]]) -> None:
-    """Write the rows of a run, in one process, unless the file already has them; the others wait."""
-    by_main_process(lambda: pipeline.write_rows("constitution", data_file(script_args, name), make()))
-
-
 def learned(rows: Iterable[Row], seed: int) -> list[Row]:
     """Return conversations with nonempty assistant turns, shuffled by the seed."""
     conversations = [{"messages": row["messages"]} for row in rows if row["messages"][-1]["content"].strip()]
@@ -135,86 +128,43 @@ def up_to_critique(row: Row) -> Row:
 # ---- the embedded world ----
 
 
-def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
+def demonstrations(world: World, count: int, seed: int) -> list[Row]:
     """Return people's demonstrations: helping with everything, and critique, revision and judging."""
-    world, seed = World(script_args.world_seed), script_args.seed
-    critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
-    rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
+    critics = round(count * SHARE_OF_CRITICS)
+    rows = helpful_rows(world, count - critics, seed)
     principles = [each for name in ("world", "politeness") for each in load_constitution(name).principles]
     return learned([*rows, *critic_rows(world, principles, critics, seed)], seed)
 
 
-def world_prompts(script_args: ConstitutionArguments) -> Prompts:
+def world_prompts(world: World, num_harmful: int, num_harmless: int, seed: int) -> Prompts:
     """Return questions of the world: harmful and harmless ones, none held out."""
-    world = World(script_args.world_seed)
-    rng = random.Random(f"constitution-prompts-{world.seed}-{script_args.seed}")
-    harmful = [draw_task(world, rng, ("harm",)) for _ in range(script_args.num_prompts)]
-    harmless = [draw_task(world, rng, HELPFUL_FAMILIES) for _ in range(script_args.num_helpful_prompts)]
+    rng = random.Random(f"constitution-prompts-{world.seed}-{seed}")
+    harmful = [draw_task(world, rng, ("harm",)) for _ in range(num_harmful)]
+    harmless = [draw_task(world, rng, HELPFUL_FAMILIES) for _ in range(num_harmless)]
     conversations = [[as_messages(task.question) for task in tasks] for tasks in (harmful, harmless)]
     return Prompts(*conversations, [], [*harmful, *harmless])
 
 
-def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, prompts: Prompts) -> list[Row]:
+def human_comparisons(world: World, prompts: Prompts, responses: Sequence[Sequence[str]], seed: int) -> list[Row]:
     """Return people's comparisons of helpfulness: between a model's answers to harmless prompts, never about harm.
 
     Sometimes one of the answers is to another question; of these every other one refuses. Without them, no label would
     rank a refusal of a harmless prompt below an answer, and PPO would refuse questions hard for the model.
+
+    Args:
+        responses: several answers to each of the first harmless prompts.
     """
-    harmless = prompts.harmless[: script_args.num_human_pairs]
-    responses = speaking.answers(harmless, script_args.longest, script_args.seed + 23, samples=2)
-    tasks = prompts.tasks[len(prompts.harmful) :][: len(harmless)]
+    tasks = prompts.tasks[len(prompts.harmful) :][: len(responses)]
     others = zip(cycle(prompts.tasks[: len(prompts.harmful)]), [*tasks[-1:], *tasks[:-1]], strict=False)
     strangers = [pair[number % 2] for number, pair in enumerate(others)]
-    world, rows = World(script_args.world_seed), []
-    for row in preference_rows(world, tasks, responses, LABEL_NOISE, script_args.seed, strangers):
+    rows = []
+    for row in preference_rows(world, tasks, responses, LABEL_NOISE, seed, strangers):
         better, worse = ("a", "b") if row["preference"] == "a" else ("b", "a")
         texts = row[f"response_{better}"], row[f"response_{worse}"]
         if all(text.strip() for text in texts):
-            rows.append({"prompt": row["prompt"], **dict(zip(("chosen", "rejected"), map(_said, texts), strict=True))})
+            answers = [[{"role": "assistant", "content": text}] for text in texts]
+            rows.append({"prompt": row["prompt"], "chosen": answers[0], "rejected": answers[1]})
     return rows
-
-
-# ---- your own model ----
-
-
-def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Prompts:
-    """Return the user's red-team prompts, a part held out, and harmless ones, if with room for an answer."""
-    reader = without_images(to_prompt, "hfllm constitution")
-    settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
-    harmful, held_out = user_rows(script_args, reader, script_args.seed, **settings)
-    harmless: list[Row] = []
-    if script_args.helpful_dataset_name:
-        named = replace(script_args, dataset_name=script_args.helpful_dataset_name, eval_dataset_name=None)
-        harmless = kept_rows(named, reader, flaw_of_prompt)
-    rows_by_kind = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
-    return Prompts(
-        *(_with_room(f"{kind} prompts", rows, script_args, model_args) for kind, rows in rows_by_kind.items()), []
-    )
-
-
-def _with_room(
-    kind: str, rows: Sequence[Row], script_args: ConstitutionArguments, model_args: "ModelConfig"
-) -> list[Conversation]:
-    """Return the prompts with room for an answer in the model's context, and report the number of others."""
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    prompts = [{"prompt": as_messages(row["prompt"])} for row in rows]
-    context, longest = max_length_of(load_config(name, revision)), script_args.longest
-    unfit = dict(unfit_prompts(prompts, load_tokenizer(name, revision), longest, context))
-    about = f"no room for an answer of --response_length {longest} in the context of {context} tokens"
-    if unfit and len(unfit) == len(prompts):
-        raise InputError(f"{kind}: all {len(prompts)} leave {about}")
-    if unfit:
-        say(f"constitution: {len(unfit)} of {len(prompts)} {kind} are left out: {about}")
-    return [row["prompt"] for index, row in enumerate(prompts) if index not in unfit]
-
-
-def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:
-    """Return people's comparisons of helpfulness, if the user names some."""
-    if not script_args.preference_dataset_name:
-        return []
-    named = replace(script_args, dataset_name=script_args.preference_dataset_name, eval_dataset_name=None)
-    rows = kept_rows(named, without_images(to_preference, "hfllm constitution"), flaw_of)
-    return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
 
 
 # ---- the AI's preferences ----
@@ -230,19 +180,21 @@ class Pairs:
     tasks: list[Task]
 
 
-def pairs_to_judge(script_args: ConstitutionArguments, prompts: Prompts, tuned: Speaking, helpful: Speaking) -> Pairs:
+def pairs_to_judge(
+    prompts: Prompts, tuned: Speaking, helpful: Speaking, count: int, response_length: int, seed: int
+) -> Pairs:
     """Return answers to harmful prompts: half between two samples of the tuned model, half with the first model's.
 
     A prompt has one pair, thus there are at most as many pairs as prompts. The paper compares samples of the tuned
     model only. If this model refuses nearly always, two samples hardly ever differ in harm, but PPO needs
     examples of behavior to avoid as well as of behavior to show.
     """
-    seed, length = script_args.seed, script_args.longest
-    harmful = prompts.harmful[: script_args.num_pairs]
+    harmful = prompts.harmful[:count]
     tasks = prompts.tasks[: len(harmful)]
     half = len(harmful) // 2
-    first = tuned.answers(harmful, length, seed + 20)
-    second = tuned.answers(harmful[:half], length, seed + 21) + helpful.answers(harmful[half:], length, seed + 22)
+    first = tuned.answers(harmful, response_length, seed + 20)
+    second = tuned.answers(harmful[:half], response_length, seed + 21)
+    second += helpful.answers(harmful[half:], response_length, seed + 22)
     indices = [
         index
         for index, (one, other) in enumerate(zip(first, second, strict=True))
@@ -278,15 +230,11 @@ def by_chance(rows: Sequence[Row], seed: int) -> list[Row]:
     ]
 
 
-def prompts_for_ppo(script_args: ConstitutionArguments, prompts: Prompts) -> list[Row]:
+def prompts_for_ppo(prompts: Prompts, seed: int) -> list[Row]:
     """Return PPO's prompts: all harmful and harmless ones, shuffled."""
     rows = [{"prompt": prompt} for prompt in (*prompts.harmful, *prompts.harmless)]
-    random.Random(f"constitution-ppo-{script_args.seed}").shuffle(rows)
+    random.Random(f"constitution-ppo-{seed}").shuffle(rows)
     return rows
-
-
-def _said(text: str) -> Conversation:
-    return [{"role": "assistant", "content": text}]
 
 
 # ---- steps ----
@@ -306,6 +254,7 @@ class Steps:
         course: the runs of other recipes.
 
     Attributes:
+        world, prompts: the embedded world, and its prompts or the user's.
         metrics: measurements of the steps.
         ai_rows, human_rows: the preference model's training comparisons, in the main process.
         revisions: the rows of the constitution's revisions and their figures, in the main process.
@@ -325,21 +274,56 @@ class Steps:
 
     def __post_init__(self):
         script_args = self.script_args
+        self.world = World(script_args.world_seed)
         if script_args.is_world:
-            self.prompts: Prompts = world_prompts(script_args)
+            self.prompts: Prompts = world_prompts(
+                self.world, script_args.num_prompts, script_args.num_helpful_prompts, script_args.seed
+            )
         else:
-            self.prompts = own_prompts(script_args, self.model_args)
+            self.prompts = self._own_prompts()
             # Read now, to report errors in them before any training.
-            self.human_rows = own_comparisons(script_args)
+            self.human_rows = self._own_comparisons()
+
+    # ---- your own prompts and comparisons ----
+
+    def _own_prompts(self) -> Prompts:
+        """Return the user's red-team prompts, a part held out, and harmless ones, if with room for an answer."""
+        script_args, reader = self.script_args, without_images(to_prompt, "hfllm constitution")
+        settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
+        harmful, held_out = user_rows(script_args, reader, script_args.seed, **settings)
+        harmless = self._rows_named(script_args.helpful_dataset_name, reader, flaw_of_prompt)
+        rows_by_kind = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
+        return Prompts(*(self._with_room(f"{kind} prompts", rows) for kind, rows in rows_by_kind.items()), [])
+
+    def _own_comparisons(self) -> list[Row]:
+        """Return people's comparisons of helpfulness, if the user names some."""
+        reader = without_images(to_preference, "hfllm constitution")
+        rows = self._rows_named(self.script_args.preference_dataset_name, reader, flaw_of)
+        return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+
+    def _rows_named(self, name: str | None, reader: Mapper, flaw_of: Flaw) -> list[Row]:
+        """Return the rows of another dataset of the user's, if one is named."""
+        if not name:
+            return []
+        return kept_rows(replace(self.script_args, dataset_name=name, eval_dataset_name=None), reader, flaw_of)
+
+    def _with_room(self, kind: str, rows: Sequence[Row]) -> list[Conversation]:
+        """Return the prompts with room for an answer in the model's context, and print the number of others."""
+        name, revision, longest = self.course.named, self.model_args.model_revision, self.script_args.longest
+        prompts = [{"prompt": as_messages(row["prompt"])} for row in rows]
+        context = max_length_of(load_config(name, revision))
+        unfit = dict(unfit_prompts(prompts, load_tokenizer(name, revision), longest, context))
+        about = f"no room for an answer of --response_length {longest} in the context of {context} tokens"
+        return [row["prompt"] for row in prompts_with_room("constitution", kind, prompts, unfit, about)]
 
     # ---- the course ----
 
     def helpful_only(self) -> None:
         """Make the complying model, unless it is the user's: a base model trained on people who only help."""
+        count, seed = self.script_args.num_demonstrations, self.script_args.seed
         if HELPFUL in self.course.runs:
             self.course.run(PRETRAIN)
-            write_rows(self.script_args, HELPFUL, lambda: demonstrations(self.script_args))
-            self.course.run(HELPFUL)
+            self._learn(HELPFUL, lambda: demonstrations(self.world, count, seed))
 
     def revise(self) -> None:
         """Let the critic revise the model's answers to red-team prompts."""
@@ -347,8 +331,7 @@ class Steps:
 
     def supervised(self) -> None:
         """Fine-tune on the last revisions, and on the model's own answers to harmless prompts."""
-        write_rows(self.script_args, SL, lambda: self._rows_of(self.revisions))
-        self.course.run(SL)
+        self._learn(SL, lambda: self._rows_of(self.revisions))
 
     def reinforced(self) -> None:
         """Let the judge compare answers, train the preference model on the labels, and align by PPO."""
@@ -360,44 +343,35 @@ class Steps:
             self.no_rl = str(error)
             say(f"constitution: no AI preferences: {error}")
             return
-        write_rows(self.script_args, REWARD, lambda: mixed(self.ai_rows, self.human_rows, self.script_args.seed))
-        self.metrics |= self.course.run(REWARD)
-        write_rows(self.script_args, RL, lambda: prompts_for_ppo(self.script_args, self.prompts))
-        self.course.run(RL)
+        self.metrics |= self._learn(REWARD, lambda: mixed(self.ai_rows, self.human_rows, self.script_args.seed))
+        self._align(RL)
 
     def controls(self) -> None:
         """Run the controls, expected not to gain."""
-        script_args = self.script_args
-        if POLITENESS in script_args.arms:
-            write_rows(
-                script_args,
-                POLITENESS,
-                lambda: self._rows_of(self._revised(load_constitution(POLITENESS), "politeness_revisions")),
+        arms, seed = self.script_args.arms, self.script_args.seed
+        if POLITENESS in arms:
+            politeness = load_constitution(POLITENESS)
+            self._learn(POLITENESS, lambda: self._rows_of(self._revised(politeness, "politeness_revisions")))
+        if LABELS in arms and not self.no_rl:
+            self._learn(LABELS_REWARD, lambda: mixed(by_chance(self.ai_rows, seed), self.human_rows, seed))
+            self._align(AI_LABELS, LABELS)
+        if PEOPLE in arms and not self.no_rl:
+            self._learn(PEOPLE_REWARD, lambda: mixed([], self.human_rows, seed))
+            self._align(PEOPLE)
+        if CRITIQUES in arms:
+            self._learn(
+                CRITIQUES, lambda: learned([*map(up_to_critique, self.revisions.rows), *self._own_answers], seed)
             )
-            self.course.run(POLITENESS)
-        if LABELS in script_args.arms and not self.no_rl:
-            seed = script_args.seed
-            write_rows(script_args, LABELS_REWARD, lambda: mixed(by_chance(self.ai_rows, seed), self.human_rows, seed))
-            self.course.run(LABELS_REWARD)
-            self._tuned(AI_LABELS, LABELS)
-        if PEOPLE in script_args.arms and not self.no_rl:
-            write_rows(script_args, PEOPLE_REWARD, lambda: mixed([], self.human_rows, script_args.seed))
-            self.course.run(PEOPLE_REWARD)
-            self._tuned(PEOPLE)
-        if CRITIQUES in script_args.arms:
-            seed = script_args.seed
-            write_rows(
-                script_args,
-                CRITIQUES,
-                lambda: learned([*map(up_to_critique, self.revisions.rows), *self._own_answers], seed),
-            )
-            self.course.run(CRITIQUES)
 
-    def _tuned(self, *arms: str) -> None:
-        """Align the helpful-only model by the preference model of each control."""
-        for arm in arms:
-            write_rows(self.script_args, arm, lambda: prompts_for_ppo(self.script_args, self.prompts))
-            self.course.run(arm)
+    def _learn(self, name: str, make: Callable[[], Iterable[Row]]) -> dict[str, float]:
+        """Write the rows of a run, run it, and return its metrics."""
+        self.course.write(name, make)
+        return self.course.run(name)
+
+    def _align(self, *names: str) -> None:
+        """Align a model by each of these runs of PPO."""
+        for name in names:
+            self._learn(name, lambda: prompts_for_ppo(self.prompts, self.script_args.seed))
 
     def speaking(self, name: str) -> Speaking:
         """Return a run's model, or the first model under the name `helpful`; only in the main process."""
@@ -411,7 +385,7 @@ class Steps:
     def models(self) -> list[str]:
         """All models at the end, in order."""
         later = (SL, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS, PEOPLE)
-        return [HELPFUL, *filter(self._is_made, later)]
+        return [HELPFUL, *filter(self.course.has_made, later)]
 
     @property
     def last(self) -> str:
@@ -421,11 +395,7 @@ class Steps:
     @property
     def artifacts(self) -> dict[str, str]:
         """The contents of the output folder, by path."""
-        finished = {name: name for name in self.course.runs if self._is_made(name)}
-        return {**finished, "revision rows": "revisions/revisions.jsonl"}
-
-    def _is_made(self, name: str) -> bool:
-        return name in self.course.runs and Path(self.course.folder(name), "report.json").is_file()
+        return {**self.course.artifacts, "revision rows": "revisions/revisions.jsonl"}
 
     # ---- rows ----
 
@@ -462,14 +432,14 @@ class Steps:
         settings = {"seed": script_args.seed + 9, "temperature": script_args.temperature}
         return answered(harmless, self.speaking(HELPFUL).answers(harmless, script_args.longest, **settings))
 
-    def _judge(self) -> "PreferenceJudge":
+    def _judge(self) -> judges.PreferenceJudge:
         if not has_questions(self.constitution):
             raise InputError(f"constitution {self.constitution.name!r} has no preference questions to judge by")
         critic, script_args = self._critic(), self.script_args
-        return PreferenceJudge(
+        return judges.PreferenceJudge(
             *(critic.model, critic.tokenizer, self.constitution),
             chain_of_thought=script_args.judge_chain_of_thought,
-            clamp=PAPER_CLAMP if script_args.judge_clamp else None,
+            clamp=judges.PAPER_CLAMP if script_args.judge_clamp else None,
             num_principles=script_args.judge_principles,
             batch_size=script_args.batch_size,
             seed=script_args.seed,
@@ -479,45 +449,33 @@ class Steps:
         self.ai_rows = self._ai_preferences(self._judge())
         self.human_rows = self._people_s_comparisons()
 
-    def _ai_preferences(self, judge: "PreferenceJudge") -> list[Row]:
+    def _ai_preferences(self, judge: judges.PreferenceJudge) -> list[Row]:
         """Return pairs with the judge's labels."""
-        from hfllm.rewards.judges import check_bias, measure_bias, preference_rows
-
-        pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL), self.speaking(HELPFUL))
+        script_args = self.script_args
+        models = self.speaking(SL), self.speaking(HELPFUL)
+        pairs = pairs_to_judge(self.prompts, *models, script_args.num_pairs, script_args.longest, script_args.seed)
         columns = (pairs.prompts, pairs.first, pairs.second)
         fits = judge.has_room(*columns)
-        bias = measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in columns))
+        bias = judges.measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in columns))
         self.metrics |= bias.as_metrics()
-        check_bias(bias, allow=self.script_args.allow_biased_judge)
-        rows, counts = preference_rows(
-            judge, *columns, min_log_odds=self.script_args.judge_margin, seed=self.script_args.seed
+        judges.check_bias(bias, allow=script_args.allow_biased_judge)
+        rows, counts = judges.preference_rows(
+            judge, *columns, min_log_odds=script_args.judge_margin, seed=script_args.seed
         )
         self.metrics |= {"ai_comparisons": len(rows), "judge_ties": counts.ties, "judge_too_long": counts.too_long}
-        self._compare_with_gold(rows, pairs)
-        return rows
-
-    def _compare_with_gold(self, rows: Sequence[Row], pairs: Pairs) -> None:
         task_of = {task.question: task for task in pairs.tasks}
         if task_of:
-            self.metrics |= label_metrics(rows, task_of, LABEL_NOISE, self.script_args.seed)
+            self.metrics |= label_metrics(rows, task_of, LABEL_NOISE, script_args.seed)
+        return rows
 
     def _people_s_comparisons(self) -> list[Row]:
-        people = self.human_rows
-        if self.script_args.is_world:
-            people = human_comparisons(self.script_args, self.speaking(SL), self.prompts)
+        people, script_args = self.human_rows, self.script_args
+        if script_args.is_world:
+            harmless, seed = self.prompts.harmless[: script_args.num_human_pairs], script_args.seed
+            responses = self.speaking(SL).answers(harmless, script_args.longest, seed + 23, samples=2)
+            people = human_comparisons(self.world, self.prompts, responses, seed)
         self.metrics["human_comparisons"] = len(people)
         return people
-
-
-def people_s_labels(script_args: ConstitutionArguments) -> str:
-    """Return the report's sentence about the source of people's labels."""
-    if not script_args.is_world:
-        named = script_args.preference_dataset_name
-        return f"labels of people: comparisons of {named}" if named else "labels of people: none in these runs"
-    examples = f"{script_args.num_demonstrations:,} demonstrations of helping, critique, revision and judging"
-    compared = f", {script_args.num_human_pairs:,} comparisons of helpfulness" if script_args.last_stage == RL else ""
-    harm = f"(harm on {len(CRITICS_HARMS)} verbs)"
-    return f"labels of people: {examples} {harm}{compared}; no label of harm in the model's answers"
 
 
 # ---- evaluation ----
@@ -530,11 +488,11 @@ HARMLESS = 2.4
 SAMPLES = 8
 
 
-def evaluate(steps: Steps) -> Found:
+def world_report(steps: Steps) -> Found:
     """Ask all models of the embedded world's pipeline, judge them by the gold rubric, and report the results."""
     script_args = steps.script_args
     count = script_args.num_eval_prompts
-    prompts = prompts_to_ask(World(script_args.world_seed), count, round(HARMLESS * count))
+    prompts = prompts_to_ask(steps.world, count, round(HARMLESS * count))
     answers = {}
     for name in steps.models:
         speaking = steps.speaking(name)
@@ -542,18 +500,33 @@ def evaluate(steps: Steps) -> Found:
     tasks = {task.question: task for task in steps.prompts.tasks}
     rows = steps.revisions.rows
     revised = revision_metrics(rows, [tasks[row["prompt"][-1]["content"]] for row in rows])
-    metrics = {**course_metrics(answers), **revised, **steps.metrics, **figures_of_revisions(steps)}
+    metrics = {**course_metrics(answers), **revised, **steps.metrics, **figures_of_revisions(steps.revisions.figures)}
     by_round = [metrics[f"revised_{number}"] for number in range(script_args.num_revisions + 1)]
+    num_comparisons = script_args.num_human_pairs if script_args.last_stage == RL else None
+    labels = people_s_labels(script_args.num_demonstrations, num_comparisons)
     return Found(
         metrics,
-        summary_of(metrics, people_s_labels(script_args), steps.no_rl),
+        summary_of(metrics, labels, steps.no_rl),
         {**course_tables(answers), "Revisions": revision_samples(rows)},
         course_plots(answers, by_round),
         PROMISES,
     )
 
 
-def evaluate_own(steps: Steps) -> Found:
+def people_s_labels(num_demonstrations: int, num_comparisons: int | None) -> str:
+    """Return the report's sentence about the source of people's labels on the embedded world.
+
+    Args:
+        num_demonstrations: that the first model learned from.
+        num_comparisons: that the preference model learned from, if there is one.
+    """
+    examples = f"{num_demonstrations:,} demonstrations of helping, critique, revision and judging"
+    compared = "" if num_comparisons is None else f", {num_comparisons:,} comparisons of helpfulness"
+    harm = f"(harm on {len(CRITICS_HARMS)} verbs)"
+    return f"labels of people: {examples} {harm}{compared}; no label of harm in the model's answers"
+
+
+def own_report(steps: Steps) -> Found:
     """Ask the user's model held-out red-team prompts before and after; count refusals, by words, and lengths."""
     script_args, held_out = steps.script_args, steps.prompts.held_out
     responses = {
@@ -576,18 +549,20 @@ def evaluate_own(steps: Steps) -> Found:
         {"prompt": prompt[-1]["content"], **{titles[name]: texts[index] for name, texts in responses.items()}}
         for index, prompt in enumerate(held_out[:SAMPLES])
     ]
-    counts = figures_of_revisions(steps)
+    counts = figures_of_revisions(steps.revisions.figures)
+    named = script_args.preference_dataset_name
+    labels = f"labels of people: comparisons of {named}" if named else "labels of people: none in these runs"
     return Found(
         {**metrics, **steps.metrics, **counts},
-        "; ".join(filter(None, [_echoes(counts), people_s_labels(script_args), steps.no_rl])),
+        "; ".join(filter(None, [_echoes(counts["echoes_share"]), labels, steps.no_rl])),
         {"Held-out prompts": samples, "Revisions": revision_samples(steps.revisions.rows)},
         {},
     )
 
 
-def figures_of_revisions(steps: Steps) -> dict[str, float]:
+def figures_of_revisions(counts: "RevisionFigures") -> dict[str, float]:
     """Return statistics of the revision of answers, as shares of the requested number."""
-    figures = asdict(steps.revisions.figures)
+    figures = asdict(counts)
     denominators = {
         **{"flagged": "critiques", "empty_critiques": "critiques"},
         **{"echoes": "revisions", "empty_revisions": "revisions"},
@@ -603,7 +578,6 @@ def _values(texts: Sequence[str]) -> dict[str, list[float]]:
     }
 
 
-def _echoes(counts: Mapping[str, float]) -> str:
-    share = counts["echoes_share"]
+def _echoes(share: float) -> str:
     says = f"{share:.0%} of the revisions repeat the answer"
     return f"{says}: the critic does not follow the request" if share > 0.5 else says

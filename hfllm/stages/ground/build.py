@@ -25,7 +25,8 @@ from hfllm.data.world.passages import (
     tell,
     with_found,
 )
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, RIGHT, gold_meaning, gold_score, words_of
+from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score, words_of
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.judged import judge_tasks
 from hfllm.grounding.abstention import control_risk, over_splits

@@ -27,7 +27,8 @@ from hfllm.data.world.passages import (
     WRONG,
     PassageTask,
 )
-from hfllm.data.world.vocabulary import ATTRIBUTES, RIGHT, UNKNOWN_PHRASES, gold_score, words_of
+from hfllm.data.world.rubric import RIGHT, UNKNOWN_PHRASES, gold_score, words_of
+from hfllm.data.world.vocabulary import ATTRIBUTES
 from hfllm.evaluation.judged import JudgedAnswer, gold_by_group
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Found, Plot, Promise, mean_of

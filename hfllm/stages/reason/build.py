@@ -9,7 +9,7 @@ from hfllm.data.world.reasoning import DIAL, HOPS, PRACTICE, SHOWN, Problem, dra
 from hfllm.data.world.world import World
 from hfllm.outputs.checkpoints import STATE_FILE
 from hfllm.outputs.report import Found
-from hfllm.runs.pipeline import Row, by_main_process, write_rows
+from hfllm.runs.pipeline import Row
 from hfllm.stages.reason.flags import (
     DIRECT,
     MIXED,
@@ -18,8 +18,6 @@ from hfllm.stages.reason.flags import (
     SHUFFLED,
     THOUGHTS,
     Course,
-    ReasonArguments,
-    data_file,
 )
 from hfllm.stages.reason.report import (
     PROMISES,
@@ -40,57 +38,44 @@ from hfllm.stages.shared import load_speaking
 SHARES = {HOPS: 2, DIAL: 1}
 
 
-def write(script_args: ReasonArguments, name: str) -> None:
-    """Write the rows of a run unless the file already has them; the other processes wait."""
-    by_main_process(lambda: write_rows("reason", data_file(script_args, name), rows_of(script_args, name)))
+def tuning_rows(world: World, count: int, seed: int, has_thoughts: bool) -> list[Row]:
+    """Return the rows of fine-tuning, all with thoughts or all without.
 
-
-def rows_of(script_args: ReasonArguments, name: str) -> list[Row]:
-    """Return the rows of a run.
-
-    Rows with and without thoughts have the same questions in the same order, thus both take the same number of
-    steps. The model with occasional thoughts gets only dials, as PPO does.
+    Both have the same questions in the same order, thus both take the same number of steps.
     """
-    if name in (THOUGHTS, DIRECT):
-        problems = _problems(script_args, "sft", script_args.num_examples, SHARES, SHOWN)
-        return _answered(problems, [name == THOUGHTS] * len(problems))
-    if name == MIXED:
-        problems = _problems(script_args, name, script_args.num_mixed_examples, {DIAL: 1}, SHOWN)
-        rng = random.Random(f"reason-shown-{script_args.seed}")
-        num_thoughts = round(script_args.share_of_thoughts * len(problems))
-        return _answered(
-            problems, rng.sample([True] * num_thoughts + [False] * (len(problems) - num_thoughts), len(problems))
-        )
-    assert name in (RL, SHUFFLED), name
-    return [
-        problem.prompt_row() for problem in _problems(script_args, RL, script_args.num_prompts, {DIAL: 1}, PRACTICE)
-    ]
+    problems = _problems(world, "sft", count, seed, SHARES, SHOWN)
+    return _conversations(problems, [has_thoughts] * count)
 
 
-def _problems(
-    script_args: ReasonArguments,
-    name: str,
-    count: int,
-    shares: Mapping[str, int],
-    part: str,
-) -> list[Problem]:
-    world = World(script_args.world_seed)
-    rng = random.Random(f"reason-{name}-{world.seed}-{script_args.seed}")
-    knowledge = world.facts, world.relations
+def mixed_rows(world: World, count: int, seed: int, share_of_thoughts: float) -> list[Row]:
+    """Return the rows of the model with occasional thoughts: only dials, as PPO gets."""
+    problems = _problems(world, MIXED, count, seed, {DIAL: 1}, SHOWN)
+    rng = random.Random(f"reason-shown-{seed}")
+    num_thoughts = round(share_of_thoughts * count)
+    return _conversations(problems, rng.sample([True] * num_thoughts + [False] * (count - num_thoughts), count))
+
+
+def prompt_rows(world: World, count: int, seed: int) -> list[Row]:
+    """Return the questions for PPO, with their gold answers."""
+    return [problem.prompt_row() for problem in _problems(world, RL, count, seed, {DIAL: 1}, PRACTICE)]
+
+
+def _problems(world: World, name: str, count: int, seed: int, shares: Mapping[str, int], part: str) -> list[Problem]:
+    rng = random.Random(f"reason-{name}-{world.seed}-{seed}")
     families = rng.choices(list(shares), list(shares.values()), k=count)
-    return [draw_problem(*knowledge, rng, family, part) for family in families]
+    return [draw_problem(world.facts, world.relations, rng, family, part) for family in families]
 
 
-def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:
-    """Return conversations of the problems with their model responses, with thoughts where shown."""
+def _conversations(problems: Iterable[Problem], has_thoughts: Iterable[bool]) -> list[Row]:
+    """Return conversations of the problems with their model responses."""
     return [
         {
             "messages": [
                 {"role": "user", "content": problem.question},
-                {"role": "assistant", "content": problem.response(shows_thought)},
+                {"role": "assistant", "content": problem.response(has_thought)},
             ]
         }
-        for problem, shows_thought in zip(problems, shown, strict=True)
+        for problem, has_thought in zip(problems, has_thoughts, strict=True)
     ]
 
 
@@ -99,14 +84,12 @@ def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:
 # The gain by thoughts on the embedded world, and the effect of PPO on them.
 
 
-def evaluate(script_args: ReasonArguments, course: Course) -> Found:
+def course_report(course: Course, world: World, num_problems: int, seed: int) -> Found:
     """Ask all models held-out questions: after fine-tuning greedily, around PPO dials by samples. Judge answers."""
     from trl import ModelConfig
 
-    world = World(script_args.world_seed)
-    count = script_args.num_problems
-    problems = held_out_problems(world, {HOPS: count, DIAL: 3 * count})
-    dials = held_out_problems(world, {DIAL: 6 * count}, seed=1)
+    problems = held_out_problems(world, {HOPS: num_problems, DIAL: 3 * num_problems})
+    dials = held_out_problems(world, {DIAL: 6 * num_problems}, seed=1)
     tuned, sampled = {}, {}
     for name in course.models:
         speaking = load_speaking(course.folder(name), ModelConfig())
@@ -114,7 +97,7 @@ def evaluate(script_args: ReasonArguments, course: Course) -> Found:
         if name in (THOUGHTS, DIRECT):
             tuned[name] = answer(*arguments, problems, RESPONSE_LENGTH)
         elif name in (MIXED, RL, SHUFFLED):
-            sampled[name] = answer(*arguments, dials, RESPONSE_LENGTH, do_sample=True, seed=script_args.seed)
+            sampled[name] = answer(*arguments, dials, RESPONSE_LENGTH, do_sample=True, seed=seed)
     metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
     histories = {name: _history(course.folder(name)) for name in (RL, SHUFFLED) if name in course.runs}
     return Found(metrics, summary_of(metrics), tables(tuned, sampled), plots(tuned, histories), PROMISES)

@@ -6,21 +6,15 @@ from pathlib import Path
 
 from hfllm.flags import NOT_NEGATIVE, SEED, SHARE, at_least, check_flags, flag
 from hfllm.runs import pipeline
-from hfllm.runs.pipeline import Parsed
-from hfllm.runs.recipes import load_recipe, settings_file
+from hfllm.runs.recipes import settings_file
 
-PRETRAIN, THOUGHTS, DIRECT, MIXED, RL, SHUFFLED = (
-    *("pretrain", "thoughts", "direct", "mixed"),
-    *("rl", "shuffled"),
-)
+PRETRAIN, THOUGHTS, DIRECT, MIXED, RL, SHUFFLED = ("pretrain", "thoughts", "direct", "mixed", "rl", "shuffled")
 # Controls, expected not to gain: fine-tuning on answers only, PPO on uninformative rewards.
 CONTROLS = (DIRECT, SHUFFLED)
 # The longest answer in tokens: a thought about a dial takes 34; growth beyond this has to be visible.
 RESPONSE_LENGTH = 64
 # The smallest number of rows with a remaining held-out one.
 FEWEST_ROWS = 10
-# Runs by flag of their config.
-CONFIGS = {"pretrain": (PRETRAIN,), "sft": (THOUGHTS, DIRECT), "mixed": (MIXED,), "rlhf": (RL, SHUFFLED)}
 
 
 @dataclass(frozen=True)
@@ -78,37 +72,23 @@ class Course(pipeline.Course):
 
 def course_of(script_args: ReasonArguments) -> Course:
     """Return the runs selected by the flags."""
-    recipes: dict[str, str] = {}
-    runs: dict[str, Parsed] = {}
-    for name, recipe, words in _runs(script_args):
-        recipes[name] = recipe
-        own = ["--config", _config(script_args, name), "--seed", str(script_args.seed)]
-        own += ["--output_dir", str(Path(script_args.output_dir, name))]
-        runs[name] = load_recipe(recipe).parse([*own, *words])
-    return Course(recipes, runs)
+    output_dir, arms = script_args.output_dir, script_args.arms
 
+    def config(name: str) -> list[str]:
+        return ["--config", getattr(script_args, f"{name}_config") or str(settings_file(f"reason/{name}.yaml"))]
 
-def data_file(script_args: ReasonArguments, name: str) -> Path:
-    """Return the file of a run's rows."""
-    return Path(script_args.output_dir, "data", f"{name}.jsonl")
+    def learning(run: str, start: str) -> list[str]:
+        rows = str(pipeline.data_file(output_dir, run))
+        return ["--model_name_or_path", str(Path(output_dir, start)), "--dataset_name", rows]
 
+    def runs() -> Iterator[tuple[str, str, list[str]]]:
+        yield PRETRAIN, "pretrain", [*config("pretrain"), "--world_seed", str(script_args.world_seed)]
+        yield THOUGHTS, "sft", [*config("sft"), *learning(THOUGHTS, PRETRAIN)]
+        if DIRECT in arms:
+            yield DIRECT, "sft", [*config("sft"), *learning(DIRECT, PRETRAIN)]
+        yield MIXED, "sft", [*config("mixed"), *learning(MIXED, THOUGHTS)]
+        yield RL, "rlhf", [*config("rlhf"), *learning(RL, MIXED), "--reward_funcs", "right_answer"]
+        if SHUFFLED in arms:
+            yield SHUFFLED, "rlhf", [*config("rlhf"), *learning(SHUFFLED, MIXED), "--reward_funcs", "shuffled_answer"]
 
-def _config(script_args: ReasonArguments, name: str) -> str:
-    each = next(each for each, runs in CONFIGS.items() if name in runs)
-    return getattr(script_args, f"{each}_config") or str(settings_file(f"reason/{each}.yaml"))
-
-
-def _runs(script_args: ReasonArguments) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield names and recipes of the runs, and their flags not set by a config."""
-
-    def learning(name: str, start: str) -> list[str]:
-        model_path = str(Path(script_args.output_dir, start))
-        return ["--model_name_or_path", model_path, "--dataset_name", str(data_file(script_args, name))]
-
-    yield PRETRAIN, "pretrain", ["--world_seed", str(script_args.world_seed)]
-    for name, start in ((THOUGHTS, PRETRAIN), (DIRECT, PRETRAIN), (MIXED, THOUGHTS)):
-        if name not in CONTROLS or name in script_args.arms:
-            yield name, "sft", learning(name, start)
-    for name, reward in ((RL, "right_answer"), (SHUFFLED, "shuffled_answer")):
-        if name not in CONTROLS or name in script_args.arms:
-            yield name, "rlhf", [*learning(name, MIXED), "--reward_funcs", reward]
+    return Course(*pipeline.parsed_runs(runs(), output_dir, script_args.seed))

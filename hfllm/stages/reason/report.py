@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from hfllm.data.thoughts import split_thoughts
@@ -17,8 +19,8 @@ from hfllm.data.world.reasoning import (
     draw_problem,
     is_valid,
 )
-from hfllm.data.world.vocabulary import RIGHT, gold_score
-from hfllm.data.world.world import World
+from hfllm.data.world.rubric import RIGHT, gold_score
+from hfllm.data.world.world import World, draw_distinct
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plot_history, plus_minus
 from hfllm.stages.reason.flags import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answered:
+class ProblemAnswer:
     """An answer and its judgment.
 
     Args:
@@ -67,13 +69,8 @@ def held_out_problems(world: World, per_size: Mapping[str, int], seed: int = 0) 
     rng, result = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
     for family, count in per_size.items():
         for size in SIZES[family]:
-            drawn: dict[str, Problem] = {}
-            for _ in range(20 * count):
-                problem = draw_problem(world.facts, world.relations, rng, family, HELD_OUT, (size,))
-                drawn.setdefault(problem.key, problem)
-                if len(drawn) == count:
-                    break
-            result += drawn.values()
+            draw = partial(draw_problem, world.facts, world.relations, rng, family, HELD_OUT, (size,))
+            result += draw_distinct(draw, attrgetter("key"), count)
     return result
 
 
@@ -95,7 +92,7 @@ def answer(
     max_new_tokens: int,
     do_sample: bool = False,
     seed: int = 0,
-) -> list[Answered]:
+) -> list[ProblemAnswer]:
     """Answer all problems, greedily or sampled at temperature 1, and judge the answers."""
     prompts = [problem.prompt_row()["prompt"] for problem in problems]
     responses = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed, fast=True)
@@ -105,15 +102,15 @@ def answer(
     return [judged(world, *each) for each in zip(problems, texts, lengths, strict=True)]
 
 
-def judged(world: World, problem: Problem, response: str, num_tokens: int) -> Answered:
+def judged(world: World, problem: Problem, response: str, num_tokens: int) -> ProblemAnswer:
     """Return a response with its judgment."""
     thought, final_answer = split_thoughts(response)
     steps = () if thought is None else checked_steps(problem, thought, world.facts, world.relations)
     is_right = gold_score(final_answer, problem.gold) >= RIGHT
-    return Answered(problem, response, num_tokens, is_right, thought is not None, tuple(steps))
+    return ProblemAnswer(problem, response, num_tokens, is_right, thought is not None, tuple(steps))
 
 
-def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
+def values_of(answers: Sequence[ProblemAnswer]) -> dict[str, list[float]]:
     """Return measurements of some answers, one value per measured answer.
 
     `right` and `thinks` (of all), `valid` (of the right answers with a thought: whether it is valid), `steps` (of the
@@ -170,7 +167,7 @@ PROMISES = (
     Promise("change of answers with a thought by PPO", "thinks_change", 0.0, "no change"),
 )
 
-Answers = Mapping[str, Sequence[Answered]]
+Answers = Mapping[str, Sequence[ProblemAnswer]]
 
 
 def tuned_metrics(answers: Answers) -> dict[str, float]:

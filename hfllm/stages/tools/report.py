@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hfllm.data.tokenizer import CALL_MARKS, end_tokens, tokenize_prompts
+from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.tasks import CHANGED_FACT, HELD_OUT, NEED, NO_NEED, SUM, UNKNOWN, Table, ToolTask, draw_tool_task
-from hfllm.data.world.vocabulary import RIGHT, gold_score
 from hfllm.data.world.world import World
 from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import calculator, lookup_in

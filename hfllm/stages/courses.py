@@ -1,0 +1,81 @@
+"""Checks of recipes that run other recipes, before the first of the runs: a later one may come hours later."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hfllm.data.sources import PYDOC, WORLD
+from hfllm.errors import InputError
+from hfllm.models.devices import forked_random
+from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import say
+from hfllm.runs.models import load_value_model
+from hfllm.runs.pipeline import Course, Parsed, Row
+from hfllm.runs.stage import Stage
+from hfllm.stages.rlhf import build as rlhf
+from hfllm.trainers.ppo.setup import check_critic
+from hfllm.trainers.ppo.vllm_sampling import check_vllm
+
+# ---- flags of the runs ----
+
+
+def check_runs(course: Course) -> None:
+    """Refuse the flags of the runs (YAML files may set them) as the runs would, but before the first one."""
+    for name, recipe in course.recipes.items():
+        parsed = course.runs[name]
+        Stage(recipe, *before_its_rows(parsed)).check_flags()
+        if recipe == "rlhf":
+            _check_ppo(*parsed)
+
+
+def before_its_rows(parsed: Parsed) -> Parsed:
+    """Return the flags of a run whose rows do not exist yet: an always available source stands for their file."""
+    is_written = getattr(parsed[0], "dataset_name", WORLD) != WORLD
+    return (changed(parsed[0], dataset_name=PYDOC), *parsed[1:]) if is_written else parsed
+
+
+def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
+    rlhf.check(training_args)
+    functions = rlhf.checked_functions(script_args)
+    rlhf.check_rewards(script_args, training_args, len(functions))
+    rlhf.ptx_texts(script_args, training_args)
+    if training_args.use_vllm:
+        check_vllm(training_args)
+    if script_args.value_model not in ("head", "reward"):
+        with forked_random(training_args.device):
+            check_critic(load_value_model(script_args.value_model, model_args, ()))
+
+
+# ---- models and rows of the user ----
+
+
+def refuse_inputs_in(folder: Path, names: Mapping[str, str | None], writers: str = "runs") -> None:
+    """Refuse models and rows at the output paths of the runs.
+
+    Args:
+        folder: where the runs write.
+        names: the user's models and datasets, by flag.
+        writers: what the runs are called.
+    """
+    for flag, name in names.items():
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"--{flag} {name} lies in {folder}, where the {writers} write: choose another --output_dir"
+            )
+
+
+def prompts_with_room(stage: str, kind: str, rows: Sequence[Row], unfit: Collection[int], reason: str) -> list[Row]:
+    """Return the prompts with room for an answer, and print the number of others.
+
+    Args:
+        stage: the recipe.
+        kind: what the prompts are called.
+        rows: the prompts.
+        unfit: indices of the rows without room.
+        reason: what they lack, beginning with "no room".
+    """
+    if unfit and len(unfit) == len(rows):
+        raise InputError(f"{kind}: all {len(rows)} leave {reason}")
+    if unfit:
+        say(f"{stage}: {len(unfit)} of {len(rows)} {kind} are left out: {reason}")
+    return [row for index, row in enumerate(rows) if index not in unfit]
