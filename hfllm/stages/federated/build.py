@@ -35,10 +35,9 @@ from hfllm.federation.rounds import (
     ServerOptimizer,
     Sum,
     WeightedSum,
-    expected_participants,
-    num_asked,
     server_optimizer,
 )
+from hfllm.federation.settings import expected_participants, num_asked
 from hfllm.federation.transports import InProcess, Learner, SeveralProcesses, Transport
 from hfllm.federation.updates import ErrorFeedback, Expected, Update, changes, replace_tensors, weights_sha256
 from hfllm.flags import given_names
