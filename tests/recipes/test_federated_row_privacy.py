@@ -13,7 +13,7 @@ PRIVATE = {"row_clip_norm": 0.5, "row_noise_multiplier": 0.7, "delta": 0.01}
 
 
 def test_epsilon_is_counted_and_a_round_that_is_done_again_sends_the_same(flags, tmp_path, monkeypatch):  # noqa: F811
-    from hfllm.stages.federated.build import LocalLearner
+    from hfllm.federation.learner import LocalLearner
 
     learn, calls = LocalLearner.learn, []
 
