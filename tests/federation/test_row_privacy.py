@@ -8,8 +8,8 @@ import torch
 from test_local_learner import RATE, ROWS, PretendedTrainer, Scores, local_learner
 
 from hfllm.errors import InputError
+from hfllm.federation.organisations import hold_out
 from hfllm.federation.privacy import AnsweredRounds, RowPrivacy, RowSum, check_row_budget, epsilon_of
-from hfllm.stages.federated.flags import _held_apart
 
 
 class Chosen(random.Random):
@@ -222,7 +222,7 @@ def test_rounds_under_other_settings_are_refused(tmp_path):
 
 def test_one_row_does_not_move_the_others_between_learned_and_held_out():
     rows = [{"prompt": f"question {number}", "completion": "yes"} for number in range(400)]
-    whole, fewer = (_held_apart("a", each, 1, is_private=True) for each in (rows, rows[:7] + rows[8:]))
+    whole, fewer = (hold_out("a", each, 1, is_private=True) for each in (rows, rows[:7] + rows[8:]))
     lost = [row for row in whole.rows + whole.held_out if row not in fewer.rows + fewer.held_out]
     assert lost == [rows[7]] and [row for row in whole.rows if row != rows[7]] == fewer.rows
     assert 20 < len(whole.held_out) < 64 and len(whole.rows) + len(whole.held_out) == 400

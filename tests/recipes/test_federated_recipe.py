@@ -95,7 +95,7 @@ def central_step(folder, rows, rate):
 
 def test_one_round_of_one_step_is_the_step_on_pooled_rows(flags, saved, tmp_path, monkeypatch):
     # Nothing held out, and each organisation's rows are one batch.
-    monkeypatch.setattr("hfllm.stages.federated.flags._held_apart", all_learned)
+    monkeypatch.setattr("hfllm.stages.federated.build.hold_out", all_learned)
     one_step = {"rounds": 1, "local_steps": 1, "optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.5}
     run(flags(**one_step, lr_scheduler_type="constant", per_device_train_batch_size=2, gradient_accumulation_steps=1))
     # Batches of two: the first two rows of each order; with all rows the order does not count.
@@ -352,7 +352,7 @@ def test_clipping_alone_is_by_the_number_that_was_asked(flags, saved, tmp_path):
 
 def test_rows_that_another_organisation_learns_are_not_held_out(tmp_path):
     from hfllm.data.loading import prompt_key
-    from hfllm.stages.federated.flags import organisations_of
+    from hfllm.stages.federated.build import organisations_of
 
     # Each question comes three times, which dealing out puts at two or three organisations.
     words = [f"{place} {answer}" for place in range(60) for answer in "abc"]
