@@ -503,10 +503,11 @@ def _rounds_and_noise(
     """Return in words the rounds and the noise that would separately meet a bound; empty texts where none does."""
     # The maximum of rounds is one less than the smallest excessive number.
     too_many = _smallest(lambda count: epsilon(count, noise) > max_epsilon, 0)
+    most = (too_many or 0) - 1
     # Less noise than the given amount does not meet it; the computation for little noise takes long.
     hundredths = _smallest(lambda count: epsilon(rounds, count / 100) <= max_epsilon, max(int(100 * noise), 1))
     return [
-        _rounds_in_words(too_many - 1) if too_many is not None and too_many > 1 else "",
+        f"{most:,} round{'s' if most > 1 else ''}" if most > 0 else "",
         f"{what} multiplier of {hundredths / 100:.2f}" if hundredths else "",
     ]
 
@@ -514,10 +515,6 @@ def _rounds_and_noise(
 def _in_words(ways: Sequence[str], what: str) -> str:
     ways = [way for way in ways if way]
     return f"each of these would meet it: {', or '.join(ways)}" if ways else f"no number of {what} or rounds would"
-
-
-def _rounds_in_words(rounds: int) -> str:
-    return "1 round" if rounds == 1 else f"{rounds:,} rounds"
 
 
 def _smallest(holds: Callable[[int], bool], start: int) -> int | None:

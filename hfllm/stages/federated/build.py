@@ -186,11 +186,6 @@ class Local:
     keeps_optimizer: bool
     description: str
 
-    @property
-    def model(self) -> "PreTrainedModel":
-        """The model."""
-        return self.learner.model
-
 
 def load_local(
     script_args: FederatedArguments,

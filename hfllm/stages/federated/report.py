@@ -94,10 +94,10 @@ class Evaluator:
         """Return the gold rewards of greedy answers; nothing for the user's rows."""
         if not self.tasks:
             return []
-        key, local = weights_sha256(weights), self.local
+        key, learner = weights_sha256(weights), self.local.learner
         if key not in self._golds:
-            local.learner.set_weights(weights)
-            judged = judge_tasks(local.model, local.tokenizer, self.tasks, RESPONSE_LENGTH, do_sample=False)
+            learner.set_weights(weights)
+            judged = judge_tasks(learner.model, self.local.tokenizer, self.tasks, RESPONSE_LENGTH, do_sample=False)
             self._golds[key] = [row["gold"] for row in judged]
         return self._golds[key]
 
