@@ -12,14 +12,14 @@ docs/guides/federation.md tells more.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.federated.flags import FederatedArguments, default_settings
+from hfllm.stages.federated.flags import FULL, FederatedArguments, check, contents, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -46,52 +46,45 @@ def main(
     Args:
         connect: reaches organisations on other machines; hfllm/stages/federated/build.py has one.
     """
-    from dataclasses import replace
-
-    from hfllm.federation.rounds import run_rounds
+    from hfllm.federation.rounds import server_optimizer
+    from hfllm.outputs.card import chat_lines
+    from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable
+    from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages.federated import build as federated
-    from hfllm.stages.federated import flags as federated_flags
-    from hfllm.stages.federated.build import load_local
-    from hfllm.stages.federated.flags import organisations_of
     from hfllm.stages.federated.report import Controls, Evaluator, report_of
 
-    # Refuse what cannot work before anything is trained.
-    federated_flags.check(script_args, training_args, model_args)
-    before = federated_flags.stages_before(script_args, training_args, model_args)
-    also = federated_flags.contents(script_args)
+    check(script_args, training_args, model_args)
+    folder, seed, name = training_args.output_dir, training_args.seed, model_args.model_name_or_path
+    models, configs = {"pretrain": name}, {"pretrain": script_args.pretrain_config}
+    before = chain_before("federated", folder, seed, script_args.world_seed, given_models=models, configs=configs)
+    also = contents(script_args.organisation_files or ())
     stage = Stage("federated", script_args, training_args, model_args, before=before.parsed, also=also)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    check_trainable(federated_flags.adapted(script_args, model_args))
-    private = federated.check(script_args)
-    organisations = organisations_of(script_args, training_args.seed)
-    federated_flags.row_epsilons(script_args, training_args, organisations)
+    check_trainable(changed(model_args, use_peft=script_args.average != FULL))
+    step = (script_args.server_optimizer, script_args.server_learning_rate, script_args.server_momentum)
+    server = federated.Server(server_optimizer(*step), script_args.round_settings(seed), script_args.averaging)
+    terms, delta, max_epsilon = script_args.terms(seed), script_args.delta, script_args.max_epsilon
+    epsilon = server.spent_epsilon(script_args.count, delta, max_epsilon)
+    organisations = federated.organisations_of(script_args, seed)
+    batch_size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    federated.row_epsilons(terms, organisations, batch_size, delta, max_epsilon)
 
     stage.announce()
     before.run()
-    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
-    local = load_local(script_args, stage.training_args, base_args, organisations)
-    folder, seed = Path(training_args.output_dir), training_args.seed
-    begun, identity = local.learner.weights(), federated_flags.identity_of(stage.arguments, local.base_sha256)
-    evaluator = Evaluator(script_args, local)
-    with federated.transport(script_args, training_args, base_args, local, connect) as transport:
-        state = run_rounds(
-            transport,
-            [each.name for each in organisations],
-            begun,
-            federated.optimizer(script_args),
-            federated_flags.round_settings(script_args, seed),
-            folder,
-            identity,
-            evaluate=evaluator.of_round,
-            new_sum=partial(federated.new_sum, script_args, local.base_sha256, begun, len(organisations)),
-            announce=partial(federated.announce, script_args.rounds),
-        )
-    controls = Controls(script_args, seed, local, evaluator, begun, folder, identity).run()
-    result = report_of(script_args, local, state.records, evaluator.measure(state.weights), controls, private)
+    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or name)
+    local = federated.load_local(script_args, stage.training_args, base_args, organisations)
+    weights, identity = local.learner.weights(), federated.identity_of(stage.arguments, local.base_sha256)
+    evaluator = Evaluator(local, script_args.tasks, script_args.eval_rounds)
+    server.announce_noise(local)
+    workers = partial(federated.worker_settings, script_args, training_args, base_args)
+    with federated.transport(local, connect, workers, script_args.processes, script_args.round_timeout) as transport:
+        state = server.run_rounds(local, transport, weights, identity, evaluator.of_round)
+    controls = Controls(local, evaluator, weights, identity).run(script_args.arms)
+    result = report_of(local, state.records, evaluator.measure(state.weights), controls, epsilon, delta)
     local.learner.set_weights(state.weights)
     local.learner.trainer.save_model()
     return stage.finish(
@@ -99,7 +92,7 @@ def main(
         summary=result.summary,
         tables=result.tables,
         curves=result.plots,
-        next_steps=federated_flags.next_steps(script_args, training_args),
+        next_steps=[] if terms.has_pairs else chat_lines(folder, [{"role": "user", "content": "Hello!"}]),
         models={"model": base_args.model_name_or_path},
     )
 

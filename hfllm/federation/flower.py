@@ -53,7 +53,7 @@ class FlowerTransport(Receiver):
         self.grid, self.num_organisations, self.timeout, self.lost_wait = grid, num_organisations, timeout, lost_wait
         # In the order of finding, so the last node of a name is the newest.
         self._names: dict[int, str] = {}
-        self._given_up: set[str] = set()
+        self._absent: set[str] = set()
 
     def organisations(self) -> list[str]:
         """Return the names of the connected organisations, in order, once there are as many as expected.
@@ -122,20 +122,22 @@ class FlowerTransport(Receiver):
                     LOG.warning("two SuperNodes are of the organisation %r: the newest, %d, takes part", name, node)
                 nodes[name] = node
             missing = {name for name in participants if name not in nodes}
-            self._given_up &= missing
-            if missing <= self._given_up or time.monotonic() - since > self.lost_wait:
-                self._given_up |= missing
+            self._absent &= missing
+            if missing <= self._absent or time.monotonic() - since > self.lost_wait:
+                self._absent |= missing
                 return nodes
             time.sleep(PAUSE)
 
-    def _replies(self, asked: "Mapping[int, Message]", timeout: float | None) -> "Iterator[tuple[int, Message | str]]":
+    def _replies(
+        self, messages: "Mapping[int, Message]", timeout: float | None
+    ) -> "Iterator[tuple[int, Message | str]]":
         """Send messages; yield the reply of every node, or why there is none."""
-        ids = list(self.grid.push_messages(asked.values())) if asked else []
+        ids = list(self.grid.push_messages(messages.values())) if messages else []
         # Flower returns nothing, or an empty id, for unsendable messages.
-        ids += [""] * (len(asked) - len(ids))
-        waiting = {id: node for id, node in zip(ids, asked, strict=False) if id}
+        ids += [""] * (len(messages) - len(ids))
+        waiting = {id: node for id, node in zip(ids, messages, strict=False) if id}
         yield from (
-            (node, "could not be asked: the SuperLink took no message") for node in asked.keys() - waiting.values()
+            (node, "could not be asked: the SuperLink took no message") for node in messages.keys() - waiting.values()
         )
         since = time.monotonic()
         while waiting:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hfllm.errors import InputError
+from hfllm.federation.settings import COMPRESSIONS
 from hfllm.version import __version__
 
 TEMPLATE = """[project]
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--learner", required=True, help="module:function that makes an organisation's learner")
     parser.add_argument("--num_organisations", type=int, required=True)
     parser.add_argument("--timeout", type=float, help="seconds of a round")
-    parser.add_argument("--compression", choices=("none", "int8"), default="none")
+    parser.add_argument("--compression", choices=COMPRESSIONS, default="none")
     parser.add_argument("--config", nargs="*", default=[], metavar="NAME=VALUE", help="what the loop reads besides")
     parser.add_argument("--check", nargs="*", default=[], metavar="CERTIFICATE", help="certificates to check first")
     options = parser.parse_args(arguments)

@@ -26,8 +26,6 @@ from hfllm.federation.updates import Update, rank_axis
 if TYPE_CHECKING:
     from torch import nn
 
-AVERAGES = ("lora", "lora_frozen_a", "stacked")
-
 
 def freeze_a(model: "nn.Module") -> list[str]:
     """Stop training of every `lora_A`, and return the names of the still trained tensors, which travel.

@@ -1,14 +1,19 @@
-"""Organisations of a federation and their own rows: by family, by Dirichlet shares, or dealt out of one dataset."""
+"""Organisations of a federation, their own rows, by family, by Dirichlet shares or dealt out, and held-out ones."""
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import pairwise
 
 from hfllm.data.formats import Row
+from hfllm.data.loading import prompt_key, split_rows
 from hfllm.data.world.demonstrators import demonstrate
 from hfllm.data.world.world import FAMILIES, FAMILY_WEIGHTS, World
 from hfllm.errors import InputError
+
+# Held-out rows of an organisation, at most; without separate held-out rows, this share of its own rows.
+MOST_HELD_OUT, HELD_OUT_SHARE = 64, 0.1
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,38 @@ def split_evenly(rows: Sequence[Row], count: int, alpha: float | None, seed: int
         so_far += weight
         ends.append(round(so_far / total * len(shuffled)))
     return [shuffled[first:last] for first, last in pairwise(ends)]
+
+
+def hold_out(name: str, rows: Sequence[Row], seed: int, is_private: bool) -> Organisation:
+    """Return an organisation with a held-out part of its rows, unless it has too few of them.
+
+    Args:
+        seed: of the choice.
+        is_private: whether single rows are protected: then only a row's own prompt decides on its side, since with a
+            shuffle of all rows one row would move the others.
+    """
+    if len(set(map(prompt_key, rows))) < 2:
+        return Organisation(name, list(rows), [])
+    if not is_private:
+        return Organisation(name, *split_rows(list(rows), seed, HELD_OUT_SHARE, MOST_HELD_OUT))
+    shares = [_share_of(f"{seed} {prompt_key(row)}") for row in rows]
+    train = [row for row, share in zip(rows, shares, strict=True) if share >= HELD_OUT_SHARE]
+    held_out = [row for row, share in zip(rows, shares, strict=True) if share < HELD_OUT_SHARE]
+    return Organisation(name, train, held_out[:MOST_HELD_OUT])
+
+
+def _share_of(text: str) -> float:
+    """Return a number from 0 to 1 from a text's hash."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def without_shared_prompts(organisations: Sequence[Organisation]) -> list[Organisation]:
+    """Return organisations, held-out rows without prompts of anyone's training rows: the model learns from all."""
+    prompts = {prompt_key(row) for each in organisations for row in each.rows}
+    return [
+        replace(each, held_out=[row for row in each.held_out if prompt_key(row) not in prompts])
+        for each in organisations
+    ]
 
 
 def _normalized(weights: Mapping[str, float]) -> dict[str, float]:

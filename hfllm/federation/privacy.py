@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hfllm.errors import InputError
 from hfllm.federation.rounds import WeightedSum, norm
-from hfllm.federation.updates import Expected, Update, replace_tensors
+from hfllm.federation.updates import Expected, Update, read_tensors, replace_tensors
 from hfllm.outputs.statistics import Interval, as_numbers, auroc_interval
 
 # ---- privacy of organisations ----
@@ -274,9 +274,8 @@ class AnsweredRounds:
         if not self.path.exists():
             return None
         try:
-            with safe_open(self.path, "pt") as stream:
-                record = json.loads((stream.metadata() or {})["answered"])
-                answer = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            answer, metadata = read_tensors(self.path)
+            record = json.loads(metadata["answered"])
             last, last_question, settings = int(record["round"]), record["question"], record["settings"]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
@@ -397,14 +396,14 @@ def check_budget(
     rounds: int,
     noise_multiplier: float,
     delta: float,
-    max_epsilon: float,
+    max_epsilon: float | None = None,
 ) -> float:
     """Return the epsilon of a run, or refuse it before it starts.
 
     Args:
         num_organisations: every one takes part in a round with probability participants / num_organisations.
         participants: expected number in a round.
-        max_epsilon: the user's maximum.
+        max_epsilon: the user's maximum; by default none.
 
     Raises:
         InputError: when epsilon would be larger, with the number of organisations, of rounds and the noise that would
@@ -414,7 +413,7 @@ def check_budget(
         raise InputError(
             f"{participants} participants a round of {num_organisations} organisations: expected 1 to all of them"
         )
-    if not max_epsilon > 0:
+    if max_epsilon is not None and not max_epsilon > 0:
         raise InputError(f"max_epsilon is {max_epsilon}; expected a number above 0")
 
     def epsilon(
@@ -423,7 +422,7 @@ def check_budget(
         return epsilon_of(participants / organisations, noise, rounds, delta)
 
     result = epsilon()
-    if result <= max_epsilon:
+    if max_epsilon is None or result <= max_epsilon:
         return result
     organisations = _smallest(lambda count: epsilon(organisations=count) <= max_epsilon, num_organisations)
     ways = [
@@ -461,7 +460,7 @@ def check_row_budget(
     """
 
     def epsilon(rows: int, rounds: int = rounds, noise: float = noise_multiplier) -> float:
-        return epsilon_of(min(1.0, batch_size / rows), noise, rounds * local_steps, delta)
+        return epsilon_of(sampling_rate(rows, batch_size), noise, rounds * local_steps, delta)
 
     if max_epsilon is not None and not max_epsilon > 0:
         raise InputError(f"max_epsilon is {max_epsilon}; expected a number above 0")
@@ -504,10 +503,11 @@ def _rounds_and_noise(
     """Return in words the rounds and the noise that would separately meet a bound; empty texts where none does."""
     # The maximum of rounds is one less than the smallest excessive number.
     too_many = _smallest(lambda count: epsilon(count, noise) > max_epsilon, 0)
+    most = (too_many or 0) - 1
     # Less noise than the given amount does not meet it; the computation for little noise takes long.
     hundredths = _smallest(lambda count: epsilon(rounds, count / 100) <= max_epsilon, max(int(100 * noise), 1))
     return [
-        _rounds_in_words(too_many - 1) if too_many is not None and too_many > 1 else "",
+        f"{most:,} round{'s' if most > 1 else ''}" if most > 0 else "",
         f"{what} multiplier of {hundredths / 100:.2f}" if hundredths else "",
     ]
 
@@ -515,10 +515,6 @@ def _rounds_and_noise(
 def _in_words(ways: Sequence[str], what: str) -> str:
     ways = [way for way in ways if way]
     return f"each of these would meet it: {', or '.join(ways)}" if ways else f"no number of {what} or rounds would"
-
-
-def _rounds_in_words(rounds: int) -> str:
-    return "1 round" if rounds == 1 else f"{rounds:,} rounds"
 
 
 def _smallest(holds: Callable[[int], bool], start: int) -> int | None:

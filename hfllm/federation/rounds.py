@@ -15,13 +15,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hfllm.errors import InputError
+from hfllm.federation.settings import (
+    AGGREGATIONS,
+    LEARNING_RATES,
+    MAX_NORM_RATIO,
+    MEAN,
+    MEDIAN,
+    NORM_RATIOS,
+    SERVER_OPTIMIZERS,
+    TRIM,
+    TRIMS,
+    RoundSettings,
+    check_settings,
+    num_asked,
+)
 from hfllm.federation.transports import Transport
-from hfllm.federation.updates import Expected, Failure, Update, replace_tensors
+from hfllm.federation.updates import Expected, Failure, Update, read_tensors, replace_tensors
 from hfllm.fingerprint import fingerprint
+from hfllm.flags import check_number
 from hfllm.outputs.report import CONTENTS, by_contents
 
 # ---- averaging ----
@@ -106,11 +121,6 @@ class WeightedSum:
         """
         mean = self.average()
         return math.sqrt(max(self._squares / self.num_tokens - norm(mean) ** 2, 0.0))
-
-
-MEAN, MEDIAN, TRIMMED_MEAN = AGGREGATIONS = ("mean", "median", "trimmed_mean")
-# How many times the typical length an update may have, and the share of values cut off at each end.
-MAX_NORM_RATIO, TRIM = 2.0, 0.2
 
 
 class RobustSum:
@@ -231,10 +241,8 @@ def check_robust(aggregation: str, trim: float, max_norm_ratio: float) -> None:
     """Refuse settings outside of the range of robust averages."""
     if aggregation not in AGGREGATIONS:
         raise InputError(f"--aggregation {aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
-    if not 0 <= trim < 0.5:
-        raise InputError(f"--trim {trim}: expected a share of at least 0, below 0.5")
-    if max_norm_ratio != 0 and not (math.isfinite(max_norm_ratio) and max_norm_ratio >= 1):
-        raise InputError(f"--max_norm_ratio {max_norm_ratio}: expected a number of at least 1, or 0 for no bound")
+    check_number("trim", trim, TRIMS)
+    check_number("max_norm_ratio", max_norm_ratio, NORM_RATIOS)
 
 
 def weighted_average(updates: Iterable[Update], expected: Expected | None = None) -> dict[str, Tensor]:
@@ -282,16 +290,11 @@ def distances(updates: Iterable[Update], average: Mapping[str, Tensor]) -> dict[
 # al. 2019, arXiv:1909.06335).
 
 
-NAMES = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
-# Default rate: an average is taken as it is, adaptive steps have the size of the rate.
-LEARNING_RATES = {"fedavg": 1.0, "momentum": 1.0, "fedadagrad": 0.01, "fedadam": 0.01, "fedyogi": 0.01}
-
-
 class ServerOptimizer:
     """Moves the common weights by the mean change of a round, from `WeightedSum`; `server_optimizer` checks settings.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `SERVER_OPTIMIZERS`.
         learning_rate: factor of the step.
         momentum: kept share of the former momentum, b1 above.
         beta2: kept share of the former second moment.
@@ -359,8 +362,9 @@ class ServerOptimizer:
         if "round" not in kinds or kinds - {"round"} not in (set(), expected):
             raise InputError(f"the state of the server's optimizer holds {sorted(kinds)}; not one of {self.name!r}")
         self.round = int(state["round"])
-        self._first = _part(state, "first.")
-        self._second = _part(state, "second.")
+        self._first, self._second = (
+            {name: value.clone() for name, value in _part(state, prefix).items()} for prefix in ("first.", "second.")
+        )
 
 
 def server_optimizer(
@@ -382,8 +386,8 @@ def server_optimizer(
     Raises:
         InputError: for an unknown name, and numbers out of range.
     """
-    if name not in NAMES:
-        raise InputError(f"server_optimizer is {name!r}; expected one of {', '.join(NAMES)}")
+    if name not in SERVER_OPTIMIZERS:
+        raise InputError(f"server_optimizer is {name!r}; expected one of {', '.join(SERVER_OPTIMIZERS)}")
     rate = LEARNING_RATES[name] if learning_rate is None else learning_rate
     for name_of, value in (("learning_rate", rate), ("tau", tau)):
         if not (math.isfinite(value) and value > 0):
@@ -395,7 +399,7 @@ def server_optimizer(
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value.clone() for name, value in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 # ---- rounds ----
@@ -415,27 +419,6 @@ class Sum(Protocol):
     def average(self) -> Mapping[str, Tensor]: ...
 
     def drift(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class RoundSettings:
-    """How many rounds there are, and who takes part.
-
-    Args:
-        num_rounds: rounds in all.
-        participation: share of the organisations asked in a round, drawn by `seed` and the round's number.
-        min_organisations: fewest updates of a valid round.
-        seed: of the draws.
-        is_private: every organisation takes part by chance of its own, unknown to all, as the accountant assumes.
-            A round without asked organisations is taken, a round with failures of all asked ones is not; a
-            repeated round is another one. Records then say nothing of who took part.
-    """
-
-    num_rounds: int
-    participation: float = 1.0
-    min_organisations: int = 1
-    seed: int = 0
-    is_private: bool = False
 
 
 @dataclass
@@ -487,28 +470,6 @@ def participants_of(names: Sequence[str], number: int, settings: RoundSettings) 
         return draw_participants(names, count / len(names))
     chosen = set(random.Random(f"participants-{settings.seed}-{number}").sample(range(len(names)), count))
     return [name for index, name in enumerate(names) if index in chosen]
-
-
-def expected_participants(num_organisations: int, participation: float) -> int:
-    """Return the number of organisations asked in a round, with privacy the average number."""
-    return min(max(math.ceil(participation * num_organisations), 1), num_organisations)
-
-
-def num_asked(num_organisations: int, settings: RoundSettings) -> int:
-    """Return how many organisations a round asks by its settings: with privacy on average."""
-    count = expected_participants(num_organisations, settings.participation)
-    return count if settings.is_private else max(settings.min_organisations, count)
-
-
-def check_settings(settings: RoundSettings, num_organisations: int) -> None:
-    """Refuse settings impossible for a federation of this size."""
-    if not 0 < settings.participation <= 1:
-        raise InputError(f"--participation {settings.participation}: expected a share above 0, at most 1")
-    if not 1 <= settings.min_organisations <= num_organisations:
-        raise InputError(
-            f"--min_organisations {settings.min_organisations}: expected 1 to {num_organisations}, of which there are "
-            "organisations"
-        )
 
 
 def run_rounds(
@@ -675,9 +636,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | N
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
         records = [RoundRecord(**each) for each in json.loads(metadata["records"])]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -687,11 +646,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | N
         raise InputError(
             f"{path} holds rounds of another run: remove it to begin again, or choose another --output_dir"
         )
-    weights, server = (
-        {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for prefix in (WEIGHT, SERVER)
-    )
-    return FederationState(weights, server, records)
+    return FederationState(_part(tensors, WEIGHT), _part(tensors, SERVER), records)
 
 
 # ---- who takes part ----

@@ -111,11 +111,11 @@ def failed_by(error: Exception, organisation: str, where: str) -> str:
     return f"the learner of organisation {organisation!r} failed by {type(error).__name__}; {where} has the traceback"
 
 
-def check_participants(participants: Sequence[str], known: Collection[str]) -> None:
+def check_participants(participants: Sequence[str], organisations: Collection[str]) -> None:
     """Refuse a round of an unknown organisation, or of one twice."""
     for index, name in enumerate(participants):
-        if name not in known or name in participants[:index]:
-            raise InputError(f"organisation {name!r} takes part; expected each at most once of {list(known)}")
+        if name not in organisations or name in participants[:index]:
+            raise InputError(f"organisation {name!r} takes part; expected each at most once of {list(organisations)}")
 
 
 class InProcess(Receiver):
@@ -295,7 +295,7 @@ class _Worker:
         command = [sys.executable, "-m", "hfllm.federation.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
         os.set_blocking(self._process.stdout.fileno(), False)
-        self._said = b""
+        self._output = b""
         self._tell(about)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
@@ -311,9 +311,9 @@ class _Worker:
     def answer(self) -> str | None:
         """Return why it failed, an empty text if it did not, and `None` while it trains."""
         is_alive = self.is_alive()
-        self._said += self._process.stdout.read() or b""
-        if b"\n" in self._said:
-            line, _, self._said = self._said.partition(b"\n")
+        self._output += self._process.stdout.read() or b""
+        if b"\n" in self._output:
+            line, _, self._output = self._output.partition(b"\n")
             return json.loads(line)["reason"]
         if is_alive:
             return None

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from hfllm import durable
 from hfllm.errors import InputError
+from hfllm.federation.settings import COMPRESSIONS
 
 # ---- updates ----
 
@@ -109,19 +110,19 @@ class Expected:
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{whose} sent {name} with NaN or infinite values; expected finite ones")
 
-    def check_round(self, found: int | None, organisation: str) -> None:
+    def check_round(self, round: int | None, organisation: str) -> None:
         """Refuse an update of another round, or without a round; see `check`."""
-        if self.round is not None and found != self.round:
-            sent = "an update of no round" if found is None else f"an update of round {found}"
+        if self.round is not None and round != self.round:
+            sent = "an update of no round" if round is None else f"an update of round {round}"
             raise InputError(f"organisation {organisation!r} sent {sent}; expected one of round {self.round}")
 
-    def check_forms(self, found: Mapping[str, Form], organisation: str) -> None:
+    def check_forms(self, forms: Mapping[str, Form], organisation: str) -> None:
         """Refuse other names, shapes or precisions; see `check`."""
         whose = f"organisation {organisation!r}"
         for name in self.forms:
-            if name not in found:
+            if name not in forms:
                 raise InputError(f"{whose} sent no {name}, one of {len(self.forms)} tensors that are averaged")
-        for name, form in found.items():
+        for name, form in forms.items():
             if name not in self.forms:
                 raise InputError(
                     f"{whose} sent {name!r:.200}, which is none of the {len(self.forms)} averaged tensors"
@@ -178,11 +179,11 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _differ_in_rank_alone(name: str, form: Form, wanted: Form) -> bool:
+def _differ_in_rank_alone(name: str, form: Form, expected: Form) -> bool:
     axis = rank_axis(name)
-    if axis is None or form.dtype != wanted.dtype or len(form.shape) != 2 or len(wanted.shape) != 2:
+    if axis is None or form.dtype != expected.dtype or len(form.shape) != 2 or len(expected.shape) != 2:
         return False
-    return form.shape[1 - axis] == wanted.shape[1 - axis] and form.shape[axis] > 0
+    return form.shape[1 - axis] == expected.shape[1 - axis] and form.shape[axis] > 0
 
 
 # ---- wire ----
@@ -214,8 +215,8 @@ def to_bytes(update: Update, compression: str = "none", round: int | None = None
     Raises:
         InputError: for another compression, and a change with NaN or infinite values.
     """
-    if compression not in KINDS:
-        raise InputError(f"compression is {compression!r}; expected one of {', '.join(KINDS)}")
+    if compression not in COMPRESSIONS:
+        raise InputError(f"compression is {compression!r}; expected one of {', '.join(COMPRESSIONS)}")
     check_counts(update)
     for name, tensor in update.tensors.items():
         if not torch.isfinite(tensor).all():
@@ -326,7 +327,7 @@ def _header(data: bytes, most: int) -> tuple[dict[str, Any], dict[str, Form]]:
         raise ValueError(f"a header of {length:,} bytes in {len(data):,}, of which at most {most:,} are read")
     header = json.loads(data[8 : 8 + length].decode("utf-8"))
     metadata = header.pop("__metadata__")
-    if metadata.get("format") != FORMAT or metadata.get("compression") not in KINDS:
+    if metadata.get("format") != FORMAT or metadata.get("compression") not in COMPRESSIONS:
         raise ValueError(f"format {metadata.get('format')!r:.60}, compression {metadata.get('compression')!r:.60}")
     forms = {}
     for name, entry in header.items():
@@ -370,7 +371,6 @@ def _one_line(error: Exception) -> str:
 # change (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847), so errors do not add up over rounds.
 
 
-KINDS = ("none", "int8")
 VALUES, SCALES = ".int8", ".scale"
 STEPS = 127
 
@@ -435,6 +435,12 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 # ---- files of tensors ----
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file, and its metadata."""
+    with safe_open(path, "pt") as stream:
+        return {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata() or {}  # noqa: SIM118
 
 
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

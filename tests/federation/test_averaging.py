@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from hfllm.errors import InputError
 from hfllm.federation.rounds import (
     AGGREGATIONS,
-    NAMES,
+    SERVER_OPTIMIZERS,
     RobustSum,
     WeightedSum,
     distances,
@@ -190,7 +190,7 @@ def by_hand(name, changes, rate, b1=0.9, b2=0.99, tau=1e-3):
     return weight
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
 def test_server_optimizers_follow_the_paper_and_resume(name):
     moves = [0.3, -0.2, 0.001, 0.5]
     optimizer = server_optimizer(name)

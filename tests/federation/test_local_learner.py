@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.stages.federated.build import IGNORE, KeptStates, LocalLearner, places_of
+from hfllm.federation.learner import IGNORE, KeptStates, LocalLearner, row_indices
+from hfllm.trainers.engines import schedule_of
 
 # Rows whose numbers of targets differ much: the first label is never predicted.
 ROWS = [
@@ -58,8 +59,12 @@ class PretendedTrainer:
         return squares.sum() / num_items_in_batch if self.model_accepts_loss_kwargs else squares.mean()
 
 
+def local_learner(trainer, steps, mu=0.0):
+    return LocalLearner(trainer, schedule_of(trainer.args, steps), mu)
+
+
 def learned(per_device, accumulation, takes_count=True, mu=0.0, steps=3):
-    learner = LocalLearner(PretendedTrainer(per_device, accumulation, takes_count), steps, mu)
+    learner = local_learner(PretendedTrainer(per_device, accumulation, takes_count), steps, mu)
     return learner, learner.learn(ROWS, learner.weights(), 0, steps, "seed")
 
 
@@ -69,7 +74,7 @@ def by_hand(mu, steps=3):
     for step in range(steps):
         pairs = [
             (row["input_ids"][1], row["labels"][1], len(row["labels"]) - 1)
-            for row in (ROWS[place] for place in places_of(8, 8, step, "seed"))
+            for row in (ROWS[index] for index in row_indices(8, 8, step, "seed"))
         ]
         total, gradient = sum(count for _, _, count in pairs), torch.zeros_like(x)
         for token, label, count in pairs:
@@ -85,7 +90,7 @@ def test_parts_of_a_batch_count_by_their_targets(per_device, accumulation, takes
     torch.testing.assert_close(found.weights["x"], by_hand(0.0), rtol=0, atol=1e-12)
     assert (found.num_tokens, found.num_rows) == (3 * sum(len(row["labels"]) - 1 for row in ROWS), 24)
     # Nor does the mean loss depend on how rows are taken.
-    whole = LocalLearner(PretendedTrainer(8, 1, True), 3).held_out_loss(ROWS, found.weights)
+    whole = local_learner(PretendedTrainer(8, 1, True), 3).held_out_loss(ROWS, found.weights)
     assert learner.held_out_loss(ROWS, found.weights) == pytest.approx(whole, rel=1e-12)
 
 
@@ -105,7 +110,7 @@ def test_a_state_that_is_not_tensors_is_refused():
                 for parameter in group["params"]:
                     self.state[parameter]["steps"] = 1
 
-    learner = LocalLearner(PretendedTrainer(8, 1, True, Counting), 3)
+    learner = local_learner(PretendedTrainer(8, 1, True, Counting), 3)
     learner.learn(ROWS, learner.weights(), 0, 1, "seed")
     with pytest.raises(InputError, match="--keep_optimizer: own has the state 'steps'"):
         learner.optimizer_state()

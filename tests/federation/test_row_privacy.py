@@ -5,12 +5,11 @@ import random
 
 import pytest
 import torch
-from test_local_learner import RATE, ROWS, PretendedTrainer, Scores
+from test_local_learner import RATE, ROWS, PretendedTrainer, Scores, local_learner
 
 from hfllm.errors import InputError
+from hfllm.federation.organisations import hold_out
 from hfllm.federation.privacy import AnsweredRounds, RowPrivacy, RowSum, check_row_budget, epsilon_of
-from hfllm.stages.federated.build import LocalLearner
-from hfllm.stages.federated.flags import _held_apart
 
 
 class Chosen(random.Random):
@@ -43,7 +42,7 @@ def by_hand(steps, clip, size, noises=None):
 
 
 def learned(privacy, steps, per_device=4, accumulation=1):
-    learner = LocalLearner(PretendedTrainer(per_device, accumulation, True), steps)
+    learner = local_learner(PretendedTrainer(per_device, accumulation, True), steps)
     return learner.learn(ROWS, learner.weights(), 0, steps, "seed", privacy=privacy)
 
 
@@ -110,7 +109,7 @@ def test_a_row_whose_gradient_is_not_finite_adds_nothing(value):
 
 def test_a_row_has_dropout_of_its_own():
     """From one stream of masks a row would shift those of all rows after it: more than the norm would move."""
-    learner, masks = LocalLearner(PretendedTrainer(4, 1, True), 1), []
+    learner, masks = local_learner(PretendedTrainer(4, 1, True), 1), []
     loss = learner._loss
     learner._loss = lambda rows, targets: (masks.append(float(torch.rand(()))), loss(rows, targets))[1]
     for chosen in ([[0, 3]], [[3]]):
@@ -127,7 +126,7 @@ def test_a_bias_that_follows_the_load_stays():
             super().__init__(4, 1, True)
             self.model.update_rate = 0.001
 
-    assert LocalLearner(Trainer(), 1).model.update_rate == 0
+    assert local_learner(Trainer(), 1).model.update_rate == 0
 
 
 def test_the_sum_is_opacus_s():
@@ -223,7 +222,7 @@ def test_rounds_under_other_settings_are_refused(tmp_path):
 
 def test_one_row_does_not_move_the_others_between_learned_and_held_out():
     rows = [{"prompt": f"question {number}", "completion": "yes"} for number in range(400)]
-    whole, fewer = (_held_apart("a", each, 1, is_private=True) for each in (rows, rows[:7] + rows[8:]))
+    whole, fewer = (hold_out("a", each, 1, is_private=True) for each in (rows, rows[:7] + rows[8:]))
     lost = [row for row in whole.rows + whole.held_out if row not in fewer.rows + fewer.held_out]
     assert lost == [rows[7]] and [row for row in whole.rows if row != rows[7]] == fewer.rows
     assert 20 < len(whole.held_out) < 64 and len(whole.rows) + len(whole.held_out) == 400

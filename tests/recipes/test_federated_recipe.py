@@ -95,7 +95,7 @@ def central_step(folder, rows, rate):
 
 def test_one_round_of_one_step_is_the_step_on_pooled_rows(flags, saved, tmp_path, monkeypatch):
     # Nothing held out, and each organisation's rows are one batch.
-    monkeypatch.setattr("hfllm.stages.federated.flags._held_apart", all_learned)
+    monkeypatch.setattr("hfllm.stages.federated.build.hold_out", all_learned)
     one_step = {"rounds": 1, "local_steps": 1, "optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.5}
     run(flags(**one_step, lr_scheduler_type="constant", per_device_train_batch_size=2, gradient_accumulation_steps=1))
     # Batches of two: the first two rows of each order; with all rows the order does not count.
@@ -118,10 +118,10 @@ def all_learned(name, rows, seed, is_private):
 
 def repeated(words, size):
     """What a batch of `size` rows has of few rows: passes one after the other, here in whole and part by the order."""
-    from hfllm.stages.federated.build import places_of
+    from hfllm.federation.learner import row_indices
 
     return [
-        [each[place] for place in places_of(len(each), size, 0, f"42-{name}")]
+        [each[index] for index in row_indices(len(each), size, 0, f"42-{name}")]
         for name, each in zip(NAMES, words, strict=True)
     ]
 
@@ -132,7 +132,7 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize("average", ["full", pytest.param("lora_frozen_a", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_within_a_round_resumes_to_the_same_bits(flags, tmp_path, monkeypatch, capsys, average):
-    from hfllm.stages.federated.build import LocalLearner
+    from hfllm.federation.learner import LocalLearner
 
     more = {"average": average, "keep_optimizer": True, "server_optimizer": "fedadam", "participation": 0.6}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -169,7 +169,7 @@ def test_a_process_that_is_killed_resumes_to_the_same_bits(flags, tmp_path, proc
     more = {"server_optimizer": "momentum", "keep_optimizer": True, "compression": "int8"}
     run(flags(**more, output_dir=tmp_path / "whole"))
     killed = flags(**more, output_dir=tmp_path / "killed")
-    for place, number in (("hfllm.stages.federated.build:LocalLearner.learn", 6), (f"{ROUNDS}:save_state", 1)):
+    for place, number in (("hfllm.federation.learner:LocalLearner.learn", 6), (f"{ROUNDS}:save_state", 1)):
         processes.run(Path(kill_run.__file__), place, number, "federated", *killed, code=-signal.SIGKILL)
     processes.run(Path(kill_run.__file__), "none", 0, "federated", *killed)
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
@@ -352,7 +352,7 @@ def test_clipping_alone_is_by_the_number_that_was_asked(flags, saved, tmp_path):
 
 def test_rows_that_another_organisation_learns_are_not_held_out(tmp_path):
     from hfllm.data.loading import prompt_key
-    from hfllm.stages.federated.flags import organisations_of
+    from hfllm.stages.federated.build import organisations_of
 
     # Each question comes three times, which dealing out puts at two or three organisations.
     words = [f"{place} {answer}" for place in range(60) for answer in "abc"]

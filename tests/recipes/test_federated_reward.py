@@ -35,8 +35,7 @@ def pairs(flags, tmp_path):  # noqa: F811
 
 
 def loaded(words):
-    from hfllm.stages.federated.build import load_local
-    from hfllm.stages.federated.flags import organisations_of
+    from hfllm.stages.federated.build import load_local, organisations_of
 
     args = federated.parse(list(map(str, words)))
     return load_local(*args, organisations_of(args[0], args[1].seed))

@@ -13,7 +13,7 @@ PRIVATE = {"row_clip_norm": 0.5, "row_noise_multiplier": 0.7, "delta": 0.01}
 
 
 def test_epsilon_is_counted_and_a_round_that_is_done_again_sends_the_same(flags, tmp_path, monkeypatch):  # noqa: F811
-    from hfllm.stages.federated.build import LocalLearner
+    from hfllm.federation.learner import LocalLearner
 
     learn, calls = LocalLearner.learn, []
 
@@ -57,9 +57,9 @@ def test_what_was_answered_outlives_the_rounds(flags, tmp_path):  # noqa: F811
 
 
 def test_noise_is_of_its_size_and_organisations_count_alike(flags, saved, tmp_path, monkeypatch):  # noqa: F811
-    from hfllm.stages.federated import build as federated_build
+    from hfllm.stages.federated.build import Server
 
-    updates, new_sum = [], federated_build.new_sum
+    updates, new_sum = [], Server.new_sum
 
     def watching(*args):
         total = new_sum(*args)
@@ -67,7 +67,7 @@ def test_noise_is_of_its_size_and_organisations_count_alike(flags, saved, tmp_pa
         total.add = lambda update: (updates.append(update), add(update))
         return total
 
-    monkeypatch.setattr(federated_build, "new_sum", watching)
+    monkeypatch.setattr(Server, "new_sum", watching)
     once = {"rounds": 1, "local_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
     run(flags(**once, row_clip_norm=0.01, row_noise_multiplier=20.0, delta=0.01, lr_scheduler_type="constant"))
     moved, values = moved_by(tmp_path / "out", saved)

@@ -1,369 +1,526 @@
-"""The learners and the server of a federation: local steps, answers to rounds, processes, Flower's apps."""
+"""The parts of a federation: its organisations' rows, the training here, the way to it, and the server's sums."""
 
 import json
-import random
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers import set_seed
+from trl import RewardConfig
 
+from hfllm.data import formats
+from hfllm.data.conversations import Conversations
+from hfllm.data.formats import Row
+from hfllm.data.images.rows import refuse_images
+from hfllm.data.rows import flaw_of
+from hfllm.data.world.world import World
 from hfllm.errors import InputError
+from hfllm.federation.learner import KeptStates, LocalLearner, Rows, folder_name
 from hfllm.federation.lora import freeze_a
-from hfllm.federation.organisations import Organisation
-from hfllm.federation.privacy import (
-    AnsweredRounds,
-    ClippedSum,
-    RowPrivacy,
-    RowSum,
-    check_budget,
-    epsilon_of,
-    noise_to_signal,
+from hfllm.federation.organisations import (
+    MOST_HELD_OUT,
+    Organisation,
+    check_organisations,
+    dirichlet_shares,
+    family_shares,
+    hold_out,
+    split_evenly,
+    without_shared_prompts,
+    world_organisations,
 )
+from hfllm.federation.privacy import AnsweredRounds, ClippedSum, check_budget, check_row_budget, noise_to_signal
 from hfllm.federation.rounds import (
     STATE_FILE,
+    FederationState,
     RobustSum,
     RoundRecord,
     ServerOptimizer,
     Sum,
     WeightedSum,
-    expected_participants,
-    num_asked,
-    server_optimizer,
+    run_rounds,
 )
+from hfllm.federation.settings import MEAN, Averaging, RoundSettings, expected_participants, num_asked
 from hfllm.federation.transports import InProcess, Learner, SeveralProcesses, Transport
-from hfllm.federation.updates import ErrorFeedback, Expected, Update, changes, replace_tensors, weights_sha256
-from hfllm.flags import given_names
-from hfllm.models.devices import forked_random
+from hfllm.federation.updates import ErrorFeedback, Expected, Update, changes, weights_sha256
+from hfllm.flags import Flags, given_names
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
-from hfllm.runs.models import fitting_length, load_to_train, peft_config
+from hfllm.runs.models import fitting_length, load_scorer_to_train, load_to_train, load_tokenizer, peft_config
 from hfllm.runs.recipes import load_recipe
-from hfllm.stages.federated import flags as federated_flags
-from hfllm.stages.federated.flags import (
-    FROZEN_A,
-    MEAN,
-    NOT_OF_THE_ROUNDS,
-    NOTHING,
-    FederatedArguments,
-    Rows,
-    Tokenized,
-    adapted,
-    check_one_each,
-    organisation_names,
-    organisation_of_file,
-    organisations_of,
-    round_settings,
-    row_epsilons,
-    row_privacy_of,
-    terms_of,
-    tokenized,
-    tokenized_pairs,
-)
+from hfllm.stages.federated.flags import FROZEN_A, FULL, REWARD, FederatedArguments, Terms
+from hfllm.stages.sft.build import examples, trained_as_they_are, with_template
+from hfllm.stages.shared import kept_rows
 from hfllm.trainers.engines import schedule_of
-from hfllm.trainers.trl_trainers import SFTTrainer
+from hfllm.trainers.trl_trainers import RewardTrainer, SFTTrainer
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig, SFTConfig
 
 
-# ---- the learner ----
+# ---- organisations and their rows ----
 
 
-IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Learned:
-    """Results of some steps.
+def organisations_of(
+    script_args: FederatedArguments, seed: int, own_file: tuple[str, str] | None = None
+) -> list[Organisation]:
+    """Return the organisations selected by the flags, with their rows.
 
     Args:
-        weights: copies of the trained tensors.
-        num_tokens, num_rows: number of learned targets and rows, counted at each use. A pair is one target.
-        loss: mean over the targets, before each step.
+        seed: of shares, of dealing out and of holding out.
+        own_file: the name and the file of the only organisation to read; by default all are read.
     """
 
-    weights: dict[str, Tensor]
-    num_tokens: int
-    num_rows: int
-    loss: float
+    def mapper(origin: str, row: Row) -> Row:
+        refuse_images(origin, row, "hfllm federated")
+        if script_args.learner == REWARD:
+            return formats.to_preference(origin, row)
+        row = formats.to_sft(origin, row)
+        return formats.last_turn(row) if script_args.loss_on == "last" else row
 
+    def read(dataset: str) -> list[Row]:
+        return kept_rows(replace(script_args, dataset_name=dataset), mapper, flaw_of)
 
-class LocalLearner:
-    """Takes the same optimizer steps as `Trainer`, from given weights.
-
-    The trainer is built once; it provides its model on its device, collator, loss and optimizer. A new trainer for
-    every organisation and round would cost more than its few steps. Its loss has to be a mean over `labels`, as in
-    TRL's SFTTrainer, or over rows without labels, such as the pairs of RewardTrainer.
-
-    Args:
-        trainer: with the model, the collator, the loss, and arguments for optimizer and schedule. It does no
-            training itself.
-        num_steps: total steps of all rounds, the length of the learning rate schedule.
-        proximal_mu: weight of FedProx's term, mu / 2 times the squared distance to the initial weights (Li et
-            al. 2018, arXiv:1812.06127, equation 2).
-    """
-
-    def __init__(self, trainer: "Trainer", num_steps: int, proximal_mu: float = 0.0):
-        self.trainer, self.args, self.proximal_mu = trainer, trainer.args, proximal_mu
-        self.model: nn.Module = trainer.model
-        for module in self.model.modules():
-            # A bias adapted to the load of experts is not sent: it would differ by organisation and process, and
-            # reveal the drawn rows, bypassing clipping and noise.
-            if getattr(module, "update_rate", 0):
-                module.update_rate = 0.0
-        self.optimizer = trainer.create_optimizer()
-        self.batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        self.rate = schedule_of(trainer.args, num_steps)
-        # As in `Trainer.training_step`: does the loss take the number of targets, or is it a mean over every part?
-        takes_count = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        is_scaled = trainer.loss_is_scaled_for_ga
-        self._takes_count = takes_count if is_scaled is None else is_scaled
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by name: the content of updates."""
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return copies of the trained tensors, on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self.trained.items()}
-
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the trained tensors."""
-        with torch.no_grad():
-            for name, value in self.trained.items():
-                value.copy_(weights[name])
-
-    def learn(
-        self,
-        rows: Rows,
-        weights: Mapping[str, Tensor],
-        first_step: int,
-        count: int,
-        seed: str,
-        state: Mapping[str, Tensor] | None = None,
-        batch_size: int | None = None,
-        rate: Callable[[int], float] | None = None,
-        privacy: RowPrivacy | None = None,
-    ) -> Learned:
-        """Train `count` steps from `weights`; without privacy the same arguments give the same bits.
-
-        Args:
-            rows: tokenized rows of one organisation.
-            first_step: the number of the first step, from 0, its position in the rows and in the schedule.
-            seed: of the order of the rows, and, together with the number of the step, of dropout.
-            state: the optimizer's, from `optimizer_state`; by default a new one.
-            batch_size: rows of a step; by default the trainer's.
-            rate: the schedule's factor of the learning rate by step; by default the schedule of all rounds.
-            privacy: of single rows: their draws, clipping and noise, all without a seed. A row's loss is then the mean
-                over its own targets, and a step's the sum over rows divided by their expected number.
-        """
-        self.set_weights(weights)
-        self.set_optimizer_state(state)
-        size, trained = batch_size or self.batch_size, list(self.trained.values())
-        begun = [value.detach().clone() for value in trained] if self.proximal_mu else []
-        nats, num_tokens, num_rows = 0.0, 0, 0
-        self.model.train()
-        with forked_random(self.args.device):
-            for step in range(first_step, first_step + count):
-                torch.manual_seed(random.Random(f"{seed}-{step}").getrandbits(63))
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.args.learning_rate * (rate or self.rate)(step)
-                if privacy is None:
-                    batch = [rows[index] for index in places_of(len(rows), size, step, seed)]
-                    summed = self._gradient(batch)
-                else:
-                    batch = [rows[index] for index in privacy.draw(len(rows), size)]
-                    summed = self._private_gradient(batch, min(size, len(rows)), privacy)
-                for value, beginning in zip(trained, begun, strict=False):
-                    value.grad.add_(value.detach() - beginning, alpha=self.proximal_mu)
-                if self.args.max_grad_norm > 0:
-                    nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                nats, num_rows = nats + summed, num_rows + len(batch)
-                num_tokens += sum(map(_targets, batch))
-        self.model.eval()
-        return Learned(self.weights(), num_tokens, num_rows, nats / max(num_tokens, 1))
-
-    def _gradient(self, batch: Rows) -> float:
-        """Accumulate the gradient of the mean over all targets of a batch, and return the sum over them."""
-        mean, parts = 0.0, list(chunks(batch, self.args.per_device_train_batch_size))
-        targets = sum(map(_targets, batch))
-        # TRL divides the load-balancing loss of experts by this.
-        self.trainer.current_gradient_accumulation_steps = len(parts)
-        for part in parts:
-            loss = self._loss(part, targets)
-            loss.backward()
-            mean += float(loss.detach())
-        return mean * targets
-
-    def _private_gradient(self, batch: Rows, expected: int, privacy: RowPrivacy) -> float:
-        """Set the noisy sum of the gradients of single rows over `expected`; return the sum of their summed losses."""
-        total, nats = RowSum(list(self.trained.values()), privacy), 0.0
-        self.trainer.current_gradient_accumulation_steps = 1
-        for row in batch:
-            # Its own unpredictable masks: with one stream, a row would shift the masks of all rows after it.
-            torch.manual_seed(random.SystemRandom().getrandbits(63))
-            targets = _targets(row)
-            # The mean over its own tokens: else it would reveal tokens of other rows.
-            loss = self._loss([row], targets)
-            loss.backward()
-            total.take()
-            nats += float(loss.detach()) * targets
-        total.set_gradient(expected)
-        return nats
-
-    def _loss(self, rows: Rows, targets: int) -> Tensor:
-        """Return the trainer's loss of rows, divided by `targets`."""
-        inputs = self.trainer._prepare_inputs(self.trainer.data_collator(list(rows)))
-        with self.trainer.compute_loss_context_manager(), self.trainer.accelerator.autocast():
-            loss = self.trainer.compute_loss(
-                self.model, inputs, num_items_in_batch=torch.tensor(targets, device=self.args.device)
-            )
-        return loss if self._takes_count else loss * (sum(map(_targets, rows)) / max(targets, 1))
-
-    def held_out_loss(self, rows: Rows, weights: Mapping[str, Tensor]) -> float:
-        """Return the mean loss over all targets of rows, in nats per token, at these weights."""
-        self.set_weights(weights)
-        self.model.eval()
-        nats, num_tokens = 0.0, 0
-        self.trainer.current_gradient_accumulation_steps = 1
-        with torch.no_grad():
-            for part in chunks(rows, self.args.per_device_eval_batch_size):
-                targets = sum(map(_targets, part))
-                nats, num_tokens = nats + float(self._loss(part, targets)) * targets, num_tokens + targets
-        return nats / max(num_tokens, 1)
-
-    def pair_accuracy(self, pairs: Rows, weights: Mapping[str, Tensor]) -> float:
-        """Return the share of pairs with a higher score of the chosen answer at these weights."""
-        self.set_weights(weights)
-        self.model.eval()
-        right = 0
-        with torch.no_grad():
-            for part in chunks(pairs, self.args.per_device_eval_batch_size):
-                inputs = self.trainer._prepare_inputs(self.trainer.data_collator(list(part)))
-                with self.trainer.accelerator.autocast():
-                    scores = self.model(**inputs, use_cache=False).logits.squeeze(-1)
-                chosen, rejected = scores.chunk(2)
-                right += int((chosen > rejected).sum())
-        return right / max(len(pairs), 1)
-
-    # ---- the optimizer's state ----
-
-    def set_optimizer_state(self, state: Mapping[str, Tensor] | None) -> None:
-        """Set the optimizer's state, by default the state of a new one."""
-        self.optimizer.state = defaultdict(dict)
-        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
-        for key, value in (state or {}).items():
-            index, _, name = key.partition(".")
-            parameter = parameters[int(index)]
-            # Adam counts its steps on the CPU.
-            device = parameter.device if value.ndim else value.device
-            self.optimizer.state[parameter][name] = value.to(device, copy=True)
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Return copies of the optimizer's state, as tensors by the parameter's index and their name."""
-        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if not (value is None or isinstance(value, Tensor)):
-                    raise InputError(f"--keep_optimizer: {self.args.optim} has the state {name!r}, which is no tensor")
-        return {
-            f"{index}.{name}": value.detach().cpu().clone()
-            for index, parameter in enumerate(parameters)
-            for name, value in self.optimizer.state.get(parameter, {}).items()
-            if isinstance(value, Tensor)
-        }
-
-
-class KeptStates:
-    """Optimizer states of organisations between rounds, in files by round, to allow repeating a round.
-
-    Args:
-        folder: of these files.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def load(self, organisation: str, number: int) -> dict[str, Tensor] | None:
-        """Return the state after the organisation's last training round before `number`.
-
-        States of later rounds, left by another run, are removed.
-        """
-        from safetensors.torch import load_file
-
-        for each in self._rounds(organisation):
-            if each > number:
-                self._path(organisation, each).unlink(missing_ok=True)
-        before = [each for each in self._rounds(organisation) if each < number]
-        return load_file(self._path(organisation, max(before))) if before else None
-
-    def save(self, organisation: str, number: int, state: Mapping[str, Tensor]) -> None:
-        """Keep the state after a round, and the one before it; remove older ones."""
-        self._path(organisation, number).parent.mkdir(parents=True, exist_ok=True)
-        replace_tensors(self._path(organisation, number), state)
-        before = sorted(each for each in self._rounds(organisation) if each < number)
-        for each in before[:-1]:
-            self._path(organisation, each).unlink(missing_ok=True)
-
-    def _rounds(self, organisation: str) -> list[int]:
-        indices = self._path(organisation, 0).parent.glob("*.safetensors")
-        return [int(path.stem) for path in indices if path.stem.isdecimal()]
-
-    def _path(self, organisation: str, number: int) -> Path:
-        return self.folder / folder_name(organisation) / f"{number}.safetensors"
-
-
-def folder_name(organisation: str) -> str:
-    """Return an organisation's name as a name of a folder or file: it may contain a slash, or be `..`."""
-    return quote(organisation, safe="").replace(".", "%2E")
-
-
-# ---- rows and schedule ----
-
-
-def places_of(num_rows: int, batch_size: int, step: int, seed: str) -> list[int]:
-    """Return the indices of a step's rows: passes over all rows, every pass in its own order, without a gap."""
-    orders: dict[int, list[int]] = {}
-    result = []
-    for index in range(step * batch_size, (step + 1) * batch_size):
-        number, within = divmod(index, num_rows)
-        if number not in orders:
-            orders[number] = random.Random(f"{seed}-pass-{number}").sample(range(num_rows), num_rows)
-        result.append(orders[number][within])
+    is_private = script_args.row_clip_norm is not None
+    if own_file is not None:
+        return [hold_out(own_file[0], read(own_file[1]), seed, is_private)]
+    if script_args.organisation_names:
+        return [Organisation(name, [], []) for name in script_args.organisation_names]
+    count, alpha = script_args.num_organisations, script_args.dirichlet_alpha
+    if script_args.is_world:
+        world, is_even = World(script_args.world_seed), alpha is None
+        shares = family_shares(count, script_args.main_share) if is_even else dirichlet_shares(count, alpha, seed)
+        result = world_organisations(world, shares, script_args.num_examples, MOST_HELD_OUT, seed)
+    elif script_args.organisation_files:
+        result = [hold_out(name, read(file), seed, is_private) for name, file in script_args.named_files]
+    else:
+        parts = enumerate(split_evenly(read(script_args.dataset_name), count, alpha, seed), 1)
+        result = [hold_out(f"organisation-{number}", rows, seed, is_private) for number, rows in parts]
+        result = without_shared_prompts(result)
+    check_organisations(result)
     return result
 
 
-def chunks(rows: Rows, size: int) -> Iterator[Rows]:
-    """Yield rows in parts of at most `size`."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+@dataclass(frozen=True)
+class Tokenized:
+    """An organisation's rows as tokens.
+
+    Args:
+        name: of the organisation.
+        rows, held_out: with `input_ids` and `labels`, or `chosen_ids` and `rejected_ids`.
+        num_sources: the number of source rows of the organisation's rows: one may become several, or none.
+    """
+
+    name: str
+    rows: Rows
+    held_out: Rows
+    num_sources: int
 
 
-def _targets(row: Mapping[str, Sequence[int]]) -> int:
-    """Return the number of predicted tokens of a row: all but the first. A pair counts as one."""
-    if "labels" not in row:
-        return 1
-    return sum(label != IGNORE for label in row["labels"][1:])
+def row_epsilons(
+    terms: Terms,
+    organisations: Iterable[Organisation | Tokenized],
+    batch_size: int,
+    delta: float,
+    max_epsilon: float | None,
+) -> dict[str, float]:
+    """Return the privacy loss of one row by organisation with rows here; nothing without noise on rows.
+
+    Args:
+        batch_size: expected rows of a local step.
+        delta: of the guarantee (epsilon, delta).
+        max_epsilon: the user's maximum.
+    """
+    num_rows = {each.name: len(each.rows) for each in organisations if each.rows}
+    if terms.row_noise_multiplier == 0 or not num_rows:
+        return {}
+    steps = (terms.rounds, terms.local_steps)
+    return check_row_budget(num_rows, batch_size, *steps, terms.row_noise_multiplier, delta, max_epsilon)
 
 
-# ---- flower ----
+# ---- training here ----
+
+
+SIDES = ("chosen", "rejected")
+# The trainer's settings behind an answer.
+ANSWERED = ("learning_rate", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+# Flags of a run that may differ between its rounds.
+NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
+
+
+@dataclass(frozen=True)
+class Local:
+    """The training in this process.
+
+    Args:
+        terms: of the run.
+        learner: trains at each of the organisations.
+        tokenizer: the model's.
+        base_sha256: of the learner's initial and fixed weights.
+        organisations: with their rows.
+        row_epsilons: the privacy loss of one row by organisation; empty without noise on rows.
+        folder: for the states of organisations between rounds.
+        keeps_optimizer: whether an optimizer's state is one of them.
+        description: all settings behind an answer, as text: privacy is counted for answers under these only.
+    """
+
+    terms: Terms
+    learner: LocalLearner
+    tokenizer: "PreTrainedTokenizerBase"
+    base_sha256: str
+    organisations: Sequence[Tokenized]
+    row_epsilons: Mapping[str, float]
+    folder: Path
+    keeps_optimizer: bool
+    description: str
+
+
+def load_local(
+    script_args: FederatedArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    organisations: Sequence[Organisation],
+) -> Local:
+    """Load the model, put the adapter on it, and build the trainer with the organisations' loss."""
+    terms, output_dir = script_args.terms(training_args.seed), training_args.output_dir
+    # Of rows of the embeddings added by a template.
+    set_seed(terms.seed)
+    trained_args = changed(model_args, use_peft=terms.average != FULL)
+    if terms.has_pairs:
+        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+        # A new head is drawn, the same by one seed.
+        model = load_scorer_to_train(trained_args, output_dir)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        model, tokenizer = with_template(training_args, *load_to_train(trained_args, output_dir))
+    base = weights_sha256(dict(model.named_parameters()))
+    args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
+
+    def tokens(rows: Sequence[Row], what: str) -> tuple[Rows, int]:
+        if not rows:
+            return [], 0
+        if terms.has_pairs:
+            pairs = tokens_of_pairs(rows, tokenizer, args.max_length, what)
+            return pairs, len(pairs)
+        result, num_left_out = examples(list(rows), tokenizer, args, what)
+        return result.to_list(), len(rows) - num_left_out
+
+    tokenized = []
+    for each in organisations:
+        own, num_sources = tokens(each.rows, each.name)
+        tokenized.append(Tokenized(each.name, own, tokens(each.held_out, f"{each.name}, held out")[0], num_sources))
+    if terms.row_clip_norm is not None:
+        check_one_each(tokenized)
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    epsilons = row_epsilons(terms, tokenized, batch_size, script_args.delta, script_args.max_epsilon)
+    # Of the adapter's first weights: the same at every organisation, regardless of earlier draws.
+    set_seed(terms.seed)
+    torch.manual_seed(terms.seed)
+    adapter = peft_config(trained_args, "SEQ_CLS" if terms.has_pairs else "CAUSAL_LM")
+    trainer = _trainer(model, args, tokenized[0].rows, tokenizer, adapter, terms.has_pairs)
+    if terms.average == FROZEN_A:
+        freeze_a(trainer.model)
+    if adapter is not None:
+        base = _with_adapter(base, trainer.model, adapter)
+    learner = LocalLearner(trainer, schedule_of(trainer.args, terms.num_steps), script_args.proximal_mu)
+    settings = {**asdict(script_args), "seed": terms.seed, **{name: getattr(trainer.args, name) for name in ANSWERED}}
+    settings = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ROUNDS} | {"base": base}
+    description = json.dumps(settings, sort_keys=True, default=str)
+    states = (Path(output_dir), script_args.keep_optimizer, description)
+    return Local(terms, learner, tokenizer, base, tokenized, epsilons, *states)
+
+
+def tokens_of_pairs(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", longest: int | None, what: str
+) -> list[Mapping[str, Sequence[int]]]:
+    """Return comparisons as tokens; too long pairs are left out and reported.
+
+    Args:
+        rows: with `prompt`, `chosen` and `rejected` messages.
+        tokenizer: with the chat template.
+        longest: most tokens of one side; `None` for any number.
+        what: name of the rows, in the printed lines.
+    """
+    conversations = Conversations(tokenizer)
+    pairs = [{f"{side}_ids": conversations.whole(row, side) for side in SIDES} for row in rows]
+    result = [pair for pair in pairs if longest is None or max(map(len, pair.values())) <= longest]
+    if len(result) < len(rows):
+        say(f"{what}: {len(rows) - len(result):,} of {len(rows):,} pairs are longer than --max_length {longest}")
+    if not result:
+        raise InputError(f"no pair of {what} fits into --max_length {longest} tokens")
+    return result
+
+
+def check_one_each(organisations: Sequence[Tokenized]) -> None:
+    """Refuse organisations with a row split into several: privacy is of drawn, clipped and counted rows."""
+    for each in organisations:
+        if len(each.rows) > each.num_sources:
+            raise InputError(
+                f"--row_clip_norm: {each.num_sources} rows of organisation {each.name!r} become {len(each.rows)} "
+                "examples, and the privacy of one of these is not that of a row; expected one each, such as by "
+                "--loss_on last"
+            )
+
+
+def _trainer(
+    model: "PreTrainedModel",
+    args: "SFTConfig",
+    rows: Rows,
+    tokenizer: "PreTrainedTokenizerBase",
+    adapter: "LoraConfig | None",
+    has_pairs: bool,
+) -> SFTTrainer | RewardTrainer:
+    """Return TRL's trainer of answers, or of reward models with all settings shared with it, for its loss."""
+    if has_pairs:
+        trainer_class, no_row = RewardTrainer, {f"{side}_ids": [0, 0] for side in SIDES}
+        own = {name: getattr(args, name) for name in ("output_dir", "use_cpu", "bf16")}
+        config = RewardConfig(**own, gradient_checkpointing=False, report_to="none")
+        names = {each.name for each in fields(args)} & {each.name for each in fields(config)}
+        args = changed(config, **{name: getattr(args, name) for name in names} | {"chat_template_path": None})
+    else:
+        trainer_class, no_row = SFTTrainer, {"input_ids": [0, 0], "labels": [0, 0]}
+        args = changed(args, **trained_as_they_are(args))
+    return trainer_class(
+        model=model,
+        args=args,
+        # It takes no step by itself, but needs a row, which a server has not.
+        train_dataset=Dataset.from_list(list(rows[:1]) or [no_row]),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+
+
+def _with_adapter(base_sha256: str, model: nn.Module, adapter: "LoraConfig") -> str:
+    """Return the sha256 of the base model and the adapter's fixed parts: if these differ, the mean is wrong.
+
+    The fixed parts are the factors with their initial drawn values, and the scale of the product.
+    """
+    frozen = {name: value for name, value in model.named_parameters() if "lora_" in name and not value.requires_grad}
+    scale = f"{adapter.lora_alpha} {adapter.use_rslora}"
+    return sha256(f"{base_sha256} {weights_sha256(frozen)} {scale}".encode()).hexdigest()
+
+
+def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any]:
+    """Return the identity of a run's rounds: its flags, without the place of training and the comparisons."""
+    named = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_ROUNDS}
+    return {**named, "base_sha256": base_sha256}
+
+
+# ---- the way to organisations ----
+
+
+# Under the output folder: states kept by organisations from round to round, and never sent.
+KEPT = "organisations"
+OPTIMIZERS, ROUNDING = f"{KEPT}/optimizers", f"{KEPT}/rounding"
+# Next to it: everyone's last private answer, kept beyond the rounds.
+ANSWERS = "answered"
+# Weights, updates and logs of the processes, and their flags.
+PROCESSES = "processes"
+WORKER = "hfllm.stages.federated.build:worker_learner"
+Connect = Callable[[str], Transport]
+
+
+@contextmanager
+def transport(
+    local: Local,
+    connect: Connect | None,
+    workers: Callable[[], Mapping[str, str]],
+    max_parallel: int,
+    timeout: float | None,
+) -> Iterator[Transport]:
+    """Yield the transport of weights and updates, until the rounds have ended.
+
+    Args:
+        connect: reaches organisations on other machines, given the base model's sha256.
+        workers: returns the settings of every organisation's process.
+        max_parallel: processes that train at a time; 1: all organisations train in this one.
+        timeout: seconds of a process for a round.
+    """
+    if not (local.folder / STATE_FILE).exists():
+        # The organisations' states from a run with removed rounds are of no use to this one.
+        shutil.rmtree(local.folder / KEPT, ignore_errors=True)
+    base, terms = local.base_sha256, local.terms
+    if connect is not None:
+        opened = nullcontext(connect(base))
+    elif max_parallel == 1:
+        opened = nullcontext(InProcess(clients_of(local), base, terms.compression))
+    else:
+        settings, folder = workers(), local.folder / PROCESSES
+        every = {each.name: settings for each in local.organisations}
+        opened = SeveralProcesses(WORKER, every, folder, base, timeout, max_parallel, terms.compression)
+    with opened as carrier:
+        length = local.learner.args.max_length
+        carrier.max_tokens = None if length is None else terms.local_steps * local.learner.batch_size * length
+        if terms.row_clip_norm is not None:
+            # Organisations have equal weight.
+            carrier.max_tokens = 1
+        carrier.terms = asdict(terms)
+        yield carrier
+
+
+def clients_of(local: Local) -> dict[str, Learner]:
+    """Return the function by organisation that trains it here, given the round's number and the weights."""
+    clients = {each.name: _client(each, local) for each in local.organisations}
+    if not local.row_epsilons:
+        return clients
+    return {each.name: _answering_once(each, local, clients[each.name]) for each in local.organisations}
+
+
+def _client(each: Tokenized, local: Local) -> Learner:
+    """Return a learner that trains from the received weights, and returns the change."""
+    learner, terms, privacy = local.learner, local.terms, local.terms.row_privacy
+    optimizers = KeptStates(local.folder / OPTIMIZERS) if local.keeps_optimizer else None
+    rounding = KeptStates(local.folder / ROUNDING) if terms.compression == "int8" else None
+
+    def train(number: int, weights: dict[str, Tensor]) -> Update:
+        state = optimizers.load(each.name, number) if optimizers is not None else None
+        first, seed = (number - 1) * terms.local_steps, f"{terms.seed}-{each.name}"
+        learned = learner.learn(each.rows, weights, first, terms.local_steps, seed, state, privacy=privacy)
+        change = changes(learned.weights, weights)
+        # The numbers of drawn rows and of their tokens have no noise: organisations have equal weight.
+        counts = (learned.num_tokens, learned.num_rows) if privacy is None else (1, 1)
+        update = Update(each.name, change, *counts, local.base_sha256)
+        # A diverged state is not sent, and must not be the start of the next round.
+        is_whole = all(bool(torch.isfinite(value).all()) for value in change.values())
+        if optimizers is not None and is_whole:
+            optimizers.save(each.name, number, learner.optimizer_state())
+        if rounding is not None and is_whole:
+            feedback = ErrorFeedback(rounding.load(each.name, number))
+            update = feedback.corrected(update)
+            rounding.save(each.name, number, feedback.residual)
+        return update
+
+    return train
+
+
+def _answering_once(each: Tokenized, local: Local, client: Learner) -> Learner:
+    """Return a learner that trains a round once: asked again, it sends the same update with the same noise."""
+    settings = sha256(f"{local.description} {len(each.rows)}".encode()).hexdigest()
+    file = local.folder / ANSWERS / f"{folder_name(each.name)}.safetensors"
+    answers = AnsweredRounds(file, local.terms.rounds, settings)
+
+    def train(number: int, weights: dict[str, Tensor]) -> Update:
+        question = sha256(f"{local.description} {weights_sha256(weights)}".encode()).hexdigest()
+        answer = answers.load(number, question)
+        if answer is not None:
+            return Update(each.name, answer, 1, 1, local.base_sha256)
+        update = client(number, weights)
+        answers.keep(number, question, update.tensors)
+        return update
+
+    return train
+
+
+# ---- the server ----
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server does with the updates of a round.
+
+    Args:
+        optimizer: moves the common weights by the average of changes.
+        settings: of the rounds.
+        averaging: of their updates.
+    """
+
+    optimizer: ServerOptimizer
+    settings: RoundSettings
+    averaging: Averaging
+
+    def spent_epsilon(self, num_organisations: int, delta: float, max_epsilon: float | None) -> float | None:
+        """Return the privacy spent by all rounds, `None` without noise, or refuse a run that would spend too much.
+
+        Args:
+            num_organisations: of the federation.
+            delta: of the guarantee (epsilon, delta).
+            max_epsilon: the user's maximum; `None` for none.
+        """
+        if self.averaging.noise_multiplier == 0:
+            return None
+        participants = expected_participants(num_organisations, self.settings.participation)
+        noise = (self.settings.num_rounds, self.averaging.noise_multiplier)
+        return check_budget(num_organisations, participants, *noise, delta, max_epsilon)
+
+    def announce_noise(self, local: Local) -> None:
+        """Print the size of the noise on the average, if there is one."""
+        if self.averaging.noise_multiplier > 0:
+            values = sum(value.numel() for value in local.learner.trained.values())
+            expected = expected_participants(len(local.organisations), self.settings.participation)
+            ratio = noise_to_signal(values, self.averaging.noise_multiplier, expected)
+            say(
+                f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {expected} "
+                "organisations"
+            )
+
+    def run_rounds(
+        self,
+        local: Local,
+        transport: Transport,
+        weights: Mapping[str, Tensor],
+        identity: Mapping[str, Any],
+        evaluate: Callable[[int, Mapping[str, Tensor]], dict[str, float]],
+    ) -> FederationState:
+        """Run the missing rounds, and return the state after the last one; see `rounds.run_rounds`."""
+        names = [each.name for each in local.organisations]
+        return run_rounds(
+            transport,
+            names,
+            weights,
+            self.optimizer,
+            self.settings,
+            local.folder,
+            identity,
+            evaluate=evaluate,
+            new_sum=lambda number: self.new_sum(weights, local.base_sha256, len(names)),
+            announce=partial(announce, self.settings.num_rounds),
+        )
+
+    def new_sum(self, weights: Mapping[str, Tensor], base_sha256: str, num_organisations: int) -> Sum:
+        """Return the sum to add the updates of a round to.
+
+        Args:
+            weights: at the beginning, for their names and shapes.
+            base_sha256: of the base model.
+            num_organisations: of the federation.
+        """
+        how, expected = self.averaging, Expected.of(weights, base_sha256)
+        if how.clip_norm is not None:
+            participants = num_asked(num_organisations, self.settings)
+            return ClippedSum(how.clip_norm, how.noise_multiplier, participants, weights, base_sha256)
+        if how.aggregation == MEAN and not how.max_norm_ratio:
+            # Updates are added as they come, and none is held in memory.
+            return WeightedSum(expected)
+        return RobustSum(expected, how.aggregation, how.trim, how.max_norm_ratio)
+
+
+def announce(num_rounds: int, record: RoundRecord) -> None:
+    """Print the results of a round."""
+    figures = "".join(f"  {name} {value:.3f}" for name, value in record.evaluation.items())
+    left_out = "".join(f"\n  left out: {name}: {why}" for name, why in record.left_out.items())
+    left_out += "".join(f"\n  bounded: {name}: {how}" for name, how in record.bounded.items())
+    took_part = len(record.participants) - len(record.left_out)
+    sent = (record.bytes_down + record.bytes_up) / 1e6
+    # A private round does not reveal its participants.
+    open_to_all = f"organisations {took_part}  drift {record.drift:.2f}  MB {sent:.2f}" if sent else "private"
+    say(f"round {record.number}/{num_rounds}  {open_to_all}{figures}{left_out}")
+
+
+# ---- processes and machines ----
 #
-# The recipe between machines: the functions that Flower's apps run at the server and at the organisations.
+# An organisation in its own process, on this machine or, by Flower, on another one; and the server between machines.
 #
 #     python -m hfllm.federation.flower_app app --num_organisations 3 --loop hfllm.stages.federated.build:loop \
 #         --learner hfllm.stages.federated.build:worker_learner
@@ -373,7 +530,67 @@ def _targets(row: Mapping[str, Sequence[int]]) -> int:
 # docs/guides/federation.md has all commands.
 
 
-def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> None:
+def worker_settings(*parsed: "DataclassInstance") -> dict[str, str]:
+    """Write the user's flags into a file, and return the settings of the processes that read it.
+
+    Args:
+        parsed: all flags; those that the user did not name are defaults derived from the others.
+    """
+    names, flags = given_names(*parsed) or (), Flags(*parsed)
+    values = {name: getattr(group, name) for group in parsed for name in names if hasattr(group, name)}
+    values["output_dir"] = flags.output_dir
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    values |= {name: json.dumps(value) for name, value in values.items() if isinstance(value, dict)}
+    file = Path(flags.output_dir, PROCESSES, "flags.yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(values, indent=2) + "\n")
+    return {"flags": str(file), "base": flags.model_name_or_path}
+
+
+def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
+    """Return the learner of one organisation in its own process.
+
+    It reads only the organisation's own file. Only rows dealt out of one dataset, or drawn from the embedded world,
+    are dealt or drawn for all before it takes its own.
+
+    Args:
+        organisation: its name.
+        settings: `flags`, a file of the recipe's flags; `base`, its initial model; `rows`, its file, if not given
+            by the flags; `terms` of the server's run, required to equal the terms of the flags.
+    """
+    script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
+    terms = script_args.terms(training_args.seed)
+    check_terms(terms, settings.get("terms") or {})
+    files = [file for name, file in script_args.named_files if name == organisation]
+    file = settings.get("rows") or next(iter(files), None)
+    try:
+        organisations = organisations_of(script_args, terms.seed, (organisation, file) if file else None)
+    except InputError as error:
+        # Errors are sent to the server, and this one may contain words of a row.
+        say(f"federated: {error}")
+        raise InputError(f"organisation {organisation!r}: its rows cannot be read; its own output says why") from None
+    own = [each for each in organisations if each.name == organisation]
+    if not own or not own[0].rows:
+        raise InputError(f"organisation {organisation!r} has no rows here: its settings name none by `rows`")
+    batch_size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    row_epsilons(terms, own, batch_size, script_args.delta, script_args.max_epsilon)
+    local = load_local(script_args, training_args, changed(model_args, model_name_or_path=settings["base"]), own)
+    for name, epsilon in local.row_epsilons.items():
+        say(f"federated: {name}: a row-level epsilon of {epsilon:.3g} in {terms.rounds} rounds")
+    return clients_of(local)[organisation]
+
+
+def check_terms(own: Terms, terms: Mapping[str, str | int | float]) -> None:
+    """Refuse the request of a server with other terms of its run than this organisation's flags."""
+    values = asdict(own)
+    for name, value in terms.items():
+        if values.get(name) != value:
+            raise InputError(
+                f"--{name} is {values.get(name)} here and {value} at the server: both need the same flags"
+            )
+
+
+def loop(connect: Connect, config: Mapping[str, object]) -> None:
     """Run the recipe at the server, over Flower's transport.
 
     Args:
@@ -389,358 +606,3 @@ def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> N
             f"--compression {compression} of the app, {parsed[0].compression} of {config['flags']}: expected the same"
         )
     recipe.main(*parsed, connect=connect)
-
-
-# ---- what trains ----
-
-
-@dataclass(frozen=True)
-class Local:
-    """The training in this process: the learner, and the sha256 of its initial and fixed weights.
-
-    `row_epsilons` is the privacy loss of one row by organisation; empty without noise on rows.
-    """
-
-    learner: LocalLearner
-    tokenizer: "PreTrainedTokenizerBase"
-    base_sha256: str
-    organisations: Sequence[Tokenized]
-    row_epsilons: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def model(self) -> "PreTrainedModel":
-        """The model."""
-        return self.learner.model
-
-
-def load_local(
-    script_args: FederatedArguments,
-    training_args: "SFTConfig",
-    model_args: "ModelConfig",
-    organisations: Sequence[Organisation],
-) -> Local:
-    """Load the model, put the adapter on it, and build the trainer with the organisations' loss."""
-    from datasets import Dataset
-    from transformers import set_seed
-
-    from hfllm.stages.sft import build as sft
-
-    # Of rows of the embeddings added by a template.
-    set_seed(training_args.seed)
-    trained_args, has_pairs = adapted(script_args, model_args), script_args.has_pairs
-    if has_pairs:
-        model, tokenizer = federated_flags.load_scorer(training_args, trained_args)
-    else:
-        loaded = load_to_train(trained_args, training_args.output_dir)
-        model, tokenizer = sft.with_template(training_args, *loaded)
-    base = weights_sha256(dict(model.named_parameters()))
-    args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
-    result = (tokenized_pairs if has_pairs else tokenized)(organisations, tokenizer, args)
-    if script_args.row_clip_norm is not None:
-        check_one_each(result)
-    epsilons = row_epsilons(script_args, args, result)
-    # Of the adapter's first weights: the same at every organisation, regardless of earlier draws.
-    set_seed(training_args.seed)
-    torch.manual_seed(training_args.seed)
-    adapter = peft_config(trained_args, "SEQ_CLS" if has_pairs else "CAUSAL_LM")
-    if has_pairs:
-        trainer = federated_flags.reward_trainer(model, args, result[0].rows, tokenizer, adapter)
-    else:
-        trainer = SFTTrainer(
-            model=model,
-            args=changed(args, **sft.trained_as_they_are(args)),
-            train_dataset=Dataset.from_list(list(result[0].rows[:1]) or [NOTHING]),
-            processing_class=tokenizer,
-            peft_config=adapter,
-        )
-    if script_args.average == FROZEN_A:
-        freeze_a(trainer.model)
-    if adapter is not None:
-        base = _with_adapter(base, trainer.model, adapter)
-    steps = script_args.rounds * script_args.local_steps
-    return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, result, epsilons)
-
-
-def _with_adapter(base_sha256: str, model: nn.Module, adapter: "LoraConfig") -> str:
-    """Return the sha256 of the base model and the adapter's fixed parts: if these differ, the mean is wrong.
-
-    The fixed parts are the factors with their initial drawn values, and the scale of the product.
-    """
-    frozen = {name: value for name, value in model.named_parameters() if "lora_" in name and not value.requires_grad}
-    scale = f"{adapter.lora_alpha} {adapter.use_rslora}"
-    return sha256(f"{base_sha256} {weights_sha256(frozen)} {scale}".encode()).hexdigest()
-
-
-# ---- clients ----
-#
-# The work of an organisation in a round: train from the received weights, and return the change.
-
-
-# Under the output folder: states kept by organisations from round to round, and never sent.
-KEPT = "organisations"
-OPTIMIZERS, ROUNDING = f"{KEPT}/optimizers", f"{KEPT}/rounding"
-# Next to it: everyone's last private answer, kept beyond the rounds, and its dependencies besides the flags.
-ANSWERS = "answered"
-ANSWERED = ("learning_rate", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
-WORKER = "hfllm.stages.federated.build:worker_learner"
-
-
-def clients_of(script_args: FederatedArguments, seed: int, output_dir: str, local: Local) -> dict[str, Learner]:
-    """Return the function by organisation that trains it here, given the round's number and the weights."""
-    states = KeptStates(Path(output_dir, OPTIMIZERS)) if script_args.keep_optimizer else None
-    rounding = KeptStates(Path(output_dir, ROUNDING)) if script_args.compression == "int8" else None
-    privacy = row_privacy_of(script_args)
-    clients = {
-        each.name: _client(each, local, script_args.local_steps, seed, states, rounding, privacy)
-        for each in local.organisations
-    }
-    if not local.row_epsilons:
-        return clients
-    settings = {**asdict(script_args), "seed": seed, **{name: getattr(local.learner.args, name) for name in ANSWERED}}
-    settings = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ROUNDS}
-    description = json.dumps({**settings, "base": local.base_sha256}, sort_keys=True, default=str)
-    folder, num_rows = Path(output_dir, ANSWERS), {each.name: len(each.rows) for each in local.organisations}
-    return {
-        name: _answering_once(
-            name,
-            client,
-            AnsweredRounds(
-                folder / f"{folder_name(name)}.safetensors",
-                script_args.rounds,
-                sha256(f"{description} {num_rows[name]}".encode()).hexdigest(),
-            ),
-            description,
-            local.base_sha256,
-        )
-        for name, client in clients.items()
-    }
-
-
-def _client(
-    each: Tokenized,
-    local: Local,
-    steps: int,
-    seed: int,
-    kept: KeptStates | None,
-    rounding: KeptStates | None,
-    privacy: RowPrivacy | None,
-) -> Learner:
-    learner = local.learner
-
-    def train(number: int, weights: dict[str, Tensor]) -> Update:
-        state = kept.load(each.name, number) if kept is not None else None
-        first = (number - 1) * steps
-        learned = learner.learn(each.rows, weights, first, steps, f"{seed}-{each.name}", state, privacy=privacy)
-        change = changes(learned.weights, weights)
-        # The numbers of drawn rows and of their tokens have no noise: organisations have equal weight.
-        counts = (learned.num_tokens, learned.num_rows) if privacy is None else (1, 1)
-        update = Update(each.name, change, *counts, local.base_sha256)
-        # A diverged state is not sent, and must not be the start of the next round.
-        is_whole = all(bool(torch.isfinite(value).all()) for value in change.values())
-        if kept is not None and is_whole:
-            kept.save(each.name, number, learner.optimizer_state())
-        if rounding is not None and is_whole:
-            feedback = ErrorFeedback(rounding.load(each.name, number))
-            update = feedback.corrected(update)
-            rounding.save(each.name, number, feedback.residual)
-        return update
-
-    return train
-
-
-def _answering_once(name: str, client: Learner, answered: AnsweredRounds, asked: str, base_sha256: str) -> Learner:
-    """Return a learner that trains a round once: asked again, it sends the same update with the same noise."""
-
-    def train(number: int, weights: dict[str, Tensor]) -> Update:
-        question = sha256(f"{asked} {weights_sha256(weights)}".encode()).hexdigest()
-        answer = answered.load(number, question)
-        if answer is not None:
-            return Update(name, answer, 1, 1, base_sha256)
-        update = client(number, weights)
-        answered.keep(number, question, update.tensors)
-        return update
-
-    return train
-
-
-def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
-    """Return the learner of one organisation in its own process.
-
-    It reads only the organisation's own file. Only rows dealt out of one dataset, or drawn from the embedded world,
-    are dealt or drawn for all before it takes its own.
-
-    Args:
-        organisation: its name.
-        settings: `flags`, a file of the recipe's flags; `base`, its initial model; `rows`, its file, if not given
-            by the flags; `terms` of the server's run, required to equal the terms of the flags.
-    """
-    script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
-    check_terms(script_args, training_args, settings.get("terms") or {})
-    seed = training_args.seed
-    try:
-        own = _own_rows(script_args, organisation, settings.get("rows"), seed)
-    except InputError as error:
-        # Errors are sent to the server, and this one may contain words of a row.
-        say(f"federated: {error}")
-        raise InputError(f"organisation {organisation!r}: its rows cannot be read; its own output says why") from None
-    if not own or not own[0].rows:
-        raise InputError(f"organisation {organisation!r} has no rows here: its settings name none by `rows`")
-    row_epsilons(script_args, training_args, own)
-    local = load_local(script_args, training_args, changed(model_args, model_name_or_path=settings["base"]), own)
-    for name, epsilon in local.row_epsilons.items():
-        say(f"federated: {name}: a row-level epsilon of {epsilon:.3g} in {script_args.rounds} rounds")
-    return clients_of(script_args, seed, training_args.output_dir, local)[organisation]
-
-
-def _own_rows(script_args: FederatedArguments, organisation: str, file: str | None, seed: int) -> list[Organisation]:
-    names = organisation_names(script_args.organisation_files or ())
-    if not file and organisation in names:
-        file = script_args.organisation_files[names.index(organisation)]
-    if file:
-        return [organisation_of_file(script_args, organisation, file, seed)]
-    return [each for each in organisations_of(script_args, seed) if each.name == organisation]
-
-
-def check_terms(
-    script_args: FederatedArguments, training_args: "SFTConfig", terms: Mapping[str, str | int | float]
-) -> None:
-    """Refuse the request of a server with other terms of its run than this organisation's flags."""
-    own = terms_of(script_args, training_args)
-    for name, value in terms.items():
-        if own.get(name) != value:
-            raise InputError(f"--{name} is {own.get(name)} here and {value} at the server: both need the same flags")
-
-
-# ---- server ----
-#
-# The server's side of a federation by its flags: transport, optimizer, sum of updates, privacy.
-
-
-# Under the output folder: weights, updates and logs of the processes, and their flags.
-PROCESSES = "processes"
-Connect = Callable[[str], Transport]
-
-
-def optimizer(script_args: FederatedArguments) -> ServerOptimizer:
-    """Return the server's optimizer."""
-    return server_optimizer(
-        script_args.server_optimizer, script_args.server_learning_rate, script_args.server_momentum
-    )
-
-
-@contextmanager
-def transport(
-    script_args: FederatedArguments,
-    training_args: "SFTConfig",
-    model_args: "ModelConfig",
-    local: Local,
-    connect: Connect | None = None,
-) -> Iterator[Transport]:
-    """Yield the transport of weights and updates, until the rounds have ended.
-
-    Args:
-        connect: reaches organisations on other machines, given the base model's sha256.
-    """
-    if script_args.noise_multiplier > 0:
-        values = sum(value.numel() for value in local.learner.trained.values())
-        expected = expected_participants(len(local.organisations), script_args.participation)
-        ratio = noise_to_signal(values, script_args.noise_multiplier, expected)
-        say(
-            f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {expected} "
-            "organisations"
-        )
-    if not Path(training_args.output_dir, STATE_FILE).exists():
-        # The organisations' states from a run with removed rounds are of no use to this one.
-        shutil.rmtree(Path(training_args.output_dir, KEPT), ignore_errors=True)
-    with _carrier(script_args, training_args, model_args, local, connect) as carrier:
-        length = local.learner.args.max_length
-        rows = script_args.local_steps * local.learner.batch_size
-        carrier.max_tokens = None if length is None else rows * length
-        if script_args.row_clip_norm is not None:
-            # Organisations have equal weight.
-            carrier.max_tokens = 1
-        carrier.terms = terms_of(script_args, training_args)
-        yield carrier
-
-
-@contextmanager
-def _carrier(
-    script_args: FederatedArguments,
-    training_args: "SFTConfig",
-    model_args: "ModelConfig",
-    local: Local,
-    connect: Connect | None,
-) -> Iterator[Transport]:
-    compression = script_args.compression
-    if connect is not None:
-        yield connect(local.base_sha256)
-        return
-    if script_args.processes == 1:
-        clients = clients_of(script_args, training_args.seed, training_args.output_dir, local)
-        yield InProcess(clients, local.base_sha256, compression)
-        return
-    folder = Path(training_args.output_dir, PROCESSES)
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = folder / "flags.yaml"
-    write_atomically(flags, json.dumps(given_flags(script_args, training_args, model_args), indent=2) + "\n")
-    settings = {"flags": str(flags), "base": model_args.model_name_or_path}
-    every = {each.name: settings for each in local.organisations}
-    kinds = {"max_parallel": script_args.processes, "compression": compression}
-    with SeveralProcesses(WORKER, every, folder, local.base_sha256, script_args.round_timeout, **kinds) as processes:
-        yield processes
-
-
-def given_flags(*parsed: Any) -> dict[str, Any]:
-    """Return the user's flags as values for a file of flags: the rest are defaults derived from them."""
-    names = given_names(*parsed) or ()
-    values = {name: getattr(group, name) for group in parsed for name in names if hasattr(group, name)}
-    values |= {"output_dir": next(group.output_dir for group in parsed if hasattr(group, "output_dir"))}
-    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
-    dictionaries = {name: json.dumps(value) for name, value in values.items() if isinstance(value, dict)}
-    return values | dictionaries
-
-
-def new_sum(
-    script_args: FederatedArguments, base_sha256: str, begun: Mapping[str, Tensor], count: int, number: int
-) -> Sum:
-    """Return the sum to add the updates of a round to.
-
-    Args:
-        begun: weights, for their names and shapes.
-        count: number of all organisations.
-        number: of the round.
-    """
-    if script_args.clip_norm is None:
-        expected = Expected.of(begun, base_sha256)
-        if script_args.aggregation == MEAN and not script_args.max_norm_ratio:
-            # Updates are added as they come, and none is held in memory.
-            return WeightedSum(expected)
-        return RobustSum(expected, script_args.aggregation, script_args.trim, script_args.max_norm_ratio)
-    participants = num_asked(count, round_settings(script_args, 0))
-    return ClippedSum(script_args.clip_norm, script_args.noise_multiplier, participants, begun, base_sha256)
-
-
-def check(script_args: FederatedArguments) -> dict[str, float]:
-    """Return the privacy spent by the run; refuse settings of the server, and a run that would spend too much."""
-    optimizer(script_args)
-    if script_args.noise_multiplier == 0:
-        return {}
-    count = script_args.count
-    expected = expected_participants(count, script_args.participation)
-    about = (script_args.rounds, script_args.noise_multiplier, script_args.delta)
-    if script_args.max_epsilon is not None:
-        return {"epsilon": check_budget(count, expected, *about, script_args.max_epsilon)}
-    rounds, noise, delta = about
-    return {"epsilon": epsilon_of(expected / count, noise, rounds, delta)}
-
-
-def announce(num_rounds: int, record: RoundRecord) -> None:
-    """Print the results of a round."""
-    figures = "".join(f"  {name} {value:.3f}" for name, value in record.evaluation.items())
-    left_out = "".join(f"\n  left out: {name}: {why}" for name, why in record.left_out.items())
-    left_out += "".join(f"\n  bounded: {name}: {how}" for name, how in record.bounded.items())
-    took_part = len(record.participants) - len(record.left_out)
-    sent = (record.bytes_down + record.bytes_up) / 1e6
-    # A private round does not reveal its participants.
-    open_to_all = f"organisations {took_part}  drift {record.drift:.2f}  MB {sent:.2f}" if sent else "private"
-    say(f"round {record.number}/{num_rounds}  {open_to_all}{figures}{left_out}")
