@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hfllm.flags import POSITIVE, flag
+from hfllm.runs.arguments import changed
 from hfllm.trainers.distillation.losses import LossSettings
 from hfllm.trainers.distillation.options import DistillationOptions
 
@@ -60,6 +61,11 @@ class DistillationConfig(DistillationOptions, TrainingArguments):
     def needs_teacher(self) -> bool:
         """Return whether any part of the loss comes from the teacher."""
         return bool(self.soft_weight or self.hidden_weight)
+
+    def without_teacher(self) -> "DistillationConfig":
+        """Return the arguments of the same training with the cross-entropy on the answers only."""
+        weights = {"soft_weight": 0.0, "hard_weight": 1.0, "hidden_weight": 0.0}
+        return changed(self, **weights, teacher_top_k=None, teacher_cache_dir=None)
 
     @property
     def teacher_settings(self) -> dict[str, Any]:
