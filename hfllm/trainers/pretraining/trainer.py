@@ -364,15 +364,13 @@ def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict
     return {"loss_chunk_size": size} if size else {}
 
 
-def optimizer_of(
-    use_muon: bool, training_args: "TrainingArguments"
-) -> tuple[Callable[[], object], dict[str, object]] | None:
-    """Return the class and arguments for `Trainer` to build Muon; `None` for the optimizer of `--optim`."""
+def optimizer_of(use_muon: bool, args: "TrainingArguments") -> tuple[Callable[[], object], dict[str, object]] | None:
+    """Return the class and arguments for `Trainer` to build Muon; `None` for the optimizer of its `args`."""
     if not use_muon:
         return None
     return muon_factory, {
-        "lr": training_args.learning_rate,
-        "weight_decay": training_args.weight_decay,
-        "betas": (training_args.adam_beta1, training_args.adam_beta2),
-        "eps": training_args.adam_epsilon,
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
     }
