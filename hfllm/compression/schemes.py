@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from hfllm.compression.int8 import OUTLIER_THRESHOLD, DynamicInt8Config, DynamicInt8Linear
+from hfllm.compression.affine import OUTLIER_THRESHOLD
+from hfllm.compression.int8 import DynamicInt8Config, DynamicInt8Linear
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
 from hfllm.models.loading.weights import load_weights_of
