@@ -21,8 +21,24 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
+from hfllm.models import devices
+from hfllm.models.family.configuration_fields_hfllm import cached_numbers
 from hfllm.multimodal.processors import Pictures
 from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
+
+# The keys and values of all sequences sampled together take at most this share of a device's memory.
+CACHE_SHARE = 1 / 4
+
+
+def most_cached_rows(model: PreTrainedModel, length: int, device: torch.device) -> int | None:
+    """Return the most sequences of `length` tokens to sample together; `None` is no limit, as on a CPU."""
+    memory, config = devices.device_memory(device), model.config.get_text_config()
+    numbers = cached_numbers(config)
+    if memory is None or numbers is None:
+        return None
+    bytes_per_row = config.num_hidden_layers * numbers * length * model.dtype.itemsize
+    return max(int(memory * CACHE_SHARE / bytes_per_row), 1)
+
 
 # ---- turn caches ----
 #
