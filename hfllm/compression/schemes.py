@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.compression.affine import OUTLIER_THRESHOLD
 from hfllm.compression.int8 import DynamicInt8Config, DynamicInt8Linear
+from hfllm.data.packing import start_of
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
 from hfllm.models.loading.weights import load_weights_of
@@ -351,8 +352,7 @@ def token_windows(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], ma
     """
     import torch
 
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    rows = [start + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    rows = [start_of(tokenizer) + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     windows = [torch.tensor([row[:max_length]]) for row in rows if len(row) > 1]
     if not windows:
         raise InputError(f"{len(texts)} text(s) without a token to predict")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hfllm.data.packing import IGNORE, batch_of, pieces_of
 from hfllm.errors import InputError, refuse
 from hfllm.models.devices import refuse_data_parallel
+from hfllm.trainers.engines import evaluation_mode
 from hfllm.trainers.mixins import TokenMeanEvaluation
 from hfllm.trainers.pretraining.muon import muon_factory
 
@@ -327,17 +328,13 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     positions = torch.arange(4, device=device).repeat(2, 2)
     if has_flash_attention(model):
         ids, other, positions = ids[:1], other[:1], positions[:1]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        one, two = (
-            model(input_ids=each, position_ids=positions, use_cache=False).logits[:, 4:] for each in (ids, other)
-        )
+        with evaluation_mode(model):
+            one, two = (
+                model(input_ids=each, position_ids=positions, use_cache=False).logits[:, 4:] for each in (ids, other)
+            )
     except TypeError:
         return False
-    finally:
-        for module, training in modes:
-            module.training = training
     return torch.allclose(one.float(), two.float(), atol=1e-4, rtol=1e-3)
 
 
