@@ -26,16 +26,16 @@ class Quantized:
         values_OI: integers, in int8 for up to 8 bits.
         scale, zero_point: of the groups, (O, groups, 1), (O, 1, 1) or (1, 1, 1).
         bits: of a value.
-        kept: indices of the columns stored unquantized, (K,), or `None`.
-        kept_OK: the columns at these indices.
+        float_columns: indices of the columns stored unquantized, (K,), or `None`.
+        float_OK: the columns at these indices.
     """
 
     values_OI: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
     bits: int
-    kept: torch.Tensor | None = None
-    kept_OK: torch.Tensor | None = None
+    float_columns: torch.Tensor | None = None
+    float_OK: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
         """Return the dequantized matrix, (O, I) in the scale's dtype."""
@@ -43,8 +43,8 @@ class Quantized:
         groups = self.scale.shape[1]
         grouped = self.values_OI.reshape(rows, groups, columns // groups).to(self.scale.dtype)
         matrix = ((grouped - self.zero_point) * self.scale).reshape(rows, columns)
-        if self.kept is not None:
-            matrix[:, self.kept] = self.kept_OK.to(matrix.dtype)
+        if self.float_columns is not None:
+            matrix[:, self.float_columns] = self.float_OK.to(matrix.dtype)
         return matrix
 
     def largest_error(self) -> torch.Tensor:
@@ -52,20 +52,20 @@ class Quantized:
         rows, columns = self.values_OI.shape
         half = self.scale.expand(rows, self.scale.shape[1], 1) / 2
         bound = half.repeat_interleave(columns // self.scale.shape[1], dim=2).reshape(rows, columns).clone()
-        if self.kept is not None:
-            bound[:, self.kept] = 0
+        if self.float_columns is not None:
+            bound[:, self.float_columns] = 0
         return bound
 
     @property
     def nbytes(self) -> float:
-        """Return the bytes of storage: values and zero points with their bits, scales and kept columns unchanged."""
+        """Return the bytes of storage: values and zero points with their bits, scales and other columns unchanged."""
         rows, columns = self.values_OI.shape
-        num_unquantized = 0 if self.kept is None else len(self.kept)
+        num_unquantized = 0 if self.float_columns is None else len(self.float_columns)
         size = rows * (columns - num_unquantized) * self.bits / 8 + self.scale.numel() * self.scale.element_size()
         if bool((self.zero_point != 0).any()):
             size += self.zero_point.numel() * self.bits / 8
-        if self.kept is not None:
-            size += self.kept_OK.numel() * self.kept_OK.element_size() + self.kept.numel() * 4
+        if self.float_columns is not None:
+            size += self.float_OK.numel() * self.float_OK.element_size() + self.float_columns.numel() * 4
         return size
 
 

@@ -297,10 +297,6 @@ def _dynamic_config(dtype: "torch.dtype", skipped: list[str] | None) -> "Quantiz
     return DynamicInt8Config(modules_to_not_convert=skipped)
 
 
-def _dynamic_layer(linear: "nn.Linear") -> "nn.Module":
-    return DynamicInt8Linear.from_linear(linear)
-
-
 _BITSANDBYTES = ("bitsandbytes", "pip install 'hfllm[int8]'")
 SCHEMES = {
     scheme.name: scheme
@@ -332,7 +328,7 @@ SCHEMES = {
             "dynamic",
             "int8 weights and inputs, a scale per row and token, for serving on a CPU",
             _dynamic_config,
-            _dynamic_layer,
+            DynamicInt8Linear.from_linear,
             ("cpu",),
         ),
     )

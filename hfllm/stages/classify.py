@@ -88,11 +88,11 @@ class ClassifyArguments(RowArguments, BatchArguments):
     refused: ClassVar[Refused] = {"label_smoothing_factor": ALWAYS.because("labels are learned as they are")}
 
 
-def default_settings(given: Mapping[str, Any]) -> list[Path]:
+def default_settings(user_flags: Mapping[str, Any]) -> list[Path]:
     """Return the settings of the embedded world's model, of an adapter, or of all weights of your own model."""
-    if not given.get("model_name_or_path"):
+    if not user_flags.get("model_name_or_path"):
         return [settings_file("classify/world.yaml")]
-    return [settings_file("classify/adapter.yaml" if given.get("use_peft") else "classify/model.yaml")]
+    return [settings_file("classify/adapter.yaml" if user_flags.get("use_peft") else "classify/model.yaml")]
 
 
 def check(script_args: ClassifyArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:

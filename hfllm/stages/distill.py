@@ -30,12 +30,18 @@ if TYPE_CHECKING:
 # ---- flags ----
 
 
-SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
-NEW_STUDENT = (*SIZES, "student_initializer_range")
+NEW_STUDENT = (
+    *("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads"),
+    "student_initializer_range",
+)
 # The stages with settings named by `--NAME_config`.
 OF_TEACHER = ("pretrain", "sft", "reward", "rlhf")
 # How answers are learned, and their source.
 OF_ANSWERS = ("temperature", "beta", "soft_weight", "hard_weight", "num_examples", "response_length")
+STUDENT_NAMED = NAMED.because("the student is named")
+NEW_WEIGHTS = tuple(
+    Fact(lambda flags, name=name: flags[name] is not None, f"--{name} describes a new student") for name in NEW_STUDENT
+)
 TEACHER_NAMED = Fact(lambda flags: flags.teacher_model_name_or_path, "the teacher is named")
 # For weights loaded in few bits: only an adapter can be trained on them.
 NO_ADAPTER = Fact(
@@ -44,8 +50,6 @@ NO_ADAPTER = Fact(
     "--teacher_model_init_kwargs",
 )
 SEQUENCES = Fact(lambda flags: flags.sequence_level, "--sequence_level learns only from answers")
-
-
 ANSWERED_BY_DATA = Fact(
     lambda flags: answer_source(flags.answers, flags.sequence_level) == "data",
     "no data answers such prompts; --answers sampled lets the teacher do it",
@@ -92,22 +96,20 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         None,
         "Build the student from every n-th layer of the teacher; by default 3.",
         takes=at_least(2),
-        never=NAMED.because("the student is named"),
+        never=(STUDENT_NAMED, *NEW_WEIGHTS),
     )
-    student_hidden_size: int | None = flag(
-        None, "Width of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
-    )
+    student_hidden_size: int | None = flag(None, "Width of a new student.", takes=at_least(1), never=STUDENT_NAMED)
     student_num_hidden_layers: int | None = flag(
-        None, "Layers of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
+        None, "Layers of a new student.", takes=at_least(1), never=STUDENT_NAMED
     )
     student_num_attention_heads: int | None = flag(
-        None, "Query heads of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
+        None, "Query heads of a new student.", takes=at_least(1), never=STUDENT_NAMED
     )
     student_initializer_range: float | None = flag(
         None,
         "Standard deviation of a new student's weights; the teacher's by default.",
         takes=POSITIVE,
-        never=NAMED.because("the student is named"),
+        never=STUDENT_NAMED,
     )
     answers: str | None = flag(
         None,
@@ -201,9 +203,9 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         return (*of_students, "mixed_prompts") if self.answer_source == "data" else of_students
 
 
-def world_settings(given: Mapping[str, object]) -> list[Path]:
+def world_settings(user_flags: Mapping[str, object]) -> list[Path]:
     """Return the settings of the world's student, unless the user names a student or a teacher."""
-    is_own = given.get("model_name_or_path") or given.get("teacher_model_name_or_path")
+    is_own = user_flags.get("model_name_or_path") or user_flags.get("teacher_model_name_or_path")
     return [] if is_own else [settings_file("distill/world.yaml")]
 
 
@@ -215,9 +217,6 @@ def check(script_args: DistillArguments, training_args: "DistillationConfig", mo
     if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
         raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
     check_flags(script_args, training_args, model_args)
-    sizes = [name for name in NEW_STUDENT if getattr(script_args, name) is not None]
-    is_both = bool(sizes and script_args.student_layers_every)
-    refuse(is_both, "--student_layers_every", f"--{''.join(sizes[:1])} describes a new student")
     is_from_data = script_args.sequence_level and script_args.answers == "data"
     refuse(is_from_data, "--answers data", "--sequence_level learns from the teacher's answers")
 

@@ -71,9 +71,9 @@ class ExtendArguments(DataArguments):
     }
 
 
-def default_settings(given: Mapping[str, object]) -> list[Path]:
+def default_settings(user_flags: Mapping[str, object]) -> list[Path]:
     """Return the settings of the embedded world's model, or of your own."""
-    return [settings_file("extend/model.yaml" if given.get("model_name_or_path") else "extend/world.yaml")]
+    return [settings_file("extend/model.yaml" if user_flags.get("model_name_or_path") else "extend/world.yaml")]
 
 
 def check(script_args: ExtendArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:

@@ -97,7 +97,7 @@ def test_one_sided_ranges_gain_a_bit_by_a_zero_point():
 def test_kept_columns_come_back_as_they_were():
     matrix = affine.plant_outliers(normal(16, 64), torch.tensor([5, 40]), sigmas=20)
     stored = affine.quantize(matrix, keep_columns=affine.outlier_columns(matrix, 6))
-    assert stored.kept.tolist() == [5, 40]
+    assert stored.float_columns.tolist() == [5, 40]
     assert torch.equal(stored.dequantize()[:, [5, 40]], matrix[:, [5, 40]])
     assert (stored.dequantize() - matrix).norm() < 0.3 * (affine.quantize(matrix).dequantize() - matrix).norm()
     assert stored.nbytes == 16 * 62 + 16 * 4 + 2 * (16 * 4 + 4)
