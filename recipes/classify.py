@@ -45,12 +45,9 @@ def main(
     from hfllm.runs.stage import Stage
     from hfllm.stages import classify
     from hfllm.stages.pretrain.flags import check_adapter
-    from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
-    from hfllm.trainers.monitors import StalledWeights
     from hfllm.trainers.run_record import final_train_loss
-    from hfllm.trainers.trl_trainers import HeadTrainer
 
     classify.check(script_args, training_args, model_args)
     stage = Stage("classify", script_args, training_args, model_args)
@@ -79,15 +76,7 @@ def main(
         classify.tokens_of(task, rows, tokenizer, length, title)
         for rows, title in ((train_rows, "training rows"), (test_rows, "held-out rows"))
     )
-    trainer = HeadTrainer(
-        model=model,
-        args=trainer_args,
-        train_dataset=train_tokens.encoded,
-        eval_dataset=test_tokens.encoded,
-        processing_class=tokenizer,
-    )
-    use_plain_lines(trainer)
-    trainer.add_callback(StalledWeights())
+    trainer = classify.make_trainer(trainer_args, model, tokenizer, train_tokens, test_tokens)
     train(trainer, stage.checkpoint, stage.identity)
     trainer.save_model()
     predicted = classify.predictions(task, trainer, test_rows, test_tokens)

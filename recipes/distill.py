@@ -57,31 +57,24 @@ def main(
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
     from hfllm.runs.stage import Stage
-    from hfllm.stages.distill import (
-        check,
-        check_student,
-        compare_students,
-        load_teacher,
-        rows_to_learn,
-        rows_to_teach,
-        stages_before,
-        student_trainer,
-    )
+    from hfllm.stages import distill
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
 
     # Refuse what cannot work before anything is trained.
-    check(script_args, training_args, model_args)
+    distill.check(script_args, training_args, model_args)
     output_dir, seed, shape = training_args.output_dir, training_args.seed, script_args.student_shape
     teacher_name, configs = training_args.teacher_model_name_or_path, script_args.teacher_configs
-    before = stages_before(teacher_name, output_dir, seed, script_args.world_seed, configs)
+    before = distill.stages_before(teacher_name, output_dir, seed, script_args.world_seed, configs)
     stage = Stage("distill", script_args, training_args, model_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    check_student(shape, model_args, before)
+    distill.check_student(shape, model_args, before)
     scaled_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    data_rows, eval_rows = rows_to_learn(script_args, script_args.num_examples, script_args.num_documents, seed)
+    data_rows, eval_rows = distill.rows_to_learn(
+        script_args, script_args.num_examples, script_args.num_documents, seed
+    )
 
     # The stages before: a teacher, which may write the answers.
     stage.announce()
@@ -89,13 +82,13 @@ def main(
     teacher_name = before.model("rlhf") or teacher_name
     trainer_args = changed(scaled_args, teacher_model_name_or_path=teacher_name)
     # The settings may have a token, and are in none of the arguments that are saved.
-    teacher = load_teacher(teacher_name, training_args.teacher_settings, trainer_args.device)
+    teacher = distill.load_teacher(teacher_name, training_args.teacher_settings, trainer_args.device)
     answers, max_new_tokens = script_args.answer_source, script_args.longest_answer
-    train_rows = rows_to_teach(teacher, data_rows, answers, script_args.mixed_prompts, max_new_tokens, seed)
+    train_rows = distill.rows_to_teach(teacher, data_rows, answers, script_args.mixed_prompts, max_new_tokens, seed)
 
     # The student.
     student_args = trainer_args.without_teacher() if script_args.sequence_level else trainer_args
-    trainer = student_trainer(student_args, shape, model_args, teacher, train_rows, eval_rows)
+    trainer = distill.student_trainer(student_args, shape, model_args, teacher, train_rows, eval_rows)
     train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=train_rows is not data_rows)
     trainer.save_model()
     trainers = {"student": trainer}
@@ -104,14 +97,14 @@ def main(
     if script_args.train_baseline:
         folder, steps = f"{output_dir}/alone", trainer.state.max_steps
         alone_args = changed(trainer_args.without_teacher(), output_dir=folder, max_steps=steps)
-        alone = student_trainer(alone_args, shape, model_args, teacher, data_rows, eval_rows)
+        alone = distill.student_trainer(alone_args, shape, model_args, teacher, data_rows, eval_rows)
         train(alone)
         alone.save_model()
         trainers["student_alone"] = alone
 
     world = world_of(script_args)
     sizes = (script_args.num_eval_prompts, max_new_tokens, script_args.num_samples)
-    judged, metrics = compare_students(teacher, trainers, world, *sizes)
+    judged, metrics = distill.compare_students(teacher, trainers, world, *sizes)
     question = "Hello!" if world is None else "What colour is the fox?"
     return stage.finish(
         {**metrics, **scaled},

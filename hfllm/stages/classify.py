@@ -259,6 +259,30 @@ def tokens_of(
     return Tokens(encoded, indices, counts={name: cut} if cut else {})
 
 
+def make_trainer(
+    args: "TrainingArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_tokens: Tokens,
+    test_tokens: Tokens,
+) -> "HeadTrainer":
+    """Return a trainer of the model's head."""
+    from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.monitors import StalledWeights
+    from hfllm.trainers.trl_trainers import HeadTrainer
+
+    trainer = HeadTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_tokens.encoded,
+        eval_dataset=test_tokens.encoded,
+        processing_class=tokenizer,
+    )
+    use_plain_lines(trainer)
+    trainer.add_callback(StalledWeights())
+    return trainer
+
+
 # ---- evaluation ----
 #
 # The results of a fine-tuned head, next to controls trained on the same rows.
