@@ -34,10 +34,12 @@ class Range:
     Args:
         words: the numbers in words, after "expected".
         holds: whether a number is one of them.
+        demand: the same after "must", for arguments in Python; by default "be" and these words.
     """
 
     words: str
     holds: Callable[[float], bool]
+    demand: str = ""
 
 
 def at_least(least: int) -> Range:
@@ -45,9 +47,9 @@ def at_least(least: int) -> Range:
     return Range(f"at least {least}", lambda value: value >= least)
 
 
-POSITIVE = Range("a number above 0", lambda value: value > 0)
-NOT_NEGATIVE = Range("a number of at least 0", lambda value: value >= 0)
-SHARE = Range("a share in [0, 1]", lambda value: 0 <= value <= 1)
+POSITIVE = Range("a number above 0", lambda value: value > 0, "be above 0")
+NOT_NEGATIVE = Range("a number of at least 0", lambda value: value >= 0, "not be negative")
+SHARE = Range("a share in [0, 1]", lambda value: 0 <= value <= 1, "lie in [0, 1]")
 BELOW_ONE = Range("a number in [0, 1)", lambda value: 0 <= value < 1)
 SEEDS = 2**32
 # numpy's generators take no other seeds.
@@ -186,6 +188,26 @@ def check_number(name: str, value: object, takes: Range | None) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if takes is not None and is_number and not (math.isfinite(value) and takes.holds(value)):
         raise InputError(f"--{name} {value}: expected {takes.words}")
+
+
+def check_arguments(arguments: "DataclassInstance", kind: "type[DataclassInstance]") -> None:
+    """Refuse invalid numbers and words of arguments that were set in Python.
+
+    Args:
+        arguments: an instance of `kind`.
+        kind: the dataclass with the rules to check.
+
+    Raises:
+        ValueError: with the name of the first such argument, as transformers' own checks.
+    """
+    for name, rules in rules_of(kind).items():
+        value, takes = getattr(arguments, name), rules.takes
+        if takes is not None and value is not None and not takes.holds(value):
+            raise ValueError(f"{name} must {takes.demand or f'be {takes.words}'}, got {value}")
+    for item in fields(kind):
+        value, choices = getattr(arguments, item.name), item.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{item.name}={value!r} is not one of {', '.join(choices)}")
 
 
 def _check_names(name: str, values: Sequence[str] | None, some_of: tuple[str, ...]) -> None:

@@ -41,16 +41,13 @@ def main(
     from hfllm.outputs.card import write_labels
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import check_trainable, fitting_length
+    from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import classify
-    from hfllm.stages.classify import evaluate
     from hfllm.stages.pretrain.flags import check_adapter
-    from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
-    from hfllm.trainers.monitors import StalledWeights
     from hfllm.trainers.run_record import final_train_loss
-    from hfllm.trainers.trl_trainers import HeadTrainer
 
     classify.check(script_args, training_args, model_args)
     stage = Stage("classify", script_args, training_args, model_args)
@@ -59,34 +56,31 @@ def main(
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    train_rows, test_rows, labels = classify.rows_of(script_args, training_args.seed)
-    before = classify.stages_before(script_args, training_args, model_args)
-    check_adapter(model_args, before, classify.HEADS[script_args.task][1])
+    seed, output_dir = training_args.seed, training_args.output_dir
+    train_rows, test_rows, labels = classify.rows_of(script_args, seed)
+    task = classify.LabelTask(
+        script_args.task, labels, script_args.doc_stride, script_args.label_token, script_args.max_answer_length
+    )
+    bases, configs = {"pretrain": model_args.model_name_or_path}, {"pretrain": script_args.pretrain_config}
+    before = chain_before("classify", output_dir, seed, script_args.world_seed, bases, configs)
+    check_adapter(model_args, before, classify.HEADS[task.name][1])
 
     stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
     # The head is new, and so are the weights of an adapter.
-    set_seed(training_args.seed)
-    loaded = classify.load_with_head(script_args.task, labels, base_args, training_args.output_dir)
-    model, tokenizer = loaded
+    set_seed(seed)
+    model, tokenizer = classify.load_with_head(task.name, labels, base_args, output_dir)
     length = fitting_length(script_args.max_length, model)
     train_tokens, test_tokens = (
-        classify.tokens_of(script_args, rows, tokenizer, length, labels, what)
-        for rows, what in ((train_rows, "training rows"), (test_rows, "held-out rows"))
+        classify.tokens_of(task, rows, tokenizer, length, title)
+        for rows, title in ((train_rows, "training rows"), (test_rows, "held-out rows"))
     )
-    trainer = HeadTrainer(
-        model=model,
-        args=trainer_args,
-        train_dataset=train_tokens.encoded,
-        eval_dataset=test_tokens.encoded,
-        processing_class=tokenizer,
-    )
-    use_plain_lines(trainer)
-    trainer.add_callback(StalledWeights())
+    trainer = classify.make_trainer(trainer_args, model, tokenizer, train_tokens, test_tokens)
     train(trainer, stage.checkpoint, stage.identity)
     trainer.save_model()
-    result = evaluate(script_args, trainer, train_rows, test_rows, test_tokens, labels)
+    predicted = classify.predictions(task, trainer, test_rows, test_tokens)
+    result = classify.judge_held_out(task.name, predicted, train_rows, test_rows)
 
     metrics = {
         **result.metrics,
@@ -97,8 +91,8 @@ def main(
         **scaled,
     }
     if main_process() and labels:
-        write_labels(training_args.output_dir, labels)
-    lines = classify.next_lines(script_args.task, training_args.output_dir, test_rows[0], model_args.use_peft, labels)
+        write_labels(output_dir, labels)
+    lines = classify.next_lines(task.name, output_dir, test_rows[0], model_args.use_peft, labels)
     models = {"model": base_args.model_name_or_path}
     tables, plots = dict(result.tables), dict(result.plots)
     return stage.finish(

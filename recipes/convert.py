@@ -9,7 +9,6 @@ other side cannot express is refused by name, and a failed conversion leaves no 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
@@ -27,11 +26,21 @@ def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
 @trusts_code_if_asked
 def main(script_args: ConvertArguments) -> dict[str, float]:
     """Convert, compare, write the report. Return the metrics."""
+    from hfllm.flags import check_flags
+    from hfllm.models.conversion.convert import check_empty
     from hfllm.runs.models import whole_model
+    from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
-    from hfllm.stages.convert import check, convert, stages_before
+    from hfllm.stages.convert import convert
 
-    before = stages_before(script_args)
+    before = chain_before(
+        "convert",
+        script_args.output_dir,
+        script_args.seed,
+        script_args.world_seed,
+        given_models={"pretrain": script_args.model_name_or_path},
+        configs={"pretrain": script_args.pretrain_config},
+    )
     stage = Stage("convert", script_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
@@ -40,14 +49,17 @@ def main(script_args: ConvertArguments) -> dict[str, float]:
     if source is None:
         # The output folder holds both.
         source, target = before.model("pretrain"), target / "native"
-    check(script_args, target)
+    check_flags(script_args)
+    check_empty(target)
     stage.announce(f"{source} -> {target}")
     before.run()
     if not main_process():
         return {}
     # An adapter is merged into its base first.
     with whole_model(source, script_args.model_revision, target.parent) as (name, revision):
-        metrics = convert(name, target, replace(script_args, model_revision=revision))
+        location = {"revision": revision} | ({"gguf_file": script_args.gguf_file} if script_args.gguf_file else {})
+        seed = script_args.seed if script_args.verify else None
+        metrics = convert(name, location, target, script_args.native_type, script_args.max_shard_size, seed)
     return stage.finish(
         metrics,
         artifacts={"model": str(target.relative_to(script_args.output_dir))},

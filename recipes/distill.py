@@ -14,12 +14,14 @@ folder.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hfllm.flags import check_flags
 from hfllm.runs.command_line import given_values, parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.distill import DistillArguments, without_contradicted, world_settings
+from hfllm.stages.distill import OF_ANSWERS, DistillArguments, world_settings
 from hfllm.trainers.distillation.options import DistillationOptions
 
 if TYPE_CHECKING:
@@ -37,8 +39,11 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, "DistillationConfig", 
     script_args, training_args, model_args = parse_recipe(
         *(argv, __doc__, DistillArguments, library, "outputs/distill", world_settings), shown=(DistillationOptions,)
     )
-    script_args = without_contradicted(script_args, training_args, given_values(argv))
-    return script_args, training_args, model_args
+    # User flags without effect are refused here, before any training of a recipe with distillation at its end.
+    check_flags(script_args, training_args, names=OF_ANSWERS)
+    defaults, given = DistillArguments(), given_values(argv)
+    idle = {name: getattr(defaults, name) for name in script_args.idle if name not in given}
+    return replace(script_args, **idle), training_args, model_args
 
 
 @releases_folders
@@ -52,66 +57,62 @@ def main(
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
     from hfllm.runs.stage import Stage
-    from hfllm.stages.distill import (
-        check,
-        check_student,
-        compare,
-        load_teacher,
-        rows_to_learn,
-        rows_to_teach,
-        stages_before,
-        student_trainer,
-        without_teacher,
-    )
+    from hfllm.stages import distill
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
 
     # Refuse what cannot work before anything is trained.
-    check(script_args, training_args, model_args)
-    before = stages_before(script_args, training_args)
+    distill.check(script_args, training_args, model_args)
+    output_dir, seed, shape = training_args.output_dir, training_args.seed, script_args.student_shape
+    teacher_name, configs = training_args.teacher_model_name_or_path, script_args.teacher_configs
+    before = distill.stages_before(teacher_name, output_dir, seed, script_args.world_seed, configs)
     stage = Stage("distill", script_args, training_args, model_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    check_student(script_args, model_args, before)
+    distill.check_student(shape, model_args, before)
     scaled_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    data_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
+    data_rows, eval_rows = distill.rows_to_learn(
+        script_args, script_args.num_examples, script_args.num_documents, seed
+    )
 
     # The stages before: a teacher, which may write the answers.
     stage.announce()
     before.run()
-    teacher_name = before.model("rlhf") or training_args.teacher_model_name_or_path
+    teacher_name = before.model("rlhf") or teacher_name
     trainer_args = changed(scaled_args, teacher_model_name_or_path=teacher_name)
-    # A token to load it with is in none of the arguments that are saved.
-    load_args = changed(trainer_args, teacher_model_init_kwargs=training_args.teacher_model_init_kwargs)
-    teacher = load_teacher(load_args)
-    train_rows = rows_to_teach(script_args, teacher, data_rows, training_args.seed)
+    # The settings may have a token, and are in none of the arguments that are saved.
+    teacher = distill.load_teacher(teacher_name, training_args.teacher_settings, trainer_args.device)
+    answers, max_new_tokens = script_args.answer_source, script_args.longest_answer
+    train_rows = distill.rows_to_teach(teacher, data_rows, answers, script_args.mixed_prompts, max_new_tokens, seed)
 
     # The student.
-    student_args = without_teacher(trainer_args) if script_args.sequence_level else trainer_args
-    trainer = student_trainer(script_args, student_args, model_args, teacher, train_rows, eval_rows)
+    student_args = trainer_args.without_teacher() if script_args.sequence_level else trainer_args
+    trainer = distill.student_trainer(student_args, shape, model_args, teacher, train_rows, eval_rows)
     train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=train_rows is not data_rows)
     trainer.save_model()
     trainers = {"student": trainer}
 
     # The same student without the teacher. Rows may have been left out above, so the same epochs would be more steps.
     if script_args.train_baseline:
-        folder, steps = f"{training_args.output_dir}/alone", trainer.state.max_steps
-        alone_args = changed(without_teacher(trainer_args), output_dir=folder, max_steps=steps)
-        alone = student_trainer(script_args, alone_args, model_args, teacher, data_rows, eval_rows)
+        folder, steps = f"{output_dir}/alone", trainer.state.max_steps
+        alone_args = changed(trainer_args.without_teacher(), output_dir=folder, max_steps=steps)
+        alone = distill.student_trainer(alone_args, shape, model_args, teacher, data_rows, eval_rows)
         train(alone)
         alone.save_model()
         trainers["student_alone"] = alone
 
-    judged, metrics = compare(script_args, training_args, teacher, trainers)
-    question = "Hello!" if world_of(script_args) is None else "What colour is the fox?"
+    world = world_of(script_args)
+    sizes = (script_args.num_eval_prompts, max_new_tokens, script_args.num_samples)
+    judged, metrics = distill.compare_students(teacher, trainers, world, *sizes)
+    question = "Hello!" if world is None else "What colour is the fox?"
     return stage.finish(
         {**metrics, **scaled},
         trainer,
         distillation_summary(metrics, judged),
         tables=gold_tables(judged) if judged else None,
         curves=distillation_plots({name: each.state.log_history for name, each in trainers.items()}, metrics),
-        next_steps=chat_lines(training_args.output_dir, [{"role": "user", "content": question}]),
+        next_steps=chat_lines(output_dir, [{"role": "user", "content": question}]),
         models={"teacher": teacher_name},
     )
 

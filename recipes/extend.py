@@ -12,6 +12,7 @@ position and a needle test by depth and length; the control is the model as it w
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
@@ -37,45 +38,55 @@ def main(
     """Extend, train, judge, save, write the report. Return the metrics."""
     from transformers import set_seed
 
+    from hfllm.data.world.world import World
     from hfllm.models.extension import extend_model, extended_config
     from hfllm.outputs.card import loading_lines
     from hfllm.runs.models import check_trainable, load_policy
+    from hfllm.runs.pipeline import chain_before
+    from hfllm.runs.recipes import settings_file
     from hfllm.runs.stage import Stage
     from hfllm.stages import extend
-    from hfllm.stages.extend import ExtendEvaluation, make_trainer
     from hfllm.stages.pretrain.flags import config_to_train
     from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
 
     # Refuse what cannot work before anything is trained.
     extend.check(script_args, training_args, model_args)
-    before = extend.stages_before(script_args, training_args, model_args)
+    output_dir, seed, rope_type = training_args.output_dir, training_args.seed, script_args.rope_type
+    before = chain_before(
+        *("extend", output_dir, seed, script_args.world_seed),
+        given_models={"pretrain": model_args.model_name_or_path},
+        configs={"pretrain": script_args.pretrain_config or str(settings_file("extend/base.yaml"))},
+        more_flags={"pretrain": ["--dataset_name", str(Path(output_dir, extend.BASE_TEXTS))]},
+    )
     stage = Stage("extend", script_args, training_args, model_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     check_trainable(model_args, adapters=False)
-    original, length = extend.lengths_of(script_args, config_to_train(model_args, before))
-    seed = training_args.seed
-    texts = extend.texts_to_split(script_args, seed)
+    factor, original = script_args.factor, script_args.original_max_position_embeddings
+    original, length = extend.lengths_of(config_to_train(model_args, before), rope_type, factor, original)
+    texts, world = extend.split_texts(script_args, seed), World(script_args.world_seed)
     stage.announce()
 
     # A small base model of a short context, where none is named.
     if before.runs:
-        extend.write_base_texts(script_args, training_args.output_dir, seed)
+        extend.write_base_texts(world, script_args.num_documents, seed, output_dir)
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
     set_seed(seed)
     model, tokenizer = load_policy(base_args)
-    rows = extend.rows_of(script_args, texts, tokenizer, length, seed)
+    counts = extend.Counts(script_args.num_train_texts, script_args.num_eval_texts, script_args.num_needles)
+    rows = extend.long_rows_of(world, texts, counts, tokenizer, length, seed)
 
     # The model as it was, extended, and trained on long rows.
     model.to(training_args.device)
-    evaluation = ExtendEvaluation(script_args, tokenizer, rows, original, length)
+    settings = rope_type, counts.needles, script_args.world_seed
+    evaluation = extend.ExtendEvaluation(tokenizer, rows, original, length, *settings)
     evaluation.judge(model, "before")
-    extend_model(model, extended_config(model.config, script_args.rope_type, script_args.factor, original))
+    extend_model(model, extended_config(model.config, rope_type, factor, original))
     tokenizer.model_max_length = length
-    trainer, trained = make_trainer(stage.training_args, model, tokenizer, rows.train), {}
+    trainer, trained = extend.make_trainer(stage.training_args, model, tokenizer, rows.train), {}
     if training_args.max_steps != 0:
         evaluation.judge(model, "extended", needles=False)
         train(trainer, stage.checkpoint, stage.identity)
@@ -83,15 +94,9 @@ def main(
     trainer.save_model()
     evaluation.judge(model, "after")
 
-    result = evaluation.found()
-    metrics = {
-        **result.metrics,
-        "original_length": original,
-        "length": length,
-        "factor": script_args.factor,
-        **trained,
-    }
-    lines, models = loading_lines(training_args.output_dir), {"model": base_args.model_name_or_path}
+    result = evaluation.results()
+    metrics = {**result.metrics, "original_length": original, "length": length, "factor": factor, **trained}
+    lines, models = loading_lines(output_dir), {"model": base_args.model_name_or_path}
     return stage.finish(
         metrics, trainer, result.summary, dict(result.tables), dict(result.plots), next_steps=lines, models=models
     )

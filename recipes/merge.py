@@ -8,11 +8,12 @@ precision and stored in the base's own; both are compared on random tokens. A fo
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.convert import MergeArguments
+from hfllm.stages.merge import MergeArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[MergeArguments]:
@@ -26,17 +27,18 @@ def main(script_args: MergeArguments) -> dict[str, float]:
     """Merge, compare, save, write the report. Return the metrics."""
     from hfllm.outputs.card import loading_lines
     from hfllm.runs.stage import Stage
-    from hfllm.stages.convert import adapter_to_merge, merge_into_base
+    from hfllm.stages.merge import adapter_to_merge, merge_into_base
 
     stage = Stage("merge", script_args)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    adapter = adapter_to_merge(script_args)
+    target = Path(script_args.output_dir)
+    adapter = adapter_to_merge(script_args.model_name_or_path, script_args.model_revision, target)
     stage.announce(f"{adapter.name} into {adapter.base} -> {script_args.output_dir}")
     if not main_process():
         return {}
-    metrics = merge_into_base(adapter, script_args)
+    metrics = merge_into_base(adapter, target, script_args.max_shard_size, script_args.seed)
     return stage.finish(metrics, next_steps=loading_lines(script_args.output_dir, adapter.task))
 
 

@@ -22,10 +22,10 @@ def main(script_args: PushArguments) -> dict[str, int]:
     """Write the card and publish. Return the bytes of each file of the repository."""
     from hfllm.outputs.hub import push_folder, upload_list, upload_sizes
 
-    check(script_args)
+    folder, repo_id = script_args.model_name_or_path, script_args.hub_model_id
+    check(folder, repo_id)
     if not main_process():
         return {}
-    folder, repo_id = script_args.model_name_or_path, script_args.hub_model_id
     sizes = upload_sizes(upload_list(folder, repo_id))
     if script_args.dry_run:
         for name, size in sizes.items():

@@ -13,6 +13,7 @@ the world's fine-tuned model is made first.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
@@ -33,10 +34,11 @@ def parse(argv: Sequence[str]) -> tuple[QuantizeArguments, "ModelConfig"]:
 @trusts_code_if_asked
 def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, quantize, measure, save, report. Return the metrics."""
-    from hfllm.compression.schemes import default_device, quiet_bitsandbytes
+    from hfllm.compression.schemes import Scheme, default_device, quiet_bitsandbytes
     from hfllm.outputs.card import loading_lines
     from hfllm.runs.command_line import main_process
-    from hfllm.runs.models import load_policy, whole_model
+    from hfllm.runs.models import load_kwargs, whole_model
+    from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import quantize
     from hfllm.stages.pretrain.flags import config_to_train
@@ -44,52 +46,56 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
 
     # Refuse what cannot work before anything is trained.
     quantize.check(script_args, model_args)
-    sees = quantize.sees(model_args)
-    schemes = (quantize.picture_schemes if sees else quantize.schemes_to_compare)(script_args)
-    chosen_args = replace(script_args, schemes=schemes)
-    before = quantize.stages_before(script_args, model_args)
-    files = files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    source, seed, save_scheme = model_args.model_name_or_path, script_args.seed, script_args.save_scheme
+    sees = quantize.sees(source, model_args.model_revision)
+    names = (quantize.picture_schemes if sees else quantize.scheme_names)(script_args.schemes, save_scheme)
+    chosen_args = replace(script_args, schemes=names)
+    configs = {"pretrain": script_args.pretrain_config, "sft": script_args.sft_config}
+    before = chain_before(
+        "quantize", script_args.output_dir, seed, script_args.world_seed, {"sft": source}, configs=configs
+    )
+    files = files_changed(script_args, [source], model_args.model_revision)
     stage = Stage("quantize", chosen_args, model_args, before=before.parsed, also=files)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     config = config_to_train(model_args, before)
-    if sees:
-        quantize.check_pictures(chosen_args, model_args.model_name_or_path)
     quantize.check_model(chosen_args, model_args, config)
     if sees:
-        rows = quantize.questions_of(chosen_args, load_processing_class(model_args, config))
+        processor = load_processing_class(model_args, config)
+        rows = quantize.questions_of(script_args, script_args, script_args.num_eval_prompts, processor)
     else:
-        rows = quantize.eval_texts(chosen_args)
+        rows = quantize.eval_texts(script_args, script_args.num_eval_texts, seed)
     stage.announce()
 
     # The stages before: a model in full precision.
     before.run()
-    source_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
+    source = before.model("sft") or source
     if not main_process():
         return {}
 
     # Compare its quantized forms, save one of them, and quantize its parts one at a time.
     quiet_bitsandbytes()
-    with whole_model(source_args.model_name_or_path, source_args.model_revision, stage.output_dir) as (name, revision):
-        whole_args = replace(source_args, model_name_or_path=name, model_revision=revision)
-        if sees:
-            model, processor = quantize.load(whole_args)
-            evaluation = quantize.picture_evaluation(chosen_args, processor, rows)
-        else:
-            model, tokenizer = load_policy(whole_args)
-            evaluation = quantize.make_evaluation(chosen_args, model, tokenizer, rows)
+    schemes = [script_args.scheme(name) for name in names]
+    with whole_model(source, model_args.model_revision, stage.output_dir) as (name, revision):
+        whole_args = replace(model_args, model_name_or_path=name, model_revision=revision)
+        model, processing_class = quantize.load_whole(whole_args)
+        evaluation = quantize.make_evaluation(script_args, model, processing_class, rows)
         model.to(default_device()).eval()
-        compared, difference = quantize.compare_schemes(chosen_args, whole_args, model, evaluation)
-    swept = quantize.sensitivity_by_part(chosen_args, model, evaluation)
+        load = partial(Scheme.load, name=name, **load_kwargs(whole_args))
+        compared, difference = quantize.compare_schemes(
+            schemes, save_scheme, load, model, evaluation, stage.output_dir
+        )
+    of_parts = script_args.sensitivity, script_args.scheme(save_scheme)
+    swept = quantize.sensitivity_by_part(*of_parts, model, evaluation, script_args.num_sensitivity_texts)
 
-    metrics = quantize.quantization_metrics(compared, chosen_args.save_scheme)
+    metrics = quantize.quantization_metrics(compared, save_scheme)
     return stage.finish(
-        {**metrics, **evaluation.changes(chosen_args.save_scheme), "reload_difference": difference},
+        {**metrics, **evaluation.changes(save_scheme), "reload_difference": difference},
         tables=quantize.quantization_tables(compared, swept),
         curves=quantize.sensitivity_bars(swept),
         next_steps=loading_lines(stage.output_dir),
-        models={"model": source_args.model_name_or_path},
+        models={"model": source},
     )
 
 

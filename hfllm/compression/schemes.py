@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from hfllm.compression.int8 import OUTLIER_THRESHOLD, DynamicInt8Config, DynamicInt8Linear
+from hfllm.compression.affine import OUTLIER_THRESHOLD
+from hfllm.compression.int8 import DynamicInt8Config, DynamicInt8Linear
+from hfllm.data.packing import start_of
 from hfllm.errors import InputError
 from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
 from hfllm.models.loading.weights import load_weights_of
@@ -295,10 +297,6 @@ def _dynamic_config(dtype: "torch.dtype", skipped: list[str] | None) -> "Quantiz
     return DynamicInt8Config(modules_to_not_convert=skipped)
 
 
-def _dynamic_layer(linear: "nn.Linear") -> "nn.Module":
-    return DynamicInt8Linear.from_linear(linear)
-
-
 _BITSANDBYTES = ("bitsandbytes", "pip install 'hfllm[int8]'")
 SCHEMES = {
     scheme.name: scheme
@@ -330,7 +328,7 @@ SCHEMES = {
             "dynamic",
             "int8 weights and inputs, a scale per row and token, for serving on a CPU",
             _dynamic_config,
-            _dynamic_layer,
+            DynamicInt8Linear.from_linear,
             ("cpu",),
         ),
     )
@@ -350,8 +348,7 @@ def token_windows(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], ma
     """
     import torch
 
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    rows = [start + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    rows = [start_of(tokenizer) + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     windows = [torch.tensor([row[:max_length]]) for row in rows if len(row) > 1]
     if not windows:
         raise InputError(f"{len(texts)} text(s) without a token to predict")

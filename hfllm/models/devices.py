@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.models.family.configuration_fields_hfllm import cached_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 SHARE = 1 / 8
 # Of one logit: its value in 16 bits, its copy and its log-probability in 32, and a temporary or its gradient.
 BYTES_PER_VALUE = 16
-# The keys and values of all sequences sampled together take at most this share.
-CACHE_SHARE = 1 / 4
 
 
 def has_native_bf16() -> bool:
@@ -77,16 +74,6 @@ def most_tokens(model: "PreTrainedModel", device: "torch.device") -> int | None:
     config = model.config.get_text_config()
     widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return tokens_that_fit(max(widest, config.hidden_size), memory)
-
-
-def most_cached_rows(model: "PreTrainedModel", length: int, device: "torch.device") -> int | None:
-    """Return the most sequences of `length` tokens to sample together; `None` is no limit, as on a CPU."""
-    memory, config = device_memory(device), model.config.get_text_config()
-    numbers = cached_numbers(config)
-    if memory is None or numbers is None:
-        return None
-    of_a_row = config.num_hidden_layers * numbers * length * model.dtype.itemsize
-    return max(int(memory * CACHE_SHARE / of_a_row), 1)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from hfllm.generation import spans
 from hfllm.generation.spans import best_spans
 from hfllm.outputs.report import Bars, Found, plus_minus
 from hfllm.runs.command_line import say
-from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -89,11 +88,11 @@ class ClassifyArguments(RowArguments, BatchArguments):
     refused: ClassVar[Refused] = {"label_smoothing_factor": ALWAYS.because("labels are learned as they are")}
 
 
-def default_settings(given: Mapping[str, Any]) -> list[Path]:
+def default_settings(user_flags: Mapping[str, Any]) -> list[Path]:
     """Return the settings of the embedded world's model, of an adapter, or of all weights of your own model."""
-    if not given.get("model_name_or_path"):
+    if not user_flags.get("model_name_or_path"):
         return [settings_file("classify/world.yaml")]
-    return [settings_file("classify/adapter.yaml" if given.get("use_peft") else "classify/model.yaml")]
+    return [settings_file("classify/adapter.yaml" if user_flags.get("use_peft") else "classify/model.yaml")]
 
 
 def check(script_args: ClassifyArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
@@ -110,20 +109,6 @@ def check(script_args: ClassifyArguments, training_args: "TrainingArguments", mo
             raise InputError(
                 f"--column_mapping {ours}=...: {task} has no column {ours!r}; it has: {', '.join(COLUMNS[task])}"
             )
-
-
-def stages_before(
-    script_args: ClassifyArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
-) -> Chain:
-    """Return the pretraining of the base model, if none is named."""
-    return chain_before(
-        "classify",
-        training_args.output_dir,
-        training_args.seed,
-        script_args.world_seed,
-        given_models={"pretrain": model_args.model_name_or_path},
-        configs={"pretrain": script_args.pretrain_config},
-    )
 
 
 def load_with_head(
@@ -189,18 +174,37 @@ Rows = list[Row]
 
 
 @dataclass(frozen=True)
+class LabelTask:
+    """A task with its labels, and the settings of its rows.
+
+    Args:
+        name: one of `TASKS`.
+        labels: of the head; none for spans.
+        doc_stride: tokens that two neighboring windows of a long context share.
+        label_token: the token of a word that has its tag, first or last.
+        max_answer_length: the longest span, in tokens.
+    """
+
+    name: str
+    labels: Sequence[str]
+    doc_stride: int
+    label_token: str
+    max_answer_length: int
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Encoded rows, and their relation to the original rows.
 
     Args:
         encoded: with `input_ids` and `labels`.
-        places: of tagged rows, the token of each word.
+        indices: of tagged rows, the token of each word.
         windows: of rows with spans.
         counts: numbers of cut or split items, by name.
     """
 
     encoded: list[Encoded]
-    places: list[list[int]] = field(default_factory=list)
+    indices: list[list[int]] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -231,33 +235,52 @@ def rows_of(script_args: ClassifyArguments, seed: int) -> tuple[Rows, Rows, list
 
 
 def tokens_of(
-    script_args: ClassifyArguments,
-    rows: Rows,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
-    labels: list[str],
-    what: str,
+    task: LabelTask, rows: Rows, tokenizer: "PreTrainedTokenizerBase", max_length: int, title: str
 ) -> Tokens:
     """Return rows as tokens; a printed line gives the number of cuts.
 
     Args:
         max_length: the longest row, in tokens.
-        what: name of the rows, for this line.
+        title: of the rows, for this line.
     """
     from hfllm.data.labelled import encode_spans, encode_texts, encode_words
 
-    if script_args.task == SPANS:
-        encoded, windows = encode_spans(rows, tokenizer, max_length, min(script_args.doc_stride, max_length // 3))
+    if task.name == SPANS:
+        encoded, windows = encode_spans(rows, tokenizer, max_length, min(task.doc_stride, max_length // 3))
         return Tokens(encoded, windows=windows, counts={"windows": len(windows)})
-    if script_args.task == TEXT:
-        encoded, cut = encode_texts(rows, tokenizer, max_length, labels)
+    if task.name == TEXT:
+        encoded, cut = encode_texts(rows, tokenizer, max_length, task.labels)
         indices, name = [], "cut_rows"
     else:
-        encoded, indices = encode_words(rows, tokenizer, max_length, labels, script_args.label_token)
+        encoded, indices = encode_words(rows, tokenizer, max_length, task.labels, task.label_token)
         cut, name = sum(index < 0 for row in indices for index in row), "cut_words"
     if cut:
-        say(f"{what}: {cut:,} {name.removeprefix('cut_')} cut to --max_length {max_length} tokens, or beyond it")
+        say(f"{title}: {cut:,} {name.removeprefix('cut_')} cut to --max_length {max_length} tokens, or beyond it")
     return Tokens(encoded, indices, counts={name: cut} if cut else {})
+
+
+def make_trainer(
+    args: "TrainingArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_tokens: Tokens,
+    test_tokens: Tokens,
+) -> "HeadTrainer":
+    """Return a trainer of the model's head."""
+    from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.monitors import StalledWeights
+    from hfllm.trainers.trl_trainers import HeadTrainer
+
+    trainer = HeadTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_tokens.encoded,
+        eval_dataset=test_tokens.encoded,
+        processing_class=tokenizer,
+    )
+    use_plain_lines(trainer)
+    trainer.add_callback(StalledWeights())
+    return trainer
 
 
 # ---- evaluation ----
@@ -275,9 +298,7 @@ MAIN = {
 SAMPLES = 12
 
 
-def predictions(
-    script_args: ClassifyArguments, trainer: "HeadTrainer", rows: Sequence[Row], tokens: Tokens, labels: Sequence[str]
-) -> list[Any]:
+def predictions(task: LabelTask, trainer: "HeadTrainer", rows: Sequence[Row], tokens: Tokens) -> list[Any]:
     """Return the model's output for each row: a label, a tag per word, or an answer; empty for none.
 
     A truncated word gets the tag O, or the first of all tags where there is no O.
@@ -285,22 +306,20 @@ def predictions(
     import numpy
 
     scores = trainer.predict(tokens.encoded).predictions
-    if script_args.task == SPANS:
+    if task.name == SPANS:
         has_none = any(not row["texts"] for row in rows)
-        return best_spans(
-            rows, tokens.windows, scores[0], scores[1], script_args.max_answer_length, may_be_none=has_none
-        )
-    best = numpy.asarray(scores).argmax(-1)
-    if script_args.task == TEXT:
-        return [labels[index] for index in best.tolist()]
+        return best_spans(rows, tokens.windows, *scores[:2], task.max_answer_length, may_be_none=has_none)
+    best, labels = numpy.asarray(scores).argmax(-1).tolist(), task.labels
+    if task.name == TEXT:
+        return [labels[index] for index in best]
     other = classification.OUTSIDE if classification.OUTSIDE in labels else labels[0]
     return [
         [labels[row[index]] if index >= 0 else other for index in indices]
-        for row, indices in zip(best.tolist(), tokens.places, strict=True)
+        for row, indices in zip(best, tokens.indices, strict=True)
     ]
 
 
-def judged(task: str, predicted: Sequence[Any], rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
+def task_metrics(task: str, predicted: Sequence[Any], rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
     """Return the figures of predictions, with errors."""
     if task == TEXT:
         return classification.label_metrics(predicted, [row["label"] for row in rows], prefix)
@@ -310,35 +329,25 @@ def judged(task: str, predicted: Sequence[Any], rows: Sequence[Row], prefix: str
     return classification.span_metrics(scores, prefix)
 
 
-def evaluate(
-    script_args: ClassifyArguments,
-    trainer: "HeadTrainer",
-    train_rows: Sequence[Row],
-    rows: Sequence[Row],
-    tokens: Tokens,
-    labels: Sequence[str],
-) -> Found:
-    """Judge the model and both controls on the held-out rows."""
-    task = script_args.task
-    outputs = {"": predictions(script_args, trainer, rows, tokens, labels)}
-    outputs |= {f"{name}_": control(task, train_rows, rows) for name, control in CONTROLS.items()}
+def judge_held_out(task: str, predicted: Sequence[Any], train_rows: Sequence[Row], rows: Sequence[Row]) -> Found:
+    """Judge the model and both controls on the held-out rows.
+
+    Args:
+        predicted: the model's output for each held-out row.
+        train_rows: of the controls.
+        rows: held out.
+    """
+    outputs = {"": predicted} | {f"{name}_": control(task, train_rows, rows) for name, control in CONTROLS.items()}
     metrics: dict[str, float] = {}
-    for prefix, predicted in outputs.items():
-        metrics |= judged(task, predicted, rows, prefix)
+    for prefix, output in outputs.items():
+        metrics |= task_metrics(task, output, rows, prefix)
     name, words = MAIN[task]
-    prefixes = {"the model": "", "majority": "majority_", "bag of words": "bag_of_words_"}
-    parts = [f"{label} {plus_minus(metrics[p + name], metrics.get(f'{p}{name}_se'))}" for label, p in prefixes.items()]
-    plot = Bars(
-        f"{words} on {len(rows):,} held-out rows",
-        words,
-        {label: metrics[prefix + name] for label, prefix in prefixes.items()},
-        {
-            label: plus_minus(metrics[prefix + name], metrics.get(f"{prefix}{name}_se"))
-            for label, prefix in prefixes.items()
-        },
-    )
-    tables = {**_class_table(task, outputs[""], rows), "Samples": _samples(task, outputs[""], rows)}
-    summary = f"{words} on {len(rows):,} held-out rows: {', '.join(parts)}"
+    title = f"{words} on {len(rows):,} held-out rows"
+    keys = {"the model": name, "majority": f"majority_{name}", "bag of words": f"bag_of_words_{name}"}
+    notes = {label: plus_minus(metrics[key], metrics.get(f"{key}_se")) for label, key in keys.items()}
+    plot = Bars(title, words, {label: metrics[key] for label, key in keys.items()}, notes)
+    tables = {**_class_table(task, predicted, rows), "Samples": _samples(task, predicted, rows)}
+    summary = f"{title}: {', '.join(f'{label} {note}' for label, note in notes.items())}"
     return Found(metrics, summary, tables, {"held_out": plot})
 
 
@@ -355,21 +364,14 @@ def _samples(task: str, predicted: Sequence[Any], rows: Sequence[Row]) -> list[d
     """Return some rows with the model's output: wrong ones first, as the most informative."""
     table = []
     for prediction, row in zip(predicted, rows, strict=True):
-        gold = {TEXT: row.get("label"), WORDS: row.get("tags"), SPANS: row.get("texts")}[task]
-        if task == WORDS:
-            text, displayed = row["prompt"], [" ".join(prediction), " ".join(gold)]
-        elif task == SPANS:
-            text, displayed = (
-                f"{row['question']} | {row['context']}",
-                [prediction or "(none)", " / ".join(gold) or "(none)"],
-            )
+        if task == SPANS:
+            prompt, golds = f"{row['question']} | {row['context']}", row["texts"]
+            output, gold = prediction or "(none)", " / ".join(golds) or "(none)"
+            is_right = prediction in golds if golds else not prediction
         else:
-            text, displayed = row["prompt"], [prediction, gold]
-        is_right = (
-            prediction in gold if task == SPANS and gold else prediction == gold or (task == SPANS and not prediction)
-        )
-        table.append(
-            {"prompt": text, "said": displayed[0], "gold": displayed[1], "right": "yes" if is_right else "no"}
-        )
+            prompt, gold = row["prompt"], row["label" if task == TEXT else "tags"]
+            is_right = prediction == gold
+            output, gold = (prediction, gold) if task == TEXT else (" ".join(prediction), " ".join(gold))
+        table.append({"prompt": prompt, "said": output, "gold": gold, "right": "yes" if is_right else "no"})
     table.sort(key=lambda row: row["right"])
     return table[: SAMPLES // 2] + table[-(SAMPLES // 2) :]

@@ -1,9 +1,9 @@
 """Distillation: its flags and checks, the stages before it, and its trainers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import ON_WORLD, InstructionArguments
 from hfllm.data.sources import WORLD
@@ -17,9 +17,11 @@ from hfllm.stages.rlhf import build as rlhf
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
+    from hfllm.data.world.world import World
     from hfllm.evaluation.before_after import GoldEvaluation
     from hfllm.trainers.distillation.config import DistillationConfig
     from hfllm.trainers.distillation.trainer import DistillationTrainer
@@ -28,12 +30,18 @@ if TYPE_CHECKING:
 # ---- flags ----
 
 
-SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
-NEW_STUDENT = (*SIZES, "student_initializer_range")
+NEW_STUDENT = (
+    *("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads"),
+    "student_initializer_range",
+)
 # The stages with settings named by `--NAME_config`.
 OF_TEACHER = ("pretrain", "sft", "reward", "rlhf")
 # How answers are learned, and their source.
 OF_ANSWERS = ("temperature", "beta", "soft_weight", "hard_weight", "num_examples", "response_length")
+STUDENT_NAMED = NAMED.because("the student is named")
+NEW_WEIGHTS = tuple(
+    Fact(lambda flags, name=name: flags[name] is not None, f"--{name} describes a new student") for name in NEW_STUDENT
+)
 TEACHER_NAMED = Fact(lambda flags: flags.teacher_model_name_or_path, "the teacher is named")
 # For weights loaded in few bits: only an adapter can be trained on them.
 NO_ADAPTER = Fact(
@@ -42,11 +50,42 @@ NO_ADAPTER = Fact(
     "--teacher_model_init_kwargs",
 )
 SEQUENCES = Fact(lambda flags: flags.sequence_level, "--sequence_level learns only from answers")
+ANSWERED_BY_DATA = Fact(
+    lambda flags: answer_source(flags.answers, flags.sequence_level) == "data",
+    "no data answers such prompts; --answers sampled lets the teacher do it",
+)
 
 
-def whose_answers(script_args: "DistillArguments") -> str:
-    """Return `data`, `sampled` or `greedy`."""
-    return script_args.answers or ("greedy" if script_args.sequence_level else "data")
+def answer_source(answers: str | None, sequence_level: bool) -> str:
+    """Return `data`, `sampled` or `greedy`, by the flags of these names."""
+    return answers or ("greedy" if sequence_level else "data")
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """The shape of a student made here: some of the teacher's layers, or sizes with new weights.
+
+    Args:
+        layers_every: copies every n-th layer of the teacher, by default every third.
+        hidden_size, num_hidden_layers, num_attention_heads, initializer_range: of new weights, the teacher's where
+            one of them alone is set.
+    """
+
+    layers_every: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    initializer_range: float | None = None
+
+    def student_of(self, teacher: "PreTrainedModel") -> "PreTrainedModel":
+        """Return a new student of a teacher."""
+        from hfllm.trainers.distillation.students import smaller_student, student_from_layers
+
+        sizes = {name: value for name, value in vars(self).items() if name != "layers_every"}
+        if any(value is not None for value in sizes.values()):
+            return smaller_student(teacher, **sizes)
+        # A student cannot be trained in the teacher's bf16: small updates would be lost.
+        return student_from_layers(teacher, self.layers_every or 3).float()
 
 
 @dataclass(frozen=True)
@@ -57,22 +96,20 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         None,
         "Build the student from every n-th layer of the teacher; by default 3.",
         takes=at_least(2),
-        never=NAMED.because("the student is named"),
+        never=(STUDENT_NAMED, *NEW_WEIGHTS),
     )
-    student_hidden_size: int | None = flag(
-        None, "Width of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
-    )
+    student_hidden_size: int | None = flag(None, "Width of a new student.", takes=at_least(1), never=STUDENT_NAMED)
     student_num_hidden_layers: int | None = flag(
-        None, "Layers of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
+        None, "Layers of a new student.", takes=at_least(1), never=STUDENT_NAMED
     )
     student_num_attention_heads: int | None = flag(
-        None, "Query heads of a new student.", takes=at_least(1), never=NAMED.because("the student is named")
+        None, "Query heads of a new student.", takes=at_least(1), never=STUDENT_NAMED
     )
     student_initializer_range: float | None = flag(
         None,
         "Standard deviation of a new student's weights; the teacher's by default.",
         takes=POSITIVE,
-        never=NAMED.because("the student is named"),
+        never=STUDENT_NAMED,
     )
     answers: str | None = flag(
         None,
@@ -85,10 +122,7 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         "Share of the prompts whose end, from some word on, is taken from another. The teacher answers "
         "questions of no dataset, and the student learns more from it (Beyer et al. 2022, arXiv:2106.05237).",
         takes=SHARE,
-        never=Fact(
-            lambda flags: whose_answers(flags) == "data",
-            "no data answers such prompts; --answers sampled lets the teacher do it",
-        ),
+        never=ANSWERED_BY_DATA,
     )
     sequence_level: bool = flag(
         False,
@@ -115,7 +149,7 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         "Longest answer, in tokens: by default 40 on the embedded world, else 256.",
         takes=at_least(1),
         never=Fact(
-            lambda flags: flags.dataset_name != WORLD and whose_answers(flags) == "data",
+            lambda flags: flags.dataset_name != WORLD and ANSWERED_BY_DATA.holds(flags),
             "the answers are the data's; --answers sampled lets the teacher write them",
         ),
     )
@@ -132,7 +166,7 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         "attn_implementation": UNNAMED.because("the student is not named"),
         "teacher_model_revision": TEACHER_NAMED.absent("the teacher is not named"),
         "loss_on": Fact(
-            lambda flags: whose_answers(flags) != "data" and flags.dataset_name != WORLD,
+            lambda flags: not ANSWERED_BY_DATA.holds(flags) and flags.dataset_name != WORLD,
             "the teacher answers the last turn of a conversation, and that is learned",
         ),
         **dict.fromkeys(
@@ -140,49 +174,39 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
         ),
     }
 
+    @property
+    def student_shape(self) -> StudentShape:
+        """The shape of a student made here."""
+        return StudentShape(**{each.name: getattr(self, f"student_{each.name}") for each in fields(StudentShape)})
 
-def world_settings(given: Mapping[str, object]) -> list[Path]:
+    @property
+    def answer_source(self) -> str:
+        """Whose answers are learned: `data`, or the teacher's `sampled` or `greedy` ones."""
+        return answer_source(self.answers, self.sequence_level)
+
+    @property
+    def longest_answer(self) -> int:
+        """The maximum number of tokens of an answer."""
+        if self.response_length is not None:
+            return self.response_length
+        return 40 if self.dataset_name == WORLD else 256
+
+    @property
+    def teacher_configs(self) -> dict[str, str | None]:
+        """The YAML flags of the stages that make the teacher, by stage."""
+        return {name: getattr(self, f"{name}_config") for name in OF_TEACHER}
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The world's settings that have no effect beside other flags."""
+        of_students = NEW_STUDENT if self.student_layers_every else ()
+        return (*of_students, "mixed_prompts") if self.answer_source == "data" else of_students
+
+
+def world_settings(user_flags: Mapping[str, object]) -> list[Path]:
     """Return the settings of the world's student, unless the user names a student or a teacher."""
-    is_own = given.get("model_name_or_path") or given.get("teacher_model_name_or_path")
+    is_own = user_flags.get("model_name_or_path") or user_flags.get("teacher_model_name_or_path")
     return [] if is_own else [settings_file("distill/world.yaml")]
-
-
-def without_contradicted(
-    script_args: DistillArguments, training_args: "DistillationConfig", given: Mapping[str, object]
-) -> DistillArguments:
-    """Return the flags without the world's settings contradicted by the user's flags.
-
-    User flags without effect are refused here, before any training of a recipe with distillation at its end.
-
-    Args:
-        script_args, training_args: as parsed.
-        given: the user's flags.
-    """
-    check_flags(script_args, training_args, names=OF_ANSWERS)
-    contradicted = [
-        *(NEW_STUDENT if script_args.student_layers_every else ()),
-        *(("mixed_prompts",) if whose_answers(script_args) == "data" else ()),
-    ]
-    defaults = DistillArguments()
-    return replace(script_args, **{name: getattr(defaults, name) for name in contradicted if name not in given})
-
-
-def longest_answer(script_args: DistillArguments) -> int:
-    """Return the maximum number of tokens of an answer."""
-    if script_args.response_length is not None:
-        return script_args.response_length
-    return 40 if script_args.dataset_name == WORLD else 256
-
-
-def new_student(script_args: DistillArguments, teacher: "PreTrainedModel") -> "PreTrainedModel":
-    """Return a new student as the flags describe it."""
-    from hfllm.trainers.distillation.students import smaller_student, student_from_layers
-
-    sizes = {name.removeprefix("student_"): getattr(script_args, name) for name in SIZES}
-    if any(sizes.values()) or script_args.student_initializer_range is not None:
-        return smaller_student(teacher, **sizes, initializer_range=script_args.student_initializer_range)
-    # A student cannot be trained in the teacher's bf16: small updates would be lost.
-    return student_from_layers(teacher, script_args.student_layers_every or 3).float()
 
 
 # ---- what is refused ----
@@ -193,17 +217,15 @@ def check(script_args: DistillArguments, training_args: "DistillationConfig", mo
     if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
         raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
     check_flags(script_args, training_args, model_args)
-    sizes = [name for name in NEW_STUDENT if getattr(script_args, name) is not None]
-    is_both = bool(sizes and script_args.student_layers_every)
-    refuse(is_both, "--student_layers_every", f"--{''.join(sizes[:1])} describes a new student")
     is_from_data = script_args.sequence_level and script_args.answers == "data"
     refuse(is_from_data, "--answers data", "--sequence_level learns from the teacher's answers")
 
 
-def check_student(script_args: DistillArguments, model_args: "ModelConfig", before: Chain) -> None:
+def check_student(shape: StudentShape, model_args: "ModelConfig", before: Chain) -> None:
     """Refuse a student with errors otherwise found only after the training of the stages before.
 
     Args:
+        shape: of a student made here.
         model_args: with the student's name, if it has one.
         before: the stages to make the teacher; none if it is named, since it is then loaded right away.
     """
@@ -224,21 +246,26 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
                 try_adapter(load_config(name, revision), peft_config(model_args))
         elif teacher_config is not None:
             with torch.device("meta"):
-                new_student(script_args, empty_model(teacher_config))
+                shape.student_of(empty_model(teacher_config))
 
 
 # ---- the stages before ----
 
 
-def stages_before(script_args: DistillArguments, training_args: "DistillationConfig") -> Chain:
-    """Return the alignment of the world's teacher, with its required stages, if no teacher is named."""
+def stages_before(
+    teacher_name: str | None, output_dir: str, seed: int, world_seed: int, configs: Mapping[str, str | None]
+) -> Chain:
+    """Return the alignment of the world's teacher, with its required stages, if no teacher is named.
+
+    Args:
+        teacher_name: the teacher, if it is named.
+        output_dir: of the student.
+        seed: of all stages.
+        world_seed: of the embedded world.
+        configs: YAML flags, by stage.
+    """
     before = chain_before(
-        "distill",
-        training_args.output_dir,
-        training_args.seed,
-        script_args.world_seed,
-        given_models={"rlhf": training_args.teacher_model_name_or_path},
-        configs={name: getattr(script_args, f"{name}_config") for name in OF_TEACHER},
+        "distill", output_dir, seed, world_seed, given_models={"rlhf": teacher_name}, configs=configs
     )
     return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})
 
@@ -253,146 +280,134 @@ Rows = list[Mapping[str, object]]
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
-def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[Rows, Rows]:
+def rows_to_learn(source: InstructionArguments, num_examples: int, num_documents: int, seed: int) -> tuple[Rows, Rows]:
     """Return training rows, with the world's documents among them if requested, and held-out ones with a prompt."""
     from hfllm.data.world.world import World
     from hfllm.stages.sft.build import instruction_data
 
-    train_rows, eval_rows = instruction_data(script_args, script_args.num_examples, seed)
-    if script_args.num_documents:
-        texts = World(script_args.world_seed).documents(script_args.num_documents, seed=seed)
+    train_rows, eval_rows = instruction_data(source, num_examples, seed)
+    if num_documents:
+        texts = World(source.world_seed).documents(num_documents, seed=seed)
         train_rows = [*train_rows, *({"text": text} for text in texts)]
     return train_rows, eval_rows
 
 
-def load_teacher(training_args: "DistillationConfig") -> Loaded:
-    """Return the teacher, frozen, and its tokenizer."""
+def load_teacher(name: str, settings: Mapping[str, Any], device: "torch.device") -> Loaded:
+    """Return the teacher, frozen, and its tokenizer.
+
+    Args:
+        settings: arguments of `from_pretrained`, `revision` among them.
+        device: of a teacher in full precision.
+    """
     from hfllm.models.loading.saved import check_vocabulary
     from hfllm.runs.models import load_tokenizer
     from hfllm.trainers.distillation import students
 
-    name, settings = training_args.teacher_model_name_or_path, training_args.teacher_settings
     tokenizer = load_tokenizer(name, settings["revision"])
     teacher = students.load_teacher(name, settings)
     if not getattr(teacher, "is_quantized", False):
-        teacher = teacher.to(training_args.device)
+        teacher = teacher.to(device)
     check_vocabulary(teacher, tokenizer, name)
     return teacher.eval().requires_grad_(False), tokenizer
 
 
-def rows_to_teach(script_args: DistillArguments, teacher: Loaded, rows: Rows, seed: int) -> Rows:
-    """Return the rows with the teacher's answers and a share of mixed prompts, or unchanged, as set by the flags."""
+def rows_to_teach(
+    teacher: Loaded, rows: Rows, answers: str, mixed_prompts: float, max_new_tokens: int, seed: int
+) -> Rows:
+    """Return the rows with the teacher's answers and a share of mixed prompts, or unchanged with the data's answers.
+
+    Args:
+        answers: `data`, `sampled` or `greedy`.
+        mixed_prompts: the share.
+        max_new_tokens: of an answer.
+        seed: of both.
+    """
     from hfllm.data.formats import last_turn
     from hfllm.synthesis.answers import mix_prompts, write_answers
 
-    answers = whose_answers(script_args)
     if answers == "data":
         return rows
     # The teacher answers the last turn of a conversation.
     rows = [last_turn(row) if "completion" in row else row for row in rows]
-    rows = mix_prompts(rows, script_args.mixed_prompts, seed)
-    return write_answers(*teacher, rows, longest_answer(script_args), answers == "sampled", seed)
-
-
-def student_tokenizer(
-    model_args: "ModelConfig", teacher_tokenizer: "PreTrainedTokenizerBase"
-) -> "PreTrainedTokenizerBase":
-    """Return the named student's own tokenizer, or the teacher's."""
-    from hfllm.runs.models import load_tokenizer
-
-    if model_args.model_name_or_path:
-        return load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-    return teacher_tokenizer
-
-
-def make_student(
-    script_args: DistillArguments,
-    training_args: "DistillationConfig",
-    model_args: "ModelConfig",
-    teacher: "PreTrainedModel",
-) -> "PreTrainedModel":
-    """Return the untrained student, the same for the same seed; an adapter by name is trained further."""
-    from transformers import set_seed
-
-    from hfllm.runs.models import load_to_train
-
-    set_seed(training_args.seed)
-    if model_args.model_name_or_path:
-        return load_to_train(model_args, training_args.output_dir)[0]
-    return new_student(script_args, teacher)
+    rows = mix_prompts(rows, mixed_prompts, seed)
+    return write_answers(*teacher, rows, max_new_tokens, answers == "sampled", seed)
 
 
 def student_trainer(
-    script_args: DistillArguments,
-    training_args: "DistillationConfig",
+    args: "DistillationConfig",
+    shape: StudentShape,
     model_args: "ModelConfig",
     teacher: Loaded,
     train_rows: Rows,
     eval_rows: Rows,
 ) -> "DistillationTrainer":
-    """Return a trainer of a new copy of the student."""
-    from hfllm.runs.models import fitting_length, peft_config
+    """Return a trainer of a new copy of the student, the same for the same seed; a named adapter is trained further.
+
+    Args:
+        args: the trainer's.
+        shape: of a student made here.
+        model_args: the student, if it is named, and its adapter.
+    """
+    from transformers import set_seed
+
+    from hfllm.runs.models import fitting_length, load_to_train, load_tokenizer, peft_config
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.distillation.trainer import DistillationTrainer
 
-    teacher_model, teacher_tokenizer = teacher
-    tokenizer = student_tokenizer(model_args, teacher_tokenizer)
-    student = make_student(script_args, training_args, model_args, teacher_model)
+    (teacher_model, teacher_tokenizer), name = teacher, model_args.model_name_or_path
+    tokenizer = load_tokenizer(name, model_args.model_revision) if name else teacher_tokenizer
+    set_seed(args.seed)
+    student = load_to_train(model_args, args.output_dir)[0] if name else shape.student_of(teacher_model)
     trainer = DistillationTrainer(
         model=student,
-        teacher_model=teacher_model if training_args.needs_teacher else None,
-        args=changed(training_args, max_length=fitting_length(training_args.max_length, student)),
+        teacher_model=teacher_model if args.needs_teacher else None,
+        args=changed(args, max_length=fitting_length(args.max_length, student)),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        teacher_processing_class=teacher_tokenizer if training_args.needs_teacher else None,
+        teacher_processing_class=teacher_tokenizer if args.needs_teacher else None,
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
     return trainer
 
 
-def without_teacher(training_args: "DistillationConfig") -> "DistillationConfig":
-    """Return the arguments of the same training with the cross-entropy on the answers only."""
-    weights = {"soft_weight": 0.0, "hard_weight": 1.0, "hidden_weight": 0.0}
-    return changed(training_args, **weights, teacher_top_k=None, teacher_cache_dir=None)
-
-
-def compare(
-    script_args: DistillArguments,
-    training_args: "DistillationConfig",
+def compare_students(
     teacher: Loaded,
     trainers: "Mapping[str, DistillationTrainer]",
+    world: "World | None",
+    num_prompts: int,
+    max_new_tokens: int,
+    num_samples: int,
 ) -> "tuple[dict[str, GoldEvaluation], dict[str, float]]":
     """Return all metrics, and each model's answers with the gold reward (the world's exact score) where it exists.
 
     Args:
-        training_args: the recipe's.
         trainers: the students', by name in the report; one is `student`.
+        world: the embedded one, if the rows are its own.
+        num_prompts: held-out ones of the world.
+        max_new_tokens: of an answer.
+        num_samples: of each prompt, at temperature 1.
     """
     from torch.utils.data import DataLoader
 
-    from hfllm.data.loading import world_of
     from hfllm.evaluation.before_after import fit_metrics, gold_metrics, judge_model
     from hfllm.trainers.run_record import final_train_loss
 
     trainer = trainers["student"]
     students = {name: (each.model, each.processing_class) for name, each in trainers.items()}
-    models, judged, world = {"teacher": teacher, **students}, {}, world_of(script_args)
+    models, judged = {"teacher": teacher, **students}, {}
     if world is not None:
+        settings = {"seed": trainer.args.seed, "num_samples": num_samples}
         judged = {
-            name: judge_model(
-                *(model, tokenizer, world, script_args.num_eval_prompts, longest_answer(script_args)),
-                seed=training_args.seed,
-                num_samples=script_args.num_samples,
-            )
+            name: judge_model(model, tokenizer, world, num_prompts, max_new_tokens, **settings)
             for name, (model, tokenizer) in models.items()
         }
     # Perplexities of other tokens cannot be compared.
     same = teacher[1].get_vocab() == trainer.processing_class.get_vocab()
     read_alike = {name: model for name, (model, _) in models.items() if same or name != "teacher"}
     rows = getattr(trainer.eval_dataset, "rows", trainer.eval_dataset)
-    loader = DataLoader(rows, training_args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    loader = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     counts = {name: models[name][0].num_parameters() for name in ("teacher", "student")}
     return judged, {
         **(gold_metrics(judged) if judged else {}),

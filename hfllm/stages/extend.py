@@ -6,18 +6,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.data.loading import DataArguments, hash_of, split_places, texts_of, world_of
+from hfllm.data.loading import DataArguments, hash_of, renaming_of, split_places, texts_of
 from hfllm.data.packing import long_rows, start_of
 from hfllm.data.sources import WORLD
 from hfllm.data.world.tasks import filler_documents, long_documents
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
-from hfllm.flags import ALWAYS, NAMED, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Found, Plot, change_of, mean_of
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
-from hfllm.runs.pipeline import Chain, by_main_process, chain_before, write_rows
+from hfllm.runs.pipeline import by_main_process, write_rows
 from hfllm.runs.recipes import settings_file
 
 if TYPE_CHECKING:
@@ -39,17 +39,19 @@ BASE_TEXTS, BASE_WORDS = "base_texts.jsonl", 88
 class ExtendArguments(DataArguments):
     """How far the model is extended, how, and what it is judged on."""
 
-    rope_type: str = field(
-        default="yarn",
-        metadata={
-            "help": "How rotary positions are extended: linear, ntk (a higher rope_theta), dynamic, yarn or llama3.",
-            # The methods of hfllm.models.extension; a list of flags is too early to import it.
-            "choices": ["linear", "ntk", "dynamic", "yarn", "llama3"],
-        },
+    rope_type: str = flag(
+        "yarn",
+        "How rotary positions are extended: linear, ntk (a higher rope_theta), dynamic, yarn or llama3.",
+        # The methods of hfllm.models.extension; a list of flags is too early to import it.
+        choices=["linear", "ntk", "dynamic", "yarn", "llama3"],
     )
-    factor: float = flag(4.0, "How many times longer the context becomes, above 1.")
+    factor: float = flag(
+        4.0,
+        "How many times longer the context becomes, above 1.",
+        takes=Range("a number above 1", lambda value: value > 1),
+    )
     original_max_position_embeddings: int | None = flag(
-        None, "Tokens of the longest text that the model was trained on; by default its context."
+        None, "Tokens of the longest text that the model was trained on; by default its context.", takes=at_least(2)
     )
     num_documents: int = flag(12000, "Texts of the world for the base model made here.", takes=at_least(0))
     num_train_texts: int = flag(512, "Rows of the new length to train on, at most.")
@@ -69,9 +71,9 @@ class ExtendArguments(DataArguments):
     }
 
 
-def default_settings(given: Mapping[str, object]) -> list[Path]:
+def default_settings(user_flags: Mapping[str, object]) -> list[Path]:
     """Return the settings of the embedded world's model, or of your own."""
-    return [settings_file("extend/model.yaml" if given.get("model_name_or_path") else "extend/world.yaml")]
+    return [settings_file("extend/model.yaml" if user_flags.get("model_name_or_path") else "extend/world.yaml")]
 
 
 def check(script_args: ExtendArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
@@ -83,36 +85,25 @@ def check(script_args: ExtendArguments, training_args: "TrainingArguments", mode
     refuse(is_split, "DeepSpeed or FSDP", "the model is judged whole in each process")
 
 
-def stages_before(
-    script_args: ExtendArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
-) -> Chain:
-    """Return the pretraining of a small base model with a short context, if no model is named."""
-    return chain_before(
-        "extend",
-        training_args.output_dir,
-        training_args.seed,
-        script_args.world_seed,
-        given_models={"pretrain": model_args.model_name_or_path},
-        configs={"pretrain": script_args.pretrain_config or str(settings_file("extend/base.yaml"))},
-        more_flags={"pretrain": ["--dataset_name", str(Path(training_args.output_dir) / BASE_TEXTS)]},
-    )
-
-
-def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tuple[int, int]:
+def lengths_of(
+    config: "PreTrainedConfig", rope_type: str, factor: float, original: int | None = None
+) -> tuple[int, int]:
     """Return the training length of the model, and its extended length, in tokens.
 
     Args:
         config: of the model, whether named or not yet trained.
+        rope_type: method of the extension.
+        factor: of the lengths, above 1.
+        original: the training length; by default the model's context.
     """
     from hfllm.models.extension import extended_config
     from hfllm.models.loading.saved import max_length_of
 
-    original = script_args.original_max_position_embeddings
-    extended_config(config, script_args.rope_type, script_args.factor, original)
+    extended_config(config, rope_type, factor, original)
     original = max_length_of(config) if original is None else original
-    length = int(original * script_args.factor)
+    length = int(original * factor)
     if length <= original:
-        raise InputError(f"--factor {script_args.factor} makes {length} tokens of {original}: expected more")
+        raise InputError(f"--factor {factor} makes {length} tokens of {original}: expected more")
     return original, length
 
 
@@ -121,9 +112,20 @@ def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tupl
 # The texts of the recipe to extend a model: training texts of the base, and rows of the new length.
 
 
+Texts = list[str]
+
 # With fewer texts than this, such as one book, the end of each is held out instead of some of the texts.
 FEW_TEXTS = 20
 HELD_OUT_END = 0.1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The most rows to train on and to hold out, and the needles for each length and depth."""
+
+    train: int
+    held_out: int
+    needles: int
 
 
 @dataclass(frozen=True)
@@ -143,39 +145,34 @@ class LongRows:
     are_joined: bool
 
 
-def write_base_texts(script_args: ExtendArguments, output_dir: str, seed: int) -> None:
-    """Write the texts of the world's base model unless the file already has them; other processes wait."""
+def write_base_texts(world: World, count: int, seed: int, output_dir: str) -> None:
+    """Write `count` texts of the world's base model unless the file already has them; other processes wait."""
 
     def write() -> None:
-        world = World(script_args.world_seed)
-        rows = ({"text": text} for text in long_documents(world, script_args.num_documents, BASE_WORDS, seed))
+        rows = ({"text": text} for text in long_documents(world, count, BASE_WORDS, seed))
         write_rows("extend", Path(output_dir) / BASE_TEXTS, rows)
 
     by_main_process(write)
 
 
-def texts_to_split(script_args: ExtendArguments, seed: int) -> tuple[list[str], list[str]]:
-    """Return the user's texts to learn from and to judge by; none for the world, as it writes as many as needed."""
-    if script_args.dataset_name == WORLD:
-        return [], []
-    from hfllm.data.loading import renaming_of
-
-    source = (script_args.dataset_name, script_args.hub_part, script_args.max_samples)
-    texts = list(texts_of(*source, renaming=renaming_of(script_args)))
+def split_texts(source: DataArguments, seed: int) -> tuple[Texts, Texts] | None:
+    """Return the user's texts to learn from and to judge by; `None` for the world, which writes as many as needed."""
+    if source.dataset_name == WORLD:
+        return None
+    texts = list(texts_of(source.dataset_name, source.hub_part, source.max_samples, renaming_of(source)))
     if not texts:
-        raise InputError(f"--dataset_name {script_args.dataset_name} has no text")
+        raise InputError(f"--dataset_name {source.dataset_name} has no text")
     if len(texts) < FEW_TEXTS:
-        cuts = [round(len(text) * (1 - HELD_OUT_END)) for text in texts]
-        return [text[:cut] for text, cut in zip(texts, cuts, strict=True)], [
-            text[cut:] for text, cut in zip(texts, cuts, strict=True)
-        ]
+        cut_texts = [(text, round(len(text) * (1 - HELD_OUT_END))) for text in texts]
+        return [text[:cut] for text, cut in cut_texts], [text[cut:] for text, cut in cut_texts]
     train, held_out = split_places(map(hash_of, texts), seed)
     return [texts[index] for index in train], [texts[index] for index in held_out]
 
 
-def rows_of(
-    script_args: ExtendArguments,
-    texts: tuple[list[str], list[str]],
+def long_rows_of(
+    world: World,
+    texts: tuple[Texts, Texts] | None,
+    counts: Counts,
     tokenizer: "PreTrainedTokenizerBase",
     length: int,
     seed: int,
@@ -183,18 +180,17 @@ def rows_of(
     """Return the rows of the new length.
 
     Args:
-        texts: of `texts_to_split`.
+        texts: of `split_texts`; those of the world by default.
     """
-    world = world_of(script_args) or World(script_args.world_seed)
-    train, held_out = texts
-    if script_args.dataset_name == WORLD:
-        train = list(long_documents(world, script_args.num_train_texts, length, seed))
-        held_out = list(long_documents(world, script_args.num_eval_texts, length, -1 - seed))
-    filler = filler_documents(world, max(1000, script_args.num_needles * length // 8), -2 - seed)
-    judged, are_joined = long_rows(held_out, tokenizer, length, script_args.num_eval_texts, seed, "held-out texts")
-    learned, _ = long_rows(train, tokenizer, length, script_args.num_train_texts, seed)
-    fillers = {"world": long_rows(filler, tokenizer, length, script_args.num_needles, seed)[0]}
-    if script_args.dataset_name != WORLD:
+    train, held_out = texts or (
+        list(long_documents(world, count, length, text_seed))
+        for count, text_seed in ((counts.train, seed), (counts.held_out, -1 - seed))
+    )
+    filler = filler_documents(world, max(1000, counts.needles * length // 8), -2 - seed)
+    judged, are_joined = long_rows(held_out, tokenizer, length, counts.held_out, seed, "held-out texts")
+    learned, _ = long_rows(train, tokenizer, length, counts.train, seed)
+    fillers = {"world": long_rows(filler, tokenizer, length, counts.needles, seed)[0]}
+    if texts is not None:
         fillers["text"] = judged
     return LongRows(learned, judged, fillers, are_joined)
 
@@ -214,18 +210,22 @@ class ExtendEvaluation:
     """Judges a model again and again on the same rows and the same needles.
 
     Args:
-        script_args: the flags.
         tokenizer: the model's.
         rows: of the new length.
         original: training length of the model, in tokens.
         length: extended length, in tokens.
+        rope_type: method of the extension, for titles.
+        num_needles: for each length and depth.
+        seed: of the needles.
     """
 
-    script_args: ExtendArguments
     tokenizer: "PreTrainedTokenizerBase"
     rows: LongRows
     original: int
     length: int
+    rope_type: str
+    num_needles: int
+    seed: int
     nats: "dict[str, torch.Tensor]" = field(default_factory=dict)
     grids: dict[str, dict[str, NeedleGrid]] = field(default_factory=dict)
 
@@ -243,20 +243,19 @@ class ExtendEvaluation:
             start_length = len(start_of(self.tokenizer))
             self.nats[CUT] = nats_by_position(model, self.rows.held_out, window=self.original, kept=start_length)
         if needles:
-            lengths = self.lengths
-            cases, seed = self.script_args.num_needles, self.script_args.world_seed
+            lengths, cases = self.lengths, self.num_needles
             self.grids[when] = {
-                whose: find_needles(model, self.tokenizer, filler, lengths, cases, seed=seed)
+                whose: find_needles(model, self.tokenizer, filler, lengths, cases, seed=self.seed)
                 for whose, filler in self.rows.fillers.items()
             }
 
     @property
     def lengths(self) -> list[int]:
         """The lengths of the needle tests: half the original one, doubled from there on."""
-        lengths, index = [], max(self.original // 2, 64)
-        while index < self.length:
-            lengths.append(index)
-            index *= 2
+        lengths, length = [], max(self.original // 2, 64)
+        while length < self.length:
+            lengths.append(length)
+            length *= 2
         return [*lengths, self.length]
 
     def bits(self, when: str, first: int, last: int) -> list[float]:
@@ -265,7 +264,7 @@ class ExtendEvaluation:
 
         return bits_by_range(self.nats[when], self.rows.held_out, self.tokenizer, first, last)
 
-    def found(self) -> Found:
+    def results(self) -> Found:
         """Return the figures, tables and plots of everything judged."""
         metrics: dict[str, float] = {}
         ranges = {"short": (1, self.original), "long": (self.original, self.length)}
@@ -303,7 +302,7 @@ class ExtendEvaluation:
         spans = [(first, last) for first, last in pairwise(edges) if last > first]
         indices = [(first + last) / 2 for first, last in spans]
         return Plot(
-            title=f"{self.script_args.rope_type}: {self.original} to {self.length} tokens",
+            title=f"{self.rope_type}: {self.original} to {self.length} tokens",
             xlabel="position (tokens)",
             ylabel="bits per byte",
             lines={when: (indices, [_mean(self.bits(when, *span)) for span in spans]) for when in self.nats},
@@ -316,7 +315,7 @@ class ExtendEvaluation:
         needles = [metrics[f"needle_{name}"] for name in ("after", "before", "chance")]
         joined = " Short texts were joined for the long rows." if self.rows.are_joined else ""
         return (
-            f"{self.script_args.rope_type}, {self.original} to {self.length} tokens. Bits per byte beyond "
+            f"{self.rope_type}, {self.original} to {self.length} tokens. Bits per byte beyond "
             f"{self.original}: {beyond[0]:.3f}, before {beyond[1]:.3f}, and {metrics['bits_per_byte_long_cut']:.3f} "
             f"reading {self.original} tokens at most; up to there: {within[0]:.3f}, before {within[1]:.3f}. Needles "
             f"found: {needles[0]:.2f}, before {needles[1]:.2f}, by chance {needles[2]:.2f}.{joined}"
@@ -333,7 +332,7 @@ def _mean(values: list[float]) -> float:
 
 
 def make_trainer(
-    training_args: "TrainingArguments",
+    args: "TrainingArguments",
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[Sequence[int]],
@@ -354,7 +353,7 @@ def make_trainer(
 
     trainer = Trainer(
         model=model,
-        args=changed(training_args, eval_strategy="no"),
+        args=changed(args, eval_strategy="no"),
         train_dataset=Dataset.from_dict({"input_ids": [list(row) for row in rows]}),
         data_collator=collate,
         processing_class=tokenizer,

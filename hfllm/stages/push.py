@@ -25,22 +25,20 @@ class PushArguments:
     dry_run: bool = flag(False, "Write the card and list the files, without network access.")
 
 
-def check(script_args: PushArguments) -> None:
-    """Refuse to publish without a model folder or a repository, or a model whose config cannot be loaded."""
-    folder = Path(script_args.model_name_or_path)
+def check(model_name_or_path: str, hub_model_id: str | None) -> None:
+    """Refuse to publish without a model folder or a repository, or a model whose config nobody could load.
+
+    A model with code of its own is not tried.
+    """
+    folder = Path(model_name_or_path)
     if not folder.is_dir():
         raise InputError(f"--model_name_or_path {folder}: no such folder; run hfllm rlhf first, or name another run's")
-    if script_args.hub_model_id is None:
+    if hub_model_id is None:
         raise InputError("--hub_model_id is needed: where to publish, for example --hub_model_id me/my-model")
-    check_config(folder)
-
-
-def check_config(folder: Path) -> None:
-    """Refuse a model whose `config.json` nobody could load. A model with code of its own is not tried."""
-    from hfllm.models.loading.saved import reason_of, saved_config
-
     if not (folder / CONFIG).is_file():
         return
+    from hfllm.models.loading.saved import reason_of, saved_config
+
     try:
         saved_config(str(folder))
     except InputError:

@@ -1,7 +1,7 @@
-"""Quantization: its flags and checks, the stages before it, and the comparison, also on images."""
+"""Quantization: its flags and checks, and the comparison of schemes, on texts or images."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.images.rows import (
@@ -11,22 +11,22 @@ from hfllm.data.images.rows import (
     picture_mapper,
     words_of_places,
 )
-from hfllm.data.loading import DataArguments, RowArguments
+from hfllm.data.loading import DataArguments
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
-from hfllm.errors import InputError, refuse
-from hfllm.flags import ALWAYS, NAMED, SEED, Fact, Refused, at_least, check_flags, flag
+from hfllm.errors import InputError
+from hfllm.flags import ALWAYS, NAMED, NO_NAME, SEED, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Bars
 from hfllm.runs.flags import RemoteCodeArguments
-from hfllm.runs.pipeline import Chain, chain_before
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from trl import ModelConfig
 
     from hfllm.compression.schemes import Scheme
     from hfllm.compression.sensitivity import PartRow
-    from hfllm.evaluation.before_after import PictureQuantization, QuantizationEvaluation, SchemeRow
+    from hfllm.evaluation.before_after import QuantizationEvaluation, SchemeRow
     from hfllm.evaluation.pictures import Asked
+    from hfllm.multimodal.processors import ProcessingClass
 
 
 # ---- flags ----
@@ -40,7 +40,10 @@ LOADING = (
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 )
-SHOWN_PARTS = 30
+# The parts of a model to quantize one at a time, as in hfllm.compression.sensitivity, which is slow to import.
+PARTS = ("linear", "layer", "kind")
+PLOTTED_PARTS = 30
+READS_TEXT = Fact(lambda flags: flags.sees is False, "the model reads text alone")
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,19 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
         6.0,
         "Magnitude from which int8 multiplies a feature of the input in floating point; 0 means never. "
         "A lower value takes more time and loses less accuracy.",
+        never=Fact(lambda flags: "int8" not in scheme_names(flags.schemes, flags.save_scheme), "no scheme is int8"),
     )
     num_eval_texts: int = flag(
         256,
         "Texts for the perplexity, at most this many; of a model that sees, answers for the loss.",
         takes=at_least(1),
     )
-    max_length: int = flag(512, "Tokens per window for the perplexity.", takes=at_least(2))
+    max_length: int = flag(
+        512,
+        "Tokens per window for the perplexity.",
+        takes=at_least(2),
+        never=Fact(lambda flags: flags.sees, "rows with pictures are not cut"),
+    )
     num_eval_prompts: int = flag(
         600,
         "Questions of the world for the gold reward; of a model that sees, those about pictures.",
@@ -74,6 +83,7 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
     sensitivity: list[str] = flag(
         ("layer", "kind"),
         "Parts to quantize one at a time: each linear, layer or kind of layer; or none.",
+        some_of=PARTS,
     )
     num_sensitivity_texts: int = flag(
         32, "Texts to measure the loss with each such part quantized.", takes=at_least(1)
@@ -91,9 +101,15 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
 
     refused: ClassVar[Refused] = {
         "use_peft": ALWAYS.because("nothing is trained; adapters go onto the saved model"),
-        **dict.fromkeys(OF_PICTURES, Fact(lambda flags: flags.sees is False, "the model reads text alone")),
+        **dict.fromkeys(OF_PICTURES, READS_TEXT),
         **dict.fromkeys(LOADING, ALWAYS.because("--schemes says how to quantize")),
     }
+
+    def scheme(self, name: str) -> "Scheme":
+        """Return the scheme called `name`, with the layers to skip and the threshold."""
+        from hfllm.compression.schemes import get_scheme
+
+        return get_scheme(name, self.skip_modules or (), self.llm_int8_threshold)
 
 
 # ---- what is refused ----
@@ -101,34 +117,31 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
 
 def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
     """Refuse flags without effect or meaning, and schemes that cannot run here."""
-    from hfllm.compression.int8 import OUTLIER_THRESHOLD
-    from hfllm.compression.sensitivity import PARTS
-
     check_flags(script_args, model_args)
-    for word in script_args.sensitivity:
-        if word not in PARTS and script_args.sensitivity != ["none"]:
-            raise InputError(f"--sensitivity {word!r}: expected some of {', '.join(PARTS)}, or none")
-    schemes = schemes_to_compare(script_args)
-    is_idle = "int8" not in schemes and script_args.llm_int8_threshold != OUTLIER_THRESHOLD
-    refuse(is_idle, "--llm_int8_threshold", "no scheme is int8")
-    for name in schemes:
-        scheme_of(script_args, name).check()
+    for name in scheme_names(script_args.schemes, script_args.save_scheme):
+        script_args.scheme(name).check()
 
 
 def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", config: "PreTrainedConfig") -> None:
     """Refuse flags incompatible with the model, whether named or not yet trained.
 
     Args:
+        script_args: with the schemes to compare.
         config: of this model.
     """
     from hfllm.models.loading.saved import empty_model, is_for_pictures, max_length_of, refuse_quantized
 
-    reads_pictures = is_for_pictures(config)
+    name, data, reads_pictures = model_args.model_name_or_path, script_args.dataset_name, is_for_pictures(config)
+    if reads_pictures and data == WORLD:
+        raise InputError(
+            f"--model_name_or_path {name}: it sees, and --dataset_name world is of texts: name rows with pictures, "
+            f"or {PICTURES} or {DIGITS}, which are drawn here"
+        )
     check_flags(script_args, model_args, sees=reads_pictures)
-    if not reads_pictures and script_args.dataset_name in (PICTURES, DIGITS):
-        raise InputError(f"--dataset_name {script_args.dataset_name}: the model reads text alone")
-    if model_args.model_name_or_path:
-        refuse_quantized(config, model_args.model_name_or_path)
+    if not reads_pictures and data in (PICTURES, DIGITS):
+        raise InputError(f"--dataset_name {data}: {READS_TEXT.reason}")
+    if name:
+        refuse_quantized(config, name)
     context, timed = max_length_of(config), script_args.prompt_tokens + script_args.new_tokens
     if script_args.rounds and context is not None and timed > context:
         raise InputError(
@@ -136,93 +149,149 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
             f"tokens, the model's context is {context}: choose fewer, or --rounds 0 for no timing"
         )
     model = empty_model(config, "IMAGE_TEXT" if reads_pictures else "CAUSAL_LM")
-    for name in schemes_to_compare(script_args):
-        scheme_of(script_args, name).left(model)
+    for scheme in script_args.schemes:
+        script_args.scheme(scheme).left(model)
 
 
-# ---- the stages before, the schemes and the texts ----
+# ---- the schemes, and what they are compared on ----
 
 
-def stages_before(script_args: QuantizeArguments, model_args: "ModelConfig") -> Chain:
-    """Return the pretraining and the fine-tuning of the model, if none is named."""
-    return chain_before(
-        "quantize",
-        script_args.output_dir,
-        script_args.seed,
-        script_args.world_seed,
-        given_models={"sft": model_args.model_name_or_path},
-        configs={"pretrain": script_args.pretrain_config, "sft": script_args.sft_config},
-    )
+def sees(name: str | None, revision: str) -> bool:
+    """Return whether a vision-language model is named."""
+    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.runs.models import load_config
+
+    return bool(name) and is_for_pictures(load_config(name, revision))
 
 
-def schemes_to_compare(script_args: QuantizeArguments) -> list[str]:
-    """Return the distinct names of the schemes, including the saved one."""
+def scheme_names(schemes: Sequence[str] | None, save_scheme: str) -> list[str]:
+    """Return the distinct names of the schemes, by default all that run here, including the saved one."""
     from hfllm.compression.schemes import SCHEMES, default_device
 
-    names = list(dict.fromkeys(script_args.schemes or ()))
+    names = list(dict.fromkeys(schemes or ()))
     if not names:
         names = [name for name, scheme in SCHEMES.items() if default_device() in scheme.devices]
-    return names if script_args.save_scheme in names else [*names, script_args.save_scheme]
+    return names if save_scheme in names else [*names, save_scheme]
 
 
-def scheme_of(script_args: QuantizeArguments, name: str) -> "Scheme":
-    """Return the scheme called `name` with the settings of the flags."""
-    from hfllm.compression.schemes import get_scheme
+def picture_schemes(schemes: Sequence[str] | None, save_scheme: str) -> list[str]:
+    """Return the names of the schemes as `scheme_names` does, without the schemes that read images wrongly.
 
-    return get_scheme(name, script_args.skip_modules or (), script_args.llm_int8_threshold)
+    bitsandbytes' 4-bit kernel for CPUs treats its input as contiguous. SigLIP's output for the projector may not be:
+    patches are the columns of a convolution's output, and sums keep this layout.
+    """
+    from hfllm.compression.schemes import NF4_CPU_MULTIPLES, SCHEMES, default_device
+
+    names = scheme_names(schemes, save_scheme)
+    if default_device() != "cpu":
+        return names
+    wrong = [name for name, scheme in SCHEMES.items() if scheme.cpu_multiples == NF4_CPU_MULTIPLES]
+    for name in wrong:
+        if name in (*(schemes or ()), save_scheme):
+            raise InputError(
+                f"scheme {name!r}: on a CPU bitsandbytes' 4-bit kernel reads pictures wrongly; for a model that sees: "
+                f"{', '.join(each for each in SCHEMES if each not in wrong)}"
+            )
+    return [name for name in names if name not in wrong]
 
 
-def eval_texts(script_args: QuantizeArguments) -> list[str]:
-    """Return held-out documents of the world, or the user's texts."""
+def eval_texts(source: DataArguments, count: int, seed: int) -> list[str]:
+    """Return at most `count` texts: held-out documents of the world, by `seed`, or the user's."""
     from hfllm.data import formats
     from hfllm.data.loading import load_rows, world_of
 
-    world = world_of(script_args)
+    world = world_of(source)
     if world is not None:
-        texts = world.documents(script_args.num_eval_texts, seed=-1 - script_args.seed)
-    else:
-        texts = [text for text in load_rows(script_args, formats.to_text) if text.strip()]
+        return world.documents(count, seed=-1 - seed)
+    texts = [text for text in load_rows(source, formats.to_text) if text.strip()]
     if not texts:
-        raise InputError(f"--dataset_name {script_args.dataset_name} has no text")
-    return texts[: script_args.num_eval_texts]
+        raise InputError(f"--dataset_name {source.dataset_name} has no text")
+    return texts[:count]
+
+
+def questions_of(
+    source: DataArguments, pictures: PictureArguments, count: int, processor: "ProcessorMixin"
+) -> "list[Asked]":
+    """Return questions about images with their answers: drawn ones, or the first of each of the user's rows.
+
+    Args:
+        pictures: how to read images.
+        count: of the questions, at most.
+    """
+    from hfllm.data.formats import to_sft
+    from hfllm.data.images.rows import flaw_of_pictures
+    from hfllm.stages.shared import kept_rows
+    from hfllm.stages.vision.build import SHUFFLED, asked_of, eval_parts
+    from hfllm.stages.vision.flags import DRAWN, VisionArguments
+
+    name = source.dataset_name
+    if name in DRAWN:
+        parts = eval_parts(VisionArguments(dataset_name=name, num_eval_examples=max(count, 2)))
+        selected = [questions for part, questions in parts.items() if part != SHUFFLED]
+        # Equally many of each kind, in turns: seen in training, and unseen.
+        return [question for turn in zip(*selected, strict=True) for question in turn][:count]
+    mapper = picture_mapper(pictures, name, to_sft, "hfllm quantize", words_of_places(processor))
+    rows = kept_rows(source, mapper, flaw_of_pictures, most=count)
+    return [asked_of(by_turns(row)[0]) for row in rows]
 
 
 # ---- the comparison ----
 
 
+def load_whole(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessingClass]":
+    """Return the named model in full precision, and its tokenizer or processor."""
+    from hfllm.multimodal.processors import check_template
+    from hfllm.runs.models import load_policy, load_seeing
+    from hfllm.stages.shared import processing_class_of
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if not sees(name, revision):
+        return load_policy(model_args)
+    processor = processing_class_of(name, revision)
+    check_template(processor, name)
+    return load_seeing(model_args), processor
+
+
 def make_evaluation(
     script_args: QuantizeArguments,
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    texts: Sequence[str],
+    processing_class: "ProcessingClass",
+    rows: "Sequence[str] | Sequence[Asked]",
 ) -> "QuantizationEvaluation":
-    """Return the evaluation of the model and its quantized forms."""
+    """Return the evaluation of the model and its quantized forms, on texts or on questions about images."""
     from hfllm.data.loading import world_of
-    from hfllm.evaluation.before_after import QuantizationEvaluation
+    from hfllm.evaluation.before_after import PictureQuantization, QuantizationEvaluation
     from hfllm.runs.models import fitting_length
 
-    return QuantizationEvaluation(
-        tokenizer,
-        texts,
-        fitting_length(script_args.max_length, model),
-        world=world_of(script_args),
-        num_eval_prompts=script_args.num_eval_prompts,
-        response_length=script_args.response_length,
-        timing={"prompt_tokens": script_args.prompt_tokens, "new_tokens": script_args.new_tokens},
-        rounds=script_args.rounds,
-    )
+    settings = {
+        "response_length": script_args.response_length,
+        "timing": {"prompt_tokens": script_args.prompt_tokens, "new_tokens": script_args.new_tokens},
+        "rounds": script_args.rounds,
+    }
+    if hasattr(processing_class, "image_processor"):
+        of_pictures = {"questions": rows, "num_losses": script_args.num_eval_texts}
+        return PictureQuantization(
+            processing_class.tokenizer, (), 0, processor=processing_class, **of_pictures, **settings
+        )
+    length, world = fitting_length(script_args.max_length, model), world_of(script_args)
+    num_prompts = script_args.num_eval_prompts
+    return QuantizationEvaluation(processing_class, rows, length, world, num_prompts, **settings)
 
 
 def compare_schemes(
-    script_args: QuantizeArguments,
-    model_args: "ModelConfig",
+    schemes: "Sequence[Scheme]",
+    save_scheme: str,
+    load: "Callable[[Scheme], PreTrainedModel]",
     model: "PreTrainedModel",
     evaluation: "QuantizationEvaluation",
+    output_dir: str,
 ) -> "tuple[list[SchemeRow], float]":
     """Evaluate the model and its quantized forms, and save the requested one in the output folder.
 
     Args:
-        model_args: with the model's name, and how to load it.
+        schemes: of these forms.
+        save_scheme: the name of the saved one.
+        load: loads the model in a scheme.
         model: in full precision.
 
     Returns:
@@ -230,40 +299,46 @@ def compare_schemes(
         and the same model loaded again.
     """
     from hfllm.compression.schemes import linear_names
-    from hfllm.runs.models import load_kwargs
 
     names = linear_names(model)
     rows, difference = [evaluation.original(model, names)], 0.0
-    for name in schemes_to_compare(script_args):
-        print(f"quantize: {name}", flush=True)
-        quantized = scheme_of(script_args, name).load(model_args.model_name_or_path, **load_kwargs(model_args))
-        is_saved = name == script_args.save_scheme
+    for scheme in schemes:
+        print(f"quantize: {scheme.name}", flush=True)
+        quantized, is_saved = load(scheme), scheme.name == save_scheme
         if is_saved:
             # Save before it runs: bitsandbytes then changes the layout of 4-bit weights for some CPUs.
-            quantized.save_pretrained(script_args.output_dir)
-            evaluation.save_reader(script_args.output_dir)
-        rows.append(evaluation.quantized(name, quantized, model, names))
+            quantized.save_pretrained(output_dir)
+            evaluation.save_reader(output_dir)
+        rows.append(evaluation.quantized(scheme.name, quantized, model, names))
         if is_saved:
-            difference = evaluation.difference_after_reload(quantized, script_args.output_dir)
+            difference = evaluation.difference_after_reload(quantized, output_dir)
         del quantized
     return rows, difference
 
 
 def sensitivity_by_part(
-    script_args: QuantizeArguments, model: "PreTrainedModel", evaluation: "QuantizationEvaluation"
+    parts: Sequence[str],
+    scheme: "Scheme",
+    model: "PreTrainedModel",
+    evaluation: "QuantizationEvaluation",
+    num_texts: int,
 ) -> "dict[str, list[PartRow]]":
-    """Return the change of loss from quantizing each part of the model, for every way to divide it."""
+    """Return the change of loss from quantizing each part of the model, for every way to divide it.
+
+    Args:
+        parts: these ways, or none alone.
+        num_texts: texts for the loss.
+    """
     from hfllm.compression.sensitivity import sensitivity
 
-    if script_args.sensitivity == ["none"]:
+    if list(parts) == [NO_NAME]:
         return {}
     print("quantize: sensitivity", flush=True)
 
     def loss_of(model: "PreTrainedModel") -> float:
-        return evaluation.loss(model, script_args.num_sensitivity_texts)
+        return evaluation.loss(model, num_texts)
 
-    scheme = scheme_of(script_args, script_args.save_scheme)
-    return {by: sensitivity(model, scheme, loss_of, by) for by in script_args.sensitivity}
+    return {by: sensitivity(model, scheme, loss_of, by) for by in parts}
 
 
 # ---- the report ----
@@ -293,7 +368,7 @@ def sensitivity_bars(swept: "Mapping[str, list[PartRow]]") -> dict[str, Bars]:
     """Return the plots of the worst parts, for every way to divide the model."""
     from hfllm.compression.sensitivity import changes_by_part
 
-    changes = {by: changes_by_part(parts[:SHOWN_PARTS]) for by, parts in swept.items()}
+    changes = {by: changes_by_part(parts[:PLOTTED_PARTS]) for by, parts in swept.items()}
     return {
         f"sensitivity_{by}": Bars(
             title=f"quantize: change of loss with only one {by} quantized",
@@ -303,109 +378,3 @@ def sensitivity_bars(swept: "Mapping[str, list[PartRow]]") -> dict[str, Bars]:
         )
         for by, values in changes.items()
     }
-
-
-# ---- pictures ----
-#
-# Quantization of vision-language models: the questions about images for the comparison of their forms.
-
-
-STAGE = "hfllm quantize"
-
-
-def sees(model_args: "ModelConfig") -> bool:
-    """Return whether the flags name a vision-language model."""
-    from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.runs.models import load_config
-
-    name = model_args.model_name_or_path
-    return bool(name) and is_for_pictures(load_config(name, model_args.model_revision))
-
-
-def picture_schemes(script_args: QuantizeArguments) -> list[str]:
-    """Return the names of the schemes as `schemes_to_compare` does, without the schemes that read images wrongly.
-
-    bitsandbytes' 4-bit kernel for CPUs treats its input as contiguous. SigLIP's output for the projector may not be:
-    patches are the columns of a convolution's output, and sums keep this layout.
-    """
-    from hfllm.compression.schemes import NF4_CPU_MULTIPLES, SCHEMES, default_device
-
-    names = schemes_to_compare(script_args)
-    if default_device() != "cpu":
-        return names
-    wrong = [name for name, scheme in SCHEMES.items() if scheme.cpu_multiples == NF4_CPU_MULTIPLES]
-    for name in wrong:
-        if name in (*(script_args.schemes or ()), script_args.save_scheme):
-            raise InputError(
-                f"scheme {name!r}: on a CPU bitsandbytes' 4-bit kernel reads pictures wrongly; for a model that sees: "
-                f"{', '.join(each for each in SCHEMES if each not in wrong)}"
-            )
-    return [name for name in names if name not in wrong]
-
-
-def check_pictures(script_args: QuantizeArguments, name: str) -> None:
-    """Refuse flags incompatible with a vision-language model.
-
-    Args:
-        name: the model's.
-    """
-    if script_args.dataset_name == WORLD:
-        raise InputError(
-            f"--model_name_or_path {name}: it sees, and --dataset_name world is of texts: name rows with pictures, "
-            f"or {PICTURES} or {DIGITS}, which are drawn here"
-        )
-    is_given = script_args.max_length != type(script_args).max_length
-    refuse(is_given, "--max_length", "rows with pictures are not cut")
-
-
-def questions_of(script_args: QuantizeArguments, processor: "ProcessorMixin") -> "list[Asked]":
-    """Return questions about images with their answers: drawn ones, or the first of each of the user's rows."""
-    from hfllm.data.formats import to_sft
-    from hfllm.data.images.rows import flaw_of_pictures
-    from hfllm.stages.shared import kept_rows
-    from hfllm.stages.vision.build import SHUFFLED, asked_of, eval_parts
-    from hfllm.stages.vision.flags import DRAWN, VisionArguments
-
-    name, count = script_args.dataset_name, script_args.num_eval_prompts
-    if name in DRAWN:
-        parts = eval_parts(VisionArguments(dataset_name=name, num_eval_examples=max(count, 2)))
-        selected = [questions for part, questions in parts.items() if part != SHUFFLED]
-        # Equally many of each kind, in turns: seen in training, and unseen.
-        return [question for turn in zip(*selected, strict=True) for question in turn][:count]
-    read = RowArguments(**{each.name: getattr(script_args, each.name) for each in fields(DataArguments)})
-    mapper = picture_mapper(script_args, name, to_sft, STAGE, words_of_places(processor))
-    rows = kept_rows(read, mapper, flaw_of_pictures, most=count)
-    return [asked_of(by_turns(row)[0]) for row in rows]
-
-
-def load(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """Return the model in full precision and its processor."""
-    from hfllm.data.tokenizer import padding_token
-    from hfllm.multimodal.processors import check_template
-    from hfllm.runs.models import load_seeing
-    from hfllm.stages.shared import load_processor
-
-    processor = load_processor(model_args.model_name_or_path, model_args.model_revision)
-    check_template(processor, model_args.model_name_or_path)
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = padding_token(processor.tokenizer)
-    return load_seeing(model_args), processor
-
-
-def picture_evaluation(
-    script_args: QuantizeArguments, processor: "ProcessorMixin", questions: "Sequence[Asked]"
-) -> "PictureQuantization":
-    """Return the evaluation of the model and its quantized forms on images."""
-    from hfllm.evaluation.before_after import PictureQuantization
-
-    return PictureQuantization(
-        processor.tokenizer,
-        texts=(),
-        max_length=0,
-        response_length=script_args.response_length,
-        timing={"prompt_tokens": script_args.prompt_tokens, "new_tokens": script_args.new_tokens},
-        rounds=script_args.rounds,
-        processor=processor,
-        questions=questions,
-        num_losses=script_args.num_eval_texts,
-    )

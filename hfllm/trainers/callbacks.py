@@ -39,6 +39,7 @@ from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.checkpoints import write_checksums
 from hfllm.outputs.report import readable
 from hfllm.runs.schedule import current_job
+from hfllm.trainers.engines import evaluation_mode
 from hfllm.trainers.monitors import ThroughputCallback
 
 if TYPE_CHECKING:
@@ -356,14 +357,8 @@ class SampleCallback(TrainerCallback):
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode; restore torch's random state and every training flag afterwards."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device.index for device in devices]):
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    with evaluation_mode(model), torch.random.fork_rng(devices=[device.index for device in devices]):
+        yield
 
 
 def is_split(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Models inside of engines: partitioned by DeepSpeed's ZeRO-3, without dropout, and at the rates of a schedule."""
+"""Models inside of engines: partitioned by ZeRO-3, in evaluation mode or without dropout, and at scheduled rates."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -53,13 +53,23 @@ def unshard(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- dropout ----
-#
-# Switch dropout off permanently.
+# ---- evaluation mode and dropout ----
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode within this context; each module gets its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def disable_dropout(*models: nn.Module | None) -> None:
-    """Set every dropout probability of the models to zero."""
+    """Set every dropout probability of the models to zero, permanently."""
     for model in models:
         if model is None:
             continue

@@ -38,17 +38,13 @@ class BatchArguments:
     )
 
 
-def global_batch_size(training_args: "TrainingArguments") -> int:
-    """Return the sequences (rows, pairs, episodes) per optimizer step, over all processes."""
-    return (
-        training_args.per_device_train_batch_size
-        * training_args.gradient_accumulation_steps
-        * training_args.world_size
-    )
+def global_batch_size(args: "TrainingArguments") -> int:
+    """Return the sequences (rows, pairs, episodes) per optimizer step of a trainer, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) -> tuple[Trained, dict[str, float]]:
-    """Return `training_args` with learning rates scaled by `--lr_scaling_rule`, and the values to report.
+def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Trained, dict[str, float]]:
+    """Return a trainer's arguments with learning rates scaled to its batch size, and the values to report.
 
     Returns:
         The arguments, unchanged without a rule; and `learning_rate` as used with `global_batch_size`, or nothing.
@@ -57,32 +53,32 @@ def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) ->
         InputError: for a rule without a base batch size, or the other way round, a size not above 0, a missing
             rate, or one set by DeepSpeed's config file.
     """
-    rule, base = script_args.lr_scaling_rule, script_args.lr_scaling_base_batch_size
+    rule, base = scaling.lr_scaling_rule, scaling.lr_scaling_base_batch_size
     if rule not in RULES:
         raise InputError(f"--lr_scaling_rule {rule!r} is not one of {', '.join(RULES)}")
     if rule == "none":
         if base is not None:
             raise InputError(f"--lr_scaling_base_batch_size {base} needs --lr_scaling_rule sqrt or linear")
-        return training_args, {}
+        return args, {}
     if base is None:
         raise InputError(
             f"--lr_scaling_rule {rule} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for"
         )
-    if training_args.learning_rate is None:
+    if args.learning_rate is None:
         raise InputError(f"--lr_scaling_rule {rule} needs --learning_rate: the rate that is scaled")
     if base < 1:
         raise InputError(f"--lr_scaling_base_batch_size {base}: expected at least 1")
-    plugin = getattr(training_args, "deepspeed_plugin", None)
+    plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise InputError(
             f"--lr_scaling_rule {rule}: DeepSpeed's file has an optimizer section, which sets its own rate"
         )
-    batch = global_batch_size(training_args)
+    batch = global_batch_size(args)
     factor = RULES[rule](batch / base)
     # PPO's critic may have its own rate.
     rates = {
         name: rate * factor
         for name in ("learning_rate", "value_learning_rate")
-        if (rate := getattr(training_args, name, None)) is not None
+        if (rate := getattr(args, name, None)) is not None
     }
-    return changed(training_args, **rates), {"learning_rate": rates["learning_rate"], "global_batch_size": batch}
+    return changed(args, **rates), {"learning_rate": rates["learning_rate"], "global_batch_size": batch}

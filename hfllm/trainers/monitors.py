@@ -176,8 +176,7 @@ class ThroughputCallback(TrainerCallback):
     ) -> None:
         self._leave_out_time()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        self._leave_out_time()
+    on_save = on_evaluate
 
 
 class LossSpikeGuard(TrainerCallback):

@@ -54,11 +54,7 @@ class RunRecord(TrainerCallback):
         if control.should_save:
             self._note(state)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if control.should_save:
-            self._note(state)
+    on_epoch_end = on_step_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         # Trainer has set its sum to 0 by now; all processes know it.

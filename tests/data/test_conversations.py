@@ -206,8 +206,7 @@ def test_a_teacher_answers_the_last_turn(monkeypatch):
         "hfllm.synthesis.answers.write_answers", lambda model, tokenizer, rows, *settings: asked.extend(rows)
     )
     row = formats.to_sft("here", sharegpt("Q", "A", "P", "B"))
-    arguments = distill.DistillArguments("x.jsonl", answers="sampled")
-    distill.rows_to_teach(arguments, (None, None), [row, {"text": "red"}], 0)
+    distill.rows_to_teach((None, None), [row, {"text": "red"}], "sampled", 0.0, 256, 0)
     assert [message["content"] for message in asked[0]["prompt"]] == ["Q", "A", "P"] and asked[1] == {"text": "red"}
 
 

@@ -12,6 +12,7 @@ from hfllm.generation.scoring import batches_of_like_length, pass_precision
 from hfllm.models import devices
 from hfllm.rewards.models import RewardModel
 from hfllm.runs.command_line import machine_defaults
+from hfllm.trainers.ppo.sampling import most_cached_rows
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -33,7 +34,7 @@ def test_a_cpu_has_no_limit(make_model):
     assert devices.device_memory(torch.device("cpu")) is None
     assert devices.most_logits(make_model(), torch.device("cpu")) is None
     assert devices.most_tokens(make_model(), torch.device("cpu")) is None
-    assert devices.most_cached_rows(make_model(), 10, torch.device("cpu")) is None
+    assert most_cached_rows(make_model(), 10, torch.device("cpu")) is None
 
 
 def test_sequences_are_sampled_together_while_their_caches_fit(make_model, monkeypatch):
@@ -42,9 +43,9 @@ def test_sequences_are_sampled_together_while_their_caches_fit(make_model, monke
     model = make_model()
     of_a_row = 30 * bytes_per_token(model.config, torch.float32)
     monkeypatch.setattr(devices, "device_memory", lambda device: 4 * 7 * of_a_row)
-    assert devices.most_cached_rows(model, 30, torch.device("cuda:0")) == 7
-    assert devices.most_cached_rows(model.bfloat16(), 30, torch.device("cuda:0")) == 14
-    assert devices.most_cached_rows(model, 10**9, torch.device("cuda:0")) == 1
+    assert most_cached_rows(model, 30, torch.device("cuda:0")) == 7
+    assert most_cached_rows(model.bfloat16(), 30, torch.device("cuda:0")) == 14
+    assert most_cached_rows(model, 10**9, torch.device("cuda:0")) == 1
 
 
 def test_random_numbers_inside_leave_no_trace():

@@ -192,7 +192,8 @@ def test_flags_that_contradict_each_other_are_refused(flags, message, saved, tmp
 def test_a_teachers_settings_are_of_its_loading(saved):
     def load(settings):
         flags = ["--teacher_model_name_or_path", str(saved), "--teacher_model_init_kwargs", json.dumps(settings)]
-        return distill_module.load_teacher(distill.parse(flags)[1])[0]
+        args = distill.parse(flags)[1]
+        return distill_module.load_teacher(str(saved), args.teacher_settings, args.device)[0]
 
     assert load({"revision": "main", "dtype": "bfloat16"}).dtype == torch.bfloat16
     for settings, message in (

@@ -133,6 +133,13 @@ def test_help_lists_each_flag_once_and_none_of_training(capsys):
     assert "--learning_rate" not in listed
 
 
+def test_the_flags_know_all_parts():
+    from hfllm.compression import sensitivity
+    from hfllm.stages.quantize import PARTS
+
+    assert PARTS == sensitivity.PARTS
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -118,9 +118,9 @@ def test_four_bits_on_a_cpu_are_left_out_or_refused(taught, tmp_path, monkeypatc
         with pytest.raises(InputError, match=r"reads pictures wrongly; for a model that sees: int8, dynamic"):
             run(*flags, *more)
     script_args, _ = quantize.parse(list(map(str, flags)))
-    assert picture_schemes(script_args) == ["int8", "dynamic"]
+    assert picture_schemes(script_args.schemes, script_args.save_scheme) == ["int8", "dynamic"]
     monkeypatch.setattr("hfllm.compression.schemes.default_device", lambda: "cuda")
-    assert picture_schemes(script_args) == ["int8", "nf4", "nf4_double"]
+    assert picture_schemes(script_args.schemes, script_args.save_scheme) == ["int8", "nf4", "nf4_double"]
 
 
 def test_no_recipe_loads_four_bits_on_a_cpu(taught, tmp_path):
@@ -141,7 +141,8 @@ def test_no_more_pictures_are_read_than_asked_about(taught, tmp_path):
     processor = AutoProcessor.from_pretrained(taught[0])
 
     def asked(count):
-        return questions_of(quantize.parse(list(map(str, [*given, count])))[0], processor)
+        script_args, _ = quantize.parse(list(map(str, [*given, count])))
+        return questions_of(script_args, script_args, count, processor)
 
     assert len(asked(3)) == 3 and len(asked(4)) == 4
     with pytest.raises(InputError, match=r"line 5: picture .* no such file"):

@@ -5,12 +5,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hfllm.flags import POSITIVE, flag
+from hfllm.flags import POSITIVE, check_arguments, flag
+from hfllm.runs.arguments import changed
 from hfllm.trainers.distillation.losses import LossSettings
 from hfllm.trainers.distillation.options import DistillationOptions
-
-NOT_NEGATIVE = ("soft_weight", "hard_weight", "hidden_weight", "loss_chunk_size")
-AT_LEAST_ONE = ("teacher_top_k", "max_length")
 
 
 @dataclass
@@ -27,17 +25,7 @@ class DistillationConfig(DistillationOptions, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
+        check_arguments(self, DistillationOptions)
         if not self.soft_weight + self.hard_weight + self.hidden_weight:
             raise ValueError("soft_weight, hard_weight and hidden_weight are all 0: there is nothing to learn from")
         if self.teacher_top_k and not self.soft_weight:
@@ -60,6 +48,11 @@ class DistillationConfig(DistillationOptions, TrainingArguments):
     def needs_teacher(self) -> bool:
         """Return whether any part of the loss comes from the teacher."""
         return bool(self.soft_weight or self.hidden_weight)
+
+    def without_teacher(self) -> "DistillationConfig":
+        """Return the arguments of the same training with the cross-entropy on the answers only."""
+        weights = {"soft_weight": 0.0, "hard_weight": 1.0, "hidden_weight": 0.0}
+        return changed(self, **weights, teacher_top_k=None, teacher_cache_dir=None)
 
     @property
     def teacher_settings(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ either.
 from dataclasses import dataclass
 from typing import Any
 
-from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, flag
+from hfllm.flags import NOT_NEGATIVE, POSITIVE, SHARE, at_least, flag
 
 
 @dataclass
@@ -23,6 +23,7 @@ class TeacherOptions:
         None,
         "Run the teacher once, keep this many of its most likely tokens per position on disk, and train on them. By "
         "default it runs at every step and is compared on the whole vocabulary.",
+        takes=at_least(1),
     )
     teacher_cache_dir: str | None = flag(
         None,
@@ -37,13 +38,16 @@ class LossOptions:
 
     temperature: float = flag(3.0, "Temperature of both distributions in the divergence.", takes=POSITIVE)
     beta: float = flag(
-        0.0, "Divergence: 0 is the forward KL, 1 the reverse KL, values between are generalized Jensen-Shannon."
+        0.0,
+        "Divergence: 0 is the forward KL, 1 the reverse KL, values between are generalized Jensen-Shannon.",
+        takes=SHARE,
     )
-    soft_weight: float = flag(0.7, "Weight of the divergence, times the squared temperature.")
-    hard_weight: float = flag(0.3, "Weight of the cross-entropy with the data.")
+    soft_weight: float = flag(0.7, "Weight of the divergence, times the squared temperature.", takes=NOT_NEGATIVE)
+    hard_weight: float = flag(0.3, "Weight of the cross-entropy with the data.", takes=NOT_NEGATIVE)
     hidden_weight: float = flag(
         0.0,
         "Weight of the mean squared distance between hidden states, each student layer against one of the teacher's.",
+        takes=NOT_NEGATIVE,
     )
     max_length: int | None = flag(1024, "Longest row in tokens; longer rows are cut at the end.", takes=at_least(1))
     disable_dropout: bool = flag(False, "Switch the student's dropout off.")

@@ -15,6 +15,7 @@ from hfllm.models.loading.adapters import find_adapter, load_apart, load_merged
 from hfllm.models.loading.saved import location_of, reason_of
 from hfllm.models.loading.weights import cast_weights, load_weights_of
 from hfllm.trainers.distillation.data import check_fits_memory
+from hfllm.trainers.engines import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -184,14 +185,9 @@ def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
         )
     device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
     ids = torch.arange(4, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
+    with evaluation_mode(model):
         whole = model(input_ids=ids, use_cache=False).logits
         parts = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state) * logit_scale(model)
-    finally:
-        for module, training in modes:
-            module.training = training
     if not torch.allclose(whole.float(), parts.float(), atol=1e-3, rtol=1e-3):
         raise InputError(
             f"the {whose} is of type {model.config.model_type}, whose logits are not a linear head's: use "

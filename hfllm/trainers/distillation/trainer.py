@@ -169,8 +169,8 @@ class DistillationTrainer(TokenMeanEvaluation):
         # With another vocabulary the cache is not reused, and the teacher is refused when it is loaded.
         made_from["vocabulary"] = self._bare(self.model).config.get_text_config().vocab_size
 
-        def ask(batch: dict[str, torch.Tensor], kept: torch.Tensor) -> Teacher:
-            return self._teacher_of(self._teacher_pass(batch), kept.to(args.device))
+        def ask(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> Teacher:
+            return self._teacher_of(self._teacher_pass(batch), mask.to(args.device))
 
         def make() -> "Iterator[pyarrow.Table]":
             self.teacher = self.teacher or self._loaded_teacher()
@@ -205,12 +205,12 @@ class DistillationTrainer(TokenMeanEvaluation):
         with self.accelerator.autocast():
             return reader(**read, use_cache=False, output_hidden_states=bool(self.args.hidden_weight))
 
-    def _teacher_of(self, said: ModelOutput, kept: torch.Tensor) -> Teacher:
-        """Return the teacher's distributions at the positions `kept` (B, L) of a batch."""
+    def _teacher_of(self, outputs: ModelOutput, mask: torch.Tensor) -> Teacher:
+        """Return the teacher's distributions at the positions `mask` (B, L) of a batch."""
         if not self.args.loss_chunk_size:
-            return TeacherLogits(said.logits[kept])
+            return TeacherLogits(outputs.logits[mask])
         return TeacherHead(
-            said.last_hidden_state[kept], self.teacher.get_output_embeddings(), logit_scale(self.teacher)
+            outputs.last_hidden_state[mask], self.teacher.get_output_embeddings(), logit_scale(self.teacher)
         )
 
     # ---- hidden states ----
@@ -226,13 +226,13 @@ class DistillationTrainer(TokenMeanEvaluation):
         layers = [model.config.get_text_config().num_hidden_layers for model in (self._bare(self.model), self.teacher)]
         return layer_pairs(*layers)
 
-    def _hidden_distance(self, student: ModelOutput, teacher: ModelOutput, kept: torch.Tensor) -> torch.Tensor:
+    def _hidden_distance(self, student: ModelOutput, teacher: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
         """Return the mean squared distance of the paired layers' states, summed over tokens."""
         pairs = self._layer_pairs()
         total = 0.0
         for project, (ours, theirs) in zip(self._projection, pairs, strict=True):
-            states = project(student.hidden_states[ours][kept]).float()
-            total = total + (states - teacher.hidden_states[theirs][kept].float()).square().mean(-1).sum()
+            states = project(student.hidden_states[ours][mask]).float()
+            total = total + (states - teacher.hidden_states[theirs][mask].float()).square().mean(-1).sum()
         return total / len(pairs)
 
     # ---- the loss ----
@@ -296,8 +296,8 @@ class DistillationTrainer(TokenMeanEvaluation):
         inputs: dict[str, torch.Tensor],
         outputs: ModelOutput,
         hidden: torch.Tensor | None,
-        said: ModelOutput | None,
-        kept: torch.Tensor,
+        teacher_outputs: ModelOutput | None,
+        mask: torch.Tensor,
         targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return divergence, cross-entropy and loss, summed over tokens."""
@@ -305,12 +305,12 @@ class DistillationTrainer(TokenMeanEvaluation):
         if "teacher_rest" in inputs:
             teacher = TopK(*(inputs[f"teacher_{name}"] for name in ("log_probs", "indices", "rest")))
         elif self.args.soft_weight:
-            teacher = self._teacher_of(said, kept)
+            teacher = self._teacher_of(teacher_outputs, mask)
         if hidden is None:
             whole = teacher and teacher.take(slice(None))
-            soft, hard = token_losses(outputs.logits[kept], targets, whole, settings)
+            soft, hard = token_losses(outputs.logits[mask], targets, whole, settings)
             return soft.detach(), hard.detach(), combined(soft, hard, settings)
-        rows = hidden[kept] * logit_scale(bare)
+        rows = hidden[mask] * logit_scale(bare)
         loss, soft, hard = linear_distillation(
             rows, bare.get_output_embeddings(), targets, teacher, settings, self.args.loss_chunk_size
         )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hfllm.models.loading.saved import reads_pictures
 from hfllm.multimodal.processors import Pictures, place_tokens
+from hfllm.trainers.engines import evaluation_mode
 
 LEAST = torch.finfo(torch.float32).min
 
@@ -196,37 +197,29 @@ def _is_same_without(trunk: PreTrainedModel, mlp: nn.Module) -> bool:
 
     They differ where a layer is used more than once, or the MLP returns more than a tensor.
     """
-    modes = [(module, module.training) for module in trunk.modules()]
     ids = torch.arange(8, device=trunk.device).unsqueeze(0) % trunk.config.get_text_config().vocab_size
     rows, columns = torch.zeros(3, dtype=torch.long, device=ids.device), torch.tensor([-3, -2, -1], device=ids.device)
     try:
-        trunk.eval()
-        whole = trunk(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
-        with _mlp_at(mlp, (rows, columns)):
-            part = trunk(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
+        with evaluation_mode(trunk):
+            whole = trunk(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
+            with _mlp_at(mlp, (rows, columns)):
+                part = trunk(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
         return torch.allclose(part, whole, atol=1e-5, rtol=1e-5)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @torch.no_grad()
 def looks_ahead(model: PreTrainedModel) -> bool:
     """Return whether the output of a model with a head at a token depends on later tokens."""
     trunk = getattr(model, model.base_model_prefix)
-    modes = [(module, module.training) for module in trunk.modules()]
     ids = torch.arange(16, device=trunk.device).view(2, 8) % trunk.config.get_text_config().vocab_size
     for token in place_tokens(model):
         # It stands for an image, and there is none.
         ids[ids == token] = token - 1 if token else 1
     ids[1, :2] = ids[0, :2]
-    trunk.eval()
-    with _without_flash_attention(model):
+    with evaluation_mode(trunk), _without_flash_attention(model):
         one, other = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :2]
-    for module, training in modes:
-        module.training = training
     # In low precision the rounding of a row may depend on the rest of the batch.
     is_exact = trunk.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     tolerance = 1e-3 if is_exact else 5e-2

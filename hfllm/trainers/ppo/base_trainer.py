@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hfllm.errors import InputError
-from hfllm.models.devices import forked_random, most_cached_rows, most_logits, most_tokens, refuse_data_parallel
+from hfllm.models.devices import forked_random, most_logits, most_tokens, refuse_data_parallel
 from hfllm.multimodal.processors import Pictures, tokenizer_of
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.callbacks import log_table, storable
@@ -28,7 +28,7 @@ from hfllm.trainers.mixins import save_on_sigterm, train_unless_done
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.formulas import KLController, RunningMoments
 from hfllm.trainers.ppo.rollout import Batch, Rollout, length_groups, pad_prompts, with_actions
-from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
+from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses, most_cached_rows
 from hfllm.trainers.ppo.setup import as_reference, load_weights
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 

@@ -6,38 +6,11 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
-from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, flag
+from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, check_arguments, flag
 from hfllm.runs.arguments import changed
-from hfllm.trainers.ppo.options import KL_ESTIMATORS, KL_PLACES, VLLM_MODES, PPOOptions
+from hfllm.trainers.ppo.options import PPOOptions
 
 # ---- arguments ----
-
-
-AT_LEAST_ONE = (
-    *("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length", "num_generations"),
-    *("length_bucket_size", "max_tokens_per_pass", "ref_model_sync_steps", "kl_horizon"),
-    *("max_tool_calling_iterations", "max_tool_result_length"),
-)
-ABOVE_ZERO = (
-    "temperature",
-    "kl_target",
-    "target_kl",
-    "reward_clip",
-    "advantage_clip",
-    "value_learning_rate",
-    "tool_timeout",
-)
-AT_LEAST_ZERO = (
-    "kl_coef",
-    "vf_coef",
-    "entropy_coef",
-    "ptx_coef",
-    "critic_warmup_steps",
-    "cliprange",
-    "cliprange_value",
-    "reward_timeout",
-)
-SHARES = ("gamma", "lam", "ref_model_mixup_alpha")
 
 
 @dataclass
@@ -68,19 +41,10 @@ class PPOConfig(PPOOptions, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_ranges()
+        check_arguments(self, PPOOptions)
         self._check_generation_kwargs()
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError(f"total_episodes={self.total_episodes} and max_steps={self.max_steps}: give one of them")
-        if self.total_episodes is not None and self.total_episodes < 1:
-            raise ValueError(f"total_episodes must be at least 1, got {self.total_episodes}")
-        for name, allowed in (
-            ("kl_estimator", (*KL_ESTIMATORS, "full")),
-            ("kl_penalty", KL_PLACES),
-            ("vllm_mode", VLLM_MODES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.kl_penalty == "loss" and self.kl_estimator == "k1":
             raise ValueError("kl_estimator='k1' has no gradient on average: kl_penalty='loss' takes k2, k3 or full")
         if self.local_rollout_batch_size % self.num_generations:
@@ -94,19 +58,6 @@ class PPOConfig(PPOOptions, TrainingArguments):
             raise ValueError("target_kl skips steps, which the loss scaling of fp16 does not allow: use bf16")
         if self.use_cpu and self.fp16:
             raise ValueError("fp16 does nothing on a CPU: use --bf16 or neither")
-
-    def _check_ranges(self) -> None:
-        for names, is_good, accepted in (
-            (AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
-            (ABOVE_ZERO, lambda value: value > 0, "be above 0"),
-            (AT_LEAST_ZERO, lambda value: value >= 0, "not be negative"),
-            (SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
-            (("dual_clip",), lambda value: value > 1, "be above 1"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_good(value):
-                    raise ValueError(f"{name} must {accepted}, got {value}")
 
     def _check_generation_kwargs(self) -> None:
         options = GenerationConfig().to_dict()

@@ -6,7 +6,7 @@ They are not frozen, since `PPOConfig` also inherits from transformers' `Trainin
 from dataclasses import dataclass
 from typing import Any
 
-from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, flag
+from hfllm.flags import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, flag
 
 # See hfllm/trainers/ppo/formulas.py.
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -23,21 +23,25 @@ class RolloutOptions:
     total_episodes: int | None = flag(
         None, "Total number of responses to sample; sets `max_steps` when given.", takes=at_least(1)
     )
-    num_ppo_epochs: int = flag(2, "Passes over each rollout.")
-    num_mini_batches: int = flag(4, "Optimizer steps in each pass over a rollout.")
-    num_generations: int = flag(1, "Responses sampled for each prompt of a rollout.")
+    num_ppo_epochs: int = flag(2, "Passes over each rollout.", takes=at_least(1))
+    num_mini_batches: int = flag(4, "Optimizer steps in each pass over a rollout.", takes=at_least(1))
+    num_generations: int = flag(1, "Responses sampled for each prompt of a rollout.", takes=at_least(1))
     disable_dropout: bool = flag(True, "Switch dropout off, so that the ratio is 1 before the first update.")
-    local_rollout_forward_batch_size: int = flag(64, "Sequences per forward pass without gradient, on each process.")
+    local_rollout_forward_batch_size: int = flag(
+        64, "Sequences per forward pass without gradient, on each process.", takes=at_least(1)
+    )
     length_bucket_size: int | None = flag(
         None,
         "Split micro-batches into passes so that no sequence is padded by this many tokens or more. By default "
         "8 on a CPU and 256 elsewhere; with DeepSpeed micro-batches stay whole.",
+        takes=at_least(1),
     )
     max_tokens_per_pass: int | None = flag(
         None,
         "Most tokens of one forward and backward pass; larger micro-batches are split. By default 768 on "
         "a CPU, where larger passes cost memory and save no time (fewer with vocabularies above 5,000); elsewhere "
         "the logits of a pass take an eighth of the device's memory at most.",
+        takes=at_least(1),
     )
 
 
@@ -62,10 +66,12 @@ class ToolOptions:
     """Tools that the policy may call, which are the trainer's argument `tools`."""
 
     max_tool_calling_iterations: int | None = flag(
-        None, "Turns with calls of tools that are answered; by default as many as the response has room for."
+        None,
+        "Turns with calls of tools that are answered; by default as many as the response has room for.",
+        takes=at_least(1),
     )
-    tool_timeout: float = flag(10.0, "Seconds after which a call of a tool is given up.")
-    max_tool_result_length: int = flag(1000, "Characters beyond which the result of a tool is cut.")
+    tool_timeout: float = flag(10.0, "Seconds after which a call of a tool is given up.", takes=POSITIVE)
+    max_tool_result_length: int = flag(1000, "Characters beyond which the result of a tool is cut.", takes=at_least(1))
 
 
 @dataclass
@@ -84,55 +90,64 @@ class RewardOptions:
         None, "Subtracted from the score of a response that was cut off at `response_length`."
     )
     normalize_rewards: bool = flag(False, "Divide scores by the running standard deviation, less the running mean.")
-    reward_clip: float | None = flag(None, "Clip scores to this size, after normalization.")
+    reward_clip: float | None = flag(None, "Clip scores to this size, after normalization.", takes=POSITIVE)
     whiten_rewards: bool = flag(False, "Scale rewards to unit variance.")
     whiten_advantages: bool = flag(True, "Scale advantages to zero mean, unit variance.")
-    advantage_clip: float | None = flag(None, "Clip advantages to this size, after whitening.")
-    gamma: float = flag(1.0, "Discount factor.")
-    lam: float = flag(0.95, "Lambda of generalized advantage estimation.")
+    advantage_clip: float | None = flag(None, "Clip advantages to this size, after whitening.", takes=POSITIVE)
+    gamma: float = flag(1.0, "Discount factor.", takes=SHARE)
+    lam: float = flag(0.95, "Lambda of generalized advantage estimation.", takes=SHARE)
 
 
 @dataclass
 class ReferenceOptions:
     """The reference model, near which the policy is kept."""
 
-    kl_coef: float = flag(0.05, "Weight of the KL penalty to the reference; 0 keeps no reference.")
+    kl_coef: float = flag(0.05, "Weight of the KL penalty to the reference; 0 keeps no reference.", takes=NOT_NEGATIVE)
     kl_estimator: str = flag(
         "k1", "Estimator of the per-token KL; 'full' sums over the vocabulary.", choices=[*KL_ESTIMATORS, "full"]
     )
     kl_penalty: str = flag("reward", "Where the KL is penalized.", choices=list(KL_PLACES))
     kl_target: float | None = flag(
-        None, "Steer `kl_coef` towards this KL, in nats per response (Ziegler et al. 2019, section 2.2)."
+        None,
+        "Steer `kl_coef` towards this KL, in nats per response (Ziegler et al. 2019, section 2.2).",
+        takes=POSITIVE,
     )
-    kl_horizon: int = flag(10_000, "Episodes over which a steered `kl_coef` may change by a fifth.")
+    kl_horizon: int = flag(10_000, "Episodes over which a steered `kl_coef` may change by a fifth.", takes=at_least(1))
     sync_ref_model: bool = flag(False, "Move the reference towards the policy at intervals.")
-    ref_model_sync_steps: int = flag(512, "Optimizer steps between two such moves.")
-    ref_model_mixup_alpha: float = flag(0.6, "Share of the policy in such a move; 1 copies it.")
+    ref_model_sync_steps: int = flag(512, "Optimizer steps between two such moves.", takes=at_least(1))
+    ref_model_mixup_alpha: float = flag(0.6, "Share of the policy in such a move; 1 copies it.", takes=SHARE)
 
 
 @dataclass
 class LossOptions:
     """The loss."""
 
-    cliprange: float = flag(0.2, "Clip range of the policy's probability ratio.")
+    cliprange: float = flag(0.2, "Clip range of the policy's probability ratio.", takes=NOT_NEGATIVE)
     dual_clip: float | None = flag(
-        None, "Bound, above 1, on the ratio's effect where the advantage is negative (arXiv:1912.09729)."
+        None,
+        "Bound, above 1, on the ratio's effect where the advantage is negative (arXiv:1912.09729).",
+        takes=Range("a number above 1", lambda value: value > 1, "be above 1"),
     )
     target_kl: float | None = flag(
         None,
         "Skip the rest of a rollout's optimizer steps once the KL to its sampling policy, per token, exceeds this.",
+        takes=POSITIVE,
     )
-    entropy_coef: float = flag(0.0, "Weight of an entropy bonus, per token.")
-    ptx_coef: float = flag(0.0, "Weight of the language-modeling loss on the trainer's `ptx_dataset`.")
-    vf_coef: float = flag(0.1, "Weight of the value loss.")
-    cliprange_value: float | None = flag(0.2, "Clip range of the values; None for no clipping.")
+    entropy_coef: float = flag(0.0, "Weight of an entropy bonus, per token.", takes=NOT_NEGATIVE)
+    ptx_coef: float = flag(
+        0.0, "Weight of the language-modeling loss on the trainer's `ptx_dataset`.", takes=NOT_NEGATIVE
+    )
+    vf_coef: float = flag(0.1, "Weight of the value loss.", takes=NOT_NEGATIVE)
+    cliprange_value: float | None = flag(0.2, "Clip range of the values; None for no clipping.", takes=NOT_NEGATIVE)
     value_learning_rate: float | None = flag(
         None,
         "Learning rate of the critic's own weights; by default that of a new head, or of all weights "
         "(docs/guides/ppo.md).",
         takes=POSITIVE,
     )
-    critic_warmup_steps: int = flag(0, "Optimizer steps at the beginning that train only the critic.")
+    critic_warmup_steps: int = flag(
+        0, "Optimizer steps at the beginning that train only the critic.", takes=NOT_NEGATIVE
+    )
 
 
 @dataclass

@@ -21,8 +21,24 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
+from hfllm.models import devices
+from hfllm.models.family.configuration_fields_hfllm import cached_numbers
 from hfllm.multimodal.processors import Pictures
 from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
+
+# The keys and values of all sequences sampled together take at most this share of a device's memory.
+CACHE_SHARE = 1 / 4
+
+
+def most_cached_rows(model: PreTrainedModel, length: int, device: torch.device) -> int | None:
+    """Return the most sequences of `length` tokens to sample together; `None` is no limit, as on a CPU."""
+    memory, config = devices.device_memory(device), model.config.get_text_config()
+    numbers = cached_numbers(config)
+    if memory is None or numbers is None:
+        return None
+    bytes_per_row = config.num_hidden_layers * numbers * length * model.dtype.itemsize
+    return max(int(memory * CACHE_SHARE / bytes_per_row), 1)
+
 
 # ---- turn caches ----
 #
@@ -334,7 +350,6 @@ def generate_responses(
     tokenizer: PreTrainedTokenizerBase,
     witness: SampledLogprobs | None = None,
     most_rows: int | None = None,
-    first_row: int = 0,
     pictures: Pictures | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sample one response per prompt by `generate`.
@@ -347,7 +362,6 @@ def generate_responses(
             rows to the end. The policy's own generation config is ignored.
         witness: records the policy's log-probabilities of the tokens.
         most_rows: prompts answered at a time; by default all.
-        first_row: the index of the first prompt in the witness's records.
         pictures: the images of the prompts.
 
     Returns:
@@ -357,28 +371,38 @@ def generate_responses(
     Raises:
         FloatingPointError: see `OnlyFinite`.
     """
-    if most_rows is not None and len(prompt_ids) > most_rows:
-        parts, settings = [], (generation_config, tokenizer, witness, None)
-        for some in torch.arange(len(prompt_ids)).split(most_rows):
-            own = None if pictures is None else pictures[some]
-            prompts = (prompt_ids[some], prompt_mask[some])
-            parts.append(generate_responses(policy, *prompts, *settings, first_row + int(some[0]), own))
-        return _joined(parts, generation_config.pad_token_id)
+    settings = (generation_config, tokenizer, witness)
+    if most_rows is None or len(prompt_ids) <= most_rows:
+        return _generate_together(policy, prompt_ids, prompt_mask, *settings, 0, pictures)
+    parts = []
+    for rows in torch.arange(len(prompt_ids)).split(most_rows):
+        own = None if pictures is None else pictures[rows]
+        parts.append(_generate_together(policy, prompt_ids[rows], prompt_mask[rows], *settings, int(rows[0]), own))
+    return _joined(parts, generation_config.pad_token_id)
+
+
+def _generate_together(
+    policy: PreTrainedModel,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    generation_config: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    witness: SampledLogprobs | None,
+    first_row: int,
+    pictures: Pictures | None,
+) -> dict[str, torch.Tensor]:
+    """Sample all responses at once; `first_row` is the index of the first prompt in the witness's records."""
     start, longest = prompt_ids.shape[1], generation_config.max_new_tokens
     responses = prompt_ids.new_full((len(prompt_ids), longest), generation_config.pad_token_id)
     lengths = torch.zeros(len(prompt_ids), dtype=torch.long, device=prompt_ids.device)
     is_ended = torch.zeros_like(lengths, dtype=torch.bool)
-    stop_strings = None
-    if generation_config.stop_strings:
-        stop_strings = StopStringCriteria(tokenizer, generation_config.stop_strings)
-    may_split = generation_config.cache_implementation in (None, "dynamic") and not any(
-        getattr(generation_config, name, None) for name in COUNTED_FROM_THE_PROMPT
-    )
+    texts = generation_config.stop_strings
+    stop_strings = StopStringCriteria(tokenizer, texts) if texts else None
     rows, ids, mask = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask
     cache = None if witness is None else witness.cache_before(ids, mask)
     while len(rows):
         observe = None if witness is None else witness.of(rows + first_row, ids.shape[1] - start)
-        ended = Ended(generation_config.eos_token_id, stop_strings, may_split, observe)
+        ended = Ended(generation_config.eos_token_id, stop_strings, _may_split(generation_config), observe)
         # A cache holds the states of the images already.
         unread = pictures is not None and cache is None
         seen_too = pictures[rows].inputs(ids, mask.argmax(1).tolist()) if unread else {}
@@ -413,6 +437,12 @@ def generate_responses(
     mask = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
     response_ids = responses[:, :width].masked_fill(mask == 0, generation_config.pad_token_id)
     return {"response_ids": response_ids, "response_mask": mask, "is_ended": is_ended}
+
+
+def _may_split(config: GenerationConfig) -> bool:
+    """Return whether the rows may go on in several calls of `generate`."""
+    is_counted = any(getattr(config, name, None) for name in COUNTED_FROM_THE_PROMPT)
+    return config.cache_implementation in (None, "dynamic") and not is_counted
 
 
 def _selects_rows(cache: object, policy: nn.Module) -> bool:

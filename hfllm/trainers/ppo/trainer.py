@@ -174,6 +174,11 @@ class PPOTrainer(ActorCriticTrainer):
         # Each process samples with its own random numbers, as in GRPOTrainer.
         seed_process(args.seed, device_specific=True)
         place_frozen((self.reference, *(reward.model for reward in reward_models(rewards))), self.accelerator.device)
+        self._begin_sampling(tokenizer, never_sampled)
+
+    def _begin_sampling(self, tokenizer: PreTrainedTokenizerBase, never_sampled: list[int]) -> None:
+        """Set what samples and steers, after Trainer has set its own parts."""
+        args = self.args
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
         parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
         self.vllm = VllmSampler(args, *parts) if args.use_vllm else None

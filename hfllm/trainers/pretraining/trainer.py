@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hfllm.data.packing import IGNORE, batch_of, pieces_of
 from hfllm.errors import InputError, refuse
 from hfllm.models.devices import refuse_data_parallel
+from hfllm.trainers.engines import evaluation_mode
 from hfllm.trainers.mixins import TokenMeanEvaluation
 from hfllm.trainers.pretraining.muon import muon_factory
 
@@ -327,17 +328,13 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     positions = torch.arange(4, device=device).repeat(2, 2)
     if has_flash_attention(model):
         ids, other, positions = ids[:1], other[:1], positions[:1]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        one, two = (
-            model(input_ids=each, position_ids=positions, use_cache=False).logits[:, 4:] for each in (ids, other)
-        )
+        with evaluation_mode(model):
+            one, two = (
+                model(input_ids=each, position_ids=positions, use_cache=False).logits[:, 4:] for each in (ids, other)
+            )
     except TypeError:
         return False
-    finally:
-        for module, training in modes:
-            module.training = training
     return torch.allclose(one.float(), two.float(), atol=1e-4, rtol=1e-3)
 
 
@@ -364,15 +361,13 @@ def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict
     return {"loss_chunk_size": size} if size else {}
 
 
-def optimizer_of(
-    use_muon: bool, training_args: "TrainingArguments"
-) -> tuple[Callable[[], object], dict[str, object]] | None:
-    """Return the class and arguments for `Trainer` to build Muon; `None` for the optimizer of `--optim`."""
+def optimizer_of(use_muon: bool, args: "TrainingArguments") -> tuple[Callable[[], object], dict[str, object]] | None:
+    """Return the class and arguments for `Trainer` to build Muon; `None` for the optimizer of its `args`."""
     if not use_muon:
         return None
     return muon_factory, {
-        "lr": training_args.learning_rate,
-        "weight_decay": training_args.weight_decay,
-        "betas": (training_args.adam_beta1, training_args.adam_beta2),
-        "eps": training_args.adam_epsilon,
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
     }
