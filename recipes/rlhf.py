@@ -39,6 +39,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
 
     from hfllm.data.loading import world_of
     from hfllm.evaluation import alignment
+    from hfllm.multimodal.freezing import freeze
     from hfllm.rewards.models import RewardEnsemble
     from hfllm.runs.models import load_value_model, peft_config
     from hfllm.runs.stage import Stage
@@ -48,7 +49,6 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.stages.rlhf import flags as rlhf_flags
     from hfllm.stages.rlhf.build import checked_tools, next_lines
     from hfllm.stages.shared import load_policy
-    from hfllm.stages.vision.build import freeze
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate

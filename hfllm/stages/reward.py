@@ -297,9 +297,10 @@ def trainer_of(
 ) -> "PictureRewardTrainer":
     """Return the trainer of a vision-language reward model."""
     from hfllm.data.images.rows import as_dataset
+    from hfllm.multimodal.freezing import freeze
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import peft_config
-    from hfllm.stages.vision.build import freeze, warn_of_frozen_projector
+    from hfllm.stages.vision.build import warn_of_frozen_projector
     from hfllm.trainers.trl_trainers import PictureRewardTrainer
 
     freeze(model, script_args.freeze_vision, script_args.freeze_text)

@@ -32,13 +32,14 @@ from hfllm.data.world.pictures import (
     picture_side,
     trained_families,
 )
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError
 from hfllm.evaluation.pictures import Asked, shuffled_questions
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.layers_hfllm import HfllmMLP
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 from hfllm.models.loading.saved import is_for_pictures, reason_of
 from hfllm.multimodal.composed import with_vision
+from hfllm.multimodal.freezing import freeze
 from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 from hfllm.outputs.report import change_of
 from hfllm.rewards.functions import gold_reward
@@ -278,75 +279,6 @@ def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
             f"--model_name_or_path {name}: a {config.model_type} model reads text alone; name a vision-language "
             "model, or give it eyes by hfllm.with_vision"
         )
-
-
-def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
-    """Freeze the tower, or the decoder with its head; the parts between them are always trained."""
-    for flag, is_given in (("--freeze_vision", vision), ("--freeze_text", text)):
-        is_idle = is_given and hasattr(model, "peft_config")
-        refuse(is_idle, flag, "the model is an adapter, below which all weights are frozen")
-    if not (vision or text):
-        return
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    of_text = [decoder, *([] if head is None else [head])]
-    if text:
-        for part in of_text:
-            part.requires_grad_(False)
-    if vision:
-        tower = tower_of(model)
-        inside = [] if _has_more(model.base_model, [tower, *of_text]) else inner_projector(tower, width_of(model))
-        tower.requires_grad_(False)
-        for part in inside:
-            part.requires_grad_(True)
-    if vision and text and not _has_more(model, of_text, only_learned=True):
-        raise InputError(
-            f"--freeze_vision and --freeze_text: of a {type(model).__name__} nothing is left to learn, since it has "
-            "no projector between tower and decoder: give one of them"
-        )
-
-
-def _has_more(model: "nn.Module", parts: "Sequence[nn.Module]", only_learned: bool = False) -> bool:
-    """Return whether a model has weights, or trainable weights, besides the weights of some parts."""
-    part_ids = {id(weight) for part in parts for weight in part.parameters()}
-    return any(
-        id(weight) not in part_ids and (weight.requires_grad or not only_learned) for weight in model.parameters()
-    )
-
-
-def width_of(model: "PreTrainedModel") -> int:
-    """Return the length of the decoder's embeddings, the width of projected images."""
-    return model.get_input_embeddings().weight.shape[-1]
-
-
-def inner_projector(tower: "nn.Module", width: int) -> "list[nn.Module]":
-    """Return the parts of a tower projecting to the decoder, such as Qwen2-VL's merger; none for most towers.
-
-    These are the parts after the stack of layers with a linear layer or a convolution onto the decoder's width:
-    transformers' classes without a projector outside of the tower register them so.
-
-    Args:
-        width: of the decoder.
-    """
-    from torch import nn
-
-    parts = list(tower.children())
-    stack = next((index for index, part in enumerate(parts) if isinstance(part, nn.ModuleList)), len(parts))
-
-    def projects(part: "nn.Module") -> bool:
-        return any(
-            isinstance(each, nn.Linear | nn.Conv2d) and each.weight.shape[0] == width for each in part.modules()
-        )
-
-    return [part for part in parts[stack + 1 :] if projects(part)]
-
-
-def tower_of(model: "PreTrainedModel") -> "nn.Module":
-    """Return the vision tower of a composed model."""
-    # Without a tower it returns the model itself, or its base.
-    result = model.base_model.get_encoder(modality="image")
-    if result is model or result is model.base_model:
-        raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
-    return result
 
 
 def new_trainer(
