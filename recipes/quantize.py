@@ -58,7 +58,8 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
         quantize.check_pictures(chosen_args, model_args.model_name_or_path)
     quantize.check_model(chosen_args, model_args, config)
     if sees:
-        rows = quantize.questions_of(chosen_args, load_processing_class(model_args, config))
+        location = (model_args.model_name_or_path, model_args.model_revision)
+        rows = quantize.questions_of(chosen_args, load_processing_class(*location, config))
     else:
         rows = quantize.eval_texts(chosen_args)
     stage.announce()

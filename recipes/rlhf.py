@@ -47,8 +47,8 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.stages.pretrain.flags import config_to_train
     from hfllm.stages.rlhf import build as rlhf
     from hfllm.stages.rlhf import flags as rlhf_flags
-    from hfllm.stages.rlhf.build import checked_tools, next_lines
-    from hfllm.stages.shared import load_policy
+    from hfllm.stages.rlhf.build import checked_tools
+    from hfllm.stages.shared import load_policy, next_lines
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate

@@ -363,19 +363,19 @@ def questions_of(script_args: QuantizeArguments, processor: "ProcessorMixin") ->
     from hfllm.data.formats import to_sft
     from hfllm.data.images.rows import flaw_of_pictures
     from hfllm.stages.shared import kept_rows
-    from hfllm.stages.vision.build import SHUFFLED, asked_of, eval_parts
-    from hfllm.stages.vision.flags import DRAWN, VisionArguments
+    from hfllm.stages.vision.build import SHUFFLED, eval_parts, question_of
+    from hfllm.stages.vision.flags import DRAWN
 
     name, count = script_args.dataset_name, script_args.num_eval_prompts
     if name in DRAWN:
-        parts = eval_parts(VisionArguments(dataset_name=name, num_eval_examples=max(count, 2)))
+        parts = eval_parts(name, max(count, 2))
         selected = [questions for part, questions in parts.items() if part != SHUFFLED]
         # Equally many of each kind, in turns: seen in training, and unseen.
         return [question for turn in zip(*selected, strict=True) for question in turn][:count]
     read = RowArguments(**{each.name: getattr(script_args, each.name) for each in fields(DataArguments)})
     mapper = picture_mapper(script_args, name, to_sft, STAGE, words_of_places(processor))
     rows = kept_rows(read, mapper, flaw_of_pictures, most=count)
-    return [asked_of(by_turns(row)[0]) for row in rows]
+    return [question_of(by_turns(row)[0]) for row in rows]
 
 
 def load(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":

@@ -60,7 +60,7 @@ def test_rows_to_learn_from(processor, seeing_folder, tmp_path, capsys, pictures
     bad = {"prompt": "say", "completion": "side"} | {side: f"say {processor.image_token} bright"}
     path = write(tmp_path, [*rows, bad], pictures)
     script_args, args, _ = parsed(sft, seeing_folder, path, tmp_path / "out")
-    train, held_out = sft_build.picture_instructions(script_args, args.seed, processor, "m")
+    train, held_out = sft_build.instruction_data(script_args, 0, args.seed, "m", processor)
     assert len(train) + len(held_out) == 2 + pictures
     assert f"{COUNTED} ({path}, line {3 + pictures})" in capsys.readouterr().out
     said = {"prompt": [{"role": "user", "content": bad["prompt"]}]}
@@ -68,7 +68,7 @@ def test_rows_to_learn_from(processor, seeing_folder, tmp_path, capsys, pictures
     assert is_refused(processor, said, "completion")
     script_args, args, _ = parsed(sft, seeing_folder, path, tmp_path / "out", bad_rows="refuse")
     with pytest.raises(InputError, match=f"line {3 + pictures}: the words spell ") as error:
-        sft_build.picture_instructions(script_args, args.seed, processor, "m")
+        sft_build.instruction_data(script_args, 0, args.seed, "m", processor)
     assert processor.image_token in str(error.value) and "\n" not in str(error.value)
 
 
@@ -78,7 +78,7 @@ def test_comparisons(processor, seeing_folder, tmp_path, capsys, pictures):
     rows.append({"prompt": "say", "chosen": "side", "rejected": f"say {processor.image_token}"})
     path = write(tmp_path, rows, pictures, is_pair=True)
     script_args, args, _ = parsed(reward, seeing_folder, path, tmp_path / "out")
-    parts = reward_module.picture_comparisons(script_args, args.seed, processor)
+    parts = reward_module.user_comparisons(script_args, args.seed, processor)
     assert sum(map(len, parts)) == 2 + pictures and COUNTED in capsys.readouterr().out
 
 

@@ -55,8 +55,8 @@ from hfllm.stages.evaluate.flags import (
     suite_of,
 )
 from hfllm.stages.shared import files_changed, kept_rows
-from hfllm.stages.vision.build import SHUFFLED, asked_of, eval_parts, prior_of
-from hfllm.stages.vision.flags import DRAWN, VisionArguments
+from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of, question_of
+from hfllm.stages.vision.flags import DRAWN
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -172,11 +172,11 @@ def parts_of(script_args: EvaluateArguments) -> "list[Part]":
     name, count = script_args.dataset_name, script_args.num_items
     if name not in DRAWN:
         return [Part("", own_questions(script_args))]
-    drawn = VisionArguments(dataset_name=name, num_eval_examples=NUM_WORLD_ITEMS if count is None else count)
-    prior = prior_of(drawn)
+    count = NUM_WORLD_ITEMS if count is None else count
+    prior = prior_of(name, count)
     return [
         Part(part.replace("_", " "), questions, prior)
-        for part, questions in eval_parts(drawn).items()
+        for part, questions in eval_parts(name, count).items()
         if part != SHUFFLED
     ]
 
@@ -195,7 +195,7 @@ def own_questions(script_args: EvaluateArguments) -> "Sequence[Asked]":
         refuse_token(origin, {"prompt": row["prompt"]}, tokens)
         return row
 
-    return [asked_of(row) for row in kept_rows(read, mapper, flaw_of_pictures)][: script_args.num_items]
+    return [question_of(row) for row in kept_rows(read, mapper, flaw_of_pictures)][: script_args.num_items]
 
 
 # ---- samples ----

@@ -432,7 +432,8 @@ def load_local(
         model, tokenizer = federated_flags.load_scorer(training_args, trained_args)
     else:
         loaded = load_to_train(trained_args, training_args.output_dir)
-        model, tokenizer = sft.with_template(training_args, *loaded)
+        template = (training_args.chat_template_path, training_args.eos_token)
+        model, tokenizer = sft.with_template(*loaded, *template)
     base = weights_sha256(dict(model.named_parameters()))
     args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
     result = (tokenized_pairs if has_pairs else tokenized)(organisations, tokenizer, args)
@@ -448,7 +449,7 @@ def load_local(
     else:
         trainer = SFTTrainer(
             model=model,
-            args=changed(args, **sft.trained_as_they_are(args)),
+            args=sft.as_tokenized(args),
             train_dataset=Dataset.from_list(list(result[0].rows[:1]) or [NOTHING]),
             processing_class=tokenizer,
             peft_config=adapter,

@@ -510,12 +510,12 @@ def tokenized(
     organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", training_args: "SFTConfig"
 ) -> list[Tokenized]:
     """Return the rows of organisations as tokens."""
-    from hfllm.stages.sft.build import examples
+    from hfllm.stages.sft.build import examples, tokenization_of
 
     def tokens(rows: Sequence[Mapping[str, object]], what: str) -> tuple[Rows, int]:
         if not rows:
             return [], 0
-        result, num_left_out = examples(list(rows), tokenizer, training_args, what)
+        result, num_left_out = examples(list(rows), tokenizer, tokenization_of(training_args), what)
         return result.to_list(), len(rows) - num_left_out
 
     return [

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hfllm.data.images.rows import FreezingArguments
-    from hfllm.data.rows import Message
     from hfllm.environments.episodes import EnvironmentFactory
     from hfllm.environments.tools import Tool
     from hfllm.multimodal.processors import ProcessingClass
@@ -284,9 +283,9 @@ def build_rewards(
     """Return the reward functions, then the named reward models as one reward (several form an ensemble)."""
     from hfllm.rewards.models import RewardEnsemble, reward_model
     from hfllm.runs.models import load_reward_model
-    from hfllm.stages.shared import processing_class_of
+    from hfllm.stages.shared import load_processing_class
 
-    members = [reward_model(load_reward_model(name, model_args), processing_class_of(name)) for name in names]
+    members = [reward_model(load_reward_model(name, model_args), load_processing_class(name)) for name in names]
     if len(members) < 2:
         return [*functions, *members]
     return [*functions, RewardEnsemble(members, script_args.reward_aggregation, script_args.uncertainty_coef)]
@@ -413,7 +412,7 @@ def check_models(
     from hfllm.multimodal.processors import tokenizer_of
     from hfllm.rewards.models import reward_model
     from hfllm.runs.models import check_trainable, load_reward_model, load_value_model, peft_config, try_adapter
-    from hfllm.stages.shared import load_processing_class, processing_class_of
+    from hfllm.stages.shared import load_processing_class
     from hfllm.trainers.ppo.prompts import check_prompts
     from hfllm.trainers.ppo.setup import check_critic
     from hfllm.trainers.ppo.vllm_sampling import check_vllm
@@ -425,18 +424,18 @@ def check_models(
         check_vllm(training_args)
     named = script_args.reward_model_name_or_path or []
     for name in named:
-        processing_class_of(name)
+        load_processing_class(name)
     # A new head must not change the random numbers drawn later.
     with forked_random(training_args.device):
         if trains_first:
             for name in named:
-                reward_model(load_reward_model(name, model_args), processing_class_of(name))
+                reward_model(load_reward_model(name, model_args), load_processing_class(name))
             if named or script_args.value_model != "reward":
                 check_critic(load_value_model(script_args.value_model, model_args, named))
         if model_args.use_peft and not is_for_pictures(policy_config):
             try_adapter(policy_config, peft_config(model_args))
     if model_args.model_name_or_path and not script_args.filter_prompts:
-        reader = load_processing_class(model_args, policy_config)
+        reader = load_processing_class(model_args.model_name_or_path, model_args.model_revision, policy_config)
         context = max_length_of(policy_config)
         refuse_words(rows, reader)
         check_prompts(rows, reader, training_args.response_length, context, tools.schemas)
@@ -479,7 +478,7 @@ def fitting_prompts(
     if not script_args.filter_prompts:
         return list(rows)
     refuse(not model_args.model_name_or_path, "--filter_prompts", "it needs --model_name_or_path, to count tokens")
-    tokenizer = load_processing_class(model_args, policy_config)
+    tokenizer = load_processing_class(model_args.model_name_or_path, model_args.model_revision, policy_config)
     check_rows(rows, policy_config)
     context = max_length_of(policy_config)
     dropped = Dropped(len(rows))
@@ -541,18 +540,3 @@ def refuse_words(rows: Sequence[Row], processing_class: "ProcessingClass") -> No
             f"{origin_of(rows[index], f'prompt {index} of the dataset')}: the words spell "
             f"{words}, which stands for a picture; --filter_prompts leaves such prompts out"
         )
-
-
-def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedConfig", is_adapter: bool) -> list[str]:
-    """Return the lines of Python to load the aligned policy and ask it: a prompt, or a question about an image.
-
-    Args:
-        prompt: one of the held-out prompts.
-        config: the policy's.
-        is_adapter: whether an adapter is saved.
-    """
-    from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.outputs.card import chat_lines
-    from hfllm.outputs.pictures import picture_lines
-
-    return picture_lines(folder, is_adapter) if is_for_pictures(config) else chat_lines(folder, prompt)
