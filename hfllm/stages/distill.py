@@ -13,7 +13,7 @@ from hfllm.runs.arguments import changed
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.runs.recipes import settings_file
-from hfllm.stages.rlhf import build as rlhf
+from hfllm.stages.rlhf import flags as rlhf_flags
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def stages_before(script_args: DistillArguments, training_args: "DistillationCon
         given_models={"rlhf": training_args.teacher_model_name_or_path},
         configs={name: getattr(script_args, f"{name}_config") for name in OF_TEACHER},
     )
-    return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})
+    return replace(before, nested={name: rlhf_flags.stages_before(*parsed) for name, parsed in before.runs.items()})
 
 
 # ---- trainers ----

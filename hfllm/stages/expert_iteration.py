@@ -189,7 +189,7 @@ def reward_functions(script_args: ExpertIterationArguments) -> "list[RewardFunct
 
     if script_args.is_world and not script_args.reward_funcs:
         return [gold_reward]
-    return checked_functions(script_args)
+    return checked_functions(script_args.reward_funcs)
 
 
 def prompts_of(

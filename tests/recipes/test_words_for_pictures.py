@@ -12,6 +12,7 @@ from hfllm.data.images.rows import conversation_batch
 from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
+from hfllm.models.loading.saved import max_length_of
 from hfllm.multimodal.answers import picture_batch
 from hfllm.multimodal.processors import encode
 from hfllm.stages import reward as reward_module
@@ -120,8 +121,8 @@ def test_prompts_are_named_or_left_out(processor, seeing_folder, tmp_path, capsy
     with pytest.raises(InputError, match=r"line 4: the words spell .*--filter_prompts") as error:
         refuse_words(rows, processor)
     assert processor.image_token in str(error.value) and "\n" not in str(error.value)
-    config = rlhf_config(model_args)
-    kept = rlhf_build.fitting_prompts(script_args, args, model_args, rows, config)
+    room = rlhf_build.Room(processor, args.response_length, max_length_of(rlhf_config(model_args)))
+    kept = rlhf_build.fitting_prompts(rows, room, script_args.dataset_name)
     assert len(kept) == 3 and COUNTED in capsys.readouterr().out and not refuse_words(kept, processor)
     if form != "text":
         with pytest.raises(InputError, match="line 4: the words spell"):

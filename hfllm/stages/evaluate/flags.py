@@ -210,7 +210,7 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
 
 def stages_before(script_args: EvaluateArguments) -> Chain:
     """Return the main job for making the world's models, if none is named."""
-    from hfllm.stages.rlhf import build as rlhf
+    from hfllm.stages.rlhf import flags as rlhf_flags
 
     model_name = (script_args.model_name_or_path or [None])[0]
     before = chain_before(
@@ -221,7 +221,7 @@ def stages_before(script_args: EvaluateArguments) -> Chain:
         given_models={"rlhf": model_name},
         configs={name: getattr(script_args, f"{name}_config") for name in CONFIGS},
     )
-    return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})
+    return replace(before, nested={name: rlhf_flags.stages_before(*parsed) for name, parsed in before.runs.items()})
 
 
 def models_of(script_args: EvaluateArguments, before: Chain) -> dict[str, str]:
