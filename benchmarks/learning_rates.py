@@ -102,7 +102,7 @@ def run(
         num_eval_prompts=args.num_eval_prompts,
         num_prompts=args.episodes,
     )
-    functions = rlhf.checked_functions(data)
+    functions = rlhf.checked_functions(data.reward_funcs)
     # The same held-out prompts for all seeds.
     train_rows, eval_rows = rlhf.prompt_data(data, 0, functions)
     set_seed(seed)

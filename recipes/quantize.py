@@ -62,7 +62,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     config = config_to_train(model_args, before)
     quantize.check_model(chosen_args, model_args, config)
     if sees:
-        processor = load_processing_class(model_args, config)
+        processor = load_processing_class(source, model_args.model_revision, config)
         rows = quantize.questions_of(script_args, script_args, script_args.num_eval_prompts, processor)
     else:
         rows = quantize.eval_texts(script_args, script_args.num_eval_texts, seed)

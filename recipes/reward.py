@@ -37,19 +37,21 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from transformers import set_seed
 
     from hfllm.data.loading import world_of
+    from hfllm.flags import check_flags
+    from hfllm.multimodal.freezing import freeze
+    from hfllm.multimodal.processors import check_template
     from hfllm.outputs.report import plus_minus, share_error, with_error
-    from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, fitting_length, load_scorer_to_train, load_tokenizer, peft_config
+    from hfllm.runs.models import check_trainable, load_policy, load_scorer_to_train, load_tokenizer, peft_config
+    from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import reward, shared
     from hfllm.stages.pretrain.flags import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
-    from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.learning_rate import global_batch_size, scaled_learning_rate
     from hfllm.trainers.mixins import train
     from hfllm.trainers.monitors import StalledWeights
-    from hfllm.trainers.trl_trainers import RewardTrainer
 
-    reward.check(script_args, model_args)
+    check_flags(script_args, model_args)
     files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
     stage = Stage("reward", script_args, training_args, model_args, also=files)
     stage.check()
@@ -57,58 +59,65 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    processor = reward.processor_of(model_args)
-    rows = reward.picture_comparisons(script_args, training_args.seed, processor)
-    shows = reward.check_pictures(script_args, training_args, model_args, rows, processor)
-    before = reward.stages_before(script_args, training_args, model_args)
+    seed, revision = training_args.seed, model_args.model_revision
+    processor = reward.scoring_processor(model_args.model_name_or_path, revision)
+    rows = reward.user_comparisons(script_args, seed, processor)
+    sees = processor is not None
+    if shared.check_rows(script_args, training_args, model_args, rows or ((), ()), sees):
+        check_template(processor, model_args.model_name_or_path)
+    before = chain_before(
+        "reward",
+        training_args.output_dir,
+        seed,
+        script_args.world_seed,
+        given_models={"sft": model_args.model_name_or_path},
+        configs={"pretrain": script_args.pretrain_config, "sft": script_args.sft_config},
+        over_world=True,
+    )
     check_adapter(model_args, before, "SEQ_CLS")
 
     stage.announce()
     before.run()
-    base_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
-    name = base_args.model_name_or_path
-    tokenizer = load_tokenizer(name, base_args.model_revision) if processor is None else processor.tokenizer
-    if rows is None:
-        train_rows, test_rows = reward.world_comparisons(script_args, training_args, base_args)
-        if training_args.train_sampling_strategy == "sequential":
-            train_rows = reward.in_batches_of_like_length(train_rows, training_args)
-    else:
-        train_rows, test_rows = rows
+    name = before.model("sft") or model_args.model_name_or_path
+    base_args = replace(model_args, model_name_or_path=name)
+    tokenizer = processor.tokenizer if sees else load_tokenizer(name, revision)
+    train_rows, test_rows = rows or reward.world_comparisons(
+        world_of(script_args),
+        *load_policy(base_args),
+        reward.comparison_settings(script_args, seed),
+        training_args.device,
+    )
+    if rows is None and training_args.train_sampling_strategy == "sequential":
+        train_rows = reward.in_batches_of_like_length(train_rows, global_batch_size(training_args), seed)
     # The head is new, and so are the weights of an adapter.
-    set_seed(training_args.seed)
+    set_seed(seed)
     model = load_scorer_to_train(base_args, training_args.output_dir)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
-    if shows:
-        parts = (model, processor, train_rows, test_rows)
-        trainer = reward.trainer_of(script_args, trainer_args, model_args, *parts)
-    else:
-        trainer = RewardTrainer(
-            model=model,
-            args=changed(trainer_args, max_length=fitting_length(training_args.max_length, model)),
-            train_dataset=reward.comparisons_of(train_rows, tokenizer),
-            eval_dataset=reward.comparisons_of(test_rows, tokenizer),
-            processing_class=tokenizer,
-            peft_config=peft_config(model_args, "SEQ_CLS"),
-        )
-        # A processor is saved with its tokenizer.
-        trainer.processing_class = processor or trainer.processing_class
-    counts = reward.kept_comparisons(script_args, trainer, train_rows, test_rows)
+    freeze(model, script_args.freeze_vision, script_args.freeze_text)
+    trainer = reward.comparison_trainer(
+        model,
+        trainer_args,
+        (train_rows, test_rows),
+        processor or tokenizer,
+        script_args.max_pixels,
+        peft_config(model_args, "SEQ_CLS"),
+    )
+    counts = reward.count_comparisons(trainer, train_rows, test_rows, script_args.dataset_name)
     use_plain_lines(trainer)
     trainer.add_callback(StalledWeights())
     train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=rows is None)
     evaluation = trainer.evaluate()
-    control_metrics = reward.control(script_args, trainer, test_rows) if shows else {}
+    control = reward.other_pictures_accuracy(trainer, test_rows, script_args.max_pixels)
     trainer.save_model()
 
     accuracy, count = evaluation["eval_accuracy"], counts["eval_comparisons"]
     error = share_error(accuracy, count)
     accuracy_metrics = {"reward_model_accuracy": accuracy, **with_error("reward_model_accuracy", error, count)}
-    metrics = {**accuracy_metrics, "eval_loss": evaluation["eval_loss"], **counts, **control_metrics, **scaled}
+    metrics = {**accuracy_metrics, "eval_loss": evaluation["eval_loss"], **counts, **control, **scaled}
     labels = "" if world_of(script_args) is None else " with noise-free labels"
     summary = f"accuracy {plus_minus(accuracy, error)} on {count:,} held-out comparisons{labels}"
-    summary += reward.control_summary(metrics)
-    return stage.finish(metrics, trainer, summary, models={"model": base_args.model_name_or_path})
+    summary += reward.other_pictures_summary(metrics)
+    return stage.finish(metrics, trainer, summary, models={"model": name})
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
 
     from hfllm.data.loading import world_of
     from hfllm.evaluation import alignment
+    from hfllm.models.loading.saved import max_length_of
+    from hfllm.multimodal.freezing import freeze
     from hfllm.rewards.models import RewardEnsemble
     from hfllm.runs.models import load_value_model, peft_config
     from hfllm.runs.stage import Stage
@@ -46,9 +48,6 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.stages.pretrain.flags import config_to_train
     from hfllm.stages.rlhf import build as rlhf
     from hfllm.stages.rlhf import flags as rlhf_flags
-    from hfllm.stages.rlhf.build import checked_tools, next_lines
-    from hfllm.stages.shared import load_policy
-    from hfllm.stages.vision.build import freeze
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -56,42 +55,50 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
     # Refuse what cannot work before anything is trained.
-    rlhf.check(training_args)
-    before = rlhf.stages_before(script_args, training_args, model_args)
-    files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    before = rlhf_flags.stages_before(script_args, training_args, model_args)
+    files = shared.files_changed(script_args, [name], revision)
     stage = Stage("rlhf", script_args, training_args, model_args, before=before.parsed, also=files)
     stage.check()
+    rlhf_flags.check(script_args, training_args, model_args)
     if stage.is_finished:
         return stage.reuse()
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    functions = rlhf.checked_functions(script_args)
-    tools = checked_tools(script_args, training_args, model_args)
-    train_rows, eval_rows = rlhf.prompt_data(
-        script_args, training_args.seed, functions, tools, training_args.reward_timeout
-    )
-    rlhf.check_rewards(script_args, training_args, len(functions), tools.has_reward)
+    functions = rlhf.checked_functions(script_args.reward_funcs)
+    has_reward = bool(functions or script_args.reward_model_name_or_path)
+    tools = rlhf.checked_tools(script_args.tools, script_args.environment_factory, name, revision, has_reward)
+    trial = (functions, tools, training_args.reward_timeout)
+    train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, *trial)
     policy_config = config_to_train(model_args, before)
-    train_rows, eval_rows = (
-        rlhf.fitting_prompts(script_args, training_args, model_args, rows, policy_config, tools)
-        for rows in (train_rows, eval_rows)
-    )
+    rlhf.check_rows([*train_rows, *eval_rows], policy_config)
+    room = None
+    if name:
+        reader = shared.load_processing_class(name, revision, policy_config)
+        room = rlhf.Room(reader, training_args.response_length, max_length_of(policy_config), tools.schemas)
+    if script_args.filter_prompts:
+        train_rows, eval_rows = (
+            rlhf.fitting_prompts(rows, room, script_args.dataset_name) for rows in (train_rows, eval_rows)
+        )
     rows = [*train_rows, *eval_rows]
-    checked = (rows, policy_config, bool(before.runs), tools)
-    rlhf.check_models(script_args, training_args, model_args, *checked)
-    ptx_dataset = rlhf.ptx_texts(script_args, training_args)
+    rlhf.check_models(script_args, training_args, model_args, rows, policy_config, trains_first=bool(before.runs))
+    if room is not None and not script_args.filter_prompts:
+        rlhf.check_fit(rows, room)
+    documents = (script_args.num_prompts, training_args.seed, script_args.world_seed)
+    ptx_dataset = rlhf.ptx_texts(script_args.ptx_dataset_name, *documents, script_args.max_row_bytes)
 
     # The stages before: a policy to start from, and reward models.
     stage.announce()
     metrics_before = before.run()
-    policy_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
+    policy_args = replace(model_args, model_name_or_path=before.model("sft") or name)
     reward_models = before.models("reward") or script_args.reward_model_name_or_path or []
 
     # The weights of an adapter are new, and so is the head of a critic that is a language model.
     set_seed(training_args.seed)
-    policy, tokenizer = load_policy(policy_args, policy_config, training_args.output_dir)
+    policy, tokenizer = shared.load_policy(policy_args, policy_config, training_args.output_dir)
     freeze(policy, script_args.freeze_vision, script_args.freeze_text)
-    rewards = rlhf.build_rewards(functions, reward_models, script_args, policy_args)
-    trainer_args, rewards = rlhf.log_gold_reward(script_args, trainer_args, rewards)
+    members = [rlhf.load_reward(each, policy_args) for each in reward_models]
+    rewards = rlhf.build_rewards(functions, members, script_args.reward_aggregation, script_args.uncertainty_coef)
+    trainer_args, rewards = rlhf.log_gold_reward(trainer_args, rewards, script_args.dataset_name)
     trainer = PPOTrainer(
         model=policy,
         reward_funcs=rewards,
@@ -106,7 +113,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         environment_factory=tools.environment_factory,
     )
     use_plain_lines(trainer)
-    rates = rlhf.rates_used(trainer_args, trainer)
+    rates = rlhf.learning_rates(trainer, trainer_args.learning_rate, trainer_args.value_learning_rate)
     for reward in rewards:
         if isinstance(reward, RewardEnsemble):
             rlhf.calibrate(reward, trainer, train_rows[: rlhf_flags.CALIBRATION_PROMPTS])
@@ -124,13 +131,14 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     reward_metrics = metrics_before.get("reward", {}).items()
     accuracy = {name: value for name, value in reward_metrics if name.startswith("reward_model_accuracy")}
     counts = {"train_prompts": len(train_rows), "eval_prompts": len(eval_rows)}
+    question = (eval_rows[0]["prompt"], policy_config)
     return stage.finish(
         {**metrics, "episodes": trainer.episodes, **accuracy, **counts, **scaled, **rates},
         trainer,
         alignment.alignment_summary(metrics),
         tables=alignment.alignment_tables(unaligned, aligned),
         curves=alignment.alignment_plots(trainer.state.log_history),
-        next_steps=next_lines(training_args.output_dir, eval_rows[0]["prompt"], policy_config, model_args.use_peft),
+        next_steps=shared.next_lines(training_args.output_dir, *question, model_args.use_peft),
         too_wide=(alignment.FAMILIES,),
         models={"model": policy_args.model_name_or_path, "reward model": reward_models},
     )

@@ -32,45 +32,67 @@ def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConf
 @trusts_code_if_asked
 def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, judge, save, write the report. Return the metrics."""
-    from hfllm.data.images.rows import words_of_places
+    from hfllm.data.images.rows import as_dataset, words_of_places
+    from hfllm.multimodal.freezing import freeze
     from hfllm.outputs.pictures import picture_lines
-    from hfllm.runs.models import check_trainable
+    from hfllm.outputs.report import change_of
+    from hfllm.runs.models import check_trainable, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
     from hfllm.stages.vision import build as vision
     from hfllm.stages.vision import flags as vision_flags
-    from hfllm.stages.vision.report import evaluate
+    from hfllm.stages.vision.report import judge_answers
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.engines import shards_parameters
     from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
+    from hfllm.trainers.trl_trainers import SFTTrainer
 
     vision_flags.check(script_args, training_args, model_args)
-    files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    files = shared.files_changed(script_args, [name], revision)
     stage = Stage("vision", script_args, training_args, model_args, also=files)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     check_trainable(model_args)
-    seed, is_drawn = training_args.seed, script_args.dataset_name in vision_flags.DRAWN
-    rows, parts = [], vision.eval_parts(script_args) if is_drawn else {}
-    if not is_drawn:
-        tokens = words_of_places(vision.load_processor(model_args))
-        rows, held_out = vision.own_rows(script_args, seed, tokens)
+    seed, dataset_name, count = training_args.seed, script_args.dataset_name, script_args.num_eval_examples
+    if dataset_name in vision_flags.DRAWN:
+        parts = vision.eval_parts(dataset_name, count)
+        mix = (script_args.num_examples, script_args.questions_per_picture, script_args.share_absent)
+        questions = vision.question_rows(dataset_name, seed, *mix)
+        rows = vision.drawn_rows(questions) if name else questions
+    else:
+        tokens = words_of_places(shared.picture_processor(name, revision))
+        rows, held_out = vision.own_rows(script_args, seed, script_args.max_eval_samples, tokens)
         parts = vision.parts_of(held_out)
-    elif model_args.model_name_or_path:
-        rows = vision.drawn_rows(script_args, seed)
+    if name and shards_parameters(training_args):
+        shared.refuse_mixed(rows)
 
     stage.announce()
-    if model_args.model_name_or_path:
-        trainer, processor = vision.own_trainer(script_args, stage.training_args, model_args, rows)
+    frozen = (script_args.freeze_vision, script_args.freeze_text)
+    if name:
+        model, processor = shared.load_picture_model(model_args, *frozen)
+        trainer = SFTTrainer(
+            model=model,
+            args=shared.picture_args(stage.training_args, rows),
+            train_dataset=as_dataset(rows, script_args.max_pixels),
+            processing_class=processor,
+            peft_config=peft_config(model_args),
+        )
+        shared.warn_of_frozen_projector(trainer.model, model_args.use_peft, "vision")
     else:
-        trainer, processor = vision.new_trainer(script_args, stage.training_args, seed)
+        captions = vision.caption_rows(dataset_name, seed, script_args.num_captions)
+        model, processor = vision.new_model(script_args, [*captions.texts(), *questions.texts()], seed)
+        rows = vision.JoinedRows(captions, questions)
+        trainer = vision.new_trainer(model, processor, rows, stage.training_args, script_args.use_muon)
     use_plain_lines(trainer)
     train(trainer, stage.checkpoint, stage.identity)
     trainer.save_model()
     model = trainer.accelerator.unwrap_model(trainer.model)
 
-    result = evaluate(script_args, model, processor, parts, vision.prior_of(script_args))
+    most, prior = script_args.max_new_tokens, vision.prior_of(dataset_name, count)
+    result = judge_answers(model, processor, parts, prior, most)
     summary, tables, plots = result.summary, dict(result.tables), dict(result.plots)
     metrics = {
         **result.metrics,
@@ -81,17 +103,25 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     if script_args.num_rl_prompts:
         # On pictures that fine-tuning has not seen.
         first = next(iter(parts.values()))
-        before = vision.sampled_gold(script_args, model, processor, first)
-        policy_trainer = vision.policy_trainer(script_args, stage.training_args, processor)
+        before = vision.sampled_gold(model, processor, first, most)
+        policy_trainer = vision.policy_trainer(
+            training_args.output_dir,
+            processor,
+            vision.prompt_rows(dataset_name, script_args.num_rl_prompts, seed),
+            script_args.rl_learning_rate,
+            script_args.kl_coef,
+            **{flag: getattr(stage.training_args, flag) for flag in vision.SHARED},
+        )
+        policy = policy_trainer.policy
+        freeze(policy, *frozen)
         use_plain_lines(policy_trainer)
         train(policy_trainer)
         policy_trainer.save_model()
-        policy = policy_trainer.policy
-        policy_found = evaluate(script_args, policy, processor, parts, vision.prior_of(script_args))
-        metrics |= {f"rl_{name}": value for name, value in policy_found.metrics.items()}
-        metrics |= vision.gain(before, vision.sampled_gold(script_args, policy, processor, first))
-        tables["Right answers after PPO"] = policy_found.tables["Right answers"]
-        summary += f"; after PPO: {policy_found.summary}"
+        aligned = judge_answers(policy, processor, parts, prior, most)
+        metrics |= {f"rl_{metric}": value for metric, value in aligned.metrics.items()}
+        metrics |= change_of("sampled_gold", before, vision.sampled_gold(policy, processor, first, most))
+        tables["Right answers after PPO"] = aligned.tables["Right answers"]
+        summary += f"; after PPO: {aligned.summary}"
     lines = picture_lines(training_args.output_dir, model_args.use_peft)
     report_args = {"next_steps": lines, "too_wide": ["Samples"], "promises": result.promises}
     return stage.finish(metrics, trainer, summary, tables, plots, **report_args)

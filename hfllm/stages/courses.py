@@ -13,6 +13,7 @@ from hfllm.runs.models import load_value_model
 from hfllm.runs.pipeline import Course, Parsed, Row
 from hfllm.runs.stage import Stage
 from hfllm.stages.rlhf import build as rlhf
+from hfllm.stages.rlhf import flags as rlhf_flags
 from hfllm.trainers.ppo.setup import check_critic
 from hfllm.trainers.ppo.vllm_sampling import check_vllm
 
@@ -35,10 +36,10 @@ def before_its_rows(parsed: Parsed) -> Parsed:
 
 
 def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
-    rlhf.check(training_args)
-    functions = rlhf.checked_functions(script_args)
-    rlhf.check_rewards(script_args, training_args, len(functions))
-    rlhf.ptx_texts(script_args, training_args)
+    rlhf_flags.check(script_args, training_args, model_args)
+    rlhf.checked_functions(script_args.reward_funcs)
+    documents = (script_args.num_prompts, training_args.seed, script_args.world_seed)
+    rlhf.ptx_texts(script_args.ptx_dataset_name, *documents, script_args.max_row_bytes)
     if training_args.use_vllm:
         check_vllm(training_args)
     if script_args.value_model not in ("head", "reward"):

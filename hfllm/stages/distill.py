@@ -13,7 +13,7 @@ from hfllm.runs.arguments import changed
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.runs.recipes import settings_file
-from hfllm.stages.rlhf import build as rlhf
+from hfllm.stages.rlhf import flags as rlhf_flags
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def stages_before(
     before = chain_before(
         "distill", output_dir, seed, world_seed, given_models={"rlhf": teacher_name}, configs=configs
     )
-    return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})
+    return replace(before, nested={name: rlhf_flags.stages_before(*parsed) for name, parsed in before.runs.items()})
 
 
 # ---- trainers ----

@@ -215,7 +215,7 @@ def inputs_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
     from hfllm.trainers.ppo.prompts import check_pictures, unfit_prompts
 
     is_default = script_args.is_world and not script_args.reward_funcs
-    functions = [gold_reward] if is_default else checked_functions(script_args)
+    functions = [gold_reward] if is_default else checked_functions(script_args.reward_funcs)
     reward = Reward(functions, script_args.reward_funcs or [], script_args.reward_timeout)
     train_rows, eval_rows = prompt_data(script_args, script_args.seed, functions, timeout=reward.timeout)
     for rows in (train_rows, eval_rows):

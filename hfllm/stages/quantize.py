@@ -221,18 +221,18 @@ def questions_of(
     from hfllm.data.formats import to_sft
     from hfllm.data.images.rows import flaw_of_pictures
     from hfllm.stages.shared import kept_rows
-    from hfllm.stages.vision.build import SHUFFLED, asked_of, eval_parts
-    from hfllm.stages.vision.flags import DRAWN, VisionArguments
+    from hfllm.stages.vision.build import SHUFFLED, eval_parts, question_of
+    from hfllm.stages.vision.flags import DRAWN
 
     name = source.dataset_name
     if name in DRAWN:
-        parts = eval_parts(VisionArguments(dataset_name=name, num_eval_examples=max(count, 2)))
+        parts = eval_parts(name, max(count, 2))
         selected = [questions for part, questions in parts.items() if part != SHUFFLED]
         # Equally many of each kind, in turns: seen in training, and unseen.
         return [question for turn in zip(*selected, strict=True) for question in turn][:count]
     mapper = picture_mapper(pictures, name, to_sft, "hfllm quantize", words_of_places(processor))
     rows = kept_rows(source, mapper, flaw_of_pictures, most=count)
-    return [asked_of(by_turns(row)[0]) for row in rows]
+    return [question_of(by_turns(row)[0]) for row in rows]
 
 
 # ---- the comparison ----
@@ -242,12 +242,12 @@ def load_whole(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessingC
     """Return the named model in full precision, and its tokenizer or processor."""
     from hfllm.multimodal.processors import check_template
     from hfllm.runs.models import load_policy, load_seeing
-    from hfllm.stages.shared import processing_class_of
+    from hfllm.stages.shared import load_processing_class
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if not sees(name, revision):
         return load_policy(model_args)
-    processor = processing_class_of(name, revision)
+    processor = load_processing_class(name, revision)
     check_template(processor, name)
     return load_seeing(model_args), processor
 

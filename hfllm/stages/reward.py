@@ -2,34 +2,45 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
-from hfllm.data.images.rows import (
-    SEES,
-    SHOWS,
-    FreezingArguments,
-    PictureArguments,
-    words_of_places,
-)
+from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, PictureArguments, without_images, words_of_places
 from hfllm.data.loading import ON_WORLD, RowArguments
-from hfllm.errors import InputError, refuse
-from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, check_flags, flag
-from hfllm.runs.pipeline import Chain, chain_before
+from hfllm.errors import InputError
+from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, flag
+from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import say
+from hfllm.stages.shared import (
+    NOT_CUT,
+    WHOLE,
+    load_processing_class,
+    rows_with_images,
+    shows_pictures,
+    user_rows,
+    warn_of_frozen_projector,
+)
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
+    from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-    from trl import ModelConfig, RewardConfig, RewardTrainer
+    from trl import RewardConfig
 
-    from hfllm.trainers.trl_trainers import PictureRewardTrainer
+    from hfllm.data.world.world import World
+    from hfllm.multimodal.processors import ProcessingClass
+    from hfllm.synthesis.answers import ComparisonSettings
+    from hfllm.trainers.trl_trainers import PictureRewardTrainer, RewardTrainer
 
 
 # ---- flags and comparisons ----
 
 
 Rows = list[Mapping[str, Any]]
+STAGE = "hfllm reward"
 
 
 @dataclass(frozen=True)
@@ -59,54 +70,121 @@ class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, Freez
         "augment": SHOWS,
         # Anyone loading the model with its processor would read it with another template.
         "chat_template_path": SEES,
-        **dict.fromkeys(
-            ("eos_token", "pad_to_multiple_of"),
-            SHOWS.because("rows with pictures are read by the model's processor, as they are"),
-        ),
+        **dict.fromkeys(("eos_token", "pad_to_multiple_of"), SHOWS.because(WHOLE)),
+        "max_length": SHOWS.because(NOT_CUT),
     }
 
 
-def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags without effect."""
-    check_flags(script_args, model_args)
+def user_comparisons(
+    script_args: RewardArguments, seed: int, processor: "ProcessorMixin | None" = None
+) -> tuple[Rows, Rows] | None:
+    """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world.
 
+    For a model that sees they may have `images`. If one has, the messages of all rows have parts as their content.
 
-def stages_before(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> Chain:
-    """Return the stages to make the fine-tuned model, if none is named."""
-    return chain_before(
-        "reward",
-        training_args.output_dir,
-        training_args.seed,
-        script_args.world_seed,
-        given_models={"sft": model_args.model_name_or_path},
-        configs={"pretrain": script_args.pretrain_config, "sft": script_args.sft_config},
-        over_world=True,
-    )
-
-
-def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Rows] | None:
-    """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world."""
-    from hfllm.data import formats
-    from hfllm.data.images.rows import without_images
+    Args:
+        seed: of the split, and of the rows in other forms.
+        processor: the model's, `None` for a text model.
+    """
+    from hfllm.data.augmentation import augmented_prompts, begun_comparisons, training_texts
+    from hfllm.data.formats import to_preference
     from hfllm.data.sources import WORLD
-    from hfllm.stages.shared import user_rows
+    from hfllm.evaluation.suites.refusals import refuses
 
     if script_args.dataset_name == WORLD:
         return None
-    rows = user_rows(script_args, without_images(formats.to_preference, "the model"), seed)
-    return augmented(script_args, *rows, seed)
-
-
-def augmented(script_args: RewardArguments, train_rows: Rows, eval_rows: Rows, seed: int) -> tuple[Rows, Rows]:
-    """Return training rows, a share `--augment` of them in other forms, and the held-out rows."""
-    from hfllm.data.augmentation import augmented_prompts, begun_comparisons, training_texts
-    from hfllm.evaluation.suites.refusals import refuses
-
-    if script_args.augment:
+    if processor is None:
+        train_rows, eval_rows = user_rows(script_args, without_images(to_preference, "the model"), seed)
+    else:
+        tokens = words_of_places(processor)
+        train_rows, eval_rows = rows_with_images(script_args, to_preference, STAGE, seed, tokens)
+    # Beside images this flag is refused.
+    if script_args.augment and not shows_pictures(train_rows, eval_rows):
         texts = training_texts(script_args.dataset_name)
         train_rows = augmented_prompts(train_rows, script_args.augment, seed, texts)
         train_rows = begun_comparisons(train_rows, script_args.augment, seed, texts, refuses)
     return train_rows, eval_rows
+
+
+def comparison_settings(script_args: RewardArguments, seed: int) -> "ComparisonSettings":
+    """Return the number and the sources of the world's comparisons, whose seed is `seed` by default."""
+    from hfllm.synthesis.answers import ComparisonSettings
+
+    return ComparisonSettings(
+        num_pairs=script_args.num_pairs,
+        num_eval_prompts=script_args.num_eval_prompts,
+        on_policy_fraction=script_args.on_policy_fraction,
+        num_samples=script_args.num_samples,
+        label_noise=script_args.label_noise,
+        response_length=script_args.response_length,
+        seed=seed if script_args.comparison_seed is None else script_args.comparison_seed,
+        augment=script_args.augment,
+    )
+
+
+def world_comparisons(
+    world: "World",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: "ComparisonSettings",
+    device: "torch.device",
+) -> tuple[Rows, Rows]:
+    """Return training and held-out comparisons between a model's samples and the demonstrators' responses.
+
+    Args:
+        device: where the model samples.
+    """
+    from hfllm.data.augmentation import begun_comparisons
+    from hfllm.data.tokenizer import WORLD_TRAINING
+    from hfllm.evaluation.suites.refusals import refuses
+    from hfllm.synthesis.answers import compare_samples
+    from hfllm.trainers.engines import unshard
+
+    unshard(model).to(device)
+    train_rows, eval_rows = compare_samples(world, model, tokenizer, settings)
+    if settings.augment:
+        train_rows = begun_comparisons(train_rows, settings.augment, settings.seed, WORLD_TRAINING, refuses)
+    return train_rows, eval_rows
+
+
+def in_batches_of_like_length(rows: Rows, batch_size: int, seed: int) -> Rows:
+    """Return the order for `train_sampling_strategy: sequential`: a random one would add two fifths of padding.
+
+    Args:
+        batch_size: comparisons of an optimizer step, over all processes.
+        seed: of the order of batches.
+    """
+    from hfllm.data.packing import length_grouped
+
+    def length(row: Mapping[str, Any]) -> int:
+        longest = max(len(row[side][0]["content"]) for side in ("chosen", "rejected"))
+        return longest + sum(len(message["content"]) for message in row["prompt"])
+
+    return length_grouped(rows, batch_size, seed, length=length)
+
+
+# ---- training ----
+
+
+COLUMNS = ("prompt", "chosen", "rejected")
+
+
+def scoring_processor(name: str | None, revision: str) -> "ProcessorMixin | None":
+    """Return the processor of a named vision-language model; `None` for a text model, or if no model is named."""
+    from transformers import AutoModelForSequenceClassification
+
+    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.runs.models import load_config
+
+    config = load_config(name, revision) if name else None
+    if config is None or not is_for_pictures(config):
+        return None
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise InputError(
+            f"--model_name_or_path {name}: transformers has no model of type {config.model_type} that scores; for an "
+            "hfllm model with eyes (hfllm.with_vision) there is one"
+        )
+    return load_processing_class(name, revision, config)
 
 
 def comparisons_of(rows: Rows, tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
@@ -128,12 +206,57 @@ def comparisons_of(rows: Rows, tokenizer: "PreTrainedTokenizerBase") -> "Dataset
     return Dataset.from_dict({f"{side}_ids": [conversations.whole(row, side) for row in rows] for side in sides})
 
 
-def kept_comparisons(
-    script_args: RewardArguments, trainer: "RewardTrainer", train_rows: Rows, eval_rows: Rows
-) -> dict[str, int]:
-    """Return how many comparisons the trainer keeps, and print how many it leaves out."""
-    from hfllm.runs.command_line import say
+def comparison_trainer(
+    model: "PreTrainedModel",
+    args: "RewardConfig",
+    parts: tuple[Rows, Rows],
+    processing_class: "ProcessingClass",
+    max_pixels: int,
+    adapter: "PeftConfig | None",
+) -> "RewardTrainer":
+    """Return the trainer of a reward model on comparisons, perhaps of answers about images.
 
+    Args:
+        args: the trainer's.
+        parts: training and held-out comparisons.
+        processing_class: the tokenizer, or a vision-language model's processor; it is saved with the model.
+        max_pixels: of an image at most.
+        adapter: a new one to train.
+    """
+    from hfllm.data.images.rows import as_dataset
+    from hfllm.multimodal.processors import tokenizer_of
+    from hfllm.runs.models import fitting_length
+    from hfllm.trainers.trl_trainers import PictureRewardTrainer, RewardTrainer
+
+    tokenizer, shows = tokenizer_of(processing_class), shows_pictures(*parts)
+    if shows:
+        # In a batch without images the tower gets no gradient, and several processes would wait for one.
+        finds = args.ddp_find_unused_parameters
+        args = changed(args, max_length=None, ddp_find_unused_parameters=True if finds is None else finds)
+        train, held_out = (as_dataset(rows, max_pixels, COLUMNS) for rows in parts)
+        new_trainer = partial(PictureRewardTrainer, processing_class)
+    else:
+        args = changed(args, max_length=fitting_length(args.max_length, model))
+        train, held_out = (comparisons_of(rows, tokenizer) for rows in parts)
+        new_trainer = partial(RewardTrainer, processing_class=tokenizer)
+    sets = {"train_dataset": train, "eval_dataset": held_out}
+    trainer = new_trainer(model=model, args=args, peft_config=adapter, **sets)
+    if processing_class is not tokenizer:
+        # A processor is saved with its tokenizer.
+        trainer.processing_class = processing_class
+    if shows:
+        warn_of_frozen_projector(trainer.model, adapter is not None, "reward")
+    return trainer
+
+
+def count_comparisons(
+    trainer: "RewardTrainer", train_rows: Rows, eval_rows: Rows, dataset_name: str
+) -> dict[str, int]:
+    """Return how many comparisons the trainer keeps, and print how many it leaves out.
+
+    Args:
+        dataset_name: with the comparisons, for the error if none is left.
+    """
     longest, counts = trainer.args.max_length, {}
     sides = {"train": (train_rows, trainer.train_dataset), "eval": (eval_rows, trainer.eval_dataset)}
     for side, (rows, dataset) in sides.items():
@@ -143,178 +266,11 @@ def kept_comparisons(
             what = "training" if side == "train" else "held-out"
             say(f"{what} rows: {left_out:,} of {len(rows):,} rows dropped: longer than --max_length {longest}")
     if 0 in counts.values():
-        raise InputError(f"no comparison in {script_args.dataset_name!r} fits into --max_length {longest} tokens")
+        raise InputError(f"no comparison in {dataset_name!r} fits into --max_length {longest} tokens")
     return counts
 
 
-def world_comparisons(
-    script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig"
-) -> tuple[Rows, Rows]:
-    """Return training and held-out comparisons between the named model's samples and the demonstrators' responses."""
-    from hfllm.data.augmentation import begun_comparisons
-    from hfllm.data.tokenizer import WORLD_TRAINING
-    from hfllm.data.world.world import World
-    from hfllm.evaluation.suites.refusals import refuses
-    from hfllm.runs.models import load_policy
-    from hfllm.synthesis.answers import ComparisonSettings, compare_samples
-    from hfllm.trainers.engines import unshard
-
-    model, tokenizer = load_policy(model_args)
-    unshard(model).to(training_args.device)
-    settings = ComparisonSettings(
-        num_pairs=script_args.num_pairs,
-        num_eval_prompts=script_args.num_eval_prompts,
-        on_policy_fraction=script_args.on_policy_fraction,
-        num_samples=script_args.num_samples,
-        label_noise=script_args.label_noise,
-        response_length=script_args.response_length,
-        seed=training_args.seed if script_args.comparison_seed is None else script_args.comparison_seed,
-        augment=script_args.augment,
-    )
-    train_rows, eval_rows = compare_samples(World(script_args.world_seed), model, tokenizer, settings)
-    if settings.augment:
-        train_rows = begun_comparisons(train_rows, settings.augment, settings.seed, WORLD_TRAINING, refuses)
-    return train_rows, eval_rows
-
-
-def in_batches_of_like_length(rows: Rows, training_args: "RewardConfig") -> Rows:
-    """Return the order for `train_sampling_strategy: sequential`: a random one would add two fifths of padding."""
-    from hfllm.data.packing import length_grouped
-
-    def length(row: Mapping[str, Any]) -> int:
-        longest = max(len(row[side][0]["content"]) for side in ("chosen", "rejected"))
-        return longest + sum(len(message["content"]) for message in row["prompt"])
-
-    steps = training_args.gradient_accumulation_steps * training_args.world_size
-    return length_grouped(rows, training_args.per_device_train_batch_size * steps, training_args.seed, length=length)
-
-
-# ---- pictures ----
-#
-# Vision-language reward models: comparisons of answers about images, their trainer, and the control.
-
-
-STAGE = "hfllm reward"
-COLUMNS = ("prompt", "chosen", "rejected")
-
-
-def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
-    """Return the processor of a named vision-language model; `None` for a text model, or if no model is named."""
-    from transformers import AutoModelForSequenceClassification
-
-    from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.runs.models import load_config
-    from hfllm.stages.shared import load_processing_class
-
-    name = model_args.model_name_or_path
-    config = load_config(name, model_args.model_revision) if name else None
-    if config is None or not is_for_pictures(config):
-        return None
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise InputError(
-            f"--model_name_or_path {name}: transformers has no model of type {config.model_type} that scores; for an "
-            "hfllm model with eyes (hfllm.with_vision) there is one"
-        )
-    return load_processing_class(model_args, config)
-
-
-def picture_comparisons(
-    script_args: RewardArguments, seed: int, processor: "ProcessorMixin | None"
-) -> tuple[Rows, Rows] | None:
-    """Return comparisons as `user_comparisons` does; for a vision-language model they may have `images`.
-
-    If one row has images, the messages of all rows have parts as their content.
-    """
-    from hfllm.data.formats import Row, to_preference
-    from hfllm.data.images.rows import (
-        Convert,
-        flaw_of_pictures,
-        picture_mapper,
-        place_images,
-        refuse_tools,
-        words_or_pictures,
-    )
-    from hfllm.data.rows import flaw_of, origin_of
-    from hfllm.data.sources import WORLD
-    from hfllm.stages.sft.build import shows_pictures
-    from hfllm.stages.shared import user_rows
-
-    if processor is None or script_args.dataset_name == WORLD:
-        return user_comparisons(script_args, seed)
-
-    def mapper_of(name: str) -> Convert:
-        tokens = words_of_places(processor)
-        pictures = picture_mapper(script_args, name, to_preference, STAGE, tokens)
-        return words_or_pictures(pictures, to_preference, tokens)
-
-    def flaw(row: Row) -> str | None:
-        return flaw_of_pictures(row) if row.get("images") else flaw_of(row)
-
-    name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
-    parts = user_rows(script_args, mapper_of(name), seed, flaw_of=flaw, eval_mapper=mapper_of(eval_name))
-    if not shows_pictures(*parts):
-        return augmented(script_args, *parts, seed)
-    for row in (row for part in parts for row in part if not row.get("images")):
-        origin = origin_of(row, "a row")
-        refuse_tools(origin, row, STAGE)
-        row |= {**place_images(origin, row, 0), "images": []}
-    return parts
-
-
-def check_pictures(
-    script_args: RewardArguments,
-    training_args: "RewardConfig",
-    model_args: "ModelConfig",
-    rows: tuple[Rows, Rows] | None,
-    processor: "ProcessorMixin | None",
-) -> bool:
-    """Return whether a row has images; refuse flags incompatible with this, or with a vision-language model."""
-    from hfllm.flags import given_names
-    from hfllm.multimodal.processors import check_template
-    from hfllm.stages.sft.build import shows_pictures
-    from hfllm.stages.shared import check_sampling, check_split_weights
-
-    shows = rows is not None and shows_pictures(*rows)
-    check_flags(script_args, training_args, model_args, shows=shows, sees=processor is not None)
-    if not shows:
-        return False
-    check_template(processor, model_args.model_name_or_path)
-    check_split_weights(training_args, *rows)
-    check_sampling(training_args)
-    is_given = "max_length" in (given_names(script_args, training_args) or ())
-    refuse(is_given and training_args.max_length is not None, "--max_length", "rows with pictures are not cut")
-    return True
-
-
-def trainer_of(
-    script_args: RewardArguments,
-    training_args: "RewardConfig",
-    model_args: "ModelConfig",
-    model: "PreTrainedModel",
-    processor: "ProcessorMixin",
-    train_rows: Rows,
-    eval_rows: Rows,
-) -> "PictureRewardTrainer":
-    """Return the trainer of a vision-language reward model."""
-    from hfllm.data.images.rows import as_dataset
-    from hfllm.runs.arguments import changed
-    from hfllm.runs.models import peft_config
-    from hfllm.stages.vision.build import freeze, warn_of_frozen_projector
-    from hfllm.trainers.trl_trainers import PictureRewardTrainer
-
-    freeze(model, script_args.freeze_vision, script_args.freeze_text)
-    # In a batch without images the tower gets no gradient, and several processes would wait for one.
-    finds = training_args.ddp_find_unused_parameters
-    args = changed(training_args, max_length=None, ddp_find_unused_parameters=True if finds is None else finds)
-    train, held_out = (as_dataset(rows, script_args.max_pixels, COLUMNS) for rows in (train_rows, eval_rows))
-    adapter = peft_config(model_args, "SEQ_CLS")
-    sets = {"train_dataset": train, "eval_dataset": held_out}
-    trainer = PictureRewardTrainer(processor, model=model, args=args, peft_config=adapter, **sets)
-    warn_of_frozen_projector(trainer.model, model_args.use_peft, "reward")
-    return trainer
-
-
-def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_rows: Rows) -> dict[str, float]:
+def other_pictures_accuracy(trainer: "PictureRewardTrainer", eval_rows: Rows, max_pixels: int) -> dict[str, float]:
     """Return the accuracy on held-out comparisons with images of other rows.
 
     Nothing where weights are spread over processes, or no other row has as many images.
@@ -325,20 +281,21 @@ def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_
 
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return {}
-    others = other_places([row["images"] for row in eval_rows])
+    others = other_places([row.get("images") or () for row in eval_rows])
     swapped = [
         {**row, "images": eval_rows[other]["images"]}
         for index, (row, other) in enumerate(zip(eval_rows, others, strict=True))
-        if row["images"] and other != index
+        if other != index
     ]
-    if not swapped:
-        return {}
-    result = trainer.is_right(as_dataset(swapped, script_args.max_pixels, COLUMNS))
-    return mean_of("other_pictures_accuracy", result)
+    return (
+        mean_of("other_pictures_accuracy", trainer.is_right(as_dataset(swapped, max_pixels, COLUMNS)))
+        if swapped
+        else {}
+    )
 
 
-def control_summary(metrics: Mapping[str, Any]) -> str:
-    """Return the control in words; an empty string if it was not measured."""
+def other_pictures_summary(metrics: Mapping[str, Any]) -> str:
+    """Return the result of `other_pictures_accuracy` in words; an empty string if it was not measured."""
     from hfllm.outputs.report import plus_minus
 
     name = "other_pictures_accuracy"

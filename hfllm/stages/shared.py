@@ -1,4 +1,4 @@
-"""Code shared by several stages: the user's rows, rows with images, and answering models."""
+"""Code shared by several stages: the user's rows, rows with images, models that see, and answering models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,18 +6,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import Row
-from hfllm.data.images.rows import PictureArguments
+from hfllm.data.images.rows import (
+    Convert,
+    PictureArguments,
+    by_turns,
+    contents_of,
+    existing,
+    flaw_of_pictures,
+    named_pictures,
+    picture_mapper,
+    place_images,
+    refuse_tools,
+    words_or_pictures,
+    written_when,
+)
 from hfllm.data.loading import DataArguments, RowArguments, held_out_arguments, load_rows, shared_prompts, split_rows
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.rows import Dropped, Message, flaw_of
+from hfllm.data.rows import Dropped, Message, flaw_of, origin_of
 from hfllm.errors import InputError, refuse
-from hfllm.flags import given_names
+from hfllm.flags import Fact, check_flags
 from hfllm.outputs.report import Plot, plus_minus
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from peft import PeftModel
+    from torch import nn
     from transformers import (
         PreTrainedConfig,
         PreTrainedModel,
@@ -28,76 +43,6 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
     from hfllm.multimodal.processors import ProcessingClass
-
-
-# ---- checks of several stages ----
-
-
-WHOLE = "rows with pictures are read by the model's processor, as they are"
-# Flags of TRL that would cut, join or rewrite the tokens of rows read by the processor.
-NOT_JOINED = {
-    "packing": "rows with pictures are not packed",
-    "eval_packing": "rows with pictures are not packed",
-    "padding_free": "rows with pictures are padded",
-    "assistant_only_loss": "of rows with pictures the answers are found without marks",
-    "chat_template_path": WHOLE,
-    "eos_token": WHOLE,
-}
-
-
-def check_whole_rows(script_args: RowArguments, training_args: "SFTConfig", is_cut: bool = False) -> None:
-    """Refuse flags of fine-tuning that would cut, join or rewrite rows with images, or learn their questions.
-
-    Args:
-        is_cut: whether `--max_length` has a meaning: as many questions as fit are put into a row.
-    """
-    for flag, why in NOT_JOINED.items():
-        refuse(bool(getattr(training_args, flag)), f"--{flag}", why)
-    check_sampling(training_args)
-    refuse(training_args.completion_only_loss is False, "--completion_only_loss false", "answers alone are learned")
-    is_given = "max_length" in (given_names(script_args, training_args) or ())
-    is_idle = is_given and training_args.max_length is not None and not is_cut
-    refuse(is_idle, "--max_length", "rows with pictures are not cut")
-
-
-def check_sampling(training_args: "TrainingArguments") -> None:
-    """Refuse to group rows with images by length, as the length is unknown before a batch is made."""
-    is_grouped = training_args.train_sampling_strategy == "group_by_length"
-    refuse(
-        is_grouped, "--train_sampling_strategy group_by_length", "rows with pictures are read when a batch needs them"
-    )
-
-
-def count_seen(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return the number of rows with images."""
-    return sum(bool(row.get("images")) for row in rows)
-
-
-def is_mixed(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether some rows have images and others have none."""
-    return 0 < count_seen(rows) < len(rows)
-
-
-def check_split_weights(
-    training_args: "TrainingArguments",
-    train_rows: Sequence[Mapping[str, Any]],
-    eval_rows: Sequence[Mapping[str, Any]],
-) -> None:
-    """Refuse images in only some rows where processes hold parts of the weights, as PPO does.
-
-    A process with no image in its batch does not run the tower, and the others would wait for it to gather or reduce
-    the tower.
-    """
-    from hfllm.trainers.engines import shards_parameters
-
-    if not shards_parameters(training_args):
-        return
-    for what, rows in (("training", train_rows), ("held-out", eval_rows)):
-        if is_mixed(rows):
-            raise InputError(
-                f"pictures in {count_seen(rows)} of {len(rows)} {what} rows: DeepSpeed and FSDP need one in each row "
-                "or in none; train the others by themselves, or by DDP, which takes both mixed"
-            )
 
 
 # ---- user rows ----
@@ -156,34 +101,164 @@ def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: in
     return rows
 
 
+# ---- rows with images ----
+#
+# Training on rows some of which have images: how they are read, and what is refused then.
+
+
+WHOLE = "rows with pictures are read by the model's processor, as they are"
+NOT_CUT = "rows with pictures are not cut"
+# Flags of TRL that would cut, join or rewrite the tokens of rows read by the processor.
+NOT_JOINED = {
+    "packing": "rows with pictures are not packed",
+    "eval_packing": "rows with pictures are not packed",
+    "padding_free": "rows with pictures are padded",
+    "assistant_only_loss": "of rows with pictures the answers are found without marks",
+    "chat_template_path": WHOLE,
+    "eos_token": WHOLE,
+}
+
+
+def refused_with_images(fact: Fact) -> dict[str, Fact]:
+    """Return what fine-tuning refuses of TRL's flags where this fact gives its rows images, for `refused`."""
+    return {flag: fact.because(why) for flag, why in NOT_JOINED.items()}
+
+
+def check_batches(train_sampling_strategy: str, completion_only_loss: bool | None = None) -> None:
+    """Refuse to group rows with images by length, unknown before a batch is made, and to learn their questions."""
+    refuse(
+        train_sampling_strategy == "group_by_length",
+        "--train_sampling_strategy group_by_length",
+        "rows with pictures are read when a batch needs them",
+    )
+    refuse(completion_only_loss is False, "--completion_only_loss false", "answers alone are learned")
+
+
+def check_rows(
+    script_args: "DataclassInstance",
+    training_args: "TrainingArguments",
+    model_args: "ModelConfig",
+    parts: tuple[Rows, Rows],
+    sees: bool,
+) -> bool:
+    """Return whether a row has images; refuse flags incompatible with this, or without effect on rows of text.
+
+    Args:
+        parts: training and held-out rows.
+        sees: whether the model reads images.
+    """
+    from hfllm.trainers.engines import shards_parameters
+
+    shows = shows_pictures(*parts)
+    check_flags(script_args, training_args, model_args, shows=shows, sees=sees)
+    if shows:
+        check_batches(training_args.train_sampling_strategy, getattr(training_args, "completion_only_loss", None))
+        if shards_parameters(training_args):
+            refuse_mixed(*parts)
+    return shows
+
+
+def refuse_mixed(train_rows: Sequence[Mapping[str, Any]], eval_rows: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Refuse images in only some rows, for processes with parts of the weights, as PPO does.
+
+    A process with no image in its batch does not run the tower, and the others would wait for it to gather or reduce
+    the tower.
+    """
+    for what, rows in (("training", train_rows), ("held-out", eval_rows)):
+        # The first answers of a conversation may come before its first image.
+        turns = [turn for row in rows for turn in (by_turns(row) if "completion" in row else [row])]
+        if is_mixed(turns):
+            raise InputError(
+                f"pictures in {_count_images(turns)} of {len(turns)} {what} rows: DeepSpeed and FSDP need one in each "
+                "row or in none; train the others by themselves, or by DDP, which takes both mixed"
+            )
+
+
+def is_mixed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether some rows have images and others have none."""
+    return 0 < _count_images(rows) < len(rows)
+
+
+def _count_images(rows: Sequence[Mapping[str, Any]]) -> int:
+    return sum(bool(row.get("images")) for row in rows)
+
+
+def rows_with_images(
+    script_args: RowArguments,
+    convert: Convert,
+    stage: str,
+    seed: int,
+    tokens: Sequence[str],
+    needs_images: bool = False,
+    most: int | None = None,
+) -> tuple[Rows, Rows]:
+    """Return rows as `user_rows` does, for a model that sees: some, or all of them, may have `images`.
+
+    If one row has images, the messages of all rows have parts as their content.
+
+    Args:
+        script_args: the datasets, and the treatment of unreadable images.
+        convert: converts a row of text, such as `formats.to_sft`.
+        stage: the command, for complaints.
+        seed: of the split.
+        tokens: the processor's placeholders for images; rows with one of them in their text are left out.
+        needs_images: whether rows without images are left out.
+        most: see `user_rows`.
+    """
+
+    def mapper_of(name: str) -> Convert:
+        pictures = picture_mapper(script_args, name, convert, stage, tokens)
+        return pictures if needs_images else words_or_pictures(pictures, convert, tokens)
+
+    def flaw(row: Row) -> str | None:
+        return flaw_of_pictures(row) if row.get("images") else flaw_of(row)
+
+    name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
+    parts = user_rows(script_args, mapper_of(name), seed, most=most, flaw_of=flaw, eval_mapper=mapper_of(eval_name))
+    if shows_pictures(*parts):
+        for row in (row for part in parts for row in part if not row.get("images")):
+            origin = origin_of(row, "a row")
+            refuse_tools(origin, row, stage)
+            row |= {**place_images(origin, row, 0), "images": []}
+    return parts
+
+
+def shows_pictures(*parts: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a row has images."""
+    return any(row.get("images") for part in parts for row in part)
+
+
 # ---- models that see ----
 #
 # Processors in place of tokenizers, and policies that read images.
 
 
-def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig") -> "ProcessingClass":
-    """Load the tokenizer of the named model, or the processor of a vision-language model, with a padding token."""
-    return _processing_class(model_args.model_name_or_path, model_args.model_revision, config)
+def load_processing_class(
+    name: str, revision: str = "main", config: "PreTrainedConfig | None" = None
+) -> "ProcessingClass":
+    """Load the tokenizer of a model, or the processor of a vision-language model, with a padding token.
 
-
-def processing_class_of(name: str, revision: str = "main") -> "ProcessingClass":
-    """Load the tokenizer of a model, or the processor of a vision-language model, as `load_processing_class` does."""
-    from hfllm.runs.models import load_config
-
-    return _processing_class(name, revision, load_config(name, revision))
-
-
-def _processing_class(name: str, revision: str, config: "PreTrainedConfig") -> "ProcessingClass":
+    Args:
+        config: the model's, if it is loaded already.
+    """
     from hfllm.data.tokenizer import padding_token
     from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.runs.models import load_tokenizer
+    from hfllm.runs.models import load_config, load_tokenizer
 
-    if not is_for_pictures(config):
+    if not is_for_pictures(config or load_config(name, revision)):
         return load_tokenizer(name, revision)
     processor = load_processor(name, revision)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = padding_token(processor.tokenizer)
     return processor
+
+
+def processor_of(name: str | None, revision: str = "main") -> "ProcessorMixin | None":
+    """Return the processor of a named vision-language model; `None` for a text model, or if no model is named."""
+    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.runs.models import load_config
+
+    return load_processor(name, revision) if name and is_for_pictures(load_config(name, revision)) else None
 
 
 def load_processor(name: str, revision: str) -> "ProcessorMixin":
@@ -219,7 +294,7 @@ def load_policy(
 
     if not is_for_pictures(config):
         return load_to_train(model_args, output_dir)
-    processor = load_processing_class(model_args, config)
+    processor = load_processing_class(model_args.model_name_or_path, model_args.model_revision, config)
     return load_seeing_model(model_args), processor
 
 
@@ -247,7 +322,77 @@ def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel
     return put_on(base, adapter, is_trainable=True)
 
 
+# ---- training on images ----
+#
+# The user's vision-language model, and the arguments of TRL's trainer of it on rows with images.
+
+
+def picture_processor(name: str, revision: str) -> "ProcessorMixin":
+    """Return the processor of the user's vision-language model, with a chat template for images."""
+    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.multimodal.processors import check_template
+    from hfllm.runs.models import load_config
+
+    config = load_config(name, revision)
+    if not is_for_pictures(config):
+        raise InputError(
+            f"--model_name_or_path {name}: a {config.model_type} model reads text alone; name a vision-language "
+            "model, or give it eyes by hfllm.with_vision"
+        )
+    processor = load_processor(name, revision)
+    check_template(processor, name)
+    return processor
+
+
+def load_picture_model(
+    model_args: "ModelConfig", freeze_vision: bool = False, freeze_text: bool = False
+) -> "tuple[PreTrainedModel, ProcessorMixin]":
+    """Load the user's vision-language model to train on images, and its processor with a padding token.
+
+    Args:
+        freeze_vision: whether the tower stays as it is, see `freeze`.
+        freeze_text: whether the decoder does.
+    """
+    from hfllm.models.loading.saved import reason_of
+    from hfllm.multimodal.freezing import freeze
+
+    name = model_args.model_name_or_path
+    processor = picture_processor(name, model_args.model_revision)
+    try:
+        model = load_seeing_model(model_args)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from error
+    freeze(model, freeze_vision, freeze_text)
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer of {name!r} has no end token (eos_token): answers end with one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, processor
+
+
+def picture_args(args: "SFTConfig", rows: Sequence[Mapping[str, Any]]) -> "SFTConfig":
+    """Return a trainer's arguments for training rows with images, which are not cut.
+
+    Rows become tokens batch by batch, in TRL's `DataCollatorForVisionLanguageModeling`.
+    """
+    # In a batch without images the tower gets no gradient, and several processes would wait for it.
+    waits = is_mixed(rows) and args.ddp_find_unused_parameters is None
+    return changed(args, max_length=None, **({"ddp_find_unused_parameters": True} if waits else {}))
+
+
+def warn_of_frozen_projector(model: "nn.Module", has_adapter: bool, stage: str) -> None:
+    """Warn if an adapter leaves the projector untrained."""
+    learned = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if has_adapter and not any("projector" in name for name in learned):
+        say(f"{stage}: the adapter leaves the projector as it is; --lora_modules_to_save with its name lets it learn")
+
+
 # ---- models that answer ----
+#
+# Models to answer with in a stage, and the lines of a report to ask a trained one.
 
 
 @dataclass(frozen=True)
@@ -292,6 +437,21 @@ def load_speaking(
     return Speaking(model.to(device).eval(), tokenizer)
 
 
+def next_lines(folder: str, prompt: str | list[Message], config: "PreTrainedConfig", is_adapter: bool) -> list[str]:
+    """Return the lines of Python to load a trained policy and ask it: a prompt, or a question about an image.
+
+    Args:
+        prompt: one of the held-out prompts.
+        config: the policy's.
+        is_adapter: whether an adapter is saved.
+    """
+    from hfllm.models.loading.saved import is_for_pictures
+    from hfllm.outputs.card import chat_lines
+    from hfllm.outputs.pictures import picture_lines
+
+    return picture_lines(folder, is_adapter) if is_for_pictures(config) else chat_lines(folder, prompt)
+
+
 # ---- figures ----
 
 
@@ -328,7 +488,6 @@ def files_changed(
     """
     from transformers import AutoModelForImageTextToText
 
-    from hfllm.data.images.rows import contents_of, existing, named_pictures, written_when
     from hfllm.outputs.report import CHANGED, CONTENTS
     from hfllm.runs.identity import PICTURES_OF
     from hfllm.runs.models import load_config

@@ -139,7 +139,7 @@ def test_what_is_learned_of_a_prefilled_answer_is_what_follows(prefill):
 
 def test_without_the_flag_rows_are_the_same_object():
     before = rows(3)
-    assert augmented(SftArguments(), before, 0) is before
+    assert augmented(before, 0.0, 0, "world") is before
     with pytest.raises(ValueError, match=r"augment must lie in \[0, 1\], got 1.5"):
         SftArguments(augment=1.5)
 

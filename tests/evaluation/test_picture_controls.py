@@ -1,7 +1,5 @@
 """Controls of questions about pictures: with another picture, the right answer is the one about that picture."""
 
-from types import SimpleNamespace
-
 from hfllm.data.images.files import image_key
 from hfllm.data.world.pictures import answer_about, draw_examples
 from hfllm.evaluation.pictures import Asked, is_right, shuffled_questions
@@ -29,8 +27,7 @@ def test_the_truth_about_other_pictures_is_that_of_what_they_show(monkeypatch):
         return [answer_about(scenes[image_key(shown[0])], text) for shown, text in zip(images, texts, strict=True)]
 
     monkeypatch.setattr(vision_report, "answer_pictures", reads)
-    settings = SimpleNamespace(max_new_tokens=16)
-    metrics = vision_report.evaluate(settings, None, None, {SEEN: questions, SHUFFLED: shuffled}).metrics
+    metrics = vision_report.judge_answers(None, None, {SEEN: questions, SHUFFLED: shuffled}).metrics
     by_hand = [
         is_right(answer_about(scenes[image_key(other.images[0])], other.question), own.answer)
         for own, other in zip(questions, shuffled, strict=True)

@@ -16,6 +16,7 @@ from hfllm.errors import InputError
 from hfllm.rewards.functions import length_penalty
 from hfllm.runs import models
 from hfllm.stages.rlhf import build as rlhf_stage
+from hfllm.stages.rlhf import flags as rlhf_flags
 from hfllm.stages.rlhf.build import NO_TOOLS
 from hfllm.stages.sft.build import instruction_data
 
@@ -228,13 +229,13 @@ def test_the_proxy_alone_trains_the_policy(aligned, tiny):
     from hfllm.rewards.functions import gold_reward
 
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"]])
-    trained, rewards = rlhf_stage.log_gold_reward(script_args, training_args, ["proxy"])
+    trained, rewards = rlhf_stage.log_gold_reward(training_args, ["proxy"], "world")
     assert trained.reward_weights == [1.0, 0.0] and training_args.reward_weights is None
     assert rewards == ["proxy", gold_reward]
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--reward_funcs", "gold"])
-    functions = rlhf_stage.checked_functions(script_args)
+    functions = rlhf_stage.checked_functions(script_args.reward_funcs)
     assert functions == [gold_reward]
-    assert rlhf_stage.log_gold_reward(script_args, training_args, functions)[0].reward_weights is None
+    assert rlhf_stage.log_gold_reward(training_args, functions, "world")[0].reward_weights is None
 
 
 def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
@@ -267,7 +268,7 @@ def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     models.load_value_model(script_args.value_model, model_args, ["my/reward"])
     assert {name: kwargs["revision"] for name, kwargs in loaded.items()} == {"my/reward": "main", "my/critic": "main"}
     assert "quantization_config" in loaded["my/reward"] and "quantization_config" not in loaded["my/critic"]
-    (reward,) = rlhf_stage.stages_before(script_args, training_args, model_args).runs.values()
+    (reward,) = rlhf_flags.stages_before(script_args, training_args, model_args).runs.values()
     assert reward[2].model_name_or_path == "my/policy" and reward[2].model_revision == "v2"
 
 
@@ -275,7 +276,7 @@ def test_the_stages_before_learn_from_as_many_other_forms(tmp_path):
     (config := tmp_path / "reward.yaml").write_text("augment: 0.5\n")
 
     def shares(*flags: str) -> dict[str, float]:
-        runs = rlhf_stage.stages_before(*rlhf.parse([*flags])).runs
+        runs = rlhf_flags.stages_before(*rlhf.parse([*flags])).runs
         return {name: runs[name][0].augment for name in ("sft", "reward")}
 
     assert shares("--augment", "0.25") == {"sft": 0.25, "reward": 0.25}
@@ -307,11 +308,12 @@ def test_the_longest_row_is_also_that_of_pretraining_texts(tmp_path):
     flags = ["--ptx_dataset_name", str(path), "--ptx_coef", "0.1", "--output_dir", str(tmp_path / "out")]
     for limit, count in ((50, None), (0, 2)):
         script_args, training_args, _ = rlhf.parse([*flags, "--max_row_bytes", str(limit)])
+        documents = (script_args.num_prompts, training_args.seed, script_args.world_seed, script_args.max_row_bytes)
         if count is None:
             with pytest.raises(InputError, match="line 2: a row of more than 50 bytes; --max_row_bytes N"):
-                rlhf_stage.ptx_texts(script_args, training_args)
+                rlhf_stage.ptx_texts(str(path), *documents)
         else:
-            assert len(rlhf_stage.ptx_texts(script_args, training_args)) == count
+            assert len(rlhf_stage.ptx_texts(str(path), *documents)) == count
 
 
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):

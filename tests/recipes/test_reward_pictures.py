@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoProcessor
 import hfllm
 from hfllm.errors import InputError
 from hfllm.rewards.models import PictureRewardModel, reward_model
-from hfllm.stages.shared import processing_class_of
+from hfllm.stages.shared import load_processing_class
 
 QUIET = ["--logging_steps", "20", "--save_strategy", "no", "--per_device_train_batch_size", "32"]
 LEARNS = ["--max_steps", "50", "--learning_rate", "0.01"]
@@ -187,7 +187,7 @@ def test_what_cannot_be_judged_is_refused(seeing_folder, tmp_path):
         run(tmp_path / "text", rows, tmp_path / "out")
     with pytest.raises(InputError, match="sees: give it its processor"):
         model = AutoModelForSequenceClassification.from_pretrained(seeing_folder / "model", num_labels=1)
-        reward_model(model, processing_class_of(str(tmp_path / "text")))
+        reward_model(model, load_processing_class(str(tmp_path / "text")))
 
 
 CODE = """

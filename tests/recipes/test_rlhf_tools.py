@@ -119,8 +119,10 @@ def test_rewards_get_the_environments(flags, tmp_path):
 
 
 def test_tools_that_come_with_the_package_have_short_names(flags, tmp_path):
-    arguments = rlhf.parse([*flags(tool=None), "--tools", "calculator", "python", f"{tmp_path / 'tools.py'}:double"])
-    assert [tool.__name__ for tool in checked_tools(*arguments).functions] == ["calculator", "python", "double"]
+    tools = ["calculator", "python", f"{tmp_path / 'tools.py'}:double"]
+    script_args, _, model_args = rlhf.parse([*flags(tool=None), "--tools", *tools])
+    policy_tools = checked_tools(script_args.tools, None, model_args.model_name_or_path)
+    assert [tool.__name__ for tool in policy_tools.functions] == ["calculator", "python", "double"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from transformers import (
 
 from hfllm.models.loading.adapters import load_scorer
 from hfllm.rewards.models import reward_model
-from hfllm.stages.shared import processing_class_of
+from hfllm.stages.shared import load_processing_class
 
 MARKS = {"boi_token": "<boi>", "image_token": "<image>", "eoi_token": "<eoi>"}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -87,7 +87,7 @@ def test_a_reward_model_of_it_sees(folder, tmp_path):
     metrics = reward.main(*reward.parse(flags(folder, rows, tmp_path / "out", *quick)))
     assert metrics["train_comparisons"] + metrics["eval_comparisons"] == 8
     # What it learned of scores the picture of the prompt, through the reward of PPO.
-    scores = reward_model(load_scorer(str(tmp_path / "out")), processing_class_of(str(tmp_path / "out")))
+    scores = reward_model(load_scorer(str(tmp_path / "out")), load_processing_class(str(tmp_path / "out")))
     asked = [
         [{"role": "user", "content": [{"type": "image", "image": row["image"]}, {"type": "text", "text": "which"}]}]
         for row in halves(2, seed=5)

@@ -12,10 +12,13 @@ from seeing_rows import WORDS, halves, make_processor, write_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hfllm
+from hfllm.data.images.rows import as_dataset, by_turns
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import evaluate_tuned
 from hfllm.multimodal.answers import answer_pictures
+from hfllm.stages import shared
 from hfllm.stages.sft import build as sft_build
+from hfllm.trainers.trl_trainers import SFTTrainer
 
 QUIET = ["--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_strategy", "no"]
 
@@ -23,6 +26,22 @@ QUIET = ["--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_s
 def run(model, rows, output, *flags):
     named = ["--model_name_or_path", model, "--dataset_name", rows, "--output_dir", output, *QUIET, *flags]
     return sft.main(*sft.parse(list(map(str, named))))
+
+
+def rows_of(script_args, model_args):
+    """The training and held-out rows."""
+    processor = shared.processor_of(model_args.model_name_or_path)
+    return sft_build.instruction_data(script_args, script_args.num_examples, 3, "m", processor)
+
+
+def trainer_of(script_args, args, model_args, *parts):
+    train, held_out = ([turn for row in rows for turn in by_turns(row)] for rows in parts)
+    model, processor = shared.load_picture_model(model_args)
+    sets = {
+        "train_dataset": as_dataset(train, script_args.max_pixels),
+        "eval_dataset": as_dataset(held_out, script_args.max_pixels),
+    }
+    return SFTTrainer(model=model, args=shared.picture_args(args, train), processing_class=processor, **sets)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +76,9 @@ def test_rows_with_and_without_pictures_are_mixed(seeing_folder, texts, tmp_path
     rows.write_text(rows.read_text() + "\n" + "\n".join(texts.read_text().splitlines()[:12]))
     named = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--output_dir", tmp_path / "out"]
     script_args, args, model_args = sft.parse(list(map(str, named)))
-    processor = sft_build.processor_of(model_args)
-    train, held_out = sft_build.picture_instructions(script_args, 3, processor, "m")
+    train, held_out = rows_of(script_args, model_args)
     assert sum(len(row["images"]) for row in (*train, *held_out)) == 8 and len(train) + len(held_out) == 20
-    trainer, _ = sft_build.trainer_of(script_args, args, model_args, train, train)
+    trainer = trainer_of(script_args, args, model_args, train, train)
     together = evaluate_tuned(trainer, [], trainer.train_dataset, collate=trainer.data_collator).rows
     for place in range(len(train)):
         batch = trainer.data_collator([trainer.train_dataset[place]])
@@ -196,17 +214,17 @@ def test_pictures_in_some_rows_alone_are_refused_where_weights_are_split(seeing_
     rows = write_rows(tmp_path / "data", halves(4))
     named = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--output_dir", tmp_path / "out"]
     script_args, args, model_args = sft.parse(list(map(str, named)))
-    all_seen = sft_build.picture_instructions(script_args, 3, sft_build.processor_of(model_args), "m")
-    assert sft_build.check_pictures(script_args, args, model_args, *all_seen)
+    all_seen = rows_of(script_args, model_args)
+    assert shared.check_rows(script_args, args, model_args, all_seen, sees=True)
     rows.write_text(rows.read_text() + "\n" + "\n".join(texts.read_text().splitlines()[:12]))
     with pytest.raises(InputError, match=r"pictures in 4 of 1\d training rows: DeepSpeed and FSDP") as error:
         run(seeing_folder / "model", rows, tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     # Of processes with all of the weights each waits for what it has not used.
-    mixed = sft_build.picture_instructions(script_args, 3, sft_build.processor_of(model_args), "m")
-    assert sft_build.check_pictures(script_args, args, model_args, *mixed)
-    trainer, _ = sft_build.trainer_of(script_args, args, model_args, *mixed)
+    mixed = rows_of(script_args, model_args)
+    assert shared.check_rows(script_args, args, model_args, mixed, sees=True)
+    trainer = trainer_of(script_args, args, model_args, *mixed)
     assert trainer.args.ddp_find_unused_parameters
 
 

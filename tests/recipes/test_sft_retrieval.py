@@ -117,7 +117,7 @@ def test_the_recipe_trains_on_them_and_says_how_many(saved, tmp_path, texts, tok
 def test_rows_whose_passages_leave_no_room_are_counted_apart(tmp_path, tokenizer, capsys, more, kept):
     from trl import SFTConfig
 
-    from hfllm.stages.sft.build import examples
+    from hfllm.stages.sft.build import examples, tokenization_of
 
     text = "The owl is fine, " + "and so is the fox, " * 30
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
@@ -125,7 +125,8 @@ def test_rows_whose_passages_leave_no_room_are_counted_apart(tmp_path, tokenizer
     flags = RetrievalArguments(str(tmp_path / "long.jsonl"), retrieval_top_k=1)
     changed, _, _ = rows_with_passages(rows, [], flags, tokenizer, 1)
     settings = SFTConfig(output_dir=str(tmp_path), max_length=64, use_cpu=True, bf16=False, **more)
-    dataset, dropped = examples(changed, tokenizer, settings, "training rows")
+    tokenization = tokenization_of(settings)
+    dataset, dropped = examples(changed, tokenizer, tokenization, "training rows")
     said = capsys.readouterr().out
     assert dataset.num_rows == kept and dropped == 40 - kept
     assert all(any(label >= 0 for label in row["labels"]) for row in dataset)
@@ -140,7 +141,7 @@ def test_rows_whose_passages_leave_no_room_are_counted_apart(tmp_path, tokenizer
     # Of a conversation the earlier answers are kept, and the last one, which the passages are for, is not.
     rows = [OriginRow(to_sft("row", conversation("owl", number)), f"row {number}") for number in range(4)]
     changed, _, _ = rows_with_passages(rows, [], flags, tokenizer, 1)
-    examples(changed, tokenizer, settings, "conversations")
+    examples(changed, tokenizer, tokenization, "conversations")
     assert ("conversations: 2 of 4 rows have passages that leave no room" in capsys.readouterr().out) == (kept < 40)
 
 

@@ -16,9 +16,11 @@ from hfllm.data.images.rows import as_dataset
 from hfllm.errors import InputError
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.outputs.pictures import picture_lines
-from hfllm.stages.vision.build import drawn_rows, new_trainer, own_rows, own_trainer
+from hfllm.stages import shared
+from hfllm.stages.vision.build import drawn_rows, new_model, new_trainer, own_rows, question_rows
 from hfllm.stages.vision.flags import check
 from hfllm.trainers.pretraining.muon import MuonWithAdamW
+from hfllm.trainers.trl_trainers import SFTTrainer
 
 TINY = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
 QUIET = ["--per_device_train_batch_size", "4", "--logging_steps", "1"]
@@ -81,7 +83,9 @@ def test_the_same_seed_gives_the_same_weights(drawn, tmp_path):
 @pytest.mark.parametrize(("flag", "kind"), [("true", MuonWithAdamW), ("false", torch.optim.AdamW)])
 def test_muon_is_used_where_it_is_asked_for(flag, kind, tmp_path):
     script_args, args, _ = vision.parse(["--output_dir", str(tmp_path / "out"), *DRAWN, "--use_muon", flag])
-    assert isinstance(new_trainer(script_args, args, seed=0)[0].create_optimizer(), kind)
+    rows = question_rows(script_args.dataset_name, 0, 8, 4)
+    trainer = new_trainer(*new_model(script_args, rows.texts(), seed=0), rows, args, script_args.use_muon)
+    assert isinstance(trainer.create_optimizer(), kind)
 
 
 def own(folder, count=12, **columns):
@@ -165,15 +169,19 @@ def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
     for flags in (["--dataset_name", str(conversation(tmp_path / "data"))], ["--num_examples", "2"]):
         script_args, args, model_args = vision.parse([*named, *flags])
         if script_args.dataset_name == "pictures":
-            rows = drawn_rows(script_args, 0)
+            mix = (script_args.num_examples, script_args.questions_per_picture, script_args.share_absent)
+            rows = drawn_rows(question_rows("pictures", 0, *mix))
             said = [row["completion"][0]["content"][0]["text"] for row in rows]
             assert len(rows) == 10
         else:
-            rows, held_out = own_rows(script_args, 0)
+            rows, held_out = own_rows(script_args, 0, 256)
             assert len(rows) == 6 and [each.answer for each in held_out] == ["one"]
             assert [len(row["images"]) for row in rows] == [1, 2] * 3 and len(held_out[0].images) == 1
             said = ["one", "two"] * 3
-        trainer, processor = own_trainer(script_args, args, model_args, rows)
+        model, processor = shared.load_picture_model(model_args)
+        dataset = as_dataset(rows, script_args.max_pixels)
+        args = shared.picture_args(args, rows)
+        trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor)
         batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
         end = processor.tokenizer.eos_token
         learned = [processor.tokenizer.decode(each[each != -100]) for each in batch["labels"]]
@@ -190,15 +198,15 @@ def test_rows_that_would_stop_a_batch_are_refused_or_left_out(drawn, tmp_path, c
         rows.write_text("\n".join([*lines[:3], json.dumps({**json.loads(lines[3]), **columns}), *lines[4:]]))
 
     write(prompt="Is <|image|> a mark?")
-    train, held_out = own_rows(script_args, 0, ["<|image|>"])
+    train, held_out = own_rows(script_args, 0, 256, ["<|image|>"])
     assert len(train) + len(held_out) == 11 and "1 with words for a picture" in capsys.readouterr().out
     write(prompt="What?", completion="A <image>.")
     with pytest.raises(InputError, match=r"line 4: a place \(<image>\) in what the assistant says"):
-        own_rows(script_args, 0)
+        own_rows(script_args, 0, 256)
     schema = {"type": "function", "function": {"name": "look", "parameters": {}}}
     write(tools=[schema])
     with pytest.raises(InputError, match="line 4: the row has tools"):
-        own_rows(script_args, 0)
+        own_rows(script_args, 0, 256)
 
 
 def test_pictures_in_memory_may_be_of_any_mode():

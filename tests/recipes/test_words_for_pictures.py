@@ -12,6 +12,7 @@ from hfllm.data.images.rows import PictureArguments, conversation_batch
 from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
+from hfllm.models.loading.saved import max_length_of
 from hfllm.multimodal.processors import encode
 from hfllm.stages import reward as reward_module
 from hfllm.stages.evaluate import build as evaluate
@@ -58,7 +59,7 @@ def test_rows_to_learn_from(processor, seeing_folder, tmp_path, capsys, pictures
     bad = {"prompt": "say", "completion": "side"} | {side: f"say {processor.image_token} bright"}
     path = write(tmp_path, [*rows, bad], pictures)
     script_args, args, _ = parsed(sft, seeing_folder, path, tmp_path / "out")
-    train, held_out = sft_build.picture_instructions(script_args, args.seed, processor, "m")
+    train, held_out = sft_build.instruction_data(script_args, 0, args.seed, "m", processor)
     assert len(train) + len(held_out) == 2 + pictures
     assert f"{COUNTED} ({path}, line {3 + pictures})" in capsys.readouterr().out
     said = {"prompt": [{"role": "user", "content": bad["prompt"]}]}
@@ -66,7 +67,7 @@ def test_rows_to_learn_from(processor, seeing_folder, tmp_path, capsys, pictures
     assert is_refused(processor, said, "completion")
     script_args, args, _ = parsed(sft, seeing_folder, path, tmp_path / "out", bad_rows="refuse")
     with pytest.raises(InputError, match=f"line {3 + pictures}: the words spell ") as error:
-        sft_build.picture_instructions(script_args, args.seed, processor, "m")
+        sft_build.instruction_data(script_args, 0, args.seed, "m", processor)
     assert processor.image_token in str(error.value) and "\n" not in str(error.value)
 
 
@@ -76,7 +77,7 @@ def test_comparisons(processor, seeing_folder, tmp_path, capsys, pictures):
     rows.append({"prompt": "say", "chosen": "side", "rejected": f"say {processor.image_token}"})
     path = write(tmp_path, rows, pictures, is_pair=True)
     script_args, args, _ = parsed(reward, seeing_folder, path, tmp_path / "out")
-    parts = reward_module.picture_comparisons(script_args, args.seed, processor)
+    parts = reward_module.user_comparisons(script_args, args.seed, processor)
     assert sum(map(len, parts)) == 2 + pictures and COUNTED in capsys.readouterr().out
 
 
@@ -119,8 +120,8 @@ def test_prompts_are_named_or_left_out(processor, seeing_folder, tmp_path, capsy
     with pytest.raises(InputError, match=r"line 4: the words spell .*--filter_prompts") as error:
         refuse_words(rows, processor)
     assert processor.image_token in str(error.value) and "\n" not in str(error.value)
-    config = rlhf_config(model_args)
-    kept = rlhf_build.fitting_prompts(script_args, args, model_args, rows, config)
+    room = rlhf_build.Room(processor, args.response_length, max_length_of(rlhf_config(model_args)))
+    kept = rlhf_build.fitting_prompts(rows, room, script_args.dataset_name)
     assert len(kept) == 3 and COUNTED in capsys.readouterr().out and not refuse_words(kept, processor)
     if form != "text":
         with pytest.raises(InputError, match="line 4: the words spell"):

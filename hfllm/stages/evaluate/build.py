@@ -46,8 +46,8 @@ from hfllm.runs.command_line import say
 from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
 from hfllm.stages.evaluate.flags import NUM_WORLD_ITEMS, EvaluateArguments
 from hfllm.stages.shared import kept_rows, load_processor, load_speaking
-from hfllm.stages.vision.build import SHUFFLED, asked_of, eval_parts, prior_of
-from hfllm.stages.vision.flags import DRAWN, VisionArguments
+from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of, question_of
+from hfllm.stages.vision.flags import DRAWN
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -123,11 +123,10 @@ def picture_parts(
     if dataset_name not in DRAWN:
         return [Part("", own_questions(dataset_name, models, pictures)[:num_items])]
     count = NUM_WORLD_ITEMS if num_items is None else num_items
-    drawn = VisionArguments(dataset_name=dataset_name, num_eval_examples=count)
-    prior = prior_of(drawn)
+    prior = prior_of(dataset_name, count)
     return [
         Part(part.replace("_", " "), questions, prior)
-        for part, questions in eval_parts(drawn).items()
+        for part, questions in eval_parts(dataset_name, count).items()
         if part != SHUFFLED
     ]
 
@@ -144,7 +143,7 @@ def own_questions(dataset_name: str, models: Sequence[str], pictures: PictureArg
         return row
 
     rows = RowArguments(dataset_name=dataset_name, dataset_train_split="test")
-    return [asked_of(row) for row in kept_rows(rows, mapper, flaw_of_pictures)]
+    return [question_of(row) for row in kept_rows(rows, mapper, flaw_of_pictures)]
 
 
 # ---- models ----

@@ -232,11 +232,11 @@ def stages_before(
         models: the named ones.
         configs: YAML files of the stages' flags, by stage of `CONFIGS`.
     """
-    from hfllm.stages.rlhf import build as rlhf
+    from hfllm.stages.rlhf import flags as rlhf_flags
 
     named = {"rlhf": models[0] if models else None}
     before = chain_before("evaluate", output_dir, seed, world_seed, given_models=named, configs=configs)
-    nested = {name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()}
+    nested = {name: rlhf_flags.stages_before(*parsed) for name, parsed in before.runs.items()}
     return replace(before, nested=nested)
 
 

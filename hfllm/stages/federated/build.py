@@ -58,7 +58,7 @@ from hfllm.runs.command_line import say
 from hfllm.runs.models import fitting_length, load_scorer_to_train, load_to_train, load_tokenizer, peft_config
 from hfllm.runs.recipes import load_recipe
 from hfllm.stages.federated.flags import FROZEN_A, FULL, REWARD, FederatedArguments, Terms
-from hfllm.stages.sft.build import examples, trained_as_they_are, with_template
+from hfllm.stages.sft.build import as_tokenized, examples, tokenization_of, with_template
 from hfllm.stages.shared import kept_rows
 from hfllm.trainers.engines import schedule_of
 from hfllm.trainers.trl_trainers import RewardTrainer, SFTTrainer
@@ -204,7 +204,8 @@ def load_local(
         model = load_scorer_to_train(trained_args, output_dir)
         model.config.pad_token_id = tokenizer.pad_token_id
     else:
-        model, tokenizer = with_template(training_args, *load_to_train(trained_args, output_dir))
+        template = (training_args.chat_template_path, training_args.eos_token)
+        model, tokenizer = with_template(*load_to_train(trained_args, output_dir), *template)
     base = weights_sha256(dict(model.named_parameters()))
     args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
 
@@ -214,7 +215,7 @@ def load_local(
         if terms.has_pairs:
             pairs = tokens_of_pairs(rows, tokenizer, args.max_length, what)
             return pairs, len(pairs)
-        result, num_left_out = examples(list(rows), tokenizer, args, what)
+        result, num_left_out = examples(list(rows), tokenizer, tokenization_of(args), what)
         return result.to_list(), len(rows) - num_left_out
 
     tokenized = []
@@ -291,7 +292,7 @@ def _trainer(
         args = changed(config, **{name: getattr(args, name) for name in names} | {"chat_template_path": None})
     else:
         trainer_class, no_row = SFTTrainer, {"input_ids": [0, 0], "labels": [0, 0]}
-        args = changed(args, **trained_as_they_are(args))
+        args = as_tokenized(args)
     return trainer_class(
         model=model,
         args=args,

@@ -1,18 +1,29 @@
-"""Alignment by PPO: its flags."""
+"""Alignment by PPO: its flags, the checks of them, and the stages before it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import FreezingArguments
 from hfllm.data.loading import RowArguments
-from hfllm.flags import POSITIVE, at_least, flag
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError, refuse
+from hfllm.flags import POSITIVE, UNNAMED, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.trainers.learning_rate import BatchArguments
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from hfllm.trainers.ppo.config import PPOConfig
 
 Row = Mapping[str, Any]
 CALIBRATION_PROMPTS = 256
+# Flags of PPO for tools.
+OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
+CALLS_NEED_A_MODEL = UNNAMED.because("it needs --model_name_or_path, a model that calls tools")
 
 
 @dataclass(frozen=True)
@@ -39,9 +50,12 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
     tools: list[str] | None = flag(
         None,
         "Functions that the policy may call: path/to/file.py:function, calculator, python (docs/guides/tools.md).",
+        never=CALLS_NEED_A_MODEL,
     )
     environment_factory: str | None = flag(
-        None, "Class of environments whose methods the policy may call: path/to/file.py:Class."
+        None,
+        "Class of environments whose methods the policy may call: path/to/file.py:Class.",
+        never=CALLS_NEED_A_MODEL,
     )
     value_model: str = flag(
         "head", "'head' on the policy's trunk, 'reward' (starts as the reward model), or a model's name."
@@ -54,6 +68,7 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         False,
         "Leave out prompts that are empty, leave no room for a response or spell the token of a picture, "
         "instead of stopping.",
+        never=UNNAMED.because("it needs --model_name_or_path, to count tokens"),
     )
     num_prompts: int = flag(8192, "Prompts of the embedded world to sample from.", takes=at_least(1))
     num_eval_prompts: int = flag(360, "Held-out prompts, at most this many.", takes=at_least(1))
@@ -63,3 +78,69 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
 
     # Other columns go to the reward functions.
     takes_any_column: ClassVar[bool] = True
+
+
+def check(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> None:
+    """Refuse flags without effect, contradictory rewards, and an undetermined learning rate.
+
+    YAML flags of skipped stages are accepted, so that one file serves with and without a named model. Whether
+    environments have a reward of their own is seen when they are loaded.
+    """
+    refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
+    plugin = getattr(training_args, "deepspeed_plugin", None)
+    if training_args.learning_rate is None and plugin is not None and "optimizer" in plugin.deepspeed_config:
+        raise InputError("--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it")
+    check_flags(script_args, model_args)
+    has_environments = script_args.environment_factory is not None
+    for option in OF_TOOLS if not (script_args.tools or has_environments) else ():
+        value = getattr(training_args, option)
+        is_changed = value != getattr(type(training_args), option)
+        refuse(is_changed, f"--{option} {value}", "it has no effect without --tools or --environment_factory")
+    reward_models, functions = script_args.reward_model_name_or_path, script_args.reward_funcs or []
+    if not (reward_models or functions or has_environments) and script_args.dataset_name != WORLD:
+        raise InputError(
+            f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
+            "hfllm reward) or --reward_funcs path/to/file.py:function"
+        )
+    if script_args.value_model == "reward" and functions and not reward_models:
+        raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
+    count = len(functions) + bool(reward_models or not (functions or has_environments))
+    weights = training_args.reward_weights
+    if weights is not None and len(weights) != count:
+        raise InputError(f"--reward_weights has {len(weights)} values for {count} reward(s)")
+    if script_args.num_reward_models > 1 and (reward_models or functions):
+        raise InputError(
+            f"--num_reward_models {script_args.num_reward_models}: at least 1, and more only where none is named"
+        )
+    name, coefficient = script_args.ptx_dataset_name, training_args.ptx_coef
+    if (name is None) != (coefficient == 0):
+        raise InputError(f"--ptx_coef {coefficient} and --ptx_dataset_name {name}: give both, or neither")
+
+
+def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> Chain:
+    """Return the stages with models not named: pretraining, fine-tuning and reward models."""
+    own_model, seed = model_args.model_name_or_path, training_args.seed
+    # Before PPO, the policy sees the inputs it must withstand, and the reward model distinguishes them.
+    augment = {
+        name: ["--augment", str(script_args.augment)] if script_args.augment and not config else []
+        for name, config in (("sft", script_args.sft_config), ("reward", script_args.reward_config))
+    }
+    revision = ["--model_revision", model_args.model_revision] if own_model else []
+    has_reward = script_args.reward_model_name_or_path or script_args.reward_funcs or script_args.environment_factory
+    further = range(1, script_args.num_reward_models)
+    return chain_before(
+        "rlhf",
+        training_args.output_dir,
+        seed,
+        script_args.world_seed,
+        given_models={"sft": own_model},
+        configs={
+            "pretrain": script_args.pretrain_config,
+            "sft": script_args.sft_config,
+            "reward": script_args.reward_config,
+        },
+        more_flags={"sft": augment["sft"], "reward": [*revision, *augment["reward"]]},
+        # Members of an ensemble see the same comparisons.
+        copies={"reward": [["--seed", str(seed + each), "--comparison_seed", str(seed)] for each in further]},
+        skip=["reward"] if has_reward else [],
+    )

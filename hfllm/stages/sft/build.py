@@ -1,74 +1,108 @@
-"""Fine-tuning on instructions: its data, with images and with retrieved passages, and the checks of them."""
+"""Fine-tuning on instructions: its rows, with images and with passages, their tokens, and what has been learned."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data import formats
 from hfllm.data.augmentation import PREFILL, augmented_demonstrations, training_texts
 from hfllm.data.conversations import Conversations, has_markers, read_back, template_of
-from hfllm.data.images.rows import (
-    Convert,
-    Rows,
-    as_dataset,
-    by_turns,
-    flaw_of_pictures,
-    picture_mapper,
-    place_images,
-    refuse_images,
-    refuse_tools,
-    words_of_places,
-    words_or_pictures,
-)
+from hfllm.data.images.rows import Rows, as_dataset, without_images, words_of_places
 from hfllm.data.loading import InstructionArguments, split_rows
 from hfllm.data.packing import IGNORE
-from hfllm.data.rows import Dropped, OriginRow, flaw_of, origin_of
+from hfllm.data.rows import Dropped, OriginRow, origin_of
 from hfllm.data.sources import PYDOC, WORLD, Source
 from hfllm.data.tokenizer import BUILT_IN, plain_text, set_built_in
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
-from hfllm.evaluation.before_after import MOST_ROWS, evaluate_tuned, tuning_metrics
+from hfllm.evaluation.before_after import ANSWER_LENGTH, MOST_ROWS, evaluate_tuned, tuning_metrics
 from hfllm.evaluation.pictures import other_places
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.fingerprint import file_fingerprint
-from hfllm.flags import check_flags
 from hfllm.grounding.answers import grounded, last_question
 from hfllm.grounding.passages import FILE, Passages
 from hfllm.grounding.retrieval import BM25Retriever, scoring_enough
-from hfllm.models.loading.saved import add_tokens, is_for_pictures
+from hfllm.models.loading.saved import add_tokens
+from hfllm.multimodal.answers import answer_pictures
+from hfllm.multimodal.processors import tokenizer_of
 from hfllm.outputs.report import plus_minus
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
-from hfllm.runs.models import load_config
-from hfllm.runs.pipeline import Chain, chain_before
-from hfllm.stages import shared
-from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, SftArguments, passage_files
-from hfllm.stages.shared import check_split_weights, check_whole_rows, load_processor, user_rows
-from hfllm.stages.vision.build import own_trainer
+from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, passage_files
+from hfllm.stages.shared import rows_with_images, user_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import (
-        PreTrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-        ProcessorMixin,
-        TrainingArguments,
-    )
-    from trl import ModelConfig, SFTConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from trl import SFTConfig
 
     from hfllm.data.conversations import Labeled
     from hfllm.data.formats import Row
     from hfllm.evaluation.before_after import TunedEvaluation
-    from hfllm.grounding.passages import Passages
-    from hfllm.grounding.retrieval import BM25Retriever, Found
+    from hfllm.grounding.retrieval import Found
     from hfllm.multimodal.processors import ProcessingClass
     from hfllm.trainers.trl_trainers import SFTTrainer
 
 
 # ---- rows ----
+
+
+STAGE = "hfllm sft"
+
+
+def instruction_data(
+    script_args: InstructionArguments,
+    num_examples: int,
+    seed: int,
+    model_name: str | None = None,
+    processor: "ProcessorMixin | None" = None,
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Return training and held-out rows with `prompt` and `completion` messages; for a model that sees also `images`.
+
+    If one row has images, the messages of all rows have parts as their content.
+
+    Args:
+        script_args: the source of the data, and the learned turns of a conversation.
+        num_examples: demonstrations, where it comes from the embedded world.
+        seed: of the demonstrations and of the split.
+        model_name: of the trained model, for error messages.
+        processor: the model's, `None` for a text model.
+    """
+
+    def convert(origin: str, row: formats.Row) -> formats.Row:
+        row = formats.to_sft(origin, row)
+        return formats.last_turn(row) if script_args.loss_on == "last" else row
+
+    if script_args.dataset_name == WORLD:
+        rows = instruction_rows(World(script_args.world_seed), num_examples, seed)
+        source = Source(rows, [f"world, row {number}" for number in range(1, len(rows) + 1)])
+        return split_rows(formats.convert(source, convert), seed)
+    if processor is not None:
+        return rows_with_images(script_args, convert, STAGE, seed, words_of_places(processor))
+    model = f"the model {model_name!r}" if model_name else "the model"
+    return user_rows(script_args, without_images(convert, model), seed)
+
+
+def augmented(rows: list[Mapping[str, Any]], share: float, seed: int, dataset_name: str) -> list[Mapping[str, Any]]:
+    """Return training rows, a share of them in other forms, and print how many refusals are prefilled.
+
+    Args:
+        share: of the rows, 0 to 1.
+        seed: of the choice of these rows.
+        dataset_name: with the rows, whose language the added sentences have.
+    """
+    if not share:
+        return rows
+    rows = augmented_demonstrations(rows, share, seed, training_texts(dataset_name), refuses)
+    prefilled = sum(PREFILL in row for row in rows)
+    say(f"sft: --augment {share:g} of {len(rows):,} questions; {prefilled:,} prefilled refusals")
+    return rows
+
+
+# ---- what is learned of the rows ----
 
 
 def check_head(model: "PreTrainedModel") -> None:
@@ -87,65 +121,34 @@ def check_head(model: "PreTrainedModel") -> None:
         )
 
 
-def stages_before(script_args: SftArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> Chain:
-    """Return the pretraining of the base model, if none is named."""
-    return chain_before(
-        "sft",
-        training_args.output_dir,
-        training_args.seed,
-        script_args.world_seed,
-        given_models={"pretrain": model_args.model_name_or_path},
-        configs={"pretrain": script_args.pretrain_config},
-    )
-
-
-def instruction_data(
-    script_args: InstructionArguments, num_examples: int, seed: int, model_name: str | None = None
-) -> tuple[list[Mapping[str, object]], list[Mapping[str, object]]]:
-    """Return training and held-out rows with `prompt` and `completion` messages.
-
-    Args:
-        script_args: the source of the data, and the learned turns of a conversation.
-        num_examples: demonstrations, where it comes from the embedded world.
-        seed: of the demonstrations and of the split.
-        model_name: of the trained text model, for error messages.
-    """
-
-    def mapper(origin: str, row: formats.Row) -> formats.Row:
-        refuse_images(origin, row, f"the model {model_name!r}" if model_name else "the model")
-        row = formats.to_sft(origin, row)
-        return formats.last_turn(row) if script_args.loss_on == "last" else row
-
-    if script_args.dataset_name != WORLD:
-        return user_rows(script_args, mapper, seed)
-    rows = instruction_rows(World(script_args.world_seed), num_examples, seed)
-    source = Source(rows, [f"world, row {number}" for number in range(1, len(rows) + 1)])
-    return split_rows(formats.convert(source, mapper), seed)
-
-
-# ---- what is learned of the rows ----
-
-
 def with_template(
-    training_args: "SFTConfig",
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    processing_class: "ProcessingClass",
+    chat_template_path: str | None,
+    eos_token: str | None,
     added_tokens: Sequence[str] | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return the model and the tokenizer with the new tokens, end token and chat template named by the flags."""
+    """Return the model and its tokenizer, changed, with the new tokens, end token and chat template of these flags.
+
+    Args:
+        processing_class: the tokenizer, or the processor with it and perhaps with its template.
+    """
     from trl.chat_template_utils import clone_chat_template
 
     from hfllm.models.loading.probes import check_template
 
+    tokenizer = tokenizer_of(processing_class)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
     if added_tokens:
         refuse(hasattr(model, "peft_config"), "--added_tokens", NO_ROWS)
         new = add_tokens(model, tokenizer, added_tokens)
         say(f"sft: new tokens: {' '.join(new) or 'none, the model has all of them'}")
-    if (end := training_args.eos_token) is not None:
-        if end not in tokenizer.get_vocab():
-            raise InputError(f"--eos_token {end!r}: the tokenizer has no such token")
-        tokenizer.eos_token = end
-    if (name := training_args.chat_template_path) is None:
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise InputError(f"--eos_token {eos_token!r}: the tokenizer has no such token")
+        tokenizer.eos_token = eos_token
+    if (name := chat_template_path) is None:
         return model, tokenizer
     # It reads the output of another template.
     tokenizer.response_template = None
@@ -163,12 +166,10 @@ def with_template(
     return model, tokenizer
 
 
-def marked_template(training_args: "SFTConfig", tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return the template with the marks for `--assistant_only_loss`, or `None` without this flag."""
+def marked_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a tokenizer's chat template with the marks for `--assistant_only_loss`."""
     from trl.chat_template_utils import get_training_chat_template
 
-    if not training_args.assistant_only_loss:
-        return None
     template = template_of(tokenizer)
     if has_markers(template):
         return template
@@ -181,27 +182,66 @@ def marked_template(training_args: "SFTConfig", tokenizer: "PreTrainedTokenizerB
         ) from None
 
 
+@dataclass(frozen=True)
+class Tokenization:
+    """How rows become tokens.
+
+    Args:
+        max_length: the longest row, in tokens; `None`: any.
+        part: the part of a row to keep.
+        learns_all: whether questions are learned, too.
+        uses_marks: whether answers are found by marks in the chat template.
+    """
+
+    max_length: int | None
+    part: slice
+    learns_all: bool
+    uses_marks: bool
+
+
+def tokenization_of(training_args: "SFTConfig", is_eval: bool = False) -> Tokenization:
+    """Return how rows become tokens by TRL's flags.
+
+    Packing keeps the beginning of a row, or all of it in other rows where it splits.
+
+    Args:
+        is_eval: whether the rows are held out, as `--eval_packing` may distinguish them from the others.
+    """
+    length, packing = training_args.max_length, training_args.packing
+    if is_eval and training_args.eval_packing is not None:
+        packing = training_args.eval_packing
+    if length is None or (packing and training_args.packing_strategy != "bfd"):
+        part = slice(None)
+    else:
+        part = slice(length) if packing or training_args.truncation_mode == "keep_start" else slice(-length, None)
+    return Tokenization(length, part, training_args.completion_only_loss is False, training_args.assistant_only_loss)
+
+
+def as_tokenized(args: "SFTConfig") -> "SFTConfig":
+    """Return a trainer's arguments for rows already tokenized, labeled and cut."""
+    changes = {"assistant_only_loss": False, "completion_only_loss": None, "chat_template_path": None}
+    if args.padding_free and not args.packing:
+        # TRL cannot cut such rows, and refuses to without this.
+        changes["max_length"] = None
+    return changed(args, **changes)
+
+
 def examples(
-    rows: list[Mapping[str, object]],
-    tokenizer: "PreTrainedTokenizerBase",
-    training_args: "SFTConfig",
-    what: str,
-    is_eval: bool = False,
+    rows: list[Mapping[str, object]], tokenizer: "PreTrainedTokenizerBase", tokenization: Tokenization, what: str
 ) -> "tuple[Dataset, int]":
     """Return rows as `input_ids` and `labels`, cut to `--max_length`, and how many are left out for nothing to learn.
 
     Args:
         rows: with `prompt` and `completion` messages.
         tokenizer: with the chat template.
-        training_args: with the longest row, and the choice of learned tokens.
+        tokenization: with the longest row, and the choice of learned tokens.
         what: name of the rows, in the printed lines.
-        is_eval: whether they are held out, as `--eval_packing` may distinguish them from the others.
     """
     import numpy
     from datasets import Dataset
 
-    longest, part = training_args.max_length, _kept_part(training_args, is_eval)
-    conversations = Conversations(tokenizer, marked_template(training_args, tokenizer))
+    longest, part = tokenization.max_length, tokenization.part
+    conversations = Conversations(tokenizer, marked_template(tokenizer) if tokenization.uses_marks else None)
     dropped, columns, cut = Dropped(len(rows)), {"input_ids": [], "labels": []}, 0
     crowded: list[int] = []
     for row, labeled in zip(rows, conversations.label(rows), strict=True):
@@ -211,7 +251,7 @@ def examples(
         for each in labeled:
             if row.get(PREFILL):
                 each.labels = without_prefill(each, row[PREFILL], tokenizer)
-            labels = each.input_ids if training_args.completion_only_loss is False else each.labels
+            labels = each.input_ids if tokenization.learns_all else each.labels
             if any(label != IGNORE for label in labels[part]):
                 cut += part != slice(None) and len(each.input_ids) > longest
                 columns["input_ids"].append(numpy.asarray(each.input_ids[part], dtype=numpy.int32))
@@ -246,179 +286,31 @@ def without_prefill(labeled: "Labeled", prefill: str, tokenizer: "PreTrainedToke
     return [IGNORE] * end + list(labeled.labels[end:])
 
 
-def augmented(script_args: SftArguments, rows: list[Mapping[str, object]], seed: int) -> list[Mapping[str, object]]:
-    """Return training rows, a share `--augment` of them in other forms, and print how many refusals are prefilled."""
-    if not script_args.augment:
-        return rows
-    texts = training_texts(script_args.dataset_name)
-    rows = augmented_demonstrations(rows, script_args.augment, seed, texts, refuses)
-    prefilled = sum(PREFILL in row for row in rows)
-    say(f"sft: --augment {script_args.augment:g} of {len(rows):,} questions; {prefilled:,} prefilled refusals")
-    return rows
-
-
-def _kept_part(training_args: "SFTConfig", is_eval: bool) -> slice:
-    """Return the part of a row to keep: packing keeps the beginning, or all in other rows where it splits."""
-    is_told_apart = is_eval and training_args.eval_packing is not None
-    packing, longest = training_args.eval_packing if is_told_apart else training_args.packing, training_args.max_length
-    if longest is None or (packing and training_args.packing_strategy != "bfd"):
-        return slice(None)
-    return slice(longest) if packing or training_args.truncation_mode == "keep_start" else slice(-longest, None)
-
-
-def joins_rows(training_args: "SFTConfig") -> bool:
-    """Return whether several rows become one, in packing or in a batch without padding."""
-    return bool(training_args.packing or training_args.eval_packing or training_args.padding_free)
-
-
-def trained_as_they_are(training_args: "SFTConfig") -> dict[str, bool | None]:
-    """Return the changes of TRL's arguments for rows already tokenized, labeled and cut."""
-    changes = {"assistant_only_loss": False, "completion_only_loss": None, "chat_template_path": None}
-    if training_args.padding_free and not training_args.packing:
-        # TRL cannot cut such rows, and refuses to without this.
-        changes["max_length"] = None
-    return changes
-
-
-# ---- pictures ----
-#
-# Fine-tuning of vision-language models: on rows with images, on text only, or on both mixed.
-
-
-STAGE = "hfllm sft"
-ANSWER_TOKENS = 48
-
-
-def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
-    """Return the processor of a named vision-language model; `None` for a text model, or if no model is named."""
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    return load_processor(name, revision) if name and is_for_pictures(load_config(name, revision)) else None
-
-
-def picture_instructions(
-    script_args: SftArguments, seed: int, processor: "ProcessorMixin | None", model_name: str | None
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return training and held-out rows as `instruction_data` does; for a vision-language model, also with `images`.
-
-    If one row has images, the messages of all rows have parts as their content.
-
-    Args:
-        processor: the model's, `None` for a text model.
-        model_name: of the model, for error messages.
-    """
-    if processor is None or script_args.dataset_name == WORLD:
-        return instruction_data(script_args, script_args.num_examples, seed, model_name)
-
-    def words(origin: str, row: formats.Row) -> formats.Row:
-        row = formats.to_sft(origin, row)
-        return formats.last_turn(row) if script_args.loss_on == "last" else row
-
-    def mapper_of(name: str) -> Convert:
-        tokens = words_of_places(processor)
-        return words_or_pictures(picture_mapper(script_args, name, words, STAGE, tokens), words, tokens)
-
-    def flaw(row: formats.Row) -> str | None:
-        return flaw_of_pictures(row) if row.get("images") else flaw_of(row)
-
-    name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
-    parts = user_rows(script_args, mapper_of(name), seed, flaw_of=flaw, eval_mapper=mapper_of(eval_name))
-    if not shows_pictures(*parts):
-        return parts
-    for row in (row for part in parts for row in part if not row.get("images")):
-        origin = origin_of(row, "a row")
-        refuse_tools(origin, row, STAGE)
-        row |= {**place_images(origin, row, 0), "images": []}
-    return parts
-
-
-def shows_pictures(*parts: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a row has images."""
-    return any(row.get("images") for part in parts for row in part)
-
-
-def check_pictures(
-    script_args: SftArguments,
-    training_args: "SFTConfig",
-    model_args: "ModelConfig",
-    train_rows: Sequence[Mapping[str, Any]],
-    eval_rows: Sequence[Mapping[str, Any]],
-) -> bool:
-    """Return whether a row has images; refuse flags incompatible with this, or without effect on rows of text."""
-    shows = shows_pictures(train_rows, eval_rows)
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    sees = shows or bool(name and is_for_pictures(load_config(name, revision)))
-    check_flags(script_args, training_args, model_args, shows=shows, sees=sees)
-    if not shows:
-        return False
-    # The first answers of a conversation may come before its first image.
-    turns = ([turn for row in rows for turn in by_turns(row)] for rows in (train_rows, eval_rows))
-    check_split_weights(training_args, *turns)
-    check_whole_rows(script_args, training_args)
-    return True
-
-
-def load_policy(
-    script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig", config: "PreTrainedConfig"
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, ProcessingClass]":
-    """Load the model to train on text, its tokenizer, and the object to save with it: the tokenizer or the processor.
-
-    Args:
-        config: the model's.
-    """
-    model, processing_class = shared.load_policy(model_args, config, training_args.output_dir)
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = processing_class.chat_template
-    sees = tokenizer is not processing_class
-    model, tokenizer = with_template(training_args, model, tokenizer, script_args.added_tokens)
-    return model, tokenizer, processing_class if sees else tokenizer
-
-
-def trainer_of(
-    script_args: SftArguments,
-    training_args: "SFTConfig",
-    model_args: "ModelConfig",
-    train_rows: Rows,
-    eval_rows: Rows,
-) -> "tuple[SFTTrainer, Rows]":
-    """Return TRL's trainer on rows with images, and the held-out rows, one per answer, as it reads them.
-
-    Rows become tokens batch by batch, in TRL's `DataCollatorForVisionLanguageModeling`.
-    """
-    train, held_out = ([turn for row in rows for turn in by_turns(row)] for rows in (train_rows, eval_rows))
-    args = changed(training_args, max_length=None)
-    trainer, _ = own_trainer(script_args, args, model_args, train, held_out, stage="sft")
-    return trainer, held_out
-
-
 # ---- what it has learned ----
 
 
-def evaluate(trainer: "SFTTrainer", held_out: Rows) -> "TunedEvaluation | None":
-    """Evaluate the trainer's current model on the first held-out rows, and let it answer the first of them."""
-    from hfllm.multimodal.answers import answer_pictures
-
-    def answer(model: "PreTrainedModel", rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        prompts = [row["prompt"] for row in rows]
-        return answer_pictures(
-            model, trainer.processing_class, prompts, [row["images"] for row in rows], ANSWER_TOKENS
-        )
-
-    return evaluate_tuned(trainer, held_out, answer=answer)
+def answers_about_pictures(
+    processor: "ProcessorMixin", model: "PreTrainedModel", rows: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return a model's answers to rows with images."""
+    prompts, images = [row["prompt"] for row in rows], [row["images"] for row in rows]
+    return answer_pictures(model, processor, prompts, images, ANSWER_LENGTH)
 
 
-def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) -> dict[str, float]:
-    """Return the loss of held-out rows with images of other rows, and its increase over the loss with their own."""
+def other_pictures_loss(trainer: "SFTTrainer", held_out: Rows, max_pixels: int) -> dict[str, float]:
+    """Return the loss of held-out rows with images of other rows, and its increase over the loss with their own.
+
+    Nothing where no other row has as many images.
+    """
     rows = held_out[:MOST_ROWS]
-    others = other_places([row["images"] for row in rows])
-    indices = [index for index, other in enumerate(others) if rows[index]["images"] and other != index]
+    others = other_places([row.get("images") or () for row in rows])
+    indices = [index for index, other in enumerate(others) if other != index]
     if not indices:
         return {}
 
     def measured(pictures_of: Callable[[int], int]) -> "TunedEvaluation | None":
         swapped = [{**rows[index], "images": rows[pictures_of(index)]["images"]} for index in indices]
-        dataset = as_dataset(swapped, script_args.max_pixels)
-        return evaluate_tuned(trainer, [], dataset, collate=trainer.data_collator)
+        return evaluate_tuned(trainer, [], as_dataset(swapped, max_pixels), collate=trainer.data_collator)
 
     result = tuning_metrics(measured(int), measured(others.__getitem__))
     new = {"other_pictures_loss": "held_out_loss_after", "other_pictures_extra_loss": "held_out_loss_change"}
@@ -427,8 +319,8 @@ def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) ->
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def control_summary(metrics: Mapping[str, float]) -> str:
-    """Return the control in words; an empty string if it was not measured."""
+def other_pictures_summary(metrics: Mapping[str, float]) -> str:
+    """Return the result of `other_pictures_loss` in words; an empty string if it was not measured."""
     if "other_pictures_loss" not in metrics:
         return ""
     loss, change = (
@@ -440,16 +332,15 @@ def control_summary(metrics: Mapping[str, float]) -> str:
 
 # ---- retrieval ----
 #
-# Passages in the rows of fine-tuning: flags, their checks, and the assignment of passages to rows.
+# Passages in the rows of fine-tuning: which rows get them, and which of them.
 
 
 class GroundedRow(OriginRow):
     """A row with added passages."""
 
 
-def contents(script_args: RetrievalArguments) -> dict[str, str]:
-    """Return a hash of the local files with the passages, by name, to distinguish runs."""
-    name = script_args.retrieval_dataset_name
+def passage_contents(name: str | None) -> dict[str, str]:
+    """Return a hash of the local files with the passages of this source, by name, to distinguish runs."""
     files = passage_files(name) if name else []
     # The location of a folder does not matter, the names of its files do.
     named = [(str(file.relative_to(name)) if Path(name).is_dir() else "", file) for file in files]
@@ -459,7 +350,7 @@ def contents(script_args: RetrievalArguments) -> dict[str, str]:
 def with_passages(
     rows: Sequence["Row"],
     eval_rows: Sequence["Row"],
-    script_args: RetrievalArguments,
+    retrieval: RetrievalArguments,
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
 ) -> tuple[list["Row"], list["Row"], dict[str, int]]:
@@ -468,18 +359,19 @@ def with_passages(
     Args:
         rows: with `prompt` and `completion` messages; they are not changed.
         eval_rows: the same, held out.
-        script_args: the source of the passages, and how many rows get them.
+        retrieval: the source of the passages, and how many rows get them.
         tokenizer: cuts texts to passages.
         seed: of the choice of these rows.
     """
-    name = script_args.retrieval_dataset_name
+    name = retrieval.retrieval_dataset_name
     if name is None:
         return list(rows), list(eval_rows), {}
-    passages = _passages(name, tokenizer)
-    if (top_k := script_args.retrieval_top_k or TOP_K) > len(passages):
+    is_saved = name != PYDOC and Path(name, FILE).is_file()
+    passages = (Passages.load if is_saved else Passages.from_source)(name, tokenizer)
+    if (top_k := retrieval.retrieval_top_k or TOP_K) > len(passages):
         raise InputError(f"--retrieval_top_k {top_k}: {name} has {len(passages)} passages")
     retriever, results, metrics, plain = BM25Retriever(passages), [], {}, plain_text(tokenizer)
-    share = FRACTION if script_args.grounded_fraction is None else script_args.grounded_fraction
+    share = FRACTION if retrieval.grounded_fraction is None else retrieval.grounded_fraction
     for metric, what, each in (
         ("grounded_rows", "training rows", rows),
         ("grounded_eval_rows", "held-out rows", eval_rows),
@@ -491,7 +383,7 @@ def with_passages(
                 f"{0.5 / max(len(rows), 1):.3g}"
             )
         selected = [each[index] for index in chosen]
-        result = _found(retriever, selected, top_k, script_args.retrieval_min_score, each is rows)
+        result = _retrieved(retriever, selected, top_k, retrieval.retrieval_min_score, each is rows)
         passages_by_row = dict(zip(chosen, result, strict=True))
         results.append([_grounded(row, passages_by_row.get(index, []), plain) for index, row in enumerate(each)])
         metrics[metric] = sum(map(bool, result))
@@ -501,13 +393,7 @@ def with_passages(
     return results[0], results[1], metrics
 
 
-def _passages(name: str, tokenizer: "PreTrainedTokenizerBase") -> "Passages":
-    if name != PYDOC and Path(name, FILE).is_file():
-        return Passages.load(name, tokenizer)
-    return Passages.from_source(name, tokenizer)
-
-
-def _found(
+def _retrieved(
     retriever: "BM25Retriever", rows: Sequence["Row"], top_k: int, min_score: float | None, is_training: bool
 ) -> list[list["Found"]]:
     """Return the passages of each row; none for a row without a question.
@@ -558,14 +444,14 @@ def crowded_out(sizes: Sequence[int], longest: int, of: int) -> str:
     )
 
 
-def _grounded(row: "Row", found: Sequence["Found"], plain: Callable[[str], str]) -> "Row":
+def _grounded(row: "Row", passages: Sequence["Found"], plain: Callable[[str], str]) -> "Row":
     """Return a row with passages before its last question, possibly later than the question of its prompt.
 
     Args:
         plain: breaks text in a passage that would open or end a turn.
     """
-    if not found:
+    if not passages:
         return row
     size = len(row["prompt"])
-    messages = grounded([*row["prompt"], *row["completion"]], [plain(each.passage.text) for each in found])
+    messages = grounded([*row["prompt"], *row["completion"]], [plain(each.passage.text) for each in passages])
     return GroundedRow({**row, "prompt": messages[:size], "completion": messages[size:]}, origin_of(row, "a row"))

@@ -12,6 +12,7 @@ from hfllm.data.sources import PYDOC, source_files
 from hfllm.errors import InputError, refuse
 from hfllm.flags import ALWAYS, NAMED, SHARE, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file
+from hfllm.stages.shared import NOT_CUT, refused_with_images
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -50,14 +51,18 @@ class RetrievalArguments:
     )
 
 
-def check_retrieval(script_args: RetrievalArguments) -> None:
-    """Refuse flags without effect, and absent passages."""
+def check_retrieval(name: str | None, grounded_fraction: float | None) -> None:
+    """Refuse a share of no rows, and absent passages.
+
+    Args:
+        name: of the passages' source.
+        grounded_fraction: share of the rows that get passages.
+    """
     from hfllm.data.word_index import import_bm25s
 
-    name = script_args.retrieval_dataset_name
     if name is None:
         return
-    refuse(script_args.grounded_fraction == 0, "--grounded_fraction 0", "no row gets passages: leave out the flags")
+    refuse(grounded_fraction == 0, "--grounded_fraction 0", "no row gets passages: leave out the flags")
     import_bm25s("--retrieval_dataset_name")
     try:
         passage_files(name)
@@ -83,6 +88,7 @@ def passage_files(name: str) -> list[Path]:
 
 
 LEARNS_ALL = Fact(lambda flags: flags.completion_only_loss is False, "--completion_only_loss false learns every token")
+WITH_IMAGES = refused_with_images(SHOWS)
 NO_ROWS = "an adapter has no rows for new tokens: train all weights, or leave the flag out"
 
 
@@ -109,25 +115,27 @@ class SftArguments(
     )
 
     refused: ClassVar[Refused] = {
+        **WITH_IMAGES,
         "loss_on": LEARNS_ALL,
         "augment": SHOWS,
         "added_tokens": SEES.because("the model sees, and its tokens are its processor's"),
         "chat_template_path": SEES,
-        "assistant_only_loss": LEARNS_ALL,
+        "max_length": SHOWS.because(NOT_CUT),
+        "assistant_only_loss": (LEARNS_ALL, WITH_IMAGES["assistant_only_loss"]),
         "dataset_kwargs": ALWAYS.because("rows are tokenized here; name the columns by --column_mapping"),
     }
 
 
-def default_settings(given: Mapping[str, Any]) -> list[Path]:
+def default_settings(provided: Mapping[str, Any]) -> list[Path]:
     """Return the settings of the embedded world's model if no model is named, and else an adapter's, if any.
 
     Args:
-        given: the user's values, by flag. A model name other than a folder is looked up on the Hub.
+        provided: the user's values, by flag. A model name other than a folder is looked up on the Hub.
     """
-    name = given.get("model_name_or_path")
+    name = provided.get("model_name_or_path")
     if not name:
         return [settings_file("sft/world.yaml")]
-    is_adapter = given.get("use_peft") or _is_adapter(name, str(given.get("model_revision") or "main"))
+    is_adapter = provided.get("use_peft") or _is_adapter(name, str(provided.get("model_revision") or "main"))
     return [settings_file("sft/adapter.yaml")] if is_adapter else []
 
 
@@ -142,6 +150,6 @@ def _is_adapter(name: str, revision: str) -> bool:
 def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
     """Refuse flags without effect, and contradictory flags."""
     check_flags(script_args, training_args, model_args)
-    check_retrieval(script_args)
+    check_retrieval(script_args.retrieval_dataset_name, script_args.grounded_fraction)
     if training_args.packing and training_args.max_length is None:
         raise InputError("--packing needs --max_length, the length of a packed row")

@@ -6,18 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import to_sft
-from hfllm.data.images.rows import (
-    Convert,
-    FreezingArguments,
-    PictureArguments,
-    Rows,
-    as_dataset,
-    by_turns,
-    flaw_of_pictures,
-    picture_mapper,
-    png_of,
-    text_of,
-)
+from hfllm.data.images.rows import Rows, by_turns, png_of, text_of
+from hfllm.data.loading import RowArguments
 from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.pictures import (
@@ -32,29 +22,24 @@ from hfllm.data.world.pictures import (
     picture_side,
     trained_families,
 )
-from hfllm.errors import InputError, refuse
 from hfllm.evaluation.pictures import Asked, shuffled_questions
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.layers_hfllm import HfllmMLP
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
-from hfllm.models.loading.saved import is_for_pictures, reason_of
+from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.composed import with_vision
 from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
-from hfllm.outputs.report import change_of
 from hfllm.rewards.functions import gold_reward
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import say
-from hfllm.runs.models import load_config, peft_config
-from hfllm.stages.shared import check_split_weights, is_mixed, load_seeing_model, user_rows
+from hfllm.stages.shared import rows_with_images
 from hfllm.stages.vision.flags import VisionArguments
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.pretraining.trainer import optimizer_of
-from hfllm.trainers.trl_trainers import PictureTrainer, SFTTrainer, TurnTokens
+from hfllm.trainers.trl_trainers import PictureTrainer, TurnTokens
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer
-    from trl import ModelConfig, SFTConfig
+    from transformers import PreTrainedModel, ProcessorMixin
+    from trl import SFTConfig
 
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
@@ -71,35 +56,45 @@ PRIOR = 20
 CAPTION_EVERY = 3
 
 
-def caption_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | None:
-    """Return the captions to learn first, `None` without captions."""
-    if script_args.dataset_name != PICTURES or not script_args.num_captions:
-        return None
-    return DrawnWorld(seed, script_args.num_captions, CAPTIONS)
+def caption_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
+    """Return the captions to learn first; digits have none."""
+    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, CAPTIONS)
 
 
-def question_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | TwoDigits:
-    """Return the drawn rows of questions to train on."""
-    count, turns = script_args.num_examples, script_args.questions_per_picture
-    if script_args.dataset_name == DIGITS:
-        return TwoDigits(seed, count, num_questions=turns)
+def question_rows(
+    dataset_name: str, seed: int, count: int, questions_per_picture: int, share_absent: float | None = None
+) -> DrawnWorld | TwoDigits:
+    """Return drawn images with questions to train on.
+
+    Args:
+        dataset_name: `pictures` or `digits`.
+        count: images.
+        questions_per_picture: questions about each at most.
+        share_absent: share of questions about what is not there; by default as often as other families.
+    """
+    if dataset_name == DIGITS:
+        return TwoDigits(seed, count, num_questions=questions_per_picture)
     # Captions continue: with only answers about single things, colors and shapes are learned much later.
-    families = trained_families(script_args.share_absent)
+    families = trained_families(share_absent)
     mix = {"caption_every": CAPTION_EVERY, "families": families, "numbers": TRAINED_NUMBERS}
-    return DrawnWorld(seed, count, QUESTIONS, turns, **mix)
+    return DrawnWorld(seed, count, QUESTIONS, questions_per_picture, **mix)
 
 
-def eval_parts(script_args: VisionArguments) -> dict[str, list[Asked]]:
-    """Return the drawn questions of each part of the evaluation, and the first part's with other images."""
-    count = script_args.num_eval_examples
-    if script_args.dataset_name == DIGITS:
+def eval_parts(dataset_name: str, count: int) -> dict[str, list[Asked]]:
+    """Return the drawn questions of each part of the evaluation, and the first part's with other images.
+
+    Args:
+        dataset_name: `pictures` or `digits`.
+        count: questions of a part.
+    """
+    if dataset_name == DIGITS:
         rows: dict[str, Sequence[PictureRow]] = {HELD_OUT: TwoDigits(EVAL_SEED, count, is_held_out=True)}
     else:
         rows = {
             SEEN: DrawnWorld(EVAL_SEED, count, part="evaluation"),
             HELD_OUT: DrawnWorld(EVAL_SEED, count, held_out=True, part="evaluation"),
         }
-    parts = {name: [asked(row) for row in each] for name, each in rows.items()}
+    parts = {name: list(map(drawn_question, each)) for name, each in rows.items()}
     return {**parts, SHUFFLED: shuffled_questions(next(iter(parts.values())))}
 
 
@@ -113,17 +108,20 @@ def parts_of(held_out: list[Asked]) -> dict[str, list[Asked]]:
     return {HELD_OUT: held_out, **({SHUFFLED: shuffled} if shuffled else {})}
 
 
-def prior_of(script_args: VisionArguments) -> list[Asked]:
-    """Return more drawn questions, for finding the best answer without an image; none for the user's rows."""
-    count = PRIOR * script_args.num_eval_examples
-    if script_args.dataset_name == DIGITS:
+def prior_of(dataset_name: str, count: int) -> list[Asked]:
+    """Return more drawn questions, for finding the best answer without an image; none for the user's rows.
+
+    Args:
+        count: questions of a part of the evaluation.
+    """
+    if dataset_name == DIGITS:
         # For two questions, this many answers are equally informative.
-        return [asked(row) for row in TwoDigits(EVAL_SEED + 1, script_args.num_eval_examples)]
-    drawn = script_args.dataset_name == PICTURES
-    return [asked(row) for row in DrawnWorld(EVAL_SEED + 1, count, part="evaluation")] if drawn else []
+        return list(map(drawn_question, TwoDigits(EVAL_SEED + 1, count)))
+    is_drawn = dataset_name == PICTURES
+    return list(map(drawn_question, DrawnWorld(EVAL_SEED + 1, PRIOR * count, part="evaluation"))) if is_drawn else []
 
 
-def asked(row: PictureRow) -> Asked:
+def drawn_question(row: PictureRow) -> Asked:
     """Return a drawn row's question."""
     return Asked(row.prompt(), [row.picture], row.turns[0][1], row.family, row.gold, row.scene)
 
@@ -148,40 +146,37 @@ class JoinedRows(Sequence[PictureRow]):
 # ---- the user's rows, and drawn ones for the user's model ----
 
 
-def own_rows(script_args: VisionArguments, seed: int, tokens: Sequence[str] = ()) -> tuple[Rows, list[Asked]]:
+def own_rows(script_args: RowArguments, seed: int, most: int, tokens: Sequence[str] = ()) -> tuple[Rows, list[Asked]]:
     """Return rows with `prompt`, `completion` and `images` to train on, and the held-out ones as questions.
 
     Args:
+        script_args: the datasets, and the treatment of unreadable images.
         seed: of the split.
+        most: held-out rows at most.
         tokens: the processor's placeholders for images; rows with one of them in their text are left out.
     """
-
-    def mapper(name: str) -> Convert:
-        return picture_mapper(script_args, name, to_sft, "hfllm vision", tokens)
-
-    name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
-    settings = {"most": script_args.max_eval_samples, "flaw_of": flaw_of_pictures, "eval_mapper": mapper(eval_name)}
-    train, held_out = user_rows(script_args, mapper(name), seed, **settings)
-    return [turn for row in train for turn in by_turns(row)], [asked_of(by_turns(row)[0]) for row in held_out]
+    settings = {"needs_images": True, "most": most}
+    train, held_out = rows_with_images(script_args, to_sft, "hfllm vision", seed, tokens, **settings)
+    return [turn for row in train for turn in by_turns(row)], [question_of(by_turns(row)[0]) for row in held_out]
 
 
-def drawn_rows(script_args: VisionArguments, seed: int) -> Rows:
+def drawn_rows(questions: DrawnWorld | TwoDigits) -> Rows:
     """Return drawn rows as `own_rows` does, for the user's model."""
     rows: Rows = []
-    for row in question_rows(script_args, seed):
+    for row in questions:
         question, *rest = row.messages()
         rows += by_turns({"prompt": [question], "completion": rest, "images": [png_of(row.picture)]})
     return rows
 
 
-def asked_of(row: Mapping[str, Any]) -> Asked:
+def question_of(row: Mapping[str, Any]) -> Asked:
     """Return a row of `by_turns` as a question."""
     return Asked(row["prompt"], row["images"], text_of(row["completion"][0]).strip(), "all")
 
 
 # ---- models ----
 #
-# The models of the vision-language recipe: a small one for the drawn images, or the user's.
+# The small vision-language model for the drawn images, and its trainer.
 
 
 # The bytes, the marks of the chat template, and the words of the drawn world and more.
@@ -194,13 +189,12 @@ MEAN, DEVIATION = 0.15, 0.15
 
 
 def new_model(
-    script_args: VisionArguments, rows: DrawnWorld | TwoDigits, texts: Sequence[str], seed: int
+    script_args: VisionArguments, texts: Sequence[str], seed: int
 ) -> "tuple[PreTrainedModel, ProcessorMixin]":
     """Return a small, untrained vision-language model and its processor.
 
     Args:
-        script_args: its sizes.
-        rows: with the images for the model.
+        script_args: its sizes, and the drawn images.
         texts: to train its tokenizer on.
         seed: of the weights.
     """
@@ -248,169 +242,24 @@ def new_model(
     return model, processor
 
 
-def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """Return the user's vision-language model and its processor."""
-    name, processor = model_args.model_name_or_path, load_processor(model_args)
-    try:
-        return load_seeing_model(model_args), processor
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from error
-
-
-def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
-    """Return the processor of the user's vision-language model."""
-    from hfllm.multimodal.processors import check_template
-    from hfllm.stages import shared
-
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    refuse_text_model(name, load_config(name, revision))
-    processor = shared.load_processor(name, revision)
-    check_template(processor, name)
-    return processor
-
-
-def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
-    """Refuse a text-only model."""
-    if not is_for_pictures(config):
-        raise InputError(
-            f"--model_name_or_path {name}: a {config.model_type} model reads text alone; name a vision-language "
-            "model, or give it eyes by hfllm.with_vision"
-        )
-
-
-def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
-    """Freeze the tower, or the decoder with its head; the parts between them are always trained."""
-    for flag, is_given in (("--freeze_vision", vision), ("--freeze_text", text)):
-        is_idle = is_given and hasattr(model, "peft_config")
-        refuse(is_idle, flag, "the model is an adapter, below which all weights are frozen")
-    if not (vision or text):
-        return
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    of_text = [decoder, *([] if head is None else [head])]
-    if text:
-        for part in of_text:
-            part.requires_grad_(False)
-    if vision:
-        tower = tower_of(model)
-        inside = [] if _has_more(model.base_model, [tower, *of_text]) else inner_projector(tower, width_of(model))
-        tower.requires_grad_(False)
-        for part in inside:
-            part.requires_grad_(True)
-    if vision and text and not _has_more(model, of_text, only_learned=True):
-        raise InputError(
-            f"--freeze_vision and --freeze_text: of a {type(model).__name__} nothing is left to learn, since it has "
-            "no projector between tower and decoder: give one of them"
-        )
-
-
-def _has_more(model: "nn.Module", parts: "Sequence[nn.Module]", only_learned: bool = False) -> bool:
-    """Return whether a model has weights, or trainable weights, besides the weights of some parts."""
-    part_ids = {id(weight) for part in parts for weight in part.parameters()}
-    return any(
-        id(weight) not in part_ids and (weight.requires_grad or not only_learned) for weight in model.parameters()
-    )
-
-
-def width_of(model: "PreTrainedModel") -> int:
-    """Return the length of the decoder's embeddings, the width of projected images."""
-    return model.get_input_embeddings().weight.shape[-1]
-
-
-def inner_projector(tower: "nn.Module", width: int) -> "list[nn.Module]":
-    """Return the parts of a tower projecting to the decoder, such as Qwen2-VL's merger; none for most towers.
-
-    These are the parts after the stack of layers with a linear layer or a convolution onto the decoder's width:
-    transformers' classes without a projector outside of the tower register them so.
-
-    Args:
-        width: of the decoder.
-    """
-    from torch import nn
-
-    parts = list(tower.children())
-    stack = next((index for index, part in enumerate(parts) if isinstance(part, nn.ModuleList)), len(parts))
-
-    def projects(part: "nn.Module") -> bool:
-        return any(
-            isinstance(each, nn.Linear | nn.Conv2d) and each.weight.shape[0] == width for each in part.modules()
-        )
-
-    return [part for part in parts[stack + 1 :] if projects(part)]
-
-
-def tower_of(model: "PreTrainedModel") -> "nn.Module":
-    """Return the vision tower of a composed model."""
-    # Without a tower it returns the model itself, or its base.
-    result = model.base_model.get_encoder(modality="image")
-    if result is model or result is model.base_model:
-        raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
-    return result
-
-
 def new_trainer(
-    script_args: VisionArguments, training_args: "SFTConfig", seed: int
-) -> "tuple[Trainer, ProcessorMixin]":
-    """Return the trainer of a model built here: captions first, then questions."""
-    questions, captions = question_rows(script_args, seed), caption_rows(script_args, seed)
-    texts = [text for rows in (captions, questions) if rows is not None for text in rows.texts()]
-    model, processor = new_model(script_args, questions, texts, seed)
-    pieces = (picture_side(script_args.dataset_name) // script_args.patch_size) ** 2
-    rows = questions if captions is None else JoinedRows(captions, questions)
-    args = changed(training_args, remove_unused_columns=False)
-    tokens = TurnTokens(processor, processor.image_token_id, pieces, args.max_length)
-    optimizer = optimizer_of(script_args.use_muon, args)
-    return PictureTrainer(
-        rows, tokens, processor, model=model, args=args, optimizer_cls_and_kwargs=optimizer
-    ), processor
-
-
-class PictureTraining(FreezingArguments, PictureArguments):
-    """The flags of a stage for a trainer on images."""
-
-
-def own_trainer(
-    script_args: PictureTraining,
-    training_args: "SFTConfig",
-    model_args: "ModelConfig",
-    rows: Rows,
-    eval_rows: Rows | None = None,
-    stage: str = "vision",
-) -> "tuple[Trainer, ProcessorMixin]":
-    """Return TRL's trainer of the user's model on rows with images.
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    rows: Sequence[PictureRow],
+    args: "SFTConfig",
+    use_muon: bool,
+) -> PictureTrainer:
+    """Return the trainer of a model built here.
 
     Args:
-        script_args: the flags of a stage, including the flags of `PictureTraining`.
-        rows: with `prompt`, `completion` and `images`; some may have no images.
-        eval_rows: likewise, or none.
-        stage: the command, for messages.
+        args: the trainer's.
+        use_muon: learn the matrices of the layers by Muon.
     """
-    check_split_weights(training_args, rows, eval_rows or ())
-    if is_mixed(rows) and training_args.ddp_find_unused_parameters is None:
-        # In a batch without images the tower gets no gradient, and several processes would wait for it.
-        training_args = changed(training_args, ddp_find_unused_parameters=True)
-    model, processor = load_model(model_args)
-    freeze(model, script_args.freeze_vision, script_args.freeze_text)
-    if processor.tokenizer.pad_token is None:
-        if processor.tokenizer.eos_token is None:
-            name = model_args.model_name_or_path
-            raise InputError(f"the tokenizer of {name!r} has no end token (eos_token): answers end with one")
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    kwargs: dict[str, Any] = {"processing_class": processor, "peft_config": peft_config(model_args)}
-    if eval_rows is not None:
-        kwargs["eval_dataset"] = as_dataset(eval_rows, script_args.max_pixels)
-    dataset = as_dataset(rows, script_args.max_pixels)
-    trainer = SFTTrainer(model=model, args=training_args, train_dataset=dataset, **kwargs)
-    warn_of_frozen_projector(trainer.model, model_args.use_peft, stage)
-    return trainer, processor
-
-
-def warn_of_frozen_projector(model: "nn.Module", has_adapter: bool, stage: str) -> None:
-    """Warn if an adapter leaves the projector untrained."""
-    learned = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    if has_adapter and not any("projector" in name for name in learned):
-        say(f"{stage}: the adapter leaves the projector as it is; --lora_modules_to_save with its name lets it learn")
+    args, tower = changed(args, remove_unused_columns=False), model.config.vision_config
+    pieces = (tower.image_size // tower.patch_size) ** 2
+    tokens = TurnTokens(processor, processor.image_token_id, pieces, args.max_length)
+    optimizer = optimizer_of(use_muon, args)
+    return PictureTrainer(rows, tokens, processor, model=model, args=args, optimizer_cls_and_kwargs=optimizer)
 
 
 # ---- ppo ----
@@ -436,26 +285,40 @@ WARMUP = 64
 SHARED = ("seed", "use_cpu", "bf16", "report_to", "disable_tqdm", "dataloader_pin_memory", "logging_steps")
 
 
-def prompt_rows(script_args: VisionArguments, seed: int) -> list[dict[str, object]]:
+def prompt_rows(dataset_name: str, count: int, seed: int) -> list[dict[str, object]]:
     """Return prompts with one image each and the columns of the gold reward.
 
     None of the drawn images is in fine-tuning; digits are the same as there, in other pairs.
+
+    Args:
+        dataset_name: `pictures` or `digits`.
+        count: prompts.
+        seed: of fine-tuning.
     """
-    count, part = script_args.num_rl_prompts, "prompts"
     rows = (
         TwoDigits(seed + 1, count)
-        if script_args.dataset_name == DIGITS
-        else DrawnWorld(seed, count, QUESTIONS, part=part, families=PROMPT_FAMILIES)
+        if dataset_name == DIGITS
+        else DrawnWorld(seed, count, QUESTIONS, part="prompts", families=PROMPT_FAMILIES)
     )
     return [{"prompt": row.prompt(), "images": [row.picture], **row.gold} for row in rows]
 
 
 def policy_trainer(
-    script_args: VisionArguments, training_args: "SFTConfig", processor: "ProcessorMixin"
+    policy: str,
+    processor: "ProcessorMixin",
+    prompts: Sequence[Mapping[str, object]],
+    learning_rate: float,
+    kl_coef: float,
+    **settings: object,
 ) -> "PPOTrainer":
     """Return the trainer of a policy on drawn images, every prompt once, with the gold reward.
 
-    It starts from the saved model of fine-tuning: a model trained by TRL cannot be copied as a reference.
+    Args:
+        policy: the folder of fine-tuning with its saved model: a model trained by TRL cannot be copied as a reference.
+        prompts: see `prompt_rows`.
+        learning_rate: the highest.
+        kl_coef: weight of the KL penalty.
+        settings: the values of `SHARED` in fine-tuning.
     """
     from accelerate import PartialState
 
@@ -464,47 +327,34 @@ def policy_trainer(
     state = PartialState()
     # The main process writes the model, and all read it.
     state.wait_for_everyone()
-    shared = {name: getattr(training_args, name) for name in SHARED}
-    answers = min(BATCH_SIZE, script_args.num_rl_prompts // MINI_BATCHES)
-    batch_size = max(1, answers // state.num_processes)
-    rollouts = math.ceil(script_args.num_rl_prompts / (batch_size * MINI_BATCHES * state.num_processes))
+    batch_size = max(1, min(BATCH_SIZE, len(prompts) // MINI_BATCHES) // state.num_processes)
+    rollouts = math.ceil(len(prompts) / (batch_size * MINI_BATCHES * state.num_processes))
     steps = rollouts * MINI_BATCHES * EPOCHS
     args = PPOConfig(
-        output_dir=str(Path(training_args.output_dir, FOLDER)),
-        total_episodes=script_args.num_rl_prompts,
+        output_dir=str(Path(policy, FOLDER)),
+        total_episodes=len(prompts),
         per_device_train_batch_size=batch_size,
         num_mini_batches=MINI_BATCHES,
         num_ppo_epochs=EPOCHS,
         response_length=RESPONSE_LENGTH,
-        learning_rate=script_args.rl_learning_rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="linear",
-        kl_coef=script_args.kl_coef,
+        kl_coef=kl_coef,
         save_strategy="no",
         critic_warmup_steps=steps // WARMUP,
         warmup_steps=3 * steps // WARMUP,
-        **shared,
+        **settings,
     )
-    rows = prompt_rows(script_args, training_args.seed)
-    policy = training_args.output_dir
-    trainer = PPOTrainer(
-        model=policy, reward_funcs=gold_reward, args=args, train_dataset=rows, processing_class=processor
+    return PPOTrainer(
+        model=policy, reward_funcs=gold_reward, args=args, train_dataset=prompts, processing_class=processor
     )
-    freeze(trainer.policy, script_args.freeze_vision, script_args.freeze_text)
-    return trainer
 
 
 def sampled_gold(
-    script_args: VisionArguments, model: "PreTrainedModel", processor: "ProcessorMixin", questions: Sequence[Asked]
+    model: "PreTrainedModel", processor: "ProcessorMixin", questions: Sequence[Asked], max_new_tokens: int
 ) -> list[float]:
     """Return the gold rewards of one sampled answer per question."""
-    from hfllm.multimodal.answers import answer_pictures
-
     prompts, images = [each.prompt for each in questions], [each.images for each in questions]
-    responses = answer_pictures(model, processor, prompts, images, script_args.max_new_tokens, do_sample=True)
+    responses = answer_pictures(model, processor, prompts, images, max_new_tokens, do_sample=True)
     columns = {name: [question.gold[name] for question in questions] for name in questions[0].gold}
     return gold_reward(prompts, responses, **columns)
-
-
-def gain(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    """Return the metrics of the gold reward of sampled answers, before PPO and after."""
-    return change_of("sampled_gold", before, after)

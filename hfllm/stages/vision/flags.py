@@ -10,9 +10,9 @@ from hfllm.data.loading import RowArguments
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.data.world.pictures import picture_side
 from hfllm.errors import InputError, refuse
-from hfllm.flags import NAMED, UNNAMED, Fact, Range, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, UNNAMED, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file
-from hfllm.stages.shared import check_whole_rows
+from hfllm.stages.shared import NOT_CUT, check_batches, refused_with_images
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -90,51 +90,45 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     refused: ClassVar[Refused] = {
         **dict.fromkeys(FREEZING, UNNAMED.because("the model is made here, and knows nothing")),
         **dict.fromkeys(OF_PICTURES, DRAWN_ROWS),
+        **refused_with_images(ALWAYS),
+        # Questions about drawn images are put into the rows of a model built here, as many as fit.
+        "max_length": NAMED.because(NOT_CUT),
         "use_peft": UNNAMED.because("the model is made here: all of its weights learn"),
     }
 
 
-def default_settings(given: Mapping[str, Any]) -> list[Path]:
+def default_settings(provided: Mapping[str, Any]) -> list[Path]:
     """Return the settings of the model built for the named images, or the settings of the user's own model."""
-    if given.get("model_name_or_path"):
+    if provided.get("model_name_or_path"):
         return [settings_file("vision/model.yaml")]
-    digits = [settings_file("vision/digits.yaml")] if given.get("dataset_name") == DIGITS else []
+    digits = [settings_file("vision/digits.yaml")] if provided.get("dataset_name") == DIGITS else []
     return [settings_file("vision/pictures.yaml"), *digits]
 
 
 def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
     """Refuse contradictory flags and flags that would fail later."""
-    is_named, name = bool(model_args.model_name_or_path), script_args.dataset_name
+    from hfllm.trainers.pretraining.muon import refusals_of_muon
+
+    name = script_args.dataset_name
     if name == WORLD:
         raise InputError("--dataset_name world: that one is of texts; pictures is the world to be seen")
-    if not is_named and name not in DRAWN:
+    if not model_args.model_name_or_path and name not in DRAWN:
         raise InputError(
             f"--dataset_name {name}: rows of your own take a vision-language model of your own "
             f"(--model_name_or_path), or pictures that are drawn here: {', '.join(DRAWN)}"
         )
     check_flags(script_args, training_args, model_args)
-    # Questions about drawn images are put into the rows of a model built here.
-    check_whole_rows(script_args, training_args, is_cut=not is_named)
-    _check_muon(script_args, training_args)
+    check_batches(training_args.train_sampling_strategy, training_args.completion_only_loss)
+    for condition, option, reason in refusals_of_muon(script_args.use_muon, training_args):
+        refuse(condition, option, reason)
     most = 2 if name == DIGITS else 16
     if not 1 <= script_args.questions_per_picture <= most:
         raise InputError(f"--questions_per_picture {script_args.questions_per_picture}: expected 1 to {most}")
     heads = script_args.num_attention_heads
-    for each in ("hidden_size", "vision_hidden_size"):
-        width = getattr(script_args, each)
+    for option in ("hidden_size", "vision_hidden_size"):
+        width = getattr(script_args, option)
         if width is not None and (width < 1 or width % (2 * heads)):
-            raise InputError(f"--{each} {width}: expected a multiple of twice --num_attention_heads {heads}")
-    _check_patches(script_args)
-
-
-def _check_muon(script_args: VisionArguments, training_args: "SFTConfig") -> None:
-    from hfllm.trainers.pretraining.muon import refusals_of_muon
-
-    for condition, name, reason in refusals_of_muon(script_args.use_muon, training_args):
-        refuse(condition, name, reason)
-
-
-def _check_patches(script_args: VisionArguments) -> None:
-    side = picture_side(script_args.dataset_name)
-    if side is not None and (script_args.patch_size < 1 or side % script_args.patch_size):
-        raise InputError(f"--patch_size {script_args.patch_size}: expected a divisor of the pictures' side, {side}")
+            raise InputError(f"--{option} {width}: expected a multiple of twice --num_attention_heads {heads}")
+    side, patch = picture_side(name), script_args.patch_size
+    if side is not None and (patch < 1 or side % patch):
+        raise InputError(f"--patch_size {patch}: expected a divisor of the pictures' side, {side}")

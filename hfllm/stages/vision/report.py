@@ -15,7 +15,6 @@ from hfllm.multimodal.answers import answer_pictures
 from hfllm.outputs.pictures import PictureGrid
 from hfllm.outputs.report import Bars, Found, Promise, mean_of, plus_minus
 from hfllm.stages.vision.build import HELD_OUT, SEEN, SHUFFLED
-from hfllm.stages.vision.flags import VisionArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -32,25 +31,25 @@ LABELS = {
 SHOWN = 24
 
 
-def evaluate(
-    script_args: VisionArguments,
+def judge_answers(
     model: "PreTrainedModel",
     processor: "ProcessorMixin",
     parts: Mapping[str, Sequence[Asked]],
     prior: Sequence[Asked] = (),
+    max_new_tokens: int = 16,
 ) -> Found:
     """Judge a model on all parts, and by family.
 
     Args:
-        script_args: tokens of an answer.
         model: the model.
         processor: its processor.
         parts: questions by the name of the part; the questions of `shuffled` have other images.
         prior: more questions of the kinds of the first part, for finding the best guess.
+        max_new_tokens: of an answer at most.
     """
     responses = {
         name: answer_pictures(
-            model, processor, [q.prompt for q in questions], [q.images for q in questions], script_args.max_new_tokens
+            model, processor, [q.prompt for q in questions], [q.images for q in questions], max_new_tokens
         )
         for name, questions in parts.items()
     }
@@ -101,9 +100,11 @@ def by_family(questions: Sequence[Asked], values: Sequence[float]) -> dict[str, 
     return dict(sorted(result.items()))
 
 
-def _false_alarms(questions: Sequence[Asked], said: Sequence[str]) -> dict[str, float]:
+def _false_alarms(questions: Sequence[Asked], responses: Sequence[str]) -> dict[str, float]:
     """Return the share of questions about present things with an answer for absent ones."""
-    values = [float(is_right(each, NOT_THERE)) for each, q in zip(said, questions, strict=True) if q.family != ABSENT]
+    values = [
+        float(is_right(each, NOT_THERE)) for each, q in zip(responses, questions, strict=True) if q.family != ABSENT
+    ]
     has_absent = any(question.family == ABSENT for question in questions)
     return mean_of("called_absent", values) if has_absent and values else {}
 
@@ -124,22 +125,22 @@ def _table(parts: Mapping[str, Sequence[Asked]], right: Mapping[str, Sequence[fl
     return table
 
 
-def _samples(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float]) -> list[dict[str, str]]:
+def _samples(questions: Sequence[Asked], responses: Sequence[str], right: Sequence[float]) -> list[dict[str, str]]:
     """Return some questions with answers: wrong ones first, as the most informative."""
     rows = [
         {"prompt": question.question, "said": answer, "gold": question.answer, "right": "yes" if is_good else "no"}
-        for question, answer, is_good in zip(questions, said, right, strict=True)
+        for question, answer, is_good in zip(questions, responses, right, strict=True)
     ]
     rows.sort(key=lambda row: row["right"])
     return rows[: SHOWN // 2] if len(rows) <= SHOWN // 2 else rows[: SHOWN // 4] + rows[-(SHOWN // 4) :]
 
 
-def _grid(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float]) -> PictureGrid:
+def _grid(questions: Sequence[Asked], responses: Sequence[str], right: Sequence[float]) -> PictureGrid:
     indices = [index for index, question in enumerate(questions) if len(question.images) == 1][:SHOWN]
     return PictureGrid(
         "Questions, and what the model says",
         [read_image(questions[index].images[0], "a sample", max_pixels=sys.maxsize, min_side=1) for index in indices],
-        [f"{_printed(questions[index].question)}\n{_printed(said[index])}" for index in indices],
+        [f"{_printed(questions[index].question)}\n{_printed(responses[index])}" for index in indices],
         [bool(right[index]) for index in indices],
     )
 

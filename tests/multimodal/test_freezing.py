@@ -4,10 +4,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from seeing_rows import make_model
+from seeing import IMAGE, seeing
 
+import hfllm
 from hfllm.errors import InputError
-from hfllm.stages.vision.build import freeze
+from hfllm.multimodal.freezing import freeze
 
 TEXT = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -33,6 +34,12 @@ INSIDE = {
         {"merger", "downsample"},
     ),
 }
+
+
+def make_model():
+    """A model whose projector lies between tower and decoder, both 32 wide."""
+    config = hfllm.HfllmConfig(vocab_size=IMAGE + 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return seeing(hfllm.HfllmForCausalLM(config))
 
 
 def composed(name, **more):
