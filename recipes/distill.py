@@ -52,7 +52,6 @@ def main(
     script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig"
 ) -> dict[str, float]:
     """Make what is missing, distill, compare, save, report. Return the metrics."""
-    from hfllm.data.loading import world_of
     from hfllm.evaluation.before_after import distillation_plots, distillation_summary, gold_tables
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
@@ -102,7 +101,7 @@ def main(
         alone.save_model()
         trainers["student_alone"] = alone
 
-    world = world_of(script_args)
+    world = script_args.world
     sizes = (script_args.num_eval_prompts, max_new_tokens, script_args.num_samples)
     judged, metrics = distill.compare_students(teacher, trainers, world, *sizes)
     question = "Hello!" if world is None else "What colour is the fox?"

@@ -36,11 +36,10 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     """Train, save, write the report. Return the metrics."""
     from transformers import set_seed
 
-    from hfllm.data.loading import world_of
     from hfllm.flags import check_flags
     from hfllm.multimodal.freezing import freeze
     from hfllm.multimodal.processors import check_template
-    from hfllm.outputs.report import plus_minus, share_error, with_error
+    from hfllm.outputs.figures import plus_minus, share_error, with_error
     from hfllm.runs.models import check_trainable, load_policy, load_scorer_to_train, load_tokenizer, peft_config
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
@@ -82,7 +81,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     base_args = replace(model_args, model_name_or_path=name)
     tokenizer = processor.tokenizer if sees else load_tokenizer(name, revision)
     train_rows, test_rows = rows or reward.world_comparisons(
-        world_of(script_args),
+        script_args.world,
         *load_policy(base_args),
         reward.comparison_settings(script_args, seed),
         training_args.device,
@@ -114,7 +113,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     error = share_error(accuracy, count)
     accuracy_metrics = {"reward_model_accuracy": accuracy, **with_error("reward_model_accuracy", error, count)}
     metrics = {**accuracy_metrics, "eval_loss": evaluation["eval_loss"], **counts, **control, **scaled}
-    labels = "" if world_of(script_args) is None else " with noise-free labels"
+    labels = "" if script_args.world is None else " with noise-free labels"
     summary = f"accuracy {plus_minus(accuracy, error)} on {count:,} held-out comparisons{labels}"
     summary += reward.other_pictures_summary(metrics)
     return stage.finish(metrics, trainer, summary, models={"model": name})

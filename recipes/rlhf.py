@@ -37,7 +37,6 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     """Make what is missing, align, compare before and after, save, report. Return the metrics."""
     from transformers import set_seed
 
-    from hfllm.data.loading import world_of
     from hfllm.evaluation import alignment
     from hfllm.models.loading.saved import max_length_of
     from hfllm.multimodal.freezing import freeze
@@ -119,7 +118,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
             rlhf.calibrate(reward, trainer, train_rows[: rlhf_flags.CALIBRATION_PROMPTS])
 
     # Evaluate the policy on held-out prompts, train it by PPO, and evaluate it again.
-    held_out = (world_of(script_args), script_args.num_eval_prompts)
+    held_out = (script_args.world, script_args.num_eval_prompts)
     with gather_parameters(trainer.actor):
         unaligned = alignment.evaluate_policy(trainer, *held_out)
     train(trainer, stage.checkpoint, stage.identity)

@@ -290,16 +290,6 @@ class TextArguments(DataArguments):
         return WorldTexts(self.world_seed, self.num_documents, shares)
 
 
-def renaming_of(script_args: DataArguments) -> dict[str, str]:
-    """Return the mapping of `--column_mapping`; see `DataArguments.renaming`."""
-    return script_args.renaming
-
-
-def world_of(script_args: DataArguments) -> World | None:
-    """Return the embedded world if the data comes from it, else `None`."""
-    return script_args.world
-
-
 def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> tuple[list, list]:
     """Shuffle rows by `seed` and hold out about `share` of them, at most `most`, for evaluation.
 

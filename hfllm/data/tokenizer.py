@@ -8,13 +8,6 @@ from importlib.resources import files
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.augmentation import (  # noqa: F401 - imported from here elsewhere
-    ENGLISH_TESTS,
-    ENGLISH_TRAINING,
-    WORLD_TESTS,
-    WORLD_TRAINING,
-    AddedTexts,
-)
 from hfllm.data.rows import Message, is_begun, read_tools
 from hfllm.errors import InputError
 

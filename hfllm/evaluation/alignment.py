@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hfllm.data.augmentation import perturb
+from hfllm.data.augmentation import WORLD_TESTS, perturb
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.tokenizer import WORLD_TESTS
 from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
@@ -16,18 +15,8 @@ from hfllm.evaluation.before_after import SAMPLES, SHOWN_SAMPLES, prompt_text
 from hfllm.evaluation.judged import JudgedAnswer, by_group, judge_tasks, mean_gold
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.evaluation.suites.world_suites import GROUPS
-from hfllm.outputs.report import (
-    Plot,
-    change_of,
-    changes,
-    label_of,
-    mean_of,
-    plot_history,
-    plus_minus,
-    readable,
-    standard_error,
-    verdict,
-)
+from hfllm.outputs.figures import change_of, changes, label_of, mean_of, plus_minus, readable, standard_error, verdict
+from hfllm.outputs.report import Plot, plot_history
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -21,19 +21,17 @@ from hfllm.generation.responses import sample_responses
 from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random
 from hfllm.models.loading.saved import saved_model
-from hfllm.outputs.report import (
-    Bars,
-    Plot,
+from hfllm.outputs.figures import (
     averaged,
     change_of,
     is_noise,
     mean_of,
-    plot_history,
     plus_minus,
     ratio_error,
     standard_error,
     with_error,
 )
+from hfllm.outputs.report import Bars, Plot, plot_history
 
 if TYPE_CHECKING:
     import torch

@@ -11,24 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm import durable
-from hfllm.outputs.figures import (  # noqa: F401 - imported from here elsewhere
-    NOISE,
+from hfllm.outputs.figures import (
     Promise,
-    averaged,
-    change_of,
     changes,
     figure_tables,
-    is_noise,
-    label_of,
-    mean_of,
-    plus_minus,
-    ratio_error,
-    readable,
-    share_error,
-    side_by_side,
-    standard_error,
-    verdict,
-    with_error,
 )
 
 if TYPE_CHECKING:

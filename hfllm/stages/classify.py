@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data import labelled
 from hfllm.data.labelled import COLUMNS, SPANS, TASKS, TEXT, WORDS, Encoded, Row, Window
-from hfllm.data.loading import ON_WORLD, RowArguments, renaming_of
+from hfllm.data.loading import ON_WORLD, RowArguments
 from hfllm.errors import InputError
 from hfllm.evaluation import classification
 from hfllm.evaluation.classification import bag_of_words, majority
 from hfllm.flags import ALWAYS, NAMED, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.generation import spans
 from hfllm.generation.spans import best_spans
-from hfllm.outputs.report import Bars, Found, plus_minus
+from hfllm.outputs.figures import plus_minus
+from hfllm.outputs.report import Bars, Found
 from hfllm.runs.command_line import say
 from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
@@ -104,7 +105,7 @@ def check(script_args: ClassifyArguments, training_args: "TrainingArguments", mo
             f"--doc_stride {script_args.doc_stride}: expected at least 0 and less than --max_length "
             f"{script_args.max_length}"
         )
-    for ours in renaming_of(script_args):
+    for ours in script_args.renaming:
         if ours not in COLUMNS[task]:
             raise InputError(
                 f"--column_mapping {ours}=...: {task} has no column {ours!r}; it has: {', '.join(COLUMNS[task])}"

@@ -17,7 +17,8 @@ from hfllm.errors import InputError
 from hfllm.fingerprint import file_fingerprint, fingerprint
 from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Refused, at_least, check_flags, flag
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.report import Found, Plot, Promise, change_of, is_noise, plus_minus, write_atomically
+from hfllm.outputs.figures import Promise, change_of, is_noise, plus_minus
+from hfllm.outputs.report import Found, Plot, write_atomically
 from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, flags_of_adapter
 from hfllm.runs.command_line import say

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.data.loading import DataArguments, hash_of, renaming_of, split_places, texts_of
+from hfllm.data.loading import DataArguments, hash_of, split_places, texts_of
 from hfllm.data.packing import long_rows, start_of
 from hfllm.data.sources import WORLD
 from hfllm.data.world.tasks import filler_documents, long_documents
@@ -14,7 +14,8 @@ from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
 from hfllm.flags import ALWAYS, NAMED, Fact, Range, Refused, at_least, check_flags, flag
-from hfllm.outputs.report import Found, Plot, change_of, mean_of
+from hfllm.outputs.figures import change_of, mean_of
+from hfllm.outputs.report import Found, Plot
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.runs.pipeline import by_main_process, write_rows
@@ -159,7 +160,7 @@ def split_texts(source: DataArguments, seed: int) -> tuple[Texts, Texts] | None:
     """Return the user's texts to learn from and to judge by; `None` for the world, which writes as many as needed."""
     if source.dataset_name == WORLD:
         return None
-    texts = list(texts_of(source.dataset_name, source.hub_part, source.max_samples, renaming_of(source)))
+    texts = list(texts_of(source.dataset_name, source.hub_part, source.max_samples, source.renaming))
     if not texts:
         raise InputError(f"--dataset_name {source.dataset_name} has no text")
     if len(texts) < FEW_TEXTS:

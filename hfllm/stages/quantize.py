@@ -198,9 +198,9 @@ def picture_schemes(schemes: Sequence[str] | None, save_scheme: str) -> list[str
 def eval_texts(source: DataArguments, count: int, seed: int) -> list[str]:
     """Return at most `count` texts: held-out documents of the world, by `seed`, or the user's."""
     from hfllm.data import formats
-    from hfllm.data.loading import load_rows, world_of
+    from hfllm.data.loading import load_rows
 
-    world = world_of(source)
+    world = source.world
     if world is not None:
         return world.documents(count, seed=-1 - seed)
     texts = [text for text in load_rows(source, formats.to_text) if text.strip()]
@@ -259,7 +259,6 @@ def make_evaluation(
     rows: "Sequence[str] | Sequence[Asked]",
 ) -> "QuantizationEvaluation":
     """Return the evaluation of the model and its quantized forms, on texts or on questions about images."""
-    from hfllm.data.loading import world_of
     from hfllm.evaluation.before_after import PictureQuantization, QuantizationEvaluation
     from hfllm.runs.models import fitting_length
 
@@ -273,7 +272,7 @@ def make_evaluation(
         return PictureQuantization(
             processing_class.tokenizer, (), 0, processor=processing_class, **of_pictures, **settings
         )
-    length, world = fitting_length(script_args.max_length, model), world_of(script_args)
+    length, world = fitting_length(script_args.max_length, model), script_args.world
     num_prompts = script_args.num_eval_prompts
     return QuantizationEvaluation(processing_class, rows, length, world, num_prompts, **settings)
 

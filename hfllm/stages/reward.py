@@ -134,8 +134,7 @@ def world_comparisons(
     Args:
         device: where the model samples.
     """
-    from hfllm.data.augmentation import begun_comparisons
-    from hfllm.data.tokenizer import WORLD_TRAINING
+    from hfllm.data.augmentation import WORLD_TRAINING, begun_comparisons
     from hfllm.evaluation.suites.refusals import refuses
     from hfllm.synthesis.answers import compare_samples
     from hfllm.trainers.engines import unshard
@@ -277,7 +276,7 @@ def other_pictures_accuracy(trainer: "PictureRewardTrainer", eval_rows: Rows, ma
     """
     from hfllm.data.images.rows import as_dataset
     from hfllm.evaluation.pictures import other_places
-    from hfllm.outputs.report import mean_of
+    from hfllm.outputs.figures import mean_of
 
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return {}
@@ -296,7 +295,7 @@ def other_pictures_accuracy(trainer: "PictureRewardTrainer", eval_rows: Rows, ma
 
 def other_pictures_summary(metrics: Mapping[str, Any]) -> str:
     """Return the result of `other_pictures_accuracy` in words; an empty string if it was not measured."""
-    from hfllm.outputs.report import plus_minus
+    from hfllm.outputs.figures import plus_minus
 
     name = "other_pictures_accuracy"
     if name not in metrics:

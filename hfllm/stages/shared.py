@@ -25,7 +25,8 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import Dropped, Message, flaw_of, origin_of
 from hfllm.errors import InputError, refuse
 from hfllm.flags import Fact, check_flags
-from hfllm.outputs.report import Plot, plus_minus
+from hfllm.outputs.figures import plus_minus
+from hfllm.outputs.report import Plot
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 

@@ -131,9 +131,9 @@ def prompt_rows(source: DataArguments, num_prompts: int) -> list[Row]:
     """Return the world's held-out questions, or the first of the user's own prompts."""
     from hfllm.data import formats
     from hfllm.data.images.rows import without_images
-    from hfllm.data.loading import load_rows, world_of
+    from hfllm.data.loading import load_rows
 
-    world = world_of(source)
+    world = source.world
     if world is not None:
         return [task.prompt_row() for task in world.evaluation_tasks(num_prompts)]
     rows = load_rows(source, without_images(formats.to_prompt, "hfllm speculative"))[:num_prompts]

@@ -7,11 +7,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data import formats
-from hfllm.data.augmentation import in_another_form
+from hfllm.data.augmentation import WORLD_TRAINING, AddedTexts, in_another_form
 from hfllm.data.formats import as_completion
 from hfllm.data.rows import split_beginning
 from hfllm.data.sources import Source
-from hfllm.data.tokenizer import WORLD_TRAINING, AddedTexts, tokenize_prompts
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.data.world.demonstrators import preference_rows
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hfllm.data.tokenizer import WORLD_TESTS
+from hfllm.data.augmentation import WORLD_TESTS
 from hfllm.data.world.world import World
 from hfllm.evaluation import alignment
 from hfllm.evaluation.alignment import (

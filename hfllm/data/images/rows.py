@@ -646,7 +646,7 @@ def named_pictures(
 
     Args:
         name: of the dataset; one on the Hub has no files of its own here, and neither have the embedded ones.
-        column_mapping: see `loading.renaming_of`.
+        column_mapping: see `DataArguments.renaming`.
         most: the number of rows to look at, from the first.
         max_row_bytes: see `HubPart`; as in the run, or the rows after a longer one would not be found.
     """

@@ -26,12 +26,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data import formats
-from hfllm.data.augmentation import PERTURBATIONS, perturb
+from hfllm.data.augmentation import ENGLISH_TESTS, PERTURBATIONS, WORLD_TESTS, AddedTexts, perturb
 from hfllm.data.images.rows import refuse_images
 from hfllm.data.rows import Message
 from hfllm.data.sources import iterate_source
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.tokenizer import ENGLISH_TESTS, WORLD_TESTS, AddedTexts
 from hfllm.data.world.rubric import COMPLIES, RIGHT, GoldAnswer, gold_score, words_of
 from hfllm.data.world.tasks import paraphrase
 from hfllm.data.world.world import Task, World

@@ -31,7 +31,8 @@ from hfllm.data.world.rubric import RIGHT, UNKNOWN_PHRASES, gold_score, words_of
 from hfllm.data.world.vocabulary import ATTRIBUTES
 from hfllm.evaluation.judged import JudgedAnswer, gold_by_group
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.report import Found, Plot, Promise, mean_of
+from hfllm.outputs.figures import Promise, mean_of
+from hfllm.outputs.report import Found, Plot
 from hfllm.stages.ground.flags import GROUNDED, SFT
 from hfllm.stages.shared import Speaking, figure_text, plot_of_right
 

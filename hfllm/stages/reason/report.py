@@ -22,7 +22,8 @@ from hfllm.data.world.reasoning import (
 from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import World, draw_distinct
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plot_history, plus_minus
+from hfllm.outputs.figures import Promise, change_of, mean_of, plus_minus
+from hfllm.outputs.report import Plot, plot_history
 from hfllm.stages.reason.flags import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from hfllm.grounding.retrieval import BM25Retriever, scoring_enough
 from hfllm.models.loading.saved import add_tokens
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.processors import tokenizer_of
-from hfllm.outputs.report import plus_minus
+from hfllm.outputs.figures import plus_minus
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, passage_files

@@ -20,7 +20,8 @@ from hfllm.data.world.world import World
 from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import calculator, lookup_in
 from hfllm.models.devices import forked_random
-from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, side_by_side
+from hfllm.outputs.figures import Promise, change_of, mean_of, side_by_side
+from hfllm.outputs.report import Found, Plot
 from hfllm.rewards.functions import completion_text, transcript
 from hfllm.stages.shared import figure_text, plot_of_right
 from hfllm.stages.tools.flags import PLAIN, RL, SHOWN, SHUFFLED

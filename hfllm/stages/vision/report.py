@@ -12,8 +12,9 @@ from hfllm.data.images.files import read_image
 from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
 from hfllm.evaluation.pictures import Asked, best_guesses, is_right
 from hfllm.multimodal.answers import answer_pictures
+from hfllm.outputs.figures import Promise, mean_of, plus_minus
 from hfllm.outputs.pictures import PictureGrid
-from hfllm.outputs.report import Bars, Found, Promise, mean_of, plus_minus
+from hfllm.outputs.report import Bars, Found
 from hfllm.stages.vision.build import HELD_OUT, SEEN, SHUFFLED
 
 if TYPE_CHECKING:
