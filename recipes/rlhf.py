@@ -54,12 +54,12 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
     # Refuse what cannot work before anything is trained.
+    rlhf_flags.check(script_args, training_args, model_args)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     before = rlhf_flags.stages_before(script_args, training_args, model_args)
     files = shared.files_changed(script_args, [name], revision)
     stage = Stage("rlhf", script_args, training_args, model_args, before=before.parsed, also=files)
     stage.check()
-    rlhf_flags.check(script_args, training_args, model_args)
     if stage.is_finished:
         return stage.reuse()
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
@@ -68,6 +68,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     tools = rlhf.checked_tools(script_args.tools, script_args.environment_factory, name, revision, has_reward)
     trial = (functions, tools, training_args.reward_timeout)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, *trial)
+    rlhf_flags.check_rewards(script_args, training_args)
     policy_config = config_to_train(model_args, before)
     rlhf.check_rows([*train_rows, *eval_rows], policy_config)
     room = None

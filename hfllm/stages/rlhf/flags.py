@@ -81,21 +81,27 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
 
 
 def check(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags without effect, contradictory rewards, and an undetermined learning rate.
+    """Refuse flags without effect, and an undetermined learning rate.
 
-    YAML flags of skipped stages are accepted, so that one file serves with and without a named model. Whether
-    environments have a reward of their own is seen when they are loaded.
+    YAML flags of skipped stages are accepted, so that one file serves with and without a named model.
     """
     refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
     plugin = getattr(training_args, "deepspeed_plugin", None)
     if training_args.learning_rate is None and plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise InputError("--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it")
     check_flags(script_args, model_args)
-    has_environments = script_args.environment_factory is not None
-    for option in OF_TOOLS if not (script_args.tools or has_environments) else ():
+    for option in () if script_args.tools or script_args.environment_factory is not None else OF_TOOLS:
         value = getattr(training_args, option)
         is_changed = value != getattr(type(training_args), option)
         refuse(is_changed, f"--{option} {value}", "it has no effect without --tools or --environment_factory")
+
+
+def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig") -> None:
+    """Refuse contradictory rewards and PTX texts, as the errors would come after the training of the stages before.
+
+    Whether environments have a reward of their own is seen when they are loaded.
+    """
+    has_environments = script_args.environment_factory is not None
     reward_models, functions = script_args.reward_model_name_or_path, script_args.reward_funcs or []
     if not (reward_models or functions or has_environments) and script_args.dataset_name != WORLD:
         raise InputError(
