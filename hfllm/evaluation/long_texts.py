@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from hfllm.data.packing import start_of
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
 from hfllm.errors import InputError
-from hfllm.generation.scoring import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +104,8 @@ def find_needles(
     """
     import torch
     from tqdm import tqdm
+
+    from hfllm.generation.scoring import evaluating
 
     shared, answers = first_tokens(tokenizer)
     rng, right = random.Random(f"needle-{seed}"), []
@@ -200,6 +201,7 @@ def nats_by_segment(
     import torch
 
     from hfllm.generation.caches import SegmentMemory
+    from hfllm.generation.scoring import evaluating
 
     if segment_length < 2 or ids.shape[1] < 2:
         raise InputError(f"segment_length={segment_length} and {ids.shape[1]} tokens: expected at least 2 of each")
