@@ -56,7 +56,7 @@ class StageEntry:
         settings: the YAML file of its settings on the embedded world, under recipes/configs.
         needs: the flags naming models of another stage, and the name of the stage.
         runs_own_chain: whether others leave the stages before it to its recipe: they run inside its own folder, and
-            `hfllm/stages/NAME/flags.py` lists them.
+            its stage's own flags (`hfllm/stages/NAME`) list them.
         minutes: about how long it takes on two cores with these settings.
     """
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
 from hfllm.models.conversion import tensor_layouts
-from hfllm.models.conversion.mixed_families import LLAMA, LLAMA_BIASES, Family, layers_of, qwen_layers, written_layers
+from hfllm.models.conversion.family_rows import LLAMA, LLAMA_BIASES, Family, layers_of, qwen_layers, written_layers
 from hfllm.models.family.configuration_fields_hfllm import (
     IDLE,
     expert_width,

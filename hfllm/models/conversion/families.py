@@ -4,15 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.models.conversion import tensor_layouts
 from hfllm.models.conversion.expert_families import EXPERT_FAMILIES, LATENT_FAMILIES
-from hfllm.models.conversion.mixed_families import (
-    LLAMA,
-    LLAMA_BIASES,
-    MIXED_FAMILIES,
-    Family,
-    layers_of,
-    qwen_layers,
-    written_layers,
-)
+from hfllm.models.conversion.family_rows import LLAMA, LLAMA_BIASES, Family, layers_of, qwen_layers, written_layers
+from hfllm.models.conversion.mixed_families import MIXED_FAMILIES
 from hfllm.models.family.configuration_fields_hfllm import expert_width
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 
@@ -85,7 +78,7 @@ def _written_exaone4(config: HfllmConfig) -> dict[str, Any]:
     return {**written_layers(config), "sliding_window": config.sliding_window or unused}
 
 
-MORE_FAMILIES = {
+OTHER_LAYOUTS = {
     "gptj": Family(
         {
             **{"hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon", "intermediate_size": "n_inner"},
@@ -358,7 +351,7 @@ FAMILIES = {
 }
 # These have configs of their own for the class of Llama.
 FAMILIES |= {name: FAMILIES["llama"] for name in ("exaone", "internlm3", "iquestcoder")}
-FAMILIES |= MIXED_FAMILIES | MORE_FAMILIES | LATENT_FAMILIES
+FAMILIES |= MIXED_FAMILIES | OTHER_LAYOUTS | LATENT_FAMILIES
 
 
 # ---- unsupported families ----
