@@ -215,7 +215,7 @@ def _check_names(name: str, values: Sequence[str] | None, some_of: tuple[str, ..
         if value not in (*some_of, NO_NAME):
             raise InputError(f"--{name} {value!r}: expected some of {', '.join(some_of)}, or none")
         if value == NO_NAME and {*values} != {NO_NAME}:
-            raise InputError(f"--{name} {' '.join(values)}: expected arms, or none alone")
+            raise InputError(f"--{name} {' '.join(values)}: expected some of {', '.join(some_of)}, or none alone")
 
 
 def _several(facts: Fact | tuple[Fact, ...]) -> tuple[Fact, ...]:

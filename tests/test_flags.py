@@ -76,7 +76,7 @@ def as_parsed(*names, **values):
         ({"temperature": math.nan}, "--temperature nan: expected a number above 0"),
         ({"temperature": math.inf}, "--temperature inf: expected a number above 0"),
         ({"controls": ["plan"]}, "--controls 'plan': expected some of shuffled, plain, or none"),
-        ({"controls": ["plain", "none"]}, "--controls plain none: expected arms, or none alone"),
+        ({"controls": ["plain", "none"]}, "--controls plain none: expected some of shuffled, plain, or none alone"),
         ({"num_prompts": 4, "model_name_or_path": "m"}, "--num_prompts cannot be used here: the model is named"),
         ({"judge": True}, "--judge cannot be used here: no model is named"),
         ({"judge": True, "model_name_or_path": "m", "stage": "sl"}, "--stage sl needs no judge"),

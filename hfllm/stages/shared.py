@@ -122,7 +122,12 @@ NOT_JOINED = {
 
 def refused_with_images(fact: Fact) -> dict[str, Fact]:
     """Return what fine-tuning refuses of TRL's flags where this fact gives its rows images, for `refused`."""
-    return {flag: fact.because(why) for flag, why in NOT_JOINED.items()}
+
+    def where_on(flag: str, why: str) -> Fact:
+        # Switched off it asks for nothing, whatever its default is.
+        return Fact(lambda flags: fact.holds(flags) and bool(flags[flag]), why)
+
+    return {flag: where_on(flag, why) for flag, why in NOT_JOINED.items()}
 
 
 def check_batches(train_sampling_strategy: str, completion_only_loss: bool | None = None) -> None:

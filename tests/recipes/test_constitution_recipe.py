@@ -594,7 +594,10 @@ OF_WORLD = [
     (("--critic_model_name_or_path", "NAME"), "--critic_model_name_or_path cannot be used here"),
     (("--dataset_name", "red.csv"), "--dataset_name red.csv needs --model_name_or_path"),
     (("--controls", "polite"), "--controls 'polite': expected some of politeness, critiques, labels, people, or none"),
-    (("--controls", "none", "labels"), "--controls none labels: expected arms, or none alone"),
+    (
+        ("--controls", "none", "labels"),
+        "--controls none labels: expected some of politeness, critiques, labels, people, or none alone",
+    ),
     (("--num_revisions", "0"), "--num_revisions 0: expected at least 1"),
     (("--num_demonstrations", "3"), "--num_demonstrations 3: expected at least 10"),
     (("--num_human_pairs", "-1"), "--num_human_pairs -1: expected at least 0"),

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import weakref
 
 import evaluate
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hfllm.errors import InputError
 from hfllm.outputs.statistics import mean_interval
 from hfllm.runs.lock import release_all
+from hfllm.stages.evaluate import build
 from hfllm.stages.evaluate.build import Samples
 
 ROWS = [{"question": f"Sum {n}?", "choices": ["one", "two", "three"], "answer": n % 3} for n in range(20)]
@@ -48,8 +50,19 @@ def report_of(folder):
     return report["metrics"], (folder / "samples.jsonl").read_text()
 
 
-def test_models_side_by_side(models, capsys):
+def test_models_side_by_side(models, capsys, monkeypatch):
+    load, loaded = build.load_speaking, []
+
+    def load_alone(*args, **kwargs):
+        # Memory holds one of them at a time.
+        assert not any(model() for model in loaded)
+        speaking = load(*args, **kwargs)
+        loaded.append(weakref.ref(speaking.model))
+        return speaking
+
+    monkeypatch.setattr(build, "load_speaking", load_alone)
     metrics = judge(models, "out")
+    assert len(loaded) == 2
     samples = [json.loads(line) for line in (models / "out/samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 2 * len(ROWS)
     # Labels are what tells the models apart.

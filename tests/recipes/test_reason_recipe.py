@@ -175,7 +175,7 @@ def test_arms_that_are_not_asked_for_do_not_run(words, tmp_path):
         (("--num_problems", 0), "--num_problems 0: expected at least 1"),
         (("--share_of_thoughts", 1.5), "--share_of_thoughts 1.5: expected a share in [0, 1]"),
         (("--controls", "dirct"), "--controls 'dirct': expected some of direct, shuffled, or none"),
-        (("--controls", "none", "direct"), "--controls none direct: expected arms, or none alone"),
+        (("--controls", "none", "direct"), "--controls none direct: expected some of direct, shuffled, or none alone"),
         (("--num_exampels", 3), "num_exampels"),
     ],
 )

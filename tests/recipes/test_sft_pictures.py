@@ -15,6 +15,7 @@ import hfllm
 from hfllm.data.images.rows import as_dataset, by_turns
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import evaluate_tuned
+from hfllm.flags import ALWAYS, Flags
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.stages import shared
 from hfllm.stages.sft import build as sft_build
@@ -236,6 +237,12 @@ def test_flags_of_pictures_and_rows_without_any(seeing_folder, texts, tmp_path):
             run(seeing_folder / "model", texts, tmp_path / "out", *flags)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", shared.NOT_JOINED)
+def test_flags_beside_images_are_refused_where_they_are_on(flag):
+    fact = shared.refused_with_images(ALWAYS)[flag]
+    assert fact.holds(Flags(**{flag: True})) and not fact.holds(Flags(**{flag: False}))
 
 
 def test_a_model_of_text_is_refused_by_its_name(seeing_folder, tmp_path):

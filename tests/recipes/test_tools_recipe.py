@@ -248,7 +248,7 @@ def test_shuffled_gold_has_the_rewards_of_gold_in_another_order():
         (["--tools", "calculator"], "--tools cannot be used here"),
         (["--reward_funcs", "gold"], "--reward_funcs cannot be used here"),
         (["--controls", "labels"], "--controls 'labels': expected some of shuffled, plain, or none"),
-        (["--controls", "none", "plain"], "--controls none plain: expected arms, or none alone"),
+        (["--controls", "none", "plain"], "--controls none plain: expected some of shuffled, plain, or none alone"),
         ([*OWN, "--num_prompts", "7"], "--num_prompts cannot be used here: it is of the embedded world's"),
         ([*OWN, "--controls", "plain"], "--controls cannot be used here: it is of the embedded world's"),
         (["--num_prompts", "0"], "--num_prompts 0: expected at least 1"),

@@ -317,6 +317,8 @@ def judge_all(loader: Loader, models: Mapping[str, str], suites: Sequence[Suite]
             if any(missing.values()):
                 with loader.load(label, model) as subject:
                     _judge(subject, suites, missing, samples, bar)
+                # Memory holds one model at a time.
+                del subject
     keys = [(label, suite.name, item.key) for label in models for suite in suites for item in items[suite.name]]
     records = [samples.records[key] for key in keys]
     samples.write(records)
