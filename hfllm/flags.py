@@ -200,13 +200,10 @@ def check_arguments(arguments: "DataclassInstance", kind: "type[DataclassInstanc
     Raises:
         ValueError: with the name of the first such argument, as transformers' own checks.
     """
-    rules = rules_of(kind)
-    for item in fields(kind):
-        value, takes = getattr(arguments, item.name), rules.get(item.name, Rules()).takes
-        # None stands for no number where it is the default.
-        is_wrong = item.default is not None if value is None else takes is not None and not takes.holds(value)
-        if takes is not None and is_wrong:
-            raise ValueError(f"{item.name} must {takes.demand or f'be {takes.words}'}, got {value}")
+    for name, rules in rules_of(kind).items():
+        value, takes = getattr(arguments, name), rules.takes
+        if takes is not None and value is not None and not takes.holds(value):
+            raise ValueError(f"{name} must {takes.demand or f'be {takes.words}'}, got {value}")
     for item in fields(kind):
         value, choices = getattr(arguments, item.name), item.metadata.get("choices")
         if choices and value not in choices:

@@ -405,7 +405,6 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"beta": 1.5}, r"beta must lie in \[0, 1\]"),
         ({"soft_weight": -1.0}, "soft_weight must not be negative"),
-        ({"temperature": None}, "temperature must be above 0, got None"),
         ({"teacher_top_k": 0}, "teacher_top_k must be at least 1"),
         ({"teacher_top_k": 4, "hidden_weight": 0.1}, "hidden_weight needs the teacher at every step"),
         ({"teacher_top_k": 4, "soft_weight": 0.0}, "its weight soft_weight is 0"),
