@@ -291,7 +291,7 @@ WRITERS: Mapping[type, Callable[[Any, Write], None]] = {
     tuple: _write_sequence,
     dict: _write_mapping,
 }
-# For values of none of these exact types, the first match: numpy's scalars before the numbers some of them are.
+# For values of other types, the first match: numpy's scalars before the numbers some of them are.
 OTHERS: Sequence[tuple[Callable[[object], bool], Callable[[Any, Write], None]]] = (
     (_is_of("numpy", "ndarray", "generic"), _write_array),
     (_is_of("torch", "Tensor"), _write_tensor),

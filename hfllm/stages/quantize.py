@@ -65,7 +65,7 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
     )
     num_eval_texts: int = flag(
         256,
-        "Texts for the perplexity, at most this many; of a model that sees, answers for the loss.",
+        "Texts for the perplexity, at most this many; of a vision-language model, answers for the loss.",
         takes=at_least(1),
     )
     max_length: int = flag(
@@ -76,7 +76,7 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
     )
     num_eval_prompts: int = flag(
         600,
-        "Questions of the world for the gold reward; of a model that sees, those about pictures.",
+        "Questions of the world for the gold reward; of a vision-language model, those about pictures.",
         takes=at_least(1),
     )
     response_length: int = flag(40, "Longest answer to them, in tokens.", takes=at_least(1))

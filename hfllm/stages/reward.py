@@ -80,7 +80,7 @@ def user_comparisons(
 ) -> tuple[Rows, Rows] | None:
     """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world.
 
-    For a model that sees they may have `images`. If one has, the messages of all rows have parts as their content.
+    For a vision-language model they may have `images`. If one has, all rows' messages have parts as their content.
 
     Args:
         seed: of the split, and of the rows in other forms.

@@ -198,7 +198,7 @@ def rows_with_images(
     needs_images: bool = False,
     most: int | None = None,
 ) -> tuple[Rows, Rows]:
-    """Return rows as `user_rows` does, for a model that sees: some, or all of them, may have `images`.
+    """Return rows as `user_rows` does, for a vision-language model: some, or all of them, may have `images`.
 
     If one row has images, the messages of all rows have parts as their content.
 

@@ -396,7 +396,7 @@ BELOW_AN_ADAPTER = Fact(
 
 @dataclass(frozen=True)
 class FreezingArguments:
-    """Which parts of a model that sees learn."""
+    """Which parts of a vision-language model learn."""
 
     freeze_vision: bool = flag(
         False, "Leave the tower of your model as it is; the projector learns.", never=(NO_PICTURES, BELOW_AN_ADAPTER)

@@ -39,18 +39,16 @@ from hfllm.evaluation.suites.truthfulness import TruthfulQA, missing_overlaps
 from hfllm.evaluation.suites.world_suites import WorldFewShot, WorldPreferences, WorldRefusals, WorldTruthfulness
 from hfllm.fingerprint import file_fingerprint
 from hfllm.models.loading.adapters import find_adapter
-from hfllm.models.loading.saved import is_for_pictures
 from hfllm.models.loading.weights import check_weight_files
 from hfllm.outputs.report import CHANGED, CONTENTS, compared, write_atomically
 from hfllm.runs.command_line import say
 from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
 from hfllm.stages.evaluate.flags import NUM_WORLD_ITEMS, EvaluateArguments
-from hfllm.stages.shared import kept_rows, load_processor, load_speaking
+from hfllm.stages.shared import kept_rows, load_speaking, processor_of
 from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of, question_of
 from hfllm.stages.vision.flags import DRAWN
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
     from trl import ModelConfig
 
 
@@ -176,11 +174,6 @@ class Loader:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def processor_of(name: str) -> "ProcessorMixin | None":
-    """Return the processor of a vision-language model; `None` for a text model."""
-    return load_processor(name, "main") if is_for_pictures(load_config(name)) else None
 
 
 def check_models(names: Sequence[str], judge: str | None, needs_template: bool, needs_images: bool) -> None:

@@ -60,7 +60,7 @@ def instruction_data(
     model_name: str | None = None,
     processor: "ProcessorMixin | None" = None,
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return training and held-out rows with `prompt` and `completion` messages; for a model that sees also `images`.
+    """Return training and held-out rows with `prompt` and `completion` messages, and perhaps `images`.
 
     If one row has images, the messages of all rows have parts as their content.
 

@@ -70,7 +70,7 @@ def question_rows(
         dataset_name: `pictures` or `digits`.
         count: images.
         questions_per_picture: questions about each at most.
-        share_absent: share of questions about what is not there; by default as often as other families.
+        share_absent: share of questions about absent things; by default as often as other families.
     """
     if dataset_name == DIGITS:
         return TwoDigits(seed, count, num_questions=questions_per_picture)
