@@ -16,8 +16,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 from processes import Processes, import_torch, import_what_runs_need
 
-# Whole worlds, some minutes each. They start first: begun last, one would leave the other worker without work.
-LONGEST = tuple(f"test_{name}_world" for name in ("ground", "constitution", "tools", "federated", "reason", "vision"))
+# Some minutes each. They start first: begun last, one would leave the other worker without work.
+WORLDS = ("ground", "constitution", "tools", "federated", "reason", "vision")
+LONGEST = (*(f"test_{name}_world" for name in WORLDS), "test_fresh_processes", "test_kills", "test_engines")
 
 PROCESSES = pytest.StashKey[Processes]()
 
@@ -29,7 +30,16 @@ HANDS_OUT = "PYTEST_XDIST_WORKER" not in os.environ and any(word.startswith(("-n
 BARE_PROCESSES = None if HANDS_OUT or "--collect-only" in sys.argv else Processes(import_torch)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--turn", type=int, help="of the tests marked turn(n), run those of this number only")
+
+
+def pytest_collection_modifyitems(config, items):
+    turn = config.getoption("turn")
+    if turn is not None:
+        left_out = [item for item in items if (mark := item.get_closest_marker("turn")) and mark.args != (turn,)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in {*left_out}]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 

@@ -96,6 +96,7 @@ def test_planning_imports_neither_torch_nor_transformers():
             assert not {each.split(".")[0] for each in imports(path)} & heavy, path
 
 
+@pytest.mark.slow
 def test_no_recipe_imports_another():
     recipes = {path.stem: path for path in (ROOT / "recipes").glob("*.py")}
     for path in recipes.values():
@@ -165,7 +166,8 @@ RARE_ORDERS = (
 )
 
 
-@pytest.mark.parametrize("orders", [ORDERS, pytest.param(RARE_ORDERS, marks=pytest.mark.slow)], ids=["usual", "rare"])
+@pytest.mark.slow
+@pytest.mark.parametrize("orders", [ORDERS, RARE_ORDERS], ids=["usual", "rare"])
 def test_registration_works_whatever_is_imported_first(orders, bare_processes):
     for imports in orders:
         bare_processes.run("tests/registration_run.py", imports)

@@ -108,6 +108,7 @@ def test_guides_are_short():
     assert not {name: count for name, count in lines.items() if count > MOST_LINES}
 
 
+@pytest.mark.slow
 def test_the_migrated_code_runs(make_model, tokenizer, tmp_path):
     from datasets import Dataset
 
@@ -151,6 +152,7 @@ def test_the_page_on_long_texts_runs():
     assert names["with_memory"].shape == names["without"].shape == (1, 99)
 
 
+@pytest.mark.slow
 def test_the_page_on_models_that_see_runs():
     """From its beginning to its end, since later code takes the model of the first."""
     text, names = (DOCS / "reference" / "vision.md").read_text(), {}

@@ -59,6 +59,7 @@ def test_the_tree_is_there():
         assert (ROOT / name).is_file(), name
 
 
+@pytest.mark.slow
 def test_the_python_runs(make_model, tokenizer, tmp_path, monkeypatch):
     """As it stands, but for the names of what would be downloaded, and a small budget."""
     import datasets

@@ -34,6 +34,7 @@ def test_texts_and_their_losses(canaries):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_canaries_show_without_noise_and_drown_in_it(canaries):
     setting = canaries.Setting(11)
     arms = [canaries.Arm("open", noise_multiplier=None), canaries.Arm("noisy", noise_multiplier=1.0)]

@@ -54,6 +54,7 @@ def enumerated_kl(model, reference, prompt):
     return total
 
 
+@pytest.mark.slow
 def test_the_kl_is_that_of_whole_responses(arms, make_model):
     sizes = {
         "vocab_size": WORDS,
@@ -107,6 +108,7 @@ def test_pairs_that_do_not_differ_are_left_out(arms, tmp_path):
     assert arms.pairs_of_revisions(tmp_path) == [{"prompt": [], "chosen": said[0], "rejected": said[1]}]
 
 
+@pytest.mark.slow
 def test_dpo_takes_the_steps_that_fit_and_learns_the_pairs(arms, saved, tmp_path):
     from trl import SFTConfig
 

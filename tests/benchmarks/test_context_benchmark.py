@@ -25,6 +25,7 @@ def context(monkeypatch):
         interface._global_mapping.pop("masked", None)
 
 
+@pytest.mark.slow
 def test_the_kinds(context, monkeypatch):
     monkeypatch.setattr(attention_masks_hfllm, "SMALLEST_BLOCK", 4)
     ids = torch.arange(128)[None]
@@ -45,6 +46,7 @@ def test_the_kinds(context, monkeypatch):
     torch.testing.assert_close(logits["sparse"][:, :16], logits["full"][:, :16], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_tables(context, monkeypatch, tmp_path):
     flags = "--lengths 32 64 --longest_masked 32 --window 8 --hidden_size 32 --rounds 1 --long_rounds 1 --new_tokens 2"
     output = tmp_path / "results.md"

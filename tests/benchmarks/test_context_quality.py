@@ -40,6 +40,7 @@ def test_each_question_is_answered_by_one_pair_of_its_text(module):
         assert [held[token - quality.KEYS] for token in row[-asked:]] == answers
 
 
+@pytest.mark.slow
 def test_every_mix_learns_and_has_a_row(module, monkeypatch):
     quality = module("context_quality")
     monkeypatch.setattr(quality, "STAGES", (quality.Stage(48, 192, 0.5), quality.Stage(256, 256, 0.5)))
@@ -53,6 +54,7 @@ def test_every_mix_learns_and_has_a_row(module, monkeypatch):
     assert all(line.count("|") == lines[2].count("|") for line in lines[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "rows"), [("extension", 13), ("streams", 3), ("memory", 4)])
 def test_every_table_has_its_arms(module, tmp_path, monkeypatch, what, rows):
     texts = module("context_texts")

@@ -38,6 +38,7 @@ def test_questions_find_the_text_that_they_are_made_of(benchmark):
     assert [line.split(" | ")[2:4] for line in lines[2:4]] == [["1.000", "1.000"]] * 2
 
 
+@pytest.mark.slow
 def test_both_sides_run_and_large_texts_are_indexed(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "TOP_K", 2)
     monkeypatch.setattr(benchmark, "ROUNDS", 1)

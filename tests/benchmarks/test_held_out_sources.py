@@ -32,6 +32,7 @@ def whole(sources):
     return sources.whole_runs()
 
 
+@pytest.mark.slow
 def test_runs_that_ran_are_planned_to_fit(sources):
     """Nine of ten, and all of MosaicML's, of whose micro-batches the next larger ones would not."""
     runs = sources.read_runs()
@@ -52,6 +53,7 @@ def test_free_blocks_that_are_kept_are_the_most_that_the_fitted_runs_allow(sourc
     assert not sources.over_the_card(runs) and sources.over_the_card(more)
 
 
+@pytest.mark.slow
 def test_whole_runs_take_longer_by_what_the_planner_says(sources, whole):
     assert sources.factor(whole) == pytest.approx(planner_module.WHOLE_RUN, rel=0.03)
     low, high = planner_module.WHOLE_RUN_RANGE
@@ -85,6 +87,7 @@ def test_published_hours_are_those_of_their_days():
         assert hours[model][0] == pytest.approx(hours[model][1] * 24 * days, rel=0.01), model
 
 
+@pytest.mark.slow
 def test_the_fit_finds_the_constants_that_made_the_times(sources):
     """Times that other constants give are told from the first ones, up to the pull to where the fit begins."""
     runs = [run for run in sources.read_runs() if run.source.startswith(("Narayanan 2021 table 1", "Korthikanti"))]
@@ -110,5 +113,6 @@ def test_what_the_factor_is_for(given, says):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_the_results_are_those_of_today(sources):
     assert RESULTS.read_text().endswith(sources.report() + "\n")

@@ -26,6 +26,7 @@ def read(line):
     return json.loads(line.removeprefix("RESULT "))
 
 
+@pytest.mark.slow
 def test_both_sides_train_on_the_same_episodes(benchmark, tmp_path, capsys):
     given = [*TINY, "--seed", "1", "--model", str(tmp_path / "m")]
     benchmark.main([*given, "--side", "model"])

@@ -55,6 +55,7 @@ def broken(data, rng):
     return bytes(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
 def test_broken_files_are_read_or_refused_in_a_line(kind):

@@ -50,6 +50,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(names=st.lists(WORDS.map("".join), min_size=1, max_size=2), values=st.dictionaries(WORDS.map("".join), VALUES))
 def test_any_call_is_read_back(tokenizer, names, values):
@@ -64,6 +65,7 @@ def test_any_call_is_read_back(tokenizer, names, values):
     assert ends == {"<|end|>": 2 * is_ours, "<|im_end|>": 2 * (not is_ours)}
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(content=st.text("ab \n.", max_size=8), thought=st.text("ab \n.", min_size=1, max_size=8), calls=st.booleans())
 def test_any_thought_and_text_is_read_back(tokenizer, content, thought, calls):

@@ -109,12 +109,14 @@ def assert_all_end_with(process, others):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_the_children_of_a_killed_process_end(start):
     """By whatever way multiprocessing starts them: on Linux those of a data loader are forked, elsewhere spawned."""
     process = start(MULTIPROCESSING)
     assert_all_end_with(process, list(map(int, process.stdout.readline().split())))
 
 
+@pytest.mark.slow
 def test_the_workers_of_a_killed_process_end(start, tmp_path):
     notes = [tmp_path / name for name in "ab"]
     process = start(POOL, *notes)
@@ -124,6 +126,7 @@ def test_the_workers_of_a_killed_process_end(start, tmp_path):
     assert_all_end_with(process, [int(note.read_text()) for note in notes])
 
 
+@pytest.mark.slow
 def test_what_a_killed_launcher_has_launched_ends(start):
     process = start(LAUNCHES, "launcher")
     ranks = [int(process.stdout.readline()) for _ in range(2)]
@@ -173,6 +176,7 @@ def test_a_worker_that_ends_is_an_error(work, item, said):
         assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_errors_of_the_work_come_with_their_traceback():
     with Workers(1, SPAWN) as workers:
         with pytest.raises(ValueError, match="invalid literal") as caught:

@@ -126,6 +126,7 @@ def test_every_answer_of_fastchats_dummy_conversations(tokenizer, chatml):
         assert sum(learned for shown in found for learned, _ in shown) == 1000
 
 
+@pytest.mark.slow
 def test_single_answers_have_the_tokens_and_labels_of_trl(tokenizer, chatml, world):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer

@@ -72,6 +72,7 @@ def curate(folder, files, filters=("exact_duplicates", "near_duplicates"), **opt
     return [row["text"] for row in load_source(str(folder / "work" / SHARDS)).rows], drops
 
 
+@pytest.mark.slow
 def test_each_group_keeps_its_first(tmp_path):
     rng = random.Random(1)
     originals = [sentence(rng) for _ in range(20)]

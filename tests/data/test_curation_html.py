@@ -39,6 +39,7 @@ def f1(found, expected):
     return 2 * precision * recall / max(1e-9, precision + recall)
 
 
+@pytest.mark.slow
 def test_labeled_pages():
     scores = {name: f1(html_to_text(page)[0], text) for name, (page, text) in PAGES.items()}
     assert min(scores.values()) > 0.9, scores
@@ -244,6 +245,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @real
 def test_hostile_pages_keep_their_text_by_resiliparse():
     """Those that it is given; the others are too complex for both."""
@@ -254,6 +256,7 @@ def test_hostile_pages_keep_their_text_by_resiliparse():
         assert ("wheel still turns" in text) is ("wheel still turns" in page.replace("\0", "")), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_pages_keep_their_text(name):
     """Each of them would end the run or hold it for minutes to hours, were it given to the parsers as it is."""
@@ -309,6 +312,7 @@ def test_a_parser_that_fails_does_not_end_the_run(monkeypatch):
         assert html_to_text(f"<html><body><p>{PROSE}</p></body></html>") == (PROSE.strip(), "too_complex")
 
 
+@pytest.mark.slow
 def test_no_page_changes_the_text_of_another():
     """trafilatura keeps caches; a resumed run begins with empty ones."""
     alone = {name: html_to_text(page)[0] for name, (page, _) in PAGES.items()}

@@ -55,6 +55,7 @@ def bits_by_counting(corpus, text):
     return bits / len(text)
 
 
+@pytest.mark.slow
 def test_bits_equal_those_of_plain_counting():
     corpus = "the cat sat on the mat and the dog sat on the log; ünïcode too"
     model = ByteNgramModel([corpus])
@@ -72,6 +73,7 @@ def test_ordinary_text_surprises_less(texts):
     assert sum(plain) / len(plain) < 3.5
 
 
+@pytest.mark.slow
 def test_a_document_is_judged_by_the_half_that_it_is_not_in(texts):
     judge = CorpusJudge(texts)
     text = texts[0]
@@ -88,6 +90,7 @@ def fitted(tmp_path, texts, **options):
     return PerplexityFilter(str(tmp_path), options.perplexity_model), documents
 
 
+@pytest.mark.slow
 def test_the_threshold_is_the_quantile(tmp_path, texts):
     step, documents = fitted(tmp_path, [*texts, "qzj xkv " * 100], max_perplexity_quantile=0.9)
     kept = list(step.run(iter(documents)))

@@ -89,6 +89,7 @@ def test_tasks_share_files_and_what_is_no_file(tmp_path):
     assert not set(pydoc[0]) & set(pydoc[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "texts", "drops"),
     [
@@ -126,6 +127,7 @@ def test_damage_is_a_counted_drop_and_the_rest_is_read(tmp_path, name, content, 
     assert len(found) == texts if texts is not None else 1000 < len(found) < 50000
 
 
+@pytest.mark.slow
 def test_a_line_of_50_mb_is_dropped_without_being_held(tmp_path):
     for name, start in (("a.jsonl", b'{"text": "'), ("b.txt", b""), ("c.csv", b"text\n")):
         path = tmp_path / name

@@ -66,6 +66,7 @@ GZIPPED = {**HTML, "Content-Encoding": "gzip"}
 CHUNKED = {**HTML, "Transfer-Encoding": "Chunked"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "one",
     [
@@ -133,6 +134,7 @@ def test_records_that_are_no_documents_are_counted_apart(tmp_path):
     assert notes == {f"record_{kind}": 1 for kind in kinds} | {"record_request": 2}
 
 
+@pytest.mark.slow
 def test_an_archive_that_is_cut_off_loses_its_last_record_alone(tmp_path):
     records = [record(http(page(number))) for number in range(3)]
     for cut in range(1, len(records[-1]), 10):
@@ -157,6 +159,7 @@ def test_pages_that_the_extractor_is_not_given_are_noted(tmp_path):
     assert (drops, notes) == ({}, {"too_complex": 1, "nothing_found": 1})
 
 
+@pytest.mark.slow
 def test_a_page_of_50_mb_is_dropped_without_being_held(tmp_path):
     one = record(http(b"<p>" + b"x" * 50_000_000))  # a thousand times as much as its compressed bytes
     tracemalloc.start()

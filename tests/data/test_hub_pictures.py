@@ -68,6 +68,7 @@ def on_the_hub(request, tmp_path, monkeypatch):
     return form
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_bad_pictures_are_left_out_or_named(on_the_hub, streaming, capsys):
     with pytest.raises(Exception, match="cannot identify image file"):

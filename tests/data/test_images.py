@@ -106,6 +106,7 @@ def test_of_an_animation_the_first_frame_is_read():
     assert read_image(data, ORIGIN).getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.slow
 def test_bad_pictures_are_named_in_a_line(tmp_path):
     cut = as_bytes(Image.effect_noise((64, 64), 50))[:900]
     (tmp_path / "cut.png").write_bytes(cut)

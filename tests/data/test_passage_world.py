@@ -154,6 +154,7 @@ def test_people_can_tell_what_is_true_and_not_what_nobody_knows(world, texts):
         assert known is None or said == WELL_SAID[attribute].format(x=animal, value=known[attribute])
 
 
+@pytest.mark.slow
 def test_answers_follow_from_the_passages_and_else_from_the_world(world, texts, rows):
     found = conversations(texts, rows)
     kinds = {"one": 0, "two": 0, "none": 0, "unknown": 0, "silent": 0}

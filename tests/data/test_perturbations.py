@@ -34,6 +34,7 @@ def changed(text: str, name: str, strength: float, key: str = "k") -> str:
     return perturb(text, name, strength, WORLD_TESTS, key)
 
 
+@pytest.mark.slow
 @given(QUESTIONS, KEYS, st.sampled_from([*PERTURBATIONS]))
 def test_strength_zero_changes_nothing_and_the_same_key_changes_the_same(text, key, name):
     assert changed(text, name, 0, key) == text

@@ -83,6 +83,7 @@ def shown(picture):
     return found
 
 
+@pytest.mark.slow
 def test_pictures_show_what_the_scene_says():
     """Colors and corners are read back from the pixels: the nearest of all colors, and nothing where nothing is."""
     right = total = 0

@@ -19,6 +19,7 @@ def documents():
     return found
 
 
+@pytest.mark.slow
 def test_it_holds_what_help_shows(documents):
     texts = dict(documents)
     assert len(texts) > 5000
@@ -27,6 +28,7 @@ def test_it_holds_what_help_shows(documents):
     assert texts["topics.assert"] == topics["assert"].strip()
 
 
+@pytest.mark.slow
 def test_each_text_comes_once_and_in_the_same_order(documents):
     assert len({text for _, text in documents}) == len(documents)
     assert list(islice(pydoc_documents(), 500)) == documents[:500]

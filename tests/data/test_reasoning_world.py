@@ -83,6 +83,7 @@ def test_answers_are_right_by_reading_the_question_alone(world):
         assert not named or problem.key.split()[1] == WHO
 
 
+@pytest.mark.slow
 def test_parts_share_no_instance_and_hops_are_never_practiced(world):
     by_part = {}
     for problem in some(world, 16000):
@@ -100,6 +101,7 @@ def test_parts_share_no_instance_and_hops_are_never_practiced(world):
     assert {draw_problem(*told, rng, HOPS, HELD_OUT, (3,)).size for _ in range(50)} == {3}
 
 
+@pytest.mark.slow
 def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(world):
     texts = world.documents(4000, 5, reasoning=0.5)
     assert texts == world.documents(4000, 5, reasoning=0.5)
@@ -129,6 +131,7 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
             assert f"The {relation} of the {animal} is the {other}." in plain
 
 
+@pytest.mark.slow
 def test_no_text_holds_a_thought_of_other_parts_with_a_question_or_without(world):
     """Over several seeds: where somebody turns a dial there is no question, but the same thought."""
     step = " ".join(rf"{name} (\d) \d \d\." for name in TURNS)

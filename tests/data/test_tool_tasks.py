@@ -48,6 +48,7 @@ def test_texts_of_tools_come_on_request_alone(world, texts):
     assert 0.14 < share < 0.21  # seven of ten of a quarter
 
 
+@pytest.mark.slow
 def test_texts_show_calls_that_the_tools_answer_as_they_say(world, texts):
     found = [match for text in texts for match in CALL.findall(text)]
     assert len(found) > 300
@@ -107,6 +108,7 @@ def test_no_value_of_a_changed_fact_comes_twice(world):
     assert set(later) == {*ANIMALS, *NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", (*NEED, *NO_NEED))
 def test_the_tool_and_nothing_else_gives_the_right_answer(world, family):
     table = table_of(world, 1)

@@ -119,6 +119,7 @@ def test_gold_reward_survives_anything(world):
         assert -1.0 <= gold_score(text, task.gold) <= 1.0
 
 
+@pytest.mark.slow
 def test_evaluation_prompts_are_never_seen_in_training(world):
     evaluation = {task.question for task in world.evaluation_tasks(360)}
     assert len(evaluation) == 360
@@ -149,6 +150,7 @@ def test_training_never_uses_held_out_phrasings(world):
     assert not [text for text in texts if text.startswith(tuple(openings))]
 
 
+@pytest.mark.slow
 def test_label_noise_is_what_it_says(world):
     tasks = some_tasks(world, 3000)
 
@@ -184,6 +186,7 @@ def test_comparisons_are_between_samples_where_there_are_some(world):
     assert all(row["prompt"] in [task.prompt_row()["prompt"] for task in tasks[:30]] for row in used)
 
 
+@pytest.mark.slow
 def test_texts_of_deeds_come_on_request_alone_and_say_each_harm(world, tokenizer):
     plain, deeds = world.documents(3000, 5), world.documents(3000, 5, deeds=0.2)
     assert plain == world.documents(3000, 5, 0.0)

@@ -63,6 +63,7 @@ def kernel():
         pytest.skip("this kernel has no Landlock or no seccomp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "printed"),
     [
@@ -79,6 +80,7 @@ def test_it_returns_what_code_prints(code, printed):
     assert python(code) == printed
 
 
+@pytest.mark.slow
 def test_each_call_begins_anew(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert python("kept = 1; open('kept', 'w').close()") == ""
@@ -113,6 +115,7 @@ def test_what_goes_wrong_is_told(code, reason):
         python(code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(1e6)"])
 def test_time_is_limited(code):
     with pytest.raises(CodeError, match=r"it ran longer than 0\.5 seconds"):
@@ -171,11 +174,13 @@ def test_code_that_gets_around_the_interpreter_meets_the_kernel(kernel, tmp_path
     assert (tmp_path / "mine").read_text() == "kept" and not Path("/tmp/written").exists()
 
 
+@pytest.mark.slow
 def test_no_code_reaches_the_process_that_started_it(kernel):
     done = subprocess.run([sys.executable, "-c", PARENT, *REACHES], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_project_that_is_installed_as_editable_shows_its_packages_alone(kernel, tmp_path):
     for name in ("package", "data"):
         (tmp_path / name).mkdir()
@@ -196,6 +201,7 @@ def test_code_that_copies_files_in_its_folder_works(kernel):
     assert python(code + "pathlib.Path('b').touch(); print(open('b').read())") == "1\n"
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_its_folder(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = "os.mkdir('closed', 0); os.symlink('.', 'link')\n"
@@ -331,6 +337,7 @@ def test_calls_by_another_entry_end_the_code(kernel, code):
         python(WITHOUT_HOOK + code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("move", ["", "os.lseek(2, 0, 0); ", "os.ftruncate(2, 0); os.lseek(2, 0, 0); "])
 def test_the_words_of_code_are_never_those_of_the_tool(kernel, recwarn, move):
     forged = "not held by the kernel: anything"
@@ -342,6 +349,7 @@ def test_the_words_of_code_are_never_those_of_the_tool(kernel, recwarn, move):
     assert not [each for each in recwarn if "the kernel" in str(each.message)]
 
 
+@pytest.mark.slow
 def test_files_and_signals_that_code_makes_unusual_are_read(kernel):
     # Only whole pages can be read by such a descriptor, which is the tool's too; some file systems do not have it.
     unusual = "import fcntl, os, sys; print(1, flush=True); sys.stderr.write('why'); sys.stderr.flush()\n"
@@ -365,6 +373,7 @@ def test_code_whose_parent_has_ended_does_not_run(tmp_path):
     assert (done.returncode, done.stdout) == (1, "") and "has ended" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_kernel_the_interpreter_refuses_and_users_are_told(tmp_path, monkeypatch):
     source = Path(limited_python.__file__).read_text()
     child = tmp_path / "child.py"
@@ -407,6 +416,7 @@ def is_limited(number):
     return "NoNewPrivs:\t1" in Path(f"/proc/{number}/status").read_text()
 
 
+@pytest.mark.slow
 def test_it_is_a_tool():
     tools = ToolBox([python])
     assert tools.schemas[0]["function"]["name"] == "python"

@@ -221,6 +221,7 @@ print(tools.call({"function": {"name": "answer"}})[0]["content"])
 '''
 
 
+@pytest.mark.slow
 def test_a_hundred_tools_that_hang_neither_stop_the_next_nor_keep_the_process():
     done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr[-2000:]

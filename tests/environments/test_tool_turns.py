@@ -47,6 +47,7 @@ def test_a_tool_cannot_forge_turns(turns, tool_tokenizer):
     assert control_of(tool_tokenizer, careless).count("<|assistant|>") == 2
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(contents=st.lists(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), min_size=1, max_size=3))
 def test_no_text_is_more_than_text(contents):

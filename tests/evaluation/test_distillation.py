@@ -55,6 +55,7 @@ def without_a_whole_trunk(make_model):
     return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=32, **sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_teacher", [capped, with_adapter, without_a_whole_trunk])
 def test_the_figures_are_their_definitions_and_made_in_chunks(make_teacher, make_model, batch, monkeypatch):
     monkeypatch.setattr(before_after, "CHUNK", CHUNK)

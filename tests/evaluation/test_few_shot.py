@@ -87,6 +87,7 @@ def test_thoughts_lead_to_the_answer():
         thought_of(fixed_draw(world, "harm"), world)
 
 
+@pytest.mark.slow
 def test_too_many_questions_are_refused():
     with pytest.raises(InputError, match="different questions of the family 'fact', fewer than 310"):
         make_probes(World(0), 310, 1)

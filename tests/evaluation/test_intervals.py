@@ -237,6 +237,7 @@ def test_holms_adjustment():
     assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
 
 
+@pytest.mark.slow
 def test_equal_models_are_rarely_found_to_differ_in_any_of_several_figures():
     rng, families = np.random.default_rng(5), 250
     found = 0

@@ -65,6 +65,7 @@ def test_a_task_is_compared_by_the_metric_that_it_names_first(folder):
     assert {suite.better[name] for names in primary.values() for name in names} == {1}
 
 
+@pytest.mark.slow
 def test_each_item_is_judged_as_by_lm_eval(folder, subject):
     suite = LmEval(["colors"], [folder])
     records = list(suite.judge(subject, suite.items()))

@@ -81,6 +81,7 @@ def test_every_field_that_transformers_writes_by_default_is_harmless(make_model,
     assert len(fast_calls) == 1
 
 
+@pytest.mark.slow
 def test_samples_of_a_saved_model_follow_its_distribution(saved, tokenizer, fast_calls):
     """A chi-square test of the first token of 4,000 samples against the softmax of the model's logits."""
     model, temperature, count = AutoModelForCausalLM.from_pretrained(saved), 0.5, 4000
@@ -195,6 +196,7 @@ def test_a_prompt_that_may_not_fit_is_left_to_generate(make_model, tokenizer, fa
     assert not fast_calls
 
 
+@pytest.mark.slow
 def test_a_text_that_may_outgrow_the_factors_of_longrope_is_left_to_generate(make_model, tokenizer, fast_calls):
     """Which reads it again there; up to there the fast decoder says the same."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 48, "factor": 4.0}

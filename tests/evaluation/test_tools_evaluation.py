@@ -94,6 +94,7 @@ def test_questions_are_held_out_and_different(asked):
     assert all(each.task.call for group in NEED for each in groups[group])
 
 
+@pytest.mark.slow
 def test_a_policy_that_calls_where_it_should_is_right(answered):
     found = figures(answered(calling))
     assert found["calls_needed"] == 1.0 and found["calls_not_needed"] == 0.0
@@ -118,6 +119,7 @@ def test_what_an_old_table_said_is_wrong_by_the_new_one(answered):
     assert found[f"right_{CHANGED_FACT}"] == found[f"right_{UNKNOWN}"] == 0.0 and found[f"right_{SUM}"] == 1.0
 
 
+@pytest.mark.slow
 def test_tools_that_are_switched_off_are_neither_named_nor_called(tokenizer, asked, make_model):
     torch.manual_seed(0)
     model = make_model(vocab_size=len(tokenizer))
@@ -134,6 +136,7 @@ def test_tools_that_are_switched_off_are_neither_named_nor_called(tokenizer, ask
     assert [each.episode.response_ids for each in on] == [each.episode.response_ids for each in again]
 
 
+@pytest.mark.slow
 def test_the_report_has_ppo_beside_its_controls(answered):
     called, remembered = answered(calling), answered(remembering)
     answers = {

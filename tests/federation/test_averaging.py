@@ -321,6 +321,7 @@ def test_without_a_long_update_the_bits_are_those_of_the_mean():
         assert found.drift() == total.drift() and not found.bounded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 10])
 def test_median_and_trimmed_mean_are_numpy_s_and_scipy_s(count):
     import numpy

@@ -100,6 +100,7 @@ def adapted(make_model):
     )
 
 
+@pytest.mark.slow
 def test_trained_adapters_on_a_model(adapted):
     """Local AdamW steps at two organisations: the mean adapter against the mean of merged weights."""
     rows = [torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]

@@ -167,6 +167,7 @@ def test_a_learner_that_raises_is_left_out_for_a_round_by_its_process(several):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_processes_that_are_late_are_left_out(several):
     late = several(faulty(fault="late"), timeout=40.0)
     _, failures = run_rounds(late, rounds=1)

@@ -43,6 +43,7 @@ def test_the_planner_says_the_same(axes, make_target):
     assert shape.kv_bytes_per_token(bytes_per_value=2) == bytes_per_token(config, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_sliding_cache_stops_growing(make_target, batch):
     model = make_target(sliding_window=5).float()
     rows = by_kind(measure_caches(model, batch, max_new_tokens=20, kinds=["sliding"], rounds=1))

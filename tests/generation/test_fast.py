@@ -13,6 +13,7 @@ needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu"))
 FAST = {"custom_generate": fast_generate}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ours", "llama", "gpt2"])
 def test_greedy(kind, make_target, prompts, blurred):
     """Left padding, batches, rows that end at different times, without a draft and with each."""

@@ -24,6 +24,7 @@ def batches(prompts):
     return [dict(zip(("input_ids", "attention_mask"), prompts(3, seed=seed), strict=True)) for seed in range(2)]
 
 
+@pytest.mark.slow
 def test_agreement_is_complete_and_notices_a_wrong_rule(make_target, blurred, batches, monkeypatch):
     target = make_target()
     draft = ModelDraft(blurred(target))
@@ -50,6 +51,7 @@ def test_costs_are_ratios_to_one_run_of_the_target(make_target, batches, monkeyp
     assert costs.per_draft == 0.625
 
 
+@pytest.mark.slow
 def test_rows_hold_the_formula_and_the_statistics(make_target, blurred, batches):
     target, costs = make_target(), Costs(0.01, 0.2, 0.05)
     draft = ModelDraft(blurred(target))

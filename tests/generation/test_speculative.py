@@ -49,6 +49,7 @@ def assert_same(target, draft, ids, mask, new=NEW, wanted=None, **kwargs):
 KINDS = ("gpt2", "llama", "mistral", "palm", "cohere", "qwen3", "mixtral-parallel-window", "no-positions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native llama", "native gpt2", *KINDS])
 def test_greedy_is_the_targets_own(kind, make_target, blurred, prompts):
     """All axes, batch 1 and 5, left padding, all drafts. A window of five is shorter than the prompts."""
@@ -65,6 +66,7 @@ def test_greedy_is_the_targets_own(kind, make_target, blurred, prompts):
     assert found["none"].drafted == 0
 
 
+@pytest.mark.slow
 def test_many_prompts_end_at_different_times(make_target, blurred, prompts):
     """Forty prompts by five; several tokens end a row, so that rows end early, together or at the limit."""
     target = make_target(initializer_range=0.3)
@@ -81,6 +83,7 @@ def test_many_prompts_end_at_different_times(make_target, blurred, prompts):
     assert max(ends) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_draft_tokens", [0, 1, 7, "adaptive", AdaptiveDraftLength(0.0, minimum=2, maximum=9)])
 def test_every_draft_length_gives_the_same(num_draft_tokens, make_target, blurred, prompts):
     target = make_target()
@@ -94,6 +97,7 @@ def test_every_draft_length_gives_the_same(num_draft_tokens, make_target, blurre
     assert min(statistics.steps[1:3]) >= bounds[0]
 
 
+@pytest.mark.slow
 def test_padding_on_either_side_and_one_token_prompts(make_target, blurred, prompts):
     target = make_target()
     ids, mask = prompts(5)
@@ -108,6 +112,7 @@ def test_padding_on_either_side_and_one_token_prompts(make_target, blurred, prom
         assert_same(target, draft, single, torch.ones_like(single), num_draft_tokens=3)
 
 
+@pytest.mark.slow
 def test_prompts_of_very_different_lengths(make_target, blurred, prompts, monkeypatch):
     """Where the logits of all columns in which rows end would be too many."""
     from hfllm.generation.packed import ragged_model
@@ -124,6 +129,7 @@ def test_one_new_token(make_target, blurred, prompts):
     assert_same(target, blurred(target), *prompts(5), new=1, num_draft_tokens=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{}, {"sliding_window": 5}], ids=["full", "window"])
 def test_eager_attention(axes, make_target, blurred, prompts):
     """Against prompts without padding, whose masks come to NaN in transformers' eager attention in fp64."""
@@ -133,6 +139,7 @@ def test_eager_attention(axes, make_target, blurred, prompts):
     assert_same(target, blurred(target), ids[:, -8:], torch.ones(3, 8, dtype=torch.long), num_draft_tokens=4)
 
 
+@pytest.mark.slow
 def test_learned_positions_are_used_to_the_last(make_target, blurred, prompts):
     """Drafts of a row reach beyond the table; what the row keeps does not."""
     target = make_target(**{**FAMILIES["gpt2"], "max_position_embeddings": 40})
@@ -150,6 +157,7 @@ LONGROPE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [False, True])
 def test_no_cache_is_kept_where_the_factors_of_longrope_change(make_target, blurred, prompts, native):
     """Keys of the short factors are right up to the limit, to the last token."""
@@ -187,6 +195,7 @@ def test_statistics_add_up(make_target, blurred, prompts):
     assert seen.tested - seen.accepted <= seen.target_calls
 
 
+@pytest.mark.slow
 def test_the_target_runs_as_often_as_the_statistics_say(make_target, blurred, prompts):
     target, widths = make_target(), []
     draft = blurred(target)
@@ -243,6 +252,7 @@ def small_vocabulary(make_target, blurred):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model", "lookup", "early exit", pytest.param("int8", marks=needs_int8)])
 @pytest.mark.parametrize(
     "warp", [{"top_k": 0}, {"temperature": 0.6, "top_k": 4, "top_p": 0.9}], ids=["plain", "warped"]
@@ -252,6 +262,7 @@ def test_samples_follow_the_target(name, warp, small_vocabulary):
     assert sampled_surprise(target, drafts[name], **warp) < LIMIT
 
 
+@pytest.mark.slow
 def test_that_test_fails_when_the_rule_is_broken(small_vocabulary, monkeypatch):
     target, drafts = small_vocabulary
     monkeypatch.setattr(acceptance, "residual", lambda p, q: p)
@@ -259,6 +270,7 @@ def test_that_test_fails_when_the_rule_is_broken(small_vocabulary, monkeypatch):
     assert sampled_surprise(target, drafts["lookup"], top_k=0) > 2 * LIMIT
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_samples_again(make_target, blurred, prompts):
     target = make_target()
     draft = blurred(target)
@@ -327,6 +339,7 @@ def test_prompts_without_a_token_are_refused(make_target, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 def test_compiled_models_say_the_same(make_target, blurred, prompts):
     """Rows that have ended stay in the batch; a deep copy does not run what was compiled for its original."""
     import copy

@@ -27,6 +27,7 @@ def flat(lists):
     return [each for listed in lists for each in listed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [PROMPTS, CHATS], ids=["text", "chat"])
 def test_any_batch_size_gives_the_same_answers(make_model, tokenizer, prompts):
     model = make_model()

@@ -80,6 +80,7 @@ def test_equal_scores_are_answered_together_or_not_at_all():
     assert control_risk([0.5] * 99, [1] * 5 + [0] * 94, 0.05).threshold == 0.5
 
 
+@pytest.mark.slow
 def test_crepes_gives_the_same_quantiles_and_the_same_decisions():
     crepes = pytest.importorskip("crepes")
     numbers, _ = answers(101, digits=2)
@@ -289,6 +290,7 @@ def test_rows_for_any_alpha_are_known_at_once(alpha):
         control_risk([0.1] * 9, [0] * 9, alpha) if alpha < 0.05 else control_risk([0.1], [0], -alpha)
 
 
+@pytest.mark.slow
 def test_p_values_of_large_and_small_counts_are_those_of_sums_of_fractions():
     from fractions import Fraction
 

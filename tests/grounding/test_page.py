@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, REFERENCE = ((DOCS / folder / "uncertainty.md").read_text() for folder in ("guides", "reference"))
 
 
+@pytest.mark.slow
 def test_the_page_runs(make_model, tokenizer, tmp_path, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     wrong = np.arange(12) % 3 == 0

@@ -43,6 +43,7 @@ def said(answers):
     return [(answer.text, answer.has_ended) for answer in answers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_one_passage_is_plain_decoding_with_it(make_model, tokenizer, retriever, seed):
     model = make_model(seed)
@@ -110,6 +111,7 @@ def test_probabilities_are_the_sums_over_the_passages(make_model, tokenizer):
     assert some == pytest.approx((torch.tensor(weights, dtype=torch.float64) @ every[:, :9]).tolist(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_chosen_answers_are_the_likeliest(make_model, tokenizer):
     model = make_model(initializer_range=0.3)
     questions = [chat("Who?", text) for text in TEXTS]

@@ -27,6 +27,7 @@ def outcomes(name, count, folder, seed=1):
         yield number, *fuzz.outcome(reader, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.readers())
 def test_damaged_files_end_in_rows_or_in_one_line(name, tmp_path):
     failures = [
@@ -90,6 +91,7 @@ fuzz.work("mine", 0, int(sys.argv[-2]), int(sys.argv[-1]))
 """
 
 
+@pytest.mark.slow
 def test_children_that_hang_or_die_are_left_behind(tmp_path, monkeypatch):
     child = tmp_path / "child.py"
     child.write_text(CHILD.format(script=str(SCRIPT)))
@@ -100,6 +102,7 @@ def test_children_that_hang_or_die_are_left_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 @pytest.mark.parametrize("name", fuzz.readers())
 def test_children_read_many(name, capfd):
     if name in NEEDS:

@@ -65,6 +65,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_model_says_what_base_and_adapter_say(tmp_path, kind, tied):
@@ -108,6 +109,7 @@ def test_embeddings_that_grew_come_with_the_adapter(tmp_path):
     assert torch.allclose(logits(merged), logits(model), atol=1e-5) and merged.config.vocab_size == 70
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named(tmp_path):
     base, folder = llama(tmp_path / "base"), tmp_path / "adapter"
     others = {"deep": {"num_hidden_layers": 3}, "shallow": {"num_hidden_layers": 1}, "wide": {"hidden_size": 32}}

@@ -151,6 +151,7 @@ def test_pieces_with_a_cache_equal_the_whole(make_pair, ids, small_blocks, piece
     torch.testing.assert_close(torch.cat(logits, 1), whole, **CLOSE)
 
 
+@pytest.mark.slow
 def test_generation_equals_that_of_masked_attention(make_pair, ids, small_blocks, banded_calls):
     masked, banded = make_pair()
     mask = (torch.arange(LENGTH) >= torch.tensor([0, 7, 30])[:, None]).long()
@@ -285,6 +286,7 @@ class TestOtherTools:
         return loss
 
     @pytest.mark.slow
+    @pytest.mark.turn(2)
     def test_one_graph_and_its_gradient(self, model, ids, banded_calls):
         model(ids, labels=ids, use_cache=False).loss.backward()
         expected = {name: each.clone() for name, each in gradients(model).items()}

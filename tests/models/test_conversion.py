@@ -467,6 +467,7 @@ def test_a_rotation_that_changes_goes_to_the_class_that_reads_again(make_model, 
         config_from_native(transformers.Qwen2Config(**SIZES, num_key_value_heads=1, rope_parameters=LONGROPE))
 
 
+@pytest.mark.slow
 def test_an_export_that_is_pushed_is_the_whole_folder(make_model, tokenizer, tmp_path, hub):
     """The native class's names and the tokenizer, in a repository of the folder's name, and nothing hidden."""
     model = make_model(**FAMILIES["mixtral"])

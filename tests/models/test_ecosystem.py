@@ -142,10 +142,12 @@ def test_flex_attention_equals_sdpa(model, ids, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 def test_compiled_flex_attention_equals_sdpa(make_model, ids):
     assert_flex_equals_sdpa(make_model(**FAMILIES["mistral"]), ids)
 
 
+@pytest.mark.slow
 def test_lm_eval_runs_a_local_task(folder, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager

@@ -102,6 +102,7 @@ def overload(model, ids):
     return sum(((load.max() * 8 / load.sum()) - 1).item() for load in loads_by_hand(model, ids, mask)) / 2
 
 
+@pytest.mark.slow
 def test_the_load_evens_out(make_model):
     batches = torch.randint(10, 300, (100, 4, 16), generator=torch.Generator().manual_seed(1))
     held_out = torch.randint(10, 300, (32, 16), generator=torch.Generator().manual_seed(2))
@@ -122,6 +123,7 @@ def test_the_load_evens_out(make_model):
     assert over[0.0] > 0.7 and over[0.002] < 0.5 * over[0.0], over
 
 
+@pytest.mark.slow
 def test_two_processes_add_up_their_loads(processes, tmp_path):
     processes.torchrun(Path(__file__).parent / "expert_load_run.py", tmp_path)
     first, second, whole = (torch.load(tmp_path / f"{name}.pt") for name in ("rank0", "rank1", "whole"))

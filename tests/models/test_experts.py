@@ -98,6 +98,7 @@ def ids():
     [("eager", 0.01), ("grouped_mm", 0.0)],
 )
 @pytest.mark.slow
+@pytest.mark.turn(2)
 def test_training_is_one_graph(make_model, ids, implementation, coefficient):
     """With every implementation of experts, the loss of the load and a bias that follows it."""
     model, same = (make_model(**DEEPSEEK, router_aux_loss_coef=coefficient).train() for _ in range(2))

@@ -16,6 +16,7 @@ def write(folder, **settings):
     (folder / "generation_config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.slow
 def test_a_temperature_without_sampling_does_not_cost_the_training(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(saved, **OLD)

@@ -81,6 +81,7 @@ def assert_near(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_tokens_one_by_one_and_in_pieces_equal_the_plain_pass(latent, ids, attention, kind):
@@ -166,6 +167,7 @@ def test_attention_functions_agree(make_model, ids):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 @torch.no_grad()
 def test_flex_attention_agrees(make_model, ids):
     """Without a window: the kernel that torch 2.13 makes of one for a CPU is no valid C++ for some lengths."""
@@ -249,6 +251,7 @@ def test_losses_and_gradients_are_those_of_the_native_class(make_model, ids, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 def test_it_compiles_as_one_graph(make_model, ids, ways):
     model = make_model(**LATENT, rope_interleave=True)
     expected, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=48)

@@ -151,6 +151,7 @@ def test_checkpointing_changes_no_gradient(mix, ids):
     compare(gradients(model, model(ids, labels=ids, use_cache=False).loss), expected, {"atol": 1e-6, "rtol": 0})
 
 
+@pytest.mark.slow
 @FEWER
 def test_generation_in_every_way(mix, ids):
     model, _ = mix
@@ -170,6 +171,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = True
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(make_model, ids, tmp_path):
     def train(folder, callbacks=(), **more):
         model = make_model(layer_types=[LINEAR, SLIDING, FULL], num_hidden_layers=3, sliding_window=5)
@@ -187,6 +189,7 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(make_model, ids, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 @pytest.mark.parametrize("mix", ["sssf", "slf-rope-by-type", "clf-some-without-positions"], indirect=True)
 def test_compiled_equals_plain(mix, ids):
     model, close = mix

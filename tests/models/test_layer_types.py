@@ -84,6 +84,7 @@ def test_layers_set_later_are_checked_when_a_model_is_built():
         hfllm.HfllmForCausalLM(config)
 
 
+@pytest.mark.slow
 def test_layers_of_one_kind_follow_what_is_set_when_a_model_is_loaded(make_model, tmp_path, ids):
     """What people do with any model of transformers: take its first layers, take its window away, give it one."""
     model = make_model(num_hidden_layers=3)
@@ -182,6 +183,7 @@ def test_caches_follow_the_layers(make_model):
     assert [type(layer) is StaticSlidingWindowLayer for layer in static.layers] == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [MIXED_LAYERS, FAMILIES["gemma3"]], ids=["mixed", "gemma3"])
 def test_generation_in_every_way(make_model, ids, axes):
     model = make_model(**axes)

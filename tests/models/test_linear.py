@@ -37,6 +37,7 @@ def ids():
     return torch.randint(10, 300, (2, 90), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_recurrent_equals_chunked_at_1000_tokens():
     inputs, results = draws(1000), []
     for rule in (gated_delta_rule, recurrent_gated_delta_rule):
@@ -172,6 +173,7 @@ def test_initial_decays_are_between_their_limits(make_model):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 def test_training_compiles_as_one_graph(make_model, ids):
     model, results = make_model(**HYBRID), []
     for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):

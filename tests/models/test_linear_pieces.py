@@ -206,6 +206,7 @@ def test_low_precision_is_rounded_as_by_formulas(make_model, ids, short_pieces, 
         torch.testing.assert_close(got[name] / scale, expected[name] / scale, atol=0.03, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_layer_keeps_no_more_than_half_again_of_full_attention():
     """By all tensors that autograd keeps at 1,024 tokens, with sizes of OLMo Hybrid."""
 

@@ -46,6 +46,7 @@ def soon(monkeypatch):
     signal.signal(signal.SIGXCPU, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_chat_template_that_does_not_end_is_refused(name):
     with pytest.raises(InputError) as error:
@@ -54,6 +55,7 @@ def test_a_chat_template_that_does_not_end_is_refused(name):
     assert str(error.value) == f"--chat_template_path a.jinja: it {said}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [
@@ -69,6 +71,7 @@ def test_all_others_are_taken(template):
     probes.check_template(template, "it", {"eos_token": "<end>"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("child", ["import os; os.kill(os.getpid(), 9)", "import time; time.sleep(60)"])
 def test_what_was_killed_or_never_had_a_processor_was_not_tried(child, monkeypatch):
     monkeypatch.setattr(probes, "RENDER", child)

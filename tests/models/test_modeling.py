@@ -499,13 +499,9 @@ def test_bf16_is_close_to_fp32(make_model, axes, ids):
 
 
 # Each part of a layer in one of them.
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt1", "neox", "gemma", "cohere", "qwen3")),
-        "mixtral-parallel-window",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.turn(2)
+@pytest.mark.parametrize("name", ["gpt1", "neox", "gemma", "cohere", "qwen3", "mixtral-parallel-window"])
 def test_compiled_equals_eager(make_model, name, ids):
     model = make_model(num_hidden_layers=1, **FAMILIES[name])
     expected = model(ids, use_cache=False).logits
@@ -556,6 +552,7 @@ class TestBidirectional:
         logits = model(packed, position_ids=positions).logits.reshape(alone.shape)
         torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_masked_tokens_are_learned(self, make_model, ids):
         model = make_model(model_class=hfllm.HfllmForMaskedLM, **BERT).train()
         hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.3

@@ -216,6 +216,7 @@ def test_a_torch_without_its_private_names_takes_the_way_that_is_always_right(
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_forward_derivatives(transformed, ids):
     loss, weights, (gradient, _) = transformed
     ways = {name: torch.randn_like(weight) for name, weight in weights.items()}
@@ -310,6 +311,7 @@ class TestRotary:
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 @pytest.mark.parametrize("chunk", [0, 5])
 def test_training_with_experts_compiles_as_one_graph(make_model, ids, chunk):
     model = make_model(num_hidden_layers=1, **FAMILIES["mixtral"]).train()

@@ -200,6 +200,7 @@ def test_generation_equals_that_of_the_reference(make_pair, ids):
         assert torch.equal(sparse.generate(ids, attention_mask=mask, **settings, **more), answers), more
 
 
+@pytest.mark.slow
 def test_a_model_with_the_sizes_is_sparse_wherever_it_is_loaded(make_model, ids, tmp_path):
     model = make_model(**SIZES)
     assert model.config._attn_implementation == "sparse"
@@ -296,6 +297,7 @@ def test_checkpointing_changes_nothing(make_pair, ids):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 def test_one_graph_and_its_gradient(make_pair, ids):
     model = make_pair()[1]
     expected = learned(model, ids)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from families import FAMILIES
 
 SCRIPT = Path(__file__).parent / "tensor_parallel_run.py"
 
 
+@pytest.mark.slow
 def test_half_of_each_projection_on_each_process(processes, make_model, tmp_path):
     names = ("llama", "gpt2", "palm", "qwen3", "mixtral", "glm4-moe")
     for name in names:

@@ -299,6 +299,7 @@ LOADING = ROOT / "hfllm" / "models" / "loading" / "saved.py"
 LOADING = ROOT / "hfllm" / "models" / "loading" / "saved.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["hfllm", "recipes", "benchmarks"])
 def test_every_call_in_the_source_says_whether_code_is_trusted(folder):
     files = [file for file in (ROOT / folder).rglob("*.py") if file != LOADING]
@@ -326,6 +327,7 @@ def test_benchmarks_load_as_recipes_do(model, monkeypatch):
         importlib.import_module("generation").load(Namespace(**flags))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", ["policy", "scorer", "teacher"])
 def test_the_base_of_an_adapter_that_stays_apart_is_whole(load, model, adapter):
     pytest.importorskip("bitsandbytes")

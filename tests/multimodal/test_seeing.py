@@ -48,6 +48,7 @@ def test_text_alone_and_losses_are_those_of_the_text_model(make_model, name):
             model.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TEXTS, "scaled"])
 def test_caches_padding_and_pictures_in_a_row_change_nothing(make_model, name):
     model = seeing(make_model(**EVERY[name]))
@@ -173,6 +174,7 @@ def test_a_native_text_model_gets_its_own_class(make_model):
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+@pytest.mark.slow
 def test_tools_take_it_as_any_model(make_model):
     from peft import LoraConfig, get_peft_model
 
@@ -204,6 +206,7 @@ def test_tools_take_it_as_any_model(make_model):
     assert model.get_decoder() is model.model.language_model
 
 
+@pytest.mark.slow
 def test_a_step_with_a_static_cache_is_traced_whole(make_model):
     model, ids = seeing(make_model()), prompts()["input_ids"][:, -6:]
     expected = model(ids).logits[:, -1]
@@ -216,6 +219,7 @@ def test_a_step_with_a_static_cache_is_traced_whole(make_model):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 def test_it_compiles_whole(make_model):
     model, inputs = seeing(make_model()), prompts()
     expected = model(**inputs, labels=inputs["input_ids"]).loss

@@ -50,6 +50,7 @@ def test_it_answers_where_hfllm_is_not_installed(make_model, tmp_path):
     assert "ANSWERED" in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "native_type"), [("dense", "llama"), ("gpt2", "gpt2"), ("experts", "mixtral")])
 def test_it_becomes_llava_and_comes_back(make_model, tmp_path, name, native_type):
     values = dict(TEXTS[name])

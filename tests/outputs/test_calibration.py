@@ -143,6 +143,7 @@ def test_equal_confidences_are_one_bin():
     assert ece([1.0] * 4, [1] * 4) == 0 and ece([1.0] * 4, [0] * 4) == ece([0.0] * 4, [1] * 4) == 1
 
 
+@pytest.mark.slow
 def test_the_metrics_of_a_report(tmp_path):
     numbers, wrong = data()
     metrics = uncertainty_metrics({"surprise": numbers, "constant": np.zeros(200)}, wrong)

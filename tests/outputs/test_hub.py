@@ -92,6 +92,7 @@ def test_a_users_push_loads_back_without_hfllm(finished, make_model, tokenizer, 
     assert TOKEN not in pushed.stdout + pushed.stderr
 
 
+@pytest.mark.slow
 def test_what_belongs_to_the_model_arrives_in_one_commit(hub, finished):
     url = push_folder(finished, "model", private=True, commit_message="First version")
     repo = hub.repos["me/model"]
@@ -107,6 +108,7 @@ def test_what_belongs_to_the_model_arrives_in_one_commit(hub, finished):
     assert hub.leaks == []
 
 
+@pytest.mark.slow
 def test_sharded_weights_replace_the_single_file(hub, make_model, saved, tmp_path):
     push_folder(saved, "me/model")
     make_model().save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
@@ -119,6 +121,7 @@ def test_sharded_weights_replace_the_single_file(hub, make_model, saved, tmp_pat
     assert "model.safetensors.index.json" in hub.repos["me/model"].files()
 
 
+@pytest.mark.slow
 def test_a_branch_of_its_own(hub, saved):
     push_folder(saved, "me/model", revision="v1")
     assert "config.json" in hub.repos["me/model"].files("v1")
@@ -128,6 +131,7 @@ def test_a_branch_of_its_own(hub, saved):
 # ---- reruns and failures ----
 
 
+@pytest.mark.slow
 def test_a_rerun_that_changes_nothing_makes_no_commit(hub, finished, capsys):
     first = push_folder(finished, "me/model")
     assert push_folder(finished, "me/model") == first
@@ -140,6 +144,7 @@ def test_a_rerun_that_changes_nothing_makes_no_commit(hub, finished, capsys):
     assert len(hub.seen("/put/")) == 2  # the weights and the plot, once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
@@ -191,9 +196,8 @@ def test_a_server_that_is_no_hub_is_one_line(hub, saved):
         push_folder(saved, "me/model")
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"), [pytest.param("/put/", 503, marks=pytest.mark.slow), ("/put/", "drop"), ("/commit/", 503)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "kind"), [("/put/", 503), ("/put/", "drop"), ("/commit/", 503)])
 def test_giving_up_leaves_nothing_half_done_and_a_rerun_resumes(hub, saved, capfd, path, kind):
     hub.fail(path, kind, times=1000)
     with pytest.raises(InputError, match=f"pushing to me/model failed {len(WAITS) + 1} times") as error:
@@ -231,6 +235,7 @@ def refusal(hub, *arguments, **kwargs):
     return message
 
 
+@pytest.mark.slow
 def test_tokens_that_the_hub_refuses(hub, saved, monkeypatch):
     wrong = "hf_WrongWrongWrongWrongWrongWrongWrong"
     for message in (
@@ -250,6 +255,7 @@ def test_tokens_that_the_hub_refuses(hub, saved, monkeypatch):
     assert "HF_HUB_OFFLINE is set" in refusal(hub, saved, "me/model")
 
 
+@pytest.mark.slow
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, saved):
     push_folder(saved, "me/model")
     assert "exists and is public" in refusal(hub, saved, "me/model", private=True)
@@ -302,6 +308,7 @@ def test_an_unfinished_run_and_a_missing_folder(hub, tmp_path):
     assert "no such folder" in refusal(hub, tmp_path / "nowhere", "me/model")
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_with_its_base_on_the_hub_only(hub, make_model, saved, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -326,6 +333,7 @@ def test_an_adapter_goes_with_its_base_on_the_hub_only(hub, make_model, saved, t
 # ---- the card ----
 
 
+@pytest.mark.slow
 def test_the_card_tells_of_the_run(hub, finished):
     push_folder(finished, "me/model")
     files = hub.repos["me/model"].files()
@@ -363,6 +371,7 @@ def test_hub_ids_become_metadata(saved):
     assert metadata["datasets"] == ["someone/rows"]
 
 
+@pytest.mark.slow
 def test_a_card_of_the_users_own_is_kept(hub, saved):
     push_folder(saved, "me/model")
     own = (saved / "README.md").read_text().replace(MARKER, "What I found out.")
@@ -385,6 +394,7 @@ def test_secrets_are_hidden_in_errors():
     assert TOKEN not in str(InputError(f"model {TOKEN} could not be loaded"))
 
 
+@pytest.mark.slow
 def test_a_server_that_repeats_the_token_is_not_quoted(hub, saved, monkeypatch):
     own = "token-of-a-hub-of-ones-own"
     monkeypatch.delenv("HF_TOKEN")

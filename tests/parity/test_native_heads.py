@@ -9,7 +9,6 @@ import hfllm
 from hfllm.errors import InputError
 from hfllm.models.conversion.convert import config_to_native
 from hfllm.models.conversion.families import FAMILIES, MISSING
-from hfllm.models.conversion.mixed_families import MIXED_FAMILIES
 
 HEADS = {
     "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
@@ -25,7 +24,7 @@ def has_head(name, head):
     return type(config) in HEADS[head]._model_mapping
 
 
-# Heads of these differ by more than their names. Of other rows each has one head, in turn, and the others are slow.
+# Heads of these differ by more than their names.
 WITH_EVERY_HEAD = {"gpt2", "gpt_neox", "falcon", "gpt_bigcode", "llama", "qwen3_moe"}
 PAIRS = [(name, head) for name in ONE_OF_EACH for head in HEADS if has_head(name, head)]
 
@@ -35,17 +34,7 @@ def test_there_is_a_model_of_each_row():
     assert {NATIVES[name][0] for name, head in PAIRS if head == "ForTokenClassification"} >= WITH_EVERY_HEAD
 
 
-# Rows whose layers differ share their heads with the others; one of them stands for all.
-SLOW = {kind for kind in MIXED_FAMILIES if kind != "gemma3_text"}
-
-
-def is_slow(name, head):
-    kind, turn = NATIVES[name][0], list(HEADS)[ONE_OF_EACH.index(name) % len(HEADS)]
-    others = [other for other in HEADS if (name, other) in PAIRS]
-    return kind in SLOW or (kind not in WITH_EVERY_HEAD and head != (turn if turn in others else others[0]))
-
-
-MARKED = [pytest.param(*pair, marks=[pytest.mark.slow] if is_slow(*pair) else []) for pair in PAIRS]
+MARKED = [pytest.param(*pair, marks=[] if pair[0] in ("gpt2", "llama") else [pytest.mark.slow]) for pair in PAIRS]
 
 
 @pytest.mark.parametrize(("name", "head"), MARKED)

@@ -204,6 +204,7 @@ def test_reward_functions(saved_model, tmp_path):
     assert "does not run: ModuleNotFoundError" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
 
 
+@pytest.mark.slow
 def test_what_needs_no_trained_stage_is_refused_before_one(saved_model, tmp_path, monkeypatch):
     monkeypatch.setattr(import_utils, "is_vllm_available", lambda: False)
     (tmp_path / "reward").mkdir()
@@ -247,6 +248,7 @@ def test_prompts_longer_than_the_context(saved_model, tmp_path):
     assert "model's context of 256 leaves room for 203" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [*STAGES, "distill"])
 def test_quantized_weights_are_not_trained(saved_model, tmp_path, stage):
     config = json.loads((saved_model / "config.json").read_text())
@@ -258,6 +260,7 @@ def test_quantized_weights_are_not_trained(saved_model, tmp_path, stage):
     assert ("--use_peft trains an adapter" in message) == (stage != "pretrain")
 
 
+@pytest.mark.slow
 def test_sizes_that_describe_no_model(tmp_path):
     (tmp_path / "base.yaml").write_text("hidden_size: 63\nnum_attention_heads: 8\n")
     for stage, flag in (("pretrain", "--config"), ("rlhf", "--pretrain_config"), ("distill", "--pretrain_config")):
@@ -265,6 +268,7 @@ def test_sizes_that_describe_no_model(tmp_path):
         assert message.startswith("hidden_size 63, num_attention_heads 8 and the other fields describe no model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
 def test_tokenizers_without_end_token(saved_model, tmp_path, stage):
     path = saved_model / "tokenizer_config.json"

@@ -469,6 +469,7 @@ ABOUT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REWARDS)
 def test_reward_files(name, refused, saved, tmp_path):
     file = tmp_path / "mine.py"
@@ -499,6 +500,7 @@ def short(saved, tmp_path, *more):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -529,6 +531,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(error, reason, ended, saved, tmp_pa
         assert metrics["eval_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_report(ended, saved, tmp_path, monkeypatch):
     def full(self, folder):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "report.json"))
@@ -562,6 +565,7 @@ ON_CPU = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "size"),
     [

@@ -131,6 +131,7 @@ def test_bad_rows_and_flags_are_named(saved, tmp_path, task, rows, flags, said):
         run(saved, write(tmp_path / "rows.jsonl", rows), task, *flags)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_same_however_a_step_is_divided(saved, tmp_path):
     """One batch of four rows equals four batches of one, for tags whose rows have different numbers of targets."""
     rows = [{"words": " ".join("abcdefgh"[: 1 + n % 7]), "tags": " ".join("xyxyxyxy"[: 1 + n % 7])} for n in range(20)]

@@ -170,6 +170,7 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     assert pairs[0] == pairs[1]
 
 
+@pytest.mark.slow
 def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(world, capsys):
     folder, again = world
     before = digests(folder)
@@ -188,6 +189,7 @@ def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(world, 
     assert digests(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("last", "made"), [("sl", ("helpful", "sl")), ("revisions", ("helpful",))])
 def test_a_course_may_end_before(world, capsys, last, made):
     folder, again = world
@@ -206,6 +208,7 @@ def test_a_course_may_end_before(world, capsys, last, made):
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
+@pytest.mark.slow
 def test_people_s_comparisons_alone_are_an_arm_that_is_asked_for(world, capsys):
     folder, again = world
     begin_again(folder)
@@ -220,6 +223,7 @@ def test_people_s_comparisons_alone_are_an_arm_that_is_asked_for(world, capsys):
     assert "people_compliance_new_harms" in report["metrics"] and "labels_rude" not in report["metrics"]
 
 
+@pytest.mark.slow
 def test_a_biased_judge_is_refused_and_the_report_says_so(world, words):
     folder, _ = world
     (folder / "report.json").unlink()
@@ -244,6 +248,7 @@ def begin_again(folder, *names):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_a_run_that_was_killed_among_the_revisions_ends_with_the_same_bits(world, whole):
     """A process of its own, killed between a chunk's rows and the note that they are whole."""
     folder, again = world
@@ -308,6 +313,7 @@ KILLS = [
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_a_run_that_is_killed_everywhere_ends_with_the_same_bits(processes, whole, words, tmp_path):
     flags = (*words, "--allow_biased_judge", "--output_dir", tmp_path / "out")
     for place, number, why in KILLS:
@@ -323,6 +329,7 @@ WAITS = {**CONFIGS["pretrain"], "ddp_timeout": 4}
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 @pytest.mark.parametrize("judge", ["allowed", "refused"])
 def test_two_processes_end_together(processes, words, tmp_path, judge):
     (tmp_path / "waits.yaml").write_text(yaml.safe_dump(WAITS))
@@ -364,6 +371,7 @@ def test_rows_that_were_edited_and_models_that_were_removed_are_made_again(world
     assert digests(folder) == digests(whole[1])
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_and_folders_that_are_not_ours(words, tmp_path, ended):
     told, tells = os.pipe()
     child = os.fork()
@@ -429,6 +437,7 @@ ALL = [
 ADAPTER = ["--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--lora_target_modules", "q_proj", "v_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [[], ADAPTER], ids=["whole", "adapter"])
 def test_your_own_model_your_prompts_and_a_critic(here, tmp_path, adapter):
     run(*ALL, *adapter, "--output_dir", tmp_path)
@@ -462,6 +471,7 @@ class Model(LlamaForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_code_of_a_model_that_is_trusted_goes_along_and_bf16_stays(here, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = shutil.copytree("NAME", tmp_path / "coded")
@@ -494,6 +504,7 @@ SWARM = {
 LANGCHAIN = {"harm": {"critique_request": "Is it bad?", "revision_request": "Write it again."}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [SWARM, LANGCHAIN], ids=["llm-swarm", "langchain"])
 def test_constitutions_without_preference_questions_end_with_sl(here, tmp_path, content):
     (tmp_path / "theirs.json").write_text(json.dumps(content))
@@ -503,6 +514,7 @@ def test_constitutions_without_preference_questions_end_with_sl(here, tmp_path, 
     assert "sl" in report["artifacts"] and not (tmp_path / "out" / "reward").exists()
 
 
+@pytest.mark.slow
 def test_prompts_and_pairs_without_room_are_left_out_and_counted(here, tmp_path, capsys):
     """Wherever they stand: among the prompts to learn from, those to help with, those that are held out."""
     long = "x y " * 600
@@ -692,11 +704,13 @@ def bad(own):
     (own / "long.csv").write_text("prompt\n" + "".join(f"{'x y ' * 600} {number}\n" for number in range(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "expected"), OF_YOURS)
 def test_what_cannot_work_on_your_model(here, bad, ended, flags, expected):
     assert expected in ended(*OWN, *flags)
 
 
+@pytest.mark.slow
 def test_a_critic_that_says_nothing_ends_the_run_before_anything_is_trained(here, bad, ended, tmp_path):
     folder = tmp_path / "out"
     flags = (*OWN, "--critic_model_name_or_path", "mute", "--output_dir", folder)
@@ -705,6 +719,7 @@ def test_a_critic_that_says_nothing_ends_the_run_before_anything_is_trained(here
     assert [path.stat().st_size for path in folder.rglob("*.jsonl")] == [0]
 
 
+@pytest.mark.slow
 def test_models_that_lie_where_the_runs_write(here, ended, tmp_path):
     shutil.copytree("NAME", tmp_path / "out" / "rl")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -718,6 +733,7 @@ def test_models_that_lie_where_the_runs_write(here, ended, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_letters_that_are_not_single_tokens_leave_sl_and_say_so(here, tmp_path):
     """A tokenizer that has a token of its own for one of the two replies."""
     shutil.copytree("critic", tmp_path / "judge")

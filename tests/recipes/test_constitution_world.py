@@ -9,6 +9,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "constitution.py"
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_the_world_learns_to_refuse_harm_alone_and_the_controls_do_not(tmp_path, processes):
     """Bounds stand three standard errors beside the worst of three fresh seeds (docs/experiments/constitution.md)."""
     folder = tmp_path / "out"

@@ -60,6 +60,7 @@ def test_other_heads_are_compared_too(tmp_path, head):
     assert (back / "model.safetensors").read_bytes() == (tmp_path / "native" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_worlds_base_model_becomes_a_llama(tiny, tmp_path):
     metrics = run("--output_dir", tmp_path / "out", "--pretrain_config", tiny["pretrain"])
     assert metrics["max_logit_difference"] < 1e-5

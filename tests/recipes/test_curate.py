@@ -286,6 +286,7 @@ def test_a_full_disk_is_one_error(corpus, monkeypatch):
     assert not unseen
 
 
+@pytest.mark.slow
 def test_a_task_that_was_killed_in_its_last_moment_runs_again_alone(corpus, monkeypatch, capsys):
     """While datatrove writes the statistics, before it notes that the task has ended."""
     from hfllm.data.curation import pipeline
@@ -310,6 +311,7 @@ def test_a_task_that_was_killed_in_its_last_moment_runs_again_alone(corpus, monk
     assert "resuming the unfinished run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_still_writes_for_an_earlier_attempt_changes_nothing(corpus, monkeypatch):
     """A process that nothing could end has the files of its task open, and knows where they lie."""
     from hfllm.data.curation import pipeline
@@ -351,6 +353,7 @@ def test_what_still_writes_for_an_earlier_attempt_changes_nothing(corpus, monkey
     assert len(ours) == 2 and ours == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_report_leaves_nothing(corpus, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(curate, "shutil", None)
@@ -363,6 +366,7 @@ def test_a_run_that_was_killed_after_its_report_leaves_nothing(corpus, monkeypat
     assert not (out / "unfinished").exists() and (out / "data").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_report_is_completed(corpus, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hfllm.outputs.report.Report.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -406,6 +410,7 @@ def test_workers_at_once_change_nothing(corpus):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_nothing_left_is_one_line_with_the_reasons(tmp_path):
     path = tmp_path / "a.txt"
     for content, message in (("token", "none of 1 documents is left: length/too_short 1"), ("", "read/empty_file 1")):
@@ -483,6 +488,7 @@ DOCS = "\n".join(
 )
 
 
+@pytest.mark.slow
 def test_the_page_names_flags_and_metrics_that_exist(tmp_path):
     flags = {flag for flag in re.findall(r"--([a-z_]+)", DOCS) if flag != "config"}
     assert flags <= {item.name for item in fields(CurateArguments)}
@@ -495,6 +501,7 @@ def test_the_page_names_flags_and_metrics_that_exist(tmp_path):
         assert f"| `{name}` |" in DOCS
 
 
+@pytest.mark.slow
 def test_the_pages_code_hands_all_stages_to_slurm(corpus, monkeypatch):
     import dill
     from datatrove.executor import SlurmPipelineExecutor
@@ -525,6 +532,7 @@ def test_the_pages_code_hands_all_stages_to_slurm(corpus, monkeypatch):
     assert set(corpus.good[10:]) <= set(kept)
 
 
+@pytest.mark.slow
 def test_importing_the_options_needs_no_extra():
     code = (
         "import sys; sys.modules['datatrove'] = None; import hfllm.data.curation.options, hfllm.data.curation.inputs"

@@ -30,6 +30,7 @@ def distilled(tiny, tmp_path_factory):
     return folder, distill.main(*distill.parse(["--config", tiny["distill"], "--output_dir", str(folder)]))
 
 
+@pytest.mark.slow
 def test_it_leaves_a_report_and_a_student(distilled, tiny, capsys):
     folder, metrics = distilled
     report = json.loads((folder / "report.json").read_text())
@@ -92,6 +93,7 @@ def test_a_students_layers_with_the_teachers_top_k(distilled, tmp_path):
     assert len(list((tmp_path / "out" / "teacher_cache").rglob("teacher.arrow"))) == 2
 
 
+@pytest.mark.slow
 def test_what_is_published_loads_and_learns_on(hub, distilled, learns_on, tmp_path):
     flags = ["--student_layers_every", "2", "--push_to_hub", "--hub_model_id", "me/student"]
     distill.main(*distill.parse(options(distilled, tmp_path, *flags)))
@@ -132,6 +134,7 @@ def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
     assert 0.2 < changed < 0.8
 
 
+@pytest.mark.slow
 def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
     made, make = [], distill_module.student_trainer
     monkeypatch.setattr(distill_module, "student_trainer", lambda *args: made.append(make(*args)) or made[-1])

@@ -72,6 +72,7 @@ def assert_same(expected, actual):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(3)
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_two_processes_learn_what_one_does(one, tmp_path, engine):
     values = yaml.safe_load((ROOT / "accelerate_configs" / f"{engine}.yaml").read_text())

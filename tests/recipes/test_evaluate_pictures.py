@@ -66,6 +66,7 @@ def test_a_text_row_in_a_table_of_pictures_has_an_empty_list():
     assert has_images({"prompt": "a", "images": ["b.png"]}) and has_images({"prompt": "a", "image": "b.png"})
 
 
+@pytest.mark.slow
 def test_rows_of_your_own_are_asked_and_resumed(seeing_folder, rows, tmp_path, capsys):
     flags = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--batch_size", "8"]
     metrics = run(tmp_path / "out", *flags)
@@ -80,6 +81,7 @@ def test_rows_of_your_own_are_asked_and_resumed(seeing_folder, rows, tmp_path, c
     assert sorted(again) == sorted(lines) and json.loads(lines[0])["suite"] == "pictures"
 
 
+@pytest.mark.slow
 def test_pictures_that_were_replaced_are_asked_about_anew(seeing_folder, tmp_path, capsys):
     path = write_rows(tmp_path / "data", halves(4))
     flags = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", path]
@@ -92,6 +94,7 @@ def test_pictures_that_were_replaced_are_asked_about_anew(seeing_folder, tmp_pat
     assert "is of other flags, and is written again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_drawn_world_is_asked_by_family(seeing_folder, tmp_path):
     metrics = run(
         tmp_path, "--model_name_or_path", seeing_folder / "model", "--dataset_name", "pictures", "--num_items", 30

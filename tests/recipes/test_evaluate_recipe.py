@@ -85,6 +85,7 @@ def test_models_side_by_side(models, capsys, monkeypatch):
     assert "already done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_that_is_worse_fails_where_that_is_asked_for(models, capsys):
     """The answers are those that the first model gives: it is right throughout, and its opposite is not."""
     from transformers import AutoModelForCausalLM
@@ -138,6 +139,7 @@ def test_a_model_that_is_worse_fails_where_that_is_asked_for(models, capsys):
     refused("one model has no other", "--model_name_or_path", str(models / "one/model"), "--fail_on_regression")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["1", "3"])
 def test_any_batch_size_says_the_same(models, size):
     one, other = judge(models, "out"), judge(models, f"out-{size}", "--batch_size", size)
@@ -166,6 +168,7 @@ def judge_until_killed(folder, output, count):
         os._exit(1)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_to_the_same_report(models, capsys):
     judge(models, "whole")
     assert judge_until_killed(models, "killed", 37) == -signal.SIGKILL
@@ -179,6 +182,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_report(models, capsys):
     assert report_of(models / "killed") == report_of(models / "whole")
 
 
+@pytest.mark.slow
 def test_samples_of_other_flags_are_not_taken(models, capsys):
     judge(models, "out")
     (models / "out/report.json").unlink()
@@ -193,6 +197,7 @@ def refused(match, *argv):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_is_refused(models, tokenizer):
     model = str(models / "one/model")
     named = ("--model_name_or_path", model, "--output_dir", str(models / "no"))
@@ -234,6 +239,7 @@ def test_what_is_refused(models, tokenizer):
     assert not (models / "no").exists()
 
 
+@pytest.mark.slow
 def test_logits_that_are_no_numbers_name_the_item_and_keep_the_rest(models):
     from transformers import AutoModelForCausalLM
 

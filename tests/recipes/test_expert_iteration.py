@@ -74,6 +74,7 @@ def rows_of(tmp_path, number):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start_from", ["base", "last"])
 def test_each_round_learns_what_was_right(flags, talkative, saved, tmp_path, start_from):
     metrics = run(flags(start_from=start_from))

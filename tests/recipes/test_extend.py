@@ -24,6 +24,7 @@ def run(*argv):
     return extend.main(*extend.parse([*QUICK, *map(str, argv)]))
 
 
+@pytest.mark.slow
 def test_from_nothing(tiny, tmp_path, capsys):
     values = yaml.safe_load(Path(tiny["pretrain"]).read_text()) | {"max_position_embeddings": 64, "packing": False}
     del values["num_documents"]
@@ -59,6 +60,7 @@ def test_your_own_model_and_book_without_training(saved, tmp_path):
     assert after.config.rope_parameters["rope_theta"] == pytest.approx(theta)
 
 
+@pytest.mark.slow
 def test_it_resumes_where_it_was(saved, tmp_path):
     (tmp_path / "book.txt").write_text("The fox lives in the forest and eats fish. The owl is grey. " * 400)
     flags = ["--model_name_or_path", saved, "--dataset_name", tmp_path / "book.txt", "--factor", "2"]

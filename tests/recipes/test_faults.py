@@ -43,6 +43,7 @@ SETTINGS = {
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_lost_and_terminated_processes_change_nothing(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
@@ -87,6 +88,7 @@ def test_lost_and_terminated_processes_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 @pytest.mark.parametrize(
     ("number", "said"),
     [(signal.SIGTERM, "SIGTERM: saved step {} in "), (signal.SIGINT, "continues from checkpoint-{} in ")],

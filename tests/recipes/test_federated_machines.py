@@ -19,6 +19,7 @@ def frozen_learner(saved, folder, name, **more):
     return lambda **terms: worker_learner(name, {**settings, "terms": terms})
 
 
+@pytest.mark.slow
 def test_a_frozen_factor_or_a_scale_that_differs_is_another_base(saved, tmp_path):
     from hfllm.federation.transports import InProcess
     from hfllm.federation.updates import Failure

@@ -93,6 +93,7 @@ def central_step(folder, rows, rate):
     return {name: (value - rate * value.grad).detach() for name, value in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_one_round_of_one_step_is_the_step_on_pooled_rows(flags, saved, tmp_path, monkeypatch):
     # Nothing held out, and each organisation's rows are one batch.
     monkeypatch.setattr("hfllm.stages.federated.build.hold_out", all_learned)
@@ -130,7 +131,8 @@ class Stopped(BaseException):
     """In place of SIGKILL."""
 
 
-@pytest.mark.parametrize("average", ["full", pytest.param("lora_frozen_a", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("average", ["full", "lora_frozen_a"])
 def test_a_run_that_was_stopped_within_a_round_resumes_to_the_same_bits(flags, tmp_path, monkeypatch, capsys, average):
     from hfllm.federation.learner import LocalLearner
 
@@ -176,6 +178,7 @@ def test_a_process_that_is_killed_resumes_to_the_same_bits(flags, tmp_path, proc
     assert report_of(tmp_path / "killed")["metrics"] == report_of(tmp_path / "whole")["metrics"]
 
 
+@pytest.mark.slow
 def test_a_server_without_rows_comes_to_the_same_bits(flags, saved, tmp_path):
     """As between machines, but for the machines: organisations know their own rows, the server none."""
     from hfllm.federation.transports import InProcess
@@ -203,12 +206,14 @@ def test_a_server_without_rows_comes_to_the_same_bits(flags, saved, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_several_processes_come_to_the_same_bits(flags, tmp_path):
     run(flags(compression="int8", output_dir=tmp_path / "one"))
     run(flags(compression="int8", output_dir=tmp_path / "several", processes=2))
     assert digest(tmp_path / "one") == digest(tmp_path / "several")
 
 
+@pytest.mark.slow
 def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_path, monkeypatch):
     from hfllm.stages.federated import build as federated_build
 
@@ -251,6 +256,7 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
         run(flags(min_organisations=3, output_dir=tmp_path / "strict"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["mean", "median"])
 def test_one_organisation_of_three_does_not_own_the_model(flags, saved, tmp_path, monkeypatch, aggregation):
     from hfllm.stages.federated import build as federated_build
@@ -302,6 +308,7 @@ def test_rounds_on_files_leave_an_adapter_a_report_and_bytes(flags, tmp_path):
         assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_world_from_nothing(tmp_path, capsys):
     config = tmp_path / "pretrain.yaml"
     config.write_text(yaml.safe_dump(TINY["pretrain"]))
@@ -323,6 +330,7 @@ def moved_by(folder, saved):
     return float(squares.sqrt()), sum(value.numel() for value in found.values())
 
 
+@pytest.mark.slow
 def test_noise_is_counted_and_of_its_size_and_nobody_is_named(flags, saved, tmp_path, capsys, monkeypatch):
     from hfllm.federation import rounds
 
@@ -341,6 +349,7 @@ def test_noise_is_counted_and_of_its_size_and_nobody_is_named(flags, saved, tmp_
     assert "gold_by_bytes" not in report["artifacts"]
 
 
+@pytest.mark.slow
 def test_clipping_alone_is_by_the_number_that_was_asked(flags, saved, tmp_path):
     # A round asks all three, as many as it needs: the mean of three clipped changes.
     few = {"participation": 0.3, "min_organisations": 3, "clip_norm": 1e-3, "rounds": 1}
@@ -368,6 +377,7 @@ def test_rows_that_another_organisation_learns_are_not_held_out(tmp_path):
     assert held_out and not learned & set(held_out) and sum(len(each.rows) for each in found) > 150
 
 
+@pytest.mark.slow
 def test_batches_in_parts_are_batches_in_one(flags, saved, tmp_path):
     """By the trainer that the recipe has: the parts have unlike numbers of targets."""
     once = {"rounds": 1, "local_steps": 2, "optim": "sgd", "learning_rate": 0.5}
@@ -411,6 +421,7 @@ def test_states_of_removed_rounds_are_not_used(flags, tmp_path):
     assert not stray.exists() and digest(tmp_path / "out") == digest(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -88,6 +88,7 @@ def test_pairs_are_tokens_as_trl_makes_them(pairs):
     assert ids(ours) == ids(theirs)
 
 
+@pytest.mark.slow
 def test_rounds_on_comparisons_leave_a_reward_model_and_its_accuracy(pairs, tmp_path):
     from transformers import AutoModelForSequenceClassification
 

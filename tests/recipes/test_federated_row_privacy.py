@@ -12,6 +12,7 @@ from hfllm.runs.lock import release_all
 PRIVATE = {"row_clip_norm": 0.5, "row_noise_multiplier": 0.7, "delta": 0.01}
 
 
+@pytest.mark.slow
 def test_epsilon_is_counted_and_a_round_that_is_done_again_sends_the_same(flags, tmp_path, monkeypatch):  # noqa: F811
     from hfllm.federation.learner import LocalLearner
 
@@ -44,6 +45,7 @@ def test_epsilon_is_counted_and_a_round_that_is_done_again_sends_the_same(flags,
     assert "drift" in metrics and "bytes_up" in metrics
 
 
+@pytest.mark.slow
 def test_what_was_answered_outlives_the_rounds(flags, tmp_path):  # noqa: F811
     from hfllm.federation.rounds import STATE_FILE
 
@@ -56,6 +58,7 @@ def test_what_was_answered_outlives_the_rounds(flags, tmp_path):  # noqa: F811
         run(flags(**more, learning_rate=0.02))
 
 
+@pytest.mark.slow
 def test_noise_is_of_its_size_and_organisations_count_alike(flags, saved, tmp_path, monkeypatch):  # noqa: F811
     from hfllm.stages.federated.build import Server
 
@@ -77,6 +80,7 @@ def test_noise_is_of_its_size_and_organisations_count_alike(flags, saved, tmp_pa
     assert [(each.num_tokens, each.num_rows) for each in updates] == [(1, 1)] * 3
 
 
+@pytest.mark.slow
 def test_a_node_of_other_privacy_refuses_and_counts_its_own(saved, tmp_path, capsys):
     make = frozen_learner(saved, tmp_path, "a", **PRIVATE, max_epsilon=50)
     learner = make(row_clip_norm=0.5, row_noise_multiplier=0.7)

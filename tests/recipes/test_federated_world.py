@@ -9,6 +9,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "federated.py"
 
 
 @pytest.mark.slow
+@pytest.mark.turn(5)
 def test_organisations_gain_together_what_none_has_alone(tmp_path, processes):
     """Bounds are far below the seeds of docs/experiments/federation.md: another CPU's rounding is another seed."""
     folder = tmp_path / "out"

@@ -167,6 +167,7 @@ def start(name, place, number, seed, flags):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(5)
 @pytest.mark.parametrize("name", list(CASES))
 def test_what_was_killed_resumes_in_a_fresh_process(tiny, base, tmp_path, name):
     case = CASES[name]

@@ -146,6 +146,7 @@ def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(whole, 
     assert digests(folder) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_makes_what_is_missing_with_the_same_bits(whole, capsys):
     folder, again = whole
     before, metrics = digests(folder), report_of(folder)["metrics"]

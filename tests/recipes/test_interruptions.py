@@ -87,6 +87,7 @@ def assert_same_weights(one, other):
 SLOW = {"pretrain": pytest.mark.slow, "sft": pytest.mark.slow}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(stage, marks=SLOW.get(stage, ())) for stage in FLAGS])
 def test_sigterm_saves_and_the_next_run_goes_on_to_the_same_weights(run, whole, tmp_path, monkeypatch, capfd, stage):
     handler = signal.getsignal(signal.SIGTERM)
@@ -100,6 +101,7 @@ def test_sigterm_saves_and_the_next_run_goes_on_to_the_same_weights(run, whole, 
     assert_same_weights(whole(stage), tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_auto_begins_anew_where_there_is_nothing_to_go_on_from(run, whole, tmp_path):
     (tmp_path / "auto" / "checkpoint-4").mkdir(parents=True)
     with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):
@@ -107,6 +109,7 @@ def test_auto_begins_anew_where_there_is_nothing_to_go_on_from(run, whole, tmp_p
     assert_same_weights(whole("sft"), tmp_path / "auto")
 
 
+@pytest.mark.slow
 def test_what_is_terminated_in_its_last_step_is_not_trained_further(run, whole, tmp_path, monkeypatch):
     terminated(run, monkeypatch, 3, "sft", "cut")
     assert last_complete_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-4")

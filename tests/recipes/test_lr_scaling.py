@@ -20,6 +20,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_a_recipe_with_a_batch_four_times_the_base(tiny, base, tmp_path, stage):
     recipe = import_module(stage)

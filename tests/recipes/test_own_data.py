@@ -66,6 +66,7 @@ def run(recipe, words):
 ANSWERS = sorted(f"{row['messages'][1]['content']}<|end|>" for row in MODEL_ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "times"),
     [
@@ -89,6 +90,7 @@ def test_answers_are_learned(flags, batches, saved, tmp_path, more, times):
     assert metrics["examples"] == 8 and "dropped_rows" not in metrics
 
 
+@pytest.mark.slow
 def test_rows_side_by_side_and_one_after_the_other_give_one_loss(flags, tmp_path):
     held_out = jsonl(tmp_path / "held_out.jsonl", *MODEL_ROWS[:3])
     losses = []
@@ -104,6 +106,7 @@ def test_rows_side_by_side_and_one_after_the_other_give_one_loss(flags, tmp_path
     assert torch.allclose(torch.tensor(losses), torch.tensor(losses[:1]), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_token_is_learned_if_asked(flags, batches):
     run(sft, flags(*MODEL_ROWS, completion_only_loss="false"))
     labels, mask = batches[0]["labels"], batches[0]["attention_mask"]
@@ -139,6 +142,7 @@ def complaint(recipe, words):
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_training")
 def test_sft_says_what_it_cannot_learn(flags, tmp_path, saved):
     long = {"instruction": "word " * 300, "output": "red"}
@@ -164,6 +168,7 @@ def test_sft_says_what_it_cannot_learn(flags, tmp_path, saved):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_training")
 def test_answers_that_are_not_wanted_are_left_out(flags, tmp_path, capsys):
     """As KTO labels them: in jsonl by a truth value, in csv by its name."""
@@ -198,6 +203,7 @@ def test_an_adapter_on_the_hub_is_trained_at_its_own_rate(tmp_path, monkeypatch,
     assert sft.parse([*words, "--learning_rate", "1e-3"])[1].learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_a_chat_template_of_ones_own(flags, saved, tmp_path, batches):
     template = tmp_path / "mine.jinja"
     template.write_text((saved / "chat_template.jinja").read_text().replace("'<|assistant|>'", "'<|assistant|>So: '"))
@@ -207,6 +213,7 @@ def test_a_chat_template_of_ones_own(flags, saved, tmp_path, batches):
     assert "<|assistant|>So: " in tokenizer.decode(batches[0]["input_ids"][0])
 
 
+@pytest.mark.slow
 def test_a_padding_token_and_a_chat_template_are_set_and_said(flags, saved, tmp_path, capsys, batches):
     (saved / "chat_template.jinja").unlink()
     config = json.loads((saved / "tokenizer_config.json").read_text())
@@ -270,6 +277,7 @@ def test_a_reward_model_learns_from_calls_of_tools(flags, saved, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_training")
 def test_prompts_are_named_by_their_line_and_filtered_on_demand(saved, tmp_path, capsys):
     file = tmp_path / "mine.py"

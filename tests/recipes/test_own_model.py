@@ -169,6 +169,7 @@ def here(data, monkeypatch):
     return data
 
 
+@pytest.mark.slow
 def test_every_step_keeps_what_the_adapters_have_learned(chain, here):
     base = logits(AutoModelForCausalLM.from_pretrained("NAME"))
     tuned = logits_of_adapter("NAME", "outputs/sft")
@@ -253,6 +254,7 @@ def test_what_is_published_loads_by_name_without_hfllm(chain, hub, here, tmp_pat
         run("sft", *flags, "--output_dir", tmp_path / "further")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_further(chain, here, tmp_path, capsys):
     before = mean_b("outputs/sft")
     run("sft", "--model_name_or_path", "outputs/sft", "--dataset_name", "alpaca.json", "--output_dir", tmp_path / "on")
@@ -267,6 +269,7 @@ def test_an_adapter_is_trained_further(chain, here, tmp_path, capsys):
     assert torch.equal(logits_of_adapter("NAME", tmp_path / "still"), logits_of_adapter("NAME", "outputs/sft"))
 
 
+@pytest.mark.slow
 def test_a_language_models_adapter_gets_a_head_for_scores(chain, here, tmp_path):
     flags = ["--model_name_or_path", "outputs/sft", "--dataset_name", "pairs.jsonl", "--learning_rate", "0"]
     flags += ["--max_steps", "1", "--output_dir", str(tmp_path / "reward")]
@@ -280,6 +283,7 @@ def test_a_language_models_adapter_gets_a_head_for_scores(chain, here, tmp_path)
     assert settings_of(tmp_path / "reward")["base_model_name_or_path"] == "NAME"
 
 
+@pytest.mark.slow
 def test_ppo_compares_with_the_adapter_as_it_was(chain, here, tmp_path, monkeypatch):
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
@@ -301,6 +305,7 @@ def test_ppo_compares_with_the_adapter_as_it_was(chain, here, tmp_path, monkeypa
     assert not any("ref" in name for name in os.listdir(tmp_path / "rlhf"))
 
 
+@pytest.mark.slow
 def test_a_teacher_and_a_student_may_be_adapters(chain, here, tmp_path):
     flags = ["--teacher_model_name_or_path", "outputs/rlhf", "--model_name_or_path", "outputs/sft", "--dataset_name"]
     flags += ["alpaca.json", "--no_train_baseline", "--output_dir", str(tmp_path / "student"), *QUICK]
@@ -327,6 +332,7 @@ def test_an_adapter_is_converted_as_a_whole_model(chain, here, tmp_path):
     assert os.listdir(tmp_path) == ["ours"]
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapter_resumes(chain, here, tmp_path):
     """With a new adapter on the merged one, which the second start finds in the run's folder."""
     flags = ["--model_name_or_path", "outputs/sft", "--dataset_name", "alpaca.json", *QUICK, "--use_peft"]

@@ -21,6 +21,7 @@ def run(tmp_path, *flags):
     return plan.main(*plan.parse(["--output_dir", str(tmp_path), *map(str, flags)]))
 
 
+@pytest.mark.slow
 def test_the_trillion_without_torch(tmp_path):
     heavy = {"torch", "transformers", "trl", "numpy", "matplotlib", "yaml"}
     code = (
@@ -303,6 +304,7 @@ CPU = ("--device", "cpu", "--precision", "fp32", "--global_batch_size", 8)
 COMPILED = ("--torch_compile", "true")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -413,6 +415,7 @@ def test_the_pages_name_every_metric_and_their_commands_parse(tmp_path):
     exec(code, {})
 
 
+@pytest.mark.slow
 def test_the_pages_show_what_is_printed(tmp_path, capsys):
     page = pages()
     small = ["--preset", "llama-2-7b", "--num_devices", 8, "--max_length", 4096, "--global_batch_size", 1024]

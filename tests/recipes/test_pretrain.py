@@ -69,6 +69,7 @@ def history(folder):
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
+@pytest.mark.slow
 def test_it_packs_mixes_schedules_and_reports(run, corpus, tmp_path):
     metrics = run(
         *("--dataset_mixture", f"{corpus[0]}:0.75", f"{corpus[1]}:0.25"),
@@ -93,11 +94,13 @@ def test_it_packs_mixes_schedules_and_reports(run, corpus, tmp_path):
     AutoModelForCausalLM.from_pretrained(out)
 
 
+@pytest.mark.slow
 def test_max_samples_is_of_each_dataset_of_a_mixture(run, corpus):
     mixture = ("--dataset_mixture", f"{corpus[0]}:1", f"{corpus[1]}:1")
     assert run(*mixture, max_samples=40, total_tokens=640)["documents"] == 2 * 38
 
 
+@pytest.mark.slow
 def test_the_world_may_be_a_part_of_a_mixture(run, corpus):
     run("--dataset_mixture", f"{corpus[0]}:1", "world:1", num_documents=200, total_tokens=640)
 
@@ -133,6 +136,7 @@ def test_nothing_is_held_out_of_one_dataset_that_another_trains_on(corpus, tmp_p
     assert 0 < len(held_out) < 9 and not set(held_out) & set(together)
 
 
+@pytest.mark.slow
 def test_flags_reach_a_new_model(run, corpus, tmp_path, monkeypatch):
     made = []
     build = pretrain_build.trainer_of_rows
@@ -147,12 +151,14 @@ def test_flags_reach_a_new_model(run, corpus, tmp_path, monkeypatch):
         run(dataset_name=corpus[0], output_dir=tmp_path / "other", attn_implementation="fast")
 
 
+@pytest.mark.slow
 def test_half_a_surrogate_pair_stops_nothing(run, corpus):
     with corpus[0].open("a") as file:
         file.write('{"text": "the old \\ud83e fox walks"}\n')
     assert run(dataset_name=corpus[0], total_tokens=640)["documents"] == 115
 
 
+@pytest.mark.slow
 def test_files_that_are_edited_make_another_run(run, corpus, tmp_path):
     folder = corpus[0].parent / "texts" / "deeper"
     folder.mkdir(parents=True)
@@ -176,6 +182,7 @@ def test_chinchilla_is_twenty_tokens_per_parameter(corpus, tmp_path):
     assert rows_of_run(training_args, script_args.total_tokens, 512, 1000, 7) == 20_000 // 512
 
 
+@pytest.mark.slow
 def test_the_masked_objective_makes_a_bidirectional_model(run, corpus, tmp_path):
     metrics = run(dataset_name=corpus[0], objective="masked", total_tokens=3200)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
@@ -184,6 +191,7 @@ def test_the_masked_objective_makes_a_bidirectional_model(run, corpus, tmp_path)
     assert "bits_per_byte" not in metrics and metrics["eval_loss"] > 0
 
 
+@pytest.mark.slow
 def test_the_infilling_objective_cuts_documents_in_three(run, corpus, tmp_path):
     run(dataset_name=corpus[0], objective="infilling", total_tokens=3200)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -192,12 +200,14 @@ def test_the_infilling_objective_cuts_documents_in_three(run, corpus, tmp_path):
     assert sum(document.startswith("<PRE>") for document in documents) == pytest.approx(108, abs=12)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_may_be_named(run, corpus, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     run(dataset_name=corpus[0], tokenizer_name_or_path=tmp_path / "tokenizer", total_tokens=1600)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_it_resumes_where_it_was(run, corpus, tmp_path):
     settings = {"dataset_name": corpus[0], "total_tokens": 6400, "save_strategy": "steps", "save_steps": 10}
     whole = run(**settings)
@@ -227,6 +237,7 @@ def test_a_resumed_run_reads_no_text_again(run, corpus, tmp_path, monkeypatch):
     assert packed == [6]
 
 
+@pytest.mark.slow
 def test_muon_learns_and_is_refused_where_it_cannot(run, corpus, tmp_path):
     settings = {"dataset_name": corpus[0], "num_train_epochs": 1, "learning_rate": 6e-3}
     plain = run(**settings, output_dir=tmp_path / "adamw", use_muon="false")
@@ -255,6 +266,7 @@ def test_under_fsdp_the_default_is_adamw(corpus, tmp_path, monkeypatch):
     assert not pretrain.parse(["--dataset_name", str(corpus[0]), "--output_dir", str(tmp_path)])[0].use_muon
 
 
+@pytest.mark.slow
 def test_text_of_less_than_one_row_is_one_row(run, tmp_path):
     (tmp_path / "few.jsonl").write_text('{"text": "one two three"}\n{"text": "four five"}\n')
     assert run(dataset_name=tmp_path / "few.jsonl")["documents"] == 1
@@ -315,6 +327,7 @@ def test_a_new_model_has_the_named_architecture(corpus, tmp_path, make_config):
         pretrain.main(*pretrain.parse([*flags, *too_small, "--output_dir", str(tmp_path / "third")]))
 
 
+@pytest.mark.slow
 def test_layers_of_several_kinds_are_flags(run, corpus, tmp_path):
     flags = ["--layer_types", "sliding_attention", "linear_attention", "full_attention", "--sliding_window", "16"]
     flags += ["--no_rope_layers", "1", "1", "0", "--num_hidden_layers", "6", "--linear_key_head_dim", "8"]
@@ -325,6 +338,7 @@ def test_layers_of_several_kinds_are_flags(run, corpus, tmp_path):
     assert metrics["parameters"] == config.num_parameters()
 
 
+@pytest.mark.slow
 def test_sparse_attention_is_a_flag(run, corpus, tmp_path):
     flags = ["--attn_implementation", "sparse", "--sparse_block_size", "8", "--sparse_num_blocks", "2"]
     run(*flags, dataset_name=corpus[0], max_steps=1)
@@ -364,6 +378,7 @@ def test_a_named_architecture_has_every_field(tmp_path, make_config, fields):
         assert getattr(made, name) == getattr(config, name), name
 
 
+@pytest.mark.slow
 def test_a_model_without_sparse_attention_has_no_sizes_of_it(run, corpus, tmp_path):
     run(dataset_name=corpus[0], max_steps=1)
     assert not [name for name in json.loads((tmp_path / "out" / "config.json").read_text()) if "sparse_" in name]

@@ -67,6 +67,7 @@ def test_a_stage_publishes_its_result_once(hub, command, tmp_path, capfd, monkey
     assert_no_token(tmp_path, hub, capfd)
 
 
+@pytest.mark.slow
 def test_a_failed_push_loses_nothing(hub, command, tmp_path, capfd):
     hub.fail("/commit/", 503, times=1000)
     message = complaint(sft, *command)

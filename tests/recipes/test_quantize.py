@@ -39,6 +39,7 @@ def made(tiny, tmp_path_factory):
     return folder / "out", flags, run(*flags)
 
 
+@pytest.mark.slow
 def test_from_nothing(made, capsys):
     folder, flags, metrics = made
     report = json.loads((folder / "report.json").read_text())
@@ -103,6 +104,7 @@ def test_more_tokens_than_the_context_are_not_timed(saved, tmp_path):
         run(*flags, "--save_scheme", "dynamic", "--prompt_tokens", "300")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "dynamic"])
 def test_what_is_published_loads_and_learns_on(hub, saved, learns_on, tmp_path, scheme):
     if scheme == "int8":

@@ -41,6 +41,7 @@ def taught(seeing_folder, tmp_path_factory):
     return folder / "model", write_rows(folder / "test", halves(40, seed=7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "dynamic"])
 def test_it_answers_as_before_and_is_loaded_again(taught, tmp_path, scheme):
     if scheme == "int8":
@@ -98,6 +99,7 @@ def quantize_evaluation(processor, asked):
     return PictureQuantization(processor.tokenizer, (), 0, processor=processor, questions=[asked])
 
 
+@pytest.mark.slow
 def test_a_part_may_be_left_and_drawn_pictures_are_asked_about(taught, tmp_path):
     flags = ["--model_name_or_path", taught[0], "--output_dir", tmp_path / "out", "--dataset_name", "digits"]
     more = ["--skip_modules", "model.vision_tower", "--sensitivity", "none", "--rounds", "0"]
@@ -123,6 +125,7 @@ def test_four_bits_on_a_cpu_are_left_out_or_refused(taught, tmp_path, monkeypatc
     assert picture_schemes(script_args.schemes, script_args.save_scheme) == ["int8", "nf4", "nf4_double"]
 
 
+@pytest.mark.slow
 def test_no_recipe_loads_four_bits_on_a_cpu(taught, tmp_path):
     flags = ["--model_name_or_path", taught[0], "--dataset_name", taught[1], "--output_dir", tmp_path / "out"]
     flags = list(map(str, [*flags, "--load_in_4bit", "true"]))
@@ -149,6 +152,7 @@ def test_no_more_pictures_are_read_than_asked_about(taught, tmp_path):
         asked(5)
 
 
+@pytest.mark.slow
 def test_few_pictures_are_shown_at_once(taught, monkeypatch):
     model, processor = (each.from_pretrained(taught[0]) for each in (AutoModelForImageTextToText, AutoProcessor))
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which side"}]}]

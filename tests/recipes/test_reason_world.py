@@ -9,6 +9,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "reason.py"
 
 
 @pytest.mark.slow
+@pytest.mark.turn(4)
 def test_thoughts_gain_where_direct_answers_cannot(tmp_path, processes):
     """Bounds are at least three standard errors from the worst of three fresh seeds (docs/guides/reasoning.md)."""
     folder = tmp_path / "out"

@@ -83,6 +83,7 @@ def test_the_main_job_leaves_a_report_and_a_model(aligned, tiny):
     assert chat[0]["generated_text"][-1]["role"] == "assistant"
 
 
+@pytest.mark.slow
 def test_the_main_job_is_reused_and_stages_too(aligned, tiny, capsys):
     folder, metrics = aligned
     written = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.safetensors")}
@@ -120,6 +121,7 @@ def test_a_changed_stage_runs_again_with_all_that_build_on_it(tiny, tmp_path):
     assert chain(301) != first
 
 
+@pytest.mark.slow
 def test_sft_learns_from_the_response_only(tiny, tmp_path, monkeypatch):
     """Training on a user's own rows; the labels of the prompt are masked."""
     import trl
@@ -142,6 +144,7 @@ def test_sft_learns_from_the_response_only(tiny, tmp_path, monkeypatch):
         assert tokenizer.decode(labels[labels != -100]) in {f"{row['output']}<|end|>" for row in rows}
 
 
+@pytest.mark.slow
 def test_pretraining_computes_the_loss_in_chunks_and_saves_a_plain_model(tiny, tmp_path):
     import pretrain
 
@@ -199,6 +202,7 @@ def test_a_changed_reward_is_noticed(tmp_path):
     assert noted() == noted("--reward_funcs", "gold", "--value_model", "head") == {}
 
 
+@pytest.mark.slow
 def test_a_users_reward_and_prompts(aligned, tiny, tmp_path):
     """A text-only model and prompts, with a reward from a file, as `--model_name_or_path ... --reward_funcs`."""
     folder, _ = aligned
@@ -316,6 +320,7 @@ def test_the_longest_row_is_also_that_of_pretraining_texts(tmp_path):
             assert len(rlhf_stage.ptx_texts(str(path), *documents)) == count
 
 
+@pytest.mark.slow
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
     evaluation = {task.question for count in (360, 1440) for task in world.evaluation_tasks(count)}  # rlhf, reward
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--num_prompts", "3000"])
@@ -328,6 +333,7 @@ def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
     assert {row["prompt"][0]["content"] for row in eval_rows} <= evaluation
 
 
+@pytest.mark.slow
 def test_a_new_head_is_that_of_the_seed(aligned, tiny, tmp_path):
     """Whatever was drawn before in the same process, or was not."""
     import reward
@@ -342,6 +348,7 @@ def test_a_new_head_is_that_of_the_seed(aligned, tiny, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(base, tiny, tmp_path):
     import pretrain
 

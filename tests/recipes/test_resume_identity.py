@@ -35,7 +35,6 @@ FLAGS = {
 }
 # The teacher is named.
 FLAGS["distill"] += [word for name in ("pretrain", "sft", "reward", "rlhf") for word in (f"--{name}_config", "")]
-SLOW = ("rlhf", "packed", "reward", "distill")
 AUTO = ["--resume_from_checkpoint", "auto"]
 
 
@@ -134,6 +133,7 @@ def test_another_runs_flags_are_refused_by_the_first_that_differs(run, cut, rows
         run("sft", cut, "--dataset_name", rows, "--resume_from_checkpoint", cut / "checkpoint-1", *flags)
 
 
+@pytest.mark.slow
 def test_contents_count_and_neither_places_nor_times(run, cut, rows, base, tmp_path, capsys):
     """A folder that was copied, with its data and its model, and then one with other data and another model."""
     moved, model = tmp_path / "moved.jsonl", tmp_path / "model"
@@ -167,6 +167,7 @@ def test_the_batch_may_be_divided_in_another_way(tiny, base, cut, rows):
     assert Stage("sft", *import_module("sft").parse(list(map(str, words)))).checkpoint == str(cut / "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_the_rows_and_the_model_that_training_begins_with_count(run, cut, rows, base, tmp_path, monkeypatch):
     """Both may have changed where no flag shows it: on the Hub, or made by the stages before."""
     from hfllm.stages.sft import build as sft
@@ -189,6 +190,7 @@ def test_the_rows_and_the_model_that_training_begins_with_count(run, cut, rows, 
         run("sft", cut, *flags)
 
 
+@pytest.mark.slow
 def test_rows_that_an_earlier_version_hashed_are_counted(run, cut, rows, monkeypatch, capsys):
     from hfllm.stages.sft import build as sft
 
@@ -208,6 +210,7 @@ def test_rows_that_an_earlier_version_hashed_are_counted(run, cut, rows, monkeyp
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_say_whose_it_is(run, cut, rows, capsys):
     for path in checkpoints_in(cut):
         state = json.loads((path / "trainer_state.json").read_text())
@@ -241,6 +244,7 @@ def flip(file):
     file.write_bytes(written)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_tried(run, cut, rows, tmp_path, monkeypatch):
     saved = sorted(path.name for path in (cut / "checkpoint-2").iterdir() if path.name not in ("README.md", CHECKSUMS))
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= set(saved)
@@ -271,6 +275,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_tried(run, cut, ro
     assert_same_weights(whole, cut)
 
 
+@pytest.mark.slow
 def test_sigterms_checkpoint_has_checksums_too(run, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*DEFAULT_CALLBACKS, Terminate(2)])
     with pytest.raises(SystemExit):
@@ -281,6 +286,7 @@ def test_sigterms_checkpoint_has_checksums_too(run, rows, tmp_path, monkeypatch)
     assert damage_of(folder) is None and "optimizer.pt" in (folder / CHECKSUMS).read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_weights_alone_is_refused(run, rows, tmp_path):
     said = cut_in(run, 2, "sft", tmp_path / "out", "--dataset_name", rows, "--save_only_model", "true")
     assert "no checkpoint was saved" in said
@@ -292,6 +298,7 @@ def test_a_checkpoint_of_weights_alone_is_refused(run, rows, tmp_path):
 # ---- what is said ----
 
 
+@pytest.mark.slow
 def test_a_repeated_command_says_what_it_does_about_checkpoints(run, cut, rows, capsys):
     says = "sft: starting from the beginning; the checkpoints there, up to checkpoint-2, will be overwritten"
     cut_in(run, 0, "sft", cut, "--dataset_name", rows)
@@ -303,6 +310,7 @@ def test_a_repeated_command_says_what_it_does_about_checkpoints(run, cut, rows, 
     assert "starting from the beginning" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_that_says_how_to_resume(run, rows, tmp_path, monkeypatch, capfd):
     def command(step, *flags):
         monkeypatch.setattr(sys, "argv", ["sft"])
@@ -346,6 +354,7 @@ def test_a_killed_run_is_resumed_by_its_own_flags_alone(processes, run, tiny, ba
     assert not (tmp_path / "out" / LOCK_FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(processes, tiny, base, rows, tmp_path):
     """By all of its processes, here two."""
     lock(tmp_path / "out")
@@ -378,7 +387,8 @@ def entries(folder, *names):
     return losses, [(entry["step"], entry["train_loss"]) for entry in history if "train_loss" in entry]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage in SLOW)) for stage in FLAGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", FLAGS)
 def test_what_a_resumed_run_reports_is_that_of_all_its_steps(run, tmp_path, stage):
     names = ("loss", "reward", "kl", "entropy", "policy_loss", "clip_fraction", "episode")
     names += ("mean_token_accuracy", "num_tokens", "bits_per_byte", "accuracy", "margin", "soft_loss", "hard_loss")

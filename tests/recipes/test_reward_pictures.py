@@ -49,6 +49,7 @@ def said(texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
+@pytest.mark.slow
 def test_it_prefers_what_the_picture_shows(judge):
     """New pictures are judged right, and those of other rows by chance."""
     folder, metrics = judge
@@ -94,6 +95,7 @@ def test_an_answer_that_spells_the_token_of_a_picture_is_scored(judge):
     assert "<image>" in answers[0][0]["content"]
 
 
+@pytest.mark.slow
 def test_ppo_is_rewarded_by_what_it_sees(judge, seeing_folder, tmp_path, monkeypatch):
     """Each response is scored with a picture as it lies in the file; the critic may be such a model, too."""
     folder, _ = judge
@@ -121,6 +123,7 @@ def _pixels(image):
     return make_processor().image_processor(image, return_tensors="pt")["pixel_values"]
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_and_an_adapter_is_saved(seeing_folder, judge, tmp_path):
     rows = write_rows(tmp_path / "data", halves(12), is_pair=True)
     before = load_file(seeing_folder / "model" / "model.safetensors")
@@ -146,6 +149,7 @@ def test_frozen_parts_stay_and_an_adapter_is_saved(seeing_folder, judge, tmp_pat
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_text_alone_and_both_mixed(seeing_folder, tmp_path):
     pairs = [("say left", "left", "right"), ("say", "say", "is")]
     text = "\n".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), each, strict=True))) for each in pairs)
@@ -172,6 +176,7 @@ def test_pictures_in_some_rows_alone_are_refused_where_weights_are_split(seeing_
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_judged_is_refused(seeing_folder, tmp_path):
     rows = write_rows(tmp_path / "data", halves(3), is_pair=True)
     with pytest.raises(InputError, match="--max_length cannot be used here: rows with pictures are not cut"):

@@ -92,6 +92,7 @@ def flags(tmp_path):
     return given
 
 
+@pytest.mark.slow
 def test_a_run_with_tools_reports_their_calls(flags, tmp_path):
     rlhf.main(*rlhf.parse(flags(max_tool_calling_iterations=2)))
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -99,11 +100,13 @@ def test_a_run_with_tools_reports_their_calls(flags, tmp_path):
     assert saved["response_template"]["start_anchor"] == "<|assistant|>"
 
 
+@pytest.mark.slow
 def test_rewards_may_need_what_episodes_alone_have(flags, tmp_path):
     rlhf.main(*rlhf.parse(flags(reward_funcs=f"{tmp_path / 'tools.py'}:own")))
     assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]["proxy_reward_before"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_run_in_environments_needs_no_other_reward(flags, tmp_path):
     flags = flags(tool=None, reward_funcs=None, environment_factory=f"{tmp_path / 'tools.py'}:Game")
     rlhf.main(*rlhf.parse([*flags, "--logging_steps", "1"]))
@@ -111,6 +114,7 @@ def test_a_run_in_environments_needs_no_other_reward(flags, tmp_path):
     assert state["metrics"]["proxy_reward_before"] >= 10
 
 
+@pytest.mark.slow
 def test_rewards_get_the_environments(flags, tmp_path):
     file = tmp_path / "tools.py"
     rlhf.main(*rlhf.parse(flags(tool=None, environment_factory=f"{file}:Desk", reward_funcs=f"{file}:seen")))

@@ -152,6 +152,7 @@ def test_bad_tables_are_named(tmp_path):
         run("--runs", path, "--output_dir", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monkeypatch):
     from hfllm.stages.scaling_laws import report
 
@@ -169,6 +170,7 @@ def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monke
     assert fits == [36, 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -214,6 +216,7 @@ def trained(tmp_path_factory):
     return folder, flags, run(*flags)
 
 
+@pytest.mark.slow
 def test_a_grid_is_trained_fitted_and_tested_on_a_larger_run(trained):
     folder, _, metrics = trained
     rows = list(csv.DictReader((folder / "runs.csv").open()))
@@ -264,6 +267,7 @@ def test_finished_runs_are_not_trained_again(trained, capsys):
         run(*flags, "--world_seed", 1)
 
 
+@pytest.mark.slow
 def test_your_own_text_is_repeated_when_it_is_short(tmp_path):
     texts = tmp_path / "texts.jsonl"
     words = ["the", "old", "owl", "walks", "by", "a", "red", "house", "and", "the", "small", "fox", "sings"]

@@ -25,6 +25,7 @@ def adapter(seeing_folder, tmp_path_factory):
     return folder / "out", rows
 
 
+@pytest.mark.slow
 def test_it_is_merged_with_its_processor(adapter, seeing_folder, tmp_path):
     """The merged model says what the adapter on its base says, in logits on pictures."""
     folder, _ = adapter
@@ -63,6 +64,7 @@ def test_its_card_loads_it(adapter):
         push.main(*push.parse([*named, "--hub_model_id", "me/seeing", "--dry_run"]))
 
 
+@pytest.mark.slow
 def test_it_is_quantized_with_its_base(adapter, seeing_folder, tmp_path):
     """Merged first: the loss before is that of both, and not that of the base."""
     folder, rows = adapter

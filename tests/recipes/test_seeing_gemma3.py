@@ -60,6 +60,7 @@ def flags(folder, rows, output, *more):
     return list(map(str, named))
 
 
+@pytest.mark.slow
 def test_it_is_fine_tuned_and_asked_about_pictures(folder, tmp_path):
     rows = write_rows(tmp_path / "data", halves(24))
     quick = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--save_strategy", "no", "--freeze_text"]
@@ -73,6 +74,7 @@ def test_it_is_fine_tuned_and_asked_about_pictures(folder, tmp_path):
     assert any("best_guess" in name for name in asked)
 
 
+@pytest.mark.slow
 def test_it_is_aligned(folder, tmp_path):
     rows = write_rows(tmp_path / "data", halves(12))
     judged = ["--reward_funcs", f"{folder / 'my.py'}:same", "--num_eval_prompts", "2", "--response_length", "2"]
@@ -81,6 +83,7 @@ def test_it_is_aligned(folder, tmp_path):
     assert metrics["episodes"] >= 4
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_it_sees(folder, tmp_path):
     rows = write_rows(tmp_path / "data", halves(8), is_pair=True)
     quick = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
@@ -96,6 +99,7 @@ def test_a_reward_model_of_it_sees(folder, tmp_path):
     assert one != other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "dynamic"])
 def test_it_is_quantized(folder, tmp_path, scheme):
     """Under the names by which transformers saves it, which are not those of the model in memory."""

@@ -53,6 +53,7 @@ def texts(seeing_folder):
     return path
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_pictures_show(seeing_folder, tmp_path, capsys):
     """The loss falls, with the pictures of other rows it is higher, and new pictures are answered."""
     rows = write_rows(tmp_path / "data", halves(160))
@@ -87,6 +88,7 @@ def test_rows_with_and_without_pictures_are_mixed(seeing_folder, texts, tmp_path
         assert together[place][0] == pytest.approx(loss * together[place][1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_text_alone_is_learned_by_the_decoder(seeing_folder, texts, tmp_path):
     """Packing and all: the tower stays as it is, and the processor is saved."""
     before = load_file(seeing_folder / "model" / "model.safetensors")
@@ -97,6 +99,7 @@ def test_text_alone_is_learned_by_the_decoder(seeing_folder, texts, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "out").image_token == "<image>"
 
 
+@pytest.mark.slow
 def test_parts_are_frozen_and_the_last_answer_alone_is_learned(seeing_folder, tmp_path):
     rows = write_rows(tmp_path / "data", halves(12))
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -120,6 +123,7 @@ def test_parts_are_frozen_and_the_last_answer_alone_is_learned(seeing_folder, tm
     assert metrics["examples"] + metrics["eval_examples"] == 24
 
 
+@pytest.mark.slow
 def test_an_adapter_is_made_and_trained_further(seeing_folder, tmp_path):
     rows = write_rows(tmp_path / "data", halves(12))
     flags = ["--max_steps", "1", "--learning_rate", "0.1"]
@@ -132,6 +136,7 @@ def test_an_adapter_is_made_and_trained_further(seeing_folder, tmp_path):
         run(seeing_folder / "model", rows, tmp_path / "no", "--use_peft", "--lora_target_modules", "w_proj")
 
 
+@pytest.mark.slow
 def test_held_out_pictures_lie_beside_their_own_rows(seeing_folder, tmp_path):
     rows, held_out = write_rows(tmp_path / "train", halves(8)), write_rows(tmp_path / "test", halves(4, seed=5))
     for path in (tmp_path / "train").glob("*.png"):
@@ -142,6 +147,7 @@ def test_held_out_pictures_lie_beside_their_own_rows(seeing_folder, tmp_path):
     assert (metrics["examples"], metrics["eval_examples"]) == (8, 4)
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_read_is_refused_or_dropped(seeing_folder, tmp_path, capsys):
     rows = write_rows(tmp_path / "data", halves(8))
     (tmp_path / "data" / "3.png").write_bytes(b"no picture")
@@ -155,6 +161,7 @@ def test_a_picture_that_cannot_be_read_is_refused_or_dropped(seeing_folder, tmp_
     assert "1 with a picture that cannot be read" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_and_what_is_said_of_them(seeing_folder, tmp_path):
     """As the Hub keeps images: `metadata.jsonl` names each by `file_name`, of which nothing must be left out."""
     rows = write_rows(tmp_path / "data", halves(60))
@@ -169,6 +176,7 @@ def test_a_folder_of_pictures_and_what_is_said_of_them(seeing_folder, tmp_path):
     assert metrics[0]["eval_loss"] == metrics[1]["eval_loss"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_that_of_other_pictures(seeing_folder, tmp_path, capsys):
     """A picture that was replaced makes another run of the same flags and rows, and of a checkpoint, too."""
     rows = write_rows(tmp_path / "data", halves(8))

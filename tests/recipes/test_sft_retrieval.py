@@ -93,6 +93,7 @@ def test_without_the_flag_rows_stay_and_a_score_may_be_asked_for(texts, tokenize
         rows_with_passages(rows, rows, RetrievalArguments(texts, retrieval_top_k=11), tokenizer, 1)
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_on_them_and_says_how_many(saved, tmp_path, texts, tokenizer, capsys):
     Passages.from_source(texts, tokenizer).save(tmp_path / "passages")
     rows = [pair(ANIMALS[number % 10], number) for number in range(40)]

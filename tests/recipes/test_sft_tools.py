@@ -86,6 +86,7 @@ def learned(tokenizer, batch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"assistant_only_loss": "true"}])
 def test_calls_are_learned_and_read_back(flags, batches, tmp_path, capsys, more):
     rows = [glaive(number) for number in range(12)]
@@ -99,6 +100,7 @@ def test_calls_are_learned_and_read_back(flags, batches, tmp_path, capsys, more)
         assert json.dumps(read["function"]) in expected
 
 
+@pytest.mark.slow
 def test_thoughts_are_learned_by_tokens_of_their_own(flags, batches, saved, tmp_path, capsys):
     rows = [thinking(number) for number in range(12)]
     sft.main(*sft.parse(flags(rows, added_tokens=["<think>", "</think>", "<|end|>"])))
@@ -116,6 +118,7 @@ def test_thoughts_are_learned_by_tokens_of_their_own(flags, batches, saved, tmp_
     assert not torch.equal(model.get_input_embeddings().weight[ids[0]], old[tokenizer("think")["input_ids"]].mean(0))
 
 
+@pytest.mark.slow
 def test_a_built_in_template_is_set_with_how_it_is_read(flags, tmp_path, capsys):
     rows = [glaive(number) for number in range(6)]
     with pytest.raises(InputError, match=r"--chat_template_path chatml: .* needs the token '<\|im_start\|>'"):

@@ -68,6 +68,7 @@ def test_the_page_explains_every_metric(made):
         assert f"`{name}`" in page or f"`{name.removesuffix('_sampled')}`" in page, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

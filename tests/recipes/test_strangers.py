@@ -92,6 +92,7 @@ def test_a_native_model_learns_by_adapters_with_weighted_rewards(tokenizer, fami
     assert all(value.isfinite().all() for value in weights.values())
 
 
+@pytest.mark.slow
 def test_what_trl_has_saved_is_trained_further(data, tokenizer, saved):
     from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 

@@ -141,6 +141,7 @@ def test_what_is_there_is_reused_and_what_comes_after_a_change_is_not(world, cap
     assert digests(folder) == before and (folder / "rl" / "report.json").is_file()
 
 
+@pytest.mark.slow
 def test_controls_can_be_left_out(world):
     folder, again = world
     shutil.rmtree(folder / "shuffled")
@@ -200,6 +201,7 @@ def own(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_your_own_model_learns_from_demonstrations_and_then_by_your_rewards(own, tmp_path):
     metrics = run(*own, "--demonstrations_dataset_name", tmp_path / "chats.jsonl")
     assert "proxy_reward_change" in metrics
@@ -210,6 +212,7 @@ def test_your_own_model_learns_from_demonstrations_and_then_by_your_rewards(own,
     assert not (tmp_path / "out" / "data").exists()
 
 
+@pytest.mark.slow
 def test_your_own_model_may_know_its_tools_already(own, tmp_path):
     run(*own)
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"rl"}

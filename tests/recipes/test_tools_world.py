@@ -9,6 +9,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "tools.py"
 
 
 @pytest.mark.slow
+@pytest.mark.turn(2)
 def test_the_world_learns_to_call_tools_where_they_are_needed_alone(tmp_path, processes):
     folder = tmp_path / "out"
     processes.run(RECIPE, "--seed", 42, "--output_dir", folder, timeout=2400)

@@ -38,6 +38,7 @@ def drawn(tmp_path_factory):
     return folder, run(folder, *DRAWN)
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_report(drawn, capsys):
     folder, metrics = drawn
     report = json.loads((folder / "report.json").read_text())
@@ -57,6 +58,7 @@ def test_from_nothing_to_a_report(drawn, capsys):
     assert "already done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ppo_on_drawn_pictures(drawn, tmp_path):
     """It starts from what fine-tuning saved, and leaves that as it is."""
     metrics = run(tmp_path / "out", *DRAWN, "--num_rl_prompts", "16")
@@ -72,6 +74,7 @@ def test_ppo_on_drawn_pictures(drawn, tmp_path):
     assert policy.keys() == tuned.keys() and any(not torch.equal(policy[name], tuned[name]) for name in tuned)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(drawn, tmp_path):
     folder, _ = drawn
     for seed, is_same in ((42, True), (7, False)):
@@ -119,6 +122,7 @@ def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
     assert parts["none"] == {"multi_modal_projector"} and moved["none"]
 
 
+@pytest.mark.slow
 def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
     flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "6", "--max_steps", "1"]
     metrics = run(tmp_path / "out", *flags, "--max_new_tokens", "4")
@@ -128,6 +132,7 @@ def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
         run(tmp_path / "other", *flags, "--patch_size", "8")
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_so_in_ppo(drawn, tmp_path):
     flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "2", "--max_steps", "1", "--freeze_text"]
     run(tmp_path / "out", *flags, "--num_rl_prompts", "8", "--learning_rate", "0.1", "--rl_learning_rate", "0.1")
@@ -139,6 +144,7 @@ def test_what_is_frozen_stays_so_in_ppo(drawn, tmp_path):
         assert moved == {"vision_tower", "multi_modal_projector"}
 
 
+@pytest.mark.slow
 def test_bad_pictures_are_refused_or_dropped_and_counted(drawn, tmp_path, capsys):
     rows = own(tmp_path / "data")
     (tmp_path / "data" / "3.png").write_bytes(b"no picture")
@@ -163,6 +169,7 @@ def conversation(folder):
     return rows
 
 
+@pytest.mark.slow
 def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
     """What the labels hold of conversations, of your own and drawn ones, decoded as the trainer collates them."""
     named = ["--model_name_or_path", str(drawn[0]), "--output_dir", str(tmp_path / "out"), *QUIET]
@@ -216,6 +223,7 @@ def test_pictures_in_memory_may_be_of_any_mode():
     assert read["images"][0].getpixel((0, 0))[0] > 200 and read["images"][0].mode == "RGB"
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_further(drawn, tmp_path, capsys):
     """Its lines load it, and the projector learns if it is named."""
     named = ["--dataset_name", own(tmp_path / "data"), *QUIET, "--max_steps", "1", "--learning_rate", "0.1"]

@@ -16,6 +16,7 @@ def figures(processes, folder, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(3)
 def test_a_model_learns_to_see_from_nothing(tmp_path, processes):
     found = figures(processes, tmp_path / "out", "--seed", 5)
     families = [f"seen_{family}_right" for family in FAMILIES]
@@ -33,6 +34,7 @@ def test_a_model_learns_to_see_from_nothing(tmp_path, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(3)
 def test_scanned_digits_are_read(tmp_path, processes):
     pytest.importorskip("sklearn")
     found = figures(processes, tmp_path / "out", "--dataset_name", "digits", "--seed", 5)

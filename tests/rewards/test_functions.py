@@ -181,6 +181,7 @@ def catches_once(**columns):
         time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [spins, sleeps, matches, yields, passes_over, catches_once])
 def test_a_reward_function_that_hangs_is_given_up(function):
     handler = signal.getsignal(signal.SIGALRM)

@@ -119,6 +119,7 @@ def test_the_head_is_applied_at_the_ends_alone(model, tokenizer):
     assert any(columns > 1 for _, columns in shapes)
 
 
+@pytest.mark.slow
 def test_adapters_and_half_precision(model, tokenizer):
     from peft import LoraConfig, get_peft_model
 
@@ -266,6 +267,7 @@ def test_rows_are_labeled_by_the_preference(judge, replies):
         preference_rows(judge, prompts, first, second, min_log_odds=2.0)
 
 
+@pytest.mark.slow
 def test_noise_makes_labels_random_and_spares_the_pairs(judge, replies):
     replies(judge, lambda text: 1.0 if "(A) Good" in text else -1.0)
     prompts, first, second = [f"Say {number}." for number in range(400)], ["Good"] * 400, ["Bad"] * 400

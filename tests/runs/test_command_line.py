@@ -332,6 +332,7 @@ def test_an_adapter_is_fine_tuned_at_a_rate_of_its_own(tmp_path):
 # ---- how it ends ----
 
 
+@pytest.mark.slow
 def test_a_run_does_not_end_as_a_success_before_it_is_done(monkeypatch, capsys):
     def ended(main, parse=lambda argv: ()):
         monkeypatch.setattr(sys, "argv", ["try"])

@@ -152,6 +152,7 @@ def test_the_texts_of_a_mixture_count_in_their_order(tmp_path):
     assert difference(before, of("a.txt:0.5", "c.txt:0.5")) is None
 
 
+@pytest.mark.slow
 def test_pictures_of_the_rows_that_are_read_count(tmp_path):
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(b"a picture")

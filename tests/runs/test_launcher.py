@@ -319,6 +319,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "is_told"), [(signal.SIGTERM, "no"), (signal.SIGINT, "yes"), (signal.SIGINT, "no")], ids=str
 )

@@ -179,6 +179,7 @@ def test_the_last_process_of_a_killed_run_keeps_others_out(member, tmp_path, mon
     lock(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_the_last_process_of_a_killed_one(member, tmp_path):
     thread = threading.Timer(0.1, os.kill, (member.process, signal.SIGKILL))
     thread.start()
@@ -209,6 +210,7 @@ def in_a_child(function):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.slow
 def test_nobody_joins_a_run_that_has_ended(member, tmp_path):
     os.kill(member.process, signal.SIGKILL)
     lock(tmp_path / "out")
@@ -256,6 +258,7 @@ def test_a_run_that_ends_before_what_it_has_started_leaves_the_lock_to_that(tmp_
     lock(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_the_file_says_is_not_locked(member, tmp_path):
     """Where locks keep readers out, too, as on Windows shares, others have to read who holds it."""
 
@@ -293,6 +296,7 @@ def test_a_lock_whose_file_was_read_is_taken_again(tmp_path, monkeypatch):
     refuse_every_other(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_lock_that_another_run_has_had_since_is_a_new_one(tmp_path, monkeypatch):
     monkeypatch.setattr("hfllm.runs.lock.PATIENCE", 0)
     lock(tmp_path / "out")

@@ -39,6 +39,7 @@ def wheel(tmp_path_factory):
     return build("wheel", unpacked, folder)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file(wheel):
     sources = [ROOT / "hfllm", *(ROOT / name for name in BESIDE)]
     files = [path for source in sources for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc"]
@@ -61,6 +62,7 @@ def test_the_main_job_needs_no_extra(wheel):
     assert not base & {"deepspeed", "bitsandbytes", "lm-eval", "datatrove", "pytest", "ruff", "setuptools"}
 
 
+@pytest.mark.slow
 def test_it_runs_without_the_checkout(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

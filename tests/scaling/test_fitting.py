@@ -185,6 +185,7 @@ def test_intervals_widen_with_noise():
     assert widths[1] > 3 * widths[0]
 
 
+@pytest.mark.slow
 def test_outliers_hardly_move_the_fit():
     runs = made_runs(EPOCH, 100, 2e-4)
     losses = runs.losses.copy()
@@ -194,6 +195,7 @@ def test_outliers_hardly_move_the_fit():
     assert found == pytest.approx(truth, rel=0.01)
 
 
+@pytest.mark.slow
 def test_larger_runs_are_predicted_from_smaller_ones():
     fitted, held_out = made_runs(EPOCH, 120, 5e-4, seed=5).split_by_compute(0.2)
     assert len(held_out) == 24 and held_out.compute.min() >= fitted.compute.max()
@@ -277,6 +279,7 @@ def test_tables_that_determine_nothing_are_refused(runs, message):
         fit_law(runs)
 
 
+@pytest.mark.slow
 def test_losses_that_rise_are_no_law():
     runs = made_runs(EPOCH, 30, 0)
     rising = runs.losses * (runs.parameters / 1e8) ** 0.3
@@ -290,6 +293,7 @@ def test_losses_that_rise_are_no_law():
         runs.split_by_compute(1)
 
 
+@pytest.mark.slow
 def test_intervals_take_any_number_of_a_law():
     fit = fit_law(made_runs(ParametricLaw(2.0, 50, 80, 0.3, 0.3), 30, 1e-3, sizes=(1e4, 1e6), tokens=(1e5, 1e7)))
     low, high = bootstrap(fit, 60, seed=1).interval(lambda law: float(law.loss(4e6, 4e7)), level=0.8)

@@ -19,6 +19,7 @@ def table(law, noise=1e-3):
     return Runs(sizes, tokens, law.loss(sizes, tokens) * errors)
 
 
+@pytest.mark.slow
 def test_the_coefficients_of_a_known_law_come_back():
     fit = fit_kaplan(table(TRUTH), resamples=50)
     assert fit.law.alpha_N == pytest.approx(TRUTH.alpha_N, rel=0.02)
@@ -39,6 +40,7 @@ def test_the_gradient_is_that_of_the_values():
         assert gradient[0, column] == pytest.approx((up - down) / 2e-6, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("law", "form", "other"), [(TRUTH, "kaplan", "chinchilla"), (EPOCH, "chinchilla", "kaplan")])
 def test_the_law_that_the_runs_follow_is_believed(law, form, other):
     runs = table(law)

@@ -89,6 +89,7 @@ LINEAR = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_layer_of_linear_attention_keeps_what_autograd_saves(name, precision):

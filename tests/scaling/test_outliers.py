@@ -13,6 +13,7 @@ def made(count=60, noise=4e-3, seed=0):
     return sizes, tokens, EPOCH.loss(sizes, tokens) * numpy.exp(noise * rng.standard_normal(count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.9, 1.2])
 def test_exactly_the_planted_rows_are_found(factor):
     """The five with the least compute, which pull the fit most, as in the 245 runs of Besiroglu et al. 2024."""
@@ -28,10 +29,12 @@ def test_exactly_the_planted_rows_are_found(factor):
     assert len(found.inliers) == 55 and after <= before + 0.1
 
 
+@pytest.mark.slow
 def test_noise_alone_has_no_outliers():
     assert len(find_outliers(Runs(*made(seed=1)))) == 0
 
 
+@pytest.mark.slow
 def test_names_are_lines_of_the_file(tmp_path):
     sizes, tokens, losses = made(count=30, noise=1e-3)
     losses[3] *= 1.5

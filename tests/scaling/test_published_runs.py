@@ -164,12 +164,14 @@ def test_the_page_names_rows_that_were_not_read_in_their_source():
         assert all(line in page for line in lines), name
 
 
+@pytest.mark.slow
 def test_the_report_has_each_run():
     text = report()
     assert text.count("\n") > len(RUNS) and all(run.source in text for run in RUNS)
     assert all(run.source and run.published for run in RUNS)
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_report():
     page = (BENCHMARKS.parent / "docs" / "experiments" / "planner.md").read_text()
     lines = report().splitlines()
@@ -180,6 +182,7 @@ def test_the_page_shows_the_report():
         assert line in page, line
 
 
+@pytest.mark.slow
 def test_the_results_are_those_of_today():
     page = (BENCHMARKS / "results" / "published_runs.md").read_text()
     assert page.endswith(report() + "\n")

@@ -131,6 +131,7 @@ def test_errors_in_json_name_them_too(tmp_path, text, message):
         load_constitution(tmp_path / "c.json")
 
 
+@pytest.mark.slow
 def test_a_few_lines_of_yaml_cannot_take_all_memory(tmp_path):
     # Each level stands for nine of the one before: the last, written out as an error would, takes gigabytes.
     levels = ["&a [x, x, x, x, x, x, x, x, x]"]

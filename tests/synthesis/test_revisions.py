@@ -140,6 +140,7 @@ def test_principles_and_wordings_depend_on_seed_place_and_round_alone(script, re
     assert {turn for row in whole for turn in row} == {("harm", "Harm?"), ("kind", "Rude?"), ("kind", "Is it rude?")}
 
 
+@pytest.mark.slow
 def test_greedy_turns_are_those_of_a_slow_loop(revise, make_model, tokenizer):
     model, critic = make_model(), make_model(seed=1)
     rows, _ = revise(num_revisions=2, do_sample=False, model=model, critic=critic, batch_size=3)
@@ -353,6 +354,7 @@ def test_a_critic_reads_with_its_own_tokenizer(script, revise, make_model, token
     assert [model is critic for model, _ in script.calls[:3]] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_trl_takes_the_rows(revise, make_model, tokenizer, tmp_path):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer

@@ -86,6 +86,7 @@ def check(actor, batch, temperature=0.7, never_sampled=(0,), atol=1e-5):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [

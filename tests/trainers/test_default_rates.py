@@ -23,6 +23,7 @@ def test_the_rate_falls_with_the_size(size, rate, adapter_rate):
     assert default_learning_rate(size, has_adapter=True) == pytest.approx(adapter_rate)
 
 
+@pytest.mark.slow
 def test_open_rates_are_filled_and_given_ones_kept(make_trainer, make_model):
     def rates(**kwargs):
         args = make_trainer(**kwargs).args

@@ -65,6 +65,7 @@ def trained(make_trainer, *args, **kwargs):
     return trainer
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_the_definition(make_trainer, make_model, tokenizer):
     trainer = trained(make_trainer, per_device_train_batch_size=12, max_steps=1)
     student, teacher = make_model(), make_model(seed=1, hidden_size=48, num_hidden_layers=3)
@@ -84,6 +85,7 @@ def test_the_first_loss_is_the_definition(make_trainer, make_model, tokenizer):
     assert (entry["soft_loss"], entry["hard_loss"]) == pytest.approx((soft / count, hard / count), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"hidden_weight": 0.5}, {"beta": 0.5, "teacher_top_k": 7}], ids=str)
 def test_accumulation_is_one_batch(make_trainer, more):
     # Plain steps: Adam would blow rounding up where a gradient is nearly zero.
@@ -99,6 +101,7 @@ def test_accumulation_is_one_batch(make_trainer, more):
         torch.testing.assert_close(other, results[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 1, 1000])
 def test_chunks_are_the_whole(make_trainer, chunk):
     expected = weights(trained(make_trainer, optim="sgd", learning_rate=0.1))
@@ -121,6 +124,7 @@ def test_padding_changes_nothing(make_trainer, tokenizer):
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_of_everything_is_the_teacher(make_trainer, tokenizer):
     settings = {"optim": "sgd", "learning_rate": 0.1, "eval_dataset": ROWS[:5], "beta": 0.5}
     live = trained(make_trainer, "live", **settings)
@@ -132,6 +136,7 @@ def test_a_cache_of_everything_is_the_teacher(make_trainer, tokenizer):
     assert few.state.log_history[0]["soft_loss"] < live.state.log_history[0]["soft_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [None, 7])
 def test_rows_to_evaluate_on_have_names_or_come_later(make_trainer, k):
     trainer = make_trainer(eval_dataset={"a/b": ROWS[:3], "other": ROWS[3:6]}, teacher_top_k=k)
@@ -154,6 +159,7 @@ def test_rows_to_evaluate_on_have_names_or_come_later(make_trainer, k):
             trainer.evaluate(ROWS[3:6])
 
 
+@pytest.mark.slow
 def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, make_model, tmp_path, capsys):
     asked = []
 
@@ -193,12 +199,14 @@ def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, ma
     assert (tmp_path / "shared" / "train" / "photos").is_dir()
 
 
+@pytest.mark.slow
 def test_a_named_teacher_is_not_even_loaded_from_a_cache(make_trainer, saved, monkeypatch):
     make_trainer(teacher=str(saved), teacher_top_k=3)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     trained(make_trainer, teacher=str(saved), teacher_top_k=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"hidden_weight": 0.5}, {"teacher_top_k": 5}], ids=str)
 def test_it_goes_on_as_if_it_had_not_stopped(make_trainer, tmp_path, more):
     settings = {"per_device_train_batch_size": 3, "num_train_epochs": 2, **more}
@@ -348,6 +356,7 @@ def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved)
         student_from_layers(make_model(), 9)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(saved, make_model, tmp_path, monkeypatch):
     model, free = make_model(), []
     monkeypatch.setattr(distillation_data, "available_memory", lambda: free[0])
@@ -445,6 +454,7 @@ def test_a_student_without_a_teacher_is_plain_training(make_trainer, make_model,
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_alone(make_trainer, tmp_path):
     from peft import LoraConfig
 
@@ -474,6 +484,7 @@ def test_dropout_is_switched_off_wherever_it_is_kept(make_trainer, make_model):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_experts_stay_balanced(make_trainer, make_model):
     losses = []
     for coefficient in (0.0, 1.0):

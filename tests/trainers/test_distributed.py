@@ -53,6 +53,7 @@ def one(processes, tmp_path_factory):
     return folder, rewards_in(processes.torchrun(SCRIPT, folder, 8, processes=1))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_save(processes, one, tmp_path):
     folder, rewards = one
     assert rewards_in(processes.torchrun(SCRIPT, tmp_path, 4)) == pytest.approx(rewards, abs=1e-5)
@@ -61,6 +62,7 @@ def test_two_processes_equal_one_and_save(processes, one, tmp_path):
     assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= files
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_words_of_an_environment(processes, tmp_path):
     rewards = rewards_in(processes.torchrun(SCRIPT, tmp_path / "one", 8, "turns", processes=1))
     printed = processes.torchrun(SCRIPT, tmp_path / "two", 4, "turns")
@@ -72,6 +74,7 @@ def test_two_processes_equal_one_with_words_of_an_environment(processes, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_two_processes_with_zero_equal_one_with_words_of_an_environment(processes, tmp_path):
     pytest.importorskip("deepspeed")
     rewards = rewards_in(processes.torchrun(SCRIPT, tmp_path / "one", 8, "turns", processes=1))
@@ -88,6 +91,7 @@ def pretrained(processes, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_pretrain_what_one_does(processes, pretrained, tmp_path):
     processes.torchrun(SCRIPT.parent / "pretrain_run.py", tmp_path)
     same_weights(pretrained, tmp_path, *PRETRAINING)
@@ -102,7 +106,8 @@ def a_row_seen_twice(batch):
         values[-1] = values[0]
 
 
-@pytest.mark.parametrize("fault", [a_row_lost, pytest.param(a_row_seen_twice, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [a_row_lost, a_row_seen_twice])
 def test_a_wrong_batch_is_more_than_rounding(tmp_path, monkeypatch, fault):
     whole, faulty = (build(str(tmp_path), save_strategy="no") for _ in range(2))
     whole.train()
@@ -122,6 +127,7 @@ def test_a_wrong_batch_is_more_than_rounding(tmp_path, monkeypatch, fault):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_pretrain_with_zero_what_one_does(pretrained, tmp_path, stage):
     pytest.importorskip("deepspeed")
@@ -140,6 +146,7 @@ def test_two_processes_equal_one_with_every_term(processes, one, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_with_zero_equal_one(one, tmp_path, stage):
     pytest.importorskip("deepspeed")
@@ -157,12 +164,14 @@ def distilled(processes, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_distil_what_one_does(processes, distilled, tmp_path):
     processes.torchrun(SCRIPT.parent / "distill_run.py", tmp_path, 2)
     same_weights(distilled, tmp_path, *DISTILLATION)
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_two_processes_distil_with_zero_what_one_does(distilled, tmp_path):
     pytest.importorskip("deepspeed")
     launch("distill_run.py", tmp_path, 2, ROOT / "ds_configs" / "zero2.json")
@@ -180,6 +189,7 @@ def test_two_processes_equal_one_on_pictures(processes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_two_processes_with_zero_equal_one_on_pictures(processes, tmp_path):
     """The frozen reference is built while ZeRO-3 is on, and its tower with it."""
     pytest.importorskip("deepspeed")

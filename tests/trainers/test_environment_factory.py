@@ -75,6 +75,7 @@ def rows_of(trainer, count=6):
     return [trainer.train_dataset[row] for row in range(count)]
 
 
+@pytest.mark.slow
 def test_methods_that_do_what_functions_do_train_to_the_same_bits(make_agent):
     """So all that holds of tools holds of environments: what they say is read, and learned by nobody."""
     one = make_agent()
@@ -108,6 +109,7 @@ def test_rewards_see_the_environments_as_they_end_and_the_prompts_as_they_were_r
     assert scores.completions[0]["prompt"][0]["content"] == texts[0]
 
 
+@pytest.mark.slow
 def test_an_environments_own_reward_is_enough(make_agent):
     trainer = make_agent(Talking, None)
     trainer.train()
@@ -127,6 +129,7 @@ def test_a_reward_that_waits_is_awaited(make_agent):
     assert trainer.score(rows, trainer.sample(rows)).total.tolist() == [3.0] * 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(make_agent, tmp_path):
     settings = {"max_steps": 4, "lr_scheduler_type": "cosine", "factory": Talking}
     whole = make_agent(**settings)
@@ -138,6 +141,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_agent, tmp_path):
         assert torch.equal(value, whole.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_evaluation_and_training_take_turns(make_agent):
     parts = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:5]})}
     trainer = make_agent(Talking, trainer_parts=parts, eval_strategy="steps", eval_steps=1)

@@ -25,6 +25,7 @@ def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["head", "sequence", "lora"])
 def test_without_an_environment_the_bits_are_those_of_sampling_as_ever(make_trainer, make_model, monkeypatch, critic):
     def alone(prompts, trainer):
@@ -94,6 +95,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_trains(make_trainer, option):
     trainer = make_trainer(**TURNS, **OPTIONS[option])
@@ -108,6 +110,7 @@ def test_every_option_trains(make_trainer, option):
     assert trainer._rollout.response_mask.sum(1).max() > 6
 
 
+@pytest.mark.slow
 def test_the_steps_beyond_the_target_kl_are_skipped(make_trainer):
     free, held = (make_trainer(**TURNS, target_kl=target, num_ppo_epochs=4) for target in (None, 1e-9))
     for trainer in (free, held):
@@ -115,6 +118,7 @@ def test_the_steps_beyond_the_target_kl_are_skipped(make_trainer):
     assert not same(weights_of(free), weights_of(held))
 
 
+@pytest.mark.slow
 def test_episodes_without_any_action_teach_nothing_and_break_nothing(make_trainer, prompts):
     def silent(prompts, trainer):
         asked = trainer.processing_class(list(prompts))["input_ids"]

@@ -119,6 +119,7 @@ def advantages_of(scores, kl, values, mask, gamma=0.97, lam=0.9):
     return formulas.generalized_advantages(rewards, values, mask, gamma, lam)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, **QUICK)
 @given(seed=st.integers(0, 10**6), gamma=st.sampled_from([1.0, 0.9]), lam=st.sampled_from([1.0, 0.95, 0.0]))
 def test_advantages_are_those_of_the_actions_with_the_tools_words_cut_out(seed, gamma, lam):
@@ -273,6 +274,7 @@ def test_a_rollout_is_that_of_the_actions_alone(with_tools, prompts, critic, ign
         assert logged["kl"] == pytest.approx(sum(of_kl) / 8, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("critic", CRITICS)
 def test_the_gradient_is_that_of_the_actions_alone(with_tools, prompts, critic, ignored):

@@ -50,6 +50,7 @@ def mean(scored, rows):
     return sums[0] / sums[1]
 
 
+@pytest.mark.slow
 def test_losses_are_means_over_all_targets(one):
     plain = model()
     experts = model(num_local_experts=3, num_experts_per_tok=2)
@@ -94,6 +95,7 @@ def test_a_reward_models_figures_are_means_over_pairs(one):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [3, 7])
 def test_the_batch_changes_nothing(one, tmp_path, rows):
     assert figures(dict(metrics(str(tmp_path), rows))) == pytest.approx(figures(one), abs=1e-5)
@@ -103,6 +105,7 @@ def measured_by(printed):
     return json.loads(next(line for line in printed.splitlines() if line.startswith("EVAL "))[5:])
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(processes, one, tmp_path):
     found = measured_by(processes.torchrun(SCRIPT, tmp_path, 2))
     assert found.keys() == TRAINERS.keys()
@@ -110,6 +113,7 @@ def test_two_processes_measure_what_one_does(processes, one, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_two_processes_with_zero_measure_what_one_does(one, tmp_path):
     """ZeRO-3: with the other stages transformers evaluates only within a training."""
     pytest.importorskip("deepspeed")

@@ -216,6 +216,7 @@ def test_a_planted_spike_stops_training_and_names_itself(make_trainer, tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_noise_and_single_spikes_do_not(make_trainer):
     losses = noise(200)
     losses[60] = losses[120] = losses[121] = 9.0
@@ -254,6 +255,7 @@ def test_a_resumed_run_remembers_what_it_has_seen(make_trainer, tmp_path):
     assert trainer.state.global_step == 23
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_while_the_loss_is_too_high(make_trainer, tmp_path):
     run_planted(make_trainer, [*noise(20), 9.0, 9.0], LossSpikeGuard(), save_strategy="steps", save_steps=1)
     saved = {int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*")}

@@ -108,6 +108,7 @@ def test_the_loss_of_the_trainer_is_that_of_the_model(made, tmp_path):
     assert list(trainer._get_train_sampler()) == list(range(5))
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(made):
     model, processor = made
     rows = list(DrawnWorld(5, 7))

@@ -57,6 +57,7 @@ def test_one_that_allows_no_second_is_refused(make_model):
         keep_starting_adapter(policy)
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapter_saves_and_resumes_that_adapter_alone(make_trainer, make_model, tmp_path):
     def policy():
         torch.manual_seed(0)
@@ -81,6 +82,7 @@ def test_a_run_from_an_adapter_saves_and_resumes_that_adapter_alone(make_trainer
     assert "ref" not in json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_adapter_that_its_user_has_named_is_resumed(make_trainer, make_model, tmp_path):
     def policy():
         torch.manual_seed(0)
@@ -94,6 +96,7 @@ def test_an_adapter_that_its_user_has_named_is_resumed(make_trainer, make_model,
     assert torch.equal(logits(again.policy), logits(trainer.policy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_coef", [0.05, 0.0])
 def test_an_adapter_that_is_loaded_frozen_is_trained(make_trainer, make_model, tmp_path, kl_coef):
     get_peft_model(make_model(), LoraConfig(**LORA, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
@@ -105,6 +108,7 @@ def test_an_adapter_that_is_loaded_frozen_is_trained(make_trainer, make_model, t
     assert (logits(trainer.policy) - start).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_adapter_is_pushed_with_its_card(make_trainer, make_model, hub, tmp_path):
     config = LoraConfig(**LORA, target_modules=["q_proj"])
     model = make_model()

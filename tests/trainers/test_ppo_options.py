@@ -50,6 +50,7 @@ def gradient(trainer, rollout, micro_batch_size, episodes=8):
 # ---- combinations ----
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     value=st.sampled_from(["head", "sequence", "token"]),
@@ -116,6 +117,7 @@ def test_a_large_vocabulary_makes_passes_small_on_a_cpu(tokens, asked_for, bound
 # ---- the reference and its KL ----
 
 
+@pytest.mark.slow
 def test_the_full_kl_is_the_mean_of_the_sampled_ones(make_trainer, prompts):
     """k1 over many samples of one token estimates what `full` computes."""
     full = make_trainer(kl_estimator="full", response_length=1)
@@ -151,6 +153,7 @@ def test_the_coefficient_is_steered_to_its_target():
     assert fixed.coefficient == 0.1
 
 
+@pytest.mark.slow
 def test_a_steered_coefficient_is_used_and_logged(make_trainer):
     trainer = make_trainer(kl_target=1e-3, kl_horizon=8, learning_rate=1e-2, max_steps=8)
     trainer.train()
@@ -160,6 +163,7 @@ def test_a_steered_coefficient_is_used_and_logged(make_trainer):
     assert coefficients[-1] > coefficients[1]
 
 
+@pytest.mark.slow
 def test_a_penalty_in_the_loss_pulls_to_the_reference(make_trainer, prompts):
     def distance(coefficient, estimator):
         trainer = make_trainer(
@@ -180,6 +184,7 @@ def test_a_penalty_in_the_loss_pulls_to_the_reference(make_trainer, prompts):
         assert distance(10.0, estimator) < 0.6 * free, estimator
 
 
+@pytest.mark.slow
 def test_the_reference_moves_as_often_and_far_as_asked(make_trainer):
     trainer = make_trainer(
         sync_ref_model=True, ref_model_sync_steps=4, ref_model_mixup_alpha=0.25, max_steps=6, learning_rate=1e-2
@@ -202,6 +207,7 @@ def test_the_reference_moves_as_often_and_far_as_asked(make_trainer):
 # ---- the steps ----
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_rollout_is_skipped_beyond_the_target_kl(make_trainer):
     trainer = make_trainer(num_ppo_epochs=6, max_steps=12, learning_rate=3e-2, target_kl=1e-3)
     states, changes = [], []
@@ -223,6 +229,7 @@ def test_the_rest_of_a_rollout_is_skipped_beyond_the_target_kl(make_trainer):
         assert rollout == sorted(rollout, reverse=True)  # and after a skipped one none is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["head", "sequence"])
 def test_the_critic_warms_up_alone(make_trainer, make_model, value):
     trainer = make_trainer(
@@ -237,6 +244,7 @@ def test_the_critic_warms_up_alone(make_trainer, make_model, value):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["head", "sequence"])
 def test_the_critic_has_a_learning_rate_of_its_own(make_trainer, make_model, value):
     trainer = make_trainer(value_model=value_model_of(make_model, value), value_learning_rate=0.5, max_steps=1)
@@ -274,6 +282,7 @@ def test_an_optimizer_that_lacks_weights_is_refused(make_model, make_args, token
         build(groups, critic, value_learning_rate=0.1)
 
 
+@pytest.mark.slow
 def test_an_entropy_bonus_keeps_the_policy_open(make_trainer, prompts):
     def entropy(coefficient):
         trainer = make_trainer(
@@ -289,6 +298,7 @@ def test_an_entropy_bonus_keeps_the_policy_open(make_trainer, prompts):
     assert entropy(1.0) > entropy(0.0) + 0.05
 
 
+@pytest.mark.slow
 def test_the_pretraining_term_is_the_language_modeling_loss(make_trainer, prompts, tokenizer):
     texts = Dataset.from_dict({"text": ["The fox is red.", "Say it.", "A blue hat and a red fox"]})
     trainer = make_trainer(ptx_coef=2.0, ptx_dataset=texts, max_steps=2)
@@ -449,6 +459,7 @@ def test_rewards_may_come_token_by_token(make_trainer, prompts):
         make_trainer(reward_funcs=too_few).collect_rollout(rows_of(prompts, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_model_may_reward_each_token(make_trainer, make_model, prompts, tokenizer, tmp_path, by_name):
     scorer = make_model(seed=3, model_class=hfllm.HfllmForTokenClassification, num_labels=1)
@@ -472,6 +483,7 @@ def test_a_model_may_reward_each_token(make_trainer, make_model, prompts, tokeni
     trainer.train()
 
 
+@pytest.mark.slow
 def test_a_reward_model_by_name_has_a_trained_head_with_one_label(
     make_trainer, make_model, tokenizer, tmp_path, saved
 ):
@@ -494,6 +506,7 @@ def test_a_reward_model_by_name_has_a_trained_head_with_one_label(
             load(str(tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_an_adapter_by_name_is_a_reward(make_trainer, prompts, tokenizer, tmp_path, saved):
     from peft import LoraConfig, get_peft_model
 
@@ -561,6 +574,7 @@ def test_advantages_are_clipped(make_trainer, prompts):
     assert trainer.collect_rollout(rows_of(prompts, 4)).advantages.abs().max() == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_per_token_rewards_are_part_of_the_logged_reward_and_are_not_rescaled(make_trainer, prompts):
     def two_a_token(completions, completion_ids, **_):
         return [[2.0] * len(ids) for ids in completion_ids]
@@ -662,6 +676,7 @@ def test_what_has_an_argument_of_its_own_is_refused_in_generation_kwargs(make_tr
 # ---- rollouts and tracking ----
 
 
+@pytest.mark.slow
 def test_each_prompt_gets_its_generations_in_one_rollout(make_trainer):
     trainer = make_trainer(num_generations=2, max_steps=4)
     seen = []
@@ -672,6 +687,7 @@ def test_each_prompt_gets_its_generations_in_one_rollout(make_trainer):
         assert prompts[0::2] == prompts[1::2]
 
 
+@pytest.mark.slow
 def test_completions_are_kept_as_parquet_and_shown(make_trainer, prompts, tmp_path, monkeypatch):
     trainer = make_trainer(log_completions=True, max_steps=4, eval_dataset=prompts)
     shown = []

@@ -91,6 +91,7 @@ def uneven(build):
     return trainer, rows, batch
 
 
+@pytest.mark.slow
 def test_rows_that_go_on_without_the_others_keep_their_pictures(uneven):
     trainer, rows, batch = uneven
     for place, row in enumerate(rows):
@@ -99,6 +100,7 @@ def test_rows_that_go_on_without_the_others_keep_their_pictures(uneven):
         assert torch.equal(one["response_ids"][0, :length], batch["response_ids"][place, :length])
 
 
+@pytest.mark.slow
 def test_rows_that_are_read_again_keep_their_pictures(uneven, monkeypatch):
     """Where a cache cannot be split, and where there is room for some rows at a time."""
     trainer, rows, batch = uneven
@@ -171,6 +173,7 @@ def gradients(trainer, rollout, size, limit=None):
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_the_split_into_micro_batches_and_passes_changes_nothing(build):
     trainer = build()
     rollout = trainer.collect_rollout(run.make_rows(6))
@@ -192,6 +195,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_same_bits_in_the_middle_of_a_rollout(tmp_path, processor):
     settings = {"save_strategy": "steps", "save_steps": 3, "processing_class": processor}
     whole = run.build(str(tmp_path / "whole"), **settings)
@@ -523,6 +527,7 @@ def test_pictures_are_upright_on_white_and_not_of_one_pixel(build):
         pixels(Image.new("RGB", (1, 1)))
 
 
+@pytest.mark.slow
 def test_a_dataset_of_pictures_and_a_saved_model_by_its_name(build, tmp_path):
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature

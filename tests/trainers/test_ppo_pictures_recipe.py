@@ -57,6 +57,7 @@ def parsed(folder, output, **flags):
     return rlhf.parse([each for name, value in (given | flags).items() for each in (f"--{name}", str(value))])
 
 
+@pytest.mark.slow
 def test_a_policy_that_reads_pictures_is_aligned_and_saved_with_its_processor(folder, tmp_path):
     metrics = rlhf.main(*parsed(folder, tmp_path / "out"))
     assert metrics["episodes"] == 16
@@ -89,6 +90,7 @@ def test_prompts_of_text_are_conversations_where_others_have_pictures(folder, tm
         prompt_data(script_args, args.seed, [])
 
 
+@pytest.mark.slow
 def test_blank_prompts_are_left_out_and_pictures_are_not(folder, tmp_path):
     flags = {"num_eval_prompts": 4, "filter_prompts": True}
     assert rlhf.main(*parsed(folder, tmp_path / "out", **flags))["train_prompts"] == 22
@@ -101,6 +103,7 @@ def test_a_policy_of_text_refuses_rows_with_pictures_before_training(folder, tmp
         rlhf.main(*parsed(folder, tmp_path / "out", model_name_or_path=folder / "text"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [["freeze_vision"], ["freeze_text"], ["freeze_vision", "freeze_text"]])
 def test_frozen_parts_stay_as_they_are(folder, tmp_path, frozen, monkeypatch):
     """To the bit, also where the head for values learns through them; the reference is the model before."""

@@ -102,6 +102,7 @@ def test_prompts_show_the_tools(make_agent, tokens):
     assert prompt == "<|system|>calculator lookup <|end|><|user|>Say 12 times 3.<|end|><|assistant|>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["head", "sequence", "lora"])
 def test_it_trains(make_agent, tokens, critic):
     parts = {}
@@ -119,6 +120,7 @@ def test_it_trains(make_agent, tokens, critic):
     assert 0.5 <= logged["tools/call_frequency"] <= 1 and logged["tools/failed_calls"] == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(make_agent, tmp_path):
     settings = {"max_steps": 4, "lr_scheduler_type": "cosine"}
     whole = make_agent(**settings)
@@ -151,6 +153,7 @@ def test_two_processes_with_tools_equal_one(processes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(6)
 def test_two_processes_with_tools_and_zero_equal_one(processes, tmp_path):
     pytest.importorskip("deepspeed")
     logged = rewards_in(processes.torchrun(RUN, tmp_path / "one", 12, processes=1))
@@ -234,6 +237,7 @@ def make_talker(make_agent, tokens, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["head", "sequence", "lora"])
 def test_what_sampling_saw_of_each_turn_is_not_asked_again(make_talker, tokens, monkeypatch, critic):
     parts = {}
@@ -278,6 +282,7 @@ def test_later_turns_read_what_is_new_alone(make_talker, monkeypatch):
     assert read[1] - read[0] > prompts and batches[0]["witness"].caches is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -316,6 +321,7 @@ def test_several_turns_of_prompts_without_padding_are_checked_for_themselves(mak
     assert trainer._trusted == {"unpadded": True, "padded": False}
 
 
+@pytest.mark.slow
 def test_what_was_not_sampled_is_not_taken_for_recorded(make_agent, make_talker, monkeypatch):
     """Where something else than the policy says a turn, or the recorder is at the wrong place."""
     trainer = make_agent()
@@ -332,6 +338,7 @@ def test_what_was_not_sampled_is_not_taken_for_recorded(make_agent, make_talker,
     assert talker.sample(rows_of(talker, 6))["witness"] is None
 
 
+@pytest.mark.slow
 def test_calls_that_cannot_be_read_do_not_stop_a_run(make_agent, monkeypatch):
     broken = (
         'See.<tool_call>{"name": "calc</tool_call><|end|>',
@@ -350,6 +357,7 @@ def test_calls_that_cannot_be_read_do_not_stop_a_run(make_agent, monkeypatch):
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("result_length", [10, 10_000])
 def test_a_policy_that_never_stops_calling_ends_with_the_room(make_agent, tokens, result_length):
     """By its many calls, or by one result that has no room: never beyond `response_length` or the model's context."""
@@ -378,6 +386,7 @@ def test_a_policy_that_never_stops_calling_ends_with_the_room(make_agent, tokens
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_a_tool_that_fails_in_every_way_does_not_stop_a_run(make_agent):
     outcomes = iter([None, b"\xff", float("nan"), "x" * 10**7, ValueError("no"), SystemExit(1), "<|end|>" * 9] * 9)
 
@@ -451,6 +460,7 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
     episodes.check_engine(trainer)
 
 
+@pytest.mark.slow
 def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
     docs = Path(__file__).parent.parent.parent / "docs"
     text = "".join((docs / folder / "tools.md").read_text() for folder in ("guides", "reference"))

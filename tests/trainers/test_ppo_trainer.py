@@ -32,6 +32,7 @@ class StepCounter(TrainerCallback):
 # ---- optimizer steps ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "mini_batches", "accumulation"), [(1, 1, 1), (2, 3, 1), (3, 2, 2)])
 def test_a_rollout_gives_exactly_epochs_times_mini_batches_steps(
     make_trainer, prompts, epochs, mini_batches, accumulation
@@ -75,6 +76,7 @@ def test_total_episodes_sets_the_steps(make_trainer):
     assert trainer.args.max_steps == 3 * 3  # ten episodes are three rollouts of four
 
 
+@pytest.mark.slow
 def test_learning_rate_schedule_and_logging_steps_are_obeyed(make_trainer):
     counter = StepCounter()
     trainer = make_trainer(max_steps=4, lr_scheduler_type="linear", logging_steps=2, callbacks=[counter])
@@ -83,6 +85,7 @@ def test_learning_rate_schedule_and_logging_steps_are_obeyed(make_trainer):
     assert [entry["step"] for entry in trainer.state.log_history if "kl" in entry] == [2, 4]
 
 
+@pytest.mark.slow
 def test_max_grad_norm_is_obeyed(make_trainer):
     norms = []
 
@@ -99,6 +102,7 @@ def test_max_grad_norm_is_obeyed(make_trainer):
             assert min(norms) > 1e-2
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_recomputes_and_changes_nothing(make_trainer, make_model, prompts):
     def gradients(checkpointing):
         trainer = make_trainer(value_model=value_model_of(make_model), activation_checkpointing=checkpointing)
@@ -118,6 +122,7 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(make_trainer, m
     torch.testing.assert_close(plain, recomputed)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_trains_to_the_same_weights(make_trainer):
     def weights(**kwargs):
         trainer = make_trainer(max_steps=2, **kwargs)
@@ -129,6 +134,7 @@ def test_activation_checkpointing_trains_to_the_same_weights(make_trainer):
     torch.testing.assert_close(weights(gradient_checkpointing=True), expected)
 
 
+@pytest.mark.slow
 def test_bf16_is_obeyed(make_trainer):
     trainer = make_trainer(bf16=True, max_steps=1)
     seen = []
@@ -149,6 +155,7 @@ def gradient(trainer, rollout, micro_batch_size, episodes=8):
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate_value_model", [False, True])
 def test_the_gradient_is_the_same_for_any_split_into_micro_batches(
     make_trainer, make_model, prompts, separate_value_model
@@ -244,6 +251,7 @@ def test_padding_changes_nothing(make_trainer, make_model, prompts, tokenizer, s
             assert (in_batch[row, len(response) :] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_tokenizers_padding_side_changes_nothing(make_trainer, make_model, prompts, tokenizer, monkeypatch):
     def train(padding_side):
         monkeypatch.setattr(tokenizer, "padding_side", padding_side)
@@ -314,6 +322,7 @@ def test_rewards_are_weighted_and_see_the_columns(make_trainer, prompts):
     assert trainer.score(rows, trainer.sample(rows)).total.tolist() == [-2.0, -1.5, -1.0, -0.5]
 
 
+@pytest.mark.slow
 def test_a_reward_of_weight_zero_is_logged_and_not_trained_on(make_trainer):
     def train(reward_funcs, **kwargs):
         trainer = make_trainer(reward_funcs=reward_funcs, **kwargs)
@@ -351,6 +360,7 @@ def test_conversational_prompts_use_the_chat_template(make_trainer, tokenizer):
     assert completion[0]["role"] == "assistant"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("returned", "complaint"),
     [
@@ -434,6 +444,7 @@ def test_two_rewards_of_one_name_are_logged_apart(make_trainer):
 # ---- evaluation, saving ----
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(make_trainer, prompts, tmp_path):
     trainer = make_trainer(
         max_steps=4,
@@ -453,6 +464,7 @@ def test_the_best_model_is_loaded_at_the_end(make_trainer, prompts, tmp_path):
     assert torch.equal(best.lm_head.weight, trainer.policy.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_disturb_training(make_trainer, prompts):
     plain = make_trainer(max_steps=4)
     plain.train()
@@ -471,6 +483,7 @@ def test_evaluation_does_not_disturb_training(make_trainer, prompts):
         assert sum(values[name]) / len(prompts) == pytest.approx(metrics[f"eval_{name}"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate_value_model", [False, True])
 def test_the_saved_policy_loads_with_auto_classes(make_trainer, make_model, tmp_path, separate_value_model):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -487,6 +500,7 @@ def test_the_saved_policy_loads_with_auto_classes(make_trainer, make_model, tmp_
         assert torch.equal(critic.score.weight, trainer.actor.value_model.score.weight)
 
 
+@pytest.mark.slow
 def test_lora_trains_the_adapter_against_the_model_without_it(make_trainer, tmp_path):
     from peft import LoraConfig, PeftModel
 
@@ -512,6 +526,7 @@ def test_a_model_with_an_adapter_gets_no_second_one(make_trainer, make_model):
         make_trainer(model=get_peft_model(make_model(), config), peft_config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [None, "separate"])
 def test_what_sampling_saw_is_not_asked_again_unless_it_is_wrong(
     make_trainer, make_model, prompts, value, monkeypatch
@@ -595,6 +610,7 @@ class Moved(float):
         return self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [True, False])
 def test_rows_are_fetched_and_moved_once_for_each_rollout(make_trainer, prompts, together):
     seen = []

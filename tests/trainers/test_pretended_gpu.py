@@ -40,11 +40,12 @@ def test_the_pretended_gpu_notices_a_tensor_of_the_cpu(gpu):
         weight(inputs.cpu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         # What the others leave as it is.
-        pytest.param({}, marks=pytest.mark.slow, id="default"),
+        pytest.param({}, id="default"),
         {
             **{"kl_estimator": "full", "kl_penalty": "loss", "entropy_coef": 0.1, "num_mini_batches": 2},
             **{"generation_kwargs": {"stop_strings": ["."]}, "value_model": True, "target_kl": 1.0},
@@ -79,6 +80,7 @@ def test_ppo(options, gpu, make_trainer, make_model, tokenizer, prompts, monkeyp
     assert {parameter.device for parameter in trainer.actor.parameters()} == {gpu}
 
 
+@pytest.mark.slow
 def test_pretraining_with_samples(gpu, make_model, tokenizer, world, tmp_path):
     from transformers import TrainingArguments
 
@@ -104,6 +106,7 @@ def test_pretraining_with_samples(gpu, make_model, tokenizer, world, tmp_path):
     assert trainer.model.device == gpu and len(samples.samples) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_chunk_size", [0, 8])
 def test_distillation(loss_chunk_size, gpu, make_model, tokenizer, tmp_path):
     eager, rows = {"attn_implementation": "eager"}, [{"text": "The owl lives in the old oak."}, {"text": "Go."}] * 4
@@ -118,6 +121,7 @@ def test_distillation(loss_chunk_size, gpu, make_model, tokenizer, tmp_path):
     assert {"soft_loss", "hard_loss", "hidden_loss"} <= set(trainer.state.log_history[0])
 
 
+@pytest.mark.slow
 def test_what_evaluates_a_model(gpu, make_model, tokenizer):
     from hfllm.compression.schemes import greedy_tokens, token_windows
     from hfllm.evaluation.emergence import answer_scores

@@ -46,6 +46,7 @@ def weights(trainer):
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_the_split_into_passes_changes_nothing(make_trainer):
     results = []
     for size in (1, 2, 64):
@@ -79,6 +80,7 @@ def test_flash_attention_gets_packed_rows_as_one(make_trainer, monkeypatch):
     torch.testing.assert_close(sum(losses), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_the_routers_loss_is_weighed_by_tokens(make_trainer, make_model):
     results = []
     for size in (1, 2, 64):
@@ -144,6 +146,7 @@ def test_it_goes_on_as_if_it_had_not_stopped(make_trainer, tmp_path):
     assert [entry["loss"] for entry in again.state.log_history if "loss" in entry] == losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_checkpoint_with_a_file_cut_off_is_passed_over(make_trainer, tmp_path, name):
     make_trainer("damaged", save_strategy="steps", save_steps=5).train()
@@ -185,6 +188,7 @@ class Rows(torch.utils.data.Dataset):
         return {name: value[index] for name, value in self.batch.items()}
 
 
+@pytest.mark.slow
 def test_a_native_model_learns_the_same_way(make_trainer, tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -8,6 +8,7 @@ import hfllm
 from hfllm.trainers.mixins import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate_value_model", [False, True])
 def test_resumed_equals_uninterrupted(make_trainer, make_model, tmp_path, separate_value_model):
     def trainer(**kwargs):
@@ -85,6 +86,7 @@ def test_training_from_a_checkpoint_of_the_last_step_changes_nothing(tmp_path):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_finished_run_ends_with_its_best_model_again(make_trainer, prompts):
     calls = []
 

@@ -34,6 +34,7 @@ def model(make_model, request):
     return make_model(**{**FAMILIES[request.param], "tie_word_embeddings": False})
 
 
+@pytest.mark.slow
 def test_greedy_responses_are_those_of_generate(model, ids, tokenizer, monkeypatch):
     calls = []
     generate = type(model).generate
@@ -55,6 +56,7 @@ def test_greedy_responses_are_those_of_generate(model, ids, tokenizer, monkeypat
     assert split_at[0] == 24 and len(split_at) > 1 and split_at[1] <= 12
 
 
+@pytest.mark.slow
 def test_a_cache_whose_rows_cannot_be_picked_is_built_again(make_model, ids, tokenizer, monkeypatch):
     model = make_model()
     expected = generate_responses(model, *ids, config(), tokenizer)
@@ -63,6 +65,7 @@ def test_a_cache_whose_rows_cannot_be_picked_is_built_again(make_model, ids, tok
     assert torch.equal(got["response_ids"], expected["response_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -85,6 +88,7 @@ def test_other_settings_work(make_model, ids, tokenizer, more):
     assert got["response_mask"].sum(1).min() >= more.get("min_new_tokens", 1)
 
 
+@pytest.mark.slow
 def test_stop_strings_end_responses(make_model, ids, tokenizer):
     model = make_model()
     free = generate_responses(model, *ids, config(eos_token_id=[-1]), tokenizer)
@@ -99,6 +103,7 @@ def test_stop_strings_end_responses(make_model, ids, tokenizer):
         assert stop not in tokenizer.decode(ids_of[mask > 0][:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "most_rows"), [(False, None), (True, None), (False, 9)])
 def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter, most_rows):
     if adapter:
@@ -125,6 +130,7 @@ def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter, 
     assert not model._forward_hooks and not model.get_output_embeddings()._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_few_prompts_at_a_time_get_the_same_answers(make_model, ids, tokenizer):
     model = make_model()
     whole, few = (generate_responses(model, *ids, config(), tokenizer, most_rows=rows) for rows in (None, 5))

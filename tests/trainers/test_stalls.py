@@ -45,6 +45,7 @@ def test_a_warm_up_does_not_count():
     assert "in 8 steps" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quiet", [True, False])
 def test_ppo_in_bf16_reports_it(make_trainer, make_model, quiet):
     model = make_model() if quiet else make_model().to(torch.bfloat16)
@@ -67,12 +68,14 @@ def test_a_constant_reward_is_reported_once(make_trainer, prompts):
     assert sum("nothing to learn from" in str(each.message) for each in seen) == 1
 
 
+@pytest.mark.slow
 def test_a_policy_that_stays_where_it_is_is_reported(make_trainer):
     trainer = make_trainer(learning_rate=1e-9, value_learning_rate=1e-9, max_steps=22)
     with pytest.warns(UserWarning, match="nothing has moved: reward .* --learning_rate 1e-09 may be too low"):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_a_policy_that_moves_is_not_reported(make_trainer):
     trainer = make_trainer(learning_rate=1e-2, max_steps=22)
     with warnings.catch_warnings():

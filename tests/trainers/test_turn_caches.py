@@ -57,6 +57,7 @@ def unread(old, sequence):
 tokens = st.lists(st.integers(1, 63), min_size=1, max_size=7)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     episodes=st.lists(st.tuples(tokens, st.integers(0, 8), tokens), min_size=2, max_size=6),

@@ -37,6 +37,7 @@ def with_engine(monkeypatch):
     monkeypatch.setattr(trl_generation, "VLLMGeneration", Engine)
 
 
+@pytest.mark.slow
 def test_it_trains_on_what_the_engine_samples(make_trainer, with_engine, tokenizer):
     trainer = make_trainer(
         use_vllm=True, vllm_mode="server", vllm_server_port=8123, temperature=0.7, response_length=5, max_steps=4
@@ -73,6 +74,7 @@ def test_a_response_that_the_engines_context_cuts_off_has_not_ended(make_trainer
     assert trainer.vllm._is_ended([5], 2) and not trainer.vllm._is_ended([5, 5], 2)
 
 
+@pytest.mark.slow
 def test_what_vllm_does_not_know_is_refused(make_trainer, with_engine):
     for name, value in (
         ("renormalize_logits", True),

@@ -30,6 +30,7 @@ def plant_of(parts, prompts, layer, component):
     return make_plant(parts, prompt, next(each for each in prompt.others if each != said), layer, component, others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("any_model", "component"),
     [("ours-llama", "mlp"), ("ours-llama", "attention"), ("ours-mixtral", "mlp"), ("native-gpt2", "attention")],

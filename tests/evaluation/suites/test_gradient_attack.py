@@ -89,6 +89,7 @@ def test_the_losses_are_the_models_and_the_suffix_is_read_again(model, target, t
     assert found == attack(model, target, SMALL)
 
 
+@pytest.mark.slow
 def test_random_search_with_as_many_evaluations_does_worse(model, target):
     seeds = [replace(SMALL, seed=seed) for seed in range(5)]
     pairs = [(attack(model, target, each), random_search(model, target, each)) for each in seeds]

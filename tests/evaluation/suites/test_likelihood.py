@@ -56,6 +56,7 @@ def test_any_batch_size_gives_the_numbers_of_whole_texts(make_model, tokenizer, 
     assert_close(found(model, tokenizer, 3, shared=""), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [SHARED, ""])
 @pytest.mark.parametrize("beyond", ["the examples", "the contexts", "the shortest"])
 def test_texts_on_both_sides_of_the_limit_of_longrope_share_nothing(make_model, tokenizer, beyond, shared):
@@ -108,6 +109,7 @@ def native(name, vocab_size):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shares"), [("gpt2", True), ("bloom", True), ("mistral", True), ("mamba", False)])
 def test_native_models_share_what_they_can(tokenizer, name, shares):
     model = native(name, len(tokenizer))

@@ -309,6 +309,7 @@ def written(rng, way, labels, choices, right):
     return str(said) if rng.random() < 0.5 else said
 
 
+@pytest.mark.slow
 def test_the_author_is_understood_or_refused():
     """Random files whose rows are answered in one way: no choice other than the author's is ever right."""
     rng, understood, refused = random.Random(0), dict.fromkeys(("text", "letter", "from 0", "from 1", "label"), 0), 0

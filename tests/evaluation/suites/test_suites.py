@@ -71,6 +71,7 @@ def test_choices_by_hand():
     assert sum(shares([-3000.0, -3001.0])) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_truthfulqa_from_both_files(subject, tmp_path):
     """Each figure against whole texts, read one by one."""
     of_csv = TruthfulQA(write_csv(tmp_path / "t.csv", TQA))
