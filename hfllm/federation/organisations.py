@@ -11,6 +11,7 @@ from hfllm.data.loading import prompt_key, split_rows
 from hfllm.data.world.demonstrators import demonstrate
 from hfllm.data.world.world import FAMILIES, FAMILY_WEIGHTS, World
 from hfllm.errors import InputError
+from hfllm.flags import POSITIVE, check_number
 
 # Held-out rows of an organisation, at most; without separate held-out rows, this share of its own rows.
 MOST_HELD_OUT, HELD_OUT_SHARE = 64, 0.1
@@ -74,8 +75,7 @@ def dirichlet_shares(count: int, alpha: float, seed: int) -> list[dict[str, floa
     Raises:
         InputError: for an alpha not above 0.
     """
-    if alpha <= 0:
-        raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")
+    check_number("dirichlet_alpha", alpha, POSITIVE)
     usual = _normalized(dict(zip(FAMILIES, FAMILY_WEIGHTS, strict=True)))
     rng = random.Random(f"dirichlet-{seed}")
     result = []
@@ -131,8 +131,7 @@ def split_evenly(rows: Sequence[Row], count: int, alpha: float | None, seed: int
     Raises:
         InputError: for an alpha not above 0.
     """
-    if alpha is not None and alpha <= 0:
-        raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")
+    check_number("dirichlet_alpha", alpha, POSITIVE)
     rng = random.Random(f"dealt-{seed}")
     shuffled = list(rows)
     rng.shuffle(shuffled)

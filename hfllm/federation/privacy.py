@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.rounds import WeightedSum, norm
 from hfllm.federation.updates import Expected, Update, read_tensors, replace_tensors
 from hfllm.outputs.statistics import Interval, as_numbers, auroc_interval
@@ -335,15 +335,12 @@ def epsilon_of(
     Raises:
         InputError: for a number out of range.
     """
-    if not 0 < sampling_rate <= 1:
-        raise InputError(f"sampling_rate is {sampling_rate}; expected above 0 and at most 1")
+    refuse_if(not 0 < sampling_rate <= 1, f"sampling_rate is {sampling_rate}; expected above 0 and at most 1")
     check_noise(noise_multiplier)
-    if not 0 < delta < 1:
-        raise InputError(f"delta is {delta}; expected between 0 and 1")
-    if rounds < 0:
-        raise InputError(f"rounds is {rounds}; expected 0 or more")
-    if conversion not in ("canonne", "mironov"):
-        raise InputError(f"conversion is {conversion!r}; expected canonne or mironov")
+    refuse_if(not 0 < delta < 1, f"delta is {delta}; expected between 0 and 1")
+    refuse_if(rounds < 0, f"rounds is {rounds}; expected 0 or more")
+    is_known = conversion in ("canonne", "mironov")
+    refuse_if(not is_known, f"conversion is {conversion!r}; expected canonne or mironov")
     if rounds == 0:
         return 0.0
     if noise_multiplier == 0:

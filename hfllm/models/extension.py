@@ -14,6 +14,7 @@ from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError, one_line
+from hfllm.flags import ABOVE_ONE, at_least, check_number
 from hfllm.models.loading.saved import max_length_of
 
 if TYPE_CHECKING:
@@ -48,15 +49,13 @@ def extended_config(
     """
     if rope_type not in ROPE_TYPES:
         raise InputError(f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
-    if not factor > 1 or factor == float("inf"):
-        raise InputError(f"--factor {factor}: expected a number above 1")
+    check_number("factor", factor, ABOVE_ONE)
     length = max_length_of(config) if original_length is None else original_length
     if length is None:
         raise InputError(
             "--original_max_position_embeddings is needed: the model's config has no max_position_embeddings"
         )
-    if length < 2:
-        raise InputError(f"--original_max_position_embeddings {length}: expected at least 2")
+    check_number("original_max_position_embeddings", length, at_least(2))
     extended = deepcopy(config)
     text = extended.get_text_config(decoder=True)
     name = _extended_part(text, length * factor)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, check_whole_number, one_line
 from hfllm.models.conversion import tensor_layouts
 from hfllm.models.conversion.expert_families import WIDTHS, irrelevant_fields
 from hfllm.models.conversion.families import FAMILIES, missing_part
@@ -411,14 +411,7 @@ def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
         result = name if values.get(name) is not None else theirs
         if values.get(result) is None:
             raise InputError(f"{theirs} is missing")
-        if (
-            not isinstance(values[result], int)
-            or isinstance(values[result], bool)
-            or not 1 <= values[result] <= LARGEST
-        ):
-            raise InputError(
-                f"{result}={values[result]!r} must be a whole number of at least 1, and at most {LARGEST:,}"
-            )
+        check_whole_number(result, values[result], 1, LARGEST)
         if name == "num_hidden_layers" and values[result] > MAX_LAYERS:
             # The native classes make lists of them.
             raise InputError(f"{result}={values[result]} must be at most {MAX_LAYERS:,}")
