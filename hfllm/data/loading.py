@@ -15,7 +15,7 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, Fact, Refused, at_least, check_flags, flag
 
 if TYPE_CHECKING:
@@ -329,8 +329,7 @@ def split_places(
     groups: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
-    if len(groups) < 2:
-        raise InputError(f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
+    refuse_if(len(groups) < 2, f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     target_size, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
@@ -486,8 +485,7 @@ def load_sources(
         held_out_hashes = {hash_of(text) for text in held_out}
         shared_hashes = held_out_hashes.intersection(hash_of(text) for text in together["text"])
         held_out = [text for text in held_out if hash_of(text) not in shared_hashes]
-        if not held_out:
-            raise InputError("every held-out text of the mixture is a training text of another of its datasets")
+        refuse_if(not held_out, "every held-out text of the mixture is a training text of another of its datasets")
     return sources, together["text"], held_out
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from hfllm.data.row_limits import MAX_ROW_BYTES, Expansion, OverLimit, parquet_rows, too_long
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -146,10 +146,8 @@ def source_files(name: str) -> list[Path] | None:
         files = sorted(file for file in path.rglob("*") if file.name.endswith(EXTENSIONS) and not file.is_dir())
         for file in files:
             # A pipe would be waited for.
-            if not file.is_file():
-                raise InputError(f"{file}: not a file that can be read, such as a link to nowhere or a pipe")
-        if not files:
-            raise InputError(f"dataset folder {name!r} holds no file that ends in {', '.join(EXTENSIONS)}")
+            refuse_if(not file.is_file(), f"{file}: not a file that can be read, such as a link to nowhere or a pipe")
+        refuse_if(not files, f"dataset folder {name!r} holds no file that ends in {', '.join(EXTENSIONS)}")
         return files
     if path.is_file():
         return [path]
@@ -443,8 +441,7 @@ def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
             f"dataset {name!r} is neither a local file or folder nor could it be loaded from the Hub: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-    if first is None:
-        raise InputError(f"dataset {name!r}, split {part.split!r}, is empty")
+    refuse_if(first is None, f"dataset {name!r}, split {part.split!r}, is empty")
     yield first
     number = 1
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.transports import Receiver, check_participants
 from hfllm.federation.updates import Failure, Update, weights_to_bytes
 

@@ -10,7 +10,7 @@ from hfllm.data.formats import Row
 from hfllm.data.loading import prompt_key, split_rows
 from hfllm.data.world.demonstrators import demonstrate
 from hfllm.data.world.world import FAMILIES, FAMILY_WEIGHTS, World
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import POSITIVE, check_number
 
 # Held-out rows of an organisation, at most; without separate held-out rows, this share of its own rows.
@@ -38,8 +38,7 @@ def check_organisations(organisations: Sequence[Organisation]) -> None:
     Raises:
         InputError: for fewer than two, two of one name, or one without rows.
     """
-    if len(organisations) < 2:
-        raise InputError(f"{len(organisations)} organisation(s): a federation needs at least 2")
+    refuse_if(len(organisations) < 2, f"{len(organisations)} organisation(s): a federation needs at least 2")
     names = [each.name for each in organisations]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"organisation {doubled!r} comes twice: each needs a name of its own")

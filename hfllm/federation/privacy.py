@@ -75,8 +75,7 @@ class ClippedSum:
     ):
         check_clip_norm(clip_norm)
         check_noise(noise_multiplier)
-        if not participants > 0:
-            raise InputError(f"expected_participants is {participants}; expected a number above 0")
+        refuse_if(not participants > 0, f"expected_participants is {participants}; expected a number above 0")
         self.clip_norm, self.noise_multiplier, self.participants = clip_norm, noise_multiplier, participants
         self.generator = generator
         self._shapes = {name: value.shape for name, value in weights.items()}
@@ -126,8 +125,7 @@ def private_average(
 
 def check_clip_norm(clip_norm: float, name: str = "clip_norm") -> None:
     """Refuse a clipping norm other than a number above 0."""
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise InputError(f"{name} is {clip_norm}; expected a number above 0")
+    refuse_if(not (math.isfinite(clip_norm) and clip_norm > 0), f"{name} is {clip_norm}; expected a number above 0")
 
 
 def normal(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:

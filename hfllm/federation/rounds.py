@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.settings import (
     AGGREGATIONS,
     LEARNING_RATES,
@@ -110,8 +110,7 @@ class WeightedSum:
         Raises:
             InputError: before any update was added.
         """
-        if not self.organisations:
-            raise InputError("no organisation sent an update that can be averaged; at least 1 is needed")
+        refuse_if(not self.organisations, "no organisation sent an update that can be averaged; at least 1 is needed")
         return {name: total / self.num_tokens for name, total in self._sums.items()}
 
     def drift(self) -> float:
@@ -393,8 +392,7 @@ def server_optimizer(
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name_of} of the server's optimizer is {value}; expected a number above 0")
     for name_of, value in (("momentum", momentum), ("beta2", beta2)):
-        if not 0 <= value < 1:
-            raise InputError(f"{name_of} of the server's optimizer is {value}; expected 0 to below 1")
+        refuse_if(not 0 <= value < 1, f"{name_of} of the server's optimizer is {value}; expected 0 to below 1")
     return ServerOptimizer(name, rate, momentum, beta2, tau)
 
 

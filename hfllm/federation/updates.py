@@ -18,7 +18,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from hfllm import durable
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.settings import COMPRESSIONS
 
 # ---- updates ----
@@ -120,8 +120,7 @@ class Expected:
         """Refuse other names, shapes or precisions; see `check`."""
         whose = f"organisation {organisation!r}"
         for name in self.forms:
-            if name not in forms:
-                raise InputError(f"{whose} sent no {name}, one of {len(self.forms)} tensors that are averaged")
+            refuse_if(name not in forms, f"{whose} sent no {name}, one of {len(self.forms)} tensors that are averaged")
         for name, form in forms.items():
             if name not in self.forms:
                 raise InputError(
@@ -314,8 +313,7 @@ def weights_from_bytes(data: bytes) -> dict[str, Tensor]:
 
 
 def _check_size(size: int, limit: int, whose: str) -> None:
-    if size > limit:
-        raise InputError(f"{whose} sent {size:,} bytes; at most {limit:,} are read")
+    refuse_if(size > limit, f"{whose} sent {size:,} bytes; at most {limit:,} are read")
 
 
 def _header(data: bytes, most: int) -> tuple[dict[str, Any], dict[str, Form]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hfllm.errors import InputError, check_positive
+from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.outputs.figures import standard_error
 from hfllm.outputs.report import write_atomically
 from hfllm.outputs.statistics import as_numbers, as_pairs, check_share
@@ -54,8 +54,7 @@ class Abstainer:
     delta: float | None = None
 
     def __post_init__(self):
-        if not _is_number(self.threshold):
-            raise InputError(f"threshold must be a number, got {self.threshold!r:.40}")
+        refuse_if(not _is_number(self.threshold), f"threshold must be a number, got {self.threshold!r:.40}")
         if not isinstance(self.rows, int) or self.rows < 0:
             raise InputError(f"rows must be a number of rows, got {self.rows!r:.40}")
         for name in ("guarantee", "measure"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hfllm.data.passages import citations_of, with_passages, without_citations
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, plain_text, tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.generation.scoring import evaluating
 from hfllm.grounding.passages import Passages, check_tokenizer
@@ -88,8 +88,7 @@ def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizer
             str(question_of(question)).encode()
         except UnicodeEncodeError:
             raise InputError(f"question {number} has half a character (a lone surrogate)") from None
-    if tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
+    refuse_if(tokenizer.pad_token_id is None, "the tokenizer has no padding token: set tokenizer.pad_token")
 
 
 def check_room(
@@ -109,14 +108,12 @@ def check_room(
     context = max_length_of(model.config)
     pairs = [(number, ranking) for number, each in enumerate(rankings, 1) for ranking in each]
     for (number, passages), prompt in zip(pairs, _tokens(tokenizer, prompts), strict=True):
-        if not prompt:
-            raise InputError(f"question {number} has no token")
+        refuse_if(not prompt, f"question {number} has no token")
         if context is None or len(prompt) + max_new_tokens <= context:
             continue
         message = f"question {number}: its prompt with {len(passages)} passage(s) has {len(prompt)} tokens"
         limit = f"with max_new_tokens={max_new_tokens} more than the model's context of {context}"
-        if not passages:
-            raise InputError(f"{message}, {limit}")
+        refuse_if(not passages, f"{message}, {limit}")
         longest = max((each.passage for each in passages), key=lambda passage: len(passage.text))
         size = len(tokenizer(longest.text, add_special_tokens=False)["input_ids"])
         raise InputError(
@@ -157,8 +154,7 @@ def passage_weights(scores: Sequence[float], temperature: float = 1.0) -> list[f
     """
     if not all(map(math.isfinite, scores)):
         raise InputError(f"scores of passages must be finite, got {list(scores)}"[:160])
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature must be a number above 0, got {temperature}")
+    refuse_if(not 0 < temperature < math.inf, f"temperature must be a number above 0, got {temperature}")
     powers = [math.exp((score - max(scores)) / temperature) for score in scores]
     return [power / sum(powers) for power in powers]
 

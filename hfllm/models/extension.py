@@ -13,7 +13,7 @@ The types are as in transformers' `rope_parameters`; `ntk` is a higher `rope_the
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.flags import ABOVE_ONE, at_least, check_number
 from hfllm.models.loading.saved import max_length_of
 
@@ -47,8 +47,7 @@ def extended_config(
         InputError: for a model without rotary positions in full attention, already extended positions, an
             unknown type or one refused by the model's class, or a factor not above 1.
     """
-    if rope_type not in ROPE_TYPES:
-        raise InputError(f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
+    refuse_if(rope_type not in ROPE_TYPES, f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
     check_number("factor", factor, ABOVE_ONE)
     length = max_length_of(config) if original_length is None else original_length
     if length is None:
@@ -97,8 +96,7 @@ def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None
         for name, child in parent.named_children()
         if type(child).__name__.endswith("RotaryEmbedding") and _is_of(child, config, name)
     ]
-    if not result:
-        raise InputError(f"a model of type {config.model_type} has no rotary embedding that can be made anew")
+    refuse_if(not result, f"a model of type {config.model_type} has no rotary embedding that can be made anew")
     for parent, name, child in result:
         alone = config
         if child.config is not config:
@@ -135,8 +133,7 @@ def _extended_part(config: "PreTrainedConfig", new_length: float) -> str | None:
         )
     if "rope_theta" in rope or "rope_type" in rope:
         return None
-    if FULL not in rope:
-        raise InputError(f"rope_parameters of {what} has {', '.join(rope)}, and none for {FULL}")
+    refuse_if(FULL not in rope, f"rope_parameters of {what} has {', '.join(rope)}, and none for {FULL}")
     return FULL
 
 

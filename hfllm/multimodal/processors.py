@@ -13,7 +13,7 @@ from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import words_of_places
 from hfllm.data.rows import Message, content_text, counted, is_begun, origin_of, read_tools, spells
 from hfllm.data.tokenizer import text_of_macro
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.family.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches
 from hfllm.models.loading.saved import reads_pictures
 
@@ -398,8 +398,7 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
 def _with_placeholders(prompt: list[Message], count: int, origin: str) -> list[Message]:
     """Return a prompt with placeholders before the user's first words, as TRL puts them."""
     first = next((at for at, message in enumerate(prompt) if message["role"] == "user"), None)
-    if first is None:
-        raise InputError(f"{origin}: the prompt has no place for a picture, and no message of the user for one")
+    refuse_if(first is None, f"{origin}: the prompt has no place for a picture, and no message of the user for one")
     content = prompt[first]["content"]
     parts = [
         *({"type": "image"} for _ in range(count)),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
-from hfllm.errors import InputError, check_positive
+from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds
 from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of
 from hfllm.outputs.figures import share_error, standard_error
@@ -400,8 +400,7 @@ def check_bias(report: BiasReport, allow: bool = False) -> None:
         f"{abs(report.position_bias):.2f} nats and tells answers apart by {report.signal:.2f} ({report.n} pairs, "
         f"{report.consistent:.0%} judged alike in both orders): its labels would be noise"
     )
-    if not allow:
-        raise InputError(f"{message}; take a larger judge, or clearer preference questions")
+    refuse_if(not allow, f"{message}; take a larger judge, or clearer preference questions")
     warnings.warn(f"{message}; going on as asked", stacklevel=2)
 
 
@@ -446,8 +445,7 @@ def preference_rows(
     Raises:
         InputError: when no pair is left.
     """
-    if not 0 <= label_noise <= 1:
-        raise InputError(f"label_noise must lie in [0, 1], got {label_noise}")
+    refuse_if(not 0 <= label_noise <= 1, f"label_noise must lie in [0, 1], got {label_noise}")
     pairs = list(zip(prompts, first, second, strict=True))
     fits = judge.has_room(prompts, first, second)
     remaining = [pair for pair, has_room in zip(pairs, fits, strict=True) if has_room]

@@ -8,7 +8,7 @@ The activations themselves are counted in the first section.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.scaling.devices import Device
 from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, Layout, stage_layers
 from hfllm.scaling.shapes import Shape, linear_mixer_bytes
@@ -394,8 +394,7 @@ def device_memory(
     Raises:
         InputError: for another `attention`.
     """
-    if attention not in ATTENTION:
-        raise InputError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
+    refuse_if(attention not in ATTENTION, f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
     options = shape, layout, precision, sequence_length, micro_batches, attention, reserved
     tensors = max((_stage_memory(stage, *options) for stage in _stages(shape, layout, micro_batches)), key=_peak)
     return tensors if device is None else _on_device(tensors, layout, device)

@@ -215,8 +215,7 @@ class Tower:
         """
         vision = config["vision_config"]
         where = f"{source}: vision_config"
-        if not isinstance(vision, Mapping):
-            raise InputError(f"{where} must be an object, got {type(vision).__name__}")
+        refuse_if(not isinstance(vision, Mapping), f"{where} must be an object, got {type(vision).__name__}")
         kind = vision.get("model_type")
         # A list, since a value from a file may have no hash.
         if kind not in list(CLASS_VECTOR):
@@ -474,8 +473,7 @@ class Shape:
         text = config.get("text_config")
         if not isinstance(text, Mapping) or text.get("model_type", "llama") in list(WITH_TOWER):
             raise InputError(f"{source}: text_config must be the config of a text model")
-        if "vision_config" not in config:
-            raise InputError(f"{source}: vision_config is missing")
+        refuse_if("vision_config" not in config, f"{source}: vision_config is missing")
         implied = {"model_type": WITH_TOWER[config["model_type"]]}
         is_tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
         shape = cls.from_config({**implied, **text, **is_tied}, f"{source}: text_config")

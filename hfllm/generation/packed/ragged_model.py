@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.packed.model import Output, PackedModel, RaggedCache, packed_model
 from hfllm.models.family.configuration_fields_hfllm import longrope_limits
 
@@ -172,8 +172,7 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
     takes = {"position_ids", "cache"} <= set(inspect.signature(type(model).forward).parameters)
     others = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     others -= {"full_attention", "sliding_attention"}
-    if takes and others:
-        raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
+    refuse_if(takes and others, f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
     if getattr(model, "_is_stateful", False) or not takes:
         raise InputError(
             f"{kind} does not take positions and a key-value cache, so drafts could not be undone: "

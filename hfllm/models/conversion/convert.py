@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from hfllm.errors import InputError, check_whole_number, one_line
+from hfllm.errors import InputError, check_whole_number, one_line, refuse_if
 from hfllm.models.conversion import tensor_layouts
 from hfllm.models.conversion.expert_families import WIDTHS, irrelevant_fields
 from hfllm.models.conversion.families import FAMILIES, missing_part
@@ -120,8 +120,7 @@ def to_native(
         model = load_checked(os.fspath(model))
     if isinstance(model.config, HfllmVisionConfig):
         return _seeing_to_native(model, target, native_type, tokenizer, kwargs)
-    if not isinstance(model.config, HfllmConfig):
-        raise InputError(f"expected an hfllm model, got a {type(model).__name__}")
+    refuse_if(not isinstance(model.config, HfllmConfig), f"expected an hfllm model, got a {type(model).__name__}")
     refuse_quantized(model.config, model.config.name_or_path)
     suffix = type(model).__name__.removeprefix("Hfllm")
     if suffix not in HEADS:
@@ -409,8 +408,7 @@ def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in SIZES:
         theirs = native_class.attribute_map.get(name, name)
         result = name if values.get(name) is not None else theirs
-        if values.get(result) is None:
-            raise InputError(f"{theirs} is missing")
+        refuse_if(values.get(result) is None, f"{theirs} is missing")
         check_whole_number(result, values[result], 1, LARGEST)
         if name == "num_hidden_layers" and values[result] > MAX_LAYERS:
             # The native classes make lists of them.
@@ -460,8 +458,7 @@ def config_to_native(
         if not reasons[name]:
             _copy_labels(config, native)
             return native
-    if not reasons:
-        raise InputError(f"no native class takes this model's sizes; the classes are {', '.join(FAMILIES)}")
+    refuse_if(not reasons, f"no native class takes this model's sizes; the classes are {', '.join(FAMILIES)}")
     nearest = min(reasons, key=lambda name: len(reasons[name]))
     subject = (
         f"{nearest} has" if native_type else f"no native class can express this model; the nearest, {nearest}, has"
