@@ -426,6 +426,16 @@ class _JsonItems:
         return InputError(f"{index}: not JSON ({reason}); for one object per line name it .jsonl")
 
 
+def not_loaded(name: str, error: Exception) -> InputError:
+    """Return the refusal of a dataset that is neither on this machine nor on the Hub."""
+    where = "is neither a local file or folder nor could it be loaded from the Hub"
+    return InputError(f"dataset {name!r} {where}: {_kind_and_line(error)}")
+
+
+def _kind_and_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
@@ -437,10 +447,7 @@ def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
         rows = iter(undecoded(name, rows))
         first = next(rows, None)
     except Exception as error:
-        raise InputError(
-            f"dataset {name!r} is neither a local file or folder nor could it be loaded from the Hub: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise not_loaded(name, error) from error
     refuse_if(first is None, f"dataset {name!r}, split {part.split!r}, is empty")
     yield first
     number = 1
@@ -449,10 +456,7 @@ def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
             yield row
             number += 1
     except Exception as error:
-        raise InputError(
-            f"dataset {name!r}: cannot be read after row {number}: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise InputError(f"dataset {name!r}: cannot be read after row {number}: {_kind_and_line(error)}") from error
 
 
 # ---- pydoc corpus ----

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.federation.settings import (
     AGGREGATIONS,
     LEARNING_RATES,
@@ -511,10 +511,9 @@ def run_rounds(
     for number in range(len(state.records) + 1, settings.num_rounds + 1):
         state = _next_state(transport, names, state, server, settings, number, new_sum(number), precisions)
         figures = state.records[-1].evaluation = evaluate(number, state.weights)
-        if broken := [name for name, value in figures.items() if not math.isfinite(value)]:
-            raise InputError(
-                f"round {number}: {broken[0]} is {figures[broken[0]]} with its weights, which are not kept"
-            )
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise InputError(f"round {number}: {name} is {value} with its weights, which are not kept")
         save_state(folder, state, identity)
         announce(state.records[-1])
     return state
@@ -637,9 +636,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | N
         tensors, metadata = read_tensors(path)
         records = [RoundRecord(**each) for each in json.loads(metadata["records"])]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is damaged ({' '.join(str(error).split())[:100]}): remove it to begin again"
-        ) from None
+        raise InputError(f"{path} is damaged ({one_line(error, 100)}): remove it to begin again") from None
     if metadata.get("identity", "") not in (identity_digest(identity), _earlier_digest(identity)):
         raise InputError(
             f"{path} holds rounds of another run: remove it to begin again, or choose another --output_dir"

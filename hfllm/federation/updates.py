@@ -18,7 +18,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from hfllm import durable
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.federation.settings import COMPRESSIONS
 
 # ---- updates ----
@@ -113,20 +113,18 @@ class Expected:
     def check_round(self, round: int | None, organisation: str) -> None:
         """Refuse an update of another round, or without a round; see `check`."""
         if self.round is not None and round != self.round:
-            sent = "an update of no round" if round is None else f"an update of round {round}"
+            sent = f"an update of {'no round' if round is None else f'round {round}'}"
             raise InputError(f"organisation {organisation!r} sent {sent}; expected one of round {self.round}")
 
     def check_forms(self, forms: Mapping[str, Form], organisation: str) -> None:
         """Refuse other names, shapes or precisions; see `check`."""
-        whose = f"organisation {organisation!r}"
+        whose, count = f"organisation {organisation!r}", len(self.forms)
         for name in self.forms:
-            refuse_if(name not in forms, f"{whose} sent no {name}, one of {len(self.forms)} tensors that are averaged")
+            refuse_if(name not in forms, f"{whose} sent no {name}, one of {count} tensors that are averaged")
         for name, form in forms.items():
-            if name not in self.forms:
-                raise InputError(
-                    f"{whose} sent {name!r:.200}, which is none of the {len(self.forms)} averaged tensors"
-                )
-            expected = self.forms[name]
+            expected = self.forms.get(name)
+            if expected is None:
+                raise InputError(f"{whose} sent {name!r:.200}, which is none of the {count} averaged tensors")
             if form == expected or (self.any_rank and _differ_in_rank_alone(name, form, expected)):
                 continue
             axis = rank_axis(name)
@@ -140,14 +138,13 @@ class Expected:
 
 def check_counts(update: Update, most: int | None = None) -> None:
     """Refuse an update of no tokens or rows, or of more than `most`."""
+    whose = f"organisation {update.organisation!r}"
     for field in ("num_tokens", "num_rows"):
         value = getattr(update, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"organisation {update.organisation!r}: {field} is {value!r:.40}; expected at least 1")
+            raise InputError(f"{whose}: {field} is {value!r:.40}; expected at least 1")
         if most is not None and value > most:
-            raise InputError(
-                f"organisation {update.organisation!r}: {field} is {value:,}; a round has at most {most:,}"
-            )
+            raise InputError(f"{whose}: {field} is {value:,}; a round has at most {most:,}")
 
 
 def rank_axis(name: str) -> int | None:
@@ -357,7 +354,7 @@ def _num_bytes(form: Form) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 # ---- compression ----

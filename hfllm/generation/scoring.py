@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from hfllm.data.tokenizer import tokenize_prompts, turn_end
-from hfllm.errors import InputError, is_out_of_memory, refuse_if
+from hfllm.errors import InputError, check_positive, is_out_of_memory, refuse_if
 from hfllm.models.devices import most_logits, most_tokens
 from hfllm.models.family.configuration_fields_hfllm import longrope_limits
 from hfllm.models.loading.saved import check_vocabulary, max_length_of
@@ -94,7 +94,7 @@ class Scorer:
     """
 
     def __init__(self, model: "PreTrainedModel", batch_size: int = 8):
-        refuse_if(batch_size < 1, f"batch_size must be at least 1, got {batch_size}")
+        check_positive(batch_size=batch_size)
         self.model, self.batch_size = model, batch_size
         takes = forward_parameters(model)
         self._keeps_logits = "logits_to_keep" in takes

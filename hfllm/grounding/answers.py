@@ -17,7 +17,7 @@ from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.generation.scoring import evaluating
 from hfllm.grounding.passages import Passages, check_tokenizer
 from hfllm.grounding.retrieval import Found, Retriever, scoring_enough
-from hfllm.models.loading.saved import max_length_of
+from hfllm.models.loading.saved import check_padding, max_length_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizer
             str(question_of(question)).encode()
         except UnicodeEncodeError:
             raise InputError(f"question {number} has half a character (a lone surrogate)") from None
-    refuse_if(tokenizer.pad_token_id is None, "the tokenizer has no padding token: set tokenizer.pad_token")
+    check_padding(tokenizer)
 
 
 def check_room(

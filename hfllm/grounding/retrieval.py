@@ -13,7 +13,7 @@ from hfllm import durable
 from hfllm.data.passages import Passage
 from hfllm.data.tokenizer import padding_token
 from hfllm.data.word_index import FILE, WordIndex, best_indices, import_bm25s, read_arrays, words_of
-from hfllm.errors import InputError, first_line, refuse_if
+from hfllm.errors import InputError, check_positive, first_line, refuse_if
 from hfllm.fingerprint import fingerprint
 from hfllm.grounding.passages import Passages, loaded_passages
 from hfllm.models.loading.saved import max_length_of, reason_of, saved_model, saved_tokenizer
@@ -75,7 +75,7 @@ def found_of(passages: Passages, rankings: Sequence[Sequence[tuple[int, float]]]
 def check_count(name: str, number: object) -> None:
     """Refuse another number than a whole one of at least 1."""
     refuse_if(not isinstance(number, Integral), f"{name} must be a whole number, got {number!r:.40}")
-    refuse_if(number < 1, f"{name} must be at least 1, got {number}")
+    check_positive(**{name: number})
 
 
 def check_queries(queries: Sequence[str], top_k: int) -> None:

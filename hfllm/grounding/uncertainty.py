@@ -34,7 +34,7 @@ from hfllm.generation.scoring import (
 )
 from hfllm.grounding.answers import normalized
 from hfllm.grounding.retrieval import check_count
-from hfllm.models.loading.saved import max_length_of
+from hfllm.models.loading.saved import check_padding, max_length_of
 from hfllm.rewards.judges import LETTERS, letter_tokens
 
 if TYPE_CHECKING:
@@ -578,7 +578,7 @@ def log_odds(
         InputError: for indistinguishable letters, a tokenizer without padding token, a question longer than the
             model's context, and non-finite logits.
     """
-    refuse_if(tokenizer.pad_token_id is None, "the tokenizer has no padding token: set tokenizer.pad_token")
+    check_padding(tokenizer)
     if not questions:
         return []
     # A transcript ends with a colon.

@@ -37,10 +37,8 @@ class RewardModel:
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
-        if model.config.num_labels != 1:
-            raise InputError(
-                f"the reward model has {model.config.num_labels} labels; expected a model trained with num_labels=1"
-            )
+        labels = model.config.num_labels
+        refuse_if(labels != 1, f"the reward model has {labels} labels; expected a model trained with num_labels=1")
         if getattr(model, "has_new_head", False):
             raise InputError(
                 f"the reward model {model.config._name_or_path!r} has no head for scores (a language model): train "

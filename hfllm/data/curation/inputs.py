@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.text import html_to_text, looks_like_html
-from hfllm.data.sources import PYDOC
+from hfllm.data.sources import PYDOC, not_loaded
 from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
@@ -166,10 +166,7 @@ def _on_the_hub(name: str, options: CurationOptions) -> Input:
     try:
         columns = load_dataset(name, split=options.dataset_train_split, streaming=True).column_names
     except Exception as error:
-        raise InputError(
-            f"dataset {name!r} is neither a local file or folder nor could it be loaded from the Hub: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        raise not_loaded(name, error) from error
     if columns is not None and text_column(columns, options.text_column) is None:
         raise InputError(f"dataset {name!r}: no column of text among {', '.join(columns)}: see --text_column")
     return Input("hub", name, name)

@@ -144,10 +144,8 @@ def as_numbers(parts: Parts, logits: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: for logits that are not numbers.
     """
-    if logits.isnan().any():
-        raise InputError(
-            f"{type(parts.model).__name__} has logits that are not numbers (NaN): its weights are damaged"
-        )
+    name = type(parts.model).__name__
+    refuse_if(logits.isnan().any(), f"{name} has logits that are not numbers (NaN): its weights are damaged")
     return logits.float()
 
 

@@ -254,10 +254,9 @@ def read_options(
     check_config(config)
     if "cache_implementation" in kwargs:
         raise InputError("cache_implementation: speculative decoding has its own cache; leave it out")
-    if config.max_new_tokens is None or config.max_new_tokens < 1:
-        raise InputError(
-            f"max_new_tokens={config.max_new_tokens}: give the maximum number of tokens to generate, at least 1"
-        )
+    most = config.max_new_tokens
+    if most is None or most < 1:
+        raise InputError(f"max_new_tokens={most}: give the maximum number of tokens to generate, at least 1")
     model._prepare_special_tokens(config, True, device=model.device)
     processors = model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=model.device)
     return make_options(config, processors, config.max_new_tokens, generator)

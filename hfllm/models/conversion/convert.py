@@ -371,22 +371,20 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
         InputError: when the family is unknown, with its unsupported part if known; or when one of its
             fields has no counterpart; it is named.
     """
-    family = FAMILIES.get(native.model_type)
+    kind = native.model_type
+    family = FAMILIES.get(kind)
     if family is None:
-        reason = missing_part(native.model_type)
-        raise InputError(
-            f"model_type {native.model_type!r} cannot be converted{reason}; these can: {', '.join(FAMILIES)}"
-        )
+        why = missing_part(kind)
+        raise InputError(f"model_type {kind!r} cannot be converted{why}; these can: {', '.join(FAMILIES)}")
     try:
         config = family.ours(native)
         back = family.theirs(config, type(native))
     except BAD_CONFIG as error:
-        raise InputError(f"{native.model_type}: {one_line(error, None)}") from error
+        raise InputError(f"{kind}: {one_line(error, None)}") from error
     for name in sorted(_fields(native) - HARMLESS_THEIRS - family.idle):
         for lost in _differences(name, getattr(native, name), getattr(back, name)):
-            raise InputError(
-                f"{native.model_type} with {lost.name}={lost.value} has no place in HfllmConfig, only {lost.other} has"
-            )
+            unfit = f"{lost.name}={lost.value}"
+            raise InputError(f"{kind} with {unfit} has no place in HfllmConfig, only {lost.other} has")
     _copy_labels(native, config)
     return config
 
