@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -93,6 +93,11 @@ def check_positive(**numbers: int) -> None:
     """Refuse arguments below 1."""
     for name, number in numbers.items():
         refuse_if(number < 1, f"{name} must be at least 1, got {number}")
+
+
+def check_choice(complaint: str, value: object, choices: Collection[str]) -> None:
+    """Refuse a value outside of some names; the complaint ends with them."""
+    refuse_if(value not in choices, f"{complaint} {', '.join(choices)}")
 
 
 def check_whole_number(name: str, value: object, least: int, most: int) -> None:

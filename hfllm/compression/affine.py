@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, check_choice, refuse_if
 
 GRANULARITIES = ("tensor", "channel", "group")
 # Magnitude from which an input feature counts as an outlier (Dettmers et al. 2022, section 3.2).
@@ -182,8 +182,7 @@ def _groups(matrix_OI: torch.Tensor, bits: int, granularity: str, group_size: in
     """Return the number of groups per row."""
     refuse_if(matrix_OI.dim() != 2, f"a matrix is quantized, got {matrix_OI.dim()} dimension(s)")
     refuse_if(not 2 <= bits <= 8, f"bits={bits}: expected 2 to 8")
-    if granularity not in GRANULARITIES:
-        raise InputError(f"granularity={granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+    check_choice(f"granularity={granularity!r}: expected one of", granularity, GRANULARITIES)
     if granularity != "group":
         refuse_if(group_size is not None, f"group_size={group_size} is for granularity='group', not {granularity!r}")
         return 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.compression.affine import OUTLIER_THRESHOLD
 from hfllm.compression.int8 import DynamicInt8Config, DynamicInt8Linear
 from hfllm.data.packing import start_of
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
 from hfllm.models.loading.weights import load_weights_of
 
@@ -154,7 +154,7 @@ def get_scheme(name: str, skipped: Sequence[str] = (), llm_int8_threshold: float
     Raises:
         InputError: when there is no such scheme, or the threshold is negative.
     """
-    refuse_if(name not in SCHEMES, f"scheme {name!r} is not one of {', '.join(SCHEMES)}")
+    check_choice(f"scheme {name!r} is not one of", name, SCHEMES)
     refuse_if(not llm_int8_threshold >= 0, f"llm_int8_threshold={llm_int8_threshold}: expected a number of at least 0")
     scheme = replace(SCHEMES[name], skipped=tuple(skipped))
     if name == "int8":

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hfllm.errors import InputError, one_line, refuse_if
+from hfllm.errors import InputError, check_choice, one_line, refuse_if
 from hfllm.federation.settings import (
     AGGREGATIONS,
     LEARNING_RATES,
@@ -238,8 +238,7 @@ def typical_norm(norms: Sequence[float], earlier: float = 0.0) -> float | None:
 
 def check_robust(aggregation: str, trim: float, max_norm_ratio: float) -> None:
     """Refuse settings outside of the range of robust averages."""
-    if aggregation not in AGGREGATIONS:
-        raise InputError(f"--aggregation {aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
+    check_choice(f"--aggregation {aggregation!r}: expected one of", aggregation, AGGREGATIONS)
     check_number("trim", trim, TRIMS)
     check_number("max_norm_ratio", max_norm_ratio, NORM_RATIOS)
 
@@ -385,8 +384,7 @@ def server_optimizer(
     Raises:
         InputError: for an unknown name, and numbers out of range.
     """
-    if name not in SERVER_OPTIMIZERS:
-        raise InputError(f"server_optimizer is {name!r}; expected one of {', '.join(SERVER_OPTIMIZERS)}")
+    check_choice(f"server_optimizer is {name!r}; expected one of", name, SERVER_OPTIMIZERS)
     rate = LEARNING_RATES[name] if learning_rate is None else learning_rate
     for name_of, value in (("learning_rate", rate), ("tau", tau)):
         if not (math.isfinite(value) and value > 0):

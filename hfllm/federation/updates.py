@@ -18,7 +18,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from hfllm import durable
-from hfllm.errors import InputError, one_line, refuse_if
+from hfllm.errors import InputError, check_choice, one_line, refuse_if
 from hfllm.federation.settings import COMPRESSIONS
 
 # ---- updates ----
@@ -211,8 +211,7 @@ def to_bytes(update: Update, compression: str = "none", round: int | None = None
     Raises:
         InputError: for another compression, and a change with NaN or infinite values.
     """
-    if compression not in COMPRESSIONS:
-        raise InputError(f"compression is {compression!r}; expected one of {', '.join(COMPRESSIONS)}")
+    check_choice(f"compression is {compression!r}; expected one of", compression, COMPRESSIONS)
     check_counts(update)
     for name, tensor in update.tensors.items():
         if not torch.isfinite(tensor).all():

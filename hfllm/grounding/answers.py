@@ -78,16 +78,15 @@ def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizer
     if isinstance(questions, str):
         raise InputError(f"questions must be a list, got the text {questions!r:.60}")
     for number, question in enumerate(questions, 1):
+        whose = f"question {number}"
         if not isinstance(question, (str, list)):
-            raise InputError(f"question {number} must be a text or a list of messages, got {question!r:.60}")
+            raise InputError(f"{whose} must be a text or a list of messages, got {question!r:.60}")
         if not isinstance(question, str) and not tokenizer.chat_template:
-            raise InputError(
-                f"question {number} is a conversation, and the tokenizer has no chat template: give texts"
-            )
+            raise InputError(f"{whose} is a conversation, and the tokenizer has no chat template: give texts")
         try:
             str(question_of(question)).encode()
         except UnicodeEncodeError:
-            raise InputError(f"question {number} has half a character (a lone surrogate)") from None
+            raise InputError(f"{whose} has half a character (a lone surrogate)") from None
     check_padding(tokenizer)
 
 
@@ -460,10 +459,10 @@ def answer_with_passages(
 
 
 def _check_options(marginal: str | None, do_sample: bool, max_new_tokens: int, batch_size: int) -> None:
-    if marginal is not None and marginal not in MARGINALS:
-        raise InputError(f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
-    if marginal is not None and do_sample:
-        raise InputError(f"do_sample cannot be used with marginal={marginal!r}, whose answers are the likeliest")
+    if marginal is not None:
+        refuse_if(marginal not in MARGINALS, f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
+        with_it = f"do_sample cannot be used with marginal={marginal!r}"
+        refuse_if(do_sample, f"{with_it}, whose answers are the likeliest")
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(number, Integral) or number < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")

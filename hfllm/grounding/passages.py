@@ -368,17 +368,14 @@ class Passages(Sequence[Passage]):
         if table.schema != _schema() or any(column.null_count for column in table.columns):
             raise InputError(f"{path}: its columns are {names}; expected those of save")
         passages._table = table.replace_schema_metadata(None)
-        if len(passages) != about["passages"]:
-            raise InputError(
-                f"{path}: {len(passages)} passages, and {ABOUT} says {about['passages']}: save them again"
-            )
+        count, stated = len(passages), about["passages"]
+        refuse_if(count != stated, f"{path}: {count} passages, and {ABOUT} says {stated}: save them again")
         passages.cut = about["cut"]
         if stored_cut != _encoded(passages.cut):
             raise InputError(
                 f"{path}: {ABOUT} is of other passages, such as by a save that was stopped: save them again"
             )
-        if tokenizer is not None:
-            check_tokenizer(passages, tokenizer, str(folder))
+        check_tokenizer(passages, tokenizer, str(folder))
         return passages
 
 
@@ -388,15 +385,14 @@ def loaded_passages(
     """Return the passages of a folder, or those given in their place, cut by this tokenizer if one is given."""
     if passages is None:
         return Passages.load(folder, tokenizer)
-    if tokenizer is not None:
-        check_tokenizer(passages, tokenizer, str(folder))
+    check_tokenizer(passages, tokenizer, str(folder))
     return passages
 
 
-def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase", name: str = "passages") -> None:
-    """Refuse passages cut by another tokenizer: their lengths in tokens differ from the stated ones."""
+def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase | None", name: str = "passages") -> None:
+    """Refuse passages cut by another tokenizer than this, if any: lengths in tokens differ from the stated ones."""
     cut = passages.cut
-    if cut is not None and cut.digest and cut.digest != vocabulary_digest(tokenizer):
+    if tokenizer is not None and cut is not None and cut.digest and cut.digest != vocabulary_digest(tokenizer):
         raise InputError(
             f"{name}: cut to {cut}, and the tokenizer here is {tokenizer.name_or_path or 'another one'} "
             f"({len(tokenizer):,} tokens): cut them again by Passages.from_source"

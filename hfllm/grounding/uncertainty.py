@@ -391,10 +391,9 @@ def ensemble_logprobs(
     """
     several = isinstance(tokenizer, (list, tuple))
     tokenizers = list(tokenizer) if several else [tokenizer] * len(models)
-    if not models or len(tokenizers) != len(models):
-        raise InputError(
-            f"an ensemble of {len(models)} models with {len(tokenizers)} tokenizers: expected one for each"
-        )
+    members, others = len(models), len(tokenizers)
+    if not members or others != members:
+        raise InputError(f"an ensemble of {members} models with {others} tokenizers: expected one for each")
     if several:
         answers = [answer.text if isinstance(answer, ScoredAnswer) else answer for answer in answers]
     scored = [
@@ -442,17 +441,14 @@ def _checked(rows: Sequence[Answered], fewest: int, needs_logprobs: bool = True)
             measured = "an entropy" if fewest > 1 else "self-consistency"
             raise InputError(f"row {number} has {len(row.samples)} samples; {measured} needs at least {fewest}")
         for index, answer in enumerate((row.given, *row.samples) if needs_logprobs else ()):
-            what = f"sample {index}" if index else "the given answer"
+            of_row, what = f"row {number}:", f"sample {index}" if index else "the given answer"
             if not answer.token_logprobs:
-                raise InputError(f"row {number}: {what} has no token")
+                raise InputError(f"{of_row} {what} has no token")
             if not math.isfinite(answer.logprob):
-                raise InputError(f"row {number}: the log-probability of {what} is {answer.logprob}; expected a number")
+                raise InputError(f"{of_row} the log-probability of {what} is {answer.logprob}; expected a number")
             # Rounding may give a little more than 0.
-            if max(answer.token_logprobs) > 1e-3:
-                highest = f"{max(answer.token_logprobs):g}"
-                raise InputError(
-                    f"row {number}: a token of {what} has the log-probability {highest}; expected at most 0"
-                )
+            if (most := max(answer.token_logprobs)) > 1e-3:
+                raise InputError(f"{of_row} a token of {what} has the log-probability {most:g}; expected at most 0")
     return rows
 
 

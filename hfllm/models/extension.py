@@ -13,7 +13,7 @@ The types are as in transformers' `rope_parameters`; `ntk` is a higher `rope_the
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError, one_line, refuse_if
+from hfllm.errors import InputError, check_choice, one_line, refuse_if
 from hfllm.flags import ABOVE_ONE, at_least, check_number
 from hfllm.models.loading.saved import max_length_of
 
@@ -47,7 +47,7 @@ def extended_config(
         InputError: for a model without rotary positions in full attention, already extended positions, an
             unknown type or one refused by the model's class, or a factor not above 1.
     """
-    refuse_if(rope_type not in ROPE_TYPES, f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
+    check_choice(f"--rope_type {rope_type!r} is not one of", rope_type, ROPE_TYPES)
     check_number("factor", factor, ABOVE_ONE)
     length = max_length_of(config) if original_length is None else original_length
     if length is None:

@@ -195,9 +195,8 @@ def _check_size(processor: ProcessorMixin, size: tuple[int, int] | None) -> None
 
 
 def _check_patch(processor: ProcessorMixin, tower: "PreTrainedConfig") -> None:
-    patch = getattr(processor, "patch_size", None)
-    if patch != tower.patch_size:
-        raise InputError(f"the processor has patch_size={patch} and the vision tower {tower.patch_size}")
+    ours, theirs = getattr(processor, "patch_size", None), tower.patch_size
+    refuse_if(ours != theirs, f"the processor has patch_size={ours} and the vision tower {theirs}")
 
 
 def output_size(image_processor: "BaseImageProcessor") -> tuple[int, int] | None:

@@ -199,8 +199,8 @@ def checked_rewards(
         raise InputError(f"{name} failed with {error!r}{_location(error)}; columns given: {column_names}") from error
     if not isinstance(rewards, list):
         raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
-    if len(rewards) != len(completions):
-        raise InputError(f"{name} returned {len(rewards)} values for {len(completions)} completions")
+    count = len(completions)
+    refuse_if(len(rewards) != count, f"{name} returned {len(rewards)} values for {count} completions")
     rewards = [_as_list(reward) for reward in rewards]
     is_per_token = isinstance(rewards[0], list | tuple)
     for row, reward in enumerate(rewards):

@@ -369,10 +369,8 @@ def measure_bias(
     """
     triples = zip(prompts, first, second, strict=True)
     pairs = [triple for triple in triples if completion_text(triple[1]) != completion_text(triple[2])]
-    if not pairs:
-        raise InputError(
-            f"the judge's bias cannot be measured: none of {len(prompts)} pairs has two different answers"
-        )
+    total = len(prompts)
+    refuse_if(not pairs, f"the judge's bias cannot be measured: none of {total} pairs has two different answers")
     bias, signal, agrees = [], [], []
     for orders in judge.in_both_orders(*map(list, zip(*pairs, strict=True))):
         shown_first, shown_second = (sum(each) / len(orders) for each in zip(*orders, strict=True))

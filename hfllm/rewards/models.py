@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.images.rows import conversation_batch, words_of_places
 from hfllm.data.rows import Message, read_tools, unspelled, words_of
 from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.generation.scoring import batches_of_like_length, pass_precision
 from hfllm.models.loading.saved import check_vocabulary, reads_pictures
 from hfllm.rewards.functions import BEGINNING, RewardFunction, checked_rewards, reward_name
@@ -196,8 +196,7 @@ class RewardEnsemble:
     AGGREGATIONS = ("mean", "worst", "uncertainty")
 
     def __init__(self, members: Sequence[RewardFunction], aggregation: str = "worst", coefficient: float = 1.0):
-        if aggregation not in self.AGGREGATIONS:
-            raise InputError(f"aggregation {aggregation!r} is not one of {', '.join(self.AGGREGATIONS)}")
+        check_choice(f"aggregation {aggregation!r} is not one of", aggregation, self.AGGREGATIONS)
         refuse_if(len(members) < 2, f"an ensemble needs at least 2 rewards, got {len(members)}")
         self.members, self.aggregation, self.coefficient = list(members), aggregation, coefficient
         self.offsets, self.scales = [0.0] * len(members), [1.0] * len(members)

@@ -159,8 +159,8 @@ class Runs:
         for name in ("parameters", "tokens", "losses"):
             values = numpy.asarray(getattr(self, name), dtype=float)
             object.__setattr__(self, name, values)
-            if values.shape != (len(self.losses),):
-                raise InputError(f"{name}: {values.size} value(s) for {len(self.losses)} loss(es)")
+            count = len(self.losses)
+            refuse_if(values.shape != (count,), f"{name}: {values.size} value(s) for {count} loss(es)")
             bad = numpy.flatnonzero(~(numpy.isfinite(values) & (values > 0)))
             if len(bad):
                 raise InputError(f"{name} of run {bad[0] + 1} is {values[bad[0]]}: expected a finite number above 0")
@@ -247,9 +247,9 @@ def _column(
     others: tuple[str, ...] = (),
 ) -> str | None:
     """Return the column of the header for `what`."""
+    present = ", ".join(map(repr, header))
     if named is not None:
-        if named not in header:
-            raise InputError(f"{file}: no column {named!r} for {what}; it has {', '.join(map(repr, header))}")
+        refuse_if(named not in header, f"{file}: no column {named!r} for {what}; it has {present}")
         refuse_if(header.count(named) > 1, f"{file}: column {named!r} for {what} comes {header.count(named)} times")
         return named
     plain: dict[str, list[str]] = {}
@@ -260,9 +260,8 @@ def _column(
         twice = ", ".join(map(repr, (result, *others_found)))
         raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them different names")
     if result is None and not optional:
-        accepted = ", ".join((*others, *common))
-        present = ", ".join(map(repr, header)) or "no header"
-        raise InputError(f"{file}: no column for {what}; it has {present}; accepted names: {accepted}")
+        there, accepted = present or "no header", ", ".join((*others, *common))
+        raise InputError(f"{file}: no column for {what}; it has {there}; accepted names: {accepted}")
     return result
 
 

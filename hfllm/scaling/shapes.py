@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from hfllm.errors import InputError, check_whole_number, refuse_if
+from hfllm.errors import InputError, check_choice, check_whole_number, refuse_if
 
 # ---- shape checks ----
 # Defaults for a shape's unset layers, and refusals of its sizes, as in `HfllmConfig`.
@@ -45,9 +45,9 @@ def fill_layers(shape: "Shape") -> None:
             check_sizes(shape, field)
         elif getattr(shape, field) is not None:
             raise InputError(f"{field}={getattr(shape, field)!r} needs a {kind!r} in layer_types, which has none")
-    if set(shape.layer_types) >= WINDOWS.keys():
-        raise InputError(f"layer_types has {' and '.join(WINDOWS)}: a model has one of them")
-    if set(shape.layer_types) == {"linear_attention"}:
+    kinds = set(shape.layer_types)
+    refuse_if(kinds >= WINDOWS.keys(), f"layer_types has {' and '.join(WINDOWS)}: a model has one of them")
+    if kinds == {"linear_attention"}:
         raise InputError("layer_types has linear_attention alone: at least one layer must be of another type")
     if not shape.linear_layers:
         return
@@ -218,8 +218,7 @@ class Tower:
         refuse_if(not isinstance(vision, Mapping), f"{where} must be an object, got {type(vision).__name__}")
         kind = vision.get("model_type")
         # A list, since a value from a file may have no hash.
-        if kind not in list(CLASS_VECTOR):
-            raise InputError(f"{where}: model_type {kind!r} is not one of {', '.join(CLASS_VECTOR)}")
+        check_choice(f"{where}: model_type {kind!r} is not one of", kind, list(CLASS_VECTOR))
         hidden = _size(vision, "hidden_size", where)
         wide = hidden * _size(vision, "mlp_ratio", where, 4) if kind == "dinov2" else None
         layers = config.get("vision_feature_layer", -1)
@@ -431,8 +430,7 @@ class Shape:
         check_sizes(self, *_REQUIRED, "num_experts_per_tok")
         check_sizes(self, "num_local_experts", *([] if self.loss_chunk_size is None else ["loss_chunk_size"]), least=0)
         for name, accepted in CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise InputError(f"{name}={getattr(self, name)!r} is not one of {', '.join(accepted)}")
+            check_choice(f"{name}={getattr(self, name)!r} is not one of", getattr(self, name), accepted)
         for item in fields(self):
             value = getattr(self, item.name)
             is_unset = value is None and item.default is None

@@ -18,7 +18,7 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from hfllm.data.curation.text import ngram_hashes, word_hashes, words_of
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 # ---- form ----
 
@@ -383,8 +383,7 @@ def read_labeled(file: str) -> tuple[list[str], list[bool]]:
         raise InputError(f"--spam_train_file {file}: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"--spam_train_file {file}: {error}") from None
-    if len(set(labels)) < 2:
-        raise InputError(f"--spam_train_file {file}: needs both spam and ham, got {len(labels)} rows of one")
+    refuse_if(len({*labels}) < 2, f"--spam_train_file {file}: needs both spam and ham, got {len(labels)} rows of one")
     return texts, labels
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.evaluation.interpreting.hooks import (
     ATTENTION,
     FactPrompt,
@@ -250,7 +250,7 @@ def attribute(
     Raises:
         InputError: for an unknown method.
     """
-    refuse_if(method not in METHODS, f"attribution method {method!r} is not one of {', '.join(METHODS)}")
+    check_choice(f"attribution method {method!r} is not one of", method, METHODS)
     vectors = _vectors(parts, prompt)
     start = (mean_vector(parts) if baseline is None else baseline.to(vectors)).expand_as(vectors)
     with torch.no_grad():

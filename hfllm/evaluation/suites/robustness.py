@@ -248,8 +248,8 @@ class AttackSettings:
 
     def __post_init__(self):
         for name in ("num_tokens", "steps", "top_k", "num_candidates", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"a gradient attack's {name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            refuse_if(value < 1, f"a gradient attack's {name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.models.family.attention_hfllm import rotate_heads, signed
 from hfllm.models.family.layers_hfllm import HfllmMLP, HfllmRMSNorm
 from hfllm.models.family.modeling_hfllm import HfllmDecoderLayer, HfllmForCausalLM
@@ -530,7 +530,7 @@ class PackedModel:
     """
 
     def __init__(self, model: HfllmForCausalLM, scheme: str = "exact"):
-        refuse_if(scheme not in SCHEMES, f"scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
+        check_choice(f"scheme {scheme!r} is not one of", scheme, SCHEMES)
         if scheme == "int8" and not has_int8(model.dtype, model.device):
             raise InputError("int8 drafts need a float32 model on an x86 processor; use another draft")
         # Never keep the model itself, which its own entry in `_MADE` would then keep alive.

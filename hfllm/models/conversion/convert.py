@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from hfllm.errors import InputError, check_whole_number, one_line, refuse_if
+from hfllm.errors import InputError, check_choice, check_whole_number, one_line, refuse_if
 from hfllm.models.conversion import tensor_layouts
 from hfllm.models.conversion.expert_families import WIDTHS, irrelevant_fields
 from hfllm.models.conversion.families import FAMILIES, missing_part
@@ -120,11 +120,11 @@ def to_native(
         model = load_checked(os.fspath(model))
     if isinstance(model.config, HfllmVisionConfig):
         return _seeing_to_native(model, target, native_type, tokenizer, kwargs)
-    refuse_if(not isinstance(model.config, HfllmConfig), f"expected an hfllm model, got a {type(model).__name__}")
+    name = type(model).__name__
+    refuse_if(not isinstance(model.config, HfllmConfig), f"expected an hfllm model, got a {name}")
     refuse_quantized(model.config, model.config.name_or_path)
-    suffix = type(model).__name__.removeprefix("Hfllm")
-    if suffix not in HEADS:
-        raise InputError(f"a {type(model).__name__} has no native counterpart; these have: {', '.join(HEADS)}")
+    suffix = name.removeprefix("Hfllm")
+    refuse_if(suffix not in HEADS, f"a {name} has no native counterpart; these have: {', '.join(HEADS)}")
     native_config = config_to_native(model.config, native_type, HEADS[suffix])
     native_class = getattr(transformers, HEADS[suffix])._model_mapping[type(native_config)]
     if scores_tokens(model):
@@ -433,8 +433,8 @@ def config_to_native(
         InputError: when none can; the fields without a counterpart are named, with their value
             there.
     """
-    if native_type is not None and native_type not in FAMILIES:
-        raise InputError(f"native type {native_type!r} is not one of {', '.join(FAMILIES)}")
+    if native_type is not None:
+        check_choice(f"native type {native_type!r} is not one of", native_type, FAMILIES)
     if has_sparse_sizes(config) and config._attn_implementation in (None, "sparse"):
         sizes = ", ".join(f"{name}={getattr(config, name, None)}" for name in SPARSE_SIZES)
         raise InputError(
