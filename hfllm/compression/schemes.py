@@ -100,11 +100,9 @@ class Scheme:
         candidates = [name for name in names if should_convert_module(name, list(self.skipped))]
         refuse_if(not candidates, f"skipped layers: {', '.join(self.skipped)} are all; nothing is left to quantize")
         quantized = {name for name in candidates if self.fits(model.get_submodule(name))}
-        if not quantized:
-            raise InputError(
-                f"scheme {self.name!r} needs layers with a multiple of {self.cpu_multiples[0]} inputs and "
-                f"{self.cpu_multiples[1]} outputs on a CPU; this model has none"
-            )
+        inputs, outputs = self.cpu_multiples
+        needed = f"layers with a multiple of {inputs} inputs and {outputs} outputs on a CPU"
+        refuse_if(not quantized, f"scheme {self.name!r} needs {needed}; this model has none")
         return [name for name in names if name not in quantized]
 
     def load(self, name: str, **load_kwargs: Any) -> "PreTrainedModel":

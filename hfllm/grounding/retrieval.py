@@ -601,10 +601,9 @@ def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float3
     metadata, arrays = read_arrays(path, ["vectors"], "vectors of passages")
     vectors = arrays["vectors"]
     _refuse_other(path, metadata, {"format": FORMAT, **about})
-    if vectors.dtype.name != "float32" or vectors.ndim != 2 or len(vectors) != count:
-        raise InputError(
-            f"{path}: {vectors.dtype} of shape {vectors.shape}; expected float32, a row for each of {count}"
-        )
+    kind, shape = vectors.dtype, vectors.shape
+    if kind.name != "float32" or len(shape) != 2 or shape[0] != count:
+        raise InputError(f"{path}: {kind} of shape {shape}; expected float32, a row for each of {count}")
     return _finite(vectors, f"{path}: passage", 0)
 
 

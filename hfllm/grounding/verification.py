@@ -414,8 +414,8 @@ def majority_of_meaning(
     chosen: Choice = []
     for row, answers in enumerate(samples):
         labels = [normalized(text) for text in answers] if meanings is None else list(meanings[row])
-        if len(labels) != len(answers):
-            raise InputError(f"prompt {row + 1} has {len(answers)} answers and {len(labels)} meanings")
+        count = len(answers)
+        refuse_if(len(labels) != count, f"prompt {row + 1} has {count} answers and {len(labels)} meanings")
         # As `majority` takes them: a text per meaning, none for an empty answer.
         numbers = {label: str(number) for number, label in enumerate(dict.fromkeys(labels), 1)}
         votes = [numbers[label] if text.strip() else "" for text, label in zip(answers, labels, strict=True)]

@@ -76,10 +76,8 @@ def _check_valid(config: "PreTrainedConfig", rope_type: str) -> None:
         if hasattr(config, "validate"):
             config.validate()
     except (KeyError, ValueError, StrictDataclassError) as error:
-        reason = one_line(error.__cause__ or error, 300)
-        raise InputError(
-            f"--rope_type {rope_type}: a model of type {config.model_type} refuses it: {reason}"
-        ) from None
+        kind, reason = config.model_type, one_line(error.__cause__ or error, 300)
+        raise InputError(f"--rope_type {rope_type}: a model of type {kind} refuses it: {reason}") from None
 
 
 def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None:

@@ -179,9 +179,8 @@ def check_template(processor: ProcessorMixin, name: str) -> None:
         processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
     # A template may refuse anything in its own words.
     except Exception as error:
-        raise InputError(
-            f"{whose} cannot write a question about a picture by its chat template: {one_line(error)}"
-        ) from None
+        reason = one_line(error)
+        raise InputError(f"{whose} cannot write a question about a picture by its chat template: {reason}") from None
 
 
 def _check_size(processor: ProcessorMixin, size: tuple[int, int] | None) -> None:

@@ -37,9 +37,6 @@ class RaggedModel:
         forward: runs in place of the model: a `PackedModel`, or the result of `compiled_forward`.
         cache: the cache to use, by default a new one.
         static: `forward` is compiled for fixed shapes; the model itself reads prompts.
-
-    Raises:
-        InputError: for an unsupported model.
     """
 
     def __init__(
@@ -50,7 +47,6 @@ class RaggedModel:
         cache: RaggedCache | None = None,
         static: bool = False,
     ):
-        check_model(model)
         config = model.config.get_text_config(decoder=True)
         self.model, self.forward, self.static = model, forward or model, static
         self.packed = forward if isinstance(forward, PackedModel) else None

@@ -309,11 +309,8 @@ def refuse_quantized(config: "PreTrainedConfig", name: str) -> None:
     Raises:
         InputError: if it is.
     """
-    method = quantization_method(config)
-    if method is not None:
-        raise InputError(
-            f"model {name!r} is quantized already ({method}): name the model in full precision that it was made from"
-        )
+    method, instead = quantization_method(config), "name the model in full precision that it was made from"
+    refuse_if(method is not None, f"model {name!r} is quantized already ({method}): {instead}")
 
 
 def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "PreTrainedModel":
