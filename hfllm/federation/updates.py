@@ -97,28 +97,26 @@ class Expected:
             InputError: in one line with the organisation's name.
         """
         whose = f"organisation {update.organisation!r}"
-        self.check_round(update.round, update.organisation)
+        self.check_round(update.round, whose)
         if update.base_sha256 != self.base_sha256:
-            raise InputError(
-                f"{whose} began from another base model: sha256 {update.base_sha256[:12]!r}; "
-                f"expected {self.base_sha256[:12]!r}"
-            )
+            theirs, ours = update.base_sha256[:12], self.base_sha256[:12]
+            raise InputError(f"{whose} began from another base model: sha256 {theirs!r}; expected {ours!r}")
         result = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in update.tensors.items()}
-        self.check_forms(result, update.organisation)
+        self.check_forms(result, whose)
         check_counts(update, self.max_tokens)
         for name, tensor in update.tensors.items():
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{whose} sent {name} with NaN or infinite values; expected finite ones")
 
-    def check_round(self, round: int | None, organisation: str) -> None:
+    def check_round(self, round: int | None, whose: str) -> None:
         """Refuse an update of another round, or without a round; see `check`."""
         if self.round is not None and round != self.round:
             sent = f"an update of {'no round' if round is None else f'round {round}'}"
-            raise InputError(f"organisation {organisation!r} sent {sent}; expected one of round {self.round}")
+            raise InputError(f"{whose} sent {sent}; expected one of round {self.round}")
 
-    def check_forms(self, forms: Mapping[str, Form], organisation: str) -> None:
+    def check_forms(self, forms: Mapping[str, Form], whose: str) -> None:
         """Refuse other names, shapes or precisions; see `check`."""
-        whose, count = f"organisation {organisation!r}", len(self.forms)
+        count = len(self.forms)
         for name in self.forms:
             refuse_if(name not in forms, f"{whose} sent no {name}, one of {count} tensors that are averaged")
         for name, form in forms.items():
@@ -127,8 +125,7 @@ class Expected:
                 raise InputError(f"{whose} sent {name!r:.200}, which is none of the {count} averaged tensors")
             if form == expected or (self.any_rank and _differ_in_rank_alone(name, form, expected)):
                 continue
-            axis = rank_axis(name)
-            if axis is not None and _differ_in_rank_alone(name, form, expected):
+            if (axis := rank_axis(name)) is not None and _differ_in_rank_alone(name, form, expected):
                 raise InputError(
                     f"{whose} sent an adapter of rank {form.shape[axis]}; expected rank {expected.shape[axis]}, or "
                     "the average 'stacked', which takes any"
@@ -252,19 +249,19 @@ def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None =
         update_of = _described(metadata, sender)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{whose} sent bytes that are not an update: {_one_line(error)}") from None
-    name = update_of["organisation"]
-    expected.check_round(update_of["round"], name)
+    whose = f"organisation {update_of['organisation']!r}"
+    expected.check_round(update_of["round"], whose)
     compression = metadata["compression"]
     expected_encoding = (
         Expected(quantized_forms(expected.forms), expected.base_sha256) if compression == "int8" else expected
     )
     if compression == "int8" and expected.any_rank:
-        raise InputError(f"organisation {name!r} sent int8; adapters of any rank are sent in full precision")
-    expected_encoding.check_forms(forms, name)
+        raise InputError(f"{whose} sent int8; adapters of any rank are sent in full precision")
+    expected_encoding.check_forms(forms, whose)
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise InputError(f"organisation {name!r} sent bytes that are not an update: {_one_line(error)}") from None
+        raise InputError(f"{whose} sent bytes that are not an update: {_one_line(error)}") from None
     if compression == "int8":
         tensors = dequantize(tensors, {each: form.dtype for each, form in expected.forms.items()})
     update = Update(tensors=tensors, **update_of)
