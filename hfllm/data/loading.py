@@ -15,7 +15,7 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, Fact, Refused, at_least, check_flags, flag
 
 if TYPE_CHECKING:
@@ -175,15 +175,11 @@ class DataArguments:
         renaming: dict[str, str] = {}
         for entry in self.column_mapping or []:
             ours, equals, theirs = entry.partition("=")
-            if not (ours and equals and theirs):
-                raise InputError(f"--column_mapping {entry!r}: expected OURS=THEIRS, such as prompt=question")
-            if ours in renaming or theirs in renaming.values():
-                raise InputError(f"--column_mapping {entry!r}: a column comes twice")
-            if ours not in formats.COLUMNS and not self.takes_any_column:
-                raise InputError(
-                    f"--column_mapping {entry!r}: no format has a column {ours!r}; those there are: "
-                    f"{', '.join(formats.COLUMNS)}"
-                )
+            named, is_twice = f"--column_mapping {entry!r}", ours in renaming or theirs in renaming.values()
+            refuse_if(not (ours and equals and theirs), f"{named}: expected OURS=THEIRS, such as prompt=question")
+            refuse_if(is_twice, f"{named}: a column comes twice")
+            if not self.takes_any_column:
+                check_choice(f"{named}: no format has a column {ours!r}; those there are:", ours, formats.COLUMNS)
             renaming[ours] = theirs
         return renaming
 
