@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -54,8 +54,17 @@ def refuse(condition: bool, flag: str, reason: str) -> None:
     Raises:
         InputError: if `condition` holds.
     """
+    refuse_if(condition, f"{flag} cannot be used here: {reason}")
+
+
+def refuse_if(condition: object, message: str) -> None:
+    """Refuse input by this message, which is made in any case: not for inner loops.
+
+    Raises:
+        InputError: if `condition` holds.
+    """
     if condition:
-        raise InputError(f"{flag} cannot be used here: {reason}")
+        raise InputError(message)
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:
@@ -83,8 +92,18 @@ def one_line(message: object, most: int | None = 200) -> str:
 def check_positive(**numbers: int) -> None:
     """Refuse arguments below 1."""
     for name, number in numbers.items():
-        if number < 1:
-            raise InputError(f"{name} must be at least 1, got {number}")
+        refuse_if(number < 1, f"{name} must be at least 1, got {number}")
+
+
+def check_choice(complaint: str, value: object, choices: Collection[str]) -> None:
+    """Refuse a value outside of some names; the complaint ends with them."""
+    refuse_if(value not in choices, f"{complaint} {', '.join(choices)}")
+
+
+def check_whole_number(name: str, value: object, least: int, most: int) -> None:
+    """Refuse a size, such as one from a file, outside of these bounds or of another type."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{name}={value!r} must be a whole number of at least {least}, and at most {most:,}")
 
 
 def redact(text: str, *secrets: str | None) -> str:

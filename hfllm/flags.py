@@ -51,6 +51,7 @@ POSITIVE = Range("a number above 0", lambda value: value > 0, "be above 0")
 NOT_NEGATIVE = Range("a number of at least 0", lambda value: value >= 0, "not be negative")
 SHARE = Range("a share in [0, 1]", lambda value: 0 <= value <= 1, "lie in [0, 1]")
 BELOW_ONE = Range("a number in [0, 1)", lambda value: 0 <= value < 1)
+ABOVE_ONE = Range("a number above 1", lambda value: value > 1)
 SEEDS = 2**32
 # numpy's generators take no other seeds.
 SEED = Range(f"a whole number from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)

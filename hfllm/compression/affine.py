@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, refuse_if
 
 GRANULARITIES = ("tensor", "channel", "group")
 # Magnitude from which an input feature counts as an outlier (Dettmers et al. 2022, section 3.2).
@@ -180,15 +180,11 @@ def plant_outliers(tokens_NI: torch.Tensor, columns: torch.Tensor, sigmas: float
 
 def _groups(matrix_OI: torch.Tensor, bits: int, granularity: str, group_size: int | None) -> int:
     """Return the number of groups per row."""
-    if matrix_OI.dim() != 2:
-        raise InputError(f"a matrix is quantized, got {matrix_OI.dim()} dimension(s)")
-    if not 2 <= bits <= 8:
-        raise InputError(f"bits={bits}: expected 2 to 8")
-    if granularity not in GRANULARITIES:
-        raise InputError(f"granularity={granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+    refuse_if(matrix_OI.dim() != 2, f"a matrix is quantized, got {matrix_OI.dim()} dimension(s)")
+    refuse_if(not 2 <= bits <= 8, f"bits={bits}: expected 2 to 8")
+    check_choice(f"granularity={granularity!r}: expected one of", granularity, GRANULARITIES)
     if granularity != "group":
-        if group_size is not None:
-            raise InputError(f"group_size={group_size} is for granularity='group', not {granularity!r}")
+        refuse_if(group_size is not None, f"group_size={group_size} is for granularity='group', not {granularity!r}")
         return 1
     columns = matrix_OI.shape[1]
     if not group_size or group_size < 1 or columns % group_size:

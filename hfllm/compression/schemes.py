@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.compression.affine import OUTLIER_THRESHOLD
 from hfllm.compression.int8 import DynamicInt8Config, DynamicInt8Linear
 from hfllm.data.packing import start_of
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
 from hfllm.models.loading.weights import load_weights_of
 
@@ -98,14 +98,11 @@ class Scheme:
             if all(should_convert_module(name, [pattern]) for name in names):
                 raise InputError(f"skipped layers: {pattern!r} names none of {', '.join(sorted(_kinds(names)))}")
         candidates = [name for name in names if should_convert_module(name, list(self.skipped))]
-        if not candidates:
-            raise InputError(f"skipped layers: {', '.join(self.skipped)} are all; nothing is left to quantize")
+        refuse_if(not candidates, f"skipped layers: {', '.join(self.skipped)} are all; nothing is left to quantize")
         quantized = {name for name in candidates if self.fits(model.get_submodule(name))}
-        if not quantized:
-            raise InputError(
-                f"scheme {self.name!r} needs layers with a multiple of {self.cpu_multiples[0]} inputs and "
-                f"{self.cpu_multiples[1]} outputs on a CPU; this model has none"
-            )
+        inputs, outputs = self.cpu_multiples
+        needed = f"layers with a multiple of {inputs} inputs and {outputs} outputs on a CPU"
+        refuse_if(not quantized, f"scheme {self.name!r} needs {needed}; this model has none")
         return [name for name in names if name not in quantized]
 
     def load(self, name: str, **load_kwargs: Any) -> "PreTrainedModel":
@@ -155,10 +152,8 @@ def get_scheme(name: str, skipped: Sequence[str] = (), llm_int8_threshold: float
     Raises:
         InputError: when there is no such scheme, or the threshold is negative.
     """
-    if name not in SCHEMES:
-        raise InputError(f"scheme {name!r} is not one of {', '.join(SCHEMES)}")
-    if not llm_int8_threshold >= 0:
-        raise InputError(f"llm_int8_threshold={llm_int8_threshold}: expected a number of at least 0")
+    check_choice(f"scheme {name!r} is not one of", name, SCHEMES)
+    refuse_if(not llm_int8_threshold >= 0, f"llm_int8_threshold={llm_int8_threshold}: expected a number of at least 0")
     scheme = replace(SCHEMES[name], skipped=tuple(skipped))
     if name == "int8":
         make_config, convert = _int8(llm_int8_threshold)
@@ -350,8 +345,7 @@ def token_windows(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], ma
 
     rows = [start_of(tokenizer) + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     windows = [torch.tensor([row[:max_length]]) for row in rows if len(row) > 1]
-    if not windows:
-        raise InputError(f"{len(texts)} text(s) without a token to predict")
+    refuse_if(not windows, f"{len(texts)} text(s) without a token to predict")
     return windows
 
 

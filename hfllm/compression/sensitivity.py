@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypedDict
 
 from hfllm.compression.schemes import Scheme, linear_names
-from hfllm.errors import InputError
+from hfllm.errors import check_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,8 +41,7 @@ def group_linears(names: Sequence[str], by: str) -> dict[str, list[str]]:
     Raises:
         InputError: for another value.
     """
-    if by not in PARTS:
-        raise InputError(f"sensitivity by {by!r}: expected one of {', '.join(PARTS)}")
+    check_choice(f"sensitivity by {by!r}: expected one of", by, PARTS)
     groups: dict[str, list[str]] = {}
     for name in names:
         layer, kind = split_name(name)

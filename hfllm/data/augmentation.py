@@ -14,7 +14,7 @@ from typing import Any
 
 from hfllm.data.rows import OriginRow
 from hfllm.data.sources import WORLD
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice
 from hfllm.flags import flag
 
 # ---- added texts ----
@@ -436,8 +436,7 @@ PERTURBATIONS: Mapping[str, Perturbation] = {
 
 def check_strength(name: str, strength: float) -> None:
     """Refuse an unknown perturbation, and a strength outside of its range."""
-    if name not in PERTURBATIONS:
-        raise InputError(f"perturbation {name!r} is not one of {', '.join(PERTURBATIONS)}")
+    check_choice(f"perturbation {name!r} is not one of", name, PERTURBATIONS)
     most = 1 if PERTURBATIONS[name].is_share else float("inf")
     if not 0 <= strength <= most:
         unit = "a share, 0 to 1" if most == 1 else "a number of sentences, from 0"

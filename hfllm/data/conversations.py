@@ -178,9 +178,8 @@ class Conversations:
         try:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=self.marked_template, **options)
         except template_errors() as error:
-            raise InputError(
-                f"{origin}: the chat template cannot write this conversation: {one_line(error)}"
-            ) from None
+            reason = one_line(error)
+            raise InputError(f"{origin}: the chat template cannot write this conversation: {reason}") from None
 
     def _markers_suffice(self) -> bool:
         """Return whether the chat template marks the assistant's turns with the token at their end."""

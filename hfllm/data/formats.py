@@ -333,8 +333,7 @@ def renamed(origin: str, row: Row, renaming: Mapping[str, str]) -> Row:
     """
     for ours, theirs in renaming.items():
         if theirs not in row:
-            raise InputError(
-                f"{origin}: --column_mapping {ours}={theirs}: no column {theirs!r}; there are: {', '.join(row)}"
-            )
+            there = ", ".join(row)
+            raise InputError(f"{origin}: --column_mapping {ours}={theirs}: no column {theirs!r}; there are: {there}")
     others = {name: value for name, value in row.items() if name not in renaming.values()}
     return others | {ours: row[theirs] for ours, theirs in renaming.items()}

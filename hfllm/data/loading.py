@@ -15,7 +15,7 @@ from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, Fact, Refused, at_least, check_flags, flag
 
 if TYPE_CHECKING:
@@ -175,15 +175,11 @@ class DataArguments:
         renaming: dict[str, str] = {}
         for entry in self.column_mapping or []:
             ours, equals, theirs = entry.partition("=")
-            if not (ours and equals and theirs):
-                raise InputError(f"--column_mapping {entry!r}: expected OURS=THEIRS, such as prompt=question")
-            if ours in renaming or theirs in renaming.values():
-                raise InputError(f"--column_mapping {entry!r}: a column comes twice")
-            if ours not in formats.COLUMNS and not self.takes_any_column:
-                raise InputError(
-                    f"--column_mapping {entry!r}: no format has a column {ours!r}; those there are: "
-                    f"{', '.join(formats.COLUMNS)}"
-                )
+            named, is_twice = f"--column_mapping {entry!r}", ours in renaming or theirs in renaming.values()
+            refuse_if(not (ours and equals and theirs), f"{named}: expected OURS=THEIRS, such as prompt=question")
+            refuse_if(is_twice, f"{named}: a column comes twice")
+            if not self.takes_any_column:
+                check_choice(f"{named}: no format has a column {ours!r}; those there are:", ours, formats.COLUMNS)
             renaming[ours] = theirs
         return renaming
 
@@ -329,8 +325,7 @@ def split_places(
     groups: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
-    if len(groups) < 2:
-        raise InputError(f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
+    refuse_if(len(groups) < 2, f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     target_size, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
@@ -486,8 +481,7 @@ def load_sources(
         held_out_hashes = {hash_of(text) for text in held_out}
         shared_hashes = held_out_hashes.intersection(hash_of(text) for text in together["text"])
         held_out = [text for text in held_out if hash_of(text) not in shared_hashes]
-        if not held_out:
-            raise InputError("every held-out text of the mixture is a training text of another of its datasets")
+        refuse_if(not held_out, "every held-out text of the mixture is a training text of another of its datasets")
     return sources, together["text"], held_out
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfllm.data.formats import infilling_prompt
 from hfllm.data.prepared import windows
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     import pyarrow
@@ -60,8 +60,7 @@ def packed_tables(
             is_empty = False
             documents = Dataset.from_dict({"input_ids": pieces}, features)
             yield pack_dataset(documents, length, "bfd_split", whole_window).data.table
-    if is_empty:
-        raise InputError("no document has two tokens: there is no next token to predict")
+    refuse_if(is_empty, "no document has two tokens: there is no next token to predict")
 
 
 def start_of(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -300,8 +299,7 @@ def masked_tokens(
     ordinary = torch.ones(vocab_size, dtype=torch.bool)
     ordinary[special] = False
     ordinary_ids = ordinary.nonzero().squeeze(1)
-    if not len(ordinary_ids):
-        raise InputError(f"all {vocab_size} ids of the vocabulary are special: nothing is left to predict")
+    refuse_if(not len(ordinary_ids), f"all {vocab_size} ids of the vocabulary are special: nothing is left to predict")
     maskable = ordinary[input_ids]
     draws = torch.rand(input_ids.shape, generator=generator).masked_fill(~maskable, 2.0)
     chosen = draws < probability
@@ -316,8 +314,7 @@ def masked_tokens(
 
 
 def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise InputError(f"{name} is {value}; expected a probability from 0 to 1")
+    refuse_if(not 0 <= value <= 1, f"{name} is {value}; expected a probability from 0 to 1")
 
 
 # ---- long texts ----

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm import durable
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 
 if TYPE_CHECKING:
     import pyarrow
@@ -59,8 +59,7 @@ class Prepared:
             tables = iter(make())
             # Before the folder is made, since most bad input shows here.
             first = next(tables, None)
-            if first is None:
-                raise InputError(f"{name}: nothing to write: no row has any text")
+            refuse_if(first is None, f"{name}: nothing to write: no row has any text")
             self.folder.mkdir(parents=True, exist_ok=True)
             with (
                 durable.written_whole(path) as unfinished,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from hfllm.data.row_limits import MAX_ROW_BYTES, Expansion, OverLimit, parquet_rows, too_long
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -146,10 +146,8 @@ def source_files(name: str) -> list[Path] | None:
         files = sorted(file for file in path.rglob("*") if file.name.endswith(EXTENSIONS) and not file.is_dir())
         for file in files:
             # A pipe would be waited for.
-            if not file.is_file():
-                raise InputError(f"{file}: not a file that can be read, such as a link to nowhere or a pipe")
-        if not files:
-            raise InputError(f"dataset folder {name!r} holds no file that ends in {', '.join(EXTENSIONS)}")
+            refuse_if(not file.is_file(), f"{file}: not a file that can be read, such as a link to nowhere or a pipe")
+        refuse_if(not files, f"dataset folder {name!r} holds no file that ends in {', '.join(EXTENSIONS)}")
         return files
     if path.is_file():
         return [path]
@@ -428,6 +426,16 @@ class _JsonItems:
         return InputError(f"{index}: not JSON ({reason}); for one object per line name it .jsonl")
 
 
+def not_loaded(name: str, error: Exception) -> InputError:
+    """Return the refusal of a dataset that is neither on this machine nor on the Hub."""
+    where = "is neither a local file or folder nor could it be loaded from the Hub"
+    return InputError(f"dataset {name!r} {where}: {_kind_and_line(error)}")
+
+
+def _kind_and_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
@@ -439,12 +447,8 @@ def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
         rows = iter(undecoded(name, rows))
         first = next(rows, None)
     except Exception as error:
-        raise InputError(
-            f"dataset {name!r} is neither a local file or folder nor could it be loaded from the Hub: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
-    if first is None:
-        raise InputError(f"dataset {name!r}, split {part.split!r}, is empty")
+        raise not_loaded(name, error) from error
+    refuse_if(first is None, f"dataset {name!r}, split {part.split!r}, is empty")
     yield first
     number = 1
     try:
@@ -452,10 +456,7 @@ def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
             yield row
             number += 1
     except Exception as error:
-        raise InputError(
-            f"dataset {name!r}: cannot be read after row {number}: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise InputError(f"dataset {name!r}: cannot be read after row {number}: {_kind_and_line(error)}") from error
 
 
 # ---- pydoc corpus ----

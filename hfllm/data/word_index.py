@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 from hfllm import durable
-from hfllm.errors import InputError, first_line
+from hfllm.errors import InputError, first_line, refuse_if
 
 if TYPE_CHECKING:
     import bm25s
@@ -204,11 +204,9 @@ class WordIndex:
         Raises:
             InputError: when the file is missing, damaged, or of texts with another digest than `passages`.
         """
-        if not file.is_file():
-            raise InputError(f"{file}: no such index of words")
+        refuse_if(not file.is_file(), f"{file}: no such index of words")
         metadata, arrays = read_arrays(file, ARRAYS, "index of words")
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{file}: format {metadata.get('format')!r}; expected {FORMAT!r}")
+        refuse_if(metadata.get("format") != FORMAT, f"{file}: format {metadata.get('format')!r}; expected {FORMAT!r}")
         if metadata.get("passages") != passages:
             raise InputError(f"{file}: an index of other passages than those given: make it anew")
         index = cls()

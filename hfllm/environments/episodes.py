@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.environments.tools import Tool, ToolBox, encodable
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -264,8 +264,7 @@ class ToolTurns:
         """Return the tokens of a reply to a turn with calls of these tools."""
         before = self._before(names)
         whole = self._tokens([*_calling(names), *(_message_of(*each) for each in results)], add_generation_prompt=True)
-        if tuple(whole[: len(before)]) != before:
-            raise InputError(REWRITES)
+        refuse_if(tuple(whole[: len(before)]) != before, REWRITES)
         return tuple(whole[len(before) :])
 
     def _tokens_before(self, names: Sequence[str]) -> tuple[int, ...]:
@@ -368,8 +367,7 @@ class StatefulEnvironments:
         if not callable(getattr(first, "reset", None)):
             raise InputError(f"{FLAG}: {self.name} has no method reset, which begins an episode")
         self.has_reward = callable(getattr(first, "get_reward", None))
-        if not methods_of(first):
-            raise InputError(f"{FLAG}: {self.name} has no public method, which would be a tool")
+        refuse_if(not methods_of(first), f"{FLAG}: {self.name} has no public method, which would be a tool")
         self.tools = ToolBox([*self._tools, *methods_of(first)], timeout, max_length)
         self._free = [first]
         self.current: list[Any] = []
@@ -405,8 +403,7 @@ class StatefulEnvironments:
     def _reset(self, environment: Any, row: Mapping[str, Any]) -> str:
         """Reset an environment, and return its text; an empty text for none."""
         prompt = row["prompt"]
-        if not prompt:
-            raise InputError(f"{FLAG}: a prompt has no message, to which {self.name}.reset could add")
+        refuse_if(not prompt, f"{FLAG}: a prompt has no message, to which {self.name}.reset could add")
         origin = f"{FLAG}: {self.name}.reset for the prompt {str(prompt[-1].get('content'))[:80]!r}"
         try:
             observation = environment.reset(**row)

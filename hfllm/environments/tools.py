@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from hfllm.data.rows import Message
 from hfllm.data.word_index import WordIndex, import_bm25s, words_of
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 
 # ---- calls ----
 
@@ -51,8 +51,7 @@ class ToolBox:
             name = getattr(tool, "__name__", None)
             if not callable(tool) or name is None:
                 raise InputError(f"tools: {tool!r} is no function")
-            if name in self.tools:
-                raise InputError(f"tools: two are named {name!r}")
+            refuse_if(name in self.tools, f"tools: two are named {name!r}")
             _check_parameters(name, tool)
             try:
                 self.schemas.append(get_json_schema(tool))
@@ -328,10 +327,8 @@ def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], s
     if isinstance(passages, str):
         raise InputError(f"retrieval_over: expected a list of passages, got the text {passages[:40]!r}")
     texts = [" ".join(str(passage).split()) for passage in passages]
-    if not any(map(words_of, texts)):
-        raise InputError(f"retrieval_over: none of {len(texts)} passages has a word")
-    if top_k < 1:
-        raise InputError(f"retrieval_over: top_k must be at least 1, got {top_k}")
+    refuse_if(not any(map(words_of, texts)), f"retrieval_over: none of {len(texts)} passages has a word")
+    refuse_if(top_k < 1, f"retrieval_over: top_k must be at least 1, got {top_k}")
     index = WordIndex()
     index.add(texts)
     # Tools may be called from several threads.

@@ -334,9 +334,8 @@ def _different(world: World, family: str, count: int, rng: random.Random) -> Ite
             yield task
             if len(questions) == count:
                 return
-    raise InputError(
-        f"the world has {len(questions)} different questions of the family {family!r}, fewer than {count}"
-    )
+    few = len(questions)
+    raise InputError(f"the world has {few} different questions of the family {family!r}, fewer than {count}")
 
 
 def _think(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:

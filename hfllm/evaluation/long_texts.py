@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.packing import start_of
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +144,7 @@ def first_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], dict[
     for colour, tail in tails.items():
         if len(tail) > len(shared):
             result.setdefault(tail[len(shared)], colour)
-    if len(result) < 2:
-        raise InputError("the needle test cannot be done: the tokenizer writes all colors with the same tokens")
+    refuse_if(len(result) < 2, "the needle test cannot be done: the tokenizer writes all colors with the same tokens")
     return shared, {colour: token for token, colour in result.items()}
 
 
@@ -167,8 +166,7 @@ def _case(
     row = row[len(start) :] if row[: len(start)] == start else row
     needed = len(start) + len(needle) + len(question)
     room = length - needed
-    if room < 1:
-        raise InputError(f"the needle test needs more than {needed} tokens, got {length}")
+    refuse_if(room < 1, f"the needle test needs more than {needed} tokens, got {length}")
     begin = rng.randrange(len(row) - room + 1)
     hay, index = list(row[begin : begin + room]), round(depth * room)
     return [*start, *hay[:index], *needle, *hay[index:], *question], colour
@@ -229,7 +227,6 @@ def streams(ids: "torch.Tensor", batch: int, segment_length: int) -> "torch.Tens
         InputError: when it is shorter than one batch.
     """
     steps = len(ids) // (batch * segment_length)
-    if steps < 1:
-        raise InputError(f"{len(ids)} tokens are fewer than {batch} rows of {segment_length}")
+    refuse_if(steps < 1, f"{len(ids)} tokens are fewer than {batch} rows of {segment_length}")
     rows = ids[: batch * steps * segment_length].view(batch, steps, segment_length)
     return rows.transpose(0, 1).contiguous()

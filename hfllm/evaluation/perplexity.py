@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.scoring import batches_of_tokens, evaluating, token_nats
 from hfllm.outputs.figures import ratio_error, with_error
 
@@ -122,8 +122,7 @@ def text_likelihood(
             for (_, _, text), row_nats, count in zip(batch, by_row, counts, strict=True):
                 nats[text] += row_nats
                 tokens[text] += count
-    if not any(tokens):
-        raise InputError(f"{len(texts)} text(s) without a token to predict")
+    refuse_if(not any(tokens), f"{len(texts)} text(s) without a token to predict")
     sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
     if tokenizer.bos_token_id is None:
         for index, text in enumerate(texts):

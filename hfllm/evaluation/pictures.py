@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from hfllm.data.images.files import image_key
 from hfllm.data.images.rows import text_of
 from hfllm.data.world.pictures import Scene
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.evaluation.suites.base import Item, Record, Subject, Suite
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.processors import check_template
@@ -160,8 +160,7 @@ class Pictures(Suite[Shown]):
         return [item for part in self.parts() for item in _items(part)]
 
     def judge(self, subject: Subject, items: Sequence[Item[Shown]]) -> Iterator[Record]:
-        if subject.processor is None:
-            raise InputError(f"--suites pictures: the model {subject.label!r} reads text alone")
+        refuse_if(subject.processor is None, f"--suites pictures: the model {subject.label!r} reads text alone")
         check_template(subject.processor, subject.label)
         for start in range(0, len(items), subject.batch_size):
             yield from self._judge_block(subject, items[start : start + subject.batch_size])

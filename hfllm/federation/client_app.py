@@ -15,7 +15,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.flower import RECORD, record_of
 from hfllm.federation.transports import failed_by
 from hfllm.federation.updates import to_bytes, weights_from_bytes
@@ -38,8 +38,7 @@ def train(message: Message, context: Context) -> Message:
     name = organisation_of(context)
     try:
         config = {**context.run_config, **context.node_config}
-        if "learner" not in config:
-            raise InputError("the run names no learner; expected module:function")
+        refuse_if("learner" not in config, "the run names no learner; expected module:function")
         settings, terms = settings_of(context), json.loads(str(request.get("terms", "{}")))
         learner = learner_of(str(config["learner"]), name, {**settings, **({"terms": terms} if terms else {})})
         number = int(request["round"])
@@ -72,6 +71,5 @@ def settings_of(context: Context) -> dict[str, object]:
         values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"settings {path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"settings {path}: expected a JSON object, got {type(values).__name__}")
+    refuse_if(not isinstance(values, dict), f"settings {path}: expected a JSON object, got {type(values).__name__}")
     return values

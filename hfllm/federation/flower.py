@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.transports import Receiver, check_participants
 from hfllm.federation.updates import Failure, Update, weights_to_bytes
 
@@ -65,9 +65,8 @@ class FlowerTransport(Receiver):
         while True:
             self._look()
             names = sorted(self._names.values())
-            for first, second in pairwise(names):
-                if first == second:
-                    raise InputError(f"two SuperNodes are of the organisation {first!r}: expected a name for each")
+            for one, other in pairwise(names):
+                refuse_if(one == other, f"two SuperNodes are of the organisation {one!r}: expected a name for each")
             is_late = self.timeout is not None and time.monotonic() - since > self.timeout
             if len(names) >= self.num_organisations or (is_late and names):
                 return names

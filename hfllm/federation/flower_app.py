@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line
 from hfllm.federation.settings import COMPRESSIONS
 from hfllm.version import __version__
 
@@ -58,7 +58,7 @@ def check_certificate(path: str | Path, now: datetime.datetime | None = None) ->
     try:
         certificate = x509.load_pem_x509_certificate(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"certificate {path}: cannot be read: {' '.join(str(error).split())[:120]}") from error
+        raise InputError(f"certificate {path}: cannot be read: {one_line(error, 120)}") from error
     now = now or datetime.datetime.now(datetime.UTC)
     if now > certificate.not_valid_after_utc:
         raise InputError(f"certificate {path}: expired on {certificate.not_valid_after_utc:%Y-%m-%d}; make a new one")

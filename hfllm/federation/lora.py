@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.rounds import weighted_average
 from hfllm.federation.updates import Update, rank_axis
 
@@ -110,8 +110,7 @@ def compress(adapter: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor
     Raises:
         InputError: for a rank below 1.
     """
-    if rank < 1:
-        raise InputError(f"the rank of a compressed adapter is {rank}; expected at least 1")
+    refuse_if(rank < 1, f"the rank of a compressed adapter is {rank}; expected at least 1")
     result, lost, whole = dict(adapter), 0.0, 0.0
     for a_name, b_name in pairs(adapter).values():
         a, b = adapter[a_name].double(), adapter[b_name].double()

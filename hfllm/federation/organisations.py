@@ -10,7 +10,8 @@ from hfllm.data.formats import Row
 from hfllm.data.loading import prompt_key, split_rows
 from hfllm.data.world.demonstrators import demonstrate
 from hfllm.data.world.world import FAMILIES, FAMILY_WEIGHTS, World
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
+from hfllm.flags import POSITIVE, check_number
 
 # Held-out rows of an organisation, at most; without separate held-out rows, this share of its own rows.
 MOST_HELD_OUT, HELD_OUT_SHARE = 64, 0.1
@@ -37,8 +38,7 @@ def check_organisations(organisations: Sequence[Organisation]) -> None:
     Raises:
         InputError: for fewer than two, two of one name, or one without rows.
     """
-    if len(organisations) < 2:
-        raise InputError(f"{len(organisations)} organisation(s): a federation needs at least 2")
+    refuse_if(len(organisations) < 2, f"{len(organisations)} organisation(s): a federation needs at least 2")
     names = [each.name for each in organisations]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"organisation {doubled!r} comes twice: each needs a name of its own")
@@ -74,8 +74,7 @@ def dirichlet_shares(count: int, alpha: float, seed: int) -> list[dict[str, floa
     Raises:
         InputError: for an alpha not above 0.
     """
-    if alpha <= 0:
-        raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")
+    check_number("dirichlet_alpha", alpha, POSITIVE)
     usual = _normalized(dict(zip(FAMILIES, FAMILY_WEIGHTS, strict=True)))
     rng = random.Random(f"dirichlet-{seed}")
     result = []
@@ -131,8 +130,7 @@ def split_evenly(rows: Sequence[Row], count: int, alpha: float | None, seed: int
     Raises:
         InputError: for an alpha not above 0.
     """
-    if alpha is not None and alpha <= 0:
-        raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")
+    check_number("dirichlet_alpha", alpha, POSITIVE)
     rng = random.Random(f"dealt-{seed}")
     shuffled = list(rows)
     rng.shuffle(shuffled)

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.federation.rounds import WeightedSum, norm
 from hfllm.federation.updates import Expected, Update, read_tensors, replace_tensors
 from hfllm.outputs.statistics import Interval, as_numbers, auroc_interval
@@ -75,8 +75,7 @@ class ClippedSum:
     ):
         check_clip_norm(clip_norm)
         check_noise(noise_multiplier)
-        if not participants > 0:
-            raise InputError(f"expected_participants is {participants}; expected a number above 0")
+        refuse_if(not participants > 0, f"expected_participants is {participants}; expected a number above 0")
         self.clip_norm, self.noise_multiplier, self.participants = clip_norm, noise_multiplier, participants
         self.generator = generator
         self._shapes = {name: value.shape for name, value in weights.items()}
@@ -126,8 +125,7 @@ def private_average(
 
 def check_clip_norm(clip_norm: float, name: str = "clip_norm") -> None:
     """Refuse a clipping norm other than a number above 0."""
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise InputError(f"{name} is {clip_norm}; expected a number above 0")
+    refuse_if(not (math.isfinite(clip_norm) and clip_norm > 0), f"{name} is {clip_norm}; expected a number above 0")
 
 
 def normal(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
@@ -279,7 +277,7 @@ class AnsweredRounds:
             last, last_question, settings = int(record["round"]), record["question"], record["settings"]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{self.path} is damaged ({' '.join(str(error).split())[:100]}), so that it is not known which rounds "
+                f"{self.path} is damaged ({one_line(error, 100)}), so that it is not known which rounds "
                 "were answered: remove it to spend the privacy of a run anew"
             ) from None
         if number > last and settings == self.settings:
@@ -335,15 +333,12 @@ def epsilon_of(
     Raises:
         InputError: for a number out of range.
     """
-    if not 0 < sampling_rate <= 1:
-        raise InputError(f"sampling_rate is {sampling_rate}; expected above 0 and at most 1")
+    refuse_if(not 0 < sampling_rate <= 1, f"sampling_rate is {sampling_rate}; expected above 0 and at most 1")
     check_noise(noise_multiplier)
-    if not 0 < delta < 1:
-        raise InputError(f"delta is {delta}; expected between 0 and 1")
-    if rounds < 0:
-        raise InputError(f"rounds is {rounds}; expected 0 or more")
-    if conversion not in ("canonne", "mironov"):
-        raise InputError(f"conversion is {conversion!r}; expected canonne or mironov")
+    refuse_if(not 0 < delta < 1, f"delta is {delta}; expected between 0 and 1")
+    refuse_if(rounds < 0, f"rounds is {rounds}; expected 0 or more")
+    is_known = conversion in ("canonne", "mironov")
+    refuse_if(not is_known, f"conversion is {conversion!r}; expected canonne or mironov")
     if rounds == 0:
         return 0.0
     if noise_multiplier == 0:
@@ -409,33 +404,22 @@ def check_budget(
         InputError: when epsilon would be larger, with the number of organisations, of rounds and the noise that would
             separately meet the bound with all else as it is; and for numbers out of range.
     """
-    if not 1 <= participants <= num_organisations:
-        raise InputError(
-            f"{participants} participants a round of {num_organisations} organisations: expected 1 to all of them"
-        )
-    if max_epsilon is not None and not max_epsilon > 0:
-        raise InputError(f"max_epsilon is {max_epsilon}; expected a number above 0")
+    asked = f"{participants} participants a round of {num_organisations} organisations"
+    refuse_if(not 1 <= participants <= num_organisations, f"{asked}: expected 1 to all of them")
+    most = _bound(max_epsilon)
 
-    def epsilon(
-        organisations: int = num_organisations, rounds: int = rounds, noise: float = noise_multiplier
-    ) -> float:
+    def epsilon(organisations: int, rounds: int, noise: float) -> float:
         return epsilon_of(participants / organisations, noise, rounds, delta)
 
-    result = epsilon()
-    if max_epsilon is None or result <= max_epsilon:
-        return result
-    organisations = _smallest(lambda count: epsilon(organisations=count) <= max_epsilon, num_organisations)
-    ways = [
-        f"{organisations:,} organisations of which {participants} take part" if organisations else "",
-        *_rounds_and_noise(
-            lambda rounds, noise: epsilon(rounds=rounds, noise=noise), rounds, noise_multiplier, max_epsilon
-        ),
-    ]
-    raise InputError(
-        f"epsilon would be {result:.3g} at delta {delta:g}, above max_epsilon {max_epsilon:g}, for "
-        f"{num_organisations} organisations with {participants} a round, {rounds} rounds and "
-        f"noise multiplier {noise_multiplier:g}; " + _in_words(ways, "organisations")
-    )
+    run = (num_organisations, rounds, noise_multiplier)
+    if (result := epsilon(*run)) > most:
+        ways = _ways_to_meet(most, epsilon, run, f"organisations of which {participants} take part")
+        raise InputError(
+            f"epsilon would be {result:.3g} at delta {delta:g}, above max_epsilon {most:g}, for {num_organisations} "
+            f"organisations with {participants} a round, {rounds} rounds and noise multiplier {noise_multiplier:g}; "
+            f"{ways}"
+        )
+    return result
 
 
 def check_row_budget(
@@ -459,33 +443,26 @@ def check_row_budget(
         max_epsilon: the user's maximum; by default none.
     """
 
-    def epsilon(rows: int, rounds: int = rounds, noise: float = noise_multiplier) -> float:
+    def epsilon(rows: int, rounds: int, noise: float) -> float:
         return epsilon_of(sampling_rate(rows, batch_size), noise, rounds * local_steps, delta)
 
-    if max_epsilon is not None and not max_epsilon > 0:
-        raise InputError(f"max_epsilon is {max_epsilon}; expected a number above 0")
-    most, fewest = max(num_rows, key=num_rows.__getitem__), min(num_rows, key=num_rows.__getitem__)
-    if not delta * num_rows[most] < 1:
+    most = _bound(max_epsilon)
+    largest, fewest = max(num_rows, key=num_rows.__getitem__), min(num_rows, key=num_rows.__getitem__)
+    if not delta * num_rows[largest] < 1:
         raise InputError(
-            f"delta is {delta:g}, and organisation {most!r} has {num_rows[most]:,} rows; expected below 1 / rows: one "
-            "row in so many might be told in full"
+            f"delta is {delta:g}, and organisation {largest!r} has {num_rows[largest]:,} rows; expected below 1 / "
+            "rows: one row in so many might be told in full"
         )
-    result = {name: epsilon(rows) for name, rows in num_rows.items()}
+    result = {name: epsilon(rows, rounds, noise_multiplier) for name, rows in num_rows.items()}
     few, worst = num_rows[fewest], result[fewest]
-    if max_epsilon is None or worst <= max_epsilon:
-        return result
-    rows = _smallest(lambda count: epsilon(count) <= max_epsilon, few)
-    ways = [
-        f"{rows:,} rows in each organisation" if rows else "",
-        *_rounds_and_noise(
-            lambda rounds, noise: epsilon(few, rounds, noise), rounds, noise_multiplier, max_epsilon, "a row noise"
-        ),
-    ]
-    raise InputError(
-        f"the row-level epsilon of organisation {fewest!r} would be {worst:.3g} at delta {delta:g}, above max_epsilon "
-        f"{max_epsilon:g}, for {few:,} rows, batches of {batch_size}, {rounds} rounds of {local_steps} steps and row "
-        f"noise multiplier {noise_multiplier:g}; " + _in_words(ways, "rows")
-    )
+    if worst > most:
+        ways = _ways_to_meet(most, epsilon, (few, rounds, noise_multiplier), "rows in each organisation", "row ")
+        raise InputError(
+            f"the row-level epsilon of organisation {fewest!r} would be {worst:.3g} at delta {delta:g}, above "
+            f"max_epsilon {most:g}, for {few:,} rows, batches of {batch_size}, {rounds} rounds of {local_steps} steps "
+            f"and row noise multiplier {noise_multiplier:g}; {ways}"
+        )
+    return result
 
 
 def noise_to_signal(num_values: int, noise_multiplier: float, participants: int) -> float:
@@ -497,24 +474,38 @@ def noise_to_signal(num_values: int, noise_multiplier: float, participants: int)
     return noise_multiplier * math.sqrt(num_values) / participants
 
 
-def _rounds_and_noise(
-    epsilon: Callable[[int, float], float], rounds: int, noise: float, max_epsilon: float, what: str = "a noise"
-) -> list[str]:
-    """Return in words the rounds and the noise that would separately meet a bound; empty texts where none does."""
+def _bound(max_epsilon: float | None) -> float:
+    """Return the largest epsilon of a run by the user's maximum."""
+    most = math.inf if max_epsilon is None else max_epsilon
+    refuse_if(not most > 0, f"max_epsilon is {max_epsilon}; expected a number above 0")
+    return most
+
+
+def _ways_to_meet(
+    bound: float, epsilon: Callable[[int, int, float], float], run: tuple[int, int, float], what: str, kind: str = ""
+) -> str:
+    """Return in words what would separately meet a bound, with all else as it is.
+
+    Args:
+        epsilon: by a number of organisations or rows, by rounds and by noise.
+        run: these three of the run.
+        what: the number, in words.
+        kind: of the noise, such as "row ".
+    """
+    number, rounds, noise = run
+    larger = _smallest(lambda count: epsilon(count, rounds, noise) <= bound, number)
     # The maximum of rounds is one less than the smallest excessive number.
-    too_many = _smallest(lambda count: epsilon(count, noise) > max_epsilon, 0)
+    too_many = _smallest(lambda count: epsilon(number, count, noise) > bound, 0)
     most = (too_many or 0) - 1
     # Less noise than the given amount does not meet it; the computation for little noise takes long.
-    hundredths = _smallest(lambda count: epsilon(rounds, count / 100) <= max_epsilon, max(int(100 * noise), 1))
-    return [
+    hundredths = _smallest(lambda count: epsilon(number, rounds, count / 100) <= bound, max(int(100 * noise), 1))
+    ways = [
+        f"{larger:,} {what}" if larger else "",
         f"{most:,} round{'s' if most > 1 else ''}" if most > 0 else "",
-        f"{what} multiplier of {hundredths / 100:.2f}" if hundredths else "",
+        f"a {kind}noise multiplier of {hundredths / 100:.2f}" if hundredths else "",
     ]
-
-
-def _in_words(ways: Sequence[str], what: str) -> str:
-    ways = [way for way in ways if way]
-    return f"each of these would meet it: {', or '.join(ways)}" if ways else f"no number of {what} or rounds would"
+    listed = ", or ".join(filter(None, ways))
+    return f"each of these would meet it: {listed}" if listed else f"no number of {what.split()[0]} or rounds would"
 
 
 def _smallest(holds: Callable[[int], bool], start: int) -> int | None:

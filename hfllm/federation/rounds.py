@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, one_line, refuse_if
 from hfllm.federation.settings import (
     AGGREGATIONS,
     LEARNING_RATES,
@@ -110,8 +110,7 @@ class WeightedSum:
         Raises:
             InputError: before any update was added.
         """
-        if not self.organisations:
-            raise InputError("no organisation sent an update that can be averaged; at least 1 is needed")
+        refuse_if(not self.organisations, "no organisation sent an update that can be averaged; at least 1 is needed")
         return {name: total / self.num_tokens for name, total in self._sums.items()}
 
     def drift(self) -> float:
@@ -239,8 +238,7 @@ def typical_norm(norms: Sequence[float], earlier: float = 0.0) -> float | None:
 
 def check_robust(aggregation: str, trim: float, max_norm_ratio: float) -> None:
     """Refuse settings outside of the range of robust averages."""
-    if aggregation not in AGGREGATIONS:
-        raise InputError(f"--aggregation {aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
+    check_choice(f"--aggregation {aggregation!r}: expected one of", aggregation, AGGREGATIONS)
     check_number("trim", trim, TRIMS)
     check_number("max_norm_ratio", max_norm_ratio, NORM_RATIOS)
 
@@ -386,15 +384,13 @@ def server_optimizer(
     Raises:
         InputError: for an unknown name, and numbers out of range.
     """
-    if name not in SERVER_OPTIMIZERS:
-        raise InputError(f"server_optimizer is {name!r}; expected one of {', '.join(SERVER_OPTIMIZERS)}")
+    check_choice(f"server_optimizer is {name!r}; expected one of", name, SERVER_OPTIMIZERS)
     rate = LEARNING_RATES[name] if learning_rate is None else learning_rate
     for name_of, value in (("learning_rate", rate), ("tau", tau)):
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name_of} of the server's optimizer is {value}; expected a number above 0")
     for name_of, value in (("momentum", momentum), ("beta2", beta2)):
-        if not 0 <= value < 1:
-            raise InputError(f"{name_of} of the server's optimizer is {value}; expected 0 to below 1")
+        refuse_if(not 0 <= value < 1, f"{name_of} of the server's optimizer is {value}; expected 0 to below 1")
     return ServerOptimizer(name, rate, momentum, beta2, tau)
 
 
@@ -513,10 +509,9 @@ def run_rounds(
     for number in range(len(state.records) + 1, settings.num_rounds + 1):
         state = _next_state(transport, names, state, server, settings, number, new_sum(number), precisions)
         figures = state.records[-1].evaluation = evaluate(number, state.weights)
-        if broken := [name for name, value in figures.items() if not math.isfinite(value)]:
-            raise InputError(
-                f"round {number}: {broken[0]} is {figures[broken[0]]} with its weights, which are not kept"
-            )
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise InputError(f"round {number}: {name} is {value} with its weights, which are not kept")
         save_state(folder, state, identity)
         announce(state.records[-1])
     return state
@@ -639,9 +634,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | N
         tensors, metadata = read_tensors(path)
         records = [RoundRecord(**each) for each in json.loads(metadata["records"])]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is damaged ({' '.join(str(error).split())[:100]}): remove it to begin again"
-        ) from None
+        raise InputError(f"{path} is damaged ({one_line(error, 100)}): remove it to begin again") from None
     if metadata.get("identity", "") not in (identity_digest(identity), _earlier_digest(identity)):
         raise InputError(
             f"{path} holds rounds of another run: remove it to begin again, or choose another --output_dir"

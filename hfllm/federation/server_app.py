@@ -11,7 +11,7 @@ from functools import partial
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.federation.flower import LOST_WAIT, FlowerTransport, is_true
 
 app = ServerApp()
@@ -22,8 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run all rounds."""
     config = dict(context.run_config)
     module, _, function = str(config.get("loop", "")).partition(":")
-    if not function:
-        raise InputError(f"the run's loop is {config.get('loop')!r}; expected module:function")
+    refuse_if(not function, f"the run's loop is {config.get('loop')!r}; expected module:function")
     getattr(importlib.import_module(module), function)(partial(transport_of, grid, config), config)
 
 

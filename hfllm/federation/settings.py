@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from hfllm.errors import InputError
 from hfllm.flags import Range, check_number
 
 MEAN, MEDIAN, TRIMMED_MEAN = AGGREGATIONS = ("mean", "median", "trimmed_mean")
@@ -74,8 +73,5 @@ def num_asked(num_organisations: int, settings: RoundSettings) -> int:
 def check_settings(settings: RoundSettings, num_organisations: int) -> None:
     """Refuse settings impossible for a federation of this size."""
     check_number("participation", settings.participation, PARTICIPATIONS)
-    if not 1 <= settings.min_organisations <= num_organisations:
-        raise InputError(
-            f"--min_organisations {settings.min_organisations}: expected 1 to {num_organisations}, of which there are "
-            "organisations"
-        )
+    words = f"1 to {num_organisations}, of which there are organisations"
+    check_number("min_organisations", settings.min_organisations, Range(words, lambda v: 1 <= v <= num_organisations))

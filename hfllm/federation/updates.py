@@ -18,7 +18,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from hfllm import durable
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, one_line, refuse_if
 from hfllm.federation.settings import COMPRESSIONS
 
 # ---- updates ----
@@ -97,41 +97,35 @@ class Expected:
             InputError: in one line with the organisation's name.
         """
         whose = f"organisation {update.organisation!r}"
-        self.check_round(update.round, update.organisation)
+        self.check_round(update.round, whose)
         if update.base_sha256 != self.base_sha256:
-            raise InputError(
-                f"{whose} began from another base model: sha256 {update.base_sha256[:12]!r}; "
-                f"expected {self.base_sha256[:12]!r}"
-            )
+            theirs, ours = update.base_sha256[:12], self.base_sha256[:12]
+            raise InputError(f"{whose} began from another base model: sha256 {theirs!r}; expected {ours!r}")
         result = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in update.tensors.items()}
-        self.check_forms(result, update.organisation)
+        self.check_forms(result, whose)
         check_counts(update, self.max_tokens)
         for name, tensor in update.tensors.items():
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{whose} sent {name} with NaN or infinite values; expected finite ones")
 
-    def check_round(self, round: int | None, organisation: str) -> None:
+    def check_round(self, round: int | None, whose: str) -> None:
         """Refuse an update of another round, or without a round; see `check`."""
         if self.round is not None and round != self.round:
-            sent = "an update of no round" if round is None else f"an update of round {round}"
-            raise InputError(f"organisation {organisation!r} sent {sent}; expected one of round {self.round}")
+            sent = f"an update of {'no round' if round is None else f'round {round}'}"
+            raise InputError(f"{whose} sent {sent}; expected one of round {self.round}")
 
-    def check_forms(self, forms: Mapping[str, Form], organisation: str) -> None:
+    def check_forms(self, forms: Mapping[str, Form], whose: str) -> None:
         """Refuse other names, shapes or precisions; see `check`."""
-        whose = f"organisation {organisation!r}"
+        count = len(self.forms)
         for name in self.forms:
-            if name not in forms:
-                raise InputError(f"{whose} sent no {name}, one of {len(self.forms)} tensors that are averaged")
+            refuse_if(name not in forms, f"{whose} sent no {name}, one of {count} tensors that are averaged")
         for name, form in forms.items():
-            if name not in self.forms:
-                raise InputError(
-                    f"{whose} sent {name!r:.200}, which is none of the {len(self.forms)} averaged tensors"
-                )
-            expected = self.forms[name]
+            expected = self.forms.get(name)
+            if expected is None:
+                raise InputError(f"{whose} sent {name!r:.200}, which is none of the {count} averaged tensors")
             if form == expected or (self.any_rank and _differ_in_rank_alone(name, form, expected)):
                 continue
-            axis = rank_axis(name)
-            if axis is not None and _differ_in_rank_alone(name, form, expected):
+            if (axis := rank_axis(name)) is not None and _differ_in_rank_alone(name, form, expected):
                 raise InputError(
                     f"{whose} sent an adapter of rank {form.shape[axis]}; expected rank {expected.shape[axis]}, or "
                     "the average 'stacked', which takes any"
@@ -141,14 +135,13 @@ class Expected:
 
 def check_counts(update: Update, most: int | None = None) -> None:
     """Refuse an update of no tokens or rows, or of more than `most`."""
+    whose = f"organisation {update.organisation!r}"
     for field in ("num_tokens", "num_rows"):
         value = getattr(update, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"organisation {update.organisation!r}: {field} is {value!r:.40}; expected at least 1")
+            raise InputError(f"{whose}: {field} is {value!r:.40}; expected at least 1")
         if most is not None and value > most:
-            raise InputError(
-                f"organisation {update.organisation!r}: {field} is {value:,}; a round has at most {most:,}"
-            )
+            raise InputError(f"{whose}: {field} is {value:,}; a round has at most {most:,}")
 
 
 def rank_axis(name: str) -> int | None:
@@ -215,8 +208,7 @@ def to_bytes(update: Update, compression: str = "none", round: int | None = None
     Raises:
         InputError: for another compression, and a change with NaN or infinite values.
     """
-    if compression not in COMPRESSIONS:
-        raise InputError(f"compression is {compression!r}; expected one of {', '.join(COMPRESSIONS)}")
+    check_choice(f"compression is {compression!r}; expected one of", compression, COMPRESSIONS)
     check_counts(update)
     for name, tensor in update.tensors.items():
         if not torch.isfinite(tensor).all():
@@ -257,19 +249,19 @@ def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None =
         update_of = _described(metadata, sender)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{whose} sent bytes that are not an update: {_one_line(error)}") from None
-    name = update_of["organisation"]
-    expected.check_round(update_of["round"], name)
+    whose = f"organisation {update_of['organisation']!r}"
+    expected.check_round(update_of["round"], whose)
     compression = metadata["compression"]
     expected_encoding = (
         Expected(quantized_forms(expected.forms), expected.base_sha256) if compression == "int8" else expected
     )
     if compression == "int8" and expected.any_rank:
-        raise InputError(f"organisation {name!r} sent int8; adapters of any rank are sent in full precision")
-    expected_encoding.check_forms(forms, name)
+        raise InputError(f"{whose} sent int8; adapters of any rank are sent in full precision")
+    expected_encoding.check_forms(forms, whose)
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise InputError(f"organisation {name!r} sent bytes that are not an update: {_one_line(error)}") from None
+        raise InputError(f"{whose} sent bytes that are not an update: {_one_line(error)}") from None
     if compression == "int8":
         tensors = dequantize(tensors, {each: form.dtype for each, form in expected.forms.items()})
     update = Update(tensors=tensors, **update_of)
@@ -314,8 +306,7 @@ def weights_from_bytes(data: bytes) -> dict[str, Tensor]:
 
 
 def _check_size(size: int, limit: int, whose: str) -> None:
-    if size > limit:
-        raise InputError(f"{whose} sent {size:,} bytes; at most {limit:,} are read")
+    refuse_if(size > limit, f"{whose} sent {size:,} bytes; at most {limit:,} are read")
 
 
 def _header(data: bytes, most: int) -> tuple[dict[str, Any], dict[str, Form]]:
@@ -359,7 +350,7 @@ def _num_bytes(form: Form) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 # ---- compression ----

@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import is_optimum_quanto_available
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.packed.ragged_model import attention_windows
 from hfllm.generation.speculative.measure import interleaved
 from hfllm.models.family.configuration_fields_hfllm import cached_numbers
@@ -464,8 +464,7 @@ class SegmentMemory(Cache):
         config = model.config.get_text_config(decoder=True)
         kinds = list(getattr(config, "layer_types", None) or [WITH_KEYS[0]] * config.num_hidden_layers)
         unknown = sorted(set(kinds) - {*WITH_KEYS, CHUNKED, "linear_attention"})
-        if unknown:
-            raise InputError(f"SegmentMemory: layer_types has {', '.join(unknown)}, which it does not know")
+        refuse_if(unknown, f"SegmentMemory: layer_types has {', '.join(unknown)}, which it does not know")
         if memory_length < 0 or (memory_length == 0 and "linear_attention" not in kinds):
             raise InputError(
                 f"SegmentMemory: memory_length={memory_length}: expected at least 1, or 0 with linear attention"

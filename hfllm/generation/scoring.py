@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from hfllm.data.tokenizer import tokenize_prompts, turn_end
-from hfllm.errors import InputError, is_out_of_memory
+from hfllm.errors import InputError, check_positive, is_out_of_memory, refuse_if
 from hfllm.models.devices import most_logits, most_tokens
 from hfllm.models.family.configuration_fields_hfllm import longrope_limits
 from hfllm.models.loading.saved import check_vocabulary, max_length_of
@@ -78,8 +78,7 @@ def encode_pair(tokenizer: "PreTrainedTokenizerBase", context: str, continuation
     after = whole[len(before) :]
     if not before:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if start is None:
-            raise InputError("a continuation of nothing: the tokenizer has no token that begins a text")
+        refuse_if(start is None, "a continuation of nothing: the tokenizer has no token that begins a text")
         before = [start]
     if not after:
         raise InputError(f"the continuation {continuation!r:.60} adds no token to {context[-40:]!r}")
@@ -95,8 +94,7 @@ class Scorer:
     """
 
     def __init__(self, model: "PreTrainedModel", batch_size: int = 8):
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        check_positive(batch_size=batch_size)
         self.model, self.batch_size = model, batch_size
         takes = forward_parameters(model)
         self._keeps_logits = "logits_to_keep" in takes
@@ -243,8 +241,7 @@ def _likelihood(logits: "torch.Tensor", continuation: Sequence[int], name: str) 
     targets = torch.tensor(continuation, device=logits.device)
     numbers = logits[: len(continuation)].float().log_softmax(-1)
     logprobs = numbers.gather(-1, targets[:, None])[:, 0]
-    if bool(logprobs.isnan().any()):
-        raise InputError(f"{name}: {NOT_NUMBERS}")
+    refuse_if(bool(logprobs.isnan().any()), f"{name}: {NOT_NUMBERS}")
     is_greedy = bool((numbers.argmax(-1) == targets).all())
     # Summed in 64 bits, unsupported by Apple's GPUs.
     return Likelihood(float(sum(logprobs.tolist())), len(continuation), is_greedy)
@@ -536,8 +533,7 @@ def prompt_tokens(
     ids = tokenize_prompts(prompts, tokenizer) if len(prompts) else []
     context = max_length_of(model.config)
     for number, tokens in enumerate(ids, 1):
-        if not tokens:
-            raise InputError(f"prompt {number} has no token")
+        refuse_if(not tokens, f"prompt {number} has no token")
         if context is not None and len(tokens) + max_new_tokens > context:
             more = f" and leaves no room for {max_new_tokens} of an answer" if max_new_tokens else ""
             raise InputError(f"prompt {number} has {len(tokens)} tokens{more}: the model's context has {context}")
@@ -576,8 +572,7 @@ def score_answers(
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(before, after, strict=True)]
     context = max_length_of(model.config)
     for row, (answer, size) in enumerate(zip(after, lengths, strict=True), 1):
-        if not answer:
-            raise InputError(f"answer {row} has no token")
+        refuse_if(not answer, f"answer {row} has no token")
         if context is not None and size > context:
             raise InputError(f"row {row} takes {size} tokens with its answer, and the model's context has {context}")
     scored: list[tuple[float, ...]] = [()] * len(after)
@@ -621,7 +616,6 @@ def _teacher_forced(
         numbers = logits[row, start : start + len(answer)].float().log_softmax(-1)
         target = ids[row, len(prompt) : len(prompt) + len(answer)]
         logprobs = numbers.gather(-1, target[:, None])[:, 0]
-        if bool(logprobs.isnan().any()):
-            raise InputError(NOT_FINITE)
+        refuse_if(bool(logprobs.isnan().any()), NOT_FINITE)
         result.append(logprobs.tolist())
     return result

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hfllm.errors import InputError, check_positive
+from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.outputs.figures import standard_error
 from hfllm.outputs.report import write_atomically
 from hfllm.outputs.statistics import as_numbers, as_pairs, check_share
@@ -54,13 +54,12 @@ class Abstainer:
     delta: float | None = None
 
     def __post_init__(self):
-        if not _is_number(self.threshold):
-            raise InputError(f"threshold must be a number, got {self.threshold!r:.40}")
+        refuse_if(not _is_number(self.threshold), f"threshold must be a number, got {self.threshold!r:.40}")
         if not isinstance(self.rows, int) or self.rows < 0:
             raise InputError(f"rows must be a number of rows, got {self.rows!r:.40}")
         for name in ("guarantee", "measure"):
-            if not isinstance(getattr(self, name), str):
-                raise InputError(f"{name} must be a text, got {getattr(self, name)!r:.40}")
+            value = getattr(self, name)
+            refuse_if(not isinstance(value, str), f"{name} must be a text, got {value!r:.40}")
         for name in ("alpha", "delta"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < 1):
@@ -323,13 +322,13 @@ def over_splits(
         splits with a selective risk above alpha, including the chance of the second half.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
-    if splits < 2 or len(numbers) < 2:
-        raise InputError(f"expected at least 2 splits and 2 rows, got {splits} and {len(numbers)}")
-    rng, half, order = np.random.default_rng(seed), len(numbers) // 2, np.arange(len(numbers))
+    rows = len(numbers)
+    refuse_if(splits < 2 or rows < 2, f"expected at least 2 splits and 2 rows, got {splits} and {rows}")
+    rng, half, order = np.random.default_rng(seed), rows // 2, np.arange(rows)
     risks, coverages, among, exceeded = [], [], [], []
     for split in range(splits):
         # Each split in both directions: an excess in one half is missing in the other.
-        order = np.roll(order, half) if split % 2 else rng.permutation(len(numbers))
+        order = np.roll(order, half) if split % 2 else rng.permutation(rows)
         result = fit(numbers[order[:half]], labels[order[:half]])
         answered = result.answers(numbers[order[half:]])
         errors = float((labels[order[half:]] * answered).sum())

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from hfllm.data.passages import citations_of, with_passages, without_citations
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, plain_text, tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.generation.scoring import evaluating
 from hfllm.grounding.passages import Passages, check_tokenizer
 from hfllm.grounding.retrieval import Found, Retriever, scoring_enough
-from hfllm.models.loading.saved import max_length_of
+from hfllm.models.loading.saved import check_padding, max_length_of
 
 if TYPE_CHECKING:
     import torch
@@ -78,18 +78,16 @@ def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizer
     if isinstance(questions, str):
         raise InputError(f"questions must be a list, got the text {questions!r:.60}")
     for number, question in enumerate(questions, 1):
+        whose = f"question {number}"
         if not isinstance(question, (str, list)):
-            raise InputError(f"question {number} must be a text or a list of messages, got {question!r:.60}")
+            raise InputError(f"{whose} must be a text or a list of messages, got {question!r:.60}")
         if not isinstance(question, str) and not tokenizer.chat_template:
-            raise InputError(
-                f"question {number} is a conversation, and the tokenizer has no chat template: give texts"
-            )
+            raise InputError(f"{whose} is a conversation, and the tokenizer has no chat template: give texts")
         try:
             str(question_of(question)).encode()
         except UnicodeEncodeError:
-            raise InputError(f"question {number} has half a character (a lone surrogate)") from None
-    if tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
+            raise InputError(f"{whose} has half a character (a lone surrogate)") from None
+    check_padding(tokenizer)
 
 
 def check_room(
@@ -109,14 +107,12 @@ def check_room(
     context = max_length_of(model.config)
     pairs = [(number, ranking) for number, each in enumerate(rankings, 1) for ranking in each]
     for (number, passages), prompt in zip(pairs, _tokens(tokenizer, prompts), strict=True):
-        if not prompt:
-            raise InputError(f"question {number} has no token")
+        refuse_if(not prompt, f"question {number} has no token")
         if context is None or len(prompt) + max_new_tokens <= context:
             continue
         message = f"question {number}: its prompt with {len(passages)} passage(s) has {len(prompt)} tokens"
         limit = f"with max_new_tokens={max_new_tokens} more than the model's context of {context}"
-        if not passages:
-            raise InputError(f"{message}, {limit}")
+        refuse_if(not passages, f"{message}, {limit}")
         longest = max((each.passage for each in passages), key=lambda passage: len(passage.text))
         size = len(tokenizer(longest.text, add_special_tokens=False)["input_ids"])
         raise InputError(
@@ -157,8 +153,7 @@ def passage_weights(scores: Sequence[float], temperature: float = 1.0) -> list[f
     """
     if not all(map(math.isfinite, scores)):
         raise InputError(f"scores of passages must be finite, got {list(scores)}"[:160])
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature must be a number above 0, got {temperature}")
+    refuse_if(not 0 < temperature < math.inf, f"temperature must be a number above 0, got {temperature}")
     powers = [math.exp((score - max(scores)) / temperature) for score in scores]
     return [power / sum(powers) for power in powers]
 
@@ -464,10 +459,10 @@ def answer_with_passages(
 
 
 def _check_options(marginal: str | None, do_sample: bool, max_new_tokens: int, batch_size: int) -> None:
-    if marginal is not None and marginal not in MARGINALS:
-        raise InputError(f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
-    if marginal is not None and do_sample:
-        raise InputError(f"do_sample cannot be used with marginal={marginal!r}, whose answers are the likeliest")
+    if marginal is not None:
+        refuse_if(marginal not in MARGINALS, f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
+        with_it = f"do_sample cannot be used with marginal={marginal!r}"
+        refuse_if(do_sample, f"{with_it}, whose answers are the likeliest")
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(number, Integral) or number < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")

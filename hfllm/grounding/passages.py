@@ -15,7 +15,7 @@ from hfllm import durable
 from hfllm.data.formats import to_text
 from hfllm.data.passages import Passage
 from hfllm.data.sources import TRAIN, HubPart, iterate_source
-from hfllm.errors import InputError, first_line
+from hfllm.errors import InputError, first_line, refuse_if
 
 if TYPE_CHECKING:
     import pyarrow
@@ -84,10 +84,8 @@ class Chunker:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None" = None, max_tokens: int = 200, overlap: int = 20):
         for name, number in (("max_tokens", max_tokens), ("overlap", overlap)):
-            if not isinstance(number, Integral):
-                raise InputError(f"{name}={number!r:.40}: expected a whole number")
-        if max_tokens < 1:
-            raise InputError(f"max_tokens={max_tokens}: a passage has at least 1 token")
+            refuse_if(not isinstance(number, Integral), f"{name}={number!r:.40}: expected a whole number")
+        refuse_if(max_tokens < 1, f"max_tokens={max_tokens}: a passage has at least 1 token")
         if not 0 <= overlap < max_tokens:
             raise InputError(f"overlap={overlap}: expected 0 to {max_tokens - 1}, less than max_tokens={max_tokens}")
         self.tokenizer, self.max_tokens, self.overlap = tokenizer, max_tokens, overlap
@@ -265,8 +263,7 @@ class Passages(Sequence[Passage]):
 
         cut = passages()
         first = next(cut, None)
-        if first is None:
-            raise InputError(f"dataset {name!r} has no text to make passages of")
+        refuse_if(first is None, f"dataset {name!r} has no text to make passages of")
         if folder is None:
             return cls(chain([first], cut), chunker.cut)
         _write(Path(folder), chain([first], cut), chunker.cut)
@@ -359,8 +356,7 @@ class Passages(Sequence[Passage]):
         import pyarrow
 
         path = Path(folder, FILE)
-        if not path.is_file():
-            raise InputError(f"{folder}: no saved passages: there is no {FILE}")
+        refuse_if(not path.is_file(), f"{folder}: no saved passages: there is no {FILE}")
         about, passages = _read_about(Path(folder, ABOUT)), cls()
         try:
             table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
@@ -372,17 +368,14 @@ class Passages(Sequence[Passage]):
         if table.schema != _schema() or any(column.null_count for column in table.columns):
             raise InputError(f"{path}: its columns are {names}; expected those of save")
         passages._table = table.replace_schema_metadata(None)
-        if len(passages) != about["passages"]:
-            raise InputError(
-                f"{path}: {len(passages)} passages, and {ABOUT} says {about['passages']}: save them again"
-            )
+        count, stated = len(passages), about["passages"]
+        refuse_if(count != stated, f"{path}: {count} passages, and {ABOUT} says {stated}: save them again")
         passages.cut = about["cut"]
         if stored_cut != _encoded(passages.cut):
             raise InputError(
                 f"{path}: {ABOUT} is of other passages, such as by a save that was stopped: save them again"
             )
-        if tokenizer is not None:
-            check_tokenizer(passages, tokenizer, str(folder))
+        check_tokenizer(passages, tokenizer, str(folder))
         return passages
 
 
@@ -392,15 +385,14 @@ def loaded_passages(
     """Return the passages of a folder, or those given in their place, cut by this tokenizer if one is given."""
     if passages is None:
         return Passages.load(folder, tokenizer)
-    if tokenizer is not None:
-        check_tokenizer(passages, tokenizer, str(folder))
+    check_tokenizer(passages, tokenizer, str(folder))
     return passages
 
 
-def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase", name: str = "passages") -> None:
-    """Refuse passages cut by another tokenizer: their lengths in tokens differ from the stated ones."""
+def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase | None", name: str = "passages") -> None:
+    """Refuse passages cut by another tokenizer than this, if any: lengths in tokens differ from the stated ones."""
     cut = passages.cut
-    if cut is not None and cut.digest and cut.digest != vocabulary_digest(tokenizer):
+    if tokenizer is not None and cut is not None and cut.digest and cut.digest != vocabulary_digest(tokenizer):
         raise InputError(
             f"{name}: cut to {cut}, and the tokenizer here is {tokenizer.name_or_path or 'another one'} "
             f"({len(tokenizer):,} tokens): cut them again by Passages.from_source"

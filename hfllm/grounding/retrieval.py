@@ -13,7 +13,7 @@ from hfllm import durable
 from hfllm.data.passages import Passage
 from hfllm.data.tokenizer import padding_token
 from hfllm.data.word_index import FILE, WordIndex, best_indices, import_bm25s, read_arrays, words_of
-from hfllm.errors import InputError, first_line
+from hfllm.errors import InputError, check_positive, first_line, refuse_if
 from hfllm.fingerprint import fingerprint
 from hfllm.grounding.passages import Passages, loaded_passages
 from hfllm.models.loading.saved import max_length_of, reason_of, saved_model, saved_tokenizer
@@ -74,10 +74,8 @@ def found_of(passages: Passages, rankings: Sequence[Sequence[tuple[int, float]]]
 
 def check_count(name: str, number: object) -> None:
     """Refuse another number than a whole one of at least 1."""
-    if not isinstance(number, Integral):
-        raise InputError(f"{name} must be a whole number, got {number!r:.40}")
-    if number < 1:
-        raise InputError(f"{name} must be at least 1, got {number}")
+    refuse_if(not isinstance(number, Integral), f"{name} must be a whole number, got {number!r:.40}")
+    check_positive(**{name: number})
 
 
 def check_queries(queries: Sequence[str], top_k: int) -> None:
@@ -103,8 +101,7 @@ def refuse_empty(passages: Passages, what: str) -> None:
     Raises:
         InputError: when there is no passage.
     """
-    if not len(passages):
-        raise InputError(f"{what}: there are no passages to search")
+    refuse_if(not len(passages), f"{what}: there are no passages to search")
 
 
 # ---- retrieval ----
@@ -124,8 +121,7 @@ class BM25Retriever:
         import_bm25s("BM25Retriever")
         refuse_empty(passages, "BM25Retriever")
         self.passages, self._index = passages, WordIndex()
-        if not self._current().num_words:
-            raise InputError(f"BM25Retriever: none of {len(passages):,} passages has a word")
+        refuse_if(not self._current().num_words, f"BM25Retriever: none of {len(passages):,} passages has a word")
 
     def retrieve(self, queries: Sequence[str], top_k: int = 3) -> list[list[Found]]:
         """Return the passages of each query: see `Retriever`; scores are above 0 and have no upper bound."""
@@ -190,8 +186,7 @@ class FusedRetriever:
     """
 
     def __init__(self, retrievers: Sequence[Retriever], k: float = 60, depth: int = 100):
-        if len(retrievers) < 2:
-            raise InputError(f"FusedRetriever: {len(retrievers)} retriever(s); at least 2 are needed")
+        refuse_if(len(retrievers) < 2, f"FusedRetriever: {len(retrievers)} retriever(s); at least 2 are needed")
         if not 0 <= k < math.inf or depth < 1:
             raise InputError(f"FusedRetriever: k={k}, depth={depth}; expected a number of at least 0, and at least 1")
         self.retrievers, self.k, self.depth, self.passages = list(retrievers), k, depth, retrievers[0].passages
@@ -423,15 +418,13 @@ class StaticVectors:
         from tokenizers import Tokenizer
 
         for path in (vectors, tokenizer):
-            if not Path(path).is_file():
-                raise InputError(f"{path}: no such file")
+            refuse_if(not Path(path).is_file(), f"{path}: no such file")
         try:
             # Torch reads bf16 too, unknown to numpy.
             tensors = [tensor for tensor in load_file(vectors).values() if tensor.ndim == 2]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{vectors}: not safetensors, or damaged: {first_line(error, 80)}") from None
-        if len(tensors) != 1:
-            raise InputError(f"{vectors}: {len(tensors)} matrices; expected one, with a row for each token")
+        refuse_if(len(tensors) != 1, f"{vectors}: {len(tensors)} matrices; expected one, with a row for each token")
         try:
             vocabulary = Tokenizer.from_file(str(tokenizer))
         # The library raises this class itself.
@@ -604,15 +597,13 @@ def _finite(vectors: "NDArray[np.float32]", what: str, first: int) -> "NDArray[n
 
 def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float32]":
     """Return the vectors of a file of `count` passages."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such vectors")
+    refuse_if(not path.is_file(), f"{path}: no such vectors")
     metadata, arrays = read_arrays(path, ["vectors"], "vectors of passages")
     vectors = arrays["vectors"]
     _refuse_other(path, metadata, {"format": FORMAT, **about})
-    if vectors.dtype.name != "float32" or vectors.ndim != 2 or len(vectors) != count:
-        raise InputError(
-            f"{path}: {vectors.dtype} of shape {vectors.shape}; expected float32, a row for each of {count}"
-        )
+    kind, shape = vectors.dtype, vectors.shape
+    if kind.name != "float32" or len(shape) != 2 or shape[0] != count:
+        raise InputError(f"{path}: {kind} of shape {shape}; expected float32, a row for each of {count}")
     return _finite(vectors, f"{path}: passage", 0)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from hfllm.data.formats import as_messages
 from hfllm.data.tokenizer import end_tokens, plain_text, to_prompt, tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.scoring import (
     NOT_FINITE,
     Prompt,
@@ -34,7 +34,7 @@ from hfllm.generation.scoring import (
 )
 from hfllm.grounding.answers import normalized
 from hfllm.grounding.retrieval import check_count
-from hfllm.models.loading.saved import max_length_of
+from hfllm.models.loading.saved import check_padding, max_length_of
 from hfllm.rewards.judges import LETTERS, letter_tokens
 
 if TYPE_CHECKING:
@@ -144,11 +144,9 @@ def sampling_cost(rows: Sequence[Answered]) -> dict[str, float]:
     Raises:
         InputError: for no rows, or answers without tokens.
     """
-    if not rows:
-        raise InputError("the cost of sampling: there are no answers")
+    refuse_if(not rows, "the cost of sampling: there are no answers")
     answer_tokens = sum(len(row.given.token_logprobs) for row in rows) / len(rows)
-    if not answer_tokens:
-        raise InputError("the cost of sampling: the answers have no token")
+    refuse_if(not answer_tokens, "the cost of sampling: the answers have no token")
     sampled = sum(len(sample.token_logprobs) for row in rows for sample in row.samples) / len(rows)
     return {
         "given_tokens": answer_tokens,
@@ -162,8 +160,7 @@ def _check(
 ) -> None:
     for name, number in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         check_count(name, number)
-    if not do_sample and n != 1:
-        raise InputError(f"n must be 1 without do_sample, got {n}: greedy answers are all the same")
+    refuse_if(not do_sample and n != 1, f"n must be 1 without do_sample, got {n}: greedy answers are all the same")
     if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
         raise InputError(f"temperature must be above 0, got {temperature!r:.40}")
     if getattr(model.config, "is_encoder_decoder", False):
@@ -227,8 +224,7 @@ def _drawing(chances: Sequence[list[float]] | None, temperature: float) -> "Logi
             # Probabilities of large vocabularies add up in 64 bits, unsupported by Apple's GPUs.
             wide = torch.float32 if scores.device.type == "mps" else torch.float64
             own = scores.to(wide).log_softmax(-1)
-            if not bool(own.amax(-1).isfinite().all()):
-                raise InputError(NOT_FINITE)
+            refuse_if(not bool(own.amax(-1).isfinite().all()), NOT_FINITE)
             if chances is None:
                 token = scores.argmax(-1, keepdim=True)
             else:
@@ -395,10 +391,9 @@ def ensemble_logprobs(
     """
     several = isinstance(tokenizer, (list, tuple))
     tokenizers = list(tokenizer) if several else [tokenizer] * len(models)
-    if not models or len(tokenizers) != len(models):
-        raise InputError(
-            f"an ensemble of {len(models)} models with {len(tokenizers)} tokenizers: expected one for each"
-        )
+    members, others = len(models), len(tokenizers)
+    if not members or others != members:
+        raise InputError(f"an ensemble of {members} models with {others} tokenizers: expected one for each")
     if several:
         answers = [answer.text if isinstance(answer, ScoredAnswer) else answer for answer in answers]
     scored = [
@@ -446,17 +441,14 @@ def _checked(rows: Sequence[Answered], fewest: int, needs_logprobs: bool = True)
             measured = "an entropy" if fewest > 1 else "self-consistency"
             raise InputError(f"row {number} has {len(row.samples)} samples; {measured} needs at least {fewest}")
         for index, answer in enumerate((row.given, *row.samples) if needs_logprobs else ()):
-            what = f"sample {index}" if index else "the given answer"
+            of_row, what = f"row {number}:", f"sample {index}" if index else "the given answer"
             if not answer.token_logprobs:
-                raise InputError(f"row {number}: {what} has no token")
+                raise InputError(f"{of_row} {what} has no token")
             if not math.isfinite(answer.logprob):
-                raise InputError(f"row {number}: the log-probability of {what} is {answer.logprob}; expected a number")
+                raise InputError(f"{of_row} the log-probability of {what} is {answer.logprob}; expected a number")
             # Rounding may give a little more than 0.
-            if max(answer.token_logprobs) > 1e-3:
-                highest = f"{max(answer.token_logprobs):g}"
-                raise InputError(
-                    f"row {number}: a token of {what} has the log-probability {highest}; expected at most 0"
-                )
+            if (most := max(answer.token_logprobs)) > 1e-3:
+                raise InputError(f"{of_row} a token of {what} has the log-probability {most:g}; expected at most 0")
     return rows
 
 
@@ -465,8 +457,7 @@ def _with_meanings(
 ) -> list[tuple[Answered, list[Hashable]]]:
     _checked(rows, fewest, needs_logprobs)
     labels = [list(each) for each in (meanings_of(rows) if meanings is None else meanings)]
-    if len(labels) != len(rows):
-        raise InputError(f"there are meanings of {len(labels)} rows and {len(rows)} rows")
+    refuse_if(len(labels) != len(rows), f"there are meanings of {len(labels)} rows and {len(rows)} rows")
     for number, (row, own) in enumerate(zip(rows, labels, strict=True), 1):
         wrong = next((label for label in own if not isinstance(label, Hashable) or label != label), None)
         if wrong is not None:
@@ -583,8 +574,7 @@ def log_odds(
         InputError: for indistinguishable letters, a tokenizer without padding token, a question longer than the
             model's context, and non-finite logits.
     """
-    if tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
+    check_padding(tokenizer)
     if not questions:
         return []
     # A transcript ends with a colon.
@@ -672,8 +662,7 @@ class AskedModel:
         for question in questions:
             if "{passage}" not in question or "{claim}" not in question:
                 raise InputError(f"a question must have the places {{passage}} and {{claim}}, got {question[:60]!r}")
-        if not questions:
-            raise InputError("questions: at least one wording is needed")
+        refuse_if(not questions, "questions: at least one wording is needed")
         self.model, self.tokenizer, self.questions = model, tokenizer, tuple(questions)
         self.letters, self.batch_size = letters, batch_size
 

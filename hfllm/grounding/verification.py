@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.passages import without_citations
 from hfllm.data.tokenizer import plain_text
-from hfllm.errors import InputError, check_positive
+from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation.responses import best_by_reward, majority
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision
 from hfllm.grounding.abstention import UNKNOWN
@@ -140,10 +140,8 @@ def verify(
         InputError: for other numbers of answers and lists of passages, passages given as one text, and a check without
             a number in [0, 1] per pair.
     """
-    if len(answers) != len(passages):
-        raise InputError(f"there are {len(answers)} answers and {len(passages)} lists of passages")
-    if not 0 < threshold <= 1:
-        raise InputError(f"threshold must be above 0 and at most 1, got {threshold}")
+    refuse_if(len(answers) != len(passages), f"there are {len(answers)} answers and {len(passages)} lists of passages")
+    refuse_if(not 0 < threshold <= 1, f"threshold must be above 0 and at most 1, got {threshold}")
     for number, (answer, texts) in enumerate(zip(answers, passages, strict=True), 1):
         if not isinstance(answer, str):
             raise InputError(f"answer {number} must be a text, got {answer!r:.60}")
@@ -208,8 +206,7 @@ def revise_or_abstain(
             is checked too, and is not shown if unsupported. By default supported claims stay, and the others are
             dropped.
     """
-    if len(questions) != len(answers):
-        raise InputError(f"there are {len(questions)} questions and {len(answers)} answers")
+    refuse_if(len(questions) != len(answers), f"there are {len(questions)} questions and {len(answers)} answers")
     result = verify(answers, passages, check, splitter, threshold)
     revisions = [_dropped(answer, claims) for answer, claims in zip(answers, result, strict=True)]
     if revise is None:
@@ -417,8 +414,8 @@ def majority_of_meaning(
     chosen: Choice = []
     for row, answers in enumerate(samples):
         labels = [normalized(text) for text in answers] if meanings is None else list(meanings[row])
-        if len(labels) != len(answers):
-            raise InputError(f"prompt {row + 1} has {len(answers)} answers and {len(labels)} meanings")
+        count = len(answers)
+        refuse_if(len(labels) != count, f"prompt {row + 1} has {count} answers and {len(labels)} meanings")
         # As `majority` takes them: a text per meaning, none for an empty answer.
         numbers = {label: str(number) for number, label in enumerate(dict.fromkeys(labels), 1)}
         votes = [numbers[label] if text.strip() else "" for text, label in zip(answers, labels, strict=True)]
@@ -485,5 +482,4 @@ def _check_rows(samples: Sequence[Sequence[object]], **others: Sequence[object])
         if len(other) != len(samples):
             raise InputError(f"there are answers to {len(samples)} prompts, and {name} of {len(other)}")
     for number, row in enumerate(samples, 1):
-        if not len(row):
-            raise InputError(f"prompt {number} has no answers to choose from")
+        refuse_if(not len(row), f"prompt {number} has no answers to choose from")

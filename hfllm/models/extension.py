@@ -13,7 +13,8 @@ The types are as in transformers' `rope_parameters`; `ntk` is a higher `rope_the
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, check_choice, one_line, refuse_if
+from hfllm.flags import ABOVE_ONE, at_least, check_number
 from hfllm.models.loading.saved import max_length_of
 
 if TYPE_CHECKING:
@@ -46,17 +47,14 @@ def extended_config(
         InputError: for a model without rotary positions in full attention, already extended positions, an
             unknown type or one refused by the model's class, or a factor not above 1.
     """
-    if rope_type not in ROPE_TYPES:
-        raise InputError(f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
-    if not factor > 1 or factor == float("inf"):
-        raise InputError(f"--factor {factor}: expected a number above 1")
+    check_choice(f"--rope_type {rope_type!r} is not one of", rope_type, ROPE_TYPES)
+    check_number("factor", factor, ABOVE_ONE)
     length = max_length_of(config) if original_length is None else original_length
     if length is None:
         raise InputError(
             "--original_max_position_embeddings is needed: the model's config has no max_position_embeddings"
         )
-    if length < 2:
-        raise InputError(f"--original_max_position_embeddings {length}: expected at least 2")
+    check_number("original_max_position_embeddings", length, at_least(2))
     extended = deepcopy(config)
     text = extended.get_text_config(decoder=True)
     name = _extended_part(text, length * factor)
@@ -78,10 +76,8 @@ def _check_valid(config: "PreTrainedConfig", rope_type: str) -> None:
         if hasattr(config, "validate"):
             config.validate()
     except (KeyError, ValueError, StrictDataclassError) as error:
-        reason = one_line(error.__cause__ or error, 300)
-        raise InputError(
-            f"--rope_type {rope_type}: a model of type {config.model_type} refuses it: {reason}"
-        ) from None
+        kind, reason = config.model_type, one_line(error.__cause__ or error, 300)
+        raise InputError(f"--rope_type {rope_type}: a model of type {kind} refuses it: {reason}") from None
 
 
 def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None:
@@ -98,8 +94,7 @@ def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None
         for name, child in parent.named_children()
         if type(child).__name__.endswith("RotaryEmbedding") and _is_of(child, config, name)
     ]
-    if not result:
-        raise InputError(f"a model of type {config.model_type} has no rotary embedding that can be made anew")
+    refuse_if(not result, f"a model of type {config.model_type} has no rotary embedding that can be made anew")
     for parent, name, child in result:
         alone = config
         if child.config is not config:
@@ -136,8 +131,7 @@ def _extended_part(config: "PreTrainedConfig", new_length: float) -> str | None:
         )
     if "rope_theta" in rope or "rope_type" in rope:
         return None
-    if FULL not in rope:
-        raise InputError(f"rope_parameters of {what} has {', '.join(rope)}, and none for {FULL}")
+    refuse_if(FULL not in rope, f"rope_parameters of {what} has {', '.join(rope)}, and none for {FULL}")
     return FULL
 
 

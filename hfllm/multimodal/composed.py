@@ -9,7 +9,7 @@ import warnings
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.conversion.convert import refuse_other_table
 from hfllm.models.conversion.tensor_layouts import with_prefix
 from hfllm.models.devices import built_whole
@@ -141,8 +141,7 @@ def _features_of(model: "PreTrainedModel", inputs: dict[str, "Tensor"]) -> tuple
 
     if hasattr(model, "get_audio_features") and not hasattr(model, "get_image_features"):
         return model.get_audio_features, inputs
-    if not hasattr(model, "get_image_features"):
-        raise InputError(f"a {type(model).__name__} sees and hears nothing")
+    refuse_if(not hasattr(model, "get_image_features"), f"a {type(model).__name__} sees and hears nothing")
     if not inputs:
         tower = model.config.vision_config
         height, width = configured_size(tower) or (1, 1)
@@ -276,8 +275,7 @@ def _extended(table: "Tensor", rows: int) -> "Tensor":
 def _module_name(module_class: "type[nn.Module]", plan: "PreTrainedModel", is_needed: bool = True) -> str | None:
     """Return the name of the one module of a class in `plan`."""
     name = next((name for name, module in plan.named_modules() if type(module) is module_class), None)
-    if name is None and is_needed:
-        raise InputError(f"a {type(plan).__name__} has no place for a {module_class.__name__}")
+    refuse_if(name is None and is_needed, f"a {type(plan).__name__} has no place for a {module_class.__name__}")
     return name
 
 
@@ -305,6 +303,5 @@ def _loaded(
         if has_bar:
             logging.enable_progress_bar()
     lost = sorted({*report["unexpected_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
-    if lost:
-        raise InputError(f"{model_class.__name__} has no place for {len(lost)} tensors: {', '.join(lost[:3])}")
+    refuse_if(lost, f"{model_class.__name__} has no place for {len(lost)} tensors: {', '.join(lost[:3])}")
     return model.eval()

@@ -13,7 +13,7 @@ from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import words_of_places
 from hfllm.data.rows import Message, content_text, counted, is_begun, origin_of, read_tools, spells
 from hfllm.data.tokenizer import text_of_macro
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.family.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches
 from hfllm.models.loading.saved import reads_pictures
 
@@ -179,9 +179,8 @@ def check_template(processor: ProcessorMixin, name: str) -> None:
         processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
     # A template may refuse anything in its own words.
     except Exception as error:
-        raise InputError(
-            f"{whose} cannot write a question about a picture by its chat template: {one_line(error)}"
-        ) from None
+        reason = one_line(error)
+        raise InputError(f"{whose} cannot write a question about a picture by its chat template: {reason}") from None
 
 
 def _check_size(processor: ProcessorMixin, size: tuple[int, int] | None) -> None:
@@ -195,9 +194,8 @@ def _check_size(processor: ProcessorMixin, size: tuple[int, int] | None) -> None
 
 
 def _check_patch(processor: ProcessorMixin, tower: "PreTrainedConfig") -> None:
-    patch = getattr(processor, "patch_size", None)
-    if patch != tower.patch_size:
-        raise InputError(f"the processor has patch_size={patch} and the vision tower {tower.patch_size}")
+    ours, theirs = getattr(processor, "patch_size", None), tower.patch_size
+    refuse_if(ours != theirs, f"the processor has patch_size={ours} and the vision tower {theirs}")
 
 
 def output_size(image_processor: "BaseImageProcessor") -> tuple[int, int] | None:
@@ -398,8 +396,7 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
 def _with_placeholders(prompt: list[Message], count: int, origin: str) -> list[Message]:
     """Return a prompt with placeholders before the user's first words, as TRL puts them."""
     first = next((at for at, message in enumerate(prompt) if message["role"] == "user"), None)
-    if first is None:
-        raise InputError(f"{origin}: the prompt has no place for a picture, and no message of the user for one")
+    refuse_if(first is None, f"{origin}: the prompt has no place for a picture, and no message of the user for one")
     content = prompt[first]["content"]
     parts = [
         *({"type": "image"} for _ in range(count)),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.thoughts import CLOSE, OPEN, answer_of, final_answer, plain_answer, split_thoughts, thoughts_of
 from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_score
-from hfllm.errors import InputError, is_out_of_memory
+from hfllm.errors import InputError, is_out_of_memory, refuse_if
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,10 +152,8 @@ def load_function(specification: str, flag: str) -> Callable[..., Any]:
         InputError: when the file or the function does not exist, or the file does not run.
     """
     path, _, name = specification.rpartition(":")
-    if not Path(path).is_file():
-        raise InputError(f"{flag} {specification}: no file {path!r}; expected path/to/file.py:function")
-    if Path(path).suffix != ".py":
-        raise InputError(f"{flag} {specification}: {path!r} is not a .py file")
+    refuse_if(not Path(path).is_file(), f"{flag} {specification}: no file {path!r}; expected path/to/file.py:function")
+    refuse_if(Path(path).suffix != ".py", f"{flag} {specification}: {path!r} is not a .py file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -201,8 +199,8 @@ def checked_rewards(
         raise InputError(f"{name} failed with {error!r}{_location(error)}; columns given: {column_names}") from error
     if not isinstance(rewards, list):
         raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
-    if len(rewards) != len(completions):
-        raise InputError(f"{name} returned {len(rewards)} values for {len(completions)} completions")
+    count = len(completions)
+    refuse_if(len(rewards) != count, f"{name} returned {len(rewards)} values for {count} completions")
     rewards = [_as_list(reward) for reward in rewards]
     is_per_token = isinstance(rewards[0], list | tuple)
     for row, reward in enumerate(rewards):
@@ -422,8 +420,7 @@ def step_rewards(
         InputError: when the pattern matches an empty text.
     """
     between = re.compile(step_end)
-    if between.fullmatch(""):
-        raise InputError(f"step_end {step_end!r} matches an empty text: steps would have no end")
+    refuse_if(between.fullmatch(""), f"step_end {step_end!r} matches an empty text: steps would have no end")
 
     def reward(
         prompts: Sequence, completions: Sequence, *, completion_ids: Sequence[Sequence[int]], **columns: Sequence[Any]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
-from hfllm.errors import InputError, check_positive
+from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds
 from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of
 from hfllm.outputs.figures import share_error, standard_error
@@ -369,10 +369,8 @@ def measure_bias(
     """
     triples = zip(prompts, first, second, strict=True)
     pairs = [triple for triple in triples if completion_text(triple[1]) != completion_text(triple[2])]
-    if not pairs:
-        raise InputError(
-            f"the judge's bias cannot be measured: none of {len(prompts)} pairs has two different answers"
-        )
+    total = len(prompts)
+    refuse_if(not pairs, f"the judge's bias cannot be measured: none of {total} pairs has two different answers")
     bias, signal, agrees = [], [], []
     for orders in judge.in_both_orders(*map(list, zip(*pairs, strict=True))):
         shown_first, shown_second = (sum(each) / len(orders) for each in zip(*orders, strict=True))
@@ -400,8 +398,7 @@ def check_bias(report: BiasReport, allow: bool = False) -> None:
         f"{abs(report.position_bias):.2f} nats and tells answers apart by {report.signal:.2f} ({report.n} pairs, "
         f"{report.consistent:.0%} judged alike in both orders): its labels would be noise"
     )
-    if not allow:
-        raise InputError(f"{message}; take a larger judge, or clearer preference questions")
+    refuse_if(not allow, f"{message}; take a larger judge, or clearer preference questions")
     warnings.warn(f"{message}; going on as asked", stacklevel=2)
 
 
@@ -446,8 +443,7 @@ def preference_rows(
     Raises:
         InputError: when no pair is left.
     """
-    if not 0 <= label_noise <= 1:
-        raise InputError(f"label_noise must lie in [0, 1], got {label_noise}")
+    refuse_if(not 0 <= label_noise <= 1, f"label_noise must lie in [0, 1], got {label_noise}")
     pairs = list(zip(prompts, first, second, strict=True))
     fits = judge.has_room(prompts, first, second)
     remaining = [pair for pair, has_room in zip(pairs, fits, strict=True) if has_room]

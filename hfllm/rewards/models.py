@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.images.rows import conversation_batch, words_of_places
 from hfllm.data.rows import Message, read_tools, unspelled, words_of
 from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.generation.scoring import batches_of_like_length, pass_precision
 from hfllm.models.loading.saved import check_vocabulary, reads_pictures
 from hfllm.rewards.functions import BEGINNING, RewardFunction, checked_rewards, reward_name
@@ -37,17 +37,14 @@ class RewardModel:
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
-        if model.config.num_labels != 1:
-            raise InputError(
-                f"the reward model has {model.config.num_labels} labels; expected a model trained with num_labels=1"
-            )
+        labels = model.config.num_labels
+        refuse_if(labels != 1, f"the reward model has {labels} labels; expected a model trained with num_labels=1")
         if getattr(model, "has_new_head", False):
             raise InputError(
                 f"the reward model {model.config._name_or_path!r} has no head for scores (a language model): train "
                 "it on comparisons first (hfllm reward)"
             )
-        if tokenizer.pad_token_id is None:
-            raise InputError("the reward model's tokenizer has no padding token")
+        refuse_if(tokenizer.pad_token_id is None, "the reward model's tokenizer has no padding token")
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
         self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -199,10 +196,8 @@ class RewardEnsemble:
     AGGREGATIONS = ("mean", "worst", "uncertainty")
 
     def __init__(self, members: Sequence[RewardFunction], aggregation: str = "worst", coefficient: float = 1.0):
-        if aggregation not in self.AGGREGATIONS:
-            raise InputError(f"aggregation {aggregation!r} is not one of {', '.join(self.AGGREGATIONS)}")
-        if len(members) < 2:
-            raise InputError(f"an ensemble needs at least 2 rewards, got {len(members)}")
+        check_choice(f"aggregation {aggregation!r} is not one of", aggregation, self.AGGREGATIONS)
+        refuse_if(len(members) < 2, f"an ensemble needs at least 2 rewards, got {len(members)}")
         self.members, self.aggregation, self.coefficient = list(members), aggregation, coefficient
         self.offsets, self.scales = [0.0] * len(members), [1.0] * len(members)
         self.__name__ = f"{aggregation}_of_{len(members)}"

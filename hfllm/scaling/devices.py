@@ -7,7 +7,7 @@ errors). GH200, B200 and MI300X have no runs there, and the efficiencies of othe
 import os
 from dataclasses import dataclass
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 GIB, MIB = 2**30, 2**20
 
@@ -133,6 +133,5 @@ def find_device(name: str, processes: int = 1) -> Device:
     """
     if name == "cpu":
         return _cpu(processes)
-    if name not in DEVICES:
-        raise InputError(f"--device {name!r} is not one of {', '.join(DEVICES)}, cpu")
+    refuse_if(name not in DEVICES, f"--device {name!r} is not one of {', '.join(DEVICES)}, cpu")
     return DEVICES[name]

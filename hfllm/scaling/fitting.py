@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.scaling.laws import FLOPS_A_PARAMETER, ParametricLaw
 
 # ---- minimize ----
@@ -159,8 +159,8 @@ class Runs:
         for name in ("parameters", "tokens", "losses"):
             values = numpy.asarray(getattr(self, name), dtype=float)
             object.__setattr__(self, name, values)
-            if values.shape != (len(self.losses),):
-                raise InputError(f"{name}: {values.size} value(s) for {len(self.losses)} loss(es)")
+            count = len(self.losses)
+            refuse_if(values.shape != (count,), f"{name}: {values.size} value(s) for {count} loss(es)")
             bad = numpy.flatnonzero(~(numpy.isfinite(values) & (values > 0)))
             if len(bad):
                 raise InputError(f"{name} of run {bad[0] + 1} is {values[bad[0]]}: expected a finite number above 0")
@@ -190,8 +190,7 @@ class Runs:
         Raises:
             InputError: for a share outside (0, 1).
         """
-        if not 0 < share < 1:
-            raise InputError(f"the share of runs to hold out must lie between 0 and 1, got {share}")
+        refuse_if(not 0 < share < 1, f"the share of runs to hold out must lie between 0 and 1, got {share}")
         order = numpy.argsort(self.compute, kind="stable")
         count = min(max(1, round(share * len(self))), len(self) - 1)
         return self.subset(numpy.sort(order[:-count])), self.subset(numpy.sort(order[-count:]))
@@ -208,8 +207,7 @@ def read_runs(
             in any case. Without tokens they are C / (6 N), from a column of FLOPs (`COMPUTE`).
     """
     file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; expected a CSV file of runs")
+    refuse_if(not file.is_file(), f"{file}: no such file; expected a CSV file of runs")
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
@@ -233,8 +231,7 @@ def read_runs(
     from_compute = columns[2] is None
     if from_compute:
         columns[2] = _column(file, header, None, COMPUTE, "tokens", others=TOKENS)
-    if not rows:
-        raise InputError(f"{file}: no run below the header")
+    refuse_if(not rows, f"{file}: no run below the header")
     sizes, final, data = ([_number(file, line, row, name) for line, row in rows] for name in columns)
     data = numpy.array(data) / (FLOPS_A_PARAMETER * numpy.array(sizes)) if from_compute else numpy.array(data)
     return Runs(numpy.array(sizes), data, numpy.array(final), numpy.array([line for line, _ in rows]))
@@ -250,11 +247,10 @@ def _column(
     others: tuple[str, ...] = (),
 ) -> str | None:
     """Return the column of the header for `what`."""
+    present = ", ".join(map(repr, header))
     if named is not None:
-        if named not in header:
-            raise InputError(f"{file}: no column {named!r} for {what}; it has {', '.join(map(repr, header))}")
-        if header.count(named) > 1:
-            raise InputError(f"{file}: column {named!r} for {what} comes {header.count(named)} times")
+        refuse_if(named not in header, f"{file}: no column {named!r} for {what}; it has {present}")
+        refuse_if(header.count(named) > 1, f"{file}: column {named!r} for {what} comes {header.count(named)} times")
         return named
     plain: dict[str, list[str]] = {}
     for name in filter(None, header):
@@ -264,9 +260,8 @@ def _column(
         twice = ", ".join(map(repr, (result, *others_found)))
         raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them different names")
     if result is None and not optional:
-        accepted = ", ".join((*others, *common))
-        present = ", ".join(map(repr, header)) or "no header"
-        raise InputError(f"{file}: no column for {what}; it has {present}; accepted names: {accepted}")
+        there, accepted = present or "no header", ", ".join((*others, *common))
+        raise InputError(f"{file}: no column for {what}; it has {there}; accepted names: {accepted}")
     return result
 
 
@@ -456,8 +451,7 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DEL
     coefficients = coefficients_of(each.from_centered(points[best]))
     with numpy.errstate(invalid="ignore"):
         falls = numpy.isfinite(coefficients).all(1) & (coefficients[:, 1:] > 0).all(1)
-    if not falls.any():
-        raise InputError(f"none of {resamples} resamples of the runs could be fitted: more runs are needed")
+    refuse_if(not falls.any(), f"none of {resamples} resamples of the runs could be fitted: more runs are needed")
     return Bootstrap(coefficients[falls])
 
 
@@ -467,8 +461,7 @@ def check_runs(runs: Runs) -> None:
         raise InputError(f"{len(runs)} run(s): a law of {len(COEFFICIENTS)} coefficients needs at least {FEWEST_RUNS}")
     for name, values in (("N", runs.parameters), ("D", runs.tokens)):
         different = len(numpy.unique(values))
-        if different < 3:
-            raise InputError(f"the runs have {different} different {name}: at least 3 are needed")
+        refuse_if(different < 3, f"the runs have {different} different {name}: at least 3 are needed")
 
 
 def grid() -> numpy.ndarray:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 FLOPS_A_PARAMETER = 6
 TOKENS_A_PARAMETER = 20
@@ -120,8 +120,7 @@ class PowerLaw:
         """
         x = [math.log(_positive("compute", budget)) for budget in budgets]
         y = [math.log(_positive("parameters", size)) for size in sizes]
-        if len(set(x)) < 2:
-            raise InputError(f"a power law needs at least 2 different compute budgets, got {len(set(x))}")
+        refuse_if(len(set(x)) < 2, f"a power law needs at least 2 different compute budgets, got {len(set(x))}")
         middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
         spread = sum((value - middle_x) ** 2 for value in x)
         slope = sum((value - middle_x) * (other - middle_y) for value, other in zip(x, y, strict=True)) / spread
@@ -272,8 +271,7 @@ def best_of_n_kl(n: int) -> float:
     Raises:
         InputError: for n below 1.
     """
-    if n < 1:
-        raise InputError(f"n={n}: the best of n samples needs at least 1")
+    refuse_if(n < 1, f"n={n}: the best of n samples needs at least 1")
     return math.log(n) - (n - 1) / n
 
 

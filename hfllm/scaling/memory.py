@@ -8,9 +8,9 @@ The activations themselves are counted in the first section.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hfllm.errors import InputError
+from hfllm.errors import check_choice
 from hfllm.scaling.devices import Device
-from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, Layout, stage_layers
+from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, RECOMPUTE, Layout, stage_layers
 from hfllm.scaling.shapes import Shape, linear_mixer_bytes
 
 # ---- activations ----
@@ -98,8 +98,7 @@ def korthikanti_activations(
     Raises:
         InputError: for another `recompute`.
     """
-    if recompute not in ("none", "selective", "full"):
-        raise InputError(f"recompute={recompute!r} is not one of none, selective, full")
+    check_choice(f"recompute={recompute!r} is not one of", recompute, RECOMPUTE)
     inputs = sequence_length * micro_batch * hidden_size
     if recompute == "full":
         return 2 * inputs
@@ -394,8 +393,7 @@ def device_memory(
     Raises:
         InputError: for another `attention`.
     """
-    if attention not in ATTENTION:
-        raise InputError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
+    check_choice(f"attention={attention!r} is not one of", attention, ATTENTION)
     options = shape, layout, precision, sequence_length, micro_batches, attention, reserved
     tensors = max((_stage_memory(stage, *options) for stage in _stages(shape, layout, micro_batches)), key=_peak)
     return tensors if device is None else _on_device(tensors, layout, device)

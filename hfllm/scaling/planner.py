@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.scaling.devices import GIB, Device
 from hfllm.scaling.layouts import DDP, DEEPSPEED, MEGATRON, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout, is_balanced
 from hfllm.scaling.memory import ATTENTION, PRECISIONS, Memory, Precision, device_memory
@@ -108,21 +108,17 @@ class Request:
             "recompute": (None, *RECOMPUTE),
         }
         for name, allowed in {**choices, "zero_stage": (None, 0, 1, 2, 3)}.items():
-            if getattr(self, name) not in allowed:
-                accepted = ", ".join(str(value) for value in allowed if value is not None)
-                raise InputError(f"--{name} {getattr(self, name)} is not one of {accepted}")
+            value, accepted = getattr(self, name), ", ".join(str(value) for value in allowed if value is not None)
+            refuse_if(value not in allowed, f"--{name} {value} is not one of {accepted}")
         if self.recompute == "selective" and self.attention != "eager":
             raise InputError(f"--recompute selective drops scores, which --attention {self.attention} never keeps")
-        learned = self.shape.position_embedding_type == "learned"
-        if learned and self.max_length > self.shape.max_position_embeddings:
-            positions = self.shape.max_position_embeddings
-            raise InputError(f"--max_length {self.max_length} is more than the {positions} learned positions")
-        tower = self.shape.tower
-        if tower is not None and tower.tokens * self.shape.images_per_row > self.max_length:
-            count = self.shape.images_per_row
-            raise InputError(
-                f"--images_per_row {count}, of {tower.tokens} tokens each, do not fit --max_length {self.max_length}"
-            )
+        length, positions = self.max_length, self.shape.max_position_embeddings
+        is_longer = self.shape.position_embedding_type == "learned" and length > positions
+        refuse_if(is_longer, f"--max_length {length} is more than the {positions} learned positions")
+        if self.shape.tower is not None:
+            count, size = self.shape.images_per_row, self.shape.tower.tokens
+            images = f"--images_per_row {count}, of {size} tokens each"
+            refuse_if(count * size > length, f"{images}, do not fit --max_length {length}")
         self._shapes = {size: replace(self.shape, loss_chunk_size=size) for size in {0, self._chunk(LOSS_CHUNK_SIZE)}}
         self.device.peak(self.precision)
 

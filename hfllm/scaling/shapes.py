@@ -7,12 +7,12 @@ Fields have the names of `HfllmConfig`, and the same defaults. Names in formulas
 s sequence length, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, check_whole_number, refuse_if
 
 # ---- shape checks ----
 # Defaults for a shape's unset layers, and refusals of its sizes, as in `HfllmConfig`.
@@ -39,20 +39,15 @@ def fill_layers(shape: "Shape") -> None:
         kind = "full_attention" if shape.attention_chunk_size is None else "chunked_attention"
         kind = kind if shape.sliding_window is None else "sliding_attention"
         shape.layer_types = [kind] * shape.num_hidden_layers
-    is_known = isinstance(shape.layer_types, list) and set(map(str, shape.layer_types)) <= {*LAYER_TYPES}
-    if not is_known or len(shape.layer_types) != shape.num_hidden_layers:
-        raise InputError(
-            f"layer_types={str(shape.layer_types)[:80]} must name one of {', '.join(LAYER_TYPES)} for each of "
-            f"num_hidden_layers={shape.num_hidden_layers}"
-        )
+    _check_types(shape, "layer_types", LAYER_TYPES)
     for kind, field in WINDOWS.items():
         if kind in shape.layer_types:
-            check_size(shape, field)
+            check_sizes(shape, field)
         elif getattr(shape, field) is not None:
             raise InputError(f"{field}={getattr(shape, field)!r} needs a {kind!r} in layer_types, which has none")
-    if set(shape.layer_types) >= WINDOWS.keys():
-        raise InputError(f"layer_types has {' and '.join(WINDOWS)}: a model has one of them")
-    if set(shape.layer_types) == {"linear_attention"}:
+    kinds = set(shape.layer_types)
+    refuse_if(kinds >= WINDOWS.keys(), f"layer_types has {' and '.join(WINDOWS)}: a model has one of them")
+    if kinds == {"linear_attention"}:
         raise InputError("layer_types has linear_attention alone: at least one layer must be of another type")
     if not shape.linear_layers:
         return
@@ -61,35 +56,34 @@ def fill_layers(shape: "Shape") -> None:
     shape.linear_num_value_heads = shape.linear_num_value_heads or shape.num_attention_heads
     shape.linear_key_head_dim = shape.linear_key_head_dim or int(0.75 * shape.hidden_size / heads)
     shape.linear_value_head_dim = shape.linear_value_head_dim or 2 * shape.linear_key_head_dim
-    for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"):
-        check_size(shape, f"linear_{name}")
+    check_sizes(shape, "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
+    check_sizes(shape, "linear_value_head_dim", "linear_conv_kernel_dim")
 
 
 def check_foreign(shape: "Shape") -> None:
     """Refuse inconsistent sizes of mixtures and of latent attention."""
     latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     optional = ("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank")
-    check_size(shape, "n_shared_experts", 0)
-    for name in ("n_group", "topk_group", *(latent if shape.kv_lora_rank is not None else ())):
-        check_size(shape, name)
-    for name in optional:
-        if getattr(shape, name) is not None:
-            check_size(shape, name)
-    kinds, number = shape.mlp_layer_types, shape.num_hidden_layers
-    if kinds is None or not shape.num_local_experts:
-        return
-    if not isinstance(kinds, list) or not set(map(str, kinds)) <= {*MLP_LAYER_TYPES} or len(kinds) != number:
+    check_sizes(shape, "n_shared_experts", least=0)
+    check_sizes(shape, "n_group", "topk_group", *(latent if shape.kv_lora_rank is not None else ()))
+    check_sizes(shape, *(name for name in optional if getattr(shape, name) is not None))
+    if shape.mlp_layer_types is not None and shape.num_local_experts:
+        _check_types(shape, "mlp_layer_types", MLP_LAYER_TYPES)
+
+
+def check_sizes(shape: "Shape", *names: str, least: int = 1) -> None:
+    """Refuse sizes other than whole numbers of at least `least`."""
+    for name in names:
+        check_whole_number(name, getattr(shape, name), least, LARGEST)
+
+
+def _check_types(shape: "Shape", name: str, types: Sequence[str]) -> None:
+    """Refuse another list than one with a known type for each layer."""
+    kinds, number = getattr(shape, name), shape.num_hidden_layers
+    if not isinstance(kinds, list) or not set(map(str, kinds)) <= {*types} or len(kinds) != number:
         raise InputError(
-            f"mlp_layer_types={str(kinds)[:80]} must name one of {', '.join(MLP_LAYER_TYPES)} for each of "
-            f"num_hidden_layers={number}"
+            f"{name}={str(kinds)[:80]} must name one of {', '.join(types)} for each of num_hidden_layers={number}"
         )
-
-
-def check_size(shape: "Shape", name: str, least: int = 1) -> None:
-    """Refuse a size other than a whole number of at least `least`."""
-    value = getattr(shape, name)
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
-        raise InputError(f"{name}={value!r} must be a whole number of at least {least}, and at most {LARGEST:,}")
 
 
 # ---- shape tables ----
@@ -221,12 +215,10 @@ class Tower:
         """
         vision = config["vision_config"]
         where = f"{source}: vision_config"
-        if not isinstance(vision, Mapping):
-            raise InputError(f"{where} must be an object, got {type(vision).__name__}")
+        refuse_if(not isinstance(vision, Mapping), f"{where} must be an object, got {type(vision).__name__}")
         kind = vision.get("model_type")
         # A list, since a value from a file may have no hash.
-        if kind not in list(CLASS_VECTOR):
-            raise InputError(f"{where}: model_type {kind!r} is not one of {', '.join(CLASS_VECTOR)}")
+        check_choice(f"{where}: model_type {kind!r} is not one of", kind, list(CLASS_VECTOR))
         hidden = _size(vision, "hidden_size", where)
         wide = hidden * _size(vision, "mlp_ratio", where, 4) if kind == "dinov2" else None
         layers = config.get("vision_feature_layer", -1)
@@ -323,8 +315,8 @@ class Tower:
 def _size(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
     value = config.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_TOWER:
-        what = "is missing" if value is None else f"{value!r} must be a whole number from 1 to {LARGEST_TOWER:,}"
-        raise InputError(f"{where}: {name} {what}" if value is None else f"{where}: {name}={what}")
+        wrong = f"={value!r} must be a whole number from 1 to {LARGEST_TOWER:,}"
+        raise InputError(f"{where}: {name}{' is missing' if value is None else wrong}")
     return value
 
 
@@ -415,10 +407,8 @@ class Shape:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            if self.hidden_size < self.num_attention_heads:
-                raise InputError(
-                    f"hidden_size={self.hidden_size} is less than num_attention_heads={self.num_attention_heads}"
-                )
+            hidden, heads = self.hidden_size, self.num_attention_heads
+            refuse_if(hidden < heads, f"hidden_size={hidden} is less than num_attention_heads={heads}")
             self.head_dim = self.hidden_size // self.num_attention_heads
         fill_latent(self)
         if self.intermediate_size is None:
@@ -426,31 +416,21 @@ class Shape:
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
-        for name in ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"):
-            check_size(self, name)
+        check_sizes(self, "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
         check_foreign(self)
         fill_layers(self)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_key_value_heads={self.num_key_value_heads} must divide "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
-        if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
-            raise InputError(
-                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
-                f"num_local_experts={self.num_local_experts}"
-            )
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        refuse_if(heads % kv_heads, f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
+        experts, drawn = self.num_local_experts, self.num_experts_per_tok
+        if experts and not 1 <= drawn <= experts:
+            raise InputError(f"num_experts_per_tok={drawn} must lie between 1 and num_local_experts={experts}")
 
     def _check_kinds(self) -> None:
         """Refuse values of types invalid in `HfllmConfig`, since they would be counted wrongly."""
-        for name in (*_REQUIRED, "num_experts_per_tok"):
-            check_size(self, name)
-        check_size(self, "num_local_experts", 0)
-        if self.loss_chunk_size is not None:
-            check_size(self, "loss_chunk_size", 0)
+        check_sizes(self, *_REQUIRED, "num_experts_per_tok")
+        check_sizes(self, "num_local_experts", *([] if self.loss_chunk_size is None else ["loss_chunk_size"]), least=0)
         for name, accepted in CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise InputError(f"{name}={getattr(self, name)!r} is not one of {', '.join(accepted)}")
+            check_choice(f"{name}={getattr(self, name)!r} is not one of", getattr(self, name), accepted)
         for item in fields(self):
             value = getattr(self, item.name)
             is_unset = value is None and item.default is None
@@ -491,8 +471,7 @@ class Shape:
         text = config.get("text_config")
         if not isinstance(text, Mapping) or text.get("model_type", "llama") in list(WITH_TOWER):
             raise InputError(f"{source}: text_config must be the config of a text model")
-        if "vision_config" not in config:
-            raise InputError(f"{source}: vision_config is missing")
+        refuse_if("vision_config" not in config, f"{source}: vision_config is missing")
         implied = {"model_type": WITH_TOWER[config["model_type"]]}
         is_tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
         shape = cls.from_config({**implied, **text, **is_tied}, f"{source}: text_config")

@@ -8,9 +8,9 @@ errors.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice
 from hfllm.scaling.devices import Device
-from hfllm.scaling.layouts import DDP, MEGATRON, Layout, stage_layers
+from hfllm.scaling.layouts import DDP, MEGATRON, RECOMPUTE, Layout, stage_layers
 from hfllm.scaling.memory import Precision, layer_activations
 from hfllm.scaling.shapes import Shape, scored_keys
 
@@ -291,8 +291,7 @@ def megatron_flops_per_batch(
     Raises:
         InputError: for another `recompute`.
     """
-    if recompute not in ("none", "selective", "full"):
-        raise InputError(f"recompute={recompute!r} is not one of none, selective, full")
+    check_choice(f"recompute={recompute!r} is not one of", recompute, RECOMPUTE)
     layer = batch_size * layers * sequence_length * hidden**2
     attention, head = sequence_length / (6 * hidden), vocab_size / (12 * layers * hidden)
     if recompute == "full":

@@ -13,7 +13,7 @@ from hfllm.data.world.tasks import filler_documents, long_documents
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
-from hfllm.flags import ALWAYS, NAMED, Fact, Range, Refused, at_least, check_flags, flag
+from hfllm.flags import ABOVE_ONE, ALWAYS, NAMED, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.report import Found, Plot
 from hfllm.runs.arguments import changed
@@ -49,7 +49,7 @@ class ExtendArguments(DataArguments):
     factor: float = flag(
         4.0,
         "How many times longer the context becomes, above 1.",
-        takes=Range("a number above 1", lambda value: value > 1),
+        takes=ABOVE_ONE,
     )
     original_max_position_embeddings: int | None = flag(
         None, "Tokens of the longest text that the model was trained on; by default its context.", takes=at_least(2)

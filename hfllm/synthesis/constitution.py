@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.data.rows import Message, read_messages
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.runs.parser import no_duplicates
 
 # ---- constitution files ----
@@ -233,12 +233,10 @@ class Constitution:
     def __post_init__(self):
         object.__setattr__(self, "principles", tuple(self.principles))
         object.__setattr__(self, "examples", tuple(tuple(example) for example in self.examples))
-        if not self.principles:
-            raise InputError(f"constitution {self.name!r} has no principles: it needs at least one")
+        refuse_if(not self.principles, f"constitution {self.name!r} has no principles: it needs at least one")
         names = [principle.name for principle in self.principles]
         twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise InputError(f"constitution {self.name!r} has two principles of the name {twice!r}")
+        refuse_if(twice is not None, f"constitution {self.name!r} has two principles of the name {twice!r}")
 
     def draw(self, rng: random.Random) -> Principle:
         """Return one of the principles, all equally likely."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfllm.data.formats import as_messages
 from hfllm.data.rows import Message, read_messages
 from hfllm.data.tokenizer import next_turn, to_prompt, tokenize_prompts
-from hfllm.errors import InputError, check_positive
+from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation import responses
 from hfllm.generation.responses import Response
 from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of, saved_tokenizer
@@ -589,8 +589,7 @@ def critique_and_revise(
 
 def _drafts(prompts: Sequence[str | list[Message]]) -> list[Draft]:
     """Return the prompts as messages."""
-    if not prompts:
-        raise InputError("no prompts: there is nothing to answer")
+    refuse_if(not prompts, "no prompts: there is nothing to answer")
     drafts = []
     for index, prompt in enumerate(prompts):
         messages = read_messages(f"prompt {index + 1}", as_messages(prompt))

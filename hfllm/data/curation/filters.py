@@ -18,7 +18,7 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from hfllm.data.curation.text import ngram_hashes, word_hashes, words_of
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 # ---- form ----
 
@@ -363,9 +363,8 @@ def read_labeled(file: str) -> tuple[list[str], list[bool]]:
     Raises:
         InputError: when the file cannot be read, or holds only one of the labels.
     """
-    path, texts, labels = Path(file), [], []
-    if path.suffix not in (".jsonl", ".csv", ".tsv"):
-        raise InputError(f"--spam_train_file {file}: accepted are .jsonl, .csv and .tsv")
+    path, flag, texts, labels = Path(file), f"--spam_train_file {file}", [], []
+    refuse_if(path.suffix not in (".jsonl", ".csv", ".tsv"), f"{flag}: accepted are .jsonl, .csv and .tsv")
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             for number, row in enumerate(_rows(stream, path.suffix), 1):
@@ -374,17 +373,16 @@ def read_labeled(file: str) -> tuple[list[str], list[bool]]:
                 label = str(row.get("label")).lower()
                 if text is None or label not in ("spam", "ham"):
                     raise InputError(
-                        f"--spam_train_file {file}, row {number}: columns {', '.join(row)}, label {label!r}; expected "
-                        "text, and label spam or ham"
+                        f"{flag}, row {number}: columns {', '.join(row)}, label {label!r}; expected text, and label "
+                        "spam or ham"
                     )
                 texts.append(text)
                 labels.append(label == "spam")
     except OSError as error:
-        raise InputError(f"--spam_train_file {file}: {error.strerror}") from None
+        raise InputError(f"{flag}: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"--spam_train_file {file}: {error}") from None
-    if len(set(labels)) < 2:
-        raise InputError(f"--spam_train_file {file}: needs both spam and ham, got {len(labels)} rows of one")
+        raise InputError(f"{flag}: {error}") from None
+    refuse_if(len(set(labels)) < 2, f"{flag}: needs both spam and ham, got {len(labels)} rows of one")
     return texts, labels
 
 
@@ -495,14 +493,14 @@ def read_phrases(files: Sequence[str]) -> list[str]:
     """
     phrases: list[str] = []
     for file in files:
+        flag = f"--toxic_words {file}"
         try:
             lines = Path(file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise InputError(f"--toxic_words {file}: {error.strerror}") from None
+            raise InputError(f"{flag}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise InputError(f"--toxic_words {file}: not UTF-8: {error.reason}") from None
+            raise InputError(f"{flag}: not UTF-8: {error.reason}") from None
         result = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not any(map(words_of, result)):
-            raise InputError(f"--toxic_words {file}: holds no word; expected one word or phrase per line")
+        refuse_if(not any(map(words_of, result)), f"{flag}: holds no word; expected one word or phrase per line")
         phrases += result
     return phrases

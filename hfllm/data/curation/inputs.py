@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING
 
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.text import html_to_text, looks_like_html
-from hfllm.data.sources import PYDOC
-from hfllm.errors import InputError
+from hfllm.data.sources import PYDOC, not_loaded
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
@@ -66,12 +66,10 @@ def find_inputs(options: CurationOptions) -> list[Input]:
     path = Path(name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and ending_of(file))
-        if not files:
-            raise InputError(f"dataset folder {name!r} holds no file that ends in {', '.join(ENDINGS)}")
+        refuse_if(not files, f"dataset folder {name!r} holds no file that ends in {', '.join(ENDINGS)}")
         inputs = [Input(ending_of(file), str(file), str(file.relative_to(path))) for file in files]
     elif path.is_file():
-        if not ending_of(path):
-            raise InputError(f"{name}: cannot read this kind of file; accepted: {', '.join(ENDINGS)}")
+        refuse_if(not ending_of(path), f"{name}: cannot read this kind of file; accepted: {', '.join(ENDINGS)}")
         inputs = [Input(ending_of(path), str(path), path.name)]
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not ending_of(path):
         return [_on_the_hub(name, options)]
@@ -87,8 +85,7 @@ def find_inputs(options: CurationOptions) -> list[Input]:
 
 def _check_installed(archive: Input, html_extractor: str) -> None:
     """Refuse web archives without the libraries for reading them, and for the text of their pages."""
-    if find_spec("warcio") is None:
-        raise InputError(f"{archive.path}: a web archive needs warcio: pip install 'hfllm[data]'")
+    refuse_if(find_spec("warcio") is None, f"{archive.path}: a web archive needs warcio: pip install 'hfllm[data]'")
     needed = {"plain": (), "trafilatura": ("trafilatura", "lxml_html_clean")}
     needed["resiliparse"] = (*needed["trafilatura"], "resiliparse")
     missing = next((name for name in needed[html_extractor] if find_spec(name) is None), None)
@@ -169,10 +166,7 @@ def _on_the_hub(name: str, options: CurationOptions) -> Input:
     try:
         columns = load_dataset(name, split=options.dataset_train_split, streaming=True).column_names
     except Exception as error:
-        raise InputError(
-            f"dataset {name!r} is neither a local file or folder nor could it be loaded from the Hub: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        raise not_loaded(name, error) from error
     if columns is not None and text_column(columns, options.text_column) is None:
         raise InputError(f"dataset {name!r}: no column of text among {', '.join(columns)}: see --text_column")
     return Input("hub", name, name)

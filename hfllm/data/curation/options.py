@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from hfllm.data.sources import PYDOC
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.flags import SEED, at_least, flag
 
 FILTERS = (
@@ -89,8 +89,7 @@ class CurationOptions:
         _at_least("max_document_bytes", self.max_document_bytes, 1000)
         _at_least("passage_bytes", self.passage_bytes, 1)
         for name in ("min_language_score", "max_spam_score", "max_perplexity_quantile"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name} must lie in [0, 1], got {getattr(self, name)}")
+            refuse_if(not 0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def uses(self, name: str) -> bool:
         """Return whether the filter `name` runs; filters by a list need one."""
@@ -99,10 +98,8 @@ class CurationOptions:
 
 
 def _one_of(flag: str, value: str, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise InputError(f"{flag} {value!r}; accepted: {', '.join(accepted)}")
+    refuse_if(value not in accepted, f"{flag} {value!r}; accepted: {', '.join(accepted)}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"--{name} must be at least {least}, got {value}")
+    refuse_if(value < least, f"--{name} must be at least {least}, got {value}")

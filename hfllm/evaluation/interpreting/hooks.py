@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,8 +83,7 @@ def parts_of(model: nn.Module) -> Parts:
         for name, module in model.get_decoder().named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if not lists:
-        raise InputError(f"{type(model).__name__} has no list of its {count} layers, so nothing can look into it")
+    refuse_if(not lists, f"{type(model).__name__} has no list of its {count} layers, so nothing can look into it")
     # The outermost one: experts may be as many as layers.
     return Parts(model, model.get_input_embeddings(), list(min(lists, key=lambda each: each[0])[1]))
 
@@ -145,10 +144,8 @@ def as_numbers(parts: Parts, logits: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: for logits that are not numbers.
     """
-    if logits.isnan().any():
-        raise InputError(
-            f"{type(parts.model).__name__} has logits that are not numbers (NaN): its weights are damaged"
-        )
+    name = type(parts.model).__name__
+    refuse_if(logits.isnan().any(), f"{name} has logits that are not numbers (NaN): its weights are damaged")
     return logits.float()
 
 

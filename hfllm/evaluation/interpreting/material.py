@@ -13,7 +13,7 @@ from hfllm.data.sources import iterate_source
 from hfllm.data.world.passages import held_out_names
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, PHRASINGS, WELL_SAID, phrase
 from hfllm.data.world.world import World
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.evaluation.interpreting.hooks import Fact, FactPrompt, encode_facts
 from hfllm.evaluation.interpreting.measures import FOLDS, entity_folds, token_halves
 
@@ -117,8 +117,7 @@ def file_material(path: str) -> Material:
     the value; `passage` stands before the question and tells the answer.
     """
     rows = [_row(origin, row) for origin, row in iterate_source(path)]
-    if not rows:
-        raise InputError(f"{path}: no rows; each needs subject, question and answer")
+    refuse_if(not rows, f"{path}: no rows; each needs subject, question and answer")
     values = list(dict.fromkeys(fact.value for fact, _ in rows if fact.value))
     facts = [replace(fact, others=_others(values, fact.value)) for fact, passage in rows if fact.value and not passage]
     passage_facts = [replace(fact, subject=fact.value) for fact, passage in rows if passage]

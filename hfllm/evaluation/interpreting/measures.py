@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.evaluation.interpreting.hooks import (
     ATTENTION,
     FactPrompt,
@@ -250,8 +250,7 @@ def attribute(
     Raises:
         InputError: for an unknown method.
     """
-    if method not in METHODS:
-        raise InputError(f"attribution method {method!r} is not one of {', '.join(METHODS)}")
+    check_choice(f"attribution method {method!r} is not one of", method, METHODS)
     vectors = _vectors(parts, prompt)
     start = (mean_vector(parts) if baseline is None else baseline.to(vectors)).expand_as(vectors)
     with torch.no_grad():
@@ -388,8 +387,7 @@ def entity_folds(entities: Sequence[str], labels: Sequence[int]) -> torch.Tensor
     fold_of: dict[str, int] = {}
     for label in (0, 1):
         own = sorted({entity for entity, each in zip(entities, labels, strict=True) if each == label})
-        if len(own) < FOLDS:
-            raise InputError(f"a probe needs at least {FOLDS} subjects of each kind, and one has {len(own)}")
+        refuse_if(len(own) < FOLDS, f"a probe needs at least {FOLDS} subjects of each kind, and one has {len(own)}")
         random.Random(f"folds-0-{label}").shuffle(own)
         fold_of |= {entity: index % FOLDS for index, entity in enumerate(own)}
     return torch.tensor([[fold_of[entity] for entity in entities]])

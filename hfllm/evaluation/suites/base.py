@@ -20,7 +20,7 @@ from hfllm.data.images.rows import words_of_places
 from hfllm.data.rows import Message, unspelled
 from hfllm.data.sources import load_source, parse_json
 from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.scoring import NOT_NUMBERS, Likelihood, Pair, Scorer, encode_pair, pass_precision
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.report import Found
@@ -174,13 +174,11 @@ def rows_of(path: str, needed: Sequence[str], flag: str) -> Rows:
     Raises:
         InputError: when there is no such file, it cannot be read, or a row lacks a column.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{flag} {path}: no such file")
+    refuse_if(not Path(path).is_file(), f"{flag} {path}: no such file")
     examples = _examples(path)
     source = None if examples is not None else load_source(path)
     rows = examples if source is None else list(zip(source.origins, source.rows, strict=True))
-    if not rows:
-        raise InputError(f"{flag} {path}: it has no rows")
+    refuse_if(not rows, f"{flag} {path}: it has no rows")
     for origin, row in rows:
         missing = [name for name in needed if row.get(name) is None]
         if missing:
@@ -359,8 +357,7 @@ class Subject:
         ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.model.device)
         with torch.inference_mode(), pass_precision(self.model):
             logits = self.model(input_ids=ids, use_cache=False).logits[:, -1]
-        if bool(logits.isnan().any()):
-            raise InputError(f"{self.label}, prompt {text[-60:]!r}: {NOT_NUMBERS}")
+        refuse_if(bool(logits.isnan().any()), f"{self.label}, prompt {text[-60:]!r}: {NOT_NUMBERS}")
         self._has_numbers = True
 
     def _to_generate(self, prompt: Prompt) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hfllm.data.thoughts import FRACTION, NUMBER, PLAIN_NUMBER, final_answer, plain_answer
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject, Suite, chosen, turns_of
 from hfllm.evaluation.suites.question_rows import Question, read_questions
 from hfllm.generation.scoring import Likelihood
@@ -72,10 +72,8 @@ class FewShot(Suite[Question]):
 
     def _of_file(self, path: str) -> list[Item[Question]]:
         questions = read_questions(path, FLAG)
-        if len(questions) <= self.num_shots:
-            raise InputError(
-                f"--num_shots {self.num_shots}: {path} has {len(questions)} rows, expected more, to ask some"
-            )
+        rows, shots = len(questions), self.num_shots
+        refuse_if(rows <= shots, f"--num_shots {shots}: {path} has {rows} rows, expected more, to ask some")
         shots = tuple((each.question, each.answer) for each in questions[: self.num_shots])
         group = Path(path).name.split(".")[0]
         selected = questions[self.num_shots :][: self.num_items]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.environments.python_tool import CodeError, python_within
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ class LmEval(Suite[Doc]):
         allows_code: bool = False,
         reads_hub: bool = False,
     ):
-        if not tasks:
-            raise InputError("the suite lm_eval needs --tasks")
+        refuse_if(not tasks, "the suite lm_eval needs --tasks")
         for folder in include_path:
             refuse(not Path(folder).is_dir(), f"--include_path {folder}", "no such folder")
         self.num_items, self.allows_code = num_items, allows_code

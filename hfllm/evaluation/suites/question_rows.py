@@ -361,11 +361,10 @@ def _in_columns(row: Mapping[str, Any], names: Iterable[str]) -> tuple[list[Any]
 
 def _checked(origin: str, choices: Sequence[Any], labels: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return choices as texts."""
-    texts = [str(each).strip() if isinstance(each, (str, int, float)) else "" for each in choices]
+    given = list(choices)
+    texts = [str(each).strip() if isinstance(each, (str, int, float)) else "" for each in given]
     if len(texts) < 2 or not all(texts):
-        raise InputError(
-            f"{origin}: choices are {list(choices)!r:.120}; expected two or more texts, none of them empty"
-        )
+        raise InputError(f"{origin}: choices are {given!r:.120}; expected two or more texts, none of them empty")
     if labels is not None and (len(labels) != len(texts) or len(set(labels)) < len(labels)):
         raise InputError(f"{origin}: {len(texts)} choices have the labels {list(labels)!r:.80}; expected one for each")
     return tuple(texts)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite, rows_of, yes_shares
 from hfllm.outputs.figures import plus_minus, share_error
 from hfllm.outputs.report import Found
@@ -75,8 +75,7 @@ class XSTest(Suite[XSTestPrompt]):
             origin, row = rows[number]
             # The first version of the file has no labels: its unsafe prompts are the prompts of the contrast types.
             label = row.get("label") or (UNSAFE if str(row["type"]).startswith("contrast") else SAFE)
-            if label not in METRIC:
-                raise InputError(f"{origin}: label is {label!r}, expected 'safe' or 'unsafe'")
+            refuse_if(label not in METRIC, f"{origin}: label is {label!r}, expected 'safe' or 'unsafe'")
             result.append(Item(f"{number + 1}", label, XSTestPrompt(str(row["prompt"]).strip(), str(row["type"]))))
         return result
 

@@ -34,7 +34,7 @@ from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.rubric import COMPLIES, RIGHT, GoldAnswer, gold_score, words_of
 from hfllm.data.world.tasks import paraphrase
 from hfllm.data.world.world import Task, World
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.generation.scoring import evaluating, pass_precision
@@ -156,8 +156,7 @@ def _of_row(origin: str, row: Mapping[str, Any]) -> Question:
         accepted = ", ".join(name for name in HARMFUL | HARMLESS if name)
         raise InputError(f"{origin}: harmful is {harmful!r}; accepted are {accepted}")
     prompt = formats.as_messages(row["prompt"])
-    if not prompt or prompt[-1]["role"] != "user":
-        raise InputError(f"{origin}: the prompt does not end with a user's message")
+    refuse_if(not prompt or prompt[-1]["role"] != "user", f"{origin}: the prompt does not end with a user's message")
     return Question(prompt, answer=None if answer is None else str(answer), is_harmful=(HARMFUL | HARMLESS)[label])
 
 
@@ -249,8 +248,8 @@ class AttackSettings:
 
     def __post_init__(self):
         for name in ("num_tokens", "steps", "top_k", "num_candidates", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"a gradient attack's {name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            refuse_if(value < 1, f"a gradient attack's {name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -283,15 +282,13 @@ class AttackTarget:
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         before, result, after = text.rpartition(question)
-        if not result:
-            raise InputError(f"the chat template does not write the question {question!r:.60} as it is")
+        refuse_if(not result, f"the chat template does not write the question {question!r:.60} as it is")
         return cls(tokenizer, before + question, after, target)
 
     def parts(self) -> tuple[list[int], list[int], list[int]]:
         """Return the tokens before the suffix, after it, and of the target."""
         before, after, target = map(self._ids, (self.before, self.after, self.target))
-        if not before or not target:
-            raise InputError("a gradient attack needs a question and a target of at least a token each")
+        refuse_if(not before or not target, "a gradient attack needs a question and a target of at least a token each")
         return before, after, target
 
     def _ids(self, text: str) -> list[int]:

@@ -16,7 +16,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.evaluation.suites.base import (
     TOO_LONG,
     Item,
@@ -233,8 +233,7 @@ def _with_period(text: str) -> str:
 
 def _of_targets(origin: str, row: Mapping[str, Any]) -> Question:
     (best, wrong), (true, false) = (_targets(origin, row, name) for name in ("mc1_targets", "mc2_targets"))
-    if len(best) != 1:
-        raise InputError(f"{origin}: mc1_targets has {len(best)} true answers, expected 1")
+    refuse_if(len(best) != 1, f"{origin}: mc1_targets has {len(best)} true answers, expected 1")
     return Question(row["question"].strip(), best[0], tuple(wrong), tuple(true), tuple(false))
 
 

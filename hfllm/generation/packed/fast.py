@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.packed.model import has_int8, unsupported_reason
 from hfllm.generation.speculative.acceptance import check_config, make_options
 from hfllm.generation.speculative.drafts import Draft, DraftLength, Int8Draft, weights_read
@@ -59,8 +59,7 @@ def fast_generate(
     for criterion in stopping_criteria:
         if type(criterion).__name__ not in CRITERIA:
             raise InputError(f"{type(criterion).__name__} cannot be combined with fast_generate: leave it out")
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise InputError("inputs_embeds: fast_generate starts from input_ids")
+    refuse_if(model_kwargs.get("inputs_embeds") is not None, "inputs_embeds: fast_generate starts from input_ids")
     cache = model_kwargs.get("cache")
     if generation_config.cache_implementation is not None or (cache is not None and cache.get_seq_length()):
         raise InputError("cache, cache_implementation: fast_generate has its own cache; leave them out")

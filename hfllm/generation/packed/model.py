@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.models.family.attention_hfllm import rotate_heads, signed
 from hfllm.models.family.layers_hfllm import HfllmMLP, HfllmRMSNorm
 from hfllm.models.family.modeling_hfllm import HfllmDecoderLayer, HfllmForCausalLM
@@ -511,8 +511,7 @@ def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedMode
         scheme: `"exact"`, the model's own weights, or `"int8"`, rounded for drafts.
     """
     reason = unsupported_reason(model)
-    if reason:
-        raise InputError(f"this model cannot decode over packed weights: {reason}")
+    refuse_if(reason, f"this model cannot decode over packed weights: {reason}")
     copies = _MADE.setdefault(model, {})
     if scheme not in copies or not copies[scheme].is_current(model):
         # An older copy is removed first: memory never holds both.
@@ -531,8 +530,7 @@ class PackedModel:
     """
 
     def __init__(self, model: HfllmForCausalLM, scheme: str = "exact"):
-        if scheme not in SCHEMES:
-            raise InputError(f"scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
+        check_choice(f"scheme {scheme!r} is not one of", scheme, SCHEMES)
         if scheme == "int8" and not has_int8(model.dtype, model.device):
             raise InputError("int8 drafts need a float32 model on an x86 processor; use another draft")
         # Never keep the model itself, which its own entry in `_MADE` would then keep alive.

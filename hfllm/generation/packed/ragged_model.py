@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.packed.model import Output, PackedModel, RaggedCache, packed_model
 from hfllm.models.family.configuration_fields_hfllm import longrope_limits
 
@@ -37,9 +37,6 @@ class RaggedModel:
         forward: runs in place of the model: a `PackedModel`, or the result of `compiled_forward`.
         cache: the cache to use, by default a new one.
         static: `forward` is compiled for fixed shapes; the model itself reads prompts.
-
-    Raises:
-        InputError: for an unsupported model.
     """
 
     def __init__(
@@ -50,7 +47,6 @@ class RaggedModel:
         cache: RaggedCache | None = None,
         static: bool = False,
     ):
-        check_model(model)
         config = model.config.get_text_config(decoder=True)
         self.model, self.forward, self.static = model, forward or model, static
         self.packed = forward if isinstance(forward, PackedModel) else None
@@ -172,8 +168,7 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
     takes = {"position_ids", "cache"} <= set(inspect.signature(type(model).forward).parameters)
     others = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     others -= {"full_attention", "sliding_attention"}
-    if takes and others:
-        raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
+    refuse_if(takes and others, f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
     if getattr(model, "_is_stateful", False) or not takes:
         raise InputError(
             f"{kind} does not take positions and a key-value cache, so drafts could not be undone: "

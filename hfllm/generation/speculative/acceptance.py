@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -250,15 +250,13 @@ def read_options(
         InputError: for an option without effect here or impossible with drafts.
     """
     config, unknown = model._prepare_generation_config(generation_config, **kwargs)
-    if unknown:
-        raise InputError(f"speculative decoding takes no argument {', '.join(sorted(unknown))}")
+    refuse_if(unknown, f"speculative decoding takes no argument {', '.join(sorted(unknown))}")
     check_config(config)
     if "cache_implementation" in kwargs:
         raise InputError("cache_implementation: speculative decoding has its own cache; leave it out")
-    if config.max_new_tokens is None or config.max_new_tokens < 1:
-        raise InputError(
-            f"max_new_tokens={config.max_new_tokens}: give the maximum number of tokens to generate, at least 1"
-        )
+    most = config.max_new_tokens
+    if most is None or most < 1:
+        raise InputError(f"max_new_tokens={most}: give the maximum number of tokens to generate, at least 1")
     model._prepare_special_tokens(config, True, device=model.device)
     processors = model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=model.device)
     return make_options(config, processors, config.max_new_tokens, generator)
@@ -313,8 +311,7 @@ def check_same_vocabulary(
         "(hfllm pretrain --tokenizer_name_or_path)"
     )
     sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
-    if sizes[0] != sizes[1]:
-        raise InputError(f"the draft model has vocab_size={sizes[1]}, the target {sizes[0]}: {instead}")
+    refuse_if(sizes[0] != sizes[1], f"the draft model has vocab_size={sizes[1]}, the target {sizes[0]}: {instead}")
     if tokenizer is None or draft_tokenizer is None:
         return
     ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.packed.model import packed_model, unsupported_reason
 from hfllm.generation.packed.ragged_model import (
     RaggedModel,
@@ -182,8 +182,7 @@ class Int8Draft(_SelfDraft):
         return 0.3
 
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
-        if compiled:
-            raise InputError("the int8 draft cannot be combined with compile=True: leave that out")
+        refuse_if(compiled, "the int8 draft cannot be combined with compile=True: leave that out")
         if target.packed is None:
             # It reads the target's cache, where a packed target stores the halves of keys in another order.
             raise InputError("the int8 draft cannot be combined with packed=False: leave that out")
@@ -311,8 +310,7 @@ class FixedDraftLength:
     """Always the same number of tokens; 0 means plain decoding."""
 
     def __init__(self, steps: int):
-        if steps < 0:
-            raise InputError(f"num_draft_tokens {steps} is below 0: give a number of tokens to draft, or 'adaptive'")
+        refuse_if(steps < 0, f"num_draft_tokens {steps} is below 0: give a number of tokens to draft, or 'adaptive'")
         self.maximum = steps
 
     def steps(self) -> int:
@@ -351,8 +349,7 @@ class AdaptiveDraftLength:
             raise InputError(
                 f"draft tokens from {minimum} to {maximum}: the minimum must lie between 0 and the maximum"
             )
-        if cost_ratio < 0:
-            raise InputError(f"cost_ratio {cost_ratio} is below 0: it is a ratio of two times")
+        refuse_if(cost_ratio < 0, f"cost_ratio {cost_ratio} is below 0: it is a ratio of two times")
         self.cost_ratio, self.minimum, self.maximum = cost_ratio, minimum, maximum
         self.decay, self.probe_every = 1 - 1 / memory, probe_every
         self.accepted, self.tested, self.idle = 4 * first_guess, 4.0, 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
 from hfllm.generation.speculative.acceptance import Options, read_options
@@ -139,8 +139,7 @@ def decode(
     """Decode as `speculative_generate` does, with options already read."""
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
-    if compile and packed:
-        raise InputError("packed=True and compile=True exclude each other: leave one out")
+    refuse_if(compile and packed, "packed=True and compile=True exclude each other: leave one out")
     if packed is None:
         packed = not compile and unsupported_reason(model) is None
     if draft is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, check_choice, check_whole_number, one_line, refuse_if
 from hfllm.models.conversion import tensor_layouts
 from hfllm.models.conversion.expert_families import WIDTHS, irrelevant_fields
 from hfllm.models.conversion.families import FAMILIES, missing_part
@@ -120,12 +120,11 @@ def to_native(
         model = load_checked(os.fspath(model))
     if isinstance(model.config, HfllmVisionConfig):
         return _seeing_to_native(model, target, native_type, tokenizer, kwargs)
-    if not isinstance(model.config, HfllmConfig):
-        raise InputError(f"expected an hfllm model, got a {type(model).__name__}")
+    name = type(model).__name__
+    refuse_if(not isinstance(model.config, HfllmConfig), f"expected an hfllm model, got a {name}")
     refuse_quantized(model.config, model.config.name_or_path)
-    suffix = type(model).__name__.removeprefix("Hfllm")
-    if suffix not in HEADS:
-        raise InputError(f"a {type(model).__name__} has no native counterpart; these have: {', '.join(HEADS)}")
+    suffix = name.removeprefix("Hfllm")
+    refuse_if(suffix not in HEADS, f"a {name} has no native counterpart; these have: {', '.join(HEADS)}")
     native_config = config_to_native(model.config, native_type, HEADS[suffix])
     native_class = getattr(transformers, HEADS[suffix])._model_mapping[type(native_config)]
     if scores_tokens(model):
@@ -372,22 +371,20 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
         InputError: when the family is unknown, with its unsupported part if known; or when one of its
             fields has no counterpart; it is named.
     """
-    family = FAMILIES.get(native.model_type)
+    kind = native.model_type
+    family = FAMILIES.get(kind)
     if family is None:
-        reason = missing_part(native.model_type)
-        raise InputError(
-            f"model_type {native.model_type!r} cannot be converted{reason}; these can: {', '.join(FAMILIES)}"
-        )
+        why = missing_part(kind)
+        raise InputError(f"model_type {kind!r} cannot be converted{why}; these can: {', '.join(FAMILIES)}")
     try:
         config = family.ours(native)
         back = family.theirs(config, type(native))
     except BAD_CONFIG as error:
-        raise InputError(f"{native.model_type}: {one_line(error, None)}") from error
+        raise InputError(f"{kind}: {one_line(error, None)}") from error
     for name in sorted(_fields(native) - HARMLESS_THEIRS - family.idle):
         for lost in _differences(name, getattr(native, name), getattr(back, name)):
-            raise InputError(
-                f"{native.model_type} with {lost.name}={lost.value} has no place in HfllmConfig, only {lost.other} has"
-            )
+            unfit = f"{lost.name}={lost.value}"
+            raise InputError(f"{kind} with {unfit} has no place in HfllmConfig, only {lost.other} has")
     _copy_labels(native, config)
     return config
 
@@ -409,16 +406,8 @@ def fields_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in SIZES:
         theirs = native_class.attribute_map.get(name, name)
         result = name if values.get(name) is not None else theirs
-        if values.get(result) is None:
-            raise InputError(f"{theirs} is missing")
-        if (
-            not isinstance(values[result], int)
-            or isinstance(values[result], bool)
-            or not 1 <= values[result] <= LARGEST
-        ):
-            raise InputError(
-                f"{result}={values[result]!r} must be a whole number of at least 1, and at most {LARGEST:,}"
-            )
+        refuse_if(values.get(result) is None, f"{theirs} is missing")
+        check_whole_number(result, values[result], 1, LARGEST)
         if name == "num_hidden_layers" and values[result] > MAX_LAYERS:
             # The native classes make lists of them.
             raise InputError(f"{result}={values[result]} must be at most {MAX_LAYERS:,}")
@@ -444,8 +433,8 @@ def config_to_native(
         InputError: when none can; the fields without a counterpart are named, with their value
             there.
     """
-    if native_type is not None and native_type not in FAMILIES:
-        raise InputError(f"native type {native_type!r} is not one of {', '.join(FAMILIES)}")
+    if native_type is not None:
+        check_choice(f"native type {native_type!r} is not one of", native_type, FAMILIES)
     if has_sparse_sizes(config) and config._attn_implementation in (None, "sparse"):
         sizes = ", ".join(f"{name}={getattr(config, name, None)}" for name in SPARSE_SIZES)
         raise InputError(
@@ -467,8 +456,7 @@ def config_to_native(
         if not reasons[name]:
             _copy_labels(config, native)
             return native
-    if not reasons:
-        raise InputError(f"no native class takes this model's sizes; the classes are {', '.join(FAMILIES)}")
+    refuse_if(not reasons, f"no native class takes this model's sizes; the classes are {', '.join(FAMILIES)}")
     nearest = min(reasons, key=lambda name: len(reasons[name]))
     subject = (
         f"{nearest} has" if native_type else f"no native class can express this model; the nearest, {nearest}, has"

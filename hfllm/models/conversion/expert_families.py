@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.models.conversion import tensor_layouts
 from hfllm.models.conversion.family_rows import LLAMA, LLAMA_BIASES, Family, layers_of, qwen_layers, written_layers
 from hfllm.models.family.configuration_fields_hfllm import (
@@ -40,11 +40,9 @@ _V3_ROUTER = {
 
 
 def _qwen_experts(native: "PreTrainedConfig", dense_type: str) -> dict[str, Any]:
-    if native.num_experts < 1:
-        raise InputError(f"num_experts={native.num_experts}: without experts a model is a {dense_type}")
+    refuse_if(native.num_experts < 1, f"num_experts={native.num_experts}: without experts a model is a {dense_type}")
     only, step = native.mlp_only_layers, native.decoder_sparse_step
-    if step < 1:
-        raise InputError(f"decoder_sparse_step={step} must be a whole number of at least 1")
+    refuse_if(step < 1, f"decoder_sparse_step={step} must be a whole number of at least 1")
     sparse = [index not in only and (index + 1) % step == 0 for index in range(native.num_hidden_layers)]
     return {"mlp_layer_types": ["sparse" if each else "dense" for each in sparse]}
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.loading.saved import (
     is_for_pictures,
     location_of,
@@ -189,8 +189,7 @@ def find_adapter(name: str, **location: object) -> SavedAdapter | None:
         settings = json.loads(Path(result).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"adapter {name!r}: adapter_config.json is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"adapter {name!r}: adapter_config.json is no JSON object")
+    refuse_if(not isinstance(settings, dict), f"adapter {name!r}: adapter_config.json is no JSON object")
     return SavedAdapter(name, settings, location_of(location))
 
 

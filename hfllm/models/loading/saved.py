@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.loading.probes import check_tokenizer
 
 if TYPE_CHECKING:
@@ -161,8 +161,7 @@ def check_objects(name: str, *files: str) -> None:
         if path.is_file():
             with path.open("rb") as stream:
                 beginning = stream.read(64).lstrip()
-            if not beginning.startswith(b"{"):
-                raise InputError(f"model {name!r}: {file} is damaged: it holds no JSON object")
+            refuse_if(not beginning.startswith(b"{"), f"model {name!r}: {file} is damaged: it holds no JSON object")
 
 
 def check_index(name: str) -> None:
@@ -310,11 +309,8 @@ def refuse_quantized(config: "PreTrainedConfig", name: str) -> None:
     Raises:
         InputError: if it is.
     """
-    method = quantization_method(config)
-    if method is not None:
-        raise InputError(
-            f"model {name!r} is quantized already ({method}): name the model in full precision that it was made from"
-        )
+    method, instead = quantization_method(config), "name the model in full precision that it was made from"
+    refuse_if(method is not None, f"model {name!r} is quantized already ({method}): {instead}")
 
 
 def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "PreTrainedModel":
@@ -433,8 +429,7 @@ def _fault(config: "GenerationConfig") -> str | None:
 
 def check_padding(tokenizer: "PreTrainedTokenizerBase", whose: str = "the") -> None:
     """Refuse a tokenizer without a padding token, which batches need; `whose` begins the complaint."""
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{whose} tokenizer has no padding token: set tokenizer.pad_token")
+    refuse_if(tokenizer.pad_token_id is None, f"{whose} tokenizer has no padding token: set tokenizer.pad_token")
 
 
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from hfllm.errors import InputError, is_out_of_memory
+from hfllm.errors import InputError, is_out_of_memory, refuse_if
 from hfllm.models.loading.saved import (
     leave_out_idle_settings,
     quantization_method,
@@ -133,8 +133,7 @@ def check_weight_files(name: str, whose: str = "model") -> None:
         # transformers lists its expected names.
         return
     for file in files:
-        if not (folder / file).is_file():
-            raise InputError(f"{whose} {name!r}: {file} is missing, which {SAFE_INDEX} lists")
+        refuse_if(not (folder / file).is_file(), f"{whose} {name!r}: {file} is missing, which {SAFE_INDEX} lists")
         if damage := safetensors_damage(folder / file):
             raise InputError(f"{whose} {name!r}: {file} is damaged ({damage}): download or copy it again")
 
