@@ -63,7 +63,8 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     quantize.check_model(chosen_args, model_args, config)
     if sees:
         processor = load_processing_class(source, model_args.model_revision, config)
-        rows = quantize.questions_of(script_args, script_args, script_args.num_eval_prompts, processor)
+        reading = script_args.image_reading()
+        rows = quantize.questions_of(script_args.row_source, reading, script_args.num_eval_prompts, processor)
     else:
         rows = quantize.eval_texts(script_args, script_args.num_eval_texts, seed)
     stage.announce()

@@ -36,6 +36,8 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     """Train, save, write the report. Return the metrics."""
     from transformers import set_seed
 
+    from hfllm.data.images.rows import words_of_places
+    from hfllm.data.sources import WORLD
     from hfllm.flags import check_flags
     from hfllm.multimodal.freezing import freeze
     from hfllm.multimodal.processors import check_template
@@ -60,8 +62,10 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     seed, revision = training_args.seed, model_args.model_revision
     processor = reward.scoring_processor(model_args.model_name_or_path, revision)
-    rows = reward.user_comparisons(script_args, seed, processor)
-    sees = processor is not None
+    sees, rows = processor is not None, None
+    if script_args.dataset_name != WORLD:
+        reading = script_args.image_reading(words_of_places(processor)) if sees else None
+        rows = reward.user_comparisons(script_args.row_sources, reading, script_args.augment, seed)
     if shared.check_rows(script_args, training_args, model_args, rows or ((), ()), sees):
         check_template(processor, model_args.model_name_or_path)
     before = chain_before(
@@ -83,7 +87,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     train_rows, test_rows = rows or reward.world_comparisons(
         script_args.world,
         *load_policy(base_args),
-        reward.comparison_settings(script_args, seed),
+        script_args.comparison_settings(seed),
         training_args.device,
     )
     if rows is None and training_args.train_sampling_strategy == "sequential":

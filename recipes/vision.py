@@ -63,8 +63,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         questions = vision.question_rows(dataset_name, seed, *mix)
         rows = vision.drawn_rows(questions) if name else questions
     else:
-        tokens = words_of_places(shared.picture_processor(name, revision))
-        rows, held_out = vision.own_rows(script_args, seed, script_args.max_eval_samples, tokens)
+        reading = script_args.image_reading(words_of_places(shared.picture_processor(name, revision)))
+        rows, held_out = vision.own_rows(script_args.row_sources, reading, seed, script_args.max_eval_samples)
         parts = vision.parts_of(held_out)
     if name and shards_parameters(training_args):
         shared.refuse_mixed(rows)

@@ -224,7 +224,7 @@ def rows_of(script_args: ClassifyArguments, seed: int) -> tuple[Rows, Rows, list
     else:
         reader = labelled.reader_of(task, script_args.class_names)
         most = {"share": script_args.eval_share, "most": script_args.max_eval_samples}
-        train, held_out = user_rows(script_args, reader, seed, flaw_of=lambda row: None, **most)
+        train, held_out = user_rows(script_args.row_sources, reader, seed, flaw_of=lambda row: None, **most)
     try:
         labels = labelled.labels_of(task, [*train, *held_out], script_args.class_names)
     except InputError as error:

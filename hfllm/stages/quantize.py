@@ -1,17 +1,18 @@
 """Quantization: its flags and checks, and the comparison of schemes, on texts or images."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.images.rows import (
     OF_PICTURES,
+    ImageReading,
     PictureArguments,
     by_turns,
     picture_mapper,
     words_of_places,
 )
-from hfllm.data.loading import DataArguments
+from hfllm.data.loading import DataArguments, RowSource
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.errors import InputError
 from hfllm.flags import ALWAYS, NAMED, NO_NAME, SEED, Fact, Refused, at_least, check_flags, flag
@@ -203,19 +204,18 @@ def eval_texts(source: DataArguments, count: int, seed: int) -> list[str]:
     world = source.world
     if world is not None:
         return world.documents(count, seed=-1 - seed)
-    texts = [text for text in load_rows(source, formats.to_text) if text.strip()]
+    texts = [text for text in load_rows(source.row_source, formats.to_text) if text.strip()]
     if not texts:
         raise InputError(f"--dataset_name {source.dataset_name} has no text")
     return texts[:count]
 
 
-def questions_of(
-    source: DataArguments, pictures: PictureArguments, count: int, processor: "ProcessorMixin"
-) -> "list[Asked]":
+def questions_of(source: RowSource, reading: ImageReading, count: int, processor: "ProcessorMixin") -> "list[Asked]":
     """Return questions about images with their answers: drawn ones, or the first of each of the user's rows.
 
     Args:
-        pictures: how to read images.
+        source: the user's rows, or drawn ones by their name.
+        reading: of the user's images.
         count: of the questions, at most.
     """
     from hfllm.data.formats import to_sft
@@ -224,13 +224,13 @@ def questions_of(
     from hfllm.stages.vision.build import SHUFFLED, eval_parts, question_of
     from hfllm.stages.vision.flags import DRAWN
 
-    name = source.dataset_name
+    name = source.name
     if name in DRAWN:
         parts = eval_parts(name, max(count, 2))
         selected = [questions for part, questions in parts.items() if part != SHUFFLED]
         # Equally many of each kind, in turns: seen in training, and unseen.
         return [question for turn in zip(*selected, strict=True) for question in turn][:count]
-    mapper = picture_mapper(pictures, name, to_sft, "hfllm quantize", words_of_places(processor))
+    mapper = picture_mapper(name, replace(reading, tokens=words_of_places(processor)), to_sft, "hfllm quantize")
     rows = kept_rows(source, mapper, flaw_of_pictures, most=count)
     return [question_of(by_turns(row)[0]) for row in rows]
 

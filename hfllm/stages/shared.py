@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.formats import Row
 from hfllm.data.images.rows import (
     Convert,
+    ImageReading,
     PictureArguments,
     by_turns,
     contents_of,
@@ -20,7 +21,7 @@ from hfllm.data.images.rows import (
     words_or_pictures,
     written_when,
 )
-from hfllm.data.loading import DataArguments, RowArguments, held_out_arguments, load_rows, shared_prompts, split_rows
+from hfllm.data.loading import DataArguments, RowSource, RowSources, load_rows, shared_prompts, split_rows
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import Dropped, Message, flaw_of, origin_of
 from hfllm.errors import InputError, refuse
@@ -57,7 +58,7 @@ Mapper = Callable[[str, Row], Row]
 
 
 def user_rows(
-    script_args: RowArguments,
+    sources: RowSources,
     mapper: Mapper,
     seed: int,
     share: float = 0.05,
@@ -68,7 +69,7 @@ def user_rows(
     """Return training and held-out rows of the user's dataset, and print how many are left out and why.
 
     Args:
-        script_args: the datasets.
+        sources: the rows.
         mapper: converts a row, given its origin.
         seed: of the split, where the user names no held-out rows.
         share: of the rows to hold out then.
@@ -77,28 +78,27 @@ def user_rows(
         eval_mapper: converts the held-out rows named by the user, where paths in them are relative to
             another folder; by default `mapper` does.
     """
-    rows = kept_rows(script_args, mapper, flaw_of)
-    named = held_out_arguments(script_args)
+    rows, named = kept_rows(sources.train, mapper, flaw_of), sources.held_out
     if named is None:
         return split_rows(rows, seed, share, 256 if most is None else most)
     eval_rows = kept_rows(named, eval_mapper or mapper, flaw_of)[:most]
     if shared := shared_prompts(rows, eval_rows):
-        say(f"{named.dataset_name}: {shared:,} of {len(eval_rows):,} held-out rows have the prompt of a training row")
+        say(f"{named.name}: {shared:,} of {len(eval_rows):,} held-out rows have the prompt of a training row")
     return rows, eval_rows
 
 
-def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: int | None = None) -> Rows:
+def kept_rows(source: RowSource, mapper: Mapper, flaw_of: Flaw, most: int | None = None) -> Rows:
     """Return the usable rows of a dataset, and print how many are left out and why.
 
     Args:
         most: maximum number of rows; later ones are not read. By default all.
     """
     dropped = Dropped()
-    rows = load_rows(script_args, mapper, dropped, flaw_of, most)
+    rows = load_rows(source, mapper, dropped, flaw_of, most)
     if not rows:
-        raise InputError(f"{script_args.dataset_name}: no row is left: {dropped}")
+        raise InputError(f"{source.name}: no row is left: {dropped}")
     if dropped.count:
-        say(f"{script_args.dataset_name}: {dropped}")
+        say(f"{source.name}: {dropped}")
     return rows
 
 
@@ -190,11 +190,11 @@ def _count_images(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def rows_with_images(
-    script_args: RowArguments,
+    sources: RowSources,
+    reading: ImageReading,
     convert: Convert,
     stage: str,
     seed: int,
-    tokens: Sequence[str],
     needs_images: bool = False,
     most: int | None = None,
 ) -> tuple[Rows, Rows]:
@@ -203,24 +203,25 @@ def rows_with_images(
     If one row has images, the messages of all rows have parts as their content.
 
     Args:
-        script_args: the datasets, and the treatment of unreadable images.
+        sources: the rows.
+        reading: of their images.
         convert: converts a row of text, such as `formats.to_sft`.
         stage: the command, for complaints.
         seed: of the split.
-        tokens: the processor's placeholders for images; rows with one of them in their text are left out.
         needs_images: whether rows without images are left out.
         most: see `user_rows`.
     """
 
     def mapper_of(name: str) -> Convert:
-        pictures = picture_mapper(script_args, name, convert, stage, tokens)
-        return pictures if needs_images else words_or_pictures(pictures, convert, tokens)
+        pictures = picture_mapper(name, reading, convert, stage)
+        return pictures if needs_images else words_or_pictures(pictures, convert, reading.tokens)
 
     def flaw(row: Row) -> str | None:
         return flaw_of_pictures(row) if row.get("images") else flaw_of(row)
 
-    name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
-    parts = user_rows(script_args, mapper_of(name), seed, most=most, flaw_of=flaw, eval_mapper=mapper_of(eval_name))
+    # Paths are relative to the folder of their own dataset.
+    mapper, eval_mapper = mapper_of(sources.train.name), mapper_of((sources.held_out or sources.train).name)
+    parts = user_rows(sources, mapper, seed, most=most, flaw_of=flaw, eval_mapper=eval_mapper)
     if shows_pictures(*parts):
         for row in (row for part in parts for row in part if not row.get("images")):
             origin = origin_of(row, "a row")

@@ -136,7 +136,7 @@ def prompt_rows(source: DataArguments, num_prompts: int) -> list[Row]:
     world = source.world
     if world is not None:
         return [task.prompt_row() for task in world.evaluation_tasks(num_prompts)]
-    rows = load_rows(source, without_images(formats.to_prompt, "hfllm speculative"))[:num_prompts]
+    rows = load_rows(source.row_source, without_images(formats.to_prompt, "hfllm speculative"))[:num_prompts]
     if not rows:
         raise InputError(f"--dataset_name {source.dataset_name} has no prompts")
     return rows

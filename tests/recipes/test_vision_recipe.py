@@ -174,7 +174,7 @@ def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
             said = [row["completion"][0]["content"][0]["text"] for row in rows]
             assert len(rows) == 10
         else:
-            rows, held_out = own_rows(script_args, 0, 256)
+            rows, held_out = own_rows(script_args.row_sources, script_args.image_reading(), 0, 256)
             assert len(rows) == 6 and [each.answer for each in held_out] == ["one"]
             assert [len(row["images"]) for row in rows] == [1, 2] * 3 and len(held_out[0].images) == 1
             said = ["one", "two"] * 3
@@ -198,15 +198,15 @@ def test_rows_that_would_stop_a_batch_are_refused_or_left_out(drawn, tmp_path, c
         rows.write_text("\n".join([*lines[:3], json.dumps({**json.loads(lines[3]), **columns}), *lines[4:]]))
 
     write(prompt="Is <|image|> a mark?")
-    train, held_out = own_rows(script_args, 0, 256, ["<|image|>"])
+    train, held_out = own_rows(script_args.row_sources, script_args.image_reading(["<|image|>"]), 0, 256)
     assert len(train) + len(held_out) == 11 and "1 with words for a picture" in capsys.readouterr().out
     write(prompt="What?", completion="A <image>.")
     with pytest.raises(InputError, match=r"line 4: a place \(<image>\) in what the assistant says"):
-        own_rows(script_args, 0, 256)
+        own_rows(script_args.row_sources, script_args.image_reading(), 0, 256)
     schema = {"type": "function", "function": {"name": "look", "parameters": {}}}
     write(tools=[schema])
     with pytest.raises(InputError, match="line 4: the row has tools"):
-        own_rows(script_args, 0, 256)
+        own_rows(script_args.row_sources, script_args.image_reading(), 0, 256)
 
 
 def test_pictures_in_memory_may_be_of_any_mode():

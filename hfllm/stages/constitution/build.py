@@ -291,7 +291,7 @@ class Steps:
         """Return the user's red-team prompts, a part held out, and harmless ones, if with room for an answer."""
         script_args, reader = self.script_args, without_images(to_prompt, "hfllm constitution")
         settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
-        harmful, held_out = user_rows(script_args, reader, script_args.seed, **settings)
+        harmful, held_out = user_rows(script_args.row_sources, reader, script_args.seed, **settings)
         harmless = self._rows_named(script_args.helpful_dataset_name, reader, flaw_of_prompt)
         rows_by_kind = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
         return Prompts(*(self._with_room(f"{kind} prompts", rows) for kind, rows in rows_by_kind.items()), [])
@@ -306,7 +306,7 @@ class Steps:
         """Return the rows of another dataset of the user's, if one is named."""
         if not name:
             return []
-        return kept_rows(replace(self.script_args, dataset_name=name, eval_dataset_name=None), reader, flaw_of)
+        return kept_rows(replace(self.script_args.row_source, name=name), reader, flaw_of)
 
     def _with_room(self, kind: str, rows: Sequence[Row]) -> list[Conversation]:
         """Return the prompts with room for an answer in the model's context, and print the number of others."""

@@ -91,7 +91,7 @@ def organisations_of(
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 
     def read(dataset: str) -> list[Row]:
-        return kept_rows(replace(script_args, dataset_name=dataset), mapper, flaw_of)
+        return kept_rows(replace(script_args.row_source, name=dataset), mapper, flaw_of)
 
     is_private = script_args.row_clip_norm is not None
     if own_file is not None:

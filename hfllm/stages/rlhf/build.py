@@ -192,7 +192,7 @@ def prompt_data(
         settings = {"share": 0.1, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
         name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
         settings["eval_mapper"] = mapper_of(eval_name)
-        train_rows, eval_rows = user_rows(script_args, mapper_of(name), seed, **settings)
+        train_rows, eval_rows = user_rows(script_args.row_sources, mapper_of(name), seed, **settings)
         # A reward function gets the same columns in each batch.
         names = {name: None for row in (*train_rows, *eval_rows) for name in row}
         shows = any(isinstance(row["prompt"], list) and row.get("images") for row in (*train_rows, *eval_rows))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import to_sft
-from hfllm.data.images.rows import Rows, by_turns, png_of, text_of
-from hfllm.data.loading import RowArguments
+from hfllm.data.images.rows import ImageReading, Rows, by_turns, png_of, text_of
+from hfllm.data.loading import RowSources
 from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.pictures import (
@@ -146,17 +146,17 @@ class JoinedRows(Sequence[PictureRow]):
 # ---- the user's rows, and drawn ones for the user's model ----
 
 
-def own_rows(script_args: RowArguments, seed: int, most: int, tokens: Sequence[str] = ()) -> tuple[Rows, list[Asked]]:
+def own_rows(sources: RowSources, reading: ImageReading, seed: int, most: int) -> tuple[Rows, list[Asked]]:
     """Return rows with `prompt`, `completion` and `images` to train on, and the held-out ones as questions.
 
     Args:
-        script_args: the datasets, and the treatment of unreadable images.
+        sources: the rows.
+        reading: of their images.
         seed: of the split.
         most: held-out rows at most.
-        tokens: the processor's placeholders for images; rows with one of them in their text are left out.
     """
     settings = {"needs_images": True, "most": most}
-    train, held_out = rows_with_images(script_args, to_sft, "hfllm vision", seed, tokens, **settings)
+    train, held_out = rows_with_images(sources, reading, to_sft, "hfllm vision", seed, **settings)
     return [turn for row in train for turn in by_turns(row)], [question_of(by_turns(row)[0]) for row in held_out]
 
 
