@@ -40,7 +40,7 @@ def main(
 
     from hfllm.outputs.card import write_labels
     from hfllm.runs.command_line import main_process
-    from hfllm.runs.models import check_trainable, fitting_length
+    from hfllm.runs.models import check_trainable, fitting_length, named_model, peft_config
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import classify
@@ -67,10 +67,11 @@ def main(
 
     stage.announce()
     before.run()
-    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
+    base = replace(named_model(model_args), name=before.model("pretrain") or model_args.model_name_or_path)
     # The head is new, and so are the weights of an adapter.
     set_seed(seed)
-    model, tokenizer = classify.load_with_head(task.name, labels, base_args, output_dir)
+    adapter = peft_config(model_args, classify.HEADS[task.name][1])
+    model, tokenizer = classify.load_with_head(task.name, labels, base, adapter, output_dir)
     length = fitting_length(script_args.max_length, model)
     train_tokens, test_tokens = (
         classify.tokens_of(task, rows, tokenizer, length, title)
@@ -93,7 +94,7 @@ def main(
     if main_process() and labels:
         write_labels(output_dir, labels)
     lines = classify.next_lines(task.name, output_dir, test_rows[0], model_args.use_peft, labels)
-    models = {"model": base_args.model_name_or_path}
+    models = {"model": base.name}
     tables, plots = dict(result.tables), dict(result.plots)
     return stage.finish(
         metrics, trainer, result.summary, tables, plots, next_steps=lines, too_wide=["Samples"], models=models

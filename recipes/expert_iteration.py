@@ -13,6 +13,7 @@ before. A run that was stopped goes on with the round that it was in. docs/guide
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     """Make what is missing, sample, keep and fine-tune in each round, compare, report. Return the metrics."""
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
+    from hfllm.runs.models import named_model
     from hfllm.runs.pipeline import by_main_process, data_file
     from hfllm.runs.stage import Stage
     from hfllm.stages import expert_iteration
@@ -61,7 +63,8 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
 
     def load(model: str) -> "Speaking":
         """The model of the beginning, or that of a round."""
-        return load_speaking(model, model_args, model_args.model_revision if model == rounds.first else "main")
+        revision = model_args.model_revision if model == rounds.first else "main"
+        return load_speaking(replace(named_model(model_args), name=model, revision=revision))
 
     settings, seed, counts = script_args.of_rounds, script_args.seed, []
     writer = RoundWriter(train_rows, reward, settings)

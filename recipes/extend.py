@@ -41,7 +41,7 @@ def main(
     from hfllm.data.world.world import World
     from hfllm.models.extension import extend_model, extended_config
     from hfllm.outputs.card import loading_lines
-    from hfllm.runs.models import check_trainable, load_policy
+    from hfllm.runs.models import check_trainable, load_policy, named_model
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.recipes import settings_file
     from hfllm.runs.stage import Stage
@@ -73,9 +73,9 @@ def main(
     if before.runs:
         extend.write_base_texts(world, script_args.num_documents, seed, output_dir)
     before.run()
-    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
+    base = replace(named_model(model_args), name=before.model("pretrain") or model_args.model_name_or_path)
     set_seed(seed)
-    model, tokenizer = load_policy(base_args)
+    model, tokenizer = load_policy(base)
     counts = extend.Counts(script_args.num_train_texts, script_args.num_eval_texts, script_args.num_needles)
     rows = extend.long_rows_of(world, texts, counts, tokenizer, length, seed)
 
@@ -96,7 +96,7 @@ def main(
 
     result = evaluation.results()
     metrics = {**result.metrics, "original_length": original, "length": length, "factor": factor, **trained}
-    lines, models = loading_lines(output_dir), {"model": base_args.model_name_or_path}
+    lines, models = loading_lines(output_dir), {"model": base.name}
     return stage.finish(
         metrics, trainer, result.summary, dict(result.tables), dict(result.plots), next_steps=lines, models=models
     )

@@ -42,7 +42,14 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.multimodal.freezing import freeze
     from hfllm.multimodal.processors import check_template
     from hfllm.outputs.figures import plus_minus, share_error, with_error
-    from hfllm.runs.models import check_trainable, load_policy, load_scorer_to_train, load_tokenizer, peft_config
+    from hfllm.runs.models import (
+        check_trainable,
+        load_policy,
+        load_scorer_to_train,
+        load_tokenizer,
+        named_model,
+        peft_config,
+    )
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import reward, shared
@@ -82,11 +89,11 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     stage.announce()
     before.run()
     name = before.model("sft") or model_args.model_name_or_path
-    base_args = replace(model_args, model_name_or_path=name)
+    base = replace(named_model(model_args), name=name)
     tokenizer = processor.tokenizer if sees else load_tokenizer(name, revision)
     train_rows, test_rows = rows or reward.world_comparisons(
         script_args.world,
-        *load_policy(base_args),
+        *load_policy(base),
         script_args.comparison_settings(seed),
         training_args.device,
     )
@@ -94,7 +101,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
         train_rows = reward.in_batches_of_like_length(train_rows, global_batch_size(training_args), seed)
     # The head is new, and so are the weights of an adapter.
     set_seed(seed)
-    model = load_scorer_to_train(base_args, training_args.output_dir)
+    model = load_scorer_to_train(base, training_args.output_dir)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     freeze(model, script_args.freeze_vision, script_args.freeze_text)
     trainer = reward.comparison_trainer(

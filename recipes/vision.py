@@ -36,7 +36,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     from hfllm.multimodal.freezing import freeze
     from hfllm.outputs.figures import change_of
     from hfllm.outputs.pictures import picture_lines
-    from hfllm.runs.models import check_trainable, peft_config
+    from hfllm.runs.models import check_trainable, named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
     from hfllm.stages.vision import build as vision
@@ -72,7 +72,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     stage.announce()
     frozen = (script_args.freeze_vision, script_args.freeze_text)
     if name:
-        model, processor = shared.load_picture_model(model_args, *frozen)
+        model, processor = shared.load_picture_model(named_model(model_args), *frozen)
         trainer = SFTTrainer(
             model=model,
             args=shared.picture_args(stage.training_args, rows),

@@ -21,9 +21,11 @@ from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from trl import ModelConfig
 
+    from hfllm.runs.models import NamedModel
     from hfllm.trainers.trl_trainers import HeadTrainer
 
 
@@ -113,33 +115,33 @@ def check(script_args: ClassifyArguments, training_args: "TrainingArguments", mo
 
 
 def load_with_head(
-    task: str, labels: Sequence[str], model_args: "ModelConfig", output_dir: str
+    task: str, labels: Sequence[str], model: "NamedModel", adapter: "PeftConfig | None", output_dir: str
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load the model with the head of a task, new for a language model, and its tokenizer.
 
     Args:
         labels: of the head; none for spans.
-        model_args: the model; with `--use_peft` an adapter is put on it, and a named adapter is merged.
+        model: the model; if it is an adapter, a new one is trained on its merged base.
+        adapter: a new one to put on it.
         output_dir: folder of a merged base.
     """
     import transformers
 
     from hfllm.data.labelled import check_tokenizer
-    from hfllm.runs.models import load_head_to_train, load_tokenizer, peft_config
+    from hfllm.runs.models import load_head_to_train, load_tokenizer
 
     auto_name, task_type = HEADS[task]
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    tokenizer = load_tokenizer(model.name, model.revision)
     check_tokenizer(tokenizer)
     names = dict(enumerate(labels))
     head = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if labels else {}
-    model = load_head_to_train(model_args, output_dir, getattr(transformers, auto_name), task_type, **head)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    adapter = peft_config(model_args, task_type)
+    loaded = load_head_to_train(model, output_dir, getattr(transformers, auto_name), task_type, **head)
+    loaded.config.pad_token_id = tokenizer.pad_token_id
     if adapter is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, adapter)
-    return model, tokenizer
+        loaded = get_peft_model(loaded, adapter)
+    return loaded, tokenizer
 
 
 def next_lines(task: str, folder: str, example: Row, is_adapter: bool, labels: Sequence[str]) -> list[str]:

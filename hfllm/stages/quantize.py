@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hfllm.evaluation.before_after import QuantizationEvaluation, SchemeRow
     from hfllm.evaluation.pictures import Asked
     from hfllm.multimodal.processors import ProcessingClass
+    from hfllm.runs.models import NamedModel
 
 
 # ---- flags ----
@@ -238,18 +239,17 @@ def questions_of(source: RowSource, reading: ImageReading, count: int, processor
 # ---- the comparison ----
 
 
-def load_whole(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessingClass]":
-    """Return the named model in full precision, and its tokenizer or processor."""
+def load_whole(model: "NamedModel") -> "tuple[PreTrainedModel, ProcessingClass]":
+    """Return a model in full precision, and its tokenizer or processor."""
     from hfllm.multimodal.processors import check_template
     from hfllm.runs.models import load_policy, load_seeing
     from hfllm.stages.shared import load_processing_class
 
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    if not sees(name, revision):
-        return load_policy(model_args)
-    processor = load_processing_class(name, revision)
-    check_template(processor, name)
-    return load_seeing(model_args), processor
+    if not sees(model.name, model.revision):
+        return load_policy(model)
+    processor = load_processing_class(model.name, model.revision)
+    check_template(processor, model.name)
+    return load_seeing(model), processor
 
 
 def make_evaluation(

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
     from hfllm.multimodal.processors import ProcessingClass
+    from hfllm.runs.models import NamedModel
 
 
 # ---- user rows ----
@@ -288,44 +289,44 @@ def load_processor(name: str, revision: str) -> "ProcessorMixin":
 
 
 def load_policy(
-    model_args: "ModelConfig", config: "PreTrainedConfig", output_dir: str
+    model: "NamedModel", config: "PreTrainedConfig", output_dir: str
 ) -> "tuple[PreTrainedModel, ProcessingClass]":
     """Load the policy to train with its tokenizer, or with its processor if it reads images.
 
     Args:
-        config: the policy's.
+        model: the policy.
+        config: of it.
         output_dir: see `load_to_train`.
     """
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_to_train
 
     if not is_for_pictures(config):
-        return load_to_train(model_args, output_dir)
-    processor = load_processing_class(model_args.model_name_or_path, model_args.model_revision, config)
-    return load_seeing_model(model_args), processor
+        return load_to_train(model, output_dir)
+    processor = load_processing_class(model.name, model.revision, config)
+    return load_seeing_model(model), processor
 
 
-def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel":
+def load_seeing_model(model: "NamedModel") -> "PreTrainedModel | PeftModel":
     """Load the named vision-language model; an adapter of one is trained further."""
     from transformers import AutoModelForImageTextToText
 
-    from hfllm.models.loading.adapters import find_adapter, load_base, put_on
+    from hfllm.models.loading.adapters import load_base, put_on
     from hfllm.models.loading.weights import load_weights_of
-    from hfllm.runs.models import load_kwargs, refuse_four_bits_of_pictures
+    from hfllm.runs.models import refuse_four_bits_of_pictures
 
-    refuse_four_bits_of_pictures(model_args)
-    name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
-    adapter = find_adapter(name, revision=model_args.model_revision)
+    refuse_four_bits_of_pictures(model)
+    adapter = model.adapter
     if adapter is None:
-        return load_weights_of(AutoModelForImageTextToText, name, **kwargs)[0]
+        return load_weights_of(AutoModelForImageTextToText, model.name, **model.kwargs)[0]
     adapter.check("CAUSAL_LM")
-    if model_args.use_peft:
+    if model.trains_adapter:
         raise InputError(
-            f"--use_peft: {name} is an adapter already, which is trained further without that flag; or merge it into "
-            f"{adapter.base} by PEFT's merge_and_unload and name the result"
+            f"--use_peft: {model.name} is an adapter already, which is trained further without that flag; or merge it "
+            f"into {adapter.base} by PEFT's merge_and_unload and name the result"
         )
-    say(f"adapter {name} of {adapter.base} is trained further")
-    base, _ = load_base(adapter, AutoModelForImageTextToText, **kwargs)
+    say(f"adapter {model.name} of {adapter.base} is trained further")
+    base, _ = load_base(adapter, AutoModelForImageTextToText, **model.kwargs)
     return put_on(base, adapter, is_trainable=True)
 
 
@@ -352,32 +353,32 @@ def picture_processor(name: str, revision: str) -> "ProcessorMixin":
 
 
 def load_picture_model(
-    model_args: "ModelConfig", freeze_vision: bool = False, freeze_text: bool = False
+    model: "NamedModel", freeze_vision: bool = False, freeze_text: bool = False
 ) -> "tuple[PreTrainedModel, ProcessorMixin]":
     """Load the user's vision-language model to train on images, and its processor with a padding token.
 
     Args:
+        model: the user's.
         freeze_vision: whether the tower stays as it is, see `freeze`.
         freeze_text: whether the decoder does.
     """
     from hfllm.models.loading.saved import reason_of
     from hfllm.multimodal.freezing import freeze
 
-    name = model_args.model_name_or_path
-    processor = picture_processor(name, model_args.model_revision)
+    processor = picture_processor(model.name, model.revision)
     try:
-        model = load_seeing_model(model_args)
+        loaded = load_seeing_model(model)
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from error
-    freeze(model, freeze_vision, freeze_text)
+        raise InputError(f"model {model.name!r} could not be loaded: {reason_of(error)}") from error
+    freeze(loaded, freeze_vision, freeze_text)
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"the tokenizer of {name!r} has no end token (eos_token): answers end with one")
+            raise InputError(f"the tokenizer of {model.name!r} has no end token (eos_token): answers end with one")
         tokenizer.pad_token = tokenizer.eos_token
-    return model, processor
+    return loaded, processor
 
 
 def picture_args(args: "SFTConfig", rows: Sequence[Mapping[str, Any]]) -> "SFTConfig":
@@ -419,12 +420,11 @@ class Speaking:
         return sample_responses(self.model, self.tokenizer, prompts, length, **settings)
 
 
-def load_speaking(
-    name: str, model_args: "ModelConfig", revision: str = "main", processor: "ProcessorMixin | None" = None
-) -> Speaking:
+def load_speaking(model: "NamedModel", processor: "ProcessorMixin | None" = None) -> Speaking:
     """Load a model to answer with, on the machine's accelerator if there is one.
 
     Args:
+        model: the model.
         processor: of a vision-language model, loaded as such.
     """
     import torch
@@ -433,15 +433,14 @@ def load_speaking(
     from hfllm.data.tokenizer import padding_token
     from hfllm.runs.models import load_policy, load_seeing
 
-    load_args = changed(model_args, model_name_or_path=name, model_revision=revision)
     if processor is None:
-        model, tokenizer = load_policy(load_args)
+        loaded, tokenizer = load_policy(model)
     else:
-        model, tokenizer = load_seeing(load_args), processor.tokenizer
+        loaded, tokenizer = load_seeing(model), processor.tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = padding_token(tokenizer)
-    device = PartialState().device if torch.cuda.is_available() else model.device
-    return Speaking(model.to(device).eval(), tokenizer)
+    device = PartialState().device if torch.cuda.is_available() else loaded.device
+    return Speaking(loaded.to(device).eval(), tokenizer)
 
 
 def next_lines(folder: str, prompt: str | list[Message], config: "PreTrainedConfig", is_adapter: bool) -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hfllm.generation.speculative.drafts import Draft, DraftLength
     from hfllm.generation.speculative.measure import Costs, SpeedRow
     from hfllm.generation.speculative.speculative import Statistics
+    from hfllm.runs.models import NamedModel
     from hfllm.runs.pipeline import Chain
 
 Row = Mapping[str, Any]
@@ -182,7 +183,7 @@ class DraftSource:
     """
 
     kind: str
-    assistant: "ModelConfig"
+    assistant: "NamedModel"
     max_ngram: int | None = None
     early_exit_layers: int | None = None
 
@@ -210,7 +211,7 @@ class DraftSource:
     def expression(self) -> str:
         """The Python expression for the same draft in your own code."""
         return {
-            "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({self.assistant.model_name_or_path!r}))",
+            "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({self.assistant.name!r}))",
             "prompt_lookup": f"PromptLookupDraft({self.max_ngram or 3})",
             "early_exit": f"EarlyExitDraft({self.early_exit_layers})",
             "int8": "Int8Draft()",

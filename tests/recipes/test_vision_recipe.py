@@ -16,6 +16,7 @@ from hfllm.data.images.rows import as_dataset
 from hfllm.errors import InputError
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.outputs.pictures import picture_lines
+from hfllm.runs.models import named_model
 from hfllm.stages import shared
 from hfllm.stages.vision.build import drawn_rows, new_model, new_trainer, own_rows, question_rows
 from hfllm.stages.vision.flags import check
@@ -178,7 +179,7 @@ def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
             assert len(rows) == 6 and [each.answer for each in held_out] == ["one"]
             assert [len(row["images"]) for row in rows] == [1, 2] * 3 and len(held_out[0].images) == 1
             said = ["one", "two"] * 3
-        model, processor = shared.load_picture_model(model_args)
+        model, processor = shared.load_picture_model(named_model(model_args))
         dataset = as_dataset(rows, script_args.max_pixels)
         args = shared.picture_args(args, rows)
         trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor)

@@ -30,7 +30,7 @@ from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.report import Found
 from hfllm.rewards import judges
 from hfllm.runs.command_line import say
-from hfllm.runs.models import load_config, load_tokenizer
+from hfllm.runs.models import load_config, load_tokenizer, named_model
 from hfllm.runs.pipeline import Row, by_main_process
 from hfllm.stages.constitution.flags import (
     AI_LABELS,
@@ -379,8 +379,11 @@ class Steps:
         if name not in self._models:
             folder = self.course.helpful if name == HELPFUL else self.course.folder(name)
             revision = self.model_args.model_revision if folder == self.course.named else "main"
-            self._models[name] = load_speaking(folder, self.model_args, revision)
+            self._models[name] = self._load(folder, revision)
         return self._models[name]
+
+    def _load(self, name: str, revision: str = "main") -> Speaking:
+        return load_speaking(replace(named_model(self.model_args), name=name, revision=revision))
 
     @property
     def models(self) -> list[str]:
@@ -405,7 +408,7 @@ class Steps:
         if not named:
             return self.speaking(HELPFUL)
         if "critic" not in self._models:
-            self._models["critic"] = load_speaking(named, self.model_args)
+            self._models["critic"] = self._load(named)
         return self._models["critic"]
 
     def _revised(self, constitution: "Constitution", folder: str) -> "Revisions":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -43,15 +43,11 @@ from hfllm.models.loading.adapters import find_adapter
 from hfllm.models.loading.weights import check_weight_files
 from hfllm.outputs.report import CHANGED, CONTENTS, compared, write_atomically
 from hfllm.runs.command_line import say
-from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
+from hfllm.runs.models import NamedModel, load_config, load_tokenizer, saved_tokenizer
 from hfllm.stages.evaluate.flags import NUM_WORLD_ITEMS, EvaluateArguments
 from hfllm.stages.shared import kept_rows, load_speaking, processor_of
 from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of, question_of
 from hfllm.stages.vision.flags import DRAWN
-
-if TYPE_CHECKING:
-    from trl import ModelConfig
-
 
 # ---- suites ----
 
@@ -153,12 +149,12 @@ class Loader:
     """Loads judged models.
 
     Args:
-        config: their type of numbers, attention and quantization.
+        settings: arguments of `from_pretrained`: their type of numbers, attention and quantization.
         batch_size: prompts, or choices of a question, in one pass.
         uses_chat_template: by default where a tokenizer has a template.
     """
 
-    config: "ModelConfig"
+    settings: Mapping[str, Any]
     batch_size: int
     uses_chat_template: bool | None = None
 
@@ -169,7 +165,7 @@ class Loader:
         if uses_chat_template is None:
             uses_chat_template = saved_tokenizer(name).chat_template is not None
         processor = processor_of(name)
-        speaking = load_speaking(name, self.config, processor=processor)
+        speaking = load_speaking(NamedModel(name, settings=self.settings), processor)
         yield Subject(label, speaking.model, speaking.tokenizer, uses_chat_template, self.batch_size, processor)
         del speaking
         gc.collect()
