@@ -76,7 +76,7 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
     model, tokenizer = load_policy(target)
     speculative.prepare_target(model)
     draft = source.load(model, tokenizer)
-    metrics, speeds = speculative.measure(script_args, model, tokenizer, draft, rows)
+    metrics, speeds = speculative.measure(script_args.of_speed, model, tokenizer, draft, rows)
 
     return stage.finish(
         metrics,

@@ -83,7 +83,9 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         shared.warn_of_frozen_projector(trainer.model, model_args.use_peft, "vision")
     else:
         captions = vision.caption_rows(dataset_name, seed, script_args.num_captions)
-        model, processor = vision.new_model(script_args, [*captions.texts(), *questions.texts()], seed)
+        model, processor = vision.new_model(
+            script_args.model_sizes, dataset_name, [*captions.texts(), *questions.texts()], seed
+        )
         rows = vision.JoinedRows(captions, questions)
         trainer = vision.new_trainer(model, processor, rows, stage.training_args, script_args.use_muon)
     use_plain_lines(trainer)

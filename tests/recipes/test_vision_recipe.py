@@ -85,7 +85,8 @@ def test_the_same_seed_gives_the_same_weights(drawn, tmp_path):
 def test_muon_is_used_where_it_is_asked_for(flag, kind, tmp_path):
     script_args, args, _ = vision.parse(["--output_dir", str(tmp_path / "out"), *DRAWN, "--use_muon", flag])
     rows = question_rows(script_args.dataset_name, 0, 8, 4)
-    trainer = new_trainer(*new_model(script_args, rows.texts(), seed=0), rows, args, script_args.use_muon)
+    model = new_model(script_args.model_sizes, script_args.dataset_name, rows.texts(), seed=0)
+    trainer = new_trainer(*model, rows, args, script_args.use_muon)
     assert isinstance(trainer.create_optimizer(), kind)
 
 
