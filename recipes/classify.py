@@ -38,6 +38,8 @@ def main(
     """Fine-tune, judge, save, write the report. Return the metrics."""
     from transformers import set_seed
 
+    from hfllm.data.labelled import reader_of
+    from hfllm.data.world.tasks import labelled_rows
     from hfllm.outputs.card import write_labels
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import check_trainable, fitting_length, named_model, peft_config
@@ -45,6 +47,7 @@ def main(
     from hfllm.runs.stage import Stage
     from hfllm.stages import classify
     from hfllm.stages.pretrain.flags import check_adapter
+    from hfllm.stages.shared import user_rows
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
@@ -57,7 +60,15 @@ def main(
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     seed, output_dir = training_args.seed, training_args.output_dir
-    train_rows, test_rows, labels = classify.rows_of(script_args, seed)
+    names, dataset_name = script_args.class_names, script_args.dataset_name
+    if (world := script_args.world) is not None:
+        sizes = (script_args.num_examples, script_args.num_eval_examples)
+        train_rows, test_rows = labelled_rows(world, script_args.task, *sizes, seed)
+    else:
+        reader = reader_of(script_args.task, names)
+        sizes = {"share": script_args.eval_share, "most": script_args.max_eval_samples}
+        train_rows, test_rows = user_rows(script_args.row_sources, reader, seed, flaw_of=lambda row: None, **sizes)
+    labels = classify.labels_of(script_args.task, train_rows, test_rows, names, dataset_name)
     task = classify.LabelTask(
         script_args.task, labels, script_args.doc_stride, script_args.label_token, script_args.max_answer_length
     )

@@ -53,9 +53,10 @@ def main(
     # Refuse what cannot work before anything is trained.
     extend.check(script_args, training_args, model_args)
     output_dir, seed, rope_type = training_args.output_dir, training_args.seed, script_args.rope_type
+    name, revision = model_args.model_name_or_path, model_args.model_revision
     before = chain_before(
         *("extend", output_dir, seed, script_args.world_seed),
-        given_models={"pretrain": model_args.model_name_or_path},
+        given_models={"pretrain": name},
         configs={"pretrain": script_args.pretrain_config or str(settings_file("extend/base.yaml"))},
         more_flags={"pretrain": ["--dataset_name", str(Path(output_dir, extend.BASE_TEXTS))]},
     )
@@ -65,7 +66,7 @@ def main(
         return stage.reuse()
     check_trainable(model_args, adapters=False)
     factor, original = script_args.factor, script_args.original_max_position_embeddings
-    original, length = extend.lengths_of(config_to_train(model_args, before), rope_type, factor, original)
+    original, length = extend.lengths_of(config_to_train(name, revision, before), rope_type, factor, original)
     texts, world = extend.split_texts(script_args, seed), World(script_args.world_seed)
     stage.announce()
 
@@ -73,7 +74,7 @@ def main(
     if before.runs:
         extend.write_base_texts(world, script_args.num_documents, seed, output_dir)
     before.run()
-    base = replace(named_model(model_args), name=before.model("pretrain") or model_args.model_name_or_path)
+    base = replace(named_model(model_args), name=before.model("pretrain") or name)
     set_seed(seed)
     model, tokenizer = load_policy(base)
     counts = extend.Counts(script_args.num_train_texts, script_args.num_eval_texts, script_args.num_needles)

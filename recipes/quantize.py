@@ -59,7 +59,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    config = config_to_train(model_args, before)
+    config = config_to_train(source, model_args.model_revision, before)
     quantize.check_model(chosen_args, model_args, config)
     if sees:
         processor = load_processing_class(source, model_args.model_revision, config)
@@ -81,7 +81,8 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     with whole_model(source, model_args.model_revision, stage.output_dir) as (name, revision):
         whole = replace(named_model(model_args), name=name, revision=revision)
         model, processing_class = quantize.load_whole(whole)
-        evaluation = quantize.make_evaluation(script_args, model, processing_class, rows)
+        measures, world = script_args.of_measures, script_args.world
+        evaluation = quantize.make_evaluation(measures, world, model, processing_class, rows)
         model.to(default_device()).eval()
         load = partial(Scheme.load, name=name, **whole.kwargs)
         compared, difference = quantize.compare_schemes(

@@ -69,7 +69,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     trial = (functions, tools, training_args.reward_timeout)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, *trial)
     rlhf_flags.check_rewards(script_args, training_args)
-    policy_config = config_to_train(model_args, before)
+    policy_config = config_to_train(name, revision, before)
     rlhf.check_rows([*train_rows, *eval_rows], policy_config)
     room = None
     if name:

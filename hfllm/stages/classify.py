@@ -212,29 +212,23 @@ class Tokens:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def rows_of(script_args: ClassifyArguments, seed: int) -> tuple[Rows, Rows, list[str]]:
-    """Return training rows, held-out rows, and the labels of both."""
-    from hfllm.data.sources import WORLD
-    from hfllm.data.world.tasks import labelled_rows
-    from hfllm.data.world.world import World
-    from hfllm.stages.shared import user_rows
+def labels_of(
+    task: str, train_rows: Rows, held_out: Rows, class_names: Sequence[str] | None, dataset_name: str
+) -> list[str]:
+    """Return the labels of training and held-out rows, and print those that no training row has.
 
-    task = script_args.task
-    if script_args.dataset_name == WORLD:
-        sizes = (script_args.num_examples, script_args.num_eval_examples, seed)
-        train, held_out = labelled_rows(World(script_args.world_seed), task, *sizes)
-    else:
-        reader = labelled.reader_of(task, script_args.class_names)
-        most = {"share": script_args.eval_share, "most": script_args.max_eval_samples}
-        train, held_out = user_rows(script_args.row_sources, reader, seed, flaw_of=lambda row: None, **most)
+    Args:
+        class_names: of the labels, where the rows write them as numbers.
+        dataset_name: with the rows, for errors.
+    """
     try:
-        labels = labelled.labels_of(task, [*train, *held_out], script_args.class_names)
+        labels = labelled.labels_of(task, [*train_rows, *held_out], class_names)
     except InputError as error:
-        raise InputError(f"{script_args.dataset_name}: {error}") from None
-    if task == TEXT and (unseen := {row["label"] for row in held_out} - {row["label"] for row in train}):
+        raise InputError(f"{dataset_name}: {error}") from None
+    if task == TEXT and (unseen := {row["label"] for row in held_out} - {row["label"] for row in train_rows}):
         names = ", ".join(sorted(unseen))
-        say(f"{script_args.dataset_name}: held-out rows have labels that no training row has: {names}")
-    return train, held_out, labels
+        say(f"{dataset_name}: held-out rows have labels that no training row has: {names}")
+    return labels
 
 
 def tokens_of(

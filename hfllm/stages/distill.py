@@ -237,7 +237,10 @@ def check_student(shape: StudentShape, model_args: "ModelConfig", before: Chain)
     from hfllm.runs.models import check_trainable, load_config, load_tokenizer, peft_config, try_adapter
     from hfllm.stages.pretrain.flags import config_to_train
 
-    teacher_config = config_to_train(before.runs["rlhf"][2], before.nested["rlhf"]) if before.runs else None
+    teacher_config = None
+    if before.runs:
+        teacher = before.runs["rlhf"][2]
+        teacher_config = config_to_train(teacher.model_name_or_path, teacher.model_revision, before.nested["rlhf"])
     name, revision = model_args.model_name_or_path, model_args.model_revision
     # New weights of an adapter or a student must not change the random numbers drawn later.
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
 """Quantization: its flags and checks, and the comparison of schemes, on texts or images."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.images.rows import (
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from hfllm.compression.schemes import Scheme
     from hfllm.compression.sensitivity import PartRow
+    from hfllm.data.world.world import World
     from hfllm.evaluation.before_after import QuantizationEvaluation, SchemeRow
     from hfllm.evaluation.pictures import Asked
     from hfllm.multimodal.processors import ProcessingClass
@@ -46,6 +47,19 @@ LOADING = (
 PARTS = ("linear", "layer", "kind")
 PLOTTED_PARTS = 30
 READS_TEXT = Fact(lambda flags: flags.sees is False, "the model reads text alone")
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How a model and its quantized forms are measured: the flags of these names."""
+
+    num_eval_texts: int
+    max_length: int
+    num_eval_prompts: int
+    response_length: int
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,11 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
         **dict.fromkeys(OF_PICTURES, READS_TEXT),
         **dict.fromkeys(LOADING, ALWAYS.because("--schemes says how to quantize")),
     }
+
+    @property
+    def of_measures(self) -> MeasureSettings:
+        """How the model and its quantized forms are measured."""
+        return MeasureSettings(**{item.name: getattr(self, item.name) for item in fields(MeasureSettings)})
 
     def scheme(self, name: str) -> "Scheme":
         """Return the scheme called `name`, with the layers to skip and the threshold."""
@@ -253,28 +272,32 @@ def load_whole(model: "NamedModel") -> "tuple[PreTrainedModel, ProcessingClass]"
 
 
 def make_evaluation(
-    script_args: QuantizeArguments,
+    measures: MeasureSettings,
+    world: "World | None",
     model: "PreTrainedModel",
     processing_class: "ProcessingClass",
     rows: "Sequence[str] | Sequence[Asked]",
 ) -> "QuantizationEvaluation":
-    """Return the evaluation of the model and its quantized forms, on texts or on questions about images."""
+    """Return the evaluation of the model and its quantized forms, on texts or on questions about images.
+
+    Args:
+        world: the embedded one, if the texts are its own.
+    """
     from hfllm.evaluation.before_after import PictureQuantization, QuantizationEvaluation
     from hfllm.runs.models import fitting_length
 
     settings = {
-        "response_length": script_args.response_length,
-        "timing": {"prompt_tokens": script_args.prompt_tokens, "new_tokens": script_args.new_tokens},
-        "rounds": script_args.rounds,
+        "response_length": measures.response_length,
+        "timing": {"prompt_tokens": measures.prompt_tokens, "new_tokens": measures.new_tokens},
+        "rounds": measures.rounds,
     }
     if hasattr(processing_class, "image_processor"):
-        of_pictures = {"questions": rows, "num_losses": script_args.num_eval_texts}
+        of_pictures = {"questions": rows, "num_losses": measures.num_eval_texts}
         return PictureQuantization(
             processing_class.tokenizer, (), 0, processor=processing_class, **of_pictures, **settings
         )
-    length, world = fitting_length(script_args.max_length, model), script_args.world
-    num_prompts = script_args.num_eval_prompts
-    return QuantizationEvaluation(processing_class, rows, length, world, num_prompts, **settings)
+    length = fitting_length(measures.max_length, model)
+    return QuantizationEvaluation(processing_class, rows, length, world, measures.num_eval_prompts, **settings)
 
 
 def compare_schemes(

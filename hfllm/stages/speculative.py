@@ -140,7 +140,8 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         refuse(is_rounded, "--draft int8", "it quantizes plain weights: leave out --load_in_8bit and --load_in_4bit")
     exit_layers = script_args.early_exit_layers
     if exit_layers is not None:
-        layers = config_to_train(model_args, before).get_text_config(decoder=True).num_hidden_layers
+        config = config_to_train(model_args.model_name_or_path, model_args.model_revision, before)
+        layers = config.get_text_config(decoder=True).num_hidden_layers
         if not 0 < exit_layers < layers:
             raise InputError(f"--early_exit_layers {exit_layers}: the target has {layers}, so 1 to {layers - 1}")
 
