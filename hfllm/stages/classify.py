@@ -121,8 +121,8 @@ def load_with_head(
 
     Args:
         labels: of the head; none for spans.
-        model: the model; if it is an adapter, a new one is trained on its merged base.
-        adapter: a new one to put on it.
+        model: the model; a named adapter is merged if a new one is trained.
+        adapter: the new one.
         output_dir: folder of a merged base.
     """
     import transformers
