@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.models.devices import forked_random
-from hfllm.runs.models import load_tokenizer
+from hfllm.runs.models import NamedModel, load_tokenizer
 from hfllm.stages.constitution.build import Steps
 from hfllm.stages.constitution.flags import (
     HELPFUL,
@@ -307,9 +307,7 @@ class DPO:
 
 def load(folder: Path) -> Speaking:
     """Load a model with its tokenizer."""
-    from trl import ModelConfig
-
-    return load_speaking(str(folder), ModelConfig(dtype="float32"))
+    return load_speaking(NamedModel(str(folder), settings={"dtype": "float32"}))
 
 
 # ---- KL ----

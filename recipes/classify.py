@@ -38,13 +38,16 @@ def main(
     """Fine-tune, judge, save, write the report. Return the metrics."""
     from transformers import set_seed
 
+    from hfllm.data.labelled import reader_of
+    from hfllm.data.world.tasks import labelled_rows
     from hfllm.outputs.card import write_labels
     from hfllm.runs.command_line import main_process
-    from hfllm.runs.models import check_trainable, fitting_length
+    from hfllm.runs.models import check_trainable, fitting_length, named_model, peft_config
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import classify
     from hfllm.stages.pretrain.flags import check_adapter
+    from hfllm.stages.shared import user_rows
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
     from hfllm.trainers.run_record import final_train_loss
@@ -57,7 +60,15 @@ def main(
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     seed, output_dir = training_args.seed, training_args.output_dir
-    train_rows, test_rows, labels = classify.rows_of(script_args, seed)
+    names, dataset_name = script_args.class_names, script_args.dataset_name
+    if (world := script_args.world) is not None:
+        sizes = (script_args.num_examples, script_args.num_eval_examples)
+        train_rows, test_rows = labelled_rows(world, script_args.task, *sizes, seed)
+    else:
+        reader = reader_of(script_args.task, names)
+        sizes = {"share": script_args.eval_share, "most": script_args.max_eval_samples}
+        train_rows, test_rows = user_rows(script_args.row_sources, reader, seed, flaw_of=lambda row: None, **sizes)
+    labels = classify.labels_of(script_args.task, train_rows, test_rows, names, dataset_name)
     task = classify.LabelTask(
         script_args.task, labels, script_args.doc_stride, script_args.label_token, script_args.max_answer_length
     )
@@ -67,10 +78,11 @@ def main(
 
     stage.announce()
     before.run()
-    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
+    base = replace(named_model(model_args), name=before.model("pretrain") or model_args.model_name_or_path)
     # The head is new, and so are the weights of an adapter.
     set_seed(seed)
-    model, tokenizer = classify.load_with_head(task.name, labels, base_args, output_dir)
+    adapter = peft_config(model_args, classify.HEADS[task.name][1])
+    model, tokenizer = classify.load_with_head(task.name, labels, base, adapter, output_dir)
     length = fitting_length(script_args.max_length, model)
     train_tokens, test_tokens = (
         classify.tokens_of(task, rows, tokenizer, length, title)
@@ -93,7 +105,7 @@ def main(
     if main_process() and labels:
         write_labels(output_dir, labels)
     lines = classify.next_lines(task.name, output_dir, test_rows[0], model_args.use_peft, labels)
-    models = {"model": base_args.model_name_or_path}
+    models = {"model": base.name}
     tables, plots = dict(result.tables), dict(result.plots)
     return stage.finish(
         metrics, trainer, result.summary, tables, plots, next_steps=lines, too_wide=["Samples"], models=models

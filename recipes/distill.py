@@ -55,6 +55,7 @@ def main(
     from hfllm.evaluation.before_after import distillation_plots, distillation_summary, gold_tables
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
+    from hfllm.runs.models import named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import distill
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -87,7 +88,9 @@ def main(
 
     # The student.
     student_args = trainer_args.without_teacher() if script_args.sequence_level else trainer_args
-    trainer = distill.student_trainer(student_args, shape, model_args, teacher, train_rows, eval_rows)
+    student = named_model(model_args) if model_args.model_name_or_path else shape
+    adapter = peft_config(model_args)
+    trainer = distill.student_trainer(student_args, student, adapter, teacher, train_rows, eval_rows)
     train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=train_rows is not data_rows)
     trainer.save_model()
     trainers = {"student": trainer}
@@ -96,7 +99,8 @@ def main(
     if script_args.train_baseline:
         folder, steps = f"{output_dir}/alone", trainer.state.max_steps
         alone_args = changed(trainer_args.without_teacher(), output_dir=folder, max_steps=steps)
-        alone = distill.student_trainer(alone_args, shape, model_args, teacher, data_rows, eval_rows)
+        adapter = peft_config(model_args)
+        alone = distill.student_trainer(alone_args, student, adapter, teacher, data_rows, eval_rows)
         train(alone)
         alone.save_model()
         trainers["student_alone"] = alone

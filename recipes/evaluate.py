@@ -33,6 +33,7 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
 
     from hfllm.evaluation.verdicts import fail_if_worse
     from hfllm.runs.command_line import main_process
+    from hfllm.runs.models import named_model
     from hfllm.runs.stage import Stage
     from hfllm.stages.evaluate import build, report
     from hfllm.stages.shared import files_changed
@@ -64,8 +65,8 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
 
     # Judge each by each suite, as far as an earlier run has not.
     names = ("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit")
-    config = ModelConfig(**{name: getattr(script_args, name) for name in names})
-    loader = build.Loader(config, script_args.batch_size, script_args.apply_chat_template)
+    like = named_model(ModelConfig(**{name: getattr(script_args, name) for name in names}))
+    loader = build.Loader(like.settings, script_args.batch_size, script_args.apply_chat_template)
     samples = build.Samples(output_dir, stage.arguments)
     with loader.load("judge", judge) if judge else nullcontext() as judging:
         suites = build.suites_of(script_args, judging)

@@ -13,7 +13,9 @@ before. A run that was stopped goes on with the round that it was in. docs/guide
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
@@ -39,11 +41,16 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     """Make what is missing, sample, keep and fine-tune in each round, compare, report. Return the metrics."""
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
+    from hfllm.runs.models import check_trainable, named_model
     from hfllm.runs.pipeline import by_main_process, data_file
     from hfllm.runs.stage import Stage
     from hfllm.stages import expert_iteration
-    from hfllm.stages.expert_iteration import RoundWriter, evaluation_of, inputs_of, rounds_report
+    from hfllm.stages.courses import refuse_inputs_in
+    from hfllm.stages.expert_iteration import RoundWriter, evaluation_of, reward_of, rounds_report, with_room
+    from hfllm.stages.pretrain.flags import check_adapter
+    from hfllm.stages.rlhf.build import prompt_data
     from hfllm.stages.shared import load_speaking
+    from hfllm.trainers.ppo.prompts import check_pictures
 
     # Refuse what cannot work before anything is trained.
     expert_iteration.check(script_args, model_args)
@@ -52,8 +59,19 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    reward, train_rows, eval_rows = inputs_of(script_args, model_args)
-    expert_iteration.check_before(script_args, model_args, rounds)
+    reward = reward_of(script_args.reward_funcs, script_args.reward_timeout, script_args.is_world)
+    parts = prompt_data(script_args, script_args.seed, reward.functions, timeout=reward.timeout)
+    for rows in parts:
+        check_pictures(rows, None, "hfllm expert_iteration")
+    if rounds.named:
+        parts = with_room(parts, rounds.named, model_args.model_revision, script_args.response_length)
+    train_rows, eval_rows = parts
+    inputs = {"model_name_or_path": rounds.named, "dataset_name": script_args.dataset_name}
+    refuse_inputs_in(Path(script_args.output_dir).resolve(), inputs, "rounds")
+    if rounds.named:
+        check_trainable(model_args)
+        check_adapter(model_args, rounds.before)
+    rounds.check()
 
     stage.announce()
     rounds.announce()
@@ -61,7 +79,8 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
 
     def load(model: str) -> "Speaking":
         """The model of the beginning, or that of a round."""
-        return load_speaking(model, model_args, model_args.model_revision if model == rounds.first else "main")
+        revision = model_args.model_revision if model == rounds.first else "main"
+        return load_speaking(replace(named_model(model_args), name=model, revision=revision))
 
     settings, seed, counts = script_args.of_rounds, script_args.seed, []
     writer = RoundWriter(train_rows, reward, settings)

@@ -41,7 +41,7 @@ def main(
     from hfllm.data.world.world import World
     from hfllm.models.extension import extend_model, extended_config
     from hfllm.outputs.card import loading_lines
-    from hfllm.runs.models import check_trainable, load_policy
+    from hfllm.runs.models import check_trainable, load_policy, named_model
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.recipes import settings_file
     from hfllm.runs.stage import Stage
@@ -53,9 +53,10 @@ def main(
     # Refuse what cannot work before anything is trained.
     extend.check(script_args, training_args, model_args)
     output_dir, seed, rope_type = training_args.output_dir, training_args.seed, script_args.rope_type
+    name, revision = model_args.model_name_or_path, model_args.model_revision
     before = chain_before(
         *("extend", output_dir, seed, script_args.world_seed),
-        given_models={"pretrain": model_args.model_name_or_path},
+        given_models={"pretrain": name},
         configs={"pretrain": script_args.pretrain_config or str(settings_file("extend/base.yaml"))},
         more_flags={"pretrain": ["--dataset_name", str(Path(output_dir, extend.BASE_TEXTS))]},
     )
@@ -65,7 +66,7 @@ def main(
         return stage.reuse()
     check_trainable(model_args, adapters=False)
     factor, original = script_args.factor, script_args.original_max_position_embeddings
-    original, length = extend.lengths_of(config_to_train(model_args, before), rope_type, factor, original)
+    original, length = extend.lengths_of(config_to_train(name, revision, before), rope_type, factor, original)
     texts, world = extend.split_texts(script_args, seed), World(script_args.world_seed)
     stage.announce()
 
@@ -73,9 +74,9 @@ def main(
     if before.runs:
         extend.write_base_texts(world, script_args.num_documents, seed, output_dir)
     before.run()
-    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
+    base = replace(named_model(model_args), name=before.model("pretrain") or name)
     set_seed(seed)
-    model, tokenizer = load_policy(base_args)
+    model, tokenizer = load_policy(base)
     counts = extend.Counts(script_args.num_train_texts, script_args.num_eval_texts, script_args.num_needles)
     rows = extend.long_rows_of(world, texts, counts, tokenizer, length, seed)
 
@@ -96,7 +97,7 @@ def main(
 
     result = evaluation.results()
     metrics = {**result.metrics, "original_length": original, "length": length, "factor": factor, **trained}
-    lines, models = loading_lines(output_dir), {"model": base_args.model_name_or_path}
+    lines, models = loading_lines(output_dir), {"model": base.name}
     return stage.finish(
         metrics, trainer, result.summary, dict(result.tables), dict(result.plots), next_steps=lines, models=models
     )

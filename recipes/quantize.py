@@ -37,7 +37,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     from hfllm.compression.schemes import Scheme, default_device, quiet_bitsandbytes
     from hfllm.outputs.card import loading_lines
     from hfllm.runs.command_line import main_process
-    from hfllm.runs.models import load_kwargs, whole_model
+    from hfllm.runs.models import named_model, whole_model
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import quantize
@@ -59,11 +59,12 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    config = config_to_train(model_args, before)
+    config = config_to_train(source, model_args.model_revision, before)
     quantize.check_model(chosen_args, model_args, config)
     if sees:
         processor = load_processing_class(source, model_args.model_revision, config)
-        rows = quantize.questions_of(script_args, script_args, script_args.num_eval_prompts, processor)
+        reading = script_args.image_reading()
+        rows = quantize.questions_of(script_args.row_source, reading, script_args.num_eval_prompts, processor)
     else:
         rows = quantize.eval_texts(script_args, script_args.num_eval_texts, seed)
     stage.announce()
@@ -78,11 +79,12 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     quiet_bitsandbytes()
     schemes = [script_args.scheme(name) for name in names]
     with whole_model(source, model_args.model_revision, stage.output_dir) as (name, revision):
-        whole_args = replace(model_args, model_name_or_path=name, model_revision=revision)
-        model, processing_class = quantize.load_whole(whole_args)
-        evaluation = quantize.make_evaluation(script_args, model, processing_class, rows)
+        whole = replace(named_model(model_args), name=name, revision=revision)
+        model, processing_class = quantize.load_whole(whole)
+        measures, world = script_args.of_measures, script_args.world
+        evaluation = quantize.make_evaluation(measures, world, model, processing_class, rows)
         model.to(default_device()).eval()
-        load = partial(Scheme.load, name=name, **load_kwargs(whole_args))
+        load = partial(Scheme.load, name=name, **whole.kwargs)
         compared, difference = quantize.compare_schemes(
             schemes, save_scheme, load, model, evaluation, stage.output_dir
         )

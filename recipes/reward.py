@@ -36,11 +36,20 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     """Train, save, write the report. Return the metrics."""
     from transformers import set_seed
 
+    from hfllm.data.images.rows import words_of_places
+    from hfllm.data.sources import WORLD
     from hfllm.flags import check_flags
     from hfllm.multimodal.freezing import freeze
     from hfllm.multimodal.processors import check_template
     from hfllm.outputs.figures import plus_minus, share_error, with_error
-    from hfllm.runs.models import check_trainable, load_policy, load_scorer_to_train, load_tokenizer, peft_config
+    from hfllm.runs.models import (
+        check_trainable,
+        load_policy,
+        load_scorer_to_train,
+        load_tokenizer,
+        named_model,
+        peft_config,
+    )
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import reward, shared
@@ -60,8 +69,10 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     seed, revision = training_args.seed, model_args.model_revision
     processor = reward.scoring_processor(model_args.model_name_or_path, revision)
-    rows = reward.user_comparisons(script_args, seed, processor)
-    sees = processor is not None
+    sees, rows = processor is not None, None
+    if script_args.dataset_name != WORLD:
+        reading = script_args.image_reading(words_of_places(processor)) if sees else None
+        rows = reward.user_comparisons(script_args.row_sources, reading, script_args.augment, seed)
     if shared.check_rows(script_args, training_args, model_args, rows or ((), ()), sees):
         check_template(processor, model_args.model_name_or_path)
     before = chain_before(
@@ -78,19 +89,19 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     stage.announce()
     before.run()
     name = before.model("sft") or model_args.model_name_or_path
-    base_args = replace(model_args, model_name_or_path=name)
+    base = replace(named_model(model_args), name=name)
     tokenizer = processor.tokenizer if sees else load_tokenizer(name, revision)
     train_rows, test_rows = rows or reward.world_comparisons(
         script_args.world,
-        *load_policy(base_args),
-        reward.comparison_settings(script_args, seed),
+        *load_policy(base),
+        script_args.comparison_settings(seed),
         training_args.device,
     )
     if rows is None and training_args.train_sampling_strategy == "sequential":
         train_rows = reward.in_batches_of_like_length(train_rows, global_batch_size(training_args), seed)
     # The head is new, and so are the weights of an adapter.
     set_seed(seed)
-    model = load_scorer_to_train(base_args, training_args.output_dir)
+    model = load_scorer_to_train(base, training_args.output_dir)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     freeze(model, script_args.freeze_vision, script_args.freeze_text)
     trainer = reward.comparison_trainer(

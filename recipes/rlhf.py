@@ -41,7 +41,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.models.loading.saved import max_length_of
     from hfllm.multimodal.freezing import freeze
     from hfllm.rewards.models import RewardEnsemble
-    from hfllm.runs.models import load_value_model, peft_config
+    from hfllm.runs.models import load_value_model, named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
     from hfllm.stages.pretrain.flags import config_to_train
@@ -69,7 +69,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     trial = (functions, tools, training_args.reward_timeout)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, *trial)
     rlhf_flags.check_rewards(script_args, training_args)
-    policy_config = config_to_train(model_args, before)
+    policy_config = config_to_train(name, revision, before)
     rlhf.check_rows([*train_rows, *eval_rows], policy_config)
     room = None
     if name:
@@ -89,14 +89,14 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     # The stages before: a policy to start from, and reward models.
     stage.announce()
     metrics_before = before.run()
-    policy_args = replace(model_args, model_name_or_path=before.model("sft") or name)
+    start = replace(named_model(model_args), name=before.model("sft") or name)
     reward_models = before.models("reward") or script_args.reward_model_name_or_path or []
 
     # The weights of an adapter are new, and so is the head of a critic that is a language model.
     set_seed(training_args.seed)
-    policy, tokenizer = shared.load_policy(policy_args, policy_config, training_args.output_dir)
+    policy, tokenizer = shared.load_policy(start, policy_config, training_args.output_dir)
     freeze(policy, script_args.freeze_vision, script_args.freeze_text)
-    members = [rlhf.load_reward(each, policy_args) for each in reward_models]
+    members = [rlhf.load_reward(each, start) for each in reward_models]
     rewards = rlhf.build_rewards(functions, members, script_args.reward_aggregation, script_args.uncertainty_coef)
     trainer_args, rewards = rlhf.log_gold_reward(trainer_args, rewards, script_args.dataset_name)
     trainer = PPOTrainer(
@@ -106,7 +106,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         train_dataset=[dict(row) for row in train_rows],
         eval_dataset=[dict(row) for row in eval_rows],
         processing_class=tokenizer,
-        value_model=load_value_model(script_args.value_model, policy_args, reward_models),
+        value_model=load_value_model(script_args.value_model, start, reward_models),
         peft_config=peft_config(model_args),
         ptx_dataset=ptx_dataset,
         tools=tools.functions,
@@ -140,7 +140,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         curves=alignment.alignment_plots(trainer.state.log_history),
         next_steps=shared.next_lines(training_args.output_dir, *question, model_args.use_peft),
         too_wide=(alignment.FAMILIES,),
-        models={"model": policy_args.model_name_or_path, "reward model": reward_models},
+        models={"model": start.name, "reward model": reward_models},
     )
 
 

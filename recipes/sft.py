@@ -37,7 +37,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.data.images.rows import as_dataset, by_turns
     from hfllm.evaluation import before_after
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, fitting_length, load_config, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, load_config, named_model, peft_config
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
@@ -77,18 +77,18 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
 
     stage.announce()
     before.run()
-    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or name)
-    config = load_config(base_args.model_name_or_path, base_args.model_revision)
+    base = replace(named_model(model_args), name=before.model("pretrain") or name)
+    config = load_config(base.name, base.revision)
     grounded, dropped = {}, 0
     if shows:
         # A row for each answer, read by the processor when a batch needs it.
         train_rows, test_rows = ([turn for row in part for turn in by_turns(row)] for part in (train_rows, test_rows))
         frozen = (script_args.freeze_vision, script_args.freeze_text)
-        model, processing_class = shared.load_picture_model(base_args, *frozen)
+        model, processing_class = shared.load_picture_model(base, *frozen)
         train_dataset, eval_dataset = (as_dataset(part, script_args.max_pixels) for part in (train_rows, test_rows))
         trainer_args = shared.picture_args(trainer_args, train_rows)
     else:
-        model, processing_class = shared.load_policy(base_args, config, training_args.output_dir)
+        model, processing_class = shared.load_policy(base, config, training_args.output_dir)
         template = (training_args.chat_template_path, training_args.eos_token, script_args.added_tokens)
         model, tokenizer = sft.with_template(model, processing_class, *template)
         sft.check_head(model)
@@ -136,7 +136,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     summary = f"{metrics['examples']:,} responses, {result}{sft.other_pictures_summary(metrics)}"
     tables, greeting = before_after.tuning_tables(untuned, tuned), [{"role": "user", "content": "Hello!"}]
     lines = shared.next_lines(training_args.output_dir, greeting, config, model_args.use_peft)
-    models = {"model": base_args.model_name_or_path}
+    models = {"model": base.name}
     return stage.finish(metrics, trainer, summary, tables, next_steps=lines, models=models)
 
 

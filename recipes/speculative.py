@@ -36,7 +36,7 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
     from hfllm.compression.schemes import quiet_bitsandbytes
     from hfllm.outputs.card import speculative_lines
     from hfllm.runs.command_line import main_process
-    from hfllm.runs.models import load_policy
+    from hfllm.runs.models import load_policy, named_model
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages import speculative
@@ -62,9 +62,9 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
 
     # The stages before: a target, and a draft model distilled from it.
     before.run()
-    target_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
+    target = replace(named_model(model_args), name=before.model("sft") or model_args.model_name_or_path)
     small = before.model("draft") or script_args.assistant_model_name_or_path
-    assistant = replace(target_args, model_name_or_path=small, model_revision="main")
+    assistant = replace(target, name=small, revision="main")
     source = speculative.DraftSource(
         script_args.draft, assistant, script_args.max_ngram, script_args.early_exit_layers
     )
@@ -73,17 +73,17 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
 
     # Measure how often drafts are accepted, their cost, and the speedup.
     quiet_bitsandbytes()
-    model, tokenizer = load_policy(target_args)
+    model, tokenizer = load_policy(target)
     speculative.prepare_target(model)
     draft = source.load(model, tokenizer)
-    metrics, speeds = speculative.measure(script_args, model, tokenizer, draft, rows)
+    metrics, speeds = speculative.measure(script_args.of_speed, model, tokenizer, draft, rows)
 
     return stage.finish(
         metrics,
         tables={"Speed by number of draft tokens": speeds},
         curves={"speed": speculative.speed_plot(speeds)},
         artifacts={},
-        next_steps=speculative_lines(target_args.model_name_or_path, source.expression),
+        next_steps=speculative_lines(target.name, source.expression),
     )
 
 

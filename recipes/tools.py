@@ -11,7 +11,6 @@ fine-tuning on `--demonstrations_dataset_name` if that is given. docs/guides/too
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
@@ -37,8 +36,8 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
     from hfllm.outputs.card import chat_lines
     from hfllm.outputs.report import Found
     from hfllm.runs.command_line import main_process
+    from hfllm.runs.models import named_model
     from hfllm.runs.stage import Stage
-    from hfllm.stages.shared import load_speaking
     from hfllm.stages.tools.build import ask_models, rows_by_run
     from hfllm.stages.tools.flags import RL, check, course_of
     from hfllm.stages.tools.report import report
@@ -60,8 +59,8 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
         return {}
 
     if script_args.is_world:
-        load = partial(load_speaking, model_args=model_args)
-        result = report(ask_models(course, load, world, script_args.num_eval_prompts, seed))
+        like = named_model(model_args)
+        result = report(ask_models(course, like, world, script_args.num_eval_prompts, seed))
     else:
         # The user's model is measured by PPO itself.
         result = Found(metrics[RL], "", {}, {})

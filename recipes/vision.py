@@ -36,7 +36,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     from hfllm.multimodal.freezing import freeze
     from hfllm.outputs.figures import change_of
     from hfllm.outputs.pictures import picture_lines
-    from hfllm.runs.models import check_trainable, peft_config
+    from hfllm.runs.models import check_trainable, named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
     from hfllm.stages.vision import build as vision
@@ -63,8 +63,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         questions = vision.question_rows(dataset_name, seed, *mix)
         rows = vision.drawn_rows(questions) if name else questions
     else:
-        tokens = words_of_places(shared.picture_processor(name, revision))
-        rows, held_out = vision.own_rows(script_args, seed, script_args.max_eval_samples, tokens)
+        reading = script_args.image_reading(words_of_places(shared.picture_processor(name, revision)))
+        rows, held_out = vision.own_rows(script_args.row_sources, reading, seed, script_args.max_eval_samples)
         parts = vision.parts_of(held_out)
     if name and shards_parameters(training_args):
         shared.refuse_mixed(rows)
@@ -72,7 +72,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     stage.announce()
     frozen = (script_args.freeze_vision, script_args.freeze_text)
     if name:
-        model, processor = shared.load_picture_model(model_args, *frozen)
+        model, processor = shared.load_picture_model(named_model(model_args), *frozen)
         trainer = SFTTrainer(
             model=model,
             args=shared.picture_args(stage.training_args, rows),
@@ -83,7 +83,9 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         shared.warn_of_frozen_projector(trainer.model, model_args.use_peft, "vision")
     else:
         captions = vision.caption_rows(dataset_name, seed, script_args.num_captions)
-        model, processor = vision.new_model(script_args, [*captions.texts(), *questions.texts()], seed)
+        model, processor = vision.new_model(
+            script_args.model_sizes, dataset_name, [*captions.texts(), *questions.texts()], seed
+        )
         rows = vision.JoinedRows(captions, questions)
         trainer = vision.new_trainer(model, processor, rows, stage.training_args, script_args.use_muon)
     use_plain_lines(trainer)

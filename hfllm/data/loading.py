@@ -83,6 +83,19 @@ class RowSource:
 
 
 @dataclass(frozen=True)
+class RowSources:
+    """The user's rows to train on, and the held-out ones.
+
+    Args:
+        train: the rows to train on.
+        held_out: the held-out rows, if the user names some; without them a part of the others is held out.
+    """
+
+    train: RowSource
+    held_out: RowSource | None = None
+
+
+@dataclass(frozen=True)
 class WorldTexts:
     """Texts of the embedded world to write.
 
@@ -216,6 +229,20 @@ class RowArguments(DataArguments):
         "tie: drop (and count) or refuse (name the first and stop).",
         choices=["drop", "refuse"],
     )
+
+    @property
+    def row_sources(self) -> RowSources:
+        """The rows of the named dataset, and held-out rows, if some are named."""
+        source, name, split = self.row_source, self.eval_dataset_name, self.dataset_test_split
+        if name is None and split is None:
+            return RowSources(source)
+        part = replace(source.part, split=split or "test")
+        if name is not None:
+            # The configuration and the revision belong to --dataset_name.
+            part = replace(part, config=None, revision=None)
+        # A stream needs an end.
+        most = self.max_samples if self.dataset_streaming else None
+        return RowSources(source, replace(source, name=name or source.name, part=part, max_samples=most))
 
 
 @dataclass(frozen=True)
@@ -369,7 +396,7 @@ def hash_of(text: str) -> bytes:
 
 
 def load_rows(
-    source: RowSource | DataArguments,
+    source: RowSource,
     mapper: Callable[[str, formats.Row], formats.Converted],
     dropped: Dropped | None = None,
     flaw_of: Callable[[formats.Converted], str | None] = flaw_of,
@@ -378,7 +405,7 @@ def load_rows(
     """Load the user's dataset, with each row converted by `mapper(origin, row)`; rows keep their origin.
 
     Args:
-        source: the rows, or the flags that name them.
+        source: the rows.
         mapper: the conversion; it may raise `BadRow`.
         dropped: counts the rows left out since they cannot be learned from; without it all are kept.
         flaw_of: returns why a converted row cannot, or `None`.
@@ -387,7 +414,6 @@ def load_rows(
     Raises:
         InputError: for an unreadable row, or with `--bad_rows refuse` one that cannot be learned from.
     """
-    source = source.row_source if isinstance(source, DataArguments) else source
     rows = []
     for origin, row in source:
         try:
@@ -406,17 +432,6 @@ def load_rows(
     if dropped is not None:
         dropped.total = len(rows) + dropped.count
     return rows
-
-
-def held_out_arguments(script_args: RowArguments) -> RowArguments | None:
-    """Return the flags of the user's own held-out rows, `None` where a part of the rows is held out."""
-    if script_args.eval_dataset_name is None and script_args.dataset_test_split is None:
-        return None
-    name, split = script_args.eval_dataset_name, script_args.dataset_test_split
-    # The configuration and the revision belong to --dataset_name; a stream needs an end.
-    other = {} if name is None else {"dataset_name": name, "dataset_config": None, "dataset_revision": None}
-    most = script_args.max_samples if script_args.dataset_streaming else None
-    return replace(script_args, dataset_train_split=split or "test", max_samples=most, **other)
 
 
 def shared_prompts(train_rows: Sequence[formats.Row], eval_rows: Sequence[formats.Row]) -> int:

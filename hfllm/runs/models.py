@@ -54,7 +54,7 @@ TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
 class NamedModel:
     """A saved model or adapter, and how to load it.
 
-    The loading functions take one, or the flags of `ModelConfig` that name one.
+    See `named_model` for the one that the flags name.
 
     Args:
         name: its folder, or its id on the Hub.
@@ -79,48 +79,40 @@ class NamedModel:
         return find_adapter(self.name, revision=self.revision)
 
 
-def named_model(model: "NamedModel | ModelConfig") -> NamedModel:
+def named_model(model_args: "ModelConfig") -> NamedModel:
     """Return the model named by the flags of `ModelConfig`."""
-    if isinstance(model, NamedModel):
-        return model
-    settings = load_kwargs(model)
-    revision = settings.pop("revision", "main")
-    return NamedModel(model.model_name_or_path, revision, settings, model.use_peft)
-
-
-def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
-    """Return the `from_pretrained` arguments for the flags of `ModelConfig`."""
     from trl import get_quantization_config
 
-    kwargs = {
-        "revision": model_args.model_revision,
+    settings = {
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         "quantization_config": get_quantization_config(model_args),
     }
-    return {name: value for name, value in kwargs.items() if value is not None}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return NamedModel(
+        model_args.model_name_or_path, model_args.model_revision or "main", settings, model_args.use_peft
+    )
 
 
-def load_policy(model: "NamedModel | ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load_policy(model: NamedModel) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model and its tokenizer; an adapter is merged into its base, unless quantized."""
     from transformers import AutoModelForCausalLM
 
-    named = named_model(model)
-    tokenizer = load_tokenizer(named.name, named.revision)
-    policy = _load_writing(named, AutoModelForCausalLM)
-    check_vocabulary(policy, tokenizer, named.name)
+    tokenizer = load_tokenizer(model.name, model.revision)
+    policy = _load_writing(model, AutoModelForCausalLM)
+    check_vocabulary(policy, tokenizer, model.name)
     return policy, tokenizer
 
 
-def load_seeing(model: "NamedModel | ModelConfig") -> "PreTrainedModel":
+def load_seeing(model: NamedModel) -> "PreTrainedModel":
     """Load a vision-language model; an adapter is merged into its base, unless the base is quantized."""
     from transformers import AutoModelForImageTextToText
 
     refuse_four_bits_of_pictures(model)
-    return _load_writing(named_model(model), AutoModelForImageTextToText)
+    return _load_writing(model, AutoModelForImageTextToText)
 
 
-def refuse_four_bits_of_pictures(model: "NamedModel | ModelConfig") -> None:
+def refuse_four_bits_of_pictures(model: NamedModel) -> None:
     """Refuse to load a vision-language model in 4 bits on a CPU.
 
     bitsandbytes' CPU kernel assumes contiguous input, and a tower's output for the projector need not be contiguous.
@@ -128,8 +120,7 @@ def refuse_four_bits_of_pictures(model: "NamedModel | ModelConfig") -> None:
     import torch
 
     why = "on a CPU bitsandbytes' 4-bit kernel reads pictures wrongly; leave it out, or run on a GPU"
-    quantization = model.settings.get("quantization_config") if isinstance(model, NamedModel) else model
-    in_four_bits = getattr(quantization, "load_in_4bit", False)
+    in_four_bits = getattr(model.settings.get("quantization_config"), "load_in_4bit", False)
     refuse(in_four_bits and not torch.accelerator.is_available(), "--load_in_4bit", why)
 
 
@@ -279,7 +270,7 @@ def named_fields(name: str) -> dict[str, Any]:
     return {field: getattr(config, field) for field in fields if field != "loss_chunk_size"}
 
 
-def load_reward_model(name: str, like: "NamedModel | ModelConfig", revision: str = "main") -> "PreTrainedModel":
+def load_reward_model(name: str, like: NamedModel, revision: str = "main") -> "PreTrainedModel":
     """Load a sequence-classification model with one label; its head is new if `name` is a language model.
 
     Args:
@@ -287,18 +278,15 @@ def load_reward_model(name: str, like: "NamedModel | ModelConfig", revision: str
     """
     from hfllm.models.loading.adapters import load_scorer
 
-    kwargs = like.kwargs if isinstance(like, NamedModel) else load_kwargs(like)
     try:
-        return load_scorer(name, **{**kwargs, "revision": revision})
+        return load_scorer(name, **{**like.kwargs, "revision": revision})
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
         raise _unloadable(name, error) from error
 
 
-def load_value_model(
-    value_model: str, like: "NamedModel | ModelConfig", reward_models: Sequence[str]
-) -> "PreTrainedModel | None":
+def load_value_model(value_model: str, like: NamedModel, reward_models: Sequence[str]) -> "PreTrainedModel | None":
     """Load the critic named by `--value_model`; `None` stands for a head on the policy's trunk.
 
     All of its weights are trained, so it is never quantized. `reward` stands for the first of the reward models.
@@ -306,7 +294,6 @@ def load_value_model(
     if value_model == "head":
         return None
     name = reward_models[0] if value_model == "reward" else value_model
-    like = named_model(like)
     settings = {key: value for key, value in like.settings.items() if key != "quantization_config"}
     return load_reward_model(name, replace(like, settings=settings))
 
@@ -379,12 +366,11 @@ def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | No
 
 
 def load_to_train(
-    model: "NamedModel | ModelConfig", output_dir: str
+    model: NamedModel, output_dir: str
 ) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerBase"]:
     """Load the language model to train in a stage, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    model = named_model(model)
     adapter = model.adapter
     if adapter is None:
         return load_policy(model)
@@ -398,11 +384,10 @@ def load_to_train(
     return policy, tokenizer
 
 
-def load_scorer_to_train(model: "NamedModel | ModelConfig", output_dir: str) -> "PreTrainedModel | PeftModel":
+def load_scorer_to_train(model: NamedModel, output_dir: str) -> "PreTrainedModel | PeftModel":
     """Load the model to train in a stage, with one score for a sequence. A language model's head is new."""
     from transformers import AutoModelForSequenceClassification
 
-    model = named_model(model)
     adapter = model.adapter
     if adapter is None:
         return load_reward_model(model.name, model, model.revision)
@@ -419,7 +404,7 @@ def load_scorer_to_train(model: "NamedModel | ModelConfig", output_dir: str) -> 
 
 
 def load_head_to_train(
-    model: "NamedModel | ModelConfig",
+    model: NamedModel,
     output_dir: str,
     auto_class: "type[_BaseAutoModelClass]",
     task_type: str,
@@ -435,7 +420,6 @@ def load_head_to_train(
     """
     from hfllm.models.loading.weights import load_weights_of
 
-    model = named_model(model)
     name, adapter, settings = model.name, model.adapter, {"ignore_mismatched_sizes": True, **head}
     if adapter is not None:
         adapter.check("CAUSAL_LM", task_type)

@@ -21,9 +21,11 @@ from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from trl import ModelConfig
 
+    from hfllm.runs.models import NamedModel
     from hfllm.trainers.trl_trainers import HeadTrainer
 
 
@@ -113,33 +115,33 @@ def check(script_args: ClassifyArguments, training_args: "TrainingArguments", mo
 
 
 def load_with_head(
-    task: str, labels: Sequence[str], model_args: "ModelConfig", output_dir: str
+    task: str, labels: Sequence[str], model: "NamedModel", adapter: "PeftConfig | None", output_dir: str
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load the model with the head of a task, new for a language model, and its tokenizer.
 
     Args:
         labels: of the head; none for spans.
-        model_args: the model; with `--use_peft` an adapter is put on it, and a named adapter is merged.
+        model: the model; a named adapter is merged if a new one is trained.
+        adapter: the new one.
         output_dir: folder of a merged base.
     """
     import transformers
 
     from hfllm.data.labelled import check_tokenizer
-    from hfllm.runs.models import load_head_to_train, load_tokenizer, peft_config
+    from hfllm.runs.models import load_head_to_train, load_tokenizer
 
     auto_name, task_type = HEADS[task]
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    tokenizer = load_tokenizer(model.name, model.revision)
     check_tokenizer(tokenizer)
     names = dict(enumerate(labels))
     head = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if labels else {}
-    model = load_head_to_train(model_args, output_dir, getattr(transformers, auto_name), task_type, **head)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    adapter = peft_config(model_args, task_type)
+    loaded = load_head_to_train(model, output_dir, getattr(transformers, auto_name), task_type, **head)
+    loaded.config.pad_token_id = tokenizer.pad_token_id
     if adapter is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, adapter)
-    return model, tokenizer
+        loaded = get_peft_model(loaded, adapter)
+    return loaded, tokenizer
 
 
 def next_lines(task: str, folder: str, example: Row, is_adapter: bool, labels: Sequence[str]) -> list[str]:
@@ -210,29 +212,23 @@ class Tokens:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def rows_of(script_args: ClassifyArguments, seed: int) -> tuple[Rows, Rows, list[str]]:
-    """Return training rows, held-out rows, and the labels of both."""
-    from hfllm.data.sources import WORLD
-    from hfllm.data.world.tasks import labelled_rows
-    from hfllm.data.world.world import World
-    from hfllm.stages.shared import user_rows
+def labels_of(
+    task: str, train_rows: Rows, held_out: Rows, class_names: Sequence[str] | None, dataset_name: str
+) -> list[str]:
+    """Return the labels of training and held-out rows, and print those that no training row has.
 
-    task = script_args.task
-    if script_args.dataset_name == WORLD:
-        sizes = (script_args.num_examples, script_args.num_eval_examples, seed)
-        train, held_out = labelled_rows(World(script_args.world_seed), task, *sizes)
-    else:
-        reader = labelled.reader_of(task, script_args.class_names)
-        most = {"share": script_args.eval_share, "most": script_args.max_eval_samples}
-        train, held_out = user_rows(script_args, reader, seed, flaw_of=lambda row: None, **most)
+    Args:
+        class_names: of the labels, where the rows write them as numbers.
+        dataset_name: with the rows, for errors.
+    """
     try:
-        labels = labelled.labels_of(task, [*train, *held_out], script_args.class_names)
+        labels = labelled.labels_of(task, [*train_rows, *held_out], class_names)
     except InputError as error:
-        raise InputError(f"{script_args.dataset_name}: {error}") from None
-    if task == TEXT and (unseen := {row["label"] for row in held_out} - {row["label"] for row in train}):
+        raise InputError(f"{dataset_name}: {error}") from None
+    if task == TEXT and (unseen := {row["label"] for row in held_out} - {row["label"] for row in train_rows}):
         names = ", ".join(sorted(unseen))
-        say(f"{script_args.dataset_name}: held-out rows have labels that no training row has: {names}")
-    return train, held_out, labels
+        say(f"{dataset_name}: held-out rows have labels that no training row has: {names}")
+    return labels
 
 
 def tokens_of(

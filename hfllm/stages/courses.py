@@ -9,7 +9,7 @@ from hfllm.errors import InputError
 from hfllm.models.devices import forked_random
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
-from hfllm.runs.models import load_value_model
+from hfllm.runs.models import load_value_model, named_model
 from hfllm.runs.pipeline import Course, Parsed, Row
 from hfllm.runs.stage import Stage
 from hfllm.stages.rlhf import build as rlhf
@@ -45,7 +45,7 @@ def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
         check_vllm(training_args)
     if script_args.value_model not in ("head", "reward"):
         with forked_random(training_args.device):
-            check_critic(load_value_model(script_args.value_model, model_args, ()))
+            check_critic(load_value_model(script_args.value_model, named_model(model_args), ()))
 
 
 # ---- models and rows of the user ----

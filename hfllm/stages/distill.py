@@ -18,11 +18,13 @@ from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
     from hfllm.data.world.world import World
     from hfllm.evaluation.before_after import GoldEvaluation
+    from hfllm.runs.models import NamedModel
     from hfllm.trainers.distillation.config import DistillationConfig
     from hfllm.trainers.distillation.trainer import DistillationTrainer
 
@@ -235,7 +237,10 @@ def check_student(shape: StudentShape, model_args: "ModelConfig", before: Chain)
     from hfllm.runs.models import check_trainable, load_config, load_tokenizer, peft_config, try_adapter
     from hfllm.stages.pretrain.flags import config_to_train
 
-    teacher_config = config_to_train(before.runs["rlhf"][2], before.nested["rlhf"]) if before.runs else None
+    teacher_config = None
+    if before.runs:
+        teacher = before.runs["rlhf"][2]
+        teacher_config = config_to_train(teacher.model_name_or_path, teacher.model_revision, before.nested["rlhf"])
     name, revision = model_args.model_name_or_path, model_args.model_revision
     # New weights of an adapter or a student must not change the random numbers drawn later.
     with torch.random.fork_rng(devices=[]):
@@ -335,8 +340,8 @@ def rows_to_teach(
 
 def student_trainer(
     args: "DistillationConfig",
-    shape: StudentShape,
-    model_args: "ModelConfig",
+    student: "NamedModel | StudentShape",
+    adapter: "PeftConfig | None",
     teacher: Loaded,
     train_rows: Rows,
     eval_rows: Rows,
@@ -345,28 +350,28 @@ def student_trainer(
 
     Args:
         args: the trainer's.
-        shape: of a student made here.
-        model_args: the student, if it is named, and its adapter.
+        student: the named one, or the shape of one made here.
+        adapter: a new one to train.
     """
     from transformers import set_seed
 
-    from hfllm.runs.models import fitting_length, load_to_train, load_tokenizer, peft_config
+    from hfllm.runs.models import fitting_length, load_to_train, load_tokenizer
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.distillation.trainer import DistillationTrainer
 
-    (teacher_model, teacher_tokenizer), name = teacher, model_args.model_name_or_path
-    tokenizer = load_tokenizer(name, model_args.model_revision) if name else teacher_tokenizer
+    (teacher_model, teacher_tokenizer), is_new = teacher, isinstance(student, StudentShape)
+    tokenizer = teacher_tokenizer if is_new else load_tokenizer(student.name, student.revision)
     set_seed(args.seed)
-    student = load_to_train(model_args, args.output_dir)[0] if name else shape.student_of(teacher_model)
+    model = student.student_of(teacher_model) if is_new else load_to_train(student, args.output_dir)[0]
     trainer = DistillationTrainer(
-        model=student,
+        model=model,
         teacher_model=teacher_model if args.needs_teacher else None,
-        args=changed(args, max_length=fitting_length(args.max_length, student)),
+        args=changed(args, max_length=fitting_length(args.max_length, model)),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer if args.needs_teacher else None,
-        peft_config=peft_config(model_args),
+        peft_config=adapter,
     )
     use_plain_lines(trainer)
     return trainer

@@ -148,6 +148,15 @@ class Rounds(pipeline.Course):
         """The initial model, and the model of each round."""
         return [self.first, *map(self.folder, self.runs)]
 
+    def check(self) -> None:
+        """Refuse cases that a round's fine-tuning would refuse after the sampling."""
+        from hfllm.stages.courses import before_its_rows, check_runs
+        from hfllm.stages.sft import flags as sft_flags
+
+        for parsed in self.runs.values():
+            sft_flags.check(*before_its_rows(parsed))
+        check_runs(self)
+
 
 def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> Rounds:
     """Return the runs requested by the flags."""
@@ -178,7 +187,7 @@ def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
 
 # ---- inputs ----
 #
-# The inputs and the checks of expert iteration before its first run.
+# The inputs of expert iteration, before its first run.
 
 
 Row = Mapping[str, Any]
@@ -203,51 +212,43 @@ class Reward:
         return rewards_of(self.functions, rows, texts, tokenizer, self.timeout)
 
 
-def inputs_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> tuple[Reward, list[Row], list[Row]]:
-    """Return the reward, the prompts to sample from and the held-out prompts.
+def reward_of(names: Sequence[str] | None, timeout: float, is_world: bool) -> Reward:
+    """Return the named reward functions; the embedded world is rewarded by its exact score by default.
 
-    Prompts without room for a response are left out. The embedded world is rewarded by its exact score by default.
+    Args:
+        timeout: see `Reward`.
+        is_world: whether the prompts are the embedded world's.
+    """
+    from hfllm.rewards.functions import gold_reward
+    from hfllm.stages.rlhf.build import checked_functions
+
+    functions = [gold_reward] if is_world and not names else checked_functions(names)
+    return Reward(functions, names or [], timeout)
+
+
+def with_room(
+    parts: tuple[list[Row], list[Row]], name: str, revision: str, response_length: int
+) -> tuple[list[Row], list[Row]]:
+    """Return the prompts with room for a response in a model's context, and print how many have none.
+
+    Args:
+        parts: the prompts to sample from, and the held-out ones.
+        name: of the model.
+        revision: of the model.
+        response_length: of a response at most.
     """
     from hfllm.models.loading.saved import max_length_of
-    from hfllm.rewards.functions import gold_reward
     from hfllm.runs.models import load_config, load_tokenizer
     from hfllm.stages.courses import prompts_with_room
-    from hfllm.stages.rlhf.build import checked_functions, prompt_data
-    from hfllm.trainers.ppo.prompts import check_pictures, unfit_prompts
+    from hfllm.trainers.ppo.prompts import unfit_prompts
 
-    is_default = script_args.is_world and not script_args.reward_funcs
-    functions = [gold_reward] if is_default else checked_functions(script_args.reward_funcs)
-    reward = Reward(functions, script_args.reward_funcs or [], script_args.reward_timeout)
-    train_rows, eval_rows = prompt_data(script_args, script_args.seed, functions, timeout=reward.timeout)
-    for rows in (train_rows, eval_rows):
-        check_pictures(rows, None, "hfllm expert_iteration")
-    name, revision, length = model_args.model_name_or_path, model_args.model_revision, script_args.response_length
-    if not name:
-        return reward, train_rows, eval_rows
     tokenizer = load_tokenizer(name, revision)
     context, remaining = max_length_of(load_config(name, revision)), []
-    reason = f"no room for --response_length {length} in the context of {context} tokens"
-    for kind, rows in (("prompts", train_rows), ("held-out prompts", eval_rows)):
-        unfit = dict(unfit_prompts(rows, tokenizer, length, context))
+    reason = f"no room for --response_length {response_length} in the context of {context} tokens"
+    for kind, rows in zip(("prompts", "held-out prompts"), parts, strict=True):
+        unfit = dict(unfit_prompts(rows, tokenizer, response_length, context))
         remaining.append(prompts_with_room("expert_iteration", kind, rows, unfit, reason))
-    return reward, *remaining
-
-
-def check_before(script_args: ExpertIterationArguments, model_args: "ModelConfig", rounds: Rounds) -> None:
-    """Refuse cases that a round's fine-tuning would refuse after the sampling, and inputs where the rounds write."""
-    from hfllm.runs.models import check_trainable
-    from hfllm.stages.courses import before_its_rows, check_runs, refuse_inputs_in
-    from hfllm.stages.pretrain.flags import check_adapter
-    from hfllm.stages.sft import flags as sft_flags
-
-    names = {"model_name_or_path": rounds.named, "dataset_name": script_args.dataset_name}
-    refuse_inputs_in(Path(script_args.output_dir).resolve(), names, "rounds")
-    if rounds.named:
-        check_trainable(model_args)
-        check_adapter(model_args, rounds.before)
-    for parsed in rounds.runs.values():
-        sft_flags.check(*before_its_rows(parsed))
-    check_runs(rounds)
+    return tuple(remaining)
 
 
 # ---- data ----

@@ -1,17 +1,18 @@
 """Quantization: its flags and checks, and the comparison of schemes, on texts or images."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.images.rows import (
     OF_PICTURES,
+    ImageReading,
     PictureArguments,
     by_turns,
     picture_mapper,
     words_of_places,
 )
-from hfllm.data.loading import DataArguments
+from hfllm.data.loading import DataArguments, RowSource
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.errors import InputError
 from hfllm.flags import ALWAYS, NAMED, NO_NAME, SEED, Fact, Refused, at_least, check_flags, flag
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
     from hfllm.compression.schemes import Scheme
     from hfllm.compression.sensitivity import PartRow
+    from hfllm.data.world.world import World
     from hfllm.evaluation.before_after import QuantizationEvaluation, SchemeRow
     from hfllm.evaluation.pictures import Asked
     from hfllm.multimodal.processors import ProcessingClass
+    from hfllm.runs.models import NamedModel
 
 
 # ---- flags ----
@@ -44,6 +47,19 @@ LOADING = (
 PARTS = ("linear", "layer", "kind")
 PLOTTED_PARTS = 30
 READS_TEXT = Fact(lambda flags: flags.sees is False, "the model reads text alone")
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How a model and its quantized forms are measured: the flags of these names."""
+
+    num_eval_texts: int
+    max_length: int
+    num_eval_prompts: int
+    response_length: int
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,11 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
         **dict.fromkeys(OF_PICTURES, READS_TEXT),
         **dict.fromkeys(LOADING, ALWAYS.because("--schemes says how to quantize")),
     }
+
+    @property
+    def of_measures(self) -> MeasureSettings:
+        """How the model and its quantized forms are measured."""
+        return MeasureSettings(**{item.name: getattr(self, item.name) for item in fields(MeasureSettings)})
 
     def scheme(self, name: str) -> "Scheme":
         """Return the scheme called `name`, with the layers to skip and the threshold."""
@@ -203,19 +224,18 @@ def eval_texts(source: DataArguments, count: int, seed: int) -> list[str]:
     world = source.world
     if world is not None:
         return world.documents(count, seed=-1 - seed)
-    texts = [text for text in load_rows(source, formats.to_text) if text.strip()]
+    texts = [text for text in load_rows(source.row_source, formats.to_text) if text.strip()]
     if not texts:
         raise InputError(f"--dataset_name {source.dataset_name} has no text")
     return texts[:count]
 
 
-def questions_of(
-    source: DataArguments, pictures: PictureArguments, count: int, processor: "ProcessorMixin"
-) -> "list[Asked]":
+def questions_of(source: RowSource, reading: ImageReading, count: int, processor: "ProcessorMixin") -> "list[Asked]":
     """Return questions about images with their answers: drawn ones, or the first of each of the user's rows.
 
     Args:
-        pictures: how to read images.
+        source: the user's rows, or drawn ones by their name.
+        reading: of the user's images.
         count: of the questions, at most.
     """
     from hfllm.data.formats import to_sft
@@ -224,13 +244,13 @@ def questions_of(
     from hfllm.stages.vision.build import SHUFFLED, eval_parts, question_of
     from hfllm.stages.vision.flags import DRAWN
 
-    name = source.dataset_name
+    name = source.name
     if name in DRAWN:
         parts = eval_parts(name, max(count, 2))
         selected = [questions for part, questions in parts.items() if part != SHUFFLED]
         # Equally many of each kind, in turns: seen in training, and unseen.
         return [question for turn in zip(*selected, strict=True) for question in turn][:count]
-    mapper = picture_mapper(pictures, name, to_sft, "hfllm quantize", words_of_places(processor))
+    mapper = picture_mapper(name, replace(reading, tokens=words_of_places(processor)), to_sft, "hfllm quantize")
     rows = kept_rows(source, mapper, flaw_of_pictures, most=count)
     return [question_of(by_turns(row)[0]) for row in rows]
 
@@ -238,43 +258,46 @@ def questions_of(
 # ---- the comparison ----
 
 
-def load_whole(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessingClass]":
-    """Return the named model in full precision, and its tokenizer or processor."""
+def load_whole(model: "NamedModel") -> "tuple[PreTrainedModel, ProcessingClass]":
+    """Return a model in full precision, and its tokenizer or processor."""
     from hfllm.multimodal.processors import check_template
     from hfllm.runs.models import load_policy, load_seeing
     from hfllm.stages.shared import load_processing_class
 
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    if not sees(name, revision):
-        return load_policy(model_args)
-    processor = load_processing_class(name, revision)
-    check_template(processor, name)
-    return load_seeing(model_args), processor
+    if not sees(model.name, model.revision):
+        return load_policy(model)
+    processor = load_processing_class(model.name, model.revision)
+    check_template(processor, model.name)
+    return load_seeing(model), processor
 
 
 def make_evaluation(
-    script_args: QuantizeArguments,
+    measures: MeasureSettings,
+    world: "World | None",
     model: "PreTrainedModel",
     processing_class: "ProcessingClass",
     rows: "Sequence[str] | Sequence[Asked]",
 ) -> "QuantizationEvaluation":
-    """Return the evaluation of the model and its quantized forms, on texts or on questions about images."""
+    """Return the evaluation of the model and its quantized forms, on texts or on questions about images.
+
+    Args:
+        world: the embedded one, if the texts are its own.
+    """
     from hfllm.evaluation.before_after import PictureQuantization, QuantizationEvaluation
     from hfllm.runs.models import fitting_length
 
     settings = {
-        "response_length": script_args.response_length,
-        "timing": {"prompt_tokens": script_args.prompt_tokens, "new_tokens": script_args.new_tokens},
-        "rounds": script_args.rounds,
+        "response_length": measures.response_length,
+        "timing": {"prompt_tokens": measures.prompt_tokens, "new_tokens": measures.new_tokens},
+        "rounds": measures.rounds,
     }
     if hasattr(processing_class, "image_processor"):
-        of_pictures = {"questions": rows, "num_losses": script_args.num_eval_texts}
+        of_pictures = {"questions": rows, "num_losses": measures.num_eval_texts}
         return PictureQuantization(
             processing_class.tokenizer, (), 0, processor=processing_class, **of_pictures, **settings
         )
-    length, world = fitting_length(script_args.max_length, model), script_args.world
-    num_prompts = script_args.num_eval_prompts
-    return QuantizationEvaluation(processing_class, rows, length, world, num_prompts, **settings)
+    length = fitting_length(measures.max_length, model)
+    return QuantizationEvaluation(processing_class, rows, length, world, measures.num_eval_prompts, **settings)
 
 
 def compare_schemes(

@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
-from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, PictureArguments, without_images, words_of_places
-from hfllm.data.loading import ON_WORLD, RowArguments
+from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, ImageReading, PictureArguments, without_images
+from hfllm.data.loading import ON_WORLD, RowArguments, RowSources
 from hfllm.errors import InputError
 from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, flag
 from hfllm.runs.arguments import changed
@@ -74,52 +74,49 @@ class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, Freez
         "max_length": SHOWS.because(NOT_CUT),
     }
 
+    def comparison_settings(self, seed: int) -> "ComparisonSettings":
+        """Return the number and the sources of the world's comparisons, whose seed is `seed` by default."""
+        from hfllm.synthesis.answers import ComparisonSettings
+
+        return ComparisonSettings(
+            num_pairs=self.num_pairs,
+            num_eval_prompts=self.num_eval_prompts,
+            on_policy_fraction=self.on_policy_fraction,
+            num_samples=self.num_samples,
+            label_noise=self.label_noise,
+            response_length=self.response_length,
+            seed=seed if self.comparison_seed is None else self.comparison_seed,
+            augment=self.augment,
+        )
+
 
 def user_comparisons(
-    script_args: RewardArguments, seed: int, processor: "ProcessorMixin | None" = None
-) -> tuple[Rows, Rows] | None:
-    """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world.
+    sources: RowSources, reading: ImageReading | None, augment: float, seed: int
+) -> tuple[Rows, Rows]:
+    """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`.
 
     For a vision-language model they may have `images`. If one has, all rows' messages have parts as their content.
 
     Args:
-        seed: of the split, and of the rows in other forms.
-        processor: the model's, `None` for a text model.
+        sources: the rows.
+        reading: of their images; `None` for a text model.
+        augment: share of the training rows in other forms.
+        seed: of the split, and of these forms.
     """
     from hfllm.data.augmentation import augmented_prompts, begun_comparisons, training_texts
     from hfllm.data.formats import to_preference
-    from hfllm.data.sources import WORLD
     from hfllm.evaluation.suites.refusals import refuses
 
-    if script_args.dataset_name == WORLD:
-        return None
-    if processor is None:
-        train_rows, eval_rows = user_rows(script_args, without_images(to_preference, "the model"), seed)
+    if reading is None:
+        train_rows, eval_rows = user_rows(sources, without_images(to_preference, "the model"), seed)
     else:
-        tokens = words_of_places(processor)
-        train_rows, eval_rows = rows_with_images(script_args, to_preference, STAGE, seed, tokens)
+        train_rows, eval_rows = rows_with_images(sources, reading, to_preference, STAGE, seed)
     # Beside images this flag is refused.
-    if script_args.augment and not shows_pictures(train_rows, eval_rows):
-        texts = training_texts(script_args.dataset_name)
-        train_rows = augmented_prompts(train_rows, script_args.augment, seed, texts)
-        train_rows = begun_comparisons(train_rows, script_args.augment, seed, texts, refuses)
+    if augment and not shows_pictures(train_rows, eval_rows):
+        texts = training_texts(sources.train.name)
+        train_rows = augmented_prompts(train_rows, augment, seed, texts)
+        train_rows = begun_comparisons(train_rows, augment, seed, texts, refuses)
     return train_rows, eval_rows
-
-
-def comparison_settings(script_args: RewardArguments, seed: int) -> "ComparisonSettings":
-    """Return the number and the sources of the world's comparisons, whose seed is `seed` by default."""
-    from hfllm.synthesis.answers import ComparisonSettings
-
-    return ComparisonSettings(
-        num_pairs=script_args.num_pairs,
-        num_eval_prompts=script_args.num_eval_prompts,
-        on_policy_fraction=script_args.on_policy_fraction,
-        num_samples=script_args.num_samples,
-        label_noise=script_args.label_noise,
-        response_length=script_args.response_length,
-        seed=seed if script_args.comparison_seed is None else script_args.comparison_seed,
-        augment=script_args.augment,
-    )
 
 
 def world_comparisons(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.formats import Row
 from hfllm.data.images.rows import (
     Convert,
+    ImageReading,
     PictureArguments,
     by_turns,
     contents_of,
@@ -20,7 +21,7 @@ from hfllm.data.images.rows import (
     words_or_pictures,
     written_when,
 )
-from hfllm.data.loading import DataArguments, RowArguments, held_out_arguments, load_rows, shared_prompts, split_rows
+from hfllm.data.loading import DataArguments, RowSource, RowSources, load_rows, shared_prompts, split_rows
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import Dropped, Message, flaw_of, origin_of
 from hfllm.errors import InputError, refuse
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
     from hfllm.multimodal.processors import ProcessingClass
+    from hfllm.runs.models import NamedModel
 
 
 # ---- user rows ----
@@ -57,7 +59,7 @@ Mapper = Callable[[str, Row], Row]
 
 
 def user_rows(
-    script_args: RowArguments,
+    sources: RowSources,
     mapper: Mapper,
     seed: int,
     share: float = 0.05,
@@ -68,7 +70,7 @@ def user_rows(
     """Return training and held-out rows of the user's dataset, and print how many are left out and why.
 
     Args:
-        script_args: the datasets.
+        sources: the rows.
         mapper: converts a row, given its origin.
         seed: of the split, where the user names no held-out rows.
         share: of the rows to hold out then.
@@ -77,28 +79,27 @@ def user_rows(
         eval_mapper: converts the held-out rows named by the user, where paths in them are relative to
             another folder; by default `mapper` does.
     """
-    rows = kept_rows(script_args, mapper, flaw_of)
-    named = held_out_arguments(script_args)
+    rows, named = kept_rows(sources.train, mapper, flaw_of), sources.held_out
     if named is None:
         return split_rows(rows, seed, share, 256 if most is None else most)
     eval_rows = kept_rows(named, eval_mapper or mapper, flaw_of)[:most]
     if shared := shared_prompts(rows, eval_rows):
-        say(f"{named.dataset_name}: {shared:,} of {len(eval_rows):,} held-out rows have the prompt of a training row")
+        say(f"{named.name}: {shared:,} of {len(eval_rows):,} held-out rows have the prompt of a training row")
     return rows, eval_rows
 
 
-def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: int | None = None) -> Rows:
+def kept_rows(source: RowSource, mapper: Mapper, flaw_of: Flaw, most: int | None = None) -> Rows:
     """Return the usable rows of a dataset, and print how many are left out and why.
 
     Args:
         most: maximum number of rows; later ones are not read. By default all.
     """
     dropped = Dropped()
-    rows = load_rows(script_args, mapper, dropped, flaw_of, most)
+    rows = load_rows(source, mapper, dropped, flaw_of, most)
     if not rows:
-        raise InputError(f"{script_args.dataset_name}: no row is left: {dropped}")
+        raise InputError(f"{source.name}: no row is left: {dropped}")
     if dropped.count:
-        say(f"{script_args.dataset_name}: {dropped}")
+        say(f"{source.name}: {dropped}")
     return rows
 
 
@@ -190,11 +191,11 @@ def _count_images(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def rows_with_images(
-    script_args: RowArguments,
+    sources: RowSources,
+    reading: ImageReading,
     convert: Convert,
     stage: str,
     seed: int,
-    tokens: Sequence[str],
     needs_images: bool = False,
     most: int | None = None,
 ) -> tuple[Rows, Rows]:
@@ -203,24 +204,25 @@ def rows_with_images(
     If one row has images, the messages of all rows have parts as their content.
 
     Args:
-        script_args: the datasets, and the treatment of unreadable images.
+        sources: the rows.
+        reading: of their images.
         convert: converts a row of text, such as `formats.to_sft`.
         stage: the command, for complaints.
         seed: of the split.
-        tokens: the processor's placeholders for images; rows with one of them in their text are left out.
         needs_images: whether rows without images are left out.
         most: see `user_rows`.
     """
 
     def mapper_of(name: str) -> Convert:
-        pictures = picture_mapper(script_args, name, convert, stage, tokens)
-        return pictures if needs_images else words_or_pictures(pictures, convert, tokens)
+        pictures = picture_mapper(name, reading, convert, stage)
+        return pictures if needs_images else words_or_pictures(pictures, convert, reading.tokens)
 
     def flaw(row: Row) -> str | None:
         return flaw_of_pictures(row) if row.get("images") else flaw_of(row)
 
-    name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
-    parts = user_rows(script_args, mapper_of(name), seed, most=most, flaw_of=flaw, eval_mapper=mapper_of(eval_name))
+    # Paths are relative to the folder of their own dataset.
+    mapper, eval_mapper = mapper_of(sources.train.name), mapper_of((sources.held_out or sources.train).name)
+    parts = user_rows(sources, mapper, seed, most=most, flaw_of=flaw, eval_mapper=eval_mapper)
     if shows_pictures(*parts):
         for row in (row for part in parts for row in part if not row.get("images")):
             origin = origin_of(row, "a row")
@@ -287,44 +289,44 @@ def load_processor(name: str, revision: str) -> "ProcessorMixin":
 
 
 def load_policy(
-    model_args: "ModelConfig", config: "PreTrainedConfig", output_dir: str
+    model: "NamedModel", config: "PreTrainedConfig", output_dir: str
 ) -> "tuple[PreTrainedModel, ProcessingClass]":
     """Load the policy to train with its tokenizer, or with its processor if it reads images.
 
     Args:
-        config: the policy's.
+        model: the policy.
+        config: of it.
         output_dir: see `load_to_train`.
     """
     from hfllm.models.loading.saved import is_for_pictures
     from hfllm.runs.models import load_to_train
 
     if not is_for_pictures(config):
-        return load_to_train(model_args, output_dir)
-    processor = load_processing_class(model_args.model_name_or_path, model_args.model_revision, config)
-    return load_seeing_model(model_args), processor
+        return load_to_train(model, output_dir)
+    processor = load_processing_class(model.name, model.revision, config)
+    return load_seeing_model(model), processor
 
 
-def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel":
+def load_seeing_model(model: "NamedModel") -> "PreTrainedModel | PeftModel":
     """Load the named vision-language model; an adapter of one is trained further."""
     from transformers import AutoModelForImageTextToText
 
-    from hfllm.models.loading.adapters import find_adapter, load_base, put_on
+    from hfllm.models.loading.adapters import load_base, put_on
     from hfllm.models.loading.weights import load_weights_of
-    from hfllm.runs.models import load_kwargs, refuse_four_bits_of_pictures
+    from hfllm.runs.models import refuse_four_bits_of_pictures
 
-    refuse_four_bits_of_pictures(model_args)
-    name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
-    adapter = find_adapter(name, revision=model_args.model_revision)
+    refuse_four_bits_of_pictures(model)
+    adapter = model.adapter
     if adapter is None:
-        return load_weights_of(AutoModelForImageTextToText, name, **kwargs)[0]
+        return load_weights_of(AutoModelForImageTextToText, model.name, **model.kwargs)[0]
     adapter.check("CAUSAL_LM")
-    if model_args.use_peft:
+    if model.trains_adapter:
         raise InputError(
-            f"--use_peft: {name} is an adapter already, which is trained further without that flag; or merge it into "
-            f"{adapter.base} by PEFT's merge_and_unload and name the result"
+            f"--use_peft: {model.name} is an adapter already, which is trained further without that flag; or merge it "
+            f"into {adapter.base} by PEFT's merge_and_unload and name the result"
         )
-    say(f"adapter {name} of {adapter.base} is trained further")
-    base, _ = load_base(adapter, AutoModelForImageTextToText, **kwargs)
+    say(f"adapter {model.name} of {adapter.base} is trained further")
+    base, _ = load_base(adapter, AutoModelForImageTextToText, **model.kwargs)
     return put_on(base, adapter, is_trainable=True)
 
 
@@ -351,32 +353,32 @@ def picture_processor(name: str, revision: str) -> "ProcessorMixin":
 
 
 def load_picture_model(
-    model_args: "ModelConfig", freeze_vision: bool = False, freeze_text: bool = False
+    model: "NamedModel", freeze_vision: bool = False, freeze_text: bool = False
 ) -> "tuple[PreTrainedModel, ProcessorMixin]":
     """Load the user's vision-language model to train on images, and its processor with a padding token.
 
     Args:
+        model: the user's.
         freeze_vision: whether the tower stays as it is, see `freeze`.
         freeze_text: whether the decoder does.
     """
     from hfllm.models.loading.saved import reason_of
     from hfllm.multimodal.freezing import freeze
 
-    name = model_args.model_name_or_path
-    processor = picture_processor(name, model_args.model_revision)
+    processor = picture_processor(model.name, model.revision)
     try:
-        model = load_seeing_model(model_args)
+        loaded = load_seeing_model(model)
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from error
-    freeze(model, freeze_vision, freeze_text)
+        raise InputError(f"model {model.name!r} could not be loaded: {reason_of(error)}") from error
+    freeze(loaded, freeze_vision, freeze_text)
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"the tokenizer of {name!r} has no end token (eos_token): answers end with one")
+            raise InputError(f"the tokenizer of {model.name!r} has no end token (eos_token): answers end with one")
         tokenizer.pad_token = tokenizer.eos_token
-    return model, processor
+    return loaded, processor
 
 
 def picture_args(args: "SFTConfig", rows: Sequence[Mapping[str, Any]]) -> "SFTConfig":
@@ -418,12 +420,11 @@ class Speaking:
         return sample_responses(self.model, self.tokenizer, prompts, length, **settings)
 
 
-def load_speaking(
-    name: str, model_args: "ModelConfig", revision: str = "main", processor: "ProcessorMixin | None" = None
-) -> Speaking:
+def load_speaking(model: "NamedModel", processor: "ProcessorMixin | None" = None) -> Speaking:
     """Load a model to answer with, on the machine's accelerator if there is one.
 
     Args:
+        model: the model.
         processor: of a vision-language model, loaded as such.
     """
     import torch
@@ -432,15 +433,14 @@ def load_speaking(
     from hfllm.data.tokenizer import padding_token
     from hfllm.runs.models import load_policy, load_seeing
 
-    load_args = changed(model_args, model_name_or_path=name, model_revision=revision)
     if processor is None:
-        model, tokenizer = load_policy(load_args)
+        loaded, tokenizer = load_policy(model)
     else:
-        model, tokenizer = load_seeing(load_args), processor.tokenizer
+        loaded, tokenizer = load_seeing(model), processor.tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = padding_token(tokenizer)
-    device = PartialState().device if torch.cuda.is_available() else model.device
-    return Speaking(model.to(device).eval(), tokenizer)
+    device = PartialState().device if torch.cuda.is_available() else loaded.device
+    return Speaking(loaded.to(device).eval(), tokenizer)
 
 
 def next_lines(folder: str, prompt: str | list[Message], config: "PreTrainedConfig", is_adapter: bool) -> list[str]:

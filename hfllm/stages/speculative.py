@@ -1,7 +1,7 @@
 """Speculative decoding: its flags and checks, its target and draft, and its measurements."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import DataArguments
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hfllm.generation.speculative.drafts import Draft, DraftLength
     from hfllm.generation.speculative.measure import Costs, SpeedRow
     from hfllm.generation.speculative.speculative import Statistics
+    from hfllm.runs.models import NamedModel
     from hfllm.runs.pipeline import Chain
 
 Row = Mapping[str, Any]
@@ -26,6 +27,21 @@ COMPARED_BATCH = 16
 
 def _not_drafted_by(draft: str) -> Fact:
     return Fact(lambda flags: flags.draft != draft, f"it is for --draft {draft}")
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What is measured of answers, and how often: the flags of these names."""
+
+    num_draft_tokens: str
+    num_draft_tokens_compared: Sequence[int]
+    num_timed_prompts: int
+    batch_size: int
+    max_new_tokens: int
+    temperature: float
+    rounds: int
+    compile: bool
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,11 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
 
     refused: ClassVar[Refused] = {"use_peft": ALWAYS.because("nothing is trained")}
 
+    @property
+    def of_speed(self) -> SpeedSettings:
+        """What is measured, and how."""
+        return SpeedSettings(**{item.name: getattr(self, item.name) for item in fields(SpeedSettings)})
+
 
 # ---- what is refused ----
 
@@ -119,7 +140,8 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         refuse(is_rounded, "--draft int8", "it quantizes plain weights: leave out --load_in_8bit and --load_in_4bit")
     exit_layers = script_args.early_exit_layers
     if exit_layers is not None:
-        layers = config_to_train(model_args, before).get_text_config(decoder=True).num_hidden_layers
+        config = config_to_train(model_args.model_name_or_path, model_args.model_revision, before)
+        layers = config.get_text_config(decoder=True).num_hidden_layers
         if not 0 < exit_layers < layers:
             raise InputError(f"--early_exit_layers {exit_layers}: the target has {layers}, so 1 to {layers - 1}")
 
@@ -136,7 +158,7 @@ def prompt_rows(source: DataArguments, num_prompts: int) -> list[Row]:
     world = source.world
     if world is not None:
         return [task.prompt_row() for task in world.evaluation_tasks(num_prompts)]
-    rows = load_rows(source, without_images(formats.to_prompt, "hfllm speculative"))[:num_prompts]
+    rows = load_rows(source.row_source, without_images(formats.to_prompt, "hfllm speculative"))[:num_prompts]
     if not rows:
         raise InputError(f"--dataset_name {source.dataset_name} has no prompts")
     return rows
@@ -182,7 +204,7 @@ class DraftSource:
     """
 
     kind: str
-    assistant: "ModelConfig"
+    assistant: "NamedModel"
     max_ngram: int | None = None
     early_exit_layers: int | None = None
 
@@ -210,7 +232,7 @@ class DraftSource:
     def expression(self) -> str:
         """The Python expression for the same draft in your own code."""
         return {
-            "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({self.assistant.model_name_or_path!r}))",
+            "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({self.assistant.name!r}))",
             "prompt_lookup": f"PromptLookupDraft({self.max_ngram or 3})",
             "early_exit": f"EarlyExitDraft({self.early_exit_layers})",
             "int8": "Int8Draft()",
@@ -221,7 +243,7 @@ class DraftSource:
 
 
 def measure(
-    script_args: SpeculativeArguments,
+    settings: SpeedSettings,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     draft: "Draft",
@@ -237,28 +259,28 @@ def measure(
     ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer)
     eos = model.generation_config.eos_token_id
     options = {
-        "max_new_tokens": script_args.max_new_tokens,
+        "max_new_tokens": settings.max_new_tokens,
         "eos_token_id": tokenizer.eos_token_id if eos is None else eos,
         "pad_token_id": tokenizer.pad_token_id,
-        "compile": script_args.compile,
+        "compile": settings.compile,
     }
-    timed = batches(ids[: script_args.num_timed_prompts], script_args.batch_size, tokenizer, model)
-    costs = measure.measure_costs(model, draft, timed[0], compile=script_args.compile)
+    timed = batches(ids[: settings.num_timed_prompts], settings.batch_size, tokenizer, model)
+    costs = measure.measure_costs(model, draft, timed[0], compile=settings.compile)
 
     def requested() -> "int | DraftLength":
         # A new one each time, since it adapts to its past inputs.
-        number = script_args.num_draft_tokens
+        number = settings.num_draft_tokens
         return AdaptiveDraftLength(costs.per_draft) if number == "adaptive" else int(number)
 
     compared = batches(ids, COMPARED_BATCH, tokenizer, model)
     share = measure.identical_share(model, draft, compared, num_draft_tokens=requested(), **options)
-    lengths = {str(number): number for number in script_args.num_draft_tokens_compared}
-    lengths[f"{script_args.num_draft_tokens} (asked for)"] = requested()
+    lengths = {str(number): number for number in settings.num_draft_tokens_compared}
+    lengths[f"{settings.num_draft_tokens} (asked for)"] = requested()
     seconds, speeds = measure.speed_by_num_draft_tokens(
-        model, draft, timed, lengths, costs, script_args.rounds, **options
+        model, draft, timed, lengths, costs, settings.rounds, **options
     )
-    sampling = {"do_sample": True, "temperature": script_args.temperature, "top_k": 0, "num_draft_tokens": requested()}
-    generator = torch.Generator(model.device).manual_seed(script_args.seed)
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "num_draft_tokens": requested()}
+    generator = torch.Generator(model.device).manual_seed(settings.seed)
     sampled = measure.speculative(model, draft, timed, **options, **sampling, generator=generator)[1]
     return speculation_metrics(share, costs, seconds, speeds, sampled), speeds
 

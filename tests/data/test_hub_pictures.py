@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from hfllm.data.formats import to_sft
-from hfllm.data.images.rows import PictureArguments, flaw_of_pictures, picture_mapper
-from hfllm.data.loading import RowArguments
+from hfllm.data.images.rows import ImageReading, flaw_of_pictures, picture_mapper
+from hfllm.data.loading import RowSource
 from hfllm.data.sources import HubPart, iterate_source
 from hfllm.errors import InputError
 from hfllm.stages.shared import kept_rows
@@ -76,9 +76,9 @@ def test_bad_pictures_are_left_out_or_named(on_the_hub, streaming, capsys):
     rows = [row for _, row in iterate_source("me/rows", HubPart(streaming=streaming))]
     # What parquet holds, with no picture decoded.
     assert rows == [on_the_hub({"bytes": data, "path": None}) for data in PICTURES]
-    given = RowArguments("me/rows", dataset_streaming=streaming, max_samples=9)
+    given = RowSource("me/rows", HubPart(streaming=streaming), max_samples=9)
     for choice in ("drop", "refuse"):
-        mapper = picture_mapper(PictureArguments(bad_images=choice), "me/rows", to_sft, "hfllm sft")
+        mapper = picture_mapper("me/rows", ImageReading(bad_images=choice), to_sft, "hfllm sft")
         if choice == "drop":
             kept = kept_rows(given, mapper, flaw_of_pictures)
             assert [row["images"][0]["bytes"] for row in kept] == [PICTURES[0], *PICTURES[2:]]
@@ -226,7 +226,7 @@ def test_only_its_own_downloaded_pictures_are_read_from_the_disk(own_cache, monk
     given = [in_column({"bytes": None, "path": str(path)}) for path in paths]
     rows = read(monkeypatch, datasets.Dataset.from_list(given, features=features), streaming=False)
     assert [row["image"]["bytes"] for row in rows] == [PICTURES[0], None, None, None, None]
-    mapper = picture_mapper(PictureArguments(), "me/rows", to_sft, "hfllm sft")
+    mapper = picture_mapper("me/rows", ImageReading(), to_sft, "hfllm sft")
     assert mapper("me/rows, row 1", rows[0])["images"][0]["bytes"] == PICTURES[0]
     for number, row in enumerate(rows[1:], 2):
         with pytest.raises(InputError, match=rf"^me/rows, row {number}: image names a file of this machine"):

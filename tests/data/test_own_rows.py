@@ -196,7 +196,7 @@ def test_a_part_of_a_hub_dataset(on_the_hub):
 
 def test_held_out_rows_of_ones_own(on_the_hub, tmp_path, capsys):
     arguments = InstructionArguments("me/rows", dataset_config="en", dataset_test_split="test")
-    train_rows, eval_rows = user_rows(arguments, formats.to_sft, seed=0)
+    train_rows, eval_rows = user_rows(arguments.row_sources, formats.to_sft, seed=0)
     assert (len(train_rows), [row["prompt"][0]["content"] for row in eval_rows][:2]) == (
         40,
         ["en test 0", "en test 1"],
@@ -206,10 +206,10 @@ def test_held_out_rows_of_ones_own(on_the_hub, tmp_path, capsys):
         tmp_path / "own.jsonl", {"prompt": "en train 3", "completion": "A"}, {"prompt": "new", "completion": "B"}
     )
     arguments = InstructionArguments("me/rows", dataset_config="en", eval_dataset_name=own, max_samples=1)
-    train_rows, eval_rows = user_rows(arguments, formats.to_sft, seed=0, most=300)
+    train_rows, eval_rows = user_rows(arguments.row_sources, formats.to_sft, seed=0, most=300)
     assert (len(train_rows), len(eval_rows)) == (1, 2)
     arguments = InstructionArguments("me/rows", dataset_config="en", eval_dataset_name=own)
-    user_rows(arguments, formats.to_sft, seed=0)
+    user_rows(arguments.row_sources, formats.to_sft, seed=0)
     assert capsys.readouterr().out == f"{own}: 1 of 2 held-out rows have the prompt of a training row\n"
 
 
@@ -225,7 +225,7 @@ GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, capsys):
     rows = [GOOD, BAD[0][0], *(row for row, _ in BAD), {**GOOD, "prompt": "P"}]
     name = jsonl(tmp_path / "pairs.jsonl", *rows)
-    train_rows, eval_rows = user_rows(RowArguments(name), formats.to_preference, seed=0)
+    train_rows, eval_rows = user_rows(RowArguments(name).row_sources, formats.to_preference, seed=0)
     assert len(train_rows) == len(eval_rows) == 1
     assert capsys.readouterr().out == (
         f"{name}: 5 of 7 rows dropped: 2 with equal answers (first: {name}, line 2), 1 without an answer "
@@ -237,9 +237,9 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, capsys):
 def test_or_refused_by_a_flag(tmp_path, bad, kind):
     name = jsonl(tmp_path / "pairs.jsonl", GOOD, bad)
     with pytest.raises(InputError, match=r"pairs\.jsonl, line 2: "):
-        user_rows(RowArguments(name, bad_rows="refuse"), formats.to_preference, seed=0)
+        user_rows(RowArguments(name, bad_rows="refuse").row_sources, formats.to_preference, seed=0)
     with pytest.raises(InputError, match=f"no row is left: 1 of 1 rows dropped: 1 {kind}"):
-        user_rows(RowArguments(jsonl(tmp_path / "bad.jsonl", bad)), formats.to_preference, seed=0)
+        user_rows(RowArguments(jsonl(tmp_path / "bad.jsonl", bad)).row_sources, formats.to_preference, seed=0)
 
 
 def test_conversations_that_teach_nothing(tmp_path):

@@ -21,7 +21,7 @@ from hfllm.models.loading.weights import load_weights_of
 from hfllm.outputs.files import model_files
 from hfllm.runs.flags import RemoteCodeArguments, trusts_code_if_asked
 from hfllm.runs.identity import run_arguments
-from hfllm.runs.models import load_config, load_policy, load_reward_model, load_tokenizer
+from hfllm.runs.models import load_config, load_policy, load_reward_model, load_tokenizer, named_model
 from hfllm.stages.convert import find_tokenizer
 from hfllm.trainers.distillation.students import load_teacher
 from hfllm.trainers.ppo.setup import scorer_from_name
@@ -92,10 +92,10 @@ def adapter(model, tmp_path):
 
 
 LOADERS = {
-    "policy": lambda name: load_policy(ModelConfig(model_name_or_path=name)),
+    "policy": lambda name: load_policy(named_model(ModelConfig(model_name_or_path=name))),
     "config": load_config,
     "tokenizer": load_tokenizer,
-    "reward model": lambda name: load_reward_model(name, ModelConfig()),
+    "reward model": lambda name: load_reward_model(name, named_model(ModelConfig())),
     "scorer": load_scorer,
     "scorer by name": lambda name: scorer_from_name(name, {}),
     "teacher": lambda name: load_teacher(name, {}),
@@ -147,7 +147,7 @@ def test_a_model_that_is_loaded_by_its_name_is_whole(model):
 def test_the_flag_trusts_it_for_one_run_and_those_inside(with_code, tmp_path):
     @trusts_code_if_asked
     def inner(arguments):
-        return load_policy(ModelConfig(model_name_or_path=str(with_code)))
+        return load_policy(named_model(ModelConfig(model_name_or_path=str(with_code))))
 
     @trusts_code_if_asked
     def outer(arguments):
@@ -185,7 +185,7 @@ def test_kernels_that_a_config_names_are_refused(fields, named, model, adapter, 
     edit(model / "config.json", **fields)
     for name in (str(model), adapter):
         with pytest.raises(InputError) as error:
-            load_policy(ModelConfig(model_name_or_path=name))
+            load_policy(named_model(ModelConfig(model_name_or_path=name)))
         assert named in str(error.value) and saved.TRUST_FLAG in str(error.value)
     # A model without weights is built of this one.
     config = load_config(str(model))
@@ -194,14 +194,14 @@ def test_kernels_that_a_config_names_are_refused(fields, named, model, adapter, 
 
 def test_what_the_user_names_wins_over_the_config(model):
     edit(model / "config.json", attn_implementation="evil/kernel")
-    policy, _ = load_policy(ModelConfig(model_name_or_path=str(model), attn_implementation="eager"))
+    policy, _ = load_policy(named_model(ModelConfig(model_name_or_path=str(model), attn_implementation="eager")))
     assert policy.config._attn_implementation == "eager"
 
 
 def test_what_is_built_in_may_be_named(model):
     for name in ("eager", "sdpa", None):
         edit(model / "config.json", attn_implementation=name)
-        policy, _ = load_policy(ModelConfig(model_name_or_path=str(model)))
+        policy, _ = load_policy(named_model(ModelConfig(model_name_or_path=str(model))))
         assert policy.config._attn_implementation == (name or "sdpa")
 
 
@@ -210,7 +210,7 @@ def test_what_is_built_in_may_be_named(model):
 def test_settings_that_are_no_object_are_named(file, text, model):
     (model / file).write_text(text)
     with pytest.raises(InputError) as error:
-        load_policy(ModelConfig(model_name_or_path=str(model)))
+        load_policy(named_model(ModelConfig(model_name_or_path=str(model))))
     assert str(model) in str(error.value) and "\n" not in str(error.value)
     assert f"{file} is damaged" in str(error.value)
 
@@ -219,14 +219,16 @@ def test_settings_that_are_no_object_are_named(file, text, model):
 def test_settings_that_go_deeper_than_the_stack_are_named(file, model):
     (model / file).write_text('{"a":' * 100_000)
     with pytest.raises(InputError, match=f"{re.escape(str(model))}.*nested too deeply"):
-        load_policy(ModelConfig(model_name_or_path=str(model)))
+        load_policy(named_model(ModelConfig(model_name_or_path=str(model))))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_hidden_layers", "two"), ("hidden_act", 3), ("num_attention_heads", -1), ("dtype", "float33")],
 )
-@pytest.mark.parametrize("load", [lambda folder: load_policy(ModelConfig(model_name_or_path=folder)), load_config])
+@pytest.mark.parametrize(
+    "load", [lambda folder: load_policy(named_model(ModelConfig(model_name_or_path=folder))), load_config]
+)
 def test_fields_of_another_type_are_named(load, field, value, make_model, model):
     make_model().config.save_pretrained(model)
     edit(model / "config.json", **{field: value})
@@ -333,7 +335,7 @@ def test_the_base_of_an_adapter_that_stays_apart_is_whole(load, model, adapter):
     pytest.importorskip("bitsandbytes")
     int8 = BitsAndBytesConfig(load_in_8bit=True)
     loaded = {
-        "policy": lambda: load_policy(ModelConfig(model_name_or_path=adapter, load_in_8bit=True))[0],
+        "policy": lambda: load_policy(named_model(ModelConfig(model_name_or_path=adapter, load_in_8bit=True)))[0],
         "scorer": lambda: load_scorer(adapter, quantization_config=int8),
         "teacher": lambda: load_teacher(adapter, {"quantization_config": int8}),
     }[load]

@@ -145,7 +145,7 @@ def test_no_more_pictures_are_read_than_asked_about(taught, tmp_path):
 
     def asked(count):
         script_args, _ = quantize.parse(list(map(str, [*given, count])))
-        return questions_of(script_args, script_args, count, processor)
+        return questions_of(script_args.row_source, script_args.image_reading(), count, processor)
 
     assert len(asked(3)) == 3 and len(asked(4)) == 4
     with pytest.raises(InputError, match=r"line 5: picture .* no such file"):

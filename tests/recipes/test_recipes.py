@@ -268,8 +268,9 @@ def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     )
     flags = ["--model_name_or_path", "my/policy", "--model_revision", "v2", "--use_peft", "--load_in_8bit"]
     script_args, training_args, model_args = rlhf.parse([*flags, "--value_model", "my/critic"])
-    models.load_reward_model("my/reward", model_args)
-    models.load_value_model(script_args.value_model, model_args, ["my/reward"])
+    policy = models.named_model(model_args)
+    models.load_reward_model("my/reward", policy)
+    models.load_value_model(script_args.value_model, policy, ["my/reward"])
     assert {name: kwargs["revision"] for name, kwargs in loaded.items()} == {"my/reward": "main", "my/critic": "main"}
     assert "quantization_config" in loaded["my/reward"] and "quantization_config" not in loaded["my/critic"]
     (reward,) = rlhf_flags.stages_before(script_args, training_args, model_args).runs.values()

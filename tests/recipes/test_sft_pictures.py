@@ -17,6 +17,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.before_after import evaluate_tuned
 from hfllm.flags import ALWAYS, Flags
 from hfllm.multimodal.answers import answer_pictures
+from hfllm.runs.models import named_model
 from hfllm.stages import shared
 from hfllm.stages.sft import build as sft_build
 from hfllm.trainers.trl_trainers import SFTTrainer
@@ -37,7 +38,7 @@ def rows_of(script_args, model_args):
 
 def trainer_of(script_args, args, model_args, *parts):
     train, held_out = ([turn for row in rows for turn in by_turns(row)] for rows in parts)
-    model, processor = shared.load_picture_model(model_args)
+    model, processor = shared.load_picture_model(named_model(model_args))
     sets = {
         "train_dataset": as_dataset(train, script_args.max_pixels),
         "eval_dataset": as_dataset(held_out, script_args.max_pixels),

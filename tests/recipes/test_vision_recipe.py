@@ -16,6 +16,7 @@ from hfllm.data.images.rows import as_dataset
 from hfllm.errors import InputError
 from hfllm.multimodal.answers import answer_pictures
 from hfllm.outputs.pictures import picture_lines
+from hfllm.runs.models import named_model
 from hfllm.stages import shared
 from hfllm.stages.vision.build import drawn_rows, new_model, new_trainer, own_rows, question_rows
 from hfllm.stages.vision.flags import check
@@ -87,7 +88,8 @@ def test_the_same_seed_gives_the_same_weights(drawn, tmp_path):
 def test_muon_is_used_where_it_is_asked_for(flag, kind, tmp_path):
     script_args, args, _ = vision.parse(["--output_dir", str(tmp_path / "out"), *DRAWN, "--use_muon", flag])
     rows = question_rows(script_args.dataset_name, 0, 8, 4)
-    trainer = new_trainer(*new_model(script_args, rows.texts(), seed=0), rows, args, script_args.use_muon)
+    model = new_model(script_args.model_sizes, script_args.dataset_name, rows.texts(), seed=0)
+    trainer = new_trainer(*model, rows, args, script_args.use_muon)
     assert isinstance(trainer.create_optimizer(), kind)
 
 
@@ -181,11 +183,11 @@ def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
             said = [row["completion"][0]["content"][0]["text"] for row in rows]
             assert len(rows) == 10
         else:
-            rows, held_out = own_rows(script_args, 0, 256)
+            rows, held_out = own_rows(script_args.row_sources, script_args.image_reading(), 0, 256)
             assert len(rows) == 6 and [each.answer for each in held_out] == ["one"]
             assert [len(row["images"]) for row in rows] == [1, 2] * 3 and len(held_out[0].images) == 1
             said = ["one", "two"] * 3
-        model, processor = shared.load_picture_model(model_args)
+        model, processor = shared.load_picture_model(named_model(model_args))
         dataset = as_dataset(rows, script_args.max_pixels)
         args = shared.picture_args(args, rows)
         trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor)
@@ -205,15 +207,15 @@ def test_rows_that_would_stop_a_batch_are_refused_or_left_out(drawn, tmp_path, c
         rows.write_text("\n".join([*lines[:3], json.dumps({**json.loads(lines[3]), **columns}), *lines[4:]]))
 
     write(prompt="Is <|image|> a mark?")
-    train, held_out = own_rows(script_args, 0, 256, ["<|image|>"])
+    train, held_out = own_rows(script_args.row_sources, script_args.image_reading(["<|image|>"]), 0, 256)
     assert len(train) + len(held_out) == 11 and "1 with words for a picture" in capsys.readouterr().out
     write(prompt="What?", completion="A <image>.")
     with pytest.raises(InputError, match=r"line 4: a place \(<image>\) in what the assistant says"):
-        own_rows(script_args, 0, 256)
+        own_rows(script_args.row_sources, script_args.image_reading(), 0, 256)
     schema = {"type": "function", "function": {"name": "look", "parameters": {}}}
     write(tools=[schema])
     with pytest.raises(InputError, match="line 4: the row has tools"):
-        own_rows(script_args, 0, 256)
+        own_rows(script_args.row_sources, script_args.image_reading(), 0, 256)
 
 
 def test_pictures_in_memory_may_be_of_any_mode():

@@ -8,7 +8,7 @@ import rlhf
 import sft
 from seeing_rows import halves, make_processor, write_rows
 
-from hfllm.data.images.rows import PictureArguments, conversation_batch
+from hfllm.data.images.rows import ImageReading, conversation_batch, words_of_places
 from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
@@ -77,7 +77,8 @@ def test_comparisons(processor, seeing_folder, tmp_path, capsys, pictures):
     rows.append({"prompt": "say", "chosen": "side", "rejected": f"say {processor.image_token}"})
     path = write(tmp_path, rows, pictures, is_pair=True)
     script_args, args, _ = parsed(reward, seeing_folder, path, tmp_path / "out")
-    parts = reward_module.user_comparisons(script_args, args.seed, processor)
+    reading = script_args.image_reading(words_of_places(processor))
+    parts = reward_module.user_comparisons(script_args.row_sources, reading, script_args.augment, args.seed)
     assert sum(map(len, parts)) == 2 + pictures and COUNTED in capsys.readouterr().out
 
 
@@ -91,7 +92,7 @@ def test_questions_of_the_evaluation(seeing_folder, tmp_path, monkeypatch, capsy
     # Of answers nothing is read.
     lines[2]["completion"] = "<|image|>"
     path.write_text("\n".join(map(json.dumps, lines)))
-    questions = evaluate.own_questions(str(path), list(processors), PictureArguments())
+    questions = evaluate.own_questions(str(path), list(processors), ImageReading())
     assert [asked.answer for asked in questions] == [lines[place]["completion"] for place in (0, 2, 3)]
     assert f"{COUNTED} ({path}, line 2)" in capsys.readouterr().out
     for each in processors.values():

@@ -31,7 +31,8 @@ SMALL = [
 def made():
     script_args = parse(["--num_captions", "8", *SMALL])[0]
     rows = DrawnWorld(0, 12, num_questions=3)
-    return new_model(script_args, [*rows.texts(), *DrawnWorld(0, 12, CAPTIONS).texts()], seed=0)
+    texts = [*rows.texts(), *DrawnWorld(0, 12, CAPTIONS).texts()]
+    return new_model(script_args.model_sizes, script_args.dataset_name, texts, seed=0)
 
 
 def collator(processor):

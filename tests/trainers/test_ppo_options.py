@@ -487,21 +487,18 @@ def test_a_model_may_reward_each_token(make_trainer, make_model, prompts, tokeni
 def test_a_reward_model_by_name_has_a_trained_head_with_one_label(
     make_trainer, make_model, tokenizer, tmp_path, saved
 ):
-    from types import SimpleNamespace
-
-    from hfllm.runs.models import load_reward_model
+    from hfllm.runs.models import NamedModel, load_reward_model
 
     with pytest.raises(InputError, match=r"the reward model '.*model' has no head for scores"):
         make_trainer(reward_funcs=str(saved))
     # The recipes' way; where training starts from a language model the head is new.
-    plain = dict.fromkeys(("attn_implementation", "load_in_4bit", "load_in_8bit"))
-    flags = SimpleNamespace(model_revision="main", dtype="float32", **plain)
+    like = NamedModel(str(saved), settings={"dtype": "float32"})
     with pytest.raises(InputError, match="has no head for scores"):
-        RewardModel(load_reward_model(str(saved), flags), tokenizer)
+        RewardModel(load_reward_model(str(saved), like), tokenizer)
     assert make_trainer(value_model=str(saved)).actor.value_model.has_new_head
     make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=2).save_pretrained(tmp_path / "two")
     tokenizer.save_pretrained(tmp_path / "two")
-    for load in (lambda name: make_trainer(reward_funcs=name), lambda name: load_reward_model(name, flags)):
+    for load in (lambda name: make_trainer(reward_funcs=name), lambda name: load_reward_model(name, like)):
         with pytest.raises(InputError, match=r"two': score.weight is of the shape \(2, 32\); expected one label"):
             load(str(tmp_path / "two"))
 

@@ -376,6 +376,21 @@ SEES = Fact(lambda flags: flags.sees, "the model sees: its processor has one")
 
 
 @dataclass(frozen=True)
+class ImageReading:
+    """How the images of a dataset's rows are read.
+
+    Args:
+        max_pixels: width times height of an image at most.
+        bad_images: what happens to rows with an unreadable image: refuse or drop.
+        tokens: the processor's tokens at an image's position; rows whose words spell one are left out.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    bad_images: str = "refuse"
+    tokens: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class PictureArguments:
     """Which pictures are read."""
 
@@ -387,6 +402,10 @@ class PictureArguments:
         never=NO_PICTURES,
     )
     max_pixels: int = flag(MAX_PIXELS, "Width times height of a picture at most.", never=NO_PICTURES)
+
+    def image_reading(self, tokens: Sequence[str] = ()) -> ImageReading:
+        """Return how these pictures are read, for a processor with these tokens."""
+        return ImageReading(self.max_pixels, self.bad_images, tokens)
 
 
 BELOW_AN_ADAPTER = Fact(
@@ -415,33 +434,26 @@ FREEZING, OF_PICTURES = ("freeze_vision", "freeze_text"), ("bad_images", "max_pi
 # ---- reading ----
 
 
-def picture_mapper(
-    script_args: PictureArguments,
-    dataset_name: str,
-    convert: Convert,
-    stage: str,
-    tokens: Sequence[str] = (),
-) -> Convert:
-    """Return the conversion of a dataset's rows with images, which refuses bad ones as the flags say.
+def picture_mapper(dataset_name: str, reading: ImageReading, convert: Convert, stage: str) -> Convert:
+    """Return the conversion of a dataset's rows with images.
 
     Args:
-        script_args: the treatment of unreadable images.
         dataset_name: the dataset whose folder image paths are relative to.
+        reading: with the treatment of bad images.
         convert: converts a row of text, such as `formats.to_sft`.
         stage: the command, for complaints.
-        tokens: the processor's tokens at an image's position; rows whose words spell one are left out.
     """
-    read = to_pictures(convert, folder_of(dataset_name), script_args.max_pixels)
+    read = to_pictures(convert, folder_of(dataset_name), reading.max_pixels)
 
     def mapper(origin: str, row: Row) -> Row:
         try:
             converted = read(origin, with_named_file(row))
         except BadImage as error:
-            if script_args.bad_images == "drop":
+            if reading.bad_images == "drop":
                 raise
             raise InputError(f"{error}; --bad_images drop leaves such rows out") from None
         refuse_tools(origin, converted, stage)
-        refuse_token(origin, converted, tokens)
+        refuse_token(origin, converted, reading.tokens)
         return converted
 
     return mapper
@@ -486,7 +498,7 @@ def words_or_pictures(pictures: Convert, words: Convert, tokens: Sequence[str]) 
     Args:
         pictures: converts a row with images: see `picture_mapper`.
         words: converts a row of text.
-        tokens: as in `picture_mapper`; rows of text that spell one are left out, too.
+        tokens: see `ImageReading`; rows of text that spell one are left out, too.
     """
 
     def mapper(origin: str, row: Row) -> Row:

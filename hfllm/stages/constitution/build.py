@@ -30,7 +30,7 @@ from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.report import Found
 from hfllm.rewards import judges
 from hfllm.runs.command_line import say
-from hfllm.runs.models import load_config, load_tokenizer
+from hfllm.runs.models import load_config, load_tokenizer, named_model
 from hfllm.runs.pipeline import Row, by_main_process
 from hfllm.stages.constitution.flags import (
     AI_LABELS,
@@ -291,7 +291,7 @@ class Steps:
         """Return the user's red-team prompts, a part held out, and harmless ones, if with room for an answer."""
         script_args, reader = self.script_args, without_images(to_prompt, "hfllm constitution")
         settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
-        harmful, held_out = user_rows(script_args, reader, script_args.seed, **settings)
+        harmful, held_out = user_rows(script_args.row_sources, reader, script_args.seed, **settings)
         harmless = self._rows_named(script_args.helpful_dataset_name, reader, flaw_of_prompt)
         rows_by_kind = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
         return Prompts(*(self._with_room(f"{kind} prompts", rows) for kind, rows in rows_by_kind.items()), [])
@@ -306,7 +306,7 @@ class Steps:
         """Return the rows of another dataset of the user's, if one is named."""
         if not name:
             return []
-        return kept_rows(replace(self.script_args, dataset_name=name, eval_dataset_name=None), reader, flaw_of)
+        return kept_rows(replace(self.script_args.row_source, name=name), reader, flaw_of)
 
     def _with_room(self, kind: str, rows: Sequence[Row]) -> list[Conversation]:
         """Return the prompts with room for an answer in the model's context, and print the number of others."""
@@ -379,8 +379,11 @@ class Steps:
         if name not in self._models:
             folder = self.course.helpful if name == HELPFUL else self.course.folder(name)
             revision = self.model_args.model_revision if folder == self.course.named else "main"
-            self._models[name] = load_speaking(folder, self.model_args, revision)
+            self._models[name] = self._load(folder, revision)
         return self._models[name]
+
+    def _load(self, name: str, revision: str = "main") -> Speaking:
+        return load_speaking(replace(named_model(self.model_args), name=name, revision=revision))
 
     @property
     def models(self) -> list[str]:
@@ -405,7 +408,7 @@ class Steps:
         if not named:
             return self.speaking(HELPFUL)
         if "critic" not in self._models:
-            self._models["critic"] = load_speaking(named, self.model_args)
+            self._models["critic"] = self._load(named)
         return self._models["critic"]
 
     def _revised(self, constitution: "Constitution", folder: str) -> "Revisions":

@@ -295,7 +295,7 @@ def check_before(
     datasets = [f"{kind}dataset_name" for kind in ("", "eval_", "helpful_", "preference_")]
     refuse_inputs_in(written / "data", {each: getattr(script_args, each) for each in datasets})
     first = pipeline.Chain("constitution", {name: course.runs[name] for name in (PRETRAIN,) if name in course.runs})
-    _check_room(script_args.longest, config_to_train(model_args, first))
+    _check_room(script_args.longest, config_to_train(named, model_args.model_revision, first))
     if script_args.last_stage != REVISIONS:
         if named:
             check_trainable(model_args)

@@ -9,21 +9,22 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from hfllm.data.formats import Row, to_sft
 from hfllm.data.images.rows import (
-    PictureArguments,
+    ImageReading,
     by_turns,
     flaw_of_pictures,
     picture_mapper,
     refuse_token,
     words_of_places,
 )
-from hfllm.data.loading import RowArguments
+from hfllm.data.loading import RowSource
+from hfllm.data.sources import HubPart
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
 from hfllm.evaluation.pictures import Asked, Part, Pictures
@@ -42,15 +43,11 @@ from hfllm.models.loading.adapters import find_adapter
 from hfllm.models.loading.weights import check_weight_files
 from hfllm.outputs.report import CHANGED, CONTENTS, compared, write_atomically
 from hfllm.runs.command_line import say
-from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
+from hfllm.runs.models import NamedModel, load_config, load_tokenizer, saved_tokenizer
 from hfllm.stages.evaluate.flags import NUM_WORLD_ITEMS, EvaluateArguments
 from hfllm.stages.shared import kept_rows, load_speaking, processor_of
 from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of, question_of
 from hfllm.stages.vision.flags import DRAWN
-
-if TYPE_CHECKING:
-    from trl import ModelConfig
-
 
 # ---- suites ----
 
@@ -65,7 +62,6 @@ def suites_of(script_args: EvaluateArguments, judge: Subject | None = None) -> l
     world, of_world = World(args.world_seed), NUM_WORLD_ITEMS if count is None else count
     truthfulqa, xstest, prompts = args.truthfulqa_file, args.xstest_file, args.robustness_file
     pairs, questions = args.preference_files, args.few_shot_files
-    pictures = PictureArguments(bad_images=args.bad_images, max_pixels=args.max_pixels)
     builders: dict[str, Callable[[], Suite]] = {
         "truthfulness": lambda: (
             TruthfulQA(truthfulqa, count, args.write_answers, judge)
@@ -94,7 +90,8 @@ def suites_of(script_args: EvaluateArguments, judge: Subject | None = None) -> l
             else Robustness(world, num_prompts=count, num_attacks=args.num_attacks)
         ),
         "pictures": lambda: Pictures(
-            partial(picture_parts, args.dataset_name, count, args.model_name_or_path or (), pictures), length
+            partial(picture_parts, args.dataset_name, count, args.model_name_or_path or (), args.image_reading()),
+            length,
         ),
     }
     return [builders[name]() for name in args.suites]
@@ -109,17 +106,17 @@ def check_items(suites: Sequence[Suite], writes_answers: bool) -> None:
 
 
 def picture_parts(
-    dataset_name: str, num_items: int | None, models: Sequence[str], pictures: PictureArguments
+    dataset_name: str, num_items: int | None, models: Sequence[str], reading: ImageReading
 ) -> list[Part]:
     """Return the questions about pictures of a dataset: drawn here, or the user's rows.
 
     Args:
         num_items: questions of each part; by default all rows, and 240 drawn ones.
         models: with the same questions for all of them.
-        pictures: the treatment of large and unreadable ones.
+        reading: of the user's pictures.
     """
     if dataset_name not in DRAWN:
-        return [Part("", own_questions(dataset_name, models, pictures)[:num_items])]
+        return [Part("", own_questions(dataset_name, models, reading)[:num_items])]
     count = NUM_WORLD_ITEMS if num_items is None else num_items
     prior = prior_of(dataset_name, count)
     return [
@@ -129,9 +126,9 @@ def picture_parts(
     ]
 
 
-def own_questions(dataset_name: str, models: Sequence[str], pictures: PictureArguments) -> list[Asked]:
+def own_questions(dataset_name: str, models: Sequence[str], reading: ImageReading) -> list[Asked]:
     """Return the first answer of each of the user's usable rows as a question; see `picture_parts`."""
-    read = picture_mapper(pictures, dataset_name, to_sft, "hfllm evaluate")
+    read = picture_mapper(dataset_name, reading, to_sft, "hfllm evaluate")
     # A processor without images is refused later.
     tokens = sorted({token for processor in map(processor_of, models) for token in words_of_places(processor)})
 
@@ -140,8 +137,8 @@ def own_questions(dataset_name: str, models: Sequence[str], pictures: PictureArg
         refuse_token(origin, {"prompt": row["prompt"]}, tokens)
         return row
 
-    rows = RowArguments(dataset_name=dataset_name, dataset_train_split="test")
-    return [question_of(row) for row in kept_rows(rows, mapper, flaw_of_pictures)]
+    source = RowSource(dataset_name, HubPart("test"))
+    return [question_of(row) for row in kept_rows(source, mapper, flaw_of_pictures)]
 
 
 # ---- models ----
@@ -152,12 +149,12 @@ class Loader:
     """Loads judged models.
 
     Args:
-        config: their type of numbers, attention and quantization.
+        settings: arguments of `from_pretrained`: their type of numbers, attention and quantization.
         batch_size: prompts, or choices of a question, in one pass.
         uses_chat_template: by default where a tokenizer has a template.
     """
 
-    config: "ModelConfig"
+    settings: Mapping[str, Any]
     batch_size: int
     uses_chat_template: bool | None = None
 
@@ -168,7 +165,7 @@ class Loader:
         if uses_chat_template is None:
             uses_chat_template = saved_tokenizer(name).chat_template is not None
         processor = processor_of(name)
-        speaking = load_speaking(name, self.config, processor=processor)
+        speaking = load_speaking(NamedModel(name, settings=self.settings), processor)
         yield Subject(label, speaking.model, speaking.tokenizer, uses_chat_template, self.batch_size, processor)
         del speaking
         gc.collect()

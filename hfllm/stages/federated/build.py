@@ -55,7 +55,14 @@ from hfllm.flags import Flags, given_names
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
-from hfllm.runs.models import fitting_length, load_scorer_to_train, load_to_train, load_tokenizer, peft_config
+from hfllm.runs.models import (
+    fitting_length,
+    load_scorer_to_train,
+    load_to_train,
+    load_tokenizer,
+    named_model,
+    peft_config,
+)
 from hfllm.runs.recipes import load_recipe
 from hfllm.stages.federated.flags import FROZEN_A, FULL, REWARD, FederatedArguments, Terms
 from hfllm.stages.sft.build import as_tokenized, examples, tokenization_of, with_template
@@ -91,7 +98,7 @@ def organisations_of(
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 
     def read(dataset: str) -> list[Row]:
-        return kept_rows(replace(script_args, dataset_name=dataset), mapper, flaw_of)
+        return kept_rows(replace(script_args.row_source, name=dataset), mapper, flaw_of)
 
     is_private = script_args.row_clip_norm is not None
     if own_file is not None:
@@ -201,11 +208,11 @@ def load_local(
     if terms.has_pairs:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
         # A new head is drawn, the same by one seed.
-        model = load_scorer_to_train(trained_args, output_dir)
+        model = load_scorer_to_train(named_model(trained_args), output_dir)
         model.config.pad_token_id = tokenizer.pad_token_id
     else:
         template = (training_args.chat_template_path, training_args.eos_token)
-        model, tokenizer = with_template(*load_to_train(trained_args, output_dir), *template)
+        model, tokenizer = with_template(*load_to_train(named_model(trained_args), output_dir), *template)
     base = weights_sha256(dict(model.named_parameters()))
     args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
 

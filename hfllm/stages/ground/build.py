@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from transformers import AutoModelForSequenceClassification
-from trl import ModelConfig
 
 from hfllm.data.formats import to_sft
 from hfllm.data.world.demonstrators import instruction_rows
@@ -46,6 +45,7 @@ from hfllm.models.loading.saved import saved_model, saved_tokenizer
 from hfllm.outputs.report import Found
 from hfllm.outputs.statistics import reliability_plot, risk_coverage_plot, uncertainty_metrics
 from hfllm.rewards.models import RewardModel
+from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
 from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, TOP_K, Course
 from hfllm.stages.ground.report import (
@@ -125,7 +125,7 @@ def compare_models(course: Course, world: World, num_questions: int, num_samples
     tasks = world.evaluation_tasks(NUM_WORLD_TASKS)
     answers, golds, parts = {}, {}, []
     for name in MODELS:
-        speaking = load_speaking(course.folder(name), ModelConfig())
+        speaking = load_speaking(NamedModel(course.folder(name), settings={"dtype": "float32"}))
         ask = partial(answer, speaking)
         answers[name] = {group: ask(each) for group, each in tasks_by_group.items()}
         golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)

@@ -27,7 +27,7 @@ from hfllm.evaluation.perplexity import text_likelihood
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 from hfllm.models.loading.weights import cast_weights
 from hfllm.runs.arguments import changed
-from hfllm.runs.models import load_policy, load_tokenizer, new_config
+from hfllm.runs.models import load_policy, load_tokenizer, named_model, new_config
 from hfllm.scaling.speed import palm_flops_per_token
 from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments
 from hfllm.stages.pretrain.tokenizer import make_tokenizer
@@ -155,7 +155,7 @@ def load_or_make_base(
     tokenizer is the named one, or a new one trained on `texts`.
     """
     if model_args.model_name_or_path:
-        return load_policy(model_args)
+        return load_policy(named_model(model_args))
     fields = script_args.model_fields()
     # A named architecture keeps embedding rows without a token.
     size, context = fields.get("vocab_size"), fields["max_position_embeddings"]

@@ -148,23 +148,24 @@ def check_adapter(model_args: "ModelConfig", before: Chain, task_type: str = "CA
 
     # The weights of the trial must not change the random numbers drawn later.
     with torch.random.fork_rng(devices=[]):
-        try_adapter(config_to_train(model_args, before), peft_config(model_args, task_type))
+        config = config_to_train(model_args.model_name_or_path, model_args.model_revision, before)
+        try_adapter(config, peft_config(model_args, task_type))
 
 
-def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConfig":
+def config_to_train(name: str | None, revision: str, before: Chain) -> "PreTrainedConfig":
     """Return the config of the initial model of a stage: the named one, or the one of the pretraining to come.
 
     Args:
-        model_args: with the model's name, if it has one.
+        name: of the model, if it has one.
+        revision: of the model.
         before: the stages to run first.
     """
     from hfllm.runs.models import load_config, new_config
 
     parsed = before.parsed.get("pretrain")
-    start = parsed[2] if parsed else model_args
-    if start.model_name_or_path:
-        return load_config(start.model_name_or_path, start.model_revision)
-    return new_config(parsed[0].model_fields())
+    if parsed:
+        name, revision = parsed[2].model_name_or_path, parsed[2].model_revision
+    return load_config(name, revision) if name else new_config(parsed[0].model_fields())
 
 
 # ---- pretraining ----

@@ -9,6 +9,7 @@ from hfllm.data.world.reasoning import DIAL, HOPS, PRACTICE, SHOWN, Problem, dra
 from hfllm.data.world.world import World
 from hfllm.outputs.checkpoints import STATE_FILE
 from hfllm.outputs.report import Found
+from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
 from hfllm.stages.reason.flags import (
     DIRECT,
@@ -86,13 +87,11 @@ def _conversations(problems: Iterable[Problem], has_thoughts: Iterable[bool]) ->
 
 def course_report(course: Course, world: World, num_problems: int, seed: int) -> Found:
     """Ask all models held-out questions: after fine-tuning greedily, around PPO dials by samples. Judge answers."""
-    from trl import ModelConfig
-
     problems = held_out_problems(world, {HOPS: num_problems, DIAL: 3 * num_problems})
     dials = held_out_problems(world, {DIAL: 6 * num_problems}, seed=1)
     tuned, sampled = {}, {}
     for name in course.models:
-        speaking = load_speaking(course.folder(name), ModelConfig())
+        speaking = load_speaking(NamedModel(course.folder(name), settings={"dtype": "float32"}))
         arguments = speaking.model, speaking.tokenizer, world
         if name in (THOUGHTS, DIRECT):
             tuned[name] = answer(*arguments, problems, RESPONSE_LENGTH)

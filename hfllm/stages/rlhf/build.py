@@ -42,10 +42,12 @@ from hfllm.rewards.models import RewardEnsemble, reward_model
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.runs.models import (
+    NamedModel,
     check_trainable,
     load_reward_model,
     load_tokenizer,
     load_value_model,
+    named_model,
     peft_config,
     try_adapter,
 )
@@ -192,7 +194,7 @@ def prompt_data(
         settings = {"share": 0.1, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
         name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
         settings["eval_mapper"] = mapper_of(eval_name)
-        train_rows, eval_rows = user_rows(script_args, mapper_of(name), seed, **settings)
+        train_rows, eval_rows = user_rows(script_args.row_sources, mapper_of(name), seed, **settings)
         # A reward function gets the same columns in each batch.
         names = {name: None for row in (*train_rows, *eval_rows) for name in row}
         shows = any(isinstance(row["prompt"], list) and row.get("images") for row in (*train_rows, *eval_rows))
@@ -265,14 +267,14 @@ def ptx_texts(name: str | None, num_documents: int, seed: int, world_seed: int, 
     return Dataset.from_dict({"text": texts})
 
 
-def load_reward(name: str, model_args: "ModelConfig") -> "RewardFunction":
+def load_reward(name: str, like: NamedModel) -> "RewardFunction":
     """Load a reward model with its tokenizer or processor.
 
     Args:
         name: the reward model's.
-        model_args: how to load it, see `load_reward_model`.
+        like: a model with the same attention, dtype and quantization.
     """
-    return reward_model(load_reward_model(name, model_args), load_processing_class(name))
+    return reward_model(load_reward_model(name, like), load_processing_class(name))
 
 
 def build_rewards(
@@ -380,10 +382,11 @@ def check_models(
     # A new head must not change the random numbers drawn later.
     with forked_random(training_args.device):
         if trains_first:
+            policy = named_model(model_args)
             for name in reward_models:
-                load_reward(name, model_args)
+                load_reward(name, policy)
             if reward_models or script_args.value_model != "reward":
-                check_critic(load_value_model(script_args.value_model, model_args, reward_models))
+                check_critic(load_value_model(script_args.value_model, policy, reward_models))
         if model_args.use_peft and not is_for_pictures(policy_config):
             try_adapter(policy_config, peft_config(model_args))
 

@@ -81,9 +81,10 @@ def instruction_data(
         source = Source(rows, [f"world, row {number}" for number in range(1, len(rows) + 1)])
         return split_rows(formats.convert(source, convert), seed)
     if processor is not None:
-        return rows_with_images(script_args, convert, STAGE, seed, words_of_places(processor))
+        reading = script_args.image_reading(words_of_places(processor))
+        return rows_with_images(script_args.row_sources, reading, convert, STAGE, seed)
     model = f"the model {model_name!r}" if model_name else "the model"
-    return user_rows(script_args, without_images(convert, model), seed)
+    return user_rows(script_args.row_sources, without_images(convert, model), seed)
 
 
 def augmented(rows: list[Mapping[str, Any]], share: float, seed: int, dataset_name: str) -> list[Mapping[str, Any]]:

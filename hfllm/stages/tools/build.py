@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from hfllm.data.world.tasks import (
 from hfllm.data.world.world import World
 from hfllm.environments.tools import ToolBox
 from hfllm.outputs.report import write_atomically
-from hfllm.stages.shared import Speaking
+from hfllm.runs.models import NamedModel
+from hfllm.stages.shared import load_speaking
 from hfllm.stages.tools.flags import PLAIN, PRETRAIN, RL, SHOWN, Course, table_file
 from hfllm.stages.tools.report import OFF, JudgedEpisode, answer, held_out_questions, tools_of
 
@@ -108,13 +110,13 @@ def _write_table(path: Path, table: Table) -> None:
 
 
 def ask_models(
-    course: Course, load: Callable[[str], Speaking], world: World, count: int, seed: int
+    course: Course, like: NamedModel, world: World, count: int, seed: int
 ) -> dict[str, list[JudgedEpisode]]:
     """Return the world's models' answers: of all greedily, around PPO also sampled, of the last without tools.
 
     Args:
         course: the finished runs.
-        load: loads a model from its folder.
+        like: a model with the same attention, dtype and quantization.
         world: source of the questions.
         count: questions per family.
         seed: of the sampling.
@@ -128,7 +130,7 @@ def ask_models(
     for name in course.runs:
         if name == PRETRAIN:
             continue
-        speaking = load(course.folder(name))
+        speaking = load_speaking(replace(like, name=course.folder(name), revision="main"))
         model = (speaking.model, speaking.tokenizer, questions)
         if name == PLAIN:
             answers[name] = answer(*model, None)

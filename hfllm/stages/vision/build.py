@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import to_sft
-from hfllm.data.images.rows import Rows, by_turns, png_of, text_of
-from hfllm.data.loading import RowArguments
+from hfllm.data.images.rows import ImageReading, Rows, by_turns, png_of, text_of
+from hfllm.data.loading import RowSources
 from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.pictures import (
@@ -32,7 +32,7 @@ from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 from hfllm.rewards.functions import gold_reward
 from hfllm.runs.arguments import changed
 from hfllm.stages.shared import rows_with_images
-from hfllm.stages.vision.flags import VisionArguments
+from hfllm.stages.vision.flags import ModelSizes
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.pretraining.trainer import optimizer_of
 from hfllm.trainers.trl_trainers import PictureTrainer, TurnTokens
@@ -146,17 +146,17 @@ class JoinedRows(Sequence[PictureRow]):
 # ---- the user's rows, and drawn ones for the user's model ----
 
 
-def own_rows(script_args: RowArguments, seed: int, most: int, tokens: Sequence[str] = ()) -> tuple[Rows, list[Asked]]:
+def own_rows(sources: RowSources, reading: ImageReading, seed: int, most: int) -> tuple[Rows, list[Asked]]:
     """Return rows with `prompt`, `completion` and `images` to train on, and the held-out ones as questions.
 
     Args:
-        script_args: the datasets, and the treatment of unreadable images.
+        sources: the rows.
+        reading: of their images.
         seed: of the split.
         most: held-out rows at most.
-        tokens: the processor's placeholders for images; rows with one of them in their text are left out.
     """
     settings = {"needs_images": True, "most": most}
-    train, held_out = rows_with_images(script_args, to_sft, "hfllm vision", seed, tokens, **settings)
+    train, held_out = rows_with_images(sources, reading, to_sft, "hfllm vision", seed, **settings)
     return [turn for row in train for turn in by_turns(row)], [question_of(by_turns(row)[0]) for row in held_out]
 
 
@@ -189,41 +189,42 @@ MEAN, DEVIATION = 0.15, 0.15
 
 
 def new_model(
-    script_args: VisionArguments, texts: Sequence[str], seed: int
+    sizes: ModelSizes, dataset_name: str, texts: Sequence[str], seed: int
 ) -> "tuple[PreTrainedModel, ProcessorMixin]":
     """Return a small, untrained vision-language model and its processor.
 
     Args:
-        script_args: its sizes, and the drawn images.
+        sizes: of the model.
+        dataset_name: `pictures` or `digits`.
         texts: to train its tokenizer on.
         seed: of the weights.
     """
     from transformers import SiglipVisionConfig, set_seed
 
-    width, side = script_args.hidden_size, picture_side(script_args.dataset_name)
-    tower_width, is_world = script_args.vision_hidden_size or width, script_args.dataset_name == PICTURES
+    width, is_world = sizes.hidden_size, dataset_name == PICTURES
+    tower_width = sizes.vision_hidden_size or width
     tokenizer = train_tokenizer(
         texts, vocab_size=VOCAB_SIZE, model_max_length=CONTEXT, extra_special_tokens=[IMAGE_TOKEN]
     )
     tower = SiglipVisionConfig(
         hidden_size=tower_width,
         intermediate_size=2 * tower_width,
-        num_hidden_layers=script_args.num_vision_layers,
-        num_attention_heads=script_args.num_attention_heads,
-        image_size=side,
-        patch_size=script_args.patch_size,
+        num_hidden_layers=sizes.num_vision_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        image_size=picture_side(dataset_name),
+        patch_size=sizes.patch_size,
         # Its weights would wait for gradients in vain.
         vision_use_head=False,
     )
     text = HfllmConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        num_hidden_layers=script_args.num_hidden_layers,
-        num_attention_heads=script_args.num_attention_heads,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
         max_position_embeddings=CONTEXT,
         # A thing of the drawn world is found by its attributes: every other layer compares without positions. For two
         # digits the questions are about the side.
-        no_rope_layers=[int(not (is_world and layer % 2)) for layer in range(script_args.num_hidden_layers)],
+        no_rope_layers=[int(not (is_world and layer % 2)) for layer in range(sizes.num_hidden_layers)],
         tie_word_embeddings=True,
         initializer_range=width**-0.5,
         pad_token_id=tokenizer.pad_token_id,

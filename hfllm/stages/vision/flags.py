@@ -1,7 +1,7 @@
 """Vision-language models: the recipe's flags, its checks, and the settings of its variants."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +28,18 @@ DRAWN_ROWS = OWN_ROWS.absent("it is for rows of your own, and these are drawn")
 NO_PPO = Fact(lambda flags: flags.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds")
 # The largest share of questions about absent things: beyond some share nothing else would be learned.
 MOST_ABSENT = 0.999
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a small vision-language model: the flags of these names."""
+
+    hidden_size: int
+    vision_hidden_size: int | None
+    num_hidden_layers: int
+    num_vision_layers: int
+    num_attention_heads: int
+    patch_size: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,11 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
         "max_length": NAMED.because(NOT_CUT),
         "use_peft": UNNAMED.because("the model is made here: all of its weights learn"),
     }
+
+    @property
+    def model_sizes(self) -> ModelSizes:
+        """The sizes of the model that is made here."""
+        return ModelSizes(**{item.name: getattr(self, item.name) for item in fields(ModelSizes)})
 
 
 def default_settings(provided: Mapping[str, Any]) -> list[Path]:
