@@ -248,13 +248,11 @@ IN_ORDER = (
 
 def models_made() -> dict[str, str]:
     """Return the output and inputs of every stage, as words by its name."""
-    table = stage_table()
-    names = sorted(table, key=lambda name: IN_ORDER.index(name) if name in IN_ORDER else len(IN_ORDER))
-    return {
-        name: table[name].makes
-        + (f", from what {' and '.join(table[name].needs.values())} made" if table[name].needs else "")
-        for name in names
-    }
+    table, made = stage_table(), {}
+    for name in sorted(table, key=lambda name: IN_ORDER.index(name) if name in IN_ORDER else len(IN_ORDER)):
+        inputs = " and ".join(table[name].needs.values())
+        made[name] = f"{table[name].makes}, from what {inputs} made" if inputs else table[name].makes
+    return made
 
 
 def recipes_table() -> str:
