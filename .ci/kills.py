@@ -2,11 +2,11 @@
 
     python .ci/kills.py --kills 60 --seed 1 --folder /tmp/kills curate pretrain_launched
 
-Each case is a recipe with tiny settings: see `kills.yaml`. Per kill one process is killed by SIGKILL at a moment that
-is drawn between the run's begin and its usual end: the `main` one, a `worker` (any process that it has started) or the
-`launcher`. The command that follows at once must end, with the bits of models and rows and the figures of the whole
-run, and leave no process. The exit code is 1 if a kill made a difference that no message told of, a run hung, or a
-process was left.
+Each case is a recipe with tiny settings: of `kills.yaml`, or, where that has none of a recipe, what its own tests say
+(`tests/recipes/killed.py`). Per kill one process is killed by SIGKILL at a moment that is drawn between the run's
+begin and its usual end: the `main` one, a `worker` (any process that it has started) or the `launcher`. The command
+that follows at once must end, with the bits of models and rows and the figures of the whole run, and leave no process.
+The exit code is 1 if a kill made a difference that no message told of, a run hung, or a process was left.
 """
 
 import argparse
@@ -29,11 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "recipes")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("recipes", "tests", "tests/recipes"))]
 
 import yaml  # noqa: E402
+from killed import Files, Killed, killed_recipe  # noqa: E402
 from processes import forget_the_tests, fork, import_what_runs_need  # noqa: E402
-from tiny_stages import TINY  # noqa: E402
+from tiny_stages import TINY, write_settings  # noqa: E402
+
+from hfllm.runs.recipes import recipe_names  # noqa: E402
 
 # A run's own variable, by which its processes are known.
 MARK = "KILLED_RUN"
@@ -69,17 +72,29 @@ def words(values: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def cases(inputs: Path) -> dict[str, Case]:
-    """Every case of `kills.yaml` by its name.
+def listed(inputs: Path = Path("IN")) -> dict[str, dict]:
+    """The entries of `kills.yaml` by their names, with the folder of what `make_inputs` makes in place of `IN`."""
+    text = Path(__file__).with_suffix(".yaml").read_text().replace("IN/", f"{inputs}/")
+    entries = yaml.safe_load(text)
+    return {name: entry for name, entry in entries.items() if name != "shared"}
+
+
+def described_by_tests() -> dict[str, Killed]:
+    """The recipes without an entry of their own, by what their tests say."""
+    others = {entry.get("recipe", name) for name, entry in listed().items()}
+    described = {name: killed_recipe(name) for name in recipe_names() if name not in others}
+    return {name: how for name, how in described.items() if isinstance(how, Killed)}
+
+
+def cases(inputs: Path, described: Mapping[str, Killed]) -> dict[str, Case]:
+    """Every case by its name.
 
     Args:
-        inputs: folder of what `make_inputs` makes, where their files of flags are written too.
+        inputs: folder of what `make_inputs` makes, where files that flags name are written too.
+        described: by the recipes' own tests.
     """
-    text = Path(__file__).with_suffix(".yaml").read_text().replace("IN/", f"{inputs}/")
     found = {}
-    for name, entry in yaml.safe_load(text).items():
-        if name == "shared":
-            continue
+    for name, entry in listed(inputs).items():
         flags = dict(entry["flags"])
         for stage, values in entry.get("configs", {}).items():
             path = inputs / f"{name}-{stage}.yaml"
@@ -88,6 +103,10 @@ def cases(inputs: Path) -> dict[str, Case]:
         kinds = tuple(entry.get("kinds", ("main",)))
         more = {each: entry[each] for each in ("is_launched", "told_by") if each in entry}
         found[name] = Case(entry.get("recipe", name), words(flags), kinds, **more)
+    for name, how in described.items():
+        folder = inputs / name
+        folder.mkdir(exist_ok=True)
+        found[name] = Case(name, tuple(how.flags(Files(write_settings(folder), inputs / "base", folder))))
     return found
 
 
@@ -121,11 +140,6 @@ def make_inputs(folder: Path) -> None:
     for place, name in enumerate(("shop", "school", "farm")):
         write_rows(folder / f"{name}.jsonl", [{"messages": chat} for chat in chats[place : 24 + place : 3]])
     write_rows(folder / "prompts.jsonl", [{"prompt": row["text"]} for row in said[:12]])
-    kinds = [
-        {"text": row["text"], "label": "warm" if row["words"][0] in ("red", "pink", "brown") else "other"}
-        for row in said
-    ]
-    write_rows(folder / "kinds.jsonl", kinds)
     (folder / "mine.py").write_text(
         "def even(prompts, completions, **columns):\n"
         "    return [float(len(each[0]['content']) % 2 == 0) for each in completions]\n"
@@ -355,11 +369,12 @@ def main() -> int:
         import datatrove.executor.local
         import datatrove.pipeline.dedup.minhash
         import datatrove.pipeline.writers  # noqa: F401
+    described = described_by_tests()
     forget_the_tests()
     if not (folder / "inputs" / "adapter" / "report.json").exists():
         shutil.rmtree(folder / "inputs", ignore_errors=True)
         make_inputs(folder / "inputs")
-    every = cases(folder / "inputs")
+    every = cases(folder / "inputs", described)
     unknown = set(arguments.cases) - every.keys()
     if unknown:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(every)}")

@@ -14,7 +14,10 @@ from itertools import takewhile
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.lock import lock, releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.compare import CompareArguments
+
+RECIPE = Recipe(in_one_process=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[CompareArguments]:

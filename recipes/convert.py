@@ -14,7 +14,10 @@ from pathlib import Path
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.convert import ConvertArguments
+
+RECIPE = Recipe(makes="a model in another layout", needs={"model_name_or_path": "pretrain"})
 
 
 def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:

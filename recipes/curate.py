@@ -19,8 +19,11 @@ from pathlib import Path
 from hfllm.errors import InputError
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import join, owner_of, releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages import curate
 from hfllm.stages.curate import CurateArguments
+
+RECIPE = Recipe(in_one_process=True, unfinished="unfinished")
 
 
 def parse(argv: Sequence[str]) -> tuple[CurateArguments]:

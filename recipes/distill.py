@@ -21,6 +21,7 @@ from hfllm.flags import check_flags
 from hfllm.runs.command_line import given_values, parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.distill import OF_ANSWERS, DistillArguments, world_settings
 from hfllm.trainers.distillation.options import DistillationOptions
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hfllm.trainers.distillation.config import DistillationConfig
+
+RECIPE = Recipe(makes="a student", needs={"teacher_model_name_or_path": "rlhf"}, minutes=15)
 
 
 def parse(argv: Sequence[str]) -> tuple[DistillArguments, "DistillationConfig", "ModelConfig"]:

@@ -16,8 +16,11 @@ from contextlib import nullcontext
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.evaluate import flags
 from hfllm.stages.evaluate.flags import EvaluateArguments
+
+RECIPE = Recipe(makes="a report on a model", needs={"model_name_or_path": "rlhf"}, runs_own_chain=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[EvaluateArguments]:

@@ -21,12 +21,17 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.expert_iteration import ExpertIterationArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hfllm.stages.shared import Speaking
+
+RECIPE = Recipe(
+    makes="a model tuned on its own right answers", needs={"model_name_or_path": "sft"}, runs_own_chain=True
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[ExpertIterationArguments, "ModelConfig"]:

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.extend import LIBRARY, ExtendArguments, default_settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import ModelConfig
+
+RECIPE = Recipe(makes="a model of longer texts", needs={"model_name_or_path": "pretrain"})
 
 
 def parse(argv: Sequence[str]) -> tuple[ExtendArguments, "TrainingArguments", "ModelConfig"]:

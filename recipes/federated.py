@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.federated.flags import FULL, FederatedArguments, check, contents, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
     from hfllm.stages.federated.build import Connect
+
+RECIPE = Recipe(makes="a model that organisations learn together", needs={"model_name_or_path": "pretrain"})
 
 
 def parse(argv: Sequence[str]) -> tuple[FederatedArguments, "SFTConfig", "ModelConfig"]:

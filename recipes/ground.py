@@ -15,8 +15,10 @@ from functools import partial
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.recipes import settings_file
+from hfllm.runs.recipes import Recipe, settings_file
 from hfllm.stages.ground.flags import GroundArguments
+
+RECIPE = Recipe(makes="a model that answers from passages", runs_own_chain=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[GroundArguments]:

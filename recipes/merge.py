@@ -13,7 +13,10 @@ from pathlib import Path
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.merge import MergeArguments
+
+RECIPE = Recipe(in_one_process=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[MergeArguments]:

@@ -13,7 +13,10 @@ beside its report. docs/guides/planner.md explains every column and formula.
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.plan import PlanArguments
+
+RECIPE = Recipe(in_one_process=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[PlanArguments]:

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.pretrain.flags import LIBRARY, PretrainArguments, default_settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import ModelConfig
+
+RECIPE = Recipe(makes="a base model", minutes=2, unfinished="prepared")
 
 
 def parse(argv: Sequence[str]) -> tuple[PretrainArguments, "TrainingArguments", "ModelConfig"]:

@@ -10,7 +10,10 @@ Log in first by `hf auth login`, or set HF_TOKEN. Running it again resumes a fai
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.push import PushArguments, check
+
+RECIPE = Recipe(in_one_process=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[PushArguments]:

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.quantize import QuantizeArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
+
+RECIPE = Recipe(makes="a model in 8 or 4 bits", needs={"model_name_or_path": "sft"}, writes="model")
 
 
 def parse(argv: Sequence[str]) -> tuple[QuantizeArguments, "ModelConfig"]:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.recipes import settings_file
+from hfllm.runs.recipes import Recipe, settings_file
 from hfllm.stages.reason.flags import ReasonArguments
+
+RECIPE = Recipe(makes="models that think", runs_own_chain=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[ReasonArguments]:

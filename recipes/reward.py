@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.reward import RewardArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
+
+RECIPE = Recipe(makes="a reward model", needs={"model_name_or_path": "sft"}, minutes=3.5)
 
 
 def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelConfig"]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.rlhf.flags import RlhfArguments
 from hfllm.trainers.ppo.options import PPOOptions
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hfllm.trainers.ppo.config import PPOConfig
+
+RECIPE = Recipe(
+    makes="an aligned model",
+    needs={"model_name_or_path": "sft", "reward_model_name_or_path": "reward"},
+    runs_own_chain=True,
+    minutes=2,
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[RlhfArguments, "PPOConfig", "ModelConfig"]:
@@ -38,9 +46,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from transformers import set_seed
 
     from hfllm.evaluation import alignment
-    from hfllm.models.loading.saved import max_length_of
     from hfllm.multimodal.freezing import freeze
-    from hfllm.rewards.models import RewardEnsemble
     from hfllm.runs.models import load_value_model, named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
@@ -71,10 +77,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     rlhf_flags.check_rewards(script_args, training_args)
     policy_config = config_to_train(name, revision, before)
     rlhf.check_rows([*train_rows, *eval_rows], policy_config)
-    room = None
-    if name:
-        reader = shared.load_processing_class(name, revision, policy_config)
-        room = rlhf.Room(reader, training_args.response_length, max_length_of(policy_config), tools.schemas)
+    room = rlhf.room_of(name, revision, policy_config, training_args.response_length, tools.schemas) if name else None
     if script_args.filter_prompts:
         train_rows, eval_rows = (
             rlhf.fitting_prompts(rows, room, script_args.dataset_name) for rows in (train_rows, eval_rows)
@@ -114,9 +117,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     )
     use_plain_lines(trainer)
     rates = rlhf.learning_rates(trainer, trainer_args.learning_rate, trainer_args.value_learning_rate)
-    for reward in rewards:
-        if isinstance(reward, RewardEnsemble):
-            rlhf.calibrate(reward, trainer, train_rows[: rlhf_flags.CALIBRATION_PROMPTS])
+    rlhf.calibrate(rewards, trainer, train_rows[: rlhf_flags.CALIBRATION_PROMPTS])
 
     # Evaluate the policy on held-out prompts, train it by PPO, and evaluate it again.
     held_out = (script_args.world, script_args.num_eval_prompts)

@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.scaling_laws.flags import ScalingArguments
+
+RECIPE = Recipe()
 
 
 def parse(argv: Sequence[str]) -> tuple[ScalingArguments]:

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.sft.flags import SftArguments, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
+
+RECIPE = Recipe(makes="a model that answers", needs={"model_name_or_path": "pretrain"}, minutes=1)
 
 
 def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"]:

@@ -18,10 +18,15 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.speculative import SpeculativeArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
+
+RECIPE = Recipe(
+    makes="a report on decoding", needs={"model_name_or_path": "sft", "assistant_model_name_or_path": "draft"}
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[SpeculativeArguments, "ModelConfig"]:

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.pretrain.tokenizer import TokenizerArguments
+
+RECIPE = Recipe(in_one_process=True, writes="tokenizer", unfinished="prepared")
 
 
 def parse(argv: Sequence[str]) -> tuple[TokenizerArguments]:

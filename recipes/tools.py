@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.tools.flags import ToolsArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
+
+RECIPE = Recipe(makes="a model that calls tools", runs_own_chain=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[ToolsArguments, "ModelConfig"]:

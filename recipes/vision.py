@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.vision.flags import LIBRARY, VisionArguments, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
+
+RECIPE = Recipe(makes="a model that sees", settings="vision/pictures.yaml", runs_own_chain=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConfig"]:

@@ -17,8 +17,7 @@ import pytest
 from processes import Processes, import_torch, import_what_runs_need
 
 # Some minutes each. They start first: begun last, one would leave the other worker without work.
-WORLDS = ("ground", "constitution", "tools", "federated", "reason", "vision")
-LONGEST = (*(f"test_{name}_world" for name in WORLDS), "test_fresh_processes", "test_kills", "test_engines")
+LONGEST = ("world", "fresh_processes", "kills", "engines")
 
 PROCESSES = pytest.StashKey[Processes]()
 
@@ -40,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if (mark := item.get_closest_marker("turn")) and mark.args != (turn,)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in {*left_out}]
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: not item.path.stem.endswith(LONGEST))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -103,6 +103,10 @@ def test_the_index_has_every_page():
     assert not [page.name for page in PAGES if page.stem != "index" and f"({page.relative_to(DOCS)})" not in index]
 
 
+def test_the_index_has_a_command_of_every_recipe():
+    assert not {*recipe_names()} - {name for name, _ in recipe_commands((DOCS / "index.md").read_text())}
+
+
 def test_guides_are_short():
     lines = {page.stem: len(page.read_text().splitlines()) for page in (DOCS / "guides").glob("*.md")}
     assert not {name: count for name, count in lines.items() if count > MOST_LINES}

@@ -8,7 +8,6 @@ The last is `accelerate launch --num_processes 4 --config_file accelerate_config
 --model_name_or_path NAME`.
 """
 
-import ast
 import difflib
 import importlib.util
 import os
@@ -28,8 +27,8 @@ from hfllm.errors import InputError
 from hfllm.runs.command_line import ASKS_FOR_HELP, INTERRUPTED, run
 from hfllm.runs.output import hide_unhelpful_output
 from hfllm.runs.parser import read_yaml
-from hfllm.runs.pipeline import STAGES
-from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
+from hfllm.runs.pipeline import stage_table
+from hfllm.runs.recipes import declared, docstring_of, installed, load_recipe, recipe_file, recipe_names
 from hfllm.version import __version__
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 # ---- the command ----
 
 
-# Recipes run in one process, however many devices there are.
-IN_ONE_PROCESS = frozenset(("compare", "curate", "merge", "plan", "push", "tokenizer"))
 # Values with a warning of `accelerate launch` when absent.
 ACCELERATE_DEFAULTS = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
 # Seconds in which processes also reached by Ctrl-C should end.
@@ -80,7 +77,7 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
         raise InputError(f"unknown recipe {name!r}; did you mean {nearest[0]!r}?")
     is_help = bool({*ASKS_FOR_HELP, "--help_all"} & set(words))
     # Any launcher of several processes, such as torchrun, has already set all of accelerate's values.
-    if name not in IN_ONE_PROCESS and not is_help and "LOCAL_RANK" not in os.environ:
+    if not declared(name).in_one_process and not is_help and "LOCAL_RANK" not in os.environ:
         for_accelerate, words = split_flags(words)
         for_accelerate = with_shipped_configs(for_accelerate)
         if for_accelerate or default_accelerate_config().is_file() or has_several_devices():
@@ -241,21 +238,29 @@ For --config_file: {", ".join(engines)}
 Recipes are in {installed("recipes")}"""
 
 
+# The order of a model's life, in which `hfllm list` names the stages; those that are not here come last.
+IN_ORDER = (
+    *("pretrain", "sft", "reward", "rlhf", "draft", "distill", "quantize", "speculative", "constitution"),
+    *("expert_iteration", "reason", "tools", "ground", "federated", "classify", "vision", "extend", "evaluate"),
+    "convert",
+)
+
+
 def models_made() -> dict[str, str]:
     """Return the output and inputs of every stage, as words by its name."""
-    return {
-        name: entry.makes + (f", from what {' and '.join(entry.needs.values())} made" if entry.needs else "")
-        for name, entry in STAGES.items()
-    }
+    table, made = stage_table(), {}
+    for name in sorted(table, key=lambda name: IN_ORDER.index(name) if name in IN_ORDER else len(IN_ORDER)):
+        inputs = " and ".join(table[name].needs.values())
+        made[name] = f"{table[name].makes}, from what {inputs} made" if inputs else table[name].makes
+    return made
 
 
 def recipes_table() -> str:
     """Return the recipes with the first sentences of their docstrings."""
     rows, width = [], max(map(len, recipe_names())) + 1
     for name in recipe_names():
-        description = ast.get_docstring(ast.parse(recipe_file(name).read_text(encoding="utf-8"))) or ""
         # Its first sentence, without the text in brackets.
-        what = re.split(r" \(|\. |\.?\n", description, maxsplit=1)[0]
+        what = re.split(r" \(|\. |\.?\n", docstring_of(name), maxsplit=1)[0]
         first, others = f"    {name:<{width}}", " " * (4 + width)
         rows.append(textwrap.fill(what, 100, initial_indent=first, subsequent_indent=others))
     return "\n".join(rows)

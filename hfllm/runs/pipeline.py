@@ -1,8 +1,8 @@
 """The stages of a model's life: run the missing ones before a recipe, or a list of runs of a lesson.
 
-A stage is a step (`sft`), its recipe the script for it, a run one execution of it in one folder. `STAGES` is the
-table: the output of every stage, and the stages for its inputs. Without flags `hfllm rlhf` needs sft and reward, and
-these need pretrain, so pretrain, sft, reward run before it, in this order:
+A stage is a step (`sft`), its recipe the script for it, a run one execution of it in one folder. `stage_table` holds
+what the recipes declare: the output of every stage, and the stages for its inputs. Without flags `hfllm rlhf` needs
+sft and reward, and these need pretrain, so pretrain, sft, reward run before it, in this order:
 
     chain = chain_before("rlhf", training_args.output_dir, training_args.seed, script_args.world_seed)
     stage = Stage("rlhf", script_args, training_args, model_args, before=chain.parsed)
@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -33,7 +34,7 @@ from hfllm.runs.identity import finished_run
 from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.output import explained
 from hfllm.runs.parser import read_yaml
-from hfllm.runs.recipes import load_recipe, settings_file
+from hfllm.runs.recipes import Recipe, declared, load_recipe, recipe_names, settings_file
 from hfllm.runs.stage import stage_arguments
 
 if TYPE_CHECKING:
@@ -46,83 +47,22 @@ if TYPE_CHECKING:
 Parsed = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class StageEntry:
-    """One row of the table.
-
-    Args:
-        makes: its output, as in `hfllm list`.
-        recipe: its script's name.
-        settings: the YAML file of its settings on the embedded world, under recipes/configs.
-        needs: the flags naming models of another stage, and the name of the stage.
-        runs_own_chain: whether others leave the stages before it to its recipe: they run inside its own folder, and
-            its stage's own flags (`hfllm/stages/NAME`) list them.
-        minutes: about how long it takes on two cores with these settings.
-    """
-
-    makes: str
-    recipe: str
-    settings: str
-    needs: Mapping[str, str] = field(default_factory=dict)
-    runs_own_chain: bool = False
-    minutes: float | None = None
+# A stage without a recipe of its own: that of distill, with other settings.
+DRAFT = Recipe(
+    makes="a draft model",
+    needs={"teacher_model_name_or_path": "sft"},
+    settings="speculative/draft.yaml",
+    minutes=2,
+    name="distill",
+)
 
 
-STAGES: Mapping[str, StageEntry] = {
-    "pretrain": StageEntry("a base model", "pretrain", "pretrain/world.yaml", minutes=2),
-    "sft": StageEntry("a model that answers", "sft", "sft/world.yaml", {"model_name_or_path": "pretrain"}, minutes=1),
-    "reward": StageEntry("a reward model", "reward", "reward/world.yaml", {"model_name_or_path": "sft"}, minutes=3.5),
-    "rlhf": StageEntry(
-        "an aligned model",
-        "rlhf",
-        "rlhf/world.yaml",
-        {"model_name_or_path": "sft", "reward_model_name_or_path": "reward"},
-        runs_own_chain=True,
-        minutes=2,
-    ),
-    "draft": StageEntry(
-        "a draft model", "distill", "speculative/draft.yaml", {"teacher_model_name_or_path": "sft"}, minutes=2
-    ),
-    "distill": StageEntry(
-        "a student", "distill", "distill/world.yaml", {"teacher_model_name_or_path": "rlhf"}, minutes=15
-    ),
-    "quantize": StageEntry("a model in 8 or 4 bits", "quantize", "", {"model_name_or_path": "sft"}),
-    "speculative": StageEntry(
-        "a report on decoding",
-        "speculative",
-        "",
-        {"model_name_or_path": "sft", "assistant_model_name_or_path": "draft"},
-    ),
-    "constitution": StageEntry(
-        "a model aligned by a constitution",
-        "constitution",
-        "constitution/world.yaml",
-        runs_own_chain=True,
-    ),
-    "expert_iteration": StageEntry(
-        "a model tuned on its own right answers",
-        "expert_iteration",
-        "expert_iteration/world.yaml",
-        {"model_name_or_path": "sft"},
-        runs_own_chain=True,
-    ),
-    "reason": StageEntry("models that think", "reason", "reason/world.yaml", runs_own_chain=True),
-    "tools": StageEntry("a model that calls tools", "tools", "tools/world.yaml", runs_own_chain=True),
-    "ground": StageEntry("a model that answers from passages", "ground", "ground/world.yaml", runs_own_chain=True),
-    "federated": StageEntry(
-        "a model that organisations learn together",
-        "federated",
-        "federated/world.yaml",
-        {"model_name_or_path": "pretrain"},
-    ),
-    "classify": StageEntry(
-        "a classifier", "classify", "classify/world.yaml", {"model_name_or_path": "pretrain"}, minutes=1
-    ),
-    "vision": StageEntry("a model that sees", "vision", "vision/pictures.yaml", runs_own_chain=True),
-    "extend": StageEntry("a model of longer texts", "extend", "extend/world.yaml", {"model_name_or_path": "pretrain"}),
-    "evaluate": StageEntry("a report on a model", "evaluate", "", {"model_name_or_path": "rlhf"}, runs_own_chain=True),
-    "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
-}
+@cache
+def stage_table() -> Mapping[str, Recipe]:
+    """Return every stage: the recipe that makes it, with its settings on the embedded world and what it needs."""
+    recipes = {name: declared(name) for name in recipe_names()}
+    return {name: recipe for name, recipe in recipes.items() if recipe.makes} | {"draft": DRAFT}
+
 
 # The values of these flags when the minutes were measured, where the settings omit them.
 AS_TIMED = {"max_steps": -1, "dataset_name": WORLD, "max_samples": None, "use_peft": False, "use_cpu": True}
@@ -186,11 +126,12 @@ class Chain:
         """Run the missing stages, reuse the rest. Returns the stages' metrics, by name."""
         self.announce()
         folders = {name: output_dir_of(flags) for name, flags in self.runs.items()}
+        recipes = {name: stage_table()[entry_name(name)].name for name in self.runs}
         metrics = {}
         for index, (name, flags) in enumerate(self.runs.items()):
             nested = self.nested[name].parsed if name in self.nested else None
-            later = {folders[each]: STAGES[entry_name(each)].recipe for each in list(folders)[index + 1 :]}
-            metrics[name] = run_stage(STAGES[entry_name(name)].recipe, flags, later, before=nested)
+            later = {folders[each]: recipes[each] for each in list(folders)[index + 1 :]}
+            metrics[name] = run_stage(recipes[name], flags, later, before=nested)
         schedule.come_back(self.stage)
         return metrics
 
@@ -234,14 +175,15 @@ def chain_before(
     provided = {name: model for name, model in (given_models or {}).items() if model}
     configs, more_flags = configs or {}, more_flags or {}
     runs: dict[str, Parsed] = {}
+    table = stage_table()
 
     def visit(name: str) -> None:
-        for need in STAGES[name].needs.values():
+        for need in table[name].needs.values():
             if need in provided or need in skip or need in runs:
                 continue
-            if not STAGES[need].runs_own_chain:
+            entry = table[need]
+            if not entry.runs_own_chain:
                 visit(need)
-            entry = STAGES[need]
             flags = ["--seed", str(seed), "--world_seed", str(world_seed)]
             # The world's settings suit the small models made here; your own model keeps the libraries' defaults.
             is_own = any(each in provided for each in entry.needs.values())
@@ -258,7 +200,7 @@ def chain_before(
             flags += more_flags.get(need, ())
             for number, differs in enumerate([(), *(copies or {}).get(need, ())], 1):
                 run = need if number == 1 else f"{need}_{number}"
-                runs[run] = load_recipe(entry.recipe).parse([*flags, "--output_dir", f"{output_dir}/{run}", *differs])
+                runs[run] = load_recipe(entry.name).parse([*flags, "--output_dir", f"{output_dir}/{run}", *differs])
 
     visit(stage)
     return Chain(stage, runs)
@@ -267,7 +209,7 @@ def chain_before(
 def _all_needs(stage: str) -> list[str]:
     """The stages needed by a stage, directly or indirectly, in order."""
     result: list[str] = []
-    for need in STAGES[stage].needs.values():
+    for need in stage_table()[stage].needs.values():
         result += [name for name in (*_all_needs(need), need) if name not in result]
     return result
 
@@ -292,7 +234,7 @@ def usual_minutes(run: str, parsed: Parsed) -> float | None:
         run: its name, possibly a copy's.
         parsed: its flags.
     """
-    entry = STAGES.get(entry_name(run))
+    entry = stage_table().get(entry_name(run))
     if entry is None or entry.minutes is None:
         return None
     timed = {**AS_TIMED, **read_yaml(settings_file(entry.settings))}

@@ -1,12 +1,46 @@
-"""Find recipes and their settings: inside the package installed by pip, or next to it in a checkout."""
+"""Find recipes, their settings and what they declare: in the package installed by pip, or next to it in a checkout."""
 
+import ast
 import importlib.util
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from hfllm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What hfllm must know of a recipe without importing it, declared in its script: `RECIPE = Recipe(...)`.
+
+    The declaration is read as text (`declared`): its arguments are literals, by their names.
+
+    Args:
+        makes: its output, as in `hfllm list`, if it is a stage: if others need it, or it needs others.
+        needs: the flags naming models of another stage, and the name of the stage.
+        settings: the YAML file of its settings on the embedded world, under recipes/configs; by default its folder's
+            world.yaml, if there is one.
+        runs_own_chain: whether others leave the stages before it to its recipe: they run inside its own folder, and
+            its stage's own flags (`hfllm/stages/NAME`) list them.
+        minutes: about how long it takes on two cores with these settings.
+        in_one_process: whether it runs in one process, however many devices there are, since it trains nothing.
+        writes: "model" or "tokenizer", if it writes that over the files in its folder without a trainer.
+        unfinished: the folder in its output folder for the work of an unfinished run, removed at the very end.
+        name: its script's; `declared` fills it in.
+    """
+
+    makes: str | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
+    settings: str = ""
+    runs_own_chain: bool = False
+    minutes: float | None = None
+    in_one_process: bool = False
+    writes: str | None = None
+    unfinished: str | None = None
+    name: str = ""
 
 
 @cache
@@ -32,6 +66,27 @@ def recipe_names() -> list[str]:
 def recipe_file(name: str) -> Path:
     """Return the script of the recipe called `name`."""
     return installed("recipes") / f"{name}.py"
+
+
+def declared(name: str) -> Recipe:
+    """Return what the recipe called `name` declares; the defaults if it declares nothing, or is no recipe."""
+    return _read_script(name)[1] if name in recipe_names() else Recipe(name=name)
+
+
+def docstring_of(name: str) -> str:
+    """Return the docstring of the recipe called `name`."""
+    return _read_script(name)[0]
+
+
+@cache
+def _read_script(name: str) -> tuple[str, Recipe]:
+    """Return a recipe's docstring and declaration, without the imports of running it."""
+    tree = ast.parse(recipe_file(name).read_text(encoding="utf-8"))
+    values = {"settings": f"{name}/world.yaml" if settings_file(f"{name}/world.yaml").is_file() else ""}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RECIPE":
+            values |= {each.arg: ast.literal_eval(each.value) for each in node.value.keywords}
+    return ast.get_docstring(tree) or "", Recipe(name=name, **values)
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -44,6 +44,7 @@ from hfllm.runs.command_line import main_process
 from hfllm.runs.identity import data_files, difference, finished_run, model_files, run_arguments, run_identity
 from hfllm.runs.lock import join, lock, owner_of, release
 from hfllm.runs.output import explained
+from hfllm.runs.recipes import declared
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -51,10 +52,6 @@ if TYPE_CHECKING:
 
 
 # ---- one run ----
-
-
-# Folders in the output folder removed by a stage at its very end, by stage.
-NEEDED_UNTIL_DONE = {"pretrain": "prepared", "tokenizer": "prepared", "curate": "unfinished"}
 
 
 class Stage:
@@ -172,7 +169,7 @@ class Stage:
 
     def refuse_foreign_files(self) -> None:
         """Refuse to overwrite foreign files in the output folder, naming the first; called by `announce`."""
-        writes_card = self._trains or self.name == "quantize"
+        writes_card = self._trains or declared(self.name).writes == "model"
         refuse_foreign_files(self.output_dir, self.name, writes_card, self._writes_model, self._first_step)
 
     @property
@@ -182,7 +179,7 @@ class Stage:
     @property
     def _writes_model(self) -> bool:
         """Whether a model or a tokenizer is written into the folder itself, over its existing files."""
-        return self._trains or self.name in ("quantize", "tokenizer")
+        return self._trains or declared(self.name).writes is not None
 
     @property
     def _first_step(self) -> int:
@@ -259,8 +256,8 @@ class Stage:
         with suppress(InputError):
             if self.report["artifacts"].get("model") == "." and not has_card:
                 self._write_card()
-        if self.name in NEEDED_UNTIL_DONE:
-            shutil.rmtree(Path(self.output_dir) / NEEDED_UNTIL_DONE[self.name], ignore_errors=True)
+        if unfinished := declared(self.name).unfinished:
+            shutil.rmtree(Path(self.output_dir) / unfinished, ignore_errors=True)
 
     def _write_card(self) -> None:
         """Write the card; trainers leave drafts of one. The user may edit it."""
@@ -287,7 +284,8 @@ class Stage:
         Of a stage that runs before another one, and of one without errors of its figures, only `summary` is printed.
 
         Args:
-            trainer: the trainer, for the loss curve; `None` if nothing was trained and one process did the work.
+            trainer: the trainer, for the loss curve, labeled by its `loss_label` if it has one; `None` if nothing was
+                trained and one process did the work.
             summary: the result, in a sentence or two.
             artifacts: the contents of the output folder, by path; by default the model, then with its card.
             too_wide: titles of tables to write but not to print.
@@ -370,14 +368,6 @@ class Stage:
             ) from None
 
 
-# The meaning of a loss, where it is not nats per token.
-LOSS_UNITS = {
-    "reward": "loss (nats per comparison)",
-    "classify": "loss (nats per label)",
-    "rlhf": "PPO loss (policy and critic)",
-}
-
-
 def loss_curve(name: str, trainer: "Trainer") -> Plot:
     """Return the plot of a trainer's losses over its steps."""
     return plot_history(
@@ -385,7 +375,7 @@ def loss_curve(name: str, trainer: "Trainer") -> Plot:
         {"training": "loss", "held-out rows": "eval_loss"},
         title=f"Loss of {name}",
         xlabel="optimizer steps",
-        ylabel=LOSS_UNITS.get(name, "loss (nats per token)"),
+        ylabel=getattr(trainer, "loss_label", "loss (nats per token)"),
     )
 
 

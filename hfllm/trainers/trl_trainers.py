@@ -58,6 +58,8 @@ class SFTTrainer(TokenMeanEvaluation, trl.SFTTrainer):
 class RewardTrainer(EachRowOnce, trl.RewardTrainer):
     """TRL's RewardTrainer; `eval_loss`, `eval_accuracy` and the other metrics of rewards cover all pairs."""
 
+    loss_label = "loss (nats per comparison)"
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -195,6 +197,8 @@ class HeadTrainer(Trainer):
     Args:
         kwargs: as Trainer's. Rows have `input_ids` and `labels`.
     """
+
+    loss_label = "loss (nats per label)"
 
     def __init__(self, **kwargs: Any):
         kwargs["args"] = changed(kwargs["args"], label_names=["labels"])

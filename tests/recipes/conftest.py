@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 import sft
-import yaml
 from peft import AutoPeftModelForCausalLM
-from tiny_stages import TINY
+from tiny_stages import write_settings
 
 
 @pytest.fixture(scope="session")
@@ -52,18 +51,7 @@ def few_held_out_documents():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Paths of tiny YAML configs, by stage."""
-    folder = tmp_path_factory.mktemp("configs")
-    paths = {}
-    for stage, values in TINY.items():
-        if stage == "rlhf":
-            values = {**values, **{f"{name}_config": paths[name] for name in ("pretrain", "sft", "reward")}}
-        if stage == "distill":
-            stages = ("pretrain", "sft", "reward", "rlhf")
-            values = {**values, **{f"{name}_config": paths[name] for name in stages}}
-        paths[stage] = str(folder / f"{stage}.yaml")
-        with open(paths[stage], "w") as stream:
-            yaml.safe_dump(values, stream)
-    return paths
+    return write_settings(tmp_path_factory.mktemp("configs"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import classify
 import pytest
 import torch
+from killed import SAVES, Killed
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 import hfllm
@@ -147,3 +148,14 @@ def test_the_loss_is_the_same_however_a_step_is_divided(saved, tmp_path):
         weights.append(load_file(out / "model.safetensors"))
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], atol=2e-5, rtol=1e-4)
+
+
+# ---- killed, see killed.py ----
+
+
+def killed_flags(files):
+    rows = files.rows(*({"text": f"the {word} is {kind}", "label": kind} for word in "abcdef" for kind in ("x", "y")))
+    return [*files.model(), *rows, "--task", "text-classification", "--per_device_train_batch_size", "4", *SAVES]
+
+
+KILLED = Killed(killed_flags)

@@ -17,6 +17,7 @@ import kill_run
 import pytest
 import torch
 import yaml
+from killed import of_stages
 from test_own_model import logits, make_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
@@ -748,3 +749,9 @@ def test_letters_that_are_not_single_tokens_leave_sl_and_say_so(here, tmp_path):
     report = report_of(tmp_path / "out")
     assert "they must differ in a single token, by which the reply is read" in report["summary"]
     assert "sl" in report["artifacts"] and "rl" not in report["artifacts"]
+
+
+# ---- killed, see killed.py ----
+
+
+KILLED = of_stages(lambda files: files.settings(SIZES, CONFIGS))

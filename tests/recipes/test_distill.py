@@ -7,6 +7,7 @@ import distill
 import pytest
 import torch
 import yaml
+from killed import SAVES, Killed
 from transformers import AutoModelForCausalLM, pipeline
 
 from hfllm.data.tokenizer import train_tokenizer
@@ -216,3 +217,15 @@ def test_a_named_teacher_gets_no_settings_of_the_worlds():
     assert distill.parse(["--student_layers_every", "4"])[0].student_hidden_size is None
     assert distill.parse(["--sequence_level"])[1].temperature == 1.0
     assert [distill.parse(flags)[0].mixed_prompts for flags in ([], ["--answers", "data"])] == [0.3, 0.0]
+
+
+# ---- killed, see killed.py ----
+
+
+def killed_flags(files):
+    chain = [word for name in ("pretrain", "sft", "reward", "rlhf") for word in (f"--{name}_config", "")]
+    teacher = files.model("teacher_model_name_or_path")
+    return ["--config", files.tiny["distill"], *chain, *teacher, "--answers", "data", *SAVES]
+
+
+KILLED = Killed(killed_flags)

@@ -182,6 +182,10 @@ def test_a_run_that_was_killed_resumes_to_the_same_report(models, capsys):
     assert report_of(models / "killed") == report_of(models / "whole")
 
 
+# See killed.py.
+KILLED = test_a_run_that_was_killed_resumes_to_the_same_report
+
+
 @pytest.mark.slow
 def test_samples_of_other_flags_are_not_taken(models, capsys):
     judge(models, "out")

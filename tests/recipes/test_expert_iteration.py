@@ -6,6 +6,7 @@ import os
 import expert_iteration
 import pytest
 import yaml
+from killed import of_stages
 
 from hfllm.errors import InputError
 from hfllm.runs import schedule
@@ -270,3 +271,25 @@ def test_from_nothing_on_the_embedded_world(tmp_path):
     assert -1 <= metrics["reward_after"] <= 1 and metrics["reward_n"] == metrics["eval_prompts"] == 8
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"pretrain", "sft", "round_1", "data", "report.json", "report.md"} <= made
+
+
+# ---- killed, see killed.py ----
+
+
+def killed_flags(files):
+    (files.folder / "mine.py").write_text(
+        "def one(prompts, completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    (files.folder / "round.yaml").write_text("max_steps: 1\nsave_strategy: 'no'\nper_device_train_batch_size: 4\n")
+    rows = files.rows(*({"prompt": f"Say {at}."} for at in range(12)))
+    sizes = ["--num_rounds", "2", "--num_samples", "8", "--response_length", "64", "--num_eval_prompts", "2"]
+    settings = [
+        "--reward_funcs",
+        f"{files.folder / 'mine.py'}:one",
+        "--round_config",
+        str(files.folder / "round.yaml"),
+    ]
+    return [*files.model(), *rows, *sizes, *settings]
+
+
+KILLED = of_stages(killed_flags)

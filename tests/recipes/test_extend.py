@@ -9,6 +9,7 @@ import extend
 import pytest
 import torch
 import yaml
+from killed import SAVES, Killed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.errors import InputError
@@ -105,3 +106,15 @@ def test_models_without_rotary_positions_are_refused(make_model, tokenizer, tmp_
 def test_the_flag_knows_the_types_of_the_library():
     (flag,) = (each for each in dataclasses.fields(ExtendArguments) if each.name == "rope_type")
     assert flag.metadata["choices"] == [*ROPE_TYPES]
+
+
+# ---- killed, see killed.py ----
+
+
+def killed_flags(files):
+    rows = files.rows({"text": "The fox lives in the forest and eats fish. The owl is grey. " * 400})
+    sizes = ["--factor", "2", "--original_max_position_embeddings", "64", "--per_device_train_batch_size", "2"]
+    return [*files.model(), *rows, *sizes, *QUICK, *SAVES]
+
+
+KILLED = Killed(killed_flags)

@@ -12,6 +12,7 @@ import kill_run
 import pytest
 import torch
 import yaml
+from killed import Killed
 from safetensors.torch import load_file
 from tiny_stages import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -473,3 +474,19 @@ def test_an_organisation_without_rows_is_refused(flags, tmp_path):
     with pytest.raises(InputError, match=r"farm\.jsonl") as error:
         run(words)
     assert "\n" not in str(error.value) and not (tmp_path / "out" / STATE_FILE).exists()
+
+
+# ---- killed, see killed.py ----
+
+
+def killed_flags(files):
+    names = []
+    for name in ("shop", "school"):
+        turns = [{"role": "user", "content": f"Say {name}."}, {"role": "assistant", "content": name}]
+        (files.folder / f"{name}.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 3)
+        names.append(str(files.folder / f"{name}.jsonl"))
+    sizes = ["--rounds", "3", "--local_steps", "1", "--per_device_train_batch_size", "2", "--controls", "none"]
+    return ["--organisation_files", *names, *files.model(), "--average", "full", "--max_length", "64", *sizes]
+
+
+KILLED = Killed(killed_flags, "round 3/3", f"{ROUNDS}:save_state", 3)

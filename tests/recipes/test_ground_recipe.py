@@ -11,6 +11,7 @@ from functools import partial
 import ground
 import pytest
 import yaml
+from killed import of_stages
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hfllm.data.world.passages import GROUPS
@@ -185,3 +186,9 @@ def test_a_package_that_is_missing_is_said_before_anything_is_trained(tmp_path, 
         run("--output_dir", tmp_path / "out")
     assert str(error.value) == "hfllm ground needs bm25s: pip install 'hfllm[grounding]'"
     assert not (tmp_path / "out").exists()
+
+
+# ---- killed, see killed.py ----
+
+
+KILLED = of_stages(lambda files: files.settings(SIZES, CONFIGS))

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import reason
 import yaml
+from killed import of_stages
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.data.thoughts import CLOSE, OPEN
@@ -193,3 +194,9 @@ def test_a_config_of_a_later_run_is_refused_before_the_first(words, tmp_path):
     with pytest.raises(InputError, match="--reward_weights has 2 values for 1 reward"):
         run(*words, "--rlhf_config", tmp_path / "rlhf.yaml", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ---- killed, see killed.py ----
+
+
+KILLED = of_stages(lambda files: files.settings(SIZES, CONFIGS))

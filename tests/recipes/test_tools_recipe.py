@@ -14,6 +14,7 @@ import pytest
 import tools
 import torch
 import yaml
+from killed import of_stages
 from tool_tokenizer import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -261,3 +262,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(flags, message, 
     with pytest.raises(InputError) as error:
         run(*flags, "--output_dir", tmp_path / "out")
     assert message in str(error.value) and not (tmp_path / "out").exists()
+
+
+# ---- killed, see killed.py ----
+
+
+KILLED = of_stages(lambda files: files.settings(SIZES, CONFIGS))

@@ -8,6 +8,7 @@ import reward
 import sft
 import torch
 import vision
+from killed import SAVES, Killed
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -325,3 +326,9 @@ def test_answers_before_the_first_picture_are_refused_where_weights_are_split(dr
     flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *QUIET]
     with pytest.raises(InputError, match="pictures in 3 of 6 training rows: DeepSpeed and FSDP"):
         run(tmp_path / "out", *flags)
+
+
+# ---- killed, see killed.py ----
+
+
+KILLED = Killed(lambda files: [*DRAWN, *SAVES])

@@ -1,5 +1,9 @@
 """Flags of each stage in miniature."""
 
+from pathlib import Path
+
+import yaml
+
 TINY = {
     "pretrain": {
         "hidden_size": 32,
@@ -53,3 +57,18 @@ TINY = {
         "logging_steps": 1,
     },
 }
+
+
+def write_settings(folder: Path) -> dict[str, str]:
+    """Write them as YAML files, each with those of the stages before it, and return the files by stage."""
+    paths = {}
+    for stage, values in TINY.items():
+        if stage == "rlhf":
+            values = {**values, **{f"{name}_config": paths[name] for name in ("pretrain", "sft", "reward")}}
+        if stage == "distill":
+            stages = ("pretrain", "sft", "reward", "rlhf")
+            values = {**values, **{f"{name}_config": paths[name] for name in stages}}
+        paths[stage] = str(folder / f"{stage}.yaml")
+        with open(paths[stage], "w") as stream:
+            yaml.safe_dump(values, stream)
+    return paths

@@ -14,7 +14,7 @@ import pytest
 from hfllm.errors import InputError
 from hfllm.runs import pipeline
 from hfllm.runs.lock import LOCK_FILE, release
-from hfllm.runs.pipeline import STAGES, Chain, chain_before, run_stage
+from hfllm.runs.pipeline import Chain, chain_before, run_stage, stage_table
 from hfllm.runs.recipes import recipe_names, settings_file
 
 
@@ -53,10 +53,10 @@ def flag_of(flags: Flags, name: str) -> str | None:
 
 
 def test_the_table_is_whole():
-    for name, entry in STAGES.items():
-        assert entry.recipe in recipe_names(), name
+    for name, entry in stage_table().items():
+        assert entry.name in recipe_names(), name
         assert not entry.settings or settings_file(entry.settings).is_file(), name
-        assert set(entry.needs.values()) <= STAGES.keys(), name
+        assert set(entry.needs.values()) <= stage_table().keys(), name
 
 
 def test_each_stage_begins_from_what_the_one_before_makes(recipes):

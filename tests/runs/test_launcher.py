@@ -21,7 +21,7 @@ from hfllm.data.child_processes import LAUNCHER
 from hfllm.errors import InputError
 from hfllm.runs import launcher
 from hfllm.runs.launcher import ALONE, NOT_HANDED_OVER, WITH_VALUE, split_flags, with_shipped_configs
-from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
+from hfllm.runs.recipes import declared, installed, load_recipe, recipe_file, recipe_names
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -56,7 +56,7 @@ for name in recipe_names():
 def test_docstrings_say_how_to_launch():
     for name in recipe_names():
         launched = f"accelerate launch recipes/{name}.py" in recipe_file(name).read_text()
-        assert launched or name in launcher.IN_ONE_PROCESS, name
+        assert launched or declared(name).in_one_process, name
 
 
 @pytest.mark.parametrize(("name", "meant"), [("rhlf", "rlhf"), ("pretraining", "pretrain"), ("lst", "list")])
@@ -84,7 +84,7 @@ def test_the_flags_are_those_of_accelerate():
 
 
 def test_no_recipe_has_a_flag_that_is_handed_to_accelerate(capsys):
-    for name in set(recipe_names()) - launcher.IN_ONE_PROCESS:
+    for name in (name for name in recipe_names() if not declared(name).in_one_process):
         with pytest.raises(SystemExit):
             load_recipe(name).parse(["--help_all"])
         own = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))

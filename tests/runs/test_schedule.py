@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.runs import pipeline, schedule
-from hfllm.runs.pipeline import STAGES, Chain, chain_before, usual_minutes
+from hfllm.runs.pipeline import Chain, chain_before, stage_table, usual_minutes
 from hfllm.runs.recipes import load_recipe, settings_file
 from hfllm.runs.schedule import Job, Planned, current_job, described
 
@@ -32,13 +32,13 @@ def test_a_job_in_words():
 # ---- how long a stage takes ----
 
 
-@pytest.mark.parametrize("name", [name for name, entry in STAGES.items() if entry.minutes is not None])
+@pytest.mark.parametrize("name", [name for name, entry in stage_table().items() if entry.minutes is not None])
 def test_the_settings_of_the_world_take_the_time_of_the_table(name):
-    entry = STAGES[name]
+    entry = stage_table()[name]
     flags = ["--config", str(settings_file(entry.settings)), "--seed", "7", "--output_dir", "elsewhere"]
     for flag in entry.needs:
         flags += [f"--{flag}", "a/model"]
-    parse = load_recipe(entry.recipe).parse
+    parse = load_recipe(entry.name).parse
     assert usual_minutes(name, parse(flags)) == entry.minutes
     assert usual_minutes(f"{name}_2", parse(flags)) == entry.minutes
     for other in (["--max_steps", "3"], ["--per_device_train_batch_size", "2"], ["--use_peft", "true"]):
@@ -47,7 +47,7 @@ def test_the_settings_of_the_world_take_the_time_of_the_table(name):
 
 def test_nobody_knows_how_long_other_stages_take(monkeypatch):
     parse = load_recipe("sft").parse
-    assert usual_minutes("sft", parse([])) == STAGES["sft"].minutes
+    assert usual_minutes("sft", parse([])) == stage_table()["sft"].minutes
     assert usual_minutes("sft", parse(["--model_name_or_path", "mine"])) is None
     assert usual_minutes("sft", parse(["--dataset_name", "mine.jsonl"])) is None
     assert usual_minutes("sft", ()) is None

@@ -25,7 +25,7 @@ from hfllm.environments.tools import calculator, lookup_in
 from hfllm.errors import InputError, refuse
 from hfllm.flags import check_flags
 from hfllm.models.devices import forked_random
-from hfllm.models.loading.saved import is_for_pictures
+from hfllm.models.loading.saved import is_for_pictures, max_length_of
 from hfllm.multimodal.processors import has_pictures, tokenizer_of
 from hfllm.rewards.functions import (
     BEGINNING,
@@ -321,8 +321,14 @@ def learning_rates(
     return rates
 
 
-def calibrate(ensemble: RewardEnsemble, trainer: "PPOTrainer", rows: Sequence[Row]) -> None:
-    """Normalize the members of an ensemble on responses of the initial model of the training."""
+def calibrate(rewards: Sequence[object], trainer: "PPOTrainer", rows: Sequence[Row]) -> None:
+    """Normalize the members of ensembles among the rewards on responses of the initial model of the training."""
+    for reward in rewards:
+        if isinstance(reward, RewardEnsemble):
+            _calibrate_ensemble(reward, trainer, rows)
+
+
+def _calibrate_ensemble(ensemble: RewardEnsemble, trainer: "PPOTrainer", rows: Sequence[Row]) -> None:
     size, texts = trainer.args.local_rollout_batch_size, []
     with forked_random(trainer.args.device):
         torch.manual_seed(trainer.args.seed)
@@ -353,6 +359,18 @@ class Room(NamedTuple):
     response_length: int
     context: int | None
     tools: list[dict[str, Any]] | None = None
+
+
+def room_of(
+    name: str, revision: str, config: "PreTrainedConfig", response_length: int, tools: list[dict[str, Any]] | None
+) -> Room:
+    """Return what the prompts of a policy must fit into; its tokenizer or processor is loaded.
+
+    Args:
+        config: the policy's.
+        response_length, tools: as in `Room`.
+    """
+    return Room(load_processing_class(name, revision, config), response_length, max_length_of(config), tools)
 
 
 def check_models(

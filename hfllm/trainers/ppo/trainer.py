@@ -106,6 +106,7 @@ class PPOTrainer(ActorCriticTrainer):
     # compute_loss divides by the tokens of the whole mini-batch itself.
     loss_is_scaled_for_ga = True
     _tag_names = ["hfllm", "ppo"]
+    loss_label = "PPO loss (policy and critic)"
 
     def __init__(
         self,
