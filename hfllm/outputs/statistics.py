@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive
 from hfllm.outputs.figures import ratio_error, standard_error
 from hfllm.outputs.report import Plot
 
@@ -61,15 +61,12 @@ def as_numbers(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
 def as_pairs(uncertainty: Sequence[float], wrong: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Return uncertainties and labels as (N,) float64; the labels are 0 or 1."""
     numbers, labels = as_numbers(uncertainty, "uncertainty"), as_numbers(wrong, "wrong")
-    if len(numbers) != len(labels):
-        raise InputError(
-            f"there are {len(numbers)} uncertainties and {len(labels)} labels: expected one of each per row"
-        )
-    bad = ~np.isin(labels, (0, 1))
-    if bad.any():
-        raise InputError(
-            f"wrong of row {int(bad.argmax()) + 1} is {labels[bad][0]:g}; expected true or false (1 or 0)"
-        )
+    ours, theirs = len(numbers), len(labels)
+    if ours != theirs:
+        raise InputError(f"there are {ours} uncertainties and {theirs} labels: expected one of each per row")
+    bad = np.flatnonzero(~np.isin(labels, (0, 1)))
+    if len(bad):
+        raise InputError(f"wrong of row {bad[0] + 1} is {labels[bad[0]]:g}; expected true or false (1 or 0)")
     return numbers, labels
 
 
@@ -136,8 +133,7 @@ def shuffled_auroc(
     It is the control: an AUROC within two deviations of it says nothing.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
-    if rounds < 1:
-        raise InputError(f"rounds must be at least 1, got {rounds}")
+    check_positive(rounds=rounds)
     rng = np.random.default_rng(seed)
     result = [auroc(numbers, rng.permutation(labels)) for _ in range(rounds)]
     return float(np.mean(result)), float(np.std(result))

@@ -38,7 +38,6 @@ def before_its_rows(parsed: Parsed) -> Parsed:
 def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
     rlhf_flags.check(script_args, training_args, model_args)
     rlhf.checked_functions(script_args.reward_funcs)
-    rlhf_flags.check_rewards(script_args, training_args)
     documents = (script_args.num_prompts, training_args.seed, script_args.world_seed)
     rlhf.ptx_texts(script_args.ptx_dataset_name, *documents, script_args.max_row_bytes)
     if training_args.use_vllm:
@@ -51,19 +50,17 @@ def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
 # ---- models and rows of the user ----
 
 
-def refuse_inputs_in(folder: Path, names: Mapping[str, str | None], writers: str = "runs") -> None:
+def refuse_inputs_in(folder: Path, names: Mapping[str, str | None], runs: str = "runs") -> None:
     """Refuse models and rows at the output paths of the runs.
 
     Args:
         folder: where the runs write.
         names: the user's models and datasets, by flag.
-        writers: what the runs are called.
+        runs: what they are called.
     """
     for flag, name in names.items():
         if name and Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
-            raise InputError(
-                f"--{flag} {name} lies in {folder}, where the {writers} write: choose another --output_dir"
-            )
+            raise InputError(f"--{flag} {name} lies in {folder}, where the {runs} write: choose another --output_dir")
 
 
 def prompts_with_room(stage: str, kind: str, rows: Sequence[Row], unfit: Collection[int], reason: str) -> list[Row]:

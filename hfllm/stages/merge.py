@@ -68,10 +68,8 @@ def merge_into_base(adapter: "SavedAdapter", target: Path, max_shard_size: str, 
     model = merge(adapted, dtypes)
     difference = (logits_of(model, ids) - apart).abs().max().item()
     if not is_rounding(difference, apart, in_half=min(dtype.itemsize for dtype in dtypes.values()) < 4):
-        raise InputError(
-            f"adapter {adapter.name!r} merged into {adapter.base!r} gives other outputs, by up to {difference:.3g}: "
-            "keep it apart"
-        )
+        what = f"adapter {adapter.name!r} merged into {adapter.base!r}"
+        raise InputError(f"{what} gives other outputs, by up to {difference:.3g}: keep it apart")
     save_merged(model, adapter, target, max_shard_size)
     return {
         "parameters": model.num_parameters(),

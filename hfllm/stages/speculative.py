@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse
-from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Clashes, Fact, Refused, at_least, flag
 from hfllm.outputs.report import Plot
 from hfllm.runs.flags import RemoteCodeArguments
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from hfllm.runs.pipeline import Chain
 
 Row = Mapping[str, Any]
+NO_DRAFT = (
+    "--model_name_or_path {model_name_or_path} needs a draft: --assistant_model_name_or_path SMALLER with the same "
+    "tokenizer (hfllm distill --teacher_model_name_or_path {model_name_or_path} makes one), or --draft int8, "
+    "prompt_lookup or early_exit"
+)
+PLAIN_ALONE = "it quantizes plain weights: leave out --load_in_8bit and --load_in_4bit"
 # Batch size for the comparison of answers.
 COMPARED_BATCH = 16
 
@@ -76,26 +82,26 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
     )
 
     refused: ClassVar[Refused] = {"use_peft": ALWAYS.because("nothing is trained")}
+    clashes: ClassVar[Clashes] = {
+        "--num_draft_tokens {num_draft_tokens!r}: expected a number of tokens, or 'adaptive'": lambda flags: (
+            not (flags.num_draft_tokens == "adaptive" or flags.num_draft_tokens.isdecimal())
+        ),
+        "--num_draft_tokens_compared {num_draft_tokens_compared}: expected numbers of at least 1": lambda flags: (
+            min(flags.num_draft_tokens_compared, default=0) < 1
+        ),
+        NO_DRAFT: lambda flags: (
+            NAMED.holds(flags) and flags.draft == "model" and not flags.assistant_model_name_or_path
+        ),
+        "--draft int8 cannot be used here: attn_implementation={attn_implementation!r} is not 'sdpa'": lambda flags: (
+            flags.draft == "int8" and flags.attn_implementation not in (None, "sdpa")
+        ),
+        f"--draft int8 cannot be used here: {PLAIN_ALONE}": lambda flags: (
+            flags.draft == "int8" and (flags.load_in_8bit or flags.load_in_4bit)
+        ),
+    }
 
 
 # ---- what is refused ----
-
-
-def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags without effect, and values out of range."""
-    requested, compared = script_args.num_draft_tokens, script_args.num_draft_tokens_compared
-    if not (requested == "adaptive" or requested.isdecimal()):
-        raise InputError(f"--num_draft_tokens {requested!r}: expected a number of tokens, or 'adaptive'")
-    if not compared or min(compared) < 1:
-        raise InputError(f"--num_draft_tokens_compared {compared}: expected numbers of at least 1")
-    check_flags(script_args, model_args)
-    own = model_args.model_name_or_path
-    if own and script_args.draft == "model" and not script_args.assistant_model_name_or_path:
-        raise InputError(
-            f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
-            f"tokenizer (hfllm distill --teacher_model_name_or_path {own} makes one), or --draft int8, prompt_lookup "
-            "or early_exit"
-        )
 
 
 def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", before: "Chain") -> None:
@@ -111,12 +117,6 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         load_config(script_args.assistant_model_name_or_path)
         check_weight_files(script_args.assistant_model_name_or_path)
         load_tokenizer(script_args.assistant_model_name_or_path)
-    if script_args.draft == "int8":
-        attention = model_args.attn_implementation
-        is_other = attention not in (None, "sdpa")
-        refuse(is_other, "--draft int8", f"attn_implementation={attention!r} is not 'sdpa'")
-        is_rounded = model_args.load_in_8bit or model_args.load_in_4bit
-        refuse(is_rounded, "--draft int8", "it quantizes plain weights: leave out --load_in_8bit and --load_in_4bit")
     exit_layers = script_args.early_exit_layers
     if exit_layers is not None:
         layers = config_to_train(model_args, before).get_text_config(decoder=True).num_hidden_layers

@@ -43,6 +43,12 @@ def global_batch_size(args: "TrainingArguments") -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
+def sets_optimizer(args: "TrainingArguments") -> bool:
+    """Return whether DeepSpeed's file has an optimizer section, with a rate of its own."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return plugin is not None and "optimizer" in plugin.deepspeed_config
+
+
 def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Trained, dict[str, float]]:
     """Return a trainer's arguments with learning rates scaled to its batch size, and the values to report.
 
@@ -54,6 +60,7 @@ def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Traine
             rate, or one set by DeepSpeed's config file.
     """
     rule, base = scaling.lr_scaling_rule, scaling.lr_scaling_base_batch_size
+    flag = f"--lr_scaling_rule {rule}"
     if rule not in RULES:
         raise InputError(f"--lr_scaling_rule {rule!r} is not one of {', '.join(RULES)}")
     if rule == "none":
@@ -61,18 +68,13 @@ def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Traine
             raise InputError(f"--lr_scaling_base_batch_size {base} needs --lr_scaling_rule sqrt or linear")
         return args, {}
     if base is None:
-        raise InputError(
-            f"--lr_scaling_rule {rule} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for"
-        )
+        raise InputError(f"{flag} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for")
     if args.learning_rate is None:
-        raise InputError(f"--lr_scaling_rule {rule} needs --learning_rate: the rate that is scaled")
+        raise InputError(f"{flag} needs --learning_rate: the rate that is scaled")
     if base < 1:
         raise InputError(f"--lr_scaling_base_batch_size {base}: expected at least 1")
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None and "optimizer" in plugin.deepspeed_config:
-        raise InputError(
-            f"--lr_scaling_rule {rule}: DeepSpeed's file has an optimizer section, which sets its own rate"
-        )
+    if sets_optimizer(args):
+        raise InputError(f"{flag}: DeepSpeed's file has an optimizer section, which sets its own rate")
     batch = global_batch_size(args)
     factor = RULES[rule](batch / base)
     # PPO's critic may have its own rate.

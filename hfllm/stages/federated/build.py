@@ -583,12 +583,10 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
 
 def check_terms(own: Terms, terms: Mapping[str, str | int | float]) -> None:
     """Refuse the request of a server with other terms of its run than this organisation's flags."""
-    values = asdict(own)
+    ours = asdict(own)
     for name, value in terms.items():
-        if values.get(name) != value:
-            raise InputError(
-                f"--{name} is {values.get(name)} here and {value} at the server: both need the same flags"
-            )
+        if ours.get(name) != value:
+            raise InputError(f"--{name} is {ours.get(name)} here and {value} at the server: both need the same flags")
 
 
 def loop(connect: Connect, config: Mapping[str, object]) -> None:
@@ -602,8 +600,7 @@ def loop(connect: Connect, config: Mapping[str, object]) -> None:
         raise InputError('the run names no file of flags: expected flags="federated.yaml" in its settings')
     recipe = load_recipe("federated")
     parsed = recipe.parse(["--config", str(config["flags"])])
-    if (compression := str(config.get("compression", "none"))) not in ("none", parsed[0].compression):
-        raise InputError(
-            f"--compression {compression} of the app, {parsed[0].compression} of {config['flags']}: expected the same"
-        )
+    theirs, ours = str(config.get("compression", "none")), parsed[0].compression
+    if theirs not in ("none", ours):
+        raise InputError(f"--compression {theirs} of the app, {ours} of {config['flags']}: expected the same")
     recipe.main(*parsed, connect=connect)

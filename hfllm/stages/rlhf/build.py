@@ -371,7 +371,8 @@ def check_models(
     """
     check_trainable(model_args)
     is_frozen = script_args.freeze_vision or script_args.freeze_text
-    check_flags(script_args, model_args, shows=is_frozen and any(has_pictures(row, "a row") for row in rows))
+    shows = is_frozen and any(has_pictures(row, "a row") for row in rows)
+    check_flags(script_args, training_args, model_args, shows=shows)
     if training_args.use_vllm:
         check_vllm(training_args)
     reward_models = script_args.reward_model_name_or_path or []

@@ -41,10 +41,8 @@ def check_same_vocabulary(
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         token = min((token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token)), default="")
-        raise InputError(
-            f"token {token!r} is number {theirs.get(token)} of the teacher and {ours.get(token)} of the student: "
-            f"{ALTERNATIVE}"
-        )
+        one, other = theirs.get(token), ours.get(token)
+        raise InputError(f"token {token!r} is number {one} of the teacher and {other} of the student: {ALTERNATIVE}")
 
 
 def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedModel":
@@ -170,29 +168,30 @@ def logit_scale(model: "PreTrainedModel") -> float:
     return float(getattr(model.config.get_text_config(), "logit_scale", None) or 1.0)
 
 
-@torch.no_grad()
 def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
-    """Refuse a model whose logits are more than its output embedding on its last hidden state, times a factor.
+    """Refuse a model without a linear head alone.
 
     Args:
         model: the teacher or the student, without adapters around it.
         whose: teacher or student; a student must take `logits_to_keep`, or it would make all logits.
     """
+    kind, flag = model.config.model_type, "--loss_chunk_size 0"
     if whose == "student" and "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise InputError(
-            f"a student of type {model.config.model_type} takes no logits_to_keep, so its logits are made all at "
-            "once: use --loss_chunk_size 0"
-        )
+        reason = "takes no logits_to_keep, so its logits are made all at once"
+        raise InputError(f"a student of type {kind} {reason}: use {flag}")
+    if not has_linear_head(model):
+        raise InputError(f"the {whose} is of type {kind}, whose logits are not a linear head's: use {flag}")
+
+
+@torch.no_grad()
+def has_linear_head(model: "PreTrainedModel") -> bool:
+    """Return whether a model's logits are its output embedding on its last hidden state, times a factor."""
     device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
     ids = torch.arange(4, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
     with evaluation_mode(model):
         whole = model(input_ids=ids, use_cache=False).logits
         parts = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state) * logit_scale(model)
-    if not torch.allclose(whole.float(), parts.float(), atol=1e-3, rtol=1e-3):
-        raise InputError(
-            f"the {whose} is of type {model.config.model_type}, whose logits are not a linear head's: use "
-            "--loss_chunk_size 0"
-        )
+    return torch.allclose(whole.float(), parts.float(), atol=1e-3, rtol=1e-3)
 
 
 def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel":

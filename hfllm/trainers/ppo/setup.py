@@ -266,10 +266,8 @@ def special_tokens(
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token (eos_token): PPO needs one")
     check_vocabulary(policy, tokenizer)
     if tokenizer.pad_token_id is None:
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r} has no padding token: set pad_token, for example to the end token "
-            f"{tokenizer.eos_token!r}"
-        )
+        advice = f"set pad_token, for example to the end token {tokenizer.eos_token!r}"
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no padding token: {advice}")
     generation_kwargs = args.generation_kwargs or {}
     ends = configured_ends(tokenizer, policy) | ({turn_end(processing_class)} - {None})
     if new := ends - configured_ends(tokenizer, policy):
@@ -318,10 +316,8 @@ def build_rewards(
             tokenizer = tokenizer or load(func.config._name_or_path)
             func = kind(func, tokenizer, args.local_rollout_forward_batch_size)
         if isinstance(func, TokenRewardModel) and func.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
-            raise InputError(
-                f"{func.__name__!r} gives a reward for each token, and its tokenizer is not the policy's: their "
-                "tokens do not match"
-            )
+            why = "its tokenizer is not the policy's: their tokens do not match"
+            raise InputError(f"{func.__name__!r} gives a reward for each token, and {why}")
         rewards.append(func)
     return [*rewards, *own]
 

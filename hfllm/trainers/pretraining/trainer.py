@@ -348,13 +348,12 @@ def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict
     processes gather the head together, and they may differ in their number of chunks.
 
     Raises:
-        InputError: for a negative size, or one given for a model of another family.
+        InputError: for a size given for a model of another family.
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     family = model.config.model_type
     refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
-    refuse((loss_chunk_size or 0) < 0, "--loss_chunk_size", f"{loss_chunk_size} is below 0")
     is_split = is_deepspeed_zero3_enabled()
     refuse(loss_chunk_size and is_split, "--loss_chunk_size", "ZeRO-3 needs the loss of a batch in one piece")
     size = 1024 if loss_chunk_size is None and family == "hfllm" and not is_split else loss_chunk_size
