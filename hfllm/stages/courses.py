@@ -15,7 +15,6 @@ from hfllm.runs.stage import Stage
 from hfllm.stages.rlhf import build as rlhf
 from hfllm.stages.rlhf import flags as rlhf_flags
 from hfllm.trainers.ppo.setup import check_critic
-from hfllm.trainers.ppo.vllm_sampling import check_vllm
 
 # ---- flags of the runs ----
 
@@ -40,8 +39,6 @@ def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
     rlhf.checked_functions(script_args.reward_funcs)
     documents = (script_args.num_prompts, training_args.seed, script_args.world_seed)
     rlhf.ptx_texts(script_args.ptx_dataset_name, *documents, script_args.max_row_bytes)
-    if training_args.use_vllm:
-        check_vllm(training_args)
     if script_args.value_model not in ("head", "reward"):
         with forked_random(training_args.device):
             check_critic(load_value_model(script_args.value_model, model_args, ()))

@@ -112,6 +112,10 @@ def check(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "M
     YAML flags of skipped stages are accepted, so that one file serves with and without a named model.
     """
     check_flags(script_args, training_args, model_args)
+    if training_args.use_vllm:
+        from hfllm.trainers.ppo.vllm_sampling import check_vllm
+
+        check_vllm(training_args)
     for option in () if script_args.tools or script_args.environment_factory is not None else OF_TOOLS:
         value = getattr(training_args, option)
         is_changed = value != getattr(type(training_args), option)
