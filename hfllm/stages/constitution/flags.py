@@ -290,8 +290,7 @@ def check_before(
     first = pipeline.Chain("constitution", {name: course.runs[name] for name in (PRETRAIN,) if name in course.runs})
     _check_room(script_args.longest, config_to_train(model_args, first))
     if script_args.last_stage != REVISIONS:
-        if named:
-            check_trainable(model_args)
+        check_trainable(model_args)
         check_adapter(model_args, first)
     _check_rewards(course)
     check_runs(course)

@@ -207,16 +207,18 @@ CHANGES, MOST_READ = "changes.jsonl", 1 << 24
 def refuse_foreign_changes(folder: str | Path) -> None:
     """Refuse to overwrite a link, or a file of another kind with the name of `CHANGES`."""
     path = Path(folder, CHANGES)
-    if not path.exists() and not path.is_symlink():
-        return
+    if path.is_symlink() or (path.exists() and not _are_changes(path)):
+        raise InputError(f"{path} is not hfllm's and would be overwritten: move it or choose another --output_dir")
+
+
+def _are_changes(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as stream:
             first = stream.readline(MOST_READ)
         row = json.loads(first) if first else {"figure": "", "change": ""}
     except (OSError, ValueError, RecursionError):
-        row = None
-    if path.is_symlink() or not isinstance(row, dict) or not {"figure", "change"} <= row.keys():
-        raise InputError(f"{path} is not hfllm's and would be overwritten: move it or choose another --output_dir")
+        return False
+    return isinstance(row, dict) and {"figure", "change"} <= row.keys()
 
 
 # ---- the stages before ----

@@ -337,7 +337,7 @@ def default_settings(flags: Mapping[str, Any]) -> list[Path]:
 
 def check(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
     """Refuse flags without effect, contradictory flags, and flags that would fail later."""
-    from hfllm.federation.privacy import check_clip_norm, check_noise
+    from hfllm.federation.privacy import check_clip_norm
     from hfllm.trainers.engines import schedule_of
 
     check_flags(script_args, training_args, model_args)
@@ -347,9 +347,7 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
     check_settings(script_args.round_settings(training_args.seed), script_args.count)
     if script_args.clip_norm is not None:
         check_clip_norm(script_args.clip_norm, "--clip_norm")
-    if script_args.row_clip_norm is not None:
-        check_clip_norm(script_args.row_clip_norm, "row_clip_norm")
-        check_noise(script_args.row_noise_multiplier, "row_noise_multiplier")
+    _ = script_args.terms(training_args.seed).row_privacy
     schedule_of(training_args, 1)
 
 
