@@ -60,7 +60,7 @@ def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Traine
             rate, or one set by DeepSpeed's config file.
     """
     rule, base = scaling.lr_scaling_rule, scaling.lr_scaling_base_batch_size
-    flag = f"--lr_scaling_rule {rule}"
+    rule_flag = f"--lr_scaling_rule {rule}"
     if rule not in RULES:
         raise InputError(f"--lr_scaling_rule {rule!r} is not one of {', '.join(RULES)}")
     if rule == "none":
@@ -68,13 +68,13 @@ def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Traine
             raise InputError(f"--lr_scaling_base_batch_size {base} needs --lr_scaling_rule sqrt or linear")
         return args, {}
     if base is None:
-        raise InputError(f"{flag} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for")
+        raise InputError(f"{rule_flag} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for")
     if args.learning_rate is None:
-        raise InputError(f"{flag} needs --learning_rate: the rate that is scaled")
+        raise InputError(f"{rule_flag} needs --learning_rate: the rate that is scaled")
     if base < 1:
         raise InputError(f"--lr_scaling_base_batch_size {base}: expected at least 1")
     if sets_optimizer(args):
-        raise InputError(f"{flag}: DeepSpeed's file has an optimizer section, which sets its own rate")
+        raise InputError(f"{rule_flag}: DeepSpeed's file has an optimizer section, which sets its own rate")
     batch = global_batch_size(args)
     factor = RULES[rule](batch / base)
     # PPO's critic may have its own rate.
