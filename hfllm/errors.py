@@ -54,8 +54,17 @@ def refuse(condition: bool, flag: str, reason: str) -> None:
     Raises:
         InputError: if `condition` holds.
     """
+    refuse_if(condition, f"{flag} cannot be used here: {reason}")
+
+
+def refuse_if(condition: object, message: str) -> None:
+    """Refuse input by this message, which is made in any case: not for inner loops.
+
+    Raises:
+        InputError: if `condition` holds.
+    """
     if condition:
-        raise InputError(f"{flag} cannot be used here: {reason}")
+        raise InputError(message)
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:

@@ -9,7 +9,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hfllm.errors import HIDDEN, InputError, redact
+from hfllm.errors import HIDDEN, InputError, redact, refuse_if
 from hfllm.outputs.card import check_base, check_publishable, public_report, write_card
 from hfllm.outputs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, WEIGHTS, model_files
 from hfllm.outputs.report import REPORT_FILE
@@ -131,11 +131,9 @@ class Repository:
             validate_repo_id(name)
         except HFValidationError as error:
             raise InputError(f"--hub_model_id {name!r}: {error}") from None
-        if constants.is_offline_mode():
-            raise InputError(f"cannot push to {name}: HF_HUB_OFFLINE is set; unset it")
+        refuse_if(constants.is_offline_mode(), f"cannot push to {name}: HF_HUB_OFFLINE is set; unset it")
         self.token = (self.token or get_token() or "").strip()
-        if not self.token:
-            raise InputError(f"cannot push to {name} without an access token: {LOG_IN}")
+        refuse_if(not self.token, f"cannot push to {name} without an access token: {LOG_IN}")
         # The HTTP library would quote such a token in its error message.
         if not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
             raise InputError(f"the access token for {name} has spaces or characters that no token has: {LOG_IN}")

@@ -17,7 +17,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, at_least, flag, rules_of
 
 if TYPE_CHECKING:
@@ -76,13 +76,11 @@ def _check(name: str, value: object, kind: object, takes: Range | None) -> None:
     if not {int, float} & options or (value is None and types.NoneType in options):
         return
     accepted = takes.words if takes else "a number"
-    if value is None:
-        raise InputError(f"--{name} has no value: expected {accepted}")
+    refuse_if(value is None, f"--{name} has no value: expected {accepted}")
     # A truth value is a number to Python.
     if isinstance(value, int | float) and not isinstance(value, bool):
         is_bounded = math.isfinite(value) or (name in MAY_BE_INFINITE and value == math.inf)
-        if not is_bounded or (takes and not takes.holds(value)):
-            raise InputError(f"--{name} {value}: expected {accepted}")
+        refuse_if(not is_bounded or (takes and not takes.holds(value)), f"--{name} {value}: expected {accepted}")
     # A field of several types, such as warmup_steps in words, is left to the library.
     elif options <= {int, float, types.NoneType}:
         raise InputError(f"--{name} {value!r}: expected {accepted}")
@@ -145,8 +143,7 @@ def check_attention(name: str) -> None:
         complaint = "kernels of the Hub need pip install kernels"
     elif plain not in supported and "/" not in plain:
         complaint = "unknown"
-    if complaint is not None:
-        raise InputError(f"--attn_implementation {name}: {complaint}; there is {', '.join(there)}")
+    refuse_if(complaint is not None, f"--attn_implementation {name}: {complaint}; there is {', '.join(there)}")
 
 
 def _attention() -> tuple[list[str], list[str]]:
@@ -185,14 +182,12 @@ def check_json_flags(values: Mapping[str, Any]) -> None:
 
 
 def _check_file(flag: str, name: str) -> None:
-    if not Path(name).is_file():
-        raise InputError(f"--{flag} {name}: no such file; expected a JSON file")
+    refuse_if(not Path(name).is_file(), f"--{flag} {name}: no such file; expected a JSON file")
     try:
         values = json.loads(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--{flag} {name}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--{flag} {name}: expected a JSON object, got {type(values).__name__}")
+    refuse_if(not isinstance(values, dict), f"--{flag} {name}: expected a JSON object, got {type(values).__name__}")
 
 
 def _check_object(flag: str, text: str) -> None:

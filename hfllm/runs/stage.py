@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import DataArguments
 from hfllm.data.sources import EMBEDDED, source_files
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import FORM, file_fingerprint
 from hfllm.flags import given_names
 from hfllm.outputs.card import START, is_written, lineage, write_card
@@ -517,8 +517,7 @@ def checkpoint_to_resume(requested: object, output_dir: str) -> str | None:
     is_needed = str(requested).lower() == "true"
     if (checkpoint := last_complete_checkpoint(output_dir)) is not None:
         return str(checkpoint)
-    if is_needed:
-        raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {output_dir}")
+    refuse_if(is_needed, f"--resume_from_checkpoint true: no complete checkpoint in {output_dir}")
     if damaged := damaged_checkpoint(output_dir):
         raise InputError(f"--resume_from_checkpoint auto: {damaged}: remove it to start from the beginning")
     return None

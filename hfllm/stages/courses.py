@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.data.sources import PYDOC, WORLD
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.models.devices import forked_random
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
@@ -70,8 +70,7 @@ def prompts_with_room(stage: str, kind: str, rows: Sequence[Row], unfit: Collect
         unfit: indices of the rows without room.
         reason: what they lack, beginning with "no room".
     """
-    if unfit and len(unfit) == len(rows):
-        raise InputError(f"{kind}: all {len(rows)} leave {reason}")
+    refuse_if(unfit and len(unfit) == len(rows), f"{kind}: all {len(rows)} leave {reason}")
     if unfit:
         say(f"{stage}: {len(unfit)} of {len(rows)} {kind} are left out: {reason}")
     return [row for index, row in enumerate(rows) if index not in unfit]

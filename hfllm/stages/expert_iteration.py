@@ -13,7 +13,7 @@ from hfllm.data.loading import RowArguments
 from hfllm.data.rows import split_beginning
 from hfllm.data.sources import WORLD
 from hfllm.data.thoughts import thinking_message
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import file_fingerprint, fingerprint
 from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Clashes, Refused, at_least, flag
 from hfllm.generation.responses import sample_responses
@@ -349,8 +349,7 @@ class RoundWriter:
         responses = sampled(speaking, self.rows, settings, seed, settings.num_samples, only_ended=True)
         repeated = [row for row, texts in zip(self.rows, responses, strict=True) for _ in texts]
         texts = [text for each in responses for text in each]
-        if not texts:
-            raise InputError(f"{name}: no response ends within --response_length {settings.response_length}")
+        refuse_if(not texts, f"{name}: no response ends within --response_length {settings.response_length}")
         rewards = self.reward.of(repeated, texts, speaking.tokenizer)
         chosen, counts = chosen_rows(self.rows, responses, rewards, settings, seed)
         if counts.solved < 2 or len({str(row["prompt"]) for row in chosen}) < 2:

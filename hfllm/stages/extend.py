@@ -11,7 +11,7 @@ from hfllm.data.packing import long_rows, start_of
 from hfllm.data.sources import WORLD
 from hfllm.data.world.tasks import filler_documents, long_documents
 from hfllm.data.world.world import World
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
 from hfllm.flags import ALWAYS, NAMED, Clashes, Fact, Range, Refused, at_least, flag
 from hfllm.outputs.figures import change_of, mean_of
@@ -102,8 +102,7 @@ def lengths_of(
     extended_config(config, rope_type, factor, original)
     original = max_length_of(config) if original is None else original
     length = int(original * factor)
-    if length <= original:
-        raise InputError(f"--factor {factor} makes {length} tokens of {original}: expected more")
+    refuse_if(length <= original, f"--factor {factor} makes {length} tokens of {original}: expected more")
     return original, length
 
 
@@ -160,8 +159,7 @@ def split_texts(source: DataArguments, seed: int) -> tuple[Texts, Texts] | None:
     if source.dataset_name == WORLD:
         return None
     texts = list(texts_of(source.dataset_name, source.hub_part, source.max_samples, source.renaming))
-    if not texts:
-        raise InputError(f"--dataset_name {source.dataset_name} has no text")
+    refuse_if(not texts, f"--dataset_name {source.dataset_name} has no text")
     if len(texts) < FEW_TEXTS:
         cut_texts = [(text, round(len(text) * (1 - HELD_OUT_END))) for text in texts]
         return [text[:cut] for text, cut in cut_texts], [text[cut:] for text, cut in cut_texts]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import SEED, flag
 from hfllm.runs.flags import RemoteCodeArguments
 
@@ -29,8 +29,7 @@ def adapter_to_merge(name: str | None, revision: str, target: Path) -> "SavedAda
     from hfllm.models.loading.adapters import auto_class_of, find_adapter
     from hfllm.models.loading.saved import refuse_quantized
 
-    if not name:
-        raise InputError("--model_name_or_path is needed: the adapter to merge, a folder or a Hub id")
+    refuse_if(not name, "--model_name_or_path is needed: the adapter to merge, a folder or a Hub id")
     adapter = find_adapter(name, revision=revision)
     if adapter is None:
         raise InputError(f"--model_name_or_path {name}: no adapter there (no adapter_config.json, or a whole model)")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import NOT_NEGATIVE, Clashes, at_least, flag
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.planner import DEGREES, Request
@@ -157,8 +157,7 @@ def model_shape(
         name, source, fields = str(config_path), f"--config_path {file}", read_json(file)
     shape = Shape.from_config(fields, source)
     refuse(images_per_row != 1 and shape.tower is None, "--images_per_row", "the model has no vision tower")
-    if images_per_row < 0:
-        raise InputError(f"--images_per_row {images_per_row} must be at least 0")
+    refuse_if(images_per_row < 0, f"--images_per_row {images_per_row} must be at least 0")
     shape = replace(shape, images_per_row=images_per_row)
     return name, shape if loss_chunk_size is None else replace(shape, loss_chunk_size=loss_chunk_size), fields
 
@@ -175,8 +174,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"--config_path {file}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"--config_path {file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config_path {file}: expected an object, got {type(values).__name__}")
+    refuse_if(not isinstance(values, dict), f"--config_path {file}: expected an object, got {type(values).__name__}")
     return values
 
 

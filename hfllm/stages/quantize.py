@@ -13,7 +13,7 @@ from hfllm.data.images.rows import (
 )
 from hfllm.data.loading import DataArguments
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import ALWAYS, NAMED, NO_NAME, SEED, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Bars
 from hfllm.runs.flags import RemoteCodeArguments
@@ -206,8 +206,7 @@ def eval_texts(source: DataArguments, count: int, seed: int) -> list[str]:
     if world is not None:
         return world.documents(count, seed=-1 - seed)
     texts = [text for text in load_rows(source, formats.to_text) if text.strip()]
-    if not texts:
-        raise InputError(f"--dataset_name {source.dataset_name} has no text")
+    refuse_if(not texts, f"--dataset_name {source.dataset_name} has no text")
     return texts[:count]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import DataArguments
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Clashes, Fact, Refused, at_least, flag
 from hfllm.outputs.report import Plot
 from hfllm.runs.flags import RemoteCodeArguments
@@ -137,8 +137,7 @@ def prompt_rows(source: DataArguments, num_prompts: int) -> list[Row]:
     if world is not None:
         return [task.prompt_row() for task in world.evaluation_tasks(num_prompts)]
     rows = load_rows(source, without_images(formats.to_prompt, "hfllm speculative"))[:num_prompts]
-    if not rows:
-        raise InputError(f"--dataset_name {source.dataset_name} has no prompts")
+    refuse_if(not rows, f"--dataset_name {source.dataset_name} has no prompts")
     return rows
 
 

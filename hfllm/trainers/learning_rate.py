@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.flags import flag
 from hfllm.runs.arguments import changed
 
@@ -61,20 +61,14 @@ def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Traine
     """
     rule, base = scaling.lr_scaling_rule, scaling.lr_scaling_base_batch_size
     rule_flag = f"--lr_scaling_rule {rule}"
-    if rule not in RULES:
-        raise InputError(f"--lr_scaling_rule {rule!r} is not one of {', '.join(RULES)}")
+    refuse_if(rule not in RULES, f"--lr_scaling_rule {rule!r} is not one of {', '.join(RULES)}")
     if rule == "none":
-        if base is not None:
-            raise InputError(f"--lr_scaling_base_batch_size {base} needs --lr_scaling_rule sqrt or linear")
+        refuse_if(base is not None, f"--lr_scaling_base_batch_size {base} needs --lr_scaling_rule sqrt or linear")
         return args, {}
-    if base is None:
-        raise InputError(f"{rule_flag} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for")
-    if args.learning_rate is None:
-        raise InputError(f"{rule_flag} needs --learning_rate: the rate that is scaled")
-    if base < 1:
-        raise InputError(f"--lr_scaling_base_batch_size {base}: expected at least 1")
-    if sets_optimizer(args):
-        raise InputError(f"{rule_flag}: DeepSpeed's file has an optimizer section, which sets its own rate")
+    refuse_if(base is None, f"{rule_flag} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for")
+    refuse_if(args.learning_rate is None, f"{rule_flag} needs --learning_rate: the rate that is scaled")
+    refuse_if(base < 1, f"--lr_scaling_base_batch_size {base}: expected at least 1")
+    refuse_if(sets_optimizer(args), f"{rule_flag}: DeepSpeed's file has an optimizer section, which sets its own rate")
     batch = global_batch_size(args)
     factor = RULES[rule](batch / base)
     # PPO's critic may have its own rate.

@@ -23,7 +23,7 @@ from hfllm.data.formats import Row
 from hfllm.data.images.rows import refuse_images
 from hfllm.data.rows import flaw_of
 from hfllm.data.world.world import World
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.learner import KeptStates, LocalLearner, Rows, folder_name
 from hfllm.federation.lora import freeze_a
 from hfllm.federation.organisations import (
@@ -259,8 +259,7 @@ def tokens_of_pairs(
     result = [pair for pair in pairs if longest is None or max(map(len, pair.values())) <= longest]
     if len(result) < len(rows):
         say(f"{what}: {len(rows) - len(result):,} of {len(rows):,} pairs are longer than --max_length {longest}")
-    if not result:
-        raise InputError(f"no pair of {what} fits into --max_length {longest} tokens")
+    refuse_if(not result, f"no pair of {what} fits into --max_length {longest} tokens")
     return result
 
 

@@ -9,7 +9,7 @@ from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, PictureArguments
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import PYDOC, source_files
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import ALWAYS, NAMED, SHARE, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file
 from hfllm.stages.shared import NOT_CUT, refused_with_images
@@ -83,8 +83,7 @@ def passage_files(name: str) -> list[Path]:
     saved = [Path(name, file) for file in (FILE, ABOUT)]
     if not saved[0].is_file():
         return source_files(name) or []
-    if not saved[1].is_file():
-        raise InputError(f"{saved[1]}: missing, beside saved passages: save them again")
+    refuse_if(not saved[1].is_file(), f"{saved[1]}: missing, beside saved passages: save them again")
     return saved
 
 

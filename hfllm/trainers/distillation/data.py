@@ -13,7 +13,7 @@ from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE, token_ids
 from hfllm.data.prepared import Prepared
 from hfllm.data.rows import Dropped
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import file_fingerprint, fingerprint
 from hfllm.models.loading.adapters import find_adapter
 from hfllm.models.loading.saved import empty_model, location_of, quantization_of, saved_config
@@ -76,8 +76,7 @@ def tokenize_dataset(
     for note, count in notes.reasons.items():
         # The student without its teacher reads the same rows.
         say_once(f"distill: {count:,} {note}")
-    if not rows["input_ids"]:
-        raise InputError(f"no row has a token to learn within max_length={max_length}")
+    refuse_if(not rows["input_ids"], f"no row has a token to learn within max_length={max_length}")
     return Dataset.from_dict(rows, Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}))
 
 

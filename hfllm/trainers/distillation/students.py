@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.models.family.configuration_fields_hfllm import WINDOWS, follow_layers
 from hfllm.models.loading.adapters import find_adapter, load_apart, load_merged
 from hfllm.models.loading.saved import location_of, reason_of
@@ -34,8 +34,7 @@ def check_same_vocabulary(
 ) -> None:
     """Refuse a teacher whose logits do not belong to the student's tokens."""
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise InputError(f"the teacher has {sizes[1]} tokens and the student {sizes[0]}: {ALTERNATIVE}")
+    refuse_if(sizes[0] != sizes[1], f"the teacher has {sizes[1]} tokens and the student {sizes[0]}: {ALTERNATIVE}")
     if tokenizer is None or teacher_tokenizer is None:
         return
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
@@ -56,8 +55,7 @@ def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedMo
     """
     config = teacher.config
     total = config.num_hidden_layers
-    if not 2 <= every <= total:
-        raise InputError(f"every {every}th layer: the teacher has {total}, so 2 to {total} are possible")
+    refuse_if(not 2 <= every <= total, f"every {every}th layer: the teacher has {total}, so 2 to {total} are possible")
     if getattr(teacher, "is_quantized", False):
         raise InputError("a student cannot be made from a quantized teacher: load the teacher unquantized")
     layer_indices = range(0, total, every)
@@ -150,8 +148,7 @@ def _layers_name(model: "PreTrainedModel", count: int) -> str:
     """Return the prefix of the layers in the names of the weights."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     names = [name for name in names if len(model.get_submodule(name)) == count]
-    if len(names) != 1:
-        raise InputError(f"a model of type {model.config.model_type} has no single list of {count} layers")
+    refuse_if(len(names) != 1, f"a model of type {model.config.model_type} has no single list of {count} layers")
     return f"{names[0]}."
 
 

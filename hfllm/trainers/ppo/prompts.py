@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from hfllm.data.rows import OriginRow, is_begun, origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.multimodal.processors import TOGETHER, ProcessingClass, encode, has_pictures, tokenizer_of, what_is_counted
 from hfllm.trainers.ppo.config import PPOConfig
 
@@ -128,8 +128,7 @@ def check_prompts(
     Returns:
         The number of prompts with images.
     """
-    if len(dataset) == 0:
-        raise InputError("the prompt dataset is empty")
+    refuse_if(len(dataset) == 0, "the prompt dataset is empty")
     if "prompt" not in dataset[0]:
         raise InputError(f"the prompt dataset has no column 'prompt'; it has: {', '.join(dataset[0])}")
     if len({isinstance(row["prompt"], str) for row in dataset}) > 1:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
 
 from hfllm.data.packing import IGNORE, batch_of, pieces_of
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.models.devices import refuse_data_parallel
 from hfllm.trainers.engines import evaluation_mode
 from hfllm.trainers.mixins import TokenMeanEvaluation
@@ -213,8 +213,7 @@ class PretrainTrainer(TokenMeanEvaluation):
         refuse_data_parallel(self.args)
         if self.args.gradient_accumulation_steps != 1:
             raise InputError("gradient_accumulation_steps must be 1: the plan's batches are whole optimizer steps")
-        if z_loss_coef < 0:
-            raise InputError(f"z_loss_coef must not be negative, got {z_loss_coef}")
+        refuse_if(z_loss_coef < 0, f"z_loss_coef must not be negative, got {z_loss_coef}")
         family = self.model.config.model_type
         if not self.model_accepts_loss_kwargs:
             raise InputError(f"a model of type {family} takes no num_items_in_batch: its loss is a mean per pass")
