@@ -80,7 +80,7 @@ class Fact:
 # The fact, or facts, with which a stage refuses a flag of a library, by flag.
 Refused = Mapping[str, Fact | tuple[Fact, ...]]
 # Functions from all flags to whether they contradict each other, or lack another, by message; `{name}` as in reasons.
-Clashes = Mapping[str, Callable[["Flags"], Any]]
+Clashes = Mapping[str, Callable[[Any], Any]]
 ALWAYS = Fact(lambda flags: True, "it has no effect")
 NAMED = Fact(lambda flags: bool(flags.model_name_or_path), "the model is named")
 UNNAMED = Fact(lambda flags: "model_name_or_path" in flags and not flags.model_name_or_path, "no model is named")
