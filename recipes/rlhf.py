@@ -68,6 +68,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     tools = rlhf.checked_tools(script_args.tools, script_args.environment_factory, name, revision, has_reward)
     trial = (functions, tools, training_args.reward_timeout)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, *trial)
+    rlhf_flags.check_rewards(script_args, training_args)
     policy_config = config_to_train(model_args, before)
     rlhf.check_rows([*train_rows, *eval_rows], policy_config)
     room = None

@@ -37,6 +37,7 @@ def before_its_rows(parsed: Parsed) -> Parsed:
 def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
     rlhf_flags.check(script_args, training_args, model_args)
     rlhf.checked_functions(script_args.reward_funcs)
+    rlhf_flags.check_rewards(script_args, training_args)
     documents = (script_args.num_prompts, training_args.seed, script_args.world_seed)
     rlhf.ptx_texts(script_args.ptx_dataset_name, *documents, script_args.max_row_bytes)
     if script_args.value_model not in ("head", "reward"):

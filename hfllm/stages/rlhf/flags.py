@@ -86,9 +86,6 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         "--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it": lambda flags: (
             flags.learning_rate is None and sets_optimizer(flags)
         ),
-        # Whether environments have a reward of their own is seen when they are loaded.
-        "--dataset_name {dataset_name} needs a reward: --reward_model_name_or_path (train one with hfllm reward) or "
-        "--reward_funcs path/to/file.py:function": lambda flags: flags.dataset_name != WORLD and flags.has_no_reward,
         "--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name": lambda flags: (
             flags.value_model == "reward" and flags.reward_funcs and not flags.reward_model_name_or_path
         ),
@@ -120,6 +117,18 @@ def check(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "M
         value = getattr(training_args, option)
         is_changed = value != getattr(type(training_args), option)
         refuse(is_changed, f"--{option} {value}", "it has no effect without --tools or --environment_factory")
+
+
+def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig") -> None:
+    """Refuse prompts without a reward, and weights of other rewards, before the training of the stages before.
+
+    Whether environments have a reward of their own is seen when they are loaded.
+    """
+    if script_args.dataset_name != WORLD and script_args.has_no_reward:
+        raise InputError(
+            f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
+            "hfllm reward) or --reward_funcs path/to/file.py:function"
+        )
     has_models = script_args.reward_model_name_or_path or script_args.has_no_reward
     weights, count = training_args.reward_weights, len(script_args.reward_funcs or ()) + bool(has_models)
     if weights is not None and len(weights) != count:
