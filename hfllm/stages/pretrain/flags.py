@@ -105,7 +105,7 @@ class ArchitectureArguments:
         """Return the fields of `HfllmConfig` described by the flags; the tokenizer determines the vocabulary size."""
         from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES
 
-        fields = {name: getattr(self, name) for name in ArchitectureArguments.__dataclass_fields__}
+        fields = {item.name: getattr(self, item.name) for item in dataclass_fields(ArchitectureArguments)}
         del fields["vocab_size"]
         for item in dataclass_fields(ArchitectureArguments):
             is_set = item.name.startswith("linear_") and fields[item.name] != item.default
