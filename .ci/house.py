@@ -231,7 +231,8 @@ def bound_names(tree: ast.Module) -> Iterator[str]:
 
 
 def _is_check(name: str) -> bool:
-    return re.match(r"_?(check|refuse)", name) is not None
+    # The whole word: a checkpoint or a checksum is no check.
+    return re.match(r"_?(check|refuse)(_|$)", name) is not None
 
 
 def _imports(node: ast.AST, is_typing: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:

@@ -25,7 +25,8 @@ batches, saving), and `hfllm RECIPE --help_all` prints all of them with the defa
 
 Flags that several recipes share stand once, at the end, under the class that declares them.
 
-"Refused" says when a flag has no effect: a run that names it then ends with one line, before any work.
+"Refused" says when a flag has no effect: a run that names it then ends with one line, before any work. Lists
+below a table say which flags contradict each other, or lack another, in the words of that line.
 """
 
 
@@ -55,7 +56,7 @@ def summary(text: str) -> str:
 
 
 def section(recipe: str, kind: type, shared: list[type]) -> Iterator[str]:
-    """Yield the lines of one recipe: a table of its flags, and the flags of libraries that it refuses."""
+    """Yield the lines of one recipe: a table of its flags, the flags of libraries that it refuses, and clashes."""
     module = load_recipe(recipe)
     yield f"## {recipe}\n\n{summary(module.__doc__)}\n"
     types = module.main.__annotations__
@@ -72,7 +73,10 @@ def section(recipe: str, kind: type, shared: list[type]) -> Iterator[str]:
     for name, facts in sorted(refusals, key=lambda each: each[0]):
         reasons = facts if isinstance(facts, tuple) else (facts,)
         yield f"- `--{name}` is refused: {'; '.join(reason_of(fact) for fact in reasons)}"
-    if refusals:
+    clashes = [message for parent in kind.__mro__ for message in vars(parent).get("clashes", {})]
+    for message in clashes:
+        yield f"- Refused: {re.sub(r'{[^}]*}', '...', message)}"
+    if refusals or clashes:
         yield ""
 
 

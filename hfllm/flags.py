@@ -80,6 +80,8 @@ class Fact:
 
 # The fact, or facts, with which a stage refuses a flag of a library, by flag.
 Refused = Mapping[str, Fact | tuple[Fact, ...]]
+# Functions from all flags to whether they contradict each other, or lack another, by message; `{name}` as in reasons.
+Clashes = Mapping[str, Callable[[Any], Any]]
 ALWAYS = Fact(lambda flags: True, "it has no effect")
 NAMED = Fact(lambda flags: bool(flags.model_name_or_path), "the model is named")
 UNNAMED = Fact(lambda flags: "model_name_or_path" in flags and not flags.model_name_or_path, "no model is named")
@@ -160,7 +162,8 @@ def rules_of(kind: "type[DataclassInstance]") -> dict[str, Rules]:
 def check_flags(*parsed: "DataclassInstance", names: Collection[str] | None = None, **extra: object) -> None:
     """Refuse invalid values of flags, and flags without effect.
 
-    A dataclass refuses flags of the others by its attribute `refused`, such as `{"use_peft": NAMED}`.
+    A dataclass refuses flags of the others by its attribute `refused`, such as `{"use_peft": NAMED}`, and flags that
+    contradict each other, or lack another, by its attribute `clashes`.
 
     Args:
         parsed: the dataclasses of a run's flags.
@@ -182,6 +185,9 @@ def check_flags(*parsed: "DataclassInstance", names: Collection[str] | None = No
         for fact in _several(facts):
             if is_set(name, *parsed) and fact.holds(flags):
                 raise InputError(f"--{name} cannot be used here: {fact.reason.format_map(flags)}")
+    for message, holds in _declared("clashes", parsed) if names is None else ():
+        if holds(flags):
+            raise InputError(message.format_map(flags))
 
 
 def check_number(name: str, value: object, takes: Range | None) -> None:
@@ -225,12 +231,16 @@ def _several(facts: Fact | tuple[Fact, ...]) -> tuple[Fact, ...]:
 
 def _refusals(parsed: "Sequence[DataclassInstance]") -> Iterator[tuple[str, Fact | tuple[Fact, ...]]]:
     """Yield flags with the facts that refuse them: the stage's facts before the facts declared with the flags."""
-    for group in parsed:
-        for kind in type(group).__mro__:
-            yield from vars(kind).get("refused", {}).items()
+    yield from _declared("refused", parsed)
     for group in parsed:
         for name, rules in rules_of(type(group)).items():
             yield name, rules.never
+
+
+def _declared(attribute: str, parsed: "Sequence[DataclassInstance]") -> Iterator[tuple[str, Any]]:
+    for group in parsed:
+        for kind in type(group).__mro__:
+            yield from vars(kind).get(attribute, {}).items()
 
 
 def given_names(*parsed: "DataclassInstance") -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ must not gain run at the end. docs/guides/constitution.md tells more.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hfllm.flags import check_flags
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
@@ -44,7 +45,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     from hfllm.stages.constitution.flags import check_before, course_of
 
     # Refuse what cannot work before anything is trained.
-    constitution_flags.check(script_args, model_args)
+    check_flags(script_args, model_args)
     principles = constitution_flags.constitution_of(script_args.constitution, script_args.is_world)
     course = course_of(script_args, model_args)
     stage = Stage(

@@ -65,7 +65,7 @@ def main(
     from hfllm.trainers.mixins import train
 
     # Refuse what cannot work before anything is trained.
-    distill.check(script_args, training_args, model_args)
+    check_flags(script_args, training_args, model_args)
     output_dir, seed, shape = training_args.output_dir, training_args.seed, script_args.student_shape
     teacher_name, configs = training_args.teacher_model_name_or_path, script_args.teacher_configs
     before = distill.stages_before(teacher_name, output_dir, seed, script_args.world_seed, configs)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfllm.flags import check_flags
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
@@ -58,7 +59,7 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     from hfllm.trainers.ppo.prompts import check_pictures
 
     # Refuse what cannot work before anything is trained.
-    expert_iteration.check(script_args, model_args)
+    check_flags(script_args, model_args)
     rounds = expert_iteration.rounds_of(script_args, model_args)
     stage = Stage("expert_iteration", script_args, model_args, before=rounds.parsed, is_spread=True)
     stage.check()

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfllm.flags import check_flags
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
@@ -54,7 +55,7 @@ def main(
     from hfllm.trainers.run_record import final_train_loss
 
     # Refuse what cannot work before anything is trained.
-    extend.check(script_args, training_args, model_args)
+    check_flags(script_args, training_args, model_args)
     output_dir, seed, rope_type = training_args.output_dir, training_args.seed, script_args.rope_type
     name, revision = model_args.model_name_or_path, model_args.model_revision
     before = chain_before(

@@ -12,6 +12,7 @@ beside its report. docs/guides/planner.md explains every column and formula.
 
 from collections.abc import Sequence
 
+from hfllm.flags import check_flags
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.recipes import Recipe
 from hfllm.stages.plan import PlanArguments
@@ -30,12 +31,12 @@ def main(script_args: PlanArguments) -> dict[str, float]:
     from hfllm.scaling import plan_report
     from hfllm.scaling.plan_report import launch_files
     from hfllm.scaling.planner import choose, plan
-    from hfllm.stages.plan import check, model_shape
+    from hfllm.stages.plan import model_shape
 
     # The same folder may be used again: earlier files are overwritten.
     stage = Stage("plan", script_args)
     stage.refuse_foreign_files()
-    check(script_args)
+    check_flags(script_args)
     named = (script_args.preset, script_args.config_path)
     name, shape, fields = model_shape(*named, script_args.images_per_row, script_args.loss_chunk_size)
     request = script_args.request(shape)

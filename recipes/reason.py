@@ -10,6 +10,7 @@ it think more, and PPO on the same rewards dealt out by chance must not. docs/gu
 
 from collections.abc import Sequence
 
+from hfllm.flags import check_flags
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
 from hfllm.runs.recipes import Recipe, settings_file
@@ -36,7 +37,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     from hfllm.stages.reason.flags import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS
 
     # Refuse what cannot work before anything is trained.
-    reason_flags.check(script_args)
+    check_flags(script_args)
     course = reason_flags.course_of(script_args)
     stage = Stage("reason", script_args, before=course.runs, is_spread=True)
     stage.check()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hfllm.flags import check_flags
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
@@ -47,7 +48,7 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
     from hfllm.stages import speculative
 
     # Refuse what cannot work before anything is trained.
-    speculative.check(script_args, model_args)
+    check_flags(script_args, model_args)
     before = chain_before(
         "speculative",
         script_args.output_dir,

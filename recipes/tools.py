@@ -13,6 +13,7 @@ fine-tuning on `--demonstrations_dataset_name` if that is given. docs/guides/too
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hfllm.flags import check_flags
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
@@ -42,11 +43,11 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
     from hfllm.runs.models import named_model
     from hfllm.runs.stage import Stage
     from hfllm.stages.tools.build import ask_models, rows_by_run
-    from hfllm.stages.tools.flags import RL, check, course_of
+    from hfllm.stages.tools.flags import RL, course_of
     from hfllm.stages.tools.report import report
 
     # Refuse what cannot work before anything is trained.
-    check(script_args, model_args)
+    check_flags(script_args, model_args)
     course = course_of(script_args, model_args)
     stage = Stage("tools", script_args, model_args, before=course.runs, is_spread=True)
     stage.check()

@@ -36,9 +36,9 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     turn = config.getoption("turn")
     if turn is not None:
-        left_out = [item for item in items if (mark := item.get_closest_marker("turn")) and mark.args != (turn,)]
+        left_out = {item for item in items if (mark := item.get_closest_marker("turn")) and mark.args != (turn,)}
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in {*left_out}]
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: not item.path.stem.endswith(LONGEST))
 
 

@@ -3,6 +3,8 @@
 import importlib
 import math
 import pkgutil
+import re
+import string
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -15,6 +17,7 @@ from hfllm.flags import (
     NAMED,
     POSITIVE,
     UNNAMED,
+    Clashes,
     Fact,
     Flags,
     Refused,
@@ -40,6 +43,7 @@ class Library:
 @dataclass(frozen=True)
 class Base:
     refused: ClassVar[Refused] = {"strategy": ALWAYS.because("it is measured at the end")}
+    clashes: ClassVar[Clashes] = {"--stage {stage!r} needs --parts": lambda flags: not flags.parts}
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def as_parsed(*names, **values):
         ({"use_peft": True}, "--use_peft cannot be used here: the model is made here"),
         # Of a dataclass that it comes from.
         ({"strategy": "steps"}, "--strategy cannot be used here: it is measured at the end"),
+        ({"parts": []}, "--stage 'rl' needs --parts"),
     ],
 )
 def test_what_is_declared_is_refused(values, complaint):
@@ -103,6 +108,8 @@ def test_facts_that_are_not_known_yet_refuse_nothing():
     check_flags(*parsed, shows=False)
     with pytest.raises(InputError, match="--freeze cannot be used here: the rows have pictures"):
         check_flags(*parsed, shows=True)
+    # All flags that a clash is about are known where all are checked.
+    check_flags(*as_parsed(parts=[]), names=["parts"])
     # A model that no dataclass here could name is not one that is not named.
     check_flags(replace(parsed[0], judge=True))
 
@@ -206,6 +213,17 @@ def test_every_fact_of_every_recipe_refuses(monkeypatch):
                 reason = fact.reason.format_map(Flags(parsed))
                 assert reason and str(error.value) == f"--{item.name} cannot be used here: {reason}"
     assert count > 100
+
+
+def test_every_clash_of_every_recipe_names_flags_that_there_are():
+    others = {"model_name_or_path", "attn_implementation", "world_size", "ptx_coef"}
+    count = 0
+    for kind in recipe_arguments():
+        for message in vars(kind).get("clashes", {}):
+            count += 1
+            names = {re.match(r"\w+", name)[0] for _, name, _, _ in string.Formatter().parse(message) if name}
+            assert names - others <= {*dir(kind())}, message
+    assert count > 30
 
 
 def with_value(group, name, value):

@@ -31,6 +31,10 @@ NUM_HELD_OUT_DOCUMENTS = 1000
 
 ON_WORLD = Fact(lambda flags: flags.dataset_name == WORLD, "the data is the embedded world's")
 MIXED = Fact(lambda flags: flags.dataset_mixture, "a mixture has several datasets")
+# For recipes that ask your model your prompts, or the embedded world's model the world's.
+FOREIGN_PROMPTS = (
+    "--dataset_name {dataset_name} needs --model_name_or_path: the embedded world's model does not know such prompts"
+)
 # Drawn or told here, in the amount of a run's request. A federation may have a file of each organisation instead.
 MADE_HERE = Fact(
     lambda flags: (

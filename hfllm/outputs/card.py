@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfllm.errors import InputError, redact
+from hfllm.errors import InputError, redact, refuse_if
 from hfllm.outputs.files import (
     ADAPTER_CONFIG,
     CARD,
@@ -222,8 +222,7 @@ def public_report(folder: Path, name: str) -> bytes:
     report = read_report(folder)
     paths = local_paths(report or {}, folder)
     if name.endswith(".json"):
-        if report is None:
-            raise InputError(f"{folder / name} is damaged, or not hfllm's: move it, or run the stage again")
+        refuse_if(report is None, f"{folder / name} is damaged, or not hfllm's: move it, or run the stage again")
         text = json.dumps(public_value(report, paths), indent=2) + "\n"
     else:
         text = public_value(text, paths)

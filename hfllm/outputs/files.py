@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.outputs.report import REPORT_FILE, read_report
 
 CONFIG = "config.json"
@@ -82,8 +82,7 @@ def weight_files(folder: Path) -> list[str]:
     for shard in sorted(set(weight_map.values())):
         if ":" in shard or {"", ".."} & set(shard.replace("\\", "/").split("/")):
             raise InputError(f"{folder / first} names {shard!r}, which is not in its folder")
-        if not (folder / shard).is_file():
-            raise InputError(f"{folder / first} names {shard}, which is missing")
+        refuse_if(not (folder / shard).is_file(), f"{folder / first} names {shard}, which is missing")
         headers[shard] = read_safetensors_header(folder / shard)
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
@@ -109,8 +108,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path} is not safetensors: its header cannot be read") from None
-    if end != size:
-        raise InputError(f"{path} is {size} bytes long where its header says {end}: save or copy it again")
+    refuse_if(end != size, f"{path} is {size} bytes long where its header says {end}: save or copy it again")
     return header
 
 
@@ -144,8 +142,7 @@ def code_files(folder: Path) -> list[str]:
             if not isinstance(reference, str) or "--" in reference:
                 continue
             path = folder / f"{reference.split('.')[0]}.py"
-            if not path.is_file():
-                raise InputError(f"{folder / settings}: auto_map names {path.name}, which is missing")
+            refuse_if(not path.is_file(), f"{folder / settings}: auto_map names {path.name}, which is missing")
             try:
                 names |= {path.name, *(Path(file).name for file in get_relative_import_files(path))}
             except FileNotFoundError as error:
@@ -177,8 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise InputError(f"{path}: not JSON") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected an object, got {type(value).__name__}")
+    refuse_if(not isinstance(value, dict), f"{path}: expected an object, got {type(value).__name__}")
     return value
 
 

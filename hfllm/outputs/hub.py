@@ -9,7 +9,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hfllm.errors import HIDDEN, InputError, redact
+from hfllm.errors import HIDDEN, InputError, redact, refuse_if
 from hfllm.outputs.card import check_base, check_publishable, public_report, write_card
 from hfllm.outputs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, WEIGHTS, model_files
 from hfllm.outputs.report import REPORT_FILE
@@ -126,20 +126,17 @@ class Repository:
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
+        name = self.repo_id
         try:
-            validate_repo_id(self.repo_id)
+            validate_repo_id(name)
         except HFValidationError as error:
-            raise InputError(f"--hub_model_id {self.repo_id!r}: {error}") from None
-        if constants.is_offline_mode():
-            raise InputError(f"cannot push to {self.repo_id}: HF_HUB_OFFLINE is set; unset it")
+            raise InputError(f"--hub_model_id {name!r}: {error}") from None
+        refuse_if(constants.is_offline_mode(), f"cannot push to {name}: HF_HUB_OFFLINE is set; unset it")
         self.token = (self.token or get_token() or "").strip()
-        if not self.token:
-            raise InputError(f"cannot push to {self.repo_id} without an access token: {LOG_IN}")
+        refuse_if(not self.token, f"cannot push to {name} without an access token: {LOG_IN}")
         # The HTTP library would quote such a token in its error message.
         if not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
-            raise InputError(
-                f"the access token for {self.repo_id} has spaces or characters that no token has: {LOG_IN}"
-            )
+            raise InputError(f"the access token for {name} has spaces or characters that no token has: {LOG_IN}")
 
     def _api(self) -> "HfApi":
         from huggingface_hub import HfApi
@@ -189,10 +186,8 @@ class Repository:
             except (AttributeError, KeyError, TypeError) as error:
                 # huggingface_hub parses a response without checking it.
                 what = f"no {error.args[0]!r} in it" if isinstance(error, KeyError) else redact(str(error), self.token)
-                raise InputError(
-                    f"cannot push to {self.repo_id}: the Hub's answer cannot be read ({what}): is "
-                    f"{self._api().endpoint} a Hub?"
-                ) from None
+                reason = f"the Hub's answer cannot be read ({what}): is {self._api().endpoint} a Hub?"
+                raise InputError(f"cannot push to {self.repo_id}: {reason}") from None
             except (OSError, ValueError, RuntimeError, HTTPError) as error:
                 cause = _cause(error)
                 reason = redact(_reason(cause), self.token)

@@ -82,24 +82,22 @@ def refuse_foreign_files(
     folder = Path(folder)
     writes_model = writes_card if writes_model is None else writes_model
     _refuse_links(folder, writes_model, first_step)
-    has_report = read_report(folder) is not None
-    if not has_report and (folder / REPORT_FILE).exists():
-        _refuse(folder / REPORT_FILE, " (or it is damaged)")
-    summary = folder / "report.md"
+    has_report, is_recorded = read_report(folder) is not None, _begins_with(folder / RECORD, HEADER)
     # A run killed before report.json has this one and its plots.
-    has_summary = _begins_with(summary, f"# {stage}")
-    if not has_report and not has_summary and summary.exists():
-        _refuse(summary)
-    if writes_card and (folder / CARD).exists() and not is_own_card(folder / CARD):
-        _refuse(folder / CARD)
-    is_recorded = _begins_with(folder / RECORD, HEADER)
-    if not is_recorded and (folder / RECORD).exists():
-        _refuse(folder / RECORD, " (or it is damaged)")
-    if writes_model and not (is_recorded or has_report or has_summary or _is_of_an_earlier_version(folder)):
-        for path in _present(folder, MODEL_FILES):
-            _refuse(path)
+    has_summary = _begins_with(folder / "report.md", f"# {stage}")
+    for name, is_ours, note in (
+        (REPORT_FILE, has_report, " (or it is damaged)"),
+        ("report.md", has_report or has_summary, ""),
+        (CARD, not writes_card or is_own_card(folder / CARD), ""),
+        (RECORD, is_recorded, " (or it is damaged)"),
+    ):
+        if not is_ours and (folder / name).exists():
+            _refuse(folder / name, note)
     if has_report or has_summary or is_recorded:
         return
+    if writes_model and not _is_of_an_earlier_version(folder):
+        for path in _present(folder, MODEL_FILES):
+            _refuse(path)
     for plot in (path for name in PLOTS for path in sorted(folder.glob(f"{name}.png"))):
         if PLOTTED_BY.encode() not in _beginning(plot):
             _refuse(plot)
@@ -111,9 +109,8 @@ def refuse_changed_files(folder: str | Path) -> None:
     recorded = _recorded(folder)
     if not recorded:
         return
-    present = {path.relative_to(folder).as_posix(): path for path in _present(folder, MODEL_FILES)}
-    for name, path in present.items():
-        if name not in recorded:
+    for path in _present(folder, MODEL_FILES):
+        if path.relative_to(folder).as_posix() not in recorded:
             _refuse(path, f": it is not in {RECORD}, which names what was written there")
     if changed := _changed(folder, recorded, tuple(recorded)):
         _refuse(folder / changed, f": it was changed since it was written (its checksum is not that of {RECORD})")

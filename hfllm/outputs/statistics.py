@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.outputs.figures import ratio_error, standard_error
 from hfllm.outputs.report import Plot
 
@@ -51,8 +51,7 @@ def as_numbers(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
         numbers = np.zeros((0, 0))
     if numbers.ndim != 1:
         raise InputError(f"{name} must be one number per row, got {str(values)[:60]}")
-    if not len(numbers):
-        raise InputError(f"{name} has no rows: at least 1 is needed")
+    refuse_if(not len(numbers), f"{name} has no rows: at least 1 is needed")
     if np.isnan(numbers).any():
         raise InputError(f"{name} of row {int(np.isnan(numbers).argmax()) + 1} is NaN: expected a number")
     return numbers
@@ -61,15 +60,11 @@ def as_numbers(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
 def as_pairs(uncertainty: Sequence[float], wrong: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Return uncertainties and labels as (N,) float64; the labels are 0 or 1."""
     numbers, labels = as_numbers(uncertainty, "uncertainty"), as_numbers(wrong, "wrong")
-    if len(numbers) != len(labels):
-        raise InputError(
-            f"there are {len(numbers)} uncertainties and {len(labels)} labels: expected one of each per row"
-        )
-    bad = ~np.isin(labels, (0, 1))
-    if bad.any():
-        raise InputError(
-            f"wrong of row {int(bad.argmax()) + 1} is {labels[bad][0]:g}; expected true or false (1 or 0)"
-        )
+    ours, theirs = len(numbers), len(labels)
+    refuse_if(ours != theirs, f"there are {ours} uncertainties and {theirs} labels: expected one of each per row")
+    bad = np.flatnonzero(~np.isin(labels, (0, 1)))
+    if len(bad):
+        raise InputError(f"wrong of row {bad[0] + 1} is {labels[bad[0]]:g}; expected true or false (1 or 0)")
     return numbers, labels
 
 
@@ -136,8 +131,7 @@ def shuffled_auroc(
     It is the control: an AUROC within two deviations of it says nothing.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
-    if rounds < 1:
-        raise InputError(f"rounds must be at least 1, got {rounds}")
+    check_positive(rounds=rounds)
     rng = np.random.default_rng(seed)
     result = [auroc(numbers, rng.permutation(labels)) for _ in range(rounds)]
     return float(np.mean(result)), float(np.std(result))
@@ -252,8 +246,7 @@ def reliability_plot(
 
 def check_share(value: float, name: str) -> None:
     """Refuse a number not strictly between 0 and 1."""
-    if not isinstance(value, Real) or not 0 < value < 1:
-        raise InputError(f"{name} must lie between 0 and 1, got {value!r}")
+    refuse_if(not isinstance(value, Real) or not 0 < value < 1, f"{name} must lie between 0 and 1, got {value!r}")
 
 
 def _both(numbers: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -345,8 +338,7 @@ def difference_interval(
     """
     check_share(level, "level")
     one, other = as_numbers(first, "first"), as_numbers(second, "second")
-    if len(one) != len(other):
-        raise InputError(f"a difference of {len(one)} and {len(other)} items: expected the same items")
+    refuse_if(len(one) != len(other), f"a difference of {len(one)} and {len(other)} items: expected the same items")
     differences = other - one
     mean, error = float(differences.mean()), standard_error(differences.tolist()) or 0.0
     if is_share(one) and is_share(other):
@@ -372,8 +364,7 @@ def clustered_interval(
     """
     check_share(level, "level")
     sums = cluster_sums(first, second, clusters)
-    if len(sums) < 2:
-        raise InputError(f"an interval over {len(sums)} cluster: expected at least 2")
+    refuse_if(len(sums) < 2, f"an interval over {len(sums)} cluster: expected at least 2")
     counts: dict[object, int] = {}
     for cluster in clusters:
         counts[cluster] = counts.get(cluster, 0) + 1
@@ -470,8 +461,7 @@ def is_share(numbers: np.ndarray) -> bool:
 
 def bootstrap_bounds(numbers: np.ndarray, level: float, num_resamples: int, seed: int) -> tuple[float, float]:
     """Return the bounds of the expanded percentile bootstrap of a mean; for a single number, the number itself."""
-    if num_resamples < 100:
-        raise InputError(f"num_resamples must be at least 100, got {num_resamples}")
+    refuse_if(num_resamples < 100, f"num_resamples must be at least 100, got {num_resamples}")
     count = len(numbers)
     if count < 2:
         return float(numbers[0]), float(numbers[0])

@@ -10,7 +10,6 @@ import difflib
 import importlib.util
 import json
 import math
-import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -18,7 +17,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, at_least, flag, rules_of
 
 if TYPE_CHECKING:
@@ -73,24 +72,18 @@ def check_ranges(*parsed: "DataclassInstance") -> None:
 
 
 def _check(name: str, value: object, kind: object, takes: Range | None) -> None:
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if not {int, float} & set(options):
+    options = {*(get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,))}
+    if not {int, float} & options or (value is None and types.NoneType in options):
         return
     accepted = takes.words if takes else "a number"
-    if value is None:
-        if types.NoneType not in options:
-            raise InputError(f"--{name} has no value: expected {accepted}")
-        return
+    refuse_if(value is None, f"--{name} has no value: expected {accepted}")
     # A truth value is a number to Python.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number:
-        # A field of several types, such as warmup_steps in words, is left to the library.
-        if set(options) <= {int, float, types.NoneType}:
-            raise InputError(f"--{name} {value!r}: expected {accepted}")
-        return
-    is_bounded = math.isfinite(value) or (name in MAY_BE_INFINITE and value == math.inf)
-    if not is_bounded or (takes and not takes.holds(value)):
-        raise InputError(f"--{name} {value}: expected {accepted}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        is_bounded = math.isfinite(value) or (name in MAY_BE_INFINITE and value == math.inf)
+        refuse_if(not is_bounded or (takes and not takes.holds(value)), f"--{name} {value}: expected {accepted}")
+    # A field of several types, such as warmup_steps in words, is left to the library.
+    elif options <= {int, float, types.NoneType}:
+        raise InputError(f"--{name} {value!r}: expected {accepted}")
 
 
 # ---- libraries ----
@@ -117,59 +110,50 @@ def check_libraries(*parsed: "DataclassInstance") -> None:
 
 def check_trackers(names: list[str]) -> None:
     """Refuse trackers for `--report_to` unknown to transformers, or not installed."""
-    trackers = [name for name in names if name not in ("none", "all")]
-    if not trackers:
-        return
-    from transformers.integrations import integration_utils
-
-    supported = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
-    there = set(integration_utils.get_available_reporting_integrations())
-    for name, is_there in (
-        ("flyte", integration_utils.is_flytekit_available),
-        ("azure_ml", integration_utils.is_azureml_available),
-    ):
-        there |= {name} if is_there() else set()
-    for name in trackers:
+    for name in (name for name in names if name not in ("none", "all")):
+        supported, there = _trackers()
         if name not in supported:
             near = difflib.get_close_matches(name, supported, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"--report_to {name}: expected none, all or one of {', '.join(supported)}{hint}")
         if name not in there:
-            installed = ", ".join(sorted(there & set(supported))) or "no tracker"
-            raise InputError(
-                f"--report_to {name}: not installed (pip install {PACKAGES.get(name, name)}); there is {installed}"
-            )
+            package, others = PACKAGES.get(name, name), ", ".join(there) or "no tracker"
+            raise InputError(f"--report_to {name}: not installed (pip install {package}); there is {others}")
+
+
+def _trackers() -> tuple[list[str], list[str]]:
+    """Return the names of all trackers of transformers, and of the installed ones."""
+    from transformers.integrations import integration_utils as utils
+
+    supported = sorted(utils.INTEGRATION_TO_CALLBACK)
+    others = {"flyte": utils.is_flytekit_available, "azure_ml": utils.is_azureml_available}
+    there = {*utils.get_available_reporting_integrations(), *(name for name, is_there in others.items() if is_there())}
+    return supported, [name for name in supported if name in there]
 
 
 def check_attention(name: str) -> None:
     """Refuse a nonexistent or uninstalled `--attn_implementation`."""
+    plain, (supported, there) = name.removeprefix("paged|"), _attention()
+    package, complaint = FLASH_PACKAGES.get(plain[-1:], "flash-attn"), None
+    # Replaced by the Hub's kernels, or one of them by its repository.
+    has_kernels = importlib.util.find_spec("kernels") is not None
+    if plain in supported and plain not in there and not has_kernels:
+        complaint = f"not installed (pip install {package}, on a machine with a GPU that it supports)"
+    elif "/" in plain and not has_kernels:
+        complaint = "kernels of the Hub need pip install kernels"
+    elif plain not in supported and "/" not in plain:
+        complaint = "unknown"
+    refuse_if(complaint is not None, f"--attn_implementation {name}: {complaint}; there is {', '.join(there)}")
+
+
+def _attention() -> tuple[list[str], list[str]]:
+    """Return the names of all kinds of attention in transformers, and of the installed ones."""
     from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX as FLASH
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # One replaced by the Hub's kernels, or one of them by its repository.
-    has_kernels = importlib.util.find_spec("kernels") is not None
-    plain = name.removeprefix("paged|")
-    supported = {"eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if not each.startswith("paged|"))}
-    missing = {
-        each
-        for each in supported
-        if (version := re.fullmatch(r"flash_attention_(\d)", each))
-        and int(version[1]) in FLASH
-        and not FLASH[int(version[1])]["general_availability_check"]()
-    }
-    there = ", ".join(sorted(supported - missing))
-    if plain in missing and not has_kernels:
-        package = FLASH_PACKAGES.get(plain[-1], "flash-attn")
-        raise InputError(
-            f"--attn_implementation {name}: not installed (pip install {package}, on a machine with a GPU that it "
-            f"supports); there is {there}"
-        )
-    if "/" in plain and not has_kernels:
-        raise InputError(
-            f"--attn_implementation {name}: kernels of the Hub need pip install kernels; there is {there}"
-        )
-    if plain not in supported and "/" not in plain:
-        raise InputError(f"--attn_implementation {name}: unknown; there is {there}")
+    names = {"eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if not each.startswith("paged|"))}
+    checks = {f"flash_attention_{version}": each["general_availability_check"] for version, each in FLASH.items()}
+    return sorted(names), sorted(name for name in names if name not in checks or checks[name]())
 
 
 # ---- json flags ----
@@ -187,23 +171,23 @@ def check_json_flags(values: Mapping[str, Any]) -> None:
     Args:
         values: the user's values, by flag.
     """
-    for name, value in values.items():
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            _check_object(name, value)
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    for name, text in texts.items():
+        if text.lstrip().startswith("{"):
+            _check_object(name, text)
     for name in FLAGS:
-        named = values.get(name)
         # An object may stand there itself, and DeepSpeed's in base64.
-        if not isinstance(named, str) or named.lstrip().startswith("{") or _is_encoded(named):
-            continue
-        path = Path(named)
-        if not path.is_file():
-            raise InputError(f"--{name} {named}: no such file; expected a JSON file")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"--{name} {named}: not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"--{name} {named}: expected a JSON object, got {type(values).__name__}")
+        if name in texts and not texts[name].lstrip().startswith("{") and not _is_encoded(texts[name]):
+            _check_file(name, texts[name])
+
+
+def _check_file(flag: str, name: str) -> None:
+    refuse_if(not Path(name).is_file(), f"--{flag} {name}: no such file; expected a JSON file")
+    try:
+        values = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--{flag} {name}: not JSON: {error}") from None
+    refuse_if(not isinstance(values, dict), f"--{flag} {name}: expected a JSON object, got {type(values).__name__}")
 
 
 def _check_object(flag: str, text: str) -> None:

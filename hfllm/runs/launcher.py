@@ -23,7 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from hfllm.data.child_processes import be_launcher
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.runs.command_line import ASKS_FOR_HELP, INTERRUPTED, run
 from hfllm.runs.output import hide_unhelpful_output
 from hfllm.runs.parser import read_yaml
@@ -320,8 +320,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             for_accelerate.append(f"--{name}")
         elif name in WITH_VALUE:
             value = value if equals else next(following, None)
-            if value is None or value.startswith("--"):
-                raise InputError(f"{flag} needs a value")
+            refuse_if(value is None or value.startswith("--"), f"{flag} needs a value")
             for_accelerate += [f"--{name}", value]
         else:
             for_recipe.append(word)

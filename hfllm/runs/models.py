@@ -214,14 +214,12 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
     elif name:
         check_weight_files(name)
     # A model loaded with an adapter is trained further as an adapter.
-    trains_adapter = adapters and (model_args.use_peft or adapter is not None)
+    if adapters and (model_args.use_peft or adapter is not None):
+        return
     way_out = "--use_peft trains an adapter on them" if adapters else "this stage trains all of a model"
     for flag in ("load_in_8bit", "load_in_4bit"):
-        is_frozen = getattr(model_args, flag) and not trains_adapter
-        refuse(is_frozen, f"--{flag}", f"such weights cannot be trained; {way_out}")
-    if not name or trains_adapter:
-        return
-    method = quantization_method(load_config(name, revision))
+        refuse(getattr(model_args, flag), f"--{flag}", f"such weights cannot be trained; {way_out}")
+    method = quantization_method(load_config(name, revision)) if name else None
     if method is not None and method not in TRAINED_QUANTIZED:
         raise InputError(
             f"model {name!r} is quantized ({method}), and such weights cannot be trained: name the model in full "

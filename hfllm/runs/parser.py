@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from hfllm.errors import InputError, redact
+from hfllm.errors import InputError, redact, refuse_if
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -92,8 +92,7 @@ class NearestNameErrors:
             raise InputError(str(error)) from None
         if remaining:
             flag = next((word for word in remaining if word.startswith("-")), None)
-            if flag is None:
-                raise InputError(f"unexpected argument {remaining[0]!r}")
+            refuse_if(flag is None, f"unexpected argument {remaining[0]!r}")
             raise self.unknown("flag", flag.lstrip("-").split("=")[0])
         return tuple(parsed)
 
@@ -214,8 +213,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping."""
     import yaml
 
-    if not path.is_file():
-        raise InputError(f"--config {path}: no such file")
+    refuse_if(not path.is_file(), f"--config {path}: no such file")
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.load(text, no_duplicates())
@@ -223,8 +221,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        raise InputError(f"{path}: empty; expected a mapping of flags to values, such as learning_rate: 1e-4")
+    refuse_if(values is None, f"{path}: empty; expected a mapping of flags to values, such as learning_rate: 1e-4")
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of flags to values, got {type(values).__name__}")
     return {str(key): value for key, value in values.items()}

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import DataArguments
 from hfllm.data.sources import EMBEDDED, source_files
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import FORM, file_fingerprint
 from hfllm.flags import given_names
 from hfllm.outputs.card import START, is_written, lineage, write_card
@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 
 
 # ---- one run ----
+
+
+# Input models that a run into their folder would overwrite.
+OVERWRITABLE = ("model_name_or_path", "teacher_model_name_or_path", "reward_model_name_or_path", "value_model")
 
 
 class Stage:
@@ -133,8 +137,7 @@ class Stage:
     def check(self) -> None:
         """Refuse requests unsupported by all stages, before anything is written."""
         self.check_flags()
-        refuse_own_input(self.output_dir, *self.parsed)
-        refuse_damaged_input(*self.parsed)
+        refuse_input(self.output_dir, *self.parsed)
         if self.report is None and self._trains:
             _ = self.checkpoint
         _ = self.repository
@@ -384,33 +387,29 @@ def _with_field(parsed: "Sequence[DataclassInstance]", name: str) -> Any:
     return next(group for group in parsed if hasattr(group, name))
 
 
-def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
-    """Refuse to overwrite an input model of the stage.
+def refuse_input(output_dir: str, *parsed: "DataclassInstance") -> None:
+    """Refuse to overwrite an input model of the stage, and a finished model of ours changed since its run.
+
+    All of the latter is read, by one of the processes started by a launcher on a machine: it ends the others.
 
     Args:
         parsed: the flags that can name such a model.
     """
-    arguments = run_arguments(*parsed)
-    for flag in ("model_name_or_path", "teacher_model_name_or_path", "reward_model_name_or_path", "value_model"):
-        named = arguments.get(flag) or []
-        for name in [named] if isinstance(named, str) else named:
-            if Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
-                raise InputError(f"--output_dir {output_dir} is --{flag}, which it would overwrite: choose another")
+    folders = [*_named_folders(*parsed)]
+    for flag, name in folders:
+        if flag in OVERWRITABLE and Path(name).resolve() == Path(output_dir).resolve():
+            raise InputError(f"--output_dir {output_dir} is --{flag}, which it would overwrite: choose another")
+    for flag, name in folders if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+        if damage := damage_of_finished(name):
+            raise InputError(f"--{flag} {name}: {damage}")
 
 
-def refuse_damaged_input(*parsed: "DataclassInstance") -> None:
-    """Refuse a finished model of ours whose files have changed since its run.
-
-    All of it is read, by one of the processes started by a launcher on a machine: it ends the others.
-    """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    arguments = run_arguments(*parsed)
-    for flag, named in arguments.items():
-        is_model = flag.endswith("_name_or_path") or flag == "value_model"
-        for name in ([named] if isinstance(named, str) else named or []) if is_model else []:
-            if Path(name).is_dir() and (damage := damage_of_finished(name)):
-                raise InputError(f"--{flag} {name}: {damage}")
+def _named_folders(*parsed: "DataclassInstance") -> Iterator[tuple[str, str]]:
+    """Yield the flags that name models, each with a local folder among its names."""
+    for flag, named in run_arguments(*parsed).items():
+        if flag.endswith("_name_or_path") or flag == "value_model":
+            names = [named] if isinstance(named, str) else named or []
+            yield from ((flag, name) for name in names if Path(name).is_dir())
 
 
 def stage_arguments(
@@ -510,8 +509,7 @@ def checkpoint_to_resume(requested: object, output_dir: str) -> str | None:
     is_needed = str(requested).lower() == "true"
     if (checkpoint := last_complete_checkpoint(output_dir)) is not None:
         return str(checkpoint)
-    if is_needed:
-        raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {output_dir}")
+    refuse_if(is_needed, f"--resume_from_checkpoint true: no complete checkpoint in {output_dir}")
     if damaged := damaged_checkpoint(output_dir):
         raise InputError(f"--resume_from_checkpoint auto: {damaged}: remove it to start from the beginning")
     return None

@@ -11,7 +11,7 @@ from hfllm.data.loading import ON_WORLD, RowArguments
 from hfllm.errors import InputError
 from hfllm.evaluation import classification
 from hfllm.evaluation.classification import bag_of_words, majority
-from hfllm.flags import ALWAYS, NAMED, Fact, Range, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, Clashes, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.generation import spans
 from hfllm.generation.spans import best_spans
 from hfllm.outputs.figures import plus_minus
@@ -89,6 +89,11 @@ class ClassifyArguments(RowArguments, BatchArguments):
     takes_any_column: ClassVar[bool] = True
 
     refused: ClassVar[Refused] = {"label_smoothing_factor": ALWAYS.because("labels are learned as they are")}
+    clashes: ClassVar[Clashes] = {
+        "--doc_stride {doc_stride}: expected at least 0 and less than --max_length {max_length}": lambda flags: (
+            flags.task == SPANS and not 0 <= flags.doc_stride < flags.max_length
+        ),
+    }
 
 
 def default_settings(user_flags: Mapping[str, Any]) -> list[Path]:
@@ -101,17 +106,10 @@ def default_settings(user_flags: Mapping[str, Any]) -> list[Path]:
 def check(script_args: ClassifyArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
     """Refuse flags without effect, and contradictory flags."""
     check_flags(script_args, training_args, model_args)
-    task = script_args.task
-    if task == SPANS and not 0 <= script_args.doc_stride < script_args.max_length:
-        raise InputError(
-            f"--doc_stride {script_args.doc_stride}: expected at least 0 and less than --max_length "
-            f"{script_args.max_length}"
-        )
+    task, known = script_args.task, COLUMNS[script_args.task]
     for ours in script_args.renaming:
-        if ours not in COLUMNS[task]:
-            raise InputError(
-                f"--column_mapping {ours}=...: {task} has no column {ours!r}; it has: {', '.join(COLUMNS[task])}"
-            )
+        if ours not in known:
+            raise InputError(f"--column_mapping {ours}=...: {task} has no column {ours!r}; it has: {', '.join(known)}")
 
 
 def load_with_head(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.data.sources import iterate_source, parse_json
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.verdicts import ALPHA, Compared, changed_items, shown_changes, verdict_table, verdicts_of
 from hfllm.flags import Range, check_flags, flag
 from hfllm.outputs.report import Found
@@ -120,8 +120,7 @@ def check(script_args: CompareArguments) -> None:
         raise InputError(f"expected two logs, got {len(logs)}: hfllm compare A.jsonl B.jsonl, then the other flags")
     check_flags(script_args)
     for name in logs:
-        if not Path(name).exists():
-            raise InputError(f"--logs {name}: no such file or folder")
+        refuse_if(not Path(name).exists(), f"--logs {name}: no such file or folder")
     refuse(Path(logs[0]).resolve() == Path(logs[1]).resolve(), f"--logs {logs[1]}", "it is the first one again")
     refuse_foreign_changes(script_args.output_dir)
 
@@ -175,8 +174,7 @@ def read_log(name: str, cluster_by: str | None = None, pool: Sequence[str] = ())
             if key in items:
                 raise InputError(f"{origin}: item {key} of {' '.join(part)} again, after {items[key].origin}")
             items[key] = logged
-    if not result:
-        raise InputError(f"--logs {name}: no item with a figure")
+    refuse_if(not result, f"--logs {name}: no item with a figure")
     return result
 
 
@@ -187,8 +185,7 @@ def _files(name: str) -> list[Path]:
         return [path]
     own = path / OWN_LOG
     files = [own] if own.is_file() else sorted(each for each in path.rglob("samples_*.jsonl") if each.is_file())
-    if not files:
-        raise InputError(f"--logs {name}: the folder holds no samples_TASK_DATE.jsonl and no {OWN_LOG}")
+    refuse_if(not files, f"--logs {name}: the folder holds no samples_TASK_DATE.jsonl and no {OWN_LOG}")
     return files
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, flag
 from hfllm.runs.flags import RemoteCodeArguments
 
@@ -62,8 +62,7 @@ def convert(
             model = load_checked(source, **location)
             to_native(model, folder, native_type, tokenizer, max_shard_size=max_shard_size)
         else:
-            if native_type is not None:
-                raise InputError(f"--native_type {native_type}: {source} is native and becomes hfllm")
+            refuse_if(native_type is not None, f"--native_type {native_type}: {source} is native and becomes hfllm")
             model = from_native(source, **location)
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.data.sources import PYDOC, WORLD
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.models.devices import forked_random
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
@@ -15,7 +15,6 @@ from hfllm.runs.stage import Stage
 from hfllm.stages.rlhf import build as rlhf
 from hfllm.stages.rlhf import flags as rlhf_flags
 from hfllm.trainers.ppo.setup import check_critic
-from hfllm.trainers.ppo.vllm_sampling import check_vllm
 
 # ---- flags of the runs ----
 
@@ -41,8 +40,6 @@ def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
     rlhf_flags.check_rewards(script_args, training_args)
     documents = (script_args.num_prompts, training_args.seed, script_args.world_seed)
     rlhf.ptx_texts(script_args.ptx_dataset_name, *documents, script_args.max_row_bytes)
-    if training_args.use_vllm:
-        check_vllm(training_args)
     if script_args.value_model not in ("head", "reward"):
         with forked_random(training_args.device):
             check_critic(load_value_model(script_args.value_model, named_model(model_args), ()))
@@ -51,19 +48,17 @@ def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
 # ---- models and rows of the user ----
 
 
-def refuse_inputs_in(folder: Path, names: Mapping[str, str | None], writers: str = "runs") -> None:
+def refuse_inputs_in(folder: Path, names: Mapping[str, str | None], runs: str = "runs") -> None:
     """Refuse models and rows at the output paths of the runs.
 
     Args:
         folder: where the runs write.
         names: the user's models and datasets, by flag.
-        writers: what the runs are called.
+        runs: what they are called.
     """
     for flag, name in names.items():
         if name and Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
-            raise InputError(
-                f"--{flag} {name} lies in {folder}, where the {writers} write: choose another --output_dir"
-            )
+            raise InputError(f"--{flag} {name} lies in {folder}, where the {runs} write: choose another --output_dir")
 
 
 def prompts_with_room(stage: str, kind: str, rows: Sequence[Row], unfit: Collection[int], reason: str) -> list[Row]:
@@ -76,8 +71,7 @@ def prompts_with_room(stage: str, kind: str, rows: Sequence[Row], unfit: Collect
         unfit: indices of the rows without room.
         reason: what they lack, beginning with "no room".
     """
-    if unfit and len(unfit) == len(rows):
-        raise InputError(f"{kind}: all {len(rows)} leave {reason}")
+    refuse_if(unfit and len(unfit) == len(rows), f"{kind}: all {len(rows)} leave {reason}")
     if unfit:
         say(f"{stage}: {len(unfit)} of {len(rows)} {kind} are left out: {reason}")
     return [row for index, row in enumerate(rows) if index not in unfit]

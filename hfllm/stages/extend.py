@@ -11,9 +11,9 @@ from hfllm.data.packing import long_rows, start_of
 from hfllm.data.sources import WORLD
 from hfllm.data.world.tasks import filler_documents, long_documents
 from hfllm.data.world.world import World
-from hfllm.errors import InputError, refuse
+from hfllm.errors import refuse_if
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
-from hfllm.flags import ABOVE_ONE, ALWAYS, NAMED, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import ABOVE_ONE, ALWAYS, NAMED, Clashes, Fact, Refused, at_least, flag
 from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.report import Found, Plot
 from hfllm.runs.arguments import changed
@@ -24,7 +24,6 @@ from hfllm.runs.recipes import settings_file
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-    from trl import ModelConfig
 
 
 # ---- flags ----
@@ -34,6 +33,12 @@ if TYPE_CHECKING:
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 # Training texts of the world's base model, under the output folder; so many words fill 128 tokens.
 BASE_TEXTS, BASE_WORDS = "base_texts.jsonl", 88
+
+
+def _is_sharded(training_args: "TrainingArguments") -> bool:
+    from hfllm.trainers.engines import shards_parameters
+
+    return shards_parameters(training_args)
 
 
 @dataclass(frozen=True)
@@ -70,20 +75,14 @@ class ExtendArguments(DataArguments):
         "load_in_4bit": ALWAYS.because("the extended model is saved in full precision"),
         "resume_from_checkpoint": Fact(lambda flags: flags.max_steps == 0, "--max_steps 0 trains nothing"),
     }
+    clashes: ClassVar[Clashes] = {
+        "DeepSpeed or FSDP cannot be used here: the model is judged whole in each process": _is_sharded,
+    }
 
 
 def default_settings(user_flags: Mapping[str, object]) -> list[Path]:
     """Return the settings of the embedded world's model, or of your own."""
     return [settings_file("extend/model.yaml" if user_flags.get("model_name_or_path") else "extend/world.yaml")]
-
-
-def check(script_args: ExtendArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
-    """Refuse flags without effect or meaning."""
-    from hfllm.trainers.engines import shards_parameters
-
-    check_flags(script_args, training_args, model_args)
-    is_split = shards_parameters(training_args)
-    refuse(is_split, "DeepSpeed or FSDP", "the model is judged whole in each process")
 
 
 def lengths_of(
@@ -103,8 +102,7 @@ def lengths_of(
     extended_config(config, rope_type, factor, original)
     original = max_length_of(config) if original is None else original
     length = int(original * factor)
-    if length <= original:
-        raise InputError(f"--factor {factor} makes {length} tokens of {original}: expected more")
+    refuse_if(length <= original, f"--factor {factor} makes {length} tokens of {original}: expected more")
     return original, length
 
 
@@ -161,8 +159,7 @@ def split_texts(source: DataArguments, seed: int) -> tuple[Texts, Texts] | None:
     if source.dataset_name == WORLD:
         return None
     texts = list(texts_of(source.dataset_name, source.hub_part, source.max_samples, source.renaming))
-    if not texts:
-        raise InputError(f"--dataset_name {source.dataset_name} has no text")
+    refuse_if(not texts, f"--dataset_name {source.dataset_name} has no text")
     if len(texts) < FEW_TEXTS:
         cut_texts = [(text, round(len(text) * (1 - HELD_OUT_END))) for text in texts]
         return [text[:cut] for text, cut in cut_texts], [text[cut:] for text, cut in cut_texts]

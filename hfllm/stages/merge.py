@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import SEED, flag
 from hfllm.runs.flags import RemoteCodeArguments
 
@@ -29,8 +29,7 @@ def adapter_to_merge(name: str | None, revision: str, target: Path) -> "SavedAda
     from hfllm.models.loading.adapters import auto_class_of, find_adapter
     from hfllm.models.loading.saved import refuse_quantized
 
-    if not name:
-        raise InputError("--model_name_or_path is needed: the adapter to merge, a folder or a Hub id")
+    refuse_if(not name, "--model_name_or_path is needed: the adapter to merge, a folder or a Hub id")
     adapter = find_adapter(name, revision=revision)
     if adapter is None:
         raise InputError(f"--model_name_or_path {name}: no adapter there (no adapter_config.json, or a whole model)")
@@ -68,10 +67,8 @@ def merge_into_base(adapter: "SavedAdapter", target: Path, max_shard_size: str, 
     model = merge(adapted, dtypes)
     difference = (logits_of(model, ids) - apart).abs().max().item()
     if not is_rounding(difference, apart, in_half=min(dtype.itemsize for dtype in dtypes.values()) < 4):
-        raise InputError(
-            f"adapter {adapter.name!r} merged into {adapter.base!r} gives other outputs, by up to {difference:.3g}: "
-            "keep it apart"
-        )
+        what = f"adapter {adapter.name!r} merged into {adapter.base!r}"
+        raise InputError(f"{what} gives other outputs, by up to {difference:.3g}: keep it apart")
     save_merged(model, adapter, target, max_shard_size)
     return {
         "parameters": model.num_parameters(),

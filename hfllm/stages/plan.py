@@ -6,10 +6,10 @@ import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from hfllm.errors import InputError, refuse
-from hfllm.flags import NOT_NEGATIVE, at_least, flag
+from hfllm.errors import InputError, refuse, refuse_if
+from hfllm.flags import NOT_NEGATIVE, Clashes, at_least, flag
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.planner import DEGREES, Request
 from hfllm.scaling.shapes import LARGEST, NAMED_SHAPES, Shape
@@ -91,6 +91,17 @@ class PlanArguments:
     plot: bool = flag(False, "Draw the chosen layout's memory; takes a second.")
     output_dir: str = flag("outputs/plan", "Where the report and the launch files go.")
 
+    clashes: ClassVar[Clashes] = {
+        "--target_days {target_days} must be above 0": lambda flags: not flags.target_days > 0,
+        "--top {top} must be at least 1": lambda flags: flags.top < 1,
+        "--output_dir {output_dir}: a file is there; expected a folder or a new name": lambda flags: (
+            Path(flags.output_dir).exists() and not Path(flags.output_dir).is_dir()
+        ),
+        "--preset {preset} and --config_path {config_path}: give one of them": lambda flags: (
+            flags.config_path is not None and flags.preset is not None
+        ),
+    }
+
     def request(self, shape: Shape) -> Request:
         """Return the request to plan for a model."""
         options = {name: getattr(self, name) for name in (*DEGREES, *SAME)}
@@ -123,21 +134,10 @@ class PlanArguments:
         return replace(find_device(self.device, processes), **changes)
 
 
-def check(script_args: PlanArguments) -> None:
-    """Refuse an empty list, and a file as an output folder."""
-    folder = Path(script_args.output_dir)
-    if not script_args.target_days > 0:
-        raise InputError(f"--target_days {script_args.target_days} must be above 0")
-    if script_args.top < 1:
-        raise InputError(f"--top {script_args.top} must be at least 1")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: a file is there; expected a folder or a new name")
-
-
 def model_shape(
     preset: str | None, config_path: str | None, images_per_row: int, loss_chunk_size: int | None
 ) -> tuple[str, Shape, Mapping[str, Any]]:
-    """Return the name, shape and fields of a config.json of a model: a preset's, or a file's.
+    """Return the name, shape and fields of a config.json of a model: a file's, or else a preset's.
 
     Args:
         preset: a published model; gpt3-1t by default.
@@ -146,10 +146,8 @@ def model_shape(
         loss_chunk_size: tokens per chunk of logits; by default the shape's.
 
     Raises:
-        InputError: when both are named, or one cannot be read.
+        InputError: when one cannot be read.
     """
-    if config_path is not None and preset is not None:
-        raise InputError(f"--preset {preset} and --config_path {config_path}: give one of them")
     if config_path is None:
         name = preset or "gpt3-1t"
         fields = NAMED_SHAPES[name] if name in NAMED_SHAPES else preset_fields(name)
@@ -159,8 +157,7 @@ def model_shape(
         name, source, fields = str(config_path), f"--config_path {file}", read_json(file)
     shape = Shape.from_config(fields, source)
     refuse(images_per_row != 1 and shape.tower is None, "--images_per_row", "the model has no vision tower")
-    if images_per_row < 0:
-        raise InputError(f"--images_per_row {images_per_row} must be at least 0")
+    refuse_if(images_per_row < 0, f"--images_per_row {images_per_row} must be at least 0")
     shape = replace(shape, images_per_row=images_per_row)
     return name, shape if loss_chunk_size is None else replace(shape, loss_chunk_size=loss_chunk_size), fields
 
@@ -177,8 +174,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"--config_path {file}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"--config_path {file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config_path {file}: expected an object, got {type(values).__name__}")
+    refuse_if(not isinstance(values, dict), f"--config_path {file}: expected an object, got {type(values).__name__}")
     return values
 
 

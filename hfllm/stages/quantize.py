@@ -14,8 +14,8 @@ from hfllm.data.images.rows import (
 )
 from hfllm.data.loading import DataArguments, RowSource
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
-from hfllm.errors import InputError
-from hfllm.flags import ALWAYS, NAMED, NO_NAME, SEED, Fact, Refused, at_least, check_flags, flag
+from hfllm.errors import InputError, refuse_if
+from hfllm.flags import ALWAYS, NAMED, NO_NAME, SEED, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Bars
 from hfllm.runs.flags import RemoteCodeArguments
 
@@ -120,6 +120,15 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
         **dict.fromkeys(OF_PICTURES, READS_TEXT),
         **dict.fromkeys(LOADING, ALWAYS.because("--schemes says how to quantize")),
     }
+    clashes: ClassVar[Clashes] = {
+        "--model_name_or_path {model_name_or_path}: it sees, and --dataset_name world is of texts: name rows with "
+        f"pictures, or {PICTURES} or {DIGITS}, which are drawn here": lambda flags: (
+            flags.sees and flags.dataset_name == WORLD
+        ),
+        f"--dataset_name {{dataset_name}}: {READS_TEXT.reason}": lambda flags: (
+            READS_TEXT.holds(flags) and flags.dataset_name in (PICTURES, DIGITS)
+        ),
+    }
 
     @property
     def of_measures(self) -> MeasureSettings:
@@ -152,22 +161,15 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
     """
     from hfllm.models.loading.saved import empty_model, is_for_pictures, max_length_of, refuse_quantized
 
-    name, data, reads_pictures = model_args.model_name_or_path, script_args.dataset_name, is_for_pictures(config)
-    if reads_pictures and data == WORLD:
-        raise InputError(
-            f"--model_name_or_path {name}: it sees, and --dataset_name world is of texts: name rows with pictures, "
-            f"or {PICTURES} or {DIGITS}, which are drawn here"
-        )
+    name, reads_pictures = model_args.model_name_or_path, is_for_pictures(config)
     check_flags(script_args, model_args, sees=reads_pictures)
-    if not reads_pictures and data in (PICTURES, DIGITS):
-        raise InputError(f"--dataset_name {data}: {READS_TEXT.reason}")
     if name:
         refuse_quantized(config, name)
-    context, timed = max_length_of(config), script_args.prompt_tokens + script_args.new_tokens
-    if script_args.rounds and context is not None and timed > context:
+    prompt, new, context = script_args.prompt_tokens, script_args.new_tokens, max_length_of(config)
+    if script_args.rounds and context is not None and prompt + new > context:
         raise InputError(
-            f"--prompt_tokens {script_args.prompt_tokens} and --new_tokens {script_args.new_tokens} are {timed} "
-            f"tokens, the model's context is {context}: choose fewer, or --rounds 0 for no timing"
+            f"--prompt_tokens {prompt} and --new_tokens {new} are {prompt + new} tokens, the model's context is "
+            f"{context}: choose fewer, or --rounds 0 for no timing"
         )
     model = empty_model(config, "IMAGE_TEXT" if reads_pictures else "CAUSAL_LM")
     for scheme in script_args.schemes:
@@ -225,8 +227,7 @@ def eval_texts(source: DataArguments, count: int, seed: int) -> list[str]:
     if world is not None:
         return world.documents(count, seed=-1 - seed)
     texts = [text for text in load_rows(source.row_source, formats.to_text) if text.strip()]
-    if not texts:
-        raise InputError(f"--dataset_name {source.dataset_name} has no text")
+    refuse_if(not texts, f"--dataset_name {source.dataset_name} has no text")
     return texts[:count]
 
 

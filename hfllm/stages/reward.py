@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, ImageReading, PictureArguments, without_images
 from hfllm.data.loading import ON_WORLD, RowArguments, RowSources
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, flag
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
@@ -261,8 +261,7 @@ def count_comparisons(
             left_out = len(rows) - dataset.num_rows
             what = "training" if side == "train" else "held-out"
             say(f"{what} rows: {left_out:,} of {len(rows):,} rows dropped: longer than --max_length {longest}")
-    if 0 in counts.values():
-        raise InputError(f"no comparison in {dataset_name!r} fits into --max_length {longest} tokens")
+    refuse_if(0 in counts.values(), f"no comparison in {dataset_name!r} fits into --max_length {longest} tokens")
     return counts
 
 

@@ -133,11 +133,8 @@ def refused_with_images(fact: Fact) -> dict[str, Fact]:
 
 def check_batches(train_sampling_strategy: str, completion_only_loss: bool | None = None) -> None:
     """Refuse to group rows with images by length, unknown before a batch is made, and to learn their questions."""
-    refuse(
-        train_sampling_strategy == "group_by_length",
-        "--train_sampling_strategy group_by_length",
-        "rows with pictures are read when a batch needs them",
-    )
+    why = "rows with pictures are read when a batch needs them"
+    refuse(train_sampling_strategy == "group_by_length", "--train_sampling_strategy group_by_length", why)
     refuse(completion_only_loss is False, "--completion_only_loss false", "answers alone are learned")
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import DataArguments
-from hfllm.errors import InputError, refuse
-from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Fact, Refused, at_least, check_flags, flag
+from hfllm.errors import InputError, refuse, refuse_if
+from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Clashes, Fact, Refused, at_least, flag
 from hfllm.outputs.report import Plot
 from hfllm.runs.flags import RemoteCodeArguments
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from hfllm.runs.pipeline import Chain
 
 Row = Mapping[str, Any]
+NO_DRAFT = (
+    "--model_name_or_path {model_name_or_path} needs a draft: --assistant_model_name_or_path SMALLER with the same "
+    "tokenizer (hfllm distill --teacher_model_name_or_path {model_name_or_path} makes one), or --draft int8, "
+    "prompt_lookup or early_exit"
+)
+PLAIN_ALONE = "it quantizes plain weights: leave out --load_in_8bit and --load_in_4bit"
 # Batch size for the comparison of answers.
 COMPARED_BATCH = 16
 
@@ -92,6 +98,23 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
     )
 
     refused: ClassVar[Refused] = {"use_peft": ALWAYS.because("nothing is trained")}
+    clashes: ClassVar[Clashes] = {
+        "--num_draft_tokens {num_draft_tokens!r}: expected a number of tokens, or 'adaptive'": lambda flags: (
+            not (flags.num_draft_tokens == "adaptive" or flags.num_draft_tokens.isdecimal())
+        ),
+        "--num_draft_tokens_compared {num_draft_tokens_compared}: expected numbers of at least 1": lambda flags: (
+            min(flags.num_draft_tokens_compared, default=0) < 1
+        ),
+        NO_DRAFT: lambda flags: (
+            NAMED.holds(flags) and flags.draft == "model" and not flags.assistant_model_name_or_path
+        ),
+        "--draft int8 cannot be used here: attn_implementation={attn_implementation!r} is not 'sdpa'": lambda flags: (
+            flags.draft == "int8" and flags.attn_implementation not in (None, "sdpa")
+        ),
+        f"--draft int8 cannot be used here: {PLAIN_ALONE}": lambda flags: (
+            flags.draft == "int8" and (flags.load_in_8bit or flags.load_in_4bit)
+        ),
+    }
 
     @property
     def of_speed(self) -> SpeedSettings:
@@ -100,23 +123,6 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
 
 
 # ---- what is refused ----
-
-
-def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags without effect, and values out of range."""
-    requested, compared = script_args.num_draft_tokens, script_args.num_draft_tokens_compared
-    if not (requested == "adaptive" or requested.isdecimal()):
-        raise InputError(f"--num_draft_tokens {requested!r}: expected a number of tokens, or 'adaptive'")
-    if not compared or min(compared) < 1:
-        raise InputError(f"--num_draft_tokens_compared {compared}: expected numbers of at least 1")
-    check_flags(script_args, model_args)
-    own = model_args.model_name_or_path
-    if own and script_args.draft == "model" and not script_args.assistant_model_name_or_path:
-        raise InputError(
-            f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
-            f"tokenizer (hfllm distill --teacher_model_name_or_path {own} makes one), or --draft int8, prompt_lookup "
-            "or early_exit"
-        )
 
 
 def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", before: "Chain") -> None:
@@ -132,12 +138,6 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         load_config(script_args.assistant_model_name_or_path)
         check_weight_files(script_args.assistant_model_name_or_path)
         load_tokenizer(script_args.assistant_model_name_or_path)
-    if script_args.draft == "int8":
-        attention = model_args.attn_implementation
-        is_other = attention not in (None, "sdpa")
-        refuse(is_other, "--draft int8", f"attn_implementation={attention!r} is not 'sdpa'")
-        is_rounded = model_args.load_in_8bit or model_args.load_in_4bit
-        refuse(is_rounded, "--draft int8", "it quantizes plain weights: leave out --load_in_8bit and --load_in_4bit")
     exit_layers = script_args.early_exit_layers
     if exit_layers is not None:
         config = config_to_train(model_args.model_name_or_path, model_args.model_revision, before)
@@ -159,8 +159,7 @@ def prompt_rows(source: DataArguments, num_prompts: int) -> list[Row]:
     if world is not None:
         return [task.prompt_row() for task in world.evaluation_tasks(num_prompts)]
     rows = load_rows(source.row_source, without_images(formats.to_prompt, "hfllm speculative"))[:num_prompts]
-    if not rows:
-        raise InputError(f"--dataset_name {source.dataset_name} has no prompts")
+    refuse_if(not rows, f"--dataset_name {source.dataset_name} has no prompts")
     return rows
 
 

@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from hfllm.data.packing import start_of
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.checkpoints import write_checksums
 from hfllm.outputs.figures import readable
@@ -277,10 +277,8 @@ class SampleCallback(TrainerCallback):
         throughput: ThroughputCallback | None = None,
     ):
         for name, value in (("every_steps", every_steps), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
-                raise InputError(f"{name} is {value}; expected at least 1")
-        if temperature < 0:
-            raise InputError(f"temperature is {temperature}; expected 0 (greedy) or above")
+            refuse_if(value < 1, f"{name} is {value}; expected at least 1")
+        refuse_if(temperature < 0, f"temperature is {temperature}; expected 0 (greedy) or above")
         self.tokenizer, self.prompts, self.every_steps = tokenizer, list(prompts), every_steps
         self.output_file = Path(output_file)
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
@@ -298,8 +296,7 @@ class SampleCallback(TrainerCallback):
         model: PreTrainedModel | None = None,
         **kwargs: object,
     ) -> None:
-        if is_split(model):
-            raise InputError("SampleCallback needs the whole model in one process: not FSDP, ZeRO-3 or DTensors")
+        refuse_if(is_split(model), "SampleCallback needs the whole model in one process: not FSDP, ZeRO-3 or DTensors")
         context = max_length_of(model.config) or math.inf
         for prompt in self.prompts:
             length = len(self._encode(prompt))

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.flags import flag
 from hfllm.runs.arguments import changed
 
@@ -43,6 +43,12 @@ def global_batch_size(args: "TrainingArguments") -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
+def sets_optimizer(args: "TrainingArguments") -> bool:
+    """Return whether DeepSpeed's file has an optimizer section, with a rate of its own."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return plugin is not None and "optimizer" in plugin.deepspeed_config
+
+
 def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Trained, dict[str, float]]:
     """Return a trainer's arguments with learning rates scaled to its batch size, and the values to report.
 
@@ -54,25 +60,15 @@ def scaled_learning_rate(scaling: BatchArguments, args: Trained) -> tuple[Traine
             rate, or one set by DeepSpeed's config file.
     """
     rule, base = scaling.lr_scaling_rule, scaling.lr_scaling_base_batch_size
-    if rule not in RULES:
-        raise InputError(f"--lr_scaling_rule {rule!r} is not one of {', '.join(RULES)}")
+    rule_flag = f"--lr_scaling_rule {rule}"
+    refuse_if(rule not in RULES, f"--lr_scaling_rule {rule!r} is not one of {', '.join(RULES)}")
     if rule == "none":
-        if base is not None:
-            raise InputError(f"--lr_scaling_base_batch_size {base} needs --lr_scaling_rule sqrt or linear")
+        refuse_if(base is not None, f"--lr_scaling_base_batch_size {base} needs --lr_scaling_rule sqrt or linear")
         return args, {}
-    if base is None:
-        raise InputError(
-            f"--lr_scaling_rule {rule} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for"
-        )
-    if args.learning_rate is None:
-        raise InputError(f"--lr_scaling_rule {rule} needs --learning_rate: the rate that is scaled")
-    if base < 1:
-        raise InputError(f"--lr_scaling_base_batch_size {base}: expected at least 1")
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None and "optimizer" in plugin.deepspeed_config:
-        raise InputError(
-            f"--lr_scaling_rule {rule}: DeepSpeed's file has an optimizer section, which sets its own rate"
-        )
+    refuse_if(base is None, f"{rule_flag} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for")
+    refuse_if(args.learning_rate is None, f"{rule_flag} needs --learning_rate: the rate that is scaled")
+    refuse_if(base < 1, f"--lr_scaling_base_batch_size {base}: expected at least 1")
+    refuse_if(sets_optimizer(args), f"{rule_flag}: DeepSpeed's file has an optimizer section, which sets its own rate")
     batch = global_batch_size(args)
     factor = RULES[rule](batch / base)
     # PPO's critic may have its own rate.

@@ -142,11 +142,10 @@ def check_shards(checkpoint: str, args: TrainingArguments) -> None:
     """Refuse a DeepSpeed checkpoint of another number of processes, unless it is set to load universal ones."""
     if args.deepspeed_plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"):
         return
-    saved = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
-    if saved != args.world_size:
+    saved, ours = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt"))), args.world_size
+    if saved != ours:
         raise InputError(
-            f"{checkpoint} was saved by {saved} processes of DeepSpeed and resumes with as many; this run has "
-            f"{args.world_size}"
+            f"{checkpoint} was saved by {saved} processes of DeepSpeed and resumes with as many; this run has {ours}"
         )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.trainers.ppo.config import PPOConfig
 
 # ---- speed and divergence ----
@@ -75,16 +75,14 @@ class ThroughputCallback(TrainerCallback):
         eval_bytes_per_token: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        if (flops_per_token is None) != (peak_flops is None):
-            raise InputError("mfu needs both flops_per_token and peak_flops")
+        refuse_if((flops_per_token is None) != (peak_flops is None), "mfu needs both flops_per_token and peak_flops")
         numbers = {
             "tokens_per_step": None if callable(tokens_per_step) else tokens_per_step,
             **{"flops_per_token": flops_per_token, "peak_flops": peak_flops},
             **{"bytes_per_token": bytes_per_token, "eval_bytes_per_token": eval_bytes_per_token},
         }
         for name, value in numbers.items():
-            if value is not None and value <= 0:
-                raise InputError(f"{name} is {value}; expected a positive number")
+            refuse_if(value is not None and value <= 0, f"{name} is {value}; expected a positive number")
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
         self.bytes_per_token = {"": bytes_per_token, "eval_": eval_bytes_per_token}
         self.clock = clock
@@ -205,12 +203,9 @@ class LossSpikeGuard(TrainerCallback):
 
     def __init__(self, window: int = 50, threshold: float = 6.0, patience: int = 3, action: str = "stop"):
         for name, value, least in (("window", window, FEWEST_LOSSES), ("patience", patience, 1)):
-            if value < least:
-                raise InputError(f"{name} is {value}; expected at least {least}")
-        if not threshold > 0:
-            raise InputError(f"threshold is {threshold}; expected a positive number of deviations")
-        if action not in ("stop", "warn"):
-            raise InputError(f"action is {action!r}; expected 'stop' or 'warn'")
+            refuse_if(value < least, f"{name} is {value}; expected at least {least}")
+        refuse_if(not threshold > 0, f"threshold is {threshold}; expected a positive number of deviations")
+        refuse_if(action not in ("stop", "warn"), f"action is {action!r}; expected 'stop' or 'warn'")
         self.threshold, self.patience, self.action = threshold, patience, action
         self._losses: deque[float] = deque(maxlen=window)
         self._begin()

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.data.loading import RowArguments
+from hfllm.data.loading import FOREIGN_PROMPTS, RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError
-from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Clashes, Fact, Refused, at_least, flag
 from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, flags_of_adapter
 from hfllm.runs.flags import RemoteCodeArguments
@@ -138,6 +138,12 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
             lambda flags: flags.last_stage == REVISIONS, f"--last_stage {REVISIONS} trains nothing of yours"
         ),
     }
+    clashes: ClassVar[Clashes] = {
+        FOREIGN_PROMPTS: lambda flags: not (flags.model_name_or_path or flags.is_world),
+        "--model_name_or_path needs --dataset_name: red-team prompts, for instance a CSV of `prompt`": lambda flags: (
+            NAMED.holds(flags) and flags.is_world
+        ),
+    }
 
     @property
     def is_world(self) -> bool:
@@ -157,19 +163,6 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
             return ()
         by_ppo = (LABELS, PEOPLE)
         return tuple(arm for arm in CONTROLS if arm in chosen and (arm not in by_ppo or self.last_stage == RL))
-
-
-def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags without effect, contradictory flags, and flags that would fail later."""
-    check_flags(script_args, model_args)
-    named = bool(model_args.model_name_or_path)
-    if not named and not script_args.is_world:
-        raise InputError(
-            f"--dataset_name {script_args.dataset_name} needs --model_name_or_path: the embedded world's model does "
-            "not know such prompts"
-        )
-    if named and script_args.is_world:
-        raise InputError("--model_name_or_path needs --dataset_name: red-team prompts, for instance a CSV of `prompt`")
 
 
 def constitution_of(name: str | None, is_world: bool) -> "Constitution":
@@ -297,19 +290,16 @@ def check_before(
     first = pipeline.Chain("constitution", {name: course.runs[name] for name in (PRETRAIN,) if name in course.runs})
     _check_room(script_args.longest, config_to_train(named, model_args.model_revision, first))
     if script_args.last_stage != REVISIONS:
-        if named:
-            check_trainable(model_args)
+        check_trainable(model_args)
         check_adapter(model_args, first)
     _check_rewards(course)
     check_runs(course)
 
 
-def _check_judge(num_principles: int | None, constitution: "Constitution") -> None:
+def _check_judge(count: int | None, constitution: "Constitution") -> None:
     most = len(constitution.principles)
-    if num_principles is not None and not 1 <= num_principles <= most and has_questions(constitution):
-        raise InputError(
-            f"--judge_principles {num_principles}: expected 1 to {most}, the principles of {constitution.name!r}"
-        )
+    if count is not None and not 1 <= count <= most and has_questions(constitution):
+        raise InputError(f"--judge_principles {count}: expected 1 to {most}, the principles of {constitution.name!r}")
 
 
 def _check_room(longest: int, config: "PreTrainedConfig") -> None:
@@ -330,7 +320,5 @@ def _check_rewards(course: ConstitutionCourse) -> None:
 
     for name, recipe in course.recipes.items():
         rewards = course.runs[name][0].reward_funcs if recipe == "rlhf" else None
-        for reward in GOLD_REWARDS.keys() & set(rewards or ()):
-            raise InputError(
-                f"--reward_funcs {reward}: only the embedded world has it, not the prompts of this recipe"
-            )
+        for each in GOLD_REWARDS.keys() & set(rewards or ()):
+            raise InputError(f"--reward_funcs {each}: only the embedded world has it, not the prompts of this recipe")

@@ -10,7 +10,7 @@ from typing import ClassVar
 from hfllm.data.images.rows import OF_PICTURES, PictureArguments
 from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.errors import InputError
-from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 
@@ -31,6 +31,10 @@ def _is_for(*suites: str) -> Fact:
 
 NO_TASKS = _is_for("lm_eval")
 MODELS_NAMED = NAMED.because("the models are named")
+# Flags without which a suite has nothing to ask.
+TASKS = "--tasks, such as --tasks arc_easy_file --tasks_data FOLDER"
+ROWS = "--dataset_name: rows with pictures, or 'pictures' or 'digits'"
+MODEL = "--model_name_or_path: a model that sees (hfllm vision makes one)"
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,14 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
             ),
         ),
     )
+    clashes: ClassVar[Clashes] = {
+        f"--suites lm_eval needs {TASKS}": lambda flags: "lm_eval" in flags.suites and not flags.tasks,
+        f"--suites pictures needs {ROWS}": lambda flags: "pictures" in flags.suites and not flags.dataset_name,
+        f"--suites pictures needs {MODEL}": lambda flags: "pictures" in flags.suites and not flags.model_name_or_path,
+        "--tasks_data {tasks_data}: no such folder": lambda flags: (
+            flags.tasks_data is not None and not Path(flags.tasks_data).is_dir()
+        ),
+    }
 
     def __post_init__(self):
         if self.dataset_name and self.suites == list(DEFAULT_SUITES):
@@ -174,14 +186,6 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
 # ---- what is refused ----
 
 
-# Flags without which a suite has nothing to ask, and what they name.
-NEEDED = (
-    ("lm_eval", "tasks", "--tasks, such as --tasks arc_easy_file --tasks_data FOLDER"),
-    ("pictures", "dataset_name", "--dataset_name: rows with pictures, or 'pictures' or 'digits'"),
-    ("pictures", "model_name_or_path", "--model_name_or_path: a model that sees (hfllm vision makes one)"),
-)
-
-
 def check(script_args: EvaluateArguments) -> None:
     """Refuse flags that would fail later, and flags without effect."""
     suites = script_args.suites
@@ -194,11 +198,6 @@ def check(script_args: EvaluateArguments) -> None:
     check_flags(script_args)
     if len(script_args.model_name_or_path or ()) != 1:
         refuse_foreign_changes(script_args.output_dir)
-    for suite, name, flags in NEEDED:
-        if suite in suites and not getattr(script_args, name):
-            raise InputError(f"--suites {suite} needs {flags}")
-    if script_args.tasks_data is not None and not Path(script_args.tasks_data).is_dir():
-        raise InputError(f"--tasks_data {script_args.tasks_data}: no such folder")
 
 
 # The file of items with differences between models, and the maximum length of its lines.
@@ -208,16 +207,18 @@ CHANGES, MOST_READ = "changes.jsonl", 1 << 24
 def refuse_foreign_changes(folder: str | Path) -> None:
     """Refuse to overwrite a link, or a file of another kind with the name of `CHANGES`."""
     path = Path(folder, CHANGES)
-    if not path.exists() and not path.is_symlink():
-        return
+    if path.is_symlink() or (path.exists() and not _are_changes(path)):
+        raise InputError(f"{path} is not hfllm's and would be overwritten: move it or choose another --output_dir")
+
+
+def _are_changes(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as stream:
             first = stream.readline(MOST_READ)
         row = json.loads(first) if first else {"figure": "", "change": ""}
     except (OSError, ValueError, RecursionError):
-        row = None
-    if path.is_symlink() or not isinstance(row, dict) or not {"figure", "change"} <= row.keys():
-        raise InputError(f"{path} is not hfllm's and would be overwritten: move it or choose another --output_dir")
+        return False
+    return isinstance(row, dict) and {"figure", "change"} <= row.keys()
 
 
 # ---- the stages before ----

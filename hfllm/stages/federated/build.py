@@ -23,7 +23,7 @@ from hfllm.data.formats import Row
 from hfllm.data.images.rows import refuse_images
 from hfllm.data.rows import flaw_of
 from hfllm.data.world.world import World
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.federation.learner import KeptStates, LocalLearner, Rows, folder_name
 from hfllm.federation.lora import freeze_a
 from hfllm.federation.organisations import (
@@ -266,8 +266,7 @@ def tokens_of_pairs(
     result = [pair for pair in pairs if longest is None or max(map(len, pair.values())) <= longest]
     if len(result) < len(rows):
         say(f"{what}: {len(rows) - len(result):,} of {len(rows):,} pairs are longer than --max_length {longest}")
-    if not result:
-        raise InputError(f"no pair of {what} fits into --max_length {longest} tokens")
+    refuse_if(not result, f"no pair of {what} fits into --max_length {longest} tokens")
     return result
 
 
@@ -590,12 +589,10 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
 
 def check_terms(own: Terms, terms: Mapping[str, str | int | float]) -> None:
     """Refuse the request of a server with other terms of its run than this organisation's flags."""
-    values = asdict(own)
+    ours = asdict(own)
     for name, value in terms.items():
-        if values.get(name) != value:
-            raise InputError(
-                f"--{name} is {values.get(name)} here and {value} at the server: both need the same flags"
-            )
+        if ours.get(name) != value:
+            raise InputError(f"--{name} is {ours.get(name)} here and {value} at the server: both need the same flags")
 
 
 def loop(connect: Connect, config: Mapping[str, object]) -> None:
@@ -609,8 +606,7 @@ def loop(connect: Connect, config: Mapping[str, object]) -> None:
         raise InputError('the run names no file of flags: expected flags="federated.yaml" in its settings')
     recipe = load_recipe("federated")
     parsed = recipe.parse(["--config", str(config["flags"])])
-    if (compression := str(config.get("compression", "none"))) not in ("none", parsed[0].compression):
-        raise InputError(
-            f"--compression {compression} of the app, {parsed[0].compression} of {config['flags']}: expected the same"
-        )
+    theirs, ours = str(config.get("compression", "none")), parsed[0].compression
+    if theirs not in ("none", ours):
+        raise InputError(f"--compression {theirs} of the app, {ours} of {config['flags']}: expected the same")
     recipe.main(*parsed, connect=connect)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD
 from hfllm.data.world.world import Task, World
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError
 from hfllm.federation.settings import (
     AGGREGATIONS,
     COMPRESSIONS,
@@ -25,7 +25,7 @@ from hfllm.federation.settings import (
     check_settings,
 )
 from hfllm.fingerprint import file_fingerprint
-from hfllm.flags import ALWAYS, GIVEN, NAMED, NOT_NEGATIVE, SHARE, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, GIVEN, NAMED, NOT_NEGATIVE, SHARE, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.identity import data_files
 from hfllm.runs.recipes import settings_file
@@ -255,6 +255,21 @@ class FederatedArguments(InstructionArguments):
         "eval_strategy": ALWAYS.because("--eval_rounds says when it is measured"),
         "resume_from_checkpoint": ALWAYS.because("rounds are kept and resumed by themselves"),
     }
+    clashes: ClassVar[Clashes] = {
+        "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the embedded "
+        "world": lambda flags: bool(flags.model_name_or_path) == flags.is_world,
+        "--controls cannot be used here: rows are elsewhere: --controls none": lambda flags: (
+            flags.organisation_names and flags.arms
+        ),
+        "--num_organisations {count}: expected at least 2": lambda flags: (
+            flags.count < 2 and not flags.organisation_files
+        ),
+        "--organisation_files {organisation_files[0]}: expected at least 2, one for each organisation": lambda flags: (
+            len(flags.organisation_files or ()) == 1
+        ),
+        "{world_size} processes: start one by accelerate launch --num_processes 1; --processes says in how many "
+        "organisations train": lambda flags: (flags.world_size or 1) > 1,
+    }
 
     @property
     def is_world(self) -> bool:
@@ -322,34 +337,17 @@ def default_settings(flags: Mapping[str, Any]) -> list[Path]:
 
 def check(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
     """Refuse flags without effect, contradictory flags, and flags that would fail later."""
-    from hfllm.federation.privacy import check_clip_norm, check_noise
+    from hfllm.federation.privacy import check_clip_norm
     from hfllm.trainers.engines import schedule_of
 
     check_flags(script_args, training_args, model_args)
-    files, names = script_args.organisation_files, script_args.organisation_names
-    if bool(model_args.model_name_or_path) == script_args.is_world:
-        raise InputError(
-            "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the "
-            "embedded world"
-        )
-    if doubled := next((name for name in names or () if names.count(name) > 1), None):
+    names = script_args.organisation_names or []
+    if doubled := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"--organisation_names: {doubled!r} comes twice, each organisation needs a name of its own")
-    refuse(bool(names and script_args.arms), "--controls", "rows are elsewhere: --controls none")
-    if script_args.count < 2 and not files:
-        raise InputError(f"--num_organisations {script_args.count}: expected at least 2")
-    if files and len(files) < 2:
-        raise InputError(f"--organisation_files {' '.join(files)}: expected at least 2, one for each organisation")
     check_settings(script_args.round_settings(training_args.seed), script_args.count)
     if script_args.clip_norm is not None:
         check_clip_norm(script_args.clip_norm, "--clip_norm")
-    if script_args.row_clip_norm is not None:
-        check_clip_norm(script_args.row_clip_norm, "row_clip_norm")
-        check_noise(script_args.row_noise_multiplier, "row_noise_multiplier")
-    if training_args.world_size > 1:
-        raise InputError(
-            f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes "
-            "says in how many organisations train"
-        )
+    _ = script_args.terms(training_args.seed).row_privacy
     schedule_of(training_args, 1)
 
 

@@ -1,17 +1,16 @@
 """Pretraining: its flags, the flags of the architecture, default settings, and checks."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.loading import TextArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.flags import ALWAYS, NAMED, NOT_NEGATIVE, POSITIVE, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, NOT_NEGATIVE, POSITIVE, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain
 from hfllm.runs.recipes import settings_file
@@ -94,13 +93,20 @@ class ArchitectureArguments:
     )
     residual_init: str = flag("plain", "plain, gpt2 or depth: scale of the residual init.", never=NOT_NEW)
 
+    clashes: ClassVar[Clashes] = {
+        "--sparse_block_size {sparse_block_size} and --sparse_num_blocks {sparse_num_blocks}: expected both, each at "
+        "least 1": lambda flags: (
+            (flags.sparse_block_size, flags.sparse_num_blocks) != (None, None)
+            and min(flags.sparse_block_size or 0, flags.sparse_num_blocks or 0) < 1
+        ),
+    }
+
     def architecture(self) -> dict[str, object]:
         """Return the fields of `HfllmConfig` described by the flags; the tokenizer determines the vocabulary size."""
         from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES
 
-        fields = {name: getattr(self, name) for name in ArchitectureArguments.__dataclass_fields__}
+        fields = {item.name: getattr(self, item.name) for item in dataclass_fields(ArchitectureArguments)}
         del fields["vocab_size"]
-        check_layer_types(self.layer_types or ())
         for item in dataclass_fields(ArchitectureArguments):
             is_set = item.name.startswith("linear_") and fields[item.name] != item.default
             if is_set and "linear_attention" not in (self.layer_types or ()):
@@ -108,34 +114,16 @@ class ArchitectureArguments:
         for name in ("layer_types", "no_rope_layers"):
             if fields[name]:
                 fields[name] = repeated(name, fields[name], self.num_hidden_layers)
-        sizes = [fields[name] for name in SPARSE_SIZES]
-        if sizes != [None, None] and not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise InputError(
-                f"--sparse_block_size {sizes[0]} and --sparse_num_blocks {sizes[1]}: expected both, each at least 1"
-            )
         # Read by sparse attention alone; other models do not have them.
         return {name: value for name, value in fields.items() if value is not None or name not in SPARSE_SIZES}
 
 
-def check_layer_types(layer_types: Sequence[str]) -> None:
-    """Refuse unknown types of layers."""
-    from hfllm.models.family.configuration_fields_hfllm import LAYER_TYPES
-
-    for name in layer_types:
-        if name not in LAYER_TYPES:
-            near = get_close_matches(name, LAYER_TYPES, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"--layer_types {name!r} is not one of {', '.join(LAYER_TYPES)}{hint}")
-
-
 def repeated(name: str, values: list, layers: int) -> list:
     """Return a list with one value for each layer: the values repeated in order."""
-    if layers % len(values):
-        raise InputError(
-            f"--{name} has {len(values)} values for --num_hidden_layers {layers}: expected one for each, or a number "
-            "that divides them"
-        )
-    return values * (layers // len(values))
+    if layers % (count := len(values)):
+        expected = "expected one for each, or a number that divides them"
+        raise InputError(f"--{name} has {count} values for --num_hidden_layers {layers}: {expected}")
+    return values * (layers // count)
 
 
 def check_adapter(model_args: "ModelConfig", before: Chain, task_type: str = "CAUSAL_LM") -> None:
@@ -257,6 +245,19 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, Re
             "the run's length is --total_tokens or --num_train_epochs",
         ),
     }
+    clashes: ClassVar[Clashes] = {
+        f"--total_tokens {{total_tokens!r}}: expected a number of tokens, or {CHINCHILLA!r}": lambda flags: (
+            flags.total_tokens not in (None, CHINCHILLA)
+            and not (flags.total_tokens.isdecimal() and int(flags.total_tokens) > 0)
+        ),
+        "--attn_implementation sparse cannot be used here: --objective masked sees later tokens": lambda flags: (
+            flags.attn_implementation == "sparse" and flags.objective == "masked"
+        ),
+        "--attn_implementation sparse needs --sparse_block_size and --sparse_num_blocks": lambda flags: (
+            flags.attn_implementation == "sparse"
+            and not (flags.model_name_or_path or flags.config_name_or_path or flags.sparse_block_size)
+        ),
+    }
 
     def model_fields(self) -> dict[str, object]:
         """Return the fields of a new model's config: of `--config_name_or_path`, or described by the flags.
@@ -289,23 +290,12 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
     from hfllm.runs.models import check_attention, check_trainable, load_config, new_config
     from hfllm.trainers.pretraining.muon import refusals_of_muon
 
-    own, named = model_args.model_name_or_path, script_args.config_name_or_path
-    is_masked = script_args.objective == "masked"
-    reason = "it makes a new model, without --model_name_or_path"
-    refuse(bool(own) and is_masked, "--objective masked", reason)
+    own, is_masked = model_args.model_name_or_path, script_args.objective == "masked"
+    refuse(bool(own) and is_masked, "--objective masked", "it makes a new model, without --model_name_or_path")
     check_flags(script_args, training_args, model_args)
     for is_refused, name, reason in refusals_of_muon(script_args.use_muon, training_args):
         refuse(is_refused, name, reason)
-    if script_args.objective not in OBJECTIVES:
-        raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
-    tokens = script_args.total_tokens
-    if tokens not in (None, CHINCHILLA) and not (tokens.isdecimal() and int(tokens) > 0):
-        raise InputError(f"--total_tokens {tokens!r}: expected a number of tokens, or {CHINCHILLA!r}")
     if not own:
         config = new_config({**script_args.model_fields(), "is_causal": not is_masked})
-    is_sparse = model_args.attn_implementation == "sparse"
-    refuse(is_sparse and is_masked, "--attn_implementation sparse", "--objective masked sees later tokens")
-    if is_sparse and not (own or named or script_args.sparse_block_size):
-        raise InputError("--attn_implementation sparse needs --sparse_block_size and --sparse_num_blocks")
     check_trainable(model_args, adapters=False)
     check_attention(model_args.attn_implementation, load_config(own, model_args.model_revision) if own else config)

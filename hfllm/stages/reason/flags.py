@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfllm.flags import NOT_NEGATIVE, SEED, SHARE, at_least, check_flags, flag
+from hfllm.flags import NOT_NEGATIVE, SEED, SHARE, at_least, flag
 from hfllm.runs import pipeline
 from hfllm.runs.recipes import settings_file
 
@@ -50,11 +50,6 @@ class ReasonArguments:
     def arms(self) -> tuple[str, ...]:
         """The selected controls, in their order."""
         return tuple(arm for arm in CONTROLS if self.controls is None or arm in self.controls)
-
-
-def check(script_args: ReasonArguments) -> None:
-    """Refuse contradictory flags and flags that would fail later."""
-    check_flags(script_args)
 
 
 @dataclass(frozen=True)

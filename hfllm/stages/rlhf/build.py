@@ -56,7 +56,6 @@ from hfllm.stages.shared import Mapper, load_processing_class, user_rows
 from hfllm.trainers.ppo.options import REWARD_TIMEOUT
 from hfllm.trainers.ppo.prompts import EMPTY, check_pictures, check_prompts, unfit_prompts
 from hfllm.trainers.ppo.setup import check_critic
-from hfllm.trainers.ppo.vllm_sampling import check_vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -391,9 +390,8 @@ def check_models(
     """
     check_trainable(model_args)
     is_frozen = script_args.freeze_vision or script_args.freeze_text
-    check_flags(script_args, model_args, shows=is_frozen and any(has_pictures(row, "a row") for row in rows))
-    if training_args.use_vllm:
-        check_vllm(training_args)
+    shows = is_frozen and any(has_pictures(row, "a row") for row in rows)
+    check_flags(script_args, training_args, model_args, shows=shows)
     reward_models = script_args.reward_model_name_or_path or []
     for name in reward_models:
         load_processing_class(name)

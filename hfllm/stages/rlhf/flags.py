@@ -9,10 +9,10 @@ from hfllm.data.images.rows import FreezingArguments
 from hfllm.data.loading import RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.flags import POSITIVE, UNNAMED, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, POSITIVE, UNNAMED, Clashes, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
-from hfllm.trainers.learning_rate import BatchArguments
+from hfllm.trainers.learning_rate import BatchArguments, sets_optimizer
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -78,18 +78,41 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
 
     # Other columns go to the reward functions.
     takes_any_column: ClassVar[bool] = True
+    refused: ClassVar[Refused] = {
+        "model_init_kwargs": ALWAYS.because("use --dtype, --attn_implementation or the like")
+    }
+    # Their errors would come after the training of the stages before.
+    clashes: ClassVar[Clashes] = {
+        "--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it": lambda flags: (
+            flags.learning_rate is None and sets_optimizer(flags)
+        ),
+        "--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name": lambda flags: (
+            flags.value_model == "reward" and flags.reward_funcs and not flags.reward_model_name_or_path
+        ),
+        "--num_reward_models {num_reward_models}: at least 1, and more only where none is named": lambda flags: (
+            flags.num_reward_models > 1 and (flags.reward_model_name_or_path or flags.reward_funcs)
+        ),
+        "--ptx_coef {ptx_coef} and --ptx_dataset_name {ptx_dataset_name}: give both, or neither": lambda flags: (
+            (flags.ptx_dataset_name is None) == bool(flags.ptx_coef)
+        ),
+    }
+
+    @property
+    def has_no_reward(self) -> bool:
+        """Whether no reward is named: reward models are trained then."""
+        return not (self.reward_model_name_or_path or self.reward_funcs or self.environment_factory is not None)
 
 
 def check(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> None:
-    """Refuse flags without effect, and an undetermined learning rate.
+    """Refuse flags without effect, and contradictory ones.
 
     YAML flags of skipped stages are accepted, so that one file serves with and without a named model.
     """
-    refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
-    plugin = getattr(training_args, "deepspeed_plugin", None)
-    if training_args.learning_rate is None and plugin is not None and "optimizer" in plugin.deepspeed_config:
-        raise InputError("--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it")
-    check_flags(script_args, model_args)
+    check_flags(script_args, training_args, model_args)
+    if training_args.use_vllm:
+        from hfllm.trainers.ppo.vllm_sampling import check_vllm
+
+        check_vllm(training_args)
     for option in () if script_args.tools or script_args.environment_factory is not None else OF_TOOLS:
         value = getattr(training_args, option)
         is_changed = value != getattr(type(training_args), option)
@@ -97,30 +120,19 @@ def check(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "M
 
 
 def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig") -> None:
-    """Refuse contradictory rewards and PTX texts, as the errors would come after the training of the stages before.
+    """Refuse prompts without a reward, and weights of other rewards, before the training of the stages before.
 
     Whether environments have a reward of their own is seen when they are loaded.
     """
-    has_environments = script_args.environment_factory is not None
-    reward_models, functions = script_args.reward_model_name_or_path, script_args.reward_funcs or []
-    if not (reward_models or functions or has_environments) and script_args.dataset_name != WORLD:
+    if script_args.dataset_name != WORLD and script_args.has_no_reward:
         raise InputError(
             f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
             "hfllm reward) or --reward_funcs path/to/file.py:function"
         )
-    if script_args.value_model == "reward" and functions and not reward_models:
-        raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
-    count = len(functions) + bool(reward_models or not (functions or has_environments))
-    weights = training_args.reward_weights
+    has_models = script_args.reward_model_name_or_path or script_args.has_no_reward
+    weights, count = training_args.reward_weights, len(script_args.reward_funcs or ()) + bool(has_models)
     if weights is not None and len(weights) != count:
         raise InputError(f"--reward_weights has {len(weights)} values for {count} reward(s)")
-    if script_args.num_reward_models > 1 and (reward_models or functions):
-        raise InputError(
-            f"--num_reward_models {script_args.num_reward_models}: at least 1, and more only where none is named"
-        )
-    name, coefficient = script_args.ptx_dataset_name, training_args.ptx_coef
-    if (name is None) != (coefficient == 0):
-        raise InputError(f"--ptx_coef {coefficient} and --ptx_dataset_name {name}: give both, or neither")
 
 
 def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> Chain:

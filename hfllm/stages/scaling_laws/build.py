@@ -24,7 +24,7 @@ from hfllm.data.loading import load_texts
 from hfllm.data.packing import packed_tables
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import WORLD
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.emergence import Emergence, Probe, ProbedRun, run_probes
 from hfllm.evaluation.perplexity import text_likelihood
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
@@ -75,12 +75,10 @@ class SmallGrid:
         self.held_out_run, self.column = held_out_run, column
         self.runs = [each for text in sizes for each in GridRun.parse(text, "--grid")]
         self.large, *others = GridRun.parse(held_out_run, "--held_out_run")
-        if others:
-            raise InputError(f"--held_out_run {held_out_run!r}: expected a single number of tokens")
+        refuse_if(others, f"--held_out_run {held_out_run!r}: expected a single number of tokens")
         # The cheapest first, so that errors show early.
         self.runs.sort(key=lambda each: (each.tokens, each.hidden_size, each.num_hidden_layers))
-        if len({*self.runs, self.large}) <= len(self.runs):
-            raise InputError("--grid, --held_out_run: a run comes twice")
+        refuse_if(len({*self.runs, self.large}) <= len(self.runs), "--grid, --held_out_run: a run comes twice")
         self.grid = Grid(output_dir, flags, max(each.tokens for each in (*self.runs, self.large)))
 
     def small_runs(self) -> Runs:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from hfllm.data.loading import ON_WORLD, DataArguments
 from hfllm.data.sources import PYDOC
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.fingerprint import file_fingerprint
 from hfllm.flags import POSITIVE, SEED, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import CHANGED, CONTENTS
@@ -111,5 +111,4 @@ def check(script_args: ScalingArguments) -> None:
     """Refuse flags without effect, and numbers out of range."""
     check_flags(script_args)
     for budget in script_args.budgets or []:
-        if not 0 < budget < float("inf"):
-            raise InputError(f"--budgets {budget}: FLOPs must be above 0 and finite")
+        refuse_if(not 0 < budget < float("inf"), f"--budgets {budget}: FLOPs must be above 0 and finite")

@@ -17,7 +17,7 @@ from hfllm.data.sources import PYDOC, WORLD, Source
 from hfllm.data.tokenizer import BUILT_IN, plain_text, set_built_in
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.world import World
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.before_after import ANSWER_LENGTH, MOST_ROWS, evaluate_tuned, tuning_metrics
 from hfllm.evaluation.pictures import other_places
 from hfllm.evaluation.suites.refusals import refuses
@@ -411,8 +411,7 @@ def _retrieved(
     rankings = result if min_score is None else scoring_enough(result, min_score)
     if is_training and rows and not any(rankings):
         best = max((each.score for ranking in result for each in ranking), default=None)
-        if best is None:
-            raise InputError(f"--retrieval_dataset_name: no passage has a word of {len(rows):,} questions")
+        refuse_if(best is None, f"--retrieval_dataset_name: no passage has a word of {len(rows):,} questions")
         raise InputError(f"--retrieval_min_score {min_score}: no row gets a passage; the best score is {best:.3g}")
     return rankings
 

@@ -9,8 +9,8 @@ from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, PictureArguments
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import PYDOC, source_files
-from hfllm.errors import InputError, refuse
-from hfllm.flags import ALWAYS, NAMED, SHARE, Fact, Refused, at_least, check_flags, flag
+from hfllm.errors import InputError, refuse_if
+from hfllm.flags import ALWAYS, NAMED, SHARE, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file
 from hfllm.stages.shared import NOT_CUT, refused_with_images
 from hfllm.trainers.learning_rate import BatchArguments
@@ -50,19 +50,23 @@ class RetrievalArguments:
         takes=SHARE,
     )
 
+    clashes: ClassVar[Clashes] = {
+        "--grounded_fraction 0 cannot be used here: no row gets passages: leave out the flags": lambda flags: (
+            flags.retrieval_dataset_name is not None and flags.grounded_fraction == 0
+        ),
+    }
 
-def check_retrieval(name: str | None, grounded_fraction: float | None) -> None:
-    """Refuse a share of no rows, and absent passages.
+
+def check_passages(name: str | None) -> None:
+    """Refuse absent passages, and their absent library.
 
     Args:
         name: of the passages' source.
-        grounded_fraction: share of the rows that get passages.
     """
     from hfllm.data.word_index import import_bm25s
 
     if name is None:
         return
-    refuse(grounded_fraction == 0, "--grounded_fraction 0", "no row gets passages: leave out the flags")
     import_bm25s("--retrieval_dataset_name")
     try:
         passage_files(name)
@@ -79,8 +83,7 @@ def passage_files(name: str) -> list[Path]:
     saved = [Path(name, file) for file in (FILE, ABOUT)]
     if not saved[0].is_file():
         return source_files(name) or []
-    if not saved[1].is_file():
-        raise InputError(f"{saved[1]}: missing, beside saved passages: save them again")
+    refuse_if(not saved[1].is_file(), f"{saved[1]}: missing, beside saved passages: save them again")
     return saved
 
 
@@ -124,6 +127,11 @@ class SftArguments(
         "assistant_only_loss": (LEARNS_ALL, WITH_IMAGES["assistant_only_loss"]),
         "dataset_kwargs": ALWAYS.because("rows are tokenized here; name the columns by --column_mapping"),
     }
+    clashes: ClassVar[Clashes] = {
+        "--packing needs --max_length, the length of a packed row": lambda flags: (
+            flags.packing and flags.max_length is None
+        ),
+    }
 
 
 def default_settings(provided: Mapping[str, Any]) -> list[Path]:
@@ -150,6 +158,4 @@ def _is_adapter(name: str, revision: str) -> bool:
 def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
     """Refuse flags without effect, and contradictory flags."""
     check_flags(script_args, training_args, model_args)
-    check_retrieval(script_args.retrieval_dataset_name, script_args.grounded_fraction)
-    if training_args.packing and training_args.max_length is None:
-        raise InputError("--packing needs --max_length, the length of a packed row")
+    check_passages(script_args.retrieval_dataset_name)

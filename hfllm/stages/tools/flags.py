@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.data.loading import RowArguments
+from hfllm.data.loading import FOREIGN_PROMPTS, RowArguments
 from hfllm.data.sources import WORLD
-from hfllm.errors import InputError
-from hfllm.flags import NAMED, SEED, UNNAMED, at_least, check_flags, flag
+from hfllm.flags import NAMED, SEED, UNNAMED, Clashes, at_least, flag
 from hfllm.runs import pipeline
 from hfllm.runs.arguments import flags_for_all, given_words
 from hfllm.runs.flags import RemoteCodeArguments
@@ -65,6 +64,18 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
     rlhf_config: str | None = flag(None, "YAML flags of the run of PPO.")
 
     takes_any_column: ClassVar[bool] = True
+    clashes: ClassVar[Clashes] = {
+        "--model_name_or_path needs --dataset_name: prompts, for instance a JSON Lines of `prompt`": lambda flags: (
+            NAMED.holds(flags) and flags.is_world
+        ),
+        FOREIGN_PROMPTS: lambda flags: not (flags.model_name_or_path or flags.is_world),
+        "--model_name_or_path {model_name_or_path} needs --tools": lambda flags: (
+            NAMED.holds(flags) and not flags.tools
+        ),
+        "--model_name_or_path {model_name_or_path} needs --reward_funcs": lambda flags: (
+            NAMED.holds(flags) and not flags.reward_funcs
+        ),
+    }
 
     @property
     def is_world(self) -> bool:
@@ -76,22 +87,6 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
         """The selected controls, in their order."""
         chosen = CONTROLS if self.controls is None else self.controls
         return tuple(arm for arm in CONTROLS if arm in chosen) if self.is_world else ()
-
-
-def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags without effect and contradictory flags."""
-    check_flags(script_args, model_args)
-    named = bool(model_args.model_name_or_path)
-    if named and script_args.is_world:
-        raise InputError("--model_name_or_path needs --dataset_name: prompts, for instance a JSON Lines of `prompt`")
-    if not named and not script_args.is_world:
-        raise InputError(
-            f"--dataset_name {script_args.dataset_name} needs --model_name_or_path: the embedded world's model does "
-            "not know such prompts"
-        )
-    for name in ("tools", "reward_funcs") if named else ():
-        if not getattr(script_args, name):
-            raise InputError(f"--model_name_or_path {model_args.model_name_or_path} needs --{name}")
 
 
 def table_file(output_dir: str) -> Path:

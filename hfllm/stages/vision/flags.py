@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.images.rows import FREEZING, OF_PICTURES, FreezingArguments, PictureArguments
-from hfllm.data.loading import RowArguments
-from hfllm.data.sources import DIGITS, PICTURES, WORLD
+from hfllm.data.loading import ON_WORLD, RowArguments
+from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.data.world.pictures import picture_side
 from hfllm.errors import InputError, refuse
-from hfllm.flags import ALWAYS, NAMED, UNNAMED, Fact, Range, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, UNNAMED, Clashes, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file
 from hfllm.stages.shared import NOT_CUT, check_batches, refused_with_images
 
@@ -107,6 +107,27 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
         "max_length": NAMED.because(NOT_CUT),
         "use_peft": UNNAMED.because("the model is made here: all of its weights learn"),
     }
+    clashes: ClassVar[Clashes] = {
+        "--dataset_name world: that one is of texts; pictures is the world to be seen": ON_WORLD.holds,
+        "--dataset_name {dataset_name}: rows of your own take a vision-language model of your own "
+        f"(--model_name_or_path), or pictures that are drawn here: {', '.join(DRAWN)}": lambda flags: (
+            UNNAMED.holds(flags) and OWN_ROWS.holds(flags)
+        ),
+        "--questions_per_picture {questions_per_picture}: expected 1 to 2": lambda flags: (
+            flags.dataset_name == DIGITS and not 1 <= flags.questions_per_picture <= 2
+        ),
+        "--questions_per_picture {questions_per_picture}: expected 1 to 16": lambda flags: (
+            not 1 <= flags.questions_per_picture <= 16
+        ),
+        "--hidden_size {hidden_size}: expected a multiple of twice --num_attention_heads {num_attention_heads}": (
+            lambda flags: flags.hidden_size % (2 * flags.num_attention_heads)
+        ),
+        "--vision_hidden_size {vision_hidden_size}: expected a multiple of twice --num_attention_heads "
+        "{num_attention_heads}": lambda flags: (
+            flags.vision_hidden_size is not None
+            and (flags.vision_hidden_size < 1 or flags.vision_hidden_size % (2 * flags.num_attention_heads))
+        ),
+    }
 
     @property
     def model_sizes(self) -> ModelSizes:
@@ -126,26 +147,10 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     """Refuse contradictory flags and flags that would fail later."""
     from hfllm.trainers.pretraining.muon import refusals_of_muon
 
-    name = script_args.dataset_name
-    if name == WORLD:
-        raise InputError("--dataset_name world: that one is of texts; pictures is the world to be seen")
-    if not model_args.model_name_or_path and name not in DRAWN:
-        raise InputError(
-            f"--dataset_name {name}: rows of your own take a vision-language model of your own "
-            f"(--model_name_or_path), or pictures that are drawn here: {', '.join(DRAWN)}"
-        )
     check_flags(script_args, training_args, model_args)
     check_batches(training_args.train_sampling_strategy, training_args.completion_only_loss)
     for condition, option, reason in refusals_of_muon(script_args.use_muon, training_args):
         refuse(condition, option, reason)
-    most = 2 if name == DIGITS else 16
-    if not 1 <= script_args.questions_per_picture <= most:
-        raise InputError(f"--questions_per_picture {script_args.questions_per_picture}: expected 1 to {most}")
-    heads = script_args.num_attention_heads
-    for option in ("hidden_size", "vision_hidden_size"):
-        width = getattr(script_args, option)
-        if width is not None and (width < 1 or width % (2 * heads)):
-            raise InputError(f"--{option} {width}: expected a multiple of twice --num_attention_heads {heads}")
-    side, patch = picture_side(name), script_args.patch_size
+    side, patch = picture_side(script_args.dataset_name), script_args.patch_size
     if side is not None and (patch < 1 or side % patch):
         raise InputError(f"--patch_size {patch}: expected a divisor of the pictures' side, {side}")

@@ -13,7 +13,7 @@ from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE, token_ids
 from hfllm.data.prepared import Prepared
 from hfllm.data.rows import Dropped
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import file_fingerprint, fingerprint
 from hfllm.models.loading.adapters import find_adapter
 from hfllm.models.loading.saved import empty_model, location_of, quantization_of, saved_config
@@ -76,8 +76,7 @@ def tokenize_dataset(
     for note, count in notes.reasons.items():
         # The student without its teacher reads the same rows.
         say_once(f"distill: {count:,} {note}")
-    if not rows["input_ids"]:
-        raise InputError(f"no row has a token to learn within max_length={max_length}")
+    refuse_if(not rows["input_ids"], f"no row has a token to learn within max_length={max_length}")
     return Dataset.from_dict(rows, Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}))
 
 
@@ -330,6 +329,9 @@ CGROUPS = (
 )
 # Used where neither the settings nor the config say; a possibly fitting model must not be refused.
 UNKNOWN_DTYPE_BYTES = 2
+QUANTIZE_IT = (
+    'load it quantized (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or '
+)
 
 
 def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
@@ -344,20 +346,15 @@ def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
 
     if settings.get("device_map") is not None or is_deepspeed_zero3_enabled():
         return
-    config = _config_of(name, settings)
+    config, free = _config_of(name, settings), available_memory()
     size = None if config is None else loaded_bytes(config, settings)
-    bytes_free = available_memory()
-    if size is None or bytes_free is None or size <= bytes_free:
-        return
-    quantization = settings.get("quantization_config") or quantization_of(config)
-    smaller = (
-        'load it quantized (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or '
-    )
-    raise InputError(
-        f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {bytes_free / 2**30:.1f} GiB are free: "
-        f"{'' if quantization else smaller}let it write answers on a larger machine and train on those with "
-        "hfllm sft"
-    )
+    if size is not None and free is not None and size > free:
+        is_quantized = settings.get("quantization_config") or quantization_of(config)
+        raise InputError(
+            f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: "
+            f"{'' if is_quantized else QUANTIZE_IT}let it write answers on a larger machine and train on those with "
+            "hfllm sft"
+        )
 
 
 def _config_of(name: str, settings: Mapping[str, object]) -> "PreTrainedConfig | None":

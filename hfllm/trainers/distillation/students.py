@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.models.family.configuration_fields_hfllm import WINDOWS, follow_layers
 from hfllm.models.loading.adapters import find_adapter, load_apart, load_merged
 from hfllm.models.loading.saved import location_of, reason_of
@@ -34,17 +34,14 @@ def check_same_vocabulary(
 ) -> None:
     """Refuse a teacher whose logits do not belong to the student's tokens."""
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise InputError(f"the teacher has {sizes[1]} tokens and the student {sizes[0]}: {ALTERNATIVE}")
+    refuse_if(sizes[0] != sizes[1], f"the teacher has {sizes[1]} tokens and the student {sizes[0]}: {ALTERNATIVE}")
     if tokenizer is None or teacher_tokenizer is None:
         return
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         token = min((token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token)), default="")
-        raise InputError(
-            f"token {token!r} is number {theirs.get(token)} of the teacher and {ours.get(token)} of the student: "
-            f"{ALTERNATIVE}"
-        )
+        one, other = theirs.get(token), ours.get(token)
+        raise InputError(f"token {token!r} is number {one} of the teacher and {other} of the student: {ALTERNATIVE}")
 
 
 def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedModel":
@@ -58,8 +55,7 @@ def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedMo
     """
     config = teacher.config
     total = config.num_hidden_layers
-    if not 2 <= every <= total:
-        raise InputError(f"every {every}th layer: the teacher has {total}, so 2 to {total} are possible")
+    refuse_if(not 2 <= every <= total, f"every {every}th layer: the teacher has {total}, so 2 to {total} are possible")
     if getattr(teacher, "is_quantized", False):
         raise InputError("a student cannot be made from a quantized teacher: load the teacher unquantized")
     layer_indices = range(0, total, every)
@@ -152,8 +148,7 @@ def _layers_name(model: "PreTrainedModel", count: int) -> str:
     """Return the prefix of the layers in the names of the weights."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     names = [name for name in names if len(model.get_submodule(name)) == count]
-    if len(names) != 1:
-        raise InputError(f"a model of type {model.config.model_type} has no single list of {count} layers")
+    refuse_if(len(names) != 1, f"a model of type {model.config.model_type} has no single list of {count} layers")
     return f"{names[0]}."
 
 
@@ -170,29 +165,30 @@ def logit_scale(model: "PreTrainedModel") -> float:
     return float(getattr(model.config.get_text_config(), "logit_scale", None) or 1.0)
 
 
-@torch.no_grad()
 def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
-    """Refuse a model whose logits are more than its output embedding on its last hidden state, times a factor.
+    """Refuse a model without a linear head alone.
 
     Args:
         model: the teacher or the student, without adapters around it.
         whose: teacher or student; a student must take `logits_to_keep`, or it would make all logits.
     """
+    kind, flag = model.config.model_type, "--loss_chunk_size 0"
     if whose == "student" and "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise InputError(
-            f"a student of type {model.config.model_type} takes no logits_to_keep, so its logits are made all at "
-            "once: use --loss_chunk_size 0"
-        )
+        reason = "takes no logits_to_keep, so its logits are made all at once"
+        raise InputError(f"a student of type {kind} {reason}: use {flag}")
+    if not has_linear_head(model):
+        raise InputError(f"the {whose} is of type {kind}, whose logits are not a linear head's: use {flag}")
+
+
+@torch.no_grad()
+def has_linear_head(model: "PreTrainedModel") -> bool:
+    """Return whether a model's logits are its output embedding on its last hidden state, times a factor."""
     device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
     ids = torch.arange(4, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
     with evaluation_mode(model):
         whole = model(input_ids=ids, use_cache=False).logits
         parts = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state) * logit_scale(model)
-    if not torch.allclose(whole.float(), parts.float(), atol=1e-3, rtol=1e-3):
-        raise InputError(
-            f"the {whose} is of type {model.config.model_type}, whose logits are not a linear head's: use "
-            "--loss_chunk_size 0"
-        )
+    return torch.allclose(whole.float(), parts.float(), atol=1e-3, rtol=1e-3)
 
 
 def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel":

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import ModelOutput
 
 from hfllm.data.packing import IGNORE
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.models.devices import refuse_data_parallel
 from hfllm.models.loading.saved import saved_tokenizer
 from hfllm.runs.arguments import changed, without_nested_secrets
@@ -187,8 +187,7 @@ class DistillationTrainer(TokenMeanEvaluation):
             name, settings = teacher, self._teacher_settings
             teacher = load_teacher(name, settings)
             tokenizer = tokenizer or _tokenizer_of(name, settings["revision"])
-        if teacher is self.model:
-            raise InputError("the teacher is the student itself: load it a second time")
+        refuse_if(teacher is self.model, "the teacher is the student itself: load it a second time")
         check_same_vocabulary(self._bare(self.model), teacher, self.processing_class, tokenizer)
         teacher = teacher.eval().requires_grad_(False)
         if not getattr(teacher, "is_quantized", False):

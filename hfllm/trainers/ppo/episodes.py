@@ -8,7 +8,7 @@ import torch
 
 from hfllm.environments.episodes import EnvironmentFactory, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import Tool
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.rollout import pad_prompts
 from hfllm.trainers.ppo.sampling import SampledLogprobs, TurnCaches
@@ -184,10 +184,8 @@ def _check(episode: Episode, origin: str, trainer: "ActorCriticTrainer") -> None
         raise InputError(f"{origin}: env_mask has {len(episode.action_mask)} entries for {length} completion_ids")
     if wrong := {*episode.action_mask} - {0, 1}:
         raise InputError(f"{origin}: env_mask must hold 0 and 1, got {min(wrong)}")
-    if not episode.prompt_ids:
-        raise InputError(f"{origin}: prompt_ids is empty")
-    if length > longest:
-        raise InputError(f"{origin}: completion_ids has {length} tokens; response_length is {longest}")
+    refuse_if(not episode.prompt_ids, f"{origin}: prompt_ids is empty")
+    refuse_if(length > longest, f"{origin}: completion_ids has {length} tokens; response_length is {longest}")
     if context is not None and len(episode.ids) > context:
         raise InputError(f"{origin}: {len(episode.ids)} tokens; the model's context is {context}")
     vocabulary = trainer.policy.config.get_text_config().vocab_size

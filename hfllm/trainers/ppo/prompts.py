@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from hfllm.data.rows import OriginRow, is_begun, origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.multimodal.processors import TOGETHER, ProcessingClass, encode, has_pictures, tokenizer_of, what_is_counted
 from hfllm.trainers.ppo.config import PPOConfig
 
@@ -128,8 +128,7 @@ def check_prompts(
     Returns:
         The number of prompts with images.
     """
-    if len(dataset) == 0:
-        raise InputError("the prompt dataset is empty")
+    refuse_if(len(dataset) == 0, "the prompt dataset is empty")
     if "prompt" not in dataset[0]:
         raise InputError(f"the prompt dataset has no column 'prompt'; it has: {', '.join(dataset[0])}")
     if len({isinstance(row["prompt"], str) for row in dataset}) > 1:
@@ -156,23 +155,14 @@ def check_pictures(
         processing_class: the policy's.
         reader: the part that reads no images, such as `the policy (HfllmForCausalLM)`; `None` where all do.
     """
-    count = 0
-    for index in range(len(dataset)):
-        row = dataset[index]
-        origin = origin_of(row, f"prompt {index} of the dataset")
-        if not has_pictures(row, origin):
-            continue
-        count += 1
-        if reader is not None:
-            raise InputError(
-                f"{origin} has a picture, and {reader} reads none: take a model with vision, or leave it out"
-            )
-        if not isinstance(processing_class, ProcessorMixin):
-            kind = type(processing_class).__name__
-            raise InputError(
-                f"{origin} has a picture, and processing_class is a tokenizer ({kind}): give the processor"
-            )
-    return count
+    named = ((row, origin_of(row, f"prompt {index} of the dataset")) for index, row in enumerate(dataset))
+    shown = [origin for row, origin in named if has_pictures(row, origin)]
+    first, kind = next(iter(shown), None), type(processing_class).__name__
+    if shown and reader is not None:
+        raise InputError(f"{first} has a picture, and {reader} reads none: take a model with vision, or leave it out")
+    if shown and not isinstance(processing_class, ProcessorMixin):
+        raise InputError(f"{first} has a picture, and processing_class is a tokenizer ({kind}): give the processor")
+    return len(shown)
 
 
 def unfit_prompts(

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hfllm.data.tokenizer import configured_ends, turn_end
-from hfllm.errors import InputError, one_line
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.devices import built_whole, forked_random
 from hfllm.models.loading import adapters
 from hfllm.models.loading.adapters import find_adapter
@@ -266,10 +266,8 @@ def special_tokens(
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token (eos_token): PPO needs one")
     check_vocabulary(policy, tokenizer)
     if tokenizer.pad_token_id is None:
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r} has no padding token: set pad_token, for example to the end token "
-            f"{tokenizer.eos_token!r}"
-        )
+        advice = f"set pad_token, for example to the end token {tokenizer.eos_token!r}"
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no padding token: {advice}")
     generation_kwargs = args.generation_kwargs or {}
     ends = configured_ends(tokenizer, policy) | ({turn_end(processing_class)} - {None})
     if new := ends - configured_ends(tokenizer, policy):
@@ -303,8 +301,7 @@ def build_rewards(
         reward_funcs = []
     funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(funcs)
-    if not funcs and not own:
-        raise InputError("reward_funcs is empty: PPO needs at least one reward")
+    refuse_if(not funcs and not own, "reward_funcs is empty: PPO needs at least one reward")
     if len(tokenizers) != len(funcs):
         raise InputError(f"{len(tokenizers)} reward_processing_classes for {len(funcs)} reward_funcs")
     rewards = []
@@ -318,10 +315,8 @@ def build_rewards(
             tokenizer = tokenizer or load(func.config._name_or_path)
             func = kind(func, tokenizer, args.local_rollout_forward_batch_size)
         if isinstance(func, TokenRewardModel) and func.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
-            raise InputError(
-                f"{func.__name__!r} gives a reward for each token, and its tokenizer is not the policy's: their "
-                "tokens do not match"
-            )
+            why = "its tokenizer is not the policy's: their tokens do not match"
+            raise InputError(f"{func.__name__!r} gives a reward for each token, and {why}")
         rewards.append(func)
     return [*rewards, *own]
 
@@ -380,12 +375,8 @@ def check_uses(
     """
     if not any(count for count, _ in counts):
         return
-    if args.use_vllm:
-        raise InputError("use_vllm=True with pictures: PPO gives vLLM no pictures; leave use_vllm out")
-    if samples:
-        raise InputError(
-            "tools, environment_factory and rollout_func read no pictures: leave the pictures out, or them"
-        )
+    refuse_if(args.use_vllm, "use_vllm=True with pictures: PPO gives vLLM no pictures; leave use_vllm out")
+    refuse_if(samples, "tools, environment_factory and rollout_func read no pictures: leave the pictures out, or them")
     # Also where accelerate brings it, and not the flag.
     if args.deepspeed_plugin is not None and any(0 < count < total for count, total in counts):
         # A process whose prompts have none would not take part in gathering or reducing the vision tower.

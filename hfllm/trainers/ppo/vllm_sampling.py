@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.setup import UNMODIFIED_SAMPLING
 
@@ -24,8 +24,7 @@ def check_vllm(args: PPOConfig) -> None:
     """Refuse `use_vllm` where vLLM is not installed, or would ignore sampling settings."""
     from trl.import_utils import is_vllm_available
 
-    if not is_vllm_available():
-        raise InputError("use_vllm=True: vLLM is not installed; pip install 'trl[vllm]'")
+    refuse_if(not is_vllm_available(), "use_vllm=True: vLLM is not installed; pip install 'trl[vllm]'")
     requested = (args.generation_kwargs or {}).items()
     if unheard := sorted(
         name for name, value in requested if name not in HEARD and value != UNMODIFIED_SAMPLING.get(name)

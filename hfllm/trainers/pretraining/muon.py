@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hfllm.errors import InputError
+from hfllm.errors import refuse_if
 from hfllm.trainers.engines import shards_parameters
 
 if TYPE_CHECKING:
@@ -170,8 +170,7 @@ def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
     ends |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) not in ends]
-    if not matrices:
-        raise InputError(f"--use_muon: {type(model).__name__} has no matrix to train besides its embeddings")
+    refuse_if(not matrices, f"--use_muon: {type(model).__name__} has no matrix to train besides its embeddings")
     matrix_ids = set(map(id, matrices))
     rest = [parameter for parameter in trained if id(parameter) not in matrix_ids]
     others = [

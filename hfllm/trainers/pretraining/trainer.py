@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
 
 from hfllm.data.packing import IGNORE, batch_of, pieces_of
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.models.devices import refuse_data_parallel
 from hfllm.trainers.engines import evaluation_mode
 from hfllm.trainers.mixins import TokenMeanEvaluation
@@ -213,8 +213,7 @@ class PretrainTrainer(TokenMeanEvaluation):
         refuse_data_parallel(self.args)
         if self.args.gradient_accumulation_steps != 1:
             raise InputError("gradient_accumulation_steps must be 1: the plan's batches are whole optimizer steps")
-        if z_loss_coef < 0:
-            raise InputError(f"z_loss_coef must not be negative, got {z_loss_coef}")
+        refuse_if(z_loss_coef < 0, f"z_loss_coef must not be negative, got {z_loss_coef}")
         family = self.model.config.model_type
         if not self.model_accepts_loss_kwargs:
             raise InputError(f"a model of type {family} takes no num_items_in_batch: its loss is a mean per pass")
@@ -348,13 +347,12 @@ def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict
     processes gather the head together, and they may differ in their number of chunks.
 
     Raises:
-        InputError: for a negative size, or one given for a model of another family.
+        InputError: for a size given for a model of another family.
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     family = model.config.model_type
     refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
-    refuse((loss_chunk_size or 0) < 0, "--loss_chunk_size", f"{loss_chunk_size} is below 0")
     is_split = is_deepspeed_zero3_enabled()
     refuse(loss_chunk_size and is_split, "--loss_chunk_size", "ZeRO-3 needs the loss of a batch in one piece")
     size = 1024 if loss_chunk_size is None and family == "hfllm" and not is_split else loss_chunk_size
