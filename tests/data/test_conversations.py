@@ -117,6 +117,7 @@ def test_every_answer_is_learned_and_nothing_else(template, tokenizer, chatml, c
 FASTCHAT = Path(__file__).parents[3] / "shared/data/instruct/fastchat_dummy_conversation.json"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FASTCHAT.is_file(), reason="needs FastChat's dummy conversations")
 def test_every_answer_of_fastchats_dummy_conversations(tokenizer, chatml):
     rows = json.loads(FASTCHAT.read_text())

@@ -65,6 +65,7 @@ def test_bits_equal_those_of_plain_counting():
     assert ByteNgramModel().bits_per_byte("anything") == pytest.approx(8)
 
 
+@pytest.mark.slow
 def test_ordinary_text_surprises_less(texts):
     model, rng = ByteNgramModel(texts[::2]), random.Random(0)
     scrambled = ["".join(rng.sample(text, len(text))) for text in texts[1::2]]

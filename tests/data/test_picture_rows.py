@@ -65,6 +65,7 @@ def test_messages_are_the_turns_in_order():
     assert texts == [text for turn in row.turns for text in turn]
 
 
+@pytest.mark.slow
 def test_two_digits_are_two_digits():
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()

@@ -109,6 +109,7 @@ def test_a_policy_that_remembers_knows_what_it_knew(answered):
     assert found[f"right_{UNKNOWN}"] == found[f"right_{CHANGED_FACT}"] == 0.0 and found[f"right_{SUM}"] < 0.2
 
 
+@pytest.mark.slow
 def test_a_policy_that_always_calls_is_told_of_it(answered):
     found = figures(answered(always_calling))
     assert found["calls_needed"] == found["calls_not_needed"] == 1.0 and found["right_needed"] == 0.0

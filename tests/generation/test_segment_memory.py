@@ -31,6 +31,7 @@ def make(name):
     return hfllm.HfllmForCausalLM(hfllm.HfllmConfig(**SIZES, **MIXES[name])).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXES)
 @pytest.mark.parametrize("segment", [2, 16])
 def test_with_all_in_memory_it_is_the_whole_text(name, segment):

@@ -55,6 +55,7 @@ def make(name):
     return AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_one_layer_reads_the_first_and_last_tokens_as_a_text(name, sinks):

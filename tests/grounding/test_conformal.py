@@ -123,6 +123,7 @@ def test_the_needed_rows_are_just_enough():
     assert 0.95**104 < 0.005 < 0.95**103
 
 
+@pytest.mark.slow
 def test_p_values_are_scipys():
     stats = pytest.importorskip("scipy.stats")
     for n, wrong, alpha in ((50, 0, 0.05), (50, 2, 0.1), (400, 11, 0.05), (400, 60, 0.1), (7, 7, 0.3), (1, 0, 0.9)):

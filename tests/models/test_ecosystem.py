@@ -101,6 +101,7 @@ class TestGeneration:
         assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.slow
 def test_continuous_batching_equals_generate(model, ids):
     from transformers import ContinuousBatchingConfig, GenerationConfig
 

@@ -86,6 +86,7 @@ def test_the_frequencies_are_the_papers(rope_type):
     torch.testing.assert_close(sin[0].double(), angles.sin() * scale, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
 def test_any_model_is_extended_in_place_and_loads_so(rope_type, name, tmp_path):

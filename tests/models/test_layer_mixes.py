@@ -88,6 +88,7 @@ def total_loss(logits, ids):
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 def test_pieces_with_a_cache_equal_the_whole(mix, ids, cuts, cache_class):
@@ -99,6 +100,7 @@ def test_pieces_with_a_cache_equal_the_whole(mix, ids, cuts, cache_class):
         torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits, **close)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(mix, ids):
     model, close = mix
     given = padded(ids, LENGTH, 41)

@@ -35,6 +35,7 @@ def test_cache_equals_no_cache(make_model, axes, ids):
     torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_static_cache_equals_dynamic(make_model, axes, ids):
     model = make_model(**axes)
     dynamic = model.generate(ids, max_new_tokens=8, do_sample=False)
@@ -158,6 +159,7 @@ def test_save_and_load_are_equal_and_tied_weights_stay_tied(make_model, axes, id
     assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
 
 
+@pytest.mark.slow
 def test_training_overfits_one_batch(make_model, axes, ids):
     model = make_model(**axes, initializer_range=0.05).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
@@ -279,6 +281,7 @@ def test_a_text_of_which_only_a_part_is_known_is_not_read_again(make_model, ids)
     assert torch.equal(whole, pieces)
 
 
+@pytest.mark.slow
 def test_generation_continues_the_last_of_packed_sequences(make_model, axes, packed):
     model, (row, positions, last) = make_model(initializer_range=0.3, **axes), packed
     expected = model.generate(last, **GREEDY)[:, 5:]

@@ -33,6 +33,7 @@ def check(text, layout, folder):
         assert torch.equal(again(**inputs).logits, logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "text"), FAST)
 def test_each_layout_computes_trains_writes_and_loads(make_model, tmp_path, layout, text):
     check(make_model(**TEXTS[text]), layout, tmp_path)

@@ -26,6 +26,7 @@ def embedded(model, inputs):
     return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_text_alone_and_losses_are_those_of_the_text_model(make_model, name):
     text = make_model(**EVERY[name])

@@ -133,9 +133,8 @@ def test_a_round_trip_gives_the_same_bits(pair, tmp_path):
     assert again.config.to_dict() == ours.config.to_dict()
 
 
-@pytest.mark.parametrize(
-    "name", ["mixtral", "olmo-hybrid", pytest.param("deepseek-v3-experts", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "olmo-hybrid", "deepseek-v3-experts"])
 def test_shards_and_parts_of_an_export_are_those_of_the_native_class(name, tmp_path):
     for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         build(name, auto_class).save_pretrained(tmp_path / "fp32")

@@ -245,6 +245,7 @@ def test_comparisons_that_are_too_long_are_counted(flags, capsys, tmp_path):
     assert "held-out rows: 1 of 4 rows dropped: longer than --max_length 256\n" in said
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_from_calls_of_tools(flags, saved, monkeypatch):
     template = (
         "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
@@ -313,6 +314,7 @@ TOOLS_FIRST = "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
 ADD = {"name": "add", "description": "Add two numbers.", "parameters": {"type": "object", "properties": {}}}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("writes_tools", [True, False])
 def test_a_policy_sees_the_tools_of_its_prompts(saved, tmp_path, capsys, monkeypatch, writes_tools):

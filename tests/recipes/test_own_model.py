@@ -200,6 +200,7 @@ def test_every_step_keeps_what_the_adapters_have_learned(chain, here):
     assert (rounded - aligned).abs().max() < 0.3 * (aligned - base).abs().max()
 
 
+@pytest.mark.slow
 def test_the_reward_model_stands_on_the_fine_tuned_one(chain, here):
     scorer = AutoPeftModelForSequenceClassification.from_pretrained("outputs/reward", num_labels=1)
     trunk = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("NAME"), "outputs/sft").merge_and_unload()

@@ -65,6 +65,7 @@ def test_from_nothing(made, capsys):
         run(*flags, "--num_eval_texts", "9")
 
 
+@pytest.mark.slow
 def test_the_saved_model_is_loaded_by_the_lines_of_the_report(made):
     text = (made[0] / "report.md").read_text()
     names = {}

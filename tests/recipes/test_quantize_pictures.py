@@ -74,6 +74,7 @@ def report_rows(folder):
     return [{"part": line.split("|")[1].strip()} for line in lines if line.startswith("| model")]
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_answer_alone(taught):
     """By hand, on the tokens of one answer; the picture is the one that is shown."""
     model, processor = (each.from_pretrained(taught[0]) for each in (AutoModelForImageTextToText, AutoProcessor))

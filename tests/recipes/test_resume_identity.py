@@ -113,6 +113,7 @@ def cut(interrupted, tmp_path):
 # ---- whose checkpoint it is ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [

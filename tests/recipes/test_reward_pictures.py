@@ -65,6 +65,7 @@ def test_it_prefers_what_the_picture_shows(judge):
     assert sum(one > other for one, other in zip(right, wrong, strict=True)) > 54
 
 
+@pytest.mark.slow
 def test_a_score_is_that_of_the_conversation_alone(judge):
     """However a batch is mixed and padded, and as the trunk and the head compute it by hand."""
     folder, _ = judge

@@ -269,6 +269,7 @@ BLIND = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -39,6 +39,7 @@ def made(tiny, tmp_path_factory):
     return folder / "out", flags, run(*flags)
 
 
+@pytest.mark.slow
 def test_from_nothing(made, capsys):
     folder, flags, metrics = made
     report = json.loads((folder / "report.json").read_text())

@@ -91,6 +91,7 @@ def slow_preferences(model, tokenizer, first=FIRST, second=SECOND):
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_preferences_are_those_of_a_slow_loop_over_both_orders(model, tokenizer, batch_size):
     judge = PreferenceJudge(model.train(), tokenizer, BOTH, batch_size=batch_size)

@@ -53,6 +53,7 @@ def test_the_wheel_holds_every_file(wheel):
         assert len(installed) == len(files)
 
 
+@pytest.mark.slow
 def test_the_main_job_needs_no_extra(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))

@@ -71,6 +71,7 @@ def saved_bytes(layers, precision, attention="sdpa", checkpointing=False, head=F
     return sum(found.values()), Shape.from_config(config.to_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_layer_keeps_what_autograd_saves(name, precision):
@@ -186,6 +187,7 @@ def peak_of_training(config, checkpointing, steps=2):
     return 12 * model.num_parameters() + top
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("chunk", [None, 32])
 @pytest.mark.parametrize("layers", [2, 8])

@@ -19,6 +19,7 @@ from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 from hfllm.scaling.speed import flops_per_token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hfllm.list_presets())
 def test_presets_have_the_models_parameters(name):
     config, shape = hfllm.HfllmConfig.from_preset(name), Shape.from_config(preset(name))

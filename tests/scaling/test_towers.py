@@ -31,6 +31,7 @@ def composed(tower, **options):
     return hfllm.HfllmVisionConfig(vision_config=TOWERS[tower], text_config=text, image_token_index=5, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", TOWERS)
 def test_parameters_tokens_and_flops_are_those_of_the_model(tower):
     for options in ({}, {"vision_feature_layer": [1, 3], "multimodal_projector_bias": False}):

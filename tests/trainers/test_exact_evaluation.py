@@ -72,6 +72,7 @@ def test_losses_are_means_over_all_targets(one):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_reward_models_figures_are_means_over_pairs(one):
     scorer = model(hfllm.HfllmForSequenceClassification, num_labels=1)
 

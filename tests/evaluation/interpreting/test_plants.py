@@ -54,6 +54,7 @@ def test_each_method_finds_the_layer_of_an_edit(any_model, prompts, component):
     assert hooks_of(any_model) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("any_model", ["ours-llama", "native-gpt2"], indirect=True)
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_an_edit_by_a_hook_is_the_edited_weight(any_model, prompts, component):

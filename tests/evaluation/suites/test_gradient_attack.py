@@ -77,6 +77,7 @@ def test_the_gradient_is_that_of_one_hot_tokens(model, target):
     torch.testing.assert_close(_token_gradient(model, target.parts(), suffix), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_losses_are_the_models_and_the_suffix_is_read_again(model, target, tokenizer):
     model.train()
     found = attack(model, target, SMALL)

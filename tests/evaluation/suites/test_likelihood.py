@@ -47,6 +47,7 @@ def assert_close(one, other, tolerance=1e-5):
         assert row == pytest.approx(others, rel=1e-6, abs=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_any_batch_size_gives_the_numbers_of_whole_texts(make_model, tokenizer, family):
     model = make_model(**FAMILIES[family])
