@@ -99,6 +99,7 @@ def test_the_threshold_is_the_quantile(tmp_path, texts):
     assert documents[-1] not in kept
 
 
+@pytest.mark.slow
 def test_a_corpus_too_small_for_a_quantile_is_left_alone(tmp_path, texts):
     step, documents = fitted(tmp_path, texts[:50], max_perplexity_quantile=0.5)
     assert list(step.run(iter(documents))) == documents

@@ -86,6 +86,7 @@ def options(distilled, tmp_path, *flags):
     ]
 
 
+@pytest.mark.slow
 def test_a_students_layers_with_the_teachers_top_k(distilled, tmp_path):
     arguments = options(distilled, tmp_path, "--student_layers_every", "2", "--teacher_top_k", "5")
     metrics = distill.main(*distill.parse(arguments))
@@ -118,6 +119,7 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
     assert "perplexity_student" in metrics and "agreement_student" not in metrics
 
 
+@pytest.mark.slow
 def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
     asked = []
 

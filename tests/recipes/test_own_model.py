@@ -321,6 +321,7 @@ def test_a_teacher_and_a_student_may_be_adapters(chain, here, tmp_path):
     assert student_from_layers(teacher, 2).config.num_hidden_layers == 1
 
 
+@pytest.mark.slow
 def test_an_adapter_is_converted_as_a_whole_model(chain, here, tmp_path):
     import hfllm
 
@@ -354,6 +355,7 @@ def test_a_run_from_an_adapter_resumes(chain, here, tmp_path):
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3 and mean_b(tmp_path) > 0
 
 
+@pytest.mark.slow
 def test_a_reward_adapter_is_merged_with_its_head(chain, here, tmp_path):
     flags = ["--model_name_or_path", "outputs/reward", "--output_dir", tmp_path / "merged"]
     metrics = run("merge", *flags)
@@ -367,6 +369,7 @@ def test_a_reward_adapter_is_merged_with_its_head(chain, here, tmp_path):
     assert torch.equal(logits(names["model"]), logits(scorer))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_merged_is_refused(chain, here, tmp_path, capsys):
     for flags, message in (
         ([], "--model_name_or_path is needed"),

@@ -75,6 +75,7 @@ def test_the_saved_model_is_loaded_by_the_lines_of_the_report(made):
     assert names["model"].generate(**ids, max_new_tokens=2).shape[0] == 1
 
 
+@pytest.mark.slow
 def test_the_page_explains_every_metric(made):
     page = (Path(__file__).parents[2] / "docs" / "reference" / "quantization.md").read_text()
     for name in made[2]:

@@ -114,6 +114,7 @@ def test_a_part_may_be_left_and_drawn_pictures_are_asked_about(taught, tmp_path)
     assert layers["model.language_model.layers.0.self_attn.q_proj"] == torch.int8
 
 
+@pytest.mark.slow
 def test_four_bits_on_a_cpu_are_left_out_or_refused(taught, tmp_path, monkeypatch):
     """Its kernel reads what is not contiguous as if it were, as the projector's input is for one picture."""
     flags = ["--model_name_or_path", taught[0], "--dataset_name", taught[1], "--output_dir", tmp_path / "out"]
@@ -137,6 +138,7 @@ def test_no_recipe_loads_four_bits_on_a_cpu(taught, tmp_path):
             recipe.main(*recipe.parse([*flags, *more]))
 
 
+@pytest.mark.slow
 def test_no_more_pictures_are_read_than_asked_about(taught, tmp_path):
     rows = write_rows(tmp_path / "rows", halves(6))
     for number in (4, 5):
@@ -175,6 +177,7 @@ def test_few_pictures_are_shown_at_once(taught, monkeypatch):
     assert evaluation.loss(model, 3) == before and max(shown) == 8
 
 
+@pytest.mark.slow
 def test_replaced_pictures_make_another_run(taught, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "rows", halves(4))
     told = []
@@ -191,6 +194,7 @@ def test_replaced_pictures_make_another_run(taught, tmp_path, monkeypatch):
     assert told[0] and told[1] and told[0] != told[1]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(taught, saved, tmp_path):
     output = ["--output_dir", tmp_path / "out"]
     model = ["--model_name_or_path", taught[0], "--dataset_name", taught[1], *output]

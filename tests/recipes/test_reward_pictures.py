@@ -84,6 +84,7 @@ def test_a_score_is_that_of_the_conversation_alone(judge):
     assert together[0] == pytest.approx(by_hand, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_answer_that_spells_the_token_of_a_picture_is_scored(judge):
     """A policy may write it at any time; it is read with a space in it, in prompts too."""
     folder, _ = judge

@@ -63,6 +63,7 @@ def test_from_nothing(made, capsys):
     assert "already done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_page_explains_every_metric(made):
     page = (Path(__file__).parents[2] / "docs" / "reference" / "generation.md").read_text()
     for name in made[2]:
@@ -93,6 +94,7 @@ def test_options_of_a_checkpoint_are_left_out_on_both_sides(make_model):
     assert use_plain_generation(target) == ""
 
 
+@pytest.mark.slow
 def test_the_report_says_how_to_decode_in_code_of_your_own(made):
     text = (made[0] / "report.md").read_text()
     code = text.partition("## Next")[2].split("```")[1]
@@ -142,12 +144,14 @@ def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch):
         speculative.main(*speculative.parse([*flags, "--output_dir", str(tmp_path)]))
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_its_own_int8_draft_is_refused(made, tmp_path):
     flags = ["--model_name_or_path", made[0] / "sft", "--draft", "int8", "--attn_implementation", "eager"]
     with pytest.raises(InputError, match="--draft int8 cannot be used here: attn_implementation='eager'"):
         run(*flags, "--output_dir", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_draft_with_another_tokenizer_is_refused(made, make_model, tmp_path):
     from hfllm.data.tokenizer import train_tokenizer
 
