@@ -19,7 +19,7 @@ from hfllm.data.rows import (
     split_beginning,
 )
 from hfllm.data.sources import Source
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 Row = dict[str, Any]
 Converted = TypeVar("Converted")
@@ -171,8 +171,7 @@ def _chosen_and_rejected(origin: str, row: Row) -> Row:
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    if shared == 0:
-        raise InputError(f"{origin}: chosen and rejected do not begin with the same prompt")
+    refuse_if(shared == 0, f"{origin}: chosen and rejected do not begin with the same prompt")
     return _comparison(chosen[:shared], chosen[shared:], rejected[shared:])
 
 

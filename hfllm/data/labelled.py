@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.packing import IGNORE
 from hfllm.data.rows import BadRow
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,8 +71,7 @@ def reader_of(task: str, class_names: Sequence[str] | None = None) -> Callable[[
 
 def _text_row(origin: str, row: Row, named: Callable[[str, object], str]) -> dict[str, Any]:
     text, pair, label = row["text"], row.get("text_pair"), row["label"]
-    if not isinstance(text or "", str):
-        raise InputError(f"{origin}: text is {type(text).__name__}; expected a string")
+    refuse_if(not isinstance(text or "", str), f"{origin}: text is {type(text).__name__}; expected a string")
     if not (text or "").strip():
         raise BadRow(f"{origin}: a row {NO_TEXT}", NO_TEXT)
     if label is None or not str(label).strip():

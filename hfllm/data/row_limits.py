@@ -91,7 +91,7 @@ def parquet_rows(file: Path, limit: int) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             metadata = table.metadata
-        rows_at_once = _check_figures(file, limit)
+        rows_at_once = _rows_at_once(file, limit)
         expansion = Expansion(file, limit)
         with pyarrow.parquet.ParquetFile(file, read_dictionary=_dictionaries(metadata)) as table:
             for batch in table.iter_batches(rows_at_once):
@@ -110,7 +110,7 @@ def parquet_rows(file: Path, limit: int) -> Iterator[dict[str, Any]]:
         raise InputError(f"{file}: not parquet, or damaged{after}: {reason[:200]}") from None
 
 
-def _check_figures(file: Path, limit: int) -> int:
+def _rows_at_once(file: Path, limit: int) -> int:
     """Return how many rows to read at once, by the file's own figures.
 
     Raises:

@@ -49,8 +49,7 @@ class ToolBox:
         self.timeout, self.max_length = timeout, max_length
         for tool in tools:
             name = getattr(tool, "__name__", None)
-            if not callable(tool) or name is None:
-                raise InputError(f"tools: {tool!r} is no function")
+            refuse_if(not callable(tool) or name is None, f"tools: {tool!r} is no function")
             refuse_if(name in self.tools, f"tools: two are named {name!r}")
             _check_parameters(name, tool)
             try:

@@ -121,8 +121,7 @@ class Expected:
             refuse_if(name not in forms, f"{whose} sent no {name}, one of {count} tensors that are averaged")
         for name, form in forms.items():
             expected = self.forms.get(name)
-            if expected is None:
-                raise InputError(f"{whose} sent {name!r:.200}, which is none of the {count} averaged tensors")
+            refuse_if(expected is None, f"{whose} sent {name!r:.200}, which is none of the {count} averaged tensors")
             if form == expected or (self.any_rank and _differ_in_rank_alone(name, form, expected)):
                 continue
             if (axis := rank_axis(name)) is not None and _differ_in_rank_alone(name, form, expected):

@@ -80,8 +80,7 @@ def encode_pair(tokenizer: "PreTrainedTokenizerBase", context: str, continuation
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         refuse_if(start is None, "a continuation of nothing: the tokenizer has no token that begins a text")
         before = [start]
-    if not after:
-        raise InputError(f"the continuation {continuation!r:.60} adds no token to {context[-40:]!r}")
+    refuse_if(not after, f"the continuation {continuation!r:.60} adds no token to {context[-40:]!r}")
     return Pair(before, after)
 
 

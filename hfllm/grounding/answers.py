@@ -47,8 +47,7 @@ def question_of(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     index = last_question(prompt)
-    if index is None:
-        raise InputError(f"a prompt without a message of the user: {str(prompt)[:80]!r}")
+    refuse_if(index is None, f"a prompt without a message of the user: {str(prompt)[:80]!r}")
     return prompt[index]["content"]
 
 
@@ -151,8 +150,7 @@ def passage_weights(scores: Sequence[float], temperature: float = 1.0) -> list[f
     Raises:
         InputError: for a non-finite score, or a temperature not above 0.
     """
-    if not all(map(math.isfinite, scores)):
-        raise InputError(f"scores of passages must be finite, got {list(scores)}"[:160])
+    refuse_if(not all(map(math.isfinite, scores)), f"scores of passages must be finite, got {list(scores)}"[:160])
     refuse_if(not 0 < temperature < math.inf, f"temperature must be a number above 0, got {temperature}")
     powers = [math.exp((score - max(scores)) / temperature) for score in scores]
     return [power / sum(powers) for power in powers]

@@ -243,8 +243,7 @@ def scoring_enough(rankings: Sequence[Sequence[Found]], min_score: float) -> lis
         raise InputError(f"min_score is {min_score!r:.40}; expected a number on the scale of the retriever's scores")
     for number, ranking in enumerate(rankings, 1):
         for each in ranking:
-            if math.isnan(each.score):
-                raise InputError(f"query {number}: the score of passage {each.place} is nan")
+            refuse_if(math.isnan(each.score), f"query {number}: the score of passage {each.place} is nan")
     return [[each for each in ranking if each.score >= min_score] for ranking in rankings]
 
 

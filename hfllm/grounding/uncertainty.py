@@ -442,8 +442,7 @@ def _checked(rows: Sequence[Answered], fewest: int, needs_logprobs: bool = True)
             raise InputError(f"row {number} has {len(row.samples)} samples; {measured} needs at least {fewest}")
         for index, answer in enumerate((row.given, *row.samples) if needs_logprobs else ()):
             of_row, what = f"row {number}:", f"sample {index}" if index else "the given answer"
-            if not answer.token_logprobs:
-                raise InputError(f"{of_row} {what} has no token")
+            refuse_if(not answer.token_logprobs, f"{of_row} {what} has no token")
             if not math.isfinite(answer.logprob):
                 raise InputError(f"{of_row} the log-probability of {what} is {answer.logprob}; expected a number")
             # Rounding may give a little more than 0.

@@ -143,8 +143,7 @@ def verify(
     refuse_if(len(answers) != len(passages), f"there are {len(answers)} answers and {len(passages)} lists of passages")
     refuse_if(not 0 < threshold <= 1, f"threshold must be above 0 and at most 1, got {threshold}")
     for number, (answer, texts) in enumerate(zip(answers, passages, strict=True), 1):
-        if not isinstance(answer, str):
-            raise InputError(f"answer {number} must be a text, got {answer!r:.60}")
+        refuse_if(not isinstance(answer, str), f"answer {number} must be a text, got {answer!r:.60}")
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"the passages of answer {number} must be a list of texts, got {str(texts)[:60]!r}")
     claims = [[claim for claim in splitter(answer) if not admits_unknown(claim)] for answer in answers]

@@ -17,8 +17,7 @@ PETAFLOP_DAY = 1e15 * 86400
 
 
 def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name}={value!r}: expected a finite number above 0")
+    refuse_if(not (math.isfinite(value) and value > 0), f"{name}={value!r}: expected a finite number above 0")
     return value
 
 

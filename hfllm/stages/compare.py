@@ -163,8 +163,7 @@ def read_log(name: str, cluster_by: str | None = None, pool: Sequence[str] = ())
         for origin, row in iterate_source(str(path)):
             if "suite" in row and "scores" in row:
                 models.add(str(row.get("model")))
-                if len(models) > 1:
-                    raise InputError(f"{origin}: the log has several models, which hfllm evaluate has compared")
+                refuse_if(len(models) > 1, f"{origin}: the log has several models, which hfllm evaluate has compared")
                 part, key, logged = _own(origin, row, cluster_by)
             else:
                 part, key, logged = _of_lm_eval(origin, row, task or path.stem, cluster_by, pool)

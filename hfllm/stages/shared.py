@@ -24,7 +24,7 @@ from hfllm.data.images.rows import (
 from hfllm.data.loading import DataArguments, RowSource, RowSources, load_rows, shared_prompts, split_rows
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import Dropped, Message, flaw_of, origin_of
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import Fact, check_flags
 from hfllm.outputs.figures import plus_minus
 from hfllm.outputs.report import Plot
@@ -96,8 +96,7 @@ def kept_rows(source: RowSource, mapper: Mapper, flaw_of: Flaw, most: int | None
     """
     dropped = Dropped()
     rows = load_rows(source, mapper, dropped, flaw_of, most)
-    if not rows:
-        raise InputError(f"{source.name}: no row is left: {dropped}")
+    refuse_if(not rows, f"{source.name}: no row is left: {dropped}")
     if dropped.count:
         say(f"{source.name}: {dropped}")
     return rows

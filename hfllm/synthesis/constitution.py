@@ -103,8 +103,7 @@ def _json(path: Path, text: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         read: dict[str, Any] = {}
         for name, value in pairs:
-            if name in read:
-                raise InputError(f"{path}: {name!r} a second time in one object")
+            refuse_if(name in read, f"{path}: {name!r} a second time in one object")
             read[name] = value
         return read
 

@@ -197,7 +197,7 @@ class Speaker:
         return [Response(by_index[index][0].text.strip(), by_index[index][0].has_ended) for index in range(len(order))]
 
 
-def check_critic(
+def tokenizer_of_critic(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     critic: "PreTrainedModel | None",
@@ -570,7 +570,7 @@ def critique_and_revise(
         InputError: for a number below 1, unreadable prompts, no prompt with room in the context for its conversation,
             a critic with another tokenizer, a critic without output, or a folder of another run.
     """
-    critic_tokenizer = check_critic(model, tokenizer, critic, critic_tokenizer)
+    critic_tokenizer = tokenizer_of_critic(model, tokenizer, critic, critic_tokenizer)
     settings = RevisionSettings(
         *(num_revisions, seed, response_length, revise_only_flagged, is_flagged or finds_fault, do_sample),
         *(batch_size, use_examples, temperature),

@@ -22,7 +22,7 @@ from hfllm.data.images.files import MAX_PIXELS, BadImage, image_key, path_of, re
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.rows import BadRow, Message, content_text, counted, flaw_of, role_of, spells
 from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.flags import Fact, flag
 
 if TYPE_CHECKING:
@@ -155,8 +155,7 @@ def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
             if first and message["role"] == "user":
                 parts, first = [*({"type": "image"} for _ in range(count)), *parts], False
             placed[side].append({**message, "content": parts})
-    if first and count:
-        raise InputError(f"{origin}: {counted(count, 'picture')}, and no turn of the user to show them in")
+    refuse_if(first and count, f"{origin}: {counted(count, 'picture')}, and no turn of the user to show them in")
     return placed
 
 

@@ -139,8 +139,7 @@ class Suite(ABC, Generic[Body]):
         for name, value in scores.items():
             if not math.isfinite(value):
                 raise InputError(f"{self.name_of(item)}: {name} of {subject.label} is {value}, not a number")
-        if not scores and not skipped:
-            raise InputError(f"{self.name_of(item)}: it has neither scores nor a reason why not")
+        refuse_if(not scores and not skipped, f"{self.name_of(item)}: it has neither scores nor a reason why not")
         return Record(
             model=subject.label,
             suite=self.name,

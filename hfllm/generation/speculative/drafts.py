@@ -183,9 +183,8 @@ class Int8Draft(_SelfDraft):
 
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         refuse_if(compiled, "the int8 draft cannot be combined with compile=True: leave that out")
-        if target.packed is None:
-            # It reads the target's cache, where a packed target stores the halves of keys in another order.
-            raise InputError("the int8 draft cannot be combined with packed=False: leave that out")
+        # It reads the target's cache, where a packed target stores the halves of keys in another order.
+        refuse_if(target.packed is None, "the int8 draft cannot be combined with packed=False: leave that out")
         self.runner = RaggedModel(target.model, 0, packed_model(target.model, "int8"), target.cache)
 
 

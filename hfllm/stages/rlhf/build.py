@@ -22,7 +22,7 @@ from hfllm.data.world.world import World
 from hfllm.environments.episodes import ToolEnvironment
 from hfllm.environments.python_tool import python
 from hfllm.environments.tools import calculator, lookup_in
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import check_flags
 from hfllm.models.devices import forked_random
 from hfllm.models.loading.saved import is_for_pictures, max_length_of
@@ -447,8 +447,7 @@ def fitting_prompts(rows: Sequence[Row], room: Room, source: str) -> list[Row]:
     reasons = {EMPTY: "with an empty prompt", WORDS_FOR_A_PICTURE: WORDS_FOR_A_PICTURE}
     for index, why in sorted(unfit.items()):
         dropped.add(reasons.get(why, long), origin_of(rows[index], ""))
-    if len(unfit) == len(rows):
-        raise InputError(f"--filter_prompts: no prompt is left: {dropped}")
+    refuse_if(len(unfit) == len(rows), f"--filter_prompts: no prompt is left: {dropped}")
     if unfit:
         say(f"{source}: {dropped}")
     return [row for index, row in enumerate(rows) if index not in unfit]

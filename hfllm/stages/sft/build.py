@@ -268,8 +268,7 @@ def examples(
         say(f"{what}: {result}")
     if crowded:
         say(f"{what}: {crowded_out(crowded, longest, len(rows))}")
-    if not columns["input_ids"]:
-        raise InputError(f"{what}: nothing to learn is left: {dropped}")
+    refuse_if(not columns["input_ids"], f"{what}: nothing to learn is left: {dropped}")
     if dropped.count:
         say(f"{what}: {dropped}")
     if cut:
