@@ -413,7 +413,7 @@ class PictureQuantization(QuantizationEvaluation):
         return torch.cat([_logits(model, answer).argmax(-1).cpu() for answer in self.answers])
 
     def _quality(self, name: str, model: "PreTrainedModel") -> dict[str, float]:
-        from hfllm.multimodal.answers import answer_pictures
+        from hfllm.evaluation.pictures import answer_pictures
 
         prompts, images = [each.prompt for each in self.questions], [each.images for each in self.questions]
         responses = answer_pictures(model, self.processor, prompts, images, self.response_length, BATCH_SIZE)

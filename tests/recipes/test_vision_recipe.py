@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.data.images.rows import as_dataset
 from hfllm.errors import InputError
-from hfllm.multimodal.answers import answer_pictures
+from hfllm.evaluation.pictures import answer_pictures
 from hfllm.outputs.pictures import picture_lines
 from hfllm.runs.models import named_model
 from hfllm.stages import shared

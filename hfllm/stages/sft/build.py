@@ -19,14 +19,13 @@ from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.before_after import ANSWER_LENGTH, MOST_ROWS, evaluate_tuned, tuning_metrics
-from hfllm.evaluation.pictures import other_places
+from hfllm.evaluation.pictures import answer_pictures, other_places
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.fingerprint import file_fingerprint
 from hfllm.grounding.answers import grounded, last_question
 from hfllm.grounding.passages import FILE, Passages
 from hfllm.grounding.retrieval import BM25Retriever, scoring_enough
 from hfllm.models.loading.saved import add_tokens
-from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.processors import tokenizer_of
 from hfllm.outputs.figures import plus_minus
 from hfllm.runs.arguments import changed

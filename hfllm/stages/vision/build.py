@@ -22,11 +22,10 @@ from hfllm.data.world.pictures import (
     picture_side,
     trained_families,
 )
-from hfllm.evaluation.pictures import Asked, shuffled_questions
+from hfllm.evaluation.pictures import Asked, answer_pictures, shuffled_questions
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.layers_hfllm import HfllmMLP
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
-from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.composed import with_vision
 from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 from hfllm.rewards.functions import gold_reward

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.images.files import read_image
 from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
-from hfllm.evaluation.pictures import Asked, best_guesses, is_right
-from hfllm.multimodal.answers import answer_pictures
+from hfllm.evaluation.pictures import Asked, answer_pictures, best_guesses, is_right
 from hfllm.outputs.figures import Promise, mean_of, plus_minus
 from hfllm.outputs.pictures import PictureGrid
 from hfllm.outputs.report import Bars, Found
