@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.tokenizer import padding_token, plain_chat_template
 from hfllm.errors import InputError, is_out_of_memory, one_line, refuse
+from hfllm.flags import changed
 from hfllm.models.conversion.convert import BAD_CONFIG, check_empty, config_from_native
 from hfllm.models.family.attention_hfllm import check_implementation
 from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, ExpertFields, LatentFields
@@ -30,7 +31,6 @@ from hfllm.models.loading.saved import (
 from hfllm.models.loading.weights import check_weight_files
 from hfllm.outputs.files import MERGED_FROM, read_json
 from hfllm.outputs.report import REPORT_FILE
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import main_process, say, say_once
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, ImageReading, PictureArguments, without_images
 from hfllm.data.loading import ON_WORLD, RowArguments, RowSources
 from hfllm.errors import InputError, refuse_if
-from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, flag
-from hfllm.runs.arguments import changed
+from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, changed, flag
 from hfllm.runs.command_line import say
 from hfllm.stages.shared import (
     NOT_CUT,

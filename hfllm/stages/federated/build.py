@@ -51,9 +51,8 @@ from hfllm.federation.rounds import (
 from hfllm.federation.settings import MEAN, Averaging, RoundSettings, expected_participants, num_asked
 from hfllm.federation.transports import InProcess, Learner, SeveralProcesses, Transport
 from hfllm.federation.updates import ErrorFeedback, Expected, Update, changes, weights_sha256
-from hfllm.flags import Flags, given_names
+from hfllm.flags import Flags, changed, given_names
 from hfllm.outputs.report import write_atomically
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.runs.models import (
     fitting_length,

@@ -24,9 +24,9 @@ from hfllm.data.prepared import Prepared, windows
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
 from hfllm.evaluation.perplexity import text_likelihood
+from hfllm.flags import changed
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 from hfllm.models.loading.weights import cast_weights
-from hfllm.runs.arguments import changed
 from hfllm.runs.models import load_policy, load_tokenizer, named_model, new_config
 from hfllm.scaling.speed import palm_flops_per_token
 from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments

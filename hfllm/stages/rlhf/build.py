@@ -23,7 +23,7 @@ from hfllm.environments.episodes import ToolEnvironment
 from hfllm.environments.python_tool import python
 from hfllm.environments.tools import calculator, lookup_in
 from hfllm.errors import InputError, refuse, refuse_if
-from hfllm.flags import check_flags
+from hfllm.flags import changed, check_flags
 from hfllm.models.devices import forked_random
 from hfllm.models.loading.saved import is_for_pictures, max_length_of
 from hfllm.multimodal.processors import has_pictures, tokenizer_of
@@ -39,7 +39,6 @@ from hfllm.rewards.functions import (
     time_limit,
 )
 from hfllm.rewards.models import RewardEnsemble, reward_model
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.runs.models import (
     NamedModel,

@@ -27,10 +27,10 @@ from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.emergence import Emergence, Probe, ProbedRun, run_probes
 from hfllm.evaluation.perplexity import text_likelihood
+from hfllm.flags import changed
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 from hfllm.models.loading.saved import saved_model
 from hfllm.outputs.report import write_atomically
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import main_process, parse_recipe
 from hfllm.runs.models import load_tokenizer
 from hfllm.runs.stage import stage_arguments

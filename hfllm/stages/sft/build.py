@@ -22,13 +22,13 @@ from hfllm.evaluation.before_after import ANSWER_LENGTH, MOST_ROWS, evaluate_tun
 from hfllm.evaluation.pictures import answer_pictures, other_places
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.fingerprint import file_fingerprint
+from hfllm.flags import changed
 from hfllm.grounding.answers import grounded, last_question
 from hfllm.grounding.passages import FILE, Passages
 from hfllm.grounding.retrieval import BM25Retriever, scoring_enough
 from hfllm.models.loading.saved import add_tokens
 from hfllm.multimodal.processors import tokenizer_of
 from hfllm.outputs.figures import plus_minus
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, passage_files
 from hfllm.stages.shared import rows_with_images, user_rows

@@ -23,13 +23,13 @@ from hfllm.data.world.pictures import (
     trained_families,
 )
 from hfllm.evaluation.pictures import Asked, answer_pictures, shuffled_questions
+from hfllm.flags import changed
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.layers_hfllm import HfllmMLP
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 from hfllm.multimodal.composed import with_vision
 from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 from hfllm.rewards.functions import gold_reward
-from hfllm.runs.arguments import changed
 from hfllm.stages.shared import rows_with_images
 from hfllm.stages.vision.flags import ModelSizes
 from hfllm.trainers.ppo.config import PPOConfig

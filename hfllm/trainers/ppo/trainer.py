@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from hfllm.environments.episodes import EnvironmentFactory
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
+from hfllm.flags import without_nested_secrets
 from hfllm.multimodal import processors
 from hfllm.multimodal.processors import ProcessingClass, tokenizer_of
-from hfllm.runs.arguments import without_nested_secrets
 from hfllm.trainers.engines import disable_dropout
 from hfllm.trainers.monitors import StalledPolicy, StalledWeights
 from hfllm.trainers.ppo import episodes, formulas
