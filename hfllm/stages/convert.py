@@ -51,9 +51,9 @@ def convert(
         max_shard_size: of the largest weight file.
         seed: of random tokens to compare both models' logits on; without it they are not compared.
     """
+    from hfllm.durable import whole_folder
     from hfllm.models.conversion.convert import check_empty, from_native, load_checked, read_config, to_native
     from hfllm.models.family.configuration_hfllm import HfllmConfig
-    from hfllm.models.loading.folders import whole_folder
 
     check_empty(target)
     tokenizer = find_tokenizer(source, location)
