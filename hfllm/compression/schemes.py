@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from hfllm.compression.affine import OUTLIER_THRESHOLD
-from hfllm.compression.int8 import DynamicInt8Config, DynamicInt8Linear
+from hfllm.compression.int8 import OUTLIER_THRESHOLD, DynamicInt8Config, DynamicInt8Linear
 from hfllm.data.packing import start_of
 from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
