@@ -14,9 +14,9 @@ from hfllm.data.images.rows import conversation_batch
 from hfllm.data.rows import content_text
 from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import World
-from hfllm.evaluation.judged import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
 from hfllm.evaluation.pictures import Asked, is_right
+from hfllm.evaluation.suites.world_suites import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.generation.responses import sample_responses
 from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random

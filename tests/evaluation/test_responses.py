@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.evaluation.judged import gold_by_group, judge_tasks, mean_gold, right_share
+from hfllm.evaluation.suites.world_suites import gold_by_group, judge_tasks, mean_gold, right_share
 from hfllm.generation.packed import fast as fast_module
 from hfllm.generation.responses import sample_responses
 

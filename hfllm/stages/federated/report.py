@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from hfllm.data.world.world import Task
-from hfllm.evaluation.judged import judge_tasks
+from hfllm.evaluation.suites.world_suites import judge_tasks
 from hfllm.federation.learner import Rows
 from hfllm.federation.rounds import RoundRecord, identity_digest
 from hfllm.federation.updates import weights_sha256

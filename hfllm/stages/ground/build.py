@@ -27,7 +27,7 @@ from hfllm.data.world.passages import (
 from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score, words_of
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES
 from hfllm.data.world.world import Task, World
-from hfllm.evaluation.judged import judge_tasks
+from hfllm.evaluation.suites.world_suites import judge_tasks
 from hfllm.grounding.abstention import control_risk, over_splits
 from hfllm.grounding.answers import passage_weights, rag_sequence_answers, without_instructions
 from hfllm.grounding.passages import Passages

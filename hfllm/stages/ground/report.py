@@ -29,7 +29,7 @@ from hfllm.data.world.passages import (
 )
 from hfllm.data.world.rubric import RIGHT, UNKNOWN_PHRASES, gold_score, words_of
 from hfllm.data.world.vocabulary import ATTRIBUTES
-from hfllm.evaluation.judged import JudgedAnswer, gold_by_group
+from hfllm.evaluation.suites.world_suites import JudgedAnswer, gold_by_group
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.figures import Promise, mean_of
 from hfllm.outputs.report import Found, Plot
