@@ -9,9 +9,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from hfllm.compression.schemes import agreement, greedy_tokens, linear_bytes, speeds, stored_bytes, token_windows
+from hfllm.data.formats import content_text
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import conversation_batch
-from hfllm.data.rows import content_text
 from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import World
 from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood

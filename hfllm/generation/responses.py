@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from hfllm.data.formats import as_completion
-from hfllm.data.rows import split_beginning
+from hfllm.data.formats import as_completion, split_beginning
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.errors import InputError, check_positive

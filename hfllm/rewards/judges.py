@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hfllm.data.formats import as_messages
-from hfllm.data.rows import Message
+from hfllm.data.formats import Message, as_messages
 from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
 from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfllm.data.formats import as_completion
+from hfllm.data.formats import as_completion, split_beginning
 from hfllm.data.loading import RowArguments
-from hfllm.data.rows import split_beginning
 from hfllm.data.sources import WORLD
 from hfllm.data.thoughts import thinking_message
 from hfllm.errors import InputError, refuse_if

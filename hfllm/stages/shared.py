@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.formats import Row
+from hfllm.data.formats import Dropped, Message, Row, flaw_of, origin_of
 from hfllm.data.images.rows import (
     Convert,
     ImageReading,
@@ -23,7 +23,6 @@ from hfllm.data.images.rows import (
 )
 from hfllm.data.loading import DataArguments, RowSource, RowSources, load_rows, shared_prompts, split_rows
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.rows import Dropped, Message, flaw_of, origin_of
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import Fact, changed, check_flags
 from hfllm.outputs.figures import plus_minus

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
-from hfllm.data.rows import Message
+from hfllm.data.formats import Message
 from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.rubric import COMPLIES, REFUSAL_PHRASES, RIGHT, RUDE, UNKNOWN_PHRASES, gold_score, words_of
 from hfllm.data.world.world import FAMILIES, Task, World

@@ -11,9 +11,8 @@ from itertools import compress, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.formats import as_messages, to_preference, to_prompt
+from hfllm.data.formats import Message, as_messages, flaw_of, flaw_of_prompt, to_preference, to_prompt
 from hfllm.data.images.rows import without_images
-from hfllm.data.rows import Message, flaw_of, flaw_of_prompt
 from hfllm.data.world.demonstrators import (
     CRITICS_HARMS,
     HELPFUL_FAMILIES,

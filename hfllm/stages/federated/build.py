@@ -19,9 +19,8 @@ from trl import RewardConfig
 
 from hfllm.data import formats
 from hfllm.data.conversations import Conversations
-from hfllm.data.formats import Row
+from hfllm.data.formats import Row, flaw_of
 from hfllm.data.images.rows import refuse_images
-from hfllm.data.rows import flaw_of
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse_if
 from hfllm.federation.learner import KeptStates, LocalLearner, Rows, folder_name

@@ -12,10 +12,9 @@ from datasets import Dataset
 from hfllm.data import formats
 from hfllm.data.augmentation import augmented_prompts, begun_prompts, training_texts
 from hfllm.data.conversations import check_written, has_more_than_text
-from hfllm.data.formats import as_completion
+from hfllm.data.formats import Dropped, as_completion, flaw_of_prompt, origin_of, read_tools, spells, split_beginning
 from hfllm.data.images.rows import WORDS_FOR_A_PICTURE, to_picture_prompts, words_of_places
 from hfllm.data.loading import RowArguments, texts_of
-from hfllm.data.rows import Dropped, flaw_of_prompt, origin_of, read_tools, spells, split_beginning
 from hfllm.data.sources import WORLD, HubPart, folder_of
 from hfllm.data.tokenizer import turn_end
 from hfllm.data.world.world import World

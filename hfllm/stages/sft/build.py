@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data import formats
 from hfllm.data.augmentation import PREFILL, augmented_demonstrations, training_texts
 from hfllm.data.conversations import Conversations, has_markers, read_back, template_of
+from hfllm.data.formats import Dropped, OriginRow, origin_of
 from hfllm.data.images.rows import Rows, as_dataset, without_images, words_of_places
 from hfllm.data.loading import InstructionArguments, split_rows
 from hfllm.data.packing import IGNORE
-from hfllm.data.rows import Dropped, OriginRow, origin_of
 from hfllm.data.sources import PYDOC, WORLD, Source
 from hfllm.data.tokenizer import BUILT_IN, plain_text, set_built_in
 from hfllm.data.world.demonstrators import instruction_rows

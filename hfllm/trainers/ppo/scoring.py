@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.data.rows import Message, split_beginning
+from hfllm.data.formats import Message, split_beginning
 from hfllm.data.thoughts import OPEN, thinking_message
 from hfllm.data.tokenizer import template_errors
 from hfllm.errors import InputError
