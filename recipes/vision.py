@@ -44,7 +44,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     from hfllm.stages import shared
     from hfllm.stages.vision import build as vision
     from hfllm.stages.vision import flags as vision_flags
-    from hfllm.stages.vision.report import judge_answers
+    from hfllm.stages.vision.build import judge_answers
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import shards_parameters
     from hfllm.trainers.mixins import train
