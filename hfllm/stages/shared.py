@@ -446,8 +446,7 @@ def next_lines(folder: str, prompt: str | list[Message], config: "PreTrainedConf
         is_adapter: whether an adapter is saved.
     """
     from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.outputs.card import chat_lines
-    from hfllm.outputs.pictures import picture_lines
+    from hfllm.outputs.card import chat_lines, picture_lines
 
     return picture_lines(folder, is_adapter) if is_for_pictures(config) else chat_lines(folder, prompt)
 

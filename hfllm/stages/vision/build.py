@@ -2,7 +2,9 @@
 
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +36,7 @@ from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 from hfllm.multimodal.composed import with_vision
 from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 from hfllm.outputs.figures import Promise, mean_of, plus_minus
-from hfllm.outputs.pictures import PictureGrid
-from hfllm.outputs.report import Bars, Found
+from hfllm.outputs.report import Bars, Found, new_figure, save_figure
 from hfllm.rewards.functions import gold_reward
 from hfllm.stages.shared import rows_with_images
 from hfllm.stages.vision.flags import ModelSizes
@@ -44,6 +45,7 @@ from hfllm.trainers.pretraining.trainer import optimizer_of
 from hfllm.trainers.trl_trainers import PictureTrainer, TurnTokens
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
     from trl import SFTConfig
 
@@ -486,6 +488,42 @@ def _samples(questions: Sequence[Asked], responses: Sequence[str], right: Sequen
     ]
     rows.sort(key=lambda row: row["right"])
     return rows[: SHOWN // 2] if len(rows) <= SHOWN // 2 else rows[: SHOWN // 4] + rows[-(SHOWN // 4) :]
+
+
+# Letters of a caption line, over all columns.
+LINE = 132
+
+
+@dataclass
+class PictureGrid:
+    """Images side by side: `captions` has the lines below them, `is_right` decides the color of the lines."""
+
+    title: str
+    pictures: "Sequence[Image]"
+    captions: Sequence[str]
+    is_right: Sequence[bool]
+    columns: int = 6
+
+    def draw(self, path: Path) -> bool:
+        """Draw to a PNG; return False, and draw nothing, if there is no image."""
+        if not self.pictures:
+            return False
+        rows = -(-len(self.pictures) // self.columns)
+        figure, axes = new_figure(0.5 + 1.75 * rows)
+        axes.axis("off")
+        axes.set_title(self.title)
+        for index, (picture, caption, right) in enumerate(
+            zip(self.pictures, self.captions, self.is_right, strict=True)
+        ):
+            row, column = divmod(index, self.columns)
+            inset = axes.inset_axes((column / self.columns, 1 - (row + 0.72) / rows, 0.9 / self.columns, 0.7 / rows))
+            inset.imshow(picture, interpolation="nearest")
+            inset.set_xticks([])
+            inset.set_yticks([])
+            lines = [textwrap.fill(line, LINE // self.columns) for line in caption.splitlines()]
+            inset.set_xlabel("\n".join(lines), fontsize=6, color="tab:green" if right else "tab:red")
+        save_figure(figure, path)
+        return True
 
 
 def _grid(questions: Sequence[Asked], responses: Sequence[str], right: Sequence[float]) -> PictureGrid:
