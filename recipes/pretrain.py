@@ -46,8 +46,7 @@ def main(
 
     from hfllm.data.loading import load_sources
     from hfllm.data.prepared import Prepared
-    from hfllm.outputs.figures import plus_minus
-    from hfllm.outputs.report import by_contents
+    from hfllm.outputs.report import by_contents, plus_minus
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
     from hfllm.stages.pretrain import build as pretrain

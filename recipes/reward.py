@@ -44,7 +44,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.flags import check_flags
     from hfllm.multimodal.freezing import freeze
     from hfllm.multimodal.processors import check_template
-    from hfllm.outputs.figures import plus_minus, share_error, with_error
+    from hfllm.outputs.report import plus_minus, share_error, with_error
     from hfllm.runs.models import (
         check_trainable,
         load_policy,

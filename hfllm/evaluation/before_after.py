@@ -21,17 +21,19 @@ from hfllm.generation.responses import sample_responses
 from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random
 from hfllm.models.loading.saved import saved_model
-from hfllm.outputs.figures import (
+from hfllm.outputs.report import (
+    Bars,
+    Plot,
     averaged,
     change_of,
     is_noise,
     mean_of,
+    plot_history,
     plus_minus,
     ratio_error,
     standard_error,
     with_error,
 )
-from hfllm.outputs.report import Bars, Plot, plot_history
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError, refuse_if
 from hfllm.generation.scoring import batches_of_tokens, evaluating, token_nats
-from hfllm.outputs.figures import ratio_error, with_error
+from hfllm.outputs.report import ratio_error, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

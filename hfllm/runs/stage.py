@@ -26,7 +26,6 @@ from hfllm.outputs.checkpoints import (
     record_of,
     state_of,
 )
-from hfllm.outputs.figures import Promise, broken_promises, figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.hub import Repository, repository_of
 from hfllm.outputs.ownership import (
@@ -37,7 +36,18 @@ from hfllm.outputs.ownership import (
     refuse_foreign_files,
     write_record,
 )
-from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Plot, Report, given_flags, plot_history
+from hfllm.outputs.report import (
+    CHANGED,
+    CONTENTS,
+    Bars,
+    Plot,
+    Promise,
+    Report,
+    broken_promises,
+    figure_tables,
+    given_flags,
+    plot_history,
+)
 from hfllm.runs import schedule
 from hfllm.runs.command_line import main_process
 from hfllm.runs.identity import data_files, difference, finished_run, model_files, run_arguments, run_identity

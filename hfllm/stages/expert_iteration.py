@@ -28,8 +28,7 @@ from hfllm.flags import (
     flags_of_adapter,
 )
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.figures import Promise, change_of, is_noise, plus_minus
-from hfllm.outputs.report import Found, Plot, write_atomically
+from hfllm.outputs.report import Found, Plot, Promise, change_of, is_noise, plus_minus, write_atomically
 from hfllm.runs import pipeline
 from hfllm.runs.command_line import say
 from hfllm.runs.flags import RemoteCodeArguments

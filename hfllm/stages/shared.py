@@ -25,8 +25,7 @@ from hfllm.data.loading import DataArguments, RowSource, RowSources, load_rows, 
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import Fact, changed, check_flags
-from hfllm.outputs.figures import plus_minus
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Plot, plus_minus
 from hfllm.runs.command_line import say
 
 if TYPE_CHECKING:

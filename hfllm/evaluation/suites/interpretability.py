@@ -30,8 +30,7 @@ from hfllm.evaluation.interpreting.methods import METHODS, Measured, shown_layer
 from hfllm.evaluation.interpreting.planted import Verdict, plant_names, random_parts, tested_plants
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite
 from hfllm.models.loading.saved import max_length_of
-from hfllm.outputs.figures import standard_error
-from hfllm.outputs.report import Found, Heatmap
+from hfllm.outputs.report import Found, Heatmap, standard_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -56,8 +56,7 @@ from hfllm.grounding.verification import (
     majority_of_meaning,
 )
 from hfllm.models.loading.saved import saved_model, saved_tokenizer
-from hfllm.outputs.figures import Promise, mean_of
-from hfllm.outputs.report import Found, Plot
+from hfllm.outputs.report import Found, Plot, Promise, mean_of
 from hfllm.outputs.statistics import reliability_plot, risk_coverage_plot, uncertainty_metrics
 from hfllm.rewards.models import RewardModel
 from hfllm.runs.models import NamedModel

@@ -27,8 +27,7 @@ from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import World, draw_distinct
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.checkpoints import STATE_FILE
-from hfllm.outputs.figures import Promise, change_of, mean_of, plus_minus
-from hfllm.outputs.report import Found, Plot, plot_history
+from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, plot_history, plus_minus
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
 from hfllm.stages.reason.flags import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course

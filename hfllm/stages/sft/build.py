@@ -28,7 +28,7 @@ from hfllm.grounding.passages import FILE, Passages
 from hfllm.grounding.retrieval import BM25Retriever, scoring_enough
 from hfllm.models.loading.saved import add_tokens
 from hfllm.multimodal.processors import tokenizer_of
-from hfllm.outputs.figures import plus_minus
+from hfllm.outputs.report import plus_minus
 from hfllm.runs.command_line import say
 from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, passage_files
 from hfllm.stages.shared import rows_with_images, user_rows

@@ -31,8 +31,7 @@ from hfllm.data.world.world import World
 from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import Tool, ToolBox, calculator, lookup_in
 from hfllm.models.devices import forked_random
-from hfllm.outputs.figures import Promise, change_of, mean_of, side_by_side
-from hfllm.outputs.report import Found, Plot, write_atomically
+from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, side_by_side, write_atomically
 from hfllm.rewards.functions import completion_text, transcript
 from hfllm.runs.models import NamedModel
 from hfllm.stages.shared import figure_text, load_speaking, plot_of_right

@@ -35,8 +35,7 @@ from hfllm.models.family.layers_hfllm import HfllmMLP
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 from hfllm.multimodal.composed import with_vision
 from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
-from hfllm.outputs.figures import Promise, mean_of, plus_minus
-from hfllm.outputs.report import Bars, Found, new_figure, save_figure
+from hfllm.outputs.report import Bars, Found, Promise, mean_of, new_figure, plus_minus, save_figure
 from hfllm.rewards.functions import gold_reward
 from hfllm.stages.shared import rows_with_images
 from hfllm.stages.vision.flags import ModelSizes
