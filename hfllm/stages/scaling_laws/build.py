@@ -35,7 +35,7 @@ from hfllm.runs.command_line import main_process, parse_recipe
 from hfllm.runs.models import load_tokenizer
 from hfllm.runs.stage import stage_arguments
 from hfllm.scaling.fitting import FEWEST_RUNS, Runs
-from hfllm.scaling.report import formula
+from hfllm.scaling.laws import formula
 from hfllm.scaling.studies import CHINCHILLA, KAPLAN, Forecast
 from hfllm.stages.pretrain.build import load_or_make_base, stop_if_broken, trainer_of_rows
 from hfllm.stages.pretrain.flags import LIBRARY, PretrainArguments, default_settings
