@@ -96,8 +96,8 @@ def sample_with_ends(
     """
     import torch
 
-    from hfllm.generation.packed.fast import fast_generate
     from hfllm.generation.scoring import evaluating
+    from hfllm.generation.speculative.speculative import fast_generate
     from hfllm.models.devices import forked_random
 
     ends = sorted(end_tokens(tokenizer, model))
