@@ -22,8 +22,7 @@ from hfllm.data.packing import (
 )
 from hfllm.data.prepared import Prepared, windows
 from hfllm.errors import InputError, refuse
-from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
-from hfllm.evaluation.perplexity import text_likelihood
+from hfllm.evaluation.perplexity import gzip_bits_per_byte, ngram_bits_per_byte, text_likelihood
 from hfllm.flags import changed
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 from hfllm.models.loading.weights import cast_weights
