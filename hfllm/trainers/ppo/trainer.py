@@ -34,8 +34,7 @@ from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig, with_default_rates
 from hfllm.trainers.ppo.formulas import KLController, RunningMoments
 from hfllm.trainers.ppo.prompts import PretrainingBatches, check_prompts, read_rows, rollout_loader
-from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts, with_actions
-from hfllm.trainers.ppo.scoring import Scorer, Scores
+from hfllm.trainers.ppo.rollout import Rollout, Scorer, Scores, model_inputs, pad_prompts, with_actions
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
     build_rewards,
