@@ -1,7 +1,7 @@
 """A row of the table of native families: how one architecture's config becomes ours, and names that rows share.
 
-The rows themselves: `families.py` has those of Llama's kind, `mixed_families.py` those with layers of several types or
-norms in other places, `expert_families.py` those with experts or latent attention. A row goes where its like are.
+The rows themselves: `families.py` has those of Llama's kind, `mixed_families.py` those with layers of several types,
+norms in other places, experts or latent attention. A row goes where its like are.
 `to_native` tries them in the order of `families.FAMILIES`.
 """
 
