@@ -36,7 +36,7 @@ def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConf
 def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, judge, save, write the report. Return the metrics."""
     from hfllm.data.images.rows import as_dataset, words_of_places
-    from hfllm.multimodal.freezing import freeze
+    from hfllm.multimodal.composed import freeze
     from hfllm.outputs.card import picture_lines
     from hfllm.outputs.report import change_of
     from hfllm.runs.models import check_trainable, named_model, peft_config

@@ -356,7 +356,7 @@ def load_picture_model(
         freeze_text: whether the decoder does.
     """
     from hfllm.models.loading.saved import reason_of
-    from hfllm.multimodal.freezing import freeze
+    from hfllm.multimodal.composed import freeze
 
     processor = picture_processor(model.name, model.revision)
     try:
