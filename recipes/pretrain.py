@@ -45,7 +45,7 @@ def main(
     from transformers import set_seed
 
     from hfllm.data.loading import load_sources
-    from hfllm.data.prepared import Prepared
+    from hfllm.data.packing import Prepared
     from hfllm.outputs.report import by_contents, plus_minus
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage

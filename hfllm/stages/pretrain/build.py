@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
 
 from hfllm.data.packing import (
+    Prepared,
     batch_of,
     check_infilling_tokens,
     fill_in_the_middle,
@@ -19,8 +20,8 @@ from hfllm.data.packing import (
     packed_tables,
     seeded_generator,
     token_pieces,
+    windows,
 )
-from hfllm.data.prepared import Prepared, windows
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.perplexity import gzip_bits_per_byte, ngram_bits_per_byte, text_likelihood
 from hfllm.flags import changed

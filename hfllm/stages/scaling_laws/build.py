@@ -21,8 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hfllm.compression.schemes import default_device
 from hfllm.data.loading import load_texts
-from hfllm.data.packing import packed_tables
-from hfllm.data.prepared import Prepared
+from hfllm.data.packing import Prepared, packed_tables
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.emergence import Emergence, Probe, ProbedRun, run_probes
