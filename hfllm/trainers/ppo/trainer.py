@@ -2,7 +2,7 @@
 
 Read top-down: the parts of the trainer, how a rollout is collected (sample, score, penalize, estimate
 advantages), how the loss is computed, and logging and evaluation. The formulas are in `formulas.py`, the
-models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `scoring.py`, saving and resuming in
+models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `rollout.py`, saving and resuming in
 `base_trainer.py`.
 
 A rollout is collected when its first micro-batch is requested; the dataloader repeats the rollout's prompts for each
