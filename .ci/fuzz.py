@@ -172,9 +172,9 @@ def read_source(path: Path) -> int:
 def read_formats(path: Path) -> int:
     """Convert each row by every format; what is no row of one is refused by it."""
     from hfllm.data import formats
+    from hfllm.data.formats import flaw_of, flaw_of_prompt
     from hfllm.data.images.rows import flaw_of_pictures, refuse_images, to_picture_prompts, to_pictures
     from hfllm.data.loading import prompt_key
-    from hfllm.data.rows import flaw_of, flaw_of_prompt
     from hfllm.data.sources import iterate_source
 
     count = 0

@@ -91,7 +91,7 @@ def coverage(names: Sequence[str]) -> None:
     from transformers import AutoModelForCausalLM
 
     from hfllm.data.world.world import World
-    from hfllm.evaluation.judged import judge_tasks
+    from hfllm.evaluation.suites.world_suites import judge_tasks
     from hfllm.outputs.statistics import difference_interval, mean_interval
 
     torch.set_num_threads(1)

@@ -138,10 +138,10 @@ class Ways:
 
     def _add_ours(self, ours: Any, draft: Any, compile: bool) -> None:
         from hfllm.generation import fast_generate
-        from hfllm.generation.packed.fast import recommended_draft
         from hfllm.generation.speculative import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
         from hfllm.generation.speculative.drafts import AdaptiveDraftLength
         from hfllm.generation.speculative.measure import measure_costs
+        from hfllm.generation.speculative.speculative import recommended_draft
 
         # docs/guides/generation.md: a trained draft where there is one, else what fast_generate chooses.
         chosen = "draft model" if draft is not None else "int8 draft" if recommended_draft(ours) else "no draft"

@@ -12,8 +12,8 @@ from ppo import build_tokenizer
 from torch import nn
 
 import hfllm
-from hfllm.generation.packed.fast import fast_generate
 from hfllm.generation.speculative.measure import interleaved
+from hfllm.generation.speculative.speculative import fast_generate
 from hfllm.models.loading.saved import saved_model
 from hfllm.scaling.speed import palm_flops_per_token, utilization
 from hfllm.trainers.ppo import formulas

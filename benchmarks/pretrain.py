@@ -40,7 +40,7 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
 
     import hfllm
     from hfllm.data.packing import IGNORE, pack, token_ids
-    from hfllm.runs.arguments import changed
+    from hfllm.flags import changed
     from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer, Schedule, optimizer_of
 
     special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}

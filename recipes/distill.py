@@ -56,8 +56,8 @@ def main(
 ) -> dict[str, float]:
     """Make what is missing, distill, compare, save, report. Return the metrics."""
     from hfllm.evaluation.before_after import distillation_plots, distillation_summary, gold_tables
+    from hfllm.flags import changed
     from hfllm.outputs.card import chat_lines
-    from hfllm.runs.arguments import changed
     from hfllm.runs.models import named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import distill

@@ -50,8 +50,8 @@ def main(
         connect: reaches organisations on other machines; hfllm/stages/federated/build.py has one.
     """
     from hfllm.federation.rounds import server_optimizer
+    from hfllm.flags import changed
     from hfllm.outputs.card import chat_lines
-    from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage

@@ -14,7 +14,7 @@ from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
 from hfllm.runs.recipes import Recipe
-from hfllm.stages.merge import MergeArguments
+from hfllm.stages.convert import MergeArguments
 
 RECIPE = Recipe(in_one_process=True)
 
@@ -30,7 +30,7 @@ def main(script_args: MergeArguments) -> dict[str, float]:
     """Merge, compare, save, write the report. Return the metrics."""
     from hfllm.outputs.card import loading_lines
     from hfllm.runs.stage import Stage
-    from hfllm.stages.merge import adapter_to_merge, merge_into_base
+    from hfllm.stages.convert import adapter_to_merge, merge_into_base
 
     stage = Stage("merge", script_args)
     stage.check()

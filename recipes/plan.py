@@ -28,10 +28,19 @@ def parse(argv: Sequence[str]) -> tuple[PlanArguments]:
 def main(script_args: PlanArguments) -> dict[str, float]:
     """Plan, write report and launch files. Return the metrics."""
     from hfllm.runs.stage import Stage
-    from hfllm.scaling import plan_report
-    from hfllm.scaling.plan_report import launch_files
     from hfllm.scaling.planner import choose, plan
-    from hfllm.stages.plan import model_shape
+    from hfllm.stages.plan import (
+        launch_files,
+        layout_row,
+        listed,
+        memory_bars,
+        memory_row,
+        metrics,
+        model_shape,
+        next_steps,
+        parameter_rows,
+        write_files,
+    )
 
     # The same folder may be used again: earlier files are overwritten.
     stage = Stage("plan", script_args)
@@ -44,22 +53,20 @@ def main(script_args: PlanArguments) -> dict[str, float]:
     chosen = choose(plans)
     files = launch_files(chosen, request, script_args.output_dir, fields)
     if main_process():
-        plan_report.write_files(script_args.output_dir, files)
+        write_files(script_args.output_dir, files)
 
-    rows = plan_report.listed(plans, chosen, script_args.top)
+    rows = listed(plans, chosen, script_args.top)
     devices = f"{request.num_devices} {request.device.name}"
     return stage.finish(
-        plan_report.metrics(request, plans, chosen),
+        metrics(request, plans, chosen),
         tables={
-            f"{name}: parameters": plan_report.parameter_rows(shape),
-            f"Layouts on {devices} (* chosen, then the fastest)": [
-                plan_report.layout_row(one, one is chosen) for one in rows
-            ],
-            "Memory of each device, GiB": [plan_report.memory_row(one) for one in rows],
+            f"{name}: parameters": parameter_rows(shape),
+            f"Layouts on {devices} (* chosen, then the fastest)": [layout_row(one, one is chosen) for one in rows],
+            "Memory of each device, GiB": [memory_row(one) for one in rows],
         },
-        curves={"memory": plan_report.memory_bars(chosen)} if script_args.plot else {},
+        curves={"memory": memory_bars(chosen)} if script_args.plot else {},
         artifacts={file: file for file in files},
-        next_steps=plan_report.next_steps(chosen, plans, request, script_args.output_dir, script_args.target_days),
+        next_steps=next_steps(chosen, plans, request, script_args.output_dir, script_args.target_days),
     )
 
 

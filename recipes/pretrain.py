@@ -45,9 +45,8 @@ def main(
     from transformers import set_seed
 
     from hfllm.data.loading import load_sources
-    from hfllm.data.prepared import Prepared
-    from hfllm.outputs.figures import plus_minus
-    from hfllm.outputs.report import by_contents
+    from hfllm.data.packing import Prepared
+    from hfllm.outputs.report import by_contents, plus_minus
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
     from hfllm.stages.pretrain import build as pretrain

@@ -42,9 +42,9 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.data.images.rows import words_of_places
     from hfllm.data.sources import WORLD
     from hfllm.flags import check_flags
-    from hfllm.multimodal.freezing import freeze
+    from hfllm.multimodal.composed import freeze
     from hfllm.multimodal.processors import check_template
-    from hfllm.outputs.figures import plus_minus, share_error, with_error
+    from hfllm.outputs.report import plus_minus, share_error, with_error
     from hfllm.runs.models import (
         check_trainable,
         load_policy,

@@ -46,7 +46,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from transformers import set_seed
 
     from hfllm.evaluation import alignment
-    from hfllm.multimodal.freezing import freeze
+    from hfllm.multimodal.composed import freeze
     from hfllm.runs.models import load_value_model, named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared

@@ -39,7 +39,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     """Fine-tune, save, write the report. Return the metrics."""
     from hfllm.data.images.rows import as_dataset, by_turns
     from hfllm.evaluation import before_after
-    from hfllm.runs.arguments import changed
+    from hfllm.flags import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_config, named_model, peft_config
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage

@@ -30,7 +30,7 @@ def main(script_args: TokenizerArguments) -> dict[str, float]:
     from pathlib import Path
 
     from hfllm.data.loading import load_sources
-    from hfllm.data.prepared import Prepared
+    from hfllm.data.packing import Prepared
     from hfllm.outputs.report import Plot, by_contents
     from hfllm.runs.stage import Stage
     from hfllm.stages.pretrain.tokenizer import compression_by_size, make_tokenizer

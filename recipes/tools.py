@@ -42,9 +42,8 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import named_model
     from hfllm.runs.stage import Stage
-    from hfllm.stages.tools.build import ask_models, rows_by_run
+    from hfllm.stages.tools.build import ask_models, report, rows_by_run
     from hfllm.stages.tools.flags import RL, course_of
-    from hfllm.stages.tools.report import report
 
     # Refuse what cannot work before anything is trained.
     check_flags(script_args, model_args)

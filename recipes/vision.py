@@ -36,15 +36,15 @@ def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConf
 def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, judge, save, write the report. Return the metrics."""
     from hfllm.data.images.rows import as_dataset, words_of_places
-    from hfllm.multimodal.freezing import freeze
-    from hfllm.outputs.figures import change_of
-    from hfllm.outputs.pictures import picture_lines
+    from hfllm.multimodal.composed import freeze
+    from hfllm.outputs.card import picture_lines
+    from hfllm.outputs.report import change_of
     from hfllm.runs.models import check_trainable, named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
     from hfllm.stages.vision import build as vision
     from hfllm.stages.vision import flags as vision_flags
-    from hfllm.stages.vision.report import judge_answers
+    from hfllm.stages.vision.build import judge_answers
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import shards_parameters
     from hfllm.trainers.mixins import train

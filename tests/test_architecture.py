@@ -195,16 +195,3 @@ def test_every_module_is_imported_and_has_the_names_that_it_promises():
             continue
         missing += [f"{name}.{each}" for each in getattr(module, "__all__", ()) if not hasattr(module, each)]
     assert not missing
-
-
-def test_measures_of_uncertainty_have_their_names_in_both_rooms():
-    from hfllm.grounding import calibration
-    from hfllm.outputs import statistics
-
-    public = {
-        name
-        for name, value in vars(statistics).items()
-        if getattr(value, "__module__", "") == statistics.__name__ and not name.startswith("_")
-    }
-    assert {*calibration.__all__} <= public
-    assert all(getattr(calibration, name) is getattr(statistics, name) for name in calibration.__all__)

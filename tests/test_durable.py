@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hfllm import durable
+from hfllm.durable import whole_folder
 from hfllm.federation.updates import replace_tensors
-from hfllm.models.loading.folders import whole_folder
 from hfllm.outputs.checkpoints import CHECKSUMS, write_checksums
 from hfllm.outputs.report import write_atomically
 

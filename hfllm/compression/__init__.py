@@ -1,1 +1,1 @@
-"""Compression: quantization schemes, an affine reference, sensitivity."""
+"""Compression: quantization schemes with their sensitivity, and int8 arithmetic."""

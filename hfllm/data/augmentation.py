@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfllm.data.rows import OriginRow
+from hfllm.data.formats import OriginRow
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, check_choice
 from hfllm.flags import flag

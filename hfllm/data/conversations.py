@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.formats import Dropped, Message, origin_of
 from hfllm.data.packing import IGNORE
-from hfllm.data.rows import Dropped, Message, origin_of
 from hfllm.data.tokenizer import template_errors
 from hfllm.errors import InputError, one_line
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.formats import BadRow
 from hfllm.data.packing import IGNORE
-from hfllm.data.rows import BadRow
 from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:

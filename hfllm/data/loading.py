@@ -8,11 +8,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data import formats
-from hfllm.data.formats import renamed
+from hfllm.data.formats import BadRow, Dropped, OriginRow, flaw_of, renamed
 from hfllm.data.images.files import image_key
-from hfllm.data.prepared import Prepared
+from hfllm.data.packing import Prepared
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, check_choice, refuse_if

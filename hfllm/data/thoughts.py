@@ -6,7 +6,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from hfllm.data.rows import Message
+from hfllm.data.formats import Message
 from hfllm.data.tokenizer import THOUGHT_MARKS
 
 OPEN, CLOSE = THOUGHT_MARKS

@@ -8,7 +8,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.rows import Message, is_begun, read_tools
+from hfllm.data.formats import Message, is_begun, read_tools
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hfllm.data.rows import Message
+from hfllm.data.formats import Message
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.environments.tools import Tool, ToolBox, encodable
 from hfllm.errors import InputError, refuse_if

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import thread as pools
 from typing import Any, TypeVar
 
-from hfllm.data.rows import Message
+from hfllm.data.formats import Message
 from hfllm.data.word_index import WordIndex, import_bm25s, words_of
 from hfllm.errors import InputError, one_line, refuse_if
 

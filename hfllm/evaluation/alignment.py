@@ -12,11 +12,20 @@ from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import SAMPLES, SHOWN_SAMPLES, prompt_text
-from hfllm.evaluation.judged import JudgedAnswer, by_group, judge_tasks, mean_gold
 from hfllm.evaluation.suites.refusals import refuses
-from hfllm.evaluation.suites.world_suites import GROUPS
-from hfllm.outputs.figures import change_of, changes, label_of, mean_of, plus_minus, readable, standard_error, verdict
-from hfllm.outputs.report import Plot, plot_history
+from hfllm.evaluation.suites.world_suites import GROUPS, JudgedAnswer, by_group, judge_tasks, mean_gold
+from hfllm.outputs.report import (
+    Plot,
+    change_of,
+    changes,
+    label_of,
+    mean_of,
+    plot_history,
+    plus_minus,
+    readable,
+    standard_error,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

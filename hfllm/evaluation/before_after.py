@@ -9,29 +9,31 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from hfllm.compression.schemes import agreement, greedy_tokens, linear_bytes, speeds, stored_bytes, token_windows
+from hfllm.data.formats import content_text
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import conversation_batch
-from hfllm.data.rows import content_text
 from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import World
-from hfllm.evaluation.judged import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
 from hfllm.evaluation.pictures import Asked, is_right
+from hfllm.evaluation.suites.world_suites import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.generation.responses import sample_responses
 from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random
 from hfllm.models.loading.saved import saved_model
-from hfllm.outputs.figures import (
+from hfllm.outputs.report import (
+    Bars,
+    Plot,
     averaged,
     change_of,
     is_noise,
     mean_of,
+    plot_history,
     plus_minus,
     ratio_error,
     standard_error,
     with_error,
 )
-from hfllm.outputs.report import Bars, Plot, plot_history
 
 if TYPE_CHECKING:
     import torch
@@ -413,7 +415,7 @@ class PictureQuantization(QuantizationEvaluation):
         return torch.cat([_logits(model, answer).argmax(-1).cpu() for answer in self.answers])
 
     def _quality(self, name: str, model: "PreTrainedModel") -> dict[str, float]:
-        from hfllm.multimodal.answers import answer_pictures
+        from hfllm.evaluation.pictures import answer_pictures
 
         prompts, images = [each.prompt for each in self.questions], [each.images for each in self.questions]
         responses = answer_pictures(model, self.processor, prompts, images, self.response_length, BATCH_SIZE)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from hfllm.data.labelled import SPANS, TEXT, WORDS, Row
-from hfllm.outputs.figures import mean_of, share_error, with_error
+from hfllm.outputs.report import mean_of, share_error, with_error
 
 if TYPE_CHECKING:
     import torch

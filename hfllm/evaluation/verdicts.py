@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from hfllm.data.rows import counted
+from hfllm.data.formats import counted
 from hfllm.errors import InputError
 from hfllm.outputs.statistics import Interval, clustered_interval, difference_interval, holm, paired_p_value
 from hfllm.runs.command_line import main_process

@@ -9,6 +9,6 @@ def __getattr__(name: str) -> Any:
     # Imported on demand: the formulas need no model code.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hfllm.generation.packed.fast import fast_generate
+    from hfllm.generation.speculative.speculative import fast_generate
 
     return fast_generate

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from hfllm.data.formats import as_completion
-from hfllm.data.rows import split_beginning
+from hfllm.data.formats import as_completion, split_beginning
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.errors import InputError, check_positive
@@ -97,8 +96,8 @@ def sample_with_ends(
     """
     import torch
 
-    from hfllm.generation.packed.fast import fast_generate
     from hfllm.generation.scoring import evaluating
+    from hfllm.generation.speculative.speculative import fast_generate
     from hfllm.models.devices import forked_random
 
     ends = sorted(end_tokens(tokenizer, model))

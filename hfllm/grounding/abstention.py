@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hfllm.errors import InputError, check_positive, refuse_if
-from hfllm.outputs.figures import standard_error
-from hfllm.outputs.report import write_atomically
+from hfllm.outputs.report import standard_error, write_atomically
 from hfllm.outputs.statistics import as_numbers, as_pairs, check_share
 
 # ---- the abstainer ----

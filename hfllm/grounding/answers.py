@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
+from hfllm.data.formats import Message
 from hfllm.data.passages import citations_of, with_passages, without_citations
-from hfllm.data.rows import Message
 from hfllm.data.tokenizer import end_tokens, plain_text, tokenize_prompts
 from hfllm.errors import InputError, refuse_if
 from hfllm.generation.responses import Response, sample_with_ends

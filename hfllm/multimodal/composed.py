@@ -1,4 +1,4 @@
-"""Give a text model image or audio input: a vision or an audio tower and a projector in front of its decoder.
+"""Give a text model image or audio input, by a tower and a projector before its decoder, and freeze some of these.
 
 The classes are transformers' own, with the text model inside. A model of ours gets `HfllmForConditionalGeneration`,
 Llava's class with our losses; the other layouts compute logits and losses by themselves, so a text model with a head
@@ -6,10 +6,13 @@ unsupported by them is refused there.
 """
 
 import warnings
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError, one_line, refuse_if
+from torch import nn
+
+from hfllm.errors import InputError, one_line, refuse, refuse_if
 from hfllm.models.conversion.convert import refuse_other_table
 from hfllm.models.conversion.tensor_layouts import with_prefix
 from hfllm.models.devices import built_whole
@@ -18,7 +21,7 @@ from hfllm.models.family.configuration_hfllm_vision import HfllmVisionConfig, co
 from hfllm.models.loading.saved import refuse_quantized
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Computed only by our own composed class: fields of the head with their neutral values.
@@ -305,3 +308,73 @@ def _loaded(
     lost = sorted({*report["unexpected_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
     refuse_if(lost, f"{model_class.__name__} has no place for {len(lost)} tensors: {', '.join(lost[:3])}")
     return model.eval()
+
+
+# ---- which parts learn: the tower or the decoder frozen, the projector always trained ----
+
+
+def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
+    """Freeze the tower, or the decoder with its head; the parts between them are always trained.
+
+    Args:
+        vision: whether the tower stays as it is.
+        text: whether the decoder does.
+    """
+    for flag, is_frozen in (("--freeze_vision", vision), ("--freeze_text", text)):
+        is_idle = is_frozen and hasattr(model, "peft_config")
+        refuse(is_idle, flag, "the model is an adapter, below which all weights are frozen")
+    if not (vision or text):
+        return
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    of_text = [decoder, *([] if head is None else [head])]
+    if text:
+        for part in of_text:
+            part.requires_grad_(False)
+    if vision:
+        tower, width = _tower_of(model), model.get_input_embeddings().weight.shape[-1]
+        inside = [] if _has_more(model.base_model, [tower, *of_text]) else _inner_projector(tower, width)
+        tower.requires_grad_(False)
+        for part in inside:
+            part.requires_grad_(True)
+    if vision and text and not _has_more(model, of_text, only_learned=True):
+        raise InputError(
+            f"--freeze_vision and --freeze_text: of a {type(model).__name__} nothing is left to learn, since it has "
+            "no projector between tower and decoder: give one of them"
+        )
+
+
+def _has_more(model: nn.Module, parts: Sequence[nn.Module], only_learned: bool = False) -> bool:
+    """Return whether a model has weights, or trainable weights, besides the weights of some parts."""
+    part_ids = {id(weight) for part in parts for weight in part.parameters()}
+    return any(
+        id(weight) not in part_ids and (weight.requires_grad or not only_learned) for weight in model.parameters()
+    )
+
+
+def _inner_projector(tower: nn.Module, width: int) -> list[nn.Module]:
+    """Return the parts of a tower projecting to the decoder, such as Qwen2-VL's merger; none for most towers.
+
+    These are the parts after the stack of layers with a linear layer or a convolution onto the decoder's width:
+    transformers' classes without a projector outside of the tower register them so.
+
+    Args:
+        width: of the decoder's embeddings.
+    """
+    parts = list(tower.children())
+    stack = next((index for index, part in enumerate(parts) if isinstance(part, nn.ModuleList)), len(parts))
+
+    def projects(part: nn.Module) -> bool:
+        return any(
+            isinstance(each, nn.Linear | nn.Conv2d) and each.weight.shape[0] == width for each in part.modules()
+        )
+
+    return [part for part in parts[stack + 1 :] if projects(part)]
+
+
+def _tower_of(model: "PreTrainedModel") -> nn.Module:
+    """Return the vision tower of a composed model."""
+    # Without a tower it returns the model itself, or its base.
+    result = model.base_model.get_encoder(modality="image")
+    if result is model or result is model.base_model:
+        raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
+    return result

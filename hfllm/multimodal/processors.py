@@ -9,9 +9,9 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from hfllm.data.formats import Message, content_text, counted, is_begun, origin_of, read_tools, spells
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import words_of_places
-from hfllm.data.rows import Message, content_text, counted, is_begun, origin_of, read_tools, spells
 from hfllm.data.tokenizer import text_of_macro
 from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.family.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches

@@ -626,6 +626,27 @@ def speculative_lines(model: str, draft: str) -> list[str]:
     ]
 
 
+def picture_lines(folder: str, is_adapter: bool = False) -> list[str]:
+    """Return the lines of Python to load the vision-language model in `folder` and ask it about an image.
+
+    Args:
+        is_adapter: whether the model is an adapter, to be loaded on its base.
+    """
+    if is_adapter:
+        return [
+            "import hfllm",
+            "from transformers import AutoModelForImageTextToText",
+            f"model = AutoModelForImageTextToText.from_pretrained({folder!r})",
+        ]
+    return [
+        "import hfllm",
+        "from transformers import pipeline",
+        f"look = pipeline('image-text-to-text', {folder!r})",
+        "question = [{'type': 'image', 'url': 'picture.png'}, {'type': 'text', 'text': 'What color is the square?'}]",
+        "print(look(text=[{'role': 'user', 'content': question}], max_new_tokens=8, return_full_text=False))",
+    ]
+
+
 # ---- names ----
 # Names of users' models, data and folders in Markdown: they stay unchanged, whatever their characters.
 

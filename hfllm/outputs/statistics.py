@@ -13,8 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 from hfllm.errors import InputError, check_positive, refuse_if
-from hfllm.outputs.figures import ratio_error, standard_error
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Plot, ratio_error, standard_error
 
 # ---- uncertainty and truth ----
 

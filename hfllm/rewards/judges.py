@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hfllm.data.formats import as_messages
-from hfllm.data.rows import Message
+from hfllm.data.formats import Message, as_messages
 from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_prompts, writes_as_ours
 from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds
 from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of
-from hfllm.outputs.figures import share_error, standard_error
+from hfllm.outputs.report import share_error, standard_error
 from hfllm.rewards.functions import completion_text
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfllm.data.formats import Message, read_tools, unspelled, words_of
 from hfllm.data.images.rows import conversation_batch, words_of_places
-from hfllm.data.rows import Message, read_tools, unspelled, words_of
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.generation.scoring import batches_of_like_length, pass_precision

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.tokenizer import padding_token, plain_chat_template
+from hfllm.durable import temporary_folder, whole_folder
 from hfllm.errors import InputError, is_out_of_memory, one_line, refuse
+from hfllm.flags import changed
 from hfllm.models.conversion.convert import BAD_CONFIG, check_empty, config_from_native
 from hfllm.models.family.attention_hfllm import check_implementation
 from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, ExpertFields, LatentFields
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.loading.adapters import BASE_FOLDER, HEADS, find_adapter, load_base, put_on, put_under_head
-from hfllm.models.loading.folders import temporary_folder, whole_folder
 from hfllm.models.loading.saved import (
     check_vocabulary,
     empty_model,
@@ -30,7 +31,6 @@ from hfllm.models.loading.saved import (
 from hfllm.models.loading.weights import check_weight_files
 from hfllm.outputs.files import MERGED_FROM, read_json
 from hfllm.outputs.report import REPORT_FILE
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import main_process, say, say_once
 
 if TYPE_CHECKING:

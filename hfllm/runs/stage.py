@@ -13,7 +13,7 @@ from hfllm.data.loading import DataArguments
 from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import FORM, file_fingerprint
-from hfllm.flags import given_names
+from hfllm.flags import changed, given_names, without_nested_secrets
 from hfllm.outputs.card import START, is_written, lineage, write_card
 from hfllm.outputs.checkpoints import (
     STATE_FILE,
@@ -26,7 +26,6 @@ from hfllm.outputs.checkpoints import (
     record_of,
     state_of,
 )
-from hfllm.outputs.figures import Promise, broken_promises, figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.hub import Repository, repository_of
 from hfllm.outputs.ownership import (
@@ -37,9 +36,19 @@ from hfllm.outputs.ownership import (
     refuse_foreign_files,
     write_record,
 )
-from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Plot, Report, given_flags, plot_history
+from hfllm.outputs.report import (
+    CHANGED,
+    CONTENTS,
+    Bars,
+    Plot,
+    Promise,
+    Report,
+    broken_promises,
+    figure_tables,
+    given_flags,
+    plot_history,
+)
 from hfllm.runs import schedule
-from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.runs.command_line import main_process
 from hfllm.runs.identity import data_files, difference, finished_run, model_files, run_arguments, run_identity
 from hfllm.runs.lock import join, lock, owner_of, release

@@ -215,6 +215,14 @@ class KaplanLaw:
 KAPLAN = KaplanLaw()
 
 
+def formula(law: ParametricLaw | KaplanLaw) -> str:
+    """Return the law as a formula."""
+    if isinstance(law, KaplanLaw):
+        power = law.alpha_N / law.alpha_D
+        return f"(({law.N_c:.4g} / N)^{power:.4g} + {law.D_c:.4g} / D)^{law.alpha_D:.4g}"
+    return f"{law.E:.4g} + {law.A:.4g} / N^{law.alpha:.4g} + {law.B:.4g} / D^{law.beta:.4g}"
+
+
 @dataclass(frozen=True)
 class DataConstrainedLaw:
     """Muennighoff et al. 2023, arXiv:2305.16264, equation 6: repeated tokens and excess parameters are worth less.

@@ -14,8 +14,7 @@ from hfllm.evaluation.classification import bag_of_words, majority
 from hfllm.flags import ALWAYS, NAMED, Clashes, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.generation import spans
 from hfllm.generation.spans import best_spans
-from hfllm.outputs.figures import plus_minus
-from hfllm.outputs.report import Bars, Found
+from hfllm.outputs.report import Bars, Found, plus_minus
 from hfllm.runs.command_line import say
 from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments

@@ -6,8 +6,8 @@ from typing import Any
 
 from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError, refuse_if
+from hfllm.flags import changed
 from hfllm.models.devices import forked_random
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.runs.models import load_value_model, named_model
 from hfllm.runs.pipeline import Course, Parsed, Row

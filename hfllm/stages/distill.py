@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import ON_WORLD, InstructionArguments
 from hfllm.data.sources import WORLD
-from hfllm.flags import NAMED, POSITIVE, SHARE, UNNAMED, Clashes, Fact, Refused, at_least, flag
-from hfllm.runs.arguments import changed
+from hfllm.flags import NAMED, POSITIVE, SHARE, UNNAMED, Clashes, Fact, Refused, at_least, changed, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.runs.recipes import settings_file

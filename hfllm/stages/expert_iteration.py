@@ -8,19 +8,28 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfllm.data.formats import as_completion
+from hfllm.data.formats import as_completion, split_beginning
 from hfllm.data.loading import RowArguments
-from hfllm.data.rows import split_beginning
 from hfllm.data.sources import WORLD
 from hfllm.data.thoughts import thinking_message
 from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import file_fingerprint, fingerprint
-from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Clashes, Refused, at_least, flag
+from hfllm.flags import (
+    NAMED,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    UNNAMED,
+    Clashes,
+    Refused,
+    at_least,
+    flag,
+    flags_for_all,
+    flags_of_adapter,
+)
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.figures import Promise, change_of, is_noise, plus_minus
-from hfllm.outputs.report import Found, Plot, write_atomically
+from hfllm.outputs.report import Found, Plot, Promise, change_of, is_noise, plus_minus, write_atomically
 from hfllm.runs import pipeline
-from hfllm.runs.arguments import flags_for_all, flags_of_adapter
 from hfllm.runs.command_line import say
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.identity import model_files

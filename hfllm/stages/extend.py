@@ -13,10 +13,8 @@ from hfllm.data.world.tasks import filler_documents, long_documents
 from hfllm.data.world.world import World
 from hfllm.errors import refuse_if
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
-from hfllm.flags import ABOVE_ONE, ALWAYS, NAMED, Clashes, Fact, Refused, at_least, flag
-from hfllm.outputs.figures import change_of, mean_of
-from hfllm.outputs.report import Found, Plot
-from hfllm.runs.arguments import changed
+from hfllm.flags import ABOVE_ONE, ALWAYS, NAMED, Clashes, Fact, Refused, at_least, changed, flag
+from hfllm.outputs.report import Found, Plot, change_of, mean_of
 from hfllm.runs.command_line import say
 from hfllm.runs.pipeline import by_main_process, write_rows
 from hfllm.runs.recipes import settings_file

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from trl import ModelConfig
 
-    from hfllm.compression.schemes import Scheme
-    from hfllm.compression.sensitivity import PartRow
+    from hfllm.compression.schemes import PartRow, Scheme
     from hfllm.data.world.world import World
     from hfllm.evaluation.before_after import QuantizationEvaluation, SchemeRow
     from hfllm.evaluation.pictures import Asked
@@ -43,7 +42,7 @@ LOADING = (
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 )
-# The parts of a model to quantize one at a time, as in hfllm.compression.sensitivity, which is slow to import.
+# The parts of a model to quantize one at a time, as in hfllm.compression.schemes, which is slow to import.
 PARTS = ("linear", "layer", "kind")
 PLOTTED_PARTS = 30
 READS_TEXT = Fact(lambda flags: flags.sees is False, "the model reads text alone")
@@ -352,7 +351,7 @@ def sensitivity_by_part(
         parts: these ways, or none alone.
         num_texts: texts for the loss.
     """
-    from hfllm.compression.sensitivity import sensitivity
+    from hfllm.compression.schemes import sensitivity
 
     if list(parts) == [NO_NAME]:
         return {}
@@ -389,7 +388,7 @@ def quantization_tables(
 
 def sensitivity_bars(swept: "Mapping[str, list[PartRow]]") -> dict[str, Bars]:
     """Return the plots of the worst parts, for every way to divide the model."""
-    from hfllm.compression.sensitivity import changes_by_part
+    from hfllm.compression.schemes import changes_by_part
 
     changes = {by: changes_by_part(parts[:PLOTTED_PARTS]) for by, parts in swept.items()}
     return {

@@ -9,8 +9,7 @@ from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, ImageReading, PictureArguments, without_images
 from hfllm.data.loading import ON_WORLD, RowArguments, RowSources
 from hfllm.errors import InputError, refuse_if
-from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, flag
-from hfllm.runs.arguments import changed
+from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, changed, flag
 from hfllm.runs.command_line import say
 from hfllm.stages.shared import (
     NOT_CUT,
@@ -272,7 +271,7 @@ def other_pictures_accuracy(trainer: "PictureRewardTrainer", eval_rows: Rows, ma
     """
     from hfllm.data.images.rows import as_dataset
     from hfllm.evaluation.pictures import other_places
-    from hfllm.outputs.figures import mean_of
+    from hfllm.outputs.report import mean_of
 
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return {}
@@ -291,7 +290,7 @@ def other_pictures_accuracy(trainer: "PictureRewardTrainer", eval_rows: Rows, ma
 
 def other_pictures_summary(metrics: Mapping[str, Any]) -> str:
     """Return the result of `other_pictures_accuracy` in words; an empty string if it was not measured."""
-    from hfllm.outputs.figures import plus_minus
+    from hfllm.outputs.report import plus_minus
 
     name = "other_pictures_accuracy"
     if name not in metrics:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.formats import Row
+from hfllm.data.formats import Dropped, Message, Row, flaw_of, origin_of
 from hfllm.data.images.rows import (
     Convert,
     ImageReading,
@@ -23,12 +23,9 @@ from hfllm.data.images.rows import (
 )
 from hfllm.data.loading import DataArguments, RowSource, RowSources, load_rows, shared_prompts, split_rows
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.rows import Dropped, Message, flaw_of, origin_of
 from hfllm.errors import InputError, refuse, refuse_if
-from hfllm.flags import Fact, check_flags
-from hfllm.outputs.figures import plus_minus
-from hfllm.outputs.report import Plot
-from hfllm.runs.arguments import changed
+from hfllm.flags import Fact, changed, check_flags
+from hfllm.outputs.report import Plot, plus_minus
 from hfllm.runs.command_line import say
 
 if TYPE_CHECKING:
@@ -359,7 +356,7 @@ def load_picture_model(
         freeze_text: whether the decoder does.
     """
     from hfllm.models.loading.saved import reason_of
-    from hfllm.multimodal.freezing import freeze
+    from hfllm.multimodal.composed import freeze
 
     processor = picture_processor(model.name, model.revision)
     try:
@@ -448,8 +445,7 @@ def next_lines(folder: str, prompt: str | list[Message], config: "PreTrainedConf
         is_adapter: whether an adapter is saved.
     """
     from hfllm.models.loading.saved import is_for_pictures
-    from hfllm.outputs.card import chat_lines
-    from hfllm.outputs.pictures import picture_lines
+    from hfllm.outputs.card import chat_lines, picture_lines
 
     return picture_lines(folder, is_adapter) if is_for_pictures(config) else chat_lines(folder, prompt)
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data import formats
 from hfllm.data.augmentation import WORLD_TRAINING, AddedTexts, in_another_form
-from hfllm.data.formats import as_completion
-from hfllm.data.rows import split_beginning
+from hfllm.data.formats import as_completion, split_beginning
 from hfllm.data.sources import Source
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.data.world.demonstrators import preference_rows

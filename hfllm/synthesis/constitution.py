@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hfllm.data.rows import Message, read_messages
+from hfllm.data.formats import Message, read_messages
 from hfllm.errors import InputError, refuse_if
 from hfllm.runs.parser import no_duplicates
 

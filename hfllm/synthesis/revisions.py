@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hfllm.data.formats import as_messages
-from hfllm.data.rows import Message, read_messages
+from hfllm.data.formats import Message, as_messages, read_messages
 from hfllm.data.tokenizer import next_turn, to_prompt, tokenize_prompts
 from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation import responses

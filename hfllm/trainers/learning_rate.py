@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from hfllm.errors import refuse_if
-from hfllm.flags import flag
-from hfllm.runs.arguments import changed
+from hfllm.flags import changed, flag
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

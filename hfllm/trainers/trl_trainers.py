@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from hfllm.data.images.rows import conversation_batch
 from hfllm.data.packing import IGNORE
 from hfllm.data.world.pictures import PictureRow
+from hfllm.flags import changed
 from hfllm.generation.scoring import evaluating
-from hfllm.runs.arguments import changed
 from hfllm.trainers.mixins import ROW_LENGTHS, EachRowOnce, TokenMeanEvaluation
 
 # ---- TRL's trainers ----

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hfllm.compression import affine
+from hfllm.compression import int8
 from hfllm.errors import InputError
 
 
@@ -26,11 +26,11 @@ def naive(rows, bits, symmetric):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("granularity", affine.GRANULARITIES)
+@pytest.mark.parametrize("granularity", int8.GRANULARITIES)
 def test_the_reference_is_what_loops_compute(granularity, bits, symmetric):
     matrix = normal(6, 24) + 0.3
     size = 8 if granularity == "group" else None
-    read_back = affine.quantize(matrix, bits, symmetric, granularity, size).dequantize()
+    read_back = int8.quantize(matrix, bits, symmetric, granularity, size).dequantize()
     shared = {"tensor": matrix.reshape(1, -1), "channel": matrix, "group": matrix.reshape(-1, 8)}[granularity]
     expected = torch.tensor(list(naive(shared.tolist(), bits, symmetric))).reshape(6, 24)
     torch.testing.assert_close(read_back, expected, atol=1e-6, rtol=1e-6)
@@ -38,13 +38,13 @@ def test_the_reference_is_what_loops_compute(granularity, bits, symmetric):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("granularity", affine.GRANULARITIES)
+@pytest.mark.parametrize("granularity", int8.GRANULARITIES)
 def test_no_entry_is_off_by_more_than_half_a_step(granularity, symmetric, seed):
     matrix = normal(8, 32, seed=seed) * 10.0 ** normal(8, 1, seed=seed + 50)
     matrix[2] = 0
     matrix[3] = matrix[3].abs()
     size = 16 if granularity == "group" else None
-    stored = affine.quantize(matrix, 8, symmetric, granularity, size)
+    stored = int8.quantize(matrix, 8, symmetric, granularity, size)
     off = (stored.dequantize() - matrix).abs()
     # A rounded zero point moves the ends of an asymmetric range by up to half a step more.
     slack = 1 if symmetric else 2
@@ -56,11 +56,11 @@ def test_no_entry_is_off_by_more_than_half_a_step(granularity, symmetric, seed):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("granularity", affine.GRANULARITIES)
+@pytest.mark.parametrize("granularity", int8.GRANULARITIES)
 def test_the_bound_on_errors_is_half_a_step_and_is_reached(granularity, symmetric, bits):
     # Values close together from end to end of a range around 0, another range for each group.
     matrix = torch.linspace(-1, 1, 250).repeat(4, 2) * torch.logspace(-1, 1, 8).repeat_interleave(250).view(4, 500)
-    stored = affine.quantize(matrix, bits, symmetric, granularity, 250 if granularity == "group" else None)
+    stored = int8.quantize(matrix, bits, symmetric, granularity, 250 if granularity == "group" else None)
     parts = matrix, stored.largest_error(), (stored.dequantize() - matrix).abs(), stored.values_OI
     groups = {"tensor": 1, "channel": 4, "group": 8}[granularity]
     values, bound, off, integers = (part.reshape(groups, -1) for part in parts)
@@ -75,14 +75,14 @@ def test_the_bound_on_errors_is_half_a_step_and_is_reached(granularity, symmetri
 
 def test_kept_columns_have_no_error_to_bound():
     kept = torch.tensor([1, 6])
-    bound = affine.quantize(normal(4, 8), keep_columns=kept).largest_error()
+    bound = int8.quantize(normal(4, 8), keep_columns=kept).largest_error()
     assert bound[:, kept].eq(0).all() and (bound.gt(0).sum() == 4 * 6)
 
 
 def test_a_finer_scale_errs_less_and_costs_more():
     matrix = normal(32, 128) * torch.logspace(-1, 1, 32)[:, None] * torch.logspace(-0.5, 0.5, 128)
     ways = [("tensor", None), ("channel", None), ("group", 32)]
-    stored = [affine.quantize(matrix, 4, True, *way) for way in ways]
+    stored = [int8.quantize(matrix, 4, True, *way) for way in ways]
     errors = [(each.dequantize() - matrix).norm().item() for each in stored]
     assert errors == sorted(errors, reverse=True)
     assert [each.nbytes for each in stored] == [2048 + 4 * scales for scales in (1, 32, 128)]
@@ -90,32 +90,32 @@ def test_a_finer_scale_errs_less_and_costs_more():
 
 def test_one_sided_ranges_gain_a_bit_by_a_zero_point():
     matrix = normal(16, 64).abs()
-    errors = [(affine.quantize(matrix, 8, way).dequantize() - matrix).norm() for way in (True, False)]
+    errors = [(int8.quantize(matrix, 8, way).dequantize() - matrix).norm() for way in (True, False)]
     assert errors[1] < 0.6 * errors[0]
 
 
 def test_kept_columns_come_back_as_they_were():
-    matrix = affine.plant_outliers(normal(16, 64), torch.tensor([5, 40]), sigmas=20)
-    stored = affine.quantize(matrix, keep_columns=affine.outlier_columns(matrix, 6))
+    matrix = int8.plant_outliers(normal(16, 64), torch.tensor([5, 40]), sigmas=20)
+    stored = int8.quantize(matrix, keep_columns=int8.outlier_columns(matrix, 6))
     assert stored.float_columns.tolist() == [5, 40]
     assert torch.equal(stored.dequantize()[:, [5, 40]], matrix[:, [5, 40]])
-    assert (stored.dequantize() - matrix).norm() < 0.3 * (affine.quantize(matrix).dequantize() - matrix).norm()
+    assert (stored.dequantize() - matrix).norm() < 0.3 * (int8.quantize(matrix).dequantize() - matrix).norm()
     assert stored.nbytes == 16 * 62 + 16 * 4 + 2 * (16 * 4 + 4)
 
 
 def test_the_integer_product_is_exact():
     left = torch.full((3, 4096), -127, dtype=torch.int8)
-    assert torch.equal(affine.int8_matmul(left, left), torch.full((3, 3), 127 * 127 * 4096, dtype=torch.int32))
+    assert torch.equal(int8.int8_matmul(left, left), torch.full((3, 3), 127 * 127 * 4096, dtype=torch.int32))
     left, right = (torch.randint(-127, 128, (5, 64), dtype=torch.int8) for _ in range(2))
     expected = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in right.tolist()] for x in left.tolist()]
-    assert affine.int8_matmul(left, right).tolist() == expected
+    assert int8.int8_matmul(left, right).tolist() == expected
 
 
 def test_no_sum_of_the_integer_product_is_rounded():
     """Sums from 2^24 on, which float32 holds no longer to the unit."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randint(90, 128, (8, 4096), dtype=torch.int8, generator=generator) for _ in range(2))
-    product = affine.int8_matmul(left, right)
+    product = int8.int8_matmul(left, right)
     assert product.dtype == torch.int32 and product.min() > 2**24
     assert torch.equal(product.long(), (left.long().unsqueeze(1) * right.long()).sum(-1))
     # A product in float32 would have lost some of them.
@@ -124,7 +124,7 @@ def test_no_sum_of_the_integer_product_is_rounded():
 
 def error_of(tokens, weight, **options):
     exact = tokens @ weight.T
-    return ((affine.vectorwise_linear(tokens, weight, **options) - exact).norm() / exact.norm()).item()
+    return ((int8.vectorwise_linear(tokens, weight, **options) - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("sigmas", [6, 12, 25, 60])
@@ -132,7 +132,7 @@ def error_of(tokens, weight, **options):
 def test_splitting_outliers_off_lowers_the_error(sigmas, seed):
     """Of what the ordinary features say; the outliers themselves would drown it in the whole product's norm."""
     columns = torch.tensor([3, 77])
-    tokens = affine.plant_outliers(normal(64, 256, seed=seed), columns, sigmas * 1.01)
+    tokens = int8.plant_outliers(normal(64, 256, seed=seed), columns, sigmas * 1.01)
     weight = normal(32, 256, seed=seed + 9) * 0.05
     weight[:, columns] = 0
     split = error_of(tokens, weight, threshold=6)
@@ -140,7 +140,7 @@ def test_splitting_outliers_off_lowers_the_error(sigmas, seed):
     whole = error_of(tokens, weight, threshold=0)
     # The scale of a token grows from about 2.8 sigma to the outlier's size, and the rounding error with it.
     assert whole / split > 0.6 * sigmas / 2.8
-    assert affine.outlier_columns(tokens, 6).tolist() == columns.tolist()
+    assert int8.outlier_columns(tokens, 6).tolist() == columns.tolist()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -149,27 +149,27 @@ def test_a_feature_that_just_reaches_the_threshold_is_an_outlier(sign):
     tokens, weight = normal(4, 32).clamp(-2, 2), normal(8, 32)
     tokens[1, 5] = sign * 6.0
     tokens[2, 9] = torch.nextafter(torch.tensor(sign * 6.0), torch.tensor(0.0))
-    assert affine.outlier_columns(tokens, 6).tolist() == [5]
+    assert int8.outlier_columns(tokens, 6).tolist() == [5]
     ordinary = tokens.clone()
     ordinary[:, 5] = 0
-    weight_read = affine.quantize(weight).dequantize()
+    weight_read = int8.quantize(weight).dequantize()
     # Column by column as the others; the ordinary entries of an outlier's column count in their tokens' scales.
     scale = tokens.abs().amax(1, keepdim=True)
     scale[1] = ordinary[1].abs().max()
     read = (ordinary * 127 / scale).round() * scale / 127
     expected = read @ weight_read.T + tokens[:, [5]] * weight_read[:, 5]
-    torch.testing.assert_close(affine.vectorwise_linear(tokens, weight, threshold=6), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(int8.vectorwise_linear(tokens, weight, threshold=6), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_without_outliers_splitting_changes_nothing():
     tokens, weight = normal(16, 64).clamp(-5, 5), normal(8, 64)
     assert torch.equal(
-        affine.vectorwise_linear(tokens, weight, threshold=6), affine.vectorwise_linear(tokens, weight, threshold=0)
+        int8.vectorwise_linear(tokens, weight, threshold=6), int8.vectorwise_linear(tokens, weight, threshold=0)
     )
 
 
 def test_the_exact_weights_of_the_paper_err_less_than_those_read_back():
-    tokens, weight = affine.plant_outliers(normal(64, 128), torch.tensor([7]), 60), normal(32, 128)
+    tokens, weight = int8.plant_outliers(normal(64, 128), torch.tensor([7]), 60), normal(32, 128)
     assert error_of(tokens, weight, exact_outlier_weights=True) < 0.5 * error_of(tokens, weight)
 
 
@@ -185,9 +185,9 @@ def test_the_exact_weights_of_the_paper_err_less_than_those_read_back():
 )
 def test_settings_that_make_no_sense(options, expected):
     with pytest.raises(InputError, match=expected):
-        affine.quantize(normal(4, 24), **options)
+        int8.quantize(normal(4, 24), **options)
     with pytest.raises(InputError, match="a matrix is quantized, got 1"):
-        affine.quantize(normal(4))
+        int8.quantize(normal(4))
 
 
 # ---- the libraries ----
@@ -204,18 +204,18 @@ def bitsandbytes_layer(weight, threshold):
 @pytest.mark.parametrize("sigmas", [1, 8, 40])
 def test_bitsandbytes_int8_is_the_reference(threshold, sigmas):
     # Halves: bitsandbytes rounds weights and inputs to float16 before it quantizes.
-    tokens = affine.plant_outliers(normal(12, 64), torch.tensor([9]), sigmas).half().float()
+    tokens = int8.plant_outliers(normal(12, 64), torch.tensor([9]), sigmas).half().float()
     weight = (normal(16, 64, seed=1) * 0.1).half().float()
     layer = bitsandbytes_layer(weight, threshold)
     with torch.no_grad():
         output = layer(tokens)
-    stored = affine.quantize(weight)
+    stored = int8.quantize(weight)
     assert torch.equal(layer.state.CB, stored.values_OI)
     torch.testing.assert_close(layer.state.SCB / 127, stored.scale.flatten())
-    expected = affine.vectorwise_linear(tokens, weight, threshold=threshold)
+    expected = int8.vectorwise_linear(tokens, weight, threshold=threshold)
     torch.testing.assert_close(output, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
     if threshold and sigmas >= 8:
-        assert layer.state.idx.tolist() == affine.outlier_columns(tokens, threshold).tolist()
+        assert layer.state.idx.tolist() == int8.outlier_columns(tokens, threshold).tolist()
 
 
 def test_bitsandbytes_splits_off_what_just_reaches_the_threshold():
@@ -224,8 +224,8 @@ def test_bitsandbytes_splits_off_what_just_reaches_the_threshold():
     layer = bitsandbytes_layer(weight, 6.0)
     with torch.no_grad():
         output = layer(tokens)
-    assert layer.state.idx.tolist() == affine.outlier_columns(tokens, 6).tolist() == [9, 40]
-    expected = affine.vectorwise_linear(tokens, weight, threshold=6)
+    assert layer.state.idx.tolist() == int8.outlier_columns(tokens, 6).tolist() == [9, 40]
+    expected = int8.vectorwise_linear(tokens, weight, threshold=6)
     torch.testing.assert_close(output, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
 
 
@@ -241,7 +241,7 @@ def test_torch_dynamic_weights_are_the_reference(granularity):
     layer = torch.nn.Linear(48, 20, bias=False)
     qconfig = {"tensor": default_dynamic_qconfig, "channel": per_channel_dynamic_qconfig}[granularity]
     stored = quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear: qconfig})[0].weight()
-    ours = affine.quantize(layer.weight.detach(), granularity=granularity)
+    ours = int8.quantize(layer.weight.detach(), granularity=granularity)
     # torch spreads the same magnitude over 127.5 steps to either side, so that -128 has a use.
     scale = stored.q_scale() if granularity == "tensor" else stored.q_per_channel_scales().float()
     torch.testing.assert_close(

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, SiglipVisionConfig
 
 import hfllm
-from hfllm.compression import affine, schemes
+from hfllm.compression import int8, schemes
 from hfllm.compression.int8 import METHOD, DynamicInt8Linear
 from hfllm.errors import InputError
 
@@ -116,8 +116,8 @@ def test_the_dynamic_layer_is_the_reference(bias):
     layer = DynamicInt8Linear.from_linear(linear)
     with torch.no_grad():
         output = layer(tokens)
-    assert schemes.stored_bytes(layer) == affine.quantize(linear.weight.detach()).nbytes + 24 * 4 * bias
-    expected = affine.vectorwise_linear(tokens.reshape(14, 48), linear.weight, linear.bias, threshold=0)
+    assert schemes.stored_bytes(layer) == int8.quantize(linear.weight.detach()).nbytes + 24 * 4 * bias
+    expected = int8.vectorwise_linear(tokens.reshape(14, 48), linear.weight, linear.bias, threshold=0)
     torch.testing.assert_close(output, expected.detach().reshape(2, 7, 24), rtol=1e-5, atol=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_the_dynamic_layer_lets_gradients_through_and_says_so_in_training():
     layer = DynamicInt8Linear.from_linear(linear)
     inputs = torch.randn(3, 16, requires_grad=True)
     layer(inputs).sum().backward()
-    read_back = affine.quantize(linear.weight.detach()).dequantize()
+    read_back = int8.quantize(linear.weight.detach()).dequantize()
     torch.testing.assert_close(inputs.grad, read_back.sum(0).expand(3, 16))
     trained = layer.train()(inputs.detach())
     torch.testing.assert_close(trained, torch.nn.functional.linear(inputs, read_back, linear.bias))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hfllm.compression import schemes
-from hfllm.compression.sensitivity import changes_by_part, group_linears, quantized_in_place, sensitivity, split_name
+from hfllm.compression.schemes import changes_by_part, group_linears, quantized_in_place, sensitivity, split_name
 from hfllm.errors import InputError
 
 IDS = torch.arange(2, 66).reshape(2, 32)

@@ -15,8 +15,8 @@ from hfllm.data.augmentation import (
     begun_prompts,
 )
 from hfllm.data.conversations import Conversations
+from hfllm.data.formats import OriginRow, origin_of
 from hfllm.data.packing import IGNORE
-from hfllm.data.rows import OriginRow, origin_of
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.documents import in_form
 from hfllm.data.world.world import World

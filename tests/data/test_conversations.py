@@ -8,8 +8,8 @@ import pytest
 
 from hfllm.data import formats
 from hfllm.data.conversations import DIFFERENT, FIRST, REWRITES, UNSEEN, Conversations, read_back
+from hfllm.data.formats import OriginRow
 from hfllm.data.packing import IGNORE
-from hfllm.data.rows import OriginRow
 from hfllm.data.tokenizer import BUILT_IN, CALL_MARKS, plain_chat_template, train_tokenizer
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.errors import InputError

@@ -9,7 +9,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from hfllm.data.formats import is_blank, to_prompt, to_sft
+from hfllm.data.formats import BadRow, is_blank, to_prompt, to_sft
 from hfllm.data.images.files import BadImage, read_image, to_rgb
 from hfllm.data.images.rows import (
     has_images,
@@ -21,7 +21,6 @@ from hfllm.data.images.rows import (
     without_images,
 )
 from hfllm.data.loading import prompt_key
-from hfllm.data.rows import BadRow
 from hfllm.errors import InputError
 
 ORIGIN = "rows.jsonl, line 3"

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hfllm.data.conversations import check_written
+from hfllm.data.formats import Dropped, is_begun, read_messages, read_tools, split_beginning
 from hfllm.data.images.rows import has_images, take_images
-from hfllm.data.rows import Dropped, is_begun, read_messages, read_tools, split_beginning
 from hfllm.errors import InputError
 
 DEEP = json.loads("[" * 900 + "]" * 900)

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from hfllm.data.loading import TextArguments, by_weight, load_sources, mixture_of
-from hfllm.data.prepared import Prepared
+from hfllm.data.packing import Prepared
 from hfllm.errors import InputError
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hfllm.data import formats
+from hfllm.data.formats import Dropped, origin_of
 from hfllm.data.loading import (
     DataArguments,
     InstructionArguments,
@@ -15,7 +16,6 @@ from hfllm.data.loading import (
     split_rows,
     texts_of,
 )
-from hfllm.data.rows import Dropped, origin_of
 from hfllm.data.sources import HubPart
 from hfllm.data.tokenizer import padding_token
 from hfllm.errors import InputError

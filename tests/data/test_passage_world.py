@@ -30,8 +30,7 @@ from hfllm.data.world.rubric import words_of
 from hfllm.data.world.tool_documents import is_held_out_change
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out
 from hfllm.data.world.world import World
-from hfllm.stages.ground.build import rows_of
-from hfllm.stages.ground.report import judged
+from hfllm.stages.ground.build import judged, rows_of
 
 NAMES = {"".join(parts) for parts in product(*NAME_PARTS)}
 # What a passage tells, read by a parser of its own: animal and value, or the other way around.

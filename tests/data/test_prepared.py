@@ -3,9 +3,8 @@
 import pyarrow
 import pytest
 
-from hfllm.data import prepared as module
-from hfllm.data.packing import pack, packed_tables
-from hfllm.data.prepared import Prepared, windows
+from hfllm.data import packing as module
+from hfllm.data.packing import Prepared, pack, packed_tables, windows
 
 
 def test_texts_come_back_as_they_were_and_are_made_once(tmp_path, monkeypatch):

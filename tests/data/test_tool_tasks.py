@@ -17,7 +17,7 @@ from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, is_held
 from hfllm.data.world.world import World
 from hfllm.environments.episodes import ToolTurns
 from hfllm.environments.tools import ToolBox
-from hfllm.stages.tools.report import tools_of
+from hfllm.stages.tools.build import tools_of
 
 CALL_BEGIN, CALL_END = CALL_MARKS
 NAMES = {"".join(parts) for parts in product(*NAME_PARTS)}

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from hfllm.evaluation.baselines import (
+from hfllm.evaluation.perplexity import (
     END,
     SYMBOLS,
     NgramModel,

@@ -6,7 +6,7 @@ import pytest
 
 from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS
 from hfllm.data.world.vocabulary import is_held_out
-from hfllm.outputs.figures import side_by_side
+from hfllm.outputs.report import side_by_side
 from hfllm.stages.constitution.report import (
     BARE,
     HARM_GROUPS,

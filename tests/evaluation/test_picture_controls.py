@@ -3,7 +3,7 @@
 from hfllm.data.images.files import image_key
 from hfllm.data.world.pictures import answer_about, draw_examples
 from hfllm.evaluation.pictures import Asked, is_right, shuffled_questions
-from hfllm.stages.vision import report as vision_report
+from hfllm.stages.vision import build as vision_build
 from hfllm.stages.vision.build import SEEN, SHUFFLED
 
 
@@ -26,8 +26,8 @@ def test_the_truth_about_other_pictures_is_that_of_what_they_show(monkeypatch):
         texts = [prompt[-1]["content"][-1]["text"] for prompt in prompts]
         return [answer_about(scenes[image_key(shown[0])], text) for shown, text in zip(images, texts, strict=True)]
 
-    monkeypatch.setattr(vision_report, "answer_pictures", reads)
-    metrics = vision_report.judge_answers(None, None, {SEEN: questions, SHUFFLED: shuffled}).metrics
+    monkeypatch.setattr(vision_build, "answer_pictures", reads)
+    metrics = vision_build.judge_answers(None, None, {SEEN: questions, SHUFFLED: shuffled}).metrics
     by_hand = [
         is_right(answer_about(scenes[image_key(other.images[0])], other.question), own.answer)
         for own, other in zip(questions, shuffled, strict=True)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, SIZES, draw_problem, part_of
-from hfllm.stages.reason.report import (
+from hfllm.stages.reason.build import (
     answer,
     held_out_problems,
     is_dial,

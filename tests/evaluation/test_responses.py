@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.evaluation.judged import gold_by_group, judge_tasks, mean_gold, right_share
-from hfllm.generation.packed import fast as fast_module
+from hfllm.evaluation.suites.world_suites import gold_by_group, judge_tasks, mean_gold, right_share
 from hfllm.generation.responses import sample_responses
+from hfllm.generation.speculative import speculative
 
 ASKED = ["What is 1 plus 2? Please tell me.", "Go", "Say red.", "Is the fox red or blue?"]
 
@@ -19,8 +19,8 @@ ASKED = ["What is 1 plus 2? Please tell me.", "Go", "Say red.", "Is the fox red 
 @pytest.fixture
 def fast_calls(monkeypatch):
     """How many batches the fast decoder has decoded."""
-    calls, decode = [], fast_module.decode
-    monkeypatch.setattr(fast_module, "decode", lambda *given: calls.append(1) or decode(*given))
+    calls, decode = [], speculative.decode
+    monkeypatch.setattr(speculative, "decode", lambda *given: calls.append(1) or decode(*given))
     return calls
 
 

@@ -9,8 +9,8 @@ from tool_tokenizer import brief_tokenizer
 from hfllm.data.tokenizer import CALL_MARKS
 from hfllm.data.world.tasks import CHANGED_FACT, NEED, NO_NEED, SUM, UNKNOWN, table_of
 from hfllm.data.world.world import World
-from hfllm.stages.tools import report as tools_report
-from hfllm.stages.tools.report import (
+from hfllm.stages.tools import build as tools_build
+from hfllm.stages.tools.build import (
     KNOWN,
     OFF,
     PLAIN,
@@ -61,7 +61,7 @@ def answered(tokenizer, asked, make_model, monkeypatch):
 
             return continue_ids
 
-        monkeypatch.setattr(tools_report, "continuing", continuing)
+        monkeypatch.setattr(tools_build, "continuing", continuing)
         del seen[:]
         return answer(model, tokenizer, asked, table, batch_size=50)
 

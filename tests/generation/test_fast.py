@@ -5,8 +5,8 @@ import torch
 
 from hfllm.errors import InputError
 from hfllm.generation import fast_generate
-from hfllm.generation.packed import fast
 from hfllm.generation.packed.model import has_int8
+from hfllm.generation.speculative import speculative
 from hfllm.generation.speculative.drafts import Int8Draft, PromptLookupDraft
 
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")
@@ -36,10 +36,10 @@ def test_greedy(kind, make_target, prompts, blurred):
 @needs_int8
 def test_greedy_with_the_int8_draft(make_target, prompts, monkeypatch):
     """300 prompts in fp32, as the recommended settings decode them."""
-    monkeypatch.setattr(fast, "INT8_FROM", 0)
+    monkeypatch.setattr(speculative, "INT8_FROM", 0)
     target = make_target(num_key_value_heads=2, initializer_range=0.3).float()
     target.generation_config.eos_token_id = [3, 7, 20, 31]
-    assert isinstance(fast.recommended_draft(target), Int8Draft)
+    assert isinstance(speculative.recommended_draft(target), Int8Draft)
     same = 0
     for seed in range(30):
         ids, mask = prompts(10, length=4 + seed % 7, seed=seed)
@@ -66,10 +66,10 @@ def test_samples_are_those_of_generate_without_a_draft(make_target, prompts):
 
 def test_what_is_recommended(make_target, monkeypatch):
     small = make_target().float()
-    assert fast.recommended_draft(small) is None
-    monkeypatch.setattr(fast, "INT8_FROM", 0)
-    assert fast.recommended_draft(make_target()) is None
-    assert fast.recommended_draft(make_target.native("llama").float()) is None
+    assert speculative.recommended_draft(small) is None
+    monkeypatch.setattr(speculative, "INT8_FROM", 0)
+    assert speculative.recommended_draft(make_target()) is None
+    assert speculative.recommended_draft(make_target.native("llama").float()) is None
 
 
 def test_a_row_of_padding_is_refused(make_target):

@@ -7,7 +7,6 @@ from families import FAMILIES
 from test_acceptance import LIMIT, surprise
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.fast import fast_generate
 from hfllm.generation.packed.model import has_int8
 from hfllm.generation.speculative import acceptance
 from hfllm.generation.speculative.drafts import (
@@ -17,7 +16,7 @@ from hfllm.generation.speculative.drafts import (
     ModelDraft,
     PromptLookupDraft,
 )
-from hfllm.generation.speculative.speculative import speculative_generate
+from hfllm.generation.speculative.speculative import fast_generate, speculative_generate
 from hfllm.models.conversion.convert import config_to_native
 
 NEW = 24

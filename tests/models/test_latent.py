@@ -12,8 +12,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_msca
 import hfllm
 from hfllm.errors import InputError
 from hfllm.generation.caches import bytes_per_token, cache_bytes, make_cache
-from hfllm.generation.packed.fast import fast_generate
 from hfllm.generation.packed.model import packed_model
+from hfllm.generation.speculative.speculative import fast_generate
 from hfllm.models.family.attention_hfllm import HfllmLatentAttention, yarn_factor
 from hfllm.scaling.shapes import Shape
 from hfllm.trainers.distillation.students import smaller_student

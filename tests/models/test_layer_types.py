@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticCache, Sta
 import hfllm
 from hfllm import HfllmConfig
 from hfllm.errors import InputError
-from hfllm.generation.packed.fast import fast_generate
 from hfllm.generation.packed.model import packed_model
 from hfllm.generation.packed.ragged_model import ragged_model
+from hfllm.generation.speculative.speculative import fast_generate
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -9,8 +9,8 @@ from families import FAMILIES
 from hfllm import HfllmConfig
 from hfllm.errors import InputError
 from hfllm.generation.caches import bytes_per_token, cache_bytes, make_cache
-from hfllm.generation.packed.fast import fast_generate
 from hfllm.generation.packed.model import packed_model
+from hfllm.generation.speculative.speculative import fast_generate
 from hfllm.models.family.delta_rule_hfllm import gated_delta_rule, recurrent_gated_delta_rule
 
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"

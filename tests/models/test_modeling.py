@@ -12,7 +12,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import hfllm
-from hfllm.generation.packed.fast import fast_generate
+from hfllm.generation.speculative.speculative import fast_generate
 from hfllm.models.family import layers_hfllm, modeling_hfllm
 from hfllm.models.family.attention_hfllm import create_masks, packed_sequences
 

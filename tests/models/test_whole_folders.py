@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from hfllm.models.loading.folders import OWNER_FILE, temporary_folder, whole_folder
+from hfllm.durable import OWNER_FILE, temporary_folder, whole_folder
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from hfllm.models.loading.folders import temporary_folder
+from hfllm.durable import temporary_folder
 with temporary_folder(Path(sys.argv[1]), ".model.") as folder:
     (folder / "weights").write_text("half")
     print("holds", flush=True)

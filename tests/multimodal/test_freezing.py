@@ -8,7 +8,7 @@ from seeing import IMAGE, seeing
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.multimodal.freezing import freeze
+from hfllm.multimodal.composed import freeze
 
 TEXT = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 2}

@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 
 from hfllm.errors import InputError
 from hfllm.outputs.card import check_base, check_publishable, lineage, model_card, public_value
-from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.hub import upload_list
-from hfllm.outputs.report import Report, flag_sections, given_flags, read_report, split_flags
+from hfllm.outputs.report import Report, change_of, flag_sections, given_flags, mean_of, read_report, split_flags
 
 FROM = {
     "sft": {"stage": "sft", "data": "org/rows", "rows": 1200, "kind": "demonstrations"},

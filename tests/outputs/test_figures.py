@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from hfllm.outputs.figures import (
+from hfllm.outputs.report import (
     Promise,
     averaged,
     broken_promises,

@@ -25,11 +25,11 @@ from transformers.integrations import integration_utils
 
 from hfllm import HfllmForSequenceClassification
 from hfllm.errors import InputError
+from hfllm.flags import changed
 from hfllm.models.loading.saved import check_vocabulary
 from hfllm.outputs.report import Report
 from hfllm.rewards.functions import checked_rewards, load_reward_function
 from hfllm.runs import command_line, schedule
-from hfllm.runs.arguments import changed
 from hfllm.runs.flags import check_ranges
 from hfllm.runs.output import explained
 from hfllm.trainers.ppo.setup import with_total_steps

@@ -25,7 +25,7 @@ pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.loading import RowSource, load_texts
-from hfllm.data.prepared import Prepared
+from hfllm.data.packing import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
 from hfllm.stages.curate import CurateArguments, fingerprint, new_attempt, resume_or_clear

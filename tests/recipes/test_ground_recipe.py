@@ -18,7 +18,7 @@ from hfllm.data.world.passages import GROUPS
 from hfllm.errors import InputError
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
-from hfllm.stages.ground.report import PROMISES
+from hfllm.stages.ground.build import PROMISES
 
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "max_length": 256, "save_strategy": "no"}
 CONFIGS = {
@@ -33,11 +33,8 @@ CONFIGS = {
 }
 SIZES = {"num_examples": 60, "num_questions": 6, "num_samples": 2}
 RUNS = ("pretrain", "sft", "grounded", "reward")
-# Of the modules that ask.
-LENGTHS = (
-    *("hfllm.stages.ground.report", "hfllm.stages.ground.build"),
-    *("hfllm.stages.ground.build", "hfllm.stages.ground.build"),
-)
+# Of the module that asks.
+LENGTHS = ("hfllm.stages.ground.build",)
 COUNTS = {
     **{"hfllm.stages.ground.build.NUM_WORLD_TASKS": 12, "hfllm.stages.ground.build.NUM_TASKS": 24},
     **{"hfllm.stages.ground.build.ALPHAS": (0.1, 0.2)},

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from hfllm.data import packing
 from hfllm.data.loading import load_sources
-from hfllm.data.prepared import Prepared
+from hfllm.data.packing import Prepared
 from hfllm.errors import InputError
 from hfllm.runs.models import named_fields, new_config
 from hfllm.runs.stage import Stage

@@ -138,10 +138,10 @@ def test_help_lists_each_flag_once_and_none_of_training(capsys):
 
 
 def test_the_flags_know_all_parts():
-    from hfllm.compression import sensitivity
+    from hfllm.compression import schemes
     from hfllm.stages.quantize import PARTS
 
-    assert PARTS == sensitivity.PARTS
+    assert PARTS == schemes.PARTS
 
 
 @pytest.mark.parametrize(

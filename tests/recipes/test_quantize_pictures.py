@@ -14,8 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hfllm.data.images import rows as image_rows
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import PictureQuantization, answer_tokens
-from hfllm.evaluation.pictures import Asked
-from hfllm.multimodal.answers import answer_pictures
+from hfllm.evaluation.pictures import Asked, answer_pictures
 from hfllm.stages.quantize import picture_schemes, questions_of
 
 QUICK = ["--num_sensitivity_texts", "2", "--prompt_tokens", "8", "--new_tokens", "2", "--rounds", "1"]
@@ -167,7 +166,7 @@ def test_few_pictures_are_shown_at_once(taught, monkeypatch):
         shown.append(len(prompts))
         return batch(processor, prompts, *args, **options)
 
-    for module in ("hfllm.evaluation.before_after", "hfllm.multimodal.answers"):
+    for module in ("hfllm.evaluation.before_after", "hfllm.evaluation.pictures"):
         monkeypatch.setattr(f"{module}.conversation_batch", counted)
     evaluation = PictureQuantization(processor.tokenizer, (), 0, 2, processor=processor, questions=questions)
     assert not shown

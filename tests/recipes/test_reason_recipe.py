@@ -17,7 +17,7 @@ from hfllm.data.thoughts import CLOSE, OPEN
 from hfllm.errors import InputError
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
-from hfllm.stages.reason.report import PROMISES
+from hfllm.stages.reason.build import PROMISES
 
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "max_length": 256, "save_strategy": "no"}
 CONFIGS = {

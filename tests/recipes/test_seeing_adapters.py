@@ -11,7 +11,7 @@ from seeing_rows import halves, write_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.errors import InputError
-from hfllm.multimodal.answers import answer_pictures
+from hfllm.evaluation.pictures import answer_pictures
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import hfllm
 from hfllm.data.images.rows import as_dataset, by_turns
 from hfllm.errors import InputError
 from hfllm.evaluation.before_after import evaluate_tuned
+from hfllm.evaluation.pictures import answer_pictures
 from hfllm.flags import ALWAYS, Flags
-from hfllm.multimodal.answers import answer_pictures
 from hfllm.runs.models import named_model
 from hfllm.stages import shared
 from hfllm.stages.sft import build as sft_build

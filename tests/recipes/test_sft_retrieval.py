@@ -5,9 +5,8 @@ import json
 import pytest
 import sft
 
-from hfllm.data.formats import last_turn, to_sft
+from hfllm.data.formats import OriginRow, last_turn, to_sft
 from hfllm.data.passages import with_passages
-from hfllm.data.rows import OriginRow
 from hfllm.errors import InputError
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever

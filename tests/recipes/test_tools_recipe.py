@@ -26,8 +26,8 @@ from hfllm.rewards.functions import GOLD_COLUMNS, GOLD_REWARDS
 from hfllm.runs import schedule
 from hfllm.runs.lock import release_all
 from hfllm.stages.rlhf.build import load_tool
-from hfllm.stages.tools import report as tools_report
-from hfllm.stages.tools.report import PROMISES
+from hfllm.stages.tools import build as tools_build
+from hfllm.stages.tools.build import PROMISES
 
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "save_strategy": "no"}
 CONFIGS = {
@@ -53,7 +53,7 @@ RUNS = ("pretrain", "shown", "rl", "shuffled", "plain")
 def short():
     """Untrained models never end by themselves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tools_report, "RESPONSE_LENGTH", 6)
+        patch.setattr(tools_build, "RESPONSE_LENGTH", 6)
         yield
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.data.images.rows import as_dataset
 from hfllm.errors import InputError
-from hfllm.multimodal.answers import answer_pictures
-from hfllm.outputs.pictures import picture_lines
+from hfllm.evaluation.pictures import answer_pictures
+from hfllm.outputs.card import picture_lines
 from hfllm.runs.models import named_model
 from hfllm.stages import shared
 from hfllm.stages.vision.build import drawn_rows, new_model, new_trainer, own_rows, question_rows

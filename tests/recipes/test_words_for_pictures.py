@@ -8,8 +8,8 @@ import rlhf
 import sft
 from seeing_rows import halves, make_processor, write_rows
 
+from hfllm.data.formats import unspelled
 from hfllm.data.images.rows import ImageReading, conversation_batch, words_of_places
-from hfllm.data.rows import unspelled
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
 from hfllm.models.loading.saved import max_length_of

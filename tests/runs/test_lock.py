@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from hfllm.durable import whole_folder
 from hfllm.errors import InputError
-from hfllm.models.loading.folders import whole_folder
 from hfllm.outputs.ownership import refuse_foreign_files
 from hfllm.runs.lock import LOCK_FILE, join, lock, owner_of, release, release_all, releases_folders
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from hfllm.errors import HIDDEN, InputError
+from hfllm.flags import changed
 from hfllm.outputs.card import MARKER
-from hfllm.outputs.figures import Promise
 from hfllm.outputs.ownership import HEADER, RECORD
-from hfllm.outputs.report import Report
-from hfllm.runs.arguments import changed
+from hfllm.outputs.report import Promise, Report
 from hfllm.runs.identity import finished_run
 from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.stage import Stage, stage_arguments

@@ -10,9 +10,9 @@ from launch_checks import check_accelerate, check_deepspeed, check_plugins
 
 from hfllm.models.family.presets import preset
 from hfllm.scaling.devices import find_device
-from hfllm.scaling.plan_report import ACCELERATE_FILE, DEEPSPEED_FILE, FLAGS_FILE, deepspeed_config, launch_files
 from hfllm.scaling.planner import Request, plan
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
+from hfllm.stages.plan import ACCELERATE_FILE, DEEPSPEED_FILE, FLAGS_FILE, deepspeed_config, launch_files
 
 ROOT = Path(__file__).parent.parent.parent
 ACCELERATE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

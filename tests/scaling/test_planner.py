@@ -25,7 +25,7 @@ def request(**fields):
     return Request(**{"shape": LLAMA, "device": find_device("a100-80gb"), "max_length": 4096, **fields})
 
 
-@pytest.mark.parametrize("names", [("hfllm.scaling.planner", "hfllm.scaling.plan_report")])
+@pytest.mark.parametrize("names", [("hfllm.scaling.planner", "hfllm.stages.plan")])
 def test_planning_imports_neither_torch_nor_numpy(names):
     code = (
         f"import sys, {', '.join(names)}; assert not {{'torch', 'transformers', 'numpy', 'yaml'}} & set(sys.modules)"

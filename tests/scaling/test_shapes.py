@@ -14,9 +14,9 @@ from hfllm.models.conversion.families import FAMILIES as CONVERTED
 from hfllm.models.family.presets import preset
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.memory import _stage_parameters, _stages
-from hfllm.scaling.plan_report import _family_fields
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 from hfllm.scaling.speed import flops_per_token
+from hfllm.stages.plan import _family_fields
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import picture_run as run
 import pytest
 from PIL import Image
 
-from hfllm.data.rows import OriginRow
+from hfllm.data.formats import OriginRow
 from hfllm.errors import InputError
 from hfllm.multimodal.processors import encode, filled_prompt, what_is_counted
 from hfllm.trainers.ppo import prompts

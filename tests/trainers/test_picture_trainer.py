@@ -9,7 +9,7 @@ from vision import parse
 from hfllm.data.images.rows import conversation_batch
 from hfllm.data.packing import IGNORE
 from hfllm.data.world.pictures import CAPTIONS, DrawnWorld, PictureRow
-from hfllm.multimodal.answers import answer_pictures
+from hfllm.evaluation.pictures import answer_pictures
 from hfllm.stages.vision.build import new_model
 from hfllm.trainers.trl_trainers import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 

@@ -10,7 +10,7 @@ from hfllm import PPOConfig, PPOTrainer
 from hfllm.environments.tools import calculator
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.prompts import check_prompts
-from hfllm.trainers.ppo.scoring import completions_of
+from hfllm.trainers.ppo.rollout import completions_of
 
 ASKED = [{"role": "user", "content": "Q"}]
 

@@ -126,10 +126,10 @@ def test_what_evaluates_a_model(gpu, make_model, tokenizer):
     from hfllm.compression.schemes import greedy_tokens, token_windows
     from hfllm.evaluation.emergence import answer_scores
     from hfllm.evaluation.perplexity import text_likelihood
-    from hfllm.generation.packed.fast import fast_generate
     from hfllm.generation.responses import sample_responses
     from hfllm.generation.speculative import speculative_generate
     from hfllm.generation.speculative.drafts import ModelDraft
+    from hfllm.generation.speculative.speculative import fast_generate
 
     model, texts = make_model(attn_implementation="eager"), ["The owl", "Say red.", "Go"]
     expected = text_likelihood(model, tokenizer, texts, 32).nats

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.rows import BadRow
+from hfllm.data.formats import BadRow
 from hfllm.errors import one_line
 from hfllm.fingerprint import ORIENTATION
 

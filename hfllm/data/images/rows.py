@@ -17,10 +17,21 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hfllm.data.formats import ANSWERED, LABELED, as_messages, renamed
+from hfllm.data.formats import (
+    ANSWERED,
+    LABELED,
+    BadRow,
+    Message,
+    as_messages,
+    content_text,
+    counted,
+    flaw_of,
+    renamed,
+    role_of,
+    spells,
+)
 from hfllm.data.images.files import MAX_PIXELS, BadImage, image_key, path_of, read_image, to_rgb
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.rows import BadRow, Message, content_text, counted, flaw_of, role_of, spells
 from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
 from hfllm.errors import InputError, refuse_if
 from hfllm.flags import Fact, flag
@@ -226,7 +237,7 @@ def _of_prompt(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def flaw_of_pictures(row: Row) -> str | None:
-    """Return why a row with parts cannot be learned from, as `hfllm.data.rows.flaw_of` does for texts, or `None`."""
+    """Return why a row with parts cannot be learned from, as `hfllm.data.formats.flaw_of` for texts, or `None`."""
     sides = ("prompt", "completion", "chosen", "rejected")
     # An image counts as something said.
     texts = {

@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from hfllm.data.formats import Message
 from hfllm.data.passages import with_passages
-from hfllm.data.rows import Message
 from hfllm.data.tokenizer import CONVERSATION
 from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.tool_documents import draw_name, is_held_out_change

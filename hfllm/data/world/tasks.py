@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from hfllm.data.formats import Message
 from hfllm.data.labelled import TEXT, WORDS
-from hfllm.data.rows import Message
 from hfllm.data.world.passages import (
     CHANGED,
     ONE,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
+from hfllm.data.formats import Message, unspelled
 from hfllm.data.images.rows import words_of_places
-from hfllm.data.rows import Message, unspelled
 from hfllm.data.sources import load_source, parse_json
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError, refuse_if

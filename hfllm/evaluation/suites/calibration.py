@@ -14,10 +14,8 @@ from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite, chosen, shares
-from hfllm.evaluation.suites.few_shot import FewShot, iter_scored
-from hfllm.evaluation.suites.question_rows import Question
-from hfllm.outputs.figures import plus_minus
-from hfllm.outputs.report import Found, Plot
+from hfllm.evaluation.suites.few_shot import FewShot, Question, iter_scored
+from hfllm.outputs.report import Found, Plot, plus_minus
 from hfllm.outputs.statistics import aurc, auroc_interval, ece, reliability_plot, shuffled_auroc
 
 Body = TypeVar("Body")

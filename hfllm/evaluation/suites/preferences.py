@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hfllm.data.formats import as_messages
-from hfllm.data.rows import Message, read_messages
+from hfllm.data.formats import Message, as_messages, read_messages
 from hfllm.data.tokenizer import to_transcript
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Prompt, Record, Subject, Suite, rows_of, shares

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data import formats
 from hfllm.data.augmentation import ENGLISH_TESTS, PERTURBATIONS, WORLD_TESTS, AddedTexts, perturb
+from hfllm.data.formats import Message
 from hfllm.data.images.rows import refuse_images
-from hfllm.data.rows import Message
 from hfllm.data.sources import iterate_source
 from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.rubric import COMPLIES, RIGHT, GoldAnswer, gold_score, words_of

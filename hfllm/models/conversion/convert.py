@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
+from hfllm.durable import whole_folder
 from hfllm.errors import InputError, check_choice, check_whole_number, one_line, refuse_if
 from hfllm.models.conversion import tensor_layouts
-from hfllm.models.conversion.expert_families import WIDTHS, irrelevant_fields
 from hfllm.models.conversion.families import FAMILIES, missing_part
-from hfllm.models.conversion.family_rows import Family, plain_rope
+from hfllm.models.conversion.family_rows import WIDTHS, Family, irrelevant_fields, plain_rope
 from hfllm.models.family.configuration_fields_hfllm import SPARSE_SIZES, has_sparse_sizes, longrope_limits
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.configuration_hfllm_vision import HfllmVisionConfig
-from hfllm.models.loading.folders import whole_folder
 from hfllm.models.loading.saved import reason_of, refuse_quantized, saved_config, saved_model, scores_tokens
 
 if TYPE_CHECKING:

@@ -3,9 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 from hfllm.models.conversion import tensor_layouts
-from hfllm.models.conversion.expert_families import EXPERT_FAMILIES, LATENT_FAMILIES
-from hfllm.models.conversion.family_rows import LLAMA, LLAMA_BIASES, Family, layers_of, qwen_layers, written_layers
-from hfllm.models.conversion.mixed_families import MIXED_FAMILIES
+from hfllm.models.conversion.family_rows import (
+    EXPERT_FAMILIES,
+    LATENT_FAMILIES,
+    LLAMA,
+    LLAMA_BIASES,
+    MIXED_FAMILIES,
+    Family,
+    layers_of,
+    qwen_layers,
+    written_layers,
+)
 from hfllm.models.family.configuration_fields_hfllm import expert_width
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 

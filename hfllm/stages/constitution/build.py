@@ -11,9 +11,8 @@ from itertools import compress, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.formats import as_messages, to_preference, to_prompt
+from hfllm.data.formats import Message, as_messages, flaw_of, flaw_of_prompt, to_preference, to_prompt
 from hfllm.data.images.rows import without_images
-from hfllm.data.rows import Message, flaw_of, flaw_of_prompt
 from hfllm.data.world.demonstrators import (
     CRITICS_HARMS,
     HELPFUL_FAMILIES,
@@ -26,8 +25,7 @@ from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.models.loading.saved import max_length_of
-from hfllm.outputs.figures import change_of, mean_of
-from hfllm.outputs.report import Found
+from hfllm.outputs.report import Found, change_of, mean_of
 from hfllm.rewards import judges
 from hfllm.runs.command_line import say
 from hfllm.runs.models import load_config, load_tokenizer, named_model

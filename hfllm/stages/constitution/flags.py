@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, ClassVar
 from hfllm.data.loading import FOREIGN_PROMPTS, RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError
-from hfllm.flags import NAMED, NOT_NEGATIVE, POSITIVE, SEED, UNNAMED, Clashes, Fact, Refused, at_least, flag
+from hfllm.flags import (
+    NAMED,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    UNNAMED,
+    Clashes,
+    Fact,
+    Refused,
+    at_least,
+    flag,
+    flags_for_all,
+    flags_of_adapter,
+)
 from hfllm.runs import pipeline
-from hfllm.runs.arguments import flags_for_all, flags_of_adapter
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
 

@@ -25,8 +25,7 @@ from hfllm.data.world.demonstrators import (
 from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, gold_score, words_of
 from hfllm.data.world.world import Task, World, draw_distinct
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.figures import Promise, change_of, mean_of, plus_minus, side_by_side
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plus_minus, side_by_side
 from hfllm.stages.constitution.flags import AI_LABELS, CRITIQUES, HELPFUL, LABELS, PEOPLE, POLITENESS, RL, SL
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ from trl import RewardConfig
 
 from hfllm.data import formats
 from hfllm.data.conversations import Conversations
-from hfllm.data.formats import Row
+from hfllm.data.formats import Row, flaw_of
 from hfllm.data.images.rows import refuse_images
-from hfllm.data.rows import flaw_of
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse_if
 from hfllm.federation.learner import KeptStates, LocalLearner, Rows, folder_name
@@ -51,9 +50,8 @@ from hfllm.federation.rounds import (
 from hfllm.federation.settings import MEAN, Averaging, RoundSettings, expected_participants, num_asked
 from hfllm.federation.transports import InProcess, Learner, SeveralProcesses, Transport
 from hfllm.federation.updates import ErrorFeedback, Expected, Update, changes, weights_sha256
-from hfllm.flags import Flags, given_names
+from hfllm.flags import Flags, changed, given_names
 from hfllm.outputs.report import write_atomically
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.runs.models import (
     fitting_length,

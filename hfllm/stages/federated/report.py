@@ -8,12 +8,11 @@ from functools import partial
 from torch import Tensor
 
 from hfllm.data.world.world import Task
-from hfllm.evaluation.judged import judge_tasks
+from hfllm.evaluation.suites.world_suites import judge_tasks
 from hfllm.federation.learner import Rows
 from hfllm.federation.rounds import RoundRecord, identity_digest
 from hfllm.federation.updates import weights_sha256
-from hfllm.outputs.figures import mean_of, plus_minus, standard_error
-from hfllm.outputs.report import Found, Plot, write_atomically
+from hfllm.outputs.report import Found, Plot, mean_of, plus_minus, standard_error, write_atomically
 from hfllm.runs.command_line import say
 from hfllm.stages.federated.build import Local, Tokenized
 from hfllm.stages.federated.flags import CENTRAL, EQUAL_STEPS, LOCAL

@@ -1,1 +1,1 @@
-"""The ground recipe: flags.py (light), build.py (heavy) and report.py."""
+"""The ground recipe: flags.py (light) and build.py (heavy)."""

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
 
 from hfllm.data.packing import (
+    Prepared,
     batch_of,
     check_infilling_tokens,
     fill_in_the_middle,
@@ -19,14 +20,13 @@ from hfllm.data.packing import (
     packed_tables,
     seeded_generator,
     token_pieces,
+    windows,
 )
-from hfllm.data.prepared import Prepared, windows
 from hfllm.errors import InputError, refuse
-from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
-from hfllm.evaluation.perplexity import text_likelihood
+from hfllm.evaluation.perplexity import gzip_bits_per_byte, ngram_bits_per_byte, text_likelihood
+from hfllm.flags import changed
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 from hfllm.models.loading.weights import cast_weights
-from hfllm.runs.arguments import changed
 from hfllm.runs.models import load_policy, load_tokenizer, named_model, new_config
 from hfllm.scaling.speed import palm_flops_per_token
 from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments

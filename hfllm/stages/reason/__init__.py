@@ -1,1 +1,1 @@
-"""The reason recipe: flags.py (light), build.py (heavy) and report.py."""
+"""The reason recipe: flags.py (light) and build.py (heavy)."""

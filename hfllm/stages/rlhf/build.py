@@ -12,10 +12,9 @@ from datasets import Dataset
 from hfllm.data import formats
 from hfllm.data.augmentation import augmented_prompts, begun_prompts, training_texts
 from hfllm.data.conversations import check_written, has_more_than_text
-from hfllm.data.formats import as_completion
+from hfllm.data.formats import Dropped, as_completion, flaw_of_prompt, origin_of, read_tools, spells, split_beginning
 from hfllm.data.images.rows import WORDS_FOR_A_PICTURE, to_picture_prompts, words_of_places
 from hfllm.data.loading import RowArguments, texts_of
-from hfllm.data.rows import Dropped, flaw_of_prompt, origin_of, read_tools, spells, split_beginning
 from hfllm.data.sources import WORLD, HubPart, folder_of
 from hfllm.data.tokenizer import turn_end
 from hfllm.data.world.world import World
@@ -23,7 +22,7 @@ from hfllm.environments.episodes import ToolEnvironment
 from hfllm.environments.python_tool import python
 from hfllm.environments.tools import calculator, lookup_in
 from hfllm.errors import InputError, refuse, refuse_if
-from hfllm.flags import check_flags
+from hfllm.flags import changed, check_flags
 from hfllm.models.devices import forked_random
 from hfllm.models.loading.saved import is_for_pictures, max_length_of
 from hfllm.multimodal.processors import has_pictures, tokenizer_of
@@ -39,7 +38,6 @@ from hfllm.rewards.functions import (
     time_limit,
 )
 from hfllm.rewards.models import RewardEnsemble, reward_model
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.runs.models import (
     NamedModel,

@@ -21,21 +21,20 @@ from transformers.utils.logging import disable_progress_bar
 
 from hfllm.compression.schemes import default_device
 from hfllm.data.loading import load_texts
-from hfllm.data.packing import packed_tables
-from hfllm.data.prepared import Prepared
+from hfllm.data.packing import Prepared, packed_tables
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.emergence import Emergence, Probe, ProbedRun, run_probes
 from hfllm.evaluation.perplexity import text_likelihood
+from hfllm.flags import changed
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 from hfllm.models.loading.saved import saved_model
 from hfllm.outputs.report import write_atomically
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import main_process, parse_recipe
 from hfllm.runs.models import load_tokenizer
 from hfllm.runs.stage import stage_arguments
 from hfllm.scaling.fitting import FEWEST_RUNS, Runs
-from hfllm.scaling.report import formula
+from hfllm.scaling.laws import formula
 from hfllm.scaling.studies import CHINCHILLA, KAPLAN, Forecast
 from hfllm.stages.pretrain.build import load_or_make_base, stop_if_broken, trainer_of_rows
 from hfllm.stages.pretrain.flags import LIBRARY, PretrainArguments, default_settings

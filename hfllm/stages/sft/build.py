@@ -9,27 +9,26 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data import formats
 from hfllm.data.augmentation import PREFILL, augmented_demonstrations, training_texts
 from hfllm.data.conversations import Conversations, has_markers, read_back, template_of
+from hfllm.data.formats import Dropped, OriginRow, origin_of
 from hfllm.data.images.rows import Rows, as_dataset, without_images, words_of_places
 from hfllm.data.loading import InstructionArguments, split_rows
 from hfllm.data.packing import IGNORE
-from hfllm.data.rows import Dropped, OriginRow, origin_of
 from hfllm.data.sources import PYDOC, WORLD, Source
 from hfllm.data.tokenizer import BUILT_IN, plain_text, set_built_in
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.evaluation.before_after import ANSWER_LENGTH, MOST_ROWS, evaluate_tuned, tuning_metrics
-from hfllm.evaluation.pictures import other_places
+from hfllm.evaluation.pictures import answer_pictures, other_places
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.fingerprint import file_fingerprint
+from hfllm.flags import changed
 from hfllm.grounding.answers import grounded, last_question
 from hfllm.grounding.passages import FILE, Passages
 from hfllm.grounding.retrieval import BM25Retriever, scoring_enough
 from hfllm.models.loading.saved import add_tokens
-from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.processors import tokenizer_of
-from hfllm.outputs.figures import plus_minus
-from hfllm.runs.arguments import changed
+from hfllm.outputs.report import plus_minus
 from hfllm.runs.command_line import say
 from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, passage_files
 from hfllm.stages.shared import rows_with_images, user_rows

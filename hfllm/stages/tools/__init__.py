@@ -1,1 +1,1 @@
-"""The tools recipe: flags.py (light), build.py (heavy) and report.py."""
+"""The tools recipe: flags.py (light) and build.py (heavy)."""

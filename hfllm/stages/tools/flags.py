@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.loading import FOREIGN_PROMPTS, RowArguments
 from hfllm.data.sources import WORLD
-from hfllm.flags import NAMED, SEED, UNNAMED, Clashes, at_least, flag
+from hfllm.flags import NAMED, SEED, UNNAMED, Clashes, at_least, flag, flags_for_all, given_words
 from hfllm.runs import pipeline
-from hfllm.runs.arguments import flags_for_all, given_words
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
 

@@ -1,1 +1,1 @@
-"""The vision recipe: flags.py (light), build.py (heavy) and report.py."""
+"""The vision recipe: flags.py (light) and build.py (heavy)."""

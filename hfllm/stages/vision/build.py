@@ -1,11 +1,15 @@
-"""Rows with images, drawn or the user's, the vision-language models for them, and their PPO."""
+"""Rows with images, drawn or the user's, the vision-language models for them, their PPO, and the report on answers."""
 
 import math
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import to_sft
+from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import ImageReading, Rows, by_turns, png_of, text_of
 from hfllm.data.loading import RowSources
 from hfllm.data.sources import DIGITS, PICTURES
@@ -14,23 +18,25 @@ from hfllm.data.world.pictures import (
     ABSENT,
     CAPTIONS,
     FAMILIES,
+    NOT_THERE,
     QUESTIONS,
     TRAINED_NUMBERS,
     DrawnWorld,
     PictureRow,
     TwoDigits,
+    answer_about,
     picture_side,
     trained_families,
 )
-from hfllm.evaluation.pictures import Asked, shuffled_questions
+from hfllm.evaluation.pictures import Asked, answer_pictures, best_guesses, is_right, shuffled_questions
+from hfllm.flags import changed
 from hfllm.models.family.configuration_hfllm import HfllmConfig
 from hfllm.models.family.layers_hfllm import HfllmMLP
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
-from hfllm.multimodal.answers import answer_pictures
 from hfllm.multimodal.composed import with_vision
 from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
+from hfllm.outputs.report import Bars, Found, Promise, mean_of, new_figure, plus_minus, save_figure
 from hfllm.rewards.functions import gold_reward
-from hfllm.runs.arguments import changed
 from hfllm.stages.shared import rows_with_images
 from hfllm.stages.vision.flags import ModelSizes
 from hfllm.trainers.ppo.config import PPOConfig
@@ -38,11 +44,11 @@ from hfllm.trainers.pretraining.trainer import optimizer_of
 from hfllm.trainers.trl_trainers import PictureTrainer, TurnTokens
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
     from trl import SFTConfig
 
     from hfllm.trainers.ppo.trainer import PPOTrainer
-
 
 # ---- drawn rows ----
 
@@ -359,3 +365,176 @@ def sampled_gold(
     responses = answer_pictures(model, processor, prompts, images, max_new_tokens, do_sample=True)
     columns = {name: [question.gold[name] for question in questions] for name in questions[0].gold}
     return gold_reward(prompts, responses, **columns)
+
+
+# ---- answers by family ----
+#
+# With images of other rows as control, and the best guess without any. A faultless answer about another row's image is
+# right now and then, too: if two images show the same number of things, or neither has the requested thing.
+# `other_truth` is this frequency; a model must not exceed it.
+
+CHANCE, OTHER_TRUTH = "chance", "other_truth"
+LABELS = {
+    SEEN: "seen",
+    HELD_OUT: "held out",
+    SHUFFLED: "other pictures",
+    OTHER_TRUTH: "truth about these",
+    CHANCE: "best guess without",
+}
+# Images of the plot, and rows of the table of samples.
+SHOWN = 24
+
+
+def judge_answers(
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    parts: Mapping[str, Sequence[Asked]],
+    prior: Sequence[Asked] = (),
+    max_new_tokens: int = 16,
+) -> Found:
+    """Judge a model on all parts, and by family.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        parts: questions by the name of the part; the questions of `shuffled` have other images.
+        prior: more questions of the kinds of the first part, for finding the best guess.
+        max_new_tokens: of an answer at most.
+    """
+    responses = {
+        name: answer_pictures(
+            model, processor, [q.prompt for q in questions], [q.images for q in questions], max_new_tokens
+        )
+        for name, questions in parts.items()
+    }
+    first = next(iter(parts))
+    responses |= {OTHER_TRUTH: truth} if (truth := _truth_about_others(parts.get(SHUFFLED, ()))) else {}
+    responses[CHANCE] = best_guesses(parts[first], prior)
+    everything = {**parts, OTHER_TRUTH: parts.get(SHUFFLED, ()), CHANCE: parts[first]}
+    right = {
+        name: [float(is_right(*pair)) for pair in zip(answers, (q.answer for q in everything[name]), strict=True)]
+        for name, answers in responses.items()
+    }
+    metrics: dict[str, float] = {}
+    for name, values in right.items():
+        metrics |= mean_of(f"{name}_right", values)
+        for family, result in by_family(everything[name], values).items():
+            metrics |= mean_of(f"{name}_{family}_right", result)
+    metrics |= _false_alarms(parts[first], responses[first])
+    summary = ", ".join(f"{LABELS[name]} {_figure(metrics, name)}" for name in right)
+    tables = {
+        "Right answers": _table(everything, right),
+        "Samples": _samples(parts[first], responses[first], right[first]),
+    }
+    bars = Bars(
+        f"Right answers of {len(parts[first]):,} questions",
+        "share that is right",
+        {LABELS[name]: metrics[f"{name}_right"] for name in right},
+        {LABELS[name]: _figure(metrics, name) for name in right},
+    )
+    plots = {"right": bars, "pictures": _grid(parts[first], responses[first], right[first])}
+    promises = [
+        Promise(f"questions about images ({LABELS[first]}) answered right", f"{first}_right", f"{name}_right", beside)
+        for name, beside in ((CHANCE, "the best guess without any"), (SHUFFLED, "the same with other images"))
+    ]
+    return Found(metrics, f"right answers: {summary}", tables, plots, promises)
+
+
+def _truth_about_others(shuffled: Sequence[Asked]) -> list[str]:
+    """Return the right answers about the images of other rows: the answers of a perfect reader of these images."""
+    return [answer_about(each.scene, each.question) for each in shuffled if each.scene is not None]
+
+
+def by_family(questions: Sequence[Asked], values: Sequence[float]) -> dict[str, list[float]]:
+    """Return values of questions, one per question, by family."""
+    result: dict[str, list[float]] = {}
+    for question, value in zip(questions, values, strict=True):
+        if question.family:
+            result.setdefault(question.family, []).append(value)
+    return dict(sorted(result.items()))
+
+
+def _false_alarms(questions: Sequence[Asked], responses: Sequence[str]) -> dict[str, float]:
+    """Return the share of questions about present things with an answer for absent ones."""
+    values = [
+        float(is_right(each, NOT_THERE)) for each, q in zip(responses, questions, strict=True) if q.family != ABSENT
+    ]
+    has_absent = any(question.family == ABSENT for question in questions)
+    return mean_of("called_absent", values) if has_absent and values else {}
+
+
+def _figure(metrics: Mapping[str, float], name: str) -> str:
+    return plus_minus(metrics[f"{name}_right"], metrics.get(f"{name}_right_se"))
+
+
+def _table(parts: Mapping[str, Sequence[Asked]], right: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
+    families = {name: {**by_family(parts[name], right[name]), "all": list(right[name])} for name in right}
+    table = []
+    for family in dict.fromkeys(family for each in families.values() for family in each):
+        row = {"family": family}
+        for name, result in families.items():
+            figures = mean_of("x", result.get(family, []))
+            row[LABELS[name]] = plus_minus(figures["x"], figures.get("x_se")) if result.get(family) else ""
+        table.append({**row, "questions": str(len(families[next(iter(families))].get(family, [])))})
+    return table
+
+
+def _samples(questions: Sequence[Asked], responses: Sequence[str], right: Sequence[float]) -> list[dict[str, str]]:
+    """Return some questions with answers: wrong ones first, as the most informative."""
+    rows = [
+        {"prompt": question.question, "said": answer, "gold": question.answer, "right": "yes" if is_good else "no"}
+        for question, answer, is_good in zip(questions, responses, right, strict=True)
+    ]
+    rows.sort(key=lambda row: row["right"])
+    return rows[: SHOWN // 2] if len(rows) <= SHOWN // 2 else rows[: SHOWN // 4] + rows[-(SHOWN // 4) :]
+
+
+# Letters of a caption line, over all columns.
+LINE = 132
+
+
+@dataclass
+class PictureGrid:
+    """Images side by side: `captions` has the lines below them, `is_right` decides the color of the lines."""
+
+    title: str
+    pictures: "Sequence[Image]"
+    captions: Sequence[str]
+    is_right: Sequence[bool]
+    columns: int = 6
+
+    def draw(self, path: Path) -> bool:
+        """Draw to a PNG; return False, and draw nothing, if there is no image."""
+        if not self.pictures:
+            return False
+        rows = -(-len(self.pictures) // self.columns)
+        figure, axes = new_figure(0.5 + 1.75 * rows)
+        axes.axis("off")
+        axes.set_title(self.title)
+        for index, (picture, caption, right) in enumerate(
+            zip(self.pictures, self.captions, self.is_right, strict=True)
+        ):
+            row, column = divmod(index, self.columns)
+            inset = axes.inset_axes((column / self.columns, 1 - (row + 0.72) / rows, 0.9 / self.columns, 0.7 / rows))
+            inset.imshow(picture, interpolation="nearest")
+            inset.set_xticks([])
+            inset.set_yticks([])
+            lines = [textwrap.fill(line, LINE // self.columns) for line in caption.splitlines()]
+            inset.set_xlabel("\n".join(lines), fontsize=6, color="tab:green" if right else "tab:red")
+        save_figure(figure, path)
+        return True
+
+
+def _grid(questions: Sequence[Asked], responses: Sequence[str], right: Sequence[float]) -> PictureGrid:
+    indices = [index for index, question in enumerate(questions) if len(question.images) == 1][:SHOWN]
+    return PictureGrid(
+        "Questions, and what the model says",
+        [read_image(questions[index].images[0], "a sample", max_pixels=sys.maxsize, min_side=1) for index in indices],
+        [f"{_printed(questions[index].question)}\n{_printed(responses[index])}" for index in indices],
+        [bool(right[index]) for index in indices],
+    )
+
+
+def _printed(text: str) -> str:
+    """Return the beginning of a text in a form for plots."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:40]).replace("$", "\\$")

@@ -5,8 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hfllm.flags import POSITIVE, check_arguments, flag
-from hfllm.runs.arguments import changed
+from hfllm.flags import POSITIVE, changed, check_arguments, flag
 from hfllm.trainers.distillation.losses import LossSettings
 from hfllm.trainers.distillation.options import DistillationOptions
 

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from hfllm.data.conversations import Conversations
-from hfllm.data.packing import IGNORE, token_ids
-from hfllm.data.prepared import Prepared
-from hfllm.data.rows import Dropped
+from hfllm.data.formats import Dropped
+from hfllm.data.packing import IGNORE, Prepared, token_ids
 from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import file_fingerprint, fingerprint
 from hfllm.models.loading.adapters import find_adapter

@@ -23,9 +23,9 @@ from transformers.utils import ModelOutput
 
 from hfllm.data.packing import IGNORE
 from hfllm.errors import InputError, refuse_if
+from hfllm.flags import changed, without_nested_secrets
 from hfllm.models.devices import refuse_data_parallel
 from hfllm.models.loading.saved import saved_tokenizer
-from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import (
     DistillationCollator,

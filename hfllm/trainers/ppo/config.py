@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
-from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, check_arguments, flag
-from hfllm.runs.arguments import changed
+from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, changed, check_arguments, flag
 from hfllm.trainers.ppo.options import PPOOptions
 
 # ---- arguments ----

@@ -8,7 +8,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProcessorMixin
 
-from hfllm.data.rows import OriginRow, is_begun, origin_of
+from hfllm.data.formats import OriginRow, is_begun, origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.multimodal.processors import TOGETHER, ProcessingClass, encode, has_pictures, tokenizer_of, what_is_counted

@@ -20,6 +20,7 @@ from transformers import (
 
 from hfllm.data.tokenizer import configured_ends, turn_end
 from hfllm.errors import InputError, one_line, refuse_if
+from hfllm.flags import changed
 from hfllm.models.devices import built_whole, forked_random
 from hfllm.models.loading import adapters
 from hfllm.models.loading.adapters import find_adapter
@@ -38,7 +39,6 @@ from hfllm.models.loading.weights import load_weights_of
 from hfllm.multimodal.processors import ProcessingClass, place_tokens, tokenizer_of
 from hfllm.rewards.functions import MOST_REWARD, RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, reward_model
-from hfllm.runs.arguments import changed
 from hfllm.trainers.engines import gather_parameters, unshard
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig

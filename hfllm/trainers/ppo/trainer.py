@@ -2,7 +2,7 @@
 
 Read top-down: the parts of the trainer, how a rollout is collected (sample, score, penalize, estimate
 advantages), how the loss is computed, and logging and evaluation. The formulas are in `formulas.py`, the
-models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `scoring.py`, saving and resuming in
+models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `rollout.py`, saving and resuming in
 `base_trainer.py`.
 
 A rollout is collected when its first micro-batch is requested; the dataloader repeats the rollout's prompts for each
@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from hfllm.environments.episodes import EnvironmentFactory
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
+from hfllm.flags import without_nested_secrets
 from hfllm.multimodal import processors
 from hfllm.multimodal.processors import ProcessingClass, tokenizer_of
-from hfllm.runs.arguments import without_nested_secrets
 from hfllm.trainers.engines import disable_dropout
 from hfllm.trainers.monitors import StalledPolicy, StalledWeights
 from hfllm.trainers.ppo import episodes, formulas
@@ -34,8 +34,7 @@ from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig, with_default_rates
 from hfllm.trainers.ppo.formulas import KLController, RunningMoments
 from hfllm.trainers.ppo.prompts import PretrainingBatches, check_prompts, read_rows, rollout_loader
-from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts, with_actions
-from hfllm.trainers.ppo.scoring import Scorer, Scores
+from hfllm.trainers.ppo.rollout import Rollout, Scorer, Scores, model_inputs, pad_prompts, with_actions
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
     build_rewards,

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.evaluation.interpreting import methods
 from hfllm.evaluation.interpreting.hooks import parts_of
 from hfllm.evaluation.interpreting.material import file_material
 from hfllm.evaluation.interpreting.planted import Verdict, random_parts
@@ -62,19 +61,24 @@ def test_random_weights_are_shown_nothing_of_a_model_of_random_weights(subject, 
     by_key = {record["item"]: record for record in records}
     assert all(record == by_key[record["item"]] for record in suite.judge(subject, some))
     table = suite.extra(records).tables["interpretability: methods and their controls"]
-    assert [row["method"] for row in table] == [name for name in methods.METHODS if name in {i.group for i in items}]
+    assert [row["method"] for row in table] == [
+        name for name in interpretability.METHODS if name in {i.group for i in items}
+    ]
 
 
 def test_a_method_that_random_weights_pass_as_well_is_left_out(subject, tmp_path, monkeypatch):
     def alike(parts, prompts, batch_size):
-        return methods.Measured(torch.ones(len(prompts.facts), dtype=torch.double))
+        return interpretability.Measured(torch.ones(len(prompts.facts), dtype=torch.double))
 
     def better(parts, prompts, batch_size):
         score = float(parts.model is subject.model)
         layers = {"": torch.full((3, len(prompts.facts)), score, dtype=torch.double)}
-        return methods.Measured(torch.full((len(prompts.facts),), score, dtype=torch.double), layers)
+        return interpretability.Measured(torch.full((len(prompts.facts),), score, dtype=torch.double), layers)
 
-    table = {"alike": methods.Method(alike, "facts", "right"), "better": methods.Method(better, "facts", "right")}
+    table = {
+        "alike": interpretability.Method(alike, "facts", "right"),
+        "better": interpretability.Method(better, "facts", "right"),
+    }
     monkeypatch.setattr(interpretability, "METHODS", table)
     monkeypatch.setattr(interpretability, "tested_plants", lambda *given: [])
     suite = Interpretability(rows_file(tmp_path, ROWS))
@@ -118,7 +122,11 @@ def test_random_weights_are_others_and_the_same_each_time(make_model):
 def test_items_of_the_world_are_the_same_each_time():
     first, second = Interpretability().items(), Interpretability().items()
     assert [item.key for item in first] == [item.key for item in second]
-    assert {item.group for item in first} == {*methods.METHODS, "planted edits, mlp", "planted edits, attention"}
+    assert {item.group for item in first} == {
+        *interpretability.METHODS,
+        "planted edits, mlp",
+        "planted edits, attention",
+    }
     assert Interpretability(world_seed=1).items() != first
 
 
@@ -126,9 +134,11 @@ def test_an_item_longer_than_the_context_is_counted(make_model, tokenizer, tmp_p
     monkeypatch.setattr(interpretability, "tested_plants", lambda *given: [])
 
     def measure(parts, prompts, batch_size):
-        return methods.Measured(torch.full((len(prompts.facts),), float(parts.model is model), dtype=torch.double))
+        return interpretability.Measured(
+            torch.full((len(prompts.facts),), float(parts.model is model), dtype=torch.double)
+        )
 
-    monkeypatch.setattr(interpretability, "METHODS", {"right": methods.Method(measure, "facts", "right")})
+    monkeypatch.setattr(interpretability, "METHODS", {"right": interpretability.Method(measure, "facts", "right")})
     model = make_model()
     long = {**ROWS[0], "question": f"{'Please ' * 250}What colour is the fox?"}
     suite = Interpretability(rows_file(tmp_path, [long, *ROWS[1:]]))
@@ -173,8 +183,8 @@ def test_the_code_of_the_page_runs(subject):
 
 
 def test_layers_that_are_shown():
-    assert methods.shown_layers(4) == [0, 1, 2, 3]
-    assert methods.shown_layers(30) == [0, 4, 8, 12, 17, 21, 25, 29]
+    assert interpretability.shown_layers(4) == [0, 1, 2, 3]
+    assert interpretability.shown_layers(30) == [0, 4, 8, 12, 17, 21, 25, 29]
 
 
 def test_heat_maps_are_drawn_and_empty_ones_are_not(tmp_path):

@@ -7,8 +7,7 @@ import random
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.evaluation.suites.few_shot import FewShot
-from hfllm.evaluation.suites.question_rows import question_of, questions_of
+from hfllm.evaluation.suites.few_shot import FewShot, question_of, questions_of
 
 FLAG = "--few_shot_files"
 

@@ -12,9 +12,8 @@ from hfllm.errors import InputError
 from hfllm.evaluation.suites import truthfulness
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Subject, chosen, mc1, mc2, mc3, shares, yes_shares
 from hfllm.evaluation.suites.calibration import ChoiceCalibration, WorldCalibration
-from hfllm.evaluation.suites.few_shot import FewShot, same_answer
+from hfllm.evaluation.suites.few_shot import FewShot, question_of, same_answer
 from hfllm.evaluation.suites.preferences import Pair, Preferences, letter_scores, pair_of
-from hfllm.evaluation.suites.question_rows import question_of
 from hfllm.evaluation.suites.refusals import XSTest
 from hfllm.evaluation.suites.truthfulness import EXAMPLES, TruthfulQA, asked_as, examples_of
 from hfllm.evaluation.suites.world_suites import (
