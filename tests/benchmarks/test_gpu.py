@@ -18,6 +18,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_every_section_gives_figures(gpu, tmp_path, capsys):
     from gpu_sections import SECTIONS
 

@@ -73,6 +73,7 @@ def test_auto_class_and_card(model, tokenizer, ids, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_it_travels(model, ids, tmp_path):
     model.save_pretrained(tmp_path / "model")
     torch.save(ids, tmp_path / "ids.pt")

@@ -36,6 +36,7 @@ print("ANSWERED")
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_it_answers_where_hfllm_is_not_installed(make_model, tmp_path):
     model, inputs = seeing(make_model(num_local_experts=4, logit_scale=0.5, loss_chunk_size=7)), prompts()
     with torch.no_grad():

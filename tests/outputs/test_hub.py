@@ -66,6 +66,7 @@ def environment(tmp_path, server, **more):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_a_users_push_loads_back_without_hfllm(finished, make_model, tokenizer, tmp_path):
     """`python recipes/push.py`, then from_pretrained elsewhere, both as processes of their own."""
     with HubServer({TOKEN: ("me", "write")}) as server:

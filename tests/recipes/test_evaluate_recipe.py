@@ -264,6 +264,7 @@ def test_items_longer_than_the_context_are_counted(models, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_from_nothing_the_worlds_models_are_made_and_judged(tiny, tmp_path, capsys):
     flags = [word for name in ("pretrain", "sft", "reward", "rlhf") for word in (f"--{name}_config", tiny[name])]
     flags += ["--num_items", "12", "--output_dir", str(tmp_path / "out")]

@@ -109,6 +109,7 @@ def test_rounds_on_comparisons_leave_a_reward_model_and_its_accuracy(pairs, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_several_processes_come_to_the_same_reward_model(pairs, tmp_path):
     run(pairs(rounds=2, output_dir=tmp_path / "one"))
     run(pairs(rounds=2, output_dir=tmp_path / "several", processes=2))

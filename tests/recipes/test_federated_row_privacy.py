@@ -98,6 +98,7 @@ def test_a_node_of_other_privacy_refuses_and_counts_its_own(saved, tmp_path, cap
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_processes_answer_once_too(flags, tmp_path):  # noqa: F811
     metrics = run(flags(**PRIVATE, processes=2))
     assert metrics["row_epsilon"] > 0 and metrics["updates_left_out"] == 0

@@ -15,7 +15,7 @@ CASES = ("curate", "sft_loaders", "federated_processes", "pretrain_launched")
 
 
 @pytest.mark.slow
-@pytest.mark.turn(4)
+@pytest.mark.turn(7)
 def test_killed_processes_change_nothing_and_leave_nothing(tmp_path):
     pytest.importorskip("datatrove", reason="needs the extra 'data'")
     command = [sys.executable, str(ROOT / ".ci" / "kills.py"), "--kills", "2", "--folder", str(tmp_path), *CASES]

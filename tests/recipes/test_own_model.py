@@ -215,6 +215,7 @@ def test_the_reward_model_stands_on_the_fine_tuned_one(chain, here):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_what_is_published_loads_by_name_without_hfllm(chain, hub, here, tmp_path, monkeypatch):
     run("push", "--model_name_or_path", "NAME", "--hub_model_id", "me/base")
     shutil.copytree("outputs/sft", tmp_path / "adapter", ignore=shutil.ignore_patterns("report.*"))

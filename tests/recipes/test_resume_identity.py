@@ -389,6 +389,7 @@ def entries(folder, *names):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 @pytest.mark.parametrize("stage", FLAGS)
 def test_what_a_resumed_run_reports_is_that_of_all_its_steps(run, tmp_path, stage):
     names = ("loss", "reward", "kl", "entropy", "policy_loss", "clip_fraction", "episode")

@@ -213,6 +213,7 @@ print("SCORED")
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_it_scores_where_hfllm_is_not_installed(judge, tmp_path):
     folder, _ = judge
     model, processor = (each.from_pretrained(folder) for each in (AutoModelForSequenceClassification, AutoProcessor))

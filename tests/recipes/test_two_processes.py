@@ -17,6 +17,7 @@ def launch(processes):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_the_main_job_under_two_processes(launch, tiny, tmp_path):
     output = launch("rlhf", "--config", tiny["rlhf"], "--output_dir", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -28,6 +29,7 @@ def test_the_main_job_under_two_processes(launch, tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_a_student_and_its_int8_form_under_two_processes(launch, tiny, tmp_path):
     pytest.importorskip("bitsandbytes")
     launch("distill", "--config", tiny["distill"], "--output_dir", tmp_path / "student")
@@ -43,6 +45,7 @@ def test_a_student_and_its_int8_form_under_two_processes(launch, tiny, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.turn(7)
 def test_pictures_and_ppo_on_them_under_two_processes(launch, tmp_path):
     """An optimizer step of PPO has as many answers as with one process."""
     small = ["--hidden_size", 16, "--num_attention_heads", 2, "--num_hidden_layers", 1, "--num_vision_layers", 1]
