@@ -23,7 +23,7 @@ from hfllm.stages.vision.flags import LIBRARY, VisionArguments, default_settings
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
-RECIPE = Recipe(makes="a model that sees", settings="vision/pictures.yaml", runs_own_chain=True)
+RECIPE = Recipe(makes="a vision-language model", settings="vision/pictures.yaml", runs_own_chain=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConfig"]:

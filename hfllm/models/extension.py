@@ -94,7 +94,7 @@ def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None
         for name, child in parent.named_children()
         if type(child).__name__.endswith("RotaryEmbedding") and _is_of(child, config, name)
     ]
-    refuse_if(not result, f"a model of type {config.model_type} has no rotary embedding that can be made anew")
+    refuse_if(not result, f"a model of type {config.model_type} has no rotary embedding that can be rebuilt")
     for parent, name, child in result:
         alone = config
         if child.config is not config:

@@ -1,4 +1,4 @@
-"""A saved model written anew, and compared with it: in the native classes or ours, or with its adapter merged."""
+"""Write a saved model in another form and compare both: in the native classes or ours, or with its adapter merged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

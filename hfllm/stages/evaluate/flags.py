@@ -34,7 +34,7 @@ MODELS_NAMED = NAMED.because("the models are named")
 # Flags without which a suite has nothing to ask.
 TASKS = "--tasks, such as --tasks arc_easy_file --tasks_data FOLDER"
 ROWS = "--dataset_name: rows with pictures, or 'pictures' or 'digits'"
-MODEL = "--model_name_or_path: a model that sees (hfllm vision makes one)"
+MODEL = "--model_name_or_path: a vision-language model (hfllm vision makes one)"
 
 
 @dataclass(frozen=True)
