@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.errors import InputError, check_positive
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -42,7 +44,7 @@ def sample_responses(
     batch_size: int = 128,
     seed: int = 0,
     only_ended: bool = False,
-    fast: bool = False,
+    fast: bool = True,
     tools: Sequence[Any] | None = None,
     temperature: float = 1.0,
 ) -> list[list[str]]:
@@ -55,9 +57,10 @@ def sample_responses(
         num_return_sequences: responses per prompt.
         seed: seed of the sampling; the caller's random state is not changed.
         only_ended: leave out responses truncated by `max_new_tokens`.
-        fast: decode by `fast_generate`, prompts of like length together: other samples of the same distribution.
-            Where this is impossible, as for a model of another family, adapters, quantized weights, stop strings or a
-            penalty in its generation config, `generate` decodes, and on a CPU a warning says why, once per model.
+        fast: on a CPU decode by `fast_generate`, prompts of like length together: other samples of the same
+            distribution. Where this is impossible, as for a model of another family, adapters, quantized weights,
+            stop strings or a penalty in its generation config, `generate` decodes, and a warning says why, once per
+            model.
         tools: the tools per prompt, shown with its messages by the chat template.
         temperature: of the sampling; above 0.
 
@@ -81,7 +84,7 @@ def sample_with_ends(
     num_return_sequences: int = 1,
     batch_size: int = 128,
     seed: int = 0,
-    fast: bool = False,
+    fast: bool = True,
     stop_strings: Sequence[str] = (),
     tools: Sequence[Any] | None = None,
     temperature: float = 1.0,
@@ -97,7 +100,6 @@ def sample_with_ends(
     import torch
 
     from hfllm.generation.scoring import evaluating
-    from hfllm.generation.speculative.speculative import fast_generate
     from hfllm.models.devices import forked_random
 
     ends = sorted(end_tokens(tokenizer, model))
@@ -113,8 +115,9 @@ def sample_with_ends(
     tokens_of = tokenize_prompts(prompts, tokenizer, tools) if prompts else []
     order = list(range(len(prompts)))
     with evaluating(model), forked_random(model.device), torch.inference_mode():
-        if fast and _can_be_fast(model, settings, max(map(len, tokens_of), default=0)):
-            settings["custom_generate"] = fast_generate
+        longest = max(map(len, tokens_of), default=0)
+        decode = _decoder(model, settings, longest) if fast else partial(model.generate, **settings)
+        if fast:
             order.sort(key=lambda index: len(tokens_of[index]))
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
@@ -122,8 +125,7 @@ def sample_with_ends(
             batch = tokenizer.pad(
                 {"input_ids": [tokens_of[index] for index in indices]}, padding_side="left", return_tensors="pt"
             ).to(model.device)
-            output = model.generate(**batch, **settings)
-            tokens = output[:, batch["input_ids"].shape[1] :]
+            tokens = decode(**batch)[:, batch["input_ids"].shape[1] :]
             has_ended = torch.isin(tokens, tokens.new_tensor(ends)).any(1).tolist()
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             completions = [_cut(text, ended, stop_strings) for text, ended in zip(texts, has_ended, strict=True)]
@@ -132,33 +134,55 @@ def sample_with_ends(
     return responses
 
 
+def _decoder(model: "PreTrainedModel", settings: dict[str, Any], longest: int) -> "Callable[..., torch.Tensor]":
+    """Return a function of `input_ids` and `attention_mask` for decoding prompts of up to `longest` tokens.
+
+    It is `fast_generate` within `generate`, and `generate` itself where that is impossible; a line says why.
+    """
+    from hfllm.generation.speculative.speculative import fast_generate
+
+    reason = _declined_reason(model, settings, longest)
+    if reason is not None:
+        warn_of_generate(model, reason)
+        return partial(model.generate, **settings)
+    return partial(model.generate, **settings, custom_generate=fast_generate)
+
+
 def _cut(text: str, has_ended: bool, stop_strings: Sequence[str]) -> Response:
     """Return a response up to its first stop text."""
     result = [index for index in map(text.find, stop_strings) if index >= 0]
     return Response(text[: min(result)], True) if result else Response(text, has_ended)
 
 
-def _can_be_fast(model: "PreTrainedModel", settings: dict[str, Any], longest: int) -> bool:
-    """Return whether `fast_generate` can decode; where it could on this machine, a warning says why it does not."""
-    reason = _declined_reason(model, settings, longest)
-    if reason is None:
-        return True
-    # Elsewhere no model is decoded over packed weights, and nobody can change this.
+def warn_of_generate(model: "PreTrainedModel", reason: str) -> None:
+    """Warn once per model and reason that `generate` decodes it, which is slower.
+
+    Only on a CPU: elsewhere `generate` decodes all models.
+    """
     if model.device.type == "cpu" and reason not in _WARNED.setdefault(model, set()):
         _WARNED[model].add(reason)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         warnings.warn(f"{name} is decoded by generate, not by the faster fast_generate: {reason}", stacklevel=4)
-    return False
 
 
-def _declined_reason(model: "PreTrainedModel", settings: dict[str, Any], longest: int) -> str | None:
-    """Return why `fast_generate` cannot decode prompts of up to `longest` tokens by these arguments, or `None`."""
+def undecodable_reason(model: "PreTrainedModel", length: int) -> str | None:
+    """Return why `fast_generate` cannot decode texts of up to `length` tokens, or `None` if it can."""
     from hfllm.generation.packed.model import unsupported_reason
     from hfllm.generation.packed.ragged_model import check_context
-    from hfllm.models.loading.saved import SAMPLING
 
     if reason := unsupported_reason(model):
         return reason
+    try:
+        check_context(model, length)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _declined_reason(model: "PreTrainedModel", settings: dict[str, Any], longest: int) -> str | None:
+    """Return why prompts of up to `longest` tokens cannot be decoded fast by these arguments, or `None`."""
+    from hfllm.models.loading.saved import SAMPLING
+
     if "stop_strings" in settings:
         return "stop strings end the responses"
     provided = {*settings, *(() if settings["do_sample"] else SAMPLING)}
@@ -166,11 +190,7 @@ def _declined_reason(model: "PreTrainedModel", settings: dict[str, Any], longest
         return (
             f"its generation_config.json sets {', '.join(f'{name}={value!r:.60}' for name, value in options.items())}"
         )
-    try:
-        check_context(model, longest + settings["max_new_tokens"])
-    except InputError as error:
-        return str(error)
-    return None
+    return undecodable_reason(model, longest + settings["max_new_tokens"])
 
 
 def _own_options(config: "GenerationConfig", excluded: Collection[str]) -> dict[str, Any]:

@@ -402,7 +402,6 @@ def sampled(
         batch_size=settings.batch_size,
         seed=seed,
         only_ended=only_ended,
-        fast=True,
         tools=[row.get("tools") for row in rows],
         temperature=settings.temperature,
     )

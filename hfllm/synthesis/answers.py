@@ -71,7 +71,6 @@ def compare_samples(
             *(model, tokenizer, prompts, settings.response_length),
             num_return_sequences=settings.num_samples,
             seed=settings.seed,
-            fast=True,
         )
         rows = preference_rows(world, tasks, sampled, noise, settings.seed)
         source = Source(rows, [f"world, comparison {number}" for number in range(1, len(rows) + 1)])

@@ -188,7 +188,6 @@ class Speaker:
             do_sample,
             batch_size=batch_size,
             seed=seed,
-            fast=True,
             stop_strings=(self.next_turn,) if self.next_turn else (),
             temperature=temperature,
         )

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hfllm.evaluation.suites.world_suites import gold_by_group, judge_tasks, mea
 from hfllm.generation.responses import sample_responses
 from hfllm.generation.speculative import speculative
 
+by_generate = partial(sample_responses, fast=False)
 ASKED = ["What is 1 plus 2? Please tell me.", "Go", "Say red.", "Is the fox red or blue?"]
 
 
@@ -35,17 +37,17 @@ def test_batches_and_padding_do_not_matter_to_greedy_responses(make_model, token
 def test_fast_responses_are_those_of_generate_in_the_order_of_the_prompts(make_model, tokenizer):
     model = make_model()
     prompts = ["What is 1 plus 2? Please tell me.", "Go", "Say red.", "Is the fox red or blue?"]
-    plain = sample_responses(model, tokenizer, prompts, 6, do_sample=False)
-    assert sample_responses(model, tokenizer, prompts, 6, do_sample=False, fast=True, batch_size=2) == plain
+    plain = by_generate(model, tokenizer, prompts, 6, do_sample=False)
+    assert sample_responses(model, tokenizer, prompts, 6, do_sample=False, batch_size=2) == plain
     assert len({responses[0] for responses in plain}) > 1
-    sampled = sample_responses(model, tokenizer, prompts, 6, num_return_sequences=3, seed=1, fast=True)
-    assert sampled == sample_responses(model, tokenizer, prompts, 6, num_return_sequences=3, seed=1, fast=True)
+    sampled = sample_responses(model, tokenizer, prompts, 6, num_return_sequences=3, seed=1)
+    assert sampled == sample_responses(model, tokenizer, prompts, 6, num_return_sequences=3, seed=1)
     assert [len(responses) for responses in sampled] == [3] * 4
-    assert sample_responses(model, tokenizer, [], 6, fast=True) == []
+    assert sample_responses(model, tokenizer, [], 6) == []
     # Options that the fast way does not know are the model's own: it is asked the plain way.
     model.generation_config.repetition_penalty = 5.0
-    bent = sample_responses(model, tokenizer, prompts, 6, do_sample=False)
-    assert sample_responses(model, tokenizer, prompts, 6, do_sample=False, fast=True) == bent != plain
+    bent = by_generate(model, tokenizer, prompts, 6, do_sample=False)
+    assert sample_responses(model, tokenizer, prompts, 6, do_sample=False) == bent != plain
 
 
 # What transformers, other libraries and people write, none of which changes what is sampled at a given temperature.
@@ -64,12 +66,12 @@ def test_a_saved_model_is_decoded_fast(options, saved, tokenizer, fast_calls):
     assert written["output_attentions"] is False, "this test is about such fields"
     path.write_text(json.dumps({**written, **options}))
     model = AutoModelForCausalLM.from_pretrained(saved)
-    plain = sample_responses(model, tokenizer, ASKED, 6, do_sample=False)
+    plain = by_generate(model, tokenizer, ASKED, 6, do_sample=False)
     assert not fast_calls
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert sample_responses(model, tokenizer, ASKED, 6, do_sample=False, fast=True, batch_size=2) == plain
-        sample_responses(model, tokenizer, ASKED, 6, fast=True, batch_size=2)
+        assert sample_responses(model, tokenizer, ASKED, 6, do_sample=False, batch_size=2) == plain
+        sample_responses(model, tokenizer, ASKED, 6, batch_size=2)
     assert len(fast_calls) == 4
 
 
@@ -77,7 +79,7 @@ def test_every_field_that_transformers_writes_by_default_is_harmless(make_model,
     """As a later version may write more of them into each saved model."""
     model = make_model()
     model.generation_config = GenerationConfig(**GenerationConfig._get_default_generation_params())
-    sample_responses(model, tokenizer, ASKED, 2, fast=True)
+    sample_responses(model, tokenizer, ASKED, 2)
     assert len(fast_calls) == 1
 
 
@@ -96,7 +98,7 @@ def test_samples_of_a_saved_model_follow_its_distribution(saved, tokenizer, fast
     ):
         expected[text] += probability * count
     said = sample_responses(
-        model, tokenizer, ASKED[:1], 1, num_return_sequences=count, temperature=temperature, seed=1, fast=True
+        model, tokenizer, ASKED[:1], 1, num_return_sequences=count, temperature=temperature, seed=1
     )
     assert fast_calls
     found = Counter(said[0])
@@ -110,11 +112,11 @@ def test_samples_of_a_saved_model_follow_its_distribution(saved, tokenizer, fast
 
 def declined(model, tokenizer, **options):
     """What is said of a model that was to be decoded fast and was not, at two calls together."""
-    plain = sample_responses(model, tokenizer, ASKED, 3, do_sample=False)
+    plain = by_generate(model, tokenizer, ASKED, 3, do_sample=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert sample_responses(model, tokenizer, ASKED, 3, do_sample=False, fast=True, **options) == plain
+            assert sample_responses(model, tokenizer, ASKED, 3, do_sample=False, **options) == plain
     return [str(each.message) for each in caught if "fast_generate" in str(each.message)]
 
 
@@ -143,18 +145,18 @@ def test_options_that_the_fast_decoder_does_not_have_are_named_once(
 def test_a_temperature_of_its_own_is_nothing_to_greedy_decoding(make_model, tokenizer, fast_calls):
     model = make_model()
     model.generation_config.update(do_sample=True, temperature=0.2, min_p=0.1)
-    assert sample_responses(model, tokenizer, ASKED, 3, do_sample=False, fast=True) and fast_calls
+    assert sample_responses(model, tokenizer, ASKED, 3, do_sample=False) and fast_calls
     with pytest.warns(UserWarning, match="sets min_p=0.1"):
-        sample_responses(model, tokenizer, ASKED, 3, fast=True)
+        sample_responses(model, tokenizer, ASKED, 3)
 
 
 def test_a_model_that_was_asked_for_hidden_states_is_decoded_fast(make_model, tokenizer, fast_calls):
     """transformers leaves hooks on it, which do nothing from then on."""
     model = make_model()
-    plain = sample_responses(model, tokenizer, ASKED, 6, do_sample=False)
+    plain = by_generate(model, tokenizer, ASKED, 6, do_sample=False)
     model(torch.tensor([[1, 2]]), output_hidden_states=True)
     assert model.model.layers[0]._forward_hooks
-    assert sample_responses(model, tokenizer, ASKED, 6, do_sample=False, fast=True) == plain
+    assert sample_responses(model, tokenizer, ASKED, 6, do_sample=False) == plain
     assert len(fast_calls) == 1
 
 
@@ -190,9 +192,9 @@ def test_a_prompt_that_may_not_fit_is_left_to_generate(make_model, tokenizer, fa
     """A table of learned positions: generate reads as far as the model does not stop by itself."""
     model = make_model(position_embedding_type="learned", max_position_embeddings=20)
     model.generation_config.eos_token_id = list(range(len(tokenizer)))
-    assert all(sample_responses(model, tokenizer, ["Go"], 30, do_sample=False))
+    assert all(by_generate(model, tokenizer, ["Go"], 30, do_sample=False))
     with pytest.warns(UserWarning, match="positions for 20: shorten the prompt or max_new_tokens"):
-        assert sample_responses(model, tokenizer, ["Go"], 30, do_sample=False, fast=True)
+        assert sample_responses(model, tokenizer, ["Go"], 30, do_sample=False)
     assert not fast_calls
 
 
@@ -206,10 +208,10 @@ def test_a_text_that_may_outgrow_the_factors_of_longrope_is_left_to_generate(mak
     model.generation_config.eos_token_id = None
     length = max(map(len, tokenize_prompts(ASKED, tokenizer)))
     for new in (48 - length, 80):
-        plain = sample_responses(model, tokenizer, ASKED, new, do_sample=False)
+        plain = by_generate(model, tokenizer, ASKED, new, do_sample=False)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert sample_responses(model, tokenizer, ASKED, new, do_sample=False, fast=True) == plain
+            assert sample_responses(model, tokenizer, ASKED, new, do_sample=False) == plain
         said = [str(each.message) for each in caught if "other rotary factors beyond 48" in str(each.message)]
         assert (len(said), len(fast_calls)) == (int(new == 80), 1)
 

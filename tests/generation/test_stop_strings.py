@@ -14,7 +14,7 @@ def test_responses_are_cut_at_the_first_text_that_ends_them(make_model, tokenize
     cut = [
         said[0]
         for said in sample_with_ends(
-            model, tokenizer, PROMPTS, 24, do_sample=False, batch_size=3, fast=True, stop_strings=("zyxwv", stop)
+            model, tokenizer, PROMPTS, 24, do_sample=False, batch_size=3, stop_strings=("zyxwv", stop)
         )
     ]
     assert any(stop in each.text for each in whole)

@@ -19,6 +19,7 @@ import hfllm
 from hfllm.environments.tools import calculator
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
+from hfllm.trainers.ppo import sampling
 from hfllm.trainers.ppo.sampling import SampledLogprobs, TurnCaches
 from hfllm.trainers.ppo.trainer import PPOTrainer
 
@@ -200,8 +201,9 @@ def test_evaluation_logs_the_calls(make_agent):
     assert len(trainer.eval_values["reward"]) == 5
 
 
-def test_a_policy_that_calls_nothing_samples_as_ever(make_agent, tokens):
-    """With a chat template that does not show the tools, to the bit."""
+def test_a_policy_that_calls_nothing_samples_as_ever(make_agent, tokens, monkeypatch):
+    """With a chat template that does not show the tools, to the bit, where `generate` decodes both."""
+    monkeypatch.setattr(sampling, "undecodable_reason", lambda *given: "of this test")
     tokens.chat_template, template = tokens.chat_template.partition("{%- endif -%}")[2], tokens.chat_template
     try:
         rows = [{"prompt": prompt} for prompt in PROMPTS[:6]]

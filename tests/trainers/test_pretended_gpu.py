@@ -137,7 +137,7 @@ def test_what_evaluates_a_model(gpu, make_model, tokenizer):
     assert text_likelihood(model, tokenizer, texts, 32).nats == pytest.approx(expected)
     assert len(answer_scores(model, tokenizer, texts, [" a b"] * 3)) == 3
     assert greedy_tokens(model, token_windows(tokenizer, texts, 16)).device.type == "cpu"
-    assert len(sample_responses(model, tokenizer, texts, 4, fast=True)) == 3
+    assert len(sample_responses(model, tokenizer, texts, 4)) == 3
     batch = {name: tokenizer(texts[:1], return_tensors="pt")[name].to(gpu) for name in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 4, "do_sample": True, "pad_token_id": tokenizer.pad_token_id}
     assert model.generate(**batch, **settings, custom_generate=fast_generate).device == gpu

@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES
 from transformers import GenerationConfig
 
+from hfllm.generation.packed.model import unsupported_reason
 from hfllm.trainers.ppo import sampling
 from hfllm.trainers.ppo.actor_critic import ActorCritic
 from hfllm.trainers.ppo.sampling import OnlyFinite, SampledLogprobs, generate_responses
@@ -34,8 +35,17 @@ def model(make_model, request):
     return make_model(**{**FAMILIES[request.param], "tie_word_embeddings": False})
 
 
+@pytest.fixture
+def by_generate(monkeypatch):
+    """Sample by `generate`, as where a cache of its own is impossible."""
+    monkeypatch.setattr(sampling, "undecodable_reason", lambda *given: "of this test")
+
+
 @pytest.mark.slow
-def test_greedy_responses_are_those_of_generate(model, ids, tokenizer, monkeypatch):
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_greedy_responses_are_those_of_generate(model, is_fast, ids, tokenizer, monkeypatch, request):
+    if not is_fast:
+        request.getfixturevalue("by_generate")
     calls = []
     generate = type(model).generate
     monkeypatch.setattr(
@@ -53,11 +63,27 @@ def test_greedy_responses_are_those_of_generate(model, ids, tokenizer, monkeypat
         assert bool(got["is_ended"][row]) == bool(len(ended))
     lengths = got["response_mask"].sum(1)
     assert len(lengths.unique()) > 1
-    assert split_at[0] == 24 and len(split_at) > 1 and split_at[1] <= 12
+    if not is_fast:
+        assert split_at[0] == 24 and len(split_at) > 1 and split_at[1] <= 12
+    else:
+        # What it cannot decode is left to `generate`.
+        assert bool(split_at) == (unsupported_reason(model) is not None)
+
+
+def test_recording_or_not_the_samples_are_the_same(make_model, ids, tokenizer, by_generate):
+    """And in another way they are others, of the same distribution."""
+    model, settings = make_model(), config(do_sample=True, top_k=0)
+    torch.manual_seed(1)
+    plain = generate_responses(model, *ids, settings, tokenizer)
+    torch.manual_seed(1)
+    witness = SampledLogprobs((24, 24), 1.0, (), None, torch.device("cpu"))
+    assert torch.equal(
+        generate_responses(model, *ids, settings, tokenizer, witness)["response_ids"], plain["response_ids"]
+    )
 
 
 @pytest.mark.slow
-def test_a_cache_whose_rows_cannot_be_picked_is_built_again(make_model, ids, tokenizer, monkeypatch):
+def test_a_cache_whose_rows_cannot_be_picked_is_built_again(make_model, ids, tokenizer, monkeypatch, by_generate):
     model = make_model()
     expected = generate_responses(model, *ids, config(), tokenizer)
     monkeypatch.setattr(sampling, "DynamicCache", int)
@@ -140,7 +166,7 @@ def test_few_prompts_at_a_time_get_the_same_answers(make_model, ids, tokenizer):
 
 @pytest.mark.parametrize("kind", ["none", "lora", "prompt"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_policy_keeps_its_own_settings(make_model, ids, tokenizer, kind, fails):
+def test_the_policy_keeps_its_own_settings(make_model, ids, tokenizer, kind, fails, monkeypatch):
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     base = model = make_model()
@@ -149,8 +175,9 @@ def test_the_policy_keeps_its_own_settings(make_model, ids, tokenizer, kind, fai
         model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     elif kind == "prompt":
         model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
-    seen, generate = [], base.generate
-    base.generate = lambda **kwargs: seen.append(base.generation_config.min_p) or generate(**kwargs)
+    seen, kind_of = [], type(base.get_input_embeddings())
+    embed = kind_of.forward
+    monkeypatch.setattr(kind_of, "forward", lambda *given: seen.append(base.generation_config.min_p) or embed(*given))
     model.train()
     if fails:
         with torch.no_grad():

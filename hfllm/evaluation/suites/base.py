@@ -340,9 +340,7 @@ class Subject:
         if selected:
             self.check_numbers(selected[0])
         responses = iter(
-            sample_responses(self.model, self.tokenizer, selected, max_new_tokens, do_sample=False, fast=True)
-            if selected
-            else []
+            sample_responses(self.model, self.tokenizer, selected, max_new_tokens, do_sample=False) if selected else []
         )
         return [next(responses)[0] if is_short else None for is_short in fits]
 

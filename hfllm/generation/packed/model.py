@@ -441,9 +441,10 @@ FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class Output(NamedTuple):
-    """The model output for the decoding loop."""
+    """The model output for the decoding loop: logits (B, Q, V), and the head's input (B, Q, E)."""
 
     logits: torch.Tensor
+    states: torch.Tensor
 
 
 def unsupported_reason(model: "PreTrainedModel") -> str | None:
@@ -599,10 +600,11 @@ class PackedModel:
             states = layer(states, rows, rotation, masks[layer.kind], layer_cache)
         if logits_to_keep and logits_to_keep < length:
             states = states.view(rows, length, -1)[:, -logits_to_keep:].flatten(0, 1)
-        logits = self.head(self.norm(states))
+        states = self.norm(states)
+        logits = self.head(states)
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
-        return Output(logits.view(rows, -1, logits.shape[-1]))
+        return Output(*(part.view(rows, -1, part.shape[-1]) for part in (logits, states)))
 
     def _embed(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: RaggedCache

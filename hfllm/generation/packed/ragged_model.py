@@ -4,7 +4,8 @@ Shapes: B rows, Q new tokens of each, C columns of the cache, V vocabulary size.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,13 @@ class RaggedModel:
         forward: runs in place of the model: a `PackedModel`, or the result of `compiled_forward`.
         cache: the cache to use, by default a new one.
         static: `forward` is compiled for fixed shapes; the model itself reads prompts.
+        with_states: also keep the input of the head.
+
+    Attributes:
+        states: the input of the head at the last returned logits, (B, Q, E); `None` without `with_states`.
     """
+
+    states: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -46,6 +53,7 @@ class RaggedModel:
         forward: "Forward | None" = None,
         cache: RaggedCache | None = None,
         static: bool = False,
+        with_states: bool = False,
     ):
         config = model.config.get_text_config(decoder=True)
         self.model, self.forward, self.static = model, forward or model, static
@@ -56,7 +64,7 @@ class RaggedModel:
         self.sees_all = self.packed is not None and set(self.windows.values()) == {None}
         self.is_eager = config._attn_implementation == "eager"
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self.vocabulary = config.vocab_size
+        self.vocabulary, self.with_states = config.vocab_size, with_states
 
     def __call__(
         self,
@@ -79,15 +87,34 @@ class RaggedModel:
         width = self.cache.capacity if self.static else longest
         self.cache.set_cells(columns, width)
         keep = {"logits_to_keep": logits} if self.keeps_logits else {}
-        output = self.forward(
-            input_ids=tokens,
-            attention_mask=None if level and self.sees_all else self._mask(columns, width),
-            position_ids=columns.minimum(last.unsqueeze(1)),
-            cache=self.cache,
-            use_cache=True,
-            **keep,
-        )
+        with self._states_kept():
+            output = self.forward(
+                input_ids=tokens,
+                attention_mask=None if level and self.sees_all else self._mask(columns, width),
+                position_ids=columns.minimum(last.unsqueeze(1)),
+                cache=self.cache,
+                use_cache=True,
+                **keep,
+            )
+        if self.with_states and self.packed is not None:
+            self.states = output.states
         return output.logits
+
+    @contextmanager
+    def _states_kept(self) -> Iterator[None]:
+        """Keep the input of a model's own head; a packed model returns it."""
+        if not self.with_states or self.packed is not None:
+            yield
+            return
+
+        def keep(module: torch.nn.Module, args: tuple) -> None:
+            self.states = args[0]
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def prefill(
         self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]
@@ -112,9 +139,13 @@ class RaggedModel:
         if not together:
             logits = self(tokens.gather(1, at), at, last, tokens.shape[1])
         elif spread:
-            index = at - (tokens.shape[1] - logits.shape[1])
-            logits = logits.gather(1, index.unsqueeze(-1).expand(-1, 1, logits.shape[-1]))
+            index = (at - (tokens.shape[1] - logits.shape[1])).unsqueeze(-1)
+            logits = logits.gather(1, index.expand(-1, 1, logits.shape[-1]))
+            if self.states is not None:
+                self.states = self.states.gather(1, index.expand(-1, 1, self.states.shape[-1]))
         self.forward = forward
+        if self.states is not None:
+            self.states = self.states[:, -1:]
         return logits[:, -1:]
 
     def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -130,20 +161,27 @@ class RaggedModel:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False, packed: bool = False) -> RaggedModel:
+def ragged_model(
+    model: "PreTrainedModel",
+    capacity: int,
+    compile: bool = False,
+    packed: bool = False,
+    with_states: bool = False,
+) -> RaggedModel:
     """Return a model over a cache of `capacity` columns.
 
     Args:
         compile: run it through `torch.compile`.
         packed: run it as a `PackedModel`.
+        with_states: keep the input of its head too.
 
     Raises:
         InputError: for `packed` where it is not supported, with the reason.
     """
     check_model(model)
     if compile:
-        return RaggedModel(model, capacity, compiled_forward(model), static=True)
-    return RaggedModel(model, capacity, packed_model(model) if packed else None)
+        return RaggedModel(model, capacity, compiled_forward(model), static=True, with_states=with_states)
+    return RaggedModel(model, capacity, packed_model(model) if packed else None, with_states=with_states)
 
 
 def attention_windows(config: "PreTrainedConfig") -> dict[str, int | None]:

@@ -102,8 +102,23 @@ def leading(passes: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw one token per row from its distribution: (B, V) to (B,)."""
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    """Draw one token per row from its distribution: (B, V) to (B,).
+
+    Raises:
+        FloatingPointError: for a distribution that is not finite, on a CPU.
+    """
+    if probs.device.type != "cpu":
+        return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    # There `multinomial` draws a number per token of the vocabulary. One per row is enough: the first token whose
+    # cumulative probability is above it, in double precision, so that a long vocabulary adds up to no less than it is.
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise FloatingPointError("the distribution that tokens are drawn from holds NaN, or is not finite")
+    number = torch.rand(total.shape, generator=generator, dtype=torch.float64) * total
+    # Below the total, where a token of probability 0 at the end would be the first above it.
+    number = number.minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, number, right=True).squeeze(1)
 
 
 def expected_tokens(alpha: float, gamma: float) -> float:

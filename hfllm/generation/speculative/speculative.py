@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfllm.errors import InputError, refuse_if
+from hfllm.generation.packed.decoding import Continuations, Observer, continue_prompts
 from hfllm.generation.packed.model import has_int8, unsupported_reason
 from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
 from hfllm.generation.speculative.acceptance import Options, check_config, make_options, read_options
 from hfllm.generation.speculative.drafts import (
     Draft,
     DraftLength,
-    FixedDraftLength,
     Int8Draft,
     ModelDraft,
     Proposal,
@@ -149,19 +149,67 @@ def decode(
     refuse_if(compile and packed, "packed=True and compile=True exclude each other: leave one out")
     if packed is None:
         packed = not compile and unsupported_reason(model) is None
-    if draft is None:
-        draft_length: DraftLength = FixedDraftLength(0)
-    else:
+    if draft is not None:
         rows = len(input_ids) if packed else None
         draft_length = as_draft_length(num_draft_tokens, draft.cost_ratio(model), model.device.type, rows)
     with many_shapes() if compile else nullcontext():
+        if draft is None or not draft_length.maximum:
+            return _decode_plainly(model, input_ids, attention_mask, options, compile, packed)
         run = _Run(model, draft, options, draft_length, input_ids, attention_mask, compile, packed)
-        if draft_length.maximum:
-            while run.is_running():
-                run.step()
-        else:
-            run.decode()
+        while run.is_running():
+            run.step()
     return SpeculativeOutput(run.sequences(input_ids), run.statistics)
+
+
+def _decode_plainly(
+    model: "PreTrainedModel",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    options: Options,
+    compile: bool,
+    packed: bool,
+) -> SpeculativeOutput:
+    """Decode without drafts: one run and one token per row."""
+    new = continued(model, input_ids, attention_mask, options, compile, packed)
+    statistics = Statistics(tokens=int(new.lengths.sum()))
+    for running in new.running:
+        statistics.add(running, 0, 0, 0)
+    return SpeculativeOutput(torch.cat((input_ids, new.tokens), dim=1), statistics)
+
+
+def continued(
+    model: "PreTrainedModel",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    options: Options,
+    compile: bool = False,
+    packed: bool | None = None,
+    observe: Observer | None = None,
+    with_states: bool = False,
+) -> Continuations:
+    """Continue prompts without drafts, as `speculative_generate` does, and return only the new tokens.
+
+    Args:
+        observe: called for every token.
+        with_states: whether `observe` gets the input of the head.
+    """
+    if packed is None:
+        packed = not compile and unsupported_reason(model) is None
+    sizes = attention_mask.sum(1).tolist()
+    capacity = max(sizes) + options.max_new_tokens
+    check_context(model, capacity)
+    if compile:
+        capacity = -(-capacity // COMPILED_BLOCK) * COMPILED_BLOCK
+    return continue_prompts(
+        ragged_model(model, capacity, compile, packed, with_states),
+        padded_right(input_ids, attention_mask, max(sizes)),
+        sizes,
+        lambda logits: options.sampler.draft(logits)[0],
+        options.max_new_tokens,
+        options.eos_token_ids,
+        options.pad_token_id,
+        observe,
+    )
 
 
 def many_shapes() -> AbstractContextManager:
@@ -180,7 +228,7 @@ class _Run:
     def __init__(
         self,
         model: "PreTrainedModel",
-        draft: Draft | None,
+        draft: Draft,
         options: Options,
         draft_length: DraftLength,
         input_ids: torch.Tensor,
@@ -210,40 +258,12 @@ class _Run:
         rows = self.rows
         logits = self.target.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
         self._verify(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
-        if self.draft is not None and self.draft_length.maximum and self.is_running():
+        if self.is_running():
             self.draft.begin(self.target, self.rows, self.compile)
             self.has_begun = True
 
     def is_running(self) -> bool:
         return any(not self._has_ended(number) for number in self.running)
-
-    def decode(self) -> None:
-        """Continue without drafts: one run and one token per row, with as little overhead as possible."""
-        rows = self.rows
-        columns, last, longest = rows.lengths.unsqueeze(1) - 1, rows.last, max(rows.sizes)
-        tokens, level = rows.tokens.gather(1, columns), rows.are_level
-        while self.is_running():
-            logits = self.target(tokens, columns, last, longest, level=level)
-            tokens, columns, longest = (
-                self.options.sampler.draft(logits[:, -1])[0].unsqueeze(1),
-                columns + 1,
-                longest + 1,
-            )
-            running = 0
-            for number, (token,) in zip(self.running, tokens.tolist(), strict=True):
-                if not self._has_ended(number):
-                    self.new[number].append(token)
-                    running += 1
-            self.statistics.tokens += running
-            self.statistics.add(running, 0, 0, 0)
-            active_rows = [row for row, number in enumerate(self.running) if not self._has_ended(number)]
-            if active_rows and len(active_rows) < len(self.running) and not self.compile:
-                index = torch.tensor(active_rows, device=tokens.device)
-                tokens, columns, last = tokens[index], columns[index], last[index]
-                self.target.cache.keep(index)
-                self.running = [self.running[row] for row in active_rows]
-                longest = int(columns.max()) + 1
-                level = longest == int(columns.min()) + 1
 
     def step(self) -> None:
         """Draft, verify, append; then drop ended rows."""

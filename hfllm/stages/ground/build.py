@@ -130,9 +130,7 @@ class JudgedResponse:
 def answer(speaking: Speaking, tasks: Sequence[PassageTask]) -> list[JudgedResponse]:
     """Let a model answer all questions greedily, and judge the answers."""
     prompts = [task.prompt for task in tasks]
-    responses = sample_responses(
-        speaking.model, speaking.tokenizer, prompts, RESPONSE_LENGTH, do_sample=False, fast=True
-    )
+    responses = sample_responses(speaking.model, speaking.tokenizer, prompts, RESPONSE_LENGTH, do_sample=False)
     return [judged(task, texts[0]) for task, texts in zip(tasks, responses, strict=True)]
 
 

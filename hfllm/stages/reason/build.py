@@ -177,7 +177,7 @@ def answer(
 ) -> list[ProblemAnswer]:
     """Answer all problems, greedily or sampled at temperature 1, and judge the answers."""
     prompts = [problem.prompt_row()["prompt"] for problem in problems]
-    responses = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed, fast=True)
+    responses = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed)
     texts = [texts[0] for texts in responses]
     # The texts have no special tokens, thus none is counted.
     lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])

@@ -1,7 +1,7 @@
 """Sampling responses: finished rows leave the batch, and turns of an episode keep their caches."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import NamedTuple
 
@@ -21,6 +21,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
+from hfllm.errors import InputError
+from hfllm.generation.responses import undecodable_reason, warn_of_generate
+from hfllm.generation.speculative.acceptance import Options, read_options
+from hfllm.generation.speculative.speculative import continued
 from hfllm.models import devices
 from hfllm.models.family.configuration_fields_hfllm import cached_numbers
 from hfllm.multimodal.processors import Pictures
@@ -323,20 +327,30 @@ class SampledLogprobs:
             for handle in handles:
                 handle.remove()
 
+    def note(
+        self, rows: torch.Tensor, column: int, logits: torch.Tensor, states: torch.Tensor | None, tokens: torch.Tensor
+    ) -> None:
+        """Record the tokens (B,) of `rows`, as `begin` places them, in a column of theirs.
+
+        Args:
+            logits: (B, V), from which they were sampled.
+            states: (B, E), from which the logits were computed; needed for the value head alone.
+        """
+        at = self._rows[rows], (self._columns[rows] + column).clamp(max=self.room)
+        distribution = log_distribution(logits.clone(), self.temperature, self.never_sampled)
+        self.tokens[at] = tokens
+        self.logprobs[at] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        self.entropy[at] = entropy_of(distribution)
+        if self.value_head is not None:
+            self.values[at] = self.value_head(states).squeeze(-1)
+
     def of(self, rows: torch.Tensor, column: int) -> Callable[[torch.Tensor], None]:
-        """Return a function for recording the tokens of `rows`, as `begin` places them, from a column of theirs on."""
-        indices, columns = self._rows[rows], self._columns[rows] + column
+        """Return a function for recording the tokens of `rows` while `watching`, from a column of theirs on."""
 
         def note(tokens: torch.Tensor) -> None:
-            nonlocal columns
-            at = indices, columns.clamp(max=self.room)
-            distribution = log_distribution(self._logits.clone(), self.temperature, self.never_sampled)
-            self.tokens[at] = tokens
-            self.logprobs[at] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            self.entropy[at] = entropy_of(distribution)
-            if self.value_head is not None:
-                self.values[at] = self.value_head(self._states).squeeze(-1)
-            columns = columns + 1
+            nonlocal column
+            self.note(rows, column, self._logits, self._states, tokens)
+            column += 1
 
         return note
 
@@ -352,9 +366,10 @@ def generate_responses(
     most_rows: int | None = None,
     pictures: Pictures | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Sample one response per prompt by `generate`.
+    """Sample one response per prompt.
 
-    Whenever half of the rows have ended, the other half continues without them, with its part of the cache.
+    A policy of the family on a CPU decodes over packed weights, in a cache allocated once. Others do by `generate`:
+    whenever half of the rows have ended, the other half continues without them, with its part of the cache.
 
     Args:
         prompt_ids, prompt_mask: (N, P), padded on the left.
@@ -392,6 +407,9 @@ def _generate_together(
     pictures: Pictures | None,
 ) -> dict[str, torch.Tensor]:
     """Sample all responses at once; `first_row` is the index of the first prompt in the witness's records."""
+    is_plain = pictures is None and (witness is None or witness.caches is None)
+    if is_plain and (options := _fast_options(policy, prompt_ids, generation_config)) is not None:
+        return _continue(policy, prompt_ids, prompt_mask, options, witness, first_row)
     start, longest = prompt_ids.shape[1], generation_config.max_new_tokens
     responses = prompt_ids.new_full((len(prompt_ids), longest), generation_config.pad_token_id)
     lengths = torch.zeros(len(prompt_ids), dtype=torch.long, device=prompt_ids.device)
@@ -437,6 +455,50 @@ def _generate_together(
     mask = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
     response_ids = responses[:, :width].masked_fill(mask == 0, generation_config.pad_token_id)
     return {"response_ids": response_ids, "response_mask": mask, "is_ended": is_ended}
+
+
+def _fast_options(
+    policy: PreTrainedModel, prompt_ids: torch.Tensor, generation_config: GenerationConfig
+) -> Options | None:
+    """Return the options of decoding over a ragged cache; `None` where `generate` must, and a line says why once."""
+    with plainly(policy), _in_fp32(policy):
+        reason = undecodable_reason(policy, prompt_ids.shape[1] + generation_config.max_new_tokens)
+        if reason is None:
+            try:
+                return read_options(policy, generation_config, None, prompt_ids.shape[1])
+            except InputError as error:
+                reason = str(error)
+    warn_of_generate(policy, reason)
+    return None
+
+
+def _continue(
+    policy: PreTrainedModel,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    options: Options,
+    witness: SampledLogprobs | None,
+    first_row: int,
+) -> dict[str, torch.Tensor]:
+    """Sample all responses over a ragged cache; see `_generate_together`."""
+    options.sampler.processors.append(OnlyFinite())
+
+    def observe(
+        step: int, rows: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None, tokens: torch.Tensor
+    ) -> None:
+        if witness is not None:
+            witness.note(rows + first_row, step, logits, states, tokens)
+
+    with_states = witness is not None and witness.value_head is not None
+    with plainly(policy), _in_fp32(policy):
+        new = continued(policy, prompt_ids, prompt_mask, options, observe=observe, with_states=with_states)
+    mask = (torch.arange(new.tokens.shape[1], device=new.lengths.device) < new.lengths.unsqueeze(1)).long()
+    return {"response_ids": new.tokens, "response_mask": mask, "is_ended": new.has_ended}
+
+
+def _in_fp32(policy: PreTrainedModel) -> AbstractContextManager:
+    """Return a context without autocast on a CPU, where packed weights know none."""
+    return torch.autocast("cpu", enabled=False) if policy.device.type == "cpu" else nullcontext()
 
 
 def _may_split(config: GenerationConfig) -> bool:

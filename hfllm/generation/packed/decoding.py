@@ -1,0 +1,122 @@
+"""Plain decoding over a ragged cache: a run of the model gives each running row one token.
+
+Equal prompts in a row, as several samples of a prompt are, are read once. An ended row leaves the batch when the
+rows computed in vain since the last time are as many as the ones that stay: dropping rows copies their cache, so this
+costs at most twice what the best moments would.
+
+Shapes: B rows, S tokens of the longest prompt, R new tokens, E hidden_size, V vocabulary size.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from hfllm.generation.packed.ragged_model import RaggedModel
+
+
+class Observer(Protocol):
+    """A function called for every drawn token, before it is known whether its row has ended before."""
+
+    def __call__(
+        self, step: int, rows: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None, tokens: torch.Tensor
+    ) -> None:
+        """Note the tokens of a step.
+
+        Args:
+            step: the index of the tokens among the new ones.
+            rows: (B,), the prompts of the rows.
+            logits: (B, V), from which the tokens were drawn.
+            states: (B, E), the input of the head; `None` if the model was not asked for them.
+            tokens: (B,).
+        """
+
+
+class Continuations(NamedTuple):
+    """The new tokens of all prompts.
+
+    Args:
+        tokens: (B, R), padded on the right.
+        lengths: (B,), with the end token.
+        has_ended: (B,), whether the last token is an end token.
+        running: rows that got a token, for each run of the model.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    has_ended: torch.Tensor
+    running: list[int]
+
+
+@torch.no_grad()
+def continue_prompts(
+    target: RaggedModel,
+    prompts: torch.Tensor,
+    sizes: Sequence[int],
+    draw: Callable[[torch.Tensor], torch.Tensor],
+    max_new_tokens: int,
+    end_token_ids: Collection[int],
+    pad_token_id: int,
+    observe: Observer | None = None,
+) -> Continuations:
+    """Continue prompts until each has an end token, or `max_new_tokens` new ones.
+
+    Args:
+        target: the model, its cache empty and of at least the longest prompt's and the new tokens' columns.
+        prompts: (B, S), padded on the right.
+        sizes: tokens of each prompt.
+        draw: returns a token (B,) for each row of logits (B, V).
+        pad_token_id: after the end of a response.
+    """
+    device = prompts.device
+    rows, ends = torch.arange(len(sizes), device=device), prompts.new_tensor(sorted(end_token_ids))
+    lengths, counts = prompts.new_tensor(sizes), prompts.new_full((len(sizes),), max_new_tokens)
+    tokens = prompts.new_full((len(sizes), max_new_tokens), pad_token_id)
+    is_running = torch.ones_like(rows, dtype=torch.bool)
+    last, longest, is_level = lengths + max_new_tokens - 1, max(sizes), min(sizes) == max(sizes)
+    logits = _read(target, prompts[:, :longest], lengths, last, sizes)
+    columns, in_vain, running = lengths.unsqueeze(1), 0, []
+    for step in range(max_new_tokens):
+        drawn = draw(logits)
+        if observe is not None:
+            observe(step, rows, logits, None if target.states is None else target.states[:, -1], drawn)
+        running.append(int(is_running.sum()))
+        now_ended = torch.isin(drawn, ends) & is_running
+        tokens[rows, step] = drawn
+        counts[rows[now_ended]] = step + 1
+        is_running &= ~now_ended
+        remaining = int(is_running.sum())
+        if not remaining or step + 1 == max_new_tokens:
+            break
+        in_vain += len(rows) - remaining
+        if in_vain >= remaining and not target.static:
+            index, in_vain = is_running.nonzero().squeeze(1), 0
+            target.cache.keep(index)
+            rows, drawn, columns, last, is_running = (each[index] for each in (rows, drawn, columns, last, is_running))
+            # Rows that have left may have been the longest ones.
+            spread = columns.aminmax()
+            longest, is_level = int(spread.max), bool(spread.min == spread.max)
+        longest += 1
+        logits = target(drawn.unsqueeze(1), columns, last, longest, level=is_level)[:, -1]
+        columns = columns + 1
+    width = int(counts.max())
+    tokens = tokens[:, :width].masked_fill_(torch.arange(width, device=device) >= counts.unsqueeze(1), pad_token_id)
+    has_ended = torch.isin(tokens.gather(1, counts.unsqueeze(1) - 1).squeeze(1), ends)
+    return Continuations(tokens, counts, has_ended, running)
+
+
+def _read(
+    target: RaggedModel, prompts: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]
+) -> torch.Tensor:
+    """Read prompts into the cache, equal ones that follow each other once; return logits (B, V)."""
+    is_new = torch.ones_like(lengths, dtype=torch.bool)
+    is_new[1:] = (prompts[1:] != prompts[:-1]).any(1) | (lengths[1:] != lengths[:-1])
+    if bool(is_new.all()):
+        return target.prefill(prompts, lengths, last, sizes)[:, -1]
+    first, source = is_new.nonzero().squeeze(1), is_new.cumsum(0) - 1
+    own_sizes = [sizes[row] for row in first.tolist()]
+    logits = target.prefill(prompts[first], lengths[first], last[first], own_sizes)[:, -1]
+    target.cache.keep(source)
+    if target.states is not None:
+        target.states = target.states[source]
+    return logits[source]
