@@ -55,6 +55,7 @@ def main(
     from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
+    from hfllm.trainers.precision import with_fast_products
     from hfllm.trainers.run_record import final_train_loss
 
     check(script_args, training_args, model_args)
@@ -72,6 +73,7 @@ def main(
         prepared = Prepared(Path(training_args.output_dir) / "prepared", by_contents(stage.arguments))
         sources, train_texts, test_texts = load_sources(script_args.text_sources, weights, seed, prepared)
     model, tokenizer = pretrain.load_or_make_base(script_args, model_args, train_texts)
+    trainer_args = with_fast_products(trainer_args, model, stage.checkpoint)
     length, is_masked = fitting_length(script_args.max_length, model), script_args.objective == "masked"
     fitted_args = replace(script_args, max_length=length)
 

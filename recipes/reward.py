@@ -61,6 +61,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.trainers.learning_rate import global_batch_size, scaled_learning_rate
     from hfllm.trainers.mixins import train
     from hfllm.trainers.monitors import StalledWeights
+    from hfllm.trainers.precision import with_fast_products
 
     check_flags(script_args, model_args)
     files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
@@ -109,7 +110,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     freeze(model, script_args.freeze_vision, script_args.freeze_text)
     trainer = reward.comparison_trainer(
         model,
-        trainer_args,
+        with_fast_products(trainer_args, model, stage.checkpoint),
         (train_rows, test_rows),
         processor or tokenizer,
         script_args.max_pixels,

@@ -58,6 +58,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
     from hfllm.trainers.ppo.trainer import PPOTrainer
+    from hfllm.trainers.precision import with_fast_products
 
     # Refuse what cannot work before anything is trained.
     rlhf_flags.check(script_args, training_args, model_args)
@@ -105,7 +106,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     trainer = PPOTrainer(
         model=policy,
         reward_funcs=rewards,
-        args=trainer_args,
+        args=with_fast_products(trainer_args, policy, stage.checkpoint),
         train_dataset=[dict(row) for row in train_rows],
         eval_dataset=[dict(row) for row in eval_rows],
         processing_class=tokenizer,

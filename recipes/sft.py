@@ -51,6 +51,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
     from hfllm.trainers.monitors import StalledWeights
+    from hfllm.trainers.precision import with_fast_products
     from hfllm.trainers.run_record import final_train_loss
     from hfllm.trainers.trl_trainers import SFTTrainer
 
@@ -103,7 +104,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         trainer_args = sft.as_tokenized(trainer_args)
     trainer = SFTTrainer(
         model=model,
-        args=trainer_args,
+        args=with_fast_products(trainer_args, model, stage.checkpoint),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processing_class,

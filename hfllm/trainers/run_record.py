@@ -15,6 +15,7 @@ from hfllm.fingerprint import FORM, file_fingerprint, fingerprint
 from hfllm.outputs.checkpoints import RECORD, record_of, state_of
 from hfllm.runs.identity import model_files
 from hfllm.runs.stage import made_with
+from hfllm.trainers.precision import CHOICE, choice_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,7 +143,8 @@ def with_contents(run: Mapping[str, Any], trainer: Trainer, rows_are_sampled: bo
         model = {"value": name, "content": file_fingerprint(model_files(name))}
     elif name:
         model = {"value": name, "content": getattr(config, "_commit_hash", None)}
-    return {**run, "model": model, "rows": None if rows_are_sampled else content_of_rows(trainer)}
+    rows = None if rows_are_sampled else content_of_rows(trainer)
+    return {**run, "model": model, "rows": rows, CHOICE: choice_of(trainer.args)}
 
 
 def content_of_rows(trainer: Trainer) -> dict[str, Any] | None:
