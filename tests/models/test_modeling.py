@@ -429,6 +429,54 @@ def test_right_padding_changes_nothing(make_model, axes, ids):
     torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def padded_batch(ids, side):
+    """Rows of 12 and 5 tokens."""
+    is_real = torch.arange(12) < torch.tensor([[12], [5]])
+    mask = (is_real if side == "right" else is_real.flip(1)).long()
+    return {"input_ids": ids * mask, "attention_mask": mask, "use_cache": False}
+
+
+def gradients_of(model, batch):
+    """The logits of real tokens, or of rows, and the gradients of the weights."""
+    model.zero_grad()
+    logits = model.train()(**batch).logits
+    logits = logits[batch["attention_mask"] > 0] if logits.dim() == 3 else logits
+    logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape))
+    return logits.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("head", [hfllm.HfllmForCausalLM, hfllm.HfllmForSequenceClassification])
+def test_padding_that_is_not_computed_changes_no_gradient(make_model, axes, ids, side, head, monkeypatch):
+    model, batch = make_model(model_class=head, num_labels=1, **axes), padded_batch(ids, side)
+    fast = gradients_of(model, batch)
+    monkeypatch.setattr(hfllm.HfllmModel, "_computes_by_token", lambda self: False)
+    torch.testing.assert_close(fast, gradients_of(model, batch), atol=1e-5, rtol=1e-4)
+
+
+def test_padding_is_not_computed_unless_someone_looks(make_model, ids, monkeypatch):
+    model, batch, seen, looks = make_model(), padded_batch(ids, "right"), [], []
+    forward = layers_hfllm.HfllmMLP.forward
+
+    def count(self, states):
+        seen.append(states.shape[:2].numel())
+        return forward(self, states)
+
+    monkeypatch.setattr(layers_hfllm.HfllmMLP, "forward", count)
+    model.train()(**batch)
+    model.model.training = False
+    model(**batch)
+    model.model.training = True
+    # The states that are read: of one token per row.
+    model.model(**batch, is_read=torch.arange(12) == torch.tensor([[11], [4]]))
+    handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, out: looks.append(out.shape))
+    model(**batch)
+    handle.remove()
+    states = model(**batch, output_hidden_states=True).hidden_states
+    assert seen == [17, 17, 24, 24, 17, 2, 24, 24, 24, 24]
+    assert looks == [(2, 12, 32)] and states[1].shape == (2, 12, 32)
+
+
 def test_packed_rows_that_flash_attention_would_mix_are_refused(make_model, ids):
     model = make_model().model
     model.config._attn_implementation_internal = "flash_attention_2"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jvp, vmap
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -154,6 +155,46 @@ def test_recomputation_is_a_switch(make_model, ids, monkeypatch):
     whole = saved_bytes(model, ids)
     assert whole - lean == pytest.approx(2 * 2 * ids.numel() * 256 * 4, rel=0.1)
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gated_product_has_first_and_second_derivatives(bias):
+    shapes = (2, 3, 4), (2, 3, 4), (5, 4), (5,)
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    given[3] = given[3] if bias else None
+    product = layers_hfllm._GatedDown.apply
+    torch.testing.assert_close(
+        product(*given), nn.functional.linear(nn.functional.silu(given[1]) * given[0], *given[2:])
+    )
+    assert torch.autograd.gradcheck(product, given)
+    assert torch.autograd.gradgradcheck(product, given)
+
+
+@pytest.mark.parametrize("trained", ["up_proj", "down_proj"])
+def test_the_gated_product_trains_what_is_trained(make_model, ids, trained, monkeypatch):
+    """Adapters on any part, and frozen weights."""
+    adapter = LoraConfig(target_modules=[trained], init_lora_weights=False)
+    model = get_peft_model(make_model(), adapter).train()
+    gradients = []
+    for recomputes in (True, False):
+        monkeypatch.setattr(HfllmMLP, "recompute", recomputes)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    assert all(trained in name for name in gradients[0])
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_the_norms_gradient_on_a_cpu(unit_offset):
+    """By a kernel for layer norms: with states far from a mean of 0, and a gradient without memory of its own."""
+    states, weight = torch.randn(7, 3, 32) + 2, torch.randn(32)
+    gradients = []
+    for norm in (layers_hfllm._RMSNorm.apply, rms_norm):
+        given = [each.clone().requires_grad_() for each in (states, weight)]
+        norm(*given, 1e-5, unit_offset).backward(torch.linspace(-1, 3, 32).expand(7, 3, 32))
+        gradients.append([each.grad for each in given])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(params=["llama", "gemma", "gpt2", "chunked"])

@@ -1,5 +1,6 @@
 """Figures of held-out rows are those of the rows: the same for any batch and any number of processes."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -177,3 +178,28 @@ def test_evaluating_leaves_training_as_it_was(tmp_path):
     assert len([entry for entry in ours.state.log_history if "eval_5_loss" in entry]) == 3
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", ["family", "adapter", "llama"])
+def test_the_scores_of_targets_are_trls(tmp_path, side):
+    """Loss, entropy, accuracy and gradients, where only targets are computed; in every family."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    ours = tuned()(TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True))
+    trained = model()
+    if side == "llama":
+        trained = AutoModelForCausalLM.from_pretrained(hfllm.to_native(trained, tmp_path / "native", "llama"))
+    arguments = {"args": ours.args, "train_dataset": ours.train_dataset, "processing_class": TOKENIZER}
+    adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights=False) if side == "adapter" else None
+    results = []
+    for trainer in (type(ours), type(ours).__mro__[3]):
+        torch.manual_seed(0)
+        made = trainer(model=copy.deepcopy(trained), peft_config=adapter, **arguments)
+        batch = made.data_collator([made.train_dataset[index] for index in range(4)])
+        loss = made.compute_loss(made.model.train(), dict(batch))
+        loss.backward()
+        gradients = [each.grad for each in made.model.parameters() if each.grad is not None]
+        logged = {name: made._metrics["train"][name] for name in ("entropy", "mean_token_accuracy", "num_tokens")}
+        results.append((loss, gradients, logged))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)

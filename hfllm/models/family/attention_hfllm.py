@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from copy import copy
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -197,9 +197,13 @@ class HfllmAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
+        tokens: "RealTokens | None" = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output (B, S, E) and, from eager attention, the weights (B, H, S, S). Arguments are Llama's."""
+        """Return the output (B, S, E) and, from eager attention, the weights (B, H, S, S). Arguments are Llama's.
+
+        With `tokens`, states come and go without padding, (1, N, E).
+        """
         batch_and_length = hidden_states.shape[:-1]
         per_head = (*batch_and_length, -1, self.head_dim)
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
@@ -216,6 +220,10 @@ class HfllmAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
             if self.sliding_window == 1:
                 forget_all(cache, self.layer_idx)
+        if tokens is not None:
+            query, key, value = (tokens.spread(heads.transpose(1, 2)).transpose(1, 2) for heads in (query, key, value))
+            output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+            return self.o_proj(tokens.gather(output).flatten(2)), weights
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
 
@@ -268,6 +276,106 @@ def attend_in_fp32(attend: Callable, module: nn.Module, *states: torch.Tensor, *
         mask = mask.float()
     with torch.autocast("cpu", enabled=False):
         return attend(module, *(each.float() for each in heads), mask, **kwargs)
+
+
+# ---- real tokens ----
+#
+# In training on a CPU, padding takes as much time as tokens, a third of it in batches of questions and answers. Where
+# nobody observes the layers, states are computed of the real tokens alone, and heads spread into rows only to attend.
+#
+# Shapes: N real tokens, M of them whose states are read.
+
+
+# Real tokens of a batch, as a share, from which on putting them into rows and back takes as long as the padding.
+LEAST_PADDING = 0.9
+
+
+class RealTokens(NamedTuple):
+    """Places of a batch's real tokens.
+
+    Args:
+        shape: B and S.
+        places: (N,), ascending, in rows one after the other.
+        read: (M,), the places of the tokens whose states are read, or `None` for all.
+        among: (M,), where those are among the real tokens.
+    """
+
+    shape: tuple[int, int]
+    places: torch.Tensor
+    read: torch.Tensor | None = None
+    among: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor, is_read: torch.Tensor | None) -> "RealTokens | None":
+        """Return the real tokens of a batch, or `None` where computing them alone takes no less time.
+
+        Args:
+            attention_mask: (B, S), 0 for padding.
+            is_read: (B, S), true where a state is read; `None` means everywhere.
+        """
+        is_real = attention_mask.flatten() != 0
+        tokens = cls(tuple(attention_mask.shape), is_real.nonzero().squeeze(1))
+        if is_read is not None and is_read.any():
+            is_read = is_read.flatten() & is_real
+            read = is_read.nonzero().squeeze(1)
+            return tokens._replace(read=read, among=is_read[is_real].nonzero().squeeze(1)) if len(read) else None
+        return tokens if 0 < len(tokens.places) < LEAST_PADDING * len(is_real) else None
+
+    @property
+    def all_read(self) -> "RealTokens":
+        """The same tokens, all of them read."""
+        return self._replace(read=None, among=None)
+
+    def pick(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the real tokens of (B, S, ...), (1, N, ...)."""
+        return _Gather.apply(rows.flatten(0, 1), self.places).unsqueeze(0)
+
+    def pick_rotations(self, rotations: Any) -> Any:
+        """Return cosines and sines (1, N, R), given for rows: a pair, pairs by type of layer, or `None`."""
+        if isinstance(rotations, dict):
+            return {kind: self.pick_rotations(pair) for kind, pair in rotations.items()}
+        batch = self.shape[0]
+        return None if rotations is None else tuple(self.pick(part.expand(batch, -1, -1)) for part in rotations)
+
+    def spread(self, states: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Return states (1, N, ...), or at other places, as rows (B, S, ...), with zeros in the padding."""
+        rows = _Spread.apply(states.squeeze(0), self.places if places is None else places, math.prod(self.shape))
+        return rows.unflatten(0, self.shape)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the states to be read of (B, S, ...), (1, M, ...)."""
+        return self.pick(rows) if self.read is None else self._replace(places=self.read).pick(rows)
+
+    def drop_unread(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the states to be read of (1, N, ...), (1, M, ...)."""
+        return states if self.among is None else _Gather.apply(states.squeeze(0), self.among).unsqueeze(0)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows at these places; each place is taken once, so gradients are copied and not added up."""
+
+    @staticmethod
+    def forward(ctx, rows, places):
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Spread.apply(grad, *ctx.saved_tensors, ctx.count), None
+
+
+class _Spread(torch.autograd.Function):
+    """The reverse of `_Gather`: rows at these places among `count`, and zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx, rows, places, count):
+        ctx.save_for_backward(places)
+        return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Gather.apply(grad, *ctx.saved_tensors), None, None
 
 
 def check_implementation(implementation: str, config: PreTrainedConfig) -> None:
@@ -393,6 +501,11 @@ def padding_of_one(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     last = attention_mask[:, -1:]
     # A GPU would have to wait for the answer.
     return None if last.device.type == "cpu" and last.all() else last
+
+
+def ends_in_padding(attention_mask: torch.Tensor) -> bool:
+    """Return whether all padding of (B, S) stands at the ends of rows, where no earlier token attends to it."""
+    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def create_masks(

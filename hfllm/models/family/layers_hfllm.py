@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, SiLUActivation
 
 from .configuration_hfllm import HfllmConfig
 
@@ -84,6 +84,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         states, weight = ctx.saved_tensors
+        # Elsewhere this kernel would be no gain, or round; and it cannot be derived again.
+        is_fp32 = states.device.type == "cpu" and states.dtype == weight.dtype == grad.dtype == torch.float32
+        if is_fp32 and not torch.is_grad_enabled():
+            factor = 1.0 + weight if ctx.unit_offset else weight
+            return *_rms_norm_gradients(grad, states, factor, ctx.eps, ctx.needs_input_grad[1]), None, None
         dtypes = states.dtype, weight.dtype
         dtype = torch.promote_types(states.dtype, torch.float32)
         states, weight, grad = states.to(dtype), weight.to(dtype), grad.to(dtype)
@@ -96,6 +101,20 @@ class _RMSNorm(torch.autograd.Function):
             along = (grad * normed).mean(-1, keepdim=True)
             grad_states = (torch.addcmul(grad, normed, along, value=-1) * inverse).to(dtypes[0])
         return grad_states, grad_weight, None, None
+
+
+def _rms_norm_gradients(grad, states, factor, eps, trains_weight):
+    """Return the gradients (..., E) of the states and (E,) of the factor, by torch's one kernel for layer norms.
+
+    A layer norm whose mean is 0 differs in one term, subtracted there and added here: the mean of `grad * factor`.
+    """
+    size = factor.shape[0]
+    length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    inverse = length.square_().div_(size).add_(eps).rsqrt_()
+    given, needed = (torch.zeros_like(inverse), inverse, factor, None), [True, trains_weight, False]
+    grad_states, grad_factor, _ = torch.ops.aten.native_layer_norm_backward(grad, states, [size], *given, needed)
+    mean = torch.mv(grad.reshape(-1, size), factor / size).view(inverse.shape)
+    return grad_states.addcmul_(mean, inverse), grad_factor
 
 
 class HfllmRMSNorm(nn.Module):
@@ -134,6 +153,32 @@ def layer_norms(config: HfllmConfig, layer_type: str) -> tuple[str, list[str]]:
     return "post" if config.norm_placement == "post" else "pre", names
 
 
+class _GatedDown(torch.autograd.Function):
+    """`linear(silu(gate) * up, weight, bias)`, saving only its inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, up, gate, weight, bias):
+        ctx.save_for_backward(up, gate, weight, bias)
+        return nn.functional.linear(nn.functional.silu(gate).mul_(up), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        up, gate, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Somebody derives the gradients again.
+            output = nn.functional.linear(nn.functional.silu(gate) * up, weight, bias)
+            return _gradients(output, (up, gate, weight, bias), ctx.needs_input_grad, grad)
+        activated, inner = nn.functional.silu(gate), grad @ weight
+        grad_weight, grad_bias = None, None
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_weight = rows.t() @ (activated * up).reshape(-1, weight.shape[1])
+        if ctx.needs_input_grad[3]:
+            grad_bias = rows.sum(0)
+        grad_up = activated.mul_(inner)
+        return grad_up, torch.ops.aten.silu_backward(inner.mul_(up), gate), grad_weight, grad_bias
+
+
 class HfllmMLP(nn.Module):
     """`down(act(gate(x)) * up(x))` when gated, `down(act(up(x)))` when plain.
 
@@ -158,12 +203,15 @@ class HfllmMLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.plain_types = nn.Linear, type(self.act_fn)
+        self._is_silu = self.is_gated and type(self.act_fn) in (nn.SiLU, SiLUActivation)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         wide = [self.up_proj(hidden_states), *([self.gate_proj(hidden_states)] if self.is_gated else [])]
-        if self.training and self.recompute and saves_memory() and self._is_plain():
-            return checkpoint(self._down, *wide, use_reentrant=False, preserve_rng_state=False)
-        return self._down(*wide)
+        if not (self.training and self.recompute and saves_memory() and self._is_plain()):
+            return self._down(*wide)
+        if self._is_silu and is_exact(*wide, self.down_proj.weight):
+            return _GatedDown.apply(*wide, self.down_proj.weight, self.down_proj.bias)
+        return checkpoint(self._down, *wide, use_reentrant=False, preserve_rng_state=False)
 
     def _is_plain(self) -> bool:
         # A wrapped layer may have its own dropout (LoRA), not to be drawn twice.
@@ -205,6 +253,21 @@ def needs_autograd() -> bool:
     are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
     level = getattr(forward_ad, "_current_level", None)
     return are_transforms_active is None or level is None or are_transforms_active() or level >= 0
+
+
+def is_exact(*tensors: torch.Tensor) -> bool:
+    """Return whether a product of these plain tensors has their precision: one for all of them, without autocast."""
+    first = tensors[0]
+    if torch.is_autocast_enabled(first.device.type):
+        return False
+    return all(type(each) in (torch.Tensor, nn.Parameter) and each.dtype == first.dtype for each in tensors)
+
+
+def _gradients(output, inputs, needed, grad):
+    """Return the gradients of the needed inputs by autograd, themselves with a graph, and `None` for the others."""
+    wanted = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
 def is_unobserved(*modules: nn.Module) -> bool:

@@ -33,10 +33,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hfllm import (
     HfllmAttention,
     HfllmLatentAttention,
+    RealTokens,
     build_rotary,
     check_implementation,
     check_softcap,
     create_masks,
+    ends_in_padding,
     keep_last_sequences,
     packed_sequences,
     positions_of_sequences,
@@ -66,6 +68,7 @@ from .layers_hfllm import (
     is_unobserved,
     layer_norms,
     needs_autograd,
+    saves_memory,
 )
 from .linear_attention_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 
@@ -299,7 +302,9 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         if self.parallel_block:
             mlp_input = normed if self.shared_norm else self.post_attention_layernorm(hidden_states)
             return hidden_states + attention(normed) + mlp(mlp_input)
-        hidden_states = hidden_states + attention(normed)
+        tokens = kwargs.get("tokens")
+        residual = hidden_states if tokens is None else tokens.drop_unread(hidden_states)
+        hidden_states = residual + attention(normed)
         return hidden_states + mlp(self.post_attention_layernorm(hidden_states))
 
     def _drop(self, states: torch.Tensor) -> torch.Tensor:
@@ -412,9 +417,12 @@ class HfllmModel(HfllmPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        is_read: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """Return the last hidden states (B, S, E).
+
+        `is_read` (B, S) is a hint: other states need not be computed, and are 0 then, as in padding.
 
         Rows of `position_ids` that restart (fall, or return to 0) hold packed sequences without attention to each
         other. They need `cache=None` and are computed without one. Positions that jump forward are one sequence.
@@ -440,17 +448,26 @@ class HfllmModel(HfllmPreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        tokens = None
+        is_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == inputs_embeds.shape[:2]
+        if is_padding and cache is None and packed is None:
+            attention_mask, tokens = self._real_tokens(attention_mask, is_read)
         if masks is None:
             masks = create_masks(self.config, inputs_embeds, attention_mask, cache, packed)
         hidden_states, rotations = self._embed(inputs_embeds, position_ids, cache)
         if "flash" in self.config._attn_implementation:
             # Flash kernels take no mask and split a row wherever its positions jump.
             position_ids = None if packed is None else restarted_positions(packed)
+        if tokens is not None:
+            hidden_states, rotations = tokens.pick(hidden_states), tokens.pick_rotations(rotations)
+        last = self.config.num_hidden_layers - 1
         # Not a slice: it would make a new ModuleList for every generated token.
         for layer, index in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
             # A layer in a wrapper has no type to ask for.
             kind = getattr(layer, "layer_type", None) or self.config.layer_types[index]
             more = {"packed": packed} if kind == "linear_attention" else {}
+            if tokens is not None:
+                more["tokens"] = tokens if index == last else tokens.all_read
             if self.training and counts_load(self.config, index, attention_mask):
                 more["token_mask"] = attention_mask
             hidden_states = layer(
@@ -463,7 +480,39 @@ class HfllmModel(HfllmPreTrainedModel):
                 **more,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
+        hidden_states = self.norm(hidden_states)
+        if tokens is not None:
+            hidden_states = tokens.spread(hidden_states, tokens.read)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
+
+    def _real_tokens(
+        self, attention_mask: torch.Tensor, is_read: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, RealTokens | None]:
+        """Return the mask still needed, and the real tokens to compute alone, `None` for padding computed like them.
+
+        Args:
+            attention_mask: (B, S), 0 for padding.
+            is_read: (B, S), true where a state is read; `None` means everywhere.
+        """
+        config = self.config
+        # A GPU would have to wait for the number of tokens.
+        if attention_mask.device.type != "cpu" or not self._computes_by_token():
+            return attention_mask, None
+        reads_few = config.norm_placement == "pre" and not config.parallel_block
+        tokens = RealTokens.of(attention_mask, is_read if reads_few else None)
+        mask = None if config.is_causal and ends_in_padding(attention_mask) else attention_mask
+        return mask, tokens
+
+    def _computes_by_token(self) -> bool:
+        """Return whether only attention looks at the shape of a batch, and nobody observes the layers."""
+        if not (self.training and torch.is_grad_enabled() and saves_memory()) or self.gradient_checkpointing:
+            return False
+        config = self.config
+        if config.num_local_experts or config.kv_lora_rank or config._attn_implementation != "sdpa":
+            return False
+        kinds = (HfllmDecoderLayer, HfllmAttention)
+        is_known = all((type(each), type(getattr(each, "self_attn", None))) == kinds for each in self.layers)
+        return is_known and is_unobserved(*self.layers.modules(), self.norm)
 
     def _embed(self, inputs_embeds, position_ids, cache=None):
         """Return the first layer's input, and the rotary cosines and sines if there are any, perhaps by layer type."""
@@ -598,6 +647,16 @@ class HfllmForSequenceClassification(GenericForSequenceClassification, HfllmPreT
         self.model = HfllmModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @wraps(GenericForSequenceClassification.forward)
+    def forward(self, input_ids: torch.LongTensor | None = None, *args: Any, **kwargs: Any) -> ModelOutput:
+        padding = self.config.pad_token_id
+        if self.training and input_ids is not None and padding is not None:
+            # The token whose state is read, as in the mixin.
+            index = torch.arange(input_ids.shape[1], device=input_ids.device)
+            last = torch.where(input_ids != padding, index, 0).argmax(-1, keepdim=True)
+            kwargs.setdefault("is_read", index == last)
+        return super().forward(input_ids, *args, **kwargs)
 
 
 class HfllmForTokenClassification(GenericForTokenClassification, HfllmPreTrainedModel):
