@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -87,8 +86,7 @@ def evaluate_policy(trainer: PolicyTrainer, world: World | None, num_eval_prompt
     """
     proxy = trainer.evaluate()
     # As in its rollouts: fp32 would take several times as long on a GPU, and flash attention knows none.
-    is_cpu = trainer.accelerator.device.type == "cpu"
-    with nullcontext() if is_cpu else trainer.accelerator.autocast():
+    with trainer.accelerator.autocast():
         return _judged(trainer, proxy, world, num_eval_prompts)
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,8 @@ from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.errors import InputError, check_positive
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -141,11 +144,24 @@ def _decoder(model: "PreTrainedModel", settings: dict[str, Any], longest: int) -
     """
     from hfllm.generation.speculative.speculative import fast_generate
 
-    reason = _declined_reason(model, settings, longest)
+    with without_cpu_autocast(model):
+        reason = _declined_reason(model, settings, longest)
     if reason is not None:
         warn_of_generate(model, reason)
         return partial(model.generate, **settings)
-    return partial(model.generate, **settings, custom_generate=fast_generate)
+
+    def decode(**batch: "torch.Tensor") -> "torch.Tensor":
+        with without_cpu_autocast(model):
+            return model.generate(**batch, **settings, custom_generate=fast_generate)
+
+    return decode
+
+
+def without_cpu_autocast(model: "PreTrainedModel") -> "AbstractContextManager":
+    """Return a context without autocast for a model on a CPU: packed weights know none."""
+    import torch
+
+    return torch.autocast("cpu", enabled=False) if model.device.type == "cpu" else nullcontext()
 
 
 def _cut(text: str, has_ended: bool, stop_strings: Sequence[str]) -> Response:

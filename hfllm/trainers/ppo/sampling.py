@@ -1,7 +1,7 @@
 """Sampling responses: finished rows leave the batch, and turns of an episode keep their caches."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from hfllm.errors import InputError
-from hfllm.generation.responses import undecodable_reason, warn_of_generate
+from hfllm.generation.responses import undecodable_reason, warn_of_generate, without_cpu_autocast
 from hfllm.generation.speculative.acceptance import Options, read_options
 from hfllm.generation.speculative.speculative import continued
 from hfllm.models import devices
@@ -461,7 +461,7 @@ def _fast_options(
     policy: PreTrainedModel, prompt_ids: torch.Tensor, generation_config: GenerationConfig
 ) -> Options | None:
     """Return the options of decoding over a ragged cache; `None` where `generate` must, and a line says why once."""
-    with plainly(policy), _in_fp32(policy):
+    with plainly(policy), without_cpu_autocast(policy):
         reason = undecodable_reason(policy, prompt_ids.shape[1] + generation_config.max_new_tokens)
         if reason is None:
             try:
@@ -490,15 +490,10 @@ def _continue(
             witness.note(rows + first_row, step, logits, states, tokens)
 
     with_states = witness is not None and witness.value_head is not None
-    with plainly(policy), _in_fp32(policy):
+    with plainly(policy), without_cpu_autocast(policy):
         new = continued(policy, prompt_ids, prompt_mask, options, observe=observe, with_states=with_states)
     mask = (torch.arange(new.tokens.shape[1], device=new.lengths.device) < new.lengths.unsqueeze(1)).long()
     return {"response_ids": new.tokens, "response_mask": mask, "is_ended": new.has_ended}
-
-
-def _in_fp32(policy: PreTrainedModel) -> AbstractContextManager:
-    """Return a context without autocast on a CPU, where packed weights know none."""
-    return torch.autocast("cpu", enabled=False) if policy.device.type == "cpu" else nullcontext()
 
 
 def _may_split(config: GenerationConfig) -> bool:
