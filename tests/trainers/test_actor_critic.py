@@ -86,6 +86,22 @@ def check(actor, batch, temperature=0.7, never_sampled=(0,), atol=1e-5):
         )
 
 
+@pytest.mark.parametrize("value", ["head", "token", "sequence"])
+def test_training_without_padding_equals_evaluation(make_model, batch, value):
+    heads = {"sequence": hfllm.HfllmForSequenceClassification, "token": hfllm.HfllmForTokenClassification}
+    critic = None if value == "head" else make_model(seed=5, model_class=heads[value], num_labels=1)
+    actor, results = ActorCritic(make_model(), critic, 0.7, (0,)), []
+    weights = torch.linspace(-1, 1, 18).view(3, 6)
+    for is_training in (True, False):
+        actor.train(is_training).zero_grad()
+        assert actor.leaves_out_padding == is_training
+        logprobs, values, _ = actor(**batch)
+        (logprobs * weights - values * weights.square()).sum().backward()
+        gradients = [each.grad for each in actor.parameters() if each.grad is not None]
+        results.append((logprobs, values, gradients))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family",

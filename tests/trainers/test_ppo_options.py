@@ -114,6 +114,18 @@ def test_a_large_vocabulary_makes_passes_small_on_a_cpu(tokens, asked_for, bound
     assert max(len(group["prompt_ids"]) for _, group in trainer._passes(batch)) == bound
 
 
+def test_rows_of_any_length_share_a_pass_where_padding_is_not_computed(make_trainer):
+    trainer = make_trainer()
+    lengths = torch.tensor([[2], [30], [60]])
+    mask = (torch.arange(60) < lengths).long()
+    batch = {name: mask for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")}
+    trainer.model.train()
+    assert len(list(trainer._passes(batch))) == 1
+    # A hook would see rows without padding.
+    trainer.policy.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+    assert len(list(trainer._passes(batch))) == 3
+
+
 # ---- the reference and its KL ----
 
 

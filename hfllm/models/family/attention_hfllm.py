@@ -311,11 +311,12 @@ class RealTokens(NamedTuple):
 
         Args:
             attention_mask: (B, S), 0 for padding.
-            is_read: (B, S), true where a state is read; `None` means everywhere.
+            is_read: (B, S), true where a state is read; `None`, or of another shape, means everywhere.
         """
         is_real = attention_mask.flatten() != 0
         tokens = cls(tuple(attention_mask.shape), is_real.nonzero().squeeze(1))
-        if is_read is not None and is_read.any():
+        # An adapter may have put tokens of its own before the others.
+        if is_read is not None and is_read.shape == attention_mask.shape and is_read.any():
             is_read = is_read.flatten() & is_real
             read = is_read.nonzero().squeeze(1)
             return tokens._replace(read=read, among=is_read[is_real].nonzero().squeeze(1)) if len(read) else None

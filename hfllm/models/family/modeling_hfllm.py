@@ -496,15 +496,16 @@ class HfllmModel(HfllmPreTrainedModel):
         """
         config = self.config
         # A GPU would have to wait for the number of tokens.
-        if attention_mask.device.type != "cpu" or not self._computes_by_token():
+        if attention_mask.device.type != "cpu" or not self.computes_by_token:
             return attention_mask, None
         reads_few = config.norm_placement == "pre" and not config.parallel_block
         tokens = RealTokens.of(attention_mask, is_read if reads_few else None)
         mask = None if config.is_causal and ends_in_padding(attention_mask) else attention_mask
         return mask, tokens
 
-    def _computes_by_token(self) -> bool:
-        """Return whether only attention looks at the shape of a batch, and nobody observes the layers."""
+    @property
+    def computes_by_token(self) -> bool:
+        """Whether padding is left out now: only attention looks at a batch's shape, and nobody observes the layers."""
         if not (self.training and torch.is_grad_enabled() and saves_memory()) or self.gradient_checkpointing:
             return False
         config = self.config

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from hfllm.models.family.modeling_hfllm import HfllmModel
 from hfllm.models.loading.saved import reads_pictures
 from hfllm.multimodal.processors import Pictures, place_tokens
 from hfllm.trainers.engines import evaluation_mode
@@ -33,6 +34,7 @@ class Sequences:
         rows, columns: (N,), position of the state from which each action was sampled. Columns count from the
             end of the row (they are negative), so tokens prepended by an adapter do not matter.
         targets: (N,), the actions.
+        lengths: (B,), tokens of the rows.
         pictures: the model's arguments for images.
     """
 
@@ -40,7 +42,16 @@ class Sequences:
     rows: torch.Tensor
     columns: torch.Tensor
     targets: torch.Tensor
+    lengths: torch.Tensor
     pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The family's arguments to leave out padding, and last states other than those of the actions."""
+        index = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        is_read = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        is_read[self.rows, self.columns] = True
+        return {"attention_mask": (index < self.lengths.unsqueeze(1)).long(), "is_read": is_read}
 
     @classmethod
     def join(
@@ -71,6 +82,7 @@ class Sequences:
             rows=rows,
             columns=before[rows] + steps - 1 - width,
             targets=response_ids[rows, steps],
+            lengths=lengths,
             pictures={} if pictures is None else pictures.inputs(input_ids, [0] * len(ids)),
         )
 
@@ -102,9 +114,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, never_sampled):
+        ctx.temperature = temperature
         distribution = log_distribution(logits, temperature, never_sampled)
         ctx.save_for_backward(distribution, targets)
-        ctx.temperature = temperature
         return distribution.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
@@ -145,6 +157,25 @@ def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch
         yield states
     finally:
         handle.remove()
+
+
+def leaves_out_padding(trunk: nn.Module) -> bool:
+    """Return whether a trunk computes tokens alone, without padding; see `HfllmModel`."""
+    return isinstance(trunk, HfllmModel) and trunk.device.type == "cpu" and trunk.computes_by_token
+
+
+@contextmanager
+def actions_only(trunk: PreTrainedModel, sequences: Sequences) -> Iterator[dict[str, torch.Tensor]]:
+    """Let the last layer compute as little as it can besides the states of the actions.
+
+    Yields:
+        More arguments for the call of the trunk, or of its model.
+    """
+    if leaves_out_padding(trunk):
+        yield sequences.masks
+        return
+    with last_mlp_on(trunk, sequences):
+        yield {}
 
 
 @contextmanager
@@ -242,8 +273,8 @@ def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits (N, V) of the actions, and the states (N, E) they are computed from."""
-    with head_on(model, sequences) as states, last_mlp_on(model.get_decoder(), sequences):
-        logits = model(input_ids=sequences.input_ids, use_cache=False, **sequences.pictures).logits
+    with head_on(model, sequences) as states, actions_only(model.get_decoder(), sequences) as masks:
+        logits = model(input_ids=sequences.input_ids, use_cache=False, **masks, **sequences.pictures).logits
     if not states:
         raise TypeError(f"{type(model).__name__} does not call its output embeddings, where PPO reads the states")
     return logits.squeeze(0), states[0]
@@ -293,6 +324,14 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False)
             nn.init.zeros_(self.value_head.weight)
             self.value_head.to(weight.device)
+
+    @property
+    def leaves_out_padding(self) -> bool:
+        """Whether both models compute tokens alone, so rows of any lengths may share a pass."""
+        trunks = [self.policy.get_decoder()]
+        if self.value_model is not None:
+            trunks.append(getattr(self.value_model, self.value_model.base_model_prefix))
+        return all(map(leaves_out_padding, trunks))
 
     # Trainer and DeepSpeed read these from the model.
     @property
@@ -389,8 +428,9 @@ class ActorCritic(nn.Module):
             return in_fp32(self.value_head, states)
         trunk = getattr(self.value_model, self.value_model.base_model_prefix)
         pictures = sequences.pictures if reads_pictures(trunk) else {}
-        with last_mlp_on(trunk, sequences):
-            hidden_states = trunk(input_ids=sequences.input_ids, use_cache=False, **pictures).last_hidden_state
+        with actions_only(trunk, sequences) as masks:
+            inputs = {"input_ids": sequences.input_ids, "use_cache": False, **masks, **pictures}
+            hidden_states = trunk(**inputs).last_hidden_state
         return in_fp32(value_head_of(self.value_model), hidden_states[sequences.rows, sequences.columns])
 
 

@@ -177,6 +177,8 @@ class ActorCriticCheckpoints(Trainer):
 
 # Tokens per pass on a CPU, where larger passes save no time, and logits per pass with a large vocabulary: 16 MB.
 MOST_CPU_TOKENS, LEAST_CPU_TOKENS, MOST_CPU_LOGITS = 768, 256, 2**22
+# Tokens per pass, padding included, of models that do not compute the padding: one pass in place of several.
+MOST_MIXED_TOKENS = 4096
 
 
 class ActorCriticTrainer(ActorCriticCheckpoints):
@@ -273,12 +275,15 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
                 most_rows = min(most_rows, max(logits // self.args.response_length, 1))
             return length_groups(batch, None, most_rows=most_rows)
         is_cpu = device.type == "cpu"
+        bucket = self.args.length_bucket_size
         if limit is None and is_cpu:
-            within = MOST_CPU_LOGITS // self.policy.config.get_text_config().vocab_size
-            limit = min(MOST_CPU_TOKENS, max(within, LEAST_CPU_TOKENS))
+            within = max(MOST_CPU_LOGITS // self.policy.config.get_text_config().vocab_size, LEAST_CPU_TOKENS)
+            limit = min(MOST_CPU_TOKENS, within)
+            if most_rows is None and bucket is None and self.actor.leaves_out_padding:
+                return length_groups(batch, None, min(MOST_MIXED_TOKENS, within))
         elif limit is None and most_rows is not None:
             limit = most_tokens(self.policy, device)
-        bucket = self.args.length_bucket_size or (8 if is_cpu else 256)
+        bucket = bucket or (8 if is_cpu else 256)
         return length_groups(batch, bucket, limit, most_rows, logits)
 
     def _witness(self, episodes: int) -> SampledLogprobs | None:

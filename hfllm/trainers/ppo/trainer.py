@@ -349,6 +349,8 @@ class PPOTrainer(ActorCriticTrainer):
         if self._skipped_from is None:
             batch = self._rollout.micro_batch(step, self._micro_step, self.args.per_device_train_batch_size)
             tokens = batch.pop("mini_batch_tokens")
+            # The number of passes depends on it.
+            model.train()
             groups = [group for _, group in self._passes(batch)]
             for at, group in enumerate(groups):
                 # Only the last pass of an optimizer step lets DDP average the gradients.
