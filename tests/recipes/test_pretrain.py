@@ -264,6 +264,14 @@ def test_under_deepspeed_the_default_is_adamw(corpus, tmp_path):
 def test_under_fsdp_the_default_is_adamw(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert not pretrain.parse(["--dataset_name", str(corpus[0]), "--output_dir", str(tmp_path)])[0].use_muon
+    script_args, training_args, _ = pretrain.parse(["--output_dir", str(tmp_path)])
+    assert (script_args.use_muon, training_args.learning_rate) == (False, 0.003)
+
+
+def test_on_the_world_another_optimizer_takes_the_place_of_muon(tmp_path):
+    assert pretrain.parse(["--output_dir", str(tmp_path)])[0].use_muon
+    script_args, training_args, _ = pretrain.parse(["--output_dir", str(tmp_path), "--optim", "sgd"])
+    assert (script_args.use_muon, training_args.learning_rate) == (False, 0.003)
 
 
 @pytest.mark.slow

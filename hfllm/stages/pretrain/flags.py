@@ -273,12 +273,13 @@ def default_settings(values: Mapping[str, object]) -> list[Path]:
     """Return the default settings of the small models; none for a named model or architecture."""
     if values.get("model_name_or_path") or values.get("config_name_or_path"):
         return []
-    if values.get("dataset_name", WORLD) == WORLD and not values.get("dataset_mixture"):
-        return [settings_file("pretrain/world.yaml")]
     # DeepSpeed and FSDP split the matrices, but Muon needs them whole.
     engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
     is_sharded = is_sharded or bool(values.get("fsdp") or values.get("deepspeed"))
+    if values.get("dataset_name", WORLD) == WORLD and not values.get("dataset_mixture"):
+        by_adamw = is_sharded or bool(values.get("optim"))
+        return [settings_file("pretrain/world.yaml"), *([settings_file("pretrain/world_adamw.yaml")] * by_adamw)]
     return [settings_file("pretrain/text.yaml"), *([settings_file("pretrain/text_sharded.yaml")] * is_sharded)]
 
 
