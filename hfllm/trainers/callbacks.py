@@ -35,6 +35,8 @@ from transformers.trainer_utils import has_length
 
 from hfllm.data.packing import start_of
 from hfllm.errors import InputError, refuse_if
+from hfllm.generation.responses import undecodable_reason, without_cpu_autocast
+from hfllm.generation.speculative.speculative import fast_generate
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.checkpoints import write_checksums
 from hfllm.outputs.report import readable
@@ -330,7 +332,7 @@ class SampleCallback(TrainerCallback):
         ends = {self.tokenizer.eos_token_id, self.tokenizer.bos_token_id} - {None}
         drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature > 0 else {}
         rows = []
-        with undisturbed(model):
+        with undisturbed(model), without_cpu_autocast(model):
             torch.manual_seed(self.seed + step)
             for prompt in self.prompts:
                 ids = torch.tensor([self._encode(prompt)], device=model.device)
@@ -344,7 +346,9 @@ class SampleCallback(TrainerCallback):
                     pad_token_id=self.tokenizer.pad_token_id,
                     **drawn,
                 )
-                output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+                is_fast = undecodable_reason(model, length + config.max_new_tokens) is None
+                fast = {"custom_generate": fast_generate} if is_fast else {}
+                output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **fast)
                 completion = self.tokenizer.decode(output[0, length:], skip_special_tokens=True)
                 rows.append({"step": step, "prompt": prompt, "completion": completion})
         return rows
