@@ -282,6 +282,17 @@ class EachRowOnce(Trainer):
     _kept: list[torch.Tensor] | None = None
     # Tokens per row of an evaluation batch, where the collator pads them all to this length.
     _padded_length: int | None = None
+    # The model whose floating-point operations per token have been counted, and their number.
+    _counted: tuple[nn.Module | None, int] = (None, 0)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return Trainer's number for a batch; it counts the weights of the model once and not in every step."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs or not hasattr(self.model, "num_parameters"):
+            return 0
+        if self._counted[0] is not self.model:
+            self._counted = self.model, 6 * self.model.num_parameters(exclude_embeddings=True)
+        return self._counted[1] * inputs[name].numel()
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Return Trainer's loader; its batches say how long their rows are."""

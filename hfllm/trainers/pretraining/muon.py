@@ -126,7 +126,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         muon = BatchedMuon(
             list(matrices), lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
-        adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        # One kernel for a parameter, as Trainer's own choice has it; by default it is ten of them on a CPU.
+        adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._parts = muon, adamw
         self._share()
