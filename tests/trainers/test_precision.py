@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hfllm.flags import GIVEN
+from hfllm.models.family.modeling_hfllm import HfllmForSequenceClassification
 from hfllm.outputs.checkpoints import RECORD, record_of, state_of
 from hfllm.trainers import precision
 from hfllm.trainers.mixins import train
@@ -91,6 +92,17 @@ def test_attention_is_in_fp32_and_gradients_are_near_those_of_fp32(make_model, m
     assert dtypes == {torch.float32}
     assert not torch.equal(*gradients.values())
     assert torch.nn.functional.cosine_similarity(*gradients.values(), dim=0) > 0.999
+
+
+def test_scores_are_not_rounded(make_model):
+    """In bf16 half of the scores near 100 would be equal to another one."""
+    model = make_model(model_class=HfllmForSequenceClassification, num_labels=1, **WIDE)
+    with torch.no_grad():
+        model.score.weight.mul_(100)
+    ids = torch.randint(5, 300, (64, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = model(input_ids=ids).logits
+    assert scores.dtype == torch.float32 and len(scores.unique()) == 64
 
 
 def test_the_measure_leaves_the_random_state():

@@ -33,6 +33,16 @@ class HfllmEmbedding(nn.Embedding):
         return embeddings * torch.tensor(self.embed_scale, dtype=embeddings.dtype, device="cpu")
 
 
+class HfllmScore(nn.Linear):
+    """A head for scores, in its weights' precision within autocast: in bf16 near scores would be equal."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(states.device.type):
+            return super().forward(states)
+        with torch.autocast(states.device.type, enabled=False):
+            return super().forward(states.to(self.weight.dtype))
+
+
 class HfllmPositionEmbedding(nn.Embedding):
     """Learned absolute positions: a finite table, from (B, S) to (B, S, E)."""
 

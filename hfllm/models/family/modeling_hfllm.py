@@ -63,6 +63,7 @@ from .experts_hfllm import (
 from .layers_hfllm import (
     HfllmEmbedding,
     HfllmPositionEmbedding,
+    HfllmScore,
     build_norm,
     check_positions,
     is_unobserved,
@@ -646,7 +647,7 @@ class HfllmForSequenceClassification(GenericForSequenceClassification, HfllmPreT
         HfllmPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = HfllmModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = HfllmScore(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
     @wraps(GenericForSequenceClassification.forward)
@@ -668,7 +669,7 @@ class HfllmForTokenClassification(GenericForTokenClassification, HfllmPreTrained
         self.num_labels = config.num_labels
         self.model = HfllmModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout if (p := config.classifier_dropout) is None else p)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = HfllmScore(config.hidden_size, config.num_labels)
         self.post_init()
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from hfllm.models.family.layers_hfllm import HfllmScore
 from hfllm.models.family.modeling_hfllm import HfllmModel
 from hfllm.models.loading.saved import reads_pictures
 from hfllm.multimodal.processors import Pictures, place_tokens
@@ -310,7 +311,7 @@ def in_fp32(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
     with torch.autocast(states.device.type, enabled=False):
         weight = next(head.parameters())
         # ZeRO-3 gathers the weights of a called module.
-        if type(head) is nn.Linear and weight.dtype.itemsize < 4 and not hasattr(weight, "ds_id"):
+        if type(head) in (nn.Linear, HfllmScore) and weight.dtype.itemsize < 4 and not hasattr(weight, "ds_id"):
             bias = None if head.bias is None else head.bias.float()
             return nn.functional.linear(states.float(), weight.float(), bias)
         return head(states.to(weight.dtype))
