@@ -3,6 +3,8 @@
 This file imports only torch, transformers and files next to it, and is uploaded to the Hub with modeling_hfllm.py.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -37,9 +39,10 @@ class HfllmScore(nn.Linear):
     """A head for scores, in its weights' precision within autocast: in bf16 near scores would be equal."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if not torch.is_autocast_enabled(states.device.type):
+        kind = states.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return super().forward(states)
-        with torch.autocast(states.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             return super().forward(states.to(self.weight.dtype))
 
 
@@ -219,8 +222,11 @@ class HfllmMLP(nn.Module):
         wide = [self.up_proj(hidden_states), *([self.gate_proj(hidden_states)] if self.is_gated else [])]
         if not (self.training and self.recompute and saves_memory() and self._is_plain()):
             return self._down(*wide)
-        if self._is_silu and is_exact(*wide, self.down_proj.weight):
-            return _GatedDown.apply(*wide, self.down_proj.weight, self.down_proj.bias)
+        if self._is_silu:
+            down = cast_for_autocast(wide[0], self.down_proj.weight, self.down_proj.bias)
+            with without_cpu_autocast(wide[0]):
+                if is_exact(*wide, down[0]):
+                    return _GatedDown.apply(*wide, *down)
         return checkpoint(self._down, *wide, use_reentrant=False, preserve_rng_state=False)
 
     def _is_plain(self) -> bool:
@@ -265,10 +271,23 @@ def needs_autograd() -> bool:
     return are_transforms_active is None or level is None or are_transforms_active() or level >= 0
 
 
+def without_cpu_autocast(states: torch.Tensor) -> AbstractContextManager:
+    """Return a context without autocast if `states` are on a CPU, else one that changes nothing."""
+    is_on = states.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return torch.autocast("cpu", enabled=False) if is_on else nullcontext()
+
+
+def cast_for_autocast(states: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Return weights in the precision of `states` where a CPU's autocast would cast them, else themselves."""
+    if states.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return list(weights)
+    return [None if weight is None else weight.to(states.dtype) for weight in weights]
+
+
 def is_exact(*tensors: torch.Tensor) -> bool:
     """Return whether a product of these plain tensors has their precision: one for all of them, without autocast."""
     first = tensors[0]
-    if torch.is_autocast_enabled(first.device.type):
+    if torch.amp.is_autocast_available(first.device.type) and torch.is_autocast_enabled(first.device.type):
         return False
     return all(type(each) in (torch.Tensor, nn.Parameter) and each.dtype == first.dtype for each in tensors)
 
