@@ -258,7 +258,8 @@ def needs_autograd() -> bool:
 def is_exact(*tensors: torch.Tensor) -> bool:
     """Return whether a product of these plain tensors has their precision: one for all of them, without autocast."""
     first = tensors[0]
-    if torch.is_autocast_enabled(first.device.type):
+    device = first.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return False
     return all(type(each) in (torch.Tensor, nn.Parameter) and each.dtype == first.dtype for each in tensors)
 
