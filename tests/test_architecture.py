@@ -126,7 +126,16 @@ def test_rooms_have_few_files():
 def test_the_files_of_a_model_travel_together():
     """What lies beside the weights on the Hub imports nothing of hfllm that does not lie there too."""
     beside = {
-        "attention_hfllm": {"torch", "transformers", "collections", "copy", "functools", "math", "typing"},
+        "attention_hfllm": {
+            "torch",
+            "transformers",
+            "collections",
+            "copy",
+            "functools",
+            "itertools",
+            "math",
+            "typing",
+        },
         "attention_masks_hfllm": {"torch", "transformers", "collections", "copy", "dataclasses", "typing"},
         "configuration_fields_hfllm": {"dataclasses", "difflib", "typing"},
         "configuration_hfllm": {"transformers", "huggingface_hub", "packaging", "os"},

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import hfllm
 from hfllm.generation.speculative.speculative import fast_generate
-from hfllm.models.family import layers_hfllm, modeling_hfllm
+from hfllm.models.family import attention_hfllm, layers_hfllm, modeling_hfllm
 from hfllm.models.family.attention_hfllm import create_masks, packed_sequences
 
 
@@ -429,9 +429,15 @@ def test_right_padding_changes_nothing(make_model, axes, ids):
     torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def no_gap(monkeypatch):
+    """Attend to rows of other lengths apart, however short they are."""
+    monkeypatch.setattr(attention_hfllm, "LEAST_GAP", 1)
+
+
 def padded_batch(ids, side):
-    """Rows of 12 and 5 tokens."""
-    is_real = torch.arange(12) < torch.tensor([[12], [5]])
+    """Rows of 5 and 12 tokens."""
+    is_real = torch.arange(12) < torch.tensor([[5], [12]])
     mask = (is_real if side == "right" else is_real.flip(1)).long()
     return {"input_ids": ids * mask, "attention_mask": mask, "use_cache": False}
 
@@ -447,11 +453,27 @@ def gradients_of(model, batch):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("head", [hfllm.HfllmForCausalLM, hfllm.HfllmForSequenceClassification])
+@pytest.mark.usefixtures("no_gap")
 def test_padding_that_is_not_computed_changes_no_gradient(make_model, axes, ids, side, head, monkeypatch):
     model, batch = make_model(model_class=head, num_labels=1, **axes), padded_batch(ids, side)
     fast = gradients_of(model, batch)
     monkeypatch.setattr(hfllm.HfllmModel, "computes_by_token", False)
     torch.testing.assert_close(fast, gradients_of(model, batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("no_gap")
+def test_rows_of_like_length_attend_at_once(make_model, monkeypatch):
+    lengths, seen = torch.tensor([[3], [0], [12], [10], [4], [11]]), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def count(query, *args, **kwargs):
+        seen.append((len(query), query.shape[2]))
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    mask = (torch.arange(12) < lengths).long()
+    make_model(num_hidden_layers=1).train()(mask, attention_mask=mask, use_cache=False)
+    assert seen == [(3, 12), (2, 4), (1, 1)]
 
 
 def test_padding_is_not_computed_unless_someone_looks(make_model, ids, monkeypatch):
@@ -468,7 +490,7 @@ def test_padding_is_not_computed_unless_someone_looks(make_model, ids, monkeypat
     model(**batch)
     model.model.training = True
     # The states that are read: of one token per row.
-    model.model(**batch, is_read=torch.arange(12) == torch.tensor([[11], [4]]))
+    model.model(**batch, is_read=torch.arange(12) == torch.tensor([[4], [11]]))
     handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, out: looks.append(out.shape))
     model(**batch)
     handle.remove()

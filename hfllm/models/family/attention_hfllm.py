@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from copy import copy
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -221,11 +222,13 @@ class HfllmAttention(nn.Module):
             if self.sliding_window == 1:
                 forget_all(cache, self.layer_idx)
         if tokens is not None:
-            query, key, value = (tokens.spread(heads.transpose(1, 2)).transpose(1, 2) for heads in (query, key, value))
-            output, weights = self._attend(query, key, value, attention_mask, **kwargs)
-            return self.o_proj(tokens.gather(output).flatten(2)), weights
+            attend = partial(self._outputs, attention_mask=attention_mask, **kwargs)
+            return self.o_proj(tokens.attend(attend, query, key, value, has_mask=attention_mask is not None)), None
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
+
+    def _outputs(self, *heads: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self._attend(*heads, **kwargs)[0]
 
     def _attend(
         self,
@@ -288,6 +291,8 @@ def attend_in_fp32(attend: Callable, module: nn.Module, *states: torch.Tensor, *
 
 # Real tokens of a batch, as a share, from which on putting them into rows and back takes as long as the padding.
 LEAST_PADDING = 0.9
+# Tokens by which rows must be shorter than others to attend apart from them, for less time than one more call takes.
+LEAST_GAP = 8
 
 
 class RealTokens(NamedTuple):
@@ -295,32 +300,45 @@ class RealTokens(NamedTuple):
 
     Args:
         shape: B and S.
-        places: (N,), ascending, in rows one after the other.
+        places: (N,), of the tokens in the flattened rows.
+        groups: rows of like length to attend at once: the number of their tokens, their own B and S, and the places.
         read: (M,), the places of the tokens whose states are read, or `None` for all.
         among: (M,), where those are among the real tokens.
     """
 
     shape: tuple[int, int]
     places: torch.Tensor
+    groups: tuple[tuple[int, tuple[int, int], torch.Tensor], ...]
     read: torch.Tensor | None = None
     among: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, attention_mask: torch.Tensor, is_read: torch.Tensor | None) -> "RealTokens | None":
+    def of(cls, attention_mask: torch.Tensor, is_read: torch.Tensor | None, is_sorted: bool) -> "RealTokens | None":
         """Return the real tokens of a batch, or `None` where computing them alone takes no less time.
 
         Args:
             attention_mask: (B, S), 0 for padding.
             is_read: (B, S), true where a state is read; `None`, or of another shape, means everywhere.
+            is_sorted: put long rows first, to attend to groups of like length; their padding is at the end.
         """
-        is_real = attention_mask.flatten() != 0
-        tokens = cls(tuple(attention_mask.shape), is_real.nonzero().squeeze(1))
+        batch, length = attention_mask.shape
+        order = attention_mask.sum(1).argsort(descending=True, stable=True) if is_sorted else torch.arange(batch)
+        rows, columns = (attention_mask[order] != 0).nonzero(as_tuple=True)
+        places = order[rows] * length + columns
+        counts = torch.bincount(rows, minlength=batch).tolist()
+        bounds = [*_group_starts(counts), batch] if is_sorted else [0, batch]
+        groups, first = [], 0
+        for start, end in pairwise(bounds):
+            count, longest = sum(counts[start:end]), max(counts[start], 1) if is_sorted else length
+            part = slice(first, first + count)
+            groups.append((count, (end - start, longest), (rows[part] - start) * longest + columns[part]))
+            first += count
+        tokens = cls((batch, length), places, tuple(groups))
         # An adapter may have put tokens of its own before the others.
-        if is_read is not None and is_read.shape == attention_mask.shape and is_read.any():
-            is_read = is_read.flatten() & is_real
-            read = is_read.nonzero().squeeze(1)
-            return tokens._replace(read=read, among=is_read[is_real].nonzero().squeeze(1)) if len(read) else None
-        return tokens if 0 < len(tokens.places) < LEAST_PADDING * len(is_real) else None
+        if is_read is not None and is_read.shape == attention_mask.shape:
+            among = is_read.flatten()[places].nonzero().squeeze(1)
+            return tokens._replace(read=places[among], among=among) if len(among) else None
+        return tokens if 0 < len(places) < LEAST_PADDING * batch * length else None
 
     @property
     def all_read(self) -> "RealTokens":
@@ -338,18 +356,40 @@ class RealTokens(NamedTuple):
         batch = self.shape[0]
         return None if rotations is None else tuple(self.pick(part.expand(batch, -1, -1)) for part in rotations)
 
-    def spread(self, states: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """Return states (1, N, ...), or at other places, as rows (B, S, ...), with zeros in the padding."""
-        rows = _Spread.apply(states.squeeze(0), self.places if places is None else places, math.prod(self.shape))
-        return rows.unflatten(0, self.shape)
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the states to be read of (B, S, ...), (1, M, ...)."""
-        return self.pick(rows) if self.read is None else self._replace(places=self.read).pick(rows)
+    def rows_of_read(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the states that are read, (1, M, ...), as rows (B, S, ...), with zeros elsewhere."""
+        places = self.places if self.read is None else self.read
+        return _Spread.apply(states.squeeze(0), places, math.prod(self.shape)).unflatten(0, self.shape)
 
     def drop_unread(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states to be read of (1, N, ...), (1, M, ...)."""
         return states if self.among is None else _Gather.apply(states.squeeze(0), self.among).unsqueeze(0)
+
+    def attend(self, attention: Callable[..., torch.Tensor], *heads: torch.Tensor, has_mask: bool) -> torch.Tensor:
+        """Return the heads' outputs to be read, (1, M, H * D).
+
+        Args:
+            attention: maps queries, keys and values (B, H, S, D) of some rows to outputs (B, S, H, D).
+            heads: queries, keys and values, (1, H, N, D).
+            has_mask: whether the mask is of all rows.
+        """
+        groups = ((len(self.places), self.shape, self.places),) if has_mask else self.groups
+        parts = zip(*(each[0].transpose(0, 1).split([count for count, *_ in groups]) for each in heads), strict=True)
+        outputs = []
+        for tokens, (_, shape, places) in zip(parts, groups, strict=True):
+            rows = (_Spread.apply(each, places, math.prod(shape)).unflatten(0, shape) for each in tokens)
+            output = attention(*(each.transpose(1, 2) for each in rows))
+            outputs.append(_Gather.apply(output.flatten(0, 1).flatten(1), places))
+        return self.drop_unread(torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0))
+
+
+def _group_starts(lengths: list[int]) -> list[int]:
+    """Return the numbers of the rows where groups begin: rows fall in length, in a group by a quarter at most."""
+    starts = [0]
+    for row, length in enumerate(lengths):
+        if 4 * length < 3 * lengths[starts[-1]] and lengths[starts[-1]] - length >= LEAST_GAP:
+            starts.append(row)
+    return starts
 
 
 class _Gather(torch.autograd.Function):

@@ -287,7 +287,8 @@ def cast_for_autocast(states: torch.Tensor, *weights: torch.Tensor | None) -> li
 def is_exact(*tensors: torch.Tensor) -> bool:
     """Return whether a product of these plain tensors has their precision: one for all of them, without autocast."""
     first = tensors[0]
-    if torch.amp.is_autocast_available(first.device.type) and torch.is_autocast_enabled(first.device.type):
+    device = first.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return False
     return all(type(each) in (torch.Tensor, nn.Parameter) and each.dtype == first.dtype for each in tensors)
 

@@ -483,7 +483,7 @@ class HfllmModel(HfllmPreTrainedModel):
             )
         hidden_states = self.norm(hidden_states)
         if tokens is not None:
-            hidden_states = tokens.spread(hidden_states, tokens.read)
+            hidden_states = tokens.rows_of_read(hidden_states)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
     def _real_tokens(
@@ -500,9 +500,9 @@ class HfllmModel(HfllmPreTrainedModel):
         if attention_mask.device.type != "cpu" or not self.computes_by_token:
             return attention_mask, None
         reads_few = config.norm_placement == "pre" and not config.parallel_block
-        tokens = RealTokens.of(attention_mask, is_read if reads_few else None)
-        mask = None if config.is_causal and ends_in_padding(attention_mask) else attention_mask
-        return mask, tokens
+        needs_no_mask = config.is_causal and ends_in_padding(attention_mask)
+        tokens = RealTokens.of(attention_mask, is_read if reads_few else None, needs_no_mask)
+        return None if needs_no_mask else attention_mask, tokens
 
     @property
     def computes_by_token(self) -> bool:
