@@ -136,7 +136,7 @@ class _TargetScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, targets):
-        logits = nn.functional.linear(states, weight)
+        logits = nn.functional.linear(states, weight).float()
         highest, best = logits.max(-1)
         probabilities = logits.softmax(-1)
         # The highest probability is one over the sum of exp(logit - highest): faster on a CPU than `logsumexp`.
@@ -153,7 +153,7 @@ class _TargetScores(torch.autograd.Function):
         states, weight, targets, probabilities = ctx.saved_tensors
         # d log p(target) / d logits = onehot - p
         grad = grad.unsqueeze(1)
-        grad_logits = (probabilities * -grad).scatter_add_(1, targets.unsqueeze(1), grad)
+        grad_logits = (probabilities * -grad).scatter_add_(1, targets.unsqueeze(1), grad).to(states.dtype)
         trains_states, trains_head, _ = ctx.needs_input_grad
         return grad_logits @ weight if trains_states else None, grad_logits.t() @ states if trains_head else None, None
 
@@ -179,7 +179,11 @@ def score_targets_only(model: PreTrainedModel) -> None:
         if isinstance(self.base_model, HfllmModel):
             others["is_read"] = nn.functional.pad(mask, (0, 1))
         states = self.base_model(*args, **others, use_cache=False).last_hidden_state[:, :-1]
-        found = _TargetScores.apply(states[mask], head.weight, targets[mask])
+        states, weight = states[mask], head.weight
+        if torch.is_autocast_enabled("cpu"):
+            # Outside of the function, whose backward pass is without autocast.
+            states, weight = (each.to(torch.get_autocast_dtype("cpu")) for each in (states, weight))
+        found = _TargetScores.apply(states, weight, targets[mask])
         scores, entropy, is_best = (each.new_zeros(mask.shape).masked_scatter(mask, each) for each in found)
         count = mask.sum().clamp(min=1) if (given := kwargs.get("num_items_in_batch")) is None else given
         fields = {"log_probs": scores, "entropy": entropy, "is_top1": is_best, "label_mask": mask}
@@ -193,7 +197,7 @@ def _is_plain_head(head: nn.Module, labels: torch.Tensor) -> bool:
     weight = head.weight
     if getattr(head, "bias", None) is not None or type(weight) not in (torch.Tensor, nn.Parameter):
         return False
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
     return not hasattr(weight, "ds_id") and (labels[:, 1:] != IGNORE).sum() * len(weight) <= MOST_LOGITS
 

@@ -180,7 +180,7 @@ def test_evaluating_leaves_training_as_it_was(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("side", ["family", "adapter", "llama"])
+@pytest.mark.parametrize("side", ["family", "adapter", "llama", "autocast"])
 def test_the_scores_of_targets_are_trls(tmp_path, side):
     """Loss, entropy, accuracy and gradients, where only targets are computed; in every family."""
     from peft import LoraConfig
@@ -197,9 +197,12 @@ def test_the_scores_of_targets_are_trls(tmp_path, side):
         torch.manual_seed(0)
         made = trainer(model=copy.deepcopy(trained), peft_config=adapter, **arguments)
         batch = made.data_collator([made.train_dataset[index] for index in range(4)])
-        loss = made.compute_loss(made.model.train(), dict(batch))
+        with torch.autocast("cpu", enabled=side == "autocast"):
+            loss = made.compute_loss(made.model.train(), dict(batch))
         loss.backward()
         gradients = [each.grad for each in made.model.parameters() if each.grad is not None]
         logged = {name: made._metrics["train"][name] for name in ("entropy", "mean_token_accuracy", "num_tokens")}
         results.append((loss, gradients, logged))
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        *results, **({"atol": 5e-3, "rtol": 0.05} if side == "autocast" else {"atol": 1e-5, "rtol": 1e-4})
+    )
