@@ -445,7 +445,8 @@ def padded_batch(ids, side):
 def gradients_of(model, batch):
     """The logits of real tokens, or of rows, and the gradients of the weights."""
     model.zero_grad()
-    logits = model.train()(**batch).logits
+    hint = {"is_read": batch["attention_mask"] > 0} if isinstance(model, hfllm.HfllmForCausalLM) else {}
+    logits = model.train()(**batch, **hint).logits
     logits = logits[batch["attention_mask"] > 0] if logits.dim() == 3 else logits
     logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape))
     return logits.detach(), [parameter.grad.clone() for parameter in model.parameters()]
@@ -472,7 +473,7 @@ def test_rows_of_like_length_attend_at_once(make_model, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
     mask = (torch.arange(12) < lengths).long()
-    make_model(num_hidden_layers=1).train()(mask, attention_mask=mask, use_cache=False)
+    make_model(num_hidden_layers=1).train()(mask, attention_mask=mask, is_read=mask > 0, use_cache=False)
     assert seen == [(3, 12), (2, 4), (1, 1)]
 
 
@@ -485,18 +486,33 @@ def test_padding_is_not_computed_unless_someone_looks(make_model, ids, monkeypat
         return forward(self, states)
 
     monkeypatch.setattr(layers_hfllm.HfllmMLP, "forward", count)
+    # Without a hint all states are the caller's.
     model.train()(**batch)
+    read = {"is_read": batch["attention_mask"] > 0}
+    model(**batch, **read)
     model.model.training = False
-    model(**batch)
+    model(**batch, **read)
     model.model.training = True
     # The states that are read: of one token per row.
     model.model(**batch, is_read=torch.arange(12) == torch.tensor([[4], [11]]))
     handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, out: looks.append(out.shape))
-    model(**batch)
+    model(**batch, **read)
     handle.remove()
-    states = model(**batch, output_hidden_states=True).hidden_states
-    assert seen == [17, 17, 24, 24, 17, 2, 24, 24, 24, 24]
+    states = model(**batch, **read, output_hidden_states=True).hidden_states
+    assert seen == [24, 24, 17, 17, 24, 24, 17, 2, 24, 24, 24, 24]
     assert looks == [(2, 12, 32)] and states[1].shape == (2, 12, 32)
+
+
+@pytest.mark.parametrize("in_padding", [False, True])
+def test_a_loss_reads_the_states_of_its_targets_also_in_padding(make_model, ids, monkeypatch, in_padding):
+    """Whoever forgets to ignore padding gets the loss of before, and of a chunked loss as of a whole one."""
+    model, batch = make_model().train(), padded_batch(ids, "right")
+    labels = ids if in_padding else ids.masked_fill(batch["attention_mask"] == 0, -100)
+    losses = [model(**batch, labels=labels, loss_chunk_size=size).loss for size in (4, 0)]
+    monkeypatch.setattr(hfllm.HfllmModel, "computes_by_token", False)
+    losses.append(model(**batch, labels=labels, loss_chunk_size=4).loss)
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
 
 
 def test_packed_rows_that_flash_attention_would_mix_are_refused(make_model, ids):

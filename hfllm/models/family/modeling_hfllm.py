@@ -140,10 +140,15 @@ class CausalHead(_Base):
             install_capturing_hooks(self._decoder)
         if config.num_local_experts:
             kwargs["output_router_logits"] = output_router_logits
-        outputs = self.model(**inputs, **kwargs)
         # Trainer's evaluation gives the logits to `compute_metrics`; a call with its own chunks needs none.
         is_evaluation = loss_chunk_size is None and not self.training and not torch.is_grad_enabled()
         loss_chunk_size = config.loss_chunk_size if loss_chunk_size is None else loss_chunk_size
+        reads_targets = labels is not None and loss_chunk_size and self.training and "is_read" not in kwargs
+        if reads_targets and self.model is self._decoder:
+            targets = kwargs.get("shift_labels")
+            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=-100) if targets is None else targets
+            inputs = {**inputs, "is_read": targets != kwargs.get("ignore_index", -100)}
+        outputs = self.model(**inputs, **kwargs)
         states, logits, loss, aux_loss = outputs.last_hidden_state, None, None, None
         if labels is None or not loss_chunk_size or is_evaluation:
             logits = logits_of(config, self.lm_head, slice_logits_to_keep(states, logits_to_keep))
@@ -423,7 +428,7 @@ class HfllmModel(HfllmPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Return the last hidden states (B, S, E).
 
-        `is_read` (B, S) is a hint: other states need not be computed, and are 0 then, as in padding.
+        `is_read` (B, S) is a hint: other states, and padding, need not be computed in training, and are 0 then.
 
         Rows of `position_ids` that restart (fall, or return to 0) hold packed sequences without attention to each
         other. They need `cache=None` and are computed without one. Positions that jump forward are one sequence.
@@ -493,11 +498,13 @@ class HfllmModel(HfllmPreTrainedModel):
 
         Args:
             attention_mask: (B, S), 0 for padding.
-            is_read: (B, S), true where a state is read; `None` means everywhere.
+            is_read: (B, S), true where a state is read; `None` means everywhere, in padding too.
         """
         config = self.config
         # A GPU would have to wait for the number of tokens.
-        if attention_mask.device.type != "cpu" or not self.computes_by_token:
+        if is_read is None or attention_mask.device.type != "cpu" or not self.computes_by_token:
+            return attention_mask, None
+        if is_read.shape != attention_mask.shape or bool((is_read & (attention_mask == 0)).any()):
             return attention_mask, None
         reads_few = config.norm_placement == "pre" and not config.parallel_block
         needs_no_mask = config.is_causal and ends_in_padding(attention_mask)
