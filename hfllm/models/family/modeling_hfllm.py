@@ -466,9 +466,17 @@ class HfllmModel(HfllmPreTrainedModel):
             position_ids = None if packed is None else restarted_positions(packed)
         if tokens is not None:
             hidden_states, rotations = tokens.pick(hidden_states), tokens.pick_rotations(rotations)
+        more = {"position_ids": position_ids, "cache": cache, "use_cache": use_cache, **kwargs}
+        hidden_states = self.norm(self._layers(hidden_states, rotations, masks, tokens, packed, attention_mask, more))
+        if tokens is not None:
+            hidden_states = tokens.rows_of_read(hidden_states)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
+
+    def _layers(self, hidden_states, rotations, masks, tokens, packed, attention_mask, kwargs) -> torch.Tensor:
+        """Return the last layer's output; rotations and masks are by type of layer where types differ."""
         last = self.config.num_hidden_layers - 1
         # Not a slice: it would make a new ModuleList for every generated token.
-        for layer, index in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
+        for layer, index in zip(self.layers, range(last + 1), strict=False):
             # A layer in a wrapper has no type to ask for.
             kind = getattr(layer, "layer_type", None) or self.config.layer_types[index]
             more = {"packed": packed} if kind == "linear_attention" else {}
@@ -479,27 +487,16 @@ class HfllmModel(HfllmPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[kind],
-                position_ids=position_ids,
-                cache=cache,
-                use_cache=use_cache,
                 position_embeddings=rotations.get(kind) if isinstance(rotations, dict) else rotations,
                 **more,
                 **kwargs,
             )
-        hidden_states = self.norm(hidden_states)
-        if tokens is not None:
-            hidden_states = tokens.rows_of_read(hidden_states)
-        return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
+        return hidden_states
 
     def _real_tokens(
         self, attention_mask: torch.Tensor, is_read: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, RealTokens | None]:
-        """Return the mask still needed, and the real tokens to compute alone, `None` for padding computed like them.
-
-        Args:
-            attention_mask: (B, S), 0 for padding.
-            is_read: (B, S), true where a state is read; `None` means everywhere, in padding too.
-        """
+        """Return the mask still needed, and the real tokens to compute alone; `None` if padding is computed like them."""
         config = self.config
         # A GPU would have to wait for the number of tokens.
         if is_read is None or attention_mask.device.type != "cpu" or not self.computes_by_token:
