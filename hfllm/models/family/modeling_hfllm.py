@@ -496,7 +496,7 @@ class HfllmModel(HfllmPreTrainedModel):
     def _real_tokens(
         self, attention_mask: torch.Tensor, is_read: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, RealTokens | None]:
-        """Return the mask still needed, and the real tokens to compute alone; `None` if padding is computed like them."""
+        """Return the mask still needed, and the tokens to compute alone; `None` if padding is computed like them."""
         config = self.config
         # A GPU would have to wait for the number of tokens.
         if is_read is None or attention_mask.device.type != "cpu" or not self.computes_by_token:
