@@ -62,8 +62,10 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.trainers.mixins import train
     from hfllm.trainers.monitors import StalledWeights
     from hfllm.trainers.precision import with_fast_products
+    from hfllm.trainers.pretraining.muon import check_muon
 
     check_flags(script_args, model_args)
+    check_muon(script_args.use_muon, training_args, model_args.use_peft)
     files = shared.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
     stage = Stage("reward", script_args, training_args, model_args, also=files)
     stage.check()
@@ -115,6 +117,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
         processor or tokenizer,
         script_args.max_pixels,
         peft_config(model_args, "SEQ_CLS"),
+        script_args.use_muon,
     )
     counts = reward.count_comparisons(trainer, train_rows, test_rows, script_args.dataset_name)
     use_plain_lines(trainer)

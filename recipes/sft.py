@@ -52,6 +52,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.mixins import train
     from hfllm.trainers.monitors import StalledWeights
     from hfllm.trainers.precision import with_fast_products
+    from hfllm.trainers.pretraining.trainer import optimizer_of
     from hfllm.trainers.run_record import final_train_loss
     from hfllm.trainers.trl_trainers import SFTTrainer
 
@@ -109,6 +110,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         eval_dataset=eval_dataset,
         processing_class=processing_class,
         peft_config=peft_config(model_args),
+        optimizer_cls_and_kwargs=optimizer_of(script_args.use_muon, trainer_args),
     )
     if shows:
         shared.warn_of_frozen_projector(trainer.model, model_args.use_peft, "sft")

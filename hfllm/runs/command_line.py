@@ -27,7 +27,7 @@ from hfllm.runs.parser import (
     read_yaml,
     training_parser,
 )
-from hfllm.runs.recipes import settings_file
+from hfllm.runs.recipes import settings_file, settings_for_the_world
 
 # Here, since a spawned process imports the recipe again, and does not run it.
 end_children_with_this_process()
@@ -184,7 +184,7 @@ def short_help(
 
 def world_settings(name: str) -> Callable[[Mapping[str, Any]], list[Path]]:
     """Return the selector of a recipe's default settings: the embedded world's model, unless a model is named."""
-    return lambda provided: [] if provided.get("model_name_or_path") else [settings_file(f"{name}/world.yaml")]
+    return lambda provided: [] if provided.get("model_name_or_path") else settings_for_the_world(name, provided)
 
 
 def take_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:

@@ -34,7 +34,7 @@ from hfllm.runs.identity import finished_run
 from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.output import explained
 from hfllm.runs.parser import read_yaml
-from hfllm.runs.recipes import Recipe, declared, load_recipe, recipe_names, settings_file
+from hfllm.runs.recipes import Recipe, declared, load_recipe, recipe_names, settings_file, settings_for_the_world
 from hfllm.runs.stage import stage_arguments
 
 if TYPE_CHECKING:
@@ -187,9 +187,9 @@ def chain_before(
             flags = ["--seed", str(seed), "--world_seed", str(world_seed)]
             # The world's settings suit the small models made here; your own model keeps the libraries' defaults.
             is_own = any(each in provided for each in entry.needs.values())
-            world, config = str(settings_file(entry.settings)), configs.get(need)
+            config = configs.get(need)
             if not is_own and (over_world or not config):
-                flags += ["--config", world]
+                flags += [word for file in chain_settings(entry.settings) for word in ("--config", str(file))]
             flags += ["--config", config] if config else []
             if entry.runs_own_chain:
                 passed = {f"--{name}_config": configs.get(name) for name in _all_needs(need)}
@@ -204,6 +204,12 @@ def chain_before(
 
     visit(stage)
     return Chain(stage, runs)
+
+
+def chain_settings(settings: str) -> list[Path]:
+    """Return the YAML files of a stage's settings on the embedded world, by the engine of this run."""
+    name, _, file = settings.rpartition("/")
+    return settings_for_the_world(name, {}) if file == "world.yaml" else [settings_file(settings)]
 
 
 def _all_needs(stage: str) -> list[str]:

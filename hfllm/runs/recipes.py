@@ -2,12 +2,14 @@
 
 import ast
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from hfllm.errors import InputError
 
@@ -51,6 +53,28 @@ def installed(folder: str) -> Path:
         if index.is_dir():
             return index
     raise InputError(f"this installation of hfllm has no folder {folder}: install it again by pip install hfllm")
+
+
+def is_sharded(provided: Mapping[str, Any]) -> bool:
+    """Return whether an engine splits matrices over processes, by the user's flags or by accelerate.
+
+    Args:
+        provided: the user's values, by flag.
+    """
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    by_accelerate = any(os.environ.get(name, "false").lower() == "true" for name in engines)
+    return by_accelerate or bool(provided.get("fsdp") or provided.get("deepspeed"))
+
+
+def settings_for_the_world(name: str, provided: Mapping[str, Any]) -> list[Path]:
+    """Return the YAML files of a recipe's settings on the embedded world.
+
+    Where those say Muon, and it cannot be used, the last file puts AdamW in its place: for split matrices, adapters,
+    and where the user names an optimizer.
+    """
+    by_adamw = is_sharded(provided) or bool(provided.get("optim") or provided.get("use_peft"))
+    instead = settings_file(f"{name}/world_adamw.yaml")
+    return [settings_file(f"{name}/world.yaml"), *([instead] if by_adamw and instead.is_file() else [])]
 
 
 def settings_file(name: str) -> Path:

@@ -20,7 +20,7 @@ from hfllm.stages.shared import (
     user_rows,
     warn_of_frozen_projector,
 )
-from hfllm.trainers.learning_rate import BatchArguments
+from hfllm.trainers.learning_rate import BatchArguments, MuonArguments
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,9 @@ STAGE = "hfllm reward"
 
 
 @dataclass(frozen=True)
-class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, FreezingArguments, PictureArguments):
+class RewardArguments(
+    RowArguments, AugmentationArguments, BatchArguments, MuonArguments, FreezingArguments, PictureArguments
+):
     """Comparison data."""
 
     num_pairs: int = flag(6000, "Prompts of the embedded world to compare responses to.", takes=at_least(1))
@@ -208,6 +210,7 @@ def comparison_trainer(
     processing_class: "ProcessingClass",
     max_pixels: int,
     adapter: "PeftConfig | None",
+    use_muon: bool = False,
 ) -> "RewardTrainer":
     """Return the trainer of a reward model on comparisons, perhaps of answers about images.
 
@@ -217,10 +220,12 @@ def comparison_trainer(
         processing_class: the tokenizer, or a vision-language model's processor; it is saved with the model.
         max_pixels: of an image at most.
         adapter: a new one to train.
+        use_muon: learn the matrices of the layers by Muon.
     """
     from hfllm.data.images.rows import as_dataset
     from hfllm.multimodal.processors import tokenizer_of
     from hfllm.runs.models import fitting_length
+    from hfllm.trainers.pretraining.trainer import optimizer_of
     from hfllm.trainers.trl_trainers import PictureRewardTrainer, RewardTrainer
 
     tokenizer, shows = tokenizer_of(processing_class), shows_pictures(*parts)
@@ -235,7 +240,8 @@ def comparison_trainer(
         train, held_out = (comparisons_of(rows, tokenizer) for rows in parts)
         new_trainer = partial(RewardTrainer, processing_class=tokenizer)
     sets = {"train_dataset": train, "eval_dataset": held_out}
-    trainer = new_trainer(model=model, args=args, peft_config=adapter, **sets)
+    optimizer = optimizer_of(use_muon, args)
+    trainer = new_trainer(model=model, args=args, peft_config=adapter, optimizer_cls_and_kwargs=optimizer, **sets)
     if processing_class is not tokenizer:
         # A processor is saved with its tokenizer.
         trainer.processing_class = processing_class

@@ -1,4 +1,4 @@
-"""Scale a learning rate tuned with one batch size to another."""
+"""Scale a learning rate tuned with one batch size to another, and choose Muon."""
 
 import math
 from dataclasses import dataclass
@@ -35,6 +35,13 @@ class BatchArguments:
     lr_scaling_base_batch_size: int | None = flag(
         None, "Global batch that --learning_rate was tuned for: sequences per optimizer step, all processes."
     )
+
+
+@dataclass(frozen=True)
+class MuonArguments:
+    """Which optimizer."""
+
+    use_muon: bool = flag(False, "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.")
 
 
 def global_batch_size(args: "TrainingArguments") -> int:

@@ -1,6 +1,5 @@
 """Pretraining: its flags, the flags of the architecture, default settings, and checks."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
@@ -13,8 +12,8 @@ from hfllm.errors import InputError, refuse
 from hfllm.flags import ALWAYS, NAMED, NOT_NEGATIVE, POSITIVE, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain
-from hfllm.runs.recipes import settings_file
-from hfllm.trainers.learning_rate import BatchArguments
+from hfllm.runs.recipes import is_sharded, settings_file, settings_for_the_world
+from hfllm.trainers.learning_rate import BatchArguments, MuonArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
@@ -167,7 +166,7 @@ UNPACKED = Fact(lambda flags: not flags.packing, "it needs --packing true")
 
 
 @dataclass(frozen=True)
-class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, RemoteCodeArguments):
+class PretrainArguments(TextArguments, BatchArguments, MuonArguments, ArchitectureArguments, RemoteCodeArguments):
     """Objective, length and schedule of the run, and where a new model comes from."""
 
     total_tokens: str | None = flag(
@@ -205,7 +204,6 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, Re
         takes=NOT_NEGATIVE,
         never=UNPACKED,
     )
-    use_muon: bool = flag(False, "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.")
     loss_spikes: str = flag(
         "stop", "What to do at a loss far above its running median: stop the run, or warn.", choices=["stop", "warn"]
     )
@@ -273,14 +271,9 @@ def default_settings(values: Mapping[str, object]) -> list[Path]:
     """Return the default settings of the small models; none for a named model or architecture."""
     if values.get("model_name_or_path") or values.get("config_name_or_path"):
         return []
-    # DeepSpeed and FSDP split the matrices, but Muon needs them whole.
-    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
-    is_sharded = is_sharded or bool(values.get("fsdp") or values.get("deepspeed"))
     if values.get("dataset_name", WORLD) == WORLD and not values.get("dataset_mixture"):
-        by_adamw = is_sharded or bool(values.get("optim"))
-        return [settings_file("pretrain/world.yaml"), *([settings_file("pretrain/world_adamw.yaml")] * by_adamw)]
-    return [settings_file("pretrain/text.yaml"), *([settings_file("pretrain/text_sharded.yaml")] * is_sharded)]
+        return settings_for_the_world("pretrain", values)
+    return [settings_file("pretrain/text.yaml"), *([settings_file("pretrain/text_sharded.yaml")] * is_sharded(values))]
 
 
 # ---- what is refused ----
@@ -289,13 +282,12 @@ def default_settings(values: Mapping[str, object]) -> list[Path]:
 def check(script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
     """Refuse flags that would have no effect or would fail later."""
     from hfllm.runs.models import check_attention, check_trainable, load_config, new_config
-    from hfllm.trainers.pretraining.muon import refusals_of_muon
+    from hfllm.trainers.pretraining.muon import check_muon
 
     own, is_masked = model_args.model_name_or_path, script_args.objective == "masked"
     refuse(bool(own) and is_masked, "--objective masked", "it makes a new model, without --model_name_or_path")
     check_flags(script_args, training_args, model_args)
-    for is_refused, name, reason in refusals_of_muon(script_args.use_muon, training_args):
-        refuse(is_refused, name, reason)
+    check_muon(script_args.use_muon, training_args)
     if not own:
         config = new_config({**script_args.model_fields(), "is_causal": not is_masked})
     check_trainable(model_args, adapters=False)

@@ -11,9 +11,9 @@ from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import PYDOC, source_files
 from hfllm.errors import InputError, refuse_if
 from hfllm.flags import ALWAYS, NAMED, SHARE, Clashes, Fact, Refused, at_least, check_flags, flag
-from hfllm.runs.recipes import settings_file
+from hfllm.runs.recipes import settings_file, settings_for_the_world
 from hfllm.stages.shared import NOT_CUT, refused_with_images
-from hfllm.trainers.learning_rate import BatchArguments
+from hfllm.trainers.learning_rate import BatchArguments, MuonArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -101,6 +101,7 @@ class SftArguments(
     RetrievalArguments,
     AugmentationArguments,
     BatchArguments,
+    MuonArguments,
     FreezingArguments,
     PictureArguments,
 ):
@@ -142,7 +143,7 @@ def default_settings(provided: Mapping[str, Any]) -> list[Path]:
     """
     name = provided.get("model_name_or_path")
     if not name:
-        return [settings_file("sft/world.yaml")]
+        return settings_for_the_world("sft", provided)
     is_adapter = provided.get("use_peft") or _is_adapter(name, str(provided.get("model_revision") or "main"))
     return [settings_file("sft/adapter.yaml")] if is_adapter else []
 
@@ -157,5 +158,8 @@ def _is_adapter(name: str, revision: str) -> bool:
 
 def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
     """Refuse flags without effect, and contradictory flags."""
+    from hfllm.trainers.pretraining.muon import check_muon
+
     check_flags(script_args, training_args, model_args)
+    check_muon(script_args.use_muon, training_args, model_args.use_peft)
     check_passages(script_args.retrieval_dataset_name)

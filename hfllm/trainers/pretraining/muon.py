@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hfllm.errors import refuse_if
+from hfllm.errors import refuse, refuse_if
 from hfllm.trainers.engines import shards_parameters
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
     }
     ends |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) not in ends]
+    # Of a head with one score, too, nothing is left that could be orthogonal.
+    matrices = [each for each in trained if each.ndim == 2 and min(each.shape) > 1 and id(each) not in ends]
     refuse_if(not matrices, f"--use_muon: {type(model).__name__} has no matrix to train besides its embeddings")
     matrix_ids = set(map(id, matrices))
     rest = [parameter for parameter in trained if id(parameter) not in matrix_ids]
@@ -189,11 +190,11 @@ def muon_factory() -> Any:
 # ---- what Muon refuses ----
 
 
-def refusals_of_muon(uses_muon: bool, training_args: "TrainingArguments") -> list[tuple[bool, str, str]]:
-    """Return the refusals of Muon: whether each applies, the flag, and the reason."""
+def check_muon(uses_muon: bool, training_args: "TrainingArguments", trains_adapter: bool = False) -> None:
+    """Refuse Muon where it cannot be used."""
+    if not uses_muon:
+        return
     optimizer, default_optimizer = training_args.optim, type(training_args).__dataclass_fields__["optim"].default
-    is_sharded = shards_parameters(training_args)
-    return [
-        (uses_muon and is_sharded, "--use_muon", "DeepSpeed and FSDP split the matrices that it needs whole"),
-        (uses_muon and optimizer != default_optimizer, "--use_muon", f"--optim {optimizer.value} is asked for too"),
-    ]
+    refuse(shards_parameters(training_args), "--use_muon", "DeepSpeed and FSDP split the matrices that it needs whole")
+    refuse(optimizer != default_optimizer, "--use_muon", f"--optim {optimizer.value} is asked for too")
+    refuse(trains_adapter, "--use_muon", "it is for whole matrices, and an adapter's are thin")
