@@ -61,7 +61,7 @@ def sample_responses(
         seed: seed of the sampling; the caller's random state is not changed.
         only_ended: leave out responses truncated by `max_new_tokens`.
         fast: on a CPU decode by `fast_generate`, prompts of like length together: other samples of the same
-            distribution. Where this is impossible, as for a model of another family, adapters, quantized weights,
+            distribution. Where this is impossible, as for a family that does not convert, adapters, quantized weights,
             stop strings or a penalty in its generation config, `generate` decodes, and a warning says why, once per
             model.
         tools: the tools per prompt, shown with its messages by the chat template.

@@ -68,7 +68,9 @@ def test_what_is_recommended(make_target, monkeypatch):
     assert speculative.recommended_draft(small) is None
     monkeypatch.setattr(speculative, "INT8_FROM", 0)
     assert speculative.recommended_draft(make_target()) is None
-    assert speculative.recommended_draft(make_target.native("llama").float()) is None
+    for model in (make_target().float(), make_target.native("llama").float()):
+        is_possible = has_int8(torch.float32, model.device)
+        assert isinstance(speculative.recommended_draft(model), Int8Draft if is_possible else type(None))
 
 
 def test_a_row_of_padding_is_refused(make_target):

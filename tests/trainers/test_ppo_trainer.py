@@ -557,6 +557,13 @@ def test_what_sampling_saw_is_not_asked_again_unless_it_is_wrong(
     expected = liar.evaluate_tokens({**again, "witness": None})
     torch.testing.assert_close(liar.evaluate_tokens(again), expected, atol=1e-5, rtol=1e-5)
 
+    # Wrong values alone are found too, where a head on the trunk gives them.
+    liar = make_trainer(value_model=model)
+    batch = liar.sample(rows)
+    batch["witness"].values += 0.1
+    torch.testing.assert_close(liar.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
+    assert liar._trusted == {"padded": value is not None}
+
 
 def test_in_bfloat16_the_policy_is_at_no_distance_from_itself(make_trainer, prompts):
     trainer = make_trainer(bf16=True, learning_rate=0.0, kl_estimator="k1")

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from families import FAMILIES
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from hfllm.generation.packed.model import unsupported_reason
 from hfllm.trainers.ppo import sampling
@@ -154,6 +154,32 @@ def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter, 
     entropy = -(distribution.exp() * distribution).sum(-1)
     assert_close(witness.entropy[:, :width][mask], entropy)
     assert not model._forward_hooks and not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_a_native_policy_is_sampled_over_packed_weights(family, ids, tokenizer, monkeypatch):
+    """With what a second pass says, before an update and after it."""
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    grouped = {} if family == "gpt2" else {"num_key_value_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **grouped)).train()
+    monkeypatch.setattr(type(model), "generate", lambda *given, **more: pytest.fail("generate decoded it"))
+    actor = ActorCritic(model, None, 0.7, (PAD,))
+    torch.nn.init.normal_(actor.value_head.weight)
+    settings = config(do_sample=True, temperature=0.7, top_k=0, suppress_tokens=[PAD])
+    optimizer = torch.optim.SGD(actor.parameters(), lr=1e-3)
+    for _ in range(2):
+        witness = SampledLogprobs((24, 24), 0.7, (PAD,), actor.value_head, torch.device("cpu"))
+        got = generate_responses(model, *ids, settings, tokenizer, witness)
+        assert model.training
+        mask = got["response_mask"] > 0
+        logprobs, values, _ = actor.eval()(*ids, got["response_ids"], got["response_mask"])
+        for recorded, found in ((witness.logprobs, logprobs), (witness.values, values)):
+            torch.testing.assert_close(recorded[:, : mask.shape[1]][mask], found[mask], atol=1e-5, rtol=1e-5)
+        (logprobs.sum() + values.sum()).backward()
+        optimizer.step()
+        actor.train()
+    assert len(mask.sum(1).unique()) > 1
 
 
 @pytest.mark.slow

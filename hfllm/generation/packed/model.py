@@ -3,7 +3,8 @@
 `generate` spends most of a small model's time between kernels: decorators, modules, hooks. A larger model's goes
 into reading weights, where torch's default layout makes a pass over two to sixteen tokens 1.5 times as slow as a
 pass over one. `PackedModel` calls only kernels, joins projections of the same states, and on a CPU weights
-are packed for oneDNN, or rounded to int8 for drafts. It takes models of the family in evaluation mode.
+are packed for oneDNN, or rounded to int8 for drafts. It takes models of the family in evaluation mode, and native ones
+of families that convert to it.
 
 Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
 W visible columns of the cache, R rotated dimensions of a head, V vocabulary size.
@@ -21,6 +22,7 @@ from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hfllm.errors import InputError, check_choice, refuse_if
+from hfllm.generation.packed.forms import Weights, changed_part, family_config, family_form, foreign_reason
 from hfllm.models.family.attention_hfllm import rotate_heads, signed
 from hfllm.models.family.layers_hfllm import HfllmMLP, HfllmRMSNorm
 from hfllm.models.family.modeling_hfllm import HfllmDecoderLayer, HfllmForCausalLM
@@ -431,8 +433,6 @@ def additive(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tenso
 # ---- model ----
 
 
-# Elements per matrix compared to see whether it has changed since it was copied; vectors are compared whole.
-SAMPLE = 64
 SCHEMES = ("exact", "int8")
 # Whose hooks stay on a model after one request for hidden states, and do nothing until the next one.
 CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
@@ -451,8 +451,9 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
     """Return why a model cannot run over packed weights, or `None` if it can."""
     if hasattr(model, "get_base_model"):
         return "it is wrapped by PEFT (merge_and_unload() gives a plain model)"
-    if not isinstance(model, HfllmForCausalLM):
-        return f"{type(model).__name__} is not of the family (hfllm.from_native converts it)"
+    is_native = not isinstance(model, HfllmForCausalLM)
+    if is_native and (reason := foreign_reason(model)):
+        return reason
     if model.training:
         return "the model is in training mode (call eval())"
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -463,20 +464,21 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
         return "autocast is on"
     if model.config._attn_implementation != "sdpa":
         return f"attn_implementation={model.config._attn_implementation!r} is not 'sdpa'"
-    reason = _unsupported_field(model.config)
-    if reason:
+    if reason := _unsupported_field(family_config(model)):
         return reason
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(getattr(hook, "__module__", None) != CAPTURES_OUTPUTS for hook in hooks):
             return f"{name or 'the model'} has hooks"
-        if not name.rpartition(".")[2].endswith(("_proj", "lm_head")):
+        if is_native or not name.rpartition(".")[2].endswith(("_proj", "lm_head")):
             continue
         if type(module) is not nn.Linear:
             library = type(module).__module__.partition(".")[0]
             return f"{name} is a {type(module).__name__} of {library}, not a plain linear layer"
         if type(module.weight) is not nn.Parameter:
             return f"{name} has weights of type {type(module.weight).__name__}, not plain ones"
+    if is_native and (reason := changed_part(model)):
+        return reason
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
     return None
@@ -508,16 +510,18 @@ def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedMode
     """Return the model's packed form, made at the first call and again when its weights have changed.
 
     Args:
-        model: of the family, in evaluation mode.
+        model: of the family, or a native one that converts to it, in evaluation mode.
         scheme: `"exact"`, the model's own weights, or `"int8"`, rounded for drafts.
     """
     reason = unsupported_reason(model)
     refuse_if(reason, f"this model cannot decode over packed weights: {reason}")
     copies = _MADE.setdefault(model, {})
-    if scheme not in copies or not copies[scheme].is_current(model):
-        # An older copy is removed first: memory never holds both.
-        copies.pop(scheme, None)
-        copies[scheme] = PackedModel(model, scheme)
+    if scheme in copies and not copies[scheme].is_current(model):
+        # Older copies are removed first: memory never holds both.
+        copies.clear()
+    form = family_form(model)
+    if scheme not in copies or copies[scheme].trunk is not form.model:
+        copies[scheme] = PackedModel(form, scheme, model)
     return copies[scheme]
 
 
@@ -528,15 +532,19 @@ class PackedModel:
         model: of the family, in evaluation mode.
         scheme: see `packed_model`. On a CPU the copies take as much memory as the weights, a quarter of it in int8,
             elsewhere none, since the weights are used directly.
+        source: the native model whose weights these are, if there is one: where they change.
+
+    Attributes:
+        config: of the family, also for a native model.
     """
 
-    def __init__(self, model: HfllmForCausalLM, scheme: str = "exact"):
+    def __init__(self, model: HfllmForCausalLM, scheme: str = "exact", source: "PreTrainedModel | None" = None):
         check_choice(f"scheme {scheme!r} is not one of", scheme, SCHEMES)
         if scheme == "int8" and not has_int8(model.dtype, model.device):
             raise InputError("int8 drafts need a float32 model on an x86 processor; use another draft")
         # Never keep the model itself, which its own entry in `_MADE` would then keep alive.
-        self.trunk, config, self.logit_scale = model.model, model.config, model.config.logit_scale
-        self.sources = [(each, _version(each), each.data_ptr(), _sample(each)) for each in model.parameters()]
+        self.trunk, self.config, self.logit_scale = model.model, model.config, model.config.logit_scale
+        self.weights, config = Weights(model if source is None else source), model.config
 
         def make(linears: Sequence[nn.Linear]) -> Projection:
             return joined(linears, int8=scheme == "int8")
@@ -551,19 +559,9 @@ class PackedModel:
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.tables: tuple[torch.Tensor, ...] | None = None
 
-    def is_current(self, model: HfllmForCausalLM) -> bool:
-        """Return whether the weights are still the copied ones.
-
-        A change by `parameter.data` shows only in the values: some per matrix are compared.
-        """
-        now = list(model.parameters())
-        return len(now) == len(self.sources) and all(
-            each is parameter
-            and each.data_ptr() == pointer
-            and _version(each) == version
-            and torch.equal(_sample(each), sample)
-            for each, (parameter, version, pointer, sample) in zip(now, self.sources, strict=True)
-        )
+    def is_current(self, model: "PreTrainedModel") -> bool:
+        """Return whether the weights are still the copied ones."""
+        return self.weights.are_those_of(model)
 
     def first(self, layers: int) -> "PackedModel":
         """Return the same model with only its first layers; nothing is copied."""
@@ -649,14 +647,3 @@ def _rotation(
     """Return cosines and signed sines, both (B, Q, R), in the form of `rotate_heads`."""
     cosines, sines = rotary(states, position_ids)
     return cosines, signed(sines)
-
-
-def _version(parameter: nn.Parameter) -> int:
-    return 0 if parameter.is_inference() else parameter._version
-
-
-def _sample(parameter: nn.Parameter) -> torch.Tensor:
-    flat = parameter.detach().flatten()
-    if parameter.dim() == 1:
-        return flat.clone()
-    return flat[:: max(1, len(flat) // SAMPLE)].clone()

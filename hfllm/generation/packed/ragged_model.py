@@ -55,15 +55,17 @@ class RaggedModel:
         static: bool = False,
         with_states: bool = False,
     ):
-        config = model.config.get_text_config(decoder=True)
         self.model, self.forward, self.static = model, forward or model, static
         self.packed = forward if isinstance(forward, PackedModel) else None
+        # Native configs name windows and layers in their own ways, and the packed form runs by the family's.
+        config = model.config.get_text_config(decoder=True) if self.packed is None else self.packed.config
         self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
         self.windows = attention_windows(config)
         # For a single token the model then takes no mask, since no layer has a sliding window.
         self.sees_all = self.packed is not None and set(self.windows.values()) == {None}
         self.is_eager = config._attn_implementation == "eager"
-        self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        takes = inspect.signature(type(model).forward).parameters
+        self.keeps_logits = self.packed is not None or "logits_to_keep" in takes
         self.vocabulary, self.with_states = config.vocab_size, with_states
 
     def __call__(
@@ -178,10 +180,12 @@ def ragged_model(
     Raises:
         InputError: for `packed` where it is not supported, with the reason.
     """
+    if packed:
+        return RaggedModel(model, capacity, packed_model(model), with_states=with_states)
     check_model(model)
     if compile:
         return RaggedModel(model, capacity, compiled_forward(model), static=True, with_states=with_states)
-    return RaggedModel(model, capacity, packed_model(model) if packed else None, with_states=with_states)
+    return RaggedModel(model, capacity, with_states=with_states)
 
 
 def attention_windows(config: "PreTrainedConfig") -> dict[str, int | None]:

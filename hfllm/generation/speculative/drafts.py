@@ -174,8 +174,8 @@ class Int8Draft(_SelfDraft):
     """Self-speculation: the target with its weights rounded to int8, a quarter of the bytes to read per token.
 
     Like `EarlyExitDraft` it shares the target's cache, so the prompt is read once. It needs no training, and is
-    nearly always right; the target must be a model of the family in float32 on an x86 processor, and large enough for
-    decoding to wait for its weights.
+    nearly always right; the target must be decoded over packed weights, in float32 on an x86 processor, and large
+    enough for decoding to wait for its weights.
     """
 
     def cost_ratio(self, target: "PreTrainedModel") -> float:

@@ -120,7 +120,8 @@ def speculative_generate(
         compile: run the models through `torch.compile` on fixed shapes. The first calls take long; ended rows stay in
             the batch.
         packed: call kernels directly, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
-            default for models of the family in evaluation mode, with their weights copied by the first call.
+            default for models of the family, and native ones that convert to it, in evaluation mode, with their
+            weights copied by the first call.
         kwargs: single options in place of `generation_config`'s, as in `generate`.
 
     Raises:
@@ -128,7 +129,9 @@ def speculative_generate(
     """
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     check_prompts(input_ids, attention_mask)
-    check_model(model)
+    packed = _is_packed(model, compile, packed)
+    if not packed:
+        check_model(model)
     options = read_options(model, generation_config, generator, input_ids.shape[1], **kwargs)
     return decode(model, draft, input_ids, attention_mask, options, num_draft_tokens, compile, packed)
 
@@ -146,9 +149,7 @@ def decode(
     """Decode as `speculative_generate` does, with options already read."""
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
-    refuse_if(compile and packed, "packed=True and compile=True exclude each other: leave one out")
-    if packed is None:
-        packed = not compile and unsupported_reason(model) is None
+    packed = _is_packed(model, compile, packed)
     if draft is not None:
         rows = len(input_ids) if packed else None
         draft_length = as_draft_length(num_draft_tokens, draft.cost_ratio(model), model.device.type, rows)
@@ -159,6 +160,12 @@ def decode(
         while run.is_running():
             run.step()
     return SpeculativeOutput(run.sequences(input_ids), run.statistics)
+
+
+def _is_packed(model: "PreTrainedModel", compile: bool, packed: bool | None) -> bool:
+    """Return whether to decode over packed weights: by default where this is possible."""
+    refuse_if(compile and packed, "packed=True and compile=True exclude each other: leave one out")
+    return not compile and unsupported_reason(model) is None if packed is None else packed
 
 
 def _decode_plainly(
@@ -193,8 +200,7 @@ def continued(
         observe: called for every token.
         with_states: whether `observe` gets the input of the head.
     """
-    if packed is None:
-        packed = not compile and unsupported_reason(model) is None
+    packed = _is_packed(model, compile, packed)
     sizes = attention_mask.sum(1).tolist()
     capacity = max(sizes) + options.max_new_tokens
     check_context(model, capacity)

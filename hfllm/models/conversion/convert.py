@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+    from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
+
 
 # ---- conversion ----
 
@@ -90,6 +92,59 @@ def from_native(
     if native.can_generate():
         model.generation_config = native.generation_config
     return model
+
+
+def in_family(native: "PreTrainedModel", config: HfllmConfig | None = None) -> "HfllmForCausalLM":
+    """Return the same causal language model as one of the family, for inference; no file is written or read.
+
+    Where a conversion only renames or splits tensors, the weights are the native model's own memory, and a change
+    there is one here. Where it transposes or sorts them, as GPT-2's projections, they are copies.
+
+    Args:
+        native: of transformers' own class. Embeddings and head must be tied if its config says so.
+        config: what `config_from_native` makes of its config, if that is known already.
+
+    Raises:
+        InputError: for an unsupported family or field, or tensors that do not fit; they are named.
+    """
+    from accelerate import init_empty_weights
+
+    from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
+
+    name = type(native).__name__
+    config = deepcopy(config) if config is not None else config_from_native(native.config)
+    refuse_if(not ties_as_configured(native), f"{name}: its head and embeddings are not tied as its config says")
+    config.dtype = native.dtype
+    config._attn_implementation = native.config._attn_implementation
+    config._experts_implementation = native.config._experts_implementation
+    state = tensor_layouts.to_ours(_whole(native), _rules(native.config.model_type, native, config))
+    # Buffers are real: the angles of rotations are in no state dict.
+    with init_empty_weights(include_buffers=False):
+        model = HfllmForCausalLM(config)
+    expected = model.state_dict()
+    report = {"missing_keys": expected.keys() - state.keys(), "unexpected_keys": state.keys() - expected.keys()}
+    shared = expected.keys() & state.keys()
+    _check_report(name, report | {"mismatched_keys": {at for at in shared if expected[at].shape != state[at].shape}})
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    _share_angles(native, model)
+    return model.eval().requires_grad_(False)
+
+
+def ties_as_configured(native: "PreTrainedModel") -> bool:
+    """Return whether head and embeddings are one tensor if the config says so."""
+    head, embeddings = native.get_output_embeddings(), native.get_input_embeddings()
+    return not native.config.tie_word_embeddings or head is None or head.weight is embeddings.weight
+
+
+def _share_angles(native: "PreTrainedModel", model: "HfllmForCausalLM") -> None:
+    """Take over rotary frequencies, which casting a whole native model to another type has rounded."""
+    rotary = getattr(model.model, "rotary_emb", None)
+    theirs = [each for each in native.modules() if getattr(each, "original_inv_freq", None) is not None]
+    own = getattr(rotary, "original_inv_freq", None)
+    if own is not None and len(theirs) == 1 and theirs[0].original_inv_freq.shape == own.shape:
+        # The frequencies of a new model: those of type `dynamic` follow the text.
+        rotary.inv_freq = rotary.original_inv_freq = theirs[0].original_inv_freq
 
 
 def to_native(

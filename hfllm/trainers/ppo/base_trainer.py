@@ -302,7 +302,8 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities, entropies and values (B, R) of policy and critic, and a log-distribution (N, V).
 
-        Recorded values are checked before use, since `generate` does not handle the padding of every model correctly.
+        Recorded values are checked before use, since `generate` does not handle the padding of every model correctly,
+        nor need a head read the states that a critic on the trunk reads.
         """
         mask = chunk["action_mask"] > 0
         if witness is not None:
@@ -310,7 +311,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
                 part[rows, : mask.shape[1]].masked_fill(~mask, 0.0)
                 for part in (witness.logprobs, witness.entropy, witness.values)
             )
-            if witness.is_checked or torch.allclose(logprobs, self.actor(**chunk)[0], atol=1e-3):
+            if witness.is_checked or self._finds_again(chunk, logprobs, values):
                 if self.actor.value_model is not None:
                     values = self.actor.estimate_values(**chunk)
                 return logprobs, entropy, values, None
@@ -318,6 +319,14 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         logprobs, values, distribution = self.actor(**chunk, with_distribution=True)
         entropy = scatter_to_mask(entropy_of(distribution), mask)
         return logprobs, entropy, values, distribution if self.args.kl_estimator == "full" else None
+
+    def _finds_again(self, chunk: Batch, logprobs: torch.Tensor, values: torch.Tensor) -> bool:
+        """Return whether a second pass finds these log-probabilities, and the values (B, R) if a head gave them."""
+        found, found_values, _ = self.actor(**chunk)
+        if not torch.allclose(logprobs, found, atol=1e-3):
+            return False
+        # Of a critic that is a model of its own nothing was recorded.
+        return self.actor.value_model is not None or torch.allclose(values, found_values, atol=1e-3, rtol=1e-3)
 
     def _believed(self, batch: dict[str, Any]) -> SampledLogprobs | None:
         """Return the batch's recorded values, unless earlier ones of the same kind were found wrong."""

@@ -368,8 +368,9 @@ def generate_responses(
 ) -> dict[str, torch.Tensor]:
     """Sample one response per prompt.
 
-    A policy of the family on a CPU decodes over packed weights, in a cache allocated once. Others do by `generate`:
-    whenever half of the rows have ended, the other half continues without them, with its part of the cache.
+    A policy of the family, or a native one that converts to it, decodes over packed weights on a CPU, in a cache
+    allocated once. Others do by `generate`: whenever half of the rows have ended, the other half continues without
+    them, with its part of the cache.
 
     Args:
         prompt_ids, prompt_mask: (N, P), padded on the left.
