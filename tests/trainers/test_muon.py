@@ -3,11 +3,17 @@
 import copy
 
 import pytest
+import reward
+import sft
 import torch
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from hfllm.errors import InputError
+from hfllm.models.family.modeling_hfllm import HfllmForSequenceClassification
+from hfllm.runs.parser import read_yaml
+from hfllm.runs.pipeline import chain_settings
+from hfllm.runs.recipes import settings_for_the_world
 from hfllm.trainers.pretraining.muon import BatchedMuon, MuonWithAdamW, muon_of
 
 
@@ -126,3 +132,34 @@ def test_a_flat_shard_is_refused_in_words():
     weight.grad = torch.ones(8)
     with pytest.raises(ValueError, match="2D matrix"):
         optimizer.step()
+
+
+def test_a_head_with_one_score_is_learned_by_adamw(make_model):
+    model = make_model(model_class=HfllmForSequenceClassification, num_labels=1)
+    optimizer = muon_of(model, lr=0.1)
+    matrices, others = ({id(each) for each in group["params"]} for group in optimizer.param_groups[:2])
+    assert id(model.score.weight) in others - matrices
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+@pytest.mark.parametrize(
+    ("provided", "engine", "by_muon"),
+    [({}, None, True), ({"optim": "sgd"}, None, False), ({"use_peft": True}, None, False), ({}, "FSDP", False)],
+)
+def test_on_the_world_adamw_learns_where_muon_cannot(stage, provided, engine, by_muon, monkeypatch):
+    if engine:
+        monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    values = {}
+    for file in settings_for_the_world(stage, provided):
+        values |= read_yaml(file)
+    assert values["use_muon"] is by_muon
+    if engine:
+        # In the stages before another one, too.
+        assert [file.name for file in chain_settings(f"{stage}/world.yaml")] == ["world.yaml", "world_adamw.yaml"]
+
+
+@pytest.mark.parametrize("recipe", [sft, reward])
+def test_an_adapter_is_not_learned_by_muon(recipe, tmp_path):
+    flags = ["--model_name_or_path", str(tmp_path), "--use_peft", "--use_muon", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="--use_muon cannot be used here: it is for whole matrices"):
+        recipe.main(*recipe.parse(flags))
