@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -199,22 +200,50 @@ def rag_sequence_answers(
         max_new_tokens: of an answer; truncated answers are scored as far as they go.
         batch_size: prompts of a pass.
     """
+    return rag_sequence_answers_by(model, tokenizer, prompts, [weights], max_new_tokens, batch_size)[0]
+
+
+def rag_sequence_answers_by(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[Prompt]],
+    weightings: Sequence[Sequence[Sequence[float]]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[list[Response]]:
+    """Return the answers of `rag_sequence_answers` by several weights of the same passages, decoded and scored once.
+
+    Args:
+        weightings: each the weights of all questions.
+
+    Returns:
+        The answers to all questions, by weighting.
+    """
     import torch
 
     flat = _tokens(tokenizer, prompts)
     sequences = _decoded(model, tokenizer, flat, max_new_tokens, batch_size)
-    answers, start = [], 0
-    for shares in weights:
-        indices = range(start, start + len(shares))
-        start += len(shares)
-        candidates = list(dict.fromkeys(sequences[index] for index in indices))
-        best = candidates[0]
-        if len(candidates) > 1:
-            pairs = [(flat[index], candidate) for candidate in candidates for index in indices]
-            scores = torch.stack([each.sum() for each in _log_probs(model, *zip(*pairs, strict=True), batch_size)])
-            scores = scores.view(len(candidates), len(shares)) + torch.tensor(shares, dtype=torch.float64).log()
-            best = candidates[int(torch.logsumexp(scores, 1).argmax())]
-        answers.append(_response(tokenizer, model, best))
+    ends = list(accumulate(map(len, prompts)))
+    questions = [range(end - len(each), end) for end, each in zip(ends, prompts, strict=True)]
+    candidates = [list(dict.fromkeys(sequences[index] for index in indices)) for indices in questions]
+    # A single candidate needs no score.
+    pairs = [
+        (flat[index], candidate)
+        for indices, of_question in zip(questions, candidates, strict=True)
+        if len(of_question) > 1
+        for candidate in of_question
+        for index in indices
+    ]
+    scored = iter(_log_probs(model, *zip(*pairs, strict=True), batch_size) if pairs else ())
+    answers: list[list[Response]] = [[] for _ in weightings]
+    for number, (indices, of_question) in enumerate(zip(questions, candidates, strict=True)):
+        scores = torch.zeros(1, len(indices), dtype=torch.float64)
+        if len(of_question) > 1:
+            scores = torch.stack([next(scored).sum() for _ in of_question for _ in indices])
+        for weights, chosen in zip(weightings, answers, strict=True):
+            shares = torch.tensor(weights[number], dtype=torch.float64).log()
+            of_candidates = torch.logsumexp(scores.view(-1, len(indices)) + shares, 1)
+            chosen.append(_response(tokenizer, model, of_question[int(of_candidates.argmax())]))
     return answers
 
 

@@ -9,6 +9,7 @@ measures based on a probability into one. P(True) asks the model itself.
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import numpy as np
 from hfllm.data.formats import as_messages
 from hfllm.data.tokenizer import end_tokens, plain_text, to_prompt, tokenize_prompts
 from hfllm.errors import InputError, refuse_if
+from hfllm.generation.packed.model import unsupported_reason
+from hfllm.generation.packed.ragged_model import check_context, ragged_model
 from hfllm.generation.scoring import (
     NOT_FINITE,
     Prompt,
@@ -38,6 +41,7 @@ from hfllm.models.loading.saved import check_padding, max_length_of
 from hfllm.rewards.judges import LETTERS, letter_tokens
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
     from hfllm.grounding.verification import EntailmentModel
@@ -120,11 +124,13 @@ def sample_with_scores(
     rows = [(index, number) for index in range(len(ids)) for number in range(n)]
     ends, answers = sorted(end_tokens(tokenizer, model)), {}
     with _plainly(model):
+        longest = max(map(len, ids), default=0) + max_new_tokens
+        decode = _decode_packed if _can_be_packed(model, longest) else _generate
         for batch in batches_of_like_length(model, [len(ids[index]) for index, _ in rows], batch_size):
             keys = [f"{seed}-{rows[row][0]}-{rows[row][1]}" for row in batch]
-            drawn = [_chances(key, max_new_tokens) for key in keys] if do_sample else None
-            tokens, logprobs = _generate(
-                model, [ids[rows[row][0]] for row in batch], drawn, temperature, max_new_tokens, ends, _pad(tokenizer)
+            draw = _Draw([_chances(key, max_new_tokens) for key in keys] if do_sample else None, temperature)
+            tokens, logprobs = decode(
+                model, [ids[rows[row][0]] for row in batch], draw, max_new_tokens, ends, _pad(tokenizer)
             )
             for row, token_ids, numbers in zip(batch, tokens, logprobs, strict=True):
                 length = next((index + 1 for index, token in enumerate(token_ids) if token in ends), len(token_ids))
@@ -177,11 +183,97 @@ def _pad(tokenizer: "PreTrainedTokenizerBase") -> int:
     return next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
 
 
+class _Draw:
+    """Chooses each row's next token by its own chance, or the likeliest one, and tells its log-probability.
+
+    Args:
+        chances: numbers from 0 to 1 for every row, one per token; `None` takes the likeliest.
+        temperature: of the distribution that is drawn from.
+    """
+
+    def __init__(self, chances: Sequence[list[float]] | None, temperature: float):
+        self.chances, self.temperature = chances, temperature
+
+    def __call__(self, logits: "torch.Tensor", rows: Sequence[int], step: int) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Return the tokens (B, 1) of these rows and their log-probabilities (B,), from logits (B, V)."""
+        import torch
+
+        # Probabilities of large vocabularies add up in 64 bits, unsupported by Apple's GPUs.
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        own = logits.to(wide).log_softmax(-1)
+        refuse_if(not bool(own.amax(-1).isfinite().all()), NOT_FINITE)
+        if self.chances is None:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            column = torch.tensor([self.chances[row][step] for row in rows], dtype=wide, device=logits.device)
+            reached = (own / self.temperature).softmax(-1).cumsum(-1)
+            # The first token whose sum is above the chance: one of probability 0 is never it.
+            token = torch.searchsorted(reached, column[:, None] * reached[:, -1:], right=True)
+            token = token.clamp(max=logits.shape[-1] - 1)
+        return token, own.gather(-1, token)[:, 0]
+
+
+def _can_be_packed(model: "PreTrainedModel", longest: int) -> bool:
+    """Return whether packed weights can decode texts of up to `longest` tokens."""
+    try:
+        check_context(model, longest)
+    except InputError:
+        return False
+    return unsupported_reason(model) is None
+
+
+def _decode_packed(
+    model: "PreTrainedModel",
+    prompts: Sequence[list[int]],
+    draw: _Draw,
+    max_new_tokens: int,
+    ends: list[int],
+    pad: int,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Return what `_generate` does, over packed weights.
+
+    Equal prompts that follow each other, as those of several samples do, are read once.
+    """
+    import torch
+
+    sizes = [len(prompt) for prompt in prompts]
+    new = [row for row in range(len(prompts)) if not row or prompts[row] != prompts[row - 1]]
+    source = torch.tensor([bisect_right(new, row) - 1 for row in range(len(prompts))])
+    target = ragged_model(model, max(sizes) + max_new_tokens, packed=True)
+    with torch.inference_mode(), pass_precision(model):
+        lengths = torch.tensor(sizes)
+        last, read = lengths + max_new_tokens - 1, torch.full((len(new), max(sizes)), pad)
+        for at, row in enumerate(new):
+            read[at, : sizes[row]] = torch.tensor(prompts[row])
+        logits = target.prefill(read, lengths[new], last[new], [sizes[row] for row in new])[source]
+        target.cache.keep(source)
+        rows, columns = list(range(len(prompts))), lengths.unsqueeze(1)
+        tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
+        has_ended = [False for _ in rows]
+        for step in range(max_new_tokens):
+            token, logprob = draw(logits[:, -1], rows, step)
+            for row, number, value in zip(rows, token[:, 0].tolist(), logprob.tolist(), strict=True):
+                tokens[row].append(number)
+                logprobs[row].append(value)
+                has_ended[row] |= number in ends
+            remaining = [index for index, row in enumerate(rows) if not has_ended[row]]
+            if not remaining or step + 1 == max_new_tokens:
+                break
+            # Dropping rows copies the states of the others: not for a few.
+            if 2 * len(remaining) <= len(rows):
+                target.cache.keep(torch.tensor(remaining))
+                rows = [rows[index] for index in remaining]
+                token, columns, last = (each[remaining] for each in (token, columns, last))
+            lowest, highest = (int(each) for each in columns.aminmax())
+            logits = target(token, columns, last, highest + 1, level=lowest == highest)
+            columns = columns + 1
+    return tokens, logprobs
+
+
 def _generate(
     model: "PreTrainedModel",
     prompts: Sequence[list[int]],
-    chances: Sequence[list[float]] | None,
-    temperature: float,
+    draw: _Draw,
     max_new_tokens: int,
     ends: list[int],
     pad: int,
@@ -193,7 +285,7 @@ def _generate(
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(each)) + each for each in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], device=model.device)
-    record = _drawing(chances, temperature)
+    record = _recording(draw)
     with torch.inference_mode(), pass_precision(model):
         output = model.generate(
             input_ids=ids,
@@ -208,8 +300,8 @@ def _generate(
     return output[:, longest:].tolist(), torch.stack(record.logprobs, 1).tolist()
 
 
-def _drawing(chances: Sequence[list[float]] | None, temperature: float) -> "LogitsProcessor":
-    """Return a logits processor to choose each row's token by its own chance, and record its log-probability.
+def _recording(draw: _Draw) -> "LogitsProcessor":
+    """Return a logits processor to choose each row's token by a draw, and record its log-probability.
 
     Generation takes the token of the highest logit, so that all others are set to minus infinity.
     """
@@ -221,19 +313,8 @@ def _drawing(chances: Sequence[list[float]] | None, temperature: float) -> "Logi
             self.logprobs: list[torch.Tensor] = []
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            # Probabilities of large vocabularies add up in 64 bits, unsupported by Apple's GPUs.
-            wide = torch.float32 if scores.device.type == "mps" else torch.float64
-            own = scores.to(wide).log_softmax(-1)
-            refuse_if(not bool(own.amax(-1).isfinite().all()), NOT_FINITE)
-            if chances is None:
-                token = scores.argmax(-1, keepdim=True)
-            else:
-                column = torch.tensor([row[len(self.logprobs)] for row in chances], dtype=wide, device=scores.device)
-                reached = (own / temperature).softmax(-1).cumsum(-1)
-                # The first token whose sum is above the chance: one of probability 0 is never it.
-                token = torch.searchsorted(reached, column[:, None] * reached[:, -1:], right=True)
-                token = token.clamp(max=scores.shape[-1] - 1)
-            self.logprobs.append(own.gather(-1, token)[:, 0])
+            token, logprob = draw(scores, range(len(scores)), len(self.logprobs))
+            self.logprobs.append(logprob)
             return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
     return Draw()

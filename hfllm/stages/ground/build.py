@@ -2,9 +2,10 @@
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from transformers import AutoModelForSequenceClassification
@@ -43,7 +44,7 @@ from hfllm.data.world.world import Task, World
 from hfllm.evaluation.suites.world_suites import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.generation.responses import sample_responses
 from hfllm.grounding.abstention import control_risk, over_splits
-from hfllm.grounding.answers import passage_weights, rag_sequence_answers, without_instructions
+from hfllm.grounding.answers import passage_weights, rag_sequence_answers_by, without_instructions
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Gated
 from hfllm.grounding.uncertainty import CONFIDENCE, Answered, answer_with_samples, uncertainties
@@ -103,8 +104,8 @@ def _conversation(world: World, rng: random.Random, has_passages: bool) -> Row:
 # ---- judged answers ----
 
 
-# The longest answer in tokens.
-RESPONSE_LENGTH = 40
+# The longest answer in tokens, and prompts answered together.
+RESPONSE_LENGTH, BATCH_SIZE = 40, 128
 _CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats)\b")
 
 
@@ -127,11 +128,33 @@ class JudgedResponse:
     follows: bool
 
 
-def answer(speaking: Speaking, tasks: Sequence[PassageTask]) -> list[JudgedResponse]:
-    """Let a model answer all questions greedily, and judge the answers."""
-    prompts = [task.prompt for task in tasks]
-    responses = sample_responses(speaking.model, speaking.tokenizer, prompts, RESPONSE_LENGTH, do_sample=False)
-    return [judged(task, texts[0]) for task, texts in zip(tasks, responses, strict=True)]
+class Asked:
+    """Asks a model greedily and judges its answers; a prompt that it has answered is not asked again.
+
+    Args:
+        speaking: the model.
+    """
+
+    def __init__(self, speaking: Speaking):
+        self.speaking = speaking
+        self._texts: dict[str, str] = {}
+
+    def __call__(self, tasks: Sequence[PassageTask]) -> list[JudgedResponse]:
+        """Return the judged answers to questions."""
+        self.read(tasks)
+        return [judged(task, self._texts[_asked(task)]) for task in tasks]
+
+    def read(self, tasks: Iterable[PassageTask]) -> None:
+        """Let the model answer the questions that are new to it, all together."""
+        new = {_asked(task): task.prompt for task in tasks if _asked(task) not in self._texts}
+        model = self.speaking.model, self.speaking.tokenizer
+        responses = sample_responses(*model, [*new.values()], RESPONSE_LENGTH, do_sample=False)
+        self._texts |= {asked: texts[0] for asked, texts in zip(new, responses, strict=True)}
+
+
+def _asked(task: PassageTask) -> str:
+    """Return what the model reads of a question."""
+    return task.prompt[0]["content"]
 
 
 def judged(task: PassageTask, response: str) -> JudgedResponse:
@@ -370,12 +393,13 @@ def compare_models(course: Course, world: World, num_questions: int, num_samples
     answers, golds, parts = {}, {}, []
     for name in MODELS:
         speaking = load_speaking(NamedModel(course.folder(name), settings={"dtype": "float32"}))
-        ask = partial(answer, speaking)
+        ask = Asked(speaking)
+        ask.read(chain.from_iterable(tasks_by_group.values()))
         answers[name] = {group: ask(each) for group, each in tasks_by_group.items()}
         golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)
         if name == GROUNDED:
             retrieval = end_to_end(world, num_questions, ask)
-            ways = {way: each_apart(speaking, tasks_by_group[THREE], way == APART) for way in (APART, ALIKE)}
+            ways = dict(zip((APART, ALIKE), each_apart(speaking, tasks_by_group[THREE]), strict=True))
             ways[DROPPED] = ask([without_told_instructions(task) for task in tasks_by_group[INJECTED]])
             parts.append(measure_confidence(world, speaking, num_samples, seed))
             folder = course.folder(REWARD)
@@ -409,21 +433,27 @@ def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
     return Retrieval(gate, {group: best_scores(retriever, tasks) for group, tasks in tasks_by_group.items()}, answers)
 
 
-def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -> list[JudgedResponse]:
-    """Return answers by RAG-Sequence: every passage is read in its own prompt, and BM25 weighs the answers.
+def each_apart(speaking: Speaking, tasks: Sequence[PassageTask]) -> list[list[JudgedResponse]]:
+    """Return answers by RAG-Sequence, by BM25's weights and alike: every passage is read in its own prompt.
 
     A model may be unable to choose the passage about the animal among several; here it need not: BM25 finds it by
-    its words.
+    its words. As a control, all passages have equal weight.
 
     Args:
         speaking: the model.
         tasks: questions with their passages.
-        weighs: whether passages are weighted by BM25; else, as a control, all have equal weight.
     """
     prompts = [[replace(task, told=(each,)).prompt for each in task.told] for task in tasks]
-    weights = [passage_weights(scores_of(task) if weighs else [0.0] * len(task.told)) for task in tasks]
-    responses = rag_sequence_answers(speaking.model, speaking.tokenizer, prompts, weights, RESPONSE_LENGTH)
-    return [judged(task, response.text) for task, response in zip(tasks, responses, strict=True)]
+    weightings = [
+        [passage_weights(scores_of(task)) for task in tasks],
+        [passage_weights([0.0] * len(task.told)) for task in tasks],
+    ]
+    answers = rag_sequence_answers_by(
+        speaking.model, speaking.tokenizer, prompts, weightings, RESPONSE_LENGTH, batch_size=BATCH_SIZE
+    )
+    return [
+        [judged(task, response.text) for task, response in zip(tasks, responses, strict=True)] for responses in answers
+    ]
 
 
 def without_told_instructions(task: PassageTask) -> PassageTask:
@@ -500,7 +530,8 @@ def measure_confidence(world: World, speaking: Speaking, num_samples: int, seed:
 def _answered(speaking: Speaking, tasks: Sequence[Task], num_samples: int, seed: int) -> list[Answered]:
     """Return a model's greedy and sampled answers to questions of the world."""
     prompts = [task.prompt_row()["prompt"] for task in tasks]
-    return answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
+    lengths = RESPONSE_LENGTH, seed, BATCH_SIZE
+    return answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, *lengths)
 
 
 def percent(alpha: float) -> int:

@@ -30,6 +30,8 @@ from hfllm.data.world.tasks import (
 from hfllm.data.world.world import World
 from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import Tool, ToolBox, calculator, lookup_in
+from hfllm.generation.packed.model import unsupported_reason
+from hfllm.generation.speculative.speculative import fast_generate
 from hfllm.models.devices import forked_random
 from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, side_by_side, write_atomically
 from hfllm.rewards.functions import completion_text, transcript
@@ -237,6 +239,8 @@ def continuing(
     settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
     if is_off:
         settings["suppress_tokens"] = [tokenizer.convert_tokens_to_ids(CALL_MARKS[0])]
+    if unsupported_reason(model) is None:
+        settings["custom_generate"] = fast_generate
     rounds = itertools.count()
 
     def continue_ids(sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
@@ -283,7 +287,9 @@ def figures(answers: Sequence[JudgedEpisode]) -> dict[str, float]:
 def ask_models(
     course: Course, like: NamedModel, world: World, count: int, seed: int
 ) -> dict[str, list[JudgedEpisode]]:
-    """Return the world's models' answers: of all greedily, around PPO also sampled, of the last without tools.
+    """Return the answers that the report tells of: greedy and sampled ones around PPO, and the last without tools.
+
+    PPO by shuffled rewards is told of by sampled answers alone, and the model without tools by greedy ones.
 
     Args:
         course: the finished runs.
@@ -306,7 +312,8 @@ def ask_models(
         if name == PLAIN:
             answers[name] = answer(*model, None)
             continue
-        answers[name] = answer(*model, table)
+        if name != SHUFFLED:
+            answers[name] = answer(*model, table)
         answers[f"{name} sampled"] = answer(*model, table, do_sample=True, seed=seed)
         if name == RL:
             answers[OFF] = answer(*model, None)
@@ -359,7 +366,7 @@ def report(answers: Answers) -> Found:
             metrics |= change_of(f"{prefix}{name}", values, after[name])
     off = figures(answers[OFF])
     metrics |= {f"off_{name}": value for name, value in off.items() if name.startswith("right")}
-    if SHUFFLED in answers:
+    if f"{SHUFFLED} sampled" in answers:
         before, after = (values_of(answers[f"{name} sampled"]) for name in (SHOWN, SHUFFLED))
         for name in ("calls_needed", "right_needed"):
             metrics |= change_of(f"shuffled_{name}", before[name], after[name])
