@@ -322,7 +322,7 @@ def test_an_adapter_is_fine_tuned_at_a_rate_of_its_own(tmp_path):
     whole, adapter = str(tmp_path), tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    assert rate() == 1e-3  # the embedded world's model
+    assert rate() == 2e-3  # the embedded world's model
     assert rate("--model_name_or_path", whole) == 2e-5
     assert rate("--model_name_or_path", whole, "--use_peft") == 2e-4
     assert rate("--model_name_or_path", str(adapter)) == 2e-4

@@ -151,6 +151,9 @@ def token_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, never_sampled: Sequence[int]
 ) -> torch.Tensor:
     """Return the log-probabilities (N,) of tokens (N,) under `log_distribution`; the logits are overwritten."""
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        # As where the whole distribution is asked for, so that a policy is at no distance from itself.
+        return log_distribution(logits, temperature, never_sampled).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return _TokenLogprobs.apply(logits, targets, temperature, tuple(never_sampled))
 
 
