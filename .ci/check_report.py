@@ -1,9 +1,9 @@
 """Fail unless the main job's report shows that alignment helped. Usage: check_report.py OUTPUT_DIR
 
-The bounds hold for any seed on any machine. Each lies three standard errors or more beyond the worst of three runs
-(seeds 1, 2 and 42 on one machine; benchmarks/results/alignment.md). A mean over 360 sampled prompts is known to
-0.03, over 180 to 0.05, and twice that with the spread between runs; an accuracy on 1,430 pairs to 0.008, a share of 60
-facts to 0.06. With a reward model that learned from coin flips the first four are far outside.
+The bounds hold for any seed on any machine; benchmarks/results/alignment.md says how many standard errors the runs of
+three seeds lie inside. A mean over 360 sampled prompts is known to 0.025, over 180 to 0.04, a change of such means to
+0.035 and 0.05; an accuracy on 1,430 pairs to 0.009, a share of 60 facts to 0.06. With a reward model that learned from
+coin flips the first four are far outside.
 """
 
 import json
