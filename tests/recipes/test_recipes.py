@@ -90,7 +90,7 @@ def test_the_main_job_is_reused_and_stages_too(aligned, tiny, capsys):
     arguments = ["--config", tiny["rlhf"], "--output_dir", str(folder)]
     assert rlhf.main(*rlhf.parse(arguments)) == metrics
     assert "already done" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"finished run with kl_coef=0\.2, this one has kl_coef=0\.3"):
+    with pytest.raises(InputError, match=r"finished run with kl_coef=0\.15, this one has kl_coef=0\.3"):
         rlhf.main(*rlhf.parse([*arguments, "--kl_coef", "0.3"]))
     os.remove(folder / "report.json")  # as if PPO had been interrupted
     # In another precision than the stages before, which stay as they are.
@@ -156,7 +156,7 @@ def test_pretraining_computes_the_loss_in_chunks_and_saves_a_plain_model(tiny, t
     whole, chunked = run("whole", "--loss_chunk_size", "0"), run("chunked", "--loss_chunk_size", "50")
     for metrics in (whole, chunked):
         assert metrics.pop("tokens_per_second") > 0
-    assert chunked == pytest.approx(whole, abs=1e-4)
+    assert chunked == pytest.approx(whole, rel=1e-5, abs=1e-4)
     assert json.loads((tmp_path / "chunked" / "config.json").read_text()).get("loss_chunk_size") is None
     with pytest.raises(InputError, match="--loss_chunk_size"):
         run("bad", "--loss_chunk_size", "-1")
