@@ -181,6 +181,20 @@ def warn_of_generate(model: "PreTrainedModel", reason: str) -> None:
         warnings.warn(f"{name} is decoded by generate, not by the faster fast_generate: {reason}", stacklevel=4)
 
 
+def fast_option(model: "PreTrainedModel", length: int) -> dict[str, "Callable[..., torch.Tensor]"]:
+    """Return the argument by which `generate` decodes texts of up to `length` tokens fast; none where it cannot.
+
+    A line says why, once.
+    """
+    from hfllm.generation.speculative.speculative import fast_generate
+
+    reason = undecodable_reason(model, length)
+    if reason is not None:
+        warn_of_generate(model, reason)
+        return {}
+    return {"custom_generate": fast_generate}
+
+
 def undecodable_reason(model: "PreTrainedModel", length: int) -> str | None:
     """Return why `fast_generate` cannot decode texts of up to `length` tokens, or `None` if it can."""
     from hfllm.generation.packed.model import unsupported_reason

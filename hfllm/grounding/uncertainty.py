@@ -9,7 +9,6 @@ measures based on a probability into one. P(True) asks the model itself.
 
 import math
 import random
-from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ import numpy as np
 from hfllm.data.formats import as_messages
 from hfllm.data.tokenizer import end_tokens, plain_text, to_prompt, tokenize_prompts
 from hfllm.errors import InputError, refuse_if
-from hfllm.generation.packed.model import unsupported_reason
-from hfllm.generation.packed.ragged_model import check_context, ragged_model
+from hfllm.generation.packed.decoding import continue_prompts
+from hfllm.generation.packed.ragged_model import ragged_model
+from hfllm.generation.responses import undecodable_reason
 from hfllm.generation.scoring import (
     NOT_FINITE,
     Prompt,
@@ -125,7 +125,7 @@ def sample_with_scores(
     ends, answers = sorted(end_tokens(tokenizer, model)), {}
     with _plainly(model):
         longest = max(map(len, ids), default=0) + max_new_tokens
-        decode = _decode_packed if _can_be_packed(model, longest) else _generate
+        decode = _decode_packed if undecodable_reason(model, longest) is None else _generate
         for batch in batches_of_like_length(model, [len(ids[index]) for index, _ in rows], batch_size):
             keys = [f"{seed}-{rows[row][0]}-{rows[row][1]}" for row in batch]
             draw = _Draw([_chances(key, max_new_tokens) for key in keys] if do_sample else None, temperature)
@@ -213,15 +213,6 @@ class _Draw:
         return token, own.gather(-1, token)[:, 0]
 
 
-def _can_be_packed(model: "PreTrainedModel", longest: int) -> bool:
-    """Return whether packed weights can decode texts of up to `longest` tokens."""
-    try:
-        check_context(model, longest)
-    except InputError:
-        return False
-    return unsupported_reason(model) is None
-
-
 def _decode_packed(
     model: "PreTrainedModel",
     prompts: Sequence[list[int]],
@@ -230,44 +221,21 @@ def _decode_packed(
     ends: list[int],
     pad: int,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Return what `_generate` does, over packed weights.
-
-    Equal prompts that follow each other, as those of several samples do, are read once.
-    """
+    """Return what `_generate` does, over packed weights."""
     import torch
 
     sizes = [len(prompt) for prompt in prompts]
-    new = [row for row in range(len(prompts)) if not row or prompts[row] != prompts[row - 1]]
-    source = torch.tensor([bisect_right(new, row) - 1 for row in range(len(prompts))])
-    target = ragged_model(model, max(sizes) + max_new_tokens, packed=True)
+    padded = torch.tensor([prompt + [pad] * (max(sizes) - len(prompt)) for prompt in prompts])
+    logprobs = torch.zeros(len(prompts), max_new_tokens, dtype=torch.float64)
+
+    def draw_and_record(logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        token, logprobs[rows, step] = draw(logits, rows.tolist(), step)
+        return token[:, 0]
+
     with torch.inference_mode(), pass_precision(model):
-        lengths = torch.tensor(sizes)
-        last, read = lengths + max_new_tokens - 1, torch.full((len(new), max(sizes)), pad)
-        for at, row in enumerate(new):
-            read[at, : sizes[row]] = torch.tensor(prompts[row])
-        logits = target.prefill(read, lengths[new], last[new], [sizes[row] for row in new])[source]
-        target.cache.keep(source)
-        rows, columns = list(range(len(prompts))), lengths.unsqueeze(1)
-        tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
-        has_ended = [False for _ in rows]
-        for step in range(max_new_tokens):
-            token, logprob = draw(logits[:, -1], rows, step)
-            for row, number, value in zip(rows, token[:, 0].tolist(), logprob.tolist(), strict=True):
-                tokens[row].append(number)
-                logprobs[row].append(value)
-                has_ended[row] |= number in ends
-            remaining = [index for index, row in enumerate(rows) if not has_ended[row]]
-            if not remaining or step + 1 == max_new_tokens:
-                break
-            # Dropping rows copies the states of the others: not for a few.
-            if 2 * len(remaining) <= len(rows):
-                target.cache.keep(torch.tensor(remaining))
-                rows = [rows[index] for index in remaining]
-                token, columns, last = (each[remaining] for each in (token, columns, last))
-            lowest, highest = (int(each) for each in columns.aminmax())
-            logits = target(token, columns, last, highest + 1, level=lowest == highest)
-            columns = columns + 1
-    return tokens, logprobs
+        target = ragged_model(model, max(sizes) + max_new_tokens, packed=True)
+        new = continue_prompts(target, padded, sizes, draw_and_record, max_new_tokens, ends, pad)
+    return new.tokens.tolist(), logprobs.tolist()
 
 
 def _generate(

@@ -35,8 +35,7 @@ from transformers.trainer_utils import has_length
 
 from hfllm.data.packing import start_of
 from hfllm.errors import InputError, refuse_if
-from hfllm.generation.responses import undecodable_reason, without_cpu_autocast
-from hfllm.generation.speculative.speculative import fast_generate
+from hfllm.generation.responses import fast_option, without_cpu_autocast
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.checkpoints import write_checksums
 from hfllm.outputs.report import readable
@@ -346,8 +345,7 @@ class SampleCallback(TrainerCallback):
                     pad_token_id=self.tokenizer.pad_token_id,
                     **drawn,
                 )
-                is_fast = undecodable_reason(model, length + config.max_new_tokens) is None
-                fast = {"custom_generate": fast_generate} if is_fast else {}
+                fast = fast_option(model, length + config.max_new_tokens)
                 output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **fast)
                 completion = self.tokenizer.decode(output[0, length:], skip_special_tokens=True)
                 rows.append({"step": step, "prompt": prompt, "completion": completion})

@@ -10,7 +10,7 @@ from hfllm.generation.speculative.acceptance import draw
 ENDS = [3, 7, 20, 31]
 
 
-def greedy(logits):
+def greedy(logits, rows, step):
     return logits.argmax(-1)
 
 
@@ -70,11 +70,10 @@ def test_dropping_rows_copies_no_more_than_it_saves(make_target, monkeypatch):
     """One row ends at each token: copying the others each time would copy half of the batch per token."""
     copied, keep = [], RaggedCache.keep
     monkeypatch.setattr(RaggedCache, "keep", lambda self, rows: copied.append(len(rows)) or keep(self, rows))
-    rows, steps = 32, iter(range(100))
+    rows = 32
 
-    def ends_one_row(logits):
+    def ends_one_row(logits, indices, step):
         tokens = torch.full((len(logits),), 9)
-        step = next(steps)
         tokens[0 if len(logits) < rows else step] = 3
         return tokens
 

@@ -7,12 +7,25 @@ costs at most twice what the best moments would.
 Shapes: B rows, S tokens of the longest prompt, R new tokens, E hidden_size, V vocabulary size.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
 from hfllm.generation.packed.ragged_model import RaggedModel
+
+
+class Draw(Protocol):
+    """A function that chooses the next tokens."""
+
+    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """Return a token (B,) for each row.
+
+        Args:
+            logits: (B, V).
+            rows: (B,), the prompts of the rows.
+            step: the index of the tokens among the new ones.
+        """
 
 
 class Observer(Protocol):
@@ -53,7 +66,7 @@ def continue_prompts(
     target: RaggedModel,
     prompts: torch.Tensor,
     sizes: Sequence[int],
-    draw: Callable[[torch.Tensor], torch.Tensor],
+    draw: Draw,
     max_new_tokens: int,
     end_token_ids: Collection[int],
     pad_token_id: int,
@@ -65,7 +78,6 @@ def continue_prompts(
         target: the model, its cache empty and of at least the longest prompt's and the new tokens' columns.
         prompts: (B, S), padded on the right.
         sizes: tokens of each prompt.
-        draw: returns a token (B,) for each row of logits (B, V).
         pad_token_id: after the end of a response.
     """
     device = prompts.device
@@ -77,7 +89,7 @@ def continue_prompts(
     logits = _read(target, prompts[:, :longest], lengths, last, sizes)
     columns, in_vain, running = lengths.unsqueeze(1), 0, []
     for step in range(max_new_tokens):
-        drawn = draw(logits)
+        drawn = draw(logits, rows, step)
         if observe is not None:
             observe(step, rows, logits, None if target.states is None else target.states[:, -1], drawn)
         running.append(int(is_running.sum()))

@@ -210,7 +210,7 @@ def continued(
         ragged_model(model, capacity, compile, packed, with_states),
         padded_right(input_ids, attention_mask, max(sizes)),
         sizes,
-        lambda logits: options.sampler.draft(logits)[0],
+        lambda logits, rows, step: options.sampler.draft(logits)[0],
         options.max_new_tokens,
         options.eos_token_ids,
         options.pad_token_id,

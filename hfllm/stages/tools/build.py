@@ -30,8 +30,7 @@ from hfllm.data.world.tasks import (
 from hfllm.data.world.world import World
 from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import Tool, ToolBox, calculator, lookup_in
-from hfllm.generation.packed.model import unsupported_reason
-from hfllm.generation.speculative.speculative import fast_generate
+from hfllm.generation.responses import fast_option
 from hfllm.models.devices import forked_random
 from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, side_by_side, write_atomically
 from hfllm.rewards.functions import completion_text, transcript
@@ -239,8 +238,6 @@ def continuing(
     settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
     if is_off:
         settings["suppress_tokens"] = [tokenizer.convert_tokens_to_ids(CALL_MARKS[0])]
-    if unsupported_reason(model) is None:
-        settings["custom_generate"] = fast_generate
     rounds = itertools.count()
 
     def continue_ids(sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
@@ -248,7 +245,8 @@ def continuing(
         batch = batch.to(model.device)
         with forked_random(model.device), torch.inference_mode():
             torch.manual_seed(seed + next(rounds))
-            output = model.generate(**batch, **settings, max_new_tokens=max_new_tokens)
+            fast = fast_option(model, batch["input_ids"].shape[1] + max_new_tokens)
+            output = model.generate(**batch, **settings, **fast, max_new_tokens=max_new_tokens)
         turns = []
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
