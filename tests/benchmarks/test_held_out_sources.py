@@ -45,6 +45,7 @@ def test_runs_that_ran_are_planned_to_fit(sources):
     assert all(line in text for line in sources.memory_lines(runs))
 
 
+@pytest.mark.slow
 def test_free_blocks_that_are_kept_are_the_most_that_the_fitted_runs_allow(sources):
     """A percent more, and some run of the largest micro-batches would be planned not to fit."""
     runs = [run for run in sources.read_runs() if "MosaicML" in run.source]
@@ -69,6 +70,7 @@ def test_whole_runs_take_longer_by_what_the_planner_says(sources, whole):
     assert all(line in text for line in sources.whole_lines(whole))
 
 
+@pytest.mark.slow
 def test_a_source_has_no_part_in_its_own_factor(sources, whole):
     first = whole[0].source
     other = [replace(run, ratio=5 * run.ratio) if run.source == first else run for run in whole]

@@ -54,6 +54,7 @@ def test_labels_by_hand():
     assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
 
 
+@pytest.mark.slow
 def test_macro_f1_is_that_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = numpy.random.default_rng(0)

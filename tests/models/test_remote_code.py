@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parent / "remote_code_run.py"
 SHARDS = Path(__file__).parent / "fsdp2_run.py"
 
 
+@pytest.mark.slow
 def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tmp_path, bare_processes):
     model = make_model(sliding_window=8)
     model.save_pretrained(tmp_path / "model")

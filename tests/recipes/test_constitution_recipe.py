@@ -131,6 +131,7 @@ def trained(printed):
 # ---- the embedded world ----
 
 
+@pytest.mark.slow
 def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     folder, _ = whole
     report, text = report_of(folder), (folder / "report.md").read_text()

@@ -89,6 +89,7 @@ def report_of(folder):
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     folder, _ = whole
     report, text = report_of(folder), (folder / "report.md").read_text()
@@ -129,6 +130,7 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     assert len({value for name, value in digests(folder).items() if name.endswith("model.safetensors")}) == len(RUNS)
 
 
+@pytest.mark.slow
 def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(whole, capsys):
     folder, again = whole
     before = digests(folder)

@@ -83,6 +83,7 @@ def rows_of(folder, name):
     return [json.loads(line) for line in (folder / "data" / f"{name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     folder, _ = whole
     report, text = report_of(folder), (folder / "report.md").read_text()
@@ -113,6 +114,7 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     assert len({value for name, value in digests(folder).items() if name.endswith("model.safetensors")}) == len(RUNS)
 
 
+@pytest.mark.slow
 def test_arms_learn_the_same_questions_and_ppo_has_others(whole):
     folder, _ = whole
     turns = {name: [row["messages"] for row in rows_of(folder, name)] for name in ("thoughts", "direct", "mixed")}
@@ -128,6 +130,7 @@ def test_arms_learn_the_same_questions_and_ppo_has_others(whole):
     assert not learned & {row["prompt"][0]["content"] for row in prompts}
 
 
+@pytest.mark.slow
 def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(whole, capsys):
     folder, again = whole
     before = digests(folder)

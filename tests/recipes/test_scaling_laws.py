@@ -40,6 +40,7 @@ def table(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_table_becomes_a_report(table, tmp_path, capsys):
     flags = ["--runs", table, "--resamples", 30, "--held_out_share", 0.2, "--budgets", 5.76e23, "--output_dir"]
     metrics = run(*flags, tmp_path / "out")

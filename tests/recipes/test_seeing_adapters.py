@@ -48,6 +48,7 @@ def test_it_is_merged_with_its_processor(adapter, seeing_folder, tmp_path):
     assert len(answer_pictures(merged, processor, [asked], [[image]], 2)) == 1
 
 
+@pytest.mark.slow
 def test_it_is_judged_beside_its_base(adapter, seeing_folder, tmp_path):
     folder, rows = adapter
     named = ["--model_name_or_path", str(seeing_folder / "model"), str(folder), "--dataset_name", str(rows)]

@@ -79,6 +79,7 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(corpus, tmp_path):
         run("--dataset_name", corpus, "--vocab_size", 100, "--output_dir", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_documentation_of_this_python_is_a_dataset():
     row = next(row for name, row in iterate_source(PYDOC) if name == "argparse")
     assert "option" in row["text"]

@@ -106,6 +106,7 @@ def own(folder, count=12, **columns):
     return folder / "rows.jsonl"
 
 
+@pytest.mark.slow
 def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
     rows = own(tmp_path / "data")
     flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *QUIET, "--max_steps", "2"]
