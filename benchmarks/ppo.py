@@ -153,13 +153,15 @@ def run_ours(args: argparse.Namespace, output_dir: str) -> tuple[Clock, float]:
     from transformers import TrainerCallback
 
     from hfllm import PPOConfig, PPOTrainer
+    from hfllm.trainers.precision import with_fast_products
 
-    tokenizer, clock = build_tokenizer(args.vocab_size), Clock()
+    tokenizer, clock, policy = build_tokenizer(args.vocab_size), Clock(), build_model(args, "policy")
     texts = [tokenizer.decode(ids) for ids in prompts(args)]
+    config = PPOConfig(**shared_arguments(args, output_dir), logging_steps=EPOCHS)
     trainer = PPOTrainer(
-        model=build_model(args, "policy"),
+        model=policy,
         reward_funcs=build_model(args, "reward"),
-        args=PPOConfig(**shared_arguments(args, output_dir), logging_steps=EPOCHS),
+        args=config if args.dtype == "float32" else with_fast_products(config, policy),
         train_dataset=Dataset.from_dict({"prompt": texts}),
         processing_class=tokenizer,
         reward_processing_classes=tokenizer,
@@ -238,7 +240,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def launch(python: str, side: str, args: argparse.Namespace, **options: Any) -> dict[str, Any]:
     command = [python, __file__, "--side", side, "--rollouts", str(args.rollouts)]
-    command += ["--response_length", str(args.response_length)]
+    command += ["--response_length", str(args.response_length), "--dtype", args.dtype]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=["variable", "fixed"], default="variable", help=argparse.SUPPRESS)
     parser.add_argument("--vocab_size", type=int, default=2048, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=["auto", "float32"], default="auto", help="Of hfllm's products.")
     parser.add_argument("--value", choices=["head", "model"], default="head", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:

@@ -142,7 +142,7 @@ def test_the_files_of_a_model_travel_together():
         "configuration_hfllm_vision": {"transformers", "huggingface_hub", "os"},
         "delta_rule_hfllm": {"torch", "transformers", "collections", "contextlib"},
         "experts_hfllm": {"torch", "transformers", "collections", "itertools", "weakref"},
-        "layers_hfllm": {"torch", "transformers", "contextlib"},
+        "layers_hfllm": {"torch", "transformers", "collections", "contextlib", "itertools", "math", "typing"},
         "linear_attention_hfllm": {"torch", "transformers", "collections", "math", "typing"},
         "modeling_hfllm": {"torch", "transformers", "functools", "typing"},
         "modeling_hfllm_vision": {"torch", "transformers", "dataclasses", "functools"},

@@ -79,12 +79,19 @@ class Conversations:
         while batch := list(islice(rows, ROWS)):
             yield from self._label_batch(batch)
 
-    def whole(self, row: Row, answer: str) -> list[int]:
-        """Return the tokens of a row's `prompt` and of the messages in its column `answer`."""
+    def wholes(self, rows: Sequence[Row], answer: str) -> list[list[int]]:
+        """Return for each row the tokens of its `prompt` and of the messages in its column `answer`."""
+        ids, rows = [], iter(rows)
+        while batch := list(islice(rows, ROWS)):
+            texts = [self._whole(row, answer) for row in batch]
+            ids += self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _whole(self, row: Row, answer: str) -> str:
         origin, messages = origin_of(row, "a row"), [*row["prompt"], *row[answer]]
         text = self._render(origin, row, messages)
         check_written(origin, row, messages, text, self.notes)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text
 
     def _label_batch(self, batch: Sequence[tuple[int, Row]]) -> Iterator[list[Labeled]]:
         """Render all rows first, so that they are tokenized in one call."""

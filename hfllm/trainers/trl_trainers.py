@@ -13,7 +13,7 @@ import torch
 import trl
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from transformers.utils import ModelOutput
@@ -24,6 +24,7 @@ from hfllm.data.packing import IGNORE
 from hfllm.data.world.pictures import PictureRow
 from hfllm.flags import changed
 from hfllm.generation.scoring import evaluating
+from hfllm.models.family.layers_hfllm import missing_rows
 from hfllm.models.family.modeling_hfllm import HfllmModel
 from hfllm.trainers.mixins import ROW_LENGTHS, EachRowOnce, TokenMeanEvaluation
 
@@ -177,13 +178,14 @@ def score_targets_only(model: PreTrainedModel) -> None:
         targets = labels[:, 1:]
         mask = targets != IGNORE
         if isinstance(self.base_model, HfllmModel):
-            others["is_read"] = nn.functional.pad(mask, (0, 1))
+            others["is_read"] = pad(mask, (0, 1))
         states = self.base_model(*args, **others, use_cache=False).last_hidden_state[:, :-1]
         states, weight = states[mask], head.weight
         if torch.is_autocast_enabled("cpu"):
             # Outside of the function, whose backward pass is without autocast.
             states, weight = (each.to(torch.get_autocast_dtype("cpu")) for each in (states, weight))
-        found = _TargetScores.apply(states, weight, targets[mask])
+        missing = missing_rows(len(states), states.device)
+        found = _TargetScores.apply(pad(states, (0, 0, 0, missing)), weight, pad(targets[mask], (0, missing)))
         scores, entropy, is_best = (each.new_zeros(mask.shape).masked_scatter(mask, each) for each in found)
         count = mask.sum().clamp(min=1) if (given := kwargs.get("num_items_in_batch")) is None else given
         fields = {"log_probs": scores, "entropy": entropy, "is_top1": is_best, "label_mask": mask}

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import hfllm
 from hfllm.generation.speculative.speculative import fast_generate
-from hfllm.models.family import attention_hfllm, layers_hfllm, modeling_hfllm
+from hfllm.models.family import layers_hfllm, modeling_hfllm
 from hfllm.models.family.attention_hfllm import create_masks, packed_sequences
 
 
@@ -432,7 +432,7 @@ def test_right_padding_changes_nothing(make_model, axes, ids):
 @pytest.fixture
 def no_gap(monkeypatch):
     """Attend to rows of other lengths apart, however short they are."""
-    monkeypatch.setattr(attention_hfllm, "LEAST_GAP", 1)
+    monkeypatch.setattr(layers_hfllm, "LEAST_GAP", 1)
 
 
 def padded_batch(ids, side):
@@ -460,6 +460,39 @@ def test_padding_that_is_not_computed_changes_no_gradient(make_model, axes, ids,
     fast = gradients_of(model, batch)
     monkeypatch.setattr(hfllm.HfllmModel, "computes_by_token", False)
     torch.testing.assert_close(fast, gradients_of(model, batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_products_in_half_precision_have_few_numbers_of_rows(make_model, monkeypatch, side):
+    """The hint leaves out padding; a few tokens of it are computed still, as many as a kernel lacks."""
+    model, generator, seen = make_model(max_position_embeddings=64), torch.Generator().manual_seed(0), set()
+    lengths = torch.randint(10, 20, (24, 1), generator=generator)
+    lengths[3], linear = 0, torch.nn.functional.linear
+    mask = torch.arange(30) >= 30 - lengths
+    # As prompts padded on the left, with answers padded on the right.
+    mask = (mask if side == "left" else mask.flip(1)) & (torch.arange(30) < 28)
+    is_read = mask & (torch.rand(mask.shape, generator=generator) < 0.4)
+    ids = torch.randint(3, 30, mask.shape, generator=generator) * mask
+
+    def product(states, *args):
+        seen.add(states[..., 0].numel())
+        return linear(states, *args)
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            trunk = model.train().model(ids, attention_mask=mask.long(), is_read=is_read, use_cache=False)
+        states = trunk.last_hidden_state[is_read].float()
+        states.backward(torch.linspace(-1, 1, states.numel()).view_as(states))
+        return states.detach(), [each.grad.clone() for each in model.model.parameters() if each.grad is not None]
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    rounded = gradients()
+    assert {count % 64 for count in seen} == {0} and len(seen) == 2
+    seen.clear()
+    monkeypatch.setattr(layers_hfllm, "ROWS", 1)
+    torch.testing.assert_close(rounded, gradients(), atol=0.02, rtol=0.02)
+    assert {int(mask.sum()), int(is_read.sum())} == seen
 
 
 @pytest.mark.usefixtures("no_gap")

@@ -6,6 +6,7 @@ from families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hfllm
+from hfllm.models.family import layers_hfllm
 from hfllm.trainers.ppo.actor_critic import ActorCritic, Sequences, entropy_of, log_distribution, token_logprobs
 from hfllm.trainers.ppo.rollout import length_groups
 
@@ -100,6 +101,21 @@ def test_training_without_padding_equals_evaluation(make_model, batch, value):
         gradients = [each.grad for each in actor.parameters() if each.grad is not None]
         results.append((logprobs, values, gradients))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_rows_that_a_kernel_lacks_change_nothing(make_model, batch, is_native, monkeypatch):
+    """Within autocast on a CPU, the head gets a few rows more than there are actions."""
+    actor, results = ActorCritic(native("mistral") if is_native else make_model(), None, 0.7, (0,)), []
+    torch.nn.init.normal_(actor.value_head.weight)
+    for rows in (64, 1):
+        monkeypatch.setattr(layers_hfllm, "ROWS", rows)
+        actor.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs, values, distribution = actor(**batch, with_distribution=True)
+        (logprobs - values).sum().backward()
+        results.append((logprobs, values, distribution, actor.policy.get_output_embeddings().weight.grad))
+    torch.testing.assert_close(*results, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.slow

@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable
 from copy import copy
 from functools import lru_cache, partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +35,7 @@ from .attention_masks_hfllm import (
 )
 from .configuration_fields_hfllm import WINDOWS, longrope_limits, own_window
 from .configuration_hfllm import HfllmConfig
-from .layers_hfllm import HfllmRMSNorm, build_norm, is_unobserved, needs_autograd
+from .layers_hfllm import HfllmRMSNorm, RealTokens, build_norm, is_unobserved, needs_autograd
 
 # ---- attention ----
 
@@ -198,7 +197,7 @@ class HfllmAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        tokens: "RealTokens | None" = None,
+        tokens: RealTokens | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output (B, S, E) and, from eager attention, the weights (B, H, S, S). Arguments are Llama's.
@@ -279,144 +278,6 @@ def attend_in_fp32(attend: Callable, module: nn.Module, *states: torch.Tensor, *
         mask = mask.float()
     with torch.autocast("cpu", enabled=False):
         return attend(module, *(each.float() for each in heads), mask, **kwargs)
-
-
-# ---- real tokens ----
-#
-# In training on a CPU, padding takes as much time as tokens, a third of it in batches of questions and answers. Where
-# nobody observes the layers, states are computed of the real tokens alone, and heads spread into rows only to attend.
-#
-# Shapes: N real tokens, M of them whose states are read.
-
-
-# Real tokens of a batch, as a share, from which on putting them into rows and back takes as long as the padding.
-LEAST_PADDING = 0.9
-# Tokens by which rows must be shorter than others to attend apart from them, for less time than one more call takes.
-LEAST_GAP = 8
-
-
-class RealTokens(NamedTuple):
-    """Places of a batch's real tokens.
-
-    Args:
-        shape: B and S.
-        places: (N,), of the tokens in the flattened rows.
-        groups: rows of like length to attend at once: the number of their tokens, their own B and S, and the places.
-        read: (M,), the places of the tokens whose states are read, or `None` for all.
-        among: (M,), where those are among the real tokens.
-    """
-
-    shape: tuple[int, int]
-    places: torch.Tensor
-    groups: tuple[tuple[int, tuple[int, int], torch.Tensor], ...]
-    read: torch.Tensor | None = None
-    among: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, attention_mask: torch.Tensor, is_read: torch.Tensor | None, is_sorted: bool) -> "RealTokens | None":
-        """Return the real tokens of a batch, or `None` where computing them alone takes no less time.
-
-        Args:
-            attention_mask: (B, S), 0 for padding.
-            is_read: (B, S), true where a state is read; `None`, or of another shape, means everywhere.
-            is_sorted: put long rows first, to attend to groups of like length; their padding is at the end.
-        """
-        batch, length = attention_mask.shape
-        order = attention_mask.sum(1).argsort(descending=True, stable=True) if is_sorted else torch.arange(batch)
-        rows, columns = (attention_mask[order] != 0).nonzero(as_tuple=True)
-        places = order[rows] * length + columns
-        counts = torch.bincount(rows, minlength=batch).tolist()
-        bounds = [*_group_starts(counts), batch] if is_sorted else [0, batch]
-        groups, first = [], 0
-        for start, end in pairwise(bounds):
-            count, longest = sum(counts[start:end]), max(counts[start], 1) if is_sorted else length
-            part = slice(first, first + count)
-            groups.append((count, (end - start, longest), (rows[part] - start) * longest + columns[part]))
-            first += count
-        tokens = cls((batch, length), places, tuple(groups))
-        # An adapter may have put tokens of its own before the others.
-        if is_read is not None and is_read.shape == attention_mask.shape:
-            among = is_read.flatten()[places].nonzero().squeeze(1)
-            return tokens._replace(read=places[among], among=among) if len(among) else None
-        return tokens if 0 < len(places) < LEAST_PADDING * batch * length else None
-
-    @property
-    def all_read(self) -> "RealTokens":
-        """The same tokens, all of them read."""
-        return self._replace(read=None, among=None)
-
-    def pick(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the real tokens of (B, S, ...), (1, N, ...)."""
-        return _Gather.apply(rows.flatten(0, 1), self.places).unsqueeze(0)
-
-    def pick_rotations(self, rotations: Any) -> Any:
-        """Return cosines and sines (1, N, R), given for rows: a pair, pairs by type of layer, or `None`."""
-        if isinstance(rotations, dict):
-            return {kind: self.pick_rotations(pair) for kind, pair in rotations.items()}
-        batch = self.shape[0]
-        return None if rotations is None else tuple(self.pick(part.expand(batch, -1, -1)) for part in rotations)
-
-    def rows_of_read(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states that are read, (1, M, ...), as rows (B, S, ...), with zeros elsewhere."""
-        places = self.places if self.read is None else self.read
-        return _Spread.apply(states.squeeze(0), places, math.prod(self.shape)).unflatten(0, self.shape)
-
-    def drop_unread(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states to be read of (1, N, ...), (1, M, ...)."""
-        return states if self.among is None else _Gather.apply(states.squeeze(0), self.among).unsqueeze(0)
-
-    def attend(self, attention: Callable[..., torch.Tensor], *heads: torch.Tensor, has_mask: bool) -> torch.Tensor:
-        """Return the heads' outputs to be read, (1, M, H * D).
-
-        Args:
-            attention: maps queries, keys and values (B, H, S, D) of some rows to outputs (B, S, H, D).
-            heads: queries, keys and values, (1, H, N, D).
-            has_mask: whether the mask is of all rows.
-        """
-        groups = ((len(self.places), self.shape, self.places),) if has_mask else self.groups
-        parts = zip(*(each[0].transpose(0, 1).split([count for count, *_ in groups]) for each in heads), strict=True)
-        outputs = []
-        for tokens, (_, shape, places) in zip(parts, groups, strict=True):
-            rows = (_Spread.apply(each, places, math.prod(shape)).unflatten(0, shape) for each in tokens)
-            output = attention(*(each.transpose(1, 2) for each in rows))
-            outputs.append(_Gather.apply(output.flatten(0, 1).flatten(1), places))
-        return self.drop_unread(torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0))
-
-
-def _group_starts(lengths: list[int]) -> list[int]:
-    """Return the numbers of the rows where groups begin: rows fall in length, in a group by a quarter at most."""
-    starts = [0]
-    for row, length in enumerate(lengths):
-        if 4 * length < 3 * lengths[starts[-1]] and lengths[starts[-1]] - length >= LEAST_GAP:
-            starts.append(row)
-    return starts
-
-
-class _Gather(torch.autograd.Function):
-    """Rows at these places; each place is taken once, so gradients are copied and not added up."""
-
-    @staticmethod
-    def forward(ctx, rows, places):
-        ctx.save_for_backward(places)
-        ctx.count = len(rows)
-        return rows.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Spread.apply(grad, *ctx.saved_tensors, ctx.count), None
-
-
-class _Spread(torch.autograd.Function):
-    """The reverse of `_Gather`: rows at these places among `count`, and zeros elsewhere."""
-
-    @staticmethod
-    def forward(ctx, rows, places, count):
-        ctx.save_for_backward(places)
-        return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Gather.apply(grad, *ctx.saved_tensors), None, None
 
 
 def check_implementation(implementation: str, config: PreTrainedConfig) -> None:

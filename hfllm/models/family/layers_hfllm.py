@@ -1,9 +1,13 @@
-"""Embeddings, norms and MLPs of the hfllm family, and when they may save memory.
+"""Embeddings, norms and MLPs of the hfllm family, when they may save memory, and when they leave out padding.
 
 This file imports only torch, transformers and files next to it, and is uploaded to the Hub with modeling_hfllm.py.
 """
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -277,6 +281,18 @@ def without_cpu_autocast(states: torch.Tensor) -> AbstractContextManager:
     return torch.autocast("cpu", enabled=False) if is_on else nullcontext()
 
 
+# Half-precision products of a CPU take kernels compiled for each number of rows, which takes as long as three of them.
+ROWS = 64
+
+
+def missing_rows(count: int, device: torch.device) -> int:
+    """Return by how many rows a product within a CPU's autocast falls short of a number for which it has a kernel.
+
+    Batches without padding have another number of tokens each time: rounded up, a dozen of kernels serves all.
+    """
+    return -count % ROWS if device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
+
+
 def cast_for_autocast(states: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Return weights in the precision of `states` where a CPU's autocast would cast them, else themselves."""
     if states.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -315,3 +331,159 @@ def is_unobserved(*modules: nn.Module) -> bool:
         or any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
         for module in modules
     )
+
+
+# ---- real tokens ----
+#
+# In training on a CPU, padding takes as much time as tokens, a third of it in batches of questions and answers. Where
+# nobody observes the layers, states are computed of the real tokens alone, and heads spread into rows only to attend.
+#
+# Shapes: N real tokens, M of them whose states are read.
+
+
+# Real tokens of a batch, as a share, from which on putting them into rows and back takes as long as the padding.
+LEAST_PADDING = 0.9
+# Tokens by which rows must be shorter than others to attend apart from them, for less time than one more call takes.
+LEAST_GAP = 8
+
+
+class RealTokens(NamedTuple):
+    """Places of a batch's real tokens.
+
+    Args:
+        shape: B and S.
+        places: (N,), of the tokens in the flattened rows, and of a few of padding (`missing_rows`).
+        groups: rows of like length to attend at once: the number of their tokens, their own B and S, and the places.
+        read: (M,), the places of the tokens whose states are read, or `None` for all.
+        among: (M,), where those are among the real tokens.
+    """
+
+    shape: tuple[int, int]
+    places: torch.Tensor
+    groups: tuple[tuple[int, tuple[int, int], torch.Tensor], ...]
+    read: torch.Tensor | None = None
+    among: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor, is_read: torch.Tensor | None, is_sorted: bool) -> "RealTokens | None":
+        """Return the real tokens of a batch, or `None` where computing them alone takes no less time.
+
+        Args:
+            attention_mask: (B, S), 0 for padding.
+            is_read: (B, S), true where a state is read; `None`, or of another shape, means everywhere.
+            is_sorted: put long rows first, to attend to groups of like length; their padding is at the end.
+        """
+        batch, length = attention_mask.shape
+        is_real = _with_padding(attention_mask != 0)
+        order = is_real.sum(1).argsort(descending=True, stable=True) if is_sorted else torch.arange(batch)
+        rows, columns = is_real[order].nonzero(as_tuple=True)
+        places = order[rows] * length + columns
+        counts = torch.bincount(rows, minlength=batch).tolist()
+        bounds = [*_group_starts(counts), batch] if is_sorted else [0, batch]
+        groups, first = [], 0
+        for start, end in pairwise(bounds):
+            count, longest = sum(counts[start:end]), max(counts[start], 1) if is_sorted else length
+            part = slice(first, first + count)
+            groups.append((count, (end - start, longest), (rows[part] - start) * longest + columns[part]))
+            first += count
+        tokens = cls((batch, length), places, tuple(groups))
+        # An adapter may have put tokens of its own before the others.
+        if is_read is not None and is_read.shape == attention_mask.shape:
+            among = _first_others(is_read.flatten()[places]).nonzero().squeeze(1)
+            return tokens._replace(read=places[among], among=among) if len(among) else None
+        return tokens if 0 < len(places) < LEAST_PADDING * batch * length else None
+
+    @property
+    def all_read(self) -> "RealTokens":
+        """The same tokens, all of them read."""
+        return self._replace(read=None, among=None)
+
+    def pick(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the real tokens of (B, S, ...), (1, N, ...)."""
+        return _Gather.apply(rows.flatten(0, 1), self.places).unsqueeze(0)
+
+    def pick_rotations(self, rotations: Any) -> Any:
+        """Return cosines and sines (1, N, R), given for rows: a pair, pairs by type of layer, or `None`."""
+        if isinstance(rotations, dict):
+            return {kind: self.pick_rotations(pair) for kind, pair in rotations.items()}
+        batch = self.shape[0]
+        return None if rotations is None else tuple(self.pick(part.expand(batch, -1, -1)) for part in rotations)
+
+    def rows_of_read(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the computed states, (1, M, ...), as rows (B, S, ...), with zeros elsewhere."""
+        places = self.places if self.read is None else self.read
+        return _Spread.apply(states.squeeze(0), places, math.prod(self.shape)).unflatten(0, self.shape)
+
+    def drop_unread(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the states to be read of (1, N, ...), (1, M, ...)."""
+        return states if self.among is None else _Gather.apply(states.squeeze(0), self.among).unsqueeze(0)
+
+    def attend(self, attention: Callable[..., torch.Tensor], *heads: torch.Tensor, has_mask: bool) -> torch.Tensor:
+        """Return the heads' outputs to be read, (1, M, H * D).
+
+        Args:
+            attention: maps queries, keys and values (B, H, S, D) of some rows to outputs (B, S, H, D).
+            heads: queries, keys and values, (1, H, N, D).
+            has_mask: whether the mask is of all rows.
+        """
+        groups = ((len(self.places), self.shape, self.places),) if has_mask else self.groups
+        parts = zip(*(each[0].transpose(0, 1).split([count for count, *_ in groups]) for each in heads), strict=True)
+        outputs = []
+        for tokens, (_, shape, places) in zip(parts, groups, strict=True):
+            rows = (_Spread.apply(each, places, math.prod(shape)).unflatten(0, shape) for each in tokens)
+            output = attention(*(each.transpose(1, 2) for each in rows))
+            outputs.append(_Gather.apply(output.flatten(0, 1).flatten(1), places))
+        return self.drop_unread(torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0))
+
+
+def _with_padding(is_real: torch.Tensor) -> torch.Tensor:
+    """Return real tokens (B, S) with a few of the padding after them, which no real token attends to."""
+    missing = missing_rows(int(is_real.sum()), is_real.device)
+    if not missing:
+        return is_real
+    is_after = is_real.flip(1).cumsum(1).flip(1) == 0
+    added = (is_after & is_real.any(1, keepdim=True)).flatten().nonzero().squeeze(1)[:missing]
+    return is_real.flatten().index_fill(0, added, True).view_as(is_real) if len(added) == missing else is_real
+
+
+def _first_others(is_read: torch.Tensor) -> torch.Tensor:
+    """Return which of the tokens (N,) are read, with the first others up to a number that has a kernel."""
+    missing = missing_rows(int(is_read.sum()), is_read.device)
+    added = (~is_read).nonzero().squeeze(1)[:missing] if missing else None
+    return is_read if added is None or len(added) < missing else is_read.index_fill(0, added, True)
+
+
+def _group_starts(lengths: list[int]) -> list[int]:
+    """Return the numbers of the rows where groups begin: rows fall in length, in a group by a quarter at most."""
+    starts = [0]
+    for row, length in enumerate(lengths):
+        if 4 * length < 3 * lengths[starts[-1]] and lengths[starts[-1]] - length >= LEAST_GAP:
+            starts.append(row)
+    return starts
+
+
+class _Gather(torch.autograd.Function):
+    """Rows at these places; each place is taken once, so gradients are copied and not added up."""
+
+    @staticmethod
+    def forward(ctx, rows, places):
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Spread.apply(grad, *ctx.saved_tensors, ctx.count), None
+
+
+class _Spread(torch.autograd.Function):
+    """The reverse of `_Gather`: rows at these places among `count`, and zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx, rows, places, count):
+        ctx.save_for_backward(places)
+        return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Gather.apply(grad, *ctx.saved_tensors), None, None

@@ -33,7 +33,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hfllm import (
     HfllmAttention,
     HfllmLatentAttention,
-    RealTokens,
     build_rotary,
     check_implementation,
     check_softcap,
@@ -64,6 +63,7 @@ from .layers_hfllm import (
     HfllmEmbedding,
     HfllmPositionEmbedding,
     HfllmScore,
+    RealTokens,
     build_norm,
     check_positions,
     is_unobserved,

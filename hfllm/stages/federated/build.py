@@ -260,7 +260,8 @@ def tokens_of_pairs(
         what: name of the rows, in the printed lines.
     """
     conversations = Conversations(tokenizer)
-    pairs = [{f"{side}_ids": conversations.whole(row, side) for side in SIDES} for row in rows]
+    sides = [conversations.wholes(rows, side) for side in SIDES]
+    pairs = [{f"{side}_ids": ids for side, ids in zip(SIDES, pair, strict=True)} for pair in zip(*sides, strict=True)]
     result = [pair for pair in pairs if longest is None or max(map(len, pair.values())) <= longest]
     if len(result) < len(rows):
         say(f"{what}: {len(rows) - len(result):,} of {len(rows):,} pairs are longer than --max_length {longest}")

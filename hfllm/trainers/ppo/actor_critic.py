@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from hfllm.models.family.layers_hfllm import HfllmScore
+from hfllm.models.family.layers_hfllm import HfllmScore, missing_rows
 from hfllm.models.family.modeling_hfllm import HfllmModel
 from hfllm.models.loading.saved import reads_pictures
 from hfllm.multimodal.processors import Pictures, place_tokens
@@ -171,7 +171,8 @@ def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch
 
     def select(module: nn.Module, args: tuple) -> tuple:
         states.append(args[0][sequences.rows, sequences.columns])
-        return (states[-1].unsqueeze(0), *args[1:])
+        missing = missing_rows(len(states[-1]), states[-1].device)
+        return (nn.functional.pad(states[-1], (0, 0, 0, missing)).unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -298,7 +299,7 @@ def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch
         logits = model(input_ids=sequences.input_ids, use_cache=False, **masks, **sequences.pictures).logits
     if not states:
         raise TypeError(f"{type(model).__name__} does not call its output embeddings, where PPO reads the states")
-    return logits.squeeze(0), states[0]
+    return logits.squeeze(0)[: len(states[0])], states[0]
 
 
 def value_head_of(model: PreTrainedModel) -> nn.Module:
