@@ -10,8 +10,11 @@ from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hfllm.flags import GIVEN, changed
+from hfllm.models.family.attention_hfllm import attend_in_fp32
 from hfllm.outputs.checkpoints import record_of, state_of
 from hfllm.runs.command_line import say_once
 
@@ -76,8 +79,24 @@ def with_fast_products(args: Trained, model: "PreTrainedModel", checkpoint: str 
     if before == "fp32" or (before is None and bf16_speedup() < PAYS):
         return args
     reason = "as before" if before else f"{bf16_speedup():.1f} times as fast as fp32 on this CPU"
+    AttentionInterface.register("sdpa", _attention)
     say_once(f"products in bf16, {reason} (--bf16 false: fp32)")
     return changed(args, bf16=True, mixed_precision="bf16")
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Return what transformers' SDPA returns, computed in fp32 within a CPU's autocast also for models as they are."""
+    states = query, key, value, attention_mask
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return attend_in_fp32(sdpa_attention_forward, module, *states, **kwargs)
+    return sdpa_attention_forward(module, *states, **kwargs)
 
 
 def choice_of(args: "TrainingArguments") -> str:

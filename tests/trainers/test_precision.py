@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from hfllm.flags import GIVEN
 from hfllm.models.family.modeling_hfllm import HfllmForSequenceClassification
@@ -22,6 +22,8 @@ def speedup(monkeypatch):
         monkeypatch.setattr(precision, "bf16_speedup", lambda: value)
 
     set_to(2.0)
+    # What a choice registers is gone after the test.
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
     return set_to
 
 
@@ -52,6 +54,25 @@ def test_a_choice_of_the_user_and_narrow_or_rounded_models_stay(make_model, argu
     assert with_fast_products(args, model) is args
     chosen = arguments(bf16=True)
     assert with_fast_products(chosen, model) is chosen
+
+
+def test_models_as_they_are_attend_in_fp32_too(arguments, speedup, monkeypatch):
+    config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **WIDE)
+    model, ids, seen = AutoModelForCausalLM.from_config(config), torch.arange(12).view(2, 6), []
+    attend, linear = torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.linear
+
+    def attention(query, *args, **kwargs):
+        seen.append(query.dtype)
+        return attend(query, *args, **kwargs)
+
+    with_fast_products(arguments(), model)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    plain = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, attention_mask=torch.ones_like(ids)).logits
+        assert linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+    assert seen == [torch.float32] * 2
+    torch.testing.assert_close(rounded.float(), plain, atol=0.02, rtol=0.05)
 
 
 @pytest.mark.parametrize(("before", "now"), [(2.0, 0.5), (0.5, 2.0)])

@@ -285,12 +285,16 @@ def without_cpu_autocast(states: torch.Tensor) -> AbstractContextManager:
 ROWS = 64
 
 
-def missing_rows(count: int, device: torch.device) -> int:
+def missing_rows(count: int, device: torch.device, multiple: int | None = None) -> int:
     """Return by how many rows a product within a CPU's autocast falls short of a number for which it has a kernel.
 
     Batches without padding have another number of tokens each time: rounded up, a dozen of kernels serves all.
+
+    Args:
+        multiple: of which the numbers with a kernel are, by default `ROWS`.
     """
-    return -count % ROWS if device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
+    is_half = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return -count % (multiple or ROWS) if is_half else 0
 
 
 def cast_for_autocast(states: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor | None]:

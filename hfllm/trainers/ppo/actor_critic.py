@@ -22,6 +22,8 @@ from hfllm.multimodal.processors import Pictures, place_tokens
 from hfllm.trainers.engines import evaluation_mode
 
 LEAST = torch.finfo(torch.float32).min
+# Of the width of sequences in half precision on a CPU, where each shape needs kernels of its own.
+COLUMNS = 8
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Sequences:
         before = prompt_mask.sum(1)
         lengths = before + response_mask.sum(1)
         width = int(lengths.max())
+        width = max(width, min(width + missing_rows(width, ids.device, COLUMNS), ids.shape[1]))
         indices = torch.arange(width, device=ids.device)
         begins = prompt_ids.shape[1] - before
         sources = (begins.unsqueeze(1) + indices).clamp(max=ids.shape[1] - 1)
@@ -171,14 +174,18 @@ def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch
 
     def select(module: nn.Module, args: tuple) -> tuple:
         states.append(args[0][sequences.rows, sequences.columns])
-        missing = missing_rows(len(states[-1]), states[-1].device)
-        return (nn.functional.pad(states[-1], (0, 0, 0, missing)).unsqueeze(0), *args[1:])
+        return (_rounded_up(states[-1]).unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield states
     finally:
         handle.remove()
+
+
+def _rounded_up(states: torch.Tensor) -> torch.Tensor:
+    """Return states (N, E) with rows of zeros after them, up to a number that has a kernel."""
+    return nn.functional.pad(states, (0, 0, 0, missing_rows(len(states), states.device)))
 
 
 def leaves_out_padding(trunk: nn.Module) -> bool:
@@ -220,10 +227,10 @@ def _mlp_at(mlp: nn.Module, indices: tuple[torch.Tensor, torch.Tensor]) -> Itera
 
     def select(module: nn.Module, args: tuple) -> tuple:
         shapes.append(args[0].shape)
-        return (args[0][indices].unsqueeze(0), *args[1:])
+        return (_rounded_up(args[0][indices]).unsqueeze(0), *args[1:])
 
     def spread_out(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output.new_zeros(shapes.pop()).index_put(indices, output.squeeze(0))
+        return output.new_zeros(shapes.pop()).index_put(indices, output.squeeze(0)[: len(indices[0])])
 
     handles = mlp.register_forward_pre_hook(select), mlp.register_forward_hook(spread_out)
     try:

@@ -179,6 +179,8 @@ class ActorCriticCheckpoints(Trainer):
 MOST_CPU_TOKENS, LEAST_CPU_TOKENS, MOST_CPU_LOGITS = 768, 256, 2**22
 # Tokens per pass, padding included, of models that do not compute the padding: one pass in place of several.
 MOST_MIXED_TOKENS = 4096
+# Rows and tokens of a pass in half precision on a CPU: each shape needs kernels of its own, so these are few.
+HALF_ROWS, HALF_TOKENS = 16, 1536
 
 
 class ActorCriticTrainer(ActorCriticCheckpoints):
@@ -281,6 +283,9 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             limit = min(MOST_CPU_TOKENS, within)
             if most_rows is None and bucket is None and self.actor.leaves_out_padding:
                 return length_groups(batch, None, min(MOST_MIXED_TOKENS, within))
+            if bucket is None and self.accelerator.mixed_precision == "bf16":
+                limit = min(HALF_TOKENS, 2 * within)
+                return length_groups(batch, None, limit, min(most_rows or HALF_ROWS, HALF_ROWS), logits)
         elif limit is None and most_rows is not None:
             limit = most_tokens(self.policy, device)
         bucket = bucket or (8 if is_cpu else 256)
