@@ -391,6 +391,10 @@ class Report:
                 continue
             print(f"\n{title}")
             print("\n".join(printed_samples(rows) if is_samples(rows) else markdown_table(rows)))
+        self.print_files()
+
+    def print_files(self) -> None:
+        """Print the output folder with its files, and the next steps."""
         if self.folder is not None:
             names = ["report.md", REPORT_FILE, *(name for name in self.artifacts.values() if name != ".")]
             names = [*(["the model", "README.md (its card)"] if self.artifacts.get("model") == "." else []), *names]

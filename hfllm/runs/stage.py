@@ -293,7 +293,8 @@ class Stage:
     ) -> dict[str, float]:
         """Write the report, print it, publish if asked, wait for all processes.
 
-        Of a stage that runs before another one, and of one without errors of its figures, only `summary` is printed.
+        Of a stage that runs before another one only `summary` is printed, and of one without errors of its figures
+        `summary` and the files.
 
         Args:
             trainer: the trainer, for the loss curve, labeled by its `loss_label` if it has one; `None` if nothing was
@@ -342,8 +343,11 @@ class Stage:
             self._write_card()
         if model is not None:
             write_record(folder / model)
-        if report.summary and (schedule.runs_before_another() or not figure_tables(report.metrics)):
+        is_before_another = schedule.runs_before_another()
+        if report.summary and (is_before_another or not figure_tables(report.metrics)):
             print(f"{self.name}: {report.summary} ({report.wall_seconds:.0f} s)", flush=True)
+            if not is_before_another:
+                report.print_files()
         else:
             report.print(too_wide)
         self._warn(report.warnings)

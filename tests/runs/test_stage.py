@@ -50,6 +50,17 @@ def test_a_run_that_did_not_learn_ends_with_a_warning(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"warning: try: {line}"
 
 
+@pytest.mark.parametrize("is_before_another", [False, True])
+def test_a_run_without_errors_of_its_figures_ends_with_its_folder(is_before_another, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hfllm.runs.schedule.runs_before_another", lambda: is_before_another)
+    stage = Stage("try", Flags(str(tmp_path)))
+    stage.announce()
+    stage.finish({"loss": 0.5}, summary="Loss 0.5", artifacts={}, next_steps=["load()"])
+    lines = capsys.readouterr().out.splitlines()
+    end = ["", f"In {tmp_path}: report.md, report.json", "", "load()"]
+    assert lines[2:] == ["try: Loss 0.5 (0 s)", *(() if is_before_another else end)]
+
+
 def test_making_a_stage_has_no_effect(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hfllm.outputs.hub.Repository.create", lambda self: pytest.fail("the Hub was asked"))
     stage = Stage("try", Flags(str(tmp_path / "out"), push_to_hub=True, hub_model_id="me/it"))
