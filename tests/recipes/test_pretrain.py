@@ -418,6 +418,10 @@ def test_a_model_without_sparse_attention_has_no_sizes_of_it(run, corpus, tmp_pa
         (["--no_rope_layers", "2"], "no_rope_layers=.* must be one 0"),
         (["--attn_implementation", "sparse", "--sparse_block_size", "8"], "--sparse_num_blocks None: expected both"),
         (["--sparse_block_size", "8", "--sparse_num_blocks", "2"], "it needs --attn_implementation sparse"),
+        (
+            ["--sparse_num_blocks", "2"],
+            "--sparse_num_blocks cannot be used here: it needs --attn_implementation sparse",
+        ),
         (["--attn_implementation", "sparse"], "needs --sparse_block_size and --sparse_num_blocks"),
         (["--layer_type", "full_attention"], "did you mean 'layer_types'"),
     ],

@@ -74,7 +74,7 @@ class ArchitectureArguments:
     linear_conv_kernel_dim: int = flag(4, "Tokens that its convolution sees.", never=NOT_NEW)
     sparse_block_size: int | None = flag(None, "Keys of a block, for --attn_implementation sparse.", never=NOT_SPARSE)
     sparse_num_blocks: int | None = flag(
-        None, "Blocks that a token attends to, its own included, for the same.", never=NOT_NEW
+        None, "Blocks that a token attends to, its own included, for the same.", never=NOT_SPARSE
     )
     num_local_experts: int = flag(0, "Experts of each layer; 0 means one dense MLP.", never=NOT_NEW)
     num_experts_per_tok: int = flag(2, "Experts that each token passes through.", never=NOT_NEW)

@@ -23,6 +23,11 @@ Row = Mapping[str, Any]
 CALIBRATION_PROMPTS = 256
 # Flags of PPO for tools.
 OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
+# The help of `--tools`; `build.load_tool` reads its values.
+TOOLS = (
+    "Functions that the model may call: path/to/file.py:function, calculator, python, or lookup:table.json "
+    "(docs/guides/tools.md)."
+)
 CALLS_NEED_A_MODEL = UNNAMED.because("it needs --model_name_or_path, a model that calls tools")
 
 
@@ -47,11 +52,7 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         "Reward functions: path/to/file.py:function, exact_match (the final answer is that of the column "
         "answer), thinks (has thoughts and an answer), or gold (the embedded world's).",
     )
-    tools: list[str] | None = flag(
-        None,
-        "Functions that the policy may call: path/to/file.py:function, calculator, python (docs/guides/tools.md).",
-        never=CALLS_NEED_A_MODEL,
-    )
+    tools: list[str] | None = flag(None, TOOLS, never=CALLS_NEED_A_MODEL)
     environment_factory: str | None = flag(
         None,
         "Class of environments whose methods the policy may call: path/to/file.py:Class.",

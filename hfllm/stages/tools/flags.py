@@ -11,6 +11,7 @@ from hfllm.flags import NAMED, SEED, UNNAMED, Clashes, at_least, flag, flags_for
 from hfllm.runs import pipeline
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
+from hfllm.stages.rlhf.flags import TOOLS
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -31,11 +32,7 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
 
     output_dir: str = flag("outputs/tools", "Where the models, the data and the report go.")
     seed: int = flag(42, "Of data and weights: the same seed, the same result.", takes=SEED)
-    tools: list[str] | None = flag(
-        None,
-        "Functions that your model may call: path/to/file.py:function, calculator, or lookup:table.json.",
-        never=UNNAMED.because(OF_THE_WORLD),
-    )
+    tools: list[str] | None = flag(None, TOOLS, never=UNNAMED.because(OF_THE_WORLD))
     reward_funcs: list[str] | None = flag(
         None, "Rewards of your own: path/to/file.py:function.", never=UNNAMED.because(OF_THE_WORLD)
     )
