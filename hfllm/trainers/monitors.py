@@ -354,9 +354,15 @@ WATCHED_ROLLOUTS, LEAST_KL, LEAST_CLIPPED = 10, 0.05, 0.002
 
 
 class StalledPolicy(TrainerCallback):
-    """Callback that warns once when PPO's reward is constant, and once when after some rollouts nothing has moved."""
+    """Callback that warns once when PPO's reward is constant, and once when after some rollouts nothing has moved.
 
-    def __init__(self):
+    Args:
+        unlogged: returns `reward` and `reward_std` of the rollouts since the last log; all processes call it at the
+            end of training, for runs without any log.
+    """
+
+    def __init__(self, unlogged: Callable[[], Mapping[str, float]] = dict):
+        self._unlogged = unlogged
         self._first: Mapping[str, float] | None = None
         self._begin, self._has_warned_of_reward, self._has_judged = 0, False, False
 
@@ -375,19 +381,28 @@ class StalledPolicy(TrainerCallback):
     ) -> None:
         if not logs or "reward_std" not in logs or not state.is_world_process_zero:
             return
+        self._judge_reward(logs)
+        self._first = self._first or logs
+        if not self._has_judged and state.global_step - self._begin >= WATCHED_ROLLOUTS * args.steps_per_rollout:
+            self._has_judged = True
+            if reason := unmoved(self._first, logs, args):
+                warnings.warn(reason, stacklevel=2)
+
+    def on_train_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        rest = self._unlogged()
+        if self._first is None and "reward_std" in rest and state.is_world_process_zero:
+            self._judge_reward(rest)
+
+    def _judge_reward(self, logs: Mapping[str, float]) -> None:
+        """Warn of a constant reward, once."""
         if logs["reward_std"] == 0 and not self._has_warned_of_reward:
             self._has_warned_of_reward = True
             warnings.warn(
                 f"every response of a rollout got the reward {logs['reward']:.4g}, so there is nothing to learn from. "
                 "With prompts that are messages a completion is a list of messages as well: a reward function reads "
                 "its text by hfllm.rewards.completion_text",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._first = self._first or logs
-        if not self._has_judged and state.global_step - self._begin >= WATCHED_ROLLOUTS * args.steps_per_rollout:
-            self._has_judged = True
-            if reason := unmoved(self._first, logs, args):
-                warnings.warn(reason, stacklevel=2)
 
 
 def unmoved(first: Mapping[str, float], last: Mapping[str, float], args: PPOConfig) -> str | None:

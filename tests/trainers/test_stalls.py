@@ -60,12 +60,33 @@ def constant_on_messages(prompts, completions, **columns):
     return [float(len(completion)) for completion in completions]
 
 
-def test_a_constant_reward_is_reported_once(make_trainer, prompts):
+@pytest.mark.parametrize("logging_steps", [1, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_constant_reward_is_reported_once(make_trainer, prompts, logging_steps):
+    """Also where the run ends before its first log."""
     rows = prompts.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
-    trainer = make_trainer(reward_funcs=constant_on_messages, train_dataset=rows)
+    trainer = make_trainer(reward_funcs=constant_on_messages, train_dataset=rows, logging_steps=logging_steps)
     with pytest.warns(UserWarning, match="got the reward 1, so there is nothing to learn from") as seen:
         trainer.train()
     assert sum("nothing to learn from" in str(each.message) for each in seen) == 1
+
+
+def test_a_run_without_a_log_is_judged_at_its_end(make_args):
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+
+    def warned(end, *logs):
+        callback = StalledPolicy(lambda: end)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            callback.on_train_begin(make_args(), state, None)
+            for each in logs:
+                callback.on_log(make_args(), state, None, logs=each)
+            callback.on_train_end(make_args(), state, None)
+        return len(seen)
+
+    constant = {**STILL, "reward_std": 0.0}
+    assert warned(constant) == warned(constant, constant) == warned({}, constant) == 1
+    # After other rewards a last rollout of one reward is no sign: the policy may have learned it.
+    assert warned({}) == warned(STILL) == warned(constant, STILL) == 0
 
 
 @pytest.mark.slow

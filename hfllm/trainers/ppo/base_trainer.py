@@ -389,10 +389,13 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             values = {name.removeprefix(prefix): torch.cat(self._metrics[name]) for name in names}
             self.eval_values = {name: each.tolist() for name, each in values.items()}
         for name in names:
-            values = torch.cat(self._metrics.pop(name))
-            total, count = self._sum_over_processes(torch.stack((values.sum(), values.new_tensor(len(values)))))
-            means[name] = (total / count).item()
+            means[name] = self._mean_over_processes(self._metrics.pop(name))
         return means
+
+    def _mean_over_processes(self, parts: list[torch.Tensor]) -> float:
+        values = torch.cat(parts)
+        total, count = self._sum_over_processes(torch.stack((values.sum(), values.new_tensor(len(values)))))
+        return (total / count).item()
 
     def _keep_completions(self, name: str) -> None:
         """Write the last completions as parquet, one file per process; log the ones of the first process."""

@@ -166,7 +166,7 @@ class PPOTrainer(ActorCriticTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), StalledPolicy(), StalledWeights()],
+            callbacks=[*(callbacks or []), StalledPolicy(self._unlogged_rewards), StalledWeights()],
             optimizers=optimizers,
         )
         self._check_engine()
@@ -454,6 +454,11 @@ class PPOTrainer(ActorCriticTrainer):
             self._metrics[f"{prefix}kl"].append(kl.sum(1))
         self._metrics[f"{prefix}entropy"].append(tokens.entropy.sum(1) / mask.sum(1).clamp(min=1))
         self._metrics[f"{prefix}response_length"].append(mask.sum(1))
+
+    def _unlogged_rewards(self) -> dict[str, float]:
+        """Return the means of `reward` and `reward_std` since the last log, over all processes."""
+        names = ("reward", "reward_std")
+        return {name: self._mean_over_processes(self._metrics[name]) for name in names if name in self._metrics}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the metrics of rollouts and updates since the last log, averaged over all processes."""
