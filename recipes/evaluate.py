@@ -43,7 +43,8 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
 
     # Refuse what cannot work before anything is trained or loaded.
     flags.check(script_args)
-    build.check_items(build.suites_of(script_args), script_args.write_answers)
+    suites = build.suites_of(script_args)
+    build.check_items(suites, script_args.write_answers)
     named, output_dir = script_args.model_name_or_path or [], script_args.output_dir
     configs = {name: getattr(script_args, f"{name}_config") for name in flags.CONFIGS}
     before = flags.stages_before(output_dir, script_args.seed, script_args.world_seed, named, configs)
@@ -72,7 +73,8 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     loader = build.Loader(like.settings, script_args.batch_size, script_args.apply_chat_template)
     samples = build.Samples(output_dir, stage.arguments)
     with loader.load("judge", judge) if judge else nullcontext() as judging:
-        suites = build.suites_of(script_args, judging)
+        if judging:
+            build.add_judge(suites, judging)
         records = build.judge_all(loader, models, suites, samples)
 
     result = report.report(suites, labels, records)

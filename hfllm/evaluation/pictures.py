@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.images.files import image_key, read_image
@@ -197,7 +198,7 @@ class Pictures(Suite[Shown]):
     """Questions about pictures.
 
     Args:
-        parts: returns the questions; it is called when they are needed, and refuses unreadable input.
+        parts: returns the questions; it is called once, when they are needed, and refuses unreadable input.
         max_new_tokens: longest answer.
     """
 
@@ -206,7 +207,8 @@ class Pictures(Suite[Shown]):
     primary: ClassVar[Sequence[str]] = ("right",)
 
     def __init__(self, parts: Callable[[], Sequence[Part]], max_new_tokens: int = 16):
-        self.parts, self.max_new_tokens = parts, max_new_tokens
+        # Reading rows prints how many are left out.
+        self.parts, self.max_new_tokens = cache(parts), max_new_tokens
 
     def items(self) -> list[Item[Shown]]:
         return [item for part in self.parts() for item in _items(part)]

@@ -11,6 +11,7 @@ from hfllm.data.images.rows import has_images
 from hfllm.errors import InputError
 from hfllm.evaluation.pictures import Asked, Part, Pictures, other_places
 from hfllm.evaluation.suites.base import Subject
+from hfllm.stages.evaluate import build
 
 
 def run(output, *flags):
@@ -19,7 +20,11 @@ def run(output, *flags):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("questions"), halves(20))
+    """Twenty rows, and one without an answer."""
+    path = write_rows(tmp_path_factory.mktemp("questions"), halves(20))
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write('\n{"prompt": "which side", "completion": "", "image": "0.png"}')
+    return path
 
 
 def test_a_model_that_looks_is_told_from_one_that_guesses(monkeypatch):
@@ -70,6 +75,7 @@ def test_a_text_row_in_a_table_of_pictures_has_an_empty_list():
 def test_rows_of_your_own_are_asked_and_resumed(seeing_folder, rows, tmp_path, capsys):
     flags = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--batch_size", "8"]
     metrics = run(tmp_path / "out", *flags)
+    assert capsys.readouterr().out.count("1 of 21 rows dropped") == 1
     assert metrics["pictures/all/right/model_items"] == 20
     assert {"pictures/all/right_other_pictures/model", "pictures/all/best_guess/model"} <= metrics.keys()
     lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
@@ -79,6 +85,13 @@ def test_rows_of_your_own_are_asked_and_resumed(seeing_folder, rows, tmp_path, c
     assert run(tmp_path / "out", *flags) == pytest.approx(metrics)
     again = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     assert sorted(again) == sorted(lines) and json.loads(lines[0])["suite"] == "pictures"
+
+
+def test_left_out_rows_are_reported_once(rows, capsys):
+    suites = build.suites_of(*evaluate.parse(["--dataset_name", str(rows)]))
+    build.check_items(suites, writes_answers=False)
+    assert [len(suite.items()) for suite in suites] == [20]
+    assert capsys.readouterr().out.count("1 of 21 rows dropped") == 1
 
 
 @pytest.mark.slow

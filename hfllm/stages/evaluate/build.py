@@ -52,24 +52,18 @@ from hfllm.stages.vision.flags import DRAWN
 # ---- suites ----
 
 
-def suites_of(script_args: EvaluateArguments, judge: Subject | None = None) -> list[Suite]:
-    """Return the suites named by the flags.
-
-    Args:
-        judge: a model for judging written answers, if there is one.
-    """
+def suites_of(script_args: EvaluateArguments) -> list[Suite]:
+    """Return the suites named by the flags."""
     args, count, length = script_args, script_args.num_items, script_args.max_new_tokens
     world, of_world = World(args.world_seed), NUM_WORLD_ITEMS if count is None else count
     truthfulqa, xstest, prompts = args.truthfulqa_file, args.xstest_file, args.robustness_file
     pairs, questions = args.preference_files, args.few_shot_files
     builders: dict[str, Callable[[], Suite]] = {
         "truthfulness": lambda: (
-            TruthfulQA(truthfulqa, count, args.write_answers, judge)
-            if truthfulqa
-            else WorldTruthfulness(world, of_world)
+            TruthfulQA(truthfulqa, count, args.write_answers) if truthfulqa else WorldTruthfulness(world, of_world)
         ),
         "hhh": lambda: Preferences(pairs, count) if pairs else WorldPreferences(world, of_world),
-        "refusals": lambda: XSTest(xstest, count, judge, length) if xstest else WorldRefusals(world, of_world),
+        "refusals": lambda: XSTest(xstest, count, max_new_tokens=length) if xstest else WorldRefusals(world, of_world),
         "calibration": lambda: ChoiceCalibration(questions, count) if questions else WorldCalibration(world, of_world),
         "few_shot": lambda: (
             FewShot(questions, count, args.num_shots, length) if questions else WorldFewShot(world, of_world)
@@ -95,6 +89,13 @@ def suites_of(script_args: EvaluateArguments, judge: Subject | None = None) -> l
         ),
     }
     return [builders[name]() for name in args.suites]
+
+
+def add_judge(suites: Sequence[Suite], judge: Subject) -> None:
+    """Let a model judge the written answers of these suites."""
+    for suite in suites:
+        if isinstance(suite, TruthfulQA | XSTest):
+            suite.judge_model = judge
 
 
 def check_items(suites: Sequence[Suite], writes_answers: bool) -> None:
