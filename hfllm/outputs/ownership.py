@@ -41,7 +41,7 @@ DRAFTS = (
 PLOTS = (
     *("loss", "held_out", "rewards", "kl", "response_length", "clip_fraction", "overoptimization", "parts", "gold"),
     *("funnel", "compression", "speed", "memory", "compliance", "helpfulness", "revisions"),
-    *("gold_by_*", "drift"),
+    *("gold_by_*", "held_out_loss_by_*", "drift"),
     *("sensitivity_*", "probe_*_by_*", "loss_by_compute", "expected_and_measured", "optimal_size", "isoflops"),
 )
 # The record of a folder, and its first line, skipped by `sha256sum`.

@@ -305,7 +305,7 @@ def test_rounds_on_files_leave_an_adapter_a_report_and_bytes(flags, tmp_path):
     for name in NAMES:
         assert f"| {name} |" in text
     assert metrics["held_out_loss_federated"] < metrics["held_out_loss_untrained"]
-    for name in ("gold_by_round", "gold_by_bytes", "drift"):
+    for name in ("held_out_loss_by_round", "held_out_loss_by_bytes", "drift"):
         assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
 
 
@@ -319,6 +319,7 @@ def test_the_world_from_nothing(tmp_path, capsys):
     arms = {"federated", "untrained", "central", "equal_steps", "local_best"}
     assert metrics.keys() >= {f"gold_{arm}{end}" for arm in arms for end in ("", "_se", "_n")}
     assert metrics["organisations"] == 3 and metrics["rounds"] == 2
+    assert {"gold_by_round", "gold_by_bytes"} <= report_of(tmp_path / "out")["artifacts"].keys()
     assert run(words) == metrics
     assert "federated: already done" in capsys.readouterr().out
     with pytest.raises(InputError, match="finished run with rounds=2, this one has rounds=3"):
@@ -347,7 +348,9 @@ def test_noise_is_counted_and_of_its_size_and_nobody_is_named(flags, saved, tmp_
     assert not metrics.keys() & {"bytes_up", "bytes_down", "updates_left_out", "drift"}
     text, report = table_text(tmp_path / "out"), report_of(tmp_path / "out")
     assert "MB so far" not in text and "the controls' figures are not private" in text
-    assert "gold_by_bytes" not in report["artifacts"]
+    assert "organisations after 1 round and an epsilon of" in report["summary"]
+    assert "held_out_loss_by_round" in report["artifacts"]
+    assert "held_out_loss_by_bytes" not in report["artifacts"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from hfllm.data.formats import counted
 from hfllm.data.world.world import Task
 from hfllm.evaluation.suites.world_suites import judge_tasks
 from hfllm.federation.learner import Rows
@@ -299,7 +300,7 @@ def report_of(
         **_reasons("Bounded", "how", {record.number: record.bounded for record in records}),
     }
     if is_private:
-        plots = {"gold_by_round": plots["gold_by_round"]}
+        plots = {name: plot for name, plot in plots.items() if name.endswith("_by_round")}
     return Found(metrics, _summary(metrics, comparison), tables, plots)
 
 
@@ -433,8 +434,8 @@ def _plots(records: Sequence[RoundRecord], comparison: Comparison) -> dict[str, 
     sent = [_bytes_until(records, record.number) / 1e6 for record in measured]
     rounds = [float(record.number) for record in records]
     return {
-        "gold_by_round": over(numbers, "rounds", "What the rounds give"),
-        "gold_by_bytes": over(sent, "megabytes, both ways, all organisations", "What the bytes give"),
+        f"{name}_by_round": over(numbers, "rounds", "What the rounds give"),
+        f"{name}_by_bytes": over(sent, "megabytes, both ways, all organisations", "What the bytes give"),
         "drift": Plot(
             title="How far organisations move apart",
             xlabel="rounds",
@@ -462,7 +463,7 @@ def _summary(metrics: Mapping[str, float], comparison: Comparison) -> str:
     what = "Gold reward" if comparison.is_world else f"Held-out loss ({comparison.unit})"
     words = ", ".join(f"{_main_figure(each)} {name}" for name, each in others.items() if each is not None)
     count, rounds, result = metrics["organisations"], metrics["rounds"], _main_figure(comparison.federated)
-    return f"{what} {result} of {count} organisations after {rounds} rounds and {sent}; {words}.{about}"
+    return f"{what} {result} of {count} organisations after {counted(rounds, 'round')} and {sent}; {words}.{about}"
 
 
 def _main_figure(measured: Measured) -> str:
