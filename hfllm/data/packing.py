@@ -254,7 +254,7 @@ Piece = TypeVar("Piece")
 def token_pieces(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[list[int]]:
     """Return the token ids of each document, from the document token on; documents over `max_length` are split."""
     start, pieces = start_of(tokenizer), []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+    for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]:
         ids = start + ids
         pieces += [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
     return pieces

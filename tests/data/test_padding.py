@@ -1,10 +1,13 @@
 """Documents that are padded rather than packed: none is lost, and a batch has little to pad."""
 
+import logging
 import random
 
 import pytest
 
 from hfllm.data.packing import length_grouped, token_pieces
+from hfllm.stages.pretrain.build import bytes_per_token, infilled
+from hfllm.stages.pretrain.tokenizer import compression_by_size
 
 
 def test_long_documents_are_cut_and_nothing_is_lost(tokenizer):
@@ -16,6 +19,23 @@ def test_long_documents_are_cut_and_nothing_is_lost(tokenizer):
         min(16, len(ids) - at) for ids in documents for at in range(0, len(ids), 16)
     ]
     assert max(map(len, pieces)) == 16 > len(documents[2])
+
+
+def test_long_documents_are_cut_without_a_warning(tokenizer, caplog, monkeypatch):
+    texts = ["the old fox walks by the river " * 99]
+    # Texts too long for a row need no such tokens.
+    monkeypatch.setattr("hfllm.stages.pretrain.build.check_infilling_tokens", lambda tokenizer: None)
+    # transformers warns once per tokenizer, and its loggers do not propagate.
+    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level("WARNING", "transformers")
+    token_pieces(texts, tokenizer, max_length=16)
+    list(infilled(texts, tokenizer, 16, seed=0))
+    bytes_per_token(texts, tokenizer)
+    compression_by_size(tokenizer, texts)
+    assert caplog.text == ""
+    tokenizer(texts)
+    assert "longer than the specified maximum" in caplog.text
 
 
 @pytest.mark.parametrize("as_text", [False, True])

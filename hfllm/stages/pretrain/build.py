@@ -134,7 +134,9 @@ def infilled(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", max_len
     check_infilling_tokens(tokenizer)
     number = 0
     for window in windows(texts, 1000, 1 << 24):
-        for text, ids in zip(window, tokenizer(window, add_special_tokens=False)["input_ids"], strict=True):
+        # Not verbose, here and below: documents longer than the model's context need no warning.
+        tokenized = tokenizer(window, add_special_tokens=False, verbose=False)["input_ids"]
+        for text, ids in zip(window, tokenized, strict=True):
             # The document token, the four tokens of the format, and possible further ones from splitting words.
             fits = len(ids) + 12 <= max_length
             yield fill_in_the_middle(text, number, seed) if fits else text
@@ -379,7 +381,7 @@ def multiplied_parameters(model: "PreTrainedModel") -> int:
 def bytes_per_token(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", most: int = 2000) -> float:
     """Return the UTF-8 bytes of text per predicted token, over the first `most` texts."""
     sample = list(texts[:most])
-    tokens = sum(map(len, tokenizer(sample, add_special_tokens=False)["input_ids"]))
+    tokens = sum(map(len, tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]))
     return sum(len(text.encode()) for text in sample) / max(tokens, 1)
 
 

@@ -91,7 +91,9 @@ def compression_by_size(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[st
     num_bytes, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
     rows = []
     for size in sizes:
-        encoded = truncated_tokenizer(tokenizer, size)(list(texts), add_special_tokens=False)["input_ids"]
+        smaller = truncated_tokenizer(tokenizer, size)
+        # Not verbose: nothing here is read by a model, whose context these texts may exceed.
+        encoded = smaller(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         tokens = sum(map(len, encoded))
         rows.append(
             {
