@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from hfllm.errors import InputError, without_credentials
 
@@ -209,9 +209,12 @@ def check_arguments(arguments: "DataclassInstance", kind: "type[DataclassInstanc
     Raises:
         ValueError: with the name of the first such argument, as transformers' own checks.
     """
+    # Not of the fields, whose types transformers' parser rewrites without None.
+    hints = get_type_hints(kind)
     for name, rules in rules_of(kind).items():
         value, takes = getattr(arguments, name), rules.takes
-        if takes is not None and value is not None and not takes.holds(value):
+        takes_none = type(None) in get_args(hints[name])
+        if takes is not None and not (takes_none if value is None else takes.holds(value)):
             raise ValueError(f"{name} must {takes.demand or f'be {takes.words}'}, got {value}")
     for item in fields(kind):
         value, choices = getattr(arguments, item.name), item.metadata.get("choices")

@@ -39,3 +39,5 @@ def test_arguments_are_parsed_checked_and_pickled_whole(options, config, not_lis
     assert repr(args).startswith(f"{config.__name__}(output_dir='out', ") and "temperature=0.5" in repr(args)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         config("out", use_cpu=True, bf16=False, temperature=0.0)
+    with pytest.raises(ValueError, match=r"^temperature must be above 0, got None$"):
+        config("out", use_cpu=True, bf16=False, temperature=None)
