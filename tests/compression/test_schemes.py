@@ -13,6 +13,10 @@ from hfllm.compression import int8, schemes
 from hfllm.compression.int8 import METHOD, DynamicInt8Linear
 from hfllm.errors import InputError
 
+# Quantized scales change the numbers of a layer, which other tests compare, and not how it is kept or learned on.
+ONE_OF_4_BITS = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "nf4_double" else name for name in schemes.SCHEMES
+]
 IDS = torch.arange(2, 34).reshape(2, 16)
 
 
@@ -65,7 +69,7 @@ def test_one_layer_converts_to_what_a_whole_model_gets(name, folder):
         assert torch.equal(converted, model.get_submodule(layer)(inputs))
 
 
-@pytest.mark.parametrize("name", schemes.SCHEMES)
+@pytest.mark.parametrize("name", ONE_OF_4_BITS)
 def test_skipped_layers_stay_as_they_were_also_after_reloading(name, folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     full = AutoModelForCausalLM.from_pretrained(folder)
@@ -186,7 +190,7 @@ def test_a_program_without_hfllm_stops_rather_than_read_integers_as_weights(tmp_
         AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
 
 
-@pytest.mark.parametrize("name", schemes.SCHEMES)
+@pytest.mark.parametrize("name", ONE_OF_4_BITS)
 def test_an_adapter_learns_on_a_reloaded_model(name, folder, tmp_path):
     from peft import LoraConfig, get_peft_model
 

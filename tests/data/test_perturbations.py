@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfllm.data.augmentation import (
@@ -27,6 +27,8 @@ TEXTS = st.lists(st.one_of(WORDS, WORDS.map("{}?".format), st.sampled_from(("3.5
 QUESTIONS = TEXTS.map(" ".join)
 SHARES = st.floats(0, 1)
 KEYS = st.text(max_size=5)
+# Examples of each property: a word is changed by itself, and one text has many.
+FEW = settings(max_examples=30)
 OF_WORDS = ("typos", "upper case", "lower case")
 
 
@@ -41,6 +43,7 @@ def test_strength_zero_changes_nothing_and_the_same_key_changes_the_same(text, k
     assert changed(text, name, 1, key) == changed(text, name, 1, key)
 
 
+@FEW
 @given(QUESTIONS, KEYS, SHARES, SHARES, st.sampled_from(OF_WORDS))
 def test_a_stronger_change_changes_at_least_the_words_of_a_weaker_one(text, key, one, other, name):
     weak, strong = (changed(text, name, strength, key).split(" ") for strength in sorted((one, other)))
@@ -58,6 +61,7 @@ def test_what_becomes_of_a_word_does_not_depend_on_the_others(name):
             assert sum(one != other for one, other in pairwise(forms)) <= 1
 
 
+@FEW
 @given(QUESTIONS, KEYS)
 def test_typos_keep_the_number_of_words_their_ends_and_all_but_one_letter(text, key):
     for word, typed in zip(text.split(" "), changed(text, "typos", 1.0, key).split(" "), strict=True):
@@ -74,6 +78,7 @@ def test_every_kind_of_typo_is_made_and_most_long_words_get_one():
     assert sum(word != "elephant" for word in said) == 300
 
 
+@FEW
 @given(QUESTIONS, KEYS)
 def test_case_and_punctuation_change_nothing_else(text, key):
     assert changed(text, "upper case", 1.0, key) == text.upper()
@@ -88,6 +93,7 @@ def test_marks_inside_of_numbers_and_words_stay():
     )
 
 
+@FEW
 @given(QUESTIONS, KEYS, st.integers(1, 3))
 def test_sentences_stand_beside_the_question_as_it_is(text, key, count):
     for kind in ("distractor", "jailbreak"):
@@ -97,6 +103,7 @@ def test_sentences_stand_beside_the_question_as_it_is(text, key, count):
         assert sum(before.count(each) for each in pool) == count
 
 
+@FEW
 @given(QUESTIONS, QUESTIONS, st.sampled_from([*PERTURBATIONS]))
 def test_what_follows_the_first_line_is_material_and_stays(text, material, name):
     assert changed(f"{text}\n{material}", name, 1).partition("\n")[2] == material

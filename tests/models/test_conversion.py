@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 
 import pytest
 import torch
@@ -19,11 +20,15 @@ from hfllm.models.conversion.convert import config_from_native, config_to_native
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-@pytest.fixture
-def native_folder(tmp_path):
+def save_native(folder):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "native")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def native_folder(tmp_path):
+    save_native(tmp_path / "native")
     return tmp_path / "native"
 
 
@@ -301,6 +306,15 @@ def set_field(folder, name, value):
 NORM = "model.norm.weight"
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """What each direction converts, in a folder of its name."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    save_native(folder / "from_native")
+    hfllm.from_native(folder / "from_native").save_pretrained(folder / "to_native")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -315,11 +329,8 @@ NORM = "model.norm.weight"
     ids=["missing", "extra", "shape", "truncated", "no-weights", "config", "config-value"],
 )
 @pytest.mark.parametrize("direction", ["from_native", "to_native"])
-def test_broken_checkpoints_give_one_clear_error(native_folder, tmp_path, damage, message, direction):
-    folder = native_folder
-    if direction == "to_native":
-        hfllm.from_native(native_folder).save_pretrained(tmp_path / "ours")
-        folder = tmp_path / "ours"
+def test_broken_checkpoints_give_one_clear_error(checkpoints, tmp_path, damage, message, direction):
+    folder = shutil.copytree(checkpoints / direction, tmp_path / "broken")
     damage(folder)
     with pytest.raises(InputError) as error:
         hfllm.from_native(folder) if direction == "from_native" else hfllm.to_native(folder, tmp_path / "out")

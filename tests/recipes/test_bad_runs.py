@@ -114,7 +114,18 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("flag", "value", "expected", "stages"), NUMBERS, ids=lambda each: str(each)[:30])
+# Each by one of its recipes, in turn; the others have the same check.
+@pytest.mark.parametrize(
+    ("flag", "value", "expected", "stages"),
+    [
+        pytest.param(flag, value, expected, [stage for stage in stages if (stage == first) != rest], marks=marks)
+        for number, (flag, value, expected, stages) in enumerate(NUMBERS)
+        for first in [stages[number % len(stages)]]
+        for rest, marks in ((False, []), (True, [pytest.mark.slow]))
+        if len(stages) > 1 or not rest
+    ],
+    ids=lambda each: str(each)[:30],
+)
 def test_numbers_that_make_no_sense(flag, value, expected, stages, refused):
     for stage in stages:
         assert refused(stage, f"{flag}={value}") == f"{flag} {expected}"
@@ -212,8 +223,15 @@ ADAPTERS = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "expected"), ADAPTERS)
-@pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
+# Each flag by one recipe, and one flag by each recipe.
+@pytest.mark.parametrize(
+    ("stage", "flags", "expected"),
+    [
+        pytest.param(stage, *adapter, marks=[pytest.mark.slow] if number and stage != "sft" else [])
+        for stage in ("sft", "reward", "rlhf")
+        for number, adapter in enumerate(ADAPTERS)
+    ],
+)
 def test_adapters_that_fit_no_layer_before_the_first_stage(stage, flags, expected, refused, saved):
     sizes = {"sft": FEW, "reward": (), "rlhf": ("--num_prompts", 8, "--num_eval_prompts", 4)}[stage]
     assert expected in refused(stage, "--use_peft", *flags, *sizes)
@@ -377,8 +395,15 @@ EVERYWHERE = {
 }
 
 
-@pytest.mark.parametrize("damage", EVERYWHERE)
-@pytest.mark.parametrize(("stage", "flag"), READ_BY)
+# Two kinds of damage for each model that is read, in turn; `test_damaged_models` has them all.
+@pytest.mark.parametrize(
+    ("stage", "flag", "damage"),
+    [
+        pytest.param(*reader, damage, marks=[pytest.mark.slow] if (number + 2 * turn) % 5 > 1 else [])
+        for number, reader in enumerate(READ_BY)
+        for turn, damage in enumerate(EVERYWHERE)
+    ],
+)
 def test_every_recipe_looks_at_every_model(stage, flag, damage, refused, saved, tmp_path, monkeypatch):
     good = shutil.copytree(saved, tmp_path / "good")
     damage(saved)
