@@ -94,6 +94,13 @@ def test_left_out_rows_are_reported_once(rows, capsys):
     assert capsys.readouterr().out.count("1 of 21 rows dropped") == 1
 
 
+def test_a_judge_reads_the_written_answers():
+    files = ["--truthfulqa_file", "a.csv", "--xstest_file", "b.csv"]
+    suites = build.suites_of(*evaluate.parse(["--suites", "truthfulness", "refusals", "hhh", *files]))
+    build.add_judge(suites, "judge")
+    assert [getattr(suite, "judge_model", None) for suite in suites] == ["judge", "judge", None]
+
+
 @pytest.mark.slow
 def test_pictures_that_were_replaced_are_asked_about_anew(seeing_folder, tmp_path, capsys):
     path = write_rows(tmp_path / "data", halves(4))
