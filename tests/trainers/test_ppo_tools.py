@@ -18,6 +18,8 @@ from trl import import_utils
 import hfllm
 from hfllm.environments.tools import calculator
 from hfllm.errors import InputError
+from hfllm.generation.packed.ragged_model import RaggedModel
+from hfllm.generation.packed.turns import Turns
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.ppo import sampling
 from hfllm.trainers.ppo.sampling import SampledLogprobs, TurnCaches
@@ -282,6 +284,30 @@ def test_later_turns_read_what_is_new_alone(make_talker, monkeypatch):
     # Without it the prompts are read three times.
     prompts = int(batches[0]["prompt_mask"].sum())
     assert read[1] - read[0] > prompts and batches[0]["witness"].caches is None
+
+
+def test_later_turns_over_packed_weights_read_what_is_new_alone(make_talker, monkeypatch):
+    trainer, read, batches = make_talker(), [], []
+    call = RaggedModel.__call__
+
+    def counted(self, tokens, *args, **kwargs):
+        read[-1] += tokens.numel()
+        return call(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(RaggedModel, "__call__", counted)
+    for is_kept in (True, False):
+        if not is_kept:
+            monkeypatch.setattr(Turns, "known", lambda *args: None)
+        torch.manual_seed(7)
+        read.append(0)
+        batches.append(trainer.sample(rows_of(trainer, 12)))
+    for name in ("response_ids", "action_mask", "is_ended"):
+        assert torch.equal(batches[0][name], batches[1][name]), name
+    kept, again = (batch["witness"] for batch in batches)
+    actions = batches[0]["action_mask"] > 0
+    for one, other in ((kept.logprobs, again.logprobs), (kept.values, again.values)):
+        torch.testing.assert_close(one[:, : actions.shape[1]][actions], other[:, : actions.shape[1]][actions])
+    assert read[1] - read[0] > int(batches[0]["prompt_mask"].sum()) and kept.caches is None
 
 
 @pytest.mark.slow

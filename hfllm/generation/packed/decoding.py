@@ -1,6 +1,6 @@
 """Plain decoding over a ragged cache: a run of the model gives each running row one token.
 
-Equal prompts in a row, as several samples of a prompt are, are read once. An ended row leaves the batch when the
+Equal prompts, as several samples of a prompt are, are read once. An ended row leaves the batch when the
 rows computed in vain since the last time are as many as the ones that stay: dropping rows copies their cache, so this
 costs at most twice what the best moments would.
 
@@ -12,7 +12,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from hfllm.generation.packed.model import RaggedCache
 from hfllm.generation.packed.ragged_model import RaggedModel
+
+# Takes the prompts (B,) of the rows of a cache that some of them leave now: it holds them until the call returns.
+Leave = Callable[[torch.Tensor, RaggedCache], None]
 
 
 class Draw(Protocol):
@@ -71,14 +75,18 @@ def continue_prompts(
     end_token_ids: Collection[int],
     pad_token_id: int,
     observe: Observer | None = None,
+    known: Sequence[int] | None = None,
+    leave: Leave | None = None,
 ) -> Continuations:
     """Continue prompts until each has an end token, or `max_new_tokens` new ones.
 
     Args:
-        target: the model, its cache empty and of at least the longest prompt's and the new tokens' columns.
+        target: the model, its cache of at least the longest prompt's and the new tokens' columns.
         prompts: (B, S), padded on the right.
         sizes: tokens of each prompt.
         pad_token_id: after the end of a response.
+        known: tokens of each prompt that the cache has already; by default it is empty.
+        leave: called with the rows that leave the cache.
     """
     device = prompts.device
     rows, ends = torch.arange(len(sizes), device=device), prompts.new_tensor(sorted(end_token_ids))
@@ -86,7 +94,7 @@ def continue_prompts(
     tokens = prompts.new_full((len(sizes), max_new_tokens), pad_token_id)
     is_running = torch.ones_like(rows, dtype=torch.bool)
     last, longest, is_level = lengths + max_new_tokens - 1, max(sizes), min(sizes) == max(sizes)
-    logits = _read(target, prompts[:, :longest], lengths, last, sizes)
+    logits = _read(target, prompts[:, :longest], lengths, last, sizes, known)
     columns, in_vain, running = lengths.unsqueeze(1), 0, []
     for step in range(max_new_tokens):
         drawn = draw(logits, rows, step)
@@ -103,6 +111,8 @@ def continue_prompts(
         in_vain += len(rows) - remaining
         if in_vain >= remaining and not target.static:
             index, in_vain = is_running.nonzero().squeeze(1), 0
+            if leave is not None:
+                leave(rows, target.cache)
             target.cache.keep(index)
             rows, drawn, columns, last, is_running = (each[index] for each in (rows, drawn, columns, last, is_running))
             # Rows that have left may have been the longest ones.
@@ -111,6 +121,8 @@ def continue_prompts(
         longest += 1
         logits = target(drawn.unsqueeze(1), columns, last, longest, level=is_level)[:, -1]
         columns = columns + 1
+    if leave is not None:
+        leave(rows, target.cache)
     width = int(counts.max())
     tokens = tokens[:, :width].masked_fill_(torch.arange(width, device=device) >= counts.unsqueeze(1), pad_token_id)
     has_ended = torch.isin(tokens.gather(1, counts.unsqueeze(1) - 1).squeeze(1), ends)
@@ -118,16 +130,26 @@ def continue_prompts(
 
 
 def _read(
-    target: RaggedModel, prompts: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]
+    target: RaggedModel,
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    last: torch.Tensor,
+    sizes: Sequence[int],
+    known: Sequence[int] | None,
 ) -> torch.Tensor:
-    """Read prompts into the cache, equal ones that follow each other once; return logits (B, V)."""
-    is_new = torch.ones_like(lengths, dtype=torch.bool)
-    is_new[1:] = (prompts[1:] != prompts[:-1]).any(1) | (lengths[1:] != lengths[:-1])
-    if bool(is_new.all()):
+    """Read prompts into the cache, or what it does not know of them, equal ones once; return logits (B, V)."""
+    if known is not None:
+        return target.prefill(prompts, lengths, last, sizes, known)[:, -1]
+    first: dict[tuple[int, ...], int] = {}
+    texts = [tuple(row[:size]) for row, size in zip(prompts.tolist(), sizes, strict=True)]
+    for row, text in enumerate(texts):
+        first.setdefault(text, row)
+    if len(first) == len(texts):
         return target.prefill(prompts, lengths, last, sizes)[:, -1]
-    first, source = is_new.nonzero().squeeze(1), is_new.cumsum(0) - 1
-    own_sizes = [sizes[row] for row in first.tolist()]
-    logits = target.prefill(prompts[first], lengths[first], last[first], own_sizes)[:, -1]
+    number = {text: at for at, text in enumerate(first)}
+    index, source = (prompts.new_tensor(each) for each in (list(first.values()), [number[text] for text in texts]))
+    own_sizes = [sizes[row] for row in first.values()]
+    logits = target.prefill(prompts[index], lengths[index], last[index], own_sizes)[:, -1]
     target.cache.keep(source)
     if target.states is not None:
         target.states = target.states[source]

@@ -119,7 +119,12 @@ class RaggedModel:
             handle.remove()
 
     def prefill(
-        self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]
+        self,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor,
+        last: torch.Tensor,
+        sizes: Sequence[int],
+        known: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Read prompts (B, S), padded on the right, into the cache; never compiled, since their lengths vary.
 
@@ -127,21 +132,29 @@ class RaggedModel:
             lengths: (B,), tokens per prompt.
             last: as in `__call__`.
             sizes: `lengths` as Python numbers.
+            known: first tokens of each prompt that the cache has already, fewer than the prompt has.
 
         Returns:
             Logits (B, 1, V) after the prompts.
         """
-        spread = max(sizes) - min(sizes)
+        forward, self.forward = self.forward, self.model if self.static else self.forward
+        columns, at = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1), lengths - 1
+        if known is not None:
+            sizes = [size - own for size, own in zip(sizes, known, strict=True)]
+            begins = lengths.new_tensor(known)
+            columns, at = columns[:, : max(sizes)] + begins.unsqueeze(1), at - begins
+            # Tokens after a prompt's end are written to columns that its next tokens take.
+            tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1))
+        width, spread = tokens.shape[1], max(sizes) - min(sizes)
         # The head runs on the columns where rows end. If these are too many, the last tokens are run again.
         together = len(sizes) * spread * self.vocabulary <= MOST_LOGITS or not self.keeps_logits
-        forward, self.forward = self.forward, self.model if self.static else self.forward
-        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        logits = self(tokens, columns, last, tokens.shape[1], logits=spread + 1 if together else 1)
-        at = lengths.unsqueeze(1) - 1
+        longest = width if known is None else max(known) + width
+        logits = self(tokens, columns, last, longest, logits=spread + 1 if together else 1)
         if not together:
-            logits = self(tokens.gather(1, at), at, last, tokens.shape[1])
+            at = at.unsqueeze(1)
+            logits = self(tokens.gather(1, at), columns.gather(1, at), last, longest)
         elif spread:
-            index = (at - (tokens.shape[1] - logits.shape[1])).unsqueeze(-1)
+            index = (at.unsqueeze(1) - (width - logits.shape[1])).unsqueeze(-1)
             logits = logits.gather(1, index.expand(-1, 1, logits.shape[-1]))
             if self.states is not None:
                 self.states = self.states.gather(1, index.expand(-1, 1, self.states.shape[-1]))

@@ -21,6 +21,7 @@ from hfllm.errors import InputError, refuse_if
 from hfllm.generation.packed.decoding import Continuations, Observer, continue_prompts
 from hfllm.generation.packed.model import has_int8, unsupported_reason
 from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
+from hfllm.generation.packed.turns import Turns
 from hfllm.generation.speculative.acceptance import Options, check_config, make_options, read_options
 from hfllm.generation.speculative.drafts import (
     Draft,
@@ -193,12 +194,14 @@ def continued(
     packed: bool | None = None,
     observe: Observer | None = None,
     with_states: bool = False,
+    turns: Turns | None = None,
 ) -> Continuations:
     """Continue prompts without drafts, as `speculative_generate` does, and return only the new tokens.
 
     Args:
         observe: called for every token.
         with_states: whether `observe` gets the input of the head.
+        turns: what is known of the prompts' beginnings; it gets to know these and the new tokens.
     """
     packed = _is_packed(model, compile, packed)
     sizes = attention_mask.sum(1).tolist()
@@ -206,16 +209,30 @@ def continued(
     check_context(model, capacity)
     if compile:
         capacity = -(-capacity // COMPILED_BLOCK) * COMPILED_BLOCK
-    return continue_prompts(
-        ragged_model(model, capacity, compile, packed, with_states),
-        padded_right(input_ids, attention_mask, max(sizes)),
+    prompts = padded_right(input_ids, attention_mask, max(sizes))
+    known = None if turns is None else turns.known(prompts, sizes)
+    if known is not None:
+        # Rows are read together, also those with fewer new tokens.
+        new = max(size - own for size, own in zip(sizes, known, strict=True))
+        capacity = max(capacity, max(known) + new)
+    target = ragged_model(model, capacity, compile, packed, with_states)
+    if turns is not None:
+        turns.fill(target.cache, 0 if known is None else max(known))
+    result = continue_prompts(
+        target,
+        prompts,
         sizes,
         lambda logits, rows, step: options.sampler.draft(logits)[0],
         options.max_new_tokens,
         options.eos_token_ids,
         options.pad_token_id,
         observe,
+        known,
+        None if turns is None else turns.leave,
     )
+    if turns is not None:
+        turns.end(prompts, sizes, result)
+    return result
 
 
 def many_shapes() -> AbstractContextManager:

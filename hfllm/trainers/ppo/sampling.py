@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from hfllm.errors import InputError
+from hfllm.generation.packed.turns import Turns, shared
 from hfllm.generation.responses import undecodable_reason, warn_of_generate, without_cpu_autocast
 from hfllm.generation.speculative.acceptance import Options, read_options
 from hfllm.generation.speculative.speculative import continued
@@ -68,12 +69,14 @@ class Kept(NamedTuple):
 
 
 class TurnCaches:
-    """Caches of `generate` for the last turn of each episode, on a CPU and for layers of full attention.
+    """Caches of the last turn of each episode, on a CPU.
 
-    On an accelerator memory is scarcer than the time for reading.
+    On an accelerator memory is scarcer than the time for reading. Those of `generate` are kept for layers of full
+    attention, and ragged ones in `turns`.
     """
 
     def __init__(self) -> None:
+        self.turns = Turns()
         self._kept: dict[int, Kept] = {}
         self._parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
@@ -117,7 +120,7 @@ class TurnCaches:
         rows, width = [entries[episode] for episode in episodes], ids.shape[1]
         begins = mask.argmax(1).tolist()
         sequences = [row[begin:] for row, begin in zip(ids.tolist(), begins, strict=True)]
-        new = [len(all_) - _shared(row.tokens, all_) for row, all_ in zip(rows, sequences, strict=True)]
+        new = [len(all_) - shared(row.tokens, all_) for row, all_ in zip(rows, sequences, strict=True)]
         columns = width - max(new)
         if columns <= 0:
             return None
@@ -142,14 +145,6 @@ def _gathered(tensors: Sequence[torch.Tensor], rows: Sequence[Kept], sources: to
             columns = sources[indices].clamp(max=tensor.shape[2] - 1)
             result[indices] = tensor[index, :, columns].transpose(1, 2)
     return result
-
-
-def _shared(cached: Sequence[int], tokens: Sequence[int]) -> int:
-    """Return the number of known tokens of a sequence, at most all but its last, which has to be read."""
-    most = min(len(cached), len(tokens) - 1)
-    if cached[:most] == tokens[:most]:
-        return most
-    return next(at for at in range(most) if cached[at] != tokens[at])
 
 
 def _is_plain(cache: object) -> bool:
@@ -289,6 +284,13 @@ class SampledLogprobs:
         self.turns, device = len(rows), self.tokens.device
         self._rows, self._columns = (torch.tensor(list(indices), device=device) for indices in (rows, columns))
 
+    def turns_of(self, rows: int) -> Turns | None:
+        """Return what is known of the episodes about to be continued, where these are as many."""
+        if self.caches is None or rows != self.turns:
+            return None
+        self.caches.turns.begin(self._rows.tolist())
+        return self.caches.turns
+
     def cache_before(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
         """Return the known parts of the sequences (N, P) about to be continued, see `TurnCaches.before`."""
         if self.caches is None or len(ids) != self.turns:
@@ -408,8 +410,7 @@ def _generate_together(
     pictures: Pictures | None,
 ) -> dict[str, torch.Tensor]:
     """Sample all responses at once; `first_row` is the index of the first prompt in the witness's records."""
-    is_plain = pictures is None and (witness is None or witness.caches is None)
-    if is_plain and (options := _fast_options(policy, prompt_ids, generation_config)) is not None:
+    if pictures is None and (options := _fast_options(policy, prompt_ids, generation_config)) is not None:
         return _continue(policy, prompt_ids, prompt_mask, options, witness, first_row)
     start, longest = prompt_ids.shape[1], generation_config.max_new_tokens
     responses = prompt_ids.new_full((len(prompt_ids), longest), generation_config.pad_token_id)
@@ -490,9 +491,10 @@ def _continue(
         if witness is not None:
             witness.note(rows + first_row, step, logits, states, tokens)
 
-    with_states = witness is not None and witness.value_head is not None
+    more = {"with_states": witness is not None and witness.value_head is not None}
+    more["turns"] = None if witness is None else witness.turns_of(len(prompt_ids))
     with plainly(policy), without_cpu_autocast(policy):
-        new = continued(policy, prompt_ids, prompt_mask, options, observe=observe, with_states=with_states)
+        new = continued(policy, prompt_ids, prompt_mask, options, observe=observe, **more)
     mask = (torch.arange(new.tokens.shape[1], device=new.lengths.device) < new.lengths.unsqueeze(1)).long()
     return {"response_ids": new.tokens, "response_mask": mask, "is_ended": new.has_ended}
 
