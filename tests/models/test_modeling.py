@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import hfllm
 from hfllm.generation.speculative.speculative import fast_generate
-from hfllm.models.family import layers_hfllm, modeling_hfllm
+from hfllm.models.family import layers_hfllm, modeling_hfllm, real_tokens_hfllm
 from hfllm.models.family.attention_hfllm import create_masks, packed_sequences
 
 
@@ -432,7 +432,7 @@ def test_right_padding_changes_nothing(make_model, axes, ids):
 @pytest.fixture
 def no_gap(monkeypatch):
     """Attend to rows of other lengths apart, however short they are."""
-    monkeypatch.setattr(layers_hfllm, "LEAST_GAP", 1)
+    monkeypatch.setattr(real_tokens_hfllm, "LEAST_GAP", 1)
 
 
 def padded_batch(ids, side):
@@ -462,7 +462,7 @@ def test_padding_that_is_not_computed_changes_no_gradient(make_model, axes, ids,
     torch.testing.assert_close(fast, gradients_of(model, batch), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", ["right", "left", "alike"])
 def test_products_in_half_precision_have_few_numbers_of_rows(make_model, monkeypatch, side):
     """The hint leaves out padding; a few tokens of it are computed still, as many as a kernel lacks."""
     model, generator, seen = make_model(max_position_embeddings=64), torch.Generator().manual_seed(0), set()
@@ -473,6 +473,9 @@ def test_products_in_half_precision_have_few_numbers_of_rows(make_model, monkeyp
     mask = (mask if side == "left" else mask.flip(1)) & (torch.arange(30) < 28)
     is_read = mask & (torch.rand(mask.shape, generator=generator) < 0.4)
     ids = torch.randint(3, 30, mask.shape, generator=generator) * mask
+    if side == "alike":
+        # Pairs of rows begin by the same eight tokens.
+        ids[1::2, :8] = ids[::2, :8] * mask[1::2, :8]
 
     def product(states, *args):
         seen.add(states[..., 0].numel())
@@ -492,7 +495,7 @@ def test_products_in_half_precision_have_few_numbers_of_rows(make_model, monkeyp
     seen.clear()
     monkeypatch.setattr(layers_hfllm, "ROWS", 1)
     torch.testing.assert_close(rounded, gradients(), atol=0.02, rtol=0.02)
-    assert {int(mask.sum()), int(is_read.sum())} == seen
+    assert {int(mask.sum()), int(is_read.sum())} == seen or (side == "alike" and max(seen) < mask.sum() - 70)
 
 
 @pytest.mark.usefixtures("no_gap")

@@ -7,7 +7,7 @@ costs at most twice what the best moments would.
 Shapes: B rows, S tokens of the longest prompt, R new tokens, E hidden_size, V vocabulary size.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch

@@ -35,7 +35,8 @@ from .attention_masks_hfllm import (
 )
 from .configuration_fields_hfllm import WINDOWS, longrope_limits, own_window
 from .configuration_hfllm import HfllmConfig
-from .layers_hfllm import HfllmRMSNorm, RealTokens, build_norm, is_unobserved, needs_autograd
+from .layers_hfllm import HfllmRMSNorm, build_norm, is_unobserved, needs_autograd
+from .real_tokens_hfllm import RealTokens
 
 # ---- attention ----
 
@@ -280,6 +281,9 @@ def attend_in_fp32(attend: Callable, module: nn.Module, *states: torch.Tensor, *
         return attend(module, *(each.float() for each in heads), mask, **kwargs)
 
 
+# ---- implementations and masks ----
+
+
 def check_implementation(implementation: str, config: PreTrainedConfig) -> None:
     """Refuse an attention function unable to compute a model.
 
@@ -403,11 +407,6 @@ def padding_of_one(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     last = attention_mask[:, -1:]
     # A GPU would have to wait for the answer.
     return None if last.device.type == "cpu" and last.all() else last
-
-
-def ends_in_padding(attention_mask: torch.Tensor) -> bool:
-    """Return whether all padding of (B, S) stands at the ends of rows, where no earlier token attends to it."""
-    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def create_masks(

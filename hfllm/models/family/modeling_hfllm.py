@@ -37,7 +37,6 @@ from .attention_hfllm import (
     check_implementation,
     check_softcap,
     create_masks,
-    ends_in_padding,
     keep_last_sequences,
     packed_sequences,
     positions_of_sequences,
@@ -63,7 +62,6 @@ from .layers_hfllm import (
     HfllmEmbedding,
     HfllmPositionEmbedding,
     HfllmScore,
-    RealTokens,
     build_norm,
     check_positions,
     is_unobserved,
@@ -72,6 +70,7 @@ from .layers_hfllm import (
     saves_memory,
 )
 from .linear_attention_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
+from .real_tokens_hfllm import real_tokens
 
 # ---- head ----
 #
@@ -428,7 +427,7 @@ class HfllmModel(HfllmPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Return the last hidden states (B, S, E).
 
-        `is_read` (B, S) is a hint: other states, and padding, need not be computed in training, and are 0 then.
+        `is_read` (B, S) is a hint: other states, and padding, need not be computed, and may be 0 then.
 
         Rows of `position_ids` that restart (fall, or return to 0) hold packed sequences without attention to each
         other. They need `cache=None` and are computed without one. Positions that jump forward are one sequence.
@@ -451,13 +450,15 @@ class HfllmModel(HfllmPreTrainedModel):
         packed = packed_sequences(position_ids, attention_mask) if cache is None and masks is None else None
         if use_cache and cache is None and packed is None and self.config.is_causal:
             cache = DynamicCache(config=self.config)
+        # Rows with equal tokens are equal where positions are counted.
+        shared_ids = input_ids if position_ids is None else None
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         tokens = None
         is_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == inputs_embeds.shape[:2]
         if is_padding and cache is None and packed is None:
-            attention_mask, tokens = self._real_tokens(attention_mask, is_read)
+            attention_mask, tokens = real_tokens(self, attention_mask, is_read, shared_ids)
         if masks is None:
             masks = create_masks(self.config, inputs_embeds, attention_mask, cache, packed)
         hidden_states, rotations = self._embed(inputs_embeds, position_ids, cache)
@@ -493,25 +494,12 @@ class HfllmModel(HfllmPreTrainedModel):
             )
         return hidden_states
 
-    def _real_tokens(
-        self, attention_mask: torch.Tensor, is_read: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, RealTokens | None]:
-        """Return the mask still needed, and the tokens to compute alone; `None` if padding is computed like them."""
-        config = self.config
-        # A GPU would have to wait for the number of tokens.
-        if is_read is None or attention_mask.device.type != "cpu" or not self.computes_by_token:
-            return attention_mask, None
-        if is_read.shape != attention_mask.shape or bool((is_read & (attention_mask == 0)).any()):
-            return attention_mask, None
-        reads_few = config.norm_placement == "pre" and not config.parallel_block
-        needs_no_mask = config.is_causal and ends_in_padding(attention_mask)
-        tokens = RealTokens.of(attention_mask, is_read if reads_few else None, needs_no_mask)
-        return None if needs_no_mask else attention_mask, tokens
-
     @property
     def computes_by_token(self) -> bool:
         """Whether padding is left out now: only attention looks at a batch's shape, and nobody observes the layers."""
-        if not (self.training and torch.is_grad_enabled() and saves_memory()) or self.gradient_checkpointing:
+        if (torch.is_grad_enabled() and not (self.training and saves_memory())) or self.gradient_checkpointing:
+            return False
+        if torch.compiler.is_compiling() or needs_autograd():
             return False
         config = self.config
         if config.num_local_experts or config.kv_lora_rank or config._attn_implementation != "sdpa":

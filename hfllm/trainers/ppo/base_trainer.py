@@ -281,8 +281,8 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         if limit is None and is_cpu:
             within = max(MOST_CPU_LOGITS // self.policy.config.get_text_config().vocab_size, LEAST_CPU_TOKENS)
             limit = min(MOST_CPU_TOKENS, within)
-            if most_rows is None and bucket is None and self.actor.leaves_out_padding:
-                return length_groups(batch, None, min(MOST_MIXED_TOKENS, within))
+            if bucket is None and self.actor.leaves_out_padding:
+                return length_groups(batch, None, min(MOST_MIXED_TOKENS, within), most_rows)
             if bucket is None and self.accelerator.mixed_precision == "bf16":
                 limit = min(HALF_TOKENS, 2 * within)
                 return length_groups(batch, None, limit, min(most_rows or HALF_ROWS, HALF_ROWS), logits)
