@@ -13,11 +13,12 @@ from hfllm.compression.int8 import DynamicInt8Linear
 from hfllm.errors import InputError
 from hfllm.generation import fast_generate
 from hfllm.generation.packed import forms
-from hfllm.generation.packed.forms import family_config, family_form
+from hfllm.generation.packed.forms import family_config, family_form, learning_form
 from hfllm.generation.packed.model import has_int8, packed_model, unsupported_reason
 from hfllm.generation.packed.ragged_model import RaggedModel
 from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, PromptLookupDraft
 from hfllm.models.conversion.convert import in_family
+from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")
 # The native Llama's norm computes in fp32 whatever its weights are in.
@@ -295,6 +296,70 @@ def test_autocast_and_adapters_are_refused(make_target):
     assert "wrapped by PEFT" in unsupported_reason(adapted)
     assert "q_proj is a Linear of peft" in unsupported_reason(adapted.get_base_model())
     assert unsupported_reason(adapted.merge_and_unload()) is None
+
+
+# ---- forms that learn ----
+
+
+def gradients(policy, model, ids, mask):
+    """The logits and the policy's gradients of a batch with padding on the right, by this model over its weights."""
+    policy.zero_grad()
+    hint = {"is_read": mask > 0} if isinstance(model, HfllmForCausalLM) else {}
+    logits = model(ids, attention_mask=mask, use_cache=False, **hint).logits[mask > 0]
+    logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape))
+    return logits.detach(), [parameter.grad.clone() for parameter in policy.parameters()]
+
+
+def test_a_form_learns_in_the_place_of_its_model(make_target):
+    model = make_target.native("llama").float().train()
+    form = learning_form(model)
+    assert isinstance(form, HfllmForCausalLM) and form.training and learning_form(model) is form
+    assert {*map(id, form.parameters())} == {*map(id, model.parameters())}
+    ids, mask = torch.arange(24).view(3, 8), (torch.arange(8) < torch.tensor([[3], [8], [5]])).long()
+    for _ in range(2):
+        torch.testing.assert_close(
+            gradients(model, form, ids, mask), gradients(model, model, ids, mask), atol=1e-4, rtol=1e-4
+        )
+        torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert not learning_form(model.eval()).training and learning_form(model.train()).training
+    model.requires_grad_(False)
+    assert not any(each.requires_grad for each in form.parameters())
+
+
+def checkpointed(model):
+    model.activation_checkpointing_enable()
+
+
+def with_dropout(model):
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, hooked_before, with_a_forward, quantized, with_one_in_half_precision, untied, checkpointed, with_dropout],
+)
+def test_what_is_changed_learns_itself(change, make_target):
+    model = make_target.native("llama").float().train()
+    change(model)
+    assert learning_form(model) is model
+
+
+def test_a_change_of_parts_is_noticed(make_target):
+    model = make_target.native("llama").float().train()
+    form = learning_form(model)
+    model.model.norm.weight = nn.Parameter(model.model.norm.weight.detach() * 2)
+    other = learning_form(model)
+    assert other is not form and other.model.norm.weight is model.model.norm.weight
+    model.model.layers[0].mlp.down_proj = DynamicInt8Linear(64, 32, bias=False)
+    assert learning_form(model) is model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert learning_form(make := make_target.native("llama").float()) is make
+
+
+def test_copied_weights_do_not_learn(make_target):
+    """Those of GPT-2 are transposed; models of the family learn as they are."""
+    model, own = make_target.native("gpt2").float().train(), make_target()
+    assert learning_form(model) is model and learning_form(own) is own
 
 
 # ---- drafts ----

@@ -174,8 +174,9 @@ def test_a_native_policy_is_sampled_over_packed_weights(family, ids, tokenizer, 
         assert model.training
         mask = got["response_mask"] > 0
         logprobs, values, _ = actor.eval()(*ids, got["response_ids"], got["response_mask"])
-        for recorded, found in ((witness.logprobs, logprobs), (witness.values, values)):
-            torch.testing.assert_close(recorded[:, : mask.shape[1]][mask], found[mask], atol=1e-5, rtol=1e-5)
+        # Values reach 40 after the update.
+        for recorded, found, near in ((witness.logprobs, logprobs, 1e-5), (witness.values, values, 1e-4)):
+            torch.testing.assert_close(recorded[:, : mask.shape[1]][mask], found[mask], atol=near, rtol=1e-5)
         (logprobs.sum() + values.sum()).backward()
         optimizer.step()
         actor.train()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from hfllm.generation.packed.forms import learning_form
 from hfllm.models.family.layers_hfllm import HfllmScore, missing_rows
 from hfllm.models.family.modeling_hfllm import HfllmModel
 from hfllm.models.loading.saved import reads_pictures
@@ -302,6 +303,7 @@ def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits (N, V) of the actions, and the states (N, E) they are computed from."""
+    model = learning_form(model)
     with head_on(model, sequences) as states, actions_only(model.get_decoder(), sequences) as masks:
         logits = model(input_ids=sequences.input_ids, use_cache=False, **masks, **sequences.pictures).logits
     if not states:
@@ -357,7 +359,7 @@ class ActorCritic(nn.Module):
     @property
     def leaves_out_padding(self) -> bool:
         """Whether both models compute tokens alone, so rows of any lengths may share a pass."""
-        trunks = [self.policy.get_decoder()]
+        trunks = [learning_form(self.policy).get_decoder()]
         if self.value_model is not None:
             trunks.append(getattr(self.value_model, self.value_model.base_model_prefix))
         return all(map(leaves_out_padding, trunks))
