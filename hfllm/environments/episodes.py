@@ -145,7 +145,7 @@ def _take_turn(
 
 REWRITES = "tools: the chat template writes a turn otherwise when a result follows it: set one that does not"
 UNREADABLE = "{'error': 'the result cannot be written as plain text'}"
-# Number of kept replies: tools often repeat the same text.
+# Number of kept replies, and of turns: tools often repeat the same text.
 KEPT_REPLIES = 512
 
 
@@ -189,6 +189,7 @@ class ToolTurns:
         self.opening, self._prompt_ids = opened[len(before) :], before
         self._before = lru_cache(KEPT_REPLIES)(self._tokens_before)
         self._written = lru_cache(KEPT_REPLIES)(self._write)
+        self._parsed = lru_cache(KEPT_REPLIES)(self._parse)
         self._turn_end = set(self._before(("tool",))[-1:]) & self.end_token_ids
         # Of one result, so an unsuitable chat template is refused before training.
         self._skeletons = {1: self._control_of(self._reply([_message_of("tool", "x")]))}
@@ -198,6 +199,10 @@ class ToolTurns:
 
         As in TRL, a turn whose calls cannot be read, such as broken JSON, is a message of plain text.
         """
+        # Policies often say the same; whoever gets a message may change it.
+        return copy.deepcopy(self._parsed(tuple(turn_ids)))
+
+    def _parse(self, turn_ids: tuple[int, ...]) -> Message:
         from trl.chat_template_utils import parse_response
 
         try:

@@ -210,10 +210,11 @@ class Sampler:
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Return processed logits in fp32, (..., V) as the logits."""
-        scores = logits.to(torch.float32)
-        if len(self.processors):
-            scores = self.processors(None, scores.flatten(0, -2)).view(scores.shape)
-        return scores
+        scores = logits.to(torch.float32).flatten(0, -2)
+        # One by one: the list reads each one's signature at every token.
+        for processor in self.processors:
+            scores = processor(None, scores)
+        return scores.view(logits.shape)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the distribution to draw from, (..., V)."""

@@ -494,7 +494,7 @@ def _continue(
     more = {"with_states": witness is not None and witness.value_head is not None}
     more["turns"] = None if witness is None else witness.turns_of(len(prompt_ids))
     with plainly(policy), without_cpu_autocast(policy):
-        new = continued(policy, prompt_ids, prompt_mask, options, observe=observe, **more)
+        new = continued(policy, prompt_ids, prompt_mask, options, packed=True, observe=observe, **more)
     mask = (torch.arange(new.tokens.shape[1], device=new.lengths.device) < new.lengths.unsqueeze(1)).long()
     return {"response_ids": new.tokens, "response_mask": mask, "is_ended": new.has_ended}
 
