@@ -352,8 +352,21 @@ def test_a_change_of_parts_is_noticed(make_target):
     assert other is not form and other.model.norm.weight is model.model.norm.weight
     model.model.layers[0].mlp.down_proj = DynamicInt8Linear(64, 32, bias=False)
     assert learning_form(model) is model
+
+
+def test_within_autocast_it_rounds_no_more_than_the_model(make_target):
+    model = make_target.native("llama").float().train()
+    ids, mask = torch.arange(24).view(3, 8), (torch.arange(8) < torch.tensor([[3], [8], [5]])).long()
+
+    def flat(form):
+        return torch.cat([each.flatten() for each in gradients(model, form, ids, mask)[1]])
+
+    exact = flat(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert learning_form(make := make_target.native("llama").float()) is make
+        form = learning_form(model)
+        assert form is not model
+        errors = [float((flat(each) - exact).norm() / exact.norm()) for each in (form, model)]
+    assert errors[0] < 1.5 * errors[1] < 0.1
 
 
 def test_copied_weights_do_not_learn(make_target):

@@ -178,11 +178,11 @@ def learning_form(model: "PreTrainedModel") -> "PreTrainedModel":
 
     On a CPU the family computes a batch in less time: no padding, no beginning twice, norms in fewer kernels. Its
     logits are the native model's up to the order of sums. The model itself runs where someone would notice that it did
-    not: hooks, adapters, dropout, checkpointing, engines, autocast, a compiler.
+    not: hooks, adapters, dropout, checkpointing, engines, a compiler.
     """
     if isinstance(model, HfllmForCausalLM) or hasattr(model, "get_base_model") or model.device.type != "cpu":
         return model
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or model.dtype not in EXACT:
         return model
     modules = list(model.modules())
     if not is_unobserved(*modules) or any(_differs(each, model.training) for each in modules):
@@ -192,7 +192,7 @@ def learning_form(model: "PreTrainedModel") -> "PreTrainedModel":
         _LEARNERS.pop(model, None)
         with torch.inference_mode(False), torch.no_grad():
             learner = _LEARNERS[model] = _Learner(model, modules)
-    if learner.form is None or model.dtype not in EXACT:
+    if learner.form is None:
         return model
     if learner.form.training != model.training:
         learner.form.train(model.training)
