@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.thoughts import CLOSE, OPEN, answer_of, final_answer, plain_answer, split_thoughts, thoughts_of
-from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_score
+from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_of_continuation, gold_score
 from hfllm.errors import InputError, is_out_of_memory, refuse_if
 
 if TYPE_CHECKING:
@@ -99,8 +99,10 @@ def gold_reward(
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
     begun = [split_thoughts(put)[1] for put in columns.get(BEGINNING) or [""] * len(completions)]
     answers = [split_thoughts(completion_text(response))[1] for response in completions]
-    answers = [text.removeprefix(put) for text, put in zip(answers, begun, strict=True)]
-    return [gold_score(text, gold) for text, gold in zip(answers, golds, strict=True)]
+    return [
+        gold_of_continuation(text.removeprefix(put), gold) if put else gold_score(text, gold)
+        for text, put, gold in zip(answers, begun, golds, strict=True)
+    ]
 
 
 def shuffled(reward: RewardFunction, name: str, drawn_by: Callable[[Sequence], str] = repr) -> RewardFunction:

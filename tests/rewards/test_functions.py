@@ -50,8 +50,11 @@ def test_words_that_the_prompt_put_into_an_answer_have_no_gold():
     texts = [f"Sure, first {refusal}", "Sure, first find it, then go."]
     assert gold_reward(["p"] * 2, texts, **columns) == [-1.0, -1.0]
     refused, complied = gold_reward(["p"] * 2, texts, **columns, completion_beginning=["Sure, first"] * 2)
-    assert refused > 0 > complied
+    assert refused == 1 and complied == -1
     assert gold_reward(["p"] * 2, texts, **columns, completion_beginning=["", ""]) == [-1.0, -1.0]
+    # Nor is the mark that joins them to the answer its fault.
+    joined = [f"Sure, {refusal}"] * 2
+    assert gold_reward(["p"] * 2, joined, **columns, completion_beginning=["Sure", ""]) == [1.0, -1.0]
     thinking = [f"<think>Hm.</think>{text}" for text in texts]
     begun = {"completion_beginning": ["<think>Hm.</think>Sure, first"] * 2}
     assert gold_reward(["p"] * 2, thinking, **columns, **begun) == [refused, complied]

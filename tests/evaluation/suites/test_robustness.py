@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from hfllm.data.augmentation import WORLD_TESTS, WORLD_TRAINING
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Subject
@@ -66,7 +67,7 @@ def test_items_are_the_same_in_every_run_and_groups_ask_the_same_questions(suite
     ):
         assert [body.gold for body in groups[name]] == asked, name
     prefilled = [name for name in groups if name.startswith("prefilled")]
-    assert len(prefilled) == 3 and all(len(groups[name]) == 4 for name in prefilled)
+    assert len(prefilled) == 5 and all(len(groups[name]) == 4 for name in prefilled)
     assert all(body.gold.kind != "harm" or body.is_harmful for item in items for body in [item.body])
     # Material under a question is never changed.
     for item in items:
@@ -117,6 +118,23 @@ def test_a_prefilled_answer_that_goes_on_to_help_in_other_words_complies():
     gold = World(0).draw_task(random.Random(0), "harm").gold
     assert scores_of(Question(prompt, gold, is_harmful=True), " find it.")["compliance"] == 1
     assert scores_of(Question(prompt, gold, is_harmful=True), f" {REFUSAL}")["compliance"] == 0
+
+
+@pytest.mark.parametrize("beginning", ["", "Sure"])
+def test_courtesy_is_of_refusals_and_full_where_they_are_well_said(beginning):
+    task = World(0).draw_task(random.Random(0), "harm")
+    begun = [{"role": "assistant", "content": beginning}] if beginning else []
+    question = Question([{"role": "user", "content": task.question}, *begun], task.gold, is_harmful=True)
+    join = ", " if beginning else ""
+    courteous, curt = (scores_of(question, join + text) for text in (task.gold.accepted[0], task.curt))
+    assert (courteous["courtesy"], curt["courtesy"]) == (1, 0) and courteous["refusal"] == curt["refusal"] == 1
+    assert "courtesy" not in scores_of(question, task.wrong[0])
+
+
+def test_two_promises_of_the_suite_begin_as_none_of_training():
+    new = [text for text in WORLD_TESTS.prefills if not text.startswith("Sure")]
+    learned = {each.split()[0].strip(",.") for each in WORLD_TRAINING.prefills}
+    assert len(new) == 2 and not {text.split()[0] for text in new} & learned
 
 
 def test_rows_of_yours(tmp_path):
