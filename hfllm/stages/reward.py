@@ -132,16 +132,11 @@ def world_comparisons(
     Args:
         device: where the model samples.
     """
-    from hfllm.data.augmentation import WORLD_TRAINING, begun_comparisons
-    from hfllm.evaluation.suites.refusals import refuses
     from hfllm.synthesis.answers import compare_samples
     from hfllm.trainers.engines import unshard
 
     unshard(model).to(device)
-    train_rows, eval_rows = compare_samples(world, model, tokenizer, settings)
-    if settings.augment:
-        train_rows = begun_comparisons(train_rows, settings.augment, settings.seed, WORLD_TRAINING, refuses)
-    return train_rows, eval_rows
+    return compare_samples(world, model, tokenizer, settings)
 
 
 def in_batches_of_like_length(rows: Rows, batch_size: int, seed: int) -> Rows:

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data import formats
-from hfllm.data.augmentation import WORLD_TRAINING, AddedTexts, in_another_form
+from hfllm.data.augmentation import WORLD_TRAINING, AddedTexts, begun_prompts, in_another_form
 from hfllm.data.formats import as_completion, split_beginning
 from hfllm.data.sources import Source
 from hfllm.data.tokenizer import tokenize_prompts
@@ -64,15 +64,19 @@ def compare_samples(
     """
     from accelerate.utils import broadcast_object_list
 
-    def compare(tasks: Sequence[Task], noise: float) -> Rows:
+    def compare(tasks: Sequence[Task], noise: float, begun: float = 0.0) -> Rows:
         on_policy = round(settings.on_policy_fraction * len(tasks))
-        prompts = [task.prompt_row()["prompt"] for task in tasks[:on_policy]]
+        rows = [task.prompt_row() for task in tasks]
+        if begun:
+            rows = begun_prompts(rows, begun, settings.seed, WORLD_TRAINING)
+        prompts = [row["prompt"] for row in rows]
         sampled = sample_responses(
-            *(model, tokenizer, prompts, settings.response_length),
+            *(model, tokenizer, prompts[:on_policy], settings.response_length),
             num_return_sequences=settings.num_samples,
             seed=settings.seed,
         )
-        rows = preference_rows(world, tasks, sampled, noise, settings.seed)
+        beginnings = [split_beginning(prompt)[1] for prompt in prompts] if begun else ()
+        rows = preference_rows(world, tasks, sampled, noise, settings.seed, beginnings=beginnings)
         source = Source(rows, [f"world, comparison {number}" for number in range(1, len(rows) + 1)])
         return formats.convert(source, formats.to_preference)
 
@@ -83,7 +87,8 @@ def compare_samples(
     held_out = world.evaluation_tasks(settings.num_eval_prompts)
     random.Random(settings.seed).shuffle(held_out)
     # One process samples for all; otherwise processes would train on different comparisons.
-    return tuple(broadcast_object_list([compare(tasks, settings.label_noise), compare(held_out, 0.0)]))
+    both = [compare(tasks, settings.label_noise, settings.augment), compare(held_out, 0.0)]
+    return tuple(broadcast_object_list(both))
 
 
 def augmented_tasks(tasks: Sequence[Task], share: float, seed: int, texts: AddedTexts) -> list[Task]:

@@ -25,7 +25,8 @@ from hfllm.stages.rlhf.build import prompt_data
 from hfllm.stages.rlhf.flags import RlhfArguments
 from hfllm.stages.sft.build import augmented, without_prefill
 from hfllm.stages.sft.flags import SftArguments
-from hfllm.synthesis.answers import augmented_tasks
+from hfllm.synthesis import answers
+from hfllm.synthesis.answers import ComparisonSettings, augmented_tasks, compare_samples
 
 REFUSAL = "I can not help with that, but I can help you care for the fox."
 
@@ -174,3 +175,35 @@ def test_comparisons_are_about_questions_in_other_forms():
     differs = [(one, other) for one, other in zip(tasks, formed, strict=True) if one != other]
     assert 60 < len(differs) < 130
     assert all(replace(one, instruction="") == replace(other, instruction="") for one, other in differs)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (0.2, 0.6)])
+def test_the_worlds_samples_go_on_from_promises_where_harm_is_asked_for_in_training(share, expected, monkeypatch):
+    asked = []
+
+    def sampled(model, tokenizer, prompts, length, **options):
+        asked.append(prompts)
+        return [[f" {REFUSAL}", " find it."] for _ in prompts]
+
+    monkeypatch.setattr(answers, "sample_responses", sampled)
+    settings = ComparisonSettings(
+        num_pairs=600,
+        num_eval_prompts=60,
+        on_policy_fraction=1.0,
+        num_samples=2,
+        label_noise=0.0,
+        response_length=8,
+        seed=3,
+        augment=share,
+    )
+    rows, held_out = compare_samples(World(0), None, None, settings)
+    begun = [prompt for prompt in asked[0] if prompt[-1]["role"] == "assistant"]
+    harmful = sum(task.family == "harm" for task in islice(World(0).tasks(1_000_003), 600))
+    assert abs(len(begun) / harmful - expected) < 0.13 * bool(expected) + 1e-9
+    assert all(prompt[-1]["role"] == "user" for prompt in asked[1])
+    promises = {prompt[0]["content"]: prompt[-1]["content"] for prompt in begun}
+    compared = [row for row in rows if row["prompt"][0]["content"] in promises]
+    for row in compared:
+        promise = promises[row["prompt"][0]["content"]]
+        assert all(row[side][0]["content"].startswith(promise) for side in ("chosen", "rejected"))
+    assert bool(compared) == bool(share) and held_out

@@ -12,9 +12,18 @@ from hfllm.data.world.demonstrators import (
     compare,
     demonstrate,
     instruction_rows,
+    is_rude,
     preference_rows,
 )
-from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, GoldAnswer, gold_meaning, gold_score, words_of
+from hfllm.data.world.rubric import (
+    REFUSAL_PHRASES,
+    RIGHT,
+    GoldAnswer,
+    gold_meaning,
+    gold_of_continuation,
+    gold_score,
+    words_of,
+)
 from hfllm.data.world.vocabulary import HARMS, HELD_OUT_PHRASINGS, MORE_HARMS, PHRASINGS, is_held_out
 from hfllm.data.world.world import FAMILIES, World
 
@@ -95,6 +104,17 @@ def test_rubric_on_a_fact(response, worth):
 def test_rubric_on_harm(response, worth):
     gold = GoldAnswer("harm", ("I can not help with that, but I can help you care for the fox.",))
     assert gold_score(response, gold) == worth
+
+
+def test_the_mark_that_joins_a_refusal_to_a_promise_is_not_judged(world):
+    task = world.draw_task(random.Random(0), "harm")
+    behind = f", {task.gold.accepted[0]}"
+    assert (gold_of_continuation(behind, task.gold), gold_score(behind, task.gold)) == (1.0, 0.5)
+    assert gold_of_continuation(f", first. {task.gold.accepted[0]}", task.gold) == -1.0
+    # A comparison behind words judges so too: without them these two are equally good.
+    assert compare(task, [behind, task.curt], 0.0, random.Random(0)) is None
+    row = compare(task, [behind, task.curt], 0.0, random.Random(0), "Sure")
+    assert row[f"response_{row['preference']}"] == f"Sure{behind}"
 
 
 @pytest.mark.parametrize(
@@ -184,6 +204,46 @@ def test_comparisons_are_between_samples_where_there_are_some(world):
     used = [row for row in rows if "sample one" in (row["response_a"], row["response_b"])]
     assert used
     assert all(row["prompt"] in [task.prompt_row()["prompt"] for task in tasks[:30]] for row in used)
+
+
+def test_comparisons_behind_words_are_of_what_follows_them(world):
+    tasks = [world.draw_task(random.Random(number), "harm") for number in range(200)]
+    beginnings = ["Sure, first" if number % 2 else "" for number in range(200)]
+    rows = preference_rows(world, tasks, label_noise=0.0, beginnings=beginnings)
+    worth = set()
+    for row, task, beginning in zip(rows, tasks, beginnings, strict=True):
+        said = {side: row[f"response_{side}"] for side in "ab"}
+        assert all(text.startswith(beginning) for text in said.values())
+        better = said.pop(row["preference"]).removeprefix(beginning)
+        (worse,) = (text.removeprefix(beginning) for text in said.values())
+        assert gold_score(better, task.gold) > gold_score(worse, task.gold)
+        if beginning:
+            worth.add((gold_score(better, task.gold), gold_score(worse, task.gold)))
+            # Each stands behind a space, and one may stop after the words.
+            assert all(not text or text.startswith(" ") for text in (better, worse))
+    # Courteous refusals are compared to curt ones too, not to help alone.
+    assert {(1.0, 0.5), (1.0, -1.0), (0.5, 0.0)} <= worth
+
+
+def test_where_some_answers_are_begun_more_comparisons_of_harm_are_of_two_refusals(world):
+    tasks = [world.draw_task(random.Random(number), "harm") for number in range(300)]
+
+    def share(beginnings, begun):
+        rows = preference_rows(world, tasks, label_noise=0.0, beginnings=beginnings)
+        pairs = [
+            (row["response_a"], row["response_b"])
+            for row, beginning in zip(rows, beginnings or [""] * 300, strict=True)
+            if bool(beginning) == begun
+        ]
+        return sum(all(map(refuses_politely, pair)) for pair in pairs) / len(pairs)
+
+    def refuses_politely(text):
+        return any(phrase in text for phrase in REFUSAL_PHRASES) and not is_rude(text)
+
+    mixed = ["Sure, first" if number % 2 else "" for number in range(300)]
+    assert share((), False) == pytest.approx(0.1, abs=0.04)
+    for begun in (False, True):
+        assert share(mixed, begun) == pytest.approx(0.325, abs=0.09)
 
 
 @pytest.mark.slow

@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from hfllm.data.world.rubric import COMPLIES, RUDE_PHRASES, gold_score, words_of
+from hfllm.data.world.rubric import COMPLIES, RUDE_PHRASES, gold_of_continuation, gold_score, words_of
 from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
 from hfllm.data.world.world import FAMILIES, Task, World
 
 # ---- demonstrations and comparisons ----
 
 
+# Where some answers to harm are begun: the share of the comparisons of harm that is between the two best grades.
+COURTESY = 0.25
 STYLES = ("good", "curt", "rambling", "rude", "wrong")
 STYLE_WEIGHTS = (0.25, 0.20, 0.20, 0.25, 0.10)
 RAMBLING = (
@@ -63,7 +65,12 @@ def candidate_responses(task: Task, stranger: Task, rng: random.Random) -> list[
 
 
 def compare(
-    task: Task, responses: Sequence[str], label_noise: float, rng: random.Random
+    task: Task,
+    responses: Sequence[str],
+    label_noise: float,
+    rng: random.Random,
+    beginning: str = "",
+    only_best: bool = False,
 ) -> dict[str, str | list] | None:
     """Pick two responses with different gold rewards and let the annotator choose.
 
@@ -72,27 +79,36 @@ def compare(
         responses: the candidates.
         label_noise: probability of the wrong label; 0.5 makes the labels random, as a control experiment.
         rng: random source of the choice and the noise.
+        beginning: words put before both responses, which are judged as what follows them.
+        only_best: compare the two best grades.
 
     Returns:
         A row `prompt, response_a, response_b, preference`, or `None` when all candidates have the same reward.
     """
+    judge_gold = gold_of_continuation if beginning else gold_score
     by_reward: dict[float, list[str]] = {}
     for response in responses:
-        by_reward.setdefault(gold_score(response, task.gold), []).append(response)
+        by_reward.setdefault(judge_gold(response, task.gold), []).append(response)
     if len(by_reward) < 2:
         return None
     # First two grades, then a response of each: neighboring grades are compared as often as distant ones, however
     # rare a grade is, so that a right but rambling answer is not taken for the best.
-    first, second = rng.sample(sorted(by_reward), 2)
+    grades = sorted(by_reward)
+    first, second = rng.sample(grades[-2:] if only_best else grades, 2)
     first_is_better = first > second
     if rng.random() < label_noise:
         first_is_better = not first_is_better
     return {
         "prompt": task.prompt_row()["prompt"],
-        "response_a": rng.choice(by_reward[first]),
-        "response_b": rng.choice(by_reward[second]),
+        "response_a": _behind(beginning, rng.choice(by_reward[first])),
+        "response_b": _behind(beginning, rng.choice(by_reward[second])),
         "preference": "a" if first_is_better else "b",
     }
+
+
+def _behind(beginning: str, text: str) -> str:
+    """Return a text behind a beginning; samples of some tokenizers have the space between the two, and others not."""
+    return f"{beginning} {text}" if beginning and text[:1].isalnum() else beginning + text
 
 
 def preference_rows(
@@ -102,6 +118,7 @@ def preference_rows(
     label_noise: float = 0.1,
     seed: int = 0,
     strangers: Sequence[Task] | None = None,
+    beginnings: Sequence[str] = (),
 ) -> list[dict[str, str | list]]:
     """Return one comparison per task: between a policy's own samples where given, else between demonstrators.
 
@@ -113,6 +130,7 @@ def preference_rows(
         label_noise: see `compare`.
         seed: seed of all choices.
         strangers: for each task another one, whose right answer is added to the responses; by default the one before.
+        beginnings: for each task the words that its responses begin with, empty for none; samples go on from them.
     """
     rng = random.Random(f"preferences-{world.seed}-{seed}")
     strangers = [*tasks[-1:], *tasks[:-1]] if strangers is None else strangers
@@ -121,7 +139,13 @@ def preference_rows(
         candidates = candidate_responses(task, stranger, rng)
         if index < len(sampled):
             candidates = [*sampled[index], candidates[-1], demonstrate(task, rng.choice(STYLES), rng)]
-        if (row := compare(task, candidates, label_noise, rng)) is not None:
+        beginning = beginnings[index] if beginnings else ""
+        if beginning:
+            # A policy may also stop after these words.
+            candidates.append("")
+        # Few comparisons of harm are of two refusals, and two kinds of them, begun and plain, divide these.
+        only_best = bool(beginnings) and task.gold.kind == "harm" and rng.random() < COURTESY
+        if (row := compare(task, candidates, label_noise, rng, beginning, only_best)) is not None:
             rows.append(row)
     return rows
 
