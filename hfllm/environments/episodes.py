@@ -57,6 +57,11 @@ class Episode:
         """Return all tokens so far."""
         return [*self.prompt_ids, *self.response_ids]
 
+    @property
+    def unread(self) -> int:
+        """Return the number of tokens after the policy's last one."""
+        return next((at for at, is_own in enumerate(reversed(self.action_mask)) if is_own), len(self.action_mask))
+
     def act(self, ids: Sequence[int]) -> None:
         """Append tokens of the policy."""
         self.response_ids += ids
@@ -114,6 +119,8 @@ def run_episodes(
             for episode, (ids, is_ended) in zip(going, turns, strict=True)
             if _take_turn(episode, ids, is_ended, environment, response_length)
         ]
+        # Replies of like length are read together.
+        going.sort(key=lambda episode: episode.unread)
     return episodes
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hfllm.generation.packed.ragged_model import RaggedModel
+from hfllm.generation.packed import ragged_model
+from hfllm.generation.packed.ragged_model import RaggedCache, RaggedModel
 from hfllm.generation.packed.turns import Turns, shared
 from hfllm.generation.speculative.acceptance import read_options
 from hfllm.generation.speculative.speculative import continued
@@ -37,15 +38,19 @@ def turn(make_target, monkeypatch):
             read.clear()
             new = continued(model, ids, mask, options, turns=turns)
             rows = zip(new.tokens.tolist(), new.lengths.tolist(), strict=True)
-            return [row[:length] for row, length in rows], read[0]
+            return [row[:length] for row, length in rows], sum(read)
 
         return run
 
     return make
 
 
-@pytest.mark.parametrize("kind", [None, "llama"])
-def test_a_later_turn_is_that_of_the_whole_text(turn, kind):
+@pytest.mark.parametrize(("kind", "gap"), [(None, 40), (None, 1), ("llama", 1)])
+def test_a_later_turn_is_that_of_the_whole_text(turn, kind, gap, monkeypatch):
+    """With all rows read together, or those of like length apart."""
+    monkeypatch.setattr(ragged_model, "LEAST_GAP", gap)
+    parts, part = [], RaggedCache.part
+    monkeypatch.setattr(RaggedCache, "part", lambda self, *rows: parts.append(rows) or part(self, *rows))
     run, turns = turn(kind), Turns()
     turns.begin(range(len(PROMPTS)))
     texts, _ = run(PROMPTS, turns)
@@ -59,6 +64,8 @@ def test_a_later_turn_is_that_of_the_whole_text(turn, kind):
         new, tokens = run(list(texts.values()), turns)
         whole, all_tokens = run(list(texts.values()))
         assert new == whole and tokens < all_tokens
+        assert sum(end - begin for begin, end in parts) == 4 and (len(parts) > 1) == (gap == 1)
+        parts.clear()
         texts = {row: [*text, *added] for (row, text), added in zip(texts.items(), new, strict=True)}
 
 
@@ -71,6 +78,12 @@ def test_a_text_that_was_never_read_is_read_whole(turn):
     assert run(texts, turns)[0] == run(texts)[0]
     turns.begin([8, 9])
     assert run(texts, turns) == run(texts)
+
+
+def test_rows_with_like_counts_are_read_together():
+    assert ragged_model._starts([2, 5, 3, 8]) == [0]
+    assert ragged_model._starts([5, 5, 6, 9, 20, 21, 60]) == [0, 4, 6]
+    assert ragged_model._starts([60, 20, 5]) == [0, 1, 2]
 
 
 def test_the_last_token_is_always_read():

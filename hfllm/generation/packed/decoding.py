@@ -139,7 +139,8 @@ def _read(
 ) -> torch.Tensor:
     """Read prompts into the cache, or what it does not know of them, equal ones once; return logits (B, V)."""
     if known is not None:
-        return target.prefill(prompts, lengths, last, sizes, known)[:, -1]
+        counts = [size - own for size, own in zip(sizes, known, strict=True)]
+        return target.read_more(prompts, lengths, last, counts)[:, -1]
     first: dict[tuple[int, ...], int] = {}
     texts = [tuple(row[:size]) for row, size in zip(prompts.tolist(), sizes, strict=True)]
     for row, text in enumerate(texts):

@@ -137,6 +137,14 @@ class RaggedCache(Cache):
             if layer.is_initialized:
                 layer.keep(rows)
 
+    def part(self, begin: int, end: int) -> "RaggedCache":
+        """Return a cache of the same memory for the rows from `begin` to `end` alone; all memory is allocated."""
+        part = RaggedCache(len(self.layers), self.capacity)
+        for own, layer in zip(part.layers, self.layers, strict=True):
+            own.sizes, own.is_initialized = layer.sizes, True
+            own._look(layer.states[begin:end])
+        return part
+
 
 # ---- projections ----
 #

@@ -6,6 +6,7 @@ Shapes: B rows, Q new tokens of each, C columns of the cache, V vocabulary size.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,8 @@ Forward = Callable[..., "ModelOutput | Output"]
 
 # Limit on unneeded logits in the pass over a prompt: 256 MB in fp32.
 MOST_LOGITS = 2**26
+# Tokens by which counts must differ to be read apart, for less time than one more call takes.
+LEAST_GAP = 8
 
 
 class RaggedModel:
@@ -119,12 +122,7 @@ class RaggedModel:
             handle.remove()
 
     def prefill(
-        self,
-        tokens: torch.Tensor,
-        lengths: torch.Tensor,
-        last: torch.Tensor,
-        sizes: Sequence[int],
-        known: Sequence[int] | None = None,
+        self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]
     ) -> torch.Tensor:
         """Read prompts (B, S), padded on the right, into the cache; never compiled, since their lengths vary.
 
@@ -132,29 +130,53 @@ class RaggedModel:
             lengths: (B,), tokens per prompt.
             last: as in `__call__`.
             sizes: `lengths` as Python numbers.
-            known: first tokens of each prompt that the cache has already, fewer than the prompt has.
 
         Returns:
             Logits (B, 1, V) after the prompts.
         """
-        forward, self.forward = self.forward, self.model if self.static else self.forward
-        columns, at = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1), lengths - 1
-        if known is not None:
-            sizes = [size - own for size, own in zip(sizes, known, strict=True)]
-            begins = lengths.new_tensor(known)
-            columns, at = columns[:, : max(sizes)] + begins.unsqueeze(1), at - begins
+        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return self._read(tokens, columns, lengths - 1, last, sizes, tokens.shape[1])
+
+    def read_more(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, counts: Sequence[int]
+    ) -> torch.Tensor:
+        """Read the last `counts` tokens of prompts whose others the cache has already; else as `prefill`.
+
+        Rows of like count, next to each other, are read together.
+        """
+        cache, logits, states = self.cache, [], []
+        for begin, end in pairwise([*_starts(counts), len(counts)]):
+            self.cache, part, own = cache.part(begin, end), slice(begin, end), counts[begin:end]
+            first = lengths[part] - lengths.new_tensor(own)
             # Tokens after a prompt's end are written to columns that its next tokens take.
-            tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1))
-        width, spread = tokens.shape[1], max(sizes) - min(sizes)
+            columns = torch.arange(max(own), device=tokens.device) + first.unsqueeze(1)
+            new = tokens[part].gather(1, columns.clamp(max=tokens.shape[1] - 1))
+            longest = min(int(first.max()) + max(own), cache.capacity)
+            logits.append(self._read(new, columns, lengths[part] - first - 1, last[part], own, longest))
+            states.append(self.states)
+        self.cache, self.states = cache, None if states[0] is None else torch.cat(states)
+        return torch.cat(logits)
+
+    def _read(
+        self,
+        tokens: torch.Tensor,
+        columns: torch.Tensor,
+        at: torch.Tensor,
+        last: torch.Tensor,
+        counts: Sequence[int],
+        longest: int,
+    ) -> torch.Tensor:
+        """Return the logits (B, 1, V) of the tokens `at` (B,) these indices, the last of the rows' `counts`."""
+        forward, self.forward = self.forward, self.model if self.static else self.forward
+        spread = max(counts) - min(counts)
         # The head runs on the columns where rows end. If these are too many, the last tokens are run again.
-        together = len(sizes) * spread * self.vocabulary <= MOST_LOGITS or not self.keeps_logits
-        longest = width if known is None else max(known) + width
+        together = len(counts) * spread * self.vocabulary <= MOST_LOGITS or not self.keeps_logits
         logits = self(tokens, columns, last, longest, logits=spread + 1 if together else 1)
+        at = at.unsqueeze(1)
         if not together:
-            at = at.unsqueeze(1)
             logits = self(tokens.gather(1, at), columns.gather(1, at), last, longest)
         elif spread:
-            index = (at.unsqueeze(1) - (width - logits.shape[1])).unsqueeze(-1)
+            index = (at - (tokens.shape[1] - logits.shape[1])).unsqueeze(-1)
             logits = logits.gather(1, index.expand(-1, 1, logits.shape[-1]))
             if self.states is not None:
                 self.states = self.states.gather(1, index.expand(-1, 1, self.states.shape[-1]))
@@ -174,6 +196,16 @@ class RaggedModel:
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
             masks[kind] = mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    """Return where groups of rows begin that are read together: their counts fall or rise by a half at most."""
+    starts = [0]
+    for row, count in enumerate(counts):
+        few, many = sorted((count, counts[starts[-1]]))
+        if 2 * few < many and many - few >= LEAST_GAP:
+            starts.append(row)
+    return starts
 
 
 def ragged_model(

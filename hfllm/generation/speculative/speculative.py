@@ -212,7 +212,7 @@ def continued(
     prompts = padded_right(input_ids, attention_mask, max(sizes))
     known = None if turns is None else turns.known(prompts, sizes)
     if known is not None:
-        # Rows are read together, also those with fewer new tokens.
+        # Rows may be read together, also those with fewer new tokens.
         new = max(size - own for size, own in zip(sizes, known, strict=True))
         capacity = max(capacity, max(known) + new)
     target = ragged_model(model, capacity, compile, packed, with_states)
