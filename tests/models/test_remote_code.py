@@ -32,6 +32,7 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
         "layers",
         "linear_attention",
         "modeling",
+        "real_tokens",
     )
     code = {*(f"{part}_hfllm.py" for part in parts), "presets.py"}
     assert set(path.name for path in (tmp_path / "model").glob("*.py")) == code
