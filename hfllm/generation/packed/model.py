@@ -533,6 +533,11 @@ def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedMode
     return copies[scheme]
 
 
+def release(model: "PreTrainedModel") -> None:
+    """Free the packed forms of a model that is about to change: the next call makes new ones."""
+    _MADE.pop(model, None)
+
+
 class PackedModel:
     """A model of the family for decoding over a `RaggedCache`; called like the model.
 

@@ -24,6 +24,7 @@ from hfllm.environments.episodes import EnvironmentFactory
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
 from hfllm.flags import without_nested_secrets
+from hfllm.generation.packed.model import release
 from hfllm.multimodal import processors
 from hfllm.multimodal.processors import ProcessingClass, tokenizer_of
 from hfllm.trainers.engines import disable_dropout
@@ -344,6 +345,7 @@ class PPOTrainer(ActorCriticTrainer):
         if self._rollout is None or (step == 0 and self._micro_step == 0):
             self._sync_reference()
             self._rollout, self._skipped_from = self.collect_rollout(inputs), None
+            release(self.policy)
         is_last = self._micro_step == self.args.gradient_accumulation_steps - 1
         loss = torch.zeros((), device=self.accelerator.device)
         if self._skipped_from is None:
