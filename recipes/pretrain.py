@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import ModelConfig
 
-RECIPE = Recipe(makes="a base model", minutes=1, unfinished="prepared")
+RECIPE = Recipe(makes="a base model", minutes=0.8, unfinished="prepared")
 
 
 def parse(argv: Sequence[str]) -> tuple[PretrainArguments, "TrainingArguments", "ModelConfig"]:

@@ -24,7 +24,7 @@ from hfllm.stages.reward import RewardArguments
 if TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
 
-RECIPE = Recipe(makes="a reward model", needs={"model_name_or_path": "sft"}, minutes=1.2)
+RECIPE = Recipe(makes="a reward model", needs={"model_name_or_path": "sft"}, minutes=0.8)
 
 
 def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelConfig"]:

@@ -28,7 +28,7 @@ RECIPE = Recipe(
     makes="an aligned model",
     needs={"model_name_or_path": "sft", "reward_model_name_or_path": "reward"},
     runs_own_chain=True,
-    minutes=1,
+    minutes=0.8,
 )
 
 

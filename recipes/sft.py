@@ -24,7 +24,7 @@ from hfllm.stages.sft.flags import SftArguments, default_settings
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
-RECIPE = Recipe(makes="a model that answers", needs={"model_name_or_path": "pretrain"}, minutes=0.6)
+RECIPE = Recipe(makes="a model that answers", needs={"model_name_or_path": "pretrain"}, minutes=0.5)
 
 
 def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"]:
