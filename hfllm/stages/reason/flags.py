@@ -57,7 +57,7 @@ class Course(pipeline.Course):
     """The runs of the recipe."""
 
     stage = "reason"
-    minutes = {PRETRAIN: 2, THOUGHTS: 0.6, DIRECT: 0.5, MIXED: 0.4, RL: 0.8, SHUFFLED: 0.8}
+    minutes = {PRETRAIN: 1.2, THOUGHTS: 0.4, DIRECT: 0.3, MIXED: 0.2, RL: 0.4, SHUFFLED: 0.4}
 
     @property
     def models(self) -> list[str]:
