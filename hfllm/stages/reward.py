@@ -183,7 +183,7 @@ def comparisons_of(rows: Rows, tokenizer: "PreTrainedTokenizerBase") -> "Dataset
     """Return rows as a dataset of tokens for TRL's RewardTrainer.
 
     In a table of messages every call would have the arguments of all others, and every message the fields of all
-    others, empty; and TRL tokenizes each conversation alone, which takes four times as long.
+    others, empty; and TRL tokenizes each conversation alone, which takes longer.
     """
     from datasets import Dataset
 

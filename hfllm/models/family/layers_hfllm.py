@@ -277,7 +277,7 @@ def without_cpu_autocast(states: torch.Tensor) -> AbstractContextManager:
     return torch.autocast("cpu", enabled=False) if is_on else nullcontext()
 
 
-# Half-precision products of a CPU take kernels compiled for each number of rows, which takes as long as three of them.
+# Half-precision products of a CPU take kernels made for each number of rows, which takes about as long as the product.
 ROWS = 64
 
 
