@@ -92,7 +92,9 @@ class Processes:
             print(json.dumps(asked, default=str), file=self._asks, flush=True)
             codes = json.loads(self._answers.readline())
             printed = output.read()
-        assert set(codes) == {code}, f"exit codes {codes}: {printed[-3000:]}"
+        # A process that refuses ends the others, whose tracebacks follow its line.
+        refused = [line for line in printed.splitlines() if "error: " in line]
+        assert set(codes) == {code}, f"exit codes {codes}: {refused[:5]}: {printed[-3000:]}"
         return printed
 
 

@@ -82,6 +82,8 @@ def refuse_foreign_files(
     folder = Path(folder)
     writes_model = writes_card if writes_model is None else writes_model
     _refuse_links(folder, writes_model, first_step)
+    # Listed before they are read: meanwhile the first process of a launched run may begin to write there.
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     has_report, is_recorded = read_report(folder) is not None, _begins_with(folder / RECORD, HEADER)
     # A run killed before report.json has this one and its plots.
     has_summary = _begins_with(folder / "report.md", f"# {stage}")
@@ -91,7 +93,7 @@ def refuse_foreign_files(
         (CARD, not writes_card or is_own_card(folder / CARD), ""),
         (RECORD, is_recorded, " (or it is damaged)"),
     ):
-        if not is_ours and (folder / name).exists():
+        if not is_ours and name in names:
             _refuse(folder / name, note)
     if has_report or has_summary or is_recorded:
         return
@@ -237,7 +239,9 @@ def _refuse_links(folder: Path, writes_model: bool, first_step: int) -> None:
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link, and its target would be overwritten: remove it first")
     lock = folder / LOCK_FILE
-    is_ours = _beginning(lock) == b"" or _beginning(lock).startswith(LOCKED_BY.encode())
+    # Empty while its process writes its name.
+    text = _beginning(lock)
+    is_ours = not text or text.startswith(LOCKED_BY.encode())
     if lock.is_file() and (lock.stat().st_nlink > 1 or not is_ours):
         _refuse(lock)
 

@@ -49,6 +49,29 @@ def test_files_of_others_are_refused_by_name(tmp_path, name, text):
     assert read_report(tmp_path) is None
 
 
+LEFT = [{}, {LOCK_FILE: "process 1 on a machine\n"}, {"report.md": "# sft\n", RECORD: HEADER}]
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+@pytest.mark.parametrize("left", LEFT)
+def test_a_run_that_begins_in_another_process_meanwhile_is_not_refused(tmp_path, monkeypatch, left, moment):
+    for name, text in left.items():
+        (tmp_path / name).write_text(text)
+    calls, read = [], ownership._beginning
+
+    def begin(path, *most):
+        """What the first process of a launched run writes before the others go on, at one moment of the check."""
+        calls.append(path)
+        if len(calls) == moment:
+            (tmp_path / LOCK_FILE).write_text("")
+            claim(tmp_path)
+        return read(path, *most)
+
+    monkeypatch.setattr(ownership, "_beginning", begin)
+    refuse_foreign_files(tmp_path, "sft", writes_card=True)
+    assert 2 < len(calls) < 8
+
+
 def test_ours_may_be_written_again_after_any_interruption(tmp_path):
     Report("sft", {"seed": 0}, {"loss": 1.0}, curves={"loss": LINE}).write(tmp_path)
     (tmp_path / "README.md").write_text(f"---\n---\n{MARKER}\n# Ours\n")
