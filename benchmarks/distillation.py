@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--completion_length", type=int, default=128)
-    parser.add_argument("--loss_chunk_size", type=int, default=256)
+    parser.add_argument("--loss_chunk_size", type=int, default=128)
     for name, default in zip(SIZES, (256, 6, 128, 3), strict=True):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path)

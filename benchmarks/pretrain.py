@@ -5,6 +5,8 @@
 
 The peer is `Trainer` with `LlamaForCausalLM` of the same size on the same documents, tokenizer and learning rate, with
 about as many tokens per step, each batch padded to its longest document. Sides take turns, each in its own process.
+Ours chooses the precision of its products as `hfllm pretrain` does; the variant `fp32` is `plain` in the stock trainer's
+precision.
 Seconds are CPU-seconds of training; the held-out loss, in nats per byte, is taken in the same way on both sides.
 """
 
@@ -24,6 +26,7 @@ SIZE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "t
 INTERMEDIATE, VOCABULARY, LENGTH, ROWS, EVALUATIONS = 688, 4096, 512, 4, 8
 VARIANTS = {
     "plain": {},
+    "fp32": {},
     "curriculum": {"lengths": "0:128,0.2:256,0.5:512"},
     "ramp": {"batch_tokens": "0:512,0.25:1024,0.5:2048"},
     "both": {"lengths": "0:128,0.2:256,0.5:512", "batch_tokens": "0:512,0.25:1024,0.5:2048"},
@@ -41,6 +44,7 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
     import hfllm
     from hfllm.data.packing import IGNORE, pack, token_ids
     from hfllm.flags import changed
+    from hfllm.trainers.precision import with_fast_products
     from hfllm.trainers.pretraining.trainer import BatchPlan, PretrainTrainer, Schedule, optimizer_of
 
     special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -87,6 +91,8 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
         seed=args.seed,
     )
     plan_settings = changed(settings, num_train_epochs=1)
+    if args.variant != "fp32":
+        plan_settings = with_fast_products(plan_settings, model)
     optimizer = optimizer_of("use_muon" in variant, plan_settings)
     chunks = {"loss_chunk_size": 1024}
     trainer = PretrainTrainer(

@@ -95,17 +95,18 @@ def continue_prompts(
     is_running = torch.ones_like(rows, dtype=torch.bool)
     last, longest, is_level = lengths + max_new_tokens - 1, max(sizes), min(sizes) == max(sizes)
     logits = _read(target, prompts[:, :longest], lengths, last, sizes, known)
-    columns, in_vain, running = lengths.unsqueeze(1), 0, []
+    columns, in_vain, running, remaining = lengths.unsqueeze(1), 0, [], len(sizes)
     for step in range(max_new_tokens):
         drawn = draw(logits, rows, step)
         if observe is not None:
             observe(step, rows, logits, None if target.states is None else target.states[:, -1], drawn)
-        running.append(int(is_running.sum()))
-        now_ended = torch.isin(drawn, ends) & is_running
+        running.append(remaining)
+        now_ended = torch.isin(drawn, ends).logical_and_(is_running)
         tokens[rows, step] = drawn
-        counts[rows[now_ended]] = step + 1
-        is_running &= ~now_ended
-        remaining = int(is_running.sum())
+        if now_ended.any():
+            counts[rows[now_ended]] = step + 1
+            is_running &= ~now_ended
+            remaining = int(is_running.sum())
         if not remaining or step + 1 == max_new_tokens:
             break
         in_vain += len(rows) - remaining

@@ -63,9 +63,21 @@ class Weights:
         return _sample(tensor) if self.in_place else None
 
 
+def named_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return `model.named_modules()`, in another order and sooner: every request for an answer asks."""
+    parts, seen = [("", model)], {model}
+    for prefix, module in parts:
+        for name, child in module._modules.items():
+            if child is not None and child not in seen:
+                seen.add(child)
+                parts.append((f"{prefix}.{name}" if prefix else name, child))
+    return parts
+
+
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    for module in model.modules():
+    """Yield the parameters and the saved buffers; a shared one as often as it has a name."""
+    for _, module in named_parts(model):
+        yield from (each for each in module._parameters.values() if each is not None)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield buffer

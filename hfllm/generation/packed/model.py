@@ -22,7 +22,14 @@ from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hfllm.errors import InputError, check_choice, refuse_if
-from hfllm.generation.packed.forms import Weights, changed_part, family_config, family_form, foreign_reason
+from hfllm.generation.packed.forms import (
+    Weights,
+    changed_part,
+    family_config,
+    family_form,
+    foreign_reason,
+    named_parts,
+)
 from hfllm.models.family.attention_hfllm import rotate_heads, signed
 from hfllm.models.family.layers_hfllm import HfllmMLP, HfllmRMSNorm
 from hfllm.models.family.modeling_hfllm import HfllmDecoderLayer, HfllmForCausalLM
@@ -464,21 +471,24 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
         return reason
     if model.training:
         return "the model is in training mode (call eval())"
-    if any(parameter.is_meta for parameter in model.parameters()):
+    parts = named_parts(model)
+    weights = [each for _, part in parts for each in part._parameters.values() if each is not None]
+    devices = {weight.device for weight in weights}
+    if any(device.type == "meta" for device in devices):
         return "some of its weights are offloaded"
-    if model.device.type not in ("cpu", "meta"):
-        return f"packed weights serve a CPU's kernels, and it is on {model.device.type}"
-    if torch.is_autocast_enabled(model.device.type):
+    device = model.device.type
+    if device != "cpu":
+        return f"packed weights serve a CPU's kernels, and it is on {device}"
+    if torch.is_autocast_enabled(device):
         return "autocast is on"
     if model.config._attn_implementation != "sdpa":
         return f"attn_implementation={model.config._attn_implementation!r} is not 'sdpa'"
     if reason := _unsupported_field(family_config(model)):
         return reason
-    for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(getattr(hook, "__module__", None) != CAPTURES_OUTPUTS for hook in hooks):
+    for name, module in parts:
+        if (module._forward_hooks or module._forward_pre_hooks) and _has_hooks(module):
             return f"{name or 'the model'} has hooks"
-        if is_native or not name.rpartition(".")[2].endswith(("_proj", "lm_head")):
+        if is_native or not name.endswith(("_proj", "lm_head")):
             continue
         if type(module) is not nn.Linear:
             library = type(module).__module__.partition(".")[0]
@@ -487,9 +497,15 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
             return f"{name} has weights of type {type(module.weight).__name__}, not plain ones"
     if is_native and (reason := changed_part(model)):
         return reason
-    if len({parameter.device for parameter in model.parameters()}) > 1:
+    if len(devices) > 1:
         return "its weights are on several devices"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks, but for those that capture outputs for transformers."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != CAPTURES_OUTPUTS for hook in hooks)
 
 
 def _unsupported_field(config: "HfllmConfig") -> str | None:

@@ -63,7 +63,8 @@ class TeacherHead:
 
     @torch.no_grad()
     def take(self, rows: slice) -> torch.Tensor:
-        return self.head(self.hidden[rows]).float() * self.scale
+        logits = self.head(self.hidden[rows]).float()
+        return logits if self.scale == 1 else logits * self.scale
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _losses_and_gradient(
     column, grad = targets.unsqueeze(1), None
     partition = scores.logsumexp(-1, keepdim=True)
     hard = (partition - scores.gather(1, column)).sum()
-    if needs_gradient:
+    if needs_gradient and (settings.hard_weight or teacher is None):
         # Of the cross-entropy: probabilities minus targets.
         grad = (scores - partition).exp_().mul_(settings.hard_weight)
         grad.scatter_add_(1, column, grad.new_full((1, 1), -settings.hard_weight).expand_as(column))
@@ -185,14 +186,29 @@ def _losses_and_gradient(
         soft, slope = _top_k_gradient(log_q, teacher, settings.beta, needs_gradient)
     else:
         log_p = (teacher / settings.temperature).log_softmax(-1)
-        soft, slope = _divergence_and_slope(log_p, log_q, settings.beta, needs_gradient)
-        del log_p
-        if needs_gradient:
-            slope = slope.addcmul_(log_q.exp_(), slope.sum(-1, keepdim=True), value=-1)
+        soft, slope = _full_gradient(log_p, log_q, settings.beta, needs_gradient)
     if needs_gradient:
         # T^2 from the scale of the soft targets, 1 / T from the softened logits.
-        grad.add_(slope, alpha=settings.soft_weight * settings.temperature)
+        weight = settings.soft_weight * settings.temperature
+        grad = slope.mul_(weight) if grad is None else grad.add_(slope, alpha=weight)
     return soft.sum(), hard, grad
+
+
+def _full_gradient(
+    log_p: torch.Tensor, log_q: torch.Tensor, beta: float, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the divergence per row on all outcomes, and its gradient by the softened logits (N, V).
+
+    `log_p` and `log_q` (N, V) are overwritten: a pass over so many numbers takes as long as a tenth of the head.
+    """
+    if beta == 0:
+        p = log_p.exp()
+        soft = log_p.sub_(log_q).mul_(p).sum(-1)
+        return soft, log_q.exp_().sub_(p) if needs_gradient else None
+    soft, slope = _divergence_and_slope(log_p, log_q, beta, needs_gradient)
+    if needs_gradient:
+        slope = slope.addcmul_(log_q.exp_(), slope.sum(-1, keepdim=True), value=-1)
+    return soft, slope
 
 
 def _top_k_gradient(

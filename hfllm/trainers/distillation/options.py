@@ -52,7 +52,7 @@ class LossOptions:
     max_length: int | None = flag(1024, "Longest row in tokens; longer rows are cut at the end.", takes=at_least(1))
     disable_dropout: bool = flag(False, "Switch the student's dropout off.")
     loss_chunk_size: int = flag(
-        256, "Tokens per chunk of logits, of student and teacher; 0 means a whole batch.", takes=NOT_NEGATIVE
+        128, "Tokens per chunk of logits, of student and teacher; 0 means a whole batch.", takes=NOT_NEGATIVE
     )
 
 
