@@ -221,7 +221,8 @@ def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
     # In half precision `addmm` would round once, but the model rounds the product and then the sum.
     if bias is not None or weight.dtype not in (torch.float32, torch.float64):
         return added(lambda states: F.linear(states, weight, bias))
-    transposed = weight.t()
+    # As inputs times outputs a single row is multiplied in two thirds of the time, and many in the same.
+    transposed = weight.t().contiguous()
 
     def function(states: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         return torch.mm(states, transposed) if onto is None else torch.addmm(onto, states, transposed)
