@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfllm.data.loading import DataArguments
-from hfllm.data.sources import EMBEDDED, source_files
+from hfllm.data.sources import EMBEDDED, WORLD, source_files
 from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import FORM, file_fingerprint
 from hfllm.flags import changed, given_names, without_nested_secrets
@@ -59,10 +59,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from transformers import Trainer, TrainingArguments
 
+Trained = TypeVar("Trained", bound="TrainingArguments")
+
 
 # ---- one run ----
 
 
+BATCH_SIZE = "per_device_train_batch_size"
 # Input models that a run into their folder would overwrite.
 OVERWRITABLE = ("model_name_or_path", "teacher_model_name_or_path", "reward_model_name_or_path", "value_model")
 
@@ -110,14 +113,20 @@ class Stage:
 
     @cached_property
     def training_args(self) -> "TrainingArguments":
-        """The trainer's arguments without its own pushes and any token: the finished model is pushed once."""
-        args = _with_field(self.parsed, "per_device_train_batch_size")
-        return without_nested_secrets(changed(args, push_to_hub=False, hub_token=None))
+        """The trainer's arguments without its own pushes and any token: the finished model is pushed once.
+
+        Launched processes share the embedded world's batches (`shared_batch`).
+        """
+        args = changed(_with_field(self.parsed, BATCH_SIZE), push_to_hub=False, hub_token=None)
+        return without_nested_secrets(shared_batch(args, *self.parsed))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The identity of this run, compared when a checkpoint is resumed, as JSON values."""
-        return run_identity(self.name, self.arguments, self.parsed, self.output_dir)
+        arguments = self.arguments
+        if self._trains:
+            arguments = {**arguments, BATCH_SIZE: self.training_args.per_device_train_batch_size}
+        return run_identity(self.name, arguments, self.parsed, self.output_dir)
 
     @cached_property
     def checkpoint(self) -> str | None:
@@ -174,7 +183,7 @@ class Stage:
         schedule.enter(schedule.Planned(self.name, self.output_dir, parsed=self.parsed))
         if main_process():
             print(f"\n=== {self.name} {what or f'-> {self.output_dir}'}", flush=True)
-            if line := self._about_checkpoints():
+            for line in filter(None, (self._about_checkpoints(), self._about_batch())):
                 print(f"{self.name}: {line}", flush=True)
             if self.repository is not None:
                 self.repository.create()
@@ -243,6 +252,14 @@ class Stage:
         job = schedule.current_job()
         is_last = job is None or job.place == len(job.stages) - 1
         return about_old_checkpoints(self.output_dir, self.identity, can_resume=is_last)
+
+    def _about_batch(self) -> str | None:
+        """Return the line about a batch shared by the processes, `None` without one."""
+        if not self._trains:
+            return None
+        named = getattr(_with_field(self.parsed, BATCH_SIZE), BATCH_SIZE)
+        own = self.training_args.per_device_train_batch_size
+        return None if own == named else f"{named} rows a step, shared by the processes: --{BATCH_SIZE} {own}"
 
     def reuse(self) -> dict[str, float]:
         """Print a line about the finished same run, publish it if asked, and return its metrics."""
@@ -393,6 +410,29 @@ def loss_curve(name: str, trainer: "Trainer") -> Plot:
         xlabel="optimizer steps",
         ylabel=getattr(trainer, "loss_label", "loss (nats per token)"),
     )
+
+
+def shared_batch(args: Trained, *parsed: "DataclassInstance") -> Trained:
+    """Return a trainer's arguments with the batch of the embedded world's settings divided by the processes.
+
+    Those settings were chosen for so many rows and optimizer steps: with more rows a step and fewer steps the same
+    model learns less. A batch size named by the user stays what it is for transformers, one process's.
+
+    Args:
+        parsed: the flags of the stage.
+    """
+    processes, names = int(os.environ.get("WORLD_SIZE", "1")), given_names(*parsed)
+    of_world = any(getattr(group, "dataset_name", None) == WORLD for group in parsed)
+    if processes == 1 or not of_world or names is None or BATCH_SIZE in names:
+        return args
+    before, rows = args.per_device_train_batch_size, args.gradient_accumulation_steps * processes
+    own = max(1, before // processes)
+    if deepspeed := getattr(args, "hf_deepspeed_config", None):
+        # Its config was completed from the arguments as they were parsed.
+        for name, factor in (("train_micro_batch_size_per_gpu", 1), ("train_batch_size", rows)):
+            if deepspeed.config.get(name) == before * factor:
+                deepspeed.config[name] = own * factor
+    return changed(args, per_device_train_batch_size=own)
 
 
 def _with_field(parsed: "Sequence[DataclassInstance]", name: str) -> Any:

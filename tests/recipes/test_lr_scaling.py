@@ -10,6 +10,8 @@ import rlhf
 import yaml
 
 from hfllm.errors import InputError
+from hfllm.runs.identity import difference
+from hfllm.runs.stage import Stage
 
 STAGES = {
     "pretrain": [],
@@ -44,6 +46,31 @@ def test_a_recipe_with_a_batch_four_times_the_base(tiny, base, tmp_path, stage):
     assert report["arguments"]["learning_rate"] == 0.001
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [entry["learning_rate"] for entry in history if "loss" in entry] == pytest.approx([0.002])
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "rlhf"])
+@pytest.mark.parametrize(("processes", "rows"), [(2, "half"), (3, "a third"), (1000, "one")])
+def test_processes_share_the_batches_of_the_world(tmp_path, monkeypatch, name, processes, rows):
+    def stage(*words):
+        return Stage(name, *recipe.parse(["--output_dir", str(tmp_path), *words]))
+
+    recipe = import_module(name)
+    alone, named = stage(), stage("--per_device_train_batch_size", "6")
+    (tmp_path / "own.jsonl").touch()
+    own = stage("--dataset_name", str(tmp_path / "own.jsonl"))
+    whole, other = (each.training_args.per_device_train_batch_size for each in (alone, own))
+    identity = alone.identity
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    several = Stage(name, *alone.parsed)
+    batch = several.training_args.per_device_train_batch_size
+    assert batch == {"half": whole // 2, "a third": whole // 3, "one": 1}[rows]
+    assert several._about_batch().endswith(f" --per_device_train_batch_size {batch}")
+    # A batch that was named, and one of other data, are each process's; flags stay, so that a finished run is known.
+    assert named.training_args.per_device_train_batch_size == 6 and named._about_batch() is None
+    assert own.training_args.per_device_train_batch_size == other
+    assert several.arguments == alone.arguments
+    if name != "rlhf" and whole % processes == 0:
+        assert difference(identity, several.identity) is None
 
 
 def test_a_rate_that_is_not_given_cannot_be_scaled(tmp_path):
