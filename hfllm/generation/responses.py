@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Fields of a generation config without effect on tokens, or set by every call below itself.
 NO_OPTIONS = frozenset(("transformers_version", "bos_token_id", "decoder_start_token_id", "max_length"))
+# Batches whose prompts are decoded together: while some wait, the model runs on full batches.
+BATCHES = 8
 # Warnings given per model, to give them only once.
 _WARNED: "WeakKeyDictionary[PreTrainedModel, set[str]]" = WeakKeyDictionary()
 
@@ -119,12 +121,14 @@ def sample_with_ends(
     order = list(range(len(prompts)))
     with evaluating(model), forked_random(model.device), torch.inference_mode():
         longest = max(map(len, tokens_of), default=0)
-        decode = _decoder(model, settings, longest) if fast else partial(model.generate, **settings)
+        decode = _decoder(model, settings, longest, batch_size) if fast else None
+        size = batch_size if decode is None else BATCHES * batch_size
+        decode = decode or partial(model.generate, **settings)
         if fast:
             order.sort(key=lambda index: len(tokens_of[index]))
         torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            indices = order[start : start + batch_size]
+        for start in range(0, len(prompts), size):
+            indices = order[start : start + size]
             batch = tokenizer.pad(
                 {"input_ids": [tokens_of[index] for index in indices]}, padding_side="left", return_tensors="pt"
             ).to(model.device)
@@ -137,10 +141,14 @@ def sample_with_ends(
     return responses
 
 
-def _decoder(model: "PreTrainedModel", settings: dict[str, Any], longest: int) -> "Callable[..., torch.Tensor]":
-    """Return a function of `input_ids` and `attention_mask` for decoding prompts of up to `longest` tokens.
+def _decoder(
+    model: "PreTrainedModel", settings: dict[str, Any], longest: int, batch_size: int
+) -> "Callable[..., torch.Tensor] | None":
+    """Return `fast_generate` within `generate`, of `input_ids` and `attention_mask`; a line says why it is impossible.
 
-    It is `fast_generate` within `generate`, and `generate` itself where that is impossible; a line says why.
+    Args:
+        longest: tokens of the longest prompt.
+        batch_size: prompts decoded at a time; others may wait.
     """
     from hfllm.generation.speculative.speculative import fast_generate
 
@@ -148,11 +156,12 @@ def _decoder(model: "PreTrainedModel", settings: dict[str, Any], longest: int) -
         reason = _declined_reason(model, settings, longest)
     if reason is not None:
         warn_of_generate(model, reason)
-        return partial(model.generate, **settings)
+        return None
+    rows = batch_size * settings["num_return_sequences"]
 
     def decode(**batch: "torch.Tensor") -> "torch.Tensor":
         with without_cpu_autocast(model):
-            return model.generate(**batch, **settings, custom_generate=fast_generate)
+            return model.generate(**batch, **settings, custom_generate=fast_generate, most_rows=rows)
 
     return decode
 

@@ -194,8 +194,14 @@ class _Draw:
     def __init__(self, chances: Sequence[list[float]] | None, temperature: float):
         self.chances, self.temperature = chances, temperature
 
-    def __call__(self, logits: "torch.Tensor", rows: Sequence[int], step: int) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Return the tokens (B, 1) of these rows and their log-probabilities (B,), from logits (B, V)."""
+    def __call__(
+        self, logits: "torch.Tensor", rows: Sequence[int], steps: Sequence[int]
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Return the tokens (B, 1) of these rows at these steps, and their log-probabilities (B,).
+
+        Args:
+            logits: (B, V).
+        """
         import torch
 
         # Probabilities of large vocabularies add up in 64 bits, unsupported by Apple's GPUs.
@@ -205,7 +211,8 @@ class _Draw:
         if self.chances is None:
             token = logits.argmax(-1, keepdim=True)
         else:
-            column = torch.tensor([self.chances[row][step] for row in rows], dtype=wide, device=logits.device)
+            chances = [self.chances[row][step] for row, step in zip(rows, steps, strict=True)]
+            column = torch.tensor(chances, dtype=wide, device=logits.device)
             reached = (own / self.temperature).softmax(-1).cumsum(-1)
             # The first token whose sum is above the chance: one of probability 0 is never it.
             token = torch.searchsorted(reached, column[:, None] * reached[:, -1:], right=True)
@@ -228,8 +235,8 @@ def _decode_packed(
     padded = torch.tensor([prompt + [pad] * (max(sizes) - len(prompt)) for prompt in prompts])
     logprobs = torch.zeros(len(prompts), max_new_tokens, dtype=torch.float64)
 
-    def draw_and_record(logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
-        token, logprobs[rows, step] = draw(logits, rows.tolist(), step)
+    def draw_and_record(logits: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        token, logprobs[rows, steps] = draw(logits, rows.tolist(), steps.tolist())
         return token[:, 0]
 
     with torch.inference_mode(), pass_precision(model):
@@ -281,7 +288,7 @@ def _recording(draw: _Draw) -> "LogitsProcessor":
             self.logprobs: list[torch.Tensor] = []
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            token, logprob = draw(scores, range(len(scores)), len(self.logprobs))
+            token, logprob = draw(scores, range(len(scores)), [len(self.logprobs)] * len(scores))
             self.logprobs.append(logprob)
             return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 

@@ -10,7 +10,7 @@ from hfllm.generation.speculative.acceptance import draw
 ENDS = [3, 7, 20, 31]
 
 
-def greedy(logits, rows, step):
+def greedy(logits, rows, steps):
     return logits.argmax(-1)
 
 
@@ -26,10 +26,16 @@ def continued(model, prompts, new=12, packed=True, ends=ENDS, **more):
 PROMPTS = [[5, 6, 7], [9, 8], [9, 8], [9, 8], [11], [30, 31, 32, 33], [30, 31, 32, 33], [5, 6, 7], [9, 8, 1]]
 
 
+# Layers that see only some columns too: the place of an ended row has columns of its own.
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("options", [{}, WINDOWS])
+@pytest.mark.parametrize("most_rows", [None, 1, 3, 100])
 @pytest.mark.parametrize("packed", [True, False])
-def test_each_row_is_continued_as_alone(packed, make_target):
-    model = make_target(initializer_range=0.3)
-    together = continued(model, PROMPTS, packed=packed)
+def test_each_row_is_continued_as_alone(packed, most_rows, options, make_target):
+    model = make_target(initializer_range=0.3, **options)
+    together = continued(model, PROMPTS, packed=packed, most_rows=most_rows)
     assert len({*together.lengths.tolist()}) > 2 and together.has_ended.any() and not together.has_ended.all()
     for row, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt])
@@ -40,20 +46,47 @@ def test_each_row_is_continued_as_alone(packed, make_target):
         assert bool(together.has_ended[row]) == (int(wanted[-1]) in ENDS)
 
 
+@pytest.mark.parametrize("most_rows", [None, 3])
 @pytest.mark.parametrize("packed", [True, False])
-def test_an_observer_gets_the_logits_and_states_of_each_token(packed, make_target):
-    model, seen = make_target(initializer_range=0.3), []
-    new = continued(model, PROMPTS, packed=packed, observe=lambda *noted: seen.append(noted))
+def test_an_observer_gets_the_logits_and_states_of_each_token(packed, most_rows, make_target):
+    model, seen = make_target(initializer_range=0.3), {}
+
+    def observe(steps, rows, *noted):
+        for at, place in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
+            seen.setdefault(place, [part[at] for part in noted])
+
+    new = continued(model, PROMPTS, packed=packed, observe=observe, most_rows=most_rows)
     for row, prompt in enumerate(PROMPTS):
         ids = torch.tensor([[*prompt, *new.tokens[row, : new.lengths[row]].tolist()]])
         with torch.no_grad():
             states = model.model(ids).last_hidden_state[0, len(prompt) - 1 :]
         for step in range(int(new.lengths[row])):
-            _, rows, logits, own, tokens = seen[step]
-            at = rows.tolist().index(row)
-            assert int(tokens[at]) == int(new.tokens[row, step])
-            torch.testing.assert_close(own[at], states[step])
-            torch.testing.assert_close(logits[at], model.lm_head(states[step]).detach())
+            logits, own, token = seen[row, step]
+            assert int(token) == int(new.tokens[row, step])
+            torch.testing.assert_close(own, states[step])
+            torch.testing.assert_close(logits, model.lm_head(states[step]).detach())
+
+
+def test_prompts_that_wait_keep_the_batch_full(make_target):
+    """One of 16 answers has 40 tokens, the others one: in fixed batches of 8 each would wait for the longest."""
+    prompts, long = [[row % 20 + 4] for row in range(64)], torch.arange(64) % 16 == 0
+
+    def ends_others(logits, rows, steps):
+        return torch.where(long[rows], 9, 3)
+
+    new = continue_prompts(
+        ragged_model(make_target(), 41, packed=True),
+        torch.tensor(prompts),
+        [1] * 64,
+        ends_others,
+        40,
+        ENDS,
+        0,
+        most_rows=8,
+    )
+    assert new.lengths.tolist() == [40 if each else 1 for each in long.tolist()]
+    # 220 tokens; two runs of 40 tokens one after the other, and the places that come free take the next ones.
+    assert len(new.running) < 100 and sum(new.running) == 60 + 4 * 40
 
 
 def test_equal_prompts_are_read_once(make_target, monkeypatch):
@@ -72,9 +105,9 @@ def test_dropping_rows_copies_no_more_than_it_saves(make_target, monkeypatch):
     monkeypatch.setattr(RaggedCache, "keep", lambda self, rows: copied.append(len(rows)) or keep(self, rows))
     rows = 32
 
-    def ends_one_row(logits, indices, step):
+    def ends_one_row(logits, indices, steps):
         tokens = torch.full((len(logits),), 9)
-        tokens[0 if len(logits) < rows else step] = 3
+        tokens[0 if len(logits) < rows else int(steps[0])] = 3
         return tokens
 
     model, lengths = make_target(), torch.arange(rows) + 4

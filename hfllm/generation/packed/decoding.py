@@ -1,10 +1,12 @@
 """Plain decoding over a ragged cache: a run of the model gives each running row one token.
 
-Equal prompts, as several samples of a prompt are, are read once. An ended row leaves the batch when the
-rows computed in vain since the last time are as many as the ones that stay: dropping rows copies their cache, so this
-costs at most twice what the best moments would.
+Equal prompts, as several samples of a prompt are, are read once. While prompts wait, they take the places of ended
+rows in the cache (iteration-level scheduling: Yu et al. 2022, "Orca", OSDI, section 3.1), as soon as so many rows were
+computed in vain as one run of the model has. When none waits any more, ended rows leave the batch once the rows
+computed in vain since the last time are as many as the ones that stay: dropping rows copies their cache, so this costs
+at most twice what the best moments would.
 
-Shapes: B rows, S tokens of the longest prompt, R new tokens, E hidden_size, V vocabulary size.
+Shapes: N prompts, B rows of the cache, S tokens of the longest prompt, R new tokens, E hidden_size, V vocabulary size.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -22,26 +24,31 @@ Leave = Callable[[torch.Tensor, RaggedCache], None]
 class Draw(Protocol):
     """A function that chooses the next tokens."""
 
-    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Return a token (B,) for each row.
 
         Args:
             logits: (B, V).
             rows: (B,), the prompts of the rows.
-            step: the index of the tokens among the new ones.
+            steps: (B,), the indices of the tokens among the new ones of their rows.
         """
 
 
 class Observer(Protocol):
-    """A function called for every drawn token, before it is known whether its row has ended before."""
+    """A function called for every drawn token, also of rows that have ended."""
 
     def __call__(
-        self, step: int, rows: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None, tokens: torch.Tensor
+        self,
+        steps: torch.Tensor,
+        rows: torch.Tensor,
+        logits: torch.Tensor,
+        states: torch.Tensor | None,
+        tokens: torch.Tensor,
     ) -> None:
         """Note the tokens of a step.
 
         Args:
-            step: the index of the tokens among the new ones.
+            steps: (B,), the indices of the tokens among the new ones of their rows; up to R where prompts wait.
             rows: (B,), the prompts of the rows.
             logits: (B, V), from which the tokens were drawn.
             states: (B, E), the input of the head; `None` if the model was not asked for them.
@@ -77,57 +84,135 @@ def continue_prompts(
     observe: Observer | None = None,
     known: Sequence[int] | None = None,
     leave: Leave | None = None,
+    most_rows: int | None = None,
 ) -> Continuations:
     """Continue prompts until each has an end token, or `max_new_tokens` new ones.
 
     Args:
         target: the model, its cache of at least the longest prompt's and the new tokens' columns.
-        prompts: (B, S), padded on the right.
+        prompts: (N, S), padded on the right.
         sizes: tokens of each prompt.
         pad_token_id: after the end of a response.
         known: tokens of each prompt that the cache has already; by default it is empty.
         leave: called with the rows that leave the cache.
+        most_rows: rows of the cache; more prompts wait for a place. By default, and with `known` or `leave`, which go
+            by the cache's rows, all have one.
     """
-    device = prompts.device
-    rows, ends = torch.arange(len(sizes), device=device), prompts.new_tensor(sorted(end_token_ids))
-    lengths, counts = prompts.new_tensor(sizes), prompts.new_full((len(sizes),), max_new_tokens)
-    tokens = prompts.new_full((len(sizes), max_new_tokens), pad_token_id)
-    is_running = torch.ones_like(rows, dtype=torch.bool)
-    last, longest, is_level = lengths + max_new_tokens - 1, max(sizes), min(sizes) == max(sizes)
-    logits = _read(target, prompts[:, :longest], lengths, last, sizes, known)
-    columns, in_vain, running, remaining = lengths.unsqueeze(1), 0, [], len(sizes)
-    for step in range(max_new_tokens):
-        drawn = draw(logits, rows, step)
+    batch = _Batch(target, prompts, sizes, max_new_tokens, known, most_rows)
+    ends, running = prompts.new_tensor(sorted(end_token_ids)), []
+    # Of a row that has ended and stays, the last column takes what is computed in vain.
+    tokens = prompts.new_full((len(sizes), max_new_tokens + 1), pad_token_id)
+    counts = prompts.new_full((len(sizes),), max_new_tokens)
+    while True:
+        rows, steps = batch.rows, batch.steps
+        drawn = draw(batch.logits, rows, steps)
         if observe is not None:
-            observe(step, rows, logits, None if target.states is None else target.states[:, -1], drawn)
-        running.append(remaining)
-        now_ended = torch.isin(drawn, ends).logical_and_(is_running)
-        tokens[rows, step] = drawn
+            observe(steps, rows, batch.logits, None if target.states is None else target.states[:, -1], drawn)
+        running.append(batch.remaining)
+        tokens[rows, steps] = drawn
+        now_ended = torch.isin(drawn, ends).logical_or_(steps == max_new_tokens - 1).logical_and_(batch.is_running)
         if now_ended.any():
-            counts[rows[now_ended]] = step + 1
-            is_running &= ~now_ended
-            remaining = int(is_running.sum())
-        if not remaining or step + 1 == max_new_tokens:
+            counts[rows[now_ended]] = steps[now_ended] + 1
+            batch.end(now_ended)
+        if not batch.remaining and not batch.waiting:
             break
-        in_vain += len(rows) - remaining
-        if in_vain >= remaining and not target.static:
-            index, in_vain = is_running.nonzero().squeeze(1), 0
-            if leave is not None:
-                leave(rows, target.cache)
-            target.cache.keep(index)
-            rows, drawn, columns, last, is_running = (each[index] for each in (rows, drawn, columns, last, is_running))
-            # Rows that have left may have been the longest ones.
-            spread = columns.aminmax()
-            longest, is_level = int(spread.max), bool(spread.min == spread.max)
-        longest += 1
-        logits = target(drawn.unsqueeze(1), columns, last, longest, level=is_level)[:, -1]
-        columns = columns + 1
+        drawn = batch.drop(drawn, leave)
+        batch.run(drawn)
+        batch.fill()
     if leave is not None:
-        leave(rows, target.cache)
+        leave(batch.rows, target.cache)
     width = int(counts.max())
-    tokens = tokens[:, :width].masked_fill_(torch.arange(width, device=device) >= counts.unsqueeze(1), pad_token_id)
+    is_after = torch.arange(width, device=tokens.device) >= counts.unsqueeze(1)
+    tokens = tokens[:, :width].masked_fill_(is_after, pad_token_id)
     has_ended = torch.isin(tokens.gather(1, counts.unsqueeze(1) - 1).squeeze(1), ends)
     return Continuations(tokens, counts, has_ended, running)
+
+
+class _Batch:
+    """The rows of a cache, and the prompts that wait for a place in it; for the arguments see `continue_prompts`.
+
+    Attributes:
+        rows: (B,), their prompts.
+        steps: (B,), new tokens of each, R at most.
+        is_running, remaining: which have not ended (B,), and how many.
+        waiting: prompts without a place yet, the last ones.
+        logits: (B, V), of each row's next token.
+    """
+
+    def __init__(
+        self,
+        target: RaggedModel,
+        prompts: torch.Tensor,
+        sizes: Sequence[int],
+        max_new_tokens: int,
+        known: Sequence[int] | None,
+        most_rows: int | None,
+    ):
+        self.target, self.prompts, self.sizes, self.max_new_tokens = target, prompts, sizes, max_new_tokens
+        self.lengths = prompts.new_tensor(sizes)
+        first = len(sizes) if most_rows is None else min(most_rows, len(sizes))
+        self.waiting, self.in_vain = len(sizes) - first, 0
+        self.rows = torch.arange(first, device=prompts.device)
+        self.steps, self.is_running = torch.zeros_like(self.rows), torch.ones_like(self.rows, dtype=torch.bool)
+        self.remaining = first
+        lengths = self.lengths[:first]
+        self.columns, self.last = lengths.unsqueeze(1), lengths + max_new_tokens - 1
+        self.longest, self.is_level = max(sizes[:first]), min(sizes[:first]) == max(sizes[:first])
+        self.logits = _read(target, prompts[:first, : self.longest], lengths, self.last, sizes[:first], known)
+
+    def end(self, now_ended: torch.Tensor) -> None:
+        """Note the rows (B,) that have ended."""
+        self.is_running &= ~now_ended
+        self.remaining = int(self.is_running.sum())
+
+    def drop(self, drawn: torch.Tensor, leave: Leave | None) -> torch.Tensor:
+        """Drop ended rows where none waits and it pays; return the drawn tokens of those that stay."""
+        self.in_vain += len(self.rows) - self.remaining
+        if self.waiting or self.in_vain < self.remaining or self.target.static:
+            return drawn
+        index, self.in_vain = self.is_running.nonzero().squeeze(1), 0
+        if leave is not None:
+            leave(self.rows, self.target.cache)
+        self.target.cache.keep(index)
+        for name in ("rows", "steps", "columns", "last", "is_running"):
+            setattr(self, name, getattr(self, name)[index])
+        self._look()
+        return drawn[index]
+
+    def run(self, drawn: torch.Tensor) -> None:
+        """Give the model each row's drawn token (B,)."""
+        cache = self.target.cache
+        self.longest = min(self.longest + 1, cache.capacity)
+        output = self.target(drawn.unsqueeze(1), self.columns, self.last, self.longest, level=self.is_level)
+        # An ended row's last token is written again and again.
+        self.columns = (self.columns + 1).minimum(self.last.unsqueeze(1))
+        self.steps = (self.steps + 1).clamp(max=self.max_new_tokens)
+        self.logits = output[:, -1]
+
+    def fill(self) -> None:
+        """Let prompts that wait take the places of ended rows, if it pays."""
+        if not self.waiting or self.in_vain < len(self.rows):
+            return
+        places = (~self.is_running).nonzero().squeeze(1)[: self.waiting]
+        begin = len(self.sizes) - self.waiting
+        new, sizes = slice(begin, begin + len(places)), self.sizes[begin : begin + len(places)]
+        self.waiting, self.in_vain, self.remaining = self.waiting - len(places), 0, self.remaining + len(places)
+        lengths, target = self.lengths[new], self.target
+        self.rows = self.rows.index_copy(0, places, torch.arange(begin, begin + len(places), device=places.device))
+        self.steps[places], self.is_running[places] = 0, True
+        self.columns[places], self.last[places] = lengths.unsqueeze(1), lengths + self.max_new_tokens - 1
+        cache, states = target.cache, target.states
+        target.cache = RaggedCache(len(cache.layers), max(sizes))
+        logits = _read(target, self.prompts[new, : max(sizes)], lengths, self.last[places], sizes, None)
+        cache.put(places, target.cache)
+        self.logits = self.logits.index_copy(0, places, logits)
+        target.cache, target.states = cache, None if states is None else states.index_copy(0, places, target.states)
+        self._look()
+
+    def _look(self) -> None:
+        """Note the longest row, and whether all are: rows have come, or left."""
+        spread = self.columns.aminmax()
+        self.longest, self.is_level = int(spread.max), bool(spread.min == spread.max)
 
 
 def _read(

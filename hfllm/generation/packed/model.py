@@ -144,6 +144,11 @@ class RaggedCache(Cache):
             if layer.is_initialized:
                 layer.keep(rows)
 
+    def put(self, rows: torch.Tensor, other: "RaggedCache") -> None:
+        """Overwrite the first columns of these rows by the rows of another cache."""
+        for layer, its in zip(self.layers, other.layers, strict=True):
+            layer.states[:, : other.capacity].index_copy_(0, rows, its.states)
+
     def part(self, begin: int, end: int) -> "RaggedCache":
         """Return a cache of the same memory for the rows from `begin` to `end` alone; all memory is allocated."""
         part = RaggedCache(len(self.layers), self.capacity)

@@ -11,13 +11,15 @@ it, or samples of the same distribution:
     model.generate(**batch, max_new_tokens=64, custom_generate=fast_generate)
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
-from hfllm.errors import InputError, refuse_if
+from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation.packed.decoding import Continuations, Observer, continue_prompts
 from hfllm.generation.packed.model import has_int8, unsupported_reason
 from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
@@ -146,8 +148,14 @@ def decode(
     num_draft_tokens: int | str | DraftLength = "adaptive",
     compile: bool = False,
     packed: bool | None = None,
+    most_rows: int | None = None,
 ) -> SpeculativeOutput:
-    """Decode as `speculative_generate` does, with options already read."""
+    """Decode as `speculative_generate` does, with options already read.
+
+    Args:
+        most_rows: of the cache; without drafts other prompts wait for a place (`continue_prompts`), with them each so
+            many are decoded together.
+    """
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
     packed = _is_packed(model, compile, packed)
@@ -156,7 +164,11 @@ def decode(
         draft_length = as_draft_length(num_draft_tokens, draft.cost_ratio(model), model.device.type, rows)
     with many_shapes() if compile else nullcontext():
         if draft is None or not draft_length.maximum:
-            return _decode_plainly(model, input_ids, attention_mask, options, compile, packed)
+            return _decode_plainly(model, input_ids, attention_mask, options, compile, packed, most_rows)
+        if most_rows is not None and most_rows < len(input_ids):
+            parts = zip(input_ids.split(most_rows), attention_mask.split(most_rows), strict=True)
+            more = (options, num_draft_tokens, compile, packed)
+            return _joined([decode(model, draft, *part, *more) for part in parts], options.pad_token_id)
         run = _Run(model, draft, options, draft_length, input_ids, attention_mask, compile, packed)
         while run.is_running():
             run.step()
@@ -169,6 +181,16 @@ def _is_packed(model: "PreTrainedModel", compile: bool, packed: bool | None) -> 
     return not compile and unsupported_reason(model) is None if packed is None else packed
 
 
+def _joined(parts: Sequence[SpeculativeOutput], pad_token_id: int) -> SpeculativeOutput:
+    """Return the rows of all parts, padded on the right, and the sums of their statistics."""
+    width = max(part.sequences.shape[1] for part in parts)
+    padded = [F.pad(part.sequences, (0, width - part.sequences.shape[1]), value=pad_token_id) for part in parts]
+    total = Statistics()
+    for part in parts:
+        total.include(part.statistics)
+    return SpeculativeOutput(torch.cat(padded), total)
+
+
 def _decode_plainly(
     model: "PreTrainedModel",
     input_ids: torch.Tensor,
@@ -176,9 +198,10 @@ def _decode_plainly(
     options: Options,
     compile: bool,
     packed: bool,
+    most_rows: int | None,
 ) -> SpeculativeOutput:
     """Decode without drafts: one run and one token per row."""
-    new = continued(model, input_ids, attention_mask, options, compile, packed)
+    new = continued(model, input_ids, attention_mask, options, compile, packed, most_rows=most_rows)
     statistics = Statistics(tokens=int(new.lengths.sum()))
     for running in new.running:
         statistics.add(running, 0, 0, 0)
@@ -195,6 +218,7 @@ def continued(
     observe: Observer | None = None,
     with_states: bool = False,
     turns: Turns | None = None,
+    most_rows: int | None = None,
 ) -> Continuations:
     """Continue prompts without drafts, as `speculative_generate` does, and return only the new tokens.
 
@@ -202,6 +226,7 @@ def continued(
         observe: called for every token.
         with_states: whether `observe` gets the input of the head.
         turns: what is known of the prompts' beginnings; it gets to know these and the new tokens.
+        most_rows: of the cache, where prompts may wait (`continue_prompts`): not with `compile` or `turns`.
     """
     packed = _is_packed(model, compile, packed)
     sizes = attention_mask.sum(1).tolist()
@@ -222,13 +247,14 @@ def continued(
         target,
         prompts,
         sizes,
-        lambda logits, rows, step: options.sampler.draft(logits)[0],
+        lambda logits, rows, steps: options.sampler.draft(logits)[0],
         options.max_new_tokens,
         options.eos_token_ids,
         options.pad_token_id,
         observe,
         known,
         None if turns is None else turns.leave,
+        None if compile or turns is not None else most_rows,
     )
     if turns is not None:
         turns.end(prompts, sizes, result)
@@ -407,6 +433,7 @@ def fast_generate(
     draft: "Draft | PreTrainedModel | str | None" = "auto",
     num_draft_tokens: int | str | DraftLength = "adaptive",
     generator: torch.Generator | None = None,
+    most_rows: int | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor:
     """Decode faster: pass it to `model.generate` as `custom_generate`, together with its own arguments.
@@ -415,6 +442,8 @@ def fast_generate(
         draft: `"auto"` is `recommended_draft(model)`, `None` is no draft; else a `Draft`, or a smaller model with the
             same tokenizer.
         num_draft_tokens, generator: as in `hfllm.generation.speculative.speculative_generate`.
+        most_rows: rows of the cache; more prompts wait, and take the places of rows that have ended. By default all
+            are decoded together.
 
     Returns:
         (B, S) token ids as `generate` returns them. Streamers and `return_dict_in_generate` are refused.
@@ -440,4 +469,6 @@ def fast_generate(
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     check_prompts(input_ids, mask)
-    return decode(model, draft, input_ids, mask, options, num_draft_tokens).sequences
+    if most_rows is not None:
+        check_positive(most_rows=most_rows)
+    return decode(model, draft, input_ids, mask, options, num_draft_tokens, most_rows=most_rows).sequences

@@ -330,11 +330,17 @@ class SampledLogprobs:
                 handle.remove()
 
     def note(
-        self, rows: torch.Tensor, column: int, logits: torch.Tensor, states: torch.Tensor | None, tokens: torch.Tensor
+        self,
+        rows: torch.Tensor,
+        column: int | torch.Tensor,
+        logits: torch.Tensor,
+        states: torch.Tensor | None,
+        tokens: torch.Tensor,
     ) -> None:
         """Record the tokens (B,) of `rows`, as `begin` places them, in a column of theirs.
 
         Args:
+            column: one for all, or each row's, (B,).
             logits: (B, V), from which they were sampled.
             states: (B, E), from which the logits were computed; needed for the value head alone.
         """
@@ -486,10 +492,14 @@ def _continue(
     options.sampler.processors.append(OnlyFinite())
 
     def observe(
-        step: int, rows: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None, tokens: torch.Tensor
+        steps: torch.Tensor,
+        rows: torch.Tensor,
+        logits: torch.Tensor,
+        states: torch.Tensor | None,
+        tokens: torch.Tensor,
     ) -> None:
         if witness is not None:
-            witness.note(rows + first_row, step, logits, states, tokens)
+            witness.note(rows + first_row, steps, logits, states, tokens)
 
     more = {"with_states": witness is not None and witness.value_head is not None}
     more["turns"] = None if witness is None else witness.turns_of(len(prompt_ids))
