@@ -60,6 +60,26 @@ def test_what_rows_share_is_computed_once_and_changes_nothing(kind, make_model, 
     assert counts == [len(beginnings), int(rows["attention_mask"].sum())]
 
 
+def test_tokens_that_agree_again_after_a_difference_are_not_shared():
+    ids = torch.tensor([[1, 2, 3, 4], [5, 2, 3, 4], [1, 2, 6, 4]])
+    first = real_tokens_hfllm._first_cells(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert first.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 10, 11]]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("multiple", [5, 8, 32])
+def test_products_of_more_rows_change_nothing(multiple, shares, make_model, rows, monkeypatch):
+    monkeypatch.setattr(real_tokens_hfllm, "_shares_beginnings", lambda trunk: shares)
+    model = make_model(num_hidden_layers=2).double().train()
+    exact = results(model, rows)
+    asked = []
+    monkeypatch.setattr(
+        real_tokens_hfllm, "missing_rows", lambda count, device: asked.append(count) or -count % multiple
+    )
+    torch.testing.assert_close(results(model, rows), exact)
+    assert any(count % multiple for count in asked)
+
+
 def test_what_differs_between_rows_is_not_shared(make_model, rows):
     """Windows, dropout, noise that a hook adds to embeddings, positions of their own."""
 
