@@ -5,8 +5,7 @@
 
 The peer is `Trainer` with `LlamaForCausalLM` of the same size on the same documents, tokenizer and learning rate, with
 about as many tokens per step, each batch padded to its longest document. Sides take turns, each in its own process.
-Ours chooses the precision of its products as `hfllm pretrain` does; the variant `fp32` is `plain` in that of the stock
-trainer.
+Ours chooses the precision of its products as `hfllm pretrain` does; the variant `fp32` keeps fp32, as the peer does.
 Seconds are CPU-seconds of training; the held-out loss, in nats per byte, is taken in the same way on both sides.
 """
 

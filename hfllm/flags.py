@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # The attribute of parsed flags with the names of the user's flags.
 GIVEN = "given_flags"
+# The same with the names of those that settings shipped with a recipe have decided.
+SHIPPED = "shipped_flags"
 # Defaults that leave a flag off, though it is named.
 OFF = (False, "no", "none", -1)
 # The word in a list of names for none of them.
@@ -251,6 +253,11 @@ def _declared(attribute: str, parsed: "Sequence[DataclassInstance]") -> Iterator
 def given_names(*parsed: "DataclassInstance") -> tuple[str, ...] | None:
     """Return the names of the user's flags, on the command line or in files; `None` if not parsed here."""
     return next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
+
+
+def shipped_names(*parsed: "DataclassInstance") -> tuple[str, ...]:
+    """Return the names of the flags decided by settings that hfllm ships, and by no word or file of the user."""
+    return next((getattr(group, SHIPPED) for group in parsed if hasattr(group, SHIPPED)), ())
 
 
 def is_set(name: str, *parsed: "DataclassInstance") -> bool:

@@ -104,7 +104,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
         training_args.device,
     )
     if rows is None and training_args.train_sampling_strategy == "sequential":
-        train_rows = reward.in_batches_of_like_length(train_rows, global_batch_size(training_args), seed)
+        train_rows = reward.in_batches_of_like_length(train_rows, global_batch_size(stage.training_args), seed)
     # The head is new, and so are the weights of an adapter.
     set_seed(seed)
     model = load_scorer_to_train(base, training_args.output_dir)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Fields of a generation config without effect on tokens, or set by every call below itself.
 NO_OPTIONS = frozenset(("transformers_version", "bos_token_id", "decoder_start_token_id", "max_length"))
-# Batches whose prompts are decoded together: while some wait, the model runs on full batches.
+# Batches whose prompts are decoded together: without drafts the model runs on full batches while some wait.
 BATCHES = 8
 # Warnings given per model, to give them only once.
 _WARNED: "WeakKeyDictionary[PreTrainedModel, set[str]]" = WeakKeyDictionary()
@@ -144,7 +144,9 @@ def sample_with_ends(
 def _decoder(
     model: "PreTrainedModel", settings: dict[str, Any], longest: int, batch_size: int
 ) -> "Callable[..., torch.Tensor] | None":
-    """Return `fast_generate` within `generate`, of `input_ids` and `attention_mask`; a line says why it is impossible.
+    """Return `fast_generate` within `generate`, of `input_ids` and `attention_mask`.
+
+    `None` where that is impossible; a warning says why.
 
     Args:
         longest: tokens of the longest prompt.

@@ -82,8 +82,8 @@ def refuse_foreign_files(
     folder = Path(folder)
     writes_model = writes_card if writes_model is None else writes_model
     _refuse_links(folder, writes_model, first_step)
-    # Listed before they are read: meanwhile the first process of a launched run may begin to write there.
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    # Looked for before they are read: meanwhile the first process of a launched run may begin to write there.
+    present = {name for name in (REPORT_FILE, "report.md", CARD, RECORD) if (folder / name).exists()}
     has_report, is_recorded = read_report(folder) is not None, _begins_with(folder / RECORD, HEADER)
     # A run killed before report.json has this one and its plots.
     has_summary = _begins_with(folder / "report.md", f"# {stage}")
@@ -93,7 +93,7 @@ def refuse_foreign_files(
         (CARD, not writes_card or is_own_card(folder / CARD), ""),
         (RECORD, is_recorded, " (or it is damaged)"),
     ):
-        if not is_ours and name in names:
+        if not is_ours and name in present:
             _refuse(folder / name, note)
     if has_report or has_summary or is_recorded:
         return

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.child_processes import be_launcher, end_children_with_this_process, end_with_launcher
 from hfllm.errors import InputError, MachineError, redact
-from hfllm.flags import GIVEN
+from hfllm.flags import GIVEN, SHIPPED
 from hfllm.runs.flags import check_json_flags, check_libraries, check_ranges
 from hfllm.runs.output import explained, hide_unhelpful_output, what_is_saved
 from hfllm.runs.parser import (
@@ -27,7 +27,7 @@ from hfllm.runs.parser import (
     read_yaml,
     training_parser,
 )
-from hfllm.runs.recipes import settings_file, settings_for_the_world
+from hfllm.runs.recipes import is_shipped, settings_file, settings_for_the_world
 
 # Here, since a spawned process imports the recipe again, and does not run it.
 end_children_with_this_process()
@@ -104,7 +104,7 @@ def parse_recipe(
     if ASKS_FOR_HELP & set(argv):
         print(short_help(description, own, library, shown))
         raise SystemExit(0)
-    provided = given_values(argv)
+    provided, chosen = given_values(argv), given_values(argv, with_shipped=False)
     argv, config_files = take_configs(argv)
     files = [*(settings(provided) if settings else ()), *config_files]
     kinds = [own, *map(_imported, library)]
@@ -123,9 +123,11 @@ def parse_recipe(
         if isinstance(error, InputError):
             raise
         raise InputError(next(iter(str(error).strip().splitlines()), type(error).__name__)) from None
+    shipped = {name for path in files if is_shipped(path) for name in read_yaml(path)} - chosen.keys()
     for group in parsed:
         # Only names: values may be secrets, and a trainer saves its arguments.
         object.__setattr__(group, GIVEN, tuple(provided))
+        object.__setattr__(group, SHIPPED, tuple(sorted(shipped)))
     check_output_dir(provided, parsed)
     check_ranges(*parsed)
     if library:
@@ -206,9 +208,14 @@ def config_file(name: str) -> Path:
     return shipped if name and not Path(name).is_file() and shipped.is_file() else Path(name)
 
 
-def given_values(argv: Sequence[str]) -> dict[str, Any]:
-    """Return the user's values, by flag: the words of the command line, over the values of `--config` files."""
+def given_values(argv: Sequence[str], with_shipped: bool = True) -> dict[str, Any]:
+    """Return the user's values, by flag: the words of the command line, over the values of `--config` files.
+
+    Args:
+        with_shipped: whether files that hfllm ships count too.
+    """
     words, files = take_configs(argv)
+    files = [path for path in files if with_shipped or not is_shipped(path)]
     values: dict[str, Any] = {}
     for path in files:
         values |= read_yaml(path)

@@ -82,6 +82,11 @@ def settings_file(name: str) -> Path:
     return installed("recipes") / "configs" / name
 
 
+def is_shipped(path: Path) -> bool:
+    """Return whether a file of settings is one that hfllm ships."""
+    return path.resolve().is_relative_to(settings_file("").resolve())
+
+
 def recipe_names() -> list[str]:
     """Return the names of all recipes, in alphabetical order."""
     return sorted(path.stem for path in installed("recipes").glob("*.py"))

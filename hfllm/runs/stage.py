@@ -13,7 +13,7 @@ from hfllm.data.loading import DataArguments
 from hfllm.data.sources import EMBEDDED, WORLD, source_files
 from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import FORM, file_fingerprint
-from hfllm.flags import changed, given_names, without_nested_secrets
+from hfllm.flags import changed, given_names, shipped_names, without_nested_secrets
 from hfllm.outputs.card import START, is_written, lineage, write_card
 from hfllm.outputs.checkpoints import (
     STATE_FILE,
@@ -257,9 +257,12 @@ class Stage:
         """Return the line about a batch shared by the processes, `None` without one."""
         if not self._trains:
             return None
-        named = getattr(_with_field(self.parsed, BATCH_SIZE), BATCH_SIZE)
-        own = self.training_args.per_device_train_batch_size
-        return None if own == named else f"{named} rows a step, shared by the processes: --{BATCH_SIZE} {own}"
+        args, before = self.training_args, getattr(_with_field(self.parsed, BATCH_SIZE), BATCH_SIZE)
+        if (own := args.per_device_train_batch_size) == before:
+            return None
+        processes = int(os.environ["WORLD_SIZE"])
+        rows = own * args.gradient_accumulation_steps * processes
+        return f"{rows} rows a step: --{BATCH_SIZE} {own} in each of {processes} processes, {before} in one"
 
     def reuse(self) -> dict[str, float]:
         """Print a line about the finished same run, publish it if asked, and return its metrics."""
@@ -413,17 +416,20 @@ def loss_curve(name: str, trainer: "Trainer") -> Plot:
 
 
 def shared_batch(args: Trained, *parsed: "DataclassInstance") -> Trained:
-    """Return a trainer's arguments with the batch of the embedded world's settings divided by the processes.
+    """Return a trainer's arguments with a batch of settings for the embedded world divided by the processes.
 
     Those settings were chosen for so many rows and optimizer steps: with more rows a step and fewer steps the same
-    model learns less. A batch size named by the user stays what it is for transformers, one process's.
+    model learns less. Any other batch size is what it is for transformers, one process's.
 
     Args:
         parsed: the flags of the stage.
     """
-    processes, names = int(os.environ.get("WORLD_SIZE", "1")), given_names(*parsed)
-    of_world = any(getattr(group, "dataset_name", None) == WORLD for group in parsed)
-    if processes == 1 or not of_world or names is None or BATCH_SIZE in names:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    of_world = any(
+        getattr(group, "dataset_name", None) == WORLD and not getattr(group, "dataset_mixture", None)
+        for group in parsed
+    )
+    if processes == 1 or not of_world or BATCH_SIZE not in shipped_names(*parsed):
         return args
     before, rows = args.per_device_train_batch_size, args.gradient_accumulation_steps * processes
     own = max(1, before // processes)

@@ -136,3 +136,14 @@ def test_the_last_possible_token_is_drawn_where_rounding_ends_below_one(monkeypa
 def test_nothing_is_drawn_from_what_is_not_a_number():
     with pytest.raises(FloatingPointError, match="NaN"):
         draw(torch.tensor([[0.5, 0.5], [float("nan"), 0.5]]))
+
+
+def test_nothing_is_run_in_vain_where_all_rows_end_together(make_target, monkeypatch):
+    ran, call = [], RaggedModel.__call__
+    monkeypatch.setattr(
+        RaggedModel,
+        "__call__",
+        lambda self, tokens, *a, **k: ran.append(tokens.shape[1]) or call(self, tokens, *a, **k),
+    )
+    new = continued(make_target(), [[row + 4, 5] for row in range(16)], new=1, most_rows=4)
+    assert ran == [2] * 4 and new.lengths.tolist() == [1] * 16

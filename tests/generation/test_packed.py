@@ -172,6 +172,9 @@ def test_reasons_against_it(make_target):
     wrapped = make_target()
     wrapped.model.layers[0].mlp.down_proj = nn.Sequential(wrapped.model.layers[0].mlp.down_proj)
     assert "down_proj is a Sequential" in unsupported_reason(wrapped)
+    # Also under a second name nearer to the root.
+    wrapped.watched = wrapped.model.layers[0].mlp.down_proj
+    assert "down_proj is a Sequential" in unsupported_reason(wrapped)
     with pytest.raises(InputError, match=r"cannot decode over packed weights: .*Sequential"):
         packed_model(wrapped)
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,6 +12,7 @@ import yaml
 from hfllm.errors import InputError
 from hfllm.runs.identity import difference
 from hfllm.runs.stage import Stage
+from hfllm.stages.rlhf.flags import stages_before
 
 STAGES = {
     "pretrain": [],
@@ -51,26 +52,51 @@ def test_a_recipe_with_a_batch_four_times_the_base(tiny, base, tmp_path, stage):
 @pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "rlhf"])
 @pytest.mark.parametrize(("processes", "rows"), [(2, "half"), (3, "a third"), (1000, "one")])
 def test_processes_share_the_batches_of_the_world(tmp_path, monkeypatch, name, processes, rows):
-    def stage(*words):
-        return Stage(name, *recipe.parse(["--output_dir", str(tmp_path), *words]))
+    def parse(*words):
+        return recipe.parse(["--output_dir", str(tmp_path), *words])
 
-    recipe = import_module(name)
-    alone, named = stage(), stage("--per_device_train_batch_size", "6")
-    (tmp_path / "own.jsonl").touch()
-    own = stage("--dataset_name", str(tmp_path / "own.jsonl"))
-    whole, other = (each.training_args.per_device_train_batch_size for each in (alone, own))
-    identity = alone.identity
+    def batch_of(parsed):
+        stage = Stage(name, *parsed)
+        return stage.training_args.per_device_train_batch_size, stage._about_batch()
+
+    recipe, own = import_module(name), tmp_path / "own.jsonl"
+    own.touch()
+    # A batch that was named, and one of other data, are each process's.
+    others = [parse("--per_device_train_batch_size", "6"), parse("--dataset_name", str(own))]
+    if name == "pretrain":
+        others.append(parse("--dataset_mixture", f"{own}:1", "pydoc:1"))
+    parsed, before = parse(), [batch_of(each) for each in others]
+    alone = Stage(name, *parsed)
+    (whole, _), identity = batch_of(parsed), alone.identity
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    several = Stage(name, *alone.parsed)
-    batch = several.training_args.per_device_train_batch_size
+    batch, line = batch_of(parsed)
     assert batch == {"half": whole // 2, "a third": whole // 3, "one": 1}[rows]
-    assert several._about_batch().endswith(f" --per_device_train_batch_size {batch}")
-    # A batch that was named, and one of other data, are each process's; flags stay, so that a finished run is known.
-    assert named.training_args.per_device_train_batch_size == 6 and named._about_batch() is None
-    assert own.training_args.per_device_train_batch_size == other
+    assert line.startswith(f"{batch * processes} rows a step: ")
+    assert [batch_of(each) for each in others] == before and {line for _, line in before} == {None}
+    # Flags stay, so that a finished run is known.
+    several = Stage(name, *parsed)
     assert several.arguments == alone.arguments
     if name != "rlhf" and whole % processes == 0:
         assert difference(identity, several.identity) is None
+
+
+def test_processes_share_the_batches_of_the_stages_before_too(tmp_path, monkeypatch):
+    parsed = rlhf.parse(["--output_dir", str(tmp_path)])
+    before = stages_before(*parsed).parsed
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, groups in {**before, "rlhf": parsed}.items():
+        stage = Stage(name, *groups)
+        whole = next(group for group in groups if hasattr(group, "max_steps")).per_device_train_batch_size
+        assert stage.training_args.per_device_train_batch_size == whole // 2 > 0
+        assert stage._about_batch().startswith(f"{whole} rows a step: ")
+    assert set(before) == {"pretrain", "sft", "reward"}
+
+
+def test_a_model_of_ones_own_takes_the_library_s_batch_in_each_process(base, tmp_path, monkeypatch):
+    parsed = rlhf.parse(["--model_name_or_path", str(base), "--reward_funcs", "gold", "--output_dir", str(tmp_path)])
+    stage = Stage("rlhf", *parsed)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert stage.training_args.per_device_train_batch_size == 16 and stage._about_batch() is None
 
 
 def test_a_rate_that_is_not_given_cannot_be_scaled(tmp_path):

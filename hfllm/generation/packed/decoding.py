@@ -1,8 +1,8 @@
 """Plain decoding over a ragged cache: a run of the model gives each running row one token.
 
 Equal prompts, as several samples of a prompt are, are read once. While prompts wait, they take the places of ended
-rows in the cache (iteration-level scheduling: Yu et al. 2022, "Orca", OSDI, section 3.1), as soon as so many rows were
-computed in vain as one run of the model has. When none waits any more, ended rows leave the batch once the rows
+rows in the cache (continuous batching: Yu et al. 2022, "Orca", OSDI, section 3.1), once the rows computed for nothing
+add up to one full run of the model. When none waits any more, ended rows leave the batch once the rows
 computed in vain since the last time are as many as the ones that stay: dropping rows copies their cache, so this costs
 at most twice what the best moments would.
 
@@ -30,7 +30,7 @@ class Draw(Protocol):
         Args:
             logits: (B, V).
             rows: (B,), the prompts of the rows.
-            steps: (B,), the indices of the tokens among the new ones of their rows.
+            steps: (B,), the indices of the tokens among the new ones of their rows; up to R where prompts wait.
         """
 
 
@@ -98,9 +98,10 @@ def continue_prompts(
         most_rows: rows of the cache; more prompts wait for a place. By default, and with `known` or `leave`, which go
             by the cache's rows, all have one.
     """
-    batch = _Batch(target, prompts, sizes, max_new_tokens, known, most_rows)
+    places = most_rows if known is None and leave is None else None
+    batch = _Batch(target, prompts, sizes, max_new_tokens, known, places)
     ends, running = prompts.new_tensor(sorted(end_token_ids)), []
-    # Of a row that has ended and stays, the last column takes what is computed in vain.
+    # Ended rows go on writing behind their end, at most into this extra column; both are cut below.
     tokens = prompts.new_full((len(sizes), max_new_tokens + 1), pad_token_id)
     counts = prompts.new_full((len(sizes),), max_new_tokens)
     while True:
@@ -117,7 +118,9 @@ def continue_prompts(
         if not batch.remaining and not batch.waiting:
             break
         drawn = batch.drop(drawn, leave)
-        batch.run(drawn)
+        # When all have ended together, and each place is taken again, there is nothing to run.
+        if batch.remaining or batch.waiting < len(rows):
+            batch.run(drawn)
         batch.fill()
     if leave is not None:
         leave(batch.rows, target.cache)
@@ -184,14 +187,14 @@ class _Batch:
         cache = self.target.cache
         self.longest = min(self.longest + 1, cache.capacity)
         output = self.target(drawn.unsqueeze(1), self.columns, self.last, self.longest, level=self.is_level)
-        # An ended row's last token is written again and again.
+        # The cache has no column after a row's last.
         self.columns = (self.columns + 1).minimum(self.last.unsqueeze(1))
         self.steps = (self.steps + 1).clamp(max=self.max_new_tokens)
         self.logits = output[:, -1]
 
     def fill(self) -> None:
         """Let prompts that wait take the places of ended rows, if it pays."""
-        if not self.waiting or self.in_vain < len(self.rows):
+        if not self.waiting or (self.remaining and self.in_vain < len(self.rows)):
             return
         places = (~self.is_running).nonzero().squeeze(1)[: self.waiting]
         begin = len(self.sizes) - self.waiting

@@ -147,7 +147,8 @@ class RaggedCache(Cache):
     def put(self, rows: torch.Tensor, other: "RaggedCache") -> None:
         """Overwrite the first columns of these rows by the rows of another cache."""
         for layer, its in zip(self.layers, other.layers, strict=True):
-            layer.states[:, : other.capacity].index_copy_(0, rows, its.states)
+            if layer.is_initialized:
+                layer.states[:, : other.capacity].index_copy_(0, rows, its.states)
 
     def part(self, begin: int, end: int) -> "RaggedCache":
         """Return a cache of the same memory for the rows from `begin` to `end` alone; all memory is allocated."""

@@ -199,7 +199,7 @@ def _full_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the divergence per row on all outcomes, and its gradient by the softened logits (N, V).
 
-    `log_p` and `log_q` (N, V) are overwritten: a pass over so many numbers takes as long as a tenth of the head.
+    `log_p` and `log_q` (N, V) are overwritten: a pass over so many numbers takes about a tenth of the head's product.
     """
     if beta == 0:
         p = log_p.exp()
