@@ -49,8 +49,10 @@ def test_a_recipe_with_a_batch_four_times_the_base(tiny, base, tmp_path, stage):
     assert [entry["learning_rate"] for entry in history if "loss" in entry] == pytest.approx([0.002])
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "rlhf"])
-@pytest.mark.parametrize(("processes", "rows"), [(2, "half"), (3, "a third"), (1000, "one")])
+SHARED = [("pretrain", 2, "half"), ("sft", 2, "half"), ("reward", 3, "a third"), ("rlhf", 1000, "one")]
+
+
+@pytest.mark.parametrize(("name", "processes", "rows"), SHARED)
 def test_processes_share_the_batches_of_the_world(tmp_path, monkeypatch, name, processes, rows):
     def parse(*words):
         return recipe.parse(["--output_dir", str(tmp_path), *words])
