@@ -103,7 +103,7 @@ class Course(pipeline.Course):
     """The runs of the recipe."""
 
     stage = "tools"
-    minutes = {PRETRAIN: 2.5, SHOWN: 1, RL: 1, SHUFFLED: 1, PLAIN: 0.3}
+    minutes = {PRETRAIN: 2.5, SHOWN: 1, RL: 0.7, SHUFFLED: 0.7, PLAIN: 0.5}
 
 
 def course_of(script_args: ToolsArguments, model_args: "ModelConfig") -> Course:
