@@ -22,7 +22,7 @@ ASKED = ["What is 1 plus 2? Please tell me.", "Go", "Say red.", "Is the fox red 
 def fast_calls(monkeypatch):
     """How many batches the fast decoder has decoded."""
     calls, decode = [], speculative.decode
-    monkeypatch.setattr(speculative, "decode", lambda *given: calls.append(1) or decode(*given))
+    monkeypatch.setattr(speculative, "decode", lambda *given, **more: calls.append(1) or decode(*given, **more))
     return calls
 
 
@@ -72,7 +72,7 @@ def test_a_saved_model_is_decoded_fast(options, saved, tokenizer, fast_calls):
         warnings.simplefilter("error")
         assert sample_responses(model, tokenizer, ASKED, 6, do_sample=False, batch_size=2) == plain
         sample_responses(model, tokenizer, ASKED, 6, batch_size=2)
-    assert len(fast_calls) == 4
+    assert len(fast_calls) == 2
 
 
 def test_every_field_that_transformers_writes_by_default_is_harmless(make_model, tokenizer, fast_calls):

@@ -95,3 +95,15 @@ def test_options_that_cannot_be_respected_are_refused(options, message, make_tar
     ids, mask = prompts(1)
     with pytest.raises(InputError, match=message):
         make_target().generate(ids, attention_mask=mask, max_new_tokens=4, **options, **FAST)
+
+
+def test_few_rows_at_a_time_give_the_same(make_target):
+    model = make_target(initializer_range=0.3)
+    ids = torch.randint(4, 40, (7, 5), generator=torch.Generator().manual_seed(3))
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": [3, 7, 20]}
+    whole = model.generate(ids, **options)
+    for draft in (None, PromptLookupDraft()):
+        fast = {"custom_generate": fast_generate, "draft": draft, "most_rows": 3}
+        assert model.generate(ids, **options, **fast).tolist() == whole.tolist()
+    with pytest.raises(InputError, match="most_rows"):
+        model.generate(ids, **options, custom_generate=fast_generate, most_rows=0)
