@@ -35,6 +35,8 @@ FLAGS = {
         "max_steps": -1,
         "total_tokens": 4 * ROWS * 64,
         "sample_steps": 0,
+        # As under ZeRO, whose shards of matrices Muon cannot orthogonalize.
+        "use_muon": False,
     },
     # pretrain.py with a model that exists.
     "continue": {
