@@ -7,6 +7,7 @@ import reward
 import sft
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import get_linear_schedule_with_warmup
 
 from hfllm.errors import InputError
@@ -54,8 +55,26 @@ def test_a_first_step_is_the_nearest_orthogonal_matrix_at_adamws_size():
     assert 0.7 < weight.norm() / expected.norm() < 1.2
 
 
-def test_small_matrices_together_learn_as_each_alone():
-    """`torch.optim.Muon`, one matrix at a time, is the reference; a matrix without a gradient is left alone."""
+class Precisions(TorchDispatchMode):
+    """The precisions of all products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.mm):
+            self.found.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_small_matrices_together_learn_as_each_alone(is_fast, monkeypatch):
+    """`torch.optim.Muon`, one matrix at a time, is the reference; a matrix without a gradient is left alone.
+
+    Where bf16 is emulated, no matrix is multiplied in it; the reference rounds to it, and we do not.
+    """
+    monkeypatch.setattr("hfllm.trainers.pretraining.muon.multiplies_in_bf16", lambda device: is_fast)
     torch.manual_seed(0)
     shapes = [(8, 8), (8, 24), (24, 8), (8, 8), (8, 24), (300, 300)]
     first = [torch.randn(shape) for shape in shapes]
@@ -68,13 +87,15 @@ def test_small_matrices_together_learn_as_each_alone():
                 one.grad = torch.randn_like(one)
                 other.grad = one.grad.clone()
         gradients = [each.grad for each in ours]
-        batched.step()
+        with Precisions() as precisions:
+            batched.step()
+        assert precisions.found == {torch.bfloat16 if is_fast else torch.float32}
         reference.step()
         assert all(one.grad is gradient for one, gradient in zip(ours, gradients, strict=True))
     for one, other, begin in zip(ours, theirs, first, strict=True):
-        assert (one - other).norm() < 0.01 * (other - begin).norm()
+        assert (one - other).norm() < (0.01 if is_fast else 0.03) * (other - begin).norm()
         assert torch.equal(batched.state[one]["momentum_buffer"], reference.state[other]["momentum_buffer"])
-    assert torch.equal(ours[-1], theirs[-1])
+    assert torch.equal(ours[-1], theirs[-1]) == is_fast
 
 
 def test_the_rest_is_adamws_to_the_bit(make_model):

@@ -8,6 +8,7 @@ from torch import nn
 
 from hfllm.errors import refuse, refuse_if
 from hfllm.trainers.engines import shards_parameters
+from hfllm.trainers.precision import multiplies_in_bf16
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -21,7 +22,7 @@ class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` with one Newton-Schulz iteration for all small matrices of a shape; larger ones as there.
 
     The arithmetic is the same, in bfloat16 too; a product of several matrices may round differently from a product of
-    one.
+    one. A CPU that only emulates bfloat16, where a step would take a second, iterates in float32, larger matrices too.
     """
 
     @torch.no_grad()
@@ -53,14 +54,22 @@ class BatchedMuon(torch.optim.Muon):
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
         coefficients, steps, eps = group["ns_coefficients"], group["ns_steps"], group["eps"]
-        updates = orthogonalized(torch.stack(updates), coefficients, steps, eps).to(gradients[0].dtype)
+        stacked = torch.stack(updates).to(_iteration_dtype(parameters[0].device))
+        updates = orthogonalized(stacked, coefficients, steps, eps).to(gradients[0].dtype)
         size = 0.2 * max(parameters[0].shape) ** 0.5
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * size)
 
 
+def _iteration_dtype(device: torch.device) -> torch.dtype:
+    """Return the precision of the Newton-Schulz iteration, which needs no more than bfloat16."""
+    return torch.bfloat16 if multiplies_in_bf16(device) else torch.float32
+
+
 def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return the small matrices with a gradient, matrices of one shape together; a shard of a matrix is none.
+    """Return the matrices with a gradient that are stepped here, matrices of one shape together.
+
+    These are the small ones, and all where `torch.optim.Muon` would emulate bfloat16; a shard of a matrix is none.
 
     A parameter flattened by FSDP is none either, and is left to `torch.optim.Muon`, to be refused there with a
     message.
@@ -68,7 +77,8 @@ def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     result: dict[tuple[object, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
         is_plain = type(parameter.data) is torch.Tensor and type(parameter.grad) is torch.Tensor
-        if is_plain and parameter.ndim == 2 and parameter.numel() <= SMALL:
+        is_small = parameter.numel() <= SMALL
+        if is_plain and parameter.ndim == 2 and (is_small or not multiplies_in_bf16(parameter.device)):
             result.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
     batches = []
     for alike in result.values():
@@ -80,7 +90,7 @@ def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 def orthogonalized(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Return matrices (N, rows, columns) with their singular values near one, in bfloat16 (Jordan et al. 2024).
+    """Return matrices (N, rows, columns) with their singular values near one (Jordan et al. 2024), in their dtype.
 
     Args:
         coefficients: of the quintic Newton-Schulz iteration.
@@ -88,7 +98,7 @@ def orthogonalized(
         eps: the least norm as divisor of a matrix.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if is_tall else matrices).bfloat16()
+    x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     a, b, c = coefficients
     for _ in range(steps):
