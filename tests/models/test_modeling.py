@@ -459,7 +459,8 @@ def test_padding_that_is_not_computed_changes_no_gradient(make_model, axes, ids,
     model, batch = make_model(model_class=head, num_labels=1, **axes), padded_batch(ids, side)
     fast = gradients_of(model, batch)
     monkeypatch.setattr(hfllm.HfllmModel, "computes_by_token", False)
-    torch.testing.assert_close(fast, gradients_of(model, batch), atol=1e-5, rtol=1e-4)
+    # Sums in another order: AVX2's are 2e-5 apart.
+    torch.testing.assert_close(fast, gradients_of(model, batch), atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["right", "left", "alike"])
