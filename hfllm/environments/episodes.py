@@ -4,18 +4,21 @@ Tokens in, tokens out: sampled tokens are never decoded and tokenized again, so 
 chosen tokens, after exactly the tokens it read.
 """
 
-import asyncio
 import copy
 import inspect
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hfllm.data.formats import Message
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
-from hfllm.environments.tools import Tool, ToolBox, encodable
+from hfllm.environments.side_by_side import run_together
+from hfllm.environments.tools import Tool, ToolBox, answers_of, encodable
 from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Episode:
         is_ended: whether it came to its end, and was not cut off by a limit of length.
         messages: the response as messages, if it is a conversation.
         calls, failures: calls of tools, and how many of them failed.
+        tool_seconds: how long these calls took.
         place: index among the prompts sampled with it.
     """
 
@@ -50,6 +54,7 @@ class Episode:
     messages: list[Message] = field(default_factory=list)
     calls: int = 0
     failures: int = 0
+    tool_seconds: float = 0.0
     place: int = 0
 
     @property
@@ -73,20 +78,34 @@ class Episode:
         self.action_mask += [0] * len(ids)
 
 
+@dataclass
+class Turn:
+    """A turn of the policy to be answered.
+
+    Args:
+        episode: all so far, with the turn.
+        ids: the tokens of the policy's last turn.
+        is_ended: whether it ended its turn; a cut-off turn has no room for an answer.
+        room: the maximum of tokens of a reply.
+    """
+
+    episode: Episode
+    ids: Sequence[int]
+    is_ended: bool
+    room: int
+
+
 class Environment(Protocol):
     """The interface for answers to the policy's turns."""
 
-    def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:
-        """Return the tokens after a turn of the policy, with the opening of its next turn.
+    def replies(self, turns: Sequence[Turn]) -> Sequence[list[int] | None]:
+        """Return for each turn the tokens after it, with the opening of the policy's next turn.
 
         Args:
-            episode: all so far, with the turn.
-            turn_ids: the tokens of the policy's last turn.
-            is_ended: whether it ended its turn; a cut-off turn has no room for an answer.
-            room: the maximum of tokens of a reply.
+            turns: of all unfinished episodes, which may be answered side by side.
 
         Returns:
-            `None` to end the episode. A reply longer than `room` is left out, and the episode is cut off.
+            `None` to end an episode. A reply longer than the turn's `room` is left out, and the episode is cut off.
         """
         ...
 
@@ -114,34 +133,32 @@ def run_episodes(
             before_turn(going)
         room = response_length - min(len(episode.response_ids) for episode in going)
         turns = continue_ids([episode.ids for episode in going], room)
-        going = [
-            episode
-            for episode, (ids, is_ended) in zip(going, turns, strict=True)
-            if _take_turn(episode, ids, is_ended, environment, response_length)
-        ]
+        taken = [_act(episode, *turn, response_length) for episode, turn in zip(going, turns, strict=True)]
+        replies = environment.replies(taken)
+        going = [turn.episode for turn, reply in zip(taken, replies, strict=True) if _read(turn, reply)]
         # Replies of like length are read together.
         going.sort(key=lambda episode: episode.unread)
     return episodes
 
 
-def _take_turn(
-    episode: Episode, ids: Sequence[int], is_ended: bool, environment: Environment, response_length: int
-) -> bool:
-    """Append a turn of the policy and the reply to it; return whether the policy's next turn follows."""
+def _act(episode: Episode, ids: Sequence[int], is_ended: bool, response_length: int) -> Turn:
+    """Append a turn of the policy, and return it."""
     room = response_length - len(episode.response_ids)
     # Others of the batch may have had more room.
     ids, episode.is_ended = list(ids[:room]), is_ended and len(ids) <= room
     episode.act(ids)
     # A reply filling the episode would leave the policy no token for an answer.
-    left = room - len(ids) - 1
-    reply = environment.reply(episode, ids, episode.is_ended, left)
+    return Turn(episode, ids, episode.is_ended, room - len(ids) - 1)
+
+
+def _read(turn: Turn, reply: Sequence[int] | None) -> bool:
+    """Append the reply to a turn; return whether the policy's next turn follows."""
     if reply is None:
         return False
-    if len(reply) > left:
-        episode.is_ended = False
+    turn.episode.is_ended = False
+    if len(reply) > turn.room:
         return False
-    episode.read(reply)
-    episode.is_ended = False
+    turn.episode.read(reply)
     return True
 
 
@@ -191,6 +208,7 @@ class ToolTurns:
             for number, token in added
             if token.special or (token.content in template and not token.content.isspace())
         }
+        self.marks = self._plain_marks()
         messages = _calling([])[:1]
         before, opened = (self._tokens(messages, add_generation_prompt=is_opened) for is_opened in (False, True))
         self.opening, self._prompt_ids = opened[len(before) :], before
@@ -225,8 +243,10 @@ class ToolTurns:
         """Return the tokens from the end of a turn with calls to the beginning of the policy's next turn.
 
         Output of tools is plain text, also where it spells special tokens: they cannot open or end a turn. A result
-        doing this is replaced in place, in `messages`, by an error.
+        doing this is replaced in place, in `messages`, by an error; of the template's marks in plain text see `plain`.
         """
+        for message in messages:
+            message |= _message_of(self.plain(message["name"]), self.plain(message["content"]))
         for content in (UNREADABLE, ""):
             try:
                 ids = self._reply(messages)
@@ -248,6 +268,48 @@ class ToolTurns:
         """Return whether a text spells special tokens, or others of the chat template."""
         tokens = self.tokenizer.added_tokens_decoder
         return any(tokens[number].content in text for number in self.control)
+
+    def plain(self, text: str) -> str:
+        """Return a text with a space in each plain mark of the chat template: `</tool_response>` in Qwen 2.5's, say.
+
+        A result with such a mark would end itself, and speak as another tool, as the user or as the policy.
+        """
+        for mark, pattern in self.marks.items():
+            text = pattern.sub(f"{mark[0]} {mark[1:]}".replace("\\", r"\\"), text)
+        return text
+
+    def _plain_marks(self) -> dict[str, re.Pattern[str]]:
+        """Return what ends a message and begins the next in ordinary text, found by writing conversations of probes.
+
+        Whatever stands beyond a special token cannot be reached by a text, and so is no mark.
+        """
+        probes = [f"probe{number}x" for number in range(5)]
+        call = {"type": "function", "function": {"name": "probe9x", "arguments": {}}}
+        asked = {"role": "user", "content": probes[0]}, {"role": "assistant", "content": "", "tool_calls": [call]}
+        results = [_message_of("probe9x", probe) for probe in probes[1:3]]
+        answered = {"role": "assistant", "content": probes[3]}, {"role": "user", "content": probes[4]}
+        pieces = []
+        # Some chat templates, such as Llama 3.1's, refuse to write two results.
+        for conversation in ([*asked, *results, *answered], [*asked, results[0], *answered], answered[::-1]):
+            with suppress(*template_errors()):
+                pieces += re.split(r"probe\dx", self._text(conversation))[1:]
+        special = "|".join(re.escape(self.tokenizer.added_tokens_decoder[number].content) for number in self.control)
+        closings = [re.split(special, piece)[0] if special else piece for piece in pieces]
+        lines = {line.strip() for piece in closings for line in piece.splitlines()}
+        # The template may also write a text otherwise where it has a mark, as JSON does with its quotes.
+        marks = sorted((line for line in lines if len(line) > 1 and self._reaches(line)), key=len, reverse=True)
+        # A word is a mark only as a whole line, such as `user`.
+        words = r"(?m)(?<![^\n]){}(?=[ \t]*$)"
+        return {mark: re.compile((words if mark.isalnum() else "{}").format(re.escape(mark))) for mark in marks}
+
+    def _reaches(self, line: str) -> bool:
+        text = f"a{line}b"
+        conversation = [*_calling(("x",)), _message_of("x", text)]
+        return text in self._text(conversation) or text in self._text([{"role": "user", "content": text}])
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True, "chat_template": self.chat_template}
+        return self.tokenizer.apply_chat_template(list(messages), **options)
 
     def _skeleton(self, count: int) -> list[int]:
         """Return the special tokens of a reply with so many results."""
@@ -386,8 +448,11 @@ class StatefulEnvironments:
         self.observations: list[str] = []
         self.boxes: list[ToolBox] = []
 
-    def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Message]]:
+    def begin(self, rows: Sequence[Mapping[str, Any]], plain: Callable[[str], str] = str) -> list[list[Message]]:
         """Reset an environment for every row, and return the rows' prompts with the environments' texts.
+
+        Args:
+            plain: applied to these texts, see `ToolTurns.plain`.
 
         Raises:
             InputError: when `reset` fails, naming the row, or returns something else than text or `None`.
@@ -398,13 +463,16 @@ class StatefulEnvironments:
             self._free.append(self._make())
         self.current, self._free = self._free[: len(rows)], self._free[len(rows) :]
         self.boxes = [self.tools.bound(methods_of(each)) for each in self.current]
-        self.observations = [self._reset(*each) for each in zip(self.current, rows, strict=True)]
+        self.observations = [plain(self._reset(*each)) for each in zip(self.current, rows, strict=True)]
         return [_with_more(row["prompt"], text) for row, text in zip(rows, self.observations, strict=True)]
 
     def get_reward(self, environments: Sequence[Any], **columns: object) -> list[float]:
         """Return the environments' own rewards of the just finished episodes."""
         rewards = [each.get_reward() for each in environments]
-        return [asyncio.run(each) if inspect.iscoroutine(each) else each for each in rewards]
+        waiting = [index for index, each in enumerate(rewards) if inspect.iscoroutine(each)]
+        for index, reward in zip(waiting, run_together([rewards[index] for index in waiting]), strict=True):
+            rewards[index] = reward
+        return rewards
 
     def _make(self) -> Any:
         try:
@@ -419,6 +487,8 @@ class StatefulEnvironments:
         origin = f"{FLAG}: {self.name}.reset for the prompt {str(prompt[-1].get('content'))[:80]!r}"
         try:
             observation = environment.reset(**row)
+            if inspect.iscoroutine(observation):
+                (observation,) = run_together([observation])
         except Exception as error:
             raise InputError(f"{origin} failed with {error!r}") from error
         if not isinstance(observation, str | None):
@@ -456,6 +526,7 @@ class ToolEnvironment:
         max_iterations: answered turns with calls; the call after them ends the episode. `None` for any
             number, as far as the response has room.
         factory: see `StatefulEnvironments`, or `None` for tools without a state of an episode.
+        episode_timeout: seconds for all calls of an episode together; further ones fail. `None`: no limit.
 
     Raises:
         InputError: for tools without schemas, an unsuitable factory, or a tokenizer unable to write or read calls.
@@ -470,17 +541,19 @@ class ToolEnvironment:
         timeout: float = 10.0,
         max_length: int = 1000,
         factory: EnvironmentFactory | None = None,
+        episode_timeout: float | None = None,
     ):
         self.states = factory and StatefulEnvironments(factory, tools, timeout, max_length)
         self.tools = self.states.tools if self.states else ToolBox(tools, timeout, max_length)
         self.turns = ToolTurns(tokenizer, self.tools.schemas, end_token_ids)
-        self.max_iterations = max_iterations
+        self.max_iterations, self.episode_timeout = max_iterations, episode_timeout
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Reset environments with a state, and return the rows with their texts in the prompts."""
         if self.states is None:
             return list(rows)
-        return [{**row, "prompt": prompt} for row, prompt in zip(rows, self.states.begin(rows), strict=True)]
+        prompts = self.states.begin(rows, self.turns.plain)
+        return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
 
     def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Return the tokens of the prompts from `begin`.
@@ -494,20 +567,33 @@ class ToolEnvironment:
                 (ids[index],) = tokenize_prompts([rows[index]["prompt"]], tokenizer, [schemas], as_plain_text=True)
         return ids
 
-    def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:
-        """Call the tools requested in a turn, and return the tokens of their output."""
-        message = self.turns.parse(turn_ids)
-        answered = sum("tool_calls" in earlier for earlier in episode.messages)
-        episode.messages.append(message)
-        calls = message.get("tool_calls")
-        if not calls or not is_ended or (self.max_iterations is not None and answered >= self.max_iterations):
-            return None
-        tools = self.states.boxes[episode.place] if self.states else self.tools
-        results = [tools.call(call) for call in calls]
-        episode.calls += len(results)
-        episode.failures += sum(has_failed for _, has_failed in results)
-        messages = [result for result, _ in results]
-        ids = [*self.turns.end_of(turn_ids), *self.turns.reply_ids(messages)]
-        if len(ids) <= room:
-            episode.messages += messages
-        return ids
+    def replies(self, turns: Sequence[Turn]) -> list[list[int] | None]:
+        """Call the tools requested in the turns, and return the tokens of their output.
+
+        The episodes' calls run side by side, those of one episode one after another.
+        """
+        results: list[list[int] | None] = [None] * len(turns)
+        calls = {index: found for index, turn in enumerate(turns) if (found := self._calls(turn))}
+        answers = answers_of([(*self._tools_for(turns[index]), each) for index, each in calls.items()])
+        for index, answer in zip(calls, answers, strict=True):
+            episode = turns[index].episode
+            episode.calls += len(answer.messages)
+            episode.failures += answer.failures
+            episode.tool_seconds += answer.seconds
+            results[index] = [*self.turns.end_of(turns[index].ids), *self.turns.reply_ids(answer.messages)]
+            if len(results[index]) <= turns[index].room:
+                episode.messages += answer.messages
+        return results
+
+    def _calls(self, turn: Turn) -> list[dict[str, Any]]:
+        """Note a turn's message, and return its calls that are to be answered."""
+        message, messages = self.turns.parse(turn.ids), turn.episode.messages
+        answered = sum("tool_calls" in earlier for earlier in messages)
+        messages.append(message)
+        is_over = self.max_iterations is not None and answered >= self.max_iterations
+        return [] if is_over or not turn.is_ended else message.get("tool_calls") or []
+
+    def _tools_for(self, turn: Turn) -> tuple[ToolBox, float]:
+        """Return a turn's tools, and the seconds that its calls may take together."""
+        tools = self.states.boxes[turn.episode.place] if self.states else self.tools
+        return tools, math.inf if self.episode_timeout is None else self.episode_timeout - turn.episode.tool_seconds

@@ -64,6 +64,8 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
                 raise CodeError(_reason(done.returncode, _read(errors), seconds))
             return _read(printed)
 
+    # More programs at once than cores would reach their limits of time by waiting for each other.
+    python.max_threads = os.cpu_count() or 1
     return python
 
 

@@ -1,19 +1,20 @@
 """Call the tools requested by a policy, whatever they do, and the built-in tools: sums, look-ups, retrieval."""
 
 import ast
-import asyncio
 import copy
 import inspect
 import json
 import math
 import operator
-import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import thread as pools
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from hfllm.data.formats import Message
 from hfllm.data.word_index import WordIndex, import_bm25s, words_of
+from hfllm.environments.side_by_side import MAX_THREADS, LateError, called, run_together
 from hfllm.errors import InputError, one_line, refuse_if
 
 # ---- calls ----
@@ -22,10 +23,30 @@ from hfllm.errors import InputError, one_line, refuse_if
 Tool = Callable[..., Any]
 
 
+class Answers(NamedTuple):
+    """What the calls of one turn came to.
+
+    Args:
+        messages: the tools' messages, in the order of the calls; a failure is `{'error': ...}`.
+        failures: how many calls failed.
+        seconds: how long they took, with the wait for a free thread.
+    """
+
+    messages: list[Message]
+    failures: int = 0
+    seconds: float = 0.0
+
+
+# Seconds between two looks at whether a coroutine blocks the loop, where a call may take longer.
+LONGEST_PATIENCE = 3600.0
+
+
 class ToolBox:
     """Python functions as tools, with TRL's rules: annotated arguments, and a docstring in Google's style.
 
-    Coroutine functions are tools too. A tool runs in a thread of this process, with all the rights of the process.
+    Coroutine functions are tools too: they run on one event loop that lasts, so a tool may keep a connection. Another
+    tool runs in a thread of this process, at most 32 at once, or as many as the function's attribute `max_threads`
+    says. All have the rights of the process.
 
     Args:
         tools: the functions; a tool's name is the function's.
@@ -71,15 +92,38 @@ class ToolBox:
         Args:
             call: of an assistant's message, `{"type": "function", "function": {"name": ..., "arguments": ...}}`.
         """
-        function = call.get("function", call)
-        name = encodable(str(function.get("name")))
-        try:
-            content, has_failed = self._run(name, _arguments(function)), False
-        except _Refused as error:
-            content, has_failed = str({"error": str(error)}), True
-        return {"role": "tool", "name": name, "content": self._cut(content)}, has_failed
+        ((messages, failures, _),) = answers_of([(self, math.inf, [call])])
+        return messages[0], bool(failures)
 
-    def _run(self, name: str, arguments: dict[str, Any]) -> str:
+    async def answers(self, calls: Sequence[Mapping[str, Any]], seconds: float) -> Answers:
+        """Return the answers to the calls of a turn, one after another, as the turn wrote them.
+
+        Args:
+            seconds: for all of them together.
+        """
+        messages, failures, spent = [], 0, 0.0
+        for call in calls:
+            function = call.get("function", call)
+            name, began = encodable(str(function.get("name"))), time.monotonic()
+            try:
+                content = await self._run(name, _arguments(function), min(self.timeout, seconds - spent))
+            except _Refused as error:
+                content, failures = str({"error": str(error)}), failures + 1
+            spent += time.monotonic() - began
+            messages.append({"role": "tool", "name": name, "content": self._cut(content)})
+        return Answers(messages, failures, spent)
+
+    def unanswered(self, calls: Sequence[Mapping[str, Any]], reason: str, seconds: float = 0.0) -> Answers:
+        """Return the answers to calls without an answer, which is their error."""
+        names = [encodable(str(call.get("function", call).get("name"))) for call in calls]
+        errors = [str({"error": f"{name} {reason}"}) for name in names]
+        messages = [
+            {"role": "tool", "name": name, "content": self._cut(error)}
+            for name, error in zip(names, errors, strict=True)
+        ]
+        return Answers(messages, len(messages), seconds)
+
+    async def _run(self, name: str, arguments: dict[str, Any], seconds: float) -> str:
         tool = self.tools.get(name)
         if tool is None:
             raise _Refused(f"Tool {name} not found. There are: {', '.join(self.tools)}.")
@@ -87,36 +131,23 @@ class ToolBox:
             inspect.signature(tool).bind(**arguments)
         except TypeError as error:
             raise _Refused(f"wrong arguments for {name}: {error}") from None
-        results: list[str] = []
-        errors: list[str] = []
-
-        def work() -> None:
-            try:
-                # The tool's changes to its arguments must not show in the call.
-                result = tool(**copy.deepcopy(arguments))
-                if inspect.iscoroutine(result):
-                    result = asyncio.run(_in_time(result, self.timeout))
-                results.append(as_text(result))
-            except _Late:
-                pass
-            # A tool may also leave by sys.exit.
-            except BaseException as error:
-                errors.append(_described(error))
-
-        thread = threading.Thread(target=work, name=f"tool-{name}"[:40], daemon=True)
+        if seconds <= 0:
+            raise _Refused(f"{name} was not called: the episode's seconds for tools are over")
+        # The tool's changes to its arguments must not show in the call.
+        work = partial(tool, **copy.deepcopy(arguments))
+        shown = partial(_awaited_text, work) if inspect.iscoroutinefunction(tool) else partial(_text, work)
         try:
-            thread.start()
+            result = await called(shown, seconds, f"tool-{name}"[:40], getattr(tool, "max_threads", MAX_THREADS))
+        except LateError:
+            self.is_late = True
+            _leave_behind()
+            raise _Refused(f"{name} did not answer within {seconds:g} seconds") from None
         # The system has a limit, maybe reached through hanging tools.
         except RuntimeError as error:
             raise _Refused(f"{name} was not called: {error}") from None
-        thread.join(min(self.timeout, threading.TIMEOUT_MAX))
-        if results:
-            return results[0]
-        if errors:
-            raise _Refused(errors[0])
-        self.is_late = True
-        _leave_behind()
-        raise _Refused(f"{name} did not answer within {self.timeout:g} seconds")
+        if isinstance(result, BaseException):
+            raise _Refused(_described(result))
+        return result
 
     def _cut(self, content: str) -> str:
         length = len(content)
@@ -148,19 +179,35 @@ class _Refused(Exception):
     """The policy's message in place of a result."""
 
 
-class _Late(Exception):
-    """A coroutine was cancelled at its time limit."""
+def answers_of(turns: Sequence[tuple[ToolBox, float, Sequence[Mapping[str, Any]]]]) -> list[Answers]:
+    """Return the answers to the calls of several turns, which are called side by side.
 
-
-async def _in_time(result: Coroutine[Any, Any, object], timeout: float) -> object:
-    """Return a coroutine's result; cancel it after so many seconds, to end its thread."""
+    Args:
+        turns: each turn's tools, the seconds that its calls may take together, and the calls.
+    """
+    if not turns:
+        return []
+    began, patience = time.monotonic(), min(max(box.timeout for box, _, _ in turns), LONGEST_PATIENCE)
     try:
-        async with asyncio.timeout(timeout) as limit:
-            return await result
-    except TimeoutError:
-        if limit.expired():
-            raise _Late from None
-        raise
+        found = run_together([box.answers(calls, seconds) for box, seconds, calls in turns], patience)
+    except (RuntimeError, OSError) as error:
+        return [box.unanswered(calls, f"was not called: {error}") for box, _, calls in turns]
+    for index, (box, _, calls) in enumerate(turns):
+        if found[index] is None:
+            box.is_late = True
+            reason = "did not answer: a coroutine blocked the event loop, on which it must wait by `await`"
+            found[index] = box.unanswered(calls, reason, time.monotonic() - began)
+    return found
+
+
+async def _awaited_text(work: Callable[[], Awaitable[object]]) -> str:
+    return as_text(await work())
+
+
+def _text(work: Callable[[], object]) -> str | Coroutine[Any, Any, str]:
+    """Return a function's result as text, or a coroutine of it where it returned a coroutine."""
+    result = work()
+    return _awaited_text(lambda: result) if inspect.iscoroutine(result) else as_text(result)
 
 
 def _leave_behind() -> None:

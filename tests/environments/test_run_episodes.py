@@ -12,12 +12,15 @@ class Scripted:
     """An environment that answers the n-th turn of each episode by the n-th of its replies, and then ends it."""
 
     def __init__(self, replies):
-        self.replies, self.turns = replies, {}
+        self.script, self.turns = replies, {}
 
-    def reply(self, episode, turn_ids, is_ended, room):
+    def replies(self, turns):
+        return [self._reply(turn.episode, turn.is_ended) for turn in turns]
+
+    def _reply(self, episode, is_ended):
         done = self.turns.get(id(episode), 0)
         self.turns[id(episode)] = done + 1
-        replies = self.replies[episode.prompt_ids[0] % len(self.replies)]
+        replies = self.script[episode.prompt_ids[0] % len(self.script)]
         return replies[done] if is_ended and done < len(replies) else None
 
 

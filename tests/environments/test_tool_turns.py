@@ -151,14 +151,14 @@ def test_json_that_is_nested_too_deeply_is_text(turns, tool_tokenizer):
 
 
 def test_halves_of_characters_that_json_spells_reach_nobody(tool_tokenizer):
-    from hfllm.environments.episodes import Episode, ToolEnvironment
+    from hfllm.environments.episodes import Episode, ToolEnvironment, Turn
     from hfllm.environments.tools import calculator
 
     environment = ToolEnvironment([calculator], tool_tokenizer, [tool_tokenizer.eos_token_id])
     episode = Episode([1])
     calls = (r'{"name": "\ud800", "arguments": {}}', r'{"name": "calculator", "arguments": {"expression": "\ud800"}}')
     text = "".join(f"<tool_call>{call}</tool_call>" for call in calls) + "<|end|>"
-    ids = environment.reply(episode, tool_tokenizer(text)["input_ids"], True, 400)
+    (ids,) = environment.replies([Turn(episode, tool_tokenizer(text)["input_ids"], True, 400)])
     assert "Tool ? not found" in tool_tokenizer.decode(ids)
     read = [call["function"] for call in episode.messages[0]["tool_calls"]]
     assert read == [{"name": "?", "arguments": {}}, {"name": "calculator", "arguments": {"expression": "?"}}]
@@ -166,13 +166,13 @@ def test_halves_of_characters_that_json_spells_reach_nobody(tool_tokenizer):
 
 def test_a_turn_that_a_text_has_ended_is_closed_before_the_result(tool_tokenizer):
     """Such as `stop_strings=["</tool_call>"]`: the next turn reads what the chat template writes."""
-    from hfllm.environments.episodes import Episode, ToolEnvironment
+    from hfllm.environments.episodes import Episode, ToolEnvironment, Turn
     from hfllm.environments.tools import calculator
 
     environment = ToolEnvironment([calculator], tool_tokenizer, [tool_tokenizer.eos_token_id])
     call = '<tool_call>{"name": "calculator", "arguments": {"expression": "2*3"}}</tool_call>'
     for end, before in (("", "<|end|>"), ("<|end|>", "")):
-        ids = environment.reply(Episode([1]), tool_tokenizer(call + end)["input_ids"], True, 400)
+        (ids,) = environment.replies([Turn(Episode([1]), tool_tokenizer(call + end)["input_ids"], True, 400)])
         assert tool_tokenizer.decode(ids) == f"{before}<|tool|>6<|end|><|assistant|>"
 
 

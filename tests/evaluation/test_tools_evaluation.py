@@ -9,7 +9,7 @@ from tool_tokenizer import brief_tokenizer
 from hfllm.data.tokenizer import CALL_MARKS
 from hfllm.data.world.tasks import CHANGED_FACT, NEED, NO_NEED, SUM, UNKNOWN, table_of
 from hfllm.data.world.world import World
-from hfllm.stages.tools import build as tools_build
+from hfllm.environments.runner import ToolRunner
 from hfllm.stages.tools.build import (
     KNOWN,
     OFF,
@@ -47,7 +47,7 @@ def answered(tokenizer, asked, make_model, monkeypatch):
     seen = []
 
     def run(policy, table=TABLE):
-        def continuing(model, tokenizer, do_sample, seed, is_off):
+        def continuing(runner):
             def continue_ids(sequences, most):
                 turns = []
                 for ids in sequences:
@@ -61,7 +61,7 @@ def answered(tokenizer, asked, make_model, monkeypatch):
 
             return continue_ids
 
-        monkeypatch.setattr(tools_build, "continuing", continuing)
+        monkeypatch.setattr(ToolRunner, "_continuing", continuing)
         del seen[:]
         return answer(model, tokenizer, asked, table, batch_size=50)
 

@@ -225,17 +225,17 @@ def test_a_policy_that_calls_nothing_samples_as_ever(make_agent, tokens, monkeyp
 def make_talker(make_agent, tokens, monkeypatch):
     """A trainer with turns of a few sampled tokens, which an environment answers by words of different lengths."""
 
-    def reply(episode, turn_ids, is_ended, room):
-        episode.messages.append({"role": "assistant", "content": tokens.decode(turn_ids)})
-        has_more = is_ended and episode.place % 3 and len(episode.response_ids) < 16
-        return tokens("owl " * (1 + len(turn_ids) % 3))["input_ids"] if has_more else None
+    def reply(turn):
+        turn.episode.messages.append({"role": "assistant", "content": tokens.decode(turn.ids)})
+        has_more = turn.is_ended and turn.episode.place % 3 and len(turn.episode.response_ids) < 16
+        return tokens("owl " * (1 + len(turn.ids) % 3))["input_ids"] if has_more else None
 
     def make(**parts):
         trainer = make_agent(is_scripted=False, response_length=24, trainer_parts=parts)
         trainer.sampling_config.eos_token_id = list(range(0, len(tokens), 5))
         if trainer.actor.value_model is None:
             torch.nn.init.normal_(trainer.actor.value_head.weight)
-        monkeypatch.setattr(trainer.environment, "reply", reply)
+        monkeypatch.setattr(trainer.environment, "replies", lambda turns: list(map(reply, turns)))
         return trainer
 
     return make

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 CALIBRATION_PROMPTS = 256
 # Flags of PPO for tools.
-OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
+OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "episode_timeout", "max_tool_result_length")
 # The help of `--tools`; `build.load_tool` reads its values.
 TOOLS = (
     "Functions that the model may call: path/to/file.py:function, calculator, python, or lookup:table.json "

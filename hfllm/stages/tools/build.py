@@ -1,6 +1,5 @@
 """Learning to use tools step by step: rows for every run, held-out questions to the models, and the report."""
 
-import itertools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hfllm.data.tokenizer import CALL_MARKS, end_tokens, tokenize_prompts
+from hfllm.data.tokenizer import CALL_MARKS, tokenize_prompts
 from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.tasks import (
     ASKED,
@@ -28,10 +25,9 @@ from hfllm.data.world.tasks import (
     table_of,
 )
 from hfllm.data.world.world import World
-from hfllm.environments.episodes import Continue, Episode, ToolEnvironment, run_episodes
+from hfllm.environments.episodes import Episode
+from hfllm.environments.runner import ToolRunner
 from hfllm.environments.tools import Tool, ToolBox, calculator, lookup_in
-from hfllm.generation.responses import fast_option
-from hfllm.models.devices import forked_random
 from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, side_by_side, write_atomically
 from hfllm.rewards.functions import completion_text, transcript
 from hfllm.runs.models import NamedModel
@@ -202,20 +198,15 @@ def answer(
         seed: of the sampling.
         batch_size: questions answered at once.
     """
-    tools = tools_of({} if table is None else table)
-    ends = sorted(end_tokens(tokenizer, model))
-    environment = ToolEnvironment(tools, tokenizer, ends, MOST_CALLS)
-    schemas = environment.tools.schemas if table is not None else None
+    # Without tools no call may begin.
+    suppressed = [tokenizer.convert_tokens_to_ids(CALL_MARKS[0])] if table is None else []
+    options = {"do_sample": do_sample, "seed": seed, "batch_size": batch_size, "suppress_tokens": suppressed}
+    limits = {"response_length": RESPONSE_LENGTH, "max_tool_calling_iterations": MOST_CALLS}
+    runner = ToolRunner(model, tokenizer, tools_of(table or {}), **limits, **options)
+    schemas = runner.environment.tools.schemas if table is not None else None
     prompts = [[{"role": "user", "content": each.task.task.question}] for each in questions]
-    ids = tokenize_prompts(prompts, tokenizer, [schemas] * len(prompts))
-    continue_ids = continuing(model, tokenizer, do_sample, seed, is_off=table is None)
-    order = sorted(range(len(questions)), key=lambda index: len(ids[index]))
-    answers: dict[int, JudgedEpisode] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        episodes = run_episodes([ids[index] for index in indices], continue_ids, environment, RESPONSE_LENGTH)
-        answers |= {index: judged(questions[index], each) for index, each in zip(indices, episodes, strict=True)}
-    return [answers[index] for index in range(len(questions))]
+    episodes = runner.run(tokenize_prompts(prompts, tokenizer, [schemas] * len(prompts)))
+    return [judged(*each) for each in zip(questions, episodes, strict=True)]
 
 
 def judged(question: Question, episode: Episode) -> JudgedEpisode:
@@ -223,37 +214,6 @@ def judged(question: Question, episode: Episode) -> JudgedEpisode:
     is_right = gold_score(completion_text(episode.messages), question.task.task.gold) >= RIGHT
     calls = any(message.get("tool_calls") for message in episode.messages)
     return JudgedEpisode(question, episode, calls, is_right)
-
-
-def continuing(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", do_sample: bool, seed: int, is_off: bool
-) -> Continue:
-    """Return a function for continuing sequences of tokens.
-
-    Args:
-        is_off: whether no call may begin.
-    """
-    ends = sorted(end_tokens(tokenizer, model))
-    settings = {"do_sample": do_sample, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
-    settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
-    if is_off:
-        settings["suppress_tokens"] = [tokenizer.convert_tokens_to_ids(CALL_MARKS[0])]
-    rounds = itertools.count()
-
-    def continue_ids(sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
-        batch = tokenizer.pad({"input_ids": list(map(list, sequences))}, padding_side="left", return_tensors="pt")
-        batch = batch.to(model.device)
-        with forked_random(model.device), torch.inference_mode():
-            torch.manual_seed(seed + next(rounds))
-            fast = fast_option(model, batch["input_ids"].shape[1] + max_new_tokens)
-            output = model.generate(**batch, **settings, **fast, max_new_tokens=max_new_tokens)
-        turns = []
-        for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
-            turns.append((row[:length], length > 0 and row[length - 1] in ends))
-        return turns
-
-    return continue_ids
 
 
 def values_of(answers: Sequence[JudgedEpisode]) -> dict[str, list[float]]:

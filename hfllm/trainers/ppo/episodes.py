@@ -73,7 +73,7 @@ def environment_of(
         argument = "tools" if tools else "environment_factory"
         raise InputError(f"{argument} and rollout_func: give one of them, which says how episodes go")
     limits = (args.max_tool_calling_iterations, args.tool_timeout, args.max_tool_result_length)
-    return ToolEnvironment(tools or [], tokenizer, end_token_ids, *limits, factory)
+    return ToolEnvironment(tools or [], tokenizer, end_token_ids, *limits, factory, args.episode_timeout)
 
 
 def own_rewards(environment: ToolEnvironment | None) -> list[Callable[..., list[float]]]:

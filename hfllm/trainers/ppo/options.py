@@ -71,6 +71,11 @@ class ToolOptions:
         takes=at_least(1),
     )
     tool_timeout: float = flag(10.0, "Seconds after which a call of a tool is given up.", takes=POSITIVE)
+    episode_timeout: float | None = flag(
+        None,
+        "Seconds that all calls of an episode may take together; by default as many as they need.",
+        takes=POSITIVE,
+    )
     max_tool_result_length: int = flag(1000, "Characters beyond which the result of a tool is cut.", takes=at_least(1))
 
 

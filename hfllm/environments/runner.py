@@ -1,0 +1,134 @@
+"""Answer prompts with tools after training, in the very episodes of training."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.formats import Message
+from hfllm.data.tokenizer import end_tokens
+from hfllm.environments.episodes import Continue, EnvironmentFactory, Episode, ToolEnvironment, run_episodes
+from hfllm.environments.tools import Tool
+from hfllm.errors import InputError, refuse_if
+from hfllm.generation.responses import fast_option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ToolRunner:
+    """A model with its tools: it calls them, reads their results, and answers, as in the rollouts of `PPOTrainer`.
+
+        runner = ToolRunner(model, tokenizer, [calculator])
+        (episode,) = runner([[{"role": "user", "content": "What is 12 * 3?"}]])
+        print(episode.messages[-1]["content"])
+
+    Args:
+        model: any causal model of transformers, also with an adapter or quantized.
+        tokenizer: see `ToolTurns`.
+        tools: functions, see `ToolBox`; may be empty with an `environment_factory`.
+        environment_factory: see `StatefulEnvironments`.
+        response_length: the most tokens of an episode, with those of the tools.
+        max_tool_calling_iterations, tool_timeout, episode_timeout, max_tool_result_length: as in `PPOConfig`.
+        do_sample: sample at `temperature`, instead of decoding greedily.
+        seed: of the sampling; the caller's random state is not changed.
+        batch_size: prompts answered together.
+        suppress_tokens: ids that are never written.
+
+    Raises:
+        InputError: for unusable tools, or a tokenizer unable to write or read calls.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        tools: Sequence[Tool] = (),
+        environment_factory: EnvironmentFactory | None = None,
+        *,
+        response_length: int = 512,
+        max_tool_calling_iterations: int | None = None,
+        tool_timeout: float = 10.0,
+        episode_timeout: float | None = None,
+        max_tool_result_length: int = 1000,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 32,
+        suppress_tokens: Sequence[int] = (),
+    ):
+        refuse_if(not tools and environment_factory is None, "ToolRunner: no tools, and no environment_factory")
+        for name, value in (("response_length", response_length), ("batch_size", batch_size)):
+            refuse_if(value < 1, f"ToolRunner: {name} must be at least 1, got {value}")
+        self.model, self.tokenizer, self.seed, self.batch_size = model, tokenizer, seed, batch_size
+        self.response_length, ends = response_length, sorted(end_tokens(tokenizer, model))
+        limits = (max_tool_calling_iterations, tool_timeout, max_tool_result_length)
+        self.environment = ToolEnvironment(
+            tools, tokenizer, ends, *limits, factory=environment_factory, episode_timeout=episode_timeout
+        )
+        self.settings: dict[str, Any] = {"do_sample": do_sample, "pad_token_id": tokenizer.pad_token_id}
+        self.settings |= {"eos_token_id": ends, "num_beams": 1, "use_cache": True}
+        self.settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
+        self.settings |= {"suppress_tokens": list(suppress_tokens)} if suppress_tokens else {}
+
+    def __call__(self, prompts: Sequence[Sequence[Message] | Mapping[str, Any]]) -> list[Episode]:
+        """Return the episodes of prompts, in their order; `messages` are their turns after the prompt.
+
+        Args:
+            prompts: conversations, or rows with a column `prompt`, whose other columns `reset` of an environment gets.
+
+        Raises:
+            InputError: for a prompt that leaves the model's context no room for the response.
+        """
+        rows = [dict(each) if isinstance(each, Mapping) else {"prompt": list(each)} for each in prompts]
+        episodes: list[Episode] = []
+        # An environment has the state of one episode, so a batch ends before the next begins.
+        for start in range(0, len(rows), self.batch_size):
+            begun = self.environment.begin(rows[start : start + self.batch_size])
+            episodes += self.run(self.environment.prompt_ids(begun))
+        return episodes
+
+    def run(self, prompt_ids: Sequence[Sequence[int]]) -> list[Episode]:
+        """Return the episodes of tokenized prompts, those of like length together, in their order."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, prompt_ids), default=0)
+        if context is not None and longest + self.response_length > context:
+            raise InputError(
+                f"ToolRunner: a prompt has {longest} tokens; with response_length={self.response_length} the model's "
+                f"context of {context} has no room for it"
+            )
+        order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
+        # Environments with a state are those of the prompts in the order given.
+        size, continue_ids = self.batch_size, self._continuing()
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        if self.environment.states is not None:
+            batches = [list(range(len(prompt_ids)))] if prompt_ids else []
+        result: dict[int, Episode] = {}
+        for indices in batches:
+            texts = [prompt_ids[index] for index in indices]
+            done = run_episodes(texts, continue_ids, self.environment, self.response_length)
+            result |= dict(zip(indices, done, strict=True))
+        return [result[index] for index in range(len(prompt_ids))]
+
+    def _continuing(self) -> Continue:
+        import torch
+
+        from hfllm.generation.scoring import evaluating
+        from hfllm.models.devices import forked_random
+
+        rounds, ends = itertools.count(), set(self.settings["eos_token_id"])
+
+        def continue_ids(sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
+            inputs = {"input_ids": list(map(list, sequences))}
+            batch = self.tokenizer.pad(inputs, padding_side="left", return_tensors="pt").to(self.model.device)
+            width = batch["input_ids"].shape[1]
+            with evaluating(self.model), forked_random(self.model.device), torch.inference_mode():
+                torch.manual_seed(self.seed + next(rounds))
+                fast = fast_option(self.model, width + max_new_tokens)
+                output = self.model.generate(**batch, **self.settings, **fast, max_new_tokens=max_new_tokens)
+            turns = []
+            for row in output[:, width:].tolist():
+                length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+                turns.append((row[:length], length > 0 and row[length - 1] in ends))
+            return turns
+
+        return continue_ids
