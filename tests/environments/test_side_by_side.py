@@ -86,8 +86,10 @@ def test_coroutines_of_all_episodes_wait_at_once():
     assert contents(answers) == [[str(number)] for number in range(128)] and begun == list(range(128))
 
 
-def test_functions_run_in_a_bounded_number_of_threads():
-    together, running, most = threading.Barrier(MAX_THREADS), [], []
+@pytest.mark.parametrize("limit", [None, 3])
+def test_functions_run_in_a_bounded_number_of_threads(limit):
+    bound = limit or MAX_THREADS
+    lock, too_many, running, most = threading.Lock(), threading.Event(), [], []
 
     def act(number: int) -> str:
         """Act.
@@ -95,16 +97,21 @@ def test_functions_run_in_a_bounded_number_of_threads():
         Args:
             number: of the episode.
         """
-        running.append(number)
-        # So many are running, or none goes on.
-        together.wait(30)
-        most.append(len(running))
+        with lock:
+            running.append(number)
+            most.append(len(running))
+        if len(running) > bound:
+            too_many.set()
+        # Long enough for all others to begin.
+        too_many.wait(0.05)
         running.remove(number)
         return str(number)
 
-    answers = answers_of(turns_of(ToolBox([act]), *([number] for number in range(3 * MAX_THREADS))))
-    assert contents(answers) == [[str(number)] for number in range(3 * MAX_THREADS)]
-    assert max(most) <= MAX_THREADS
+    if limit:
+        act.max_threads = limit
+    answers = answers_of(turns_of(ToolBox([act]), *([number] for number in range(3 * bound))))
+    assert contents(answers) == [[str(number)] for number in range(3 * bound)]
+    assert max(most) == bound
 
 
 @pytest.mark.parametrize("is_async", [True, False])
