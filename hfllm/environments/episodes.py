@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -169,6 +169,8 @@ def _read(turn: Turn, reply: Sequence[int] | None) -> bool:
 
 REWRITES = "tools: the chat template writes a turn otherwise when a result follows it: set one that does not"
 UNREADABLE = "{'error': 'the result cannot be written as plain text'}"
+# The number of the probe that stands for names.
+NAME_PROBE = "9"
 # Number of kept replies, and of turns: tools often repeat the same text.
 KEPT_REPLIES = 512
 
@@ -225,7 +227,11 @@ class ToolTurns:
         As in TRL, a turn whose calls cannot be read, such as broken JSON, is a message of plain text.
         """
         # Policies often say the same; whoever gets a message may change it.
-        return copy.deepcopy(self._parsed(tuple(turn_ids)))
+        try:
+            return copy.deepcopy(self._parsed(tuple(turn_ids)))
+        # JSON that is nested too deeply to be copied.
+        except RecursionError:
+            return self._plain_turn(turn_ids)
 
     def _parse(self, turn_ids: tuple[int, ...]) -> Message:
         from trl.chat_template_utils import parse_response
@@ -237,7 +243,10 @@ class ToolTurns:
             return message
         # Model output unexpected by TRL, such as too deeply nested JSON.
         except Exception:
-            return {"role": "assistant", "content": self.tokenizer.decode(turn_ids, skip_special_tokens=True)}
+            return self._plain_turn(turn_ids)
+
+    def _plain_turn(self, turn_ids: Sequence[int]) -> Message:
+        return {"role": "assistant", "content": self.tokenizer.decode(turn_ids, skip_special_tokens=True)}
 
     def reply_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens from the end of a turn with calls to the beginning of the policy's next turn.
@@ -275,37 +284,36 @@ class ToolTurns:
         A result with such a mark would end itself, and speak as another tool, as the user or as the policy.
         """
         for mark, pattern in self.marks.items():
-            text = pattern.sub(f"{mark[0]} {mark[1:]}".replace("\\", r"\\"), text)
+            text = pattern.sub(lambda found, mark=mark: found[0].replace(mark, f"{mark[0]} {mark[1:]}"), text)
         return text
 
     def _plain_marks(self) -> dict[str, re.Pattern[str]]:
-        """Return what ends a message and begins the next in ordinary text, found by writing conversations of probes.
+        """Return what begins or ends messages in ordinary text, found by writing conversations of probes.
 
-        Whatever stands beyond a special token cannot be reached by a text, and so is no mark.
+        What the template writes behind a special token cannot be reached by a text, and what it writes at once after
+        one, as `user` after `<|im_start|>`, is no mark without it.
         """
-        probes = [f"probe{number}x" for number in range(5)]
-        call = {"type": "function", "function": {"name": "probe9x", "arguments": {}}}
-        asked = {"role": "user", "content": probes[0]}, {"role": "assistant", "content": "", "tool_calls": [call]}
-        results = [_message_of("probe9x", probe) for probe in probes[1:3]]
-        answered = {"role": "assistant", "content": probes[3]}, {"role": "user", "content": probes[4]}
-        pieces = []
-        # Some chat templates, such as Llama 3.1's, refuse to write two results.
-        for conversation in ([*asked, *results, *answered], [*asked, results[0], *answered], answered[::-1]):
+        tokens = self.tokenizer.added_tokens_decoder
+        special = re.compile("|".join(re.escape(tokens[number].content) for number in self.control) or "(?!)")
+        lines: set[str] = set()
+        for conversation in _probes():
+            # Some chat templates have no system, or refuse to write two results.
             with suppress(*template_errors()):
-                pieces += re.split(r"probe\dx", self._text(conversation))[1:]
-        special = "|".join(re.escape(self.tokenizer.added_tokens_decoder[number].content) for number in self.control)
-        closings = [re.split(special, piece)[0] if special else piece for piece in pieces]
-        lines = {line.strip() for piece in closings for line in piece.splitlines()}
-        # The template may also write a text otherwise where it has a mark, as JSON does with its quotes.
+                _, *parts = re.split(r"probe(\d)x", self._text(conversation))
+                for number, piece, next_number in zip(parts[::2], parts[1::2], [*parts[2::2], ""], strict=True):
+                    # Names and what stands around them are no ends of a text.
+                    if NAME_PROBE not in (number, next_number):
+                        lines |= _marks_between(special.split(piece))
         marks = sorted((line for line in lines if len(line) > 1 and self._reaches(line)), key=len, reverse=True)
-        # A word is a mark only as a whole line, such as `user`.
-        words = r"(?m)(?<![^\n]){}(?=[ \t]*$)"
-        return {mark: re.compile((words if mark.isalnum() else "{}").format(re.escape(mark))) for mark in marks}
+        return {mark: _pattern_of(mark) for mark in marks}
 
     def _reaches(self, line: str) -> bool:
+        """Return whether a result stands in the text as it is, where JSON would write a mark's quotes otherwise."""
         text = f"a{line}b"
-        conversation = [*_calling(("x",)), _message_of("x", text)]
-        return text in self._text(conversation) or text in self._text([{"role": "user", "content": text}])
+        for conversation in ([*_calling(("x",)), _message_of("x", text)], [{"role": "user", "content": text}]):
+            with suppress(*template_errors()):
+                return text in self._text(conversation)
+        return True
 
     def _text(self, messages: Sequence[Message]) -> str:
         options = {"tokenize": False, "add_generation_prompt": True, "chat_template": self.chat_template}
@@ -355,6 +363,44 @@ class ToolTurns:
         options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
         options |= {"add_generation_prompt": add_generation_prompt, "chat_template": self.chat_template}
         return self.tokenizer.apply_chat_template(messages, **options)
+
+
+def _probes() -> Iterator[list[Message]]:
+    """Yield conversations of all kinds, with a probe as each text and as each name."""
+    roles = {"system": 4, "user": 0, "assistant": 1, "asked": 2, "answered": 3}
+    texts = {name: f"probe{number}x" for name, number in roles.items()}
+    system, user, assistant = ({"role": role, "content": texts[role]} for role in ("system", "user", "assistant"))
+    asked, answered = {**user, "content": texts["asked"]}, {**assistant, "content": texts["answered"]}
+    name = f"probe{NAME_PROBE}x"
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {}}]}
+    calling["tool_calls"][0]["function"] = {"name": name, "arguments": {}}
+    results = [_message_of(name, f"probe{number}x") for number in (5, 6)]
+    yield [user, assistant, asked, answered]
+    yield [system, user, assistant, asked]
+    yield [user, assistant, system, asked]
+    yield [user, calling, *results, answered, asked]
+    yield [user, calling, results[0], answered, asked]
+
+
+def _marks_between(pieces: Sequence[str]) -> set[str]:
+    """Return the lines by which a template ends a text and begins the next one.
+
+    Args:
+        pieces: what stands between the two, split at special tokens.
+    """
+    lines = {line.strip() for line in pieces[0].splitlines()}
+    if len(pieces) > 1:
+        first, *others = pieces[-1].splitlines() or [""]
+        lines |= {line.strip() for line in others}
+        if not first[:1].isalnum():
+            lines.add(first.strip())
+    return lines
+
+
+def _pattern_of(mark: str) -> re.Pattern[str]:
+    """Return where a mark is one: a word at the beginning of a line, `user` as a whole line, others anywhere."""
+    line_end = r"[ \t\r]*$" if mark.isalnum() else ""
+    return re.compile(rf"(?m)^[ \t\r]*{re.escape(mark)}{line_end}" if mark[0].isalnum() else re.escape(mark))
 
 
 def _message_of(name: str, content: str) -> Message:

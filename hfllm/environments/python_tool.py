@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hfllm.environments.side_by_side import cores
+
 CHILD = Path(__file__).with_name("limited_python.py")
 # Numerical libraries would start threads, forbidden by the limits.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -65,7 +67,7 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
             return _read(printed)
 
     # More programs at once than cores would reach their limits of time by waiting for each other.
-    python.max_threads = os.cpu_count() or 1
+    python.max_threads = cores()
     return python
 
 

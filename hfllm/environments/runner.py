@@ -60,6 +60,9 @@ class ToolRunner:
         for name, value in (("response_length", response_length), ("batch_size", batch_size)):
             refuse_if(value < 1, f"ToolRunner: {name} must be at least 1, got {value}")
         self.model, self.tokenizer, self.seed, self.batch_size = model, tokenizer, seed, batch_size
+        refuse_if(
+            tokenizer.pad_token_id is None, "ToolRunner: the tokenizer names no pad_token, by which rows are filled"
+        )
         self.response_length, ends = response_length, sorted(end_tokens(tokenizer, model))
         limits = (max_tool_calling_iterations, tool_timeout, max_tool_result_length)
         self.environment = ToolEnvironment(
@@ -79,16 +82,46 @@ class ToolRunner:
         Raises:
             InputError: for a prompt that leaves the model's context no room for the response.
         """
-        rows = [dict(each) if isinstance(each, Mapping) else {"prompt": list(each)} for each in prompts]
+        rows = [self._row(index, each) for index, each in enumerate(prompts)]
+        continue_ids = self._continuing()
+        if self.environment.states is None:
+            return self.run(self.environment.prompt_ids(rows) if rows else [], continue_ids)
+        # Each environment has the state of one episode: a batch ends before the next one begins.
         episodes: list[Episode] = []
-        # An environment has the state of one episode, so a batch ends before the next begins.
         for start in range(0, len(rows), self.batch_size):
             begun = self.environment.begin(rows[start : start + self.batch_size])
-            episodes += self.run(self.environment.prompt_ids(begun))
+            ids = self._checked(self.environment.prompt_ids(begun))
+            episodes += run_episodes(ids, continue_ids, self.environment, self.response_length)
         return episodes
 
-    def run(self, prompt_ids: Sequence[Sequence[int]]) -> list[Episode]:
-        """Return the episodes of tokenized prompts, those of like length together, in their order."""
+    def run(self, prompt_ids: Sequence[Sequence[int]], continue_ids: Continue | None = None) -> list[Episode]:
+        """Return the episodes of tokenized prompts, those of like length together, in the order of the prompts.
+
+        Args:
+            continue_ids: samples from the policy; by default the model does, from the seed on.
+        """
+        prompt_ids, continue_ids = self._checked(prompt_ids), continue_ids or self._continuing()
+        order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
+        result: dict[int, Episode] = {}
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            texts = [prompt_ids[index] for index in indices]
+            done = run_episodes(texts, continue_ids, self.environment, self.response_length)
+            result |= dict(zip(indices, done, strict=True))
+        return [result[index] for index in range(len(prompt_ids))]
+
+    def _row(self, index: int, prompt: object) -> dict[str, Any]:
+        row = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+        messages = row.get("prompt")
+        is_conversation = isinstance(messages, Sequence) and not isinstance(messages, str) and bool(messages)
+        if not is_conversation or not all(isinstance(each, Mapping) and "role" in each for each in messages):
+            raise InputError(
+                f"ToolRunner: prompt {index} is {str(prompt)[:80]!r}; expected a list of messages, or a row whose "
+                "`prompt` is one"
+            )
+        return row
+
+    def _checked(self, prompt_ids: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, prompt_ids), default=0)
         if context is not None and longest + self.response_length > context:
@@ -96,18 +129,7 @@ class ToolRunner:
                 f"ToolRunner: a prompt has {longest} tokens; with response_length={self.response_length} the model's "
                 f"context of {context} has no room for it"
             )
-        order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
-        # Environments with a state are those of the prompts in the order given.
-        size, continue_ids = self.batch_size, self._continuing()
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        if self.environment.states is not None:
-            batches = [list(range(len(prompt_ids)))] if prompt_ids else []
-        result: dict[int, Episode] = {}
-        for indices in batches:
-            texts = [prompt_ids[index] for index in indices]
-            done = run_episodes(texts, continue_ids, self.environment, self.response_length)
-            result |= dict(zip(indices, done, strict=True))
-        return [result[index] for index in range(len(prompt_ids))]
+        return prompt_ids
 
     def _continuing(self) -> Continue:
         import torch
@@ -123,7 +145,7 @@ class ToolRunner:
             width = batch["input_ids"].shape[1]
             with evaluating(self.model), forked_random(self.model.device), torch.inference_mode():
                 torch.manual_seed(self.seed + next(rounds))
-                fast = fast_option(self.model, width + max_new_tokens)
+                fast = fast_option(self.model, width + max_new_tokens, self.settings)
                 output = self.model.generate(**batch, **self.settings, **fast, max_new_tokens=max_new_tokens)
             turns = []
             for row in output[:, width:].tolist():

@@ -6,15 +6,15 @@ import inspect
 import json
 import math
 import operator
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import thread as pools
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from hfllm.data.formats import Message
 from hfllm.data.word_index import WordIndex, import_bm25s, words_of
-from hfllm.environments.side_by_side import MAX_THREADS, LateError, called, run_together
+from hfllm.environments.side_by_side import MAX_THREADS, Called, LateError, NoLoopError, called, run_together
 from hfllm.errors import InputError, one_line, refuse_if
 
 # ---- calls ----
@@ -23,18 +23,24 @@ from hfllm.errors import InputError, one_line, refuse_if
 Tool = Callable[..., Any]
 
 
-class Answers(NamedTuple):
+@dataclass
+class Answers:
     """What the calls of one turn came to.
 
     Args:
         messages: the tools' messages, in the order of the calls; a failure is `{'error': ...}`.
         failures: how many calls failed.
-        seconds: how long they took, with the wait for a free thread.
+        seconds: how long the calls took, without waiting for a thread.
     """
 
-    messages: list[Message]
+    messages: list[Message] = field(default_factory=list)
     failures: int = 0
     seconds: float = 0.0
+
+    def add(self, name: str, content: str, has_failed: bool) -> None:
+        """Add the answer to a call."""
+        self.messages.append({"role": "tool", "name": name, "content": content})
+        self.failures += has_failed
 
 
 # Seconds between two looks at whether a coroutine blocks the loop, where a call may take longer.
@@ -45,8 +51,8 @@ class ToolBox:
     """Python functions as tools, with TRL's rules: annotated arguments, and a docstring in Google's style.
 
     Coroutine functions are tools too: they run on one event loop that lasts, so a tool may keep a connection. Another
-    tool runs in a thread of this process, at most 32 at once, or as many as the function's attribute `max_threads`
-    says. All have the rights of the process.
+    tool runs in a thread of this process, a few of one name at once (see `MAX_THREADS`), or as many as the function's
+    attribute `max_threads` says. All have the rights of the process.
 
     Args:
         tools: the functions; a tool's name is the function's.
@@ -73,6 +79,9 @@ class ToolBox:
             refuse_if(not callable(tool) or name is None, f"tools: {tool!r} is no function")
             refuse_if(name in self.tools, f"tools: two are named {name!r}")
             _check_parameters(name, tool)
+            most = _max_threads(tool)
+            is_number = isinstance(most, int) and not isinstance(most, bool) and most > 0
+            refuse_if(not is_number, f"tools: {name!r} has max_threads {most!r}; expected a number from 1 on")
             try:
                 self.schemas.append(get_json_schema(tool))
             # Of missing annotations or descriptions, all with errors of their own.
@@ -92,38 +101,36 @@ class ToolBox:
         Args:
             call: of an assistant's message, `{"type": "function", "function": {"name": ..., "arguments": ...}}`.
         """
-        ((messages, failures, _),) = answers_of([(self, math.inf, [call])])
-        return messages[0], bool(failures)
+        (answers,) = answers_of([(self, math.inf, [call])])
+        return answers.messages[0], bool(answers.failures)
 
-    async def answers(self, calls: Sequence[Mapping[str, Any]], seconds: float) -> Answers:
-        """Return the answers to the calls of a turn, one after another, as the turn wrote them.
+    async def answer(self, calls: Sequence[Mapping[str, Any]], seconds: float, answers: Answers) -> bool:
+        """Add the answers to the calls of a turn, which are made one after another, as the turn wrote them.
 
         Args:
             seconds: for all of them together.
         """
-        messages, failures, spent = [], 0, 0.0
         for call in calls:
             function = call.get("function", call)
-            name, began = encodable(str(function.get("name"))), time.monotonic()
+            name = _name_of(call)
             try:
-                content = await self._run(name, _arguments(function), min(self.timeout, seconds - spent))
+                done = await self._run(name, _arguments(function), seconds - answers.seconds)
+                answers.seconds += done.seconds
+                if isinstance(done.result, BaseException):
+                    raise _Refused(_described(done.result))
+                answers.add(name, self._cut(done.result), has_failed=False)
             except _Refused as error:
-                content, failures = str({"error": str(error)}), failures + 1
-            spent += time.monotonic() - began
-            messages.append({"role": "tool", "name": name, "content": self._cut(content)})
-        return Answers(messages, failures, spent)
+                answers.seconds += error.seconds
+                answers.add(name, self._cut(str({"error": str(error)})), has_failed=True)
+        return True
 
-    def unanswered(self, calls: Sequence[Mapping[str, Any]], reason: str, seconds: float = 0.0) -> Answers:
-        """Return the answers to calls without an answer, which is their error."""
-        names = [encodable(str(call.get("function", call).get("name"))) for call in calls]
-        errors = [str({"error": f"{name} {reason}"}) for name in names]
-        messages = [
-            {"role": "tool", "name": name, "content": self._cut(error)}
-            for name, error in zip(names, errors, strict=True)
-        ]
-        return Answers(messages, len(messages), seconds)
+    def add_unanswered(self, calls: Sequence[Mapping[str, Any]], reason: str, answers: Answers) -> None:
+        """Add the errors of the calls that have no answer."""
+        for call in calls[len(answers.messages) :]:
+            name = _name_of(call)
+            answers.add(name, self._cut(str({"error": f"{name} {reason}"})), has_failed=True)
 
-    async def _run(self, name: str, arguments: dict[str, Any], seconds: float) -> str:
+    async def _run(self, name: str, arguments: dict[str, Any], left: float) -> Called:
         tool = self.tools.get(name)
         if tool is None:
             raise _Refused(f"Tool {name} not found. There are: {', '.join(self.tools)}.")
@@ -131,23 +138,25 @@ class ToolBox:
             inspect.signature(tool).bind(**arguments)
         except TypeError as error:
             raise _Refused(f"wrong arguments for {name}: {error}") from None
-        if seconds <= 0:
+        if left <= 0:
             raise _Refused(f"{name} was not called: the episode's seconds for tools are over")
-        # The tool's changes to its arguments must not show in the call.
-        work = partial(tool, **copy.deepcopy(arguments))
-        shown = partial(_awaited_text, work) if inspect.iscoroutinefunction(tool) else partial(_text, work)
+
+        def work() -> object:
+            # The tool's changes to its arguments must not show in the call.
+            return tool(**copy.deepcopy(arguments))
+
+        shown = partial(_awaited_text if inspect.iscoroutinefunction(tool) else _text, work)
+        seconds = min(self.timeout, left)
         try:
-            result = await called(shown, seconds, f"tool-{name}"[:40], getattr(tool, "max_threads", MAX_THREADS))
+            return await called(shown, seconds, f"tool-{name}"[:40], _max_threads(tool))
         except LateError:
             self.is_late = True
             _leave_behind()
-            raise _Refused(f"{name} did not answer within {seconds:g} seconds") from None
+            limit = f"{self.timeout:g} seconds" if seconds == self.timeout else "what is left of the episode's seconds"
+            raise _Refused(f"{name} did not answer within {limit}", seconds) from None
         # The system has a limit, maybe reached through hanging tools.
         except RuntimeError as error:
             raise _Refused(f"{name} was not called: {error}") from None
-        if isinstance(result, BaseException):
-            raise _Refused(_described(result))
-        return result
 
     def _cut(self, content: str) -> str:
         length = len(content)
@@ -155,6 +164,14 @@ class ToolBox:
             content if length <= self.max_length else f"{content[: self.max_length]}... (cut, of {length} characters)"
         )
         return encodable(truncated)
+
+
+def _name_of(call: Mapping[str, Any]) -> str:
+    return encodable(str(call.get("function", call).get("name")))
+
+
+def _max_threads(tool: Tool) -> int:
+    return getattr(tool, "max_threads", MAX_THREADS)
 
 
 def encodable(text: str) -> str:
@@ -176,7 +193,11 @@ def _check_parameters(name: str, tool: Tool) -> None:
 
 
 class _Refused(Exception):
-    """The policy's message in place of a result."""
+    """The policy's message in place of a result, after so many seconds."""
+
+    def __init__(self, message: str, seconds: float = 0.0):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 def answers_of(turns: Sequence[tuple[ToolBox, float, Sequence[Mapping[str, Any]]]]) -> list[Answers]:
@@ -187,17 +208,26 @@ def answers_of(turns: Sequence[tuple[ToolBox, float, Sequence[Mapping[str, Any]]
     """
     if not turns:
         return []
-    began, patience = time.monotonic(), min(max(box.timeout for box, _, _ in turns), LONGEST_PATIENCE)
+    answers = [Answers() for _ in turns]
+    coroutines = [box.answer(calls, seconds, own) for (box, seconds, calls), own in zip(turns, answers, strict=True)]
+    patience = min(max(box.timeout for box, _, _ in turns), LONGEST_PATIENCE)
+    reason = "did not answer: a coroutine blocked the event loop, where it must wait by `await`"
     try:
-        found = run_together([box.answers(calls, seconds) for box, seconds, calls in turns], patience)
-    except (RuntimeError, OSError) as error:
-        return [box.unanswered(calls, f"was not called: {error}") for box, _, calls in turns]
-    for index, (box, _, calls) in enumerate(turns):
-        if found[index] is None:
+        have_ended = run_together(coroutines, patience)
+    except NoLoopError as error:
+        have_ended, reason = [None] * len(turns), f"was not called: {error}"
+    except BaseException:
+        # At Ctrl-C: a method of an environment may still run.
+        for box, _, _ in turns:
             box.is_late = True
-            reason = "did not answer: a coroutine blocked the event loop, on which it must wait by `await`"
-            found[index] = box.unanswered(calls, reason, time.monotonic() - began)
-    return found
+        raise
+    for index, (box, _, calls) in enumerate(turns):
+        if not have_ended[index]:
+            box.is_late = True
+            # The loop may go on, and add to its own.
+            answers[index] = replace(answers[index], messages=list(answers[index].messages))
+            box.add_unanswered(calls, reason, answers[index])
+    return answers
 
 
 async def _awaited_text(work: Callable[[], Awaitable[object]]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -192,14 +192,21 @@ def warn_of_generate(model: "PreTrainedModel", reason: str) -> None:
         warnings.warn(f"{name} is decoded by generate, not by the faster fast_generate: {reason}", stacklevel=4)
 
 
-def fast_option(model: "PreTrainedModel", length: int) -> dict[str, "Callable[..., torch.Tensor]"]:
+def fast_option(
+    model: "PreTrainedModel", length: int, settings: Mapping[str, Any] | None = None
+) -> dict[str, "Callable[..., torch.Tensor]"]:
     """Return the argument by which `generate` decodes texts of up to `length` tokens fast; none where it cannot.
 
     A line says why, once.
+
+    Args:
+        settings: the other arguments; with them the model's own generation config is looked at too.
     """
     from hfllm.generation.speculative.speculative import fast_generate
 
     reason = undecodable_reason(model, length)
+    if settings is not None and reason is None:
+        reason = _declined_reason(model, {**settings, "max_new_tokens": 0}, length)
     if reason is not None:
         warn_of_generate(model, reason)
         return {}

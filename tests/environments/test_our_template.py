@@ -27,12 +27,14 @@ def test_an_episode_is_a_conversation_with_thoughts_and_no_forged_turn(marks):
 
     tools = ToolEnvironment([lookup_in({"owl": {"color": FORGED}})], tokenizer, [tokenizer.eos_token_id])
     (episode,) = run_episodes([[5]], policy, tools, 500)
+    # Where the mark is ordinary text, it is none any more.
+    plain = FORGED if marks else FORGED.replace("<|tool|>", "< |tool|>")
     asked, result, answer = episode.messages
     assert asked["reasoning_content"] == "ask" and asked["tool_calls"][0]["function"]["name"] == "lookup"
-    assert result["content"] == FORGED and episode.failures == 0
+    assert result["content"] == plain and episode.failures == 0
     assert answer == {"role": "assistant", "content": "Gray.", "reasoning_content": "so"}
     read = [token for token, chosen in zip(episode.response_ids, episode.action_mask, strict=True) if not chosen]
-    assert tokenizer.decode(read) == f"<|tool|>{FORGED}<|end|><|assistant|>"
+    assert tokenizer.decode(read) == f"<|tool|>{plain}<|end|><|assistant|>"
     names = ["<|tool|>"] * bool(marks) + ["<|end|>", "<|assistant|>"]
     special = set(tokenizer.added_tokens_decoder)
     assert [token for token in read if token in special] == tokenizer.convert_tokens_to_ids(names)

@@ -51,7 +51,7 @@ def squaring(text):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_it_calls_reads_and_answers_in_the_order_of_the_prompts(make_runner, batch_size, monkeypatch):
-    monkeypatch.setattr("hfllm.environments.runner.fast_option", lambda model, length: {})
+    monkeypatch.setattr("hfllm.environments.runner.fast_option", lambda *arguments: {})
     episodes = make_runner(squaring, batch_size=batch_size)(SUMS)
     assert [episode.messages[-1]["content"] for episode in episodes] == [f"It is {n**2}." for n in range(3, 10)]
     assert all(
@@ -61,7 +61,7 @@ def test_it_calls_reads_and_answers_in_the_order_of_the_prompts(make_runner, bat
 
 
 def test_environments_keep_their_rows(make_runner, monkeypatch):
-    monkeypatch.setattr("hfllm.environments.runner.fast_option", lambda model, length: {})
+    monkeypatch.setattr("hfllm.environments.runner.fast_option", lambda *arguments: {})
 
     def counting(text):
         if "<|tool|>" in text:
@@ -90,6 +90,27 @@ def test_samples_are_of_the_seed_and_leave_the_random_state(make_runner, tool_to
     assert torch.equal(before, torch.get_rng_state())
     assert [each.response_ids for each in one] == [each.response_ids for each in other]
     assert [each.response_ids for each in one] != [each.response_ids for each in third]
+
+
+def test_samples_of_equal_prompts_differ_in_other_batches_too(make_runner):
+    runner = make_runner(None, do_sample=True, seed=1, response_length=9, batch_size=1)
+    assert len({tuple(episode.response_ids) for episode in runner(SUMS[:1] * 4)}) == 4
+
+
+def test_a_penalty_of_the_models_own_is_kept(make_runner, recwarn):
+    runner = make_runner(None, response_length=6)
+    runner.model.generation_config.repetition_penalty = 1.3
+    (episode,) = runner(SUMS[:1])
+    (prompt,) = runner.environment.prompt_ids([{"prompt": SUMS[0]}])
+    (wanted,) = runner.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6)[:, len(prompt) :]
+    assert episode.response_ids == wanted.tolist()[: len(episode.response_ids)]
+    assert any("repetition_penalty=1.3" in str(each.message) for each in recwarn)
+
+
+@pytest.mark.parametrize("prompts", [SUMS[0], ["What is 2?"], [[]], [{"text": "x"}], [["x"]]])
+def test_a_prompt_that_is_no_conversation_is_named(make_runner, prompts):
+    with pytest.raises(InputError, match=r"prompt 0 is .*; expected a list of messages"):
+        make_runner(None)(prompts)
 
 
 def test_what_cannot_be_is_refused(make_runner):

@@ -14,6 +14,7 @@ from test_tool_calls import call_of
 from hfllm.environments import side_by_side
 from hfllm.environments.side_by_side import MAX_THREADS, lasting_loop, run_together
 from hfllm.environments.tools import ToolBox, answers_of
+from hfllm.errors import InputError
 
 LONG = float("inf")
 
@@ -161,10 +162,12 @@ def test_a_coroutine_that_blocks_the_loop_costs_its_limit_and_the_next_get_anoth
     box, blocked = ToolBox([act], timeout=0.1), lasting_loop()
     (late,) = answers_of(turns_of(box, [0]))
     assert "act did not answer: a coroutine blocked the event loop" in late.messages[0]["content"]
-    assert late.failures == 1 and box.is_late and late.seconds >= 0.1
+    assert late.failures == 1 and box.is_late
     assert ToolBox([act]).call(call_of("act", number=2)) == ({"role": "tool", "name": "act", "content": "2"}, False)
     assert lasting_loop() is not blocked
+    # It answers again: connections are on it.
     free.set()
+    assert blocked.answer.wait(10) and lasting_loop() is blocked
 
 
 def test_a_coroutine_that_does_not_let_itself_be_cancelled_is_left_behind():
@@ -235,11 +238,136 @@ def test_the_calls_of_an_episode_share_its_seconds():
     (answer,) = answers_of(turns_of(box, [1, 0, 2], seconds=0.2))
     assert [message["content"].partition("within")[0] for message in answer.messages] == [
         "1",
-        "{'error': 'act did not answer ",
+        "{'error': \"act did not answer ",
         "{'error': \"act was not called: the episode's seconds for tools are over\"}",
     ]
     assert answer.failures == 2 and answer.seconds >= 0.2
     free.set()
+
+
+def test_short_blocks_of_many_do_not_add_up_to_one():
+    async def act(number: int) -> str:
+        """Act.
+
+        Args:
+            number: any.
+        """
+        time.sleep(0.02)
+        return str(number)
+
+    answers = answers_of(turns_of(ToolBox([act], timeout=0.1), *([number] for number in range(30))))
+    assert contents(answers) == [[str(number)] for number in range(30)]
+
+
+def test_what_was_answered_before_a_block_stays(monkeypatch):
+    monkeypatch.setattr(side_by_side, "ANSWERS_WITHIN", 0.1)
+    free = threading.Event()
+
+    async def act(number: int) -> str:
+        """Act.
+
+        Args:
+            number: 0 blocks.
+        """
+        await asyncio.sleep(0)
+        return str(number) if number else free.wait(30)
+
+    (answer,) = answers_of(turns_of(ToolBox([act], timeout=0.1), [1, 0, 2]))
+    free.set()
+    first, *others = [message["content"] for message in answer.messages]
+    assert first == "1" and len(others) == 2 and all("blocked the event loop" in each for each in others)
+    assert answer.failures == 2
+
+
+def test_threads_of_coroutines_do_not_wait_for_each_other():
+    together = threading.Barrier(40)
+
+    async def act(number: int) -> str:
+        """Act.
+
+        Args:
+            number: any.
+        """
+        await asyncio.to_thread(together.wait, 30)
+        return str(number)
+
+    answers = answers_of(turns_of(ToolBox([act], timeout=30), *([number] for number in range(40))))
+    assert not any(answer.failures for answer in answers)
+
+
+def test_a_tool_may_call_tools():
+    def inner(number: int) -> str:
+        """Act.
+
+        Args:
+            number: any.
+        """
+        return str(number)
+
+    inner.__name__ = "act"
+    box = ToolBox([inner])
+
+    def outside() -> str:
+        """Call another."""
+        return box.call(call_of("act", number=1))[0]["content"]
+
+    async def outside_too() -> str:
+        """Call another."""
+        return box.call(call_of("act", number=2))[0]["content"]
+
+    outside.max_threads = inner.max_threads = 1
+    found = [ToolBox([tool], timeout=20).call(call_of(tool.__name__)) for tool in (outside, outside_too)]
+    assert [(message["content"], has_failed) for message, has_failed in found] == [("1", False), ("2", False)]
+
+
+@pytest.mark.parametrize("number", [0, -1, None, True, "2"])
+def test_a_bound_of_threads_is_a_number(number):
+    def act() -> str:
+        """Act."""
+
+    act.max_threads = number
+    with pytest.raises(InputError, match=r"'act' has max_threads .*; expected a number from 1 on"):
+        ToolBox([act])
+
+
+def test_leaving_outside_of_tools_is_raised_and_the_loop_goes_on():
+    async def leave():
+        raise SystemExit(3)
+
+    async def leave_later():
+        background = asyncio.ensure_future(leave())
+        await asyncio.sleep(0.01)
+        return 1 + isinstance(background, int)
+
+    before = lasting_loop()
+    with pytest.raises(SystemExit):
+        run_together([leave()])
+    assert run_together([leave_later()]) == [1]
+    assert lasting_loop() is before and before.answers(10)
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_json_that_is_nested_deeply_fails_alone(is_text):
+    depth = 600
+    arguments = '{"number": ' + "[" * depth + "]" * depth + "}" if is_text else {"number": None}
+    if not is_text:
+        for _ in range(depth):
+            arguments["number"] = [arguments["number"]]
+
+    def act(number: int) -> str:
+        """Act.
+
+        Args:
+            number: any.
+        """
+        return "done"
+
+    box = ToolBox([act])
+    deep, plain = answers_of(
+        [(box, LONG, [{"function": {"name": "act", "arguments": arguments}}]), *turns_of(box, [1])]
+    )
+    assert plain.messages[0]["content"] == "done" and not plain.failures
+    assert deep.failures == 0 or "recursion" in deep.messages[0]["content"].lower()
 
 
 def test_ctrl_c_cancels_what_is_waiting():
@@ -257,9 +385,11 @@ def test_ctrl_c_cancels_what_is_waiting():
         finally:
             cancelled.set()
 
+    box = ToolBox([act], timeout=100)
     with pytest.raises(KeyboardInterrupt):
-        ToolBox([act], timeout=100).call(call_of("act", number=1))
-    assert cancelled.wait(10)
+        box.call(call_of("act", number=1))
+    # A method of an environment may still run.
+    assert cancelled.wait(10) and box.is_late
 
 
 def forked_call(sender):
