@@ -495,7 +495,7 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
 def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
     docs = Path(__file__).parent.parent.parent / "docs"
     text = "".join((docs / folder / "tools.md").read_text() for folder in ("guides", "reference"))
-    tool, first, game, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    tool, first, after, game, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {"policy": hfllm.HfllmForCausalLM(config_of(tokens)), "output_dir": str(tmp_path), "tokenizer": tokens}
     names |= {"right_answer": letters, "prompts": Dataset.from_dict({"prompt": PROMPTS})}
     settings = "output_dir, report_to='none', use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=2, "
@@ -510,6 +510,7 @@ def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
     )
     assert trainer.environment.tools.schemas[0]["function"]["name"] == "guess"
     trainer.train()
+    exec(after, {**names, "model": names["policy"]})
     exec(episodes, names)
     texts = Dataset.from_dict({"prompt": ["Say red.", "Wait."] * 2})
     parts = {"rollout_func": names["told_twice"]}
