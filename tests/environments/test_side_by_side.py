@@ -417,3 +417,11 @@ def test_errors_outside_of_tools_are_raised():
 
     with pytest.raises(ValueError, match="of the caller"):
         run_together([fail()])
+
+
+def test_results_have_the_order_of_their_coroutines():
+    async def later(number):
+        await asyncio.sleep(0.02 / number)
+        return number
+
+    assert run_together([later(number) for number in range(1, 6)]) == [1, 2, 3, 4, 5]
