@@ -370,6 +370,21 @@ def test_json_that_is_nested_deeply_fails_alone(is_text):
     assert deep.failures == 0 or "recursion" in deep.messages[0]["content"].lower()
 
 
+def test_waiting_for_a_thread_costs_an_episode_nothing():
+    def act(number: int) -> str:
+        """Act.
+
+        Args:
+            number: any.
+        """
+        time.sleep(0.05)
+        return str(number)
+
+    act.max_threads = 1
+    answers = answers_of(turns_of(ToolBox([act]), *([number] for number in range(20)), seconds=0.5))
+    assert contents(answers) == [[str(number)] for number in range(20)]
+
+
 def test_ctrl_c_cancels_what_is_waiting():
     cancelled = threading.Event()
 

@@ -150,6 +150,13 @@ def test_json_that_is_nested_too_deeply_is_text(turns, tool_tokenizer):
     assert turns.parse(tool_tokenizer(text)["input_ids"]) == {"role": "assistant", "content": text}
 
 
+def test_calls_that_are_nested_too_deeply_to_be_copied_are_text(turns, tool_tokenizer):
+    deep = "[" * 600 + "]" * 600
+    text = f'<tool_call>{{"name": "lookup", "arguments": {{"key": {deep}}}}}</tool_call>'
+    message = turns.parse(tool_tokenizer(f"{text}<|end|>")["input_ids"])
+    assert message["role"] == "assistant" and "tool_calls" not in message
+
+
 def test_halves_of_characters_that_json_spells_reach_nobody(tool_tokenizer):
     from hfllm.environments.episodes import Episode, ToolEnvironment, Turn
     from hfllm.environments.tools import calculator
