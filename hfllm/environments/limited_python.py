@@ -1,8 +1,11 @@
 """A Python that runs the code of its standard input within limits, started by `python_tool`. Standard library only.
 
-Usage: python -I limited_python.py SECONDS MEGABYTES FILE_MEGABYTES VERDICT PARENT, in the only folder writable for the
-code. VERDICT is the number of an open file: its first line lists the limits not held by the kernel, if any, and it is
-closed before the code runs, so the code cannot write it. PARENT is a process: this one ends together with it.
+Usage: python limited_python.py SECONDS MEGABYTES FILE_MEGABYTES VERDICT PARENT [REPLIES], in the only folder writable
+for the code. VERDICT is the number of an open file: its first line lists the limits not held by the kernel, if any. It
+is closed before the code runs, so the code cannot write it. PARENT is a process: this one ends together with it.
+
+With REPLIES, the number of a pipe, it is a session: code comes in frames, a text with its length before it in eight
+bytes, and runs in one namespace. The reply to each is `OK` or `FAILED`, and a frame with the value of its last line.
 
 On Linux the kernel holds the limits: resource limits, Landlock for files, a seccomp filter for network, processes and
 signals. Elsewhere, and on kernels without one of these, only the interpreter's audit hook is left; it stops code that
@@ -10,6 +13,7 @@ does not try to get around it.
 """
 
 import ctypes
+import io
 import math
 import os
 import platform
@@ -18,41 +22,45 @@ import struct
 import sys
 
 MEGABYTE = 2**20
-# From the kernel's headers; unlisted calls have the same number everywhere.
+# From the kernel's headers, by architecture; a call that only one of them has is `None` in the other.
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# Refused: network, processes and signals; changes to the priority or the cores of other processes, things they share
-# or leave behind (shared memory, semaphores, queues, keys), and watching their files; cutting files by name, allowed
-# by Landlock before Linux 6.2.
-REFUSED = {
-    "x86_64": (
-        # socket, socketpair, clone, fork, vfork, execve, kill, ptrace, rt_sigqueueinfo, tkill, tgkill,
-        *(41, 53, 56, 57, 58, 59, 62, 101, 129, 200, 234),
-        # rt_tgsigqueueinfo, prlimit64, setns, unshare, process_vm_readv and _writev, kcmp, execveat
-        *(297, 302, 308, 272, 310, 311, 312, 322),
-        # setpriority, sched_setparam, _setscheduler, _setaffinity and _setattr, ioprio_set, migrate_pages, move_pages
-        *(141, 142, 144, 203, 314, 251, 256, 279),
-        # shmget, shmat, shmctl, semget, msgget, mq_open, add_key, request_key, keyctl
-        *(29, 30, 31, 64, 68, 240, 248, 249, 250),
-        # semop, semctl, semtimedop, msgsnd, msgrcv, msgctl
-        *(65, 66, 220, 69, 70, 71),
-        # mq_unlink, mq_timedsend, mq_timedreceive, mq_notify, mq_getsetattr
-        *(241, 242, 243, 244, 245),
-        # inotify_init1, inotify_add_watch, fanotify_init, fanotify_mark; io_setup, from the share of all processes
-        *(294, 254, 300, 301, 206),
-        # truncate, syslog, perf_event_open, bpf, userfaultfd
-        *(76, 103, 298, 321, 323),
-        # inotify_init
-        253,
-    ),
-    # The same, without fork, vfork and inotify_init, absent on arm64.
-    "aarch64": (
-        *(198, 199, 220, 221, 129, 117, 138, 130, 131, 240, 261, 268, 97, 270, 271, 272, 281),
-        *(140, 118, 119, 122, 274, 30, 238, 239, 194, 196, 195, 190, 186, 180, 217, 218, 219),
-        *(193, 191, 192, 189, 188, 187, 181, 182, 183, 184, 185, 26, 27, 262, 263, 0, 45, 116, 241, 280, 282),
-    ),
+# All that code may call, which is what Python and numerical libraries need for work in one process: what is not here,
+# such as network, processes, signals to others, queues, shared memory, mounts and rights, is refused.
+ALLOWED = {
+    # read, write, close, lseek, readv, writev, pread64, pwrite64, preadv, pwritev, preadv2, pwritev2
+    **{0: 63, 1: 64, 3: 57, 8: 62, 19: 65, 20: 66, 17: 67, 18: 68, 295: 69, 296: 70, 327: 286, 328: 287},
+    # openat, openat2, close_range, dup, dup3, pipe2, sendfile, splice, tee, copy_file_range, fadvise64, readahead
+    **{257: 56, 437: 437, 436: 436, 32: 23, 292: 24, 293: 59, 40: 71, 275: 76, 276: 77, 326: 285, 221: 223, 187: 213},
+    # fsync, fdatasync, ftruncate, fallocate, sync_file_range, memfd_create
+    **{74: 82, 75: 83, 77: 46, 285: 47, 277: 84, 319: 279},
+    # fstat, newfstatat, statx, statfs, fstatfs, faccessat, faccessat2, readlinkat, getdents64
+    **{5: 80, 262: 79, 332: 291, 137: 43, 138: 44, 269: 48, 439: 439, 267: 78, 217: 61},
+    # getxattr, lgetxattr, fgetxattr, listxattr, llistxattr, flistxattr
+    **{191: 8, 192: 9, 193: 10, 194: 11, 195: 12, 196: 13},
+    # getcwd, chdir, fchdir, mkdirat, unlinkat, renameat, renameat2, linkat, symlinkat, umask
+    **{79: 17, 80: 49, 81: 50, 258: 34, 263: 35, 264: 38, 316: 276, 265: 37, 266: 36, 95: 166},
+    # mmap, mprotect, munmap, brk, mremap, msync, mincore, madvise, mlock, munlock, mlock2, membarrier
+    **{9: 222, 10: 226, 11: 215, 12: 214, 25: 216, 26: 227, 27: 232, 28: 233, 149: 228, 150: 229, 325: 284, 324: 283},
+    # rt_sigaction, rt_sigprocmask, rt_sigreturn, rt_sigpending, rt_sigtimedwait, rt_sigsuspend, sigaltstack
+    **{13: 134, 14: 135, 15: 139, 127: 136, 128: 137, 130: 133, 131: 132},
+    # restart_syscall, exit, exit_group, futex, futex_waitv, set_robust_list, get_robust_list, set_tid_address, rseq
+    **{219: 128, 60: 93, 231: 94, 202: 98, 449: 449, 273: 99, 274: 100, 218: 96, 334: 293},
+    # getpid, gettid, getppid, getuid, getgid, geteuid, getegid, getgroups, getresuid, getresgid, getpgid, getsid
+    **{39: 172, 186: 178, 110: 173, 102: 174, 104: 176, 107: 175, 108: 177, 115: 158, 118: 148, 120: 150, 121: 155},
+    **{124: 156},
+    # uname, sysinfo, getrusage, getrlimit, times, getrandom, getcpu, sched_yield, sched_getaffinity, sched_getparam,
+    # sched_getscheduler, sched_getattr, sched_get_priority_max, sched_get_priority_min
+    **{63: 160, 99: 179, 98: 165, 97: 163, 100: 153, 318: 278, 309: 168, 24: 124, 204: 123, 143: 121, 145: 120},
+    **{315: 275, 146: 125, 147: 126},
+    # gettimeofday, clock_gettime, clock_getres, clock_nanosleep, nanosleep, getitimer, setitimer, timerfd_create,
+    # timerfd_settime, timerfd_gettime
+    **{96: 169, 228: 113, 229: 114, 230: 115, 35: 101, 36: 102, 38: 103, 283: 85, 286: 86, 287: 87},
+    # pselect6, ppoll, epoll_create1, epoll_ctl, epoll_pwait, epoll_pwait2, eventfd2
+    **{270: 72, 271: 73, 291: 20, 233: 21, 281: 22, 441: 441, 290: 19},
 }
-# pidfd_send_signal, io_uring_setup, pidfd_open, clone3, pidfd_getfd, process_madvise, process_mrelease
-NEW_REFUSED = (424, 425, 434, 435, 438, 440, 448)
+# open, stat, lstat, poll, access, pipe, select, dup2, pause, alarm, getdents, rename, mkdir, rmdir, creat, link,
+# unlink, symlink, readlink, getpgrp, arch_prctl, time, epoll_create, epoll_wait, eventfd
+OLD_ALLOWED = (2, 4, 6, 7, 21, 22, 23, 33, 34, 37, 78, 82, 83, 84, 85, 86, 87, 88, 89, 111, 158, 201, 213, 232, 284)
 # Without effect: rights, owners, times and attributes of files, which Landlock lets anyone change, and locks, which
 # hold up others. Code copying or unpacking files in its folder sets them too, so the calls report success.
 IGNORED = {
@@ -63,11 +71,14 @@ IGNORED = {
 }
 # fchmodat2, setxattrat, removexattrat, file_setattr
 NEW_IGNORED = (452, 463, 466, 469)
+# From here on a call is newer than this table: C libraries that try it are told that there is none.
+NEWER = 470
 # Calls with an operation given by one argument, of 32 bits.
 FCNTL, IOCTL, PRCTL = {"x86_64": 72, "aarch64": 25}, {"x86_64": 16, "aarch64": 29}, {"x86_64": 157, "aarch64": 167}
-# F_SETOWN and F_SETOWN_EX (the kernel signals to the named process); F_SETLEASE, F_NOTIFY, F_SETDELEG (who
-# opens or changes a file is held up or told of); F_SET_RW_HINT (an attribute of the file)
-FCNTL_REFUSED = (8, 15, 1024, 1026, 1040, 1036)
+# Nothing else: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_OFD_GETLK; F_DUPFD_CLOEXEC, F_SETPIPE_SZ,
+# F_GETPIPE_SZ, F_ADD_SEALS, F_GET_SEALS. Others let the kernel signal to processes, hold up who opens a file, or tell
+# of its changes.
+FCNTL_ALLOWED = (0, 1, 2, 3, 4, 5, 36, 1030, 1031, 1032, 1033, 1034)
 # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW
 FCNTL_IGNORED = (6, 7, 37, 38)
 # Nothing else: TCGETS and TCGETS2 (`isatty`), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
@@ -154,8 +165,8 @@ def close_files(libc: ctypes.CDLL) -> bool:
 def system_filter(machine: str) -> list[tuple[int, int, int, int]]:
     """Return the filter of system calls for a key of `ARCHITECTURES`, as classic BPF: rows of (code, jt, jf, k)."""
     load, equal, at_least, give, allow, refuse, kill = 0x20, 0x15, 0x35, 0x06, 0x7FFF0000, 0x00050001, 0x80000000
-    # An error of number 0 is success.
-    ignore = 0x00050000
+    # An error of number 0 is success, and 38 says that there is no such call.
+    ignore, unknown = 0x00050000, 0x00050026
     program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURES[machine]), (give, 0, 0, kill), (load, 0, 0, 0)]
     # The calls of x86-64's second table.
     program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)] if machine == "x86_64" else []
@@ -164,16 +175,18 @@ def system_filter(machine: str) -> list[tuple[int, int, int, int]]:
         each = [(value, answer) for values, answer in pairs for value in values]
         return [step for value, answer in each for step in ((equal, 0, 1, value), (give, 0, 0, answer))]
 
-    program += answers(((*REFUSED[machine], *NEW_REFUSED), refuse), ((*IGNORED[machine], *NEW_IGNORED), ignore))
-    for number, argument, pairs, otherwise in (
-        (FCNTL[machine], 1, ((FCNTL_REFUSED, refuse), (FCNTL_IGNORED, ignore)), allow),
-        (IOCTL[machine], 1, ((IOCTL_ALLOWED, allow),), refuse),
-        (PRCTL[machine], 0, ((PRCTL_ALLOWED, allow),), refuse),
+    has_old = machine == "x86_64"
+    allowed = (*ALLOWED, *OLD_ALLOWED) if has_old else tuple(ALLOWED.values())
+    program += answers((allowed, allow), ((*IGNORED[machine], *NEW_IGNORED), ignore))
+    for number, argument, pairs in (
+        (FCNTL[machine], 1, ((FCNTL_ALLOWED, allow), (FCNTL_IGNORED, ignore))),
+        (IOCTL[machine], 1, ((IOCTL_ALLOWED, allow),)),
+        (PRCTL[machine], 0, ((PRCTL_ALLOWED, allow),)),
     ):
         # Arguments are 64 bits from byte 16 on. The kernel ignores the high half of these, so the filter does too.
-        steps = [(load, 0, 0, 16 + 8 * argument), *answers(*pairs), (give, 0, 0, otherwise)]
+        steps = [(load, 0, 0, 16 + 8 * argument), *answers(*pairs), (give, 0, 0, refuse)]
         program += [(equal, 0, len(steps), number), *steps]
-    return [*program, (give, 0, 0, allow)]
+    return [*program, (at_least, 0, 1, NEWER), (give, 0, 0, unknown), (give, 0, 0, refuse)]
 
 
 def close_system(libc: ctypes.CDLL) -> bool:
@@ -210,14 +223,92 @@ def forbid() -> None:
     sys.addaudithook(hook)
 
 
-def main(seconds: str, megabytes: str, file_megabytes: str, verdict: str, parent: str) -> None:
+# ---- sessions ----
+
+# Replies to code, and a question of it, whose answer comes in a frame.
+OK, FAILED, ASKS = b"OFA"
+# Characters of a reply.
+MOST_SAID = 2**18
+
+
+def frame(text: str) -> bytes:
+    """Return a text with its length before it."""
+    data = text.encode("utf-8", "replace")
+    return struct.pack("<Q", len(data)) + data
+
+
+def read_frame(file: io.BufferedIOBase) -> str | None:
+    """Return the text of a frame, `None` at the end of the file."""
+    length = file.read(8)
+    data = file.read(struct.unpack("<Q", length)[0]) if len(length) == 8 else b""
+    return data.decode("utf-8", "replace") if len(length) == 8 else None
+
+
+def run_session(codes: io.BufferedIOBase, replies: io.BufferedIOBase) -> None:
+    """Run the code of each frame in one namespace, and reply to it."""
+
+    def reply(letter: int, text: str) -> None:
+        replies.write(bytes([letter]) + frame(text[:MOST_SAID]))
+        replies.flush()
+
+    def ask(question: str) -> str:
+        reply(ASKS, question)
+        return read_frame(codes)
+
+    namespace: dict[str, object] = {"__name__": "__main__", "__ask__": ask}
+    while (code := read_frame(codes)) is not None:
+        letter, value = _replied(code, namespace)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            # The code may have closed it, or reached its limit.
+            except (OSError, ValueError):
+                letter = FAILED
+        reply(letter, value)
+
+
+def _replied(code: str, namespace: dict[str, object]) -> tuple[int, str]:
+    # An interpreter for one program needs neither this nor `ast`.
+    import traceback
+
+    try:
+        return OK, _run(code, namespace)
+    except SystemExit as error:
+        if error.code in (None, 0):
+            return OK, ""
+        print(f"it exited with {error.code}" if isinstance(error.code, int) else error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    return FAILED, ""
+
+
+def _run(code: str, namespace: dict[str, object]) -> str:
+    """Run code, and return what its last expression is, as an interactive Python shows it."""
+    import ast
+
+    module, value = ast.parse(code, "<code>"), None
+    last = module.body[-1] if module.body and isinstance(module.body[-1], ast.Expr) else None
+    if last is not None:
+        del module.body[-1]
+    exec(compile(module, "<code>", "exec"), namespace)
+    if last is not None:
+        value = eval(compile(ast.Expression(last.value), "<code>", "eval"), namespace)
+    return "" if value is None else repr(value)
+
+
+def main(seconds: str, megabytes: str, file_megabytes: str, verdict: str, parent: str, replies: str = "") -> None:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc:
         drop_privileges(libc)
     # A parent that ended earlier could not be noticed any more, and may have left half of the code.
     if os.getppid() != int(parent):
         sys.exit("the process that started this one has ended")
-    code = sys.stdin.read()
+    code, codes = None, None
+    if replies:
+        codes = os.fdopen(os.dup(0), "rb")
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    else:
+        code = sys.stdin.read()
     limit_resources(float(seconds), int(megabytes), int(file_megabytes))
     missing = ["files", "network and processes"]
     if libc:
@@ -226,7 +317,10 @@ def main(seconds: str, megabytes: str, file_megabytes: str, verdict: str, parent
         print(" and ".join(missing), file=file)
     forbid()
     sys.argv = [""]
-    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+    if codes is not None:
+        run_session(codes, os.fdopen(int(replies), "wb"))
+    else:
+        exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
 if __name__ == "__main__":

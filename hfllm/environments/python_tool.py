@@ -6,15 +6,18 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from hfllm.environments.side_by_side import cores
 
 CHILD = Path(__file__).with_name("limited_python.py")
 # Numerical libraries would start threads, forbidden by the limits.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# The same order in sets of texts each time, so that a resumed run reads the same.
+ENVIRONMENT |= {"PYTHONHASHSEED": "0"}
 MOST_READ = 2**20
 
 
@@ -25,7 +28,7 @@ class CodeError(Exception):
 def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: int = 1) -> Callable[[str], str]:
     """Return a tool `python(code)`, which runs code in a fresh interpreter and returns its printed output.
 
-    The interpreter (`python -I`) starts in an empty temporary folder with an empty environment. docs/guides/tools.md
+    The interpreter starts in an empty temporary folder with an empty environment. docs/reference/tools.md
     lists its abilities and limits.
 
     Args:
@@ -41,13 +44,11 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
             code: a program, which prints its results.
         """
         limits = [f"{seconds:g}", str(megabytes), str(file_megabytes)]
-        # The verdict, the list of limits not held by the kernel, has a file of its own, never open in the code.
         temporary = tempfile.TemporaryFile
-        with _folder() as folder, temporary() as printed, temporary() as errors, temporary() as verdict:
-            limits += [str(verdict.fileno()), str(os.getpid())]
+        with working_folder() as folder, temporary() as printed, temporary() as errors, temporary() as verdict:
             try:
                 done = subprocess.run(
-                    [sys.executable, "-I", "-B", "-X", "utf8", str(CHILD), *limits],
+                    command_of(limits, verdict),
                     input=str(code).encode("utf-8", "replace"),
                     stdout=printed,
                     stderr=errors,
@@ -59,20 +60,38 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
                 )
             except subprocess.TimeoutExpired:
                 raise CodeError(f"it ran longer than {seconds:g} seconds") from None
-            if missing := _read(verdict).partition("\n")[0]:
-                words = f"python tool: the kernel does not limit {missing} here (docs/guides/tools.md)"
-                warnings.warn(words, stacklevel=2)
+            warn_of(verdict)
             if done.returncode:
-                raise CodeError(_reason(done.returncode, _read(errors), seconds))
-            return _read(printed)
+                raise CodeError(reason_of(done.returncode, read_output(errors), seconds))
+            return read_output(printed)
 
     # More programs at once than cores would reach their limits of time by waiting for each other.
     python.max_threads = cores()
     return python
 
 
+def command_of(limits: Sequence[str], verdict: IO[bytes], *more: str) -> list[str]:
+    """Return the command of a limited interpreter.
+
+    Args:
+        limits: as texts, see `limited_python`.
+        verdict: the file for what the kernel does not hold.
+        more: further arguments.
+    """
+    # The verdict, the list of limits not held by the kernel, has a file of its own, never open in the code.
+    own = [str(verdict.fileno()), str(os.getpid())]
+    return [sys.executable, "-P", "-s", "-B", "-X", "utf8", str(CHILD), *limits, *own, *more]
+
+
+def warn_of(verdict: IO[bytes]) -> None:
+    """Warn of limits that the kernel does not hold."""
+    if missing := read_output(verdict).partition("\n")[0]:
+        words = f"python tool: the kernel does not limit {missing} here (docs/reference/tools.md)"
+        warnings.warn(words, stacklevel=3)
+
+
 @contextmanager
-def _folder() -> Iterator[str]:
+def working_folder() -> Iterator[str]:
     """Make a temporary folder, and remove it with all the code's files in it."""
     folder = tempfile.mkdtemp(prefix="python-tool-")
     try:
@@ -92,7 +111,8 @@ def _folder() -> Iterator[str]:
                 os.rmdir(path)
 
 
-def _read(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:
+def read_output(file: IO[bytes]) -> str:
+    """Return the text of a file that code wrote to."""
     with suppress(ImportError, OSError):
         import fcntl  # not on Windows
 
@@ -102,7 +122,7 @@ def _read(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:
     return file.read(MOST_READ).decode("utf-8", "replace")
 
 
-def _reason(code: int, errors: str, seconds: float) -> str:
+def reason_of(code: int, errors: str, seconds: float) -> str:
     """Return in a line why the code failed: its error, or the signal that ended it."""
     if code == -signal.SIGXCPU:
         return f"it ran longer than {seconds:g} seconds"

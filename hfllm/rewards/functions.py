@@ -41,6 +41,7 @@ BUILT_IN = {
     "shuffled_gold": "hfllm.rewards.functions:shuffled_gold_reward",
     "exact_match": "hfllm.rewards.functions:exact_match",
     "thinks": "hfllm.rewards.functions:thinks",
+    "code_tests": "hfllm.rewards.code:code_tests",
     "right_answer": "hfllm.rewards.functions:right_answer",
     "shuffled_answer": "hfllm.rewards.functions:shuffled_answer",
 }
