@@ -50,6 +50,8 @@ LONGEST_PATIENCE = 3600.0
 class ToolBox:
     """Python functions as tools, with TRL's rules: annotated arguments, and a docstring in Google's style.
 
+    A function with an attribute `json_schema` has it as its schema.
+
     Coroutine functions are tools too: they run on one event loop that lasts, so a tool may keep a connection. Another
     tool runs in a thread of this process, a few of one name at once (see `MAX_THREADS`), or as many as the function's
     attribute `max_threads` says. All have the rights of the process.
@@ -83,7 +85,7 @@ class ToolBox:
             is_number = isinstance(most, int) and not isinstance(most, bool) and most > 0
             refuse_if(not is_number, f"tools: {name!r} has max_threads {most!r}; expected a number from 1 on")
             try:
-                self.schemas.append(get_json_schema(tool))
+                self.schemas.append(getattr(tool, "json_schema", None) or get_json_schema(tool))
             # Of missing annotations or descriptions, all with errors of their own.
             except Exception as error:
                 raise InputError(f"tools: {name!r} has no schema: {one_line(error)}") from error
