@@ -46,7 +46,6 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from transformers import set_seed
 
     from hfllm.evaluation import alignment
-    from hfllm.multimodal.composed import freeze
     from hfllm.runs.models import load_value_model, named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
@@ -72,13 +71,14 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     functions = rlhf.checked_functions(script_args.reward_funcs)
     has_reward = bool(functions or script_args.reward_model_name_or_path)
-    tools = rlhf.checked_tools(script_args.tools, script_args.environment_factory, name, revision, has_reward)
+    tools = rlhf.checked_tools(script_args, name, revision, has_reward)
     trial = (functions, tools, training_args.reward_timeout)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, *trial)
     rlhf_flags.check_rewards(script_args, training_args)
     policy_config = config_to_train(name, revision, before)
     rlhf.check_rows([*train_rows, *eval_rows], policy_config)
-    room = rlhf.room_of(name, revision, policy_config, training_args.response_length, tools.schemas) if name else None
+    fit = (policy_config, training_args.response_length, tools, script_args.chat_template_path)
+    room = rlhf.room_of(name, revision, *fit) if name else None
     if script_args.filter_prompts:
         train_rows, eval_rows = (
             rlhf.fitting_prompts(rows, room, script_args.dataset_name) for rows in (train_rows, eval_rows)
@@ -98,8 +98,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
 
     # The weights of an adapter are new, and so is the head of a critic that is a language model.
     set_seed(training_args.seed)
-    policy, tokenizer = shared.load_policy(start, policy_config, training_args.output_dir)
-    freeze(policy, script_args.freeze_vision, script_args.freeze_text)
+    policy, tokenizer = rlhf.load_policy(start, policy_config, script_args, training_args.output_dir)
     members = [rlhf.load_reward(each, start) for each in reward_models]
     rewards = rlhf.build_rewards(functions, members, script_args.reward_aggregation, script_args.uncertainty_coef)
     trainer_args, rewards = rlhf.log_gold_reward(trainer_args, rewards, script_args.dataset_name)

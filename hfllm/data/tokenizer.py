@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import Message, is_begun, read_tools
+from hfllm.data.own_template import own_template
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -159,12 +161,38 @@ BUILT_IN: Mapping[str, BuiltInTemplate] = {
 }
 
 
-def set_built_in(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
-    """Set a chat template of `BUILT_IN`, and how its turns are read.
+# A template with tools that keeps the model's own turns.
+OWN = "own"
+
+
+def set_chat_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Set a chat template: that of a file, or of `set_built_in`.
 
     Raises:
-        InputError: when the vocabulary lacks a token of its turns.
+        InputError: see `set_built_in`, and for another name.
     """
+    # It reads the output of another template.
+    tokenizer.response_template = None
+    if Path(name).is_file():
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+    elif name in (*BUILT_IN, OWN):
+        set_built_in(tokenizer, name)
+    else:
+        raise InputError(f"expected a file, or one of {', '.join((*BUILT_IN, OWN))}")
+
+
+def set_built_in(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Set a chat template of `BUILT_IN`, or `own`, and how its turns are read.
+
+    Raises:
+        InputError: when the vocabulary lacks a token of its turns, or the own turns cannot be kept.
+    """
+    if name == OWN:
+        tokenizer.chat_template, ends, start = own_template(tokenizer, text_of_macro())
+        template = _response_template("", ends, {"open": "<think>", "close": "</think>"})
+        del template["start_anchor"]
+        tokenizer.response_template = {**template, **start}
+        return
     built_in = BUILT_IN[name]
     if missing := [token for token in built_in.needs if token not in tokenizer.get_vocab()]:
         raise InputError(f"the chat template {name!r} needs the token {missing[0]!r}, which the tokenizer lacks")

@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hfllm.data.formats import Message
+from hfllm.data.formats import Message, origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
-from hfllm.environments.side_by_side import run_together
+from hfllm.environments.side_by_side import settled
 from hfllm.environments.tools import Tool, ToolBox, answers_of, encodable
 from hfllm.errors import InputError, refuse_if
 
@@ -199,7 +199,8 @@ class ToolTurns:
         self.tokenizer, self.schemas, self.end_token_ids = tokenizer, list(schemas), set(end_token_ids)
         if not supports_tool_calling(tokenizer):
             raise InputError(
-                "tools: the tokenizer's chat template cannot write an assistant's tool_calls and a tool's message"
+                "tools: the tokenizer's chat template cannot write an assistant's tool_calls and a tool's message; "
+                "--chat_template_path own keeps its turns and adds them (set_chat_template in code)"
             )
         _find_response_template(tokenizer)
         original.response_template = tokenizer.response_template
@@ -460,6 +461,41 @@ def _find_response_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 EnvironmentFactory = Callable[[], Any]
 FLAG = "environment_factory"
+# The column that names a row's environment, where there are several.
+ENVIRONMENT = "environment"
+
+
+class _Kind:
+    """The instances of one factory, made once and reset for each of their episodes.
+
+    Attributes:
+        name: of the instances' class.
+        tools: their methods, and the tools of all.
+        free: instances that are in no episode.
+    """
+
+    def __init__(self, factory: EnvironmentFactory, tools: Sequence[Tool], timeout: float, max_length: int):
+        if not callable(factory):
+            raise InputError(f"{FLAG}: expected a class or a function that makes one environment, got {factory!r}")
+        self._factory = factory
+        first = self._make()
+        self.type, self.name = type(first), type(first).__name__
+        if not callable(getattr(first, "reset", None)):
+            raise InputError(f"{FLAG}: {self.name} has no method reset, which begins an episode")
+        self.has_reward = callable(getattr(first, "get_reward", None))
+        refuse_if(not methods_of(first), f"{FLAG}: {self.name} has no public method, which would be a tool")
+        self.tools = ToolBox([*tools, *methods_of(first)], timeout, max_length)
+        self.free = [first]
+
+    def _make(self) -> Any:
+        try:
+            return self._factory()
+        except Exception as error:
+            raise InputError(f"{FLAG}: it failed with {error!r}") from error
+
+    def take(self) -> Any:
+        """Return an instance for an episode."""
+        return self.free.pop(0) if self.free else self._make()
 
 
 class StatefulEnvironments:
@@ -470,29 +506,57 @@ class StatefulEnvironments:
 
     Args:
         factory: makes an instance: a class with `reset(**row)`, which returns `None` or text to add to the last
-            message of the prompt, and public methods as tools. With `get_reward()` it has a reward of its own.
+            message of the prompt, and public methods as tools. With `get_reward()` it has a reward of its own. Several
+            of them by name, of which each row's column `environment` names one; `reset` does not get this column.
         tools: further tools, other than methods.
         timeout, max_length: see `ToolBox`.
+
+    Attributes:
+        schemas: of all tools, those of several classes once.
 
     Raises:
         InputError: for a failing factory, an instance without `reset` or tools, or tools without schemas.
     """
 
-    def __init__(self, factory: EnvironmentFactory, tools: Sequence[Tool], timeout: float, max_length: int):
-        if isinstance(factory, Mapping) or not callable(factory):
-            raise InputError(f"{FLAG}: expected a class or a function that makes one environment, got {factory!r}")
-        self.factory, self._tools = factory, list(tools)
-        first = self._make()
-        self.name = type(first).__name__
-        if not callable(getattr(first, "reset", None)):
-            raise InputError(f"{FLAG}: {self.name} has no method reset, which begins an episode")
-        self.has_reward = callable(getattr(first, "get_reward", None))
-        refuse_if(not methods_of(first), f"{FLAG}: {self.name} has no public method, which would be a tool")
-        self.tools = ToolBox([*self._tools, *methods_of(first)], timeout, max_length)
-        self._free = [first]
+    def __init__(
+        self,
+        factory: EnvironmentFactory | Mapping[str, EnvironmentFactory],
+        tools: Sequence[Tool],
+        timeout: float,
+        max_length: int,
+    ):
+        self.is_by_row = isinstance(factory, Mapping)
+        factories = dict(factory) if self.is_by_row else {None: factory}
+        refuse_if(not factories, f"{FLAG}: it names no environment")
+        self.kinds = {name: _Kind(each, tools, timeout, max_length) for name, each in factories.items()}
+        self.schemas: list[dict[str, Any]] = []
+        for kind in self.kinds.values():
+            self.schemas += [schema for schema in kind.tools.schemas if schema not in self.schemas]
+        self._in_use: list[_Kind] = []
         self.current: list[Any] = []
         self.observations: list[str] = []
         self.boxes: list[ToolBox] = []
+
+    def kind_of(self, row: Mapping[str, Any]) -> _Kind:
+        """Return the instances for a row.
+
+        Raises:
+            InputError: where its column `environment` names none.
+        """
+        name = row.get(ENVIRONMENT) if self.is_by_row else None
+        if name not in self.kinds:
+            known, origin = ", ".join(map(str, self.kinds)), origin_of(row, "a row")
+            raise InputError(f"{FLAG}: {origin} has the environment {name!r} in its column; there are: {known}")
+        return self.kinds[name]
+
+    @property
+    def rewards(self) -> list[Callable[..., list[float]]]:
+        """Return the rewards of their own, by the names of the classes that have one."""
+        kinds = {kind.type: kind.name for kind in self.kinds.values() if kind.has_reward}
+        rewards = [partial(self.get_reward, kind) for kind in kinds]
+        for reward, name in zip(rewards, kinds.values(), strict=True):
+            reward.__name__ = name
+        return rewards
 
     def begin(self, rows: Sequence[Mapping[str, Any]], plain: Callable[[str], str] = str) -> list[list[Message]]:
         """Reset an environment for every row, and return the rows' prompts with the environments' texts.
@@ -503,43 +567,44 @@ class StatefulEnvironments:
         Raises:
             InputError: when `reset` fails, naming the row, or returns something else than text or `None`.
         """
-        done = [each for each, box in zip(self.current, self.boxes, strict=True) if not box.is_late]
-        self._free = [*done, *self._free]
-        while len(self._free) < len(rows):
-            self._free.append(self._make())
-        self.current, self._free = self._free[: len(rows)], self._free[len(rows) :]
-        self.boxes = [self.tools.bound(methods_of(each)) for each in self.current]
-        self.observations = [plain(self._reset(*each)) for each in zip(self.current, rows, strict=True)]
+        for kind, environment, box in reversed(list(zip(self._in_use, self.current, self.boxes, strict=True))):
+            kind.free[:0] = [environment] * (not box.is_late)
+        self._in_use = list(map(self.kind_of, rows))
+        self.current = [kind.take() for kind in self._in_use]
+        self.boxes = [
+            kind.tools.bound(methods_of(each)) for kind, each in zip(self._in_use, self.current, strict=True)
+        ]
+        self.observations = list(map(plain, self._reset(rows)))
         return [_with_more(row["prompt"], text) for row, text in zip(rows, self.observations, strict=True)]
 
-    def get_reward(self, environments: Sequence[Any], **columns: object) -> list[float]:
-        """Return the environments' own rewards of the just finished episodes."""
-        rewards = [each.get_reward() for each in environments]
-        waiting = [index for index, each in enumerate(rewards) if inspect.iscoroutine(each)]
-        for index, reward in zip(waiting, run_together([rewards[index] for index in waiting]), strict=True):
-            rewards[index] = reward
+    @staticmethod
+    def get_reward(kind: type, environments: Sequence[Any], **columns: object) -> list[float]:
+        """Return a class's own rewards of the just finished episodes, 0 for environments of other classes."""
+        rewards = settled([each.get_reward() if type(each) is kind else 0.0 for each in environments])
+        if error := next((each for each in rewards if isinstance(each, Exception)), None):
+            raise error
         return rewards
 
-    def _make(self) -> Any:
-        try:
-            return self.factory()
-        except Exception as error:
-            raise InputError(f"{FLAG}: it failed with {error!r}") from error
-
-    def _reset(self, environment: Any, row: Mapping[str, Any]) -> str:
-        """Reset an environment, and return its text; an empty text for none."""
-        prompt = row["prompt"]
-        refuse_if(not prompt, f"{FLAG}: a prompt has no message, to which {self.name}.reset could add")
-        origin = f"{FLAG}: {self.name}.reset for the prompt {str(prompt[-1].get('content'))[:80]!r}"
-        try:
-            observation = environment.reset(**row)
-            if inspect.iscoroutine(observation):
-                (observation,) = run_together([observation])
-        except Exception as error:
-            raise InputError(f"{origin} failed with {error!r}") from error
-        if not isinstance(observation, str | None):
-            raise InputError(f"{origin} returned {type(observation).__name__}; expected text or None")
-        return encodable(observation or "")
+    def _reset(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Reset the environments, coroutines side by side, and return their texts; an empty text for none."""
+        begun: list[object] = []
+        names = [kind.name for kind in self._in_use]
+        for name, environment, row in zip(names, self.current, rows, strict=True):
+            refuse_if(not row["prompt"], f"{FLAG}: a prompt has no message, to which {name}.reset could add")
+            columns = {key: value for key, value in row.items() if not (self.is_by_row and key == ENVIRONMENT)}
+            try:
+                begun.append(environment.reset(**columns))
+            except Exception as error:
+                begun.append(error)
+                break
+        observations = settled(begun)
+        for name, row, observation in zip(names, rows, observations, strict=False):
+            origin = f"{FLAG}: {name}.reset for the prompt {str(row['prompt'][-1].get('content'))[:80]!r}"
+            if isinstance(observation, Exception):
+                raise InputError(f"{origin} failed with {observation!r}") from observation
+            if not isinstance(observation, str | None):
+                raise InputError(f"{origin} returned {type(observation).__name__}; expected text or None")
+        return [encodable(observation or "") for observation in observations]
 
 
 def _with_more(prompt: Sequence[Message], text: str) -> list[Message]:
@@ -571,7 +636,7 @@ class ToolEnvironment:
         tokenizer, end_token_ids: see `ToolTurns`.
         max_iterations: answered turns with calls; the call after them ends the episode. `None` for any
             number, as far as the response has room.
-        factory: see `StatefulEnvironments`, or `None` for tools without a state of an episode.
+        factory: one or several, see `StatefulEnvironments`, or `None` for tools without a state of an episode.
         episode_timeout: seconds for all calls of an episode together; further ones fail. `None`: no limit.
 
     Raises:
@@ -586,13 +651,23 @@ class ToolEnvironment:
         max_iterations: int | None = None,
         timeout: float = 10.0,
         max_length: int = 1000,
-        factory: EnvironmentFactory | None = None,
+        factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
         episode_timeout: float | None = None,
     ):
-        self.states = factory and StatefulEnvironments(factory, tools, timeout, max_length)
-        self.tools = self.states.tools if self.states else ToolBox(tools, timeout, max_length)
-        self.turns = ToolTurns(tokenizer, self.tools.schemas, end_token_ids)
+        self.states = None if factory is None else StatefulEnvironments(factory, tools, timeout, max_length)
+        self.tools = None if self.states else ToolBox(tools, timeout, max_length)
+        self.schemas = self.states.schemas if self.states else self.tools.schemas
+        self.turns = ToolTurns(tokenizer, self.schemas, end_token_ids)
         self.max_iterations, self.episode_timeout = max_iterations, episode_timeout
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether each environment has a reward of its own."""
+        return self.states is not None and all(kind.has_reward for kind in self.states.kinds.values())
+
+    def schemas_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the schemas of the tools that a row's episode has."""
+        return self.states.kind_of(row).tools.schemas if self.states else self.schemas
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Reset environments with a state, and return the rows with their texts in the prompts."""
@@ -606,11 +681,13 @@ class ToolEnvironment:
 
         The environments' texts in them are plain text, as results of tools are, also where they spell special tokens.
         """
-        tokenizer, schemas = self.turns.tokenizer, self.tools.schemas
-        ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer, [schemas] * len(rows))
+        tokenizer, schemas = self.turns.tokenizer, list(map(self.schemas_of, rows))
+        ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer, schemas)
         for index, observation in enumerate(self.states.observations if self.states else ()):
             if self.turns.forges(observation):
-                (ids[index],) = tokenize_prompts([rows[index]["prompt"]], tokenizer, [schemas], as_plain_text=True)
+                (ids[index],) = tokenize_prompts(
+                    [rows[index]["prompt"]], tokenizer, [schemas[index]], as_plain_text=True
+                )
         return ids
 
     def replies(self, turns: Sequence[Turn]) -> list[list[int] | None]:

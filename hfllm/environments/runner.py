@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import Message
-from hfllm.data.tokenizer import end_tokens
+from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.environments.episodes import Continue, EnvironmentFactory, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError, refuse_if
@@ -43,7 +43,7 @@ class ToolRunner:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         tools: Sequence[Tool] = (),
-        environment_factory: EnvironmentFactory | None = None,
+        environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
         *,
         response_length: int = 512,
         max_tool_calling_iterations: int | None = None,
@@ -109,6 +109,12 @@ class ToolRunner:
             done = run_episodes(texts, continue_ids, self.environment, self.response_length)
             result |= dict(zip(indices, done, strict=True))
         return [result[index] for index in range(len(prompt_ids))]
+
+    def lengths(self, prompts: Sequence[Sequence[Message] | Mapping[str, Any]]) -> list[int]:
+        """Return the numbers of tokens of prompts, without what an environment would add to them."""
+        rows = [self._row(index, each) for index, each in enumerate(prompts)]
+        schemas = list(map(self.environment.schemas_of, rows))
+        return list(map(len, tokenize_prompts([row["prompt"] for row in rows], self.tokenizer, schemas)))
 
     def _row(self, index: int, prompt: object) -> dict[str, Any]:
         row = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}

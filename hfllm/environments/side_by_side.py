@@ -180,6 +180,21 @@ def run_together(
                 lasting.end()
 
 
+def settled(values: Sequence[object]) -> list[object]:
+    """Return values, coroutines among them run side by side: each has its result, or its error, in its place."""
+
+    async def result_of(coroutine: Coroutine[Any, Any, object]) -> object:
+        try:
+            return await coroutine
+        except Exception as error:
+            return error
+
+    waiting = [index for index, value in enumerate(values) if inspect.iscoroutine(value)]
+    results = dict(enumerate(values))
+    results |= zip(waiting, run_together([result_of(values[index]) for index in waiting]), strict=True)
+    return list(results.values())
+
+
 # ---- one call ----
 
 

@@ -59,6 +59,8 @@ MAY_CHANGE = frozenset(
 # The argument about the images named in a dataset's rows, by the dataset's flag.
 PICTURES_OF = "pictures of {}"
 DATASETS = ("dataset_name", "eval_dataset_name", "ptx_dataset_name")
+# Flags that name functions or classes in files.
+FUNCTIONS = ("reward_funcs", "tools", "environment_factory")
 MODELS = (
     *("model_name_or_path", "config_name_or_path", "tokenizer_name_or_path", "teacher_model_name_or_path"),
     *("reward_model_name_or_path", "value_model"),
@@ -195,14 +197,27 @@ def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path
         files = [model_files(name) if Path(name).exists() else [] for name in names]
         if all(files):
             result[flag] = [(f"{index}/{name}", path) for index, each in enumerate(files) for name, path in each]
-    functions = [name.rpartition(":") for name in arguments.get("reward_funcs") or []]
-    if functions and all(Path(file).is_file() for file, _, _ in functions):
-        result["reward_funcs"] = [(f"{index}:{name}", Path(file)) for index, (file, _, name) in enumerate(functions)]
+    for flag in FUNCTIONS:
+        if files := function_files(arguments.get(flag) or []):
+            result[flag] = files
     for flag, value in arguments.items():
-        is_settings = flag.endswith(("_config", "_path")) or flag == "deepspeed"
+        is_settings = flag.endswith(("_config", "_path")) or flag in ("deepspeed", "mcp_servers")
         if is_settings and flag not in result and isinstance(value, str) and Path(value).is_file():
             result[flag] = [("", Path(value))]
     return result
+
+
+def function_files(names: Sequence[str]) -> list[tuple[str, Path]]:
+    """Return the local files among names such as `path/to/file.py:function`, `lookup:table.json` or `calculator`."""
+    paths: list[tuple[str, Path | None]] = []
+    for whole in names:
+        file, _, name = whole.rpartition(":")
+        path = next((Path(part) for part in (file, name) if Path(part).is_file()), None)
+        paths.append((name if path is None or path != Path(name) else path.name, path))
+    # The names that are no files count too.
+    others = [whole for whole, (_, path) in zip(names, paths, strict=True) if path is None]
+    beside = f" beside {' '.join(others)}" if others else ""
+    return [(f"{index}:{name}{beside}", path) for index, (name, path) in enumerate(paths) if path is not None]
 
 
 def _pictures(arguments: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> dict[str, str]:

@@ -3,10 +3,11 @@
 import re
 
 import pytest
+from chat_templates import WITHOUT_TOOLS, tokenizer_of
 from tool_tokenizer import RESPONSE_TEMPLATE
 from trl import chat_template_utils
 
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import set_chat_template, train_tokenizer
 from hfllm.environments.episodes import ToolEnvironment, ToolTurns, run_episodes
 from hfllm.environments.tools import lookup_in
 
@@ -48,8 +49,12 @@ ATTACKS = (
 )
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, *(f"own {name}" for name in WITHOUT_TOOLS)])
 def turns(request):
+    if request.param.startswith("own "):
+        tokenizer = tokenizer_of(request.param.removeprefix("own "))
+        set_chat_template(tokenizer, "own")
+        return ToolTurns(tokenizer, [], [tokenizer.eos_token_id])
     template = getattr(chat_template_utils, f"{request.param}_chat_template")
     special = sorted({*SPECIAL.findall(template)})
     tokenizer = train_tokenizer(["The owl is gray."] * 9, 300, extra_special_tokens=special)

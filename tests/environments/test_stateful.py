@@ -73,7 +73,7 @@ def test_each_episode_has_a_state_of_its_own(make, tool_tokenizer):
     assert [results(episode) for episode in done] == [["11", "12"], ["21", "22"], ["31", "32"]]
     assert [row["prompt"][0]["content"] for row in rows] == ["Count. From 10.", "Count.", "Count. From 30."]
     assert ROWS[0]["prompt"][0]["content"] == "Count."
-    assert [tool["function"]["name"] for tool in environment.tools.schemas] == ["add", "wait"]
+    assert [tool["function"]["name"] for tool in environment.schemas] == ["add", "wait"]
 
 
 def test_instances_are_made_once_and_reset_often(make, tool_tokenizer):
@@ -161,7 +161,8 @@ def broken():
         (NoMethods, "NoMethods has no public method"),
         (Undescribed, "'add' has no schema"),
         (broken, r"it failed with OSError\('no server'\)"),
-        ({"a": Counter}, "expected a class or a function that makes one environment"),
+        ({}, "it names no environment"),
+        ({"a": "Counter"}, "expected a class or a function that makes one environment, got 'Counter'"),
         ("Counter", "expected a class or a function that makes one environment, got 'Counter'"),
     ],
 )
@@ -182,3 +183,89 @@ def test_a_reset_that_fails_is_named(make, row, message, monkeypatch):
         monkeypatch.setattr(Counter, "reset", lambda self, said, **columns: said)
     with pytest.raises(InputError, match=message):
         make().begin([{"prompt": ROWS[0]["prompt"], **row}])
+
+
+class Shop:
+    """Another class, with a reward of its own and one tool of the same name."""
+
+    def reset(self, **columns):
+        self.bought, self.columns = [], columns
+        return " To buy."
+
+    def buy(self, thing: str) -> str:
+        """Buy something.
+
+        Args:
+            thing: what to buy.
+        """
+        self.bought.append(thing)
+        return thing
+
+    def add(self, number: int) -> int:
+        """Add to the basket.
+
+        Args:
+            number: how many.
+        """
+        return -number
+
+    async def get_reward(self):
+        return float(len(self.bought))
+
+
+MIXED = [{**row, "environment": name} for row, name in zip(ROWS, ("shop", "count", "shop"), strict=True)]
+
+
+def test_each_row_names_its_class_and_has_its_tools_alone(make, tool_tokenizer):
+    environment = make(factory={"count": Counter, "shop": Shop})
+    assert [schema["function"]["name"] for schema in environment.schemas] == ["add", "wait", "add", "buy"]
+    for _ in range(2):
+        rows, episodes = play(
+            environment, tool_tokenizer, MIXED, call("add", '{"number": 1}'), call("buy", '{"thing": "owl"}')
+        )
+        assert [type(each) for each in environment.states.current] == [Shop, Counter, Shop]
+        assert [row["prompt"][-1]["content"] for row in rows] == ["Count. To buy.", "Count.", "Count. To buy."]
+        assert environment.states.current[0].columns["start"] == 10
+        assert "environment" not in environment.states.current[0].columns
+        added = [[each["content"] for each in episode.messages if each["role"] == "tool"] for episode in episodes]
+        assert [each[0] for each in added] == ["-1", "21", "-1"]
+        assert added[0][1] == "owl" and "Tool buy not found. There are: add, wait." in added[1][1]
+        (reward,) = environment.states.rewards
+        assert reward.__name__ == "Shop" and reward(environment.states.current) == [1.0, 0.0, 1.0]
+    # Instances are made once.
+    assert Counter.made == 1
+    ids = environment.prompt_ids(rows)
+    texts = [tool_tokenizer.decode(each) for each in ids]
+    assert "buy" in texts[0] and "buy" not in texts[1] and "wait" in texts[1] and "wait" not in texts[2]
+
+
+@pytest.mark.parametrize("name", [None, "sell", 3])
+def test_a_row_that_names_no_class_is_refused(make, name):
+    environment = make(factory={"count": Counter, "shop": Shop})
+    with pytest.raises(InputError, match=r"has the environment .* in its column; there are: count, shop"):
+        environment.begin([{**ROWS[0], "environment": name}])
+
+
+class Slow(Counter):
+    begun = 0
+    all_began = None
+
+    async def reset(self, start, **columns):
+        import asyncio
+
+        type(self).begun += 1
+        if type(self).begun == 3:
+            self.all_began.set()
+        # One after another, the first would wait for ever.
+        await asyncio.wait_for(asyncio.to_thread(self.all_began.wait), 30)
+        if start == 20:
+            raise OSError("no table")
+        self.count = start
+
+
+def test_coroutines_of_reset_run_side_by_side_and_an_error_names_its_row(make):
+    Slow.begun, Slow.all_began = 0, threading.Event()
+    rows = [{**row, "prompt": [{"role": "user", "content": f"Row {row['start']}."}]} for row in ROWS]
+    with pytest.raises(InputError, match=r"Slow.reset for the prompt 'Row 20.' failed with OSError\('no table'\)"):
+        make(factory=Slow).begin(rows)
+    assert Slow.begun == 3

@@ -197,7 +197,7 @@ def test_a_family_of_clusters():
 
 def test_every_suite_declares_what_decides_with_a_direction():
     from hfllm.evaluation import pictures, suites
-    from hfllm.evaluation.suites import few_shot, preferences, refusals, robustness, truthfulness, world_suites
+    from hfllm.evaluation.suites import few_shot, preferences, refusals, robustness, tools, truthfulness, world_suites
 
     kinds = [
         *(few_shot.FewShot, pictures.Pictures, preferences.Preferences, refusals.XSTest, robustness.Robustness),
@@ -207,7 +207,7 @@ def test_every_suite_declares_what_decides_with_a_direction():
             world_suites.WorldPreferences,
             world_suites.WorldRefusals,
         ),
-        world_suites.WorldFewShot,
+        *(world_suites.WorldFewShot, tools.Tools),
     ]
     for kind in kinds:
         assert kind.primary and {*kind.primary} <= kind.better.keys(), kind

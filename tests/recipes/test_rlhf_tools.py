@@ -1,6 +1,8 @@
 """`hfllm rlhf --tools`: the run, and what is refused before anything is trained."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import rlhf
@@ -12,6 +14,7 @@ from hfllm.data.tokenizer import plain_chat_template
 from hfllm.errors import InputError
 from hfllm.stages.rlhf.build import checked_tools
 
+SERVER = Path(__file__).parents[1] / "environments" / "mcp_server.py"
 TOOLS = '''
 def double(number: int) -> int:
     """Double a number.
@@ -53,6 +56,30 @@ def own(prompts, completions, completion_ids, action_mask, tools, **columns):
 def seen(prompts, environments, **columns):
     asked = [environment.asked + " Now." for environment in environments]
     return [float(one == prompt[-1]["content"]) for one, prompt in zip(asked, prompts)]
+
+
+class Shop:
+    def reset(self, prompt, **columns):
+        assert "environment" not in columns
+
+    def buy(self, thing: str) -> str:
+        """Buy something.
+
+        Args:
+            thing: what to buy.
+        """
+        return thing
+
+
+def named(prompts, completions, tools, **columns):
+    return [float("add" in [tool["function"]["name"] for tool in each]) for each in tools]
+
+
+def of_row(prompts, completions, environment, environments, tools, **columns):
+    names = {"Game": "double", "Shop": "buy"}
+    for name, one, each in zip(environment, environments, tools, strict=True):
+        assert type(one).__name__ == name and [tool["function"]["name"] for tool in each] == [names[name]]
+    return [1.0] * len(prompts)
 
 
 def score(prompts, completions, **columns):
@@ -122,10 +149,37 @@ def test_rewards_get_the_environments(flags, tmp_path):
     assert metrics["proxy_reward_before"] == metrics["proxy_reward_after"] == 1.0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sessions", ["shared", "episode"])
+def test_rlhf_takes_servers_of_tools(flags, tmp_path, sessions):
+    server = {"command": sys.executable, "args": [str(SERVER)], "env": {"TEST_TOKEN": "verysecret"}}
+    (tmp_path / "servers.json").write_text(json.dumps({"mcpServers": {"test": server}}))
+    more = {"mcp_servers": tmp_path / "servers.json", "mcp_sessions": sessions, "max_steps": 1}
+    file = f"{tmp_path / 'tools.py'}:named"
+    rlhf.main(*rlhf.parse(flags(tool=None, reward_funcs=file, response_length=16, **more)))
+    report = (tmp_path / "out" / "report.json").read_text()
+    assert json.loads(report)["metrics"]["proxy_reward_after"] == 1.0
+    assert not any("verysecret" in each.read_text(errors="ignore") for each in (tmp_path / "out").rglob("*.*"))
+
+
+@pytest.mark.slow
+def test_a_row_names_its_environment(flags, tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Say {n}."}], "environment": "Game" if n % 2 else "Shop"}
+        for n in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = flags(tool=None, reward_funcs=f"{tmp_path / 'tools.py'}:of_row", environment_factory="")
+    words = ["--environment_factory", *(f"{tmp_path / 'tools.py'}:{name}" for name in ("Game", "Shop"))]
+    rlhf.main(*rlhf.parse([*flags, *words]))
+    metrics = json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]
+    assert metrics["proxy_reward_before"] > 1
+
+
 def test_tools_that_come_with_the_package_have_short_names(flags, tmp_path):
     tools = ["calculator", "python", f"{tmp_path / 'tools.py'}:double"]
     script_args, _, model_args = rlhf.parse([*flags(tool=None), "--tools", *tools])
-    policy_tools = checked_tools(script_args.tools, None, model_args.model_name_or_path)
+    policy_tools = checked_tools(script_args, model_args.model_name_or_path)
     assert [tool.__name__ for tool in policy_tools.functions] == ["calculator", "python", "double"]
 
 

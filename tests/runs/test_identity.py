@@ -25,6 +25,9 @@ class Flags:
     model_name_or_path: str | None = None
     reward_model_name_or_path: list[str] | None = None
     reward_funcs: list[str] | None = None
+    tools: list[str] | None = None
+    environment_factory: list[str] | None = None
+    mcp_servers: str | None = None
     sft_config: str | None = None
 
 
@@ -57,7 +60,8 @@ def named(tmp_path):
             (folder / model / "README.md").write_text(name)
         (folder / "data").mkdir()
         (folder / "data" / "a.txt").write_text("a text")
-        (folder / "score.py").write_text("def score(): ...")
+        for file in ("score.py", "tools.py", "table.json", "games.py", "servers.json"):
+            (folder / file).write_text("def score(): ...")
         (folder / "sft.yaml").write_text("seed: 1")
         for file, text in changes.items():
             (folder / {"data": "data/a.txt", "model": "model/model.safetensors"}.get(file, file)).write_text(text)
@@ -67,6 +71,9 @@ def named(tmp_path):
             model_name_or_path=str(folder / "model"),
             reward_model_name_or_path=[str(folder / "reward"), str(folder / "model")],
             reward_funcs=[f"{folder}/score.py:score"],
+            tools=["calculator", f"{folder}/tools.py:double", f"lookup:{folder}/table.json"],
+            environment_factory=[f"{folder}/games.py:Game"],
+            mcp_servers=f"{folder}/servers.json",
             sft_config=str(folder / "sft.yaml"),
         )
 
@@ -83,6 +90,10 @@ def test_a_copy_elsewhere_is_the_same_run(named):
         ("data", "dataset_name"),
         ("model", "model_name_or_path"),
         ("score.py", "reward_funcs"),
+        ("tools.py", "tools"),
+        ("table.json", "tools"),
+        ("games.py", "environment_factory"),
+        ("servers.json", "mcp_servers"),
         ("sft.yaml", "sft_config"),
     ],
 )
@@ -94,6 +105,12 @@ def test_other_contents_are_another_run(named, changed, flag):
     folder = Path(same.output_dir).parent
     (folder / {"data": "data/a.txt", "model": "model/model.safetensors"}.get(changed, changed)).write_text("different")
     assert difference(before, identity_of(same)) == f"other contents of --{flag} {getattr(same, flag)}"
+
+
+def test_names_that_are_no_files_count_beside_those_that_are(named):
+    before, flags = identity_of(named("one")), named("two")
+    flags.tools[0] = "python"
+    assert difference(before, identity_of(flags)).startswith("tools=['calculator', ")
 
 
 def test_what_is_logged_may_change_and_the_batch_be_divided(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """PPO with tools: what they say is read, what was called is trained, and the rewards see the conversation."""
 
+import json
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +93,7 @@ def test_rewards_see_the_conversation_and_the_policy_its_tokens(make_agent, toke
             if not chosen
         )
         assert turns == (row % 3 < 2)
-    assert seen["columns"]["tools"][0] == trainer.environment.tools.schemas
+    assert seen["columns"]["tools"][0] == trainer.environment.schemas
     assert "tool: 36" in trainer.completions[0]["completion"]
     assert 'assistant calls calculator: {"expression": "12*3"}' in trainer.completions[0]["completion"]
     logged = {name: torch.cat(values).tolist() for name, values in trainer._metrics.items()}
@@ -492,25 +494,32 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
+def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path, monkeypatch):
     docs = Path(__file__).parent.parent.parent / "docs"
     text = "".join((docs / folder / "tools.md").read_text() for folder in ("guides", "reference"))
-    tool, first, after, game, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    tool, first, after, servers, game, of_others, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {"policy": hfllm.HfllmForCausalLM(config_of(tokens)), "output_dir": str(tmp_path), "tokenizer": tokens}
     names |= {"right_answer": letters, "prompts": Dataset.from_dict({"prompt": PROMPTS})}
     settings = "output_dir, report_to='none', use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=2, "
     exec(first.replace("output_dir, ", settings), names)
     assert names["trainer"].state.global_step == 2
     exec(tool, names)
-    assert make_agent(tools=[names["double"]]).environment.tools.schemas[0]["function"]["name"] == "double"
+    assert make_agent(tools=[names["double"]]).environment.schemas[0]["function"]["name"] == "double"
     exec(game, names)
     rows = Dataset.from_dict({"prompt": PROMPTS, "secret": range(len(PROMPTS))})
     trainer = make_agent(
         tools=None, reward_funcs=None, train_dataset=rows, trainer_parts={"environment_factory": names["Game"]}
     )
-    assert trainer.environment.tools.schemas[0]["function"]["name"] == "guess"
+    assert trainer.environment.schemas[0]["function"]["name"] == "guess"
     trainer.train()
     exec(after, {**names, "model": names["policy"]})
+    monkeypatch.chdir(tmp_path)
+    server = {"command": sys.executable, "args": [str(docs.parent / "tests" / "environments" / "mcp_server.py")]}
+    Path("servers.json").write_text(json.dumps({"mcpServers": {"test": server}}))
+    exec(servers, names)
+    assert "add" in [tool.__name__ for tool in names["tools"]]
+    # It needs a package that is not installed here.
+    compile(of_others, "docs", "exec")
     exec(episodes, names)
     texts = Dataset.from_dict({"prompt": ["Say red.", "Wait."] * 2})
     parts = {"rollout_func": names["told_twice"]}

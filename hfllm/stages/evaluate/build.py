@@ -36,6 +36,7 @@ from hfllm.evaluation.suites.lm_eval import LmEval
 from hfllm.evaluation.suites.preferences import Preferences
 from hfllm.evaluation.suites.refusals import XSTest
 from hfllm.evaluation.suites.robustness import Robustness
+from hfllm.evaluation.suites.tools import Tools
 from hfllm.evaluation.suites.truthfulness import TruthfulQA, missing_overlaps
 from hfllm.evaluation.suites.world_suites import WorldFewShot, WorldPreferences, WorldRefusals, WorldTruthfulness
 from hfllm.fingerprint import file_fingerprint
@@ -45,6 +46,7 @@ from hfllm.outputs.report import CHANGED, CONTENTS, compared, write_atomically
 from hfllm.runs.command_line import say
 from hfllm.runs.models import NamedModel, load_config, load_tokenizer, saved_tokenizer
 from hfllm.stages.evaluate.flags import NUM_WORLD_ITEMS, EvaluateArguments
+from hfllm.stages.rlhf.build import load_tools
 from hfllm.stages.shared import kept_rows, load_speaking, processor_of
 from hfllm.stages.vision.build import SHUFFLED, eval_parts, prior_of, question_of
 from hfllm.stages.vision.flags import DRAWN
@@ -87,6 +89,7 @@ def suites_of(script_args: EvaluateArguments) -> list[Suite]:
             partial(picture_parts, args.dataset_name, count, args.model_name_or_path or (), args.image_reading()),
             length,
         ),
+        "tools": lambda: Tools(args.dataset_name, load_tools(args.tools, args.mcp_servers), count, length),
     }
     return [builders[name]() for name in args.suites]
 

@@ -12,14 +12,16 @@ from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.errors import InputError
 from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
+from hfllm.runs.identity import function_files
 from hfllm.runs.pipeline import Chain, chain_before
+from hfllm.stages.rlhf.flags import MCP_SERVERS, TOOLS
 
 # ---- flags ----
 
 
 SUITES = (
     *("truthfulness", "hhh", "refusals", "calibration", "few_shot", "interpretability", "lm_eval", "robustness"),
-    "pictures",
+    *("pictures", "tools"),
 )
 # The suites of a run without named ones.
 DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
@@ -34,6 +36,7 @@ MODELS_NAMED = NAMED.because("the models are named")
 # Flags without which a suite has nothing to ask.
 TASKS = "--tasks, such as --tasks arc_easy_file --tasks_data FOLDER"
 ROWS = "--dataset_name: rows with pictures, or 'pictures' or 'digits'"
+TOOL_ROWS = "--dataset_name: a file of rows with prompt and answer"
 MODEL = "--model_name_or_path: a vision-language model (hfllm vision makes one)"
 
 
@@ -136,10 +139,17 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     dataset_name: str | None = flag(
         None,
         "Questions about pictures, for the suite pictures, which is then the default: rows with a column "
-        "image or images, or 'pictures' or 'digits', which are drawn here.",
-        never=_is_for("pictures"),
+        "image or images, or 'pictures' or 'digits', which are drawn here. Or with --tools, for the suite tools: rows "
+        "with prompt, answer and tool.",
+        never=_is_for("pictures", "tools"),
     )
-    max_new_tokens: int = flag(64, "Longest written answer to the rows of a file.", takes=at_least(1))
+    tools: list[str] | None = flag(None, TOOLS, never=_is_for("tools"))
+    mcp_servers: str | None = flag(None, MCP_SERVERS, never=_is_for("tools"))
+    max_new_tokens: int = flag(
+        64,
+        "Longest written answer to the rows of a file; of tools longest turn, four of which an episode has room for.",
+        takes=at_least(1),
+    )
     pretrain_config: str | None = flag(None, "YAML flags of the world's pretraining.", never=MODELS_NAMED)
     sft_config: str | None = flag(None, "YAML flags of its fine-tuning.", never=MODELS_NAMED)
     reward_config: str | None = flag(None, "YAML flags of its reward model.", never=MODELS_NAMED)
@@ -163,6 +173,16 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     clashes: ClassVar[Clashes] = {
         f"--suites lm_eval needs {TASKS}": lambda flags: "lm_eval" in flags.suites and not flags.tasks,
         f"--suites pictures needs {ROWS}": lambda flags: "pictures" in flags.suites and not flags.dataset_name,
+        "--suites pictures and tools both read --dataset_name: judge them in two runs": lambda flags: (
+            {"pictures", "tools"} <= {*flags.suites}
+        ),
+        f"--suites tools needs {TOOL_ROWS}": lambda flags: "tools" in flags.suites and not flags.dataset_name,
+        "--suites tools needs --tools or --mcp_servers": lambda flags: (
+            "tools" in flags.suites and not (flags.tools or flags.mcp_servers)
+        ),
+        "--suites tools needs --model_name_or_path: a model that calls tools": lambda flags: (
+            "tools" in flags.suites and not flags.model_name_or_path
+        ),
         f"--suites pictures needs {MODEL}": lambda flags: "pictures" in flags.suites and not flags.model_name_or_path,
         "--tasks_data {tasks_data}: no such folder": lambda flags: (
             flags.tasks_data is not None and not Path(flags.tasks_data).is_dir()
@@ -171,7 +191,7 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
 
     def __post_init__(self):
         if self.dataset_name and self.suites == list(DEFAULT_SUITES):
-            object.__setattr__(self, "suites", ["pictures"])
+            object.__setattr__(self, "suites", ["tools" if self.tools or self.mcp_servers else "pictures"])
 
     @property
     def files(self) -> list[str]:
@@ -180,7 +200,14 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
         folders = [*(self.include_path or ()), *([self.tasks_data] if self.tasks_data else ())]
         of_tasks = [path for folder in folders for path in Path(folder).rglob("*") if path.suffix in OF_TASKS]
         of_suites = [path for value in values for path in ([value] if isinstance(value, str) else value)]
-        return [*of_suites, *sorted(map(str, of_tasks))]
+        return [*of_suites, *sorted(map(str, of_tasks)), *self._tool_files]
+
+    @property
+    def _tool_files(self) -> list[str]:
+        if "tools" not in self.suites:
+            return []
+        named = [path for path in (self.dataset_name, self.mcp_servers) if path is not None and Path(path).is_file()]
+        return [*named, *(str(path) for _, path in function_files(self.tools or []))]
 
 
 # ---- what is refused ----

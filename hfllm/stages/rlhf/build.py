@@ -1,7 +1,7 @@
 """Alignment by PPO: its prompts, rewards and tools, the parts of its trainer, and the checks of models and prompts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,15 +16,19 @@ from hfllm.data.formats import Dropped, as_completion, flaw_of_prompt, origin_of
 from hfllm.data.images.rows import WORDS_FOR_A_PICTURE, to_picture_prompts, words_of_places
 from hfllm.data.loading import RowArguments, texts_of
 from hfllm.data.sources import WORLD, HubPart, folder_of
-from hfllm.data.tokenizer import turn_end
+from hfllm.data.tokenizer import set_chat_template, turn_end
 from hfllm.data.world.world import World
 from hfllm.environments.episodes import ToolEnvironment
+from hfllm.environments.mcp_tools import MCPTools
+from hfllm.environments.python_session import PythonSession
 from hfllm.environments.python_tool import python
 from hfllm.environments.tools import calculator, lookup_in
-from hfllm.errors import InputError, refuse, refuse_if
+from hfllm.errors import InputError, one_line, refuse, refuse_if
 from hfllm.flags import changed, check_flags
 from hfllm.models.devices import forked_random
+from hfllm.models.loading.probes import check_template
 from hfllm.models.loading.saved import is_for_pictures, max_length_of
+from hfllm.multimodal.composed import freeze
 from hfllm.multimodal.processors import has_pictures, tokenizer_of
 from hfllm.rewards.functions import (
     BEGINNING,
@@ -49,6 +53,7 @@ from hfllm.runs.models import (
     peft_config,
     try_adapter,
 )
+from hfllm.stages import shared
 from hfllm.stages.rlhf.flags import RlhfArguments, Row
 from hfllm.stages.shared import Mapper, load_processing_class, user_rows
 from hfllm.trainers.ppo.options import REWARD_TIMEOUT
@@ -56,7 +61,7 @@ from hfllm.trainers.ppo.prompts import EMPTY, check_pictures, check_prompts, unf
 from hfllm.trainers.ppo.setup import check_critic
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
     from hfllm.environments.episodes import EnvironmentFactory
@@ -77,46 +82,61 @@ class PolicyTools(NamedTuple):
 
     Args:
         functions: of `--tools`, `None` without any.
-        environment_factory: of `--environment_factory`.
-        schemas: descriptions of functions and methods in the chat template, `None` without any.
+        environment_factory: of `--environment_factory`, several by their names.
+        schemas_of: returns the descriptions of a row's tools for the chat template; `None` without tools.
     """
 
     functions: "list[Tool] | None" = None
-    environment_factory: "EnvironmentFactory | None" = None
-    schemas: list[dict[str, Any]] | None = None
+    environment_factory: "EnvironmentFactory | dict[str, EnvironmentFactory] | None" = None
+    schemas_of: "Callable[[Row], list[dict[str, Any]]] | None" = None
 
 
 NO_TOOLS = PolicyTools()
 # Tools without data, by their names in `environments.tools`.
 BUILT_IN = {"calculator": calculator, "python": python}
+ENVIRONMENTS = {"python_session": PythonSession}
 
 
 def checked_tools(
-    tools: Sequence[str] | None,
-    environment_factory: str | None,
-    model: str | None,
-    revision: str = "main",
-    has_reward: bool = False,
+    script_args: RlhfArguments, model: str | None, revision: str = "main", has_reward: bool = False
 ) -> PolicyTools:
-    """Return the tools named by these flags, if the model's tokenizer can write and read calls.
+    """Return the tools named by the flags, if the model's tokenizer can write and read calls.
 
     Args:
         model: the model's name; tools need one.
         has_reward: whether a reward is named, so that environments need none of their own.
     """
-    if not tools and environment_factory is None:
+    if not script_args.has_tools:
         return NO_TOOLS
-    functions = list(map(load_tool, tools or ()))
-    factory = environment_factory and load_function(environment_factory, "--environment_factory")
-    tokenizer = load_tokenizer(model, revision)
+    named = script_args.environment_factory or []
+    if script_args.mcp_sessions == "episode":
+        functions = load_tools(script_args.tools)
+        factory = MCPTools(script_args.mcp_servers, "--mcp_servers").environment_factory()
+    else:
+        functions, factory = load_tools(script_args.tools, script_args.mcp_servers), _factories(named)
+    tokenizer = with_template(load_tokenizer(model, revision), script_args.chat_template_path)
     ends = [*({tokenizer.eos_token_id, turn_end(tokenizer)} - {None})]
     environment = ToolEnvironment(functions, tokenizer, ends, factory=factory)
-    has_own = environment.states is not None and environment.states.has_reward
-    if environment_factory and not (has_reward or has_own):
-        raise InputError(
-            f"--environment_factory {environment_factory} needs a reward: its get_reward, or a flag that names one"
-        )
-    return PolicyTools(functions or None, factory, environment.tools.schemas)
+    if named and not (has_reward or environment.has_rewards):
+        words = " ".join(named)
+        raise InputError(f"--environment_factory {words} needs a reward: its get_reward, or a flag that names one")
+    return PolicyTools(functions or None, factory, environment.schemas_of)
+
+
+def _factories(named: Sequence[str]) -> "EnvironmentFactory | dict[str, EnvironmentFactory] | None":
+    """Return the class named by `--environment_factory`, or several by their names."""
+    loaded = {name.rpartition(":")[2]: _factory(name) for name in named}
+    refuse_if(len(loaded) < len(named), f"--environment_factory {' '.join(named)}: two have the same name")
+    return loaded if len(loaded) > 1 else next(iter(loaded.values()), None)
+
+
+def _factory(name: str) -> "EnvironmentFactory":
+    return ENVIRONMENTS[name] if name in ENVIRONMENTS else load_function(name, "--environment_factory")
+
+
+def load_tools(names: Sequence[str] | None, mcp_servers: str | None = None) -> "list[Tool]":
+    """Return the functions named by `--tools`, and the tools of `--mcp_servers`."""
+    return [*map(load_tool, names or ()), *(MCPTools(mcp_servers, "--mcp_servers") if mcp_servers else ())]
 
 
 def load_tool(specification: str) -> "Tool":
@@ -201,7 +221,7 @@ def prompt_data(
             if shows:
                 # A prompt with images is a conversation, so the others must be conversations too.
                 row["prompt"] = formats.as_messages(row["prompt"])
-    train_rows = augmented(train_rows, share, seed, script_args.dataset_name, tools.schemas is None)
+    train_rows = augmented(train_rows, share, seed, script_args.dataset_name, tools.schemas_of is None)
     _check_gold(script_args.dataset_name, functions, train_rows)
     # Some rewards need environments, and these begin with the first episode.
     if tools.environment_factory is None:
@@ -240,8 +260,8 @@ def _try_functions(
     completions = [as_completion(row["prompt"], "This is a trial response.") for row in rows]
     prompts, begun = map(list, zip(*(split_beginning(row["prompt"]) for row in rows), strict=True))
     columns = {**reward_columns(rows), "completion_ids": [[0, 1, 2, 3, 4]] * len(rows), BEGINNING: begun}
-    if tools.schemas is not None:
-        columns |= {"action_mask": [[1, 1, 1, 1, 1]] * len(rows), "tools": [tools.schemas] * len(rows)}
+    if tools.schemas_of is not None:
+        columns |= {"action_mask": [[1, 1, 1, 1, 1]] * len(rows), "tools": [*map(tools.schemas_of, rows)]}
     for function in functions:
         with time_limit(function, timeout):
             checked_rewards(function, prompts, completions, **columns)
@@ -349,25 +369,66 @@ class Room(NamedTuple):
         reader: the policy's tokenizer or processor.
         response_length: tokens of a response at most.
         context: tokens of the policy at most, `None` if it has no limit.
-        tools: schemas of the policy's tools, part of all prompts.
+        tools: returns the schemas of the policy's tools for a row, part of its prompt.
     """
 
     reader: "ProcessingClass"
     response_length: int
     context: int | None
-    tools: list[dict[str, Any]] | None = None
+    tools: "Callable[[Row], list[dict[str, Any]]] | None" = None
 
 
 def room_of(
-    name: str, revision: str, config: "PreTrainedConfig", response_length: int, tools: list[dict[str, Any]] | None
+    name: str,
+    revision: str,
+    config: "PreTrainedConfig",
+    response_length: int,
+    tools: PolicyTools = NO_TOOLS,
+    template: str | None = None,
 ) -> Room:
     """Return what the prompts of a policy must fit into; its tokenizer or processor is loaded.
 
     Args:
         config: the policy's.
-        response_length, tools: as in `Room`.
+        response_length: as in `Room`.
+        template: of `--chat_template_path`.
     """
-    return Room(load_processing_class(name, revision, config), response_length, max_length_of(config), tools)
+    reader = with_template(load_processing_class(name, revision, config), template)
+    return Room(reader, response_length, max_length_of(config), tools.schemas_of)
+
+
+def with_template(reader: "ProcessingClass", template: str | None) -> "ProcessingClass":
+    """Return a tokenizer with the template of `--chat_template_path`, `None` for its own.
+
+    Raises:
+        InputError: for an unsuitable template, and for a processor, which has its own.
+    """
+    if template is None:
+        return reader
+    flag = f"--chat_template_path {template}"
+    refuse(tokenizer_of(reader) is not reader, flag, "the model sees: its processor has one")
+    try:
+        set_chat_template(reader, template)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag}: {one_line(error)}") from None
+    if isinstance(reader.chat_template, str):
+        check_template(reader.chat_template, f"{flag}: it")
+    return reader
+
+
+def load_policy(
+    start: NamedModel, config: "PreTrainedConfig", script_args: RlhfArguments, output_dir: str
+) -> "tuple[PreTrainedModel, ProcessingClass]":
+    """Load the policy to train with its tokenizer or processor, frozen in part and with another template by the flags.
+
+    Args:
+        start: the policy.
+        config: of it.
+        output_dir: see `load_to_train`.
+    """
+    policy, reader = shared.load_policy(start, config, output_dir)
+    freeze(policy, script_args.freeze_vision, script_args.freeze_text)
+    return policy, with_template(reader, script_args.chat_template_path)
 
 
 def check_models(

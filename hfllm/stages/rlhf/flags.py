@@ -28,6 +28,9 @@ TOOLS = (
     "Functions that the model may call: path/to/file.py:function, calculator, python, or lookup:table.json "
     "(docs/guides/tools.md)."
 )
+MCP_SERVERS = (
+    'JSON file of MCP servers, {"mcpServers": {...}}, whose tools the model may call (docs/reference/tools.md).'
+)
 CALLS_NEED_A_MODEL = UNNAMED.because("it needs --model_name_or_path, a model that calls tools")
 
 
@@ -53,10 +56,22 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         "answer), thinks (has thoughts and an answer), or gold (the embedded world's).",
     )
     tools: list[str] | None = flag(None, TOOLS, never=CALLS_NEED_A_MODEL)
-    environment_factory: str | None = flag(
+    environment_factory: list[str] | None = flag(
         None,
-        "Class of environments whose methods the policy may call: path/to/file.py:Class.",
+        "Class of environments whose methods the policy may call: path/to/file.py:Class, or python_session. Of "
+        "several, each row's column environment names one.",
         never=CALLS_NEED_A_MODEL,
+    )
+    mcp_servers: str | None = flag(None, MCP_SERVERS, never=CALLS_NEED_A_MODEL)
+    chat_template_path: str | None = flag(
+        None,
+        "Chat template for a model whose own knows no tools: own, which keeps its turns, chatml, hfllm, or a file.",
+        never=UNNAMED.because("it needs --model_name_or_path, a model with another template"),
+    )
+    mcp_sessions: str = flag(
+        "shared",
+        "With --mcp_servers: one session for all episodes (shared), or one for each (episode).",
+        choices=["shared", "episode"],
     )
     value_model: str = flag(
         "head", "'head' on the policy's trunk, 'reward' (starts as the reward model), or a model's name."
@@ -87,6 +102,12 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         "--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it": lambda flags: (
             flags.learning_rate is None and sets_optimizer(flags)
         ),
+        "--mcp_sessions {mcp_sessions} has no effect without --mcp_servers": lambda flags: (
+            flags.mcp_sessions != "shared" and not flags.mcp_servers
+        ),
+        "--mcp_sessions episode makes environments: leave --environment_factory out": lambda flags: (
+            flags.mcp_sessions == "episode" and flags.environment_factory
+        ),
         "--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name": lambda flags: (
             flags.value_model == "reward" and flags.reward_funcs and not flags.reward_model_name_or_path
         ),
@@ -99,9 +120,14 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
     }
 
     @property
+    def has_tools(self) -> bool:
+        """Whether the policy has tools of any kind."""
+        return bool(self.tools or self.mcp_servers or self.environment_factory)
+
+    @property
     def has_no_reward(self) -> bool:
         """Whether no reward is named: reward models are trained then."""
-        return not (self.reward_model_name_or_path or self.reward_funcs or self.environment_factory is not None)
+        return not (self.reward_model_name_or_path or self.reward_funcs or self.environment_factory)
 
 
 def check(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> None:
@@ -114,10 +140,14 @@ def check(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "M
         from hfllm.trainers.ppo.vllm_sampling import check_vllm
 
         check_vllm(training_args)
-    for option in () if script_args.tools or script_args.environment_factory is not None else OF_TOOLS:
+    for option in () if script_args.has_tools else OF_TOOLS:
         value = getattr(training_args, option)
         is_changed = value != getattr(type(training_args), option)
-        refuse(is_changed, f"--{option} {value}", "it has no effect without --tools or --environment_factory")
+        refuse(
+            is_changed,
+            f"--{option} {value}",
+            "it has no effect without --tools, --mcp_servers or --environment_factory",
+        )
 
 
 def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig") -> None:

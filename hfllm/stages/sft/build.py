@@ -14,7 +14,7 @@ from hfllm.data.images.rows import Rows, as_dataset, without_images, words_of_pl
 from hfllm.data.loading import InstructionArguments, split_rows
 from hfllm.data.packing import IGNORE
 from hfllm.data.sources import PYDOC, WORLD, Source
-from hfllm.data.tokenizer import BUILT_IN, plain_text, set_built_in
+from hfllm.data.tokenizer import BUILT_IN, OWN, plain_text, set_chat_template
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse, refuse_if
@@ -150,14 +150,11 @@ def with_template(
         tokenizer.eos_token = eos_token
     if (name := chat_template_path) is None:
         return model, tokenizer
-    # It reads the output of another template.
-    tokenizer.response_template = None
     try:
-        if Path(name).is_file():
-            tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
-        elif name in BUILT_IN and not Path(name).exists():
-            set_built_in(tokenizer, name)
+        if Path(name).is_file() or (name in (*BUILT_IN, OWN) and not Path(name).exists()):
+            set_chat_template(tokenizer, name)
         else:
+            tokenizer.response_template = None
             model, tokenizer, _ = clone_chat_template(model, tokenizer, name)
     except (OSError, ValueError) as error:
         raise InputError(f"--chat_template_path {name}: {' '.join(str(error).split())[:200]}") from None

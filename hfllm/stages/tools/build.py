@@ -203,7 +203,7 @@ def answer(
     options = {"do_sample": do_sample, "seed": seed, "batch_size": batch_size, "suppress_tokens": suppressed}
     limits = {"response_length": RESPONSE_LENGTH, "max_tool_calling_iterations": MOST_CALLS}
     runner = ToolRunner(model, tokenizer, tools_of(table or {}), **limits, **options)
-    schemas = runner.environment.tools.schemas if table is not None else None
+    schemas = runner.environment.schemas if table is not None else None
     prompts = [[{"role": "user", "content": each.task.task.question}] for each in questions]
     episodes = runner.run(tokenize_prompts(prompts, tokenizer, [schemas] * len(prompts)))
     return [judged(*each) for each in zip(questions, episodes, strict=True)]

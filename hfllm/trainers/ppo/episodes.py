@@ -1,7 +1,6 @@
 """From episodes, partly written by an environment, to the training tensors of PPO."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +55,7 @@ def check_engine(trainer: "ActorCriticTrainer") -> None:
 
 def environment_of(
     tools: Sequence[Tool] | None,
-    factory: EnvironmentFactory | None,
+    factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None,
     rollout_func: object,
     tokenizer: "PreTrainedTokenizerBase",
     end_token_ids: Sequence[int],
@@ -77,13 +76,8 @@ def environment_of(
 
 
 def own_rewards(environment: ToolEnvironment | None) -> list[Callable[..., list[float]]]:
-    """Return the environments' own reward, with the name of their class, if they have one."""
-    states = environment and environment.states
-    if not states or not states.has_reward:
-        return []
-    reward = partial(states.get_reward)
-    reward.__name__ = states.name
-    return [reward]
+    """Return the environments' own rewards, with the names of their classes."""
+    return [] if environment is None or environment.states is None else environment.states.rewards
 
 
 def act(
@@ -108,7 +102,7 @@ def act(
     # A replacement of `continue_ids` may attribute tokens to the policy that it did not sample.
     if witness is not None and witness.saw(batch["response_ids"], batch["action_mask"]):
         batch["witness"] = witness
-    batch["columns"]["tools"] = [environment.tools.schemas] * len(done)
+    batch["columns"]["tools"] = [*map(environment.schemas_of, rows)]
     if environment.states is not None:
         batch["columns"]["environments"] = environment.states.current
         batch["prompts"] = [row["prompt"] for row in rows]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # ---- prompts ----
 
 
+# Of the trainer's tools, or what returns those of a row.
+Schemas = Sequence[dict[str, Any]] | Callable[[Mapping[str, Any]], Sequence[dict[str, Any]]]
 EMPTY = "is empty"
 # Prompts with images whose numbers of tokens are kept.
 KEPT_COUNTS = 100_000
@@ -115,14 +117,14 @@ def check_prompts(
     tokenizer: ProcessingClass,
     response_length: int,
     context: int | None,
-    tools: Sequence[dict[str, Any]] | None = None,
+    tools: Schemas | None = None,
     reader: str | None = None,
 ) -> int:
     """Refuse a dataset without rows, without `prompt`, or with a prompt without room for a response.
 
     Args:
         tokenizer: with images the model's processor.
-        tools: schemas of the trainer's tools, part of all prompts.
+        tools: schemas of the trainer's tools, part of all prompts, or what returns those of a row.
         reader: see `check_pictures`.
 
     Returns:
@@ -170,7 +172,7 @@ def unfit_prompts(
     tokenizer: ProcessingClass,
     response_length: int,
     context: int | None,
-    tools: Sequence[dict[str, Any]] | None = None,
+    tools: Schemas | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Yield the index of each prompt without tokens or without room for a response, and its problem."""
     limit = None if context is None else context - response_length
@@ -186,7 +188,7 @@ def unfit_prompts(
 
 
 def _token_counts(
-    dataset: "HubDataset | Sequence[dict]", tokenizer: ProcessingClass, tools: Sequence[dict[str, Any]] | None
+    dataset: "HubDataset | Sequence[dict]", tokenizer: ProcessingClass, tools: Schemas | None
 ) -> Iterator[int]:
     """Yield the numbers of tokens of the prompts."""
     if isinstance(tokenizer, ProcessorMixin) and not tools:
@@ -221,14 +223,19 @@ def _counts_with_pictures(dataset: "HubDataset | Sequence[dict]", processor: Pro
 def read_rows(
     rows: Sequence[Mapping[str, Any]],
     processing_class: ProcessingClass,
-    tools: Sequence[dict[str, Any]] | None = None,
+    tools: Schemas | None = None,
     first: int = 0,
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Return the token ids of the rows' prompts, and where some have images, `pictures` and `prompts` with them.
 
     Args:
-        tools, first: see `processors.encode`.
+        tools: see `check_prompts`.
+        first: see `processors.encode`.
     """
+    if callable(tools):
+        origins = [origin_of(row, f"prompt {index} of the dataset") for index, row in enumerate(rows, first)]
+        own = [{**row, "tools": tools(OriginRow(row, each))} for row, each in zip(rows, origins, strict=True)]
+        rows, tools = [OriginRow(*each) for each in zip(own, origins, strict=True)], None
     is_text = all(isinstance(row["prompt"], str) and not has_pictures(row, "a prompt") for row in rows)
     if isinstance(processing_class, ProcessorMixin) and not is_text:
         ids, pictures, prompts = encode(rows, processing_class, tools, first)
@@ -241,7 +248,7 @@ def _tokens_of(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: ProcessingClass,
     first: int,
-    tools: Sequence[dict[str, Any]] | None,
+    tools: Schemas | None,
 ) -> list[list[int]]:
     """Return the tokens of the rows' prompts; `first` is the index of the first row in its dataset."""
     refusals = template_errors()

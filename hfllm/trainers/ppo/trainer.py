@@ -9,7 +9,7 @@ A rollout is collected when its first micro-batch is requested; the dataloader r
 micro-batch, so Trainer's own counting of steps, epochs and skipped batches stays correct.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -122,9 +122,9 @@ class PPOTrainer(ActorCriticTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
         ptx_dataset: "Dataset | None" = None,
-        tools: list[Tool] | None = None,
+        tools: Sequence[Tool] | None = None,
         rollout_func: RolloutFunc | None = None,
-        environment_factory: EnvironmentFactory | None = None,
+        environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or PPOConfig(f"{Path(name).name or 'policy'}-PPO")
@@ -151,7 +151,8 @@ class PPOTrainer(ActorCriticTrainer):
         check_value_model(value_model, policy, reward_models(rewards))
         weights = [*reward_weights(args.reward_weights, len(rewards) - len(own)), *([1.0] * len(own))]
         self.scorer = Scorer(rewards, weights, tokenizer, args)
-        fits = (processing_class, args.response_length, self.context, self._schemas, processors.unable_to_read(policy))
+        schemas = self.environment and self.environment.schemas_of
+        fits = (processing_class, args.response_length, self.context, schemas, processors.unable_to_read(policy))
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         counts = [(check_prompts(each, *fits), len(each)) for each in datasets if each is not None]
         check_uses(args, counts, value_model, bool(self.environment or rollout_func))
@@ -188,10 +189,6 @@ class PPOTrainer(ActorCriticTrainer):
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
         self._begin()
-
-    @property
-    def _schemas(self) -> list[dict[str, Any]] | None:
-        return None if self.environment is None else self.environment.tools.schemas
 
     @property
     def reward_moments(self) -> RunningMoments:
