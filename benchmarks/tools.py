@@ -5,10 +5,12 @@
 For each seed a small Llama first learns, from demonstrations, to look facts up in a table or to guess them, one as
 often as the other. Then each side trains it, in a process of its own, to answer right; only what the table says is
 right. Seconds are CPU-seconds of `train()`, without imports and loading. The curve is the share of right answers among
-the episodes of each rollout, before it is learned from.
+the episodes of each rollout, before it is learned from. A last table has the wall-clock seconds of one rollout whose
+tool waits for a second, as a service does.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -33,6 +35,8 @@ VALUES = {
     "home": ("sea", "lake", "hill", "cave", "wood", "field", "nest", "marsh"),
     "food": ("fish", "nuts", "corn", "grass", "seeds", "worms", "fruit", "leaves"),
 }
+# Tools that wait: a coroutine, and a function.
+WAITING = {"async": "`async def`", "plain": "`def`, which sleeps"}
 SIDES = {"ppo": "hfllm, PPO", "grpo": "TRL, GRPO"}
 # Episodes that one optimizer step sees, of each rollout's, and how often a rollout is learned from.
 STEPS, EPOCHS, GENERATIONS = 4, 2, 8
@@ -75,10 +79,25 @@ def turns_of(row: Row, rng: random.Random) -> list[dict[str, Any]]:
     return [asks, told, {"role": "assistant", "content": f"It is {row['value']}."}]
 
 
-def tool_of(seed: int) -> Any:
+def tool_of(seed: int, waiting: str | None = None, seconds: float = 0.0) -> Any:
+    """The look-up; of a kind of `WAITING`, it answers after so many seconds."""
     from hfllm.environments.tools import lookup_in
 
-    return lookup_in(table_of(seed))
+    answer = lookup_in(table_of(seed))
+    if waiting is None:
+        return answer
+
+    async def awaited(key: str, attribute: str) -> str:
+        await asyncio.sleep(seconds)
+        return answer(key, attribute)
+
+    def slept(key: str, attribute: str) -> str:
+        time.sleep(seconds)
+        return answer(key, attribute)
+
+    tool = awaited if waiting == "async" else slept
+    tool.__name__, tool.__doc__ = answer.__name__, answer.__doc__
+    return tool
 
 
 class Reward:
@@ -204,14 +223,14 @@ def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
         "reward_funcs": reward,
         "train_dataset": Dataset.from_list(rows_of(args.seed, 2000, "prompts")),
         "processing_class": tokenizer,
-        "tools": [tool_of(args.seed)],
+        "tools": [tool_of(args.seed, args.waiting, args.slow_seconds)],
     }
     trainer = (ppo if args.side == "ppo" else grpo)(args, shared, parts)
-    began = time.process_time()
+    began, clock = time.process_time(), time.monotonic()
     trainer.train()
-    cpu = time.process_time() - began
+    cpu, wall = time.process_time() - began, time.monotonic() - clock
     rollouts = [{**each, "cpu": each["cpu"] - began} for each in reward.rollouts]
-    return {"cpu": cpu, "rollouts": rollouts, "episodes": args.rollouts * args.episodes}
+    return {"cpu": cpu, "wall": wall, "rollouts": rollouts, "episodes": args.rollouts * args.episodes}
 
 
 def ppo(args: argparse.Namespace, shared: dict[str, Any], parts: dict[str, Any]) -> Any:
@@ -288,7 +307,11 @@ def curves(runs: dict[int, dict[str, dict[str, Any]]]) -> list[list[str]]:
     return rows
 
 
-def page(runs: dict[int, dict[str, dict[str, Any]]], args: argparse.Namespace) -> str:
+def page(
+    runs: dict[int, dict[str, dict[str, Any]]],
+    args: argparse.Namespace,
+    slow: dict[str, dict[str, dict[str, Any]]] | None = None,
+) -> str:
     """Return the tables of all seeds so far."""
     header = ["seed", "", "CPU-s", "of TRL's", "right, first rollout", "last", "with calls, first", "last"]
     header.append("CPU-s to .90 right")
@@ -298,7 +321,18 @@ def page(runs: dict[int, dict[str, dict[str, Any]]], args: argparse.Namespace) -
     text = f"All seeds together: PPO {total['ppo']:.0f} CPU-seconds, GRPO {total['grpo']:.0f}, a ratio of "
     text += f"{total['ppo'] / total['grpo']:.2f}. {args.rollouts} rollouts of {args.episodes} episodes, "
     text += f"{STEPS * EPOCHS} optimizer steps each."
-    return "\n".join([*table(header, rows), "", text, "", *table(["rollout", *names], curves(runs))])
+    lines = [*table(header, rows), "", text, "", *table(["rollout", *names], curves(runs))]
+    return "\n".join([*lines, *(slow_table(slow, args) if slow else ())])
+
+
+def slow_table(slow: dict[str, dict[str, dict[str, Any]]], args: argparse.Namespace) -> list[str]:
+    """Return the table of one rollout with a tool that waits, by kind and side."""
+    rows = [
+        [WAITING[kind], *(f"{sides[side]['wall']:.1f}, {sides[side]['cpu']:.1f}" for side in SIDES)]
+        for kind, sides in slow.items()
+    ]
+    header = [f"a tool of {args.slow_seconds:g} s", *(f"{name}: seconds, CPU-s" for name in SIDES.values())]
+    return ["", f"One rollout of {args.episodes} episodes, learned from {EPOCHS} times:", "", *table(header, rows)]
 
 
 def around(path: Path) -> tuple[str, str]:
@@ -331,7 +365,12 @@ def compare(args: argparse.Namespace) -> None:
             given = {"seed": seed, "model": folder}
             launch(args, side="model", **given)
             runs[seed] = {side: launch(args, side=side, **given) for side in SIDES}
-        text = page(runs, args)
+            slow = {}
+            if args.slow_seconds and seed == args.seeds[-1]:
+                one = {"rollouts": 1, **given}
+                for kind in WAITING:
+                    slow[kind] = {side: launch(args, side=side, waiting=kind, **one) for side in SIDES}
+        text = page(runs, args, slow)
         print(text, flush=True)
         if frame is not None:
             write_page(args.output, text, *frame)
@@ -348,8 +387,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--vocab_size", type=int, default=0, help="Rows of the embeddings, where more than tokens.")
     parser.add_argument("--ppo_learning_rate", type=float, default=3e-4)
     parser.add_argument("--grpo_learning_rate", type=float, default=3e-4)
+    parser.add_argument("--slow_seconds", type=float, default=1.0, help="What a waiting tool takes; 0 leaves it out.")
     parser.add_argument("--output", type=Path, help="A page; of one that exists the tables alone are written anew.")
     parser.add_argument("--side", choices=["model", *SIDES], help=argparse.SUPPRESS)
+    parser.add_argument("--waiting", choices=[*WAITING], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args(words)

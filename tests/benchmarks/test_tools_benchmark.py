@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hfllm.environments.tools import ToolBox
+
 FILE = Path(__file__).parents[2] / "benchmarks" / "tools.py"
 TINY = ["--sft_steps", "3", "--rollouts", "2", "--episodes", "8", "--hidden_size", "16", "--num_hidden_layers", "1"]
 
@@ -39,6 +41,18 @@ def test_both_sides_train_on_the_same_episodes(benchmark, tmp_path, capsys):
         seconds = [each["cpu"] for each in result["rollouts"]]
         assert 0 < seconds[0] < seconds[1] < result["cpu"]
         assert all(0 <= each[name] <= 1 for each in result["rollouts"] for name in ("right", "calls"))
+
+
+def test_tools_that_wait_answer_as_the_others_and_have_a_table(benchmark):
+    row = benchmark.rows_of(1, 1)[0]
+    plain, waited = (benchmark.tool_of(1, kind, 0.01) for kind in ("plain", "async"))
+    assert plain(row["key"], row["attribute"]) == row["value"] and plain.__name__ == "lookup"
+    assert benchmark.asyncio.run(waited(row["key"], row["attribute"])) == row["value"]
+    assert ToolBox([waited]).schemas == ToolBox([benchmark.tool_of(1)]).schemas
+    sides = {"ppo": {"wall": 5.0, "cpu": 3.0}, "grpo": {"wall": 130.0, "cpu": 9.0}}
+    args = benchmark.argparse.Namespace(slow_seconds=1.0, episodes=128)
+    lines = benchmark.slow_table({"plain": sides}, args)
+    assert lines[-1] == "| `def`, which sleeps | 5.0, 3.0 | 130.0, 9.0 |" and "a tool of 1 s" in lines[3]
 
 
 def test_a_demonstrator_looks_up_half_of_the_time_and_is_right_then(benchmark):
@@ -83,15 +97,16 @@ def test_demonstrations_teach_the_assistants_turns_and_the_calls_can_be_read(ben
 def test_the_page_compares_the_sides(benchmark, monkeypatch, tmp_path, capsys):
     asked = []
 
-    def launch(args, side, seed, model):
-        asked.append((side, seed))
+    def launch(args, side, seed, model, waiting=None, rollouts=2):
+        asked.append((side, seed) if waiting is None else (side, seed, waiting, rollouts))
         scale = {"ppo": 1.0, "grpo": 4.0, "model": 0}[side]
         rollouts = [{"cpu": scale * place, "right": 0.5 * place, "calls": 0.25 * place} for place in (1, 2)]
-        return {"cpu": 3 * scale, "rollouts": rollouts, "episodes": 256}
+        return {"cpu": 3 * scale, "wall": 5.0, "rollouts": rollouts, "episodes": 256}
 
     monkeypatch.setattr(benchmark, "launch", launch)
     benchmark.main(["--seeds", "1", "2", "--rollouts", "2", "--output", str(tmp_path / "tools.md")])
-    assert asked == [(side, seed) for seed in (1, 2) for side in ("model", "ppo", "grpo")]
+    assert asked[:6] == [(side, seed) for seed in (1, 2) for side in ("model", "ppo", "grpo")]
+    assert asked[6:] == [(side, 2, kind, 1) for kind in ("async", "plain") for side in ("ppo", "grpo")]
     text = (tmp_path / "tools.md").read_text()
     assert text.partition("<!-- tables -->\n")[2].partition("\n<!-- end")[0] in capsys.readouterr().out
     assert "| 1 | hfllm, PPO | 3.0 | 0.25 | 0.50 | 1.00 | 0.25 | 0.50 | 2.0 |" in text
@@ -104,7 +119,7 @@ def test_the_page_compares_the_sides(benchmark, monkeypatch, tmp_path, capsys):
 
 def test_the_text_around_the_tables_stays(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "launch", lambda args, **options: options)
-    monkeypatch.setattr(benchmark, "page", lambda runs, args: f"| of {len(runs)} seeds |")
+    monkeypatch.setattr(benchmark, "page", lambda runs, args, slow: f"| of {len(runs)} seeds |")
     page, begin, end = tmp_path / "tools.md", *benchmark.MARKS
     page.write_text(f"# Mine\n\nBefore.\n\n{begin}\n| old |\n{end}\n\nAfter.\n")
     for _ in range(2):
