@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 from contextlib import closing, suppress
 from copy import deepcopy
@@ -48,6 +49,14 @@ def pytest_runtestloop(session):
     is_needed = any("processes" in getattr(item, "fixturenames", ()) for item in session.items)
     if is_needed and not session.config.option.collectonly:
         session.config.stash[PROCESSES] = Processes(import_what_runs_need)
+
+
+@pytest.fixture(scope="module")
+def ctrl_c_is_heard():
+    """Ctrl-C interrupts this process, which workers of a parallel test run and background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

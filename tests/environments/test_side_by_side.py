@@ -385,6 +385,7 @@ def test_waiting_for_a_thread_costs_an_episode_nothing():
     assert contents(answers) == [[str(number)] for number in range(20)]
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_cancels_what_is_waiting():
     cancelled = threading.Event()
 

@@ -49,12 +49,7 @@ class Stop(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ctrl_c_is_heard():
-    """Workers of a parallel test run ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("ctrl_c_is_heard")
 
 
 @pytest.fixture(autouse=True)
