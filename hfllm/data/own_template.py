@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from hfllm.errors import InputError, refuse_if
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SYSTEM: Message = {"role": "system", "content": "probe3x"}
 CANNOT = "the chat template 'own' needs a template of the model whose turns it can keep, and {}"
 
 
@@ -45,8 +47,8 @@ def own_template(tokenizer: "PreTrainedTokenizerBase", macro: str) -> tuple[str,
     return template, ends, {"start_anchor": marks["opening"]} if marks["opening"] else pattern
 
 
-def _marks(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    """Return what stands before and after the texts of a conversation."""
+def _marks(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str | bool]:
+    """Return what stands before and after the texts of a conversation, and whether these are trimmed."""
     refuse_if(not tokenizer.chat_template, CANNOT.format("it has none"))
     first, user_end = _around(_written(tokenizer, _turns("u"), False), 1)
     opening = _around(_written(tokenizer, _turns("u"), True), 1)[1].removeprefix(user_end)
@@ -58,16 +60,19 @@ def _marks(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     end = answer_end.rstrip()
     marks = {"first": first, "user": between.removeprefix(answer_end), "user_end": user_end, "opening": opening}
     marks |= {"assistant": middle.removeprefix(user_end), "end": end, "after_end": answer_end[len(end) :]}
+    # A thought that is opened for the policy would be read as its answer.
+    opens_more = opening.strip() not in ("", marks["assistant"].strip())
+    refuse_if(opens_more, CANNOT.format(f"this one opens the assistant's turn by {opening!r}"))
+    spaced = [{"role": "user", "content": " probe0x "}]
+    marks["trims"] = " probe0x " not in _written(tokenizer, spaced, False)
     return {**marks, **_system_marks(tokenizer, first)}
 
 
 def _system_marks(tokenizer: "PreTrainedTokenizerBase", first: str) -> dict[str, str]:
     """Return what stands around a system's message; a template without one has it in the user's first."""
-    system = {"role": "system", "content": "probe3x"}
-    try:
-        text = _written(tokenizer, [system, *_turns("u")], False)
-    except Exception:
-        text = ""
+    text = ""
+    with suppress(InputError):
+        text = _written(tokenizer, [SYSTEM, *_turns("u")], False)
     before, found, after = text.partition("probe3x")
     if not found or "probe0x" not in after:
         return {"system": first, "system_end": "\n\n"}

@@ -544,7 +544,7 @@ class StatefulEnvironments:
             InputError: where its column `environment` names none.
         """
         name = row.get(ENVIRONMENT) if self.is_by_row else None
-        if name not in self.kinds:
+        if not isinstance(name, str | None) or name not in self.kinds:
             known, origin = ", ".join(map(str, self.kinds)), origin_of(row, "a row")
             raise InputError(f"{FLAG}: {origin} has the environment {name!r} in its column; there are: {known}")
         return self.kinds[name]
@@ -621,6 +621,20 @@ def methods_of(environment: object) -> list[Tool]:
     names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
     tool_names = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
     return [getattr(environment, name) for name in tool_names]
+
+
+def add_methods(kind: type, methods: Mapping[str, Tool], origin: str) -> None:
+    """Let a class of environments have further tools.
+
+    Raises:
+        InputError: for a name that an environment has itself, or that makes no tool.
+    """
+    for name, method in methods.items():
+        is_taken = name.startswith("_") or name in ("reset", "get_reward") or hasattr(kind, name)
+        refuse_if(
+            is_taken, f"{origin}: a tool is named {name!r}, which an environment has itself: give it another name"
+        )
+        setattr(kind, name, method)
 
 
 # ---- tool environment ----

@@ -5,7 +5,8 @@ for the code. VERDICT is the number of an open file: its first line lists the li
 is closed before the code runs, so the code cannot write it. PARENT is a process: this one ends together with it.
 
 With REPLIES, the number of a pipe, it is a session: code comes in frames, a text with its length before it in eight
-bytes, and runs in one namespace. The reply to each is `OK` or `FAILED`, and a frame with the value of its last line.
+bytes, and runs in one namespace. The reply to each is `OK` and a frame with the value of its last line, or `FAILED`
+and one with its error: the names of the error's classes in a line, and the message.
 
 On Linux the kernel holds the limits: resource limits, Landlock for files, a seccomp filter for network, processes and
 signals. Elsewhere, and on kernels without one of these, only the interpreter's audit hook is left; it stops code that
@@ -88,6 +89,8 @@ PRCTL_ALLOWED = (15, 16)
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 # execute, read file, read folder; for a file without the last; for a folder with only its names needed
 READ, READ_FILE, READ_NAMES = 0b1101, 0b101, 0b1000
+# Nothing is written there.
+NOTHING, READ_AND_WRITE = "/dev/null", 0b111
 SET_PARENT_DEATH_SIGNAL, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 22, 38
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -126,7 +129,8 @@ def readable_places() -> list[tuple[str, int]]:
     Such another folder belongs to a project installed as editable, where data and keys may lie too.
     """
     own = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
-    places = [(path, READ) for path in (*own, "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom")]
+    places = [(path, READ) for path in (*own, "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom")]
+    places.append((NOTHING, READ_AND_WRITE))
     for path in map(os.path.realpath, sys.path):
         if any(os.path.commonpath([path, os.path.realpath(each)]) == os.path.realpath(each) for each in own):
             continue
@@ -153,7 +157,7 @@ def close_files(libc: ctypes.CDLL) -> bool:
     rules = libc.syscall(LANDLOCK_CREATE, struct.pack("Q", everything), 8, 0)
     for path, access in [*readable_places(), (os.getcwd(), everything)]:
         if os.path.exists(path):
-            access = access if os.path.isdir(path) else READ_FILE
+            access = access if os.path.isdir(path) or path == NOTHING else READ_FILE
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
             libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", access, descriptor), 0)
             os.close(descriptor)
@@ -209,7 +213,8 @@ def forbid() -> None:
     def is_outside(path: object) -> bool:
         if not isinstance(path, str | bytes):
             return False
-        return os.path.commonpath([folder, os.path.realpath(os.fsdecode(path))]) != folder
+        real = os.path.realpath(os.fsdecode(path))
+        return os.path.commonpath([folder, real]) != folder and real != NOTHING
 
     def hook(event: str, args: tuple) -> None:
         room, _, name = event.partition(".")
@@ -227,8 +232,8 @@ def forbid() -> None:
 
 # Replies to code, and a question of it, whose answer comes in a frame.
 OK, FAILED, ASKS = b"OFA"
-# Characters of a reply.
-MOST_SAID = 2**18
+# Characters of a value or a question.
+MOST_SAID = 2**22
 
 
 def frame(text: str) -> bytes:
@@ -248,38 +253,56 @@ def run_session(codes: io.BufferedIOBase, replies: io.BufferedIOBase) -> None:
     """Run the code of each frame in one namespace, and reply to it."""
 
     def reply(letter: int, text: str) -> None:
-        replies.write(bytes([letter]) + frame(text[:MOST_SAID]))
+        replies.write(bytes([letter]) + frame(text))
         replies.flush()
 
     def ask(question: str) -> str:
+        if len(question) > MOST_SAID:
+            raise ValueError(f"it is longer than {MOST_SAID} characters")
         reply(ASKS, question)
         return read_frame(codes)
 
     namespace: dict[str, object] = {"__name__": "__main__", "__ask__": ask}
+    # A stream that is let go would write what it still holds.
+    spoiled = []
     while (code := read_frame(codes)) is not None:
-        letter, value = _replied(code, namespace)
-        for stream in (sys.stdout, sys.stderr):
+        letter, text = _replied(code, namespace)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            stream = getattr(sys, name)
             try:
                 stream.flush()
-            # The code may have closed it, or reached its limit.
-            except (OSError, ValueError):
-                letter = FAILED
-        reply(letter, value)
+            # The code may have closed or replaced it, or reached a limit: what it still holds is for nobody.
+            except Exception as error:
+                is_new = letter == OK and isinstance(error, OSError)
+                letter, text = (FAILED, _said_of(error)) if is_new else (letter, text)
+                spoiled.append(stream)
+                setattr(sys, name, os.fdopen(os.dup(number), "w", encoding="utf-8"))
+        reply(letter, text)
 
 
 def _replied(code: str, namespace: dict[str, object]) -> tuple[int, str]:
-    # An interpreter for one program needs neither this nor `ast`.
-    import traceback
-
+    """Return `OK` and the value of the code's last line, or `FAILED` and the error."""
     try:
-        return OK, _run(code, namespace)
+        value = _run(code, namespace)
+        if len(value) > MOST_SAID:
+            raise ValueError(f"the value of the last line is longer than {MOST_SAID} characters")
+        return OK, value
     except SystemExit as error:
         if error.code in (None, 0):
             return OK, ""
-        print(f"it exited with {error.code}" if isinstance(error.code, int) else error.code, file=sys.stderr)
+        said = f"it exited with {error.code}" if isinstance(error.code, int) else str(error.code)
+        return FAILED, f"\n{said[:MOST_SAID]}"
+    except BaseException as error:
+        return FAILED, _said_of(error)
+
+
+def _said_of(error: BaseException) -> str:
+    """Return the names of an error's classes in a line, and its message below."""
+    try:
+        message = str(error)
     except BaseException:
-        traceback.print_exc()
-    return FAILED, ""
+        message = ""
+    return " ".join(each.__name__ for each in type(error).__mro__) + "\n" + message[:MOST_SAID]
 
 
 def _run(code: str, namespace: dict[str, object]) -> str:

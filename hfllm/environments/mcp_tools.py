@@ -10,6 +10,7 @@ server that has ended is started again by the next call.
 import asyncio
 import atexit
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,11 +19,14 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 from weakref import WeakKeyDictionary, WeakSet
 
+from hfllm.environments.episodes import add_methods
 from hfllm.environments.side_by_side import NoLoopError, run_together
 from hfllm.environments.tools import Tool
 from hfllm.errors import HIDDEN, InputError, one_line, redact, refuse_if
@@ -36,6 +40,17 @@ if TYPE_CHECKING:
 START_SECONDS = 60.0
 # Seconds in which a server that let a call time out answers something else, or is ended and started again.
 ALIVE_SECONDS = 2.0
+# Errors of anyio and of HTTP clients when a connection is lost.
+LOST = (
+    "ClosedResourceError",
+    "BrokenResourceError",
+    "EndOfStream",
+    "ConnectError",
+    "ReadError",
+    "RemoteProtocolError",
+)
+# Characters of a result.
+MOST_READ = 2**18
 # Bytes of a program's standard error that are kept.
 MOST_ERRORS = 2**20
 # Seconds for all sessions to end at the end of the process.
@@ -43,6 +58,7 @@ END_SECONDS = 10.0
 # A variable of the environment in a file of servers, with the value where it is not set: ${NAME} or ${NAME:-value}.
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 SECRET_NAME = re.compile(r"auth|token|key|secret|passw|credential|cookie", re.IGNORECASE)
+LONGEST_NAME = 40
 KINDS = ("stdio", "http", "streamable-http", "streamable_http")
 # A small program asks the kernel to be ended together with the process that started it, and becomes the server's.
 BOUND = (
@@ -62,20 +78,24 @@ class Server:
         cwd: its folder.
         url: of a server that speaks HTTP ("streamable HTTP"), instead of a command.
         headers: of its requests.
+        variables: of the environment, which the others name.
     """
 
     name: str
-    command: tuple[str, ...] = ()
+    command: tuple[str, ...] = field(default=(), repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     cwd: str | None = None
     url: str | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def secrets(self) -> list[str]:
-        """Return what no message may show: values with a name such as `Authorization` or `API_KEY`."""
+        """Return what no message may show: values with a name such as `Authorization`, `API_KEY` or `--token`."""
         pairs = [*self.env.items(), *self.headers.items(), *parse_qsl(urlsplit(self.url or "").query)]
-        values = [value for name, value in pairs if SECRET_NAME.search(name)]
+        pairs += [*self.variables.items(), *pairwise(self.command)]
+        pairs += [(name, value) for name, found, value in (each.partition("=") for each in self.command) if found]
+        values = [value for name, value in pairs if SECRET_NAME.search(name) and len(name) < LONGEST_NAME]
         return sorted({part for value in values for part in (value, *value.split())}, key=len, reverse=True)
 
     @asynccontextmanager
@@ -153,37 +173,54 @@ def _server(origin: str, name: str, entry: object) -> Server | None:
         raise InputError(f"{origin}: type {kind!r} is not supported; there are stdio and http (streamable HTTP)")
     has = [key for key in ("command", "url") if entry.get(key) is not None]
     refuse_if(len(has) != 1, f"{origin}: expected either command or url, got {', '.join(has) or 'neither'}")
+    reader = _Reader(origin)
     if has == ["url"]:
-        url = _filled(f"{origin}: url", entry["url"])
+        url = reader.text("url", entry["url"])
         refuse_if(not url.startswith(("http://", "https://")), f"{origin}: url must begin with http:// or https://")
-        return Server(name, url=url, headers=_texts(f"{origin}: headers", entry.get("headers")))
+        return Server(name, url=url, headers=reader.texts("headers", entry), variables=reader.variables)
     arguments = entry.get("args", [])
     refuse_if(not isinstance(arguments, list), f"{origin}: args must be a list of texts, got {arguments!r:.80}")
-    command = [_filled(f"{origin}: command", each) for each in (entry["command"], *arguments)]
-    env, cwd = _texts(f"{origin}: env", entry.get("env")), entry.get("cwd")
-    cwd = None if cwd is None else _filled(f"{origin}: cwd", cwd)
+    program, *arguments = [reader.text("command", each) for each in (entry["command"], *arguments)]
+    env, cwd = reader.texts("env", entry), entry.get("cwd")
+    cwd = None if cwd is None else reader.text("cwd", cwd)
     refuse_if(cwd is not None and not Path(cwd).is_dir(), f"{origin}: cwd {cwd!r} is no folder")
-    is_there = shutil.which(command[0], path=env.get("PATH")) is not None
-    refuse_if(not is_there, f"{origin}: there is no program {command[0]!r}")
-    return Server(name, tuple(command), env, cwd)
+    if os.sep in program:
+        # As the program itself would be found: from its folder.
+        program = str(Path(cwd or ".").resolve() / program)
+    is_there = shutil.which(program, path=env.get("PATH")) is not None
+    refuse_if(not is_there, f"{origin}: there is no program {program!r}")
+    return Server(name, (program, *arguments), env, cwd, variables=reader.variables)
 
 
-def _texts(origin: str, values: object) -> dict[str, str]:
-    refuse_if(not isinstance(values, Mapping | None), f"{origin} must be an object of texts, got {values!r:.40}")
-    return {str(key): _filled(f"{origin}: {key}", value) for key, value in (values or {}).items()}
+class _Reader:
+    """Reads the texts of a server, with variables of the environment in them.
 
+    Attributes:
+        variables: the values of these.
+    """
 
-def _filled(origin: str, text: object) -> str:
-    """Return a text with variables of the environment in it."""
-    refuse_if(not isinstance(text, str), f"{origin} must be a text, got {type(text).__name__}")
+    def __init__(self, origin: str):
+        self.origin, self.variables = origin, {}
 
-    def value(found: re.Match[str]) -> str:
-        name, otherwise = found.groups()
-        value = os.environ.get(name, otherwise)
-        refuse_if(value is None, f"{origin}: the environment variable {name} is not set")
-        return value
+    def texts(self, key: str, entry: Mapping[str, object]) -> dict[str, str]:
+        """Return the texts of an object, an empty one if there is none."""
+        values = entry.get(key)
+        is_object = isinstance(values, Mapping | None)
+        refuse_if(not is_object, f"{self.origin}: {key} must be an object of texts, got {values!r:.40}")
+        return {str(name): self.text(f"{key}: {name}", value) for name, value in (values or {}).items()}
 
-    return VARIABLE.sub(value, text)
+    def text(self, key: str, text: object) -> str:
+        """Return a text."""
+        refuse_if(not isinstance(text, str), f"{self.origin}: {key} must be a text, got {type(text).__name__}")
+
+        def value(found: re.Match[str]) -> str:
+            name, otherwise = found.groups()
+            value = os.environ.get(name, otherwise)
+            refuse_if(value is None, f"{self.origin}: {key}: the environment variable {name} is not set")
+            self.variables[name] = value
+            return value
+
+        return VARIABLE.sub(value, text)
 
 
 # ---- sessions ----
@@ -199,11 +236,13 @@ class _Session:
     Attributes:
         is_over: whether the server has ended, or cannot be reached.
         is_suspect: whether a call has been given up.
+        calls: how many wait for an answer.
     """
 
     def __init__(self, server: Server):
         self.server, self.process = server, os.getpid()
         self.is_over = self.is_suspect = False
+        self.calls = 0
         self._loop = asyncio.get_running_loop()
         self._client: asyncio.Future[Client] = self._loop.create_future()
         # Who waits for it may have been given up.
@@ -213,26 +252,30 @@ class _Session:
         _open.add(self)
 
     async def _run(self) -> None:
-        with tempfile.TemporaryFile() as self._errors:
-            try:
-                async with asyncio.timeout(START_SECONDS) as limit, self.server.connect(self._errors) as client:
-                    limit.reschedule(None)
-                    self._client.set_result(client)
-                    await self._closing.wait()
-            # What anyio raises may hold several errors.
-            except BaseException as error:
-                self._fail(error)
-            finally:
-                self.is_over = True
+        try:
+            with tempfile.TemporaryFile() as self._errors:
+                try:
+                    async with asyncio.timeout(START_SECONDS) as limit, self.server.connect(self._errors) as client:
+                        limit.reschedule(None)
+                        self._client.set_result(client)
+                        await self._closing.wait()
+                # What anyio raises may hold several errors.
+                except BaseException as error:
+                    self._errors.seek(0)
+                    self._fail(error, self._errors.read(MOST_ERRORS).decode("utf-8", "replace"))
+        # The system has no file for it.
+        except OSError as error:
+            self._fail(error)
+        finally:
+            self.is_over = True
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException, words_of_program: str = "") -> None:
         """Let those that wait for the session know why it did not begin, with the program's last words."""
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         words = f"did not answer within {START_SECONDS:g} seconds" if isinstance(error, TimeoutError) else str(error)
-        self._errors.seek(0)
-        lines = self._errors.read(MOST_ERRORS).decode("utf-8", "replace").split("\n")
-        words = one_line(": ".join([words or type(error).__name__, *[line for line in lines if line.strip()][-1:]]))
+        lines = [line for line in words_of_program.split("\n") if line.strip()]
+        words = one_line(": ".join([words or type(error).__name__, *lines[-1:]]))
         if not self._client.done():
             self._client.set_exception(ServerError(_hidden(words, self.server)))
 
@@ -305,6 +348,7 @@ class _Connection:
         """
         session = await self._living()
         client = await session.client()
+        session.calls += 1
         try:
             result = await client.call_tool(name, dict(arguments))
         except asyncio.CancelledError:
@@ -312,8 +356,11 @@ class _Connection:
             raise
         except Exception as error:
             raise ServerError(self._reason(error, session)) from None
+        finally:
+            session.calls -= 1
         session.is_suspect = False
-        words = _hidden(text_of(result), self.server)
+        # More than this no policy reads, and it takes its time.
+        words = _hidden(text_of(result)[:MOST_READ], self.server)
         if result.is_error:
             raise ServerError(words)
         return words
@@ -321,8 +368,10 @@ class _Connection:
     async def _living(self) -> _Session:
         loop = asyncio.get_running_loop()
         session = self._sessions.get(loop)
-        # A program busy with a call that was given up would let all later ones wait for it.
-        if session is not None and session.is_suspect and not await session.answers():
+        # A program busy with a call that was given up would let all later ones wait for it. While others are waited
+        # for, they show whether it is.
+        is_doubtful = session is not None and session.is_suspect and not session.calls
+        if is_doubtful and not await session.answers():
             session.end()
         session = self._sessions.get(loop)
         if session is None or session.is_over:
@@ -333,8 +382,9 @@ class _Connection:
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED
 
-        # The server's own answer, such as a name that it does not know.
-        is_alive = isinstance(error, MCPError) and error.code != CONNECTION_CLOSED
+        # Other errors are the server's answer, such as a name that it does not know, or what is wrong with its answer.
+        is_closed = isinstance(error, MCPError) and error.code == CONNECTION_CLOSED
+        is_alive = not (is_closed or isinstance(error, OSError) or type(error).__name__ in LOST)
         if not is_alive:
             session.end()
         words = f"the server {self.server.name} failed: {one_line(error) or type(error).__name__}"
@@ -400,6 +450,7 @@ class MCPTools(Sequence[Tool]):
 
     def __init__(self, servers: str | Path | Mapping[str, Any], origin: str = "MCPTools"):
         _import_mcp(origin)
+        self._origin = origin
         self.servers = read_servers(servers, origin)
         self._connections = [_Connection(server) for server in self.servers]
         listed = [self._listed(connection, origin) for connection in self._connections]
@@ -407,6 +458,9 @@ class MCPTools(Sequence[Tool]):
             found = run_together(listed)
         except NoLoopError as error:
             raise InputError(f"{origin}: {error}") from None
+        for server, tools in zip(self.servers, found, strict=True):
+            twice = {tool.name for tool in tools if [each.name for each in tools].count(tool.name) > 1}
+            refuse_if(twice, f"{origin}: server {server.name!r} has two tools named {', '.join(sorted(twice))}")
         names = [tool.name for tools in found for tool in tools]
         self._described: list[tuple[str, str, dict[str, Any], int]] = []
         for index, tools in enumerate(found):
@@ -436,8 +490,7 @@ class MCPTools(Sequence[Tool]):
             async def reset(self, **row: object) -> None:
                 await asyncio.gather(*(connection.close() for connection in self._connections))
 
-        for shown, name, schema, index in described:
-            setattr(MCPEnvironment, shown, function(None, shown, name, schema, index))
+        add_methods(MCPEnvironment, {each[0]: function(None, *each) for each in described}, self._origin)
         return MCPEnvironment
 
     @staticmethod
@@ -447,7 +500,7 @@ class MCPTools(Sequence[Tool]):
         """Return a tool as a function, or as a method of an `MCPEnvironment`."""
         if connections is None:
 
-            async def tool(self, **arguments: object) -> str:
+            async def tool(self, /, **arguments: object) -> str:
                 return await self._connections[index].call(name, arguments)
         else:
 
@@ -487,5 +540,8 @@ def _schema(tool: "types.Tool", prefix: str) -> dict[str, Any]:
 def _import_mcp(origin: str) -> None:
     try:
         import mcp  # noqa: F401
+
+        # What a program prints besides messages is no news in each line.
+        logging.getLogger("mcp.client.stdio").setLevel(logging.CRITICAL)
     except ImportError as error:
         raise InputError(f"{origin} needs the mcp package: pip install hfllm[mcp] ({error})") from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from hfllm.environments.episodes import add_methods
 from hfllm.environments.side_by_side import run_together
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError, one_line, redact, refuse_if
@@ -51,8 +52,7 @@ def openenv_factory(url: str, reset_columns: tuple[str, ...] = ("seed",)) -> typ
         def __init__(self):
             super().__init__(lambda: client(base_url=url), reset_columns)
 
-    for name, method in methods.items():
-        setattr(OpenEnvironment, name, method)
+    add_methods(OpenEnvironment, methods, origin)
     return OpenEnvironment
 
 
@@ -147,7 +147,7 @@ def _tools_of(origin: str, url: str, client: Any) -> list[dict[str, Any]]:
 def _calling(schema: dict[str, Any]) -> Tool:
     name = schema["function"]["name"]
 
-    async def method(self, **arguments: object) -> str:
+    async def method(self, /, **arguments: object) -> str:
         from openenv.core.env_server.mcp_types import CallToolAction
 
         self._check()
@@ -161,7 +161,7 @@ def _calling(schema: dict[str, Any]) -> Tool:
 def _stepping(origin: str, url: str) -> Tool:
     schema = _schema_of(origin, url)
 
-    async def step(self, **action: object) -> str:
+    async def step(self, /, **action: object) -> str:
         self._check()
         return self._read(await self._client.step(dict(action)))
 

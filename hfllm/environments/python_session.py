@@ -6,8 +6,10 @@ import signal
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
@@ -16,12 +18,14 @@ from hfllm.environments.python_tool import (
     ENVIRONMENT,
     CodeError,
     command_of,
+    new_folder,
     read_output,
     reason_of,
+    remove_folder,
     warn_of,
-    working_folder,
 )
-from hfllm.environments.side_by_side import cores, run_together
+from hfllm.environments.side_by_side import cores
+from hfllm.errors import one_line
 
 # Seconds for an interpreter to begin, on a busy machine.
 START_SECONDS = 60.0
@@ -64,20 +68,30 @@ class LimitedSession:
         self.seconds, self._sizes, self._answer = seconds, (megabytes, file_megabytes), answer
         self._child: _Child | None = None
 
-    def run(self, code: str) -> Said:
+    def run(self, code: str, seconds: float | None = None) -> Said:
         """Run code in the session.
+
+        Args:
+            seconds: for this run, other than those of the session.
 
         Raises:
             CodeError: where the code fails.
             SessionEnded: where the session ends.
+            NotBegunError: where the system has no room for its process.
         """
         if self._child is None:
             self._child = _Child.begin(*self._sizes)
         try:
-            return self._child.run(code, self.seconds, self._answer)
+            return self._child.run(code, self.seconds if seconds is None else seconds, self._answer)
         except _Ended as error:
             self.close()
             raise SessionEnded(f"{error}; what it knew is lost") from None
+        except CodeError:
+            raise
+        # At Ctrl-C the code still runs, and its reply would be taken for that of the next run.
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the session, if one has begun."""
@@ -117,6 +131,10 @@ class PythonSession:
     python.max_threads = cores()
 
 
+class NotBegunError(Exception):
+    """The system has no room for a process, which is no fault of the code."""
+
+
 class SessionEnded(CodeError):
     """A session has ended, with all that it knew."""
 
@@ -125,30 +143,44 @@ class _Ended(Exception):
     """A session's process has ended, or must be."""
 
 
+def _error_of(said: str) -> CodeError:
+    """Return the error that a session said, see `limited_python`."""
+    names, _, message = said.partition("\n")
+    words = one_line(": ".join(part for part in (names.partition(" ")[0], message) if part))
+    return CodeError(words, names.split(), message)
+
+
+# By process: its thread is not forked.
+_starters: dict[int, ThreadPoolExecutor] = {}
+_starting = threading.Lock()
+
+
+def _starter() -> ThreadPoolExecutor:
+    """Return the thread of this process that begins others."""
+    with _starting:
+        if os.getpid() not in _starters:
+            _starters[os.getpid()] = ThreadPoolExecutor(1, thread_name_prefix="python-sessions")
+        return _starters[os.getpid()]
+
+
 class _Child:
     """The process of a session."""
 
     @classmethod
     def begin(cls, megabytes: int, file_megabytes: int) -> "_Child":
-        """Return a new one.
-
-        Raises:
-            CodeError: where the system has no room for it.
-        """
-
-        async def begin() -> _Child:
-            return cls(megabytes, file_megabytes)
-
-        # The kernel ends a process with the thread that started it, and the loop's lasts as this process does.
-        (child,) = run_together([begin()], START_SECONDS)
-        if child is None:
-            raise CodeError("it did not begin: a coroutine blocks the event loop")
-        return child
+        """Return a new one, begun by a thread that lasts: the kernel ends a process with the thread that began it."""
+        try:
+            return _starter().submit(cls, megabytes, file_megabytes).result(START_SECONDS)
+        except (OSError, RuntimeError, TimeoutError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise NotBegunError(f"no Python could be started: {reason}") from None
 
     def __init__(self, megabytes: int, file_megabytes: int):
-        self._files, temporary = ExitStack(), tempfile.TemporaryFile
+        self._owner, temporary = os.getpid(), tempfile.TemporaryFile
         with ExitStack() as files:
-            folder = files.enter_context(working_folder())
+            folder = new_folder()
+            # Not a context manager, which a forked process would end where it lets go of it.
+            files.callback(remove_folder, folder)
             self._printed, self._errors, self._verdict = (files.enter_context(temporary()) for _ in range(3))
             self._replies, its_replies = os.pipe()
             files.callback(os.close, self._replies)
@@ -164,8 +196,6 @@ class _Child:
                     start_new_session=True,
                     pass_fds=(self._verdict.fileno(), its_replies),
                 )
-            except OSError as error:
-                raise CodeError(f"it did not begin: {error.strerror}") from None
             finally:
                 os.close(its_replies)
             os.set_blocking(self._process.stdin.fileno(), False)
@@ -190,7 +220,7 @@ class _Child:
             raise _Ended("it wrote to the pipe of the tool")
         self._process.send_signal(signal.SIGSTOP)
         if letter == FAILED:
-            raise CodeError(reason_of(1, read_output(self._errors), seconds))
+            raise _error_of(value)
         return Said(read_output(self._printed), value)
 
     def _ask(self, text: str, end: float, seconds: float) -> tuple[int, str]:
@@ -206,7 +236,7 @@ class _Child:
         pipe = self._process.stdin.fileno()
         try:
             while data:
-                self._wait([], [pipe], end, seconds)
+                self._wait(pipe, select.POLLOUT, end, seconds)
                 data = data[os.write(pipe, data) :]
         except BrokenPipeError:
             raise _Ended(self._last_words(seconds)) from None
@@ -214,7 +244,7 @@ class _Child:
     def _read(self, length: int, end: float, seconds: float) -> bytes:
         data = b""
         while len(data) < length:
-            self._wait([self._replies], [], end, seconds)
+            self._wait(self._replies, select.POLLIN, end, seconds)
             part = os.read(self._replies, length - len(data))
             if not part:
                 raise _Ended(self._last_words(seconds))
@@ -222,8 +252,11 @@ class _Child:
         return data
 
     @staticmethod
-    def _wait(reads: list[int], writes: list[int], end: float, seconds: float) -> None:
-        if not any(select.select(reads, writes, [], max(0, end - time.monotonic()))):
+    def _wait(file: int, event: int, end: float, seconds: float) -> None:
+        # Unlike `select`, for files of any number.
+        waiting = select.poll()
+        waiting.register(file, event)
+        if not waiting.poll(1000 * max(0.0, end - time.monotonic())):
             raise _Ended(f"it ran longer than {seconds:g} seconds")
 
     def _last_words(self, seconds: float) -> str:
@@ -233,7 +266,9 @@ class _Child:
         return "it closed the pipe of the tool"
 
     def close(self) -> None:
-        """End the process, and remove its folder."""
+        """End the process, and remove its folder; a forked process has no part in it."""
+        if self._owner != os.getpid():
+            return
         self._process.kill()
         with suppress(OSError):
             self._process.stdin.close()

@@ -22,7 +22,17 @@ MOST_READ = 2**20
 
 
 class CodeError(Exception):
-    """An error in the code of a policy."""
+    """An error in the code of a policy.
+
+    Args:
+        words: what the policy reads.
+        names: of the error's classes, the nearest first, where they are known.
+        message: of the error.
+    """
+
+    def __init__(self, words: str, names: Sequence[str] = (), message: str = ""):
+        super().__init__(words)
+        self.names, self.message = list(names), message
 
 
 def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: int = 1) -> Callable[[str], str]:
@@ -93,22 +103,32 @@ def warn_of(verdict: IO[bytes]) -> None:
 @contextmanager
 def working_folder() -> Iterator[str]:
     """Make a temporary folder, and remove it with all the code's files in it."""
-    folder = tempfile.mkdtemp(prefix="python-tool-")
+    folder = new_folder()
     try:
         yield folder
     finally:
-        # Folders may be nested more deeply than a path is long: a folder is moved up before it is emptied.
-        waiting = [folder]
-        for count, path in enumerate(waiting):
-            with suppress(OSError):
-                os.chmod(path, 0o700)
-                for number, entry in enumerate(list(os.scandir(path))):
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(f"{folder}-{count}-{number}")
-                        os.rename(entry.path, waiting[-1])
-                    else:
-                        os.unlink(entry.path)
-                os.rmdir(path)
+        remove_folder(folder)
+
+
+def new_folder() -> str:
+    """Make a temporary folder for code."""
+    return tempfile.mkdtemp(prefix="python-tool-")
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a folder with all that code has put there."""
+    # Folders may be nested more deeply than a path is long: a folder is moved up before it is emptied.
+    waiting = [folder]
+    for count, path in enumerate(waiting):
+        with suppress(OSError):
+            os.chmod(path, 0o700)
+            for number, entry in enumerate(list(os.scandir(path))):
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{folder}-{count}-{number}")
+                    os.rename(entry.path, waiting[-1])
+                else:
+                    os.unlink(entry.path)
+            os.rmdir(path)
 
 
 def read_output(file: IO[bytes]) -> str:

@@ -10,10 +10,13 @@ its rewards read a trace of what was said. Tasks that need a container or a harn
 """
 
 import itertools
+import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import Message
+from hfllm.environments.episodes import add_methods
 from hfllm.environments.side_by_side import run_together
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError, one_line, refuse_if
@@ -90,8 +93,8 @@ class VerifiersTasks:
 
         described = _described(_toolsets_of(of_taskset))
         refuse_if(not described, "VerifiersTasks: the taskset has no tools: leave environment_factory out")
-        for index, name, schema in described:
-            setattr(VerifiersEnvironment, schema["function"]["name"], _method_of(index, name, schema))
+        methods = {each[2]["function"]["name"]: _method_of(*each) for each in described}
+        add_methods(VerifiersEnvironment, methods, "VerifiersTasks")
         return VerifiersEnvironment
 
     def reward(
@@ -166,7 +169,7 @@ def _server_of(toolset: "Toolset") -> Any:
 
 
 def _method_of(index: int, name: str, schema: dict[str, Any]) -> Tool:
-    async def method(self, **arguments: object) -> str:
+    async def method(self, /, **arguments: object) -> str:
         from mcp import Client
 
         from hfllm.environments.mcp_tools import ServerError, text_of
@@ -205,35 +208,35 @@ def trace_of(
         state=state if state is not None else state_cls(type(task))(),
         agent=AgentInfo(config=AgentConfig(runtime=SubprocessConfig())),
     )
-    said, numbers = [_message_of(message, itertools.count()) for message in prompt], itertools.count()
-    for message in messages:
-        one = _message_of(message, numbers)
-        if isinstance(one, AssistantMessage):
-            settings = {"id": str(len(said)), "created": 0, "model": "policy", "finish_reason": "stop"}
-            prepare_turn(trace, list(said)).commit(Response(message=one, **settings))
-        said.append(one)
+    numbered = _numbered([*prompt, *messages])
+    for place, one in enumerate(numbered):
+        if place >= len(prompt) and isinstance(one, AssistantMessage):
+            settings = {"id": str(place), "created": 0, "model": "policy", "finish_reason": "stop"}
+            prepare_turn(trace, numbered[:place]).commit(Response(message=one, **settings))
     trace.is_completed = trace.ok = True
     return trace
 
 
-def _message_of(message: Mapping[str, Any], numbers: "itertools.count[int]") -> Any:
-    """Return a message of the package's; calls and results are numbered in their order."""
-    import json
-
+def _numbered(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return messages as the package's: calls have numbers, and a result has that of the first call without one."""
     from verifiers.v1 import types
 
-    role, content = message["role"], message.get("content")
-    if role == "system":
-        return types.SystemMessage(content=content)
-    if role == "user":
-        return types.UserMessage(content=content)
-    if role == "tool":
-        return types.ToolMessage(tool_call_id=f"result-{next(numbers)}", content=content, name=message.get("name"))
-    calls = []
-    for call in message.get("tool_calls") or []:
-        function = call.get("function", call)
-        given = function.get("arguments")
-        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        calls.append(types.ToolCall(id=f"call-{next(numbers)}", name=function["name"], arguments=arguments))
-    thought = message.get("reasoning_content")
-    return types.AssistantMessage(content=content or None, reasoning_content=thought, tool_calls=calls or None)
+    result, waiting, count = [], deque[str](), 0
+    for message in messages:
+        role, content = message["role"], message.get("content")
+        if role == "tool":
+            number = waiting.popleft() if waiting else "call"
+            result.append(types.ToolMessage(tool_call_id=number, content=content, name=message.get("name")))
+        elif role != "assistant":
+            result.append({"system": types.SystemMessage, "user": types.UserMessage}[role](content=content))
+        else:
+            calls = []
+            for call in message.get("tool_calls") or []:
+                function, count = call.get("function", call), count + 1
+                given = function.get("arguments")
+                arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+                calls.append(types.ToolCall(id=f"call-{count}", name=function["name"], arguments=arguments))
+            waiting = deque(call.id for call in calls)
+            said = {"content": content or None, "reasoning_content": message.get("reasoning_content")}
+            result.append(types.AssistantMessage(**said, tool_calls=calls or None))
+    return result

@@ -1,7 +1,7 @@
 """A template with tools that keeps a model's own turns: of templates that know none, as published models have them."""
 
 import pytest
-from chat_templates import WITHOUT_TOOLS, tokenizer_of
+from chat_templates import CHATML, WITHOUT_TOOLS, tokenizer_of
 
 from hfllm.data.tokenizer import set_chat_template, train_tokenizer
 from hfllm.environments.episodes import ToolTurns
@@ -34,11 +34,15 @@ def test_conversations_without_tools_are_written_as_before(own, is_opened):
     for turns in ((USER,), (USER, ANSWER), (USER, ANSWER, AGAIN), (USER, ANSWER, AGAIN, ANSWER, USER)):
         texts = [write(each, *turns, add_generation_prompt=is_opened) for each in own]
         assert texts[0] == texts[1]
-    try:
-        text = write(before, SYSTEM, USER, ANSWER, AGAIN)
-    except Exception:
-        text = None
-    assert text is None or write(after, SYSTEM, USER, ANSWER, AGAIN) == text
+    spaced = {**USER, "content": "  Hello? \n"}
+    for turns in ((SYSTEM, USER, ANSWER, AGAIN), ({**SYSTEM, "content": ""}, USER), (spaced, ANSWER, spaced)):
+        try:
+            text = write(before, *turns)
+        except Exception:
+            continue
+        assert write(after, *turns) == text
+    with pytest.raises(Exception, match="expected a user's message after the system's"):
+        write(after, SYSTEM, tools=ToolBox([calculator]).schemas)
 
 
 def test_tools_and_calls_and_results_are_in_its_turns(own):
@@ -79,6 +83,10 @@ def test_only_what_the_assistant_says_is_learned(own):
     [
         (None, "it has none"),
         ("{{ messages[0]['content'] }}", "leaves texts out"),
+        (
+            CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}"),
+            "opens the assistant's turn",
+        ),
         ("{{ raise_exception('never') }}", "refuses a conversation: never"),
         (
             "{% for m in messages %}{{ m.role + ('!' if loop.last else '?') + m.content + eos_token }}{% endfor %}",

@@ -122,6 +122,55 @@ def test_a_call_given_up_costs_its_limit_once(make, monkeypatch):
 
 
 @pytest.mark.slow
+def test_while_others_are_waited_for_a_server_is_not_ended(make, monkeypatch):
+    monkeypatch.setattr(mcp_tools, "ALIVE_SECONDS", 0.1)
+    _, box = make()
+    late = ToolBox([tool for tool in box.tools.values() if tool.__name__ == "wait"], timeout=0.3)
+    assert calling(box, "keep", word="one") == ("one", False)
+    turns = [(late, 20.0, [{"function": {"name": "wait", "arguments": {"seconds": 60}}}])]
+    healthy = ([("block", {"seconds": 1.0})], [("wait", {"seconds": 1.5}), ("keep", {"word": "two"})])
+    for calls in healthy:
+        named = [{"function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+        turns.append((box, 20.0, named))
+    answers = answers_of(turns)
+    assert [[each["content"] for each in answer.messages] for answer in answers[1:]] == [
+        ["blocked"],
+        ["waited", "one two"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_server_over_http_that_ends_is_reached_again(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start():
+        process = subprocess.Popen([sys.executable, str(SERVER), str(port)])
+        for _ in range(200):
+            with socket.socket() as trial:
+                if trial.connect_ex(("127.0.0.1", port)) == 0:
+                    return process
+            time.sleep(0.1)
+        raise AssertionError
+
+    process = start()
+    tools = MCPTools({"mcpServers": {"test": {"url": f"http://127.0.0.1:{port}/mcp"}}})
+    box = ToolBox(tools, 20.0)
+    assert calling(box, "keep", word="one") == ("one", False)
+    process.kill()
+    process.wait()
+    assert calling(box, "keep", word="two")[1]
+    process = start()
+    content, has_failed = calling(box, "keep", word="three")
+    if has_failed:
+        content, has_failed = calling(box, "keep", word="three")
+    assert (content, has_failed) == ("three", False)
+    tools.close()
+    process.kill()
+
+
+@pytest.mark.slow
 def test_no_message_shows_a_secret(make, monkeypatch):
     monkeypatch.setenv("OF_TESTS", "verysecret")
     env = {"TEST_TOKEN": "${OF_TESTS}", "SEEN": "${UNSET:-everybody}"}
@@ -129,6 +178,17 @@ def test_no_message_shows_a_secret(make, monkeypatch):
     content, _ = calling(box, "who")
     assert content.split()[1:] == [HIDDEN, "everybody", str(SERVER.parent)]
     assert "verysecret" not in repr(tools.servers)
+
+
+@pytest.mark.slow
+def test_no_message_shows_a_secret_of_the_arguments(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "abcdefsecret123")
+    program = "import sys; sys.exit('refused: ' + ' '.join(sys.argv[1:]))"
+    for arguments in (["${MY_TOKEN}"], ["--api-key", "abcdefsecret123"], ["--token=abcdefsecret123"]):
+        servers = {"mcpServers": {"test": {"command": sys.executable, "args": ["-c", program, *arguments]}}}
+        with pytest.raises(InputError, match="refused: ") as error:
+            MCPTools(servers)
+        assert "abcdefsecret123" not in f"{error.value} {read_servers(servers)!r}"
 
 
 @pytest.mark.slow
@@ -241,6 +301,35 @@ def test_servers_that_do_not_begin_are_refused(server, message):
     with pytest.raises(InputError) as error:
         MCPTools({"mcpServers": {"test": server}})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reset", "get_reward", "_hidden", "__init__"])
+def test_tools_with_the_names_of_an_environments_own_are_refused(make, name):
+    tools, _ = make()
+    tools._described = [(name, *tools._described[0][1:])]
+    with pytest.raises(InputError, match=f"a tool is named '{name}', which an environment has itself"):
+        tools.environment_factory()
+
+
+def test_a_program_is_found_from_the_folder_of_the_server(tmp_path):
+    (tmp_path / "server.sh").write_text("#!/bin/sh")
+    (tmp_path / "server.sh").chmod(0o755)
+    entry = {"command": "./server.sh", "cwd": str(tmp_path)}
+    (server,) = read_servers({"mcpServers": {"test": entry}})
+    assert server.command == (str(tmp_path / "server.sh"),)
+    with pytest.raises(InputError, match=r"there is no program '.*server\.sh'"):
+        read_servers({"mcpServers": {"test": {"command": "./server.sh"}}})
+
+
+@pytest.mark.slow
+def test_without_a_free_file_a_session_says_so(monkeypatch):
+    def full():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(mcp_tools.tempfile, "TemporaryFile", full)
+    with pytest.raises(InputError, match=r"did not begin: .*Too many open files"):
+        MCPTools({"mcpServers": {"test": entry()}})
 
 
 def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):

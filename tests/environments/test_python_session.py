@@ -92,7 +92,50 @@ def test_each_call_has_its_limit_of_time(session):
 
 def test_long_code_and_long_values_are_read(session):
     assert session.python("#" + "z" * 300_000 + "\n'a' * 200_000") == repr("a" * 200_000)
-    assert len(session.python("'a' * 10**7")) < 300_000
+    with pytest.raises(CodeError, match="the value of the last line is longer than"):
+        session.python("'a' * 10**7")
+
+
+def test_what_did_not_fit_is_not_read_in_the_next_call(session):
+    with pytest.raises(CodeError, match="File too large"):
+        session.python("print('x' * (2**20 + 5))")
+    assert session.python("print('short'); 7") == "short\n7"
+    assert session.python("import sys; sys.stdout = None") == ""
+    assert session.python("print(1)") == "1\n"
+
+
+def test_an_interrupted_run_has_no_reply_for_the_next(session, monkeypatch):
+    from hfllm.environments import python_session
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    session.python("x = 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(python_session._Child, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.python("print('first'); 'FIRST'")
+    assert session.python("print('next'); 'NEXT'") == "next\n'NEXT'"
+
+
+def test_many_files_may_be_open(session):
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert session.python("1 + 1") == "2"
+    finally:
+        for file in files:
+            os.close(file)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_process_leaves_the_session_as_it_is(session):
+    session.python("open('kept', 'w').close()")
+    child = os.fork()
+    if not child:
+        session.reset()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert session.python("import os; os.listdir()") == "['kept']"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

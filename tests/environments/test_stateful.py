@@ -239,7 +239,7 @@ def test_each_row_names_its_class_and_has_its_tools_alone(make, tool_tokenizer):
     assert "buy" in texts[0] and "buy" not in texts[1] and "wait" in texts[1] and "wait" not in texts[2]
 
 
-@pytest.mark.parametrize("name", [None, "sell", 3])
+@pytest.mark.parametrize("name", [None, "sell", 3, ["count"], {}])
 def test_a_row_that_names_no_class_is_refused(make, name):
     environment = make(factory={"count": Counter, "shop": Shop})
     with pytest.raises(InputError, match=r"has the environment .* in its column; there are: count, shop"):

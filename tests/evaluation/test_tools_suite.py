@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import evaluate
 import pytest
@@ -14,6 +16,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
 from hfllm.evaluation.suites.tools import FAILING, NEEDED, NEEDLESS, WITHOUT, Tools
 
+SERVER = Path(__file__).parents[1] / "environments" / "mcp_server.py"
 ROWS = [
     {"prompt": "What is 12 * 3?", "answer": "36", "tool": "calculator"},
     {"prompt": [{"role": "user", "content": "What is 2 + 5?"}], "answer": 7, "tool": "calculator"},
@@ -156,6 +159,20 @@ def test_the_recipe_judges_a_model_with_its_tools(make_model, tmp_path):
     assert {name for name in metrics if name.startswith("tools")} and (tmp_path / "out" / "report.md").is_file()
     again = evaluate.main(*evaluate.parse([*map(str, words)]))
     assert again == metrics
+
+
+@pytest.mark.slow
+def test_the_recipe_takes_tools_of_servers(make_model, tmp_path):
+    tokenizer = make()
+    make_model(vocab_size=len(tokenizer), max_position_embeddings=400).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    server = {"command": sys.executable, "args": [str(SERVER)]}
+    (tmp_path / "servers.json").write_text(json.dumps({"mcpServers": {"test": server}}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?", "answer": "2", "tool": "add"}) + "\n")
+    words = ["--model_name_or_path", tmp_path / "m", "--dataset_name", tmp_path / "rows.jsonl"]
+    words += ["--mcp_servers", tmp_path / "servers.json", "--output_dir", tmp_path / "out"]
+    metrics = evaluate.main(*evaluate.parse([*map(str, words)]))
+    assert any(name.startswith("tools") for name in metrics)
 
 
 @pytest.mark.parametrize(

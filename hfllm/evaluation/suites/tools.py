@@ -5,8 +5,8 @@
     called_needlessly  a tool was called, on questions that need none; less is better
     failed_calls       the share of calls that failed
 
-Questions that need a tool are asked twice more: with a first call that fails whatever it asks for, where `right` needs
-another call, and, as a control, without tools.
+Questions that need a tool are asked twice more: with a first call that fails whatever it asks for, so that who relies
+on it must call again, and, as a control, without tools.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hfllm.data.formats import Message
-from hfllm.environments.episodes import Episode
+from hfllm.environments.episodes import Episode, add_methods
 from hfllm.environments.runner import ToolRunner
 from hfllm.environments.tools import Tool, ToolBox
 from hfllm.errors import InputError, refuse_if
@@ -156,7 +156,8 @@ def _messages(origin: str, prompt: object) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     is_list = isinstance(prompt, list) and bool(prompt) and all(isinstance(each, dict) for each in prompt)
-    if not is_list or not all(isinstance(each.get("content"), str) for each in prompt) or prompt[-1]["role"] != "user":
+    is_text = is_list and all(isinstance(each.get("content"), str) for each in prompt)
+    if not is_text or prompt[-1].get("role") != "user":
         raise InputError(f"{origin}: prompt is {str(prompt)[:80]!r}; expected a text, or messages up to the user's")
     return prompt
 
@@ -168,13 +169,14 @@ def failing_first(tools: Sequence[Tool]) -> type:
         def reset(self, **row: object) -> None:
             self._has_failed = False
 
-    for schema, (name, tool) in zip(ToolBox(tools).schemas, ToolBox(tools).tools.items(), strict=True):
-        setattr(FirstCallFails, name, _method_of(tool, schema))
+    schemas = ToolBox(tools).schemas
+    methods = {tool.__name__: _method_of(tool, schema) for tool, schema in zip(tools, schemas, strict=True)}
+    add_methods(FirstCallFails, methods, "--suites tools")
     return FirstCallFails
 
 
 def _method_of(tool: Tool, schema: dict[str, Any]) -> Tool:
-    def method(self, **arguments: object) -> object:
+    def method(self, /, **arguments: object) -> object:
         if not self._has_failed:
             self._has_failed = True
             raise ConnectionError(ERROR)

@@ -111,7 +111,9 @@ def checked_tools(
     named = script_args.environment_factory or []
     if script_args.mcp_sessions == "episode":
         functions = load_tools(script_args.tools)
-        factory = MCPTools(script_args.mcp_servers, "--mcp_servers").environment_factory()
+        servers = MCPTools(script_args.mcp_servers, "--mcp_servers")
+        factory = servers.environment_factory()
+        servers.close()
     else:
         functions, factory = load_tools(script_args.tools, script_args.mcp_servers), _factories(named)
     tokenizer = with_template(load_tokenizer(model, revision), script_args.chat_template_path)
