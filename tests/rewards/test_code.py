@@ -99,7 +99,6 @@ def score(code, tests, setup=None, function=code_tests):
             1.0,
         ),
         ("def f(x): return x", ["assert math.isclose(f(2.5), 2.5)"], 1.0),
-        ("import time\ndef f(n): time.sleep(n); return n", ["for i in range(9): f(0.3)", "assert f(0) == 0"], 0.5),
         ("def f(n): return n", ["import os; f(1); os._exit(0)", "assert f(2) == 2"], 0.5),
         ("double = 3", DOUBLE, 0.0),
         ("def double(", DOUBLE, 0.0),
@@ -109,7 +108,7 @@ def score(code, tests, setup=None, function=code_tests):
     ],
 )
 def test_it_is_the_share_of_passed_tests(code, tests, expected):
-    assert score(code, tests, function=code_tests_within(1.5)) == expected
+    assert score(code, tests, function=code_tests_within(20)) == expected
 
 
 EQUAL = "    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n"
@@ -157,6 +156,12 @@ def test_without_room_for_a_process_the_reward_says_so(monkeypatch):
     monkeypatch.setattr("hfllm.environments.python_session.subprocess.Popen", full)
     with pytest.raises(InputError, match="no Python could be started: Too many open files"):
         checked_rewards(code_tests, [""], ["def f(): return 1"], tests=[["assert f() == 1"]])
+
+
+@pytest.mark.slow
+def test_a_slow_test_fails_no_later_one():
+    code = "import time\ndef f(n): time.sleep(n); return n"
+    assert score(code, ["for i in range(40): f(0.1)", "assert f(0) == 0"], function=code_tests_within(2)) == 0.5
 
 
 def test_a_hanging_program_costs_one_limit():
