@@ -14,7 +14,7 @@ from hfllm.environments import runner as runners
 from hfllm.environments.tools import calculator, lookup_in
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
-from hfllm.evaluation.suites.tools import FAILING, NEEDED, NEEDLESS, WITHOUT, Tools
+from hfllm.evaluation.suites.tools import ERROR, FAILING, NEEDED, NEEDLESS, WITHOUT, Tools
 
 SERVER = Path(__file__).parents[1] / "environments" / "mcp_server.py"
 ROWS = [
@@ -91,8 +91,9 @@ def means(records):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_a_good_model_calls_where_it_must(judge, batch_size):
-    found = means(judge(good, batch_size=batch_size))
-    assert found == {
+    records = judge(good, batch_size=batch_size)
+    assert all((ERROR in each["said"]) == (each["group"] == FAILING) for each in records)
+    assert means(records) == {
         (NEEDED, "right"): 1.0,
         (NEEDED, "called"): 1.0,
         (NEEDED, "failed_calls"): 0.0,

@@ -158,6 +158,11 @@ def test_without_room_for_a_process_the_reward_says_so(monkeypatch):
         checked_rewards(code_tests, [""], ["def f(): return 1"], tests=[["assert f() == 1"]])
 
 
+def test_a_test_passes_no_program_that_has_ended():
+    code = "def f(x):\n    import os; os._exit(0)"
+    assert score(code, ["try:\n    f(1)\nexcept Exception:\n    pass"]) == 0.0
+
+
 @pytest.mark.slow
 def test_a_slow_test_fails_no_later_one():
     code = "import time\ndef f(n): time.sleep(n); return n"
