@@ -93,7 +93,7 @@ class Server:
     def secrets(self) -> list[str]:
         """Return what no message may show: values with a name such as `Authorization`, `API_KEY` or `--token`."""
         pairs = [*self.env.items(), *self.headers.items(), *parse_qsl(urlsplit(self.url or "").query)]
-        pairs += [*self.variables.items(), *pairwise(self.command)]
+        pairs += [*self.variables.items(), *(each for each in pairwise(self.command) if each[0].startswith("-"))]
         pairs += [(name, value) for name, found, value in (each.partition("=") for each in self.command) if found]
         values = [value for name, value in pairs if SECRET_NAME.search(name) and len(name) < LONGEST_NAME]
         return sorted({part for value in values for part in (value, *value.split())}, key=len, reverse=True)
@@ -286,10 +286,11 @@ class _Session:
             ServerError: where it cannot begin.
         """
         client = await asyncio.shield(self._client)
-        # A program that writes much must not fill the disk.
-        if os.fstat(self._errors.fileno()).st_size > MOST_ERRORS:
-            os.ftruncate(self._errors.fileno(), 0)
-            os.lseek(self._errors.fileno(), 0, os.SEEK_SET)
+        # A program that writes much must not fill the disk. The file is closed where the session has ended meanwhile.
+        with suppress(ValueError):
+            if os.fstat(self._errors.fileno()).st_size > MOST_ERRORS:
+                os.ftruncate(self._errors.fileno(), 0)
+                os.lseek(self._errors.fileno(), 0, os.SEEK_SET)
         return client
 
     def end(self) -> None:

@@ -191,6 +191,12 @@ def test_no_message_shows_a_secret_of_the_arguments(monkeypatch):
         assert "abcdefsecret123" not in f"{error.value} {read_servers(servers)!r}"
 
 
+def test_an_argument_after_a_program_with_such_a_name_is_no_secret():
+    entry = {"command": sys.executable, "args": ["-m", "auth-server", "/data/projects", "--token", "abcdefsecret123"]}
+    (server,) = read_servers({"mcpServers": {"test": entry}})
+    assert server.secrets == ["abcdefsecret123"]
+
+
 @pytest.mark.slow
 def test_a_name_of_several_servers_has_theirs_before_it(make):
     tools, box = make(one=entry(), two=entry())
