@@ -94,6 +94,7 @@ def test_lost_and_terminated_processes_change_nothing(tmp_path):
     [(signal.SIGTERM, "SIGTERM: saved step {} in "), (signal.SIGINT, "continues from checkpoint-{} in ")],
     ids=["SIGTERM", "Ctrl-C"],
 )
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_a_process_that_was_launched_says_what_is_saved_before_its_launcher_ends(tmp_path, number, said):
     config, out = tmp_path / "config.yaml", tmp_path / "out"
     config.write_text(yaml.safe_dump({**SETTINGS, "total_tokens": "25600000"}))

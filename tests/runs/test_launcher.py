@@ -323,6 +323,7 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("number", "is_told"), [(signal.SIGTERM, "no"), (signal.SIGINT, "yes"), (signal.SIGINT, "no")], ids=str
 )
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_a_launched_process_ends_first(machine, tmp_path, monkeypatch, number, is_told):
     """Ctrl-C tells both, SIGTERM only the launcher."""
     words = [sys.executable, "-c", SAVES, str(int(number)), str(tmp_path / "note"), is_told]
