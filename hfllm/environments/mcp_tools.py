@@ -481,7 +481,7 @@ class MCPTools(Sequence[Tool]):
         run_together([connection.close() for connection in self._connections])
 
     def environment_factory(self) -> Callable[[], Any]:
-        """Return a class of environments, whose instances have sessions of their own, begun anew by `reset`."""
+        """Return a class of environments, whose instances have sessions of their own, others after each `reset`."""
         described, servers, function = self._described, self.servers, self._function
 
         class MCPEnvironment:

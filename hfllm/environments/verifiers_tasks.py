@@ -80,7 +80,7 @@ class VerifiersTasks:
 
         class VerifiersEnvironment:
             def __init__(self):
-                self._toolsets = _toolsets_of(of_taskset)
+                self._toolsets: list[Toolset] = []
                 self._state: Any = None
 
             async def reset(self, task: int, **columns: object) -> None:

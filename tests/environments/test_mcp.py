@@ -219,7 +219,7 @@ def test_each_episode_may_have_a_session_of_its_own(make, tool_tokenizer):
         episodes = run_episodes([[5]] * len(rows), policy, environment, 400)
         return [[each["content"] for each in episode.messages if each["role"] == "tool"] for episode in episodes]
 
-    # The second rollout begins anew, with the instances of the first.
+    # The second rollout has other sessions, with the instances of the first.
     assert play() == play() == [["a", "a b"]] * 2
     environment.states.begin([])
 
