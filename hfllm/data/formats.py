@@ -208,6 +208,15 @@ def words_of(message: Message) -> Message:
     return {**message, "content": content_text(message["content"], "")} if is_in_parts else message
 
 
+def in_parts(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose contents are lists of parts, the form for templates of processors."""
+
+    def listed(content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    return [{**each, "content": listed(each["content"])} if "content" in each else each for each in messages]
+
+
 def spells(tokens: Sequence[str], value: Any) -> bool:
     """Return whether one of several texts occurs in messages, tools or other values of a row, at any depth."""
     if isinstance(value, str):

@@ -4,32 +4,31 @@ Tokens in, tokens out: sampled tokens are never decoded and tokenized again, so 
 chosen tokens, after exactly the tokens it read.
 """
 
-import copy
 import inspect
-import json
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hfllm.data.formats import Message, origin_of
-from hfllm.data.tokenizer import template_errors, tokenize_prompts
+from hfllm.data.formats import Message, OriginRow, origin_of
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.environments.side_by_side import settled
+from hfllm.environments.tool_turns import ToolTurns, can_show_images
 from hfllm.environments.tools import Tool, ToolBox, answers_of, encodable
 from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from hfllm.environments.tool_turns import ProcessingClass
+    from hfllm.multimodal.processors import ImageTensors, Pictures
 
 
 # ---- episodes ----
 
 
 # From sequences of token ids and the most tokens to add: lists of sampled tokens, and whether they came to an end.
-Continue = Callable[[Sequence[Sequence[int]], int], Sequence[tuple[list[int], bool]]]
+# Where some sequences have images, these are a third argument: of each sequence what `Episode.images` says.
+Continue = Callable[..., Sequence[tuple[list[int], bool]]]
 
 
 @dataclass
@@ -45,6 +44,7 @@ class Episode:
         calls, failures: calls of tools, and how many of them failed.
         tool_seconds: how long these calls took.
         place: index among the prompts sampled with it.
+        images: the images read so far: of the prompt, and of replies.
     """
 
     prompt_ids: list[int]
@@ -56,6 +56,7 @@ class Episode:
     failures: int = 0
     tool_seconds: float = 0.0
     place: int = 0
+    images: "list[ImageTensors]" = field(default_factory=list)
 
     @property
     def ids(self) -> list[int]:
@@ -72,8 +73,10 @@ class Episode:
         self.response_ids += ids
         self.action_mask += [1] * len(ids)
 
-    def read(self, ids: Sequence[int]) -> None:
-        """Append tokens of the environment."""
+    def read(self, ids: Sequence[int], images: "ImageTensors | None" = None) -> None:
+        """Append tokens of the environment, with their images."""
+        if images is not None:
+            self.images.append((len(self.prompt_ids) + len(self.response_ids) + images[0], images[1]))
         self.response_ids += ids
         self.action_mask += [0] * len(ids)
 
@@ -87,12 +90,14 @@ class Turn:
         ids: the tokens of the policy's last turn.
         is_ended: whether it ended its turn; a cut-off turn has no room for an answer.
         room: the maximum of tokens of a reply.
+        images: set by the environment where its reply has images: where in it their tokens begin, and their tensors.
     """
 
     episode: Episode
     ids: Sequence[int]
     is_ended: bool
     room: int
+    images: "ImageTensors | None" = None
 
 
 class Environment(Protocol):
@@ -116,6 +121,7 @@ def run_episodes(
     environment: Environment,
     response_length: int,
     before_turn: Callable[[Sequence[Episode]], None] | None = None,
+    pictures: "Pictures | None" = None,
 ) -> list[Episode]:
     """Let the policy act until every episode ends, all unfinished ones together in every turn.
 
@@ -125,14 +131,18 @@ def run_episodes(
         environment: answers its turns.
         response_length: the most tokens of an episode, with those of the environment.
         before_turn: called with the continuing episodes, before the policy writes their next turns.
+        pictures: the images of the prompts.
     """
     episodes = [Episode(list(prompt), place=index) for index, prompt in enumerate(prompts)]
+    for episode, tensors in zip(episodes, () if pictures is None else pictures.episodes, strict=False):
+        episode.images += [(0, tensors)] if tensors else []
     going = episodes
     while going:
         if before_turn is not None:
             before_turn(going)
         room = response_length - min(len(episode.response_ids) for episode in going)
-        turns = continue_ids([episode.ids for episode in going], room)
+        images = [list(episode.images) for episode in going]
+        turns = continue_ids([episode.ids for episode in going], room, *([images] if any(images) else []))
         taken = [_act(episode, *turn, response_length) for episode, turn in zip(going, turns, strict=True)]
         replies = environment.replies(taken)
         going = [turn.episode for turn, reply in zip(taken, replies, strict=True) if _read(turn, reply)]
@@ -158,300 +168,8 @@ def _read(turn: Turn, reply: Sequence[int] | None) -> bool:
     turn.episode.is_ended = False
     if len(reply) > turn.room:
         return False
-    turn.episode.read(reply)
+    turn.episode.read(reply, turn.images)
     return True
-
-
-# ---- tool turns ----
-#
-# Calls of tools in a policy's turns, and the tokens of the answering turns.
-
-
-REWRITES = "tools: the chat template writes a turn otherwise when a result follows it: set one that does not"
-UNREADABLE = "{'error': 'the result cannot be written as plain text'}"
-# The number of the probe that stands for names.
-NAME_PROBE = "9"
-# Number of kept replies, and of turns: tools often repeat the same text.
-KEPT_REPLIES = 512
-
-
-class ToolTurns:
-    """The policy's own way to call tools and to read their results, by its chat template and response template.
-
-    Args:
-        tokenizer: the policy's. Without a `response_template` it gets TRL's for its chat template.
-        schemas: of the tools, as `get_json_schema` gives them.
-        end_token_ids: tokens at the end of a turn.
-
-    Raises:
-        InputError: when its chat template cannot write calls and results, or calls cannot be told from its text.
-    """
-
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        schemas: Sequence[dict[str, Any]],
-        end_token_ids: Sequence[int],
-    ):
-        from trl.chat_template_utils import supports_tool_calling
-
-        original, tokenizer = tokenizer, _with_one_template(tokenizer)
-        self.tokenizer, self.schemas, self.end_token_ids = tokenizer, list(schemas), set(end_token_ids)
-        if not supports_tool_calling(tokenizer):
-            raise InputError(
-                "tools: the tokenizer's chat template cannot write an assistant's tool_calls and a tool's message; "
-                "--chat_template_path own keeps its turns and adds them (set_chat_template in code)"
-            )
-        _find_response_template(tokenizer)
-        original.response_template = tokenizer.response_template
-        self.chat_template = _lasting_template(tokenizer)
-        added, template = tokenizer.added_tokens_decoder.items(), str(self.chat_template)
-        self.control = {
-            number
-            for number, token in added
-            if token.special or (token.content in template and not token.content.isspace())
-        }
-        self.marks = self._plain_marks()
-        messages = _calling([])[:1]
-        before, opened = (self._tokens(messages, add_generation_prompt=is_opened) for is_opened in (False, True))
-        self.opening, self._prompt_ids = opened[len(before) :], before
-        self._before = lru_cache(KEPT_REPLIES)(self._tokens_before)
-        self._written = lru_cache(KEPT_REPLIES)(self._write)
-        self._parsed = lru_cache(KEPT_REPLIES)(self._parse)
-        self._turn_end = set(self._before(("tool",))[-1:]) & self.end_token_ids
-        # Of one result, so an unsuitable chat template is refused before training.
-        self._skeletons = {1: self._control_of(self._reply([_message_of("tool", "x")]))}
-
-    def parse(self, turn_ids: Sequence[int]) -> Message:
-        """Return the assistant's message of a turn, with `tool_calls` where it has them.
-
-        As in TRL, a turn whose calls cannot be read, such as broken JSON, is a message of plain text.
-        """
-        # Policies often say the same; whoever gets a message may change it.
-        try:
-            return copy.deepcopy(self._parsed(tuple(turn_ids)))
-        # JSON that is nested too deeply to be copied.
-        except RecursionError:
-            return self._plain_turn(turn_ids)
-
-    def _parse(self, turn_ids: tuple[int, ...]) -> Message:
-        from trl.chat_template_utils import parse_response
-
-        try:
-            message = parse_response(self.tokenizer, list(turn_ids), prefix=self.opening, tools=self.schemas)
-            if message.get("tool_calls"):
-                message["tool_calls"] = _encodable(message["tool_calls"])
-            return message
-        # Model output unexpected by TRL, such as too deeply nested JSON.
-        except Exception:
-            return self._plain_turn(turn_ids)
-
-    def _plain_turn(self, turn_ids: Sequence[int]) -> Message:
-        return {"role": "assistant", "content": self.tokenizer.decode(turn_ids, skip_special_tokens=True)}
-
-    def reply_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens from the end of a turn with calls to the beginning of the policy's next turn.
-
-        Output of tools is plain text, also where it spells special tokens: they cannot open or end a turn. A result
-        doing this is replaced in place, in `messages`, by an error; of the template's marks in plain text see `plain`.
-        """
-        for message in messages:
-            message |= _message_of(self.plain(message["name"]), self.plain(message["content"]))
-        for content in (UNREADABLE, ""):
-            try:
-                ids = self._reply(messages)
-                if self._control_of(ids) == self._skeleton(len(messages)):
-                    return ids
-            # The tokenizer makes a special token even of plain text.
-            except ValueError:
-                pass
-            for message in messages:
-                message |= _message_of("tool", content)
-        # Nothing of the tools' output is left.
-        return self._reply(messages)
-
-    def end_of(self, turn_ids: Sequence[int]) -> list[int]:
-        """Return the missing last token of a turn ended by a text, such as one of `stop_strings`."""
-        return [] if {*turn_ids[-1:]} & self.end_token_ids else list(self._turn_end)
-
-    def forges(self, text: str) -> bool:
-        """Return whether a text spells special tokens, or others of the chat template."""
-        tokens = self.tokenizer.added_tokens_decoder
-        return any(tokens[number].content in text for number in self.control)
-
-    def plain(self, text: str) -> str:
-        """Return a text with a space in each plain mark of the chat template: `</tool_response>` in Qwen 2.5's, say.
-
-        A result with such a mark would end itself, and speak as another tool, as the user or as the policy.
-        """
-        for mark, pattern in self.marks.items():
-            text = pattern.sub(lambda found, mark=mark: found[0].replace(mark, f"{mark[0]} {mark[1:]}"), text)
-        return text
-
-    def _plain_marks(self) -> dict[str, re.Pattern[str]]:
-        """Return what begins or ends messages in ordinary text, found by writing conversations of probes.
-
-        What the template writes behind a special token cannot be reached by a text, and what it writes at once after
-        one, as `user` after `<|im_start|>`, is no mark without it.
-        """
-        tokens = self.tokenizer.added_tokens_decoder
-        special = re.compile("|".join(re.escape(tokens[number].content) for number in self.control) or "(?!)")
-        lines: set[str] = set()
-        for conversation in _probes():
-            # Some chat templates have no system, or refuse to write two results.
-            with suppress(*template_errors()):
-                _, *parts = re.split(r"probe(\d)x", self._text(conversation))
-                for number, piece, next_number in zip(parts[::2], parts[1::2], [*parts[2::2], ""], strict=True):
-                    # Names and what stands around them are no ends of a text.
-                    if NAME_PROBE not in (number, next_number):
-                        lines |= _marks_between(special.split(piece))
-        marks = sorted((line for line in lines if len(line) > 1 and self._reaches(line)), key=len, reverse=True)
-        return {mark: _pattern_of(mark) for mark in marks}
-
-    def _reaches(self, line: str) -> bool:
-        """Return whether a result stands in the text as it is, where JSON would write a mark's quotes otherwise."""
-        text = f"a{line}b"
-        for conversation in ([*_calling(("x",)), _message_of("x", text)], [{"role": "user", "content": text}]):
-            with suppress(*template_errors()):
-                return text in self._text(conversation)
-        return True
-
-    def _text(self, messages: Sequence[Message]) -> str:
-        options = {"tokenize": False, "add_generation_prompt": True, "chat_template": self.chat_template}
-        return self.tokenizer.apply_chat_template(list(messages), **options)
-
-    def _skeleton(self, count: int) -> list[int]:
-        """Return the special tokens of a reply with so many results."""
-        if count not in self._skeletons:
-            self._skeletons[count] = self._control_of(self._reply([_message_of("tool", "x")] * count))
-        return self._skeletons[count]
-
-    def _control_of(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token in self.control]
-
-    def _reply(self, messages: Sequence[Message]) -> list[int]:
-        return list(self._written(tuple((each["name"], each["content"]) for each in messages)))
-
-    def _write(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """Return the tokens of a reply with these results, all with the names of their tools."""
-        names = tuple(name for name, _ in results)
-        try:
-            return self._write_after(names, results)
-        # Some chat templates, such as Llama 3.1's, refuse to write more than one call.
-        except template_errors():
-            if len(names) == 1:
-                raise
-            return self._write_after(names[:1], results)
-
-    def _write_after(self, names: tuple[str, ...], results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """Return the tokens of a reply to a turn with calls of these tools."""
-        before = self._before(names)
-        whole = self._tokens([*_calling(names), *(_message_of(*each) for each in results)], add_generation_prompt=True)
-        refuse_if(tuple(whole[: len(before)]) != before, REWRITES)
-        return tuple(whole[len(before) :])
-
-    def _tokens_before(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Return the tokens of a conversation up to the end of a turn with calls of these tools."""
-        before = self._tokens(_calling(names), add_generation_prompt=False)
-        # The policy's turn stops at its end token: the template's text after it is part of the reply. Some
-        # templates, such as Gemma 4's, end a turn with calls by none.
-        pairs = enumerate(zip(before, self._prompt_ids, strict=False))
-        begin = next((index for index, (one, other) in pairs if one != other), len(self._prompt_ids))
-        ends = [index for index in range(begin, len(before)) if before[index] in self.end_token_ids]
-        return tuple(before[: ends[-1] + 1] if ends else before)
-
-    def _tokens(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-        options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
-        options |= {"add_generation_prompt": add_generation_prompt, "chat_template": self.chat_template}
-        return self.tokenizer.apply_chat_template(messages, **options)
-
-
-def _probes() -> Iterator[list[Message]]:
-    """Yield conversations of all kinds, with a probe as each text and as each name."""
-    roles = {"system": 4, "user": 0, "assistant": 1, "asked": 2, "answered": 3}
-    texts = {name: f"probe{number}x" for name, number in roles.items()}
-    system, user, assistant = ({"role": role, "content": texts[role]} for role in ("system", "user", "assistant"))
-    asked, answered = {**user, "content": texts["asked"]}, {**assistant, "content": texts["answered"]}
-    name = f"probe{NAME_PROBE}x"
-    calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {}}]}
-    calling["tool_calls"][0]["function"] = {"name": name, "arguments": {}}
-    results = [_message_of(name, f"probe{number}x") for number in (5, 6)]
-    yield [user, assistant, asked, answered]
-    yield [system, user, assistant, asked]
-    yield [user, assistant, system, asked]
-    yield [user, calling, *results, answered, asked]
-    yield [user, calling, results[0], answered, asked]
-
-
-def _marks_between(pieces: Sequence[str]) -> set[str]:
-    """Return the lines by which a template ends a text and begins the next one.
-
-    Args:
-        pieces: what stands between the two, split at special tokens.
-    """
-    lines = {line.strip() for line in pieces[0].splitlines()}
-    if len(pieces) > 1:
-        first, *others = pieces[-1].splitlines() or [""]
-        lines |= {line.strip() for line in others}
-        if not first[:1].isalnum():
-            lines.add(first.strip())
-    return lines
-
-
-def _pattern_of(mark: str) -> re.Pattern[str]:
-    """Return where a mark is one: a word at the beginning of a line, `user` as a whole line, others anywhere."""
-    line_end = r"[ \t\r]*$" if mark.isalnum() else ""
-    return re.compile(rf"(?m)^[ \t\r]*{re.escape(mark)}{line_end}" if mark[0].isalnum() else re.escape(mark))
-
-
-def _message_of(name: str, content: str) -> Message:
-    return {"role": "tool", "name": name, "content": content}
-
-
-def _calling(names: Sequence[str]) -> list[Message]:
-    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
-    return [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "", "tool_calls": calls}]
-
-
-def _encodable(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return calls without halves of characters, possible in JSON but not in tokenizers, files or logs."""
-    return json.loads(json.dumps(calls, ensure_ascii=False).encode("utf-8", "replace"))
-
-
-def _with_one_template(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """Return the tokenizer, or where it has several chat templates one with only the template for tools."""
-    if not isinstance(tokenizer.chat_template, dict):
-        return tokenizer
-    one = copy.copy(tokenizer)
-    one.chat_template = tokenizer.chat_template.get("tool_use") or tokenizer.chat_template.get("default")
-    return one
-
-
-def _lasting_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return a chat template with one text for a turn, whatever follows: the tokenizer's, or TRL's for training."""
-    from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
-
-    if is_chat_template_prefix_preserving(tokenizer):
-        return tokenizer.chat_template
-    try:
-        return get_training_chat_template(tokenizer) or tokenizer.chat_template
-    except ValueError:
-        raise InputError(REWRITES) from None
-
-
-def _find_response_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Set TRL's response template for a chat template, where the tokenizer has none."""
-    from trl.chat_template_utils import add_response_schema
-
-    if getattr(tokenizer, "response_template", None) is not None:
-        return
-    try:
-        add_response_schema(tokenizer)
-    except (ValueError, *template_errors()):
-        raise InputError(
-            "tools: the tokenizer has no response_template, by which calls are read, and TRL knows none for its chat "
-            "template: set tokenizer.response_template"
-        ) from None
 
 
 # ---- stateful ----
@@ -474,7 +192,9 @@ class _Kind:
         free: instances that are in no episode.
     """
 
-    def __init__(self, factory: EnvironmentFactory, tools: Sequence[Tool], timeout: float, max_length: int):
+    def __init__(
+        self, factory: EnvironmentFactory, tools: Sequence[Tool], timeout: float, max_length: int, reads_images: bool
+    ):
         if not callable(factory):
             raise InputError(f"{FLAG}: expected a class or a function that makes one environment, got {factory!r}")
         self._factory = factory
@@ -484,7 +204,7 @@ class _Kind:
             raise InputError(f"{FLAG}: {self.name} has no method reset, which begins an episode")
         self.has_reward = callable(getattr(first, "get_reward", None))
         refuse_if(not methods_of(first), f"{FLAG}: {self.name} has no public method, which would be a tool")
-        self.tools = ToolBox([*tools, *methods_of(first)], timeout, max_length)
+        self.tools = ToolBox([*tools, *methods_of(first)], timeout, max_length, reads_images)
         self.free = [first]
 
     def _make(self) -> Any:
@@ -509,7 +229,7 @@ class StatefulEnvironments:
             message of the prompt, and public methods as tools. With `get_reward()` it has a reward of its own. Several
             of them by name, of which each row's column `environment` names one; `reset` does not get this column.
         tools: further tools, other than methods.
-        timeout, max_length: see `ToolBox`.
+        timeout, max_length, reads_images: see `ToolBox`.
 
     Attributes:
         schemas: of all tools, those of several classes once.
@@ -524,11 +244,12 @@ class StatefulEnvironments:
         tools: Sequence[Tool],
         timeout: float,
         max_length: int,
+        reads_images: bool = False,
     ):
         self.is_by_row = isinstance(factory, Mapping)
         factories = dict(factory) if self.is_by_row else {None: factory}
         refuse_if(not factories, f"{FLAG}: it names no environment")
-        self.kinds = {name: _Kind(each, tools, timeout, max_length) for name, each in factories.items()}
+        self.kinds = {name: _Kind(each, tools, timeout, max_length, reads_images) for name, each in factories.items()}
         self.schemas: list[dict[str, Any]] = []
         for kind in self.kinds.values():
             self.schemas += [schema for schema in kind.tools.schemas if schema not in self.schemas]
@@ -647,7 +368,7 @@ class ToolEnvironment:
 
     Args:
         tools, timeout, max_length: see `ToolBox`.
-        tokenizer, end_token_ids: see `ToolTurns`.
+        processing_class, end_token_ids: see `ToolTurns`; with a processor tools may return images.
         max_iterations: answered turns with calls; the call after them ends the episode. `None` for any
             number, as far as the response has room.
         factory: one or several, see `StatefulEnvironments`, or `None` for tools without a state of an episode.
@@ -660,7 +381,7 @@ class ToolEnvironment:
     def __init__(
         self,
         tools: Sequence[Tool],
-        tokenizer: "PreTrainedTokenizerBase",
+        processing_class: "ProcessingClass",
         end_token_ids: Sequence[int],
         max_iterations: int | None = None,
         timeout: float = 10.0,
@@ -668,10 +389,11 @@ class ToolEnvironment:
         factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
         episode_timeout: float | None = None,
     ):
-        self.states = None if factory is None else StatefulEnvironments(factory, tools, timeout, max_length)
-        self.tools = None if self.states else ToolBox(tools, timeout, max_length)
+        limits = (timeout, max_length, can_show_images(processing_class))
+        self.states = None if factory is None else StatefulEnvironments(factory, tools, *limits)
+        self.tools = None if self.states else ToolBox(tools, *limits)
         self.schemas = self.states.schemas if self.states else self.tools.schemas
-        self.turns = ToolTurns(tokenizer, self.schemas, end_token_ids)
+        self.turns = ToolTurns(processing_class, self.schemas, end_token_ids)
         self.max_iterations, self.episode_timeout = max_iterations, episode_timeout
 
     @property
@@ -687,11 +409,23 @@ class ToolEnvironment:
         """Reset environments with a state, and return the rows with their texts in the prompts."""
         if self.states is None:
             return list(rows)
-        prompts = self.states.begin(rows, self.turns.plain)
+        turns = self.turns
+        prompts = self.states.begin(rows, turns.plain if turns.processor is None else turns.without_marks)
         return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
 
+    def read(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> "tuple[list[list[int]], Pictures | None, list[list[Message]]]":
+        """Return the tokens of the prompts from `begin`, their images, and the prompts with these."""
+        if self.turns.processor is None:
+            return self.prompt_ids(rows) if rows else [], None, [row["prompt"] for row in rows]
+        from hfllm.multimodal.processors import encode
+
+        named = [OriginRow({**row, "tools": self.schemas_of(row)}, origin_of(row, "a prompt")) for row in rows]
+        return encode(named, self.turns.processor)
+
     def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """Return the tokens of the prompts from `begin`.
+        """Return the tokens of the prompts from `begin`, of words alone.
 
         The environments' texts in them are plain text, as results of tools are, also where they spell special tokens.
         """
@@ -717,7 +451,9 @@ class ToolEnvironment:
             episode.calls += len(answer.messages)
             episode.failures += answer.failures
             episode.tool_seconds += answer.seconds
-            results[index] = [*self.turns.end_of(turns[index].ids), *self.turns.reply_ids(answer.messages)]
+            end = self.turns.end_of(turns[index].ids)
+            ids, tensors = self.turns.reply(answer.messages)
+            results[index], turns[index].images = [*end, *ids], (len(end), tensors) if tensors else None
             if len(results[index]) <= turns[index].room:
                 episode.messages += answer.messages
         return results

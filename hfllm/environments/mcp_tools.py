@@ -9,6 +9,7 @@ server that has ended is started again by the next call.
 
 import asyncio
 import atexit
+import base64
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from hfllm.environments.episodes import add_methods
 from hfllm.environments.side_by_side import NoLoopError, run_together
-from hfllm.environments.tools import Tool
+from hfllm.environments.tools import Content, Tool
 from hfllm.errors import HIDDEN, InputError, one_line, redact, refuse_if
 
 if TYPE_CHECKING:
@@ -341,8 +342,8 @@ class _Connection:
         self.server = server
         self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, _Session] = WeakKeyDictionary()
 
-    async def call(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """Call a tool, and return its result as text.
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> Content:
+        """Call a tool, and return its result, see `content_of`.
 
         Raises:
             ServerError: where the tool or the server failed.
@@ -361,10 +362,9 @@ class _Connection:
             session.calls -= 1
         session.is_suspect = False
         # More than this no policy reads, and it takes its time.
-        words = _hidden(text_of(result)[:MOST_READ], self.server)
         if result.is_error:
-            raise ServerError(words)
-        return words
+            raise ServerError(_hidden(text_of(result)[:MOST_READ], self.server))
+        return content_of(result, lambda text: _hidden(text[:MOST_READ], self.server))
 
     async def _living(self) -> _Session:
         loop = asyncio.get_running_loop()
@@ -404,6 +404,26 @@ def text_of(result: "types.CallToolResult") -> str:
     if not parts and result.structured_content is not None:
         return json.dumps(result.structured_content, ensure_ascii=False)
     return "\n".join(parts)
+
+
+def content_of(result: "types.CallToolResult", shown: Callable[[str], str] = str) -> Content:
+    """Return what a tool returned, as `text_of` does, or where it has images as a list of parts.
+
+    Args:
+        shown: changes texts.
+    """
+    if not any(map(_is_image, result.content)):
+        return shown(text_of(result))
+    return [
+        {"type": "image", "image": base64.b64decode(block.data), "mime_type": block.mime_type}
+        if _is_image(block)
+        else {"type": "text", "text": shown(_text_of(block))}
+        for block in result.content
+    ]
+
+
+def _is_image(block: object) -> bool:
+    return getattr(block, "type", None) == "image"
 
 
 def _text_of(block: object) -> str:
@@ -501,11 +521,11 @@ class MCPTools(Sequence[Tool]):
         """Return a tool as a function, or as a method of an `MCPEnvironment`."""
         if connections is None:
 
-            async def tool(self, /, **arguments: object) -> str:
+            async def tool(self, /, **arguments: object) -> Content:
                 return await self._connections[index].call(name, arguments)
         else:
 
-            async def tool(**arguments: object) -> str:
+            async def tool(**arguments: object) -> Content:
                 return await connections[index].call(name, arguments)
 
         tool.__name__ = tool.__qualname__ = shown

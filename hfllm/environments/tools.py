@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import operator
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import thread as pools
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from hfllm.data.formats import Message
+from hfllm.data.images.files import read_image
 from hfllm.data.word_index import WordIndex, import_bm25s, words_of
 from hfllm.environments.side_by_side import MAX_THREADS, Called, LateError, NoLoopError, called, run_together
 from hfllm.errors import InputError, one_line, refuse_if
@@ -21,6 +23,9 @@ from hfllm.errors import InputError, one_line, refuse_if
 
 
 Tool = Callable[..., Any]
+# What a message shows of a result: text, or where there are images a list of parts, as in TRL: `{"type": "text",
+# "text": ...}` and `{"type": "image", "image": ...}`.
+Content = str | list[dict[str, Any]]
 
 
 @dataclass
@@ -37,7 +42,7 @@ class Answers:
     failures: int = 0
     seconds: float = 0.0
 
-    def add(self, name: str, content: str, has_failed: bool) -> None:
+    def add(self, name: str, content: "Content", has_failed: bool) -> None:
         """Add the answer to a call."""
         self.messages.append({"role": "tool", "name": name, "content": content})
         self.failures += has_failed
@@ -56,10 +61,13 @@ class ToolBox:
     tool runs in a thread of this process, a few of one name at once (see `MAX_THREADS`), or as many as the function's
     attribute `max_threads` says. All have the rights of the process.
 
+    A result is an image of PIL, a list of parts with an image among them, or anything else as text (see `as_text`).
+
     Args:
         tools: the functions; a tool's name is the function's.
         timeout: seconds until a call is given up; a coroutine is cancelled, another tool's thread may still run.
         max_length: most characters of a result; longer ones are cut.
+        reads_images: whether messages may have images. Otherwise a text stands for each, such as `[image]`.
 
     Attributes:
         is_late: whether a call was given up.
@@ -70,12 +78,14 @@ class ToolBox:
 
     is_late = False
 
-    def __init__(self, tools: Sequence[Tool], timeout: float = 10.0, max_length: int = 1000):
+    def __init__(
+        self, tools: Sequence[Tool], timeout: float = 10.0, max_length: int = 1000, reads_images: bool = False
+    ):
         from transformers.utils import get_json_schema
 
         self.tools: dict[str, Tool] = {}
         self.schemas: list[dict[str, Any]] = []
-        self.timeout, self.max_length = timeout, max_length
+        self.timeout, self.max_length, self.reads_images = timeout, max_length, reads_images
         for tool in tools:
             name = getattr(tool, "__name__", None)
             refuse_if(not callable(tool) or name is None, f"tools: {tool!r} is no function")
@@ -147,7 +157,7 @@ class ToolBox:
             # The tool's changes to its arguments must not show in the call.
             return tool(**copy.deepcopy(arguments))
 
-        shown = partial(_awaited_text if inspect.iscoroutinefunction(tool) else _text, work)
+        shown = partial(_awaited if inspect.iscoroutinefunction(tool) else _content, work, self.reads_images)
         seconds = min(self.timeout, left)
         try:
             return await called(shown, seconds, f"tool-{name}"[:40], _max_threads(tool))
@@ -160,7 +170,9 @@ class ToolBox:
         except RuntimeError as error:
             raise _Refused(f"{name} was not called: {error}") from None
 
-    def _cut(self, content: str) -> str:
+    def _cut(self, content: Content) -> Content:
+        if isinstance(content, list):
+            return [{**part, "text": self._cut(part["text"])} if part["type"] == "text" else part for part in content]
         length = len(content)
         truncated = (
             content if length <= self.max_length else f"{content[: self.max_length]}... (cut, of {length} characters)"
@@ -232,14 +244,14 @@ def answers_of(turns: Sequence[tuple[ToolBox, float, Sequence[Mapping[str, Any]]
     return answers
 
 
-async def _awaited_text(work: Callable[[], Awaitable[object]]) -> str:
-    return as_text(await work())
+async def _awaited(work: Callable[[], Awaitable[object]], reads_images: bool) -> Content:
+    return as_content(await work(), reads_images)
 
 
-def _text(work: Callable[[], object]) -> str | Coroutine[Any, Any, str]:
-    """Return a function's result as text, or a coroutine of it where it returned a coroutine."""
+def _content(work: Callable[[], object], reads_images: bool) -> Content | Coroutine[Any, Any, Content]:
+    """Return what is shown of a function's result, or a coroutine of it where it returned a coroutine."""
     result = work()
-    return _awaited_text(lambda: result) if inspect.iscoroutine(result) else as_text(result)
+    return _awaited(lambda: result, reads_images) if inspect.iscoroutine(result) else as_content(result, reads_images)
 
 
 def _leave_behind() -> None:
@@ -251,6 +263,35 @@ def _leave_behind() -> None:
     queues = getattr(pools, "_threads_queues", {})
     for thread in [thread for thread in queues if thread.daemon]:
         queues.pop(thread, None)
+
+
+def as_content(result: object, reads_images: bool) -> Content:
+    """Return what a message shows of a tool's result: text, or parts where it has images.
+
+    Args:
+        reads_images: see `ToolBox`.
+
+    Raises:
+        BadImage: for an image that cannot be read.
+    """
+    pillow = sys.modules.get("PIL.Image")
+    if pillow is not None and isinstance(result, pillow.Image):
+        result = [{"type": "image", "image": result}]
+    is_in_parts = isinstance(result, list) and all(isinstance(part, dict) for part in result)
+    kinds = [part.get("type") for part in result] if is_in_parts else []
+    if "image" not in kinds or any(kind not in ("image", "text") for kind in kinds):
+        return as_text(result)
+    if not reads_images:
+        return "\n".join(
+            as_text(part.get("text", "")) if part["type"] == "text" else f"[{part.get('mime_type', 'image')}]"
+            for part in result
+        )
+    return [
+        {"type": "text", "text": as_text(part.get("text", ""))}
+        if part["type"] == "text"
+        else {"type": "image", "image": read_image(part.get("image"), "the result")}
+        for part in result
+    ]
 
 
 def as_text(result: object) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.formats import Message
 from hfllm.environments.episodes import add_methods
 from hfllm.environments.side_by_side import run_together
-from hfllm.environments.tools import Tool
+from hfllm.environments.tools import Content, Tool
 from hfllm.errors import InputError, one_line, refuse_if
 
 if TYPE_CHECKING:
@@ -169,16 +169,16 @@ def _server_of(toolset: "Toolset") -> Any:
 
 
 def _method_of(index: int, name: str, schema: dict[str, Any]) -> Tool:
-    async def method(self, /, **arguments: object) -> str:
+    async def method(self, /, **arguments: object) -> Content:
         from mcp import Client
 
-        from hfllm.environments.mcp_tools import ServerError, text_of
+        from hfllm.environments.mcp_tools import ServerError, content_of, text_of
 
         async with Client(_server_of(self._toolsets[index])) as client:
             result = await client.call_tool(name, arguments)
         if result.is_error:
             raise ServerError(text_of(result))
-        return text_of(result)
+        return content_of(result)
 
     method.__name__, method.__doc__, method.json_schema = schema["function"]["name"], name, schema
     return method

@@ -188,7 +188,8 @@ def warn_of_generate(model: "PreTrainedModel", reason: str) -> None:
     """
     if model.device.type == "cpu" and reason not in _WARNED.setdefault(model, set()):
         _WARNED[model].add(reason)
-        name = getattr(model, "name_or_path", "") or type(model).__name__
+        name = str(getattr(model, "name_or_path", ""))
+        name = type(model).__name__ if name in ("", "None") else name
         warnings.warn(f"{name} is decoded by generate, not by the faster fast_generate: {reason}", stacklevel=4)
 
 

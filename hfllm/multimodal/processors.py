@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from hfllm.data.formats import Message, content_text, counted, is_begun, origin_of, read_tools, spells
+from hfllm.data.formats import Message, content_text, counted, in_parts, is_begun, origin_of, read_tools, spells
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import words_of_places
 from hfllm.data.tokenizer import text_of_macro
@@ -235,6 +235,8 @@ ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 COLUMNS = ("images", "image")
 # Outputs of a processor per token; all others are about images or parts of them.
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+# The images of a prompt or a reply: where its tokens begin in the sequence, and tensors by the model's argument.
+ImageTensors = tuple[int, Mapping[str, torch.Tensor]]
 # Names of configs for the placeholder tokens of media features. Such a token is never sampled.
 PLACE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 
@@ -245,18 +247,27 @@ class Pictures:
 
     Args:
         episodes: for every episode tensors by the model's argument, such as `pixel_values` and `image_sizes`: images
-            or their parts along the first dimension; the arguments of `PER_TOKEN` (P,) along the prompt. No tensors
-            for a prompt without images. Responses to one prompt share them.
+            or their parts along the first dimension; the arguments of `PER_TOKEN` (T,) along its first tokens. No
+            tensors for an episode without images. Responses to one prompt share them.
     """
 
     episodes: Sequence[Mapping[str, torch.Tensor]]
+
+    @classmethod
+    def of_episodes(cls, episodes: "Sequence[Sequence[ImageTensors]]") -> "Pictures | None":
+        """Return the images of episodes, in their order; `None` where there are none."""
+        return cls([_joined_images(each) for each in episodes]) if any(episodes) else None
 
     def __len__(self) -> int:
         return len(self.episodes)
 
     def __getitem__(self, rows: torch.Tensor) -> "Pictures":
         """Return the images of some episodes, by their indices."""
-        return Pictures([self.episodes[row] for row in rows.tolist()])
+        return self.of(rows.tolist())
+
+    def of(self, rows: Sequence[int]) -> "Pictures":
+        """Return the images of some episodes, by their indices."""
+        return Pictures([self.episodes[row] for row in rows])
 
     def inputs(self, input_ids: torch.Tensor, begins: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return the model's further arguments for these episodes as one batch, nothing where none has an image.
@@ -297,6 +308,22 @@ class Pictures:
             _, number, name = key.split(".", 2)
             distinct[int(number)][name] = tensors.pop(key).cpu()
         return cls([distinct[number] for number in numbers])
+
+
+def _joined_images(parts: "Sequence[ImageTensors]") -> Mapping[str, torch.Tensor]:
+    if len(parts) == 1 and not parts[0][0]:
+        # Episodes of one prompt share its tensors.
+        return parts[0][1]
+    joined: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(name for _, part in parts for name in part):
+        own = [(begin, part[name]) for begin, part in parts if name in part]
+        if name not in PER_TOKEN:
+            joined[name] = _joined([tensor for _, tensor in own])
+            continue
+        joined[name] = own[0][1].new_zeros(max(begin + len(tensor) for begin, tensor in own))
+        for begin, tensor in own:
+            joined[name][begin : begin + len(tensor)] = tensor
+    return joined
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -358,7 +385,7 @@ def _parts(message: Message) -> list[dict[str, Any]]:
     return content if isinstance(content, list) else []
 
 
-def count_parts(prompt: str | list[Message]) -> int:
+def count_parts(prompt: str | Sequence[Message]) -> int:
     """Return the number of a prompt's parts other than text: image placeholders, filled or not, and other media."""
     if isinstance(prompt, str):
         return 0
@@ -471,7 +498,9 @@ def encode(
     encoded: list[Encoded] = []
     for start in range(0, len(distinct), TOGETHER):
         some = distinct[start : start + TOGETHER]
-        encoded += _encode_together(some, processor) or [_encode_one(each, processor) for each in some]
+        encoded += _encode_together(some, processor) or [
+            encode_messages(each.prompt, processor, **each.options()) for each in some
+        ]
     episodes = [encoded[number][1] for number in numbers]
     prompts = [distinct[number].prompt for number in numbers]
     ids = [encoded[number][0] for number in numbers]
@@ -533,18 +562,9 @@ class _Request(NamedTuple):
         tool_kwargs = {"tools": read_tools("a prompt", self.tools)} if self.tools else {}
         return {"continue_final_message" if is_begun(self.prompt) else "add_generation_prompt": True, **tool_kwargs}
 
-    def parts(self) -> list[Message]:
-        """Return the prompt with only lists of parts, the form for templates of processors."""
-        return [
-            {**each, "content": [{"type": "text", "text": each["content"]}]}
-            if isinstance(each.get("content"), str)
-            else each
-            for each in self.prompt
-        ]
-
 
 def _encode_together(requests: Sequence[_Request], processor: ProcessorMixin) -> list[Encoded] | None:
-    """Return the results of `_encode_one`, at a fraction of its cost; `None` where they are not certain.
+    """Return the results of `encode_messages`, at a fraction of its cost; `None` where they are not certain.
 
     They are certain where images become `pixel_values` of one size and nothing else: then every image is a tensor by
     itself, the same whatever is next to it, the images are as many as in the prompts, and all take as many positions.
@@ -553,7 +573,7 @@ def _encode_together(requests: Sequence[_Request], processor: ProcessorMixin) ->
     if len(requests) == 1 or processor in _ONE_BY_ONE or any(each.options() != options for each in requests[1:]):
         return None
     try:
-        conversations = [each.parts() for each in requests]
+        conversations = [in_parts(each.prompt) for each in requests]
         fields = dict(_templated(processor, conversations, processor_kwargs={"padding": True}, **options))
     except Exception:
         # The prompt and its error are found one by one.
@@ -578,11 +598,16 @@ def _encode_together(requests: Sequence[_Request], processor: ProcessorMixin) ->
     return [(some, {"pixel_values": next(parts)} if count else {}) for some, count in zip(ids, counts, strict=True)]
 
 
-def _encode_one(request: _Request, processor: ProcessorMixin) -> Encoded:
-    fields = dict(_templated(processor, [request.parts()], **request.options()))
+def encode_messages(messages: Sequence[Message], processor: ProcessorMixin, **options: Any) -> Encoded:
+    """Return the token ids of a conversation, and the tensors of its opened images by the model's argument.
+
+    Args:
+        options: of the processor's `apply_chat_template`.
+    """
+    fields = dict(_templated(processor, [in_parts(messages)], **options))
     ids = fields.pop("input_ids")[0].tolist()
     fields.pop("attention_mask", None)
-    pictures = count_parts(request.prompt)
+    pictures = count_parts(messages)
     tensors = {name: torch.as_tensor(value) for name, value in fields.items()} if pictures else {}
     return ids, {name: value[0] if name in PER_TOKEN else value for name, value in tensors.items()}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.formats import content_text
 from hfllm.data.thoughts import CLOSE, OPEN, answer_of, final_answer, plain_answer, split_thoughts, thoughts_of
 from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_of_continuation, gold_score
 from hfllm.errors import InputError, is_out_of_memory, refuse_if
@@ -79,7 +80,7 @@ def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
 
 
 def _with_thoughts(message: Mapping[str, Any]) -> str:
-    thoughts, content = message.get("reasoning_content"), message.get("content") or ""
+    thoughts, content = message.get("reasoning_content"), content_text(message.get("content"))
     return f"{OPEN}{thoughts}{CLOSE}{content}" if thoughts else content
 
 

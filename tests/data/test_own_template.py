@@ -4,7 +4,7 @@ import pytest
 from chat_templates import CHATML, WITHOUT_TOOLS, tokenizer_of
 
 from hfllm.data.tokenizer import set_chat_template, train_tokenizer
-from hfllm.environments.episodes import ToolTurns
+from hfllm.environments.tool_turns import ToolTurns
 from hfllm.environments.tools import ToolBox, calculator
 from hfllm.errors import InputError
 

@@ -15,7 +15,7 @@ from hfllm.data.world.tasks import CHANGED_FACT, HELD_OUT, NEED, NO_NEED, PARTS,
 from hfllm.data.world.tool_documents import is_held_out_change
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, is_held_out
 from hfllm.data.world.world import World
-from hfllm.environments.episodes import ToolTurns
+from hfllm.environments.tool_turns import ToolTurns
 from hfllm.environments.tools import ToolBox
 from hfllm.stages.tools.build import tools_of
 

@@ -1,5 +1,6 @@
 """A server of tools for the tests: `python mcp_server.py` over standard input and output, or `... PORT` over HTTP."""
 
+import io
 import os
 import sys
 import time
@@ -59,7 +60,11 @@ def who() -> str:
 @server.tool()
 def draw() -> Image:
     """Draw."""
-    return Image(data=b"\x89PNG", format="png")
+    from PIL import Image as Picture
+
+    stream = io.BytesIO()
+    Picture.new("RGB", (12, 8), "red").save(stream, "PNG")
+    return Image(data=stream.getvalue(), format="png")
 
 
 if __name__ == "__main__":

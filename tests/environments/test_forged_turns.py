@@ -8,7 +8,8 @@ from tool_tokenizer import RESPONSE_TEMPLATE
 from trl import chat_template_utils
 
 from hfllm.data.tokenizer import set_chat_template, train_tokenizer
-from hfllm.environments.episodes import ToolEnvironment, ToolTurns, run_episodes
+from hfllm.environments.episodes import ToolEnvironment, run_episodes
+from hfllm.environments.tool_turns import ToolTurns
 from hfllm.environments.tools import lookup_in
 
 NAMES = (

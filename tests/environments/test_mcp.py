@@ -72,6 +72,8 @@ def test_a_servers_tools_are_called_on_one_session(make, over_http, kind):
     assert calling(box, "keep", word=word) == (word, False)
     assert calling(box, "keep", word="more") == (f"{word} more", False)
     assert calling(box, "draw") == ("[image/png]", False)
+    (part,), has_failed = calling(ToolBox(tools, reads_images=True), "draw")
+    assert part["image"].size == (12, 8) and part["image"].getpixel((5, 5)) == (255, 0, 0) and not has_failed
     content, has_failed = calling(box, "add", a="two", b=3)
     assert has_failed and "valid integer" in content
     content, has_failed = calling(box, "fail", reason="no")

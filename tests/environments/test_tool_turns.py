@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from hfllm.data.tokenizer import plain_chat_template
-from hfllm.environments.episodes import UNREADABLE, ToolTurns
+from hfllm.environments.tool_turns import UNREADABLE, ToolTurns
 from hfllm.errors import InputError
 
 MARKS = chat_template_utils._CONTROL_TOKEN_START, chat_template_utils._CONTROL_TOKEN_END

@@ -417,7 +417,7 @@ def test_pictures_that_nothing_would_read_are_refused(build, processor):
         build(model=text, rows=rows)
     with pytest.raises(InputError, match="processing_class is a tokenizer"):
         build(processing_class=processor.tokenizer, rows=rows)
-    with pytest.raises(InputError, match="rollout_func read no pictures"):
+    with pytest.raises(InputError, match="rollout_func reads no pictures"):
         build(rollout_func=lambda prompts, trainer: {}, rows=rows)
     critic = hfllm.HfllmForSequenceClassification(config_with_one_label(text.config))
     with pytest.warns(UserWarning, match="reads no pictures: its values go by the words alone"):

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse_if
 from hfllm.models.devices import forked_random, most_logits, most_tokens, refuse_data_parallel
-from hfllm.multimodal.processors import Pictures, tokenizer_of
+from hfllm.multimodal.processors import ImageTensors, Pictures, tokenizer_of
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.callbacks import log_table, storable
 from hfllm.trainers.engines import gather_parameters
@@ -29,7 +29,7 @@ from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_
 from hfllm.trainers.ppo.formulas import KLController, RunningMoments
 from hfllm.trainers.ppo.rollout import Batch, Rollout, length_groups, pad_prompts, with_actions
 from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses, most_cached_rows
-from hfllm.trainers.ppo.setup import as_reference, load_weights
+from hfllm.trainers.ppo.setup import NO_VLLM, as_reference, load_weights
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 
 # ---- checkpoints ----
@@ -454,14 +454,23 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             return generate_responses(*inputs, most_rows=most_rows, pictures=pictures)
 
     @torch.no_grad()
-    def continue_ids(self, sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
+    def continue_ids(
+        self,
+        sequences: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        images: "Sequence[Sequence[ImageTensors]] | None" = None,
+    ) -> list[tuple[list[int], bool]]:
         """Sample from the policy the continuation of each sequence of token ids, with the trainer's sampling settings.
 
         Under ZeRO-3 every process has to call this equally often.
 
+        Args:
+            images: the images of each sequence, see `Episode`.
+
         Returns:
             For each the new tokens, with the end token where one was sampled, and whether they came to an end.
         """
+        refuse_if(images is not None and self.vllm is not None, NO_VLLM)
         if self.vllm is not None:
             sampled = self.vllm(sequences, self.state.global_step, self.accelerator.device, max_new_tokens)
         else:
@@ -469,7 +478,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             witness = self._recorder
             if witness is not None and witness.turns != len(sequences):
                 witness = None
-            sampled = self._responses(ids, mask, witness, max_new_tokens)
+            sampled = self._responses(ids, mask, witness, max_new_tokens, Pictures.of_episodes(images or []))
         lengths = sampled["response_mask"].sum(1).tolist()
         turns = [row[:length] for row, length in zip(sampled["response_ids"].tolist(), lengths, strict=True)]
         return list(zip(turns, sampled["is_ended"].tolist(), strict=True))

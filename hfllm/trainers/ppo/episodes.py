@@ -8,16 +8,16 @@ import torch
 from hfllm.environments.episodes import EnvironmentFactory, Episode, ToolEnvironment, run_episodes
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError, refuse_if
+from hfllm.multimodal.processors import Pictures, ProcessingClass
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.rollout import pad_prompts
 from hfllm.trainers.ppo.sampling import SampledLogprobs, TurnCaches
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 
 # The results of a `rollout_func` besides columns for the rewards; TRL's names, and `completions` and `is_ended`.
+PICTURES_IN_SOME = "deepspeed with pictures in some episodes of a rollout only: let each have one, or use DDP"
 NEEDED, KNOWN = ("prompt_ids", "completion_ids"), ("env_mask", "logprobs", "completions", "is_ended")
 
 
@@ -32,7 +32,9 @@ def as_batch(episodes: Sequence[Episode], pad_token_id: int, device: torch.devic
         response_ids[row, :length] = torch.tensor(episode.response_ids, dtype=torch.long)
         response_mask[row, :length] = 1
         action_mask[row, :length] = torch.tensor(episode.action_mask, dtype=torch.long)
+    pictures = Pictures.of_episodes([episode.images for episode in episodes])
     return {
+        **({} if pictures is None else {"pictures": pictures}),
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,
         "response_ids": response_ids.to(device),
@@ -57,11 +59,14 @@ def environment_of(
     tools: Sequence[Tool] | None,
     factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None,
     rollout_func: object,
-    tokenizer: "PreTrainedTokenizerBase",
+    processing_class: ProcessingClass,
     end_token_ids: Sequence[int],
     args: PPOConfig,
 ) -> ToolEnvironment | None:
     """Return the environment of a policy with tools, `None` without any.
+
+    Args:
+        processing_class: the policy's processor if it reads images, or else its tokenizer.
 
     Raises:
         InputError: for unusable tools or an unusable factory, or next to a `rollout_func`.
@@ -72,7 +77,7 @@ def environment_of(
         argument = "tools" if tools else "environment_factory"
         raise InputError(f"{argument} and rollout_func: give one of them, which says how episodes go")
     limits = (args.max_tool_calling_iterations, args.tool_timeout, args.max_tool_result_length)
-    return ToolEnvironment(tools or [], tokenizer, end_token_ids, *limits, factory, args.episode_timeout)
+    return ToolEnvironment(tools or [], processing_class, end_token_ids, *limits, factory, args.episode_timeout)
 
 
 def own_rewards(environment: ToolEnvironment | None) -> list[Callable[..., list[float]]]:
@@ -89,7 +94,7 @@ def act(
         InputError: when an environment makes a prompt too long for the model.
     """
     rows = environment.begin(rows)
-    prompts = environment.prompt_ids(rows)
+    prompts, pictures, filled_prompts = environment.read(rows)
     longest = max(map(len, prompts))
     if trainer.context is not None and longest + trainer.args.response_length > trainer.context:
         raise InputError(
@@ -97,15 +102,18 @@ def act(
             f"{trainer.args.response_length} the model's context of {trainer.context} has no room for it"
         )
     device, witness = trainer.accelerator.device, trainer._witness(len(rows))
-    done = _recorded(prompts, environment, trainer, witness)
+    done = _recorded(prompts, environment, trainer, witness, pictures)
     batch = as_batch(done, trainer.sampling_config.pad_token_id, device)
+    if trainer.args.deepspeed_plugin is not None and any(count := [bool(episode.images) for episode in done]):
+        refuse_if(not all(count), PICTURES_IN_SOME)
     # A replacement of `continue_ids` may attribute tokens to the policy that it did not sample.
     if witness is not None and witness.saw(batch["response_ids"], batch["action_mask"]):
         batch["witness"] = witness
     batch["columns"]["tools"] = [*map(environment.schemas_of, rows)]
     if environment.states is not None:
         batch["columns"]["environments"] = environment.states.current
-        batch["prompts"] = [row["prompt"] for row in rows]
+    if environment.states is not None or pictures is not None:
+        batch["prompts"] = filled_prompts
     batch["completions"] = [episode.messages for episode in done]
     batch["metrics"] = {
         "tools/call_frequency": torch.tensor([float(episode.calls) for episode in done], device=device),
@@ -119,17 +127,19 @@ def _recorded(
     environment: ToolEnvironment,
     trainer: "ActorCriticTrainer",
     witness: SampledLogprobs | None,
+    pictures: Pictures | None,
 ) -> list[Episode]:
     """Run episodes, and let the witness record all turns at their positions."""
+    parts = (prompts, trainer.continue_ids, environment, trainer.args.response_length)
     if witness is None:
-        return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length)
+        return run_episodes(*parts, pictures=pictures)
 
     def begin_turn(going: Sequence[Episode]) -> None:
         witness.begin([episode.place for episode in going], [len(episode.response_ids) for episode in going])
 
     trainer._recorder, witness.caches = witness, TurnCaches()
     try:
-        return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length, begin_turn)
+        return run_episodes(*parts, begin_turn, pictures)
     finally:
         trainer._recorder = witness.caches = None
 

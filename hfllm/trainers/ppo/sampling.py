@@ -425,7 +425,9 @@ def _generate_together(
     texts = generation_config.stop_strings
     stop_strings = StopStringCriteria(tokenizer, texts) if texts else None
     rows, ids, mask = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask
-    cache = None if witness is None else witness.cache_before(ids, mask)
+    # Images of a later turn are read with all before them.
+    keeps = witness is not None and witness.caches is not None and pictures is None
+    cache = witness.cache_before(ids, mask) if keeps else None
     while len(rows):
         observe = None if witness is None else witness.of(rows + first_row, ids.shape[1] - start)
         ended = Ended(generation_config.eos_token_id, stop_strings, _may_split(generation_config), observe)
@@ -447,7 +449,7 @@ def _generate_together(
         generated = ids[:, start:]
         responses[rows, : generated.shape[1]] = generated
         lengths[rows], is_ended[rows] = ended.lengths - start, ended.has_ended
-        if witness is not None and witness.caches is not None:
+        if keeps:
             witness.keep(rows + first_row, output, mask, ended)
         goes_on = ~ended.has_ended
         if generated.shape[1] >= longest or not goes_on.any() or not ended.has_split:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 # A policy with further training of its adapter keeps the initial adapter under this name.
 REFERENCE_ADAPTER = "ref"
+NO_VLLM = "use_vllm=True with pictures: PPO gives vLLM no pictures; leave use_vllm out"
 RewardFunc = str | PreTrainedModel | Callable[..., list[float]]
 # Every field with an effect on the distribution is set: generate() fills unset ones from the model's own generation
 # config, and the ratio is only right for the distribution computed by token_logprobs.
@@ -371,12 +372,12 @@ def check_uses(
 
     Args:
         counts: per dataset its prompts with images, and all.
-        samples: whether something else than the trainer samples: tools, environments, a `rollout_func`.
+        samples: whether a `rollout_func` samples.
     """
     if not any(count for count, _ in counts):
         return
-    refuse_if(args.use_vllm, "use_vllm=True with pictures: PPO gives vLLM no pictures; leave use_vllm out")
-    refuse_if(samples, "tools, environment_factory and rollout_func read no pictures: leave the pictures out, or them")
+    refuse_if(args.use_vllm, NO_VLLM)
+    refuse_if(samples, "rollout_func reads no pictures: leave the pictures out, or it")
     # Also where accelerate brings it, and not the flag.
     if args.deepspeed_plugin is not None and any(0 < count < total for count, total in counts):
         # A process whose prompts have none would not take part in gathering or reducing the vision tower.

@@ -145,17 +145,19 @@ class PPOTrainer(ActorCriticTrainer):
             disable_dropout(policy, value_model)
         self.context, self.rollout_func = shortest_context(policy, value_model), rollout_func
         ends = self.eos_token_ids
-        self.environment = episodes.environment_of(tools, environment_factory, rollout_func, tokenizer, ends, args)
+        unable = processors.unable_to_read(policy)
+        parts = (tools, environment_factory, rollout_func, tokenizer if unable else processing_class, ends, args)
+        self.environment = episodes.environment_of(*parts)
         own = episodes.own_rewards(self.environment)
         rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, tokenizer, args, own)
         check_value_model(value_model, policy, reward_models(rewards))
         weights = [*reward_weights(args.reward_weights, len(rewards) - len(own)), *([1.0] * len(own))]
         self.scorer = Scorer(rewards, weights, tokenizer, args)
         schemas = self.environment and self.environment.schemas_of
-        fits = (processing_class, args.response_length, self.context, schemas, processors.unable_to_read(policy))
+        fits = (processing_class, args.response_length, self.context, schemas, unable)
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         counts = [(check_prompts(each, *fits), len(each)) for each in datasets if each is not None]
-        check_uses(args, counts, value_model, bool(self.environment or rollout_func))
+        check_uses(args, counts, value_model, rollout_func is not None)
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
         if optimizers[0] is None:
             args = with_default_rates(args, policy, value_model)
