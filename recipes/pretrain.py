@@ -51,6 +51,7 @@ def main(
     from hfllm.runs.stage import Stage
     from hfllm.stages.pretrain import build as pretrain
     from hfllm.stages.pretrain.flags import check
+    from hfllm.stages.shared import say_receipts
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.engines import gather_parameters
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -72,6 +73,7 @@ def main(
     with training_args.main_process_first(desc="reading texts"):
         prepared = Prepared(Path(training_args.output_dir) / "prepared", by_contents(stage.arguments))
         sources, train_texts, test_texts = load_sources(script_args.text_sources, weights, seed, prepared)
+    say_receipts(stage.arguments)
     model, tokenizer = pretrain.load_or_make_base(script_args, model_args, train_texts)
     trainer_args = with_fast_products(trainer_args, model, stage.checkpoint)
     length, is_masked = fitting_length(script_args.max_length, model), script_args.objective == "masked"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.formats import Dropped, Message, origin_of
+from hfllm.data.formats import TRAIN, Dropped, Message, learned_turns, origin_of
 from hfllm.data.packing import IGNORE
 from hfllm.data.tokenizer import template_errors
 from hfllm.errors import InputError, one_line
@@ -27,6 +27,7 @@ MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REWRITES = "conversations are split into one row per answer: the chat template rewrites what was said before"
 DIFFERENT = "rows are learned from where they part from their prompt, which the chat template ends otherwise"
 UNSEEN = "rows have tools that the chat template does not write"
+UNMARKED = "--assistant_only_loss learns each answer, and a message is marked as not to be learned (train, weight)"
 FIRST = "conversations begin with the assistant, and that turn is not learned: it answers nothing"
 
 
@@ -49,10 +50,10 @@ class Conversations:
 
     A completion of one turn is everything after the tokens of its prompt, as in TRL's SFTTrainer. In a longer one the
     turns are marked by `{% generation %}` in the chat template. Where it has no such markers, or they leave out the
-    token at the end of a turn, a turn is the difference between the conversation up to its end and the conversation
-    before it with the generation prompt. If the conversation up to a turn is no beginning of the whole, as with
-    templates that drop the thoughts of earlier turns, it is split into one row per turn, each as the model sees it
-    when it answers.
+    token at the end of a turn, or where an answer is not to be learned, a turn is the difference between the
+    conversation up to its end and the conversation before it with the generation prompt. If the conversation up to a
+    turn is no beginning of the whole, as with templates that drop the thoughts of earlier turns, it is split into one
+    row per turn, each as the model sees it when it answers.
 
     Args:
         tokenizer: with a chat template.
@@ -113,12 +114,15 @@ class Conversations:
                 yield self._by_prefixes(origin, ids[indices][::2], ids[indices][1::2])
 
     def _is_marked(self, row: Row) -> bool:
-        return self.marked_template is not None or (self._uses_markers and len(row["completion"]) > 1)
+        if self.marked_template is not None:
+            return True
+        learns_all = all(message.get(TRAIN) is not False for message in row["completion"])
+        return self._uses_markers and len(row["completion"]) > 1 and learns_all
 
     def _turns(self, origin: str, row: Row) -> list[int]:
         """Return the indices of the turns to learn among all messages."""
         before = len(row["prompt"])
-        turns = [before + at for at, message in enumerate(row["completion"]) if message["role"] == "assistant"]
+        turns = [before + index for index in learned_turns(row["completion"])]
         if turns and turns[0] == 0:
             # There is no conversation before it for a comparison.
             self.notes.add(FIRST, origin)
@@ -127,6 +131,8 @@ class Conversations:
 
     def _by_markers(self, origin: str, row: Row) -> list[Labeled]:
         """Return the labels of marked parts: of a whole row, or of each turn where earlier thoughts are dropped."""
+        if any(message.get(TRAIN) is False for message in (*row["prompt"], *row["completion"])):
+            raise InputError(f"{origin}: {UNMARKED}")
         before, completion = list(row["prompt"]), list(row["completion"])
         whole = self._marked(origin, row, [*before, *completion])
         if not has_thoughts(completion):
@@ -227,7 +233,7 @@ def has_thoughts(messages: Sequence[Message]) -> bool:
 
 def has_more_than_text(messages: Sequence[Message]) -> bool:
     """Return whether messages have anything but a role and a text, or are results of a tool."""
-    return any(set(message) - {"role", "content"} or message["role"] == "tool" for message in messages)
+    return any(set(message) - {"role", "content", TRAIN} or message["role"] == "tool" for message in messages)
 
 
 def check_written(origin: str, row: Row, messages: Sequence[Message], text: str, notes: Dropped) -> None:

@@ -18,6 +18,8 @@ from hfllm.errors import InputError, refuse_if
 NO_QUESTION = "without a question"
 NO_ANSWER, DOUBLED, EQUAL, TIE = "without an answer", "with doubled turns", "with equal answers", "with a tie"
 UNDESIRED = "with the label false, answers that are not wanted"
+NOT_LEARNED = "whose answers are all marked as not to be learned"
+OPPOSITE = "with a rejected answer scored above the chosen one"
 
 
 def counted(count: int, what: str) -> str:
@@ -57,16 +59,17 @@ class Dropped:
     Attributes:
         total: how many rows there were.
         reasons: counts by reason.
+        first: the origin of the first row by reason.
     """
 
     def __init__(self, total: int = 0):
         self.total, self.reasons = total, Counter()
-        self._first: dict[str, str] = {}
+        self.first: dict[str, str] = {}
 
     def add(self, reason: str, origin: str = "") -> None:
         """Count a row."""
         self.reasons[reason] += 1
-        self._first.setdefault(reason, origin)
+        self.first.setdefault(reason, origin)
 
     @property
     def count(self) -> int:
@@ -76,7 +79,7 @@ class Dropped:
     def __str__(self) -> str:
         reasons = []
         for reason, count in self.reasons.most_common():
-            first = f" ({'first: ' * (count > 1)}{self._first[reason]})" if self._first[reason] else ""
+            first = f" ({'first: ' * (count > 1)}{self.first[reason]})" if self.first[reason] else ""
             reasons.append(f"{count:,} {reason}{first}")
         return f"{self.count:,} of {self.total:,} rows dropped: {', '.join(reasons)}"
 
@@ -114,12 +117,20 @@ def flaw_of_prompt(row: Mapping[str, Any]) -> str | None:
 Message = dict[str, Any]
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    **{"developer": "system", "bot": "assistant", "model": "assistant"},
     # ShareGPT's words for a tool call and its result; OpenAI's first word for the latter was `function`.
     **{"function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"},
 }
 KEPT = ("name", "tool_call_id")
 # Names of an assistant's thoughts, as transformers knows them; chat templates read the first.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+# Whether an answer is learned: OpenAI's `weight`, 0 or 1, and `train` of others. A message that is read has `train`,
+# and only where it is False.
+TRAIN, WEIGHT = "train", "weight"
+# The keys of messages that are read.
+MESSAGE_KEYS = frozenset(
+    ("role", "from", "content", "value", "tool_calls", "function_call", TRAIN, WEIGHT, *KEPT, *THOUGHTS)
+)
 
 
 def read_messages(origin: str, messages: Any) -> list[Message]:
@@ -282,7 +293,32 @@ def _message(origin: str, message: Any) -> Message:
     thoughts = [fields[name] for name in THOUGHTS if isinstance(fields.get(name), str)]
     if thoughts and read["role"] == "assistant":
         read["reasoning_content"] = thoughts[0]
+    if read["role"] == "assistant" and not _is_to_learn(origin, fields):
+        read[TRAIN] = False
     return read | {name: fields[name] for name in KEPT if fields.get(name) is not None}
+
+
+def _is_to_learn(origin: str, fields: Mapping[str, Any]) -> bool:
+    """Return whether a message is learned; a csv file may have a text.
+
+    Raises:
+        InputError: for a mark that is neither yes nor no.
+    """
+    marks = {name: fields[name] for name in (TRAIN, WEIGHT) if fields.get(name) is not None}
+    values = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    for name, mark in marks.items():
+        if str(mark).strip().lower() not in values:
+            raise InputError(f"{origin}: {name} of a message is {mark!r}; expected 0 or 1, or false or true")
+    return all(values[str(mark).strip().lower()] for mark in marks.values())
+
+
+def learned_turns(messages: Sequence[Message]) -> list[int]:
+    """Return the indices of the assistant's messages that are learned."""
+    return [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get(TRAIN) is not False
+    ]
 
 
 def _calls(origin: str, calls: Any) -> list[dict[str, Any]]:
@@ -329,13 +365,26 @@ SFT_FORMATS = (
     "inputs+targets (FLAN)",
 )
 PREFERENCE_FORMATS = (
+    "input+preferred_output+non_preferred_output (OpenAI)",
     "prompt+response_a+response_b+preference",
     "prompt+chosen+rejected",
+    "instruction+chosen+rejected (LLaMA-Factory)",
     "chosen+rejected",
     "conversations+chosen+rejected (ShareGPT)",
     "instruction+response1+response2+label (PandaLM)",
     "input+output_1+output_2+label (LLMBar)",
     "instruction+completions with scores (UltraFeedback)",
+)
+# What comes before a prompt: LLaMA-Factory's columns.
+BEFORE = ("system", "history")
+# OpenAI's comparison.
+OPENAI = ("preferred_output", "non_preferred_output")
+# Scores beside chosen and rejected answers, of which the first is the higher one.
+SCORED = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
 )
 PROMPT_FORMATS = ("prompt", "instruction", "messages", "conversations (ShareGPT)", "text")
 # The columns of an instruction and of its answer.
@@ -349,7 +398,8 @@ SCORES = ("overall_score", "score", "rating", "fine-grained_score")
 # Our names in `--column_mapping`: every column of a format.
 COLUMNS = (
     *("text", "content", "instruction", "input", "context", "output", "prompt", "completion", "response", "inputs"),
-    *("targets", "messages", "conversations", "system", "tools", "chosen", "rejected", "response_a", "response_b"),
+    *("targets", "messages", "conversations", "system", "history", "tools", "chosen", "rejected"),
+    *("response_a", "response_b"),
     *("preference", "response1", "response2", "output_1", "output_2", "label", "completions", "scores"),
     *("image", "images"),
 )
@@ -392,26 +442,73 @@ def to_sft(origin: str, row: Row) -> Row:
         BadRow: when there is no answer at its end, or its `label` says that the answer is undesired (KTO).
         InputError: when the row cannot be read.
     """
-    # A csv file has a text; a number would be the label of something else.
-    if isinstance(label := row.get("label"), (bool, str)) and str(label).strip().lower() == "false":
+    # A csv file has a text; anything else is the label of something else, and not read.
+    is_mark = str(dict.get(row, "label")).strip().lower() in ("true", "false")
+    if is_mark and str(label := row["label"]).strip().lower() == "false":
         raise BadRow(f"{origin}: label is {label!r}: the answer is one that is not wanted", UNDESIRED)
     tools = read_tools(origin, row.get("tools"))
-    shared = {"tools": tools} if tools else {}
-    for prompt_column, answered in ANSWERED:
-        if _has(row, prompt_column, answered):
-            prompt = (
-                _instruction(origin, row)
-                if prompt_column == "instruction"
-                else _as_messages(origin, row[prompt_column])
+    found = [columns for columns in ANSWERED if _has(row, *columns)]
+    found += [(column,) for column in ("messages", "conversations") if _has(row, column)]
+    if not found:
+        raise _unreadable(origin, row, SFT_FORMATS)
+    converted = _demonstration(origin, row, found[0])
+    for others in found[1:]:
+        if _words(_demonstration(origin, row, others)) != _words(converted):
+            raise InputError(
+                f"{origin}: {' and '.join(found[0])} say something else than {' and '.join(others)}: leave out one of "
+                f"these columns, or name the one to read, such as --column_mapping {found[0][-1]}={others[-1]}"
             )
-            completion = _ended(origin, answered, _answer(origin, row[answered]))
-            return {"prompt": prompt, "completion": completion, **shared}
-    for column in ("messages", "conversations"):
-        if column in row:
-            messages = _ended(origin, column, _conversation(origin, row, column))
-            first = [message["role"] for message in messages].index("assistant")
-            return {"prompt": messages[:first], "completion": messages[first:], **shared}
-    raise _unreadable(origin, row, SFT_FORMATS)
+    return to_be_learned(origin, converted | ({"tools": tools} if tools else {}))
+
+
+def to_be_learned(origin: str, row: Row) -> Row:
+    """Return a row with `prompt` and `completion`, unless all answers in its completion are marked otherwise.
+
+    Raises:
+        BadRow: when they are.
+    """
+    if not learned_turns(row["completion"]):
+        raise BadRow(f"{origin}: a row {NOT_LEARNED} ({TRAIN}, {WEIGHT})", NOT_LEARNED)
+    return row
+
+
+def _demonstration(origin: str, row: Row, columns: Sequence[str]) -> Row:
+    """Return prompt and completion of these columns: a question's and its answer's, or a conversation's."""
+    if len(columns) == 1:
+        messages = _ended(origin, columns[0], _conversation(origin, row, columns[0]))
+        first = [message["role"] for message in messages].index("assistant")
+        return {"prompt": messages[:first], "completion": messages[first:]}
+    question, answer = columns
+    prompt = _instruction(origin, row) if question == "instruction" else _as_messages(origin, row[question])
+    completion = _ended(origin, answer, _answer(origin, row[answer]))
+    return {"prompt": _after_history(origin, row, prompt), "completion": completion}
+
+
+def _words(row: Row) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in (*row["prompt"], *row["completion"])]
+
+
+def _after_history(origin: str, row: Row, prompt: list[Message]) -> list[Message]:
+    """Return a prompt after what its row has of the columns `system` and `history`, as LLaMA-Factory has them.
+
+    Raises:
+        InputError: for a history that is no list of pairs of a question and its answer.
+    """
+    history, before = row.get("history") or [], []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
+            raise InputError(f"{origin}: history must be a list of pairs, a question and its answer, got {pair!r:.80}")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    begin = int(prompt[0]["role"] == "system")
+    return _after_system(row, [*prompt[:begin], *before, *prompt[begin:]])
+
+
+def _after_system(row: Row, messages: list[Message]) -> list[Message]:
+    """Return messages after the one of a row's column `system`, if it has one and they begin with no other."""
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
 
 
 def last_turn(row: Row) -> Row:
@@ -429,11 +526,16 @@ def to_preference(origin: str, row: Row) -> Row:
         BadRow: when neither answer is better.
         InputError: when the row cannot be read.
     """
-    tools = read_tools(origin, row.get("tools"))
-    return _compared(origin, row) | ({"tools": tools} if tools else {})
+    tools, compared = read_tools(origin, row.get("tools")), _compared(origin, row)
+    compared["prompt"] = _after_history(origin, row, compared["prompt"])
+    return compared | ({"tools": tools} if tools else {})
 
 
 def _compared(origin: str, row: Row) -> Row:
+    if _has(row, "input", *OPENAI):
+        given = row["input"]
+        prompt = given.get("messages") if isinstance(given, dict) else given
+        return _comparison(_as_messages(origin, prompt), *(_answer(origin, row[side]) for side in OPENAI))
     if _has(row, "prompt", "response_a", "response_b", "preference"):
         if row["preference"] not in ("a", "b"):
             raise InputError(f"{origin}: preference is {row['preference']!r}; expected 'a' or 'b'")
@@ -456,6 +558,10 @@ def _compared(origin: str, row: Row) -> Row:
 
 def _chosen_and_rejected(origin: str, row: Row) -> Row:
     """Return the comparison of a row with answers, or with whole conversations, in `chosen` and `rejected`."""
+    for columns in SCORED:
+        better, worse = (_number(row.get(column)) for column in columns)
+        if better is not None and worse is not None and better < worse:
+            raise BadRow(f"{origin}: {columns[0]} is {better:g}, below {columns[1]}, {worse:g}", OPPOSITE)
     for column in ("prompt", "conversations"):
         if not _has(row, column):
             continue
@@ -463,12 +569,21 @@ def _chosen_and_rejected(origin: str, row: Row) -> Row:
         sides = [row[side] for side in ("chosen", "rejected")]
         if not any(isinstance(side, list) and _role(origin, side) in ("user", "system") for side in sides):
             return _comparison(_as_messages(origin, row[column]), *(_answer(origin, side) for side in sides))
+    if _has(row, "instruction"):
+        return _comparison(_instruction(origin, row), *(_answer(origin, row[side]) for side in ("chosen", "rejected")))
     chosen, rejected = (_transcript(origin, row[column]) for column in ("chosen", "rejected"))
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     refuse_if(shared == 0, f"{origin}: chosen and rejected do not begin with the same prompt")
     return _comparison(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _role(origin: str, messages: list) -> str | None:
@@ -520,18 +635,30 @@ def _best_and_worst(origin: str, row: Row) -> tuple[Any, Any]:
 
 
 def to_prompt(origin: str, row: Row) -> Row:
-    """Convert a prompt row: `prompt` as text or a conversation, and every other column unchanged."""
+    """Convert a prompt row: `prompt` as text or a conversation, and every other column unchanged.
+
+    A row with `system` or `history` is a conversation.
+    """
+    # Rewards may read each column.
+    row = {name: row[name] for name in row}
+    prompt = _prompt_of(origin, row)
+    if any(row.get(name) for name in BEFORE):
+        prompt = _after_history(origin, row, as_messages(prompt))
+    return {**row, "prompt": prompt}
+
+
+def _prompt_of(origin: str, row: Row) -> str | list[Message]:
     if "prompt" in row:
         prompt = row["prompt"]
-        return {**row, "prompt": prompt if isinstance(prompt, str) else read_messages(origin, prompt)}
+        return prompt if isinstance(prompt, str) else read_messages(origin, prompt)
     if "instruction" in row:
-        return {**row, "prompt": _instruction(origin, row)}
+        return _instruction(origin, row)
     for column in ("messages", "conversations"):
         if column in row:
             messages = _conversation(origin, row, column)
-            return {**row, "prompt": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
+            return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if isinstance(row.get("text"), str):
-        return {**row, "prompt": row["text"]}
+        return row["text"]
     raise _unreadable(origin, row, PROMPT_FORMATS)
 
 
@@ -553,7 +680,8 @@ def as_completion(prompt: str | list[Message], text: str) -> str | list[Message]
 
 
 def _has(row: Row, *columns: str) -> bool:
-    return all(row.get(column) is not None for column in columns)
+    # Looked for, and not yet used: see `ReadRow`.
+    return all(dict.get(row, column) is not None for column in columns)
 
 
 def _comparison(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Row:
@@ -586,11 +714,8 @@ def _answer(origin: str, answer: Any) -> list[Message]:
 
 
 def _conversation(origin: str, row: Row, column: str) -> list[Message]:
-    """Return the messages of a row, after the messages of a column `system` if it has one."""
-    messages, system = read_messages(origin, row[column]), row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
+    """Return the messages of a row, after the message of a column `system` if it has one."""
+    return _after_system(row, read_messages(origin, row[column]))
 
 
 def _ended(origin: str, column: str, messages: Sequence[Message]) -> list[Message]:
@@ -614,7 +739,23 @@ def _transcript(origin: str, text: Any) -> list[Message]:
 
 
 def _unreadable(origin: str, row: Row, accepted: tuple[str, ...]) -> InputError:
-    return InputError(f"{origin}: columns {', '.join(row) or '(none)'}; expected one of: {'; '.join(accepted)}")
+    return InputError(
+        f"{origin}: columns {', '.join(row) or '(none)'}; expected one of: {'; '.join(accepted)}; name others by "
+        f"--column_mapping OURS=THEIRS{_likely_mapping(row, accepted)}"
+    )
+
+
+def _likely_mapping(row: Row, accepted: Sequence[str]) -> str:
+    """Return what a row's columns are likely called here, such as `, here prompt=Question completion=Answer`."""
+    alike = {"question": "prompt", "query": "prompt", "answer": "completion", "reply": "completion"}
+    names = {name.split(" ")[0] for each in accepted for name in each.split("+")}
+    pairs = []
+    for column in row:
+        plain = column.strip().lower().removesuffix("s")
+        ours = plain if plain in names else alike.get(plain)
+        if ours in names and ours != column:
+            pairs.append(f"{ours}={column}")
+    return f", here {' '.join(pairs)}" if pairs else ""
 
 
 # ---- renamed columns ----

@@ -33,6 +33,8 @@ COLUMNS = {
     SPANS: ("context", "question", "answers", "id"),
 }
 OPTIONAL = ("text_pair", "id")
+# More labels than this, of which most occur once, are numbers or texts of the rows.
+MOST_LABELS = 50
 NO_TEXT, NO_LABEL, MISPLACED = "without a text", "without a label", "whose answer is not at its place"
 
 
@@ -74,12 +76,26 @@ def _text_row(origin: str, row: Row, named: Callable[[str, object], str]) -> dic
     refuse_if(not isinstance(text or "", str), f"{origin}: text is {type(text).__name__}; expected a string")
     if not (text or "").strip():
         raise BadRow(f"{origin}: a row {NO_TEXT}", NO_TEXT)
-    if label is None or not str(label).strip():
+    if label is None or not str(label).strip() or str(label).strip().lower() == "nan":
         raise BadRow(f"{origin}: a row {NO_LABEL}", NO_LABEL)
     if isinstance(label, list | dict):
         raise InputError(f"{origin}: label is {type(label).__name__}; expected one label: a string or a number")
+    if _has_fraction(label):
+        raise InputError(
+            f"{origin}: label is {label}, a number with a fraction; expected the name or number of a class"
+        )
     prompt = text if not pair else f"{text}\n{pair}"
     return {"prompt": prompt, "text": text, "text_pair": pair or None, "label": named(origin, label)}
+
+
+def _has_fraction(label: object) -> bool:
+    """Return whether a label is a number such as 3.7, also in a csv file."""
+    if isinstance(label, bool):
+        return False
+    try:
+        return not float(str(label)).is_integer()
+    except (ValueError, OverflowError):
+        return False
 
 
 def _word_row(origin: str, row: Row, named: Callable[[str, object], str]) -> dict[str, Any]:
@@ -147,6 +163,11 @@ def labels_of(task: str, rows: Sequence[Row], class_names: Sequence[str] | None 
     if task == SPANS:
         return []
     result = {row["label"] for row in rows} if task == TEXT else {tag for row in rows for tag in row["tags"]}
+    if task == TEXT and len(result) > max(MOST_LABELS, len(rows) // 2):
+        raise InputError(
+            f"{len(rows):,} rows have {len(result):,} different labels, such as {sorted(result)[0]!r}: is it an id, "
+            "or a text? Name another by --column_mapping label=..."
+        )
     if len(result) < 2:
         raise InputError(f"all rows have the label {next(iter(result), '')!r}; at least 2 different ones are needed")
     return [*class_names] if class_names else sorted(result)

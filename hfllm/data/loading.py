@@ -11,6 +11,7 @@ from hfllm.data import formats
 from hfllm.data.formats import BadRow, Dropped, OriginRow, flaw_of, renamed
 from hfllm.data.images.files import image_key
 from hfllm.data.packing import Prepared
+from hfllm.data.receipt import Receipt, begin_receipt
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
@@ -81,8 +82,13 @@ class RowSource:
     bad_rows: str = "drop"
 
     def __iter__(self) -> Iterator[tuple[str, formats.Row]]:
-        for origin, row in islice(iterate_source(self.name, self.part), self.max_samples):
-            yield origin, renamed(origin, row, self.renaming)
+        return self.read()[1]
+
+    def read(self) -> tuple[Receipt, Iterator[tuple[str, formats.Row]]]:
+        """Return the receipt of the rows, which grows while they are read, and the rows."""
+        receipt = begin_receipt(self.name, self.part.split)
+        rows = islice(iterate_source(self.name, self.part), self.max_samples)
+        return receipt, ((origin, receipt.take(origin, renamed(origin, row, self.renaming))) for origin, row in rows)
 
 
 @dataclass(frozen=True)
@@ -417,8 +423,9 @@ def load_rows(
     Raises:
         InputError: for an unreadable row, or with `--bad_rows refuse` one that cannot be learned from.
     """
+    receipt, read = source.read()
     rows = []
-    for origin, row in source:
+    for origin, row in read:
         try:
             converted = mapper(origin, row)
             flaw = flaw_of(converted) if dropped is not None else None
@@ -429,11 +436,13 @@ def load_rows(
                 raise
             dropped.add(error.kind, origin)
         else:
+            receipt.add_converted(converted)
             rows.append(OriginRow(converted, origin) if isinstance(converted, dict) else converted)
             if len(rows) == most:
                 break
     if dropped is not None:
         dropped.total = len(rows) + dropped.count
+        receipt.dropped = dropped
     return rows
 
 

@@ -33,8 +33,14 @@ WORLD, PYDOC = "world", "pydoc"
 # Rows with images: the drawn world, and scikit-learn's digits.
 PICTURES, DIGITS = "pictures", "digits"
 EMBEDDED = (WORLD, PYDOC, PICTURES, DIGITS)
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".txt")
+# Files of one document each, beside those of rows.
+DOCUMENTS = (".md", ".markdown", ".html", ".htm")
+ROWS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
+EXTENSIONS = (*ROWS, ".txt", *DOCUMENTS)
+# What a folder of rows has beside them: the card of the dataset.
+DATASET_CARD = "README.md"
 LINES = (".jsonl", ".jsonl.gz")
+IMAGES = frozenset((".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"))
 # Lists and objects in one another; a conversation with tools and their schemas has some ten.
 MOST_NESTED = 100
 # Lines that a quoted field of a table may run over, although each could be a row.
@@ -86,8 +92,8 @@ def load_source(name: str, part: HubPart = TRAIN) -> Source:
     """Read the dataset called `name`.
 
     Args:
-        name: a file (jsonl, jsonl.gz, json, csv, tsv, parquet, txt: a document per blank-line-separated paragraph), a
-            folder of such files, `pydoc`, or the id of a dataset on the Hub.
+        name: a file (jsonl, jsonl.gz, json, csv, tsv, parquet, txt: a document per blank-line-separated paragraph, md
+            and html: a document), a folder of such files, `pydoc`, or the id of a dataset on the Hub.
         part: which part of a Hub dataset.
 
     Raises:
@@ -143,7 +149,7 @@ def source_files(name: str) -> list[Path] | None:
     """
     path = Path(name)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(EXTENSIONS) and not file.is_dir())
+        files = _readable(path)
         for file in files:
             # A pipe would be waited for.
             refuse_if(not file.is_file(), f"{file}: not a file that can be read, such as a link to nowhere or a pipe")
@@ -154,6 +160,30 @@ def source_files(name: str) -> list[Path] | None:
     if name.endswith(EXTENSIONS) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"dataset {name!r} does not exist: no such file or folder (and not a Hub id like user/name)")
     return None
+
+
+def _readable(folder: Path) -> list[Path]:
+    """Return the files of a folder that hold rows or documents; beside rows not the dataset's card."""
+    files = sorted(file for file in folder.rglob("*") if file.name.endswith(EXTENSIONS) and not file.is_dir())
+    has_rows = any(file.name.endswith(ROWS) for file in files)
+    return [file for file in files if not (has_rows and file.name == DATASET_CARD)]
+
+
+def skipped_files(name: str) -> dict[Path, str]:
+    """Return the files of a local folder that are not read, and why.
+
+    Images are left to the rows that name them, and hidden files to their programs.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return {}
+    read, skipped = {*_readable(folder)}, {}
+    for file in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_dir() or is_hidden or file in read or file.suffix.lower() in IMAGES:
+            continue
+        skipped[file] = "the card of the dataset" if file.name == DATASET_CARD else f"{file.suffix or 'no'} ending"
+    return skipped
 
 
 def folder_of(name: str) -> Path | None:
@@ -176,6 +206,8 @@ def read_rows(file: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterable[tuple[
         return enumerate(_read_csv(file, max_row_bytes), 1)
     if file.suffix == ".parquet":
         return enumerate(parquet_rows(file, max_row_bytes), 1)
+    if file.suffix in DOCUMENTS:
+        return enumerate(_read_document(file, max_row_bytes), 1)
     if file.suffix == ".txt":
         return enumerate(({"text": text} for text in _read_paragraphs(file, max_row_bytes)), 1)
     raise InputError(f"{file}: cannot read this kind of file; accepted: {', '.join(EXTENSIONS)}")
@@ -224,8 +256,21 @@ def _read_jsonl(file: Path, limit: int) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_json(text: str) -> Any:
-    """Return the JSON value, with "?" for unpaired surrogates, which UTF-8 cannot encode."""
-    return _without_surrogates(json.loads(text), text)
+    """Return the JSON value, with "?" for unpaired surrogates, which UTF-8 cannot encode.
+
+    Raises:
+        ValueError: when the text is no JSON, or a key occurs twice in an object, of which one value would be lost.
+    """
+    return _without_surrogates(json.loads(text, object_pairs_hook=_object_of), text)
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
+    return made
 
 
 def _without_surrogates(value: Any, text: str) -> Any:
@@ -259,6 +304,12 @@ class _TableLines:
         self.file, self.stream, self.limit = file, stream, limit
         self.number, self.row, self.size = 0, [], 0
 
+    def delimiter(self) -> str:
+        """Return what separates the columns of a csv file: a comma, or where the header has none a semicolon."""
+        header = self.stream.readline(self.limit + 1 if self.limit else -1)
+        self.stream.seek(0)
+        return ";" if ";" in header and "," not in header else ","
+
     def begin_row(self) -> None:
         """Forget the lines of the row before."""
         self.row, self.size = [], 0
@@ -288,15 +339,17 @@ class _TableLines:
 def _read_csv(file: Path, limit: int) -> Iterator[dict[str, Any]]:
     # The standard limit of 128 kB is less than a long document.
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if file.suffix == ".tsv" else ","
     with file.open(encoding="utf-8-sig", newline="") as stream:
         lines = _TableLines(file, stream, limit)
+        delimiter = "\t" if file.suffix == ".tsv" else lines.delimiter()
         # An unclosed quote would swallow rows up to the next one.
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         for number in count(1):
             try:
                 # The first time, this reads the header.
                 names = reader.fieldnames
+                if number == 1 and names is not None:
+                    reader.fieldnames = names = _column_names(file, names)
                 lines.begin_row()
                 row = next(reader, None)
             except csv.Error as error:
@@ -309,12 +362,23 @@ def _read_csv(file: Path, limit: int) -> Iterator[dict[str, Any]]:
             if None in row:
                 result, expected = len(row) - 1 + len(row[None]), len(names)
                 raise InputError(f"{file}, row {number}: {result} fields, and the header names {expected}")
-            if len(lines.row) > MOST_LINES and all(line.count(delimiter) == len(names) - 1 > 0 for line in lines.row):
+            # By chance every line of a text has as many commas, the less the more columns there are.
+            most = MOST_LINES if len(names) == 2 else 1
+            if len(lines.row) > most and all(line.count(delimiter) == len(names) - 1 > 0 for line in lines.row):
                 raise InputError(
                     f"{file}, line {lines.first}: a quoted field goes on to line {lines.number}, and each of these "
                     "lines could be a row: a quote was left open, or write this table as .jsonl"
                 )
             yield row
+
+
+def _column_names(file: Path, names: Sequence[str]) -> list[str]:
+    """Return the names of a table's columns without spaces around them; refuse one that occurs twice."""
+    names = [name.strip() for name in names]
+    # A spreadsheet ends its lines in columns without a name.
+    if twice := next((name for at, name in enumerate(names) if name and name in names[:at]), None):
+        raise InputError(f"{file}, line 1: the column {twice!r} occurs twice in the header, and one would be lost")
+    return names
 
 
 def _read_paragraphs(file: Path, limit: int) -> Iterator[str]:
@@ -333,6 +397,21 @@ def _read_paragraphs(file: Path, limit: int) -> Iterator[str]:
                 lines, size = [], 0
             elif limit and size > limit:
                 raise too_long(f"{file}, line {number - len(lines) + 1}", limit)
+
+
+def _read_document(file: Path, limit: int) -> Iterator[dict[str, Any]]:
+    """Yield the text of a file of one document, of HTML the visible one; nothing where it is blank."""
+    with file.open("rb") as stream:
+        raw = stream.read(limit + 1 if limit else -1)
+    if limit and len(raw) > limit:
+        raise too_long(f"{file}", limit)
+    text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    if file.suffix in (".html", ".htm"):
+        from hfllm.data.curation.text import html_to_text
+
+        text, _ = html_to_text(text, "plain")
+    if text.strip():
+        yield {"text": text.strip()}
 
 
 def _read_json(file: Path, limit: int) -> Iterator[dict[str, Any]]:
@@ -361,7 +440,7 @@ class _JsonItems:
     def __init__(self, file: Path, stream: IO[str], limit: int):
         self.file, self.stream, self.limit = file, stream, limit
         self.text, self.at, self.lines_before, self.is_whole = "", 0, 0, False
-        self.scan = json.JSONDecoder().raw_decode
+        self.scan = json.JSONDecoder(object_pairs_hook=_object_of).raw_decode
 
     def more(self) -> None:
         """Read on; characters already taken are forgotten."""

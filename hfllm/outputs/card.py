@@ -23,6 +23,7 @@ from hfllm.outputs.files import (
     sees_pictures,
 )
 from hfllm.outputs.report import (
+    RECEIPT_FILE,
     figures_markdown,
     flag_sections,
     folded,
@@ -98,7 +99,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
         *_reward(report),
     ]
     if arguments:
-        sections.append(_data(report))
+        sections.append(_data(folder, report))
     if report.get("metrics"):
         sections += ["## Metrics", *figures_markdown(report["metrics"])]
     sections += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plot_files(folder)]
@@ -436,7 +437,7 @@ def _reward(report: Mapping[str, Any]) -> list[str]:
     return ["## Reward", text]
 
 
-def _data(report: Mapping[str, Any]) -> str:
+def _data(folder: Path, report: Mapping[str, Any]) -> str:
     arguments = report["arguments"]
     name = arguments.get("dataset_name")
     if name == WORLD:
@@ -455,7 +456,25 @@ def _data(report: Mapping[str, Any]) -> str:
     learned = learned_from(report)
     if "rows" in learned:
         text += f" Trained on {learned['rows']:,} {learned['kind']}."
-    return f"## Data\n\n{text}"
+    return "\n\n".join(["## Data", text, *_receipt(folder, name)])
+
+
+def _receipt(folder: Path, name: object) -> list[str]:
+    """Return what the run read of its dataset and what not, in a sentence each, if it has written it."""
+    try:
+        receipts = json.loads((folder / RECEIPT_FILE).read_text(encoding="utf-8"))
+        (own,) = [each for each in receipts["datasets"] if each["dataset"] == name][:1]
+        columns, ignored = own["columns"], own["ignored"]
+        dropped = {reason: each["rows"] for reason, each in own["dropped"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    lines = [f"{own['rows']:,} rows were read, and of them {', '.join(map(code_span, columns)) or 'no column'}."]
+    if dropped:
+        reasons = ", ".join(f"{count:,} {plain_line(reason)}" for reason, count in dropped.items())
+        lines.append(f"Left out: {reasons}.")
+    if ignored:
+        lines.append(f"Not read: {', '.join(map(code_span, ignored))}.")
+    return [" ".join(lines)]
 
 
 def check_publishable(peft: bool, model_name: str | None, revision: str = "main") -> None:

@@ -28,7 +28,7 @@ from hfllm.outputs.checkpoints import (
     write_lines,
 )
 from hfllm.outputs.files import CARD, MERGED_FROM, PROCESSOR, SETTINGS, TOKENIZER
-from hfllm.outputs.report import PLOTTED_BY, REPORT_FILE, read_report, write_atomically
+from hfllm.outputs.report import PLOTTED_BY, RECEIPT_FILE, REPORT_FILE, read_report, write_atomically
 
 # Text in the cards written by Trainer, TRL and PEFT while they save.
 DRAFTS = (
@@ -60,7 +60,7 @@ INSIDE = ("value_model", "reference", "rl", "alone")
 MODEL_FILES = (*NAMES, *INSIDE, *(f"{folder}/{name}" for folder in INSIDE for name in NAMES))
 REPORT_FILES = (
     *("report.md", REPORT_FILE, CARD, "*.png", "samples.jsonl", "samples.jsonl.draft", "samples_of.json"),
-    *("completions", RECORD, LOCK_FILE),
+    *("completions", RECORD, LOCK_FILE, RECEIPT_FILE),
 )
 # The files that decide a model's answers: other files, such as its card, are for readers, who may edit them.
 DECISIVE = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors")

@@ -289,6 +289,8 @@ def side_by_side(metrics: Mapping[str, Mapping[str, float]], names: Sequence[str
 
 
 REPORT_FILE = "report.json"
+# What a run read of its data, and what not: see `hfllm.data.receipt`.
+RECEIPT_FILE = "data_receipt.json"
 # In the metadata of our plots, to distinguish them from another program's.
 PLOTTED_BY = "hfllm, by matplotlib"
 PRINTED_SAMPLES = 3
@@ -318,6 +320,7 @@ class Report:
         given: the user's flags; `None` if unknown.
         parents: its starting model and the models it learned from, see `hfllm.outputs.card`.
         warnings: a line per absent capability among the stage's promises.
+        data: what was read of its datasets, and what not.
     """
 
     stage: str
@@ -332,6 +335,7 @@ class Report:
     given: Mapping[str, Any] | None = None
     parents: Sequence[Mapping[str, Any]] = ()
     warnings: Sequence[str] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = field(default=None, init=False)
 
     def write(self, output_dir: str | Path) -> None:
@@ -341,6 +345,10 @@ class Report:
         for stem, plot in self.curves.items():
             if plot.draw(folder / f"{stem}.png"):
                 self.artifacts[stem] = f"{stem}.png"
+        if self.data:
+            write_atomically(folder / RECEIPT_FILE, json.dumps(self.data, indent=2) + "\n")
+        else:
+            (folder / RECEIPT_FILE).unlink(missing_ok=True)
         write_atomically(folder / "report.md", self.markdown())
         write_atomically(folder / REPORT_FILE, json.dumps(self.as_dict(), indent=2, default=str) + "\n")
         self.folder = folder
@@ -396,7 +404,12 @@ class Report:
     def print_files(self) -> None:
         """Print the output folder with its files, and the next steps."""
         if self.folder is not None:
-            names = ["report.md", REPORT_FILE, *(name for name in self.artifacts.values() if name != ".")]
+            names = [
+                "report.md",
+                REPORT_FILE,
+                *([RECEIPT_FILE] if self.data else []),
+                *(name for name in self.artifacts.values() if name != "."),
+            ]
             names = [*(["the model", "README.md (its card)"] if self.artifacts.get("model") == "." else []), *names]
             print(f"\nIn {self.folder}: {', '.join(dict.fromkeys(names))}", flush=True)
         if self.next_steps:

@@ -5,6 +5,7 @@ dataset's other columns, one value per row.
 """
 
 import importlib.util
+import inspect
 import json
 import random
 import re
@@ -200,6 +201,9 @@ def checked_rewards(
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
         column_names = ", ".join(columns) or "(none)"
+        if isinstance(error, TypeError) and (needed := _needed_columns(function) - {*columns}):
+            missing = f"no column {min(needed)!r}, which it needs"
+            raise InputError(f"{name}: the rows have {missing}; columns given: {column_names}") from None
         raise InputError(f"{name} failed with {error!r}{_location(error)}; columns given: {column_names}") from error
     if not isinstance(rewards, list):
         raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
@@ -217,6 +221,16 @@ def checked_rewards(
                 f"{MOST_REWARD:g} in size"
             )
     return [list(map(float, reward)) if is_per_token else float(reward) for reward in rewards]
+
+
+def _needed_columns(function: Callable[..., Any]) -> set[str]:
+    """Return the columns that a reward function has no default for."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    is_named = [each for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return {each.name for each in is_named if each.default is each.empty} - {"prompts", "completions"}
 
 
 class _TimeIsUp(BaseException):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfllm.data.loading import DataArguments
+from hfllm.data.receipt import unprinted_lines, whole_receipt
 from hfllm.data.sources import EMBEDDED, WORLD, source_files
 from hfllm.errors import InputError, refuse_if
 from hfllm.fingerprint import FORM, file_fingerprint
@@ -49,7 +50,7 @@ from hfllm.outputs.report import (
     plot_history,
 )
 from hfllm.runs import schedule
-from hfllm.runs.command_line import main_process
+from hfllm.runs.command_line import main_process, say
 from hfllm.runs.identity import data_files, difference, finished_run, model_files, run_arguments, run_identity
 from hfllm.runs.lock import join, lock, owner_of, release
 from hfllm.runs.output import explained
@@ -346,6 +347,7 @@ class Stage:
             given=given_flags(given_names(*self.parsed), self.arguments),
             parents=lineage(self._models_of_flags() | dict(models or {})),
             warnings=broken_promises(promises, metrics),
+            data=whole_receipt(self.arguments),
         )
         failure = self._write_report(report, too_wide) if main_process() else None
         if trainer is not None:
@@ -358,6 +360,8 @@ class Stage:
     def _write_report(self, report: Report, too_wide: Sequence[str]) -> InputError | None:
         """Write and print a report, and publish if asked; return an error of the Hub, for after the others' wait."""
         folder, model = Path(self.output_dir), report.artifacts.get("model")
+        for line in unprinted_lines(self.arguments):
+            say(line)
         report.write(folder)
         if model == ".":
             self._write_card()

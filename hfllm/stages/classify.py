@@ -1,5 +1,6 @@
 """Classification, tagging and spans: flags, their checks, data, model, and evaluation."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hfllm.data import labelled
 from hfllm.data.labelled import COLUMNS, SPANS, TASKS, TEXT, WORDS, Encoded, Row, Window
 from hfllm.data.loading import ON_WORLD, RowArguments
+from hfllm.data.receipt import MAX_NAMES, note_figures
 from hfllm.errors import InputError
 from hfllm.evaluation import classification
 from hfllm.evaluation.classification import bag_of_words, majority
@@ -222,6 +224,11 @@ def labels_of(
         labels = labelled.labels_of(task, [*train_rows, *held_out], class_names)
     except InputError as error:
         raise InputError(f"{dataset_name}: {error}") from None
+    if task == TEXT:
+        counts = Counter(row["label"] for row in train_rows)
+        note_figures("labels of training rows", counts)
+        most = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(MAX_NAMES))
+        say(f"{dataset_name}: training rows by label: {most}{' ...' if len(counts) > MAX_NAMES else ''}")
     if task == TEXT and (unseen := {row["label"] for row in held_out} - {row["label"] for row in train_rows}):
         names = ", ".join(sorted(unseen))
         say(f"{dataset_name}: held-out rows have labels that no training row has: {names}")

@@ -22,6 +22,7 @@ from hfllm.data.images.rows import (
     written_when,
 )
 from hfllm.data.loading import DataArguments, RowSource, RowSources, load_rows, shared_prompts, split_rows
+from hfllm.data.receipt import unprinted_lines
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import Fact, changed, check_flags
@@ -86,7 +87,7 @@ def user_rows(
 
 
 def kept_rows(source: RowSource, mapper: Mapper, flaw_of: Flaw, most: int | None = None) -> Rows:
-    """Return the usable rows of a dataset, and print how many are left out and why.
+    """Return the usable rows of a dataset, and print its receipt: what is read, and what is left out and why.
 
     Args:
         most: maximum number of rows; later ones are not read. By default all.
@@ -94,9 +95,14 @@ def kept_rows(source: RowSource, mapper: Mapper, flaw_of: Flaw, most: int | None
     dropped = Dropped()
     rows = load_rows(source, mapper, dropped, flaw_of, most)
     refuse_if(not rows, f"{source.name}: no row is left: {dropped}")
-    if dropped.count:
-        say(f"{source.name}: {dropped}")
+    say_receipts({"dataset_name": source.name})
     return rows
+
+
+def say_receipts(arguments: Mapping[str, Any]) -> None:
+    """Print what was read of the datasets that flags name, and what was not."""
+    for line in unprinted_lines(arguments):
+        say(line)
 
 
 # ---- rows with images ----

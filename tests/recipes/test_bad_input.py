@@ -198,7 +198,7 @@ def test_reward_functions(saved_model, tmp_path):
     assert "needs a reward" in complaint("rlhf", *flags)
     file.write_text("def fine(answer, **columns): return answer")
     message = complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
-    assert "'fine' failed with TypeError" in message
+    assert "'fine': the rows have no column 'answer', which it needs" in message
     assert "columns given: completion_ids" in message
     file.write_text("import not_installed_anywhere")
     assert "does not run: ModuleNotFoundError" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")

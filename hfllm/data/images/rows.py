@@ -26,6 +26,7 @@ from hfllm.data.formats import (
     content_text,
     counted,
     flaw_of,
+    learned_turns,
     renamed,
     role_of,
     spells,
@@ -525,14 +526,13 @@ def words_or_pictures(pictures: Convert, words: Convert, tokens: Sequence[str]) 
 
 
 def by_turns(row: Mapping[str, Any]) -> Rows:
-    """Return a row for each answer of a conversation, with everything said and shown before it as the prompt.
+    """Return a row for each learned answer of a conversation, with everything said and shown before it as the prompt.
 
     TRL learns all of a completion, so that with several turns in it a model would also learn to ask.
     """
     rows: Rows = []
-    for index, message in enumerate(row["completion"]):
-        if message["role"] != "assistant":
-            continue
+    for index in learned_turns(row["completion"]):
+        message = row["completion"][index]
         prompt = [*row["prompt"], *row["completion"][:index]]
         num_images = sum(part["type"] == "image" for each in prompt for part in each["content"])
         rows.append({**row, "prompt": prompt, "completion": [message], "images": row["images"][:num_images]})

@@ -142,7 +142,7 @@ def read_questions(path: str, flag: str) -> list[Question]:
     Raises:
         InputError: when it cannot be read, or naming an invalid row, or a row with an answer of two possible meanings.
     """
-    return questions_of(_with_header(path, rows_of(path, (), flag)))
+    return questions_of(_without_header(path) or rows_of(path, (), flag))
 
 
 def questions_of(rows: Rows) -> list[Question]:
@@ -515,23 +515,19 @@ def _need(origin: str, row: Mapping[str, Any], column: str) -> None:
 # ---- headers ----
 
 
-def _with_header(path: str, rows: Rows) -> Rows:
-    """Return rows of MMLU's own files, without a header, with the usual names of their columns."""
-    if not path.endswith((".csv", ".tsv")):
-        return rows
-    with open(path, encoding="utf-8-sig", newline="") as stream:
+def _without_header(path: str) -> Rows:
+    """Return rows of MMLU's own files, without a header, with the usual names of their columns; of others nothing."""
+    if not path.endswith((".csv", ".tsv")) or not Path(path).is_file():
+        return []
+    with open(path, encoding="utf-8-sig", newline="", errors="replace") as stream:
         reader = csv.reader(stream, delimiter="\t" if path.endswith(".tsv") else ",")
-        first = next(reader)
+        first = next(reader, [])
         names = [_plain_name(name) for name in first]
         num_choices = len(first) - 2
         letters = LETTERS[:num_choices]
         is_row = len(letters) > 1 and first[-1].strip() in [*letters] and not {*QUESTION, *ANSWER} & {*names}
         if not is_row:
-            # A spreadsheet ends its lines in columns without a name.
-            twice = next((name for name in first if name.strip() and first.count(name) > 1), None)
-            if twice is not None:
-                raise InputError(f"{path}: the header names {twice!r} twice: give each column a name of its own")
-            return rows
+            return []
         result = [(number, each) for number, each in zip(count(1), [first, *reader], strict=False) if each]
     header = ["question", *letters, "answerKey"]
     for number, each in result:

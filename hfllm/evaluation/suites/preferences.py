@@ -24,6 +24,7 @@ from hfllm.generation.scoring import Likelihood
 
 FLAG = "--preference_files"
 LETTERS = ("(A)", "(B)")
+EQUAL = "both answers are the same"
 # Role names of some chat templates, and their usual names.
 OTHER_ROLES = {"developer": "system", "model": "assistant"}
 OPTION = re.compile(r"^\s*\(([A-Z])\)\s*(.*?)\s*$", re.MULTILINE)
@@ -84,6 +85,8 @@ class Preferences(Suite[Pair]):
     def judged(self, subject: Subject, item: Item[Pair]) -> Record:
         """Return the record of a pair."""
         pair, name = item.body, self.name_of(item)
+        if pair.better == pair.worse:
+            return self.record(subject, item, asked=transcript(pair), skipped=EQUAL)
         by_letter = letter_shares(subject, pair, name)
         scored = None if pair.by_letter_only else answer_likelihoods(subject, pair, name)
         if by_letter is None or (scored is None and not pair.by_letter_only):

@@ -93,7 +93,7 @@ def organisations_of(
         if script_args.learner == REWARD:
             return formats.to_preference(origin, row)
         row = formats.to_sft(origin, row)
-        return formats.last_turn(row) if script_args.loss_on == "last" else row
+        return formats.to_be_learned(origin, formats.last_turn(row)) if script_args.loss_on == "last" else row
 
     def read(dataset: str) -> list[Row]:
         return kept_rows(replace(script_args.row_source, name=dataset), mapper, flaw_of)

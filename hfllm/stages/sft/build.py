@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data import formats
 from hfllm.data.augmentation import PREFILL, augmented_demonstrations, training_texts
 from hfllm.data.conversations import Conversations, has_markers, read_back, template_of
-from hfllm.data.formats import Dropped, OriginRow, origin_of
+from hfllm.data.formats import Dropped, OriginRow, learned_turns, origin_of
 from hfllm.data.images.rows import Rows, as_dataset, without_images, words_of_places
 from hfllm.data.loading import InstructionArguments, split_rows
 from hfllm.data.packing import IGNORE
+from hfllm.data.receipt import note_figures
 from hfllm.data.sources import PYDOC, WORLD, Source
 from hfllm.data.tokenizer import BUILT_IN, OWN, plain_text, set_chat_template
 from hfllm.data.world.demonstrators import instruction_rows
@@ -73,7 +74,7 @@ def instruction_data(
 
     def convert(origin: str, row: formats.Row) -> formats.Row:
         row = formats.to_sft(origin, row)
-        return formats.last_turn(row) if script_args.loss_on == "last" else row
+        return formats.to_be_learned(origin, formats.last_turn(row)) if script_args.loss_on == "last" else row
 
     if script_args.dataset_name == WORLD:
         rows = instruction_rows(World(script_args.world_seed), num_examples, seed)
@@ -265,11 +266,31 @@ def examples(
     if crowded:
         say(f"{what}: {crowded_out(crowded, longest, len(rows))}")
     refuse_if(not columns["input_ids"], f"{what}: nothing to learn is left: {dropped}")
+    figures = figures_of(rows, columns)
+    note_figures(what, figures)
+    unlearned = f", {figures['answers_not_learned']:,} not" if figures["answers_not_learned"] else ""
+    say(
+        f"{what}: {figures['answers']:,} answers to learn{unlearned}; {figures['tokens']:,} tokens, "
+        f"{figures['learned_tokens']:,} of them learned; the longest row has {figures['longest']:,}"
+    )
     if dropped.count:
         say(f"{what}: {dropped}")
     if cut:
         say(f"{what}: {cut:,} of {len(rows):,} rows cut to --max_length {longest}")
     return Dataset.from_dict(columns), dropped.count
+
+
+def figures_of(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    """Return the numbers of answers and tokens of tokenized rows, for the data receipt."""
+    answers = [message for row in rows for message in row["completion"] if message["role"] == "assistant"]
+    learned = len(learned_turns(answers))
+    return {
+        "answers": learned,
+        "answers_not_learned": len(answers) - learned,
+        "tokens": sum(map(len, columns["input_ids"])),
+        "learned_tokens": sum(int((labels != IGNORE).sum()) for labels in columns["labels"]),
+        "longest": max(map(len, columns["input_ids"])),
+    }
 
 
 def without_prefill(labeled: "Labeled", prefill: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

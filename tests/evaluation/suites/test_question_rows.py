@@ -70,7 +70,7 @@ def test_rows_with_fewer_choices_and_headers_that_lose_a_column(tmp_path):
     ):
         asked(gap)
     twice = table(tmp_path / "twice.csv", [["Which?", "a", "b", "B"]], ["question", "A", "A", "answer"])
-    with pytest.raises(InputError, match=r"twice.csv: the header names 'A' twice"):
+    with pytest.raises(InputError, match=r"twice.csv, line 1: the column 'A' occurs twice"):
         asked(twice)
     header = ["question", "A", "B", "answer", "", ""]
     spreadsheet = table(tmp_path / "ends.csv", [["Which?", "a", "b", "B", "", ""]], header)

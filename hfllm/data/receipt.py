@@ -1,0 +1,205 @@
+"""The data receipt of a run: files, rows, columns and keys of its datasets that were read, and those that were not."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfllm.data.formats import MESSAGE_KEYS, Dropped
+from hfllm.data.sources import folder_of, skipped_files
+
+# Names in a printed line, of files or columns; the file has all.
+MAX_NAMES = 8
+
+
+class ReadRow(dict[str, Any]):
+    """A row of a dataset that notes which of its columns are read; looking whether it has one does not count."""
+
+    def __init__(self, columns: Mapping[str, Any], used: set[str]):
+        super().__init__(columns)
+        self._used = used
+
+    def __getitem__(self, name: str) -> Any:
+        self._used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._used.add(name)
+        return super().get(name, default)
+
+
+@dataclass
+class Receipt:
+    """What was read of one dataset.
+
+    Args:
+        dataset: its name.
+        split: of a dataset on the Hub.
+
+    Attributes:
+        files: how many rows each file has.
+        rows: how many were read.
+        columns: in how many rows each column has a value.
+        used: the columns that were read.
+        keys: in how many messages each key has a value that is read by nothing.
+        dropped: the rows that are left out.
+        duplicates: rows that were converted to the same as an earlier one.
+        is_printed: whether its lines have been printed.
+    """
+
+    dataset: str
+    split: str = "train"
+    files: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    columns: Counter[str] = field(default_factory=Counter)
+    used: set[str] = field(default_factory=set)
+    keys: Counter[str] = field(default_factory=Counter)
+    dropped: Dropped = field(default_factory=Dropped)
+    duplicates: int = 0
+    is_printed: bool = False
+    _seen: set[int] = field(default_factory=set)
+
+    def take(self, origin: str, row: Mapping[str, Any]) -> ReadRow:
+        """Count a row, and return it as one that notes what is read of it."""
+        self.rows += 1
+        self.files[self._file_of(origin)] += 1
+        for name, value in row.items():
+            if value is not None and value != "":
+                self.columns[name] += 1
+                self.keys.update(_unread_keys(name, value))
+        return ReadRow(row, self.used)
+
+    def add_converted(self, row: object) -> None:
+        """Count a converted row that says the same as an earlier one."""
+        number = hash(str(row))
+        self.duplicates += number in self._seen
+        self._seen.add(number)
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """The columns and the keys of messages that nothing has read, with the number of their values."""
+        columns = {name: count for name, count in self.columns.items() if name not in self.used}
+        return columns | {name: count for name, count in self.keys.items() if name.split("[")[0] in self.used}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The files of a local folder that are not read, and why."""
+        return {_name_in(self.dataset, file): why for file, why in skipped_files(self.dataset).items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the receipt for a file, without the paths of this machine."""
+        first = {reason: self._short(origin) for reason, origin in self.dropped.first.items() if origin}
+        return {
+            "dataset": self.dataset,
+            **({"split": self.split} if not self._is_local else {}),
+            "files": dict(self.files),
+            "skipped_files": self.skipped,
+            "rows": self.rows,
+            "dropped": {
+                reason: {"rows": count, "first": first.get(reason)}
+                for reason, count in self.dropped.reasons.most_common()
+            },
+            "duplicates": self.duplicates,
+            "columns": sorted(self.used & self.columns.keys()),
+            "ignored": self.ignored,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines to print: rows and files, rows left out, columns read, and what is not read."""
+        files = f" in {_counted(len(self.files), 'file')} ({_listed(list(self.files))})" if self._is_local else ""
+        repeated = f", {self.duplicates:,} of them like an earlier one" if self.duplicates else ""
+        yield f"{self.dataset}: {_counted(self.rows, 'row')}{files}{repeated}"
+        if self.dropped.count:
+            yield f"{self.dataset}: {self.dropped}"
+        if skipped := [f"{name} ({why})" for name, why in self.skipped.items()]:
+            yield f"{self.dataset}: {_counted(len(skipped), 'file')} not read: {_listed(skipped)}"
+        ignored = [f"{name} ({count:,})" for name, count in self.ignored.items()]
+        columns = _listed(sorted(self.used & self.columns.keys()))
+        yield f"{self.dataset}: columns read: {columns}; ignored: {_listed(ignored) or 'none'}"
+
+    @property
+    def _is_local(self) -> bool:
+        return folder_of(self.dataset) is not None
+
+    def _file_of(self, origin: str) -> str:
+        file = origin.rpartition(", ")[0]
+        return _name_in(self.dataset, Path(file)) if self._is_local else self.dataset
+
+    def _short(self, origin: str) -> str:
+        file, comma, number = origin.rpartition(", ")
+        return f"{_name_in(self.dataset, Path(file))}{comma}{number}" if self._is_local else origin
+
+
+# The receipts of this process, by dataset and split; a dataset read again has a new one.
+_receipts: dict[tuple[str, str], Receipt] = {}
+# What the rows of the running stage became, such as numbers of tokens, by the name of the rows.
+_figures: dict[str, Mapping[str, Any]] = {}
+
+
+def begin_receipt(dataset: str, split: str = "train") -> Receipt:
+    """Return the receipt of a dataset that is about to be read."""
+    _receipts[dataset, split] = receipt = Receipt(dataset, split)
+    return receipt
+
+
+def receipts_of(arguments: Mapping[str, Any]) -> list[Receipt]:
+    """Return the receipts of the datasets that flags name, as far as this process has read them."""
+    named: set[str] = set()
+    for value in arguments.values():
+        texts = [each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, str)]
+        # A mixture names each with its weight.
+        named |= {*texts, *(text.rpartition(":")[0] for text in texts)}
+    return [receipt for receipt in _receipts.values() if receipt.dataset in named]
+
+
+def note_figures(name: str, figures: Mapping[str, Any]) -> None:
+    """Keep what rows became for the file of the running stage.
+
+    Args:
+        name: of the rows, such as `training rows`.
+    """
+    _figures[name] = dict(figures)
+
+
+def whole_receipt(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of the file: the receipts of the datasets that flags name, and what their rows became."""
+    datasets, figures = [receipt.as_dict() for receipt in receipts_of(arguments)], dict(_figures)
+    _figures.clear()
+    return {"datasets": datasets, **figures} if datasets else {}
+
+
+def unprinted_lines(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the receipts of datasets that flags name, where they were not printed yet."""
+    new = [receipt for receipt in receipts_of(arguments) if receipt.rows and not receipt.is_printed]
+    for receipt in new:
+        receipt.is_printed = True
+    return [line for receipt in new for line in receipt.lines()]
+
+
+def _unread_keys(column: str, value: object) -> list[str]:
+    """Return the keys of a column of messages that nothing reads, such as `messages[].timestamp`."""
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        return []
+    if not all("role" in each or "from" in each for each in value):
+        return []
+    return [
+        f"{column}[].{key}"
+        for message in value
+        for key, inside in message.items()
+        if key not in MESSAGE_KEYS and inside not in (None, "", [], {})
+    ]
+
+
+def _name_in(dataset: str, file: Path) -> str:
+    folder = folder_of(dataset)
+    return file.relative_to(folder).as_posix() if folder and file.is_relative_to(folder) else file.name
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - MAX_NAMES:,} more"] if len(names) > MAX_NAMES else []
+    return ", ".join([*names[:MAX_NAMES], *more])
