@@ -1,0 +1,1 @@
+"""The chat recipe: flags.py (light) and build.py (heavy)."""
