@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.recipes import Recipe
-from hfllm.stages.chat.flags import ChatArguments
+from hfllm.stages.chat.flags import ChatArguments, check
 
 RECIPE = Recipe(in_one_process=True)
 
@@ -29,12 +29,11 @@ def parse(argv: Sequence[str]) -> tuple[ChatArguments]:
 @trusts_code_if_asked
 def main(script_args: ChatArguments) -> dict[str, float]:
     """Load the model, and talk until the end of the input."""
-    from hfllm.stages.chat.build import Chat, load_speaker, read_lines
-    from hfllm.stages.chat.flags import check
-
     check(script_args)
     if not main_process():
         return {}
+    from hfllm.stages.chat.build import Chat, load_speaker, read_lines
+
     speaker = load_speaker(script_args)
     chat = Chat(speaker, script_args.system)
     chat.greet()

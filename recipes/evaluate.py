@@ -32,6 +32,8 @@ def parse(argv: Sequence[str]) -> tuple[EvaluateArguments]:
 @trusts_code_if_asked
 def main(script_args: EvaluateArguments) -> dict[str, float]:
     """Make what is missing, judge, compare, report. Return the metrics."""
+    # Refuse what cannot work before anything is trained or loaded, or a library imported.
+    flags.check(script_args)
     from trl import ModelConfig
 
     from hfllm.evaluation.verdicts import fail_if_worse
@@ -41,8 +43,6 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     from hfllm.stages.evaluate import build, report
     from hfllm.stages.shared import files_changed
 
-    # Refuse what cannot work before anything is trained or loaded.
-    flags.check(script_args)
     suites = build.suites_of(script_args)
     build.check_items(suites, script_args.write_answers)
     named, output_dir = script_args.model_name_or_path or [], script_args.output_dir

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.child_processes import be_launcher, end_children_with_this_process, end_with_launcher
 from hfllm.errors import InputError, MachineError, redact
 from hfllm.flags import GIVEN, SHIPPED
-from hfllm.runs.flags import check_json_flags, check_libraries, check_ranges
+from hfllm.runs.flags import check_json_flags, check_libraries, check_ranges, check_values
 from hfllm.runs.output import explained, hide_unhelpful_output, what_is_saved
 from hfllm.runs.parser import (
+    DECLARING,
     HelpFormatter,
     PlainParser,
     ShortHelpFormatter,
     add_fields,
+    check_words,
     read_yaml,
     training_parser,
 )
@@ -106,6 +108,8 @@ def parse_recipe(
         raise SystemExit(0)
     provided, chosen = given_values(argv), given_values(argv, with_shipped=False)
     argv, config_files = take_configs(argv)
+    if library and "--help_all" not in argv and all(name.split(".")[0] in DECLARING for name in library):
+        check_command(argv, own)
     files = [*(settings(provided) if settings else ()), *config_files]
     kinds = [own, *map(_imported, library)]
     parser_class, defaults = (training_parser(), machine_defaults(provided)) if library else (PlainParser, {})
@@ -133,6 +137,17 @@ def parse_recipe(
     if library:
         check_libraries(*parsed)
     return parsed
+
+
+def check_command(argv: Sequence[str], own: "type[DataclassInstance]") -> None:
+    """Refuse an impossible command line in a moment, before torch and the libraries are imported: see `check_words`.
+
+    Args:
+        own: the dataclass of the recipe's own flags.
+    """
+    words, _ = take_configs(argv)
+    values = vars(check_words(words, own))
+    check_values(own, {name: values[name] for name in given_values(words) if name in values})
 
 
 def check_output_dir(values: Mapping[str, Any], parsed: "Sequence[DataclassInstance]") -> None:

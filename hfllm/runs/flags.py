@@ -62,13 +62,17 @@ def check_ranges(*parsed: "DataclassInstance") -> None:
     # For recipes with another use besides training.
     may_train_nothing = any(getattr(group, "may_train_nothing", False) for group in parsed)
     for group in parsed:
-        hints, rules = get_type_hints(type(group)), rules_of(type(group))
-        for item in fields(group):
-            if may_train_nothing and item.name == "max_steps" and getattr(group, item.name) == 0:
-                continue
-            if item.init:
-                takes = (item.name in rules and rules[item.name].takes) or OF_LIBRARY.get(item.name)
-                _check(item.name, getattr(group, item.name), hints[item.name], takes)
+        values = {item.name: getattr(group, item.name) for item in fields(group) if item.init}
+        if may_train_nothing and values.get("max_steps") == 0:
+            del values["max_steps"]
+        check_values(type(group), values)
+
+
+def check_values(kind: "type[DataclassInstance]", values: Mapping[str, Any]) -> None:
+    """Refuse numbers outside the ranges of a class's flags; see `check_ranges`."""
+    hints, rules = get_type_hints(kind), rules_of(kind)
+    for name, value in values.items():
+        _check(name, value, hints[name], (name in rules and rules[name].takes) or OF_LIBRARY.get(name))
 
 
 def _check(name: str, value: object, kind: object, takes: Range | None) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.child_processes import be_launcher
 from hfllm.errors import InputError, refuse_if
-from hfllm.runs.command_line import ASKS_FOR_HELP, INTERRUPTED, run
+from hfllm.runs.command_line import ASKS_FOR_HELP, INTERRUPTED, check_command, run
 from hfllm.runs.output import hide_unhelpful_output
 from hfllm.runs.parser import read_yaml
 from hfllm.runs.pipeline import stage_table
@@ -76,13 +76,15 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
         nearest = difflib.get_close_matches(name, [*recipe_names(), "list"], n=1, cutoff=0.0)
         raise InputError(f"unknown recipe {name!r}; did you mean {nearest[0]!r}?")
     is_help = bool({*ASKS_FOR_HELP, "--help_all"} & set(words))
+    recipe = load_recipe(name)
     # Any launcher of several processes, such as torchrun, has already set all of accelerate's values.
     if not declared(name).in_one_process and not is_help and "LOCAL_RANK" not in os.environ:
         for_accelerate, words = split_flags(words)
         for_accelerate = with_shipped_configs(for_accelerate)
+        # Devices are counted by torch.
+        check_command(words, recipe.main.__annotations__["script_args"])
         if for_accelerate or default_accelerate_config().is_file() or has_several_devices():
             return launch(name, for_accelerate, words)
-    recipe = load_recipe(name)
     sys.argv = [str(recipe_file(name)), *words]
     run(recipe.main, recipe.parse)
     return 0

@@ -2,10 +2,12 @@
 
 import argparse
 import difflib
+import importlib.util
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
@@ -70,11 +72,11 @@ class NearestNameErrors:
     def error(self, message: str) -> None:
         raise InputError(_one_name(message))
 
-    def unknown(self, kind: str, name: str) -> InputError:
-        present = present_name(name.removeprefix("no_").replace("-", "_"))
-        if name not in self.names and present in self.names and present != name:
+    def unknown(self, kind: str, name: str, others: Collection[str] = ()) -> InputError:
+        names, present = [*self.names, *others], present_name(name.removeprefix("no_").replace("-", "_"))
+        if name not in names and present in names and present != name:
             return InputError(f"unknown {kind} {name!r}: its name is {present!r} now")
-        nearest = difflib.get_close_matches(name, self.names, n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
         return InputError(f"unknown {kind} {name!r}; did you mean {nearest[0]!r}?")
 
     def parse(self, argv: Sequence[str], config_files: Sequence[Path], defaults: Mapping[str, Any]) -> tuple:
@@ -171,6 +173,46 @@ def add_fields(parser: argparse.ArgumentParser, kind: "type[DataclassInstance]",
             if hints[item.name] is bool and default is True:
                 names = (f"--no_{item.name}", f"--no-{item.name.replace('_', '-')}")
                 group.add_argument(*names, dest=item.name, action="store_false", help=argparse.SUPPRESS)
+
+
+# What looks like a field of a dataclass in the source of a library.
+FIELD = re.compile(r"^    ([a-z]\w*)\s*:", re.MULTILINE)
+# Where the libraries declare flags, by package.
+DECLARING = {
+    "transformers": ("training_args*.py",),
+    "trl": ("trainer/*config*.py", "**/model_config.py", "scripts/utils.py"),
+    "hfllm": ("trainers/**/*.py",),
+}
+
+
+def check_words(argv: Sequence[str], own: "type[DataclassInstance]") -> argparse.Namespace:
+    """Return the values of a recipe's own flags, and refuse words that no flag of the libraries can make possible.
+
+    These are values of its own flags, and flags that neither it nor a library has. No library is imported.
+
+    Raises:
+        InputError: in the words of the parser of all flags.
+    """
+    parser = PlainParser([own])
+    values, remaining = parser.parse_known_args(list(argv))
+    flags = [word[2:].partition("=")[0] for word in remaining if word.startswith("--")]
+    unknown = [name for name in flags if name not in ("config", "help_all")]
+    known = _library_names() if unknown else ()
+    if impossible := [name for name in unknown if name.replace("-", "_") not in known]:
+        raise parser.unknown("flag", impossible[0], known)
+    return values
+
+
+@cache
+def _library_names() -> frozenset[str]:
+    """Return all names that may be flags of the installed libraries: what looks like one in their source."""
+    names: set[str] = set()
+    for package, patterns in DECLARING.items():
+        spec = importlib.util.find_spec(package)
+        folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+        for file in (file for pattern in patterns if folder for file in folder.glob(pattern)):
+            names.update(FIELD.findall(file.read_text(encoding="utf-8", errors="replace")))
+    return frozenset(names | {f"no_{name}" for name in names})
 
 
 def training_parser() -> type[NearestNameErrors]:

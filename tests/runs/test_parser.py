@@ -1,11 +1,17 @@
 """Flags and YAML files become dataclasses in the same way with and without torch."""
 
+import re
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 
 import pytest
+from sft import SftArguments
 
 from hfllm.errors import InputError
-from hfllm.runs.command_line import parse_recipe
+from hfllm.runs.command_line import check_command, parse_recipe
+from hfllm.runs.parser import check_words, training_parser
 
 
 @dataclass
@@ -207,3 +213,51 @@ def test_help_shows_each_flag_with_its_default(parse, capsys):
         assert "A recipe." in shown and ("Flags of a recipe" in shown or flag == "--help_all")
         assert "One of two. (default: a)" in shown and "--growth_rate" in shown and "--config" in shown
         assert ("--library_seed" in shown) == (flag == "--help_all" and len(parse([])) == 2)
+
+
+# ---- impossible words, found without the libraries ----
+
+
+CLASSES = (
+    *("trl.SFTConfig", "trl.RewardConfig", "trl.ModelConfig", "transformers.TrainingArguments"),
+    *("hfllm.trainers.ppo.config.PPOConfig", "hfllm.trainers.distillation.config.DistillationConfig"),
+)
+
+
+@pytest.mark.parametrize("dotted", CLASSES)
+def test_no_flag_of_a_library_is_taken_for_a_misspelt_one(dotted):
+    module, _, name = dotted.rpartition(".")
+    names = training_parser()([getattr(import_module(module), name)]).names
+    assert len(names) > 10
+    for flag in names:
+        if flag not in ("help", "config"):
+            check_words([f"--{flag}", "1"], SftArguments)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--bad_rows", "nope"], "argument --bad_rows: invalid choice: 'nope'"),
+        (["--learning_rate", "1e-4", "--num_examples", "many"], "argument --num_examples: invalid int value: 'many'"),
+        (["--lerning_rate", "1e-4"], "unknown flag 'lerning_rate'; did you mean 'learning_rate'"),
+        (["--dataset-nam=x"], "unknown flag 'dataset-nam'; did you mean 'dataset-name'"),
+        (["--max_samples", "0"], "--max_samples 0: expected at least 1"),
+        (["--chat_prompts", "true"], "unknown flag 'chat_prompts'"),
+    ],
+)
+def test_impossible_words_are_refused_in_a_moment(words, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_command(words, SftArguments)
+    possible = ["--dataset_name", "x", "--learning_rate", "1e-4", "--config", "nowhere.yaml", "--bf16"]
+    check_command(possible, SftArguments)
+
+
+def test_they_are_refused_before_torch_is_imported():
+    code = (
+        "import atexit, sys\n"
+        "from hfllm.runs.launcher import main\n"
+        "atexit.register(lambda: print(sorted({'torch', 'transformers', 'trl'} & sys.modules.keys())))\n"
+        "sys.exit(main(['sft', '--bad_rows', 'nope']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "[]\n") and "invalid choice: 'nope'" in done.stderr
