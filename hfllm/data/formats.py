@@ -375,8 +375,6 @@ PREFERENCE_FORMATS = (
     "input+output_1+output_2+label (LLMBar)",
     "instruction+completions with scores (UltraFeedback)",
 )
-# What comes before a prompt: LLaMA-Factory's columns.
-BEFORE = ("system", "history")
 # OpenAI's comparison.
 OPENAI = ("preferred_output", "non_preferred_output")
 # Scores beside chosen and rejected answers, of which the first is the higher one.
@@ -453,11 +451,7 @@ def to_sft(origin: str, row: Row) -> Row:
         raise _unreadable(origin, row, SFT_FORMATS)
     converted = _demonstration(origin, row, found[0])
     for others in found[1:]:
-        if _words(_demonstration(origin, row, others)) != _words(converted):
-            raise InputError(
-                f"{origin}: {' and '.join(found[0])} say something else than {' and '.join(others)}: leave out one of "
-                f"these columns, or name the one to read, such as --column_mapping {found[0][-1]}={others[-1]}"
-            )
+        _refuse_other_answer(origin, row, converted, found[0], others)
     return to_be_learned(origin, converted | ({"tools": tools} if tools else {}))
 
 
@@ -467,7 +461,8 @@ def to_be_learned(origin: str, row: Row) -> Row:
     Raises:
         BadRow: when they are.
     """
-    if not learned_turns(row["completion"]):
+    # A first message of the conversation answers nothing.
+    if not [index for index in learned_turns(row["completion"]) if index or row["prompt"]]:
         raise BadRow(f"{origin}: a row {NOT_LEARNED} ({TRAIN}, {WEIGHT})", NOT_LEARNED)
     return row
 
@@ -484,30 +479,53 @@ def _demonstration(origin: str, row: Row, columns: Sequence[str]) -> Row:
     return {"prompt": _after_history(origin, row, prompt), "completion": completion}
 
 
-def _words(row: Row) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"].strip()) for message in (*row["prompt"], *row["completion"])]
+def _refuse_other_answer(origin: str, row: Row, converted: Row, columns: Sequence[str], others: Sequence[str]) -> None:
+    """Refuse a row with another answer to the same question in other columns; what else they hold is not read."""
+    try:
+        other = _demonstration(origin, dict(row), others)
+    except InputError:
+        return
+    one, another = ([_words(each[side]) for side in ("prompt", "completion")] for each in (converted, other))
+    answers = [" ".join(text for _, text in completion) for _, completion in (one, another)]
+    if one[0] == another[0] and one[1] != another[1] and all(answers):
+        raise InputError(
+            f"{origin}: {' and '.join(columns)} give another answer than {' and '.join(others)}: leave one of them out"
+        )
+
+
+def _words(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def _after_history(origin: str, row: Row, prompt: list[Message]) -> list[Message]:
-    """Return a prompt after what its row has of the columns `system` and `history`, as LLaMA-Factory has them.
+    """Return a prompt after what its row has of the columns `system` and `history`, as LLaMA-Factory has them."""
+    begin = int(bool(prompt) and prompt[0]["role"] == "system")
+    return _after_system(row, [*prompt[:begin], *_history(origin, row), *prompt[begin:]])
 
-    Raises:
-        InputError: for a history that is no list of pairs of a question and its answer.
+
+def _history(origin: str, row: Row) -> list[Message]:
+    """Return the messages of a row's column `history`: pairs of a question and its answer, or messages, also as JSON.
+
+    Anything else is of another kind, and not read.
     """
-    history, before = row.get("history") or [], []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
-            raise InputError(f"{origin}: history must be a list of pairs, a question and its answer, got {pair!r:.80}")
-        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    begin = int(prompt[0]["role"] == "system")
-    return _after_system(row, [*prompt[:begin], *before, *prompt[begin:]])
+    history = dict.get(row, "history")
+    history = _from_json(history) if isinstance(history, str) else history
+    if not isinstance(history, list) or not history:
+        return []
+    if all(isinstance(each, dict) and role_of(each) for each in history):
+        return read_messages(origin, row["history"] if isinstance(row["history"], list) else history)
+    is_pairs = all(isinstance(each, list | tuple) and [*map(type, each)] == [str, str] for each in history)
+    # Now it counts as read.
+    history = history if is_pairs and row["history"] else []
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
 
 
 def _after_system(row: Row, messages: list[Message]) -> list[Message]:
     """Return messages after the one of a row's column `system`, if it has one and they begin with no other."""
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
+    system = dict.get(row, "system")
+    if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
+        return [{"role": "system", "content": row["system"]}, *messages]
     return messages
 
 
@@ -526,7 +544,9 @@ def to_preference(origin: str, row: Row) -> Row:
         BadRow: when neither answer is better.
         InputError: when the row cannot be read.
     """
-    tools, compared = read_tools(origin, row.get("tools")), _compared(origin, row)
+    compared = _compared(origin, row)
+    given = dict.get(row, "input")
+    tools = read_tools(origin, row.get("tools") or (given.get("tools") if isinstance(given, dict) else None))
     compared["prompt"] = _after_history(origin, row, compared["prompt"])
     return compared | ({"tools": tools} if tools else {})
 
@@ -562,15 +582,15 @@ def _chosen_and_rejected(origin: str, row: Row) -> Row:
         better, worse = (_number(row.get(column)) for column in columns)
         if better is not None and worse is not None and better < worse:
             raise BadRow(f"{origin}: {columns[0]} is {better:g}, below {columns[1]}, {worse:g}", OPPOSITE)
-    for column in ("prompt", "conversations"):
+    for column in ("prompt", "conversations", "instruction"):
         if not _has(row, column):
             continue
         # UltraFeedback's and others' answers repeat the prompt; the answers by themselves begin with the assistant.
         sides = [row[side] for side in ("chosen", "rejected")]
         if not any(isinstance(side, list) and _role(origin, side) in ("user", "system") for side in sides):
-            return _comparison(_as_messages(origin, row[column]), *(_answer(origin, side) for side in sides))
-    if _has(row, "instruction"):
-        return _comparison(_instruction(origin, row), *(_answer(origin, row[side]) for side in ("chosen", "rejected")))
+            is_instruction = column == "instruction"
+            prompt = _instruction(origin, row) if is_instruction else _as_messages(origin, row[column])
+            return _comparison(prompt, *(_answer(origin, side) for side in sides))
     chosen, rejected = (_transcript(origin, row[column]) for column in ("chosen", "rejected"))
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -582,7 +602,7 @@ def _chosen_and_rejected(origin: str, row: Row) -> Row:
 def _number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
 
 
@@ -642,9 +662,9 @@ def to_prompt(origin: str, row: Row) -> Row:
     # Rewards may read each column.
     row = {name: row[name] for name in row}
     prompt = _prompt_of(origin, row)
-    if any(row.get(name) for name in BEFORE):
-        prompt = _after_history(origin, row, as_messages(prompt))
-    return {**row, "prompt": prompt}
+    messages = as_messages(prompt)
+    told = _after_history(origin, row, messages)
+    return {**row, "prompt": prompt if told == messages else told}
 
 
 def _prompt_of(origin: str, row: Row) -> str | list[Message]:
@@ -685,7 +705,12 @@ def _has(row: Row, *columns: str) -> bool:
 
 
 def _comparison(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Row:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    # Marks of what is learned are of demonstrations.
+    sides = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {
+        name: [{key: value for key, value in message.items() if key != TRAIN} for message in messages]
+        for name, messages in sides.items()
+    }
 
 
 def _instruction_column(row: Row) -> str | None:
@@ -749,27 +774,10 @@ def _likely_mapping(row: Row, accepted: Sequence[str]) -> str:
     """Return what a row's columns are likely called here, such as `, here prompt=Question completion=Answer`."""
     alike = {"question": "prompt", "query": "prompt", "answer": "completion", "reply": "completion"}
     names = {name.split(" ")[0] for each in accepted for name in each.split("+")}
-    pairs = []
+    pairs: dict[str, str] = {}
     for column in row:
-        plain = column.strip().lower().removesuffix("s")
+        plain = column.strip().lower()
         ours = plain if plain in names else alike.get(plain)
-        if ours in names and ours != column:
-            pairs.append(f"{ours}={column}")
-    return f", here {' '.join(pairs)}" if pairs else ""
-
-
-# ---- renamed columns ----
-
-
-def renamed(origin: str, row: Row, renaming: Mapping[str, str]) -> Row:
-    """Return a row with its columns under our names.
-
-    Raises:
-        InputError: when it lacks one.
-    """
-    for ours, theirs in renaming.items():
-        if theirs not in row:
-            there = ", ".join(row)
-            raise InputError(f"{origin}: --column_mapping {ours}={theirs}: no column {theirs!r}; there are: {there}")
-    others = {name: value for name, value in row.items() if name not in renaming.values()}
-    return others | {ours: row[theirs] for ours, theirs in renaming.items()}
+        if ours in names and ours not in row:
+            pairs.setdefault(ours, f"{ours}={column}")
+    return f", here {' '.join(pairs.values())}" if pairs else ""

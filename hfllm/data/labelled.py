@@ -10,6 +10,8 @@ All rows get `prompt`, the key for splitting off a held-out part: rows with the 
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,8 +35,8 @@ COLUMNS = {
     SPANS: ("context", "question", "answers", "id"),
 }
 OPTIONAL = ("text_pair", "id")
-# More labels than this, of which most occur once, are numbers or texts of the rows.
-MOST_LABELS = 50
+# More labels than this, almost all of which occur once, are ids or texts; more with fractions are measurements.
+MOST_LABELS, MOST_NUMBERS = 50, 20
 NO_TEXT, NO_LABEL, MISPLACED = "without a text", "without a label", "whose answer is not at its place"
 
 
@@ -80,22 +82,17 @@ def _text_row(origin: str, row: Row, named: Callable[[str, object], str]) -> dic
         raise BadRow(f"{origin}: a row {NO_LABEL}", NO_LABEL)
     if isinstance(label, list | dict):
         raise InputError(f"{origin}: label is {type(label).__name__}; expected one label: a string or a number")
-    if _has_fraction(label):
-        raise InputError(
-            f"{origin}: label is {label}, a number with a fraction; expected the name or number of a class"
-        )
     prompt = text if not pair else f"{text}\n{pair}"
     return {"prompt": prompt, "text": text, "text_pair": pair or None, "label": named(origin, label)}
 
 
 def _has_fraction(label: object) -> bool:
     """Return whether a label is a number such as 3.7, also in a csv file."""
-    if isinstance(label, bool):
-        return False
     try:
-        return not float(str(label)).is_integer()
-    except (ValueError, OverflowError):
+        number = float(str(label))
+    except ValueError:
         return False
+    return math.isfinite(number) and not number.is_integer()
 
 
 def _word_row(origin: str, row: Row, named: Callable[[str, object], str]) -> dict[str, Any]:
@@ -163,14 +160,22 @@ def labels_of(task: str, rows: Sequence[Row], class_names: Sequence[str] | None 
     if task == SPANS:
         return []
     result = {row["label"] for row in rows} if task == TEXT else {tag for row in rows for tag in row["tags"]}
-    if task == TEXT and len(result) > max(MOST_LABELS, len(rows) // 2):
-        raise InputError(
-            f"{len(rows):,} rows have {len(result):,} different labels, such as {sorted(result)[0]!r}: is it an id, "
-            "or a text? Name another by --column_mapping label=..."
-        )
+    if task == TEXT and not class_names and len(result) > 1:
+        _refuse_no_classes(Counter(row["label"] for row in rows))
     if len(result) < 2:
         raise InputError(f"all rows have the label {next(iter(result), '')!r}; at least 2 different ones are needed")
     return [*class_names] if class_names else sorted(result)
+
+
+def _refuse_no_classes(counts: Counter[str]) -> None:
+    """Refuse labels that are measurements, or almost all different."""
+    first, total, once = min(counts), counts.total(), [*counts.values()].count(1)
+    words = f"{total:,} rows have {len(counts):,} different labels, such as {first!r}"
+    advice = "Name another column by --column_mapping label=..., or name the classes by --class_names"
+    if len(counts) > MOST_NUMBERS and any(map(_has_fraction, counts)):
+        raise InputError(f"{words}, numbers with fractions: expected the names or numbers of classes. {advice}")
+    if len(counts) > MOST_LABELS and once >= 0.9 * total:
+        raise InputError(f"{words}: is it an id, or a text? {advice}")
 
 
 # ---- tokens with labels ----

@@ -8,12 +8,23 @@ from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data import formats
-from hfllm.data.formats import BadRow, Dropped, OriginRow, flaw_of, renamed
+from hfllm.data.formats import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.images.files import image_key
 from hfllm.data.packing import Prepared
 from hfllm.data.receipt import Receipt, begin_receipt
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
+from hfllm.data.sources import (
+    DIGITS,
+    EMBEDDED,
+    PICTURES,
+    TRAIN,
+    WORLD,
+    HubPart,
+    JoinedRow,
+    iterate_source,
+    renamed,
+    source_files,
+)
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, Fact, Refused, at_least, check_flags, flag
@@ -87,8 +98,14 @@ class RowSource:
     def read(self) -> tuple[Receipt, Iterator[tuple[str, formats.Row]]]:
         """Return the receipt of the rows, which grows while they are read, and the rows."""
         receipt = begin_receipt(self.name, self.part.split)
-        rows = islice(iterate_source(self.name, self.part), self.max_samples)
-        return receipt, ((origin, receipt.take(origin, renamed(origin, row, self.renaming))) for origin, row in rows)
+
+        def rows() -> Iterator[tuple[str, formats.Row]]:
+            for origin, row in islice(iterate_source(self.name, self.part), self.max_samples):
+                if isinstance(row, JoinedRow):
+                    receipt.joined.append(origin)
+                yield origin, receipt.take(origin, renamed(origin, row, self.renaming))
+
+        return receipt, rows()
 
 
 @dataclass(frozen=True)
@@ -393,10 +410,14 @@ def texts_of(
     name: str, part: HubPart = TRAIN, most: int | None = None, renaming: Mapping[str, str] | None = None
 ) -> Iterator[str]:
     """Yield the texts of the first `most` rows of a user's dataset, without blank ones."""
-    for origin, row in RowSource(name, part, most, renaming or {}):
+    receipt, rows = RowSource(name, part, most, renaming or {}).read()
+    for origin, row in rows:
         text = formats.to_text(origin, row)
         if text.strip():
             yield text
+        else:
+            receipt.dropped.add("without a text", origin)
+    receipt.dropped.total = receipt.rows
 
 
 def hash_of(text: str) -> bytes:
@@ -435,6 +456,7 @@ def load_rows(
             if dropped is None or source.bad_rows == "refuse":
                 raise
             dropped.add(error.kind, origin)
+            receipt.drop()
         else:
             receipt.add_converted(converted)
             rows.append(OriginRow(converted, origin) if isinstance(converted, dict) else converted)

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hfllm.data.formats import MESSAGE_KEYS, Dropped
-from hfllm.data.sources import folder_of, skipped_files
+from hfllm.data.sources import folder_of, skipped_files, source_files
 
 # Names in a printed line, of files or columns; the file has all.
 MAX_NAMES = 8
@@ -16,17 +17,22 @@ MAX_NAMES = 8
 class ReadRow(dict[str, Any]):
     """A row of a dataset that notes which of its columns are read; looking whether it has one does not count."""
 
-    def __init__(self, columns: Mapping[str, Any], used: set[str]):
+    def __init__(self, columns: Mapping[str, Any], used: set[str] | None = None):
         super().__init__(columns)
-        self._used = used
+        self.used: set[str] = set() if used is None else used
 
     def __getitem__(self, name: str) -> Any:
-        self._used.add(name)
+        self.used.add(name)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        self._used.add(name)
+        self.used.add(name)
         return super().get(name, default)
+
+
+def noting_as(row: Mapping[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
+    """Return columns as a row that notes what is read of it where `row` does, for both together."""
+    return ReadRow(columns, row.used) if isinstance(row, ReadRow) else columns
 
 
 @dataclass
@@ -40,9 +46,9 @@ class Receipt:
     Attributes:
         files: how many rows each file has.
         rows: how many were read.
-        columns: in how many rows each column has a value.
         used: the columns that were read.
-        keys: in how many messages each key has a value that is read by nothing.
+        ignored: in how many rows each column, and in how many messages each key, has a value that nothing has read.
+        joined: rows of a table over lines each of which could be a row, and the first of them.
         dropped: the rows that are left out.
         duplicates: rows that were converted to the same as an earlier one.
         is_printed: whether its lines have been printed.
@@ -52,35 +58,50 @@ class Receipt:
     split: str = "train"
     files: Counter[str] = field(default_factory=Counter)
     rows: int = 0
-    columns: Counter[str] = field(default_factory=Counter)
     used: set[str] = field(default_factory=set)
-    keys: Counter[str] = field(default_factory=Counter)
+    joined: list[str] = field(default_factory=list)
     dropped: Dropped = field(default_factory=Dropped)
     duplicates: int = 0
     is_printed: bool = False
     _seen: set[int] = field(default_factory=set)
+    _ignored: Counter[str] = field(default_factory=Counter)
+    _present: ReadRow | None = None
+    _names: dict[str, str] = field(default_factory=dict)
 
     def take(self, origin: str, row: Mapping[str, Any]) -> ReadRow:
-        """Count a row, and return it as one that notes what is read of it."""
+        """Count a row, and return it as one that notes what is read of it until the next one is taken."""
+        self._settle()
         self.rows += 1
         self.files[self._file_of(origin)] += 1
-        for name, value in row.items():
-            if value is not None and value != "":
-                self.columns[name] += 1
-                self.keys.update(_unread_keys(name, value))
-        return ReadRow(row, self.used)
+        self._present = ReadRow(row)
+        return self._present
+
+    def drop(self) -> None:
+        """Forget what was read of the present row: it is left out."""
+        self._present = None
 
     def add_converted(self, row: object) -> None:
-        """Count a converted row that says the same as an earlier one."""
+        """Count a converted row that says the same as an earlier one; rows with images are not compared."""
+        if isinstance(row, dict) and (row.get("images") or row.get("image")):
+            return
         number = hash(str(row))
         self.duplicates += number in self._seen
         self._seen.add(number)
 
     @property
     def ignored(self) -> dict[str, int]:
-        """The columns and the keys of messages that nothing has read, with the number of their values."""
-        columns = {name: count for name, count in self.columns.items() if name not in self.used}
-        return columns | {name: count for name, count in self.keys.items() if name.split("[")[0] in self.used}
+        self._settle()
+        return dict(self._ignored)
+
+    def _settle(self) -> None:
+        """Count what nothing has read of the present row."""
+        row, self._present = self._present, None
+        for name, value in dict.items(row) if row is not None else ():
+            if name in row.used:
+                self.used.add(name)
+                self._ignored.update(_unread_keys(name, value))
+            elif value is not None and value != "":
+                self._ignored[name] += 1
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -93,7 +114,7 @@ class Receipt:
         return {
             "dataset": self.dataset,
             **({"split": self.split} if not self._is_local else {}),
-            "files": dict(self.files),
+            "files": self._all_files(),
             "skipped_files": self.skipped,
             "rows": self.rows,
             "dropped": {
@@ -101,30 +122,46 @@ class Receipt:
                 for reason, count in self.dropped.reasons.most_common()
             },
             "duplicates": self.duplicates,
-            "columns": sorted(self.used & self.columns.keys()),
             "ignored": self.ignored,
+            "columns": sorted(self.used),
+            **(
+                {"joined_lines": {"rows": len(self.joined), "first": self._short(self.joined[0])}}
+                if self.joined
+                else {}
+            ),
         }
 
     def lines(self) -> Iterator[str]:
         """Yield the lines to print: rows and files, rows left out, columns read, and what is not read."""
-        files = f" in {_counted(len(self.files), 'file')} ({_listed(list(self.files))})" if self._is_local else ""
+        names = [name if count else f"{name}: no row" for name, count in self._all_files().items()]
+        files = f" in {_counted(len(names), 'file')} ({_listed(names)})" if self._is_local else ""
         repeated = f", {self.duplicates:,} of them like an earlier one" if self.duplicates else ""
         yield f"{self.dataset}: {_counted(self.rows, 'row')}{files}{repeated}"
         if self.dropped.count:
             yield f"{self.dataset}: {self.dropped}"
         if skipped := [f"{name} ({why})" for name, why in self.skipped.items()]:
             yield f"{self.dataset}: {_counted(len(skipped), 'file')} not read: {_listed(skipped)}"
+        if self.joined:
+            count, first = _counted(len(self.joined), "row"), self.joined[0]
+            yield f"{self.dataset}: {count} over lines that could be rows (first: {first}): was a quote left open?"
         ignored = [f"{name} ({count:,})" for name, count in self.ignored.items()]
-        columns = _listed(sorted(self.used & self.columns.keys()))
+        columns = _listed(sorted(self.used))
         yield f"{self.dataset}: columns read: {columns}; ignored: {_listed(ignored) or 'none'}"
 
-    @property
+    def _all_files(self) -> dict[str, int]:
+        """Return how many rows were read of each file, of some perhaps none."""
+        files = source_files(self.dataset) if self._is_local else ()
+        return {_name_in(self.dataset, file): 0 for file in files or ()} | dict(self.files)
+
+    @cached_property
     def _is_local(self) -> bool:
         return folder_of(self.dataset) is not None
 
     def _file_of(self, origin: str) -> str:
         file = origin.rpartition(", ")[0]
-        return _name_in(self.dataset, Path(file)) if self._is_local else self.dataset
+        if file not in self._names:
+            self._names[file] = _name_in(self.dataset, Path(file)) if self._is_local else self.dataset
+        return self._names[file]
 
     def _short(self, origin: str) -> str:
         file, comma, number = origin.rpartition(", ")
@@ -179,13 +216,12 @@ def unprinted_lines(arguments: Mapping[str, Any]) -> list[str]:
 
 def _unread_keys(column: str, value: object) -> list[str]:
     """Return the keys of a column of messages that nothing reads, such as `messages[].timestamp`."""
-    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
-        return []
-    if not all("role" in each or "from" in each for each in value):
+    messages, mark = (value, "[]") if isinstance(value, list) else ([value], "")
+    if not all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in messages):
         return []
     return [
-        f"{column}[].{key}"
-        for message in value
+        f"{column}{mark}.{key}"
+        for message in messages
         for key, inside in message.items()
         if key not in MESSAGE_KEYS and inside not in (None, "", [], {})
     ]

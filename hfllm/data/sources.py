@@ -37,8 +37,6 @@ EMBEDDED = (WORLD, PYDOC, PICTURES, DIGITS)
 DOCUMENTS = (".md", ".markdown", ".html", ".htm")
 ROWS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 EXTENSIONS = (*ROWS, ".txt", *DOCUMENTS)
-# What a folder of rows has beside them: the card of the dataset.
-DATASET_CARD = "README.md"
 LINES = (".jsonl", ".jsonl.gz")
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"))
 # Lists and objects in one another; a conversation with tools and their schemas has some ten.
@@ -163,10 +161,13 @@ def source_files(name: str) -> list[Path] | None:
 
 
 def _readable(folder: Path) -> list[Path]:
-    """Return the files of a folder that hold rows or documents; beside rows not the dataset's card."""
+    """Return the files of a folder that hold rows or texts.
+
+    Beside files of rows, Markdown and HTML are about the dataset, such as its card, and not read.
+    """
     files = sorted(file for file in folder.rglob("*") if file.name.endswith(EXTENSIONS) and not file.is_dir())
     has_rows = any(file.name.endswith(ROWS) for file in files)
-    return [file for file in files if not (has_rows and file.name == DATASET_CARD)]
+    return [file for file in files if not (has_rows and file.name.endswith(DOCUMENTS))]
 
 
 def skipped_files(name: str) -> dict[Path, str]:
@@ -182,7 +183,8 @@ def skipped_files(name: str) -> dict[Path, str]:
         is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if file.is_dir() or is_hidden or file in read or file.suffix.lower() in IMAGES:
             continue
-        skipped[file] = "the card of the dataset" if file.name == DATASET_CARD else f"{file.suffix or 'no'} ending"
+        is_beside = file.name.endswith(DOCUMENTS)
+        skipped[file] = "a document beside files of rows" if is_beside else f"{file.suffix or 'no'} ending"
     return skipped
 
 
@@ -211,6 +213,20 @@ def read_rows(file: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterable[tuple[
     if file.suffix == ".txt":
         return enumerate(({"text": text} for text in _read_paragraphs(file, max_row_bytes)), 1)
     raise InputError(f"{file}: cannot read this kind of file; accepted: {', '.join(EXTENSIONS)}")
+
+
+def renamed(origin: str, row: Mapping[str, Any], renaming: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row with its columns under our names.
+
+    Raises:
+        InputError: when it lacks one.
+    """
+    for ours, theirs in renaming.items():
+        if theirs not in row:
+            there = ", ".join(row)
+            raise InputError(f"{origin}: --column_mapping {ours}={theirs}: no column {theirs!r}; there are: {there}")
+    others = {name: value for name, value in row.items() if name not in renaming.values()}
+    return others | {ours: row[theirs] for ours, theirs in renaming.items()}
 
 
 def num_bytes(value: Any) -> int:
@@ -266,9 +282,8 @@ def parse_json(text: str) -> Any:
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for at, name in enumerate(names) if name in names[:at])
+    if len(made) < len(pairs) and (lost := [name for name, value in pairs if made[name] != value]):
+        twice = lost[0]
         raise ValueError(f"the key {twice!r} occurs twice in an object")
     return made
 
@@ -295,6 +310,10 @@ def checked_depth(value: Any, text: str) -> Any:
         inside = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
         level = [each for each in inside if isinstance(each, dict | list)]
     return value
+
+
+class JoinedRow(dict[str, Any]):
+    """A row of a table over several lines, each of which could be a row: a quote may have been left open."""
 
 
 class _TableLines:
@@ -362,21 +381,22 @@ def _read_csv(file: Path, limit: int) -> Iterator[dict[str, Any]]:
             if None in row:
                 result, expected = len(row) - 1 + len(row[None]), len(names)
                 raise InputError(f"{file}, row {number}: {result} fields, and the header names {expected}")
-            # By chance every line of a text has as many commas, the less the more columns there are.
-            most = MOST_LINES if len(names) == 2 else 1
-            if len(lines.row) > most and all(line.count(delimiter) == len(names) - 1 > 0 for line in lines.row):
+            is_doubtful = len(lines.row) > 1 and all(line.count(delimiter) == len(names) - 1 > 0 for line in lines.row)
+            if is_doubtful and len(lines.row) > MOST_LINES:
                 raise InputError(
                     f"{file}, line {lines.first}: a quoted field goes on to line {lines.number}, and each of these "
                     "lines could be a row: a quote was left open, or write this table as .jsonl"
                 )
-            yield row
+            yield JoinedRow(row) if is_doubtful else row
 
 
 def _column_names(file: Path, names: Sequence[str]) -> list[str]:
-    """Return the names of a table's columns without spaces around them; refuse one that occurs twice."""
-    names = [name.strip() for name in names]
-    # A spreadsheet ends its lines in columns without a name.
-    if twice := next((name for at, name in enumerate(names) if name and name in names[:at]), None):
+    """Return the names of a table's columns without spaces around them; refuse one that occurs twice.
+
+    A spreadsheet ends its lines in columns without a name: they get one by their number.
+    """
+    names = [name.strip() or f"(column {number})" for number, name in enumerate(names, 1)]
+    if twice := next((name for at, name in enumerate(names) if name in names[:at]), None):
         raise InputError(f"{file}, line 1: the column {twice!r} occurs twice in the header, and one would be lost")
     return names
 

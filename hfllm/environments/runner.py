@@ -62,11 +62,12 @@ class ToolRunner:
         refuse_if(not tools and environment_factory is None, "ToolRunner: no tools, and no environment_factory")
         for name, value in (("response_length", response_length), ("batch_size", batch_size)):
             refuse_if(value < 1, f"ToolRunner: {name} must be at least 1, got {value}")
-        from hfllm.multimodal.processors import place_tokens
+        from hfllm.multimodal.processors import place_tokens, unable_to_read
 
         self.model, self.seed, self.batch_size = model, seed, batch_size
         processing_class, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
         self.tokenizer = tokenizer
+        processing_class = tokenizer if unable_to_read(model) else processing_class
         refuse_if(
             tokenizer.pad_token_id is None, "ToolRunner: the tokenizer names no pad_token, by which rows are filled"
         )

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import Message, content_text, in_parts, unspelled
+from hfllm.data.images.rows import words_of_places
 from hfllm.data.tokenizer import template_errors
 from hfllm.errors import InputError, one_line, refuse_if
 
@@ -67,6 +68,8 @@ class ToolTurns:
             for number, token in added
             if token.special or (token.content in template and not token.content.isspace())
         }
+        self._special = [tokenizer.added_tokens_decoder[number].content for number in self.control]
+        self._special += words_of_places(self.processor) if self.processor is not None else ()
         self.marks = self._plain_marks()
         messages = _calling([])[:1]
         before, opened = (self._tokens(messages, add_generation_prompt=is_opened) for is_opened in (False, True))
@@ -132,25 +135,35 @@ class ToolTurns:
         Raises:
             InputError: when the chat template cannot write an image in a tool's turn.
         """
-        parts = [message["content"] for message in messages if isinstance(message["content"], list)]
-        if not any(part["type"] == "image" for content in parts for part in content):
+        if not any(map(_has_image, messages)):
             for message in messages:
                 message["content"] = content_text(message["content"])
             return self.reply_ids(messages), {}
         for message in messages:
-            message |= _message_of(self.plain(message["name"]), _with_texts(message["content"], self.plain))
+            content = _with_texts(message["content"], self.without_marks)
+            message |= _message_of(self.without_marks(message["name"]), content)
         blank = [_message_of(each["name"], _with_texts(each["content"], lambda text: "x")) for each in messages]
-        try:
+        self._check_image(next(message for message in blank if _has_image(message)))
+        # The processor may refuse an image, such as one whose sides are too unequal for it.
+        expected: list[int] = []
+        with suppress(*template_errors()):
             ids, pictures = self._rendered(messages)
             expected = self._control_of(self._rendered(blank)[0])
-        except (ValueError, *template_errors()) as error:
-            raise InputError(f"{NO_IMAGES}: {one_line(error)}") from None
-        refuse_if(len(expected) <= len(self._skeleton(len(messages))), f"{NO_IMAGES}: it leaves it out")
-        if self._control_of(ids) == expected:
+        if expected and self._control_of(ids) == expected:
             return list(ids), pictures
         for message in messages:
             message |= _message_of("tool", UNREADABLE)
         return self.reply_ids(messages), {}
+
+    def _check_image(self, message: Message) -> None:
+        """Refuse a chat template that cannot write the image of a tool's message, or leaves it out."""
+        words = [part for part in message["content"] if part["type"] == "text"]
+        both = (message, {**message, "content": words})
+        try:
+            shown, left_out = (self._text([*_calling([message["name"]]), each]) for each in both)
+        except template_errors() as error:
+            raise InputError(f"{NO_IMAGES}: {one_line(error)}") from None
+        refuse_if(shown == left_out, f"{NO_IMAGES}: it leaves it out")
 
     def end_of(self, turn_ids: Sequence[int]) -> list[int]:
         """Return the missing last token of a turn ended by a text, such as one of `stop_strings`."""
@@ -172,8 +185,7 @@ class ToolTurns:
 
     def without_marks(self, text: str) -> str:
         """Return a text as `plain` does, with a space in each special token too: it is one for no processor."""
-        written = self.tokenizer.added_tokens_decoder
-        return unspelled([written[number].content for number in self.control], self.plain(text))
+        return unspelled(self._special, self.plain(text))
 
     def _plain_marks(self) -> dict[str, re.Pattern[str]]:
         """Return what begins or ends messages in ordinary text, found by writing conversations of probes.
@@ -264,8 +276,9 @@ class ToolTurns:
     def _encoded(
         self, messages: list[Message], add_generation_prompt: bool
     ) -> "tuple[list[int], Mapping[str, torch.Tensor]]":
-        options = {"sanitize_control_tokens": True}
-        options |= {"add_generation_prompt": add_generation_prompt, "chat_template": self.chat_template}
+        options = {"add_generation_prompt": add_generation_prompt, "chat_template": self.chat_template}
+        # Some processors cannot take both images and this; texts beside images have no marks, see `reply`.
+        options["sanitize_control_tokens"] = not any(_has_image(message) for message in messages)
         if self.processor is None:
             return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options), {}
         from hfllm.multimodal.processors import encode_messages
@@ -313,6 +326,11 @@ def _pattern_of(mark: str) -> re.Pattern[str]:
 
 def _message_of(name: str, content: str | list[dict[str, Any]]) -> Message:
     return {"role": "tool", "name": name, "content": content}
+
+
+def _has_image(message: Message) -> bool:
+    content = message["content"]
+    return isinstance(content, list) and any(part["type"] == "image" for part in content)
 
 
 def _with_texts(content: str | list[dict[str, Any]], change: Callable[[str], str]) -> str | list[dict[str, Any]]:

@@ -172,12 +172,25 @@ class ToolBox:
 
     def _cut(self, content: Content) -> Content:
         if isinstance(content, list):
-            return [{**part, "text": self._cut(part["text"])} if part["type"] == "text" else part for part in content]
+            return self._cut_parts(content)
         length = len(content)
         truncated = (
             content if length <= self.max_length else f"{content[: self.max_length]}... (cut, of {length} characters)"
         )
         return encodable(truncated)
+
+    def _cut_parts(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return parts whose texts are no longer together than a result may be."""
+        shown, left = [], self.max_length
+        for part in parts:
+            if part["type"] != "text":
+                shown.append(part)
+            elif left > 0:
+                text = part["text"]
+                more = "" if len(text) <= left else f"... (cut, of {len(text)} characters)"
+                shown.append({**part, "text": encodable(text[:left] + more)})
+                left -= len(text)
+        return shown
 
 
 def _name_of(call: Mapping[str, Any]) -> str:
@@ -274,24 +287,36 @@ def as_content(result: object, reads_images: bool) -> Content:
     Raises:
         BadImage: for an image that cannot be read.
     """
-    pillow = sys.modules.get("PIL.Image")
-    if pillow is not None and isinstance(result, pillow.Image):
-        result = [{"type": "image", "image": result}]
-    is_in_parts = isinstance(result, list) and all(isinstance(part, dict) for part in result)
-    kinds = [part.get("type") for part in result] if is_in_parts else []
-    if "image" not in kinds or any(kind not in ("image", "text") for kind in kinds):
+    parts = _parts(result)
+    if parts is None:
         return as_text(result)
     if not reads_images:
         return "\n".join(
-            as_text(part.get("text", "")) if part["type"] == "text" else f"[{part.get('mime_type', 'image')}]"
-            for part in result
+            as_text(part["text"]) if part["type"] == "text" else f"[{part.get('mime_type', 'image')}]"
+            for part in parts
         )
     return [
-        {"type": "text", "text": as_text(part.get("text", ""))}
+        {"type": "text", "text": as_text(part["text"])}
         if part["type"] == "text"
-        else {"type": "image", "image": read_image(part.get("image"), "the result")}
-        for part in result
+        else {"type": "image", "image": read_image(part["image"], "the result")}
+        for part in parts
     ]
+
+
+def _parts(result: object) -> list[dict[str, Any]] | None:
+    """Return a result as parts if it has images: of PIL, at the frame where they stand, or in parts; else `None`."""
+    pillow = sys.modules.get("PIL.Image")
+    items = list(result) if isinstance(result, list | tuple) else [result]
+    parts = []
+    for item in items:
+        if pillow is not None and isinstance(item, pillow.Image):
+            item = {"type": "image", "image": item}
+        if not isinstance(item, dict) or item.get("type") not in ("image", "text") or item["type"] not in item:
+            return None
+        if pillow is not None and isinstance(item.get("image"), pillow.Image):
+            item = {**item, "image": item["image"].copy()}
+        parts.append(item)
+    return parts if any(part["type"] == "image" for part in parts) else None
 
 
 def as_text(result: object) -> str:

@@ -345,10 +345,9 @@ class Report:
         for stem, plot in self.curves.items():
             if plot.draw(folder / f"{stem}.png"):
                 self.artifacts[stem] = f"{stem}.png"
+        # A resumed run may have read nothing again.
         if self.data:
             write_atomically(folder / RECEIPT_FILE, json.dumps(self.data, indent=2) + "\n")
-        else:
-            (folder / RECEIPT_FILE).unlink(missing_ok=True)
         write_atomically(folder / "report.md", self.markdown())
         write_atomically(folder / REPORT_FILE, json.dumps(self.as_dict(), indent=2, default=str) + "\n")
         self.folder = folder

@@ -4,6 +4,7 @@ import json
 from itertools import product
 
 import pytest
+from PIL import Image
 
 from hfllm.data import labelled
 from hfllm.data.conversations import Conversations
@@ -120,10 +121,17 @@ def test_system_and_history_come_before_the_prompt(tmp_path, mapper, row):
     assert plain["prompt"] in ([user("Say it.")], "Say it.")
 
 
-def test_a_history_of_another_form_is_refused(tmp_path):
-    for history in ("Hello", [["a"]], [{"q": 1}], [["a", None]]):
-        with pytest.raises(InputError, match="line 1: history must be a list of pairs"):
-            read(rows_in(tmp_path, [{**ALPACA, "history": history}]))
+def test_a_history_of_another_form_is_named_and_not_read(tmp_path):
+    for history in ("Hello", [["a"]], [{"q": 1}], [["a", None]], 3, {"a": "b"}):
+        (row,), receipt = read(rows_in(tmp_path, [{**ALPACA, "history": history, "system": 3}]))
+        assert row["prompt"] == [user("Say it.")] and receipt.ignored == {"history": 1, "system": 1}
+    # As messages, and as a csv file has it.
+    pairs = [["Hello", "Hi"], ["How?", "Well."]]
+    for history in (EXPECTED[1:5], json.dumps(pairs)):
+        (row,), receipt = read(rows_in(tmp_path, [{**ALPACA, "history": history}]))
+        assert row["prompt"] == EXPECTED[1:] and not receipt.ignored
+    (row,), _ = read(rows_in(tmp_path, [{"messages": [assistant("a")], "history": pairs}]), to_prompt)
+    assert row["prompt"] == EXPECTED[1:5]
 
 
 # ---- files ----
@@ -135,7 +143,7 @@ def test_a_folders_documents_are_read_and_the_others_named(tmp_path):
     written(tmp_path, "c.txt", "One.\n\nTwo.\n")
     written(tmp_path, "notes.docx", "x")
     written(tmp_path, "LICENSE", "x")
-    written(tmp_path, ".hidden.txt", "")
+    written(tmp_path, ".hidden", "")
     (tmp_path / "photo.png").write_bytes(b"x")
     rows, receipt = read(tmp_path, to_text)
     assert rows[0] == "# Fish\n\nA zebrafish swims." and rows[-2:] == ["One.", "Two."] and len(rows) == 4
@@ -145,11 +153,16 @@ def test_a_folders_documents_are_read_and_the_others_named(tmp_path):
     assert "2 files not read: LICENSE (no ending), notes.docx (.docx ending)" in "\n".join(receipt.lines())
 
 
-def test_the_card_of_a_dataset_is_no_row(tmp_path):
+def test_documents_beside_rows_are_named_and_not_read(tmp_path):
     rows_in(tmp_path, [ALPACA])
     written(tmp_path, "README.md", "# A dataset")
     rows, receipt = read(tmp_path)
-    assert len(rows) == 1 and receipt.skipped == {"README.md": "the card of the dataset"}
+    written(tmp_path, "LICENSE.md", "# A license")
+    assert len(rows) == 1
+    assert receipt.skipped == dict.fromkeys(("LICENSE.md", "README.md"), "a document beside files of rows")
+    # Without rows it is a text like others.
+    (tmp_path / "rows.jsonl").unlink()
+    assert len(read(tmp_path, to_text)[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -162,12 +175,32 @@ def test_the_card_of_a_dataset_is_no_row(tmp_path):
         ("a.jsonl", '{"messages": [{"role": "user", "role": "system", "content": "c"}]}\n', "'role' occurs twice"),
         ("a.json", '[{"prompt": "a", "completion": "b", "prompt": "c"}]', "'prompt' occurs twice"),
         ("a.csv", 'id,text,label\n1,"open,a\n2,b,c\n3,"d",e\n', "line"),
-        ("a.csv", 'id,text,label\n1,"open,a\n2,b,c\n3,d",e\n', "a quote was left open"),
     ],
 )
 def test_a_file_that_would_lose_something_is_refused(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         load_source(written(tmp_path, name, content))
+
+
+def test_rows_over_lines_that_could_be_rows_are_counted(tmp_path):
+    """A quote may have been left open, or a text has commas: the rows are read, and the receipt tells of them."""
+    table = written(tmp_path, "a.csv", 'id,prompt,response\n1,"open,a\n2,b,c\n3,d",e\n7,"Dear John, hello\nAl",ok\n')
+    rows, receipt = read(table)
+    assert len(rows) == 2 and receipt.as_dict()["joined_lines"] == {"rows": 1, "first": "a.csv, row 1"}
+    assert any("1 row over lines that could be rows (first: " in line for line in receipt.lines())
+
+
+def test_files_without_a_row_are_named(tmp_path):
+    rows_in(tmp_path, [ALPACA])
+    written(tmp_path, "empty.jsonl", "")
+    _, receipt = read(tmp_path)
+    assert receipt.as_dict()["files"] == {"empty.jsonl": 0, "rows.jsonl": 1}
+    assert "2 files (empty.jsonl: no row, rows.jsonl)" in next(receipt.lines())
+
+
+def test_columns_without_a_name_have_a_number(tmp_path):
+    rows, receipt = read(written(tmp_path, "a.csv", "prompt,completion,,\na,b,lost,\n"))
+    assert len(rows) == 1 and receipt.ignored == {"(column 3)": 1}
 
 
 def test_tables_with_semicolons_and_spaces_around_names_are_read(tmp_path):
@@ -193,12 +226,61 @@ def test_a_chosen_answer_scored_below_the_rejected_one_is_dropped(tmp_path, colu
 
 def test_a_row_that_says_two_things_is_refused(tmp_path):
     row = {"instruction": "a", "output": "b", "messages": [user("a"), assistant(SECRET)]}
-    with pytest.raises(InputError, match="line 1: instruction and output say something else than messages"):
+    with pytest.raises(InputError, match="line 1: instruction and output give another answer than messages"):
         read(rows_in(tmp_path, [row]))
-    same = {**row, "messages": [user("a"), assistant(" b")]}
-    assert len(read(rows_in(tmp_path, [same]))[0]) == 1
-    with pytest.raises(InputError, match="--column_mapping completion=response"):
+    with pytest.raises(InputError, match="prompt and completion give another answer than prompt and response"):
         read(rows_in(tmp_path, [{"prompt": "a", "completion": "b", "response": "c"}]))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"messages": [user("a"), assistant(" b")]},
+        {"messages": [user("a")]},
+        {"messages": []},
+        {"messages": "text"},
+        {"messages": [{"role": "system", "content": "s"}, user("a"), assistant("c")]},
+        {"response": ""},
+        {"response": float("nan")},
+        {"response": [{"user_id": 1, "value": "x", "status": "submitted"}]},
+        {"prompt": "Below is an instruction. a"},
+        {"inputs": "x", "targets": "y"},
+    ],
+)
+def test_other_columns_than_a_rows_format_are_named(tmp_path, more):
+    """Of a row with more than one format the first is read, unless they contradict each other."""
+    (row,), receipt = read(rows_in(tmp_path, [{"instruction": "a", "output": "b", **more}]))
+    assert (row["prompt"], row["completion"]) == ([user("a")], [assistant("b")])
+    expected = {name for name, value in more.items() if value not in ("", None)}
+    assert receipt.ignored.keys() == expected
+
+
+def test_what_is_read_is_seen_row_by_row(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "lost", "messages": [user("a"), assistant("b")]}]
+    _, receipt = read(rows_in(tmp_path, [*rows, {"messages": [user("a")], "id": 3}]))
+    # Of a row that is left out nothing is said beside that.
+    assert receipt.ignored == {"prompt": 1} and receipt.used == {"prompt", "completion", "messages"}
+
+
+def test_instructions_with_whole_conversations_to_compare(tmp_path):
+    row = {"instruction": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    (converted,), receipt = read(rows_in(tmp_path, [row]), to_preference)
+    assert converted == {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    assert receipt.ignored == {"instruction": 1}
+    # Marks of what is learned make no difference between answers.
+    pair = {"prompt": "a", "chosen": [assistant("b", train=False)], "rejected": [assistant("b")]}
+    (converted,), _ = read(rows_in(tmp_path, [pair]), to_preference)
+    assert converted["chosen"] == converted["rejected"]
+
+
+def test_rows_with_images_have_a_receipt_too(tmp_path):
+    from hfllm.data.images.rows import to_pictures
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    mapper = to_pictures(to_sft, tmp_path)
+    row = {"image": "a.png", "messages": [user("a"), assistant("b")], "id": 3}
+    _, receipt = read(rows_in(tmp_path, [row, row]), mapper)
+    assert receipt.ignored == {"id": 2} and receipt.used == {"image", "messages"}
 
 
 def test_classes_that_are_none(tmp_path):
@@ -206,13 +288,17 @@ def test_classes_that_are_none(tmp_path):
     names = ["x", "nan", float("nan"), None, "", "none"]
     kept, receipt = read(rows_in(tmp_path, [{"text": "a", "label": name} for name in names]), reader)
     assert [row["label"] for row in kept] == ["x", "none"] and receipt.dropped.count == 4
-    for number in (3.7, "0.25", float("inf")):
-        with pytest.raises(InputError, match=r"line 1: label is .*, a number with a fraction"):
-            read(rows_in(tmp_path, [{"text": "a", "label": number}]), reader)
+    measured = [reader("a", {"text": "a", "label": number / 8}) for number in range(30)]
+    with pytest.raises(InputError, match=r"30 rows have 30 different labels, such as '0.0', numbers with fractions"):
+        labelled.labels_of(labelled.TEXT, measured)
+    # Half stars are classes, and so is what the user names.
+    assert len(labelled.labels_of(labelled.TEXT, measured[::4])) == 8
+    names = [row["label"] for row in measured]
+    assert labelled.labels_of(labelled.TEXT, measured, names) == names
     rows = [reader("a", {"text": f"a {number}", "label": f"id-{number}"}) for number in range(60)]
     with pytest.raises(InputError, match="60 rows have 60 different labels, such as 'id-0': is it an id"):
         labelled.labels_of(labelled.TEXT, rows)
-    assert len(labelled.labels_of(labelled.TEXT, [*rows, *rows, *rows])) == 60
+    assert len(labelled.labels_of(labelled.TEXT, [*rows, *rows])) == 60
 
 
 def test_pairs_of_equal_answers_are_not_scored(tmp_path):
@@ -269,7 +355,7 @@ def test_a_receipt_counts_and_names(tmp_path):
     ]
     name = rows_in(tmp_path, rows)
     _, receipt = read(name)
-    expected = {"id": 3, "source": 1, "messages[].timestamp": 2, "messages[].rating": 1}
+    expected = {"id": 2, "source": 1, "messages[].timestamp": 2, "messages[].rating": 1}
     assert receipt.ignored == expected and receipt.duplicates == 1 and receipt.rows == 3
     assert receipt.as_dict() == {
         "dataset": name,
@@ -285,7 +371,7 @@ def test_a_receipt_counts_and_names(tmp_path):
         f"{name}: 3 rows in 1 file (rows.jsonl), 1 of them like an earlier one",
         f"{name}: 1 of 3 rows dropped: 1 without an answer ({name}, line 3)",
         f"{name}: columns read: messages; "
-        "ignored: id (3), source (1), messages[].timestamp (2), messages[].rating (1)",
+        "ignored: messages[].timestamp (2), messages[].rating (1), id (2), source (1)",
     ]
     assert not unprinted_lines({"dataset_name": name}) and not unprinted_lines({"dataset_name": "other.jsonl"})
     assert whole_receipt({"dataset_name": name})["datasets"] == [receipt.as_dict()]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hfllm.environments.episodes import run_episodes
 from hfllm.environments.runner import ToolRunner
-from hfllm.environments.tool_turns import ToolTurns
+from hfllm.environments.tool_turns import UNREADABLE, ToolTurns
 from hfllm.environments.tools import ToolBox, as_content
 from hfllm.errors import InputError
 from hfllm.multimodal.processors import PER_TOKEN, Pictures
@@ -105,8 +105,53 @@ def test_results_with_images_are_parts_or_words():
     (part,) = as_content(one, reads_images=True)
     assert part["type"] == "image" and list(part["image"].getdata()) == list(one.getdata())
     # Anything else is text, as it was.
-    for value in ([], [1, "image"], [{"type": "text", "text": "a"}], [{"type": "image"}, 3], [{"type": "video"}], {}):
+    named = [{"type": "image", "name": "cat.png"}, {"type": "text", "name": "b.txt"}]
+    for value in (
+        [],
+        [1, "image"],
+        [{"type": "text", "text": "a"}],
+        [image_part(), 3],
+        [{"type": "video"}],
+        {},
+        named,
+    ):
         assert as_content(value, reads_images=True) == str(value)
+    several = as_content((one, one, text_part("a")), reads_images=True)
+    assert [part["type"] for part in several] == ["image", "image", "text"]
+
+
+def test_an_animation_is_shown_at_its_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as animation:
+        animation.seek(1)
+        (part,) = as_content(animation, reads_images=True)
+        assert part["image"].getpixel((4, 4))[2] > 200 and animation.tell() == 1
+
+
+def test_texts_beside_an_image_are_no_longer_than_a_result():
+    def look() -> list:
+        """Look."""
+        return [image_part(), text_part("a" * 15), text_part("b" * 15), text_part("c")]
+
+    message, _ = ToolBox([look], max_length=20, reads_images=True).call(
+        {"function": {"name": "look", "arguments": {}}}
+    )
+    assert [part.get("text") for part in message["content"]] == [None, "a" * 15, "bbbbb... (cut, of 15 characters)"]
+
+
+def test_what_a_processor_cannot_write_is_an_error_that_the_policy_reads(processor, turns, monkeypatch):
+    rendered = turns._rendered
+
+    def fails(messages):
+        if isinstance(messages[0]["content"], list):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return rendered(messages)
+
+    monkeypatch.setattr(turns, "_rendered", fails)
+    messages = [said(image_part())]
+    ids, pictures = turns.reply(messages)
+    assert not pictures and messages[0]["content"] == UNREADABLE and ids
 
 
 @pytest.mark.parametrize("value", [None, b"\x89PNG", 7, "nowhere.png", Image.new("RGB", (9000, 9000))])

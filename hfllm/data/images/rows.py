@@ -27,13 +27,13 @@ from hfllm.data.formats import (
     counted,
     flaw_of,
     learned_turns,
-    renamed,
     role_of,
     spells,
 )
 from hfllm.data.images.files import MAX_PIXELS, BadImage, image_key, path_of, read_image, to_rgb
+from hfllm.data.receipt import noting_as
 from hfllm.data.row_limits import MAX_ROW_BYTES
-from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, source_files
+from hfllm.data.sources import EMBEDDED, HubPart, folder_of, iterate_source, renamed, source_files
 from hfllm.errors import InputError, refuse_if
 from hfllm.flags import Fact, flag
 
@@ -100,10 +100,10 @@ def take_images(origin: str, row: Mapping[str, Any], columns: Sequence[str] = ME
         InputError: when both a column and the messages have images, a part of a message is of another kind, or
             compared conversations show different images.
     """
-    rest = {name: value for name, value in row.items() if name not in COLUMNS}
+    rest = noting_as(row, {name: value for name, value in row.items() if name not in COLUMNS})
     images, inside = _in_columns(row), {}
     for column in columns:
-        messages, inside[column] = rest.get(column), []
+        messages, inside[column] = dict.get(rest, column), []
         if isinstance(messages, list):
             rest[column] = [_flat(origin, message, inside[column]) for message in messages]
         elif isinstance(messages, Mapping):
@@ -472,10 +472,10 @@ def picture_mapper(dataset_name: str, reading: ImageReading, convert: Convert, s
 
 def with_named_file(row: Row) -> Row:
     """Return a row of `metadata.jsonl` in the form of the Hub's image folders, with `file_name` as its image."""
-    name = row.get("file_name")
+    name = dict.get(row, "file_name")
     if has_images(row) or not isinstance(name, str) or Path(name).suffix.lower() not in PICTURE_SUFFIXES:
         return row
-    return {**{column: value for column, value in row.items() if column != "file_name"}, "image": name}
+    return noting_as(row, {**{column: value for column, value in row.items() if column != "file_name"}, "image": name})
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

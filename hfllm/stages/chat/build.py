@@ -1,5 +1,6 @@
 """A conversation in the terminal: the model that answers, the commands, and what is kept."""
 
+import base64
 import json
 import re
 import sys
@@ -12,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer, set_seed
 
-from hfllm.data.formats import Message
+from hfllm.data.formats import Message, content_text, unspelled
 from hfllm.data.images.files import read_image
+from hfllm.data.images.rows import png_of, words_of_places
 from hfllm.data.thoughts import OPEN, thinking_message
 from hfllm.data.tokenizer import end_tokens, template_errors, tokenize_prompts
 from hfllm.environments.runner import ToolRunner
+from hfllm.environments.tools import encodable
 from hfllm.errors import InputError, one_line
 from hfllm.generation.scoring import evaluating
 from hfllm.models.loading.saved import max_length_of
-from hfllm.multimodal.processors import Pictures, encode_messages
+from hfllm.multimodal.processors import Pictures, encode_messages, place_tokens
 from hfllm.rewards.functions import transcript
 from hfllm.runs.models import named_model
 from hfllm.stages.chat.flags import ChatArguments
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 Write = Callable[[str], None]
 # What would move the cursor, change colors or turn lines around: a model may write anything.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Lower ones leave no token to sample.
+LEAST_TEMPERATURE = 1e-3
 # The end of a prompt, where a chat template may open a thought.
 TAIL = 16
 
@@ -79,8 +84,6 @@ class Speaker:
         """Sample at a temperature, 0 is greedy."""
         self.settings.pop("temperature", None)
         self.settings |= {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
-        if self.runner is not None:
-            self.runner.settings |= self.settings
 
     def answer(self, messages: Sequence[Message], write: Write) -> list[Message]:
         """Return the messages that answer a conversation, and write them meanwhile.
@@ -91,15 +94,14 @@ class Speaker:
             InputError: when the conversation has no room in the model's context, or the chat template cannot write it.
         """
         if self.runner is not None:
-            (episode,) = self.runner([list(messages)])
-            write(shown(transcript(episode.messages)))
-            return episode.messages
+            return self._with_tools(messages, write)
         ids, images = self._encoded(messages)
         begin = torch.tensor([ids], device=self.model.device)
         inputs = Pictures([images]).inputs(begin, [0]) if images else {}
         room = self.room(len(ids))
         ends = sorted(end_tokens(self.tokenizer, self.model))
-        settings = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": ends, **self.settings}
+        settings = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": ends, "num_beams": 1}
+        settings |= {"suppress_tokens": sorted(place_tokens(self.model)) or None, **self.settings}
         streamer = Printed(self.tokenizer, write)
         with evaluating(self.model), torch.inference_mode(), suppress(KeyboardInterrupt):
             mask = torch.ones_like(begin)
@@ -110,25 +112,79 @@ class Speaker:
         is_open = self.tokenizer.decode(ids[-TAIL:]).rstrip().endswith(OPEN)
         return [thinking_message(streamer.text, is_open)]
 
+    def _with_tools(self, messages: Sequence[Message], write: Write) -> list[Message]:
+        self.runner.response_length = self.room(self.length(messages))
+        sampling = self.settings or _own_sampling(self.model)
+        self.runner.settings |= {name: value for name, value in sampling.items() if value is not None}
+        # The same question may have another answer.
+        self.runner.seed += 1
+        try:
+            (episode,) = self.runner([self._plain(messages)])
+        except (ValueError, *template_errors()) as error:
+            raise self._unwritable(error) from None
+        write(shown(transcript(episode.messages)))
+        return episode.messages
+
+    def _plain(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages in which what was typed, and what tools said, spells no special token."""
+        plain = self.runner.environment.turns.without_marks
+        return [
+            {**message, "content": plain(message["content"])}
+            if message["role"] != "assistant" and isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
+
     def length(self, messages: Sequence[Message]) -> int:
         """Return the number of tokens of a conversation."""
-        return self.runner.lengths([list(messages)])[0] if self.runner is not None else len(self._encoded(messages)[0])
+        if self.runner is None:
+            return len(self._encoded(messages)[0])
+        try:
+            return self.runner.lengths([self._plain(messages)])[0]
+        except (ValueError, *template_errors()) as error:
+            raise self._unwritable(error) from None
 
     def room(self, length: int) -> int:
         """Return how many tokens an answer to a conversation of so many may have; nothing or less is no room."""
         context = max_length_of(self.model.config)
-        needed = self.max_new_tokens if self.runner is not None else 1
-        left = self.max_new_tokens if context is None else min(self.max_new_tokens, context - length)
-        return left if left >= needed else 0
+        return self.max_new_tokens if context is None else min(self.max_new_tokens, context - length)
+
+    @staticmethod
+    def _unwritable(error: Exception) -> InputError:
+        if isinstance(error, InputError):
+            return error
+        return InputError(f"the chat template cannot write this conversation: {one_line(error)}")
 
     def _encoded(self, messages: Sequence[Message]) -> tuple[list[int], Mapping[str, torch.Tensor]]:
         try:
             if self.processor is not None:
-                options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
-                return encode_messages(messages, self.processor, **options)
+                # Not by the processor itself: some cannot take both images and this.
+                plain = [_without_tokens(message, self.tokenizer, self.processor) for message in messages]
+                return encode_messages(plain, self.processor, add_generation_prompt=True)
             return tokenize_prompts([list(messages)], self.tokenizer, as_plain_text=True)[0], {}
         except (ValueError, *template_errors()) as error:
-            raise InputError(f"the chat template cannot write this conversation: {one_line(error)}") from None
+            raise self._unwritable(error) from None
+
+
+def _own_sampling(model: "PreTrainedModel") -> dict[str, Any]:
+    """Return how a model's generation config samples."""
+    own = model.generation_config
+    if not own.do_sample:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+
+
+def _without_tokens(message: Message, tokenizer: "PreTrainedTokenizerBase", processor: "ProcessorMixin") -> Message:
+    """Return a message of a person in which nothing spells a special token, or one that stands for an image."""
+    if message["role"] == "assistant":
+        return message
+    tokens = [each.content for each in tokenizer.added_tokens_decoder.values() if each.special]
+    tokens += words_of_places(processor)
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": unspelled(tokens, content)}
+    parts = [{**part, "text": unspelled(tokens, part["text"])} if part["type"] == "text" else part for part in content]
+    return {**message, "content": parts}
 
 
 def load_speaker(args: ChatArguments) -> Speaker:
@@ -157,12 +213,16 @@ def read_lines() -> Iterator[str]:
     # Keys for earlier lines, where the system has them.
     with suppress(ImportError):
         import readline  # noqa: F401
+    if sys.stdin is None:
+        return
     is_typed, was_stopped = sys.stdin.isatty(), False
     while True:
         try:
-            line = input("\nyou: " if is_typed else "")
+            line = encodable(input("\nyou: " if is_typed else ""))
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError(f"a line is not {error.encoding}: {error.reason}") from None
         except KeyboardInterrupt:
             if was_stopped or not is_typed:
                 return
@@ -171,7 +231,7 @@ def read_lines() -> Iterator[str]:
             continue
         was_stopped = False
         if not is_typed and line.strip():
-            print(f"\nyou: {line}", flush=True)
+            _print(f"\nyou: {line}\n")
         yield line
 
 
@@ -185,14 +245,14 @@ class Chat:
 
     Attributes:
         messages: the conversation, without the system's message.
-        images: the paths of its images, in their order.
+        images: its images, in their order.
     """
 
     def __init__(self, speaker: Speaker, system: str | None = None, write: Write | None = None):
         self.speaker, self.system, self.write = speaker, system, write or _print
         self.messages: list[Message] = []
-        self.images: list[str] = []
-        self._waiting: list[tuple[str, Image]] = []
+        self.images: list[Image] = []
+        self._waiting: list[Image] = []
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "undo": (self._undo, "take back the last question and what came after it"),
             "again": (self._again, "answer the last question again"),
@@ -221,9 +281,9 @@ class Chat:
         line = line.strip()
         if line in ("/exit", "/quit"):
             return False
-        if not line.startswith("/"):
+        if not line.startswith("/") or line.startswith("//"):
             if line:
-                self._ask(line)
+                self._ask(line.removeprefix("/"))
             return True
         name, _, argument = line[1:].partition(" ")
         command = self.commands.get(name)
@@ -238,10 +298,10 @@ class Chat:
 
     def _ask(self, question: str) -> None:
         images = self._waiting
-        content = [{"type": "image", "image": image} for _, image in images]
+        content = [{"type": "image", "image": image} for image in images]
         content = [*content, {"type": "text", "text": question}] if content else question
         self.messages.append({"role": "user", "content": content})
-        self.images += [path for path, _ in images]
+        self.images += images
         if self._answer():
             self._waiting = []
         else:
@@ -256,6 +316,10 @@ class Chat:
             self.messages += self.speaker.answer(messages, self.write)
         except InputError as error:
             self._note(str(error))
+            return False
+        # Such as settings of the sampling that leave no token, and Ctrl-C while a tool works.
+        except (RuntimeError, ValueError, KeyboardInterrupt) as error:
+            self._note(f"no answer: {one_line(error) if str(error) else type(error).__name__}")
             return False
         self.write("\n")
         return True
@@ -311,15 +375,17 @@ class Chat:
             temperature = float(argument)
         except ValueError:
             temperature = -1.0
-        if not 0 <= temperature < float("inf"):
-            raise InputError(f"/temperature {argument}: expected a number from 0 on, such as 0.7")
+        if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
+            raise InputError(
+                f"/temperature {argument}: expected 0, or a number from {LEAST_TEMPERATURE:g} on, such as 0.7"
+            )
         self.speaker.set_temperature(temperature)
         self._note("greedy" if temperature == 0 else f"temperature {temperature:g}")
 
     def _add_image(self, argument: str) -> None:
         if self.speaker.processor is None:
             raise InputError("/image: the model reads words alone")
-        self._waiting.append((argument, read_image(argument, "/image")))
+        self._waiting.append(read_image(str(Path(argument).expanduser()), "/image"))
         self._note(f"{len(self._waiting)} shown with the next question")
 
     def _save(self, argument: str) -> None:
@@ -327,14 +393,19 @@ class Chat:
             raise InputError(f"/save {argument}: expected a file that ends in .jsonl")
         self._last_question()
         system = [{"role": "system", "content": self.system}] if self.system else []
-        row = {"messages": [*system, *map(_without_pixels, self.messages)]}
+        row: dict[str, Any] = {"messages": [*system, *map(_without_pixels, self.messages)]}
+        if self.speaker.runner is not None:
+            row["tools"] = self.speaker.runner.environment.schemas
         if self.images:
-            row["images"] = [str(Path(path).resolve()) for path in self.images]
+            # Within the row, since paths that lead out of a dataset's folder are refused.
+            row["images"] = [
+                f"data:image/png;base64,{base64.b64encode(png_of(each)).decode()}" for each in self.images
+            ]
         try:
-            with Path(argument).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise InputError(f"/save {argument}: {error.strerror}") from None
+            with Path(argument).expanduser().open("a", encoding="utf-8") as file:
+                file.write(encodable(json.dumps(row, ensure_ascii=False)) + "\n")
+        except (OSError, ValueError) as error:
+            raise InputError(f"/save {argument}: {getattr(error, 'strerror', None) or error}") from None
         self._note(f"added to {argument}")
 
     def _help(self, argument: str) -> None:
@@ -351,8 +422,12 @@ def _without_pixels(message: Message) -> Message:
     content = message["content"]
     if not isinstance(content, list):
         return message
+    if message["role"] == "tool":
+        return {**message, "content": content_text(content, "[image]")}
     return {**message, "content": [part if part["type"] == "text" else {"type": "image"} for part in content]}
 
 
 def _print(text: str) -> None:
-    print(text, end="", flush=True)
+    # A terminal may not have each letter.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)

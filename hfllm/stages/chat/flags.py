@@ -20,7 +20,7 @@ class ChatArguments(RemoteCodeArguments):
     temperature: float | None = flag(
         None,
         "Of the sampling, 0 is greedy; by default as the model's generation_config.json says.",
-        takes=Range("a number from 0 on", lambda value: value is None or value >= 0),
+        takes=Range("0, or a number from 0.001 on", lambda value: value is None or value == 0 or value >= 1e-3),
     )
     top_p: float | None = flag(
         None,

@@ -242,6 +242,7 @@ def examples(
     conversations = Conversations(tokenizer, marked_template(tokenizer) if tokenization.uses_marks else None)
     dropped, columns, cut = Dropped(len(rows)), {"input_ids": [], "labels": []}, 0
     crowded: list[int] = []
+    learned_rows: list[Mapping[str, object]] = []
     for row, labeled in zip(rows, conversations.label(rows), strict=True):
         num_examples = 0
         if isinstance(row, GroundedRow) and part.stop is not None and labeled:
@@ -255,7 +256,9 @@ def examples(
                 columns["input_ids"].append(numpy.asarray(each.input_ids[part], dtype=numpy.int32))
                 columns["labels"].append(numpy.asarray(labels[part], dtype=numpy.int32))
                 num_examples += 1
-        if not num_examples:
+        if num_examples:
+            learned_rows.append(row)
+        else:
             is_learned = any(label != IGNORE for each in labeled for label in each.labels)
             why = f"with no answer within --max_length {longest}" if is_learned else "with no token to learn"
             dropped.add(why, origin_of(row, ""))
@@ -266,8 +269,8 @@ def examples(
     if crowded:
         say(f"{what}: {crowded_out(crowded, longest, len(rows))}")
     refuse_if(not columns["input_ids"], f"{what}: nothing to learn is left: {dropped}")
-    figures = figures_of(rows, columns)
-    note_figures(what, figures)
+    figures = figures_of(learned_rows, columns)
+    note_figures(what, figures | {"left_out": dict(dropped.reasons)})
     unlearned = f", {figures['answers_not_learned']:,} not" if figures["answers_not_learned"] else ""
     say(
         f"{what}: {figures['answers']:,} answers to learn{unlearned}; {figures['tokens']:,} tokens, "

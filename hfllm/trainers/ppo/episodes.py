@@ -104,8 +104,10 @@ def act(
     device, witness = trainer.accelerator.device, trainer._witness(len(rows))
     done = _recorded(prompts, environment, trainer, witness, pictures)
     batch = as_batch(done, trainer.sampling_config.pad_token_id, device)
-    if trainer.args.deepspeed_plugin is not None and any(count := [bool(episode.images) for episode in done]):
-        refuse_if(not all(count), PICTURES_IN_SOME)
+    if trainer.args.deepspeed_plugin is not None:
+        counts = torch.tensor([sum(bool(episode.images) for episode in done), len(done)], device=device)
+        with_images, total = trainer._sum_over_processes(counts).tolist()
+        refuse_if(0 < with_images < total, PICTURES_IN_SOME)
     # A replacement of `continue_ids` may attribute tokens to the policy that it did not sample.
     if witness is not None and witness.saw(batch["response_ids"], batch["action_mask"]):
         batch["witness"] = witness
