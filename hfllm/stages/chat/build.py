@@ -114,7 +114,7 @@ class Speaker:
 
     def _with_tools(self, messages: Sequence[Message], write: Write) -> list[Message]:
         self.runner.response_length = self.room(self.length(messages))
-        sampling = self.settings or _own_sampling(self.model)
+        sampling = _own_sampling(self.model) | self.settings
         self.runner.settings |= {name: value for name, value in sampling.items() if value is not None}
         # The same question may have another answer.
         self.runner.seed += 1
@@ -202,7 +202,7 @@ def load_speaker(args: ChatArguments) -> Speaker:
         limits = {"response_length": args.max_new_tokens, "tool_timeout": args.tool_timeout, "seed": args.seed}
         speaker.runner = ToolRunner(loaded.model, processor or loaded.tokenizer, tools, **limits)
     if args.top_p is not None:
-        speaker.settings["top_p"] = args.top_p
+        speaker.settings |= {"do_sample": True, "top_p": args.top_p}
     if args.temperature is not None:
         speaker.set_temperature(args.temperature)
     return speaker
