@@ -462,7 +462,8 @@ def to_be_learned(origin: str, row: Row) -> Row:
         BadRow: when they are.
     """
     # A first message of the conversation answers nothing.
-    if not [index for index in learned_turns(row["completion"]) if index or row["prompt"]]:
+    answers = [index for index in learned_turns(row["completion"]) if index or row["prompt"]]
+    if not answers and any(message.get(TRAIN) is False for message in row["completion"]):
         raise BadRow(f"{origin}: a row {NOT_LEARNED} ({TRAIN}, {WEIGHT})", NOT_LEARNED)
     return row
 

@@ -232,7 +232,7 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, capsys):
         f"{name}: 7 rows in 1 file (pairs.jsonl)\n"
         f"{name}: 5 of 7 rows dropped: 2 with equal answers (first: {name}, line 2), 1 without an answer "
         f"({name}, line 4), 1 with doubled turns ({name}, line 5), 1 with a tie ({name}, line 6)\n"
-        f"{name}: columns read: chosen, instruction, label, prompt, rejected, response1, response2; ignored: none\n"
+        f"{name}: columns read: chosen, prompt, rejected; ignored: none\n"
     )
 
 
