@@ -18,7 +18,7 @@ from tools_run import CALLS, PROMPTS, TOOLS, config_of, letters, opening
 from trl import import_utils
 
 import hfllm
-from hfllm.environments.tools import calculator
+from hfllm.environments.tools import ToolBox, as_content, calculator
 from hfllm.errors import InputError
 from hfllm.generation.packed.ragged_model import RaggedModel
 from hfllm.generation.packed.turns import Turns
@@ -497,7 +497,7 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
 def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path, monkeypatch):
     docs = Path(__file__).parent.parent.parent / "docs"
     text = "".join((docs / folder / "tools.md").read_text() for folder in ("guides", "reference"))
-    tool, first, after, servers, game, of_others, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    tool, first, image, after, servers, game, of_others, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {"policy": hfllm.HfllmForCausalLM(config_of(tokens)), "output_dir": str(tmp_path), "tokenizer": tokens}
     names |= {"right_answer": letters, "prompts": Dataset.from_dict({"prompt": PROMPTS})}
     settings = "output_dir, report_to='none', use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=2, "
@@ -505,6 +505,9 @@ def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path, m
     assert names["trainer"].state.global_step == 2
     exec(tool, names)
     assert make_agent(tools=[names["double"]]).environment.schemas[0]["function"]["name"] == "double"
+    exec(image, names)
+    (part, words), reads = as_content(names["look"]("left"), reads_images=True), ToolBox([names["look"]]).schemas
+    assert part["image"].size == (64, 64) and words["text"] == "to the left" and reads[0]["function"]["name"] == "look"
     exec(game, names)
     rows = Dataset.from_dict({"prompt": PROMPTS, "secret": range(len(PROMPTS))})
     trainer = make_agent(
