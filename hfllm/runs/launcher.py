@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # Values with a warning of `accelerate launch` when absent.
 ACCELERATE_DEFAULTS = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
+# With these accelerate starts processes in a way of their own.
+OWN_LAUNCHERS = frozenset(("--multi_gpu", "--cpu", "--use_deepspeed", "--use_fsdp"))
 # Seconds in which processes also reached by Ctrl-C should end.
 PATIENCE = 10
 
@@ -172,6 +174,11 @@ def with_defaults(for_accelerate: Sequence[str]) -> list[str]:
     if value_of("config_file", for_accelerate) or default_accelerate_config().is_file():
         return list(for_accelerate)
     defaults = dict(ACCELERATE_DEFAULTS)
+    count = value_of("num_processes", for_accelerate) or "1"
+    # Its word for several processes of a machine: without it, and without GPUs, it starts one whatever is named.
+    are_several = count.isdecimal() and int(count) > 1 and not num_devices()
+    are_several = are_several and not OWN_LAUNCHERS & {*for_accelerate}
+    for_accelerate = [*(["--multi_gpu"] if are_several else []), *for_accelerate]
     if num_devices() <= 1 and value_of("num_machines", for_accelerate) in (None, "1"):
         defaults["num_processes"] = "1"
     missing = [flag for flag in defaults if value_of(flag, for_accelerate) is None]

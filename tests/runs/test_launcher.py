@@ -370,3 +370,29 @@ def test_the_list_names_what_came_with_it(capsys):
     for path in (ROOT / "recipes" / "configs").rglob("*.yaml"):
         assert f"{path.parent.name}/{path.stem}" in shown
     assert str(installed("recipes")) in shown
+
+
+@pytest.mark.parametrize(
+    "words, devices, is_added",
+    [
+        (["--num_processes", "2"], 0, True),
+        (["--num_processes", "1"], 0, False),
+        ([], 0, False),
+        (["--num_processes", "2"], 2, False),
+        (["--num_processes", "2", "--multi_gpu"], 0, False),
+        (["--num_processes", "2", "--use_fsdp"], 0, False),
+        (["--num_processes", "two"], 0, False),
+    ],
+)
+def test_several_processes_start_without_gpus_too(monkeypatch, words, devices, is_added):
+    monkeypatch.setattr(launcher, "num_devices", lambda: devices)
+    monkeypatch.setattr(launcher, "default_accelerate_config", lambda: Path("nowhere"))
+    given = launcher.with_defaults(words)
+    assert given[-len(words) :] == words if words else True
+    assert given.count("--multi_gpu") == ("--multi_gpu" in words or is_added)
+    parsed = (
+        accelerate_launch.launch_command_parser().parse_known_args([*given, "script.py"])[0]
+        if "two" not in words
+        else None
+    )
+    assert parsed is None or parsed.multi_gpu == ("--multi_gpu" in words or is_added)
