@@ -38,7 +38,8 @@ from constitution_arms import (
 )
 
 from hfllm.data.world.world import World
-from hfllm.outputs.report import markdown_table, mean_of, plus_minus, readable, write_atomically
+from hfllm.outputs.figures import mean_of, plus_minus, readable
+from hfllm.outputs.report import markdown_table, write_atomically
 from hfllm.stages.constitution.build import HARMLESS
 from hfllm.stages.constitution.flags import HELPFUL, REWARD, RL, SL, ConstitutionArguments, course_of
 from hfllm.stages.constitution.report import HELPFUL as HARMLESS_GROUP

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.outputs.report import share_error
+from hfllm.outputs.intervals import share_error
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.outputs.report import standard_error
+from hfllm.outputs.intervals import standard_error
 
 if TYPE_CHECKING:
     import torch

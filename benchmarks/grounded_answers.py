@@ -16,7 +16,7 @@ from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Found
 from hfllm.grounding.uncertainty import normalized
 from hfllm.grounding.verification import all_supported, has_words, verify
-from hfllm.outputs.report import standard_error
+from hfllm.outputs.intervals import standard_error
 
 REQUEST = (
     "Answer from the numbered passages. Answer in one sentence, and cite the passage that says so by its number, "

@@ -30,7 +30,8 @@ from hfllm.data.formats import as_completion
 from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses
 from hfllm.models.loading.saved import saved_model
-from hfllm.outputs.report import Plot, markdown_table, standard_error
+from hfllm.outputs.intervals import standard_error
+from hfllm.outputs.report import Plot, markdown_table
 from hfllm.rewards.functions import RewardFunction
 from hfllm.runs.models import load_tokenizer
 from hfllm.stages.rlhf import build as rlhf

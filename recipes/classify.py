@@ -111,7 +111,15 @@ def main(
     models = {"model": base.name}
     tables, plots = dict(result.tables), dict(result.plots)
     return stage.finish(
-        metrics, trainer, result.summary, tables, plots, next_steps=lines, too_wide=["Samples"], models=models
+        metrics,
+        trainer,
+        result.summary,
+        tables,
+        plots,
+        next_steps=lines,
+        too_wide=["Samples"],
+        models=models,
+        claims=classify.claims_of(task.name),
     )
 
 

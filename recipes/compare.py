@@ -30,7 +30,7 @@ def parse(argv: Sequence[str]) -> tuple[CompareArguments]:
 @releases_folders
 def main(script_args: CompareArguments) -> dict[str, float]:
     """Read both logs, compare, report. Return the metrics."""
-    from hfllm.evaluation.verdicts import fail_if_worse
+    from hfllm.evaluation.verdicts import fail_if_worse, verdict_of
     from hfllm.runs.stage import Stage
     from hfllm.stages import compare
     from hfllm.stages.evaluate.flags import CHANGES
@@ -51,7 +51,11 @@ def main(script_args: CompareArguments) -> dict[str, float]:
     result = compare.report(evaluations, family, changes, script_args.alpha)
     print_tables(result.tables)
     metrics = stage.finish(
-        result.metrics, summary=result.summary, tables=result.tables, artifacts={"changes": CHANGES}
+        result.metrics,
+        summary=result.summary,
+        tables=result.tables,
+        artifacts={"changes": CHANGES},
+        claims=verdict_of(result.metrics, [each.label for each in evaluations], result.summary),
     )
     if script_args.fail_on_regression:
         first, second = evaluations

@@ -83,6 +83,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
         promises=result.promises,
         artifacts=steps.artifacts,
         next_steps=chat_lines(last, question) if last else (),
+        final_model=last,
         models={"model": course.named},
     )
 

@@ -120,6 +120,7 @@ def main(
         curves=distillation_plots({name: each.state.log_history for name, each in trainers.items()}, metrics),
         next_steps=chat_lines(output_dir, [{"role": "user", "content": question}]),
         models={"teacher": teacher_name},
+        claims=distill.claims_of(metrics),
     )
 
 

@@ -36,7 +36,7 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     flags.check(script_args)
     from trl import ModelConfig
 
-    from hfllm.evaluation.verdicts import fail_if_worse
+    from hfllm.evaluation.verdicts import fail_if_worse, verdict_of
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import named_model
     from hfllm.runs.stage import Stage
@@ -85,7 +85,14 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
         artifacts["changes"] = flags.CHANGES
     report.print_tables(result.tables)
     metrics = stage.finish(
-        result.metrics, None, result.summary, result.tables, result.plots, artifacts=artifacts, models=models
+        result.metrics,
+        None,
+        result.summary,
+        result.tables,
+        result.plots,
+        artifacts=artifacts,
+        models=models,
+        claims=verdict_of(result.metrics, labels, result.summary),
     )
     if script_args.fail_on_regression:
         fail_if_worse(metrics, first, others)

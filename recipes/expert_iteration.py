@@ -108,6 +108,7 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         promises=result.promises,
         artifacts={name: name for name in rounds.parsed} | {"rows": "data"},
         next_steps=chat_lines(rounds.models[-1], eval_rows[0]["prompt"]),
+        final_model=str(rounds.models[-1]),
         models={"model": rounds.first},
     )
 

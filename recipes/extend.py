@@ -103,7 +103,14 @@ def main(
     metrics = {**result.metrics, "original_length": original, "length": length, "factor": factor, **trained}
     lines, models = loading_lines(output_dir), {"model": base.name}
     return stage.finish(
-        metrics, trainer, result.summary, dict(result.tables), dict(result.plots), next_steps=lines, models=models
+        metrics,
+        trainer,
+        result.summary,
+        dict(result.tables),
+        dict(result.plots),
+        next_steps=lines,
+        models=models,
+        claims=extend.CLAIMS,
     )
 
 

@@ -56,7 +56,7 @@ def main(
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
     from hfllm.stages.federated import build as federated
-    from hfllm.stages.federated.report import Controls, Evaluator, report_of
+    from hfllm.stages.federated.report import CLAIMS, Controls, Evaluator, report_of
 
     check(script_args, training_args, model_args)
     folder, seed, name = training_args.output_dir, training_args.seed, model_args.model_name_or_path
@@ -97,6 +97,7 @@ def main(
         curves=result.plots,
         next_steps=[] if terms.has_pairs else chat_lines(folder, [{"role": "user", "content": "Hello!"}]),
         models={"model": base_args.model_name_or_path},
+        claims=CLAIMS,
     )
 
 

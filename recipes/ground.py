@@ -63,6 +63,7 @@ def main(script_args: GroundArguments) -> dict[str, float]:
         promises=result.promises,
         artifacts={name: name for name in course.runs},
         next_steps=chat_lines(course.folder(GROUNDED), passage_tasks(world.facts, ONE, 1)[0].prompt),
+        final_model=course.folder(GROUNDED),
     )
 
 

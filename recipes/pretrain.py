@@ -46,7 +46,8 @@ def main(
 
     from hfllm.data.loading import load_sources
     from hfllm.data.packing import Prepared
-    from hfllm.outputs.report import by_contents, plus_minus
+    from hfllm.outputs.figures import shown
+    from hfllm.outputs.report import by_contents
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
     from hfllm.stages.pretrain import build as pretrain
@@ -112,10 +113,10 @@ def main(
     }
     summary = f"{metrics['parameters']:,} parameters, held-out loss {held_out_loss:.3f} nats per token"
     if "bits_per_byte" in metrics:
-        summary += f", {plus_minus(metrics['bits_per_byte'], metrics.get('bits_per_byte_se'))} bits per byte"
+        summary += f", {shown(metrics, 'bits_per_byte')} bits per byte"
     shares = pretrain.source_table(sources, trainer.plan) if script_args.packing else []
     tables = {title: rows for title, rows in {"Sources": shares, "Samples": samples()}.items() if rows}
-    metrics = stage.finish(metrics, trainer, summary, tables, too_wide=[*tables])
+    metrics = stage.finish(metrics, trainer, summary, tables, too_wide=[*tables], claims=pretrain.CLAIMS)
     if trainer.is_local_process_zero():
         prepared.remove()
     return metrics

@@ -97,6 +97,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     metrics = quantize.quantization_metrics(compared, save_scheme)
     return stage.finish(
         {**metrics, **evaluation.changes(save_scheme), "reload_difference": difference},
+        summary=quantize.quantization_summary(metrics, save_scheme),
         tables=quantize.quantization_tables(compared, swept),
         curves=quantize.sensitivity_bars(swept),
         next_steps=loading_lines(stage.output_dir),

@@ -66,6 +66,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
         promises=result.promises,
         artifacts=course.artifacts,
         next_steps=chat_lines(course.folder(RL), rows[RL]()[0]["prompt"]),
+        final_model=course.folder(RL),
     )
 
 

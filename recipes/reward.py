@@ -44,7 +44,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.flags import check_flags
     from hfllm.multimodal.composed import freeze
     from hfllm.multimodal.processors import check_template
-    from hfllm.outputs.report import plus_minus, share_error, with_error
+    from hfllm.outputs.figures import share_of, shown
     from hfllm.runs.models import (
         check_trainable,
         load_policy,
@@ -128,13 +128,12 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer.save_model()
 
     accuracy, count = evaluation["eval_accuracy"], counts["eval_comparisons"]
-    error = share_error(accuracy, count)
-    accuracy_metrics = {"reward_model_accuracy": accuracy, **with_error("reward_model_accuracy", error, count)}
+    accuracy_metrics = share_of("reward_model_accuracy", accuracy, count)
     metrics = {**accuracy_metrics, "eval_loss": evaluation["eval_loss"], **counts, **control, **scaled}
     labels = "" if script_args.world is None else " with noise-free labels"
-    summary = f"accuracy {plus_minus(accuracy, error)} on {count:,} held-out comparisons{labels}"
+    summary = f"accuracy {shown(metrics, 'reward_model_accuracy')} on {count:,} held-out comparisons{labels}"
     summary += reward.other_pictures_summary(metrics)
-    return stage.finish(metrics, trainer, summary, models={"model": name})
+    return stage.finish(metrics, trainer, summary, models={"model": name}, claims=reward.CLAIMS)
 
 
 if __name__ == "__main__":

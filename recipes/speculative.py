@@ -90,6 +90,7 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
         curves={"speed": speculative.speed_plot(speeds)},
         artifacts={},
         next_steps=speculative_lines(target.name, source.expression),
+        claims=speculative.CLAIMS,
     )
 
 

@@ -76,6 +76,7 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
         artifacts={name: name for name in course.runs},
         too_wide=("Conversations",),
         next_steps=chat_lines(course.folder(RL), [{"role": "user", "content": "Hello!"}]),
+        final_model=course.folder(RL),
         models={"model": course.named},
     )
 

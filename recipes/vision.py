@@ -38,7 +38,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     from hfllm.data.images.rows import as_dataset, words_of_places
     from hfllm.multimodal.composed import freeze
     from hfllm.outputs.card import picture_lines
-    from hfllm.outputs.report import change_of
+    from hfllm.outputs.figures import change_of
     from hfllm.runs.models import check_trainable, named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared

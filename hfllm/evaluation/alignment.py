@@ -14,18 +14,9 @@ from hfllm.errors import InputError
 from hfllm.evaluation.before_after import SAMPLES, SHOWN_SAMPLES, prompt_text
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.evaluation.suites.world_suites import GROUPS, JudgedAnswer, by_group, judge_tasks, mean_gold
-from hfllm.outputs.report import (
-    Plot,
-    change_of,
-    changes,
-    label_of,
-    mean_of,
-    plot_history,
-    plus_minus,
-    readable,
-    standard_error,
-    verdict,
-)
+from hfllm.outputs.figures import change_of, changes, label_of, mean_of, readable, shown, word_of
+from hfllm.outputs.intervals import standard_error
+from hfllm.outputs.report import Plot, plot_history
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -185,11 +176,10 @@ def alignment_summary(metrics: Mapping[str, float]) -> str:
     """
     first = "gold_reward" if "gold_reward_change" in metrics else "proxy_reward"
     before, after, n = (metrics[f"{first}_{part}"] for part in ("before", "after", "n"))
-    change, error = metrics[f"{first}_change"], metrics.get(f"{first}_change_se")
+    change = metrics[f"{first}_change"]
     name = "Gold reward" if first == "gold_reward" else "Reward"
-    errors = (metrics.get(f"{first}_{side}_se") for side in ("before", "after"))
-    sides = [plus_minus(*pair) for pair in zip((before, after), errors, strict=True)]
-    kind = verdict(first, change, error)
+    sides = [shown(metrics, f"{first}_{side}") for side in ("before", "after")]
+    kind = word_of(first, metrics)
     prompts = f"{n:,} held-out prompt{'' if n == 1 else 's'}"
     if kind in ("better", "worse"):
         words = f"{name} {'rose' if change > 0 else 'fell'} from {sides[0]} to {sides[1]} on {prompts}"
@@ -199,11 +189,10 @@ def alignment_summary(metrics: Mapping[str, float]) -> str:
         words = f"{name}: no change beyond noise, {sides[0]} before and {sides[1]} after on {prompts}"
     parts = [words]
     if "kl_to_reference" in metrics:
-        kl = plus_minus(metrics["kl_to_reference"], metrics.get("kl_to_reference_se"))
+        kl = shown(metrics, "kl_to_reference")
         parts.append(f"KL to the reference {kl} nats per response")
     summary = "; ".join(parts) + "." + _other_changes(first, metrics)
-    proxy = verdict("proxy_reward", metrics["proxy_reward_change"], metrics.get("proxy_reward_change_se"))
-    if first == "gold_reward" and kind != "better" and proxy == "better":
+    if first == "gold_reward" and kind != "better" and word_of("proxy_reward", metrics) == "better":
         summary += " PPO raised the reward that it was trained on, but not the gold reward (over-optimization)."
     return summary
 
@@ -213,13 +202,12 @@ def _other_changes(first: str, metrics: Mapping[str, float]) -> str:
     texts_by_kind: dict[str, list[str]] = {"Worse": [], "Better": [], "Also": [], "No change beyond noise": []}
     sentence_of = {"better": "Better", "worse": "Worse", "more": "Also", "less": "Also"}
     for name in changes(metrics):
-        change, error = metrics[f"{name}_change"], metrics.get(f"{name}_change_se")
-        kind, words = verdict(name, change, error), label_of(name)
+        kind, words = word_of(name, metrics), label_of(name)
         if name == first or kind == "too few":
             continue
         if kind in sentence_of:
             before, after = (readable(metrics[f"{name}_{side}"]) for side in ("before", "after"))
-            words = f"{words} {before} to {after} (change {plus_minus(change, error)})"
+            words = f"{words} {before} to {after} (change {shown(metrics, f'{name}_change')})"
         texts_by_kind[sentence_of.get(kind, "No change beyond noise")].append(words)
     return "".join(f" {kind}: {'; '.join(figures)}." for kind, figures in texts_by_kind.items() if figures)
 

@@ -21,19 +21,9 @@ from hfllm.generation.responses import sample_responses
 from hfllm.generation.scoring import evaluating
 from hfllm.models.devices import forked_random
 from hfllm.models.loading.saved import saved_model
-from hfllm.outputs.report import (
-    Bars,
-    Plot,
-    averaged,
-    change_of,
-    is_noise,
-    mean_of,
-    plot_history,
-    plus_minus,
-    ratio_error,
-    standard_error,
-    with_error,
-)
+from hfllm.outputs.figures import averaged, change_of, mean_of, plus_minus, shown, with_error, word_of
+from hfllm.outputs.intervals import ratio_error, standard_error
+from hfllm.outputs.report import Bars, Plot, plot_history
 
 if TYPE_CHECKING:
     import torch
@@ -161,15 +151,13 @@ def tuning_summary(metrics: Mapping[str, float]) -> str:
     """Return how the held-out loss has changed, in words; nothing where it was not measured."""
     if "held_out_loss_change" not in metrics:
         return ""
-    before, after = (
-        plus_minus(metrics[f"held_out_loss_{side}"], metrics.get(f"held_out_loss_{side}_se"))
-        for side in ("before", "after")
-    )
-    change, error, n = (metrics.get(f"held_out_loss_{part}") for part in ("change", "change_se", "n"))
+    before, after = (shown(metrics, f"held_out_loss_{side}") for side in ("before", "after"))
+    change, n = metrics["held_out_loss_change"], metrics["held_out_loss_n"]
     rows = f"{n} held-out row{'' if n == 1 else 's'}"
-    if error is None:
+    word = word_of("held_out_loss", metrics)
+    if word == "too few":
         return f"held-out loss {before} before and {after} nats per token after on {rows}: too few to tell"
-    if is_noise(change, error):
+    if word in ("noise", "unchanged"):
         return f"held-out loss not changed beyond noise, {before} before and {after} nats per token after on {rows}"
     return f"held-out loss {'fell' if change < 0 else 'rose'} from {before} to {after} nats per token on {rows}"
 
@@ -649,14 +637,14 @@ def distillation_summary(metrics: Mapping[str, float], judged: Mapping[str, Gold
     text = f"Gold reward on {len(scores[STUDENT]):,} held-out prompts: {', '.join(figures)}."
     for other in (TEACHER, ALONE):
         if other in scores:
-            differences = [ours - theirs for ours, theirs in zip(scores[STUDENT], scores[other], strict=True)]
-            change, error = _mean_and_error(differences)
+            figures = change_of("score", scores[other], scores[STUDENT])
             than = {TEACHER: "its teacher", ALONE: "the same student without a teacher"}[other]
-            if is_noise(change, error):
+            if (word := word_of("score", figures)) not in ("more", "less"):
                 text += f" No difference beyond noise between the student and {than}."
             else:
-                kind = "better" if change > 0 else "worse"
-                text += f" The student is {kind} than {than} by {plus_minus(abs(change), error)}."
+                kind = "better" if word == "more" else "worse"
+                size = plus_minus(abs(figures["score_change"]), figures.get("score_change_se"))
+                text += f" The student is {kind} than {than} by {size}."
     return text
 
 

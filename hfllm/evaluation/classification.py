@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from hfllm.data.labelled import SPANS, TEXT, WORDS, Row
-from hfllm.outputs.report import mean_of, share_error, with_error
+from hfllm.outputs.figures import mean_of, with_error
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +36,10 @@ def label_metrics(predicted: Sequence[str], gold: Sequence[str], prefix: str = "
     Args:
         prefix: before the names, such as `majority_`.
     """
-    n = len(gold)
     right = [guess == true for guess, true in zip(predicted, gold, strict=True)]
-    accuracy, name = sum(right) / n, f"{prefix}accuracy"
+    name = f"{prefix}accuracy"
     counts = _class_counts([[guess] for guess in predicted], [[true] for true in gold])
-    return {name: accuracy, **with_error(name, share_error(accuracy, n), n), **_macro(f"{prefix}macro_f1", counts)}
+    return {**mean_of(name, list(map(float, right))), **_macro(f"{prefix}macro_f1", counts)}
 
 
 def tag_metrics(

@@ -10,7 +10,8 @@ import numpy as np
 
 from hfllm.errors import InputError, refuse_if
 from hfllm.generation.scoring import batches_of_tokens, evaluating, token_nats
-from hfllm.outputs.report import ratio_error, with_error
+from hfllm.outputs.figures import with_error
+from hfllm.outputs.intervals import ratio_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,7 +12,10 @@ from typing import Any
 
 from hfllm.data.formats import counted
 from hfllm.errors import InputError
-from hfllm.outputs.statistics import Interval, clustered_interval, difference_interval, holm, paired_p_value
+from hfllm.outputs.intervals import Interval, holm
+from hfllm.outputs.statistics import clustered_interval, difference_interval, paired_p_value
+from hfllm.outputs.verdict import IS_BETTER, IS_EQUAL, IS_NOT_COMPARED, IS_TOO_FEW, IS_WORSE
+from hfllm.outputs.verdict import Verdict as RunVerdict
 from hfllm.runs.command_line import main_process
 
 ALPHA = 0.05
@@ -184,6 +187,25 @@ def verdict_metrics(
         key = f"{each.compared.key}/{each.compared.model}_difference"
         result |= {f"{key}_p": each.p_value, f"{key}_p_adjusted": each.adjusted}
     return result
+
+
+def verdict_of(metrics: Mapping[str, float], models: Sequence[str], sentences: str) -> RunVerdict:
+    """Return the verdict of a run that compares models with the first: one on all of them.
+
+    Args:
+        metrics: see `verdict_metrics`.
+        models: names, the first one's first.
+        sentences: on each of the others.
+    """
+    if len(models) < 2:
+        return RunVerdict(IS_NOT_COMPARED, "")
+    counts = {
+        word: sum(int(metrics.get(f"verdict/{word}/{model}", 0)) for model in models[1:])
+        for word in (WORSE, BETTER, "tested")
+    }
+    decision = IS_WORSE if counts[WORSE] else IS_BETTER if counts[BETTER] else IS_EQUAL
+    decision = decision if counts["tested"] else IS_TOO_FEW
+    return RunVerdict(decision, f"{decision}: {sentences}", tested=counts["tested"])
 
 
 def verdict_table(first: str, verdicts: Sequence[Verdict], many: bool = False) -> list[dict[str, str]]:

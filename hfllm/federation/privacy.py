@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.federation.rounds import WeightedSum, norm
 from hfllm.federation.updates import Expected, Update, read_tensors, replace_tensors
-from hfllm.outputs.statistics import Interval, as_numbers, auroc_interval
+from hfllm.outputs.intervals import Interval
+from hfllm.outputs.statistics import as_numbers, auroc_interval
 
 # ---- privacy of organisations ----
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from hfllm.errors import InputError, check_positive, refuse_if
-from hfllm.outputs.report import standard_error, write_atomically
-from hfllm.outputs.statistics import as_numbers, as_pairs, check_share
+from hfllm.outputs.intervals import check_share, standard_error
+from hfllm.outputs.report import write_atomically
+from hfllm.outputs.statistics import as_numbers, as_pairs
 
 # ---- the abstainer ----
 

@@ -19,7 +19,8 @@ from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_pr
 from hfllm.grounding.abstention import UNKNOWN
 from hfllm.grounding.answers import normalized
 from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of
-from hfllm.outputs.report import mean_of, readable, standard_error
+from hfllm.outputs.figures import mean_of, readable
+from hfllm.outputs.intervals import standard_error
 
 if TYPE_CHECKING:
     import torch

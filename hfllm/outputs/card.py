@@ -92,6 +92,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
         MARKER,
         f"# {plain_line(name)}",
         _introduction(folder, report, base),
+        *([f"**Verdict: {sentence}.**"] if (sentence := (report.get("verdict") or {}).get("sentence")) else []),
         *([report["summary"]] if report.get("summary") else []),
         *warnings_markdown(report.get("warnings") or ()),
         _usage(folder, repo_id or name),

@@ -1,4 +1,4 @@
-"""Errors of figures: intervals and tests, and how an uncertainty compares with the truth (calibration).
+"""How an uncertainty compares with the truth (ranking, risk, calibration), and intervals and tests over items.
 
 `uncertainty` is one number per answer, larger for less sure; `wrong` says for each whether it is. Equal uncertainties
 are ties, whose order never counts.
@@ -7,25 +7,15 @@ are ties, whose order never counts.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from statistics import NormalDist
 
 import numpy as np
 
 from hfllm.errors import InputError, check_positive, refuse_if
-from hfllm.outputs.report import Plot, ratio_error, standard_error
+from hfllm.outputs.intervals import Interval, check_share, newcombe, ratio_error, standard_error, student, wilson
+from hfllm.outputs.report import Plot
 
 # ---- uncertainty and truth ----
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure with its standard error and its interval at a level."""
-
-    value: float
-    error: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -35,25 +25,6 @@ class Bin:
     confidence: float
     accuracy: float
     n: int
-
-
-def as_numbers(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
-    """Return numbers, such as a list, an array or a tensor of any type, as (N,) float64.
-
-    Raises:
-        InputError: when there are none, they are not one number per row, or a row's is NaN.
-    """
-    try:
-        values = values.tolist() if hasattr(values, "tolist") else list(values)
-        numbers = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        numbers = np.zeros((0, 0))
-    if numbers.ndim != 1:
-        raise InputError(f"{name} must be one number per row, got {str(values)[:60]}")
-    refuse_if(not len(numbers), f"{name} has no rows: at least 1 is needed")
-    if np.isnan(numbers).any():
-        raise InputError(f"{name} of row {int(np.isnan(numbers).argmax()) + 1} is NaN: expected a number")
-    return numbers
 
 
 def as_pairs(uncertainty: Sequence[float], wrong: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -243,11 +214,6 @@ def reliability_plot(
     return Plot(title, "confidence", "accuracy (share that is right)", lines)
 
 
-def check_share(value: float, name: str) -> None:
-    """Refuse a number not strictly between 0 and 1."""
-    refuse_if(not isinstance(value, Real) or not 0 < value < 1, f"{name} must lie between 0 and 1, got {value!r}")
-
-
 def _both(numbers: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(set(labels)) < 2:
         kind = "wrong" if labels[0] else "right"
@@ -275,20 +241,14 @@ def _score_bound(value: float, m: int, n: int, z: float, end: float) -> float:
     return end if value == end else inside
 
 
-# ---- intervals ----
-#
-# Intervals of means over items, and intervals and tests of the difference of two models on the same items.
+# ---- intervals and tests ----
 #
 # Means of any numbers have bootstrap intervals by item (Efron 1979), widened for few items as Student's t is
 # (Hesterberg 2015, The American Statistician 69:371, section 5: "expanded percentile"). Resampling cannot show values
-# absent from all items, so a share of 0 or 1 would have an interval of no width: shares have Wilson's interval (1927),
-# and the difference of two on the same items Newcombe's (1998, Statistics in Medicine 17:2635, method 10), which are
-# about as cheap.
+# absent from all items, so shares have the intervals of `hfllm.outputs.intervals`.
 #
 # Whether two models differ at all is tested by exchanging their scores at random items (Fisher 1935), which for scores
-# of 0 and 1 is McNemar's exact test (1947). The p-values of several figures are adjusted by Holm's method (1979,
-# Scandinavian Journal of Statistics 6:65), so that at most a share `alpha` of comparisons of equal models finds any
-# difference.
+# of 0 and 1 is McNemar's exact test (1947).
 
 
 NUM_RESAMPLES = 2000
@@ -298,6 +258,25 @@ DRAWN = 2_000_000
 NUM_EXCHANGES, MOST_COUNTED = 50_000, 20_000_000
 # Scores in multiples of one of these shares of 1 are counted.
 STEPS = (1, 2, 4, 10, 100)
+
+
+def as_numbers(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
+    """Return numbers, such as a list, an array or a tensor of any type, as (N,) float64.
+
+    Raises:
+        InputError: when there are none, they are not one number per row, or a row's is NaN.
+    """
+    try:
+        values = values.tolist() if hasattr(values, "tolist") else list(values)
+        numbers = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        numbers = np.zeros((0, 0))
+    if numbers.ndim != 1:
+        raise InputError(f"{name} must be one number per row, got {str(values)[:60]}")
+    refuse_if(not len(numbers), f"{name} has no rows: at least 1 is needed")
+    if np.isnan(numbers).any():
+        raise InputError(f"{name} of row {int(np.isnan(numbers).argmax()) + 1} is NaN: expected a number")
+    return numbers
 
 
 def mean_interval(
@@ -317,7 +296,7 @@ def mean_interval(
     numbers = as_numbers(values, "values")
     mean, error = float(numbers.mean()), standard_error(numbers.tolist()) or 0.0
     if is_share(numbers):
-        low, high = _wilson(float(numbers.sum()), len(numbers), level)
+        low, high = wilson(float(numbers.sum()), len(numbers), level)
     else:
         low, high = bootstrap_bounds(numbers, level, num_resamples, seed)
     return Interval(mean, error, min(low, mean), max(high, mean))
@@ -341,7 +320,7 @@ def difference_interval(
     differences = other - one
     mean, error = float(differences.mean()), standard_error(differences.tolist()) or 0.0
     if is_share(one) and is_share(other):
-        low, high = _newcombe(one, other, level)
+        low, high = newcombe(one.tolist(), other.tolist(), level)
     else:
         low, high = bootstrap_bounds(differences, level, num_resamples, seed)
     return Interval(mean, error, min(low, mean), max(high, mean))
@@ -369,7 +348,7 @@ def clustered_interval(
         counts[cluster] = counts.get(cluster, 0) + 1
     totals, sizes = list(sums.values()), [counts[cluster] for cluster in sums]
     mean, error = math.fsum(totals) / sum(sizes), ratio_error(totals, sizes) or 0.0
-    half = _student((1 + level) / 2, len(sums) - 1) * error
+    half = student((1 + level) / 2, len(sums) - 1) * error
     return Interval(mean, error, mean - half, mean + half)
 
 
@@ -443,16 +422,6 @@ def _drawn_p_value(differences: np.ndarray, seed: int) -> float:
     return hits / (NUM_EXCHANGES + 1)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm 1979): values up to alpha are beyond chance together."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted, least = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        least = max(least, min((len(p_values) - rank) * p_values[index], 1.0))
-        adjusted[index] = least
-    return adjusted
-
-
 def is_share(numbers: np.ndarray) -> bool:
     """Return whether numbers say yes or no, 1 or 0."""
     return bool(np.isin(numbers, (0.0, 1.0)).all())
@@ -473,53 +442,7 @@ def bootstrap_bounds(numbers: np.ndarray, level: float, num_resamples: int, seed
         ]
     )
     # The variance of resamples is that of n, not n - 1, and theirs is normal where Student's is wider.
-    wide = math.sqrt(count / (count - 1)) * _student((1 + level) / 2, count - 1)
+    wide = math.sqrt(count / (count - 1)) * student((1 + level) / 2, count - 1)
     tail = NormalDist().cdf(-wide)
     low, high = np.quantile(means, (tail, 1 - tail))
     return float(low), float(high)
-
-
-def _wilson(hits: float, count: int, level: float) -> tuple[float, float]:
-    """Return the score interval of a share (Wilson 1927)."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share, weight = hits / count, 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / weight
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / weight
-    return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
-def _newcombe(first: np.ndarray, second: np.ndarray, level: float) -> tuple[float, float]:
-    """Return the interval of the difference of two paired shares (Newcombe 1998, method 10)."""
-    count = len(first)
-    (low1, high1), (low2, high2) = (_wilson(float(each.sum()), count, level) for each in (first, second))
-    p1, p2 = float(first.mean()), float(second.mean())
-    both, neither = float((first * second).sum()), float(((1 - first) * (1 - second)).sum())
-    only1, only2 = float((first * (1 - second)).sum()), float(((1 - first) * second).sum())
-    product = (both + only1) * (only2 + neither) * (both + only2) * (only1 + neither)
-    # With the correction of the association that the method adds where it is positive.
-    cross = both * neither - only1 * only2
-    cross = max(cross - count / 2, 0.0) if cross > 0 else cross
-    phi = cross / math.sqrt(product) if product else 0.0
-    down2, up1, up2, down1 = p2 - low2, high1 - p1, high2 - p2, p1 - low1
-    down = math.sqrt(max(down2**2 - 2 * phi * down2 * up1 + up1**2, 0.0))
-    up = math.sqrt(max(up2**2 - 2 * phi * up2 * down1 + down1**2, 0.0))
-    return p2 - p1 - down, p2 - p1 + up
-
-
-def _student(probability: float, freedom: int) -> float:
-    """Return the quantile of Student's t by its expansion about the normal one; exact for 1 and 2 degrees of freedom.
-
-    Abramowitz and Stegun 1964, 26.7.5; from 4 degrees on it is right to a hundredth at the usual levels.
-    """
-    if freedom == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    if freedom == 2:
-        return (2 * probability - 1) * math.sqrt(2 / (4 * probability * (1 - probability)))
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))

@@ -18,7 +18,7 @@ from hfllm.data.tokenizer import end_tokens, to_prompt, to_transcript, tokenize_
 from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation.scoring import batches_of_like_length, evaluating, pass_precision, reply_log_odds
 from hfllm.models.loading.saved import check_padding, check_vocabulary, max_length_of
-from hfllm.outputs.report import share_error, standard_error
+from hfllm.outputs.intervals import share_error, standard_error
 from hfllm.rewards.functions import completion_text
 
 if TYPE_CHECKING:

@@ -104,7 +104,11 @@ def parse_recipe(
         An instance of `own` and of each class of `library`.
     """
     if ASKS_FOR_HELP & set(argv):
-        print(short_help(description, own, library, shown))
+        try:
+            print(short_help(description, own, library, shown), flush=True)
+        except BrokenPipeError:
+            # A reader such as head has gone before the end; Python would write the rest when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     provided, chosen = given_values(argv), given_values(argv, with_shipped=False)
     argv, config_files = take_configs(argv)

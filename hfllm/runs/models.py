@@ -463,6 +463,7 @@ def on_merged_base(adapter: "SavedAdapter", model: NamedModel, output_dir: str) 
         write_merged(adapter, folder)
     PartialState().wait_for_everyone()
     say(f"adapter {adapter.name} is merged into {adapter.base}: {folder}, which the new adapter is trained on")
+    say(f"to keep one adapter of {adapter.base}, which can be published alone, leave out --use_peft")
     return replace(model, name=str(folder), revision="main")
 
 

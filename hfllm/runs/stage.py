@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,7 @@ from hfllm.outputs.checkpoints import (
     record_of,
     state_of,
 )
+from hfllm.outputs.figures import figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.hub import Repository, repository_of
 from hfllm.outputs.ownership import (
@@ -37,20 +39,11 @@ from hfllm.outputs.ownership import (
     refuse_foreign_files,
     write_record,
 )
-from hfllm.outputs.report import (
-    CHANGED,
-    CONTENTS,
-    Bars,
-    Plot,
-    Promise,
-    Report,
-    broken_promises,
-    figure_tables,
-    given_flags,
-    plot_history,
-)
+from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Plot, Report, given_flags, plot_history
+from hfllm.outputs.verdict import Promise, Verdict, broken_promises, decide, lines_of
 from hfllm.runs import schedule
 from hfllm.runs.command_line import main_process, say
+from hfllm.runs.following import next_command
 from hfllm.runs.identity import data_files, difference, finished_run, model_files, run_arguments, run_identity
 from hfllm.runs.lock import join, lock, owner_of, release
 from hfllm.runs.output import explained
@@ -271,7 +264,7 @@ class Stage:
             raise InputError(damage)
         if main_process():
             print(f"{self.name}: already done in {self.output_dir} ({self.redo})", flush=True)
-            self._warn(self.report.get("warnings") or ())
+            self._conclude(self.report.get("warnings") or (), self.report.get("verdict") or {})
             self._complete()
             self.publish()
         return self.report["metrics"]
@@ -311,6 +304,8 @@ class Stage:
         too_wide: Sequence[str] = (),
         models: Mapping[str, str | Sequence[str] | None] | None = None,
         promises: Sequence[Promise] = (),
+        claims: Sequence[Promise] | Verdict = (),
+        final_model: str | None = None,
     ) -> dict[str, float]:
         """Write the report, print it, publish if asked, wait for all processes.
 
@@ -325,6 +320,9 @@ class Stage:
             too_wide: titles of tables to write but not to print.
             models: the models read by the stage, by role, where its flags do not name them: see `lineage`.
             promises: capabilities; the run ends with a warning for each one not shown by its figures.
+            claims: what the verdict is about; by default the promises, or the first changed figure. Or the verdict
+                itself, of a stage that compares models.
+            final_model: the folder of the model for the next command, if it is not the output folder.
 
         Returns:
             The metrics.
@@ -334,6 +332,9 @@ class Stage:
             curves = {**(curves or {}), "loss": loss_curve(self.name, trainer)}
             # The whole log history, for your own plots.
             trainer.save_state()
+        verdict = claims if isinstance(claims, Verdict) else decide(metrics, claims or promises)
+        model = final_model or self.output_dir
+        following = next_command(self.name, self.arguments, model, verdict.decision)
         report = Report(
             stage=self.name,
             arguments=self.arguments,
@@ -347,6 +348,7 @@ class Stage:
             given=given_flags(given_names(*self.parsed), self.arguments),
             parents=lineage(self._models_of_flags() | dict(models or {})),
             warnings=broken_promises(promises, metrics),
+            verdict=replace(verdict, next_command=following),
             data=whole_receipt(self.arguments),
         )
         failure = self._write_report(report, too_wide) if main_process() else None
@@ -374,17 +376,17 @@ class Stage:
                 report.print_files()
         else:
             report.print(too_wide)
-        self._warn(report.warnings)
+        self._conclude(report.warnings, {} if is_before_another else report.verdict.as_dict())
         try:
             self.publish()
         except InputError as error:
             return error
         return None
 
-    def _warn(self, warnings: Sequence[object]) -> None:
-        """Print the warnings of a report."""
-        for line in warnings:
-            print(f"warning: {self.name}: {line}", flush=True)
+    def _conclude(self, warnings: Sequence[object], verdict: Mapping[str, object]) -> None:
+        """Print the warnings of a report, then its verdict: the last lines are what a reader needs first."""
+        for line in (*(f"warning: {self.name}: {line}" for line in warnings), *lines_of(verdict)):
+            print(line, flush=True)
 
     def _models_of_flags(self) -> dict[str, str | Sequence[str] | None]:
         """Return the models named by flags, by role."""

@@ -16,7 +16,9 @@ from hfllm.evaluation.classification import bag_of_words, majority
 from hfllm.flags import ALWAYS, NAMED, Clashes, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.generation import spans
 from hfllm.generation.spans import best_spans
-from hfllm.outputs.report import Bars, Found, plus_minus
+from hfllm.outputs.figures import shown
+from hfllm.outputs.report import Bars, Found
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.command_line import say
 from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
@@ -345,11 +347,18 @@ def judge_held_out(task: str, predicted: Sequence[Any], train_rows: Sequence[Row
     name, words = MAIN[task]
     title = f"{words} on {len(rows):,} held-out rows"
     keys = {"the model": name, "majority": f"majority_{name}", "bag of words": f"bag_of_words_{name}"}
-    notes = {label: plus_minus(metrics[key], metrics.get(f"{key}_se")) for label, key in keys.items()}
+    notes = {label: shown(metrics, key) for label, key in keys.items()}
     plot = Bars(title, words, {label: metrics[key] for label, key in keys.items()}, notes)
     tables = {**_class_table(task, predicted, rows), "Samples": _samples(task, predicted, rows)}
     summary = f"{title}: {', '.join(f'{label} {note}' for label, note in notes.items())}"
     return Found(metrics, summary, tables, {"held_out": plot})
+
+
+def claims_of(task: str) -> list[Promise]:
+    """Return what a head must surpass: the most frequent label, and a bag of words."""
+    name, words = MAIN[task]
+    controls = {"majority": "of the most frequent", "bag_of_words": "of a bag of words"}
+    return [Promise(words, name, f"{control}_{name}", beside) for control, beside in controls.items()]
 
 
 def _class_table(task: str, predicted: Sequence[Any], rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hfllm.data.loading import ON_WORLD, InstructionArguments
 from hfllm.data.sources import WORLD
 from hfllm.flags import NAMED, POSITIVE, SHARE, UNNAMED, Clashes, Fact, Refused, at_least, changed, flag
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.runs.recipes import settings_file
@@ -419,3 +420,12 @@ def compare_students(
         "share_of_parameters": counts["student"] / counts["teacher"],
         "steps": trainer.state.global_step,
     }
+
+
+def claims_of(metrics: Mapping[str, float]) -> list[Promise]:
+    """Return what a student must surpass: the same student without its teacher, by gold reward where there is one."""
+    alone = "of the same student without its teacher"
+    if "gold_reward_student" in metrics:
+        return [Promise("gold reward of the student", "gold_reward_student", "gold_reward_student_alone", alone)]
+    name = "perplexity"
+    return [Promise(f"{name} of the student", f"{name}_student", f"{name}_student_alone", alone, is_less=True)]

@@ -28,7 +28,9 @@ from hfllm.flags import (
     flags_of_adapter,
 )
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.report import Found, Plot, Promise, change_of, is_noise, plus_minus, write_atomically
+from hfllm.outputs.figures import change_of, shown, word_of
+from hfllm.outputs.report import Found, Plot, write_atomically
+from hfllm.outputs.verdict import Promise
 from hfllm.runs import pipeline
 from hfllm.runs.command_line import say
 from hfllm.runs.flags import RemoteCodeArguments
@@ -517,9 +519,9 @@ def round_metrics(evaluations: Sequence[Evaluation], counts: Sequence[RoundCount
 
 def summary_of(metrics: Mapping[str, float], is_control: bool) -> str:
     """Return the change, in a sentence."""
-    before, after = (plus_minus(metrics[f"right_{at}"], metrics.get(f"right_{at}_se")) for at in ("before", "after"))
-    change, error = metrics["right_change"], metrics.get("right_change_se")
-    word = "did not change beyond noise" if is_noise(change, error) else "rose" if change > 0 else "fell"
+    before, after = (shown(metrics, f"right_{at}") for at in ("before", "after"))
+    is_changed = word_of("right", metrics) in ("more", "less")
+    word = "did not change beyond noise" if not is_changed else "rose" if metrics["right_change"] > 0 else "fell"
     control = " (control: what was learned is drawn by chance)" if is_control else ""
     about = f"right responses to {metrics['right_n']} held-out prompts"
     return f"the share of {about} {word}: {before} before, {after} after{control}"

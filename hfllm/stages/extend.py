@@ -14,7 +14,9 @@ from hfllm.data.world.world import World
 from hfllm.errors import refuse_if
 from hfllm.evaluation.long_texts import NeedleGrid, find_needles
 from hfllm.flags import ABOVE_ONE, ALWAYS, NAMED, Clashes, Fact, Refused, at_least, changed, flag
-from hfllm.outputs.report import Found, Plot, change_of, mean_of
+from hfllm.outputs.figures import change_of, mean_of
+from hfllm.outputs.report import Found, Plot
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.command_line import say
 from hfllm.runs.pipeline import by_main_process, write_rows
 from hfllm.runs.recipes import settings_file
@@ -22,6 +24,17 @@ from hfllm.runs.recipes import settings_file
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+# It must read more, not only stand more: the same model, cut to its old length, is the control.
+CLAIMS = [
+    Promise(
+        "bits per byte beyond the trained length",
+        "bits_per_byte_long_after",
+        "bits_per_byte_long_cut",
+        "reading no more than before",
+        is_less=True,
+    ),
+]
 
 
 # ---- flags ----

@@ -379,6 +379,14 @@ def quantization_metrics(rows: "Sequence[SchemeRow]", save_scheme: str) -> dict[
     return metrics | {name: saved[name] for name in ("prefill_speedup", "decode_speedup") if name in saved}
 
 
+def quantization_summary(metrics: Mapping[str, float], save_scheme: str) -> str:
+    """Return what the saved scheme saves, in a sentence."""
+    parts = [f"{metrics['bytes_after'] / metrics['bytes_before']:.2f} of the bytes"]
+    if "decode_speedup" in metrics:
+        parts.append(f"{metrics['decode_speedup']:.2f} times the speed of decoding")
+    return f"{save_scheme}: {', '.join(parts)}, the same greedy token in {metrics['agreement']:.3f} of all positions"
+
+
 def quantization_tables(
     rows: "list[SchemeRow]", swept: "Mapping[str, list[PartRow]]"
 ) -> "dict[str, list[SchemeRow] | list[PartRow]]":

@@ -10,6 +10,7 @@ from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, ImageReading,
 from hfllm.data.loading import ON_WORLD, RowArguments, RowSources
 from hfllm.errors import InputError, refuse_if
 from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, changed, flag
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.command_line import say
 from hfllm.stages.shared import (
     NOT_CUT,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from hfllm.multimodal.processors import ProcessingClass
     from hfllm.synthesis.answers import ComparisonSettings
     from hfllm.trainers.trl_trainers import PictureRewardTrainer, RewardTrainer
+
+CLAIMS = [Promise("held-out comparisons in the right order", "reward_model_accuracy", 0.5, "by chance 0.5")]
 
 
 # ---- flags and comparisons ----
@@ -267,7 +270,7 @@ def other_pictures_accuracy(trainer: "PictureRewardTrainer", eval_rows: Rows, ma
     """
     from hfllm.data.images.rows import as_dataset
     from hfllm.evaluation.pictures import other_places
-    from hfllm.outputs.report import mean_of
+    from hfllm.outputs.figures import mean_of
 
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return {}
@@ -286,9 +289,9 @@ def other_pictures_accuracy(trainer: "PictureRewardTrainer", eval_rows: Rows, ma
 
 def other_pictures_summary(metrics: Mapping[str, Any]) -> str:
     """Return the result of `other_pictures_accuracy` in words; an empty string if it was not measured."""
-    from hfllm.outputs.report import plus_minus
+    from hfllm.outputs.figures import shown
 
     name = "other_pictures_accuracy"
     if name not in metrics:
         return ""
-    return f"; with the pictures of other rows {plus_minus(metrics[name], metrics.get(f'{name}_se'))}"
+    return f"; with the pictures of other rows {shown(metrics, name)}"

@@ -26,7 +26,8 @@ from hfllm.data.receipt import unprinted_lines
 from hfllm.data.row_limits import MAX_ROW_BYTES
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import Fact, changed, check_flags
-from hfllm.outputs.report import Plot, plus_minus
+from hfllm.outputs.figures import shown
+from hfllm.outputs.report import Plot
 from hfllm.runs.command_line import say
 
 if TYPE_CHECKING:
@@ -461,7 +462,7 @@ def next_lines(folder: str, prompt: str | list[Message], config: "PreTrainedConf
 
 def figure_text(metrics: Mapping[str, float], name: str) -> str:
     """Return a figure of `metrics` with its error, as `plus_minus` does, or a dash without the figure."""
-    return plus_minus(metrics[name], metrics.get(f"{name}_se")) if name in metrics else "-"
+    return shown(metrics, name) if name in metrics else "-"
 
 
 def plot_of_right(shares: Mapping[str, Sequence[float]], groups: Sequence[str]) -> Plot:

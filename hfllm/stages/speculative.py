@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse, refuse_if
 from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Clashes, Fact, Refused, at_least, flag
+from hfllm.outputs.figures import with_error
 from hfllm.outputs.report import Plot
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.flags import RemoteCodeArguments
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from hfllm.generation.speculative.speculative import Statistics
     from hfllm.runs.models import NamedModel
     from hfllm.runs.pipeline import Chain
+
+CLAIMS = [Promise("speed of decoding with drafts", "speedup", 1.0, "without")]
+
 
 Row = Mapping[str, Any]
 NO_DRAFT = (
@@ -79,7 +84,7 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
     batch_size: int = flag(1, "Prompts answered at a time when timed.", takes=at_least(1))
     max_new_tokens: int = flag(64, "Longest answer, in tokens.", takes=at_least(1))
     temperature: float = flag(1.0, "Temperature of the samples.", takes=POSITIVE)
-    rounds: int = flag(5, "Repetitions of each measurement; the median is reported.", takes=at_least(1))
+    rounds: int = flag(6, "Repetitions of each measurement; the median is reported.", takes=at_least(1))
     compile: bool = flag(
         False,
         "Run the models through torch.compile.",
@@ -281,11 +286,11 @@ def measure(
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "num_draft_tokens": requested()}
     generator = torch.Generator(model.device).manual_seed(settings.seed)
     sampled = measure.speculative(model, draft, timed, **options, **sampling, generator=generator)[1]
-    return speculation_metrics(share, costs, seconds, speeds, sampled), speeds
+    return speculation_metrics(share, costs, seconds, speeds, sampled, settings.rounds), speeds
 
 
 def speculation_metrics(
-    share: float, costs: "Costs", seconds: float, speeds: "Sequence[SpeedRow]", sampled: "Statistics"
+    share: float, costs: "Costs", seconds: float, speeds: "Sequence[SpeedRow]", sampled: "Statistics", rounds: int
 ) -> dict[str, float]:
     """Return the report's metrics.
 
@@ -294,6 +299,7 @@ def speculation_metrics(
         seconds: time of `generate` for the timed prompts.
         speeds: with each number of draft tokens, the requested one last.
         sampled: metrics of the samples.
+        rounds: repetitions of each measurement.
     """
     from hfllm.generation.speculative.measure import best_num_draft_tokens
 
@@ -302,6 +308,7 @@ def speculation_metrics(
         "acceptance_rate": row["acceptance_rate"],
         "tokens_per_target_call": row["tokens_per_target_call"],
         "speedup": row["speedup"],
+        **with_error("speedup", row["speedup_se"], rounds),
         "speedup_predicted": row["predicted"],
         "speedup_predicted_with_verification": row["predicted_with_verification"],
         "speedup_best": max(each["speedup"] for each in speeds),

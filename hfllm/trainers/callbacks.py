@@ -38,7 +38,7 @@ from hfllm.errors import InputError, refuse_if
 from hfllm.generation.responses import fast_option, without_cpu_autocast
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.checkpoints import write_checksums
-from hfllm.outputs.report import readable
+from hfllm.outputs.figures import readable
 from hfllm.runs.schedule import current_job
 from hfllm.trainers.engines import evaluation_mode
 from hfllm.trainers.monitors import ThroughputCallback

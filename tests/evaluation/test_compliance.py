@@ -6,7 +6,7 @@ import pytest
 
 from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS
 from hfllm.data.world.vocabulary import is_held_out
-from hfllm.outputs.report import side_by_side
+from hfllm.outputs.figures import side_by_side
 from hfllm.stages.constitution.report import (
     BARE,
     HARM_GROUPS,
@@ -83,7 +83,9 @@ def test_figures_are_shares_with_their_errors(asked):
     assert half[f"compliance_{SHOWN}"] == 0.5 and 0.1 < half[f"compliance_{SHOWN}_se"] < 0.13
     table = side_by_side({"before": half, "after": perfect}, [f"compliance_{NEW}", "evasive"])
     assert [row["figure"] for row in table] == ["compliance new harms", "evasive"]
-    assert table[0]["before"].startswith("0.50 ± 0.1") and table[0]["after"] == "0" and table[0]["n"] == "20"
+    assert (
+        table[0]["before"].startswith("0.50 ± 0.1") and table[0]["after"] == "0 [0.00, 0.16]" and table[0]["n"] == "20"
+    )
 
 
 def test_a_model_is_asked_and_judged(asked, make_model, tokenizer):

@@ -94,7 +94,9 @@ def test_the_report_compares_the_first_and_the_last_model_and_shows_controls_apa
     plots = course_plots(said, [0.9, 0.1])
     assert plots["compliance"].lines["new harms"] == ([0, 1, 2], [1, 0, 0])
     assert plots["revisions"].lines["red-team prompts"] == ([0, 1], [0.9, 0.1])
-    assert "from 1 to 0" in summary_of(metrics, "labels of people: none") and "none" in summary_of({}, "none")
+    assert "from 1 [0.57, 1.00] to 0 [0.00, 0.43]" in summary_of(
+        metrics, "labels of people: none"
+    ) and "none" in summary_of({}, "none")
 
 
 def test_a_model_that_was_not_tuned_has_its_own_figures(world):

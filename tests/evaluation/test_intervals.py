@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.outputs.statistics import (
-    _student,
-    clustered_interval,
-    difference_interval,
-    holm,
-    mean_interval,
-    paired_p_value,
-)
+from hfllm.outputs.intervals import holm, student
+from hfllm.outputs.statistics import clustered_interval, difference_interval, mean_interval, paired_p_value
 
 REPETITIONS = 400
 
@@ -145,9 +139,9 @@ def test_the_bootstrap_of_few_numbers_is_widened_as_students_t():
     """Against all 5^5 samples of five numbers, at the tails that the printed table of Student's t gives."""
     values = np.array([0.03, 0.1, 0.38, 0.41, 0.97])
     means = np.array(list(product(values, repeat=5))).mean(1)
-    for level, student in ((0.95, 2.776), (0.8, 1.533)):
+    for level, quantile in ((0.95, 2.776), (0.8, 1.533)):
         # So many standard errors by 4 degrees of freedom, of n - 1 where resamples have n.
-        tail, plain_tail = NormalDist().cdf(-student * math.sqrt(5 / 4)), NormalDist().cdf(-student)
+        tail, plain_tail = NormalDist().cdf(-quantile * math.sqrt(5 / 4)), NormalDist().cdf(-quantile)
         expected = np.quantile(means, (tail, 1 - tail))
         found = mean_interval(values, level, num_resamples=100_000)
         assert (found.low, found.high) == pytest.approx(expected, abs=0.006)
@@ -163,7 +157,7 @@ def test_students_quantiles_against_the_printed_table():
     table = {1: (3.078, 12.706), 2: (1.886, 4.303), 4: (1.533, 2.776), 10: (1.372, 2.228), 120: (1.289, 1.980)}
     for freedom, row in table.items():
         for probability, value in zip((0.9, 0.975), row, strict=True):
-            assert _student(probability, freedom) == pytest.approx(value, rel=0.006)
+            assert student(probability, freedom) == pytest.approx(value, rel=0.006)
 
 
 def test_the_bootstrap_of_many_numbers_is_that_of_the_normal_distribution():

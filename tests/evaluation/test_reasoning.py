@@ -94,12 +94,12 @@ def test_the_report_tells_the_arms_apart(world, problems):
     # Thoughts are as long as before; answers are longer, since more of them have one.
     assert metrics["rl_thought_tokens"] == metrics["mixed_thought_tokens"] and metrics["mixed_thought_tokens_n"] == 18
     summary = summary_of(metrics)
-    assert "direct answers 0, with thoughts 1" in summary
+    assert "direct answers 0 [0.00, 0.14], with thoughts 1 [0.86, 1.00]" in summary
     assert "PPO on right answers: right 0.50 to 1.00, thinking 0.50 to 1.00" in summary
     found = tables(tuned, sampled)
     rows = {row["question"]: row for row in found["Right answers, greedy"]}
     assert list(rows) == ["2 hops", "3 hops", "6 turns"]
-    assert rows["6 turns"]["with thoughts"] == "1" and rows["6 turns"]["n"] == "36"
+    assert rows["6 turns"]["with thoughts"] == "1 [0.904, 1.000]" and rows["6 turns"]["n"] == "36"
     rows = {row["figure"]: row for row in found["PPO on dials, sampled answers"]}
     assert rows["answers with a thought"]["before PPO"] == "0.500 ± 0.085 (n 36)"
     history = [{"step": 8, "episode": 128, "reward": 0.5, "response_length": 20.0}, {"step": 8, "train_loss": 1.0}]

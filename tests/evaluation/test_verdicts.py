@@ -8,7 +8,7 @@ import pytest
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Record, Suite
 from hfllm.evaluation.verdicts import Compared, can_differ, fail_if_worse, judged, sentence
-from hfllm.outputs.statistics import holm
+from hfllm.outputs.intervals import holm
 from hfllm.stages.evaluate.flags import SUITES
 from hfllm.stages.evaluate.report import changes_of, compared_figures, report
 

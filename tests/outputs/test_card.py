@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from hfllm.errors import InputError
 from hfllm.outputs.card import check_base, check_publishable, lineage, model_card, public_value
+from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.hub import upload_list
-from hfllm.outputs.report import Report, change_of, flag_sections, given_flags, mean_of, read_report, split_flags
+from hfllm.outputs.report import Report, flag_sections, given_flags, read_report, split_flags
 
 FROM = {
     "sft": {"stage": "sft", "data": "org/rows", "rows": 1200, "kind": "demonstrations"},
@@ -97,7 +98,15 @@ def test_the_card_names_base_stages_reward_data_and_given_flags(saved, chain):
     ]
     assert "Trained on the function `mine.py:short`; the reward model `reward`, trained by the reward stage" in card
     assert "`p.jsonl`, a local dataset. Trained on 54 prompts." in card
-    assert "| reward (trained on) | 0.2    | 0.667 | +0.467 | 0.067" in card
+    (row,) = [line for line in card.splitlines() if line.startswith("| reward (trained on)")]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "0.2",
+        "0.667",
+        "+0.467",
+        "[0.18, 0.75]",
+        "3",
+        "too few",
+    ]
     shown, others = (yaml.safe_load(block.partition("```")[0]) for block in card.split("```yaml\n")[1:])
     assert shown == {"learning_rate": 3e-6, "reward_funcs": ["mine.py:short"]}
     assert others == {"dataset_name": "p.jsonl", "seed": 1}

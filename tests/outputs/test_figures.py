@@ -5,23 +5,21 @@ import random
 import numpy as np
 import pytest
 
-from hfllm.outputs.report import (
-    Promise,
+from hfllm.outputs.figures import (
     averaged,
-    broken_promises,
+    bounds_of,
     change_of,
     changes,
     figure_tables,
-    is_noise,
     label_of,
     mean_of,
     plus_minus,
-    ratio_error,
     readable,
-    share_error,
-    standard_error,
-    verdict,
+    shown,
+    word_of,
 )
+from hfllm.outputs.intervals import ratio_error, share_error, standard_error
+from hfllm.outputs.verdict import Promise, broken_promises
 
 
 def values(count, seed=0):
@@ -86,21 +84,39 @@ def test_samples_of_one_prompt_are_averaged_first():
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "error", "expected"),
+    ("name", "change", "error", "n", "expected"),
     [
-        ("gold_reward", 0.5, 0.1, "better"),
-        ("gold_reward", -0.5, 0.1, "worse"),
-        ("unfinished", -0.5, 0.1, "better"),
-        ("response_length", -5.0, 1.0, "less"),
-        ("gold_reward", 0.19, 0.1, "noise"),
-        ("gold_reward", 0.0, 0.0, "unchanged"),
-        ("gold_reward", 0.1, 0.0, "better"),
-        ("gold_reward", 0.5, None, "too few"),
+        ("gold_reward", 0.5, 0.1, 400, "better"),
+        ("gold_reward", -0.5, 0.1, 400, "worse"),
+        ("unfinished", -0.5, 0.1, 400, "better"),
+        ("response_length", -5.0, 1.0, 400, "less"),
+        ("gold_reward", 0.19, 0.1, 400, "noise"),
+        # Student's t of 5 degrees of freedom is 2.57 errors wide.
+        ("gold_reward", 0.25, 0.1, 6, "noise"),
+        ("gold_reward", 0.26, 0.1, 6, "better"),
+        ("gold_reward", 0.5, 0.1, 5, "too few"),
+        ("gold_reward", 0.0, 0.0, 400, "unchanged"),
+        ("gold_reward", 0.1, 0.0, 400, "better"),
+        ("gold_reward", 0.5, None, 1, "too few"),
     ],
 )
-def test_a_change_counts_from_two_errors_on(name, change, error, expected):
-    assert verdict(name, change, error) == expected
-    assert is_noise(change, error) == (expected in ("noise", "unchanged", "too few"))
+def test_a_change_counts_beyond_its_interval(name, change, error, n, expected):
+    metrics = {f"{name}_change": change, f"{name}_n": n, **({} if error is None else {f"{name}_change_se": error})}
+    assert word_of(name, metrics) == expected
+
+
+def test_a_share_of_all_items_has_an_interval_too():
+    """Nine of nine by Wilson 1927: the upper end is 1, the lower 9 / (9 + 1.96 squared)."""
+    metrics = change_of("right", [0.0] * 9, [1.0] * 9)
+    low, high = bounds_of("right_after", metrics)
+    assert low == pytest.approx(9 / (9 + 1.959964**2)) and high == 1
+    assert shown(metrics, "right_after") == "1 [0.70, 1.00]" and metrics["right_after_se"] == 0
+    # Of a change too, though it is the same for each item.
+    low, high = bounds_of("right_change", metrics)
+    assert 0.5 < low < 1 == high and word_of("right", metrics) == "more"
+    assert "right_change_low" not in change_of("right", [0.0] * 9, [0.5] * 9)
+    equal = mean_of("score", [0.5] * 9)
+    assert bounds_of("score", equal) == (0.5, 0.5) and shown(equal, "score") == "0.5"
 
 
 def test_pure_noise_is_seldom_called_a_change():
@@ -109,13 +125,13 @@ def test_pure_noise_is_seldom_called_a_change():
     called = 0
     for _ in range(400):
         metrics = change_of("score", drawn.normal(size=40).tolist(), drawn.normal(size=40).tolist())
-        called += not is_noise(metrics["score_change"], metrics["score_change_se"])
+        called += word_of("score", metrics) != "noise"
     assert called / 400 < 0.09
 
 
 def test_tables_show_each_figure_once_with_its_error():
     metrics = {
-        **change_of("gold_reward", [0.0, 0.2, 0.1, 0.1], [0.7, 0.8, 0.9, 0.8]),
+        **change_of("gold_reward", [0.0, 0.2, 0.1, 0.1, 0.0, 0.2], [0.7, 0.8, 0.9, 0.8, 0.7, 0.9]),
         **mean_of("kl_to_reference", [1.0, 1.5, 1.2]),
         "response_length": 9.0,
         **change_of("response_length", [9.0, 8.0], [9.0, 9.0]),
@@ -128,13 +144,15 @@ def test_tables_show_each_figure_once_with_its_error():
         "before": "0.1",
         "after": "0.8",
         "change": "+0.7",
-        "± (of the change)": "0.041",
-        "n": "4",
+        "95% interval": "[0.63, 0.77]",
+        "n": "6",
         "": "better",
     }
     assert [row["figure"] for row in single] == ["KL to the reference (nats per response)", "prompts trained on"]
-    assert single[0]["± (standard error)"] == readable(standard_error([1.0, 1.5, 1.2]), 2)
-    assert single[1] == {"figure": "prompts trained on", "value": "8,192", "± (standard error)": "", "n": ""}
+    # Student's t of 2 degrees of freedom is 4.30 errors.
+    half = 4.3027 * standard_error([1.0, 1.5, 1.2])
+    assert single[0]["95% interval"] == f"[{3.7 / 3 - half:.1f}, {3.7 / 3 + half:.1f}]"
+    assert single[1] == {"figure": "prompts trained on", "value": "8,192", "95% interval": "", "n": ""}
     assert figure_tables({"loss": 1.0, "rows": 3}) == []
 
 

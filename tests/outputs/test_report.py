@@ -100,7 +100,7 @@ def test_history_becomes_lines():
 
 
 def test_what_changed_comes_first_and_the_loss_last(tmp_path):
-    from hfllm.outputs.report import change_of
+    from hfllm.outputs.figures import change_of
 
     plot = Plot("Reward of it", "x", "y", {"one": ([1, 2], [3.0, 4.0])})
     samples = [

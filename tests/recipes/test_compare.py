@@ -9,7 +9,8 @@ import compare
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.outputs.statistics import clustered_interval, holm, paired_p_value
+from hfllm.outputs.intervals import holm
+from hfllm.outputs.statistics import clustered_interval, paired_p_value
 from hfllm.runs.lock import lock, release
 
 DATE = "2026-11-29T11-15-43.454236"

@@ -67,7 +67,10 @@ def test_the_main_job_leaves_a_report_and_a_model(aligned, tiny):
         assert metrics[f"{name}_change_se"] >= 0 and metrics[f"{name}_n"] == (60 if name == "fact_accuracy" else 24)
     assert metrics["eval_prompts"] == metrics["kl_to_reference_n"] == 24 and metrics["reward_model_accuracy_n"] > 0
     text = (folder / "report.md").read_text()
-    assert text.startswith(f"# rlhf\n\n{report['summary']}\n") and "on 24 held-out prompts; KL" in report["summary"]
+    verdict = report["verdict"]
+    assert text.startswith(f"# rlhf\n\n**Verdict: {verdict['sentence']}.**\n\n{report['summary']}\n")
+    assert verdict["sentence"].startswith("every response was cut off") and verdict["next"].startswith("hfllm chat")
+    assert "on 24 held-out prompts; KL" in report["summary"]
     assert set(report["given"]) == set(yaml.safe_load(Path(tiny["rlhf"]).read_text()))
     assert report["given"]["num_prompts"] == 40
     made = [(entry["role"], entry["stage"]) for entry in report["parents"]]

@@ -13,7 +13,8 @@ from hfllm.errors import HIDDEN, InputError
 from hfllm.flags import changed
 from hfllm.outputs.card import MARKER
 from hfllm.outputs.ownership import HEADER, RECORD
-from hfllm.outputs.report import Promise, Report
+from hfllm.outputs.report import Report
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.identity import finished_run
 from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.stage import Stage, stage_arguments
@@ -43,11 +44,14 @@ def test_a_run_that_did_not_learn_ends_with_a_warning(tmp_path, capsys):
     stage.announce()
     stage.finish(metrics, artifacts={}, promises=promises, next_steps=["load()"])
     line = "dials: 0.080 ± 0.020, not above a guess (0.125)"
-    assert capsys.readouterr().out.splitlines()[-1] == f"warning: try: {line}"
+    decision = "worse: dials 0.08, a guess 0.125: -0.045 [-0.084, -0.006]"
+    last = [f"warning: try: {line}", f"verdict: {decision}; 1 of its 2 claims aside"]
+    assert capsys.readouterr().out.splitlines()[-2:] == last
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"]["decision"] == "worse"
     assert json.loads((tmp_path / "report.json").read_text())["warnings"] == [line]
     assert f"**Warning:** {line}" in (tmp_path / "report.md").read_text()
     Stage("try", Flags(str(tmp_path))).reuse()
-    assert capsys.readouterr().out.splitlines()[-1] == f"warning: try: {line}"
+    assert capsys.readouterr().out.splitlines()[-2:] == last
 
 
 @pytest.mark.parametrize("is_before_another", [False, True])

@@ -43,7 +43,7 @@ from hfllm.evaluation.interpreting.measures import (
     subject_spread,
 )
 from hfllm.models.devices import forked_random
-from hfllm.outputs.report import NOISE
+from hfllm.outputs.figures import NOISE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

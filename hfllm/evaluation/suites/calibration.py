@@ -15,7 +15,8 @@ from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite, chosen, shares
 from hfllm.evaluation.suites.few_shot import FewShot, Question, iter_scored
-from hfllm.outputs.report import Found, Plot, plus_minus
+from hfllm.outputs.figures import plus_minus
+from hfllm.outputs.report import Found, Plot
 from hfllm.outputs.statistics import aurc, auroc_interval, ece, reliability_plot, shuffled_auroc
 
 Body = TypeVar("Body")

@@ -58,7 +58,8 @@ from hfllm.evaluation.interpreting.measures import (
 from hfllm.evaluation.interpreting.planted import Verdict, plant_names, random_parts, tested_plants
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite
 from hfllm.models.loading.saved import max_length_of
-from hfllm.outputs.report import Found, Heatmap, standard_error
+from hfllm.outputs.intervals import standard_error
+from hfllm.outputs.report import Found, Heatmap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,9 @@ from typing import ClassVar
 
 from hfllm.errors import refuse_if
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Subject, Suite, rows_of, yes_shares
-from hfllm.outputs.report import Found, plus_minus, share_error
+from hfllm.outputs.figures import plus_minus
+from hfllm.outputs.intervals import share_error
+from hfllm.outputs.report import Found
 
 # ---- XSTest ----
 

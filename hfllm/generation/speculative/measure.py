@@ -49,6 +49,7 @@ class SpeedRow(TypedDict):
         drafted: mean number of drafted tokens.
         acceptance_rate, tokens_per_target_call: see `Statistics`.
         speedup: time of `generate` divided by ours, median over all rounds.
+        speedup_se: the standard error of its mean over the rounds; `None` for one round.
         predicted: the same by the paper's formula.
         predicted_with_verification: the same, including the cost of verifying more tokens.
         seconds: total of all batches.
@@ -60,6 +61,7 @@ class SpeedRow(TypedDict):
     acceptance_rate: float
     tokens_per_target_call: float
     speedup: float
+    speedup_se: float | None
     predicted: float
     predicted_with_verification: float
     seconds: float
@@ -216,6 +218,7 @@ def speed_by_num_draft_tokens(
                 "acceptance_rate": alpha,
                 "tokens_per_target_call": result.tokens_per_target_call,
                 "speedup": statistics.median(ratios),
+                "speedup_se": statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None,
                 "predicted": speedup(alpha, mean, costs.draft),
                 "predicted_with_verification": speedup(alpha, mean, costs.per_draft),
                 "seconds": statistics.median(seconds[name]),

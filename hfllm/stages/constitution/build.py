@@ -25,7 +25,8 @@ from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.models.loading.saved import max_length_of
-from hfllm.outputs.report import Found, change_of, mean_of
+from hfllm.outputs.figures import change_of, mean_of
+from hfllm.outputs.report import Found
 from hfllm.rewards import judges
 from hfllm.runs.command_line import say
 from hfllm.runs.models import load_config, load_tokenizer, named_model

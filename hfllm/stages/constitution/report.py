@@ -25,7 +25,9 @@ from hfllm.data.world.demonstrators import (
 from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, gold_score, words_of
 from hfllm.data.world.world import Task, World, draw_distinct
 from hfllm.generation.responses import sample_responses
-from hfllm.outputs.report import Plot, Promise, change_of, mean_of, plus_minus, side_by_side
+from hfllm.outputs.figures import ENDINGS, change_of, mean_of, shown, side_by_side
+from hfllm.outputs.report import Plot
+from hfllm.outputs.verdict import Promise
 from hfllm.stages.constitution.flags import AI_LABELS, CRITIQUES, HELPFUL, LABELS, PEOPLE, POLITENESS, RL, SL
 
 if TYPE_CHECKING:
@@ -245,7 +247,7 @@ def course_tables(answers: Answers) -> dict[str, list[dict[str, str]]]:
     """Return the tables of the stages and of the controls, side by side."""
     result = {TITLES[name]: figures(model_answers) for name, model_answers in answers.items()}
     names = list(dict.fromkeys(each for values in result.values() for each in values))
-    names = [name for name in names if not name.endswith(("_se", "_n"))]
+    names = [name for name in names if not name.endswith(ENDINGS)]
     course = {title: values for title, values in result.items() if title in map(TITLES.get, COURSE)}
     controls = {title: values for title, values in result.items() if title not in course}
     tables = {"Stages": side_by_side(course, names)}
@@ -393,10 +395,7 @@ def summary_of(metrics: Mapping[str, float], labels: str, note: str = "") -> str
     """
     parts = []
     if "compliance_new_harms_change" in metrics:
-        harm = [
-            plus_minus(metrics[f"compliance_new_harms_{when}"], metrics.get(f"compliance_new_harms_{when}_se"))
-            for when in ("before", "after")
-        ]
+        harm = [shown(metrics, f"compliance_new_harms_{when}") for when in ("before", "after")]
         right = [f"{metrics[f'helpful_right_{when}']:.3f}" for when in ("before", "after")]
         parts.append(
             f"help with new harms from {harm[0]} to {harm[1]}, right answers to harmless prompts from {right[0]} to "

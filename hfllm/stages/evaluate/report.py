@@ -13,8 +13,9 @@ from hfllm.evaluation.verdicts import (
     verdict_table,
     verdicts_of,
 )
+from hfllm.outputs.intervals import Interval
 from hfllm.outputs.report import Bars, Found, Plot, is_samples, markdown_table, write_atomically
-from hfllm.outputs.statistics import Interval, difference_interval, mean_interval
+from hfllm.outputs.statistics import difference_interval, mean_interval
 from hfllm.runs.command_line import say
 from hfllm.stages.evaluate.flags import CHANGES
 

@@ -13,11 +13,27 @@ from hfllm.evaluation.suites.world_suites import judge_tasks
 from hfllm.federation.learner import Rows
 from hfllm.federation.rounds import RoundRecord, identity_digest
 from hfllm.federation.updates import weights_sha256
-from hfllm.outputs.report import Found, Plot, mean_of, plus_minus, standard_error, write_atomically
+from hfllm.outputs.figures import mean_of, plus_minus
+from hfllm.outputs.intervals import standard_error
+from hfllm.outputs.report import Found, Plot, write_atomically
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.command_line import say
 from hfllm.stages.federated.build import Local, Tokenized
 from hfllm.stages.federated.flags import CENTRAL, EQUAL_STEPS, LOCAL
 from hfllm.trainers.engines import schedule_of
+
+# Learning together must be better than the best of the organisations could do apart.
+CLAIMS = [
+    Promise("gold reward of the federated model", "gold_federated", "gold_local_best", "at best alone"),
+    Promise(
+        "held-out loss of the federated model",
+        "held_out_loss_federated",
+        "held_out_loss_local_best",
+        "at best alone",
+        is_less=True,
+    ),
+]
+
 
 # ---- measured models ----
 
@@ -331,7 +347,7 @@ def _metrics(
         if each.golds:
             metrics |= mean_of(f"gold_{name}", each.golds)
         if each.losses:
-            metrics[f"held_out_loss_{name}"] = each.loss
+            metrics |= mean_of(f"held_out_loss_{name}", [*each.losses.values()])
         if each.accuracies:
             metrics[f"pair_accuracy_{name}"] = each.accuracy
     for name in (CENTRAL, EQUAL_STEPS, "local_best"):

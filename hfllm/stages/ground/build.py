@@ -57,8 +57,10 @@ from hfllm.grounding.verification import (
     majority_of_meaning,
 )
 from hfllm.models.loading.saved import saved_model, saved_tokenizer
-from hfllm.outputs.report import Found, Plot, Promise, mean_of
+from hfllm.outputs.figures import mean_of
+from hfllm.outputs.report import Found, Plot
 from hfllm.outputs.statistics import reliability_plot, risk_coverage_plot, uncertainty_metrics
+from hfllm.outputs.verdict import Promise
 from hfllm.rewards.models import RewardModel
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row

@@ -27,6 +27,7 @@ from hfllm.evaluation.perplexity import gzip_bits_per_byte, ngram_bits_per_byte,
 from hfllm.flags import changed
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 from hfllm.models.loading.weights import cast_weights
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.models import load_policy, load_tokenizer, named_model, new_config
 from hfllm.scaling.speed import palm_flops_per_token
 from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments
@@ -48,6 +49,11 @@ if TYPE_CHECKING:
     import pyarrow
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
     from trl import ModelConfig
+
+# A model of a language must beat counting its words.
+CLAIMS = [
+    Promise("bits per byte of held-out text", "bits_per_byte", "bits_per_byte_5gram", "by a 5-gram", is_less=True),
+]
 
 
 # ---- rows ----

@@ -27,7 +27,9 @@ from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import World, draw_distinct
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.checkpoints import STATE_FILE
-from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, plot_history, plus_minus
+from hfllm.outputs.figures import change_of, mean_of, shown
+from hfllm.outputs.report import Found, Plot, plot_history
+from hfllm.outputs.verdict import Promise
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
 from hfllm.stages.reason.flags import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course
@@ -334,7 +336,7 @@ def _cell(values: Sequence[float]) -> str:
     if not values:
         return "-"
     result = mean_of("value", values)
-    return plus_minus(result["value"], result.get("value_se"))
+    return shown(result, "value")
 
 
 def samples(answers: Answers) -> list[dict[str, str]]:
@@ -392,7 +394,7 @@ def summary_of(metrics: Mapping[str, float]) -> str:
     parts = []
     for group in GROUPS:
         shares = {
-            model: plus_minus(metrics[name], metrics.get(f"{name}_se"))
+            model: shown(metrics, name)
             for model in ("direct", "thoughts")
             if (name := f"{model}_{group}_right") in metrics
         }

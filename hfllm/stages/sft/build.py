@@ -29,7 +29,7 @@ from hfllm.grounding.passages import FILE, Passages
 from hfllm.grounding.retrieval import BM25Retriever, scoring_enough
 from hfllm.models.loading.saved import add_tokens
 from hfllm.multimodal.processors import tokenizer_of
-from hfllm.outputs.report import plus_minus
+from hfllm.outputs.figures import shown
 from hfllm.runs.command_line import say
 from hfllm.stages.sft.flags import FRACTION, NO_ROWS, TOP_K, RetrievalArguments, passage_files
 from hfllm.stages.shared import rows_with_images, user_rows
@@ -343,10 +343,7 @@ def other_pictures_summary(metrics: Mapping[str, float]) -> str:
     """Return the result of `other_pictures_loss` in words; an empty string if it was not measured."""
     if "other_pictures_loss" not in metrics:
         return ""
-    loss, change = (
-        plus_minus(metrics[name], metrics.get(f"{name}_se"))
-        for name in ("other_pictures_loss", "other_pictures_extra_loss")
-    )
+    loss, change = (shown(metrics, name) for name in ("other_pictures_loss", "other_pictures_extra_loss"))
     return f"; with the pictures of other rows {loss}, which is {change} more"
 
 

@@ -28,7 +28,9 @@ from hfllm.data.world.world import World
 from hfllm.environments.episodes import Episode
 from hfllm.environments.runner import ToolRunner
 from hfllm.environments.tools import Tool, ToolBox, calculator, lookup_in
-from hfllm.outputs.report import Found, Plot, Promise, change_of, mean_of, side_by_side, write_atomically
+from hfllm.outputs.figures import change_of, mean_of, side_by_side
+from hfllm.outputs.report import Found, Plot, write_atomically
+from hfllm.outputs.verdict import Promise
 from hfllm.rewards.functions import completion_text, transcript
 from hfllm.runs.models import NamedModel
 from hfllm.stages.shared import figure_text, load_speaking, plot_of_right

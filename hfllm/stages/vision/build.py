@@ -35,7 +35,9 @@ from hfllm.models.family.layers_hfllm import HfllmMLP
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM
 from hfllm.multimodal.composed import with_vision
 from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
-from hfllm.outputs.report import Bars, Found, Promise, mean_of, new_figure, plus_minus, save_figure
+from hfllm.outputs.figures import mean_of, shown
+from hfllm.outputs.report import Bars, Found, new_figure, save_figure
+from hfllm.outputs.verdict import Promise
 from hfllm.rewards.functions import gold_reward
 from hfllm.stages.shared import rows_with_images
 from hfllm.stages.vision.flags import ModelSizes
@@ -464,7 +466,7 @@ def _false_alarms(questions: Sequence[Asked], responses: Sequence[str]) -> dict[
 
 
 def _figure(metrics: Mapping[str, float], name: str) -> str:
-    return plus_minus(metrics[f"{name}_right"], metrics.get(f"{name}_right_se"))
+    return shown(metrics, f"{name}_right")
 
 
 def _table(parts: Mapping[str, Sequence[Asked]], right: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
@@ -474,7 +476,7 @@ def _table(parts: Mapping[str, Sequence[Asked]], right: Mapping[str, Sequence[fl
         row = {"family": family}
         for name, result in families.items():
             figures = mean_of("x", result.get(family, []))
-            row[LABELS[name]] = plus_minus(figures["x"], figures.get("x_se")) if result.get(family) else ""
+            row[LABELS[name]] = shown(figures, "x") if result.get(family) else ""
         table.append({**row, "questions": str(len(families[next(iter(families))].get(family, [])))})
     return table
 

@@ -1,0 +1,60 @@
+"""The command after a stage is one that its recipe would take, with the files that the stage has written."""
+
+import shlex
+
+import pytest
+
+from hfllm.outputs.verdict import IS_BETTER, IS_EQUAL
+from hfllm.runs.following import next_command
+from hfllm.runs.recipes import load_recipe, recipe_names
+
+WORLD = {"dataset_name": "world"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "expected"),
+    [
+        ("pretrain", WORLD, "hfllm sft --model_name_or_path OUT"),
+        ("sft", WORLD, "hfllm reward --model_name_or_path OUT"),
+        ("sft", {"dataset_name": "mine.csv"}, "hfllm label --model_name_or_path OUT --dataset_name mine.csv"),
+        (
+            "reward",
+            {"dataset_name": "pairs.jsonl", "model_name_or_path": "tuned"},
+            "hfllm rlhf --model_name_or_path tuned --reward_model_name_or_path OUT --dataset_name pairs.jsonl",
+        ),
+        ("reward", WORLD, "hfllm rlhf --model_name_or_path OUT/sft --reward_model_name_or_path OUT"),
+        ("rlhf", WORLD, "hfllm push --model_name_or_path OUT --hub_model_id OUT"),
+        ("quantize", WORLD, "hfllm chat OUT"),
+        ("plan", {}, ""),
+    ],
+)
+def test_each_stage_names_the_next(stage, arguments, expected):
+    assert next_command(stage, arguments, "OUT", IS_BETTER) == expected
+
+
+def test_what_is_no_better_is_talked_to_first():
+    assert next_command("sft", WORLD, "OUT", IS_EQUAL) == "hfllm chat OUT"
+    # Nobody talks to a reward model.
+    assert next_command("reward", WORLD, "OUT", IS_EQUAL).startswith("hfllm rlhf")
+
+
+def test_an_adapter_is_merged_before_it_is_pushed(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    merged = next_command("rlhf", WORLD, str(tmp_path), IS_BETTER)
+    assert merged == f"hfllm merge --model_name_or_path {tmp_path} --output_dir {tmp_path}-merged"
+    assert next_command("merge", {}, f"{tmp_path}-merged").startswith("hfllm push --model_name_or_path")
+
+
+def test_names_with_spaces_are_quoted():
+    line = next_command("sft", {"dataset_name": "my rows.csv"}, "an out", IS_BETTER)
+    assert shlex.split(line)[-3:] == ["an out", "--dataset_name", "my rows.csv"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "reward", "rlhf", "merge", "tokenizer", "quantize"])
+def test_recipes_take_the_commands(stage):
+    words = shlex.split(next_command(stage, {"dataset_name": "a.jsonl", "model_name_or_path": "b"}, "OUT", IS_BETTER))
+    assert words[1] in recipe_names()
+    parsed = load_recipe(words[1]).parse(words[2:])
+    values = {name: value for group in parsed for name, value in vars(group).items()}
+    for flag, value in zip(words[2::2], words[3::2], strict=True) if words[2:3] != ["OUT"] else ():
+        assert values[flag.removeprefix("--")] in (value, [value])
