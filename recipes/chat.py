@@ -32,10 +32,9 @@ def main(script_args: ChatArguments) -> dict[str, float]:
     check(script_args)
     if not main_process():
         return {}
-    from hfllm.stages.chat.build import Chat, load_speaker, read_lines
+    from hfllm.stages.chat.build import load_chat, read_lines
 
-    speaker = load_speaker(script_args)
-    chat = Chat(speaker, script_args.system)
+    chat = load_chat(script_args)
     chat.greet()
     for line in read_lines():
         if not chat.take(line):

@@ -1,46 +1,33 @@
-"""A conversation in the terminal: the model that answers, the commands, and what is kept."""
+"""A conversation in the terminal: its commands, and what is kept."""
 
 import base64
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TextStreamer, set_seed
-
-from hfllm.data.formats import Message, content_text, unspelled
+from hfllm.data.formats import Message, content_text
 from hfllm.data.images.files import read_image
-from hfllm.data.images.rows import png_of, words_of_places
-from hfllm.data.thoughts import OPEN, thinking_message
-from hfllm.data.tokenizer import end_tokens, template_errors, tokenize_prompts
+from hfllm.data.images.rows import png_of
 from hfllm.environments.runner import ToolRunner
 from hfllm.environments.tools import encodable
 from hfllm.errors import InputError, one_line
-from hfllm.generation.scoring import evaluating
 from hfllm.models.loading.saved import max_length_of
-from hfllm.multimodal.processors import Pictures, encode_messages, place_tokens
-from hfllm.rewards.functions import transcript
-from hfllm.runs.models import named_model
 from hfllm.stages.chat.flags import ChatArguments
+from hfllm.stages.chat.speaker import Speaker, load_speaker
 from hfllm.stages.rlhf.build import load_tools
-from hfllm.stages.shared import load_speaking, processor_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-Write = Callable[[str], None]
+Show = Callable[[str], None]
 # What would move the cursor, change colors or turn lines around: a model may write anything.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Lower ones leave no token to sample.
 LEAST_TEMPERATURE = 1e-3
-# The end of a prompt, where a chat template may open a thought.
-TAIL = 16
 
 
 def shown(text: str) -> str:
@@ -48,164 +35,18 @@ def shown(text: str) -> str:
     return CONTROL.sub("", text)
 
 
-class Printed(TextStreamer):
-    """Streamer that writes an answer as it comes, and keeps it."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", write: Write):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.text = write, ""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write the next words."""
-        self.text += text
-        self.write(shown(text))
-
-
-@dataclass
-class Speaker:
-    """A model that answers conversations.
-
-    Args:
-        model, tokenizer: loaded.
-        processor: of a vision-language model.
-        settings: of its sampling, where they differ from its generation config.
-        max_new_tokens: the longest answer.
-        runner: answers with tools, `None` without.
-    """
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    processor: "ProcessorMixin | None" = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    max_new_tokens: int = 512
-    runner: ToolRunner | None = None
-
-    def set_temperature(self, temperature: float) -> None:
-        """Sample at a temperature, 0 is greedy."""
-        self.settings.pop("temperature", None)
-        self.settings |= {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
-
-    def answer(self, messages: Sequence[Message], write: Write) -> list[Message]:
-        """Return the messages that answer a conversation, and write them meanwhile.
-
-        Ctrl-C ends the answer, which is kept as far as it came.
-
-        Raises:
-            InputError: when the conversation has no room in the model's context, or the chat template cannot write it.
-        """
-        if self.runner is not None:
-            return self._with_tools(messages, write)
-        ids, images = self._encoded(messages)
-        begin = torch.tensor([ids], device=self.model.device)
-        inputs = Pictures([images]).inputs(begin, [0]) if images else {}
-        room = self.room(len(ids))
-        ends = sorted(end_tokens(self.tokenizer, self.model))
-        settings = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": ends, "num_beams": 1}
-        settings |= {"suppress_tokens": sorted(place_tokens(self.model)) or None, **self.settings}
-        streamer = Printed(self.tokenizer, write)
-        with evaluating(self.model), torch.inference_mode(), suppress(KeyboardInterrupt):
-            mask = torch.ones_like(begin)
-            settings |= {"max_new_tokens": room, "streamer": streamer}
-            self.model.generate(begin, attention_mask=mask, **settings, **inputs)
-        # What waits for the end of a word; more than once is nothing.
-        streamer.end()
-        is_open = self.tokenizer.decode(ids[-TAIL:]).rstrip().endswith(OPEN)
-        return [thinking_message(streamer.text, is_open)]
-
-    def _with_tools(self, messages: Sequence[Message], write: Write) -> list[Message]:
-        self.runner.response_length = self.room(self.length(messages))
-        sampling = _own_sampling(self.model) | self.settings
-        self.runner.settings |= {name: value for name, value in sampling.items() if value is not None}
-        # The same question may have another answer.
-        self.runner.seed += 1
-        try:
-            (episode,) = self.runner([self._plain(messages)])
-        except (ValueError, *template_errors()) as error:
-            raise self._unwritable(error) from None
-        write(shown(transcript(episode.messages)))
-        return episode.messages
-
-    def _plain(self, messages: Sequence[Message]) -> list[Message]:
-        """Return messages in which what was typed, and what tools said, spells no special token."""
-        plain = self.runner.environment.turns.without_marks
-        return [
-            {**message, "content": plain(message["content"])}
-            if message["role"] != "assistant" and isinstance(message["content"], str)
-            else message
-            for message in messages
-        ]
-
-    def length(self, messages: Sequence[Message]) -> int:
-        """Return the number of tokens of a conversation."""
-        if self.runner is None:
-            return len(self._encoded(messages)[0])
-        try:
-            return self.runner.lengths([self._plain(messages)])[0]
-        except (ValueError, *template_errors()) as error:
-            raise self._unwritable(error) from None
-
-    def room(self, length: int) -> int:
-        """Return how many tokens an answer to a conversation of so many may have; nothing or less is no room."""
-        context = max_length_of(self.model.config)
-        return self.max_new_tokens if context is None else min(self.max_new_tokens, context - length)
-
-    @staticmethod
-    def _unwritable(error: Exception) -> InputError:
-        if isinstance(error, InputError):
-            return error
-        return InputError(f"the chat template cannot write this conversation: {one_line(error)}")
-
-    def _encoded(self, messages: Sequence[Message]) -> tuple[list[int], Mapping[str, torch.Tensor]]:
-        try:
-            if self.processor is not None:
-                # Not by the processor itself: some cannot take both images and this.
-                plain = [_without_tokens(message, self.tokenizer, self.processor) for message in messages]
-                return encode_messages(plain, self.processor, add_generation_prompt=True)
-            return tokenize_prompts([list(messages)], self.tokenizer, as_plain_text=True)[0], {}
-        except (ValueError, *template_errors()) as error:
-            raise self._unwritable(error) from None
-
-
-def _own_sampling(model: "PreTrainedModel") -> dict[str, Any]:
-    """Return how a model's generation config samples."""
-    own = model.generation_config
-    if not own.do_sample:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
-
-
-def _without_tokens(message: Message, tokenizer: "PreTrainedTokenizerBase", processor: "ProcessorMixin") -> Message:
-    """Return a message of a person in which nothing spells a special token, or one that stands for an image."""
-    if message["role"] == "assistant":
-        return message
-    tokens = [each.content for each in tokenizer.added_tokens_decoder.values() if each.special]
-    tokens += words_of_places(processor)
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message, "content": unspelled(tokens, content)}
-    parts = [{**part, "text": unspelled(tokens, part["text"])} if part["type"] == "text" else part for part in content]
-    return {**message, "content": parts}
-
-
-def load_speaker(args: ChatArguments) -> Speaker:
+def load_chat(args: ChatArguments) -> "Chat":
     """Load the model that the flags name, with its tools."""
-    from trl import ModelConfig
-
-    names = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_8bit", "load_in_4bit")
-    model = named_model(ModelConfig(**{name: getattr(args, name) for name in names}))
-    processor = processor_of(model.name, model.revision)
-    loaded = load_speaking(model, processor)
-    set_seed(args.seed)
-    speaker = Speaker(loaded.model, loaded.tokenizer, processor, max_new_tokens=args.max_new_tokens)
+    speaker = load_speaker(args)
     if args.tools or args.mcp_servers:
         tools = load_tools(args.tools, args.mcp_servers)
         limits = {"response_length": args.max_new_tokens, "tool_timeout": args.tool_timeout, "seed": args.seed}
-        speaker.runner = ToolRunner(loaded.model, processor or loaded.tokenizer, tools, **limits)
+        speaker.runner = ToolRunner(speaker.model, speaker.processor or speaker.tokenizer, tools, **limits)
     if args.top_p is not None:
         speaker.settings |= {"do_sample": True, "top_p": args.top_p}
     if args.temperature is not None:
         speaker.set_temperature(args.temperature)
-    return speaker
+    return Chat(speaker, args.system)
 
 
 def read_lines() -> Iterator[str]:
@@ -248,7 +89,7 @@ class Chat:
         images: its images, in their order.
     """
 
-    def __init__(self, speaker: Speaker, system: str | None = None, write: Write | None = None):
+    def __init__(self, speaker: Speaker, system: str | None = None, write: Show | None = None):
         self.speaker, self.system, self.write = speaker, system, write or _print
         self.messages: list[Message] = []
         self.images: list[Image] = []
@@ -313,7 +154,7 @@ class Chat:
         try:
             messages = self._fitting()
             self.write("\nmodel: ")
-            self.messages += self.speaker.answer(messages, self.write)
+            self.messages += self.speaker.answer(messages, lambda text, tokens=(): self.write(shown(text)))
         except InputError as error:
             self._note(str(error))
             return False

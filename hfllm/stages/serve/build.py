@@ -1,0 +1,423 @@
+"""A server of OpenAI's chat completions: one model, one request at a time, the others wait."""
+
+import asyncio
+import hmac
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from transformers import set_seed
+
+from hfllm.data.formats import Message
+from hfllm.data.thoughts import CLOSE, OPEN, thinking_message
+from hfllm.data.tokenizer import end_tokens
+from hfllm.environments.tool_turns import ToolTurns
+from hfllm.errors import InputError, one_line
+from hfllm.generation.streaming import Streamed, StreamedToken, StreamSettings
+from hfllm.runs.command_line import say
+from hfllm.stages.chat.speaker import Speaker
+from hfllm.stages.serve.flags import LOOPBACK, ServeArguments
+from hfllm.stages.serve.requests import ChatRequest, read_request
+
+# A conversation with some images.
+MAX_BODY = 64 * 2**20
+API_KEY = "HFLLM_API_KEY"
+# Seconds between two looks at whether a client has gone.
+LOOK = 0.2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer.
+
+    Args:
+        message: with `content`, and `reasoning_content` or `tool_calls` where it has them.
+        streamed: its text and tokens.
+    """
+
+    message: Message
+    streamed: Streamed
+
+    @property
+    def finish_reason(self) -> str:
+        """Why it ended."""
+        if self.message.get("tool_calls"):
+            return "tool_calls"
+        return "stop" if self.streamed.is_whole else "length"
+
+
+class Server:
+    """Answers requests with one model.
+
+    Args:
+        speaker: the model.
+        name: under which clients know it.
+        max_waiting: requests that may wait.
+        hosts: accepted names of this machine in requests; `None` accepts all.
+        api_key: that clients must send, `None` for none.
+    """
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        name: str,
+        max_waiting: int = 64,
+        hosts: Sequence[str] | None = LOOPBACK,
+        api_key: str | None = None,
+    ):
+        self.speaker, self.name, self.max_waiting = speaker, name, max_waiting
+        self.hosts, self.api_key, self.waiting, self.started = hosts, api_key, 0, int(time.time())
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._turns_of = lru_cache(16)(self._tool_turns)
+
+    def app(self) -> Starlette:
+        """Return the application."""
+        routes = [
+            Route("/v1/chat/completions", self._guarded(self.complete), methods=["POST"]),
+            Route("/v1/models", self._guarded(self.models)),
+            Route("/health", self._guarded(self.health)),
+        ]
+        errors = {HTTPException: _http_error, InputError: _input_error}
+        return Starlette(routes=routes, exception_handlers=errors, lifespan=self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Return an endpoint that refuses other hosts' names and clients without the key.
+
+        A page of another site could reach a server on localhost under a name of its own (DNS rebinding).
+        """
+
+        async def guarded(request: Request) -> Response:
+            if self.hosts is not None and (request.url.hostname or "") not in self.hosts:
+                raise HTTPException(403, f"host {request.url.hostname!r}: expected one of {', '.join(self.hosts)}")
+            sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if self.api_key is not None and not hmac.compare_digest(sent.encode(), self.api_key.encode()):
+                raise HTTPException(401, f"the key in the header Authorization is not that of {API_KEY}")
+            return await answer(request)
+
+        return guarded
+
+    async def health(self, request: Request) -> Response:
+        """Say that the server is there."""
+        return JSONResponse({"status": "ok", "waiting": self.waiting})
+
+    async def models(self, request: Request) -> Response:
+        """List the model."""
+        model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "hfllm"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def complete(self, request: Request) -> Response:
+        """Answer a conversation."""
+        body = await _read_body(request)
+        chat = read_request(body, self.speaker.processor is not None)
+        if body.get("model") not in (None, self.name):
+            raise HTTPException(404, f"model {body['model']!r}: served is {self.name!r}")
+        if self.waiting >= self.max_waiting:
+            raise HTTPException(503, f"{self.waiting} requests wait already: try again later")
+        turns, encoded = await asyncio.to_thread(self._encode, chat)
+        run = _Run(self, chat, turns, encoded)
+        if chat.is_streamed:
+            return StreamingResponse(run.events(), media_type="text/event-stream")
+        return JSONResponse(await run.whole(request))
+
+    def _encode(self, chat: ChatRequest) -> tuple[ToolTurns | None, Any]:
+        turns = self._turns_of(json.dumps(chat.tools, sort_keys=True)) if chat.tools else None
+        messages = chat.messages if turns is None else [_plain(turns, each) for each in chat.messages]
+        encoded = self.speaker.encoded(messages, chat.tools or None)
+        if self.speaker.room(len(encoded[0])) <= 0:
+            raise InputError(f"messages: {len(encoded[0])} tokens leave no room for an answer in the model's context")
+        return turns, encoded
+
+    def _tool_turns(self, schemas: str) -> ToolTurns:
+        speaker = self.speaker
+        ends = sorted(end_tokens(speaker.tokenizer, speaker.model))
+        return ToolTurns(speaker.processor or speaker.tokenizer, json.loads(schemas), ends)
+
+    @asynccontextmanager
+    async def working(self, work: Callable[[], Any]) -> "AsyncIterator[asyncio.Future[Any]]":
+        """Hold a place among the waiting while the model works."""
+        self.waiting += 1
+        try:
+            yield asyncio.get_running_loop().run_in_executor(self._worker, work)
+        finally:
+            self.waiting -= 1
+
+
+class _Run:
+    """One request: its answers, whole or in pieces."""
+
+    def __init__(self, server: Server, chat: ChatRequest, turns: ToolTurns | None, encoded: Any):
+        self.server, self.chat, self.turns, self.encoded = server, chat, turns, encoded
+        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.gone = threading.Event()
+
+    def choices(self, write: Callable[[int, str, Sequence[StreamedToken]], None]) -> Iterator[Choice]:
+        """Yield the answers, one after another; called in the model's thread."""
+        speaker, chat = self.server.speaker, self.chat
+        settings = StreamSettings(speaker.settings | chat.sampling, chat.stop, chat.num_top, self.gone.is_set)
+        if chat.seed is not None:
+            set_seed(chat.seed % 2**32)
+        for index in range(chat.choices):
+            if self.gone.is_set():
+                return
+            streamed = speaker.speak(
+                self.encoded,
+                settings,
+                lambda text, tokens, index=index: write(index, text, tokens),
+                chat.max_new_tokens,
+            )
+            if self.turns is not None:
+                message = self.turns.parse(streamed.ids)
+            else:
+                message = thinking_message(streamed.text, speaker.opens_thought(self.encoded[0]))
+            yield Choice(message, streamed)
+
+    async def whole(self, request: Request) -> dict[str, Any]:
+        """Return the answers as one object; a client that goes away ends them."""
+
+        def work() -> list[Choice]:
+            return list(self.choices(lambda index, text, tokens: None))
+
+        async with self.server.working(work) as future:
+            try:
+                while not future.done():
+                    await asyncio.wait([future], timeout=LOOK)
+                    if await request.is_disconnected():
+                        self.gone.set()
+            finally:
+                self.gone.set()
+            choices = future.result()
+        rows = [
+            {
+                "index": index,
+                "message": self._message(each.message, index),
+                "finish_reason": each.finish_reason,
+                "logprobs": self._logprobs(each.streamed.tokens),
+            }
+            for index, each in enumerate(choices)
+        ]
+        return {**self._head("chat.completion"), "choices": rows, "usage": self._usage(choices)}
+
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the answers' pieces as server-sent events; a client that goes away ends them."""
+        loop, pieces, choices = asyncio.get_running_loop(), asyncio.Queue(), []
+        thoughts = self.server.speaker.opens_thought(self.encoded[0])
+        splitters = [_Thoughts(thoughts) for _ in range(self.chat.choices)]
+
+        def send(piece: object) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        def write(index: int, text: str, tokens: Sequence[StreamedToken]) -> None:
+            # With tools a text may be a call, which is known at its end.
+            if self.turns is None:
+                for name, part in splitters[index].split(text):
+                    send(self._piece(index, {name: part}, tokens))
+                    tokens = ()
+
+        def work() -> None:
+            try:
+                for index, choice in enumerate(self.choices(write)):
+                    choices.append(choice)
+                    if self.turns is not None:
+                        message = self._message(choice.message, index)
+                        for at, call in enumerate(message.get("tool_calls") or ()):
+                            call["index"] = at
+                        send(self._piece(index, message, choice.streamed.tokens))
+                    elif rest := splitters[index].rest():
+                        send(self._piece(index, dict([rest]), ()))
+                    send(self._piece(index, {}, (), choice.finish_reason))
+            except Exception as error:
+                send({"error": {"message": one_line(error), "type": "server_error"}})
+            send(None)
+
+        async with self.server.working(work):
+            try:
+                for index in range(self.chat.choices):
+                    yield _event(self._piece(index, {"role": "assistant", "content": ""}, ()))
+                while (piece := await pieces.get()) is not None:
+                    yield _event(piece)
+                if self.chat.has_usage:
+                    head = self._head("chat.completion.chunk")
+                    yield _event({**head, "choices": [], "usage": self._usage(choices)})
+                yield "data: [DONE]\n\n"
+            finally:
+                self.gone.set()
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.server.name}
+
+    def _piece(
+        self, index: int, delta: Mapping[str, Any], tokens: Sequence[StreamedToken], reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": dict(delta), "finish_reason": reason, "logprobs": self._logprobs(tokens)}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _message(self, message: Message, index: int) -> dict[str, Any]:
+        """Return a message as clients read it: calls with ids, their arguments as JSON text."""
+        result = {"role": "assistant", "content": message.get("content") or None}
+        if message.get("reasoning_content"):
+            result["reasoning_content"] = message["reasoning_content"]
+        if calls := message.get("tool_calls"):
+            result["tool_calls"] = [
+                {
+                    "id": f"call_{self.id[-12:]}_{index}_{at}",
+                    "type": "function",
+                    "function": {
+                        "name": call["function"]["name"],
+                        "arguments": json.dumps(call["function"].get("arguments") or {}, ensure_ascii=False),
+                    },
+                }
+                for at, call in enumerate(calls)
+            ]
+        return result
+
+    def _logprobs(self, tokens: Sequence[StreamedToken]) -> dict[str, Any] | None:
+        """Return the log-probabilities of an answer's tokens, without those of its end."""
+        if self.chat.num_top is None:
+            return None
+        ends = end_tokens(self.server.speaker.tokenizer, self.server.speaker.model)
+        rows = [
+            {**self._token(each.id, each.logprob), "top_logprobs": [self._token(*one) for one in each.top]}
+            for each in tokens
+            if each.id not in ends
+        ]
+        return {"content": rows}
+
+    def _token(self, number: int, logprob: float) -> dict[str, Any]:
+        text = self.server.speaker.tokenizer.decode([number])
+        # Numbers that JSON has: tokens that cannot follow have a log-probability of minus infinity.
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+
+    def _usage(self, choices: Sequence[Choice]) -> dict[str, int]:
+        prompt, answers = len(self.encoded[0]), sum(len(each.streamed.ids) for each in choices)
+        return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
+
+
+class _Thoughts:
+    """Splits streamed text into thoughts and the answer after them, as `thinking_message` does for a whole text."""
+
+    def __init__(self, is_open: bool):
+        self.is_thinking, self.held, self.has_begun, self.is_after = is_open, "", is_open, False
+
+    def split(self, text: str) -> Iterator[tuple[str, str]]:
+        """Yield the names of fields with the next words for them."""
+        self.held += text
+        if not self.has_begun:
+            if OPEN.startswith(self.held.lstrip()):
+                return
+            self.has_begun, self.is_thinking = True, self.held.lstrip().startswith(OPEN)
+            if self.is_thinking:
+                self.held = self.held.lstrip().removeprefix(OPEN)
+        if self.is_thinking and CLOSE in self.held:
+            thought, _, self.held = self.held.partition(CLOSE)
+            self.is_thinking, self.is_after = False, True
+            if thought:
+                yield "reasoning_content", thought
+        if self.is_after:
+            # Chat templates write line breaks between a thought and its answer.
+            self.held = self.held.lstrip("\n")
+            self.is_after = not self.held
+        # The mark of a thought's end may come in pieces.
+        kept = 0
+        if self.is_thinking:
+            sizes = range(min(len(CLOSE) - 1, len(self.held)), 0, -1)
+            kept = next((size for size in sizes if CLOSE.startswith(self.held[-size:])), 0)
+        words, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
+        if words:
+            yield ("reasoning_content" if self.is_thinking else "content"), words
+
+    def rest(self) -> tuple[str, str] | None:
+        """Return what was held back, at the end."""
+        return (("reasoning_content" if self.is_thinking else "content"), self.held) if self.held else None
+
+
+def _plain(turns: ToolTurns, message: Message) -> Message:
+    """Return a message in which what was typed, and what tools said, spells no mark of a turn."""
+    if message["role"] == "assistant" or not isinstance(message["content"], str):
+        return message
+    return {**message, "content": turns.without_marks(message["content"])}
+
+
+def _event(piece: object) -> str:
+    return f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
+
+
+async def _read_body(request: Request) -> Any:
+    """Return a request's JSON. A page of another site can send text without asking, but not this type."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HTTPException(415, "expected the header Content-Type: application/json")
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BODY:
+            raise HTTPException(413, f"the body is larger than {MAX_BODY >> 20} MiB")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the body is no JSON: {one_line(error)}") from None
+
+
+def _error(status: int, message: str, kind: str) -> Response:
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    return _error(error.status_code, str(error.detail), "invalid_request_error")
+
+
+async def _input_error(request: Request, error: InputError) -> Response:
+    return _error(400, str(error), "invalid_request_error")
+
+
+def serve(args: ServeArguments, speaker: Speaker) -> None:
+    """Serve a model until Ctrl-C.
+
+    Raises:
+        InputError: when the port cannot be listened on, or other machines could come in without a key.
+    """
+    name, key = args.served_model_name or args.model_name_or_path, os.environ.get(API_KEY) or None
+    is_local = args.host in LOOPBACK
+    if not is_local and key is None:
+        raise InputError(f"--host {args.host} lets other machines in: set {API_KEY} to a key that clients must send")
+    server = Server(speaker, name, args.max_waiting, LOOPBACK if is_local else None, key)
+    listening = listen(args.host, args.port)
+    host, port = listening.getsockname()[:2]
+    say(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends)")
+    config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)
+    uvicorn.Server(config).run([listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on a port, a free one for 0.
+
+    Raises:
+        InputError: naming the port, when it is taken or not allowed.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise InputError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+    return listening
