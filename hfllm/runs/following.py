@@ -11,8 +11,8 @@ from hfllm.outputs.verdict import IS_BETTER, IS_NOT_COMPARED
 
 # Stages that end with a model to talk to.
 WITH_ANSWERS = ("rlhf", "distill", "extend", "constitution", "expert_iteration", "ground", "reason", "tools", "vision")
-# Their models score or tag: nobody talks to them.
-WITHOUT_ANSWERS = ("reward", "classify")
+# What they make is not talked to.
+WITHOUT_ANSWERS = ("classify", "reward", "label")
 # Rows that no earlier stage has written.
 YOUR_ROWS = "YOUR_ROWS.jsonl"
 FOLLOWED_BY_CHAT = ("convert", "federated", "quantize")
@@ -37,7 +37,7 @@ def next_command(stage: str, arguments: Mapping[str, Any], folder: str, decision
     if stage not in WITHOUT_ANSWERS and stage in _FOLLOWING and decision not in (IS_BETTER, IS_NOT_COMPARED):
         return chat_command(folder)
     is_adapter = (Path(folder) / ADAPTER_CONFIG).is_file()
-    if stage in WITH_ANSWERS or (stage in WITHOUT_ANSWERS[1:]):
+    if stage in WITH_ANSWERS or (stage in WITHOUT_ANSWERS[:1]):
         return command("merge", folder, output_dir=f"{folder}-merged") if is_adapter else push_command(folder)
     return _FOLLOWING[stage](arguments, folder) if stage in _FOLLOWING else ""
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hfllm.synthesis.answers import ComparisonSettings
     from hfllm.trainers.trl_trainers import PictureRewardTrainer, RewardTrainer
 
-CLAIMS = [Promise("held-out comparisons in the right order", "reward_model_accuracy", 0.5, "by chance 0.5")]
+CLAIMS = [Promise("held-out comparisons in the right order", "reward_model_accuracy", 0.5, "by chance")]
 
 
 # ---- flags and comparisons ----

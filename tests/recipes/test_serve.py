@@ -14,8 +14,9 @@ import uvicorn
 
 from hfllm.errors import InputError
 from hfllm.generation.streaming import StreamSettings
+from hfllm.runs.local import listen
 from hfllm.stages.chat.speaker import Speaker
-from hfllm.stages.serve.build import Server, _Thoughts, listen, serve
+from hfllm.stages.serve.build import Server, _Thoughts, serve
 from hfllm.stages.serve.flags import ServeArguments, check
 from hfllm.stages.serve.requests import read_request
 from tests import tool_tokenizer
@@ -222,7 +223,8 @@ def post(address, data, **headers):
         with urllib.request.urlopen(request) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())["error"]["message"]
+        text = error.read().decode()
+        return error.code, json.loads(text)["error"]["message"] if text.startswith("{") else text
 
 
 def test_pages_of_other_sites_and_broken_bodies_are_refused(served):
@@ -230,6 +232,7 @@ def test_pages_of_other_sites_and_broken_bodies_are_refused(served):
     body = json.dumps({"messages": ASKED, "max_tokens": 1}).encode()
     assert post(address, body, **json_type)[0] == 200
     assert post(address, body, **json_type, Host="evil.example")[0] == 403
+    assert post(address, body, **json_type, Origin="http://evil.example")[0] == 403
     # What a page can send without asking this server first.
     assert post(address, body, **{"Content-Type": "text/plain"})[0] == 415
     status, message = post(address, b"{", **json_type)

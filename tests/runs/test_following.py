@@ -50,7 +50,7 @@ def test_names_with_spaces_are_quoted():
     assert shlex.split(line)[-3:] == ["an out", "--dataset_name", "my rows.csv"]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "reward", "rlhf", "merge", "tokenizer", "quantize"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "label", "reward", "rlhf", "merge", "tokenizer", "quantize"])
 def test_recipes_take_the_commands(stage):
     words = shlex.split(next_command(stage, {"dataset_name": "a.jsonl", "model_name_or_path": "b"}, "OUT", IS_BETTER))
     assert words[1] in recipe_names()

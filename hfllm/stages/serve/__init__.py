@@ -1,1 +1,1 @@
-"""Serving a model."""
+"""The serve recipe: flags.py (light), requests and the server."""

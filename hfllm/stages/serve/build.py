@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import json
 import os
-import socket
 import threading
 import time
 import uuid
@@ -18,6 +17,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -30,8 +30,9 @@ from hfllm.environments.tool_turns import ToolTurns
 from hfllm.errors import InputError, one_line
 from hfllm.generation.streaming import Streamed, StreamedToken, StreamSettings
 from hfllm.runs.command_line import say
+from hfllm.runs.local import LOOPBACK, LocalOnly, address_of, listen
 from hfllm.stages.chat.speaker import Speaker
-from hfllm.stages.serve.flags import LOOPBACK, ServeArguments
+from hfllm.stages.serve.flags import ServeArguments
 from hfllm.stages.serve.requests import ChatRequest, read_request
 
 # A conversation with some images.
@@ -93,7 +94,8 @@ class Server:
             Route("/health", self._guarded(self.health)),
         ]
         errors = {HTTPException: _http_error, InputError: _input_error}
-        return Starlette(routes=routes, exception_handlers=errors, lifespan=self._lifespan)
+        guard = Middleware(LocalOnly, hosts=self.hosts)
+        return Starlette(routes=routes, middleware=[guard], exception_handlers=errors, lifespan=self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -101,14 +103,9 @@ class Server:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Return an endpoint that refuses other hosts' names and clients without the key.
-
-        A page of another site could reach a server on localhost under a name of its own (DNS rebinding).
-        """
+        """Return an endpoint that refuses clients without the key."""
 
         async def guarded(request: Request) -> Response:
-            if self.hosts is not None and (request.url.hostname or "") not in self.hosts:
-                raise HTTPException(403, f"host {request.url.hostname!r}: expected one of {', '.join(self.hosts)}")
             sent = request.headers.get("authorization", "").removeprefix("Bearer ")
             if self.api_key is not None and not hmac.compare_digest(sent.encode(), self.api_key.encode()):
                 raise HTTPException(401, f"the key in the header Authorization is not that of {API_KEY}")
@@ -400,24 +397,6 @@ def serve(args: ServeArguments, speaker: Speaker) -> None:
         raise InputError(f"--host {args.host} lets other machines in: set {API_KEY} to a key that clients must send")
     server = Server(speaker, name, args.max_waiting, LOOPBACK if is_local else None, key)
     listening = listen(args.host, args.port)
-    host, port = listening.getsockname()[:2]
-    say(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends)")
+    say(f"serving {name} at {address_of(listening)}/v1 (Ctrl-C ends)")
     config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run([listening])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on a port, a free one for 0.
-
-    Raises:
-        InputError: naming the port, when it is taken or not allowed.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listening.close()
-        raise InputError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
-    return listening

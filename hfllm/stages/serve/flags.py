@@ -8,8 +8,6 @@ from hfllm.flags import Range, at_least, check_flags, flag
 from hfllm.stages.chat.flags import ModelArguments
 
 PACKAGES = ("starlette", "uvicorn")
-# Where other machines cannot reach the server.
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The label recipe: flags.py (light), items, votes, and the page."""
