@@ -6,8 +6,9 @@ import errno
 import importlib.util
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -18,7 +19,7 @@ from hfllm.data.child_processes import be_launcher, end_children_with_this_proce
 from hfllm.errors import InputError, MachineError, redact
 from hfllm.flags import GIVEN, SHIPPED
 from hfllm.runs.flags import check_json_flags, check_libraries, check_ranges, check_values
-from hfllm.runs.output import explained, hide_unhelpful_output, what_is_saved
+from hfllm.runs.output import explained, hide_unhelpful_bars, hide_unhelpful_output, what_is_saved
 from hfllm.runs.parser import (
     DECLARING,
     HelpFormatter,
@@ -29,7 +30,7 @@ from hfllm.runs.parser import (
     read_yaml,
     training_parser,
 )
-from hfllm.runs.recipes import is_shipped, settings_file, settings_for_the_world
+from hfllm.runs.recipes import installed, is_shipped, settings_file, settings_for_the_world
 
 # Here, since a spawned process imports the recipe again, and does not run it.
 end_children_with_this_process()
@@ -105,7 +106,7 @@ def parse_recipe(
     """
     if ASKS_FOR_HELP & set(argv):
         try:
-            print(short_help(description, own, library, shown), flush=True)
+            print(short_help(description, own, library, shown, settings), flush=True)
         except BrokenPipeError:
             # A reader such as head has gone before the end; Python would write the rest when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -187,8 +188,12 @@ def short_help(
     own: "type[DataclassInstance]",
     library: Sequence[str],
     shown: "Sequence[type[DataclassInstance]]" = (),
+    settings: Callable[[Mapping[str, Any]], Sequence[Path]] | None = None,
 ) -> str:
-    """Return the help of a recipe's own flags in groups, and of the libraries' most used flags."""
+    """Return the help of a recipe's own flags in groups, and of the libraries' most used flags.
+
+    Defaults are those that a run will use: of the embedded world, and where they differ of your own model and data.
+    """
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=description, formatter_class=ShortHelpFormatter, add_help=False
     )
@@ -200,7 +205,41 @@ def short_help(
         # Some recipes have a default of their own for one of them.
         if flag not in parser._option_string_actions:
             group.add_argument(flag, metavar="", default=None, help=text)
-    return parser.format_help()
+    world, *others = _settings_by_case(settings).items() if settings else [("", {})]
+    own_flags = {action.dest for action in parser._actions}
+    for action in parser._actions:
+        before = action.default
+        action.default = world[1].get(action.dest, before)
+        for case, values in others:
+            value = values.get(action.dest, before)
+            if value != action.default and action.help != argparse.SUPPRESS:
+                # Without a value the library has its own, which only `--help_all` knows.
+                other = "the library's" if value is None else value
+                suffix = f" (default: {action.default}; {case}: {other})"
+                action.help, action.default = action.help + suffix.replace("%", "%%"), None
+                break
+    lines = [_settings_line(case, values, own_flags) for case, values in (world, *others)]
+    return parser.format_help() + "".join(["\nSettings of the libraries' flags:\n", *lines] if any(lines) else [])
+
+
+def _settings_by_case(settings: Callable[[Mapping[str, Any]], Sequence[Path]]) -> dict[str, dict[str, Any]]:
+    """Return the values of a recipe's YAML files of settings, by flag: on the world, an own model, an adapter."""
+    # A folder that is no adapter: no name is looked up.
+    own = {"model_name_or_path": str(installed("recipes")), "dataset_name": "ROWS"}
+    cases = {"the embedded world": {}, "your own model and data": own, "an adapter": {**own, "use_peft": True}}
+    result: dict[str, dict[str, Any]] = {}
+    for case, given in cases.items():
+        values = {name: value for path in settings(given) for name, value in read_yaml(path).items()}
+        if values not in result.values():
+            result[case] = values
+    return result
+
+
+def _settings_line(case: str, values: Mapping[str, Any], without: Collection[str]) -> str:
+    named = ", ".join(f"{name} {value}" for name, value in values.items() if name not in without)
+    if not named:
+        return ""
+    return textwrap.fill(f"{case}: {named}", 116, initial_indent="  ", subsequent_indent="    ") + "\n"
 
 
 def world_settings(name: str) -> Callable[[Mapping[str, Any]], list[Path]]:
@@ -375,6 +414,7 @@ def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) ->
     parsed: tuple = ()
     try:
         parsed = parse(sys.argv[1:])
+        hide_unhelpful_bars()
         if importlib.util.find_spec("multiprocess"):
             end_children_with_this_process("multiprocess")
         with _no_silent_end():

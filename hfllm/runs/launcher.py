@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.child_processes import be_launcher
 from hfllm.errors import InputError, refuse_if
 from hfllm.runs.command_line import ASKS_FOR_HELP, INTERRUPTED, check_command, run
-from hfllm.runs.output import hide_unhelpful_output
+from hfllm.runs.output import hide_unhelpful_bars, hide_unhelpful_output
 from hfllm.runs.parser import read_yaml
 from hfllm.runs.pipeline import stage_table
 from hfllm.runs.recipes import declared, docstring_of, installed, load_recipe, recipe_file, recipe_names
@@ -101,6 +101,7 @@ def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> in
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     hide_unhelpful_output()
+    hide_unhelpful_bars()
     for_accelerate = with_defaults(for_accelerate)
     if value_of("num_processes", for_accelerate) == "1":
         use_all_cores()

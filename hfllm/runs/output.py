@@ -90,9 +90,9 @@ UNHELPFUL_WARNINGS = (
 
 
 def hide_unhelpful_output() -> None:
-    """Suppress the messages in `UNHELPFUL`, a scorer's new head, and progress bars of loading, saving, tokenizing.
+    """Suppress the messages in `UNHELPFUL`, and a scorer's new head.
 
-    To be called before transformers and datasets are imported. Downloads from the Hub keep their bars.
+    To be called before transformers and datasets are imported.
     """
     for each in UNHELPFUL:
         logging.getLogger(each.logger).addFilter(each)
@@ -100,6 +100,13 @@ def hide_unhelpful_output() -> None:
     for message, category, module in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message, category, module)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def hide_unhelpful_bars() -> None:
+    """Suppress progress bars of loading, saving and tokenizing. Downloads from the Hub keep theirs.
+
+    It imports a library, so a refused flag does not wait for it.
+    """
     if HUB_BARS not in os.environ:
         from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 

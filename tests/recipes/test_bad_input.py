@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import distill
@@ -20,6 +21,7 @@ from trl import import_utils
 
 from hfllm import HfllmForSequenceClassification
 from hfllm.errors import InputError
+from hfllm.runs.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rlhf": rlhf}
@@ -299,3 +301,18 @@ def test_the_command_line_prints_one_line_and_exits_with_2(processes):
     printed = processes.run("recipes/rlhf.py", "--kl_coeff", "0.1", code=2)
     assert printed.splitlines()[-1] == "error: unknown flag 'kl_coeff'; did you mean 'kl_coef'?"
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("name", ["federated", "reward", "sft", "tools"])
+def test_help_shows_the_defaults_that_a_run_uses(name, capsys):
+    """On the embedded world as its settings say, not as the class of flags does."""
+    with pytest.raises(SystemExit):
+        load_recipe(name).parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    own = load_recipe(name).parse([])[0]
+    found = {}
+    for item in fields(own):
+        about = shown.partition(f"--{item.name} ")[2].partition(" --")[0]
+        if "(default: " in about and item.name != "dataset_name":
+            found[item.name] = about.partition("(default: ")[2].partition(")")[0].partition(";")[0]
+    assert len(found) > 8 and found == {flag: str(getattr(own, flag)) for flag in found}

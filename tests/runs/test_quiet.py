@@ -14,7 +14,7 @@ from hfllm.errors import InputError
 from hfllm.models.loading.adapters import load_scorer
 from hfllm.runs import output as output_module
 from hfllm.runs.command_line import run
-from hfllm.runs.output import HUB_BARS, NEW_HEAD, UNHELPFUL, hide_unhelpful_output
+from hfllm.runs.output import HUB_BARS, NEW_HEAD, UNHELPFUL, hide_unhelpful_bars, hide_unhelpful_output
 
 # Where each library says what is dropped.
 SAID_IN = {
@@ -30,6 +30,7 @@ def hidden(monkeypatch):
     monkeypatch.setattr(output_module.os, "environ", {})
     with warnings.catch_warnings():
         hide_unhelpful_output()
+        hide_unhelpful_bars()
         yield output_module.os.environ
     enable_progress_bars()
     for each in UNHELPFUL:
@@ -132,6 +133,7 @@ def test_the_user_has_the_last_word(monkeypatch):
     monkeypatch.setattr(output_module, "UNHELPFUL", ())
     with warnings.catch_warnings():
         hide_unhelpful_output()
+        hide_unhelpful_bars()
     assert output_module.os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "0"
     assert not are_progress_bars_disabled()
     logging.getLogger("transformers.modeling_utils").removeFilter(NEW_HEAD)
@@ -141,6 +143,7 @@ def test_warnings_of_old_names_are_dropped_and_others_are_not(hidden):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hide_unhelpful_output()
+        hide_unhelpful_bars()
         where = {"filename": "c10d_logger.py", "lineno": 1}
         old = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use another."
         warnings.warn_explicit(old, FutureWarning, module="torch.distributed.c10d_logger", **where)
