@@ -30,7 +30,7 @@ def parse(argv: Sequence[str]) -> tuple[CompareArguments]:
 @releases_folders
 def main(script_args: CompareArguments) -> dict[str, float]:
     """Read both logs, compare, report. Return the metrics."""
-    from hfllm.evaluation.verdicts import fail_if_worse, verdict_of
+    from hfllm.evaluation.verdicts import fail_if_worse
     from hfllm.runs.stage import Stage
     from hfllm.stages import compare
     from hfllm.stages.evaluate.flags import CHANGES
@@ -55,7 +55,7 @@ def main(script_args: CompareArguments) -> dict[str, float]:
         summary=result.summary,
         tables=result.tables,
         artifacts={"changes": CHANGES},
-        claims=verdict_of(result.metrics, [each.label for each in evaluations], result.summary),
+        claims=result.verdict or (),
     )
     if script_args.fail_on_regression:
         first, second = evaluations

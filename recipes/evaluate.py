@@ -36,7 +36,7 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     flags.check(script_args)
     from trl import ModelConfig
 
-    from hfllm.evaluation.verdicts import fail_if_worse, verdict_of
+    from hfllm.evaluation.verdicts import fail_if_worse
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import named_model
     from hfllm.runs.stage import Stage
@@ -92,7 +92,7 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
         result.plots,
         artifacts=artifacts,
         models=models,
-        claims=verdict_of(result.metrics, labels, result.summary),
+        claims=result.verdict or (),
     )
     if script_args.fail_on_regression:
         fail_if_worse(metrics, first, others)

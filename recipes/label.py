@@ -32,6 +32,7 @@ def parse(argv: Sequence[str]) -> tuple[LabelArguments]:
 @trusts_code_if_asked
 def main(script_args: LabelArguments) -> dict[str, float]:
     """Make the pairs, serve the page, write the report. Return the metrics."""
+    from hfllm.runs.local import listen
     from hfllm.stages.label import build
 
     check(script_args)
@@ -42,6 +43,7 @@ def main(script_args: LabelArguments) -> dict[str, float]:
     stage.announce()
     if not main_process():
         return {}
+    listening = listen(script_args.host, script_args.port)
 
     # The answers: sampled once, then kept, so that votes are on the same ones.
     speakers = build.load_speakers(script_args)
@@ -50,7 +52,7 @@ def main(script_args: LabelArguments) -> dict[str, float]:
         build.save_pairs(folder, pairs, stage.arguments)
 
     votes = build.votes_of(script_args, pairs)
-    build.serve(votes, speakers, script_args.host, script_args.port)
+    build.serve(votes, speakers, script_args.host, listening)
     result = build.report_of(votes)
     return stage.finish(
         result.metrics,

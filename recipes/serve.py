@@ -33,9 +33,10 @@ def main(script_args: ServeArguments) -> dict[str, float]:
     if not main_process():
         return {}
     from hfllm.stages.chat.speaker import load_speaker
-    from hfllm.stages.serve.build import serve
+    from hfllm.stages.serve.build import opened, serve
 
-    serve(script_args, load_speaker(script_args))
+    listening = opened(script_args)
+    serve(script_args, load_speaker(script_args), listening)
     return {}
 
 

@@ -384,7 +384,14 @@ SCORED = (
     ("chosen-rating", "rejected-rating"),
     ("chosen_rating", "rejected_rating"),
 )
-PROMPT_FORMATS = ("prompt", "instruction", "messages", "conversations (ShareGPT)", "text")
+PROMPT_FORMATS = (
+    "prompt",
+    "instruction",
+    "messages",
+    "conversations (ShareGPT)",
+    "text",
+    "chosen+rejected (what both begin with)",
+)
 # The columns of an instruction and of its answer.
 ANSWERED = (
     *(("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("inputs", "targets")),
@@ -680,6 +687,8 @@ def _prompt_of(origin: str, row: Row) -> str | list[Message]:
             return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if isinstance(row.get("text"), str):
         return row["text"]
+    if _has(row, "chosen", "rejected"):
+        return _chosen_and_rejected(origin, row)["prompt"]
     raise _unreadable(origin, row, PROMPT_FORMATS)
 
 

@@ -616,6 +616,8 @@ def gold_metrics(judged: Mapping[str, GoldEvaluation]) -> dict[str, float]:
         metrics |= mean_of(f"gold_reward_{name}", _per_prompt(one))
         metrics |= mean_of(f"gold_reward_greedy_{name}", [row["gold"] for row in one.greedy])
         metrics |= mean_of(f"fact_accuracy_{name}", [float(row["gold"] >= RIGHT) for row in one.facts])
+    if ALONE in judged:
+        metrics |= change_of("gold_reward_against_alone", _per_prompt(judged[ALONE]), _per_prompt(judged[STUDENT]))
     # A share of zero or of a negative number has no meaning.
     for kind in ("gold_reward", "gold_reward_greedy"):
         if metrics[f"{kind}_{TEACHER}"] > 0:

@@ -14,7 +14,7 @@ from hfllm.data.formats import counted
 from hfllm.errors import InputError
 from hfllm.outputs.intervals import Interval, holm
 from hfllm.outputs.statistics import clustered_interval, difference_interval, paired_p_value
-from hfllm.outputs.verdict import IS_BETTER, IS_EQUAL, IS_NOT_COMPARED, IS_TOO_FEW, IS_WORSE
+from hfllm.outputs.verdict import IS_BETTER, IS_EQUAL, IS_TOO_FEW, IS_WORSE
 from hfllm.outputs.verdict import Verdict as RunVerdict
 from hfllm.runs.command_line import main_process
 
@@ -189,23 +189,18 @@ def verdict_metrics(
     return result
 
 
-def verdict_of(metrics: Mapping[str, float], models: Sequence[str], sentences: str) -> RunVerdict:
+def verdict_of(verdicts: Sequence[Verdict], sentences: Sequence[str], alpha: float = ALPHA) -> RunVerdict:
     """Return the verdict of a run that compares models with the first: one on all of them.
 
     Args:
-        metrics: see `verdict_metrics`.
-        models: names, the first one's first.
+        verdicts: of all figures of all models.
         sentences: on each of the others.
+        alpha: the level of the figures' tests.
     """
-    if len(models) < 2:
-        return RunVerdict(IS_NOT_COMPARED, "")
-    counts = {
-        word: sum(int(metrics.get(f"verdict/{word}/{model}", 0)) for model in models[1:])
-        for word in (WORSE, BETTER, "tested")
-    }
-    decision = IS_WORSE if counts[WORSE] else IS_BETTER if counts[BETTER] else IS_EQUAL
-    decision = decision if counts["tested"] else IS_TOO_FEW
-    return RunVerdict(decision, f"{decision}: {sentences}", tested=counts["tested"])
+    worse = [f"{each.compared.key}/{each.compared.model}" for each in verdicts if each.word == WORSE]
+    is_better = any(each.word == BETTER for each in verdicts)
+    decision = (IS_WORSE if worse else IS_BETTER if is_better else IS_EQUAL) if verdicts else IS_TOO_FEW
+    return RunVerdict(decision, f"{decision}: {'; '.join(sentences)}", worse, len(verdicts), alpha=alpha)
 
 
 def verdict_table(first: str, verdicts: Sequence[Verdict], many: bool = False) -> list[dict[str, str]]:

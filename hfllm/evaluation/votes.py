@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hfllm.outputs.report import write_atomically
 
 FIRST, SECOND, TIE, BAD, SKIP = "first", "second", "tie", "both_bad", "skip"
 CHOICES = (FIRST, SECOND, TIE, BAD, SKIP)
+# Seconds between two times that all rows are written, images among them.
+REST = 2.0
 VOTES, LABELS, EDITS = "votes.jsonl", "labels.jsonl", "edits.jsonl"
 
 
@@ -89,14 +92,17 @@ class Votes:
         self._shared, self._divided = [*self.pairs][:shared], [*self.pairs][shared:]
         self._lock = threading.RLock()
         self.votes: list[Vote] = []
+        self._written = 0.0
         for vote in _read_votes(folder / VOTES):
             self._count(vote)
-        self._write_labels()
+        self.write_rows()
 
     def pairs_of(self, name: str) -> list[str]:
         """Return the ids of an annotator's pairs, in order."""
         if not self.annotators:
             return self._shared
+        if name not in self.annotators:
+            return [vote.pair for vote in self.votes if vote.annotator == name]
         index = self.annotators.index(name)
         return [*self._shared, *self._divided[index :: len(self.annotators)]]
 
@@ -120,15 +126,12 @@ class Votes:
         is_known = not self.annotators or vote.annotator in self.annotators
         refuse_if(not is_known, f"name {vote.annotator!r}: expected {', '.join(self.annotators)}")
         with self._lock:
-            try:
-                with (self.folder / VOTES).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(vote.__dict__, ensure_ascii=False) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise InputError(f"{self.folder / VOTES}: {error.strerror}: the vote is not saved") from None
+            _append(self.folder / VOTES, json.dumps(vote.__dict__, ensure_ascii=False) + "\n")
             self._count(vote)
-            self._write_labels()
+            # Votes are what counts: rows are made from them again, so that they may wait.
+            if time.monotonic() - self._written >= REST:
+                with suppress(OSError):
+                    self.write_rows()
 
     def undo(self, name: str) -> Pair | None:
         """Take back the last vote of an annotator; return its pair, `None` without any."""
@@ -149,9 +152,10 @@ class Votes:
 
     def progress(self, name: str) -> tuple[int, int, float | None]:
         """Return an annotator's number of votes, of pairs, and the median seconds of a vote."""
-        own = [vote for vote in self.votes if vote.annotator == name]
+        pairs = self.pairs_of(name)
+        own = [vote for vote in self.votes if vote.annotator == name and vote.pair in pairs]
         seconds = statistics.median(vote.seconds for vote in own) if own else None
-        return len(own), len(self.pairs_of(name)), seconds
+        return len(own), len(pairs), seconds
 
     # ---- rows ----
 
@@ -163,8 +167,8 @@ class Votes:
         for number, votes in by_pair.items():
             pair = self.pairs[number]
             counts = Counter(vote.choice for vote in votes)
-            if counts[FIRST] != counts[SECOND]:
-                best = int(counts[SECOND] > counts[FIRST])
+            best = int(counts[SECOND] > counts[FIRST])
+            if counts[(FIRST, SECOND)[best]] > max(counts[(SECOND, FIRST)[best]], counts[TIE] + counts[BAD]):
                 yield self._row(pair, pair.answers[best], pair.answers[1 - best])
             for vote in votes:
                 if vote.edited is not None:
@@ -188,7 +192,9 @@ class Votes:
             | ({"tools": pair.tools} if pair.tools else {})
         )
 
-    def _write_labels(self) -> None:
+    def write_rows(self) -> None:
+        """Write the rows of all votes."""
+        self._written = time.monotonic()
         for name, rows in ((LABELS, self.rows()), (EDITS, self.edits())):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             if text or (self.folder / name).exists():
@@ -218,18 +224,47 @@ def _in_form_of(original: str | list[Message], text: str) -> str | list[Message]
     return [*original[:-1], {**original[-1], "content": text}]
 
 
+def _append(path: Path, line: str) -> None:
+    """Add a line to a file, on the disk, or leave the file as it was."""
+    with path.open("ab") as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            file.write(line.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                file.truncate(size)
+            raise InputError(f"{path}: {error.strerror}: the vote is not saved") from None
+
+
 def _read_votes(path: Path) -> Iterator[Vote]:
     """Yield the votes of earlier sessions; a line that was cut off while it was written is no vote, and removed."""
     if not path.exists():
         return
-    whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+    data, _, rest = path.read_bytes().rpartition(b"\n")
+    try:
+        whole = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is no UTF-8: expected votes that hfllm label wrote") from None
     if rest:
         write_atomically(path, whole + "\n" if whole else "")
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole.split("\n") if whole else (), 1):
+        if not line.strip():
+            continue
         try:
-            yield Vote(**json.loads(line))
+            yield _checked(Vote(**json.loads(line)))
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}, line {number}: {error}: expected a vote that hfllm label wrote") from None
+
+
+def _checked(vote: Vote) -> Vote:
+    """Return a vote whose fields are of their types."""
+    texts = all(isinstance(each, str) for each in (vote.pair, vote.annotator, vote.edited or ""))
+    numbers = all(isinstance(each, int | float) for each in (vote.seconds, vote.time))
+    if not texts or not numbers or vote.choice not in CHOICES:
+        raise ValueError("a value is of another kind")
+    return vote
 
 
 # ---- kappa ----

@@ -21,11 +21,13 @@ class StreamedToken:
         id: in the vocabulary.
         logprob: of the model, in nats, at temperature 1 and before any cut of the distribution.
         top: ids and log-probabilities of the likeliest tokens there, likeliest first.
+        after: the generated token before it, `None` for the first.
     """
 
     id: int
     logprob: float
     top: Sequence[tuple[int, float]] = ()
+    after: int | None = None
 
 
 # Called with the next words, and their tokens where log-probabilities are kept.
@@ -79,9 +81,15 @@ class _Words(TextStreamer):
         """Take the prompt first, then each token."""
         is_prompt = self.next_tokens_are_prompt
         if not is_prompt:
+            before = self.ids[-1] if self.ids else None
             self.ids += value.flatten().tolist()
-            self.tokens += self.recorder.take(self.ids[-1])
+            self.tokens += self.recorder.take(self.ids[-1], before)
         super().put(value)
+        if self.stop and not is_prompt and not self.is_stopped:
+            # A stop string may end within a word, which would come only when it is whole.
+            pending = self.tokenizer.decode(self.token_cache, skip_special_tokens=True)[self.print_len :]
+            if any(each in self._held + pending for each in self.stop):
+                self.on_finalized_text(pending)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Hand on the words that cannot begin a stop string."""
@@ -92,10 +100,21 @@ class _Words(TextStreamer):
         self.is_stopped = bool(ends)
         index = min(ends) if ends else len(self._held) - (0 if stream_end else self._begun())
         words, self._held = self._held[:index], self._held[index:]
+        if ends:
+            self._cut(self.text + words)
         if words:
             self.text += words
             self.write(words, self.tokens[self._written :])
             self._written = len(self.tokens)
+
+    def _cut(self, text: str) -> None:
+        """Leave out the tokens after those of a text that a stop string ended."""
+        low, high = 0, len(self.ids)
+        while low < high:
+            middle = (low + high) // 2
+            is_enough = len(self.tokenizer.decode(self.ids[:middle], skip_special_tokens=True)) >= len(text)
+            low, high = (low, middle) if is_enough else (middle + 1, high)
+        del self.ids[low:], self.tokens[low:]
 
     def _begun(self) -> int:
         """Return how many of the last letters may be the beginning of a stop string."""
@@ -115,13 +134,13 @@ class _Recorder(LogitsProcessor):
             self._last = scores[0].float().log_softmax(-1)
         return scores
 
-    def take(self, token: int) -> list[StreamedToken]:
+    def take(self, token: int, before: int | None) -> list[StreamedToken]:
         """Return the chosen token with its log-probability; nothing where none are kept."""
         if self._last is None:
             return []
         top = self._last.topk(min(self.num_top, len(self._last)))
         likeliest = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return [StreamedToken(token, self._last[token].item(), likeliest)]
+        return [StreamedToken(token, self._last[token].item(), likeliest, before)]
 
 
 class _Stopped(StoppingCriteria):

@@ -57,6 +57,9 @@ LABELS = {
     "needle_text": "needles found in your text",
     "needle_chance": "needles found by chance",
     "needle_text_chance": "needles found by chance in your text",
+    "gold_reward_against_alone": "gold reward, alone and with a teacher",
+    "gold_against_local_best": "gold reward, best alone and federated",
+    "held_out_loss_against_local_best": "held-out loss, best alone and federated",
     "agreement": "share of tokens on which both models agree",
     "train_prompts": "prompts trained on",
     "eval_prompts": "held-out prompts",
@@ -141,6 +144,8 @@ def items_of(name: str, metrics: Mapping[str, float]) -> int | None:
 
 def bounds_of(name: str, metrics: Mapping[str, float]) -> tuple[float, float] | None:
     """Return the 95% interval of a figure: its own, or Student's from its error; `None` where there is no error."""
+    if not math.isfinite(metrics.get(name, math.nan)):
+        return None
     if f"{name}_low" in metrics and f"{name}_high" in metrics:
         return metrics[f"{name}_low"], metrics[f"{name}_high"]
     error, n = metrics.get(f"{name}_se"), items_of(name, metrics)
@@ -195,7 +200,7 @@ def _count(metrics: Mapping[str, float], name: str) -> str:
 
 def shown_bounds(bounds: tuple[float, float] | None) -> str:
     """Return an interval as a table shows it; nothing without one, or where all items are equal."""
-    if bounds is None or bounds[0] == bounds[1]:
+    if bounds is None or bounds[0] == bounds[1] or not all(map(math.isfinite, bounds)):
         return ""
     digits = max(0, 1 - math.floor(math.log10(bounds[1] - bounds[0])))
     low, high = (f"{each:,.{digits}f}" for each in bounds)

@@ -209,6 +209,7 @@ class Found:
         tables: rows by title.
         plots: by the names of their files.
         promises: requirements on the figures; else the run ends with a warning.
+        verdict: of a recipe that compares models.
     """
 
     metrics: dict[str, float]
@@ -216,6 +217,7 @@ class Found:
     tables: Mapping[str, Sequence[Mapping[str, Any]]]
     plots: "Mapping[str, Plot | Bars | Heatmap]"
     promises: Sequence[Promise] = ()
+    verdict: Verdict | None = None
 
 
 @dataclass

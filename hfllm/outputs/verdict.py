@@ -9,13 +9,13 @@ called better or worse in at most 5 of 100 runs.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import NormalDist
+from dataclasses import dataclass
 
 from hfllm.outputs.figures import (
     ALPHA,
     BETTER,
     FEWEST,
+    LARGE,
     LEVEL,
     NOISE,
     bounds_of,
@@ -26,7 +26,7 @@ from hfllm.outputs.figures import (
     readable,
     shown_bounds,
 )
-from hfllm.outputs.intervals import holm
+from hfllm.outputs.intervals import holm, student
 
 # Decisions. A stage is better only where all of its claims are, and worse where one of them is.
 IS_BETTER, IS_WORSE, IS_EQUAL = "better", "worse", "no difference"
@@ -153,6 +153,8 @@ class Verdict:
         worse: the names of the figures that got worse, in report.json.
         tested: the number of tested figures, for all of which the decision is corrected.
         next_command: what to run now, as one would type it.
+        cautions: what makes the figures meaningless.
+        alpha: of the tests.
     """
 
     decision: str
@@ -160,7 +162,8 @@ class Verdict:
     worse: Sequence[str] = ()
     tested: int = 0
     next_command: str = ""
-    cautions: Sequence[str] = field(default=())
+    cautions: Sequence[str] = ()
+    alpha: float = ALPHA
 
     def lines(self) -> list[str]:
         """Return the lines that a run ends with."""
@@ -174,7 +177,7 @@ class Verdict:
             "cautions": list(self.cautions),
             "worse": list(self.worse),
             "tested": self.tested,
-            "alpha": ALPHA,
+            "alpha": self.alpha,
             "next": self.next_command,
         }
 
@@ -220,6 +223,10 @@ def cautions_of(metrics: Mapping[str, float]) -> list[str]:
     if metrics.get("unfinished_after", 0.0) >= ALL_CUT_OFF:
         result.append("every response was cut off at its longest length, so none of them is whole")
     errors = [metrics.get(f"proxy_reward_{side}_se") for side in ("before", "after")]
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    broken = [label_of(name) for name, value in numbers.items() if not math.isfinite(value)]
+    if broken:
+        result.append(f"{', '.join(broken[:MOST_NAMED])} is no finite number: the training diverged")
     if errors == [0.0, 0.0] and not metrics.get("proxy_reward_change"):
         result.append(f"every response got the same reward, {readable(metrics['proxy_reward_after'])}")
     return result
@@ -239,18 +246,30 @@ def _tested(claim: Promise, metrics: Mapping[str, float]) -> Tested:
         difference - math.hypot(value - low, other_high - level),
         difference + math.hypot(high - value, level - other_low),
     )
-    return Tested(claim, difference, interval, min(known, default=None), _p_value(difference, interval))
+    items = min(known, default=None)
+    is_share = f"{claim.metric}_low" in metrics
+    freedom = LARGE if is_share or items is None else max(items - 1, 1)
+    return Tested(claim, difference, interval, items, _p_value(difference, interval, freedom))
 
 
-def _p_value(difference: float, bounds: tuple[float, float]) -> float:
-    """Return the p-value of a difference from the side of its interval toward 0."""
-    if not difference:
+def _p_value(difference: float, bounds: tuple[float, float], freedom: int) -> float:
+    """Return the p-value of a difference from the side of its interval toward 0, by Student's t.
+
+    Args:
+        freedom: degrees of freedom; those of an interval of shares are many.
+    """
+    if not difference or not math.isfinite(difference):
         return 1.0
     half = difference - bounds[0] if difference > 0 else bounds[1] - difference
     if not half:
         return 0.0
-    normal = NormalDist()
-    return 2 * (1 - normal.cdf(normal.inv_cdf((1 + LEVEL) / 2) * abs(difference) / half))
+    errors = student((1 + LEVEL) / 2, freedom) * abs(difference) / half
+    # The quantile grows with its probability: the one of so many errors lies between.
+    low, high = 0.5, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle < 1 and student(middle, freedom) < errors else (low, middle)
+    return 2 * (1 - high)
 
 
 def _decision(words: Sequence[str]) -> str:

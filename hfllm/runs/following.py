@@ -1,29 +1,33 @@
 """What to run after a stage: the next command, as one would type it."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hfllm.data.loading import DataArguments
 from hfllm.data.sources import WORLD
 from hfllm.outputs.files import ADAPTER_CONFIG
 from hfllm.outputs.verdict import IS_BETTER, IS_NOT_COMPARED
 
-# Stages that end with a model to talk to.
-WITH_ANSWERS = ("rlhf", "distill", "extend", "constitution", "expert_iteration", "ground", "reason", "tools", "vision")
+Flags = Mapping[str, Any]
+# Stages that end with a model to publish, once it is worth it.
+PUBLISHED = (
+    *("rlhf", "distill", "extend", "constitution", "expert_iteration", "ground", "reason", "tools", "vision"),
+    *("classify", "merge"),
+)
 # What they make is not talked to.
-WITHOUT_ANSWERS = ("classify", "reward", "label")
+WITHOUT_ANSWERS = ("classify", "reward", "label", "curate", "tokenizer")
 # Rows that no earlier stage has written.
 YOUR_ROWS = "YOUR_ROWS.jsonl"
-FOLLOWED_BY_CHAT = ("convert", "federated", "quantize")
+# The part of a dataset that was read.
+PART = ("dataset_config", "dataset_train_split", "dataset_revision", "dataset_streaming", "max_samples")
 
 
-def chat_command(folder: str) -> str:
-    """Return the command to talk to a model."""
-    return command("chat", folder)
-
-
-def next_command(stage: str, arguments: Mapping[str, Any], folder: str, decision: str = IS_NOT_COMPARED) -> str:
+def next_command(
+    stage: str, arguments: Flags, folder: str, decision: str = IS_NOT_COMPARED, output_dir: str | None = None
+) -> str:
     """Return the command after a stage; empty where none follows.
 
     A model that is not better than before is to be talked to before anything is built on it.
@@ -33,61 +37,77 @@ def next_command(stage: str, arguments: Mapping[str, Any], folder: str, decision
         arguments: its flags.
         folder: of the model that it made.
         decision: of its verdict.
+        output_dir: the run's folder, which names what is published; by default the model's.
     """
-    if stage not in WITHOUT_ANSWERS and stage in _FOLLOWING and decision not in (IS_BETTER, IS_NOT_COMPARED):
-        return chat_command(folder)
-    is_adapter = (Path(folder) / ADAPTER_CONFIG).is_file()
-    if stage in WITH_ANSWERS or (stage in WITHOUT_ANSWERS[:1]):
-        return command("merge", folder, output_dir=f"{folder}-merged") if is_adapter else push_command(folder)
+    folder = str(Path(folder))
+    is_good = decision in (IS_BETTER, IS_NOT_COMPARED)
+    if not is_good and stage not in WITHOUT_ANSWERS and stage in (*_FOLLOWING, *PUBLISHED):
+        return command("chat", folder)
+    if stage in PUBLISHED:
+        if (Path(folder) / ADAPTER_CONFIG).is_file():
+            return command("merge", folder, output_dir=f"{folder}-merged")
+        return command("push", folder, hub_model_id=Path(output_dir or folder).resolve().name)
     return _FOLLOWING[stage](arguments, folder) if stage in _FOLLOWING else ""
 
 
-def push_command(folder: str) -> str:
-    """Return the command to publish a model in the user's own account."""
-    return command("push", folder, hub_model_id=Path(folder).resolve().name)
-
-
-def command(recipe: str, model: str | None = None, **flags: str | None) -> str:
+def command(recipe: str, model: str | None = None, **flags: object) -> str:
     """Return a command of hfllm with its flags, quoted for a shell; flags without a value are left out."""
-    named = {"model_name_or_path": model, **flags}
-    words = [word for flag, value in named.items() if value for word in (f"--{flag}", shlex.quote(value))]
-    if recipe == "chat":
-        words = words[1:]
-    return " ".join(["hfllm", recipe, *words])
+    words = [] if model is None else [model] if recipe == "chat" else ["--model_name_or_path", model]
+    for flag, value in flags.items():
+        if value not in (None, False, ""):
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{flag}", *map(str, values)]
+    return " ".join(["hfllm", recipe, *map(shlex.quote, words)])
 
 
-def _data(arguments: Mapping[str, Any], otherwise: str = YOUR_ROWS) -> str | None:
-    """Return the dataset of the stage after; `None` for the embedded world, its default."""
+def _data(arguments: Flags) -> dict[str, object]:
+    """Return the flags of the same dataset for another recipe; none for the embedded world, their default."""
     name = arguments.get("dataset_name")
-    return None if name == WORLD else otherwise
+    if name == WORLD:
+        return {}
+    defaults = {item.name: item.default for item in fields(DataArguments)}
+    part = {flag: arguments.get(flag) for flag in PART if arguments.get(flag) != defaults[flag]}
+    prompts = [each for each in arguments.get("column_mapping") or [] if each.startswith("prompt=")]
+    return {"dataset_name": name, **part, "column_mapping": prompts or None}
 
 
-def _after_sft(arguments: Mapping[str, Any], folder: str) -> str:
+def _after_pretrain(arguments: Flags, folder: str) -> str:
+    is_world = arguments.get("dataset_name") == WORLD and not arguments.get("dataset_mixture")
+    # A masked model writes nothing: it is for labels.
+    recipe = "classify" if arguments.get("objective") == "masked" else "sft"
+    return command(recipe, folder, dataset_name=None if is_world else YOUR_ROWS)
+
+
+def _after_sft(arguments: Flags, folder: str) -> str:
     if arguments.get("dataset_name") == WORLD:
         return command("reward", folder)
-    # There are no comparisons of its answers yet: people write them.
-    return command("label", folder, dataset_name=arguments.get("dataset_name"))
+    # There are no comparisons of its answers yet: people make them.
+    return command("label", folder, **_data(arguments))
 
 
-def _after_reward(arguments: Mapping[str, Any], folder: str) -> str:
-    # The prompts of the comparisons are prompts for PPO too.
-    own = _data(arguments, arguments.get("dataset_name"))
+def _after_label(arguments: Flags, folder: str) -> str:
+    labels = Path(folder) / "labels.jsonl"
+    if not labels.is_file() or not labels.stat().st_size:
+        return command("label", arguments.get("model_name_or_path"), **_data(arguments), output_dir=folder)
+    return command("reward", arguments.get("model_name_or_path") or "YOUR_MODEL", dataset_name=str(labels))
+
+
+def _after_reward(arguments: Flags, folder: str) -> str:
     start = arguments.get("model_name_or_path") or str(Path(folder) / "sft")
-    return command("rlhf", start, reward_model_name_or_path=folder, dataset_name=own)
+    revision = arguments.get("model_revision")
+    named = {"model_revision": None if revision == "main" else revision, "reward_model_name_or_path": folder}
+    # The prompts of the comparisons are prompts for PPO too.
+    return command(
+        "rlhf", start, **named, **_data(arguments), trust_remote_code=arguments.get("trust_remote_code") or None
+    )
 
 
-_FOLLOWING = {
+_FOLLOWING: dict[str, Callable[[Flags, str], str]] = {
     "curate": lambda arguments, folder: command("pretrain", dataset_name=str(Path(folder) / "data")),
-    "tokenizer": lambda arguments, folder: command(
-        "pretrain", tokenizer_name_or_path=folder, dataset_name=_data(arguments, arguments.get("dataset_name"))
-    ),
-    "pretrain": lambda arguments, folder: command("sft", folder, dataset_name=_data(arguments)),
+    "tokenizer": lambda arguments, folder: command("pretrain", tokenizer_name_or_path=folder, **_data(arguments)),
+    "pretrain": _after_pretrain,
     "sft": _after_sft,
-    "label": lambda arguments, folder: command(
-        "reward", arguments.get("model_name_or_path"), dataset_name=str(Path(folder) / "labels.jsonl")
-    ),
+    "label": _after_label,
     "reward": _after_reward,
-    "merge": lambda arguments, folder: push_command(folder),
-    **dict.fromkeys(WITH_ANSWERS, lambda arguments, folder: push_command(folder)),
-    **dict.fromkeys(FOLLOWED_BY_CHAT, lambda arguments, folder: chat_command(folder)),
+    **dict.fromkeys(("convert", "federated", "quantize"), lambda arguments, folder: command("chat", folder)),
 }

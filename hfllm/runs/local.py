@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse
 
 from hfllm.errors import InputError
 
@@ -36,7 +36,8 @@ class LocalOnly:
         asked = Headers(scope=scope)
         refusal = self._refusal(asked.get("host", ""), asked.get("origin"))
         if refusal is not None:
-            await PlainTextResponse(refusal, 403)(scope, receive, send)
+            error = {"message": refusal, "type": "invalid_request_error", "param": None, "code": None}
+            await JSONResponse({"error": error}, 403)(scope, receive, send)
             return
 
         async def answer(message: dict[str, Any]) -> None:
@@ -47,10 +48,10 @@ class LocalOnly:
         await self.app(scope, receive, answer)
 
     def _refusal(self, host: str, origin: str | None) -> str | None:
-        name = _name_of(host)
+        name = _name_of(host.lower())
         if self.hosts is not None and name not in self.hosts:
             return f"host {name!r}: expected one of {', '.join(self.hosts)}"
-        if origin is not None and origin.partition("://")[2] != host:
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             return f"a page of {origin} asks: only this server's own may"
         return None
 

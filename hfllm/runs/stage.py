@@ -40,7 +40,7 @@ from hfllm.outputs.ownership import (
     write_record,
 )
 from hfllm.outputs.report import CHANGED, CONTENTS, Bars, Plot, Report, given_flags, plot_history
-from hfllm.outputs.verdict import Promise, Verdict, broken_promises, decide, lines_of
+from hfllm.outputs.verdict import IS_EQUAL, Promise, Verdict, broken_promises, decide, lines_of
 from hfllm.runs import schedule
 from hfllm.runs.command_line import main_process, say
 from hfllm.runs.following import next_command
@@ -334,7 +334,8 @@ class Stage:
             trainer.save_state()
         verdict = claims if isinstance(claims, Verdict) else decide(metrics, claims or promises)
         model = final_model or self.output_dir
-        following = next_command(self.name, self.arguments, model, verdict.decision)
+        decision = IS_EQUAL if verdict.cautions else verdict.decision
+        following = next_command(self.name, self.arguments, model, decision, self.output_dir)
         report = Report(
             stage=self.name,
             arguments=self.arguments,
@@ -464,6 +465,8 @@ def refuse_input(output_dir: str, *parsed: "DataclassInstance") -> None:
     for flag, name in folders:
         if flag in OVERWRITABLE and Path(name).resolve() == Path(output_dir).resolve():
             raise InputError(f"--output_dir {output_dir} is --{flag}, which it would overwrite: choose another")
+    for flag, name in _named_models(*parsed):
+        refuse_if(is_missing_folder(name), f"--{flag} {name}: there is no such folder")
     for flag, name in folders if os.environ.get("LOCAL_RANK", "0") == "0" else ():
         if damage := damage_of_finished(name):
             raise InputError(f"--{flag} {name}: {damage}")
@@ -471,10 +474,26 @@ def refuse_input(output_dir: str, *parsed: "DataclassInstance") -> None:
 
 def _named_folders(*parsed: "DataclassInstance") -> Iterator[tuple[str, str]]:
     """Yield the flags that name models, each with a local folder among its names."""
+    yield from ((flag, name) for flag, name in _named_models(*parsed) if Path(name).is_dir())
+
+
+def _named_models(*parsed: "DataclassInstance") -> Iterator[tuple[str, str]]:
+    """Yield the flags that name models, each with one of its names."""
     for flag, named in run_arguments(*parsed).items():
-        if flag.endswith("_name_or_path") or flag == "value_model":
-            names = [named] if isinstance(named, str) else named or []
-            yield from ((flag, name) for name in names if Path(name).is_dir())
+        if flag.endswith("_name_or_path"):
+            yield from ((flag, name) for name in ([named] if isinstance(named, str) else named or []))
+        elif flag == "value_model" and named not in (None, "head", "reward"):
+            yield flag, named
+
+
+def is_missing_folder(name: str) -> bool:
+    """Return whether a model's name can only be a folder's, or its neighbors are folders here, and it is not there."""
+    is_path = (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or (len(Path(name).parts) > 1 and Path(name).parent.is_dir())
+    )
+    return is_path and not Path(name).exists()
 
 
 def stage_arguments(

@@ -15,7 +15,15 @@ from typing import Any
 
 from hfllm.data.sources import iterate_source, parse_json
 from hfllm.errors import InputError, refuse, refuse_if
-from hfllm.evaluation.verdicts import ALPHA, Compared, changed_items, shown_changes, verdict_table, verdicts_of
+from hfllm.evaluation.verdicts import (
+    ALPHA,
+    Compared,
+    changed_items,
+    shown_changes,
+    verdict_of,
+    verdict_table,
+    verdicts_of,
+)
 from hfllm.flags import Range, check_flags, flag
 from hfllm.outputs.report import Found
 from hfllm.outputs.statistics import mean_interval
@@ -460,7 +468,9 @@ def report(
             metrics |= interval_metrics(f"{each.key}/{label}", mean_interval(values), len(values))
     for each in verdicts:
         metrics |= interval_metrics(f"{each.compared.key}/{second}_difference", each.difference)
+    decided = verdict_of(verdicts, sentences, alpha)
     table = {f"{second} against {first} (Holm over {len(verdicts)})": verdict_table(first, verdicts)}
     if absent := missing_of(*(each.log for each in evaluations)):
         sentences.append(f"{absent} items that only one of them has left out")
-    return Found(metrics, "; ".join(sentences), {**(table if verdicts else {}), **shown_changes(changes)}, {})
+    tables = {**(table if verdicts else {}), **shown_changes(changes)}
+    return Found(metrics, "; ".join(sentences), tables, {}, verdict=decided)

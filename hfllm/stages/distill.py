@@ -424,8 +424,10 @@ def compare_students(
 
 def claims_of(metrics: Mapping[str, float]) -> list[Promise]:
     """Return what a student must surpass: the same student without its teacher, by gold reward where there is one."""
+    if "gold_reward_against_alone_change" in metrics:
+        what = "gold reward beyond the same student without its teacher"
+        return [Promise(what, "gold_reward_against_alone_change", 0.0, "no change")]
     alone = "of the same student without its teacher"
-    if "gold_reward_student" in metrics:
-        return [Promise("gold reward of the student", "gold_reward_student", "gold_reward_student_alone", alone)]
-    name = "perplexity"
-    return [Promise(f"{name} of the student", f"{name}_student", f"{name}_student_alone", alone, is_less=True)]
+    return [
+        Promise("perplexity of the student", "perplexity_student", "perplexity_student_alone", alone, is_less=True)
+    ]

@@ -110,3 +110,29 @@ def test_a_stage_without_a_control_says_so_and_no_more():
     verdict = decide({**mean_of("loss", [1.0, 2.0]), "rows": 3})
     assert verdict.decision == IS_NOT_COMPARED and not verdict.sentence
     assert lines_of(verdict.as_dict()) == [] and lines_of({"next": "hfllm chat x"}) == ["next: hfllm chat x"]
+
+
+def test_a_run_that_diverged_says_so():
+    broken = {"held_out_loss_before": 3.0, "held_out_loss_after": float("nan"), "held_out_loss_change": float("nan")}
+    verdict = decide({**broken, "held_out_loss_change_se": float("nan"), "held_out_loss_n": 40})
+    assert verdict.decision == IS_TOO_FEW
+    assert "held_out_loss_after, held_out_loss_change" in verdict.sentence and "diverged" in verdict.sentence
+
+
+def test_few_items_get_students_p_values():
+    """At the level of one test, and of ten adjusted, exactly where the interval ends: 2.571 errors for 6 items."""
+
+    def metrics(errors):
+        return {"gold_reward_change": errors, "gold_reward_change_se": 1.0, "gold_reward_n": 6}
+
+    assert decide({**metrics(2.60), "gold_reward_before": 0.0, "gold_reward_after": 1.0}).decision == IS_BETTER
+    assert decide({**metrics(2.54), "gold_reward_before": 0.0, "gold_reward_after": 1.0}).decision == IS_EQUAL
+    # Ten at once: p of .005 are 4.77 errors of 5 degrees of freedom; by the normal distribution 3.68 would do.
+    names = ("needle", "unfinished", "perplexity", "over_refusal", "fact_accuracy", "proxy_reward", "bits_per_byte")
+    others = {}
+    for name in (*names, "needle_text", "held_out_loss"):
+        others |= {f"{name}_change": 0.1, f"{name}_change_se": 1.0, f"{name}_n": 6}
+        others |= {f"{name}_before": 0.0, f"{name}_after": 0.1}
+    sides = {"gold_reward_before": 0.0, "gold_reward_after": 1.0}
+    assert decide({**metrics(4.9), **sides, **others}).decision == IS_BETTER
+    assert decide({**metrics(4.6), **sides, **others}).decision == IS_EQUAL

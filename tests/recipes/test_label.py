@@ -45,6 +45,8 @@ def pairs(count=10):
 
 
 def vote(votes, name, choice, **fields):
+    # Rows are written at rests; here at each vote.
+    votes._written = float("-inf")
     pair = votes.next_of(name)
     votes.add(Vote(pair.id, name, choice, votes.is_swapped(name, pair.id), 1.0, **fields))
     return pair
@@ -63,6 +65,7 @@ def test_each_vote_is_on_the_disk_at_once_and_an_undone_one_is_asked_again(tmp_p
     assert second.id != first.id and votes.progress("anna") == (2, 10, 1.0)
     assert votes.undo("anna").id == second.id == votes.next_of("anna").id
     assert votes.undo("anna").id == first.id and votes.undo("anna") is None
+    votes.write_rows()
     assert (tmp_path / "labels.jsonl").read_text() == "" and len(lines(tmp_path / "votes.jsonl")) == 4
     # What was undone stays undone in the next session.
     assert Votes(tmp_path, pairs()).votes == []
@@ -78,6 +81,12 @@ def test_a_line_cut_off_by_a_kill_is_no_vote(tmp_path):
     assert again.progress("anna")[0] == 1
     vote(again, "anna", BAD)
     assert [each.choice for each in Votes(tmp_path, pairs()).votes] == [FIRST, BAD]
+    # A letter that was cut in two is of a vote that was never counted.
+    path.write_bytes(path.read_bytes() + '{"pair": "p1", "edited": "é'.encode()[:-1])
+    assert len(Votes(tmp_path, pairs()).votes) == 2
+    path.write_text('\n{"pair": "p1", "annotator": "a", "choice": "first", "seconds": "x"}\n')
+    with pytest.raises(InputError, match=r"line 2: a value is of another kind"):
+        Votes(tmp_path, pairs())
     path.write_text("{}\n")
     with pytest.raises(InputError, match=r"votes\.jsonl, line 1: .*expected a vote that hfllm label wrote"):
         Votes(tmp_path, pairs())
@@ -89,10 +98,15 @@ def test_a_disk_that_refuses_loses_no_vote_in_silence(tmp_path, monkeypatch):
     def full(number):
         raise OSError(28, "No space left on device")
 
+    sync = os.fsync
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left on device: the vote is not saved"):
         vote(votes, "anna", FIRST)
-    assert votes.votes == []
+    assert votes.votes == [] and (tmp_path / "votes.jsonl").read_text() == ""
+    # The next one is whole, and so is each line ending that Unicode has.
+    monkeypatch.setattr(os, "fsync", sync)
+    vote(votes, "anna", FIRST, edited="one\u2028two\x85three")
+    assert [each.edited for each in Votes(tmp_path, pairs()).votes] == ["one\u2028two\x85three"]
 
 
 def test_rows_are_what_most_prefer(tmp_path):
@@ -105,7 +119,7 @@ def test_rows_are_what_most_prefer(tmp_path):
     for name in votes.annotators:
         vote(votes, name, SKIP)
     rows = lines(tmp_path / "labels.jsonl")
-    # One each is no row, and neither are skips.
+    # One each is no row, nor one beside as many ties; neither are skips.
     assert len(rows) == 1 and rows[0]["chosen"].startswith("second")
     converted = to_preference("a", rows[0])
     assert converted["chosen"][0]["content"] == rows[0]["chosen"]
@@ -140,6 +154,9 @@ def test_annotators_share_some_pairs_and_divide_the_others(tmp_path):
         vote(votes, "anna", choice)
         vote(votes, "ben", choice)
     assert votes.agreement() == ("cohens_kappa", 1.0, 2)
+    # Somebody of an earlier session without names has those pairs that were voted on.
+    votes._count(Vote("p1", "old", FIRST))
+    assert votes.progress("old")[:2] == (1, 1) and build.report_of(votes).metrics["labels"] == 5
 
 
 def test_the_report_says_who_is_preferred(tmp_path):
@@ -151,6 +168,12 @@ def test_the_report_says_who_is_preferred(tmp_path):
     assert found.metrics["second_preferred_low"] == pytest.approx(12 / (12 + 1.96**2), abs=1e-3)
     assert found.metrics["rows"] == 12 and "12 labels by 1 annotator on 12 pairs: 12 rows" in found.summary
     assert found.promises[0].what == "answers of two preferred"
+    # Whether people agree with a dataset's own labels is no claim.
+    own = [Pair("p", "Q", ["a", "b"], ["chosen", "rejected"])]
+    (tmp_path / "own").mkdir()
+    votes = Votes(tmp_path / "own", own)
+    vote(votes, "anna", FIRST)
+    assert build.report_of(votes).promises == []
 
 
 def test_every_text_is_escaped():
@@ -291,6 +314,10 @@ def test_people_label_in_a_browser(served, browser):
     page.fill("#text-right textarea", "2 better 1")
     page.press("#text-right textarea", "3")
     time.sleep(0.6)
+    assert count() == 2
+    # Another choice would lose it: it is said once.
+    page.click("#vote-tie")
+    page.wait_for_selector("text=You changed the right text")
     assert count() == 2
     page.click("#save-right")
     waited(lambda: count() == 3)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 import time
 import urllib.error
@@ -16,13 +17,23 @@ from hfllm.errors import InputError
 from hfllm.generation.streaming import StreamSettings
 from hfllm.runs.local import listen
 from hfllm.stages.chat.speaker import Speaker
-from hfllm.stages.serve.build import Server, _Thoughts, serve
+from hfllm.stages.serve.build import Server, _Thoughts, opened
 from hfllm.stages.serve.flags import ServeArguments, check
 from hfllm.stages.serve.requests import read_request
 from tests import tool_tokenizer
 
 openai = pytest.importorskip("openai")
 ASKED = [{"role": "user", "content": "Hello <|end|> there"}]
+
+
+def CALLING(arguments):
+    return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def spelled(rows):
+    """Return the text of tokens' bytes, without special tokens."""
+    data = b"".join(bytes(row.bytes) for row in rows if not re.fullmatch(r"<\|\w+\|>", row.token))
+    return data.decode("utf-8", "replace")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +98,9 @@ def test_an_answer_is_the_models_own(client, served):
     # Greedy: the chosen one is the likeliest; bytes are those of its text.
     for row, step in zip(rows, logits, strict=True):
         assert [each.logprob for each in row.top_logprobs] == pytest.approx(step.topk(3).values.tolist(), abs=1e-4)
-        assert row.top_logprobs[0].token == row.token and bytes(row.bytes).decode() == row.token
+        assert row.top_logprobs[0].token == row.token
+    # Parts of letters too: all bytes together are the text, but for special tokens.
+    assert spelled(rows) == choice.message.content
 
 
 def test_a_stream_is_the_same_answer_in_pieces(client):
@@ -123,6 +136,13 @@ def test_seeds_choices_and_temperature(client):
 
     assert ask(seed=3, temperature=1.0, n=2) == ask(seed=3, temperature=1.0, n=2)
     assert len({*ask(seed=3, temperature=1.5, n=3)}) == 3
+    # A seed is that of its request: others without one have other answers, and a whole number is a temperature too.
+    unseeded = set()
+    for _ in range(3):
+        ask(seed=1, temperature=2)
+        unseeded.update(ask(temperature=2))
+    assert len(unseeded) == 3
+    assert ask(temperature=1e-38) == ask(temperature=0)
     assert ask(temperature=0) == ask(top_p=0, temperature=1) != ask(seed=5, temperature=1.5)
 
 
@@ -131,6 +151,14 @@ def test_a_stop_string_ends_the_text_before_it(client, served):
     stop = text[4:7]
     answer = client.chat.completions.create(model="tiny", messages=ASKED, temperature=0, stop=[stop]).choices[0]
     assert answer.message.content == text[: text.index(stop)] and answer.finish_reason == "stop"
+    # With tools too, where the whole answer is read for calls; and its tokens are the text's.
+    function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    settings = {"model": "tiny", "messages": ASKED, "temperature": 0}
+    whole = client.chat.completions.create(**settings, tools=[function]).choices[0].message.content
+    cut = client.chat.completions.create(**settings, tools=[function], stop=whole[4:7], logprobs=True).choices[0]
+    assert cut.message.content == whole[: whole.index(whole[4:7])]
+    assert spelled(cut.logprobs.content).startswith(cut.message.content)
+    assert len(cut.logprobs.content) < 12
     # Also where it comes in pieces: letters that may begin it are held back.
     written = []
     speaker = served[1]
@@ -190,6 +218,14 @@ def test_the_clients_tools_are_called(client, served, monkeypatch):
         ("messages", [{"role": "user", "content": 3}], "messages\\[0\\].content 3"),
         ("stop", ["a"] * 5, "at most 4"),
         ("stream", 1, "stream 1: expected true or false"),
+        ("seed", "\ud800", "seed .*: expected an integer"),
+        ("tools", [{"type": "function", "function": "f"}], "tools"),
+        ("messages", [{"role": ["user"], "content": "a"}], "messages"),
+        ("messages", [{"role": "user", "content": "a", "tool_calls": 5}], r"tool_calls 5: expected a list"),
+        ("messages", [{"role": "user", "content": "a", "bogus": 1}], r"messages\[0\]\.bogus has no effect"),
+        ("messages", [{"role": "assistant", "tool_calls": [CALLING("[1]")]}], "expected an object"),
+        ("messages", [{"role": "assistant", "tool_calls": [CALLING("{")]}], "not JSON"),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": "data:"}]}], "words alone"),
     ],
 )
 def test_what_has_no_effect_is_refused_by_its_name(field, value, words):
@@ -263,6 +299,23 @@ def test_a_client_that_goes_away_ends_its_answer(client, served, monkeypatch):
     while server.waiting and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.waiting == 0
+    # So many wait, however close they come together.
+    monkeypatch.setattr(speaker, "max_new_tokens", 12)
+    answered = []
+
+    def ask():
+        try:
+            client.chat.completions.create(model="tiny", messages=ASKED)
+            answered.append(200)
+        except openai.InternalServerError as error:
+            answered.append(error.status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answered.count(503) >= 1 and answered.count(200) >= 4 and server.waiting == 0
     monkeypatch.setattr(server, "waiting", 4)
     with pytest.raises(openai.InternalServerError, match="4 requests wait already"):
         client.chat.completions.create(model="tiny", messages=ASKED)
@@ -289,7 +342,60 @@ def test_what_cannot_be_served_is_refused(served, monkeypatch):
         check(ServeArguments(model_name_or_path="a", port=70000))
     monkeypatch.delenv("HFLLM_API_KEY", raising=False)
     with pytest.raises(InputError, match=r"--host 0\.0\.0\.0 lets other machines in: set HFLLM_API_KEY"):
-        serve(ServeArguments(model_name_or_path="a", host="0.0.0.0"), served[1])
+        opened(ServeArguments(model_name_or_path="a", host="0.0.0.0"))
     taken = int(served[0].rpartition(":")[2])
     with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {taken}: "):
         listen("127.0.0.1", taken)
+
+
+def test_an_error_of_its_own_is_json_too(served, client, monkeypatch):
+    def breaks(*args, **settings):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(served[1].model, "generate", breaks)
+    with pytest.raises(openai.InternalServerError, match="RuntimeError: no memory"):
+        client.chat.completions.create(model="tiny", messages=ASKED)
+    pieces = list(client.models.list())
+    assert client.models.retrieve("tiny").id == pieces[0].id == "tiny" and served[2].waiting == 0
+
+
+def test_streamed_tokens_are_all_of_them(served, monkeypatch):
+    """Also those of a beginning that may open a thought, and is held back."""
+    speaker = served[1]
+    tokenizer = speaker.tokenizer
+    ids = tokenizer("\n<b> one")["input_ids"]
+
+    def says(begin, streamer, logits_processor, **settings):
+        streamer.put(begin)
+        for token in ids:
+            logits_processor[0](begin, torch.zeros(1, len(tokenizer)))
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    monkeypatch.setattr(speaker.model, "generate", says)
+    client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0)
+    settings = {"model": "tiny", "messages": ASKED, "logprobs": True}
+    whole = client.chat.completions.create(**settings).choices[0]
+    pieces = list(client.chat.completions.create(**settings, stream=True))
+    rows = [row.token for each in pieces for row in (each.choices[0].logprobs.content or [])]
+    assert rows == [row.token for row in whole.logprobs.content] and "".join(rows) == whole.message.content
+    client.close()
+
+
+def test_it_ends_at_once_where_it_is_told_to(served):
+    """Running answers end at their next token, so that nobody waits for the rest."""
+    server = served[2]
+    gone = threading.Event()
+
+    class Run:
+        pass
+
+    run = Run()
+    run.gone = gone
+    server._running.add(run)
+    try:
+        server.stop()
+        assert gone.is_set() and server.is_stopping
+    finally:
+        server._running.discard(run)
+        server.is_stopping = False

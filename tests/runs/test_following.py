@@ -25,11 +25,39 @@ WORLD = {"dataset_name": "world"}
         ("reward", WORLD, "hfllm rlhf --model_name_or_path OUT/sft --reward_model_name_or_path OUT"),
         ("rlhf", WORLD, "hfllm push --model_name_or_path OUT --hub_model_id OUT"),
         ("quantize", WORLD, "hfllm chat OUT"),
-        ("plan", {}, ""),
+        (
+            "pretrain",
+            {**WORLD, "dataset_mixture": ["a:1"]},
+            "hfllm sft --model_name_or_path OUT --dataset_name YOUR_ROWS.jsonl",
+        ),
+        ("pretrain", {**WORLD, "objective": "masked"}, "hfllm classify --model_name_or_path OUT"),
+        (
+            "sft",
+            {"dataset_name": "q.csv", "column_mapping": ["prompt=question", "response=answer"], "max_samples": 9},
+            "hfllm label --model_name_or_path OUT --dataset_name q.csv --max_samples 9 "
+            "--column_mapping prompt=question",
+        ),
+        (
+            "label",
+            {"dataset_name": "q.csv", "model_name_or_path": "m"},
+            "hfllm label --model_name_or_path m --dataset_name q.csv --output_dir OUT",
+        ),
     ],
 )
 def test_each_stage_names_the_next(stage, arguments, expected):
     assert next_command(stage, arguments, "OUT", IS_BETTER) == expected
+
+
+def test_a_model_is_published_by_the_name_of_its_run():
+    line = next_command("tools", WORLD, "outputs/tools/rl", IS_BETTER, "outputs/tools")
+    assert line == "hfllm push --model_name_or_path outputs/tools/rl --hub_model_id tools"
+
+
+def test_labels_are_learned_once_there_are_some(tmp_path):
+    (tmp_path / "labels.jsonl").write_text("{}\n")
+    flags = {"dataset_name": "q.csv", "model_name_or_path": "m"}
+    line = next_command("label", flags, str(tmp_path), IS_EQUAL)
+    assert line == f"hfllm reward --model_name_or_path m --dataset_name {tmp_path}/labels.jsonl"
 
 
 def test_what_is_no_better_is_talked_to_first():
@@ -42,6 +70,7 @@ def test_an_adapter_is_merged_before_it_is_pushed(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     merged = next_command("rlhf", WORLD, str(tmp_path), IS_BETTER)
     assert merged == f"hfllm merge --model_name_or_path {tmp_path} --output_dir {tmp_path}-merged"
+    assert next_command("rlhf", WORLD, f"{tmp_path}/", IS_BETTER) == merged
     assert next_command("merge", {}, f"{tmp_path}-merged").startswith("hfllm push --model_name_or_path")
 
 

@@ -77,8 +77,13 @@ class Speaker:
         Args:
             settings: with what differs from the model's generation config.
             max_new_tokens: at most the speaker's own; 0 is that.
+
+        Raises:
+            InputError: when the conversation has no room in the model's context.
         """
         ids, images = encoded
+        if self.room(len(ids)) <= 0:
+            raise InputError(f"{len(ids)} tokens leave no room for an answer in the model's context")
         inputs = Pictures([images]).inputs(torch.tensor([ids], device=self.model.device), [0]) if images else {}
         ends = sorted(end_tokens(self.tokenizer, self.model))
         sampling = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": ends, "num_beams": 1}

@@ -10,6 +10,7 @@ from hfllm.evaluation.verdicts import (
     can_differ,
     changed_items,
     shown_changes,
+    verdict_of,
     verdict_table,
     verdicts_of,
 )
@@ -67,7 +68,8 @@ def report(suites: Sequence["Suite"], labels: Sequence[str], records: Sequence["
             extras += [extra.summary] if extra.summary else []
         tables[f"{suite.name}: some answers"] = _answers(own, labels)
     summary = "; ".join([*sentences, summary_of(labels, records, words), *extras])
-    return Found(metrics, summary, tables, plots)
+    verdict = verdict_of(decided, sentences) if len(labels) > 1 else None
+    return Found(metrics, summary, tables, plots, verdict=verdict)
 
 
 def compared_figures(suites: Sequence["Suite"], labels: Sequence[str], records: Sequence["Record"]) -> list[Compared]:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,13 +40,13 @@ ARTIFACTS = {"pairs": PAIRS, "votes": VOTES, "labels": LABELS}
 
 
 def stage_of(args: LabelArguments) -> Stage:
-    """Return the run: who labels, and where the page is, does not change the pairs."""
+    """Return the run: where the page is does not change the pairs, nor who labels which."""
     if args.model_name_or_path is None and args.world is not None:
         raise InputError(
             "which model? hfllm label FOLDER_OR_ID --dataset_name prompts.jsonl; or --dataset_name PAIRS, rows that "
             "bring both answers"
         )
-    stage = Stage("label", args, without=("annotators", "overlap", "host", "port"))
+    stage = Stage("label", args, without=("host", "port"))
     stage.check()
     return stage
 
@@ -54,8 +55,13 @@ def load_speakers(args: LabelArguments) -> "dict[str, Speaker]":
     """Load the models that answer, by their names; none where the rows bring both answers."""
     from hfllm.stages.chat.speaker import load_speaker
 
-    names = [name for name in (args.model_name_or_path, args.other_model_name_or_path) if name]
-    return {name: load_speaker(changed(args, model_name_or_path=name)) for name in names}
+    # A revision is one of the first model's repository.
+    revisions = {args.model_name_or_path: args.model_revision, args.other_model_name_or_path: "main"}
+    return {
+        name: load_speaker(changed(args, model_name_or_path=name, model_revision=revision))
+        for name, revision in revisions.items()
+        if name
+    }
 
 
 def votes_of(args: LabelArguments, pairs: Sequence[Pair]) -> Votes:
@@ -195,18 +201,17 @@ def save_pairs(folder: Path, pairs: Sequence[Pair], identity: Mapping[str, Any])
 # ---- the page ----
 
 
-def serve(votes: Votes, speakers: "Mapping[str, Speaker]", host: str, port: int) -> None:
+def serve(votes: Votes, speakers: "Mapping[str, Speaker]", host: str, listening: socket.socket) -> None:
     """Serve the page until Ctrl-C."""
     # Before Gradio is imported: it would report its use.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import uvicorn
 
-    from hfllm.runs.local import address_of, listen
+    from hfllm.runs.local import address_of
     from hfllm.stages.label.page import Page
 
     app = application(Page(votes, {name: _reply_of(speaker) for name, speaker in speakers.items()}), host)
-    listening = listen(host, port)
     names = f"/?name={votes.annotators[0]}" if votes.annotators else ""
     say(f"label: {len(votes.pairs)} pairs at {address_of(listening)}{names} (Ctrl-C ends and writes the report)")
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
@@ -247,7 +252,8 @@ def report_of(votes: Votes) -> Found:
     """Return what people said: how many labels, how long they took, whom they prefer and how far they agree."""
     counts = {choice: sum(vote.choice == choice for vote in votes.votes) for choice in (TIE, BAD, SKIP)}
     decided = [vote for vote in votes.votes if vote.choice in (FIRST, SECOND)]
-    first_of_all = next(iter(votes.pairs.values())).sources
+    sources = next(iter(votes.pairs.values())).sources
+    votes.write_rows()
     metrics: dict[str, float] = {
         "pairs": len(votes.pairs),
         "labels": len(votes.votes),
@@ -262,13 +268,15 @@ def report_of(votes: Votes) -> Found:
     if decided:
         metrics["seconds_per_label"] = sorted(vote.seconds for vote in votes.votes)[len(votes.votes) // 2]
         metrics |= mean_of("left_preferred", [float((vote.choice == FIRST) != vote.is_swapped) for vote in decided])
-    if first_of_all[0] != first_of_all[1] and decided:
+    if sources[0] != sources[1] and decided:
         # The votes on one pair are alike: a pair counts once.
         by_pair: dict[str, list[float]] = {}
         for vote in decided:
             by_pair.setdefault(vote.pair, []).append(float(vote.choice == SECOND))
         metrics |= mean_of("second_preferred", [sum(each) / len(each) for each in by_pair.values()])
-        promises.append(Promise(f"answers of {first_of_all[1]} preferred", "second_preferred", 0.5, "by chance"))
+        # Answers of a dataset are not compared: people say whether they agree with it.
+        if CHOSEN not in sources:
+            promises.append(Promise(f"answers of {sources[1]} preferred", "second_preferred", 0.5, "by chance"))
     kappa, value, common = votes.agreement()
     metrics |= {} if value is None else {kappa: value, f"{kappa}_n": common}
     table = [

@@ -12,7 +12,7 @@ from hfllm.data.formats import Message, as_messages
 from hfllm.errors import InputError
 from hfllm.evaluation.html import plain, shown_messages, text_of
 from hfllm.evaluation.votes import BAD, FIRST, SECOND, SKIP, TIE, Pair, Vote, Votes
-from hfllm.stages.label.flags import is_name
+from hfllm.stages.label.flags import MAX_NAME, is_name
 
 # Answers a message, with the words of a model so far.
 Reply = Callable[[Sequence[Message]], str]
@@ -73,7 +73,7 @@ footer { display: none !important; }
 
 
 # Of events: no other program calls them, and what they show comes at once.
-QUIET = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 # ---- the session of one page ----
@@ -87,11 +87,13 @@ class Session:
         name: of the annotator.
         pair: the id of the pair; empty when all are done.
         began: when it was shown.
+        is_warned: whether it was said that a text was changed that the choice does not save.
     """
 
     name: str = ""
     pair: str = ""
     began: float = 0.0
+    is_warned: bool = False
 
 
 class Page:
@@ -149,9 +151,9 @@ class Page:
             if each == UNDO:
                 button.click(self._undo, [session], views, **QUIET)
             else:
-                button.click(self._voting(each), [session], views, **QUIET)
-        for side, text, button in zip((LEFT, RIGHT), texts, edits, strict=True):
-            button.click(self._voting(side), [session, text], views, **QUIET)
+                button.click(self._voting(each), [session, *texts], views, **QUIET)
+        for side, button in zip((LEFT, RIGHT), edits, strict=True):
+            button.click(self._voting(side, is_edit=True), [session, *texts], views, **QUIET)
         return shown
 
     # ---- events ----
@@ -164,23 +166,44 @@ class Page:
     def _rename(self, session: Session, name: str) -> list[Any]:
         name = name.strip()
         if not is_name(name) or (self.votes.annotators and name not in self.votes.annotators):
-            known = f": one of {', '.join(self.votes.annotators)}" if self.votes.annotators else ""
+            letters = f"up to {MAX_NAME} letters, digits, - _ . and spaces"
+            known = f": one of {', '.join(self.votes.annotators)}" if self.votes.annotators else f": {letters}"
             return self._show(Session(), None, f"Please write your name{known}.")
         if name == session.name:
             return [session, *[gr.skip()] * 6]
         return self._show(Session(name), self.votes.next_of(name))
 
-    def _voting(self, choice: str) -> Callable[..., list[Any]]:
-        def vote(session: Session, edited: str | None = None) -> list[Any]:
+    def _voting(self, choice: str, is_edit: bool = False) -> Callable[..., list[Any]]:
+        """Return what a button does.
+
+        Args:
+            choice: what it says.
+            is_edit: whether it saves the text of its side; the buttons of a side do so where the text was changed.
+        """
+
+        def vote(session: Session, *texts: str) -> list[Any]:
             seconds = time.time() - session.began
             if not session.pair or seconds < LEAST_SECONDS:
                 return [session, *[gr.skip()] * 6]
             is_swapped = self.votes.is_swapped(session.name, session.pair)
             sides = {LEFT: SECOND if is_swapped else FIRST, RIGHT: FIRST if is_swapped else SECOND}
             pair, chosen = self.votes.pairs[session.pair], sides.get(choice, choice)
-            if edited is not None and edited.strip() in ("", text_of(pair.answers[int(chosen == SECOND)]).strip()):
+            shown = list(reversed(pair.answers)) if is_swapped else pair.answers
+            changed = {
+                side: text
+                for side, text, answer in zip((LEFT, RIGHT), texts, shown, strict=True)
+                if text.strip() not in ("", text_of(answer).strip())
+            }
+            edited = changed.pop(choice, None)
+            if is_edit and edited is None:
                 gr.Warning("The text is as it was: change it, or choose a side.")
                 return [session, *[gr.skip()] * 6]
+            if changed and not session.is_warned:
+                sides = " and ".join(changed)
+                gr.Warning(
+                    f"You changed the {sides} text, which this does not save: choose that side, or press again."
+                )
+                return [replace(session, is_warned=True), *[gr.skip()] * 6]
             try:
                 self.votes.add(Vote(session.pair, session.name, chosen, is_swapped, round(seconds, 2), edited))
             except InputError as error:
@@ -206,7 +229,7 @@ class Page:
         if self.votes.is_swapped(session.name, pair.id):
             answers.reverse()
         return [
-            replace(session, pair=pair.id, began=time.time()),
+            Session(session.name, pair.id, time.time()),
             self._progress(session.name),
             shown_messages(as_messages(pair.prompt), pair.images),
             *(shown_messages(answer, title=side.title()) for side, answer in zip((LEFT, RIGHT), answers, strict=True)),
@@ -236,13 +259,15 @@ class Page:
         def ask(texts: list[list[Message]], question: str) -> tuple[Any, ...]:
             if not question.strip():
                 return (texts, "", *[gr.skip()] * len(names))
-            for history, reply in zip(texts, self.speakers.values(), strict=True):
-                history.append({"role": "user", "content": question})
-                try:
-                    history.append({"role": "assistant", "content": reply(history)})
-                except InputError as error:
-                    history.pop()
-                    raise gr.Error(str(error)) from None
+            asked = [[*history, {"role": "user", "content": question}] for history in texts]
+            try:
+                answers = [reply(history) for history, reply in zip(asked, self.speakers.values(), strict=True)]
+            except InputError as error:
+                raise gr.Error(str(error)) from None
+            texts = [
+                [*history, {"role": "assistant", "content": answer}]
+                for history, answer in zip(asked, answers, strict=True)
+            ]
             shown = (shown_messages(history, title=name) for history, name in zip(texts, names, strict=True))
             return (texts, "", *shown)
 

@@ -4,27 +4,31 @@ import asyncio
 import hmac
 import json
 import os
+import re
+import socket
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers import set_seed
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hfllm.data.formats import Message
-from hfllm.data.thoughts import CLOSE, OPEN, thinking_message
+from hfllm.data.thoughts import CLOSE, OPEN
 from hfllm.data.tokenizer import end_tokens
 from hfllm.environments.tool_turns import ToolTurns
 from hfllm.errors import InputError, one_line
@@ -34,6 +38,9 @@ from hfllm.runs.local import LOOPBACK, LocalOnly, address_of, listen
 from hfllm.stages.chat.speaker import Speaker
 from hfllm.stages.serve.flags import ServeArguments
 from hfllm.stages.serve.requests import ChatRequest, read_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A conversation with some images.
 MAX_BODY = 64 * 2**20
@@ -85,12 +92,15 @@ class Server:
         self.hosts, self.api_key, self.waiting, self.started = hosts, api_key, 0, int(time.time())
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._turns_of = lru_cache(16)(self._tool_turns)
+        self._running: set[_Run] = set()
+        self.is_stopping = False
 
     def app(self) -> Starlette:
         """Return the application."""
         routes = [
             Route("/v1/chat/completions", self._guarded(self.complete), methods=["POST"]),
             Route("/v1/models", self._guarded(self.models)),
+            Route("/v1/models/{name:path}", self._guarded(self.model)),
             Route("/health", self._guarded(self.health)),
         ]
         errors = {HTTPException: _http_error, InputError: _input_error}
@@ -103,13 +113,19 @@ class Server:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Return an endpoint that refuses clients without the key."""
+        """Return an endpoint that refuses clients without the key, and tells them of errors of this program."""
 
         async def guarded(request: Request) -> Response:
             sent = request.headers.get("authorization", "").removeprefix("Bearer ")
             if self.api_key is not None and not hmac.compare_digest(sent.encode(), self.api_key.encode()):
                 raise HTTPException(401, f"the key in the header Authorization is not that of {API_KEY}")
-            return await answer(request)
+            try:
+                return await answer(request)
+            except (HTTPException, InputError):
+                raise
+            except Exception as error:
+                traceback.print_exc()
+                return _error(500, f"{type(error).__name__}: {one_line(error)}", "server_error")
 
         return guarded
 
@@ -119,8 +135,22 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         """List the model."""
-        model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "hfllm"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._about()]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe the model."""
+        if request.path_params["name"] != self.name:
+            raise HTTPException(404, f"model {request.path_params['name']!r}: served is {self.name!r}")
+        return JSONResponse(self._about())
+
+    def _about(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "hfllm"}
+
+    def stop(self) -> None:
+        """End the running answers as far as they came."""
+        self.is_stopping = True
+        for run in list(self._running):
+            run.gone.set()
 
     async def complete(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -130,11 +160,21 @@ class Server:
             raise HTTPException(404, f"model {body['model']!r}: served is {self.name!r}")
         if self.waiting >= self.max_waiting:
             raise HTTPException(503, f"{self.waiting} requests wait already: try again later")
-        turns, encoded = await asyncio.to_thread(self._encode, chat)
-        run = _Run(self, chat, turns, encoded)
-        if chat.is_streamed:
-            return StreamingResponse(run.events(), media_type="text/event-stream")
-        return JSONResponse(await run.whole(request))
+        self.waiting += 1
+        is_handed_on = False
+        try:
+            turns, encoded = await asyncio.to_thread(self._encode, chat)
+            run = _Run(self, chat, turns, encoded)
+            if chat.is_streamed:
+                is_handed_on = True
+                return _Stream(run.events(), self._release)
+            return JSONResponse(await run.whole(request))
+        finally:
+            if not is_handed_on:
+                self._release()
+
+    def _release(self) -> None:
+        self.waiting -= 1
 
     def _encode(self, chat: ChatRequest) -> tuple[ToolTurns | None, Any]:
         turns = self._turns_of(json.dumps(chat.tools, sort_keys=True)) if chat.tools else None
@@ -150,13 +190,14 @@ class Server:
         return ToolTurns(speaker.processor or speaker.tokenizer, json.loads(schemas), ends)
 
     @asynccontextmanager
-    async def working(self, work: Callable[[], Any]) -> "AsyncIterator[asyncio.Future[Any]]":
-        """Hold a place among the waiting while the model works."""
-        self.waiting += 1
+    async def working(self, run: "_Run", work: Callable[[], Any]) -> "AsyncIterator[asyncio.Future[Any]]":
+        """Let the model work for a run, which ends when nobody waits for it any more."""
+        self._running.add(run)
         try:
             yield asyncio.get_running_loop().run_in_executor(self._worker, work)
         finally:
-            self.waiting -= 1
+            run.gone.set()
+            self._running.discard(run)
 
 
 class _Run:
@@ -171,8 +212,8 @@ class _Run:
         """Yield the answers, one after another; called in the model's thread."""
         speaker, chat = self.server.speaker, self.chat
         settings = StreamSettings(speaker.settings | chat.sampling, chat.stop, chat.num_top, self.gone.is_set)
-        if chat.seed is not None:
-            set_seed(chat.seed % 2**32)
+        # Without one another answer each time, also after a request that had one.
+        set_seed(int.from_bytes(os.urandom(4), "big") if chat.seed is None else chat.seed % 2**32)
         for index in range(chat.choices):
             if self.gone.is_set():
                 return
@@ -182,11 +223,18 @@ class _Run:
                 lambda text, tokens, index=index: write(index, text, tokens),
                 chat.max_new_tokens,
             )
-            if self.turns is not None:
-                message = self.turns.parse(streamed.ids)
-            else:
-                message = thinking_message(streamed.text, speaker.opens_thought(self.encoded[0]))
-            yield Choice(message, streamed)
+            yield Choice(self._parsed(streamed), streamed)
+
+    def _parsed(self, streamed: Streamed) -> Message:
+        """Return an answer's message, as its pieces in a stream have it."""
+        if self.turns is not None and (message := self.turns.parse(streamed.ids)).get("tool_calls"):
+            return message
+        splitter = _Thoughts(self.server.speaker.opens_thought(self.encoded[0]))
+        parts = [*splitter.split(streamed.text), *filter(None, [splitter.rest()])]
+        message = {"role": "assistant", "content": ""}
+        for name, text in parts:
+            message[name] = message.get(name, "") + text
+        return message
 
     async def whole(self, request: Request) -> dict[str, Any]:
         """Return the answers as one object; a client that goes away ends them."""
@@ -194,15 +242,14 @@ class _Run:
         def work() -> list[Choice]:
             return list(self.choices(lambda index, text, tokens: None))
 
-        async with self.server.working(work) as future:
-            try:
-                while not future.done():
-                    await asyncio.wait([future], timeout=LOOK)
-                    if await request.is_disconnected():
-                        self.gone.set()
-            finally:
-                self.gone.set()
+        async with self.server.working(self, work) as future:
+            while not future.done():
+                await asyncio.wait([future], timeout=LOOK)
+                if await request.is_disconnected():
+                    self.gone.set()
             choices = future.result()
+        if self.server.is_stopping:
+            raise HTTPException(503, "the server is stopping")
         rows = [
             {
                 "index": index,
@@ -219,6 +266,7 @@ class _Run:
         loop, pieces, choices = asyncio.get_running_loop(), asyncio.Queue(), []
         thoughts = self.server.speaker.opens_thought(self.encoded[0])
         splitters = [_Thoughts(thoughts) for _ in range(self.chat.choices)]
+        unsent: list[list[StreamedToken]] = [[] for _ in range(self.chat.choices)]
 
         def send(piece: object) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
@@ -226,9 +274,13 @@ class _Run:
         def write(index: int, text: str, tokens: Sequence[StreamedToken]) -> None:
             # With tools a text may be a call, which is known at its end.
             if self.turns is None:
-                for name, part in splitters[index].split(text):
-                    send(self._piece(index, {name: part}, tokens))
-                    tokens = ()
+                unsent[index] += tokens
+                for part in splitters[index].split(text):
+                    send_words(index, part)
+
+        def send_words(index: int, part: tuple[str, str]) -> None:
+            send(self._piece(index, dict([part]), unsent[index]))
+            unsent[index] = []
 
         def work() -> None:
             try:
@@ -240,24 +292,21 @@ class _Run:
                             call["index"] = at
                         send(self._piece(index, message, choice.streamed.tokens))
                     elif rest := splitters[index].rest():
-                        send(self._piece(index, dict([rest]), ()))
+                        send_words(index, rest)
                     send(self._piece(index, {}, (), choice.finish_reason))
             except Exception as error:
                 send({"error": {"message": one_line(error), "type": "server_error"}})
             send(None)
 
-        async with self.server.working(work):
-            try:
-                for index in range(self.chat.choices):
-                    yield _event(self._piece(index, {"role": "assistant", "content": ""}, ()))
-                while (piece := await pieces.get()) is not None:
-                    yield _event(piece)
-                if self.chat.has_usage:
-                    head = self._head("chat.completion.chunk")
-                    yield _event({**head, "choices": [], "usage": self._usage(choices)})
-                yield "data: [DONE]\n\n"
-            finally:
-                self.gone.set()
+        async with self.server.working(self, work):
+            for index in range(self.chat.choices):
+                yield _event(self._piece(index, {"role": "assistant", "content": ""}, ()))
+            while (piece := await pieces.get()) is not None:
+                yield _event(piece)
+            if self.chat.has_usage:
+                head = self._head("chat.completion.chunk")
+                yield _event({**head, "choices": [], "usage": self._usage(choices)})
+            yield "data: [DONE]\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.server.name}
@@ -293,16 +342,19 @@ class _Run:
             return None
         ends = end_tokens(self.server.speaker.tokenizer, self.server.speaker.model)
         rows = [
-            {**self._token(each.id, each.logprob), "top_logprobs": [self._token(*one) for one in each.top]}
+            {
+                **self._token(each.id, each.logprob, each.after),
+                "top_logprobs": [self._token(*one, each.after) for one in each.top],
+            }
             for each in tokens
             if each.id not in ends
         ]
         return {"content": rows}
 
-    def _token(self, number: int, logprob: float) -> dict[str, Any]:
-        text = self.server.speaker.tokenizer.decode([number])
+    def _token(self, number: int, logprob: float, after: int | None) -> dict[str, Any]:
+        text, data = _text_and_bytes(self.server.speaker.tokenizer, number, after)
         # Numbers that JSON has: tokens that cannot follow have a log-probability of minus infinity.
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
     def _usage(self, choices: Sequence[Choice]) -> dict[str, int]:
         prompt, answers = len(self.encoded[0]), sum(len(each.streamed.ids) for each in choices)
@@ -354,49 +406,97 @@ def _plain(turns: ToolTurns, message: Message) -> Message:
     return {**message, "content": turns.without_marks(message["content"])}
 
 
+def _text_and_bytes(tokenizer: "PreTrainedTokenizerBase", number: int, after: int | None) -> tuple[str, bytes]:
+    """Return what a token adds to the text before it; the bytes of a part of a letter are its own."""
+    before = "" if after is None else tokenizer.decode([after])
+    whole = tokenizer.decode([number] if after is None else [after, number])
+    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode([number])
+    if "\ufffd" not in text:
+        return text, text.encode("utf-8", "replace")
+    spelled = tokenizer.convert_ids_to_tokens(number)
+    if re.fullmatch("<0x[0-9A-F]{2}>", spelled):
+        return text, bytes([int(spelled[3:5], 16)])
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    is_bytes = all(each in letters for each in spelled)
+    return text, bytes(letters[each] for each in spelled) if is_bytes else text.encode("utf-8", "replace")
+
+
+class _Stream(StreamingResponse):
+    """A streamed answer that gives its place back when it ends, also where it never began."""
+
+    def __init__(self, events: AsyncIterator[str], release: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream")
+        self.release = release
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.release()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends the running answers at once when it is told to end."""
+
+    stop: Callable[[], None] = staticmethod(lambda: None)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.stop()
+        super().handle_exit(sig, frame)
+
+
 def _event(piece: object) -> str:
     return f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
 
 
 async def _read_body(request: Request) -> Any:
     """Return a request's JSON. A page of another site can send text without asking, but not this type."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "expected the header Content-Type: application/json")
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY:
-            raise HTTPException(413, f"the body is larger than {MAX_BODY >> 20} MiB")
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY:
+                raise HTTPException(413, f"the body is larger than {MAX_BODY >> 20} MiB")
+    except ClientDisconnect:
+        raise HTTPException(400, "the client has gone") from None
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"the body is no JSON: {one_line(error)}") from None
 
 
-def _error(status: int, message: str, kind: str) -> Response:
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> Response:
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status, headers)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    return _error(error.status_code, str(error.detail), "invalid_request_error")
+    return _error(error.status_code, str(error.detail), "invalid_request_error", error.headers)
 
 
 async def _input_error(request: Request, error: InputError) -> Response:
     return _error(400, str(error), "invalid_request_error")
 
 
-def serve(args: ServeArguments, speaker: Speaker) -> None:
-    """Serve a model until Ctrl-C.
+def opened(args: ServeArguments) -> socket.socket:
+    """Return the socket to serve on, before a model is loaded for it.
 
     Raises:
         InputError: when the port cannot be listened on, or other machines could come in without a key.
     """
-    name, key = args.served_model_name or args.model_name_or_path, os.environ.get(API_KEY) or None
-    is_local = args.host in LOOPBACK
-    if not is_local and key is None:
+    if args.host not in LOOPBACK and not os.environ.get(API_KEY):
         raise InputError(f"--host {args.host} lets other machines in: set {API_KEY} to a key that clients must send")
-    server = Server(speaker, name, args.max_waiting, LOOPBACK if is_local else None, key)
-    listening = listen(args.host, args.port)
+    return listen(args.host, args.port)
+
+
+def serve(args: ServeArguments, speaker: Speaker, listening: socket.socket) -> None:
+    """Serve a model until Ctrl-C."""
+    name, key = args.served_model_name or args.model_name_or_path, os.environ.get(API_KEY) or None
+    server = Server(speaker, name, args.max_waiting, LOOPBACK if args.host in LOOPBACK else None, key)
     say(f"serving {name} at {address_of(listening)}/v1 (Ctrl-C ends)")
     config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run([listening])
+    running = _Uvicorn(config)
+    running.stop = server.stop
+    running.run([listening])

@@ -29,6 +29,10 @@ READ = (
     *("stream", "stream_options", "logprobs", "top_logprobs", "tools", "tool_choice"),
 )
 MOST_TOP, MOST_STOPS, MOST_CHOICES = 20, 4, 16
+# Lower ones are greedy: they leave no token to sample.
+LEAST_TEMPERATURE = 1e-3
+# Of a message; others are refused, but where a client sends them empty, as from an answer of before.
+OF_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,10 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
         result |= {"do_sample": True, "top_p": top_p}
     if temperature is not None or top_p == 0:
         # A probability of no tokens is the likeliest one.
-        is_greedy = not temperature or top_p == 0
-        result |= {"do_sample": False} if is_greedy else {"do_sample": True, "temperature": temperature}
+        is_greedy = top_p == 0 or (temperature is not None and temperature < LEAST_TEMPERATURE)
+        if is_greedy:
+            return {"do_sample": False}
+        result |= {"do_sample": True} | ({} if temperature is None else {"temperature": float(temperature)})
     return result
 
 
@@ -145,7 +151,8 @@ def _tools(value: object) -> list[dict[str, Any]]:
     if value is None or value == []:
         return []
     good = isinstance(value, list) and all(isinstance(each, dict) and each.get("type") == "function" for each in value)
-    if not good or not all(isinstance((each.get("function") or {}).get("name"), str) for each in value):
+    functions = [each.get("function") for each in value] if good else [None]
+    if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in functions):
         raise InputError(f"tools {_shown(value)}: expected a list of {{type: function, function: {{name, ...}}}}")
     return value
 
@@ -167,11 +174,18 @@ def _message(index: int, value: object, names: dict[str, str], reads_images: boo
         names: of the called functions by the ids of their calls, so far.
     """
     where = f"messages[{index}]"
-    if not isinstance(value, dict) or value.get("role") not in ROLES:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str) or value["role"] not in ROLES:
         raise InputError(f"{where} {_shown(value)}: expected an object with a role: {', '.join(ROLES)}")
     role = ROLES[value["role"]]
+    for name in value:
+        if name not in OF_MESSAGE and value[name] not in (None, "", [], {}):
+            raise InputError(f"{where}.{name} has no effect here: leave it out")
     message: Message = {"role": role, "content": _content(where, value.get("content"), role, reads_images)}
+    if role == "assistant" and isinstance(value.get("reasoning_content"), str):
+        message["reasoning_content"] = value["reasoning_content"]
     if calls := value.get("tool_calls"):
+        if role != "assistant" or not isinstance(calls, list):
+            raise InputError(f"{where}.tool_calls {_shown(calls)}: expected a list, of an assistant's message")
         message["tool_calls"] = [_call(f"{where}.tool_calls[{at}]", call, names) for at, call in enumerate(calls)]
     if role == "tool":
         message["name"] = value.get("name") or names.get(str(value.get("tool_call_id")), "tool")
@@ -198,7 +212,8 @@ def _part(where: str, value: object, reads_images: bool) -> dict[str, Any]:
     if kind == "image_url":
         if not reads_images:
             raise InputError(f"{where}: the model reads words alone")
-        return {"type": "image", "image": _image(where, (value.get("image_url") or {}).get("url"))}
+        url = value.get("image_url")
+        return {"type": "image", "image": _image(where, url.get("url") if isinstance(url, dict) else url)}
     raise InputError(f"{where} {_shown(value)}: expected a part of type text or image_url")
 
 
@@ -220,12 +235,15 @@ def _call(where: str, value: object, names: dict[str, str]) -> dict[str, Any]:
         read = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         raise InputError(f"{where}.function.arguments {_shown(arguments)}: not JSON") from None
+    if not isinstance(read, dict):
+        raise InputError(f"{where}.function.arguments {_shown(arguments)}: expected an object")
     names[str(value.get("id"))] = function["name"]
     return {"type": "function", "function": {"name": function["name"], "arguments": read}}
 
 
 def _shown(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)[:80]
+    # In ASCII: JSON may spell halves of characters, which no answer can hold.
+    return json.dumps(value, default=str)[:80]
 
 
 def _kind(value: object) -> str:
