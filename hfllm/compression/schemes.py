@@ -18,6 +18,7 @@ from hfllm.data.packing import start_of
 from hfllm.errors import InputError, check_choice, refuse_if
 from hfllm.models.loading.saved import is_for_pictures, reason_of, refuse_quantized, saved_config, trusts_remote_code
 from hfllm.models.loading.weights import load_weights_of
+from hfllm.outputs.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -521,7 +522,7 @@ def sensitivity(
     # Layers passing gradients dequantize their weights, and would not show the effect of integers.
     with torch.no_grad():
         reference, rows = loss_of(model), []
-    for part, names in groups.items():
+    for part, names in progress(groups.items(), unit=by):
         weights = sum(model.get_submodule(name).weight.numel() for name in names)
         with torch.no_grad(), quantized_in_place(model, names, scheme):
             change = loss_of(model) - reference

@@ -5,7 +5,6 @@ color is taken as its answer. Nothing has to be written or followed, so base mod
 """
 
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.packing import start_of
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
 from hfllm.errors import InputError, refuse_if
+from hfllm.outputs.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -103,14 +103,13 @@ def find_needles(
         InputError: when a length has no room for a needle, or the tokenizer writes no two colors differently.
     """
     import torch
-    from tqdm import tqdm
 
     from hfllm.generation.scoring import evaluating
 
     shared, answers = first_tokens(tokenizer)
     rng, right = random.Random(f"needle-{seed}"), []
     with evaluating(model), torch.inference_mode():
-        for length in tqdm(lengths, disable=not sys.stderr.isatty(), leave=False):
+        for length in progress(lengths):
             row = []
             for depth in depths:
                 drawn = [_case(tokenizer, filler, length, depth, list(answers), shared, rng) for _ in range(cases)]

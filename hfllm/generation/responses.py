@@ -13,6 +13,7 @@ from hfllm.data.formats import as_completion, split_beginning
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.errors import InputError, check_positive
+from hfllm.outputs.progress import progress
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -127,7 +128,9 @@ def sample_with_ends(
         if fast:
             order.sort(key=lambda index: len(tokens_of[index]))
         torch.manual_seed(seed)
-        for start in range(0, len(prompts), size):
+        # One batch is no progress.
+        starts = range(0, len(prompts), size)
+        for start in progress(starts, unit="batch") if len(starts) > 1 else starts:
             indices = order[start : start + size]
             batch = tokenizer.pad(
                 {"input_ids": [tokens_of[index] for index in indices]}, padding_side="left", return_tensors="pt"

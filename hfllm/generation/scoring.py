@@ -11,7 +11,6 @@ questions, and rows are padded on the right, invisible to earlier tokens.
 import copy
 import inspect
 import math
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from hfllm.errors import InputError, check_positive, is_out_of_memory, refuse_if
 from hfllm.models.devices import most_logits, most_tokens
 from hfllm.models.family.configuration_fields_hfllm import longrope_limits
 from hfllm.models.loading.saved import check_vocabulary, max_length_of
+from hfllm.outputs.progress import progress
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -407,13 +407,12 @@ def nats_by_position(
         kept: first tokens of a row repeated at the beginning of all its windows, such as a beginning-of-text token.
     """
     import torch
-    from tqdm import tqdm
 
     ids = torch.tensor([list(row) for row in rows], device=model.device)
     length = ids.shape[1]
     window, result = length if window is None else min(window, length), []
     with evaluating(model), torch.inference_mode():
-        for begin, end, new in tqdm(_windows(length, window), disable=not sys.stderr.isatty(), leave=False):
+        for begin, end, new in progress(_windows(length, window)):
             inputs = torch.cat([ids[:, :kept], ids[:, begin + kept : end]], dim=1)
             parts = inputs.split(max(1, BATCH_TOKENS // (end - begin)))
             nats = [

@@ -91,7 +91,25 @@ def _short(name: str, value: float) -> str:
 
 
 class PlainPrinter(TrainerCallback):
-    """Print one plain line per logging step."""
+    """Print one plain line per logging step, with the time left.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self._began, self._first_step = clock(), 0
+
+    def _left(self, state: TrainerState) -> str:
+        """Return the time left in the pace so far; empty at the ends."""
+        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+        return f"  {clock_time(left * (self.clock() - self._began) / done)} left" if done > 0 and left > 0 else ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._began, self._first_step = self.clock(), state.global_step
 
     def on_log(
         self,
@@ -102,7 +120,10 @@ class PlainPrinter(TrainerCallback):
         **kwargs: object,
     ) -> None:
         if state.is_world_process_zero and logs and (line := plain_line(state, logs)):
-            print(line, flush=True)
+            print(line + self._suffix(state), flush=True)
+
+    def _suffix(self, state: TrainerState) -> str:
+        return self._left(state)
 
 
 class MovingLine(PlainPrinter):
@@ -119,9 +140,13 @@ class MovingLine(PlainPrinter):
     PAUSE = 0.1
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
-        self.stream, self.clock = stream or sys.stderr, clock
+        super().__init__(clock)
+        self.stream = stream or sys.stderr
         self._width, self._drawn_at, self._num_evaluated = 0, -math.inf, 0
-        self._began, self._first_step = clock(), 0
+
+    def _suffix(self, state: TrainerState) -> str:
+        # The moving line below says it.
+        return ""
 
     def _draw(self, text: str, whenever: bool = False) -> None:
         """Replace the current line by `text`, unless that line was drawn a moment ago."""
@@ -134,17 +159,14 @@ class MovingLine(PlainPrinter):
         self._width, self._drawn_at = len(text), self.clock() if text else -math.inf
 
     def _progress(self, state: TrainerState) -> str:
-        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
-        text = f"{where()}step {state.global_step}/{state.max_steps}"
-        if done > 0 and left > 0:
-            text += f"  {clock_time(left * (self.clock() - self._began) / done)} left"
+        text = f"{where()}step {state.global_step}/{state.max_steps}{self._left(state)}"
         job = current_job()
         return text + (f", then about {job.minutes_after:g} min" if job and job.minutes_after else "")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self._began, self._first_step = self.clock(), state.global_step
+        super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
             self._draw(self._progress(state))
 

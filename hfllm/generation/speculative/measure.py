@@ -14,6 +14,7 @@ from hfllm.generation.packed.ragged_model import padded_right, ragged_model
 from hfllm.generation.speculative.acceptance import optimal_num_draft_tokens, read_options, speedup
 from hfllm.generation.speculative.drafts import Draft, DraftLength, Rows
 from hfllm.generation.speculative.speculative import Statistics, many_shapes, speculative_generate
+from hfllm.outputs.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +124,7 @@ def interleaved(
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
+    for number in progress(range(rounds), unit="round"):
         for name in list(runs) if number % 2 else list(runs)[::-1]:
             _wait()
             began = clock()

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from hfllm.evaluation.suites.world_suites import WorldFewShot, WorldPreferences,
 from hfllm.fingerprint import file_fingerprint
 from hfllm.models.loading.adapters import find_adapter
 from hfllm.models.loading.weights import check_weight_files
+from hfllm.outputs.progress import progress
 from hfllm.outputs.report import CHANGED, CONTENTS, compared, write_atomically
 from hfllm.runs.command_line import say
 from hfllm.runs.models import NamedModel, load_config, load_tokenizer, saved_tokenizer
@@ -304,7 +304,7 @@ def judge_all(loader: Loader, models: Mapping[str, str], suites: Sequence[Suite]
     for name, each in items.items():
         _check_keys(name, each)
     count = len(models) * sum(map(len, items.values()))
-    with tqdm(total=count, unit="item", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with progress(total=count, unit="item") as bar:
         for label, model in models.items():
             missing = {name: samples.pending(label, name, each, loader.batch_size) for name, each in items.items()}
             bar.update(sum(map(len, items.values())) - sum(map(len, missing.values())))

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from hfllm.errors import InputError, refuse_if
 from hfllm.evaluation.votes import BAD, FIRST, LABELS, SECOND, SKIP, TIE, VOTES, Pair, Votes
 from hfllm.flags import changed
 from hfllm.outputs.figures import mean_of
+from hfllm.outputs.progress import progress
 from hfllm.outputs.report import Found, write_atomically
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.command_line import say
@@ -107,11 +107,9 @@ def pairs_of(rows: Sequence[Row]) -> list[Pair]:
 
 def sampled_pairs(rows: Sequence[Row], speakers: "Mapping[str, Speaker]", args: LabelArguments) -> list[Pair]:
     """Return the rows' prompts with two samples of one model, or one of each of two; equal ones are left out."""
-    from tqdm import tqdm
-
     samples: list[list[str]] = [[] for _ in rows]
     each = 2 if len(speakers) == 1 else 1
-    with tqdm(total=len(rows) * len(speakers), unit="prompt", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with progress(total=len(rows) * len(speakers), unit="prompt") as bar:
         for speaker in speakers.values():
             for begin in range(0, len(rows), BATCH):
                 some = rows[begin : begin + BATCH]
