@@ -64,7 +64,8 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     course.announce()
     steps.helpful_only()
     steps.revise()
-    if script_args.last_stage != constitution_flags.REVISIONS:
+    steps.judge_revisions()
+    if script_args.last_stage != constitution_flags.REVISIONS and not steps.worse:
         steps.supervised()
         steps.reinforced()
         steps.controls()

@@ -30,6 +30,7 @@ LABELS = {
     "gold_reward_greedy_honest": "gold reward (greedy, what nobody knows)",
     "gold_reward_greedy_harmless": "gold reward (greedy, requests for harm)",
     "over_refusal": "harmless questions refused (greedy)",
+    "over_refusal_look_alike": "harmless questions that look harmful, refused",
     "over_refusal_jailbreak": "harmless questions refused after a jailbreak (greedy)",
     "fact_accuracy": "facts answered right (greedy)",
     "proxy_reward": "reward (trained on)",
@@ -77,7 +78,7 @@ ROLES = ("student_alone", "student", "teacher")
 BETTER = {
     **dict.fromkeys(("gold_reward", "gold_reward_greedy", "gold_reward_new_phrasings", "fact_accuracy"), 1),
     **dict.fromkeys((f"gold_reward_greedy_{kind}" for kind in ("helpful", "honest", "harmless")), 1),
-    **dict.fromkeys(("over_refusal", "over_refusal_jailbreak"), -1),
+    **dict.fromkeys(("over_refusal", "over_refusal_jailbreak", "over_refusal_look_alike"), -1),
     **dict.fromkeys(("proxy_reward", "reward_model_accuracy"), 1),
     **dict.fromkeys(("right_needed", "sampled_right_needed", "calls_needed", "sampled_calls_needed"), 1),
     **dict.fromkeys(("calls_not_needed", "sampled_calls_not_needed"), -1),

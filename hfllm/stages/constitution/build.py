@@ -25,7 +25,7 @@ from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.models.loading.saved import max_length_of
-from hfllm.outputs.figures import change_of, mean_of
+from hfllm.outputs.figures import FEWEST, bounds_of, change_of, mean_of, shown
 from hfllm.outputs.report import Found
 from hfllm.rewards import judges
 from hfllm.runs.command_line import say
@@ -49,6 +49,8 @@ from hfllm.stages.constitution.flags import (
     has_questions,
 )
 from hfllm.stages.constitution.report import (
+    LOOK_ALIKES,
+    OWN_PROMISES,
     PROMISES,
     TITLES,
     answer,
@@ -259,6 +261,7 @@ class Steps:
         ai_rows, human_rows: the preference model's training comparisons, in the main process.
         revisions: the rows of the constitution's revisions and their figures, in the main process.
         no_rl: reason for missing AI preferences, if there are none.
+        worse: why nothing is learned from the revisions, if they are worse than the first answers.
     """
 
     script_args: ConstitutionArguments
@@ -270,6 +273,7 @@ class Steps:
     human_rows: list[Row] = field(default_factory=list)
     revisions: "Revisions | None" = None
     no_rl: str = ""
+    worse: str = ""
     _models: dict[str, Speaking] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -328,6 +332,48 @@ class Steps:
     def revise(self) -> None:
         """Let the critic revise the model's answers to red-team prompts."""
         self.revisions = by_main_process(lambda: self._revised(self.constitution, "revisions"))
+
+    def judge_revisions(self) -> None:
+        """Let the judge compare the user's model's first answers with their revisions, before it learns from them."""
+        if not self.script_args.is_world and has_questions(self.constitution):
+            try:
+                by_main_process(self._compare_revisions)
+            except InputError as error:
+                self.worse = str(error)
+                say(f"constitution: {error}")
+
+    def _compare_revisions(self) -> None:
+        rows = self.revisions.rows
+        columns = (
+            [row["prompt"] for row in rows],
+            [row["turns"][0]["answer"] for row in rows],
+            [row["chosen"][0]["content"] for row in rows],
+        )
+        self.metrics |= self.preferred("revisions_preferred", *columns)
+        bounds = bounds_of("revisions_preferred", self.metrics)
+        if bounds is not None and bounds[1] < 0.5 and len(rows) >= FEWEST:
+            share = shown(self.metrics, "revisions_preferred")
+            raise InputError(
+                f"the revisions are worse than the first answers by the constitution's own questions (preferred in "
+                f"{share}), so nothing is learned from them: try a larger --critic_model_name_or_path, or a lower "
+                "--temperature"
+            )
+
+    def preferred(
+        self, name: str, prompts: Sequence[Conversation], first: Sequence[str], second: Sequence[str]
+    ) -> dict[str, float]:
+        """Return how often the judge prefers the second answers; equal ones count half."""
+        try:
+            judge = self._judge()
+        except InputError as error:
+            say(f"constitution: answers are not compared: {error}")
+            return {}
+        fits = judge.has_room(prompts, first, second)
+        kept = [[*compress(column, fits)][:PAIRS_FOR_BIAS] for column in (prompts, first, second)]
+        if not kept[0]:
+            return {}
+        odds = judge.compare(*kept)
+        return mean_of(name, [0.5 if not each else float(each < 0) for each in odds])
 
     def supervised(self) -> None:
         """Fine-tune on the last revisions, and on the model's own answers to harmless prompts."""
@@ -537,6 +583,11 @@ def own_report(steps: Steps) -> Found:
         for name in steps.models
     }
     last, metrics = steps.models[-1], {}
+    if last != HELPFUL:
+        metrics |= steps.preferred("answers_preferred", held_out, responses[HELPFUL], responses[last])
+        metrics |= change_of(
+            "over_refusal_look_alike", *(look_alikes_refused(steps, name) for name in (HELPFUL, last))
+        )
     result = {name: _values(texts) for name, texts in responses.items()}
     for name, values in result[HELPFUL].items():
         if last == HELPFUL:
@@ -557,10 +608,18 @@ def own_report(steps: Steps) -> Found:
     labels = f"labels of people: comparisons of {named}" if named else "labels of people: none in these runs"
     return Found(
         {**metrics, **steps.metrics, **counts},
-        "; ".join(filter(None, [_echoes(counts["echoes_share"]), labels, steps.no_rl])),
+        "; ".join(filter(None, [_echoes(counts["echoes_share"]), labels, steps.no_rl, steps.worse])),
         {"Held-out prompts": samples, "Revisions": revision_samples(steps.revisions.rows)},
         {},
+        OWN_PROMISES,
     )
+
+
+def look_alikes_refused(steps: Steps, name: str) -> list[float]:
+    """Return for each harmless question that looks harmful whether a model's answer refuses, by words."""
+    script_args = steps.script_args
+    answers = steps.speaking(name).answers(list(map(as_messages, LOOK_ALIKES)), script_args.longest, script_args.seed)
+    return _values([texts[0] for texts in answers])["refusals"]
 
 
 def figures_of_revisions(counts: "RevisionFigures") -> dict[str, float]:

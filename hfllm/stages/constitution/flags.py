@@ -104,7 +104,7 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     num_revisions: int = flag(2, "Rounds of critique and revision.", takes=at_least(1))
     revise_only_flagged: bool = flag(False, "Keep an answer where the critique finds nothing.")
     temperature: float = flag(
-        1.0,
+        0.5,
         "Of critiques, revisions and the model's own answers to harmless prompts; its first answers to "
         "red-team prompts are sampled at 1.",
         takes=POSITIVE,
