@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.recipes import Recipe
-from hfllm.stages.push import PushArguments, check
+from hfllm.stages.push import PushArguments, check, following_lines
 
 RECIPE = Recipe(in_one_process=True)
 
@@ -43,6 +43,8 @@ def main(script_args: PushArguments) -> dict[str, int]:
         revision=script_args.revision,
         commit_message=script_args.commit_message,
     )
+    for line in following_lines(folder, repo_id):
+        print(line)
     return sizes
 
 

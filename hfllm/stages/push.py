@@ -47,3 +47,19 @@ def check(model_name_or_path: str, hub_model_id: str | None) -> None:
         # Configs of other families end in errors of any type.
         if "trust_remote_code" not in str(error):
             raise InputError(f"{folder / CONFIG} cannot be loaded: {reason_of(error)}") from error
+
+
+def following_lines(model_name_or_path: str, repo_id: str) -> list[str]:
+    """Return what to know after a push: who can load the model, and how to talk to it."""
+    import json
+
+    path = Path(model_name_or_path) / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    lines = [f"next: hfllm chat {repo_id}"]
+    if config.get("model_type") == "hfllm":
+        lines.insert(
+            0,
+            "others load it with trust_remote_code=True, or after import hfllm; where its config allows, as a family "
+            f"that every library knows: hfllm convert --model_name_or_path {model_name_or_path}",
+        )
+    return lines

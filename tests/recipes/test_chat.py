@@ -250,6 +250,23 @@ def test_what_goes_wrong_keeps_the_conversation(talk):
         assert [content for role, content in contents(chat) if role == "user"] == ["a", "c", "/d"]
 
 
+def test_passages_are_read_with_the_next_question(talk, tmp_path):
+    (tmp_path / "fox.txt").write_text("The fox is\nred.")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    said, chat, _ = talk(
+        f"/passage {tmp_path}/fox.txt",
+        "/passage The owl is grey.",
+        "What colour is the fox?",
+        "And now?",
+        "/passage",
+        f"/passage {tmp_path}/bad.txt",
+    )
+    asked = [content for role, content in contents(chat) if role == "user"]
+    assert asked == ["[1] The fox is red.\n[2] The owl is grey.\nWhat colour is the fox?", "And now?"]
+    assert "[[2] is read with the next question]" in said and "not a text in UTF-8" in said
+    assert "/passage: expected a text" in said
+
+
 def test_an_image_is_shown_with_the_next_question(tmp_path, monkeypatch):
     processor = seeing_rows.make_processor()
     speaker = Speaker(seeing_rows.make_model(), processor.tokenizer, processor, {"do_sample": False}, 4)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.formats import Message, content_text
 from hfllm.data.images.files import read_image
 from hfllm.data.images.rows import png_of
+from hfllm.data.passages import with_passages
 from hfllm.environments.runner import ToolRunner
 from hfllm.environments.tools import encodable
 from hfllm.errors import InputError, one_line
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Show = Callable[[str], None]
 # What would move the cursor, change colors or turn lines around: a model may write anything.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Longer words are no file's name.
+MOST_OF_NAME = 250
 # Lower ones leave no token to sample.
 LEAST_TEMPERATURE = 1e-3
 
@@ -94,6 +97,7 @@ class Chat:
         self.messages: list[Message] = []
         self.images: list[Image] = []
         self._waiting: list[Image] = []
+        self._passages: list[str] = []
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "undo": (self._undo, "take back the last question and what came after it"),
             "again": (self._again, "answer the last question again"),
@@ -104,6 +108,10 @@ class Chat:
             ),
             "temperature": (self._set_temperature, "NUMBER: sample at it, 0 is greedy"),
             "image": (self._add_image, "FILE: show it with the next question (vision-language models)"),
+            "passage": (
+                self._add_passage,
+                "TEXT or FILE: let the next question be answered from it",
+            ),
             "save": (self._save, "FILE.jsonl: add the conversation to it, as a row that hfllm sft reads"),
             "help": (self._help, "list the commands"),
         }
@@ -140,11 +148,12 @@ class Chat:
     def _ask(self, question: str) -> None:
         images = self._waiting
         content = [{"type": "image", "image": image} for image in images]
+        question = with_passages(question, self._passages)
         content = [*content, {"type": "text", "text": question}] if content else question
         self.messages.append({"role": "user", "content": content})
         self.images += images
         if self._answer():
-            self._waiting = []
+            self._waiting, self._passages = [], []
         else:
             self.messages.pop()
             del self.images[len(self.images) - len(images) :]
@@ -204,7 +213,7 @@ class Chat:
         return last[-1]
 
     def _clear(self, argument: str) -> None:
-        self.messages, self.images, self._waiting = [], [], []
+        self.messages, self.images, self._waiting, self._passages = [], [], [], []
         self._note("a new conversation")
 
     def _set_system(self, argument: str) -> None:
@@ -228,6 +237,20 @@ class Chat:
             raise InputError("/image: the model reads words alone")
         self._waiting.append(read_image(str(Path(argument).expanduser()), "/image"))
         self._note(f"{len(self._waiting)} shown with the next question")
+
+    def _add_passage(self, argument: str) -> None:
+        if not argument:
+            raise InputError("/passage: expected a text, or a file with one")
+        path = Path(argument).expanduser()
+        try:
+            # A text may be too long for a file's name.
+            text = path.read_text(encoding="utf-8") if len(argument) < MOST_OF_NAME and path.is_file() else argument
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"/passage {argument}: {getattr(error, 'strerror', None) or 'not a text in UTF-8'}"
+            ) from None
+        self._passages.append(text)
+        self._note(f"[{len(self._passages)}] is read with the next question")
 
     def _save(self, argument: str) -> None:
         if not argument.endswith(".jsonl"):
