@@ -5,6 +5,7 @@ import io
 import random
 
 import numpy
+import PIL
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
@@ -95,7 +96,9 @@ def test_tags_that_cannot_be_read_do_not_hide_a_picture():
     data = bytearray(encoded(image, "JPEG", exif=exif))
     at = data.index(bytes.fromhex("010e0002"))
     data[at + 4 : at + 8] = bytes.fromhex("7fffffff")
-    assert read_image(bytes(data), ORIGIN).size == (24, 32)
+    # The turn stands in the same tags; Pillow reads it beside a damaged one from 13 on.
+    is_turned = int(PIL.__version__.partition(".")[0]) >= 13
+    assert read_image(bytes(data), ORIGIN).size == ((24, 32) if is_turned else (32, 24))
     data[data.index(b"Exif\0\0") + 6 : data.index(b"Exif\0\0") + 10] = b"none"
     assert read_image(bytes(data), ORIGIN).size == (32, 24)
 
