@@ -9,7 +9,7 @@ from typing import Any
 from hfllm.data.loading import DataArguments
 from hfllm.data.sources import WORLD
 from hfllm.outputs.files import ADAPTER_CONFIG
-from hfllm.outputs.verdict import IS_BETTER, IS_NOT_COMPARED
+from hfllm.outputs.verdict import IS_EQUAL, IS_NOT_COMPARED, IS_WORSE
 
 Flags = Mapping[str, Any]
 # Stages that end with a model to publish, once it is worth it.
@@ -30,7 +30,7 @@ def next_command(
 ) -> str:
     """Return the command after a stage; empty where none follows.
 
-    A model that is not better than before is to be talked to before anything is built on it.
+    A model that is no better than before is to be talked to before anything is built on it.
 
     Args:
         stage: the finished stage.
@@ -40,8 +40,8 @@ def next_command(
         output_dir: the run's folder, which names what is published; by default the model's.
     """
     folder = str(Path(folder))
-    is_good = decision in (IS_BETTER, IS_NOT_COMPARED)
-    if not is_good and stage not in WITHOUT_ANSWERS and stage in (*_FOLLOWING, *PUBLISHED):
+    # Too few items to tell are no reason to stop: whoever has more rows has named them.
+    if decision in (IS_WORSE, IS_EQUAL) and stage not in WITHOUT_ANSWERS and stage in (*_FOLLOWING, *PUBLISHED):
         return command("chat", folder)
     if stage in PUBLISHED:
         if (Path(folder) / ADAPTER_CONFIG).is_file():
