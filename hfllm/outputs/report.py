@@ -118,9 +118,12 @@ class Report:
         for title, rows in self.tables.items():
             parts += [f"## {title}", "\n".join(markdown_table(sample_rows(rows) if is_samples(rows) else rows))]
         parts += [plots["loss"]] if "loss" in plots else []
-        steps = [*self.next_steps, *([self.verdict.next_command] if self.verdict else [])]
-        if any(steps):
-            parts += ["## Next", "\n".join(["```", *filter(None, steps), "```"])]
+        following = self.verdict.next_command if self.verdict else ""
+        if self.next_steps or following:
+            parts += ["## Next"]
+        # Python to load it, and a command of the shell.
+        parts += ["\n".join(["```", *self.next_steps, "```"])] if self.next_steps else []
+        parts += [f"```bash\n{following}\n```"] if following else []
         return "\n\n".join([*parts, *flag_sections(self.arguments, self.given)]) + "\n"
 
     def print(self, without: Sequence[str] = ()) -> None:

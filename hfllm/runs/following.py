@@ -40,6 +40,8 @@ def next_command(
         output_dir: the run's folder, which names what is published; by default the model's.
     """
     folder = str(Path(folder))
+    if arguments.get("learner") == "reward":
+        stage = "reward"
     # Too few items to tell are no reason to stop: whoever has more rows has named them.
     if decision in (IS_WORSE, IS_EQUAL) and stage not in WITHOUT_ANSWERS and stage in (*_FOLLOWING, *PUBLISHED):
         return command("chat", folder)

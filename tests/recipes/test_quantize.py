@@ -43,7 +43,8 @@ def made(tiny, tmp_path_factory):
 def test_from_nothing(made, capsys):
     folder, flags, metrics = made
     report = json.loads((folder / "report.json").read_text())
-    assert set(metrics) == METRICS | GOLD
+    # A share of 0 and 1, as the gold rewards of so small a model are, has bounds.
+    assert {name for name in metrics if not name.endswith(("_low", "_high"))} == METRICS | GOLD
     assert report["metrics"] == metrics
     assert metrics["reload_difference"] == 0
     # 32 inputs to a row, so that its scale in float32 is an eighth of the weights.

@@ -48,7 +48,8 @@ def test_it_answers_as_before_and_is_loaded_again(taught, tmp_path, scheme):
     model, rows = taught
     flags = ["--model_name_or_path", model, "--dataset_name", rows, "--output_dir", tmp_path / "out"]
     metrics = run(*flags, "--schemes", scheme, "--save_scheme", scheme)
-    assert set(metrics) == SIZES | SPEEDS | {f"{name}_{end}" for name in ("loss", "right") for end in ENDS}
+    bounds = {f"right_{side}_{end}" for side in ("before", "after", "change") for end in ("low", "high")}
+    assert set(metrics) == SIZES | SPEEDS | bounds | {f"{name}_{end}" for name in ("loss", "right") for end in ENDS}
     assert metrics["reload_difference"] == 0 and metrics["linear_bytes_share"] < 0.3
     assert metrics["right_before"] > 0.9 and abs(metrics["right_change"]) < 0.1 and metrics["right_n"] == 40
     assert metrics["agreement"] > 0.9 and abs(metrics["loss_change"]) < 0.05 and metrics["loss_n"] == 16

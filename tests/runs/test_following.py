@@ -74,6 +74,12 @@ def test_an_adapter_is_merged_before_it_is_pushed(tmp_path):
     assert next_command("merge", {}, f"{tmp_path}-merged").startswith("hfllm push --model_name_or_path")
 
 
+def test_a_federated_reward_model_is_not_talked_to():
+    flags = {"dataset_name": "pairs.jsonl", "model_name_or_path": "m", "learner": "reward"}
+    line = next_command("federated", flags, "OUT", IS_EQUAL)
+    assert line == "hfllm rlhf --model_name_or_path m --reward_model_name_or_path OUT --dataset_name pairs.jsonl"
+
+
 def test_names_with_spaces_are_quoted():
     line = next_command("sft", {"dataset_name": "my rows.csv"}, "an out", IS_BETTER)
     assert shlex.split(line)[-3:] == ["an out", "--dataset_name", "my rows.csv"]
