@@ -165,10 +165,6 @@ class Verdict:
     cautions: Sequence[str] = ()
     alpha: float = ALPHA
 
-    def lines(self) -> list[str]:
-        """Return the lines that a run ends with."""
-        return lines_of(self.as_dict())
-
     def as_dict(self) -> dict[str, object]:
         """Return the verdict for report.json."""
         return {

@@ -76,7 +76,7 @@ class NearestNameErrors:
         names, present = [*self.names, *others], present_name(name.removeprefix("no_").replace("-", "_"))
         if name not in names and present in names and present != name:
             return InputError(f"unknown {kind} {name!r}: its name is {present!r} now")
-        # A quick look at all names sees most misspellings; the nearest of none alike takes ten times as long.
+        # Most misspellings are like a name; to rank names that are not takes ten times as long.
         like = (difflib.get_close_matches(name, names, n=1, cutoff=cutoff) for cutoff in (0.6, 0.0))
         nearest = next(filter(None, like))
         return InputError(f"unknown {kind} {name!r}; did you mean {nearest[0]!r}?")

@@ -142,6 +142,11 @@ def test_seeds_choices_and_temperature(client):
         ask(seed=1, temperature=2)
         unseeded.update(ask(temperature=2))
     assert len(unseeded) == 3
+    # They are those of the server's own seed.
+    seeds = [
+        [server.next_seed() for _ in range(3)] for server in (Server(None, "a", seed=5), Server(None, "b", seed=5))
+    ]
+    assert seeds[0] == seeds[1] and len({*seeds[0]}) == 3
     assert ask(temperature=1e-38) == ask(temperature=0)
     assert ask(temperature=0) == ask(top_p=0, temperature=1) != ask(seed=5, temperature=1.5)
 

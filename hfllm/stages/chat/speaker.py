@@ -12,6 +12,7 @@ from hfllm.data.images.rows import words_of_places
 from hfllm.data.thoughts import OPEN, thinking_message
 from hfllm.data.tokenizer import end_tokens, template_errors, tokenize_prompts
 from hfllm.environments.runner import ToolRunner
+from hfllm.environments.tool_turns import ToolTurns
 from hfllm.errors import InputError, one_line
 from hfllm.generation.streaming import Streamed, StreamSettings, Write, stream
 from hfllm.models.loading.saved import max_length_of
@@ -106,14 +107,7 @@ class Speaker:
         return episode.messages
 
     def _plain(self, messages: Sequence[Message]) -> list[Message]:
-        """Return messages in which what was typed, and what tools said, spells no special token."""
-        plain = self.runner.environment.turns.without_marks
-        return [
-            {**message, "content": plain(message["content"])}
-            if message["role"] != "assistant" and isinstance(message["content"], str)
-            else message
-            for message in messages
-        ]
+        return plain_messages(messages, self.runner.environment.turns)
 
     def length(self, messages: Sequence[Message]) -> int:
         """Return the number of tokens of a conversation."""
@@ -154,6 +148,16 @@ class Speaker:
             return tokenize_prompts([list(messages)], self.tokenizer, shown, as_plain_text=True)[0], {}
         except (ValueError, *template_errors()) as error:
             raise self._unwritable(error) from None
+
+
+def plain_messages(messages: Sequence[Message], turns: ToolTurns) -> list[Message]:
+    """Return messages in which what was typed, and what tools said, spells no mark of a turn."""
+    return [
+        {**message, "content": turns.without_marks(message["content"])}
+        if message["role"] != "assistant" and isinstance(message["content"], str)
+        else message
+        for message in messages
+    ]
 
 
 def _own_sampling(model: "PreTrainedModel") -> dict[str, Any]:

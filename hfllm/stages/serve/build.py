@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 import os
+import random
 import re
 import socket
 import threading
@@ -35,7 +36,7 @@ from hfllm.errors import InputError, one_line
 from hfllm.generation.streaming import Streamed, StreamedToken, StreamSettings
 from hfllm.runs.command_line import say
 from hfllm.runs.local import LOOPBACK, LocalOnly, address_of, listen
-from hfllm.stages.chat.speaker import Speaker
+from hfllm.stages.chat.speaker import Speaker, plain_messages
 from hfllm.stages.serve.flags import ServeArguments
 from hfllm.stages.serve.requests import ChatRequest, read_request
 
@@ -78,6 +79,7 @@ class Server:
         max_waiting: requests that may wait.
         hosts: accepted names of this machine in requests; `None` accepts all.
         api_key: that clients must send, `None` for none.
+        seed: of the answers to requests without one.
     """
 
     def __init__(
@@ -87,13 +89,14 @@ class Server:
         max_waiting: int = 64,
         hosts: Sequence[str] | None = LOOPBACK,
         api_key: str | None = None,
+        seed: int = 0,
     ):
         self.speaker, self.name, self.max_waiting = speaker, name, max_waiting
         self.hosts, self.api_key, self.waiting, self.started = hosts, api_key, 0, int(time.time())
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._turns_of = lru_cache(16)(self._tool_turns)
         self._running: set[_Run] = set()
-        self.is_stopping = False
+        self.is_stopping, self._seeds = False, random.Random(seed)
 
     def app(self) -> Starlette:
         """Return the application."""
@@ -146,6 +149,10 @@ class Server:
     def _about(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "hfllm"}
 
+    def next_seed(self) -> int:
+        """Return the seed of the next request without one."""
+        return self._seeds.getrandbits(32)
+
     def stop(self) -> None:
         """End the running answers as far as they came."""
         self.is_stopping = True
@@ -178,7 +185,7 @@ class Server:
 
     def _encode(self, chat: ChatRequest) -> tuple[ToolTurns | None, Any]:
         turns = self._turns_of(json.dumps(chat.tools, sort_keys=True)) if chat.tools else None
-        messages = chat.messages if turns is None else [_plain(turns, each) for each in chat.messages]
+        messages = chat.messages if turns is None else plain_messages(chat.messages, turns)
         encoded = self.speaker.encoded(messages, chat.tools or None)
         if self.speaker.room(len(encoded[0])) <= 0:
             raise InputError(f"messages: {len(encoded[0])} tokens leave no room for an answer in the model's context")
@@ -213,7 +220,7 @@ class _Run:
         speaker, chat = self.server.speaker, self.chat
         settings = StreamSettings(speaker.settings | chat.sampling, chat.stop, chat.num_top, self.gone.is_set)
         # Without one another answer each time, also after a request that had one.
-        set_seed(int.from_bytes(os.urandom(4), "big") if chat.seed is None else chat.seed % 2**32)
+        set_seed(self.server.next_seed() if chat.seed is None else chat.seed % 2**32)
         for index in range(chat.choices):
             if self.gone.is_set():
                 return
@@ -399,13 +406,6 @@ class _Thoughts:
         return (("reasoning_content" if self.is_thinking else "content"), self.held) if self.held else None
 
 
-def _plain(turns: ToolTurns, message: Message) -> Message:
-    """Return a message in which what was typed, and what tools said, spells no mark of a turn."""
-    if message["role"] == "assistant" or not isinstance(message["content"], str):
-        return message
-    return {**message, "content": turns.without_marks(message["content"])}
-
-
 def _text_and_bytes(tokenizer: "PreTrainedTokenizerBase", number: int, after: int | None) -> tuple[str, bytes]:
     """Return what a token adds to the text before it; the bytes of a part of a letter are its own."""
     before = "" if after is None else tokenizer.decode([after])
@@ -494,7 +494,7 @@ def opened(args: ServeArguments) -> socket.socket:
 def serve(args: ServeArguments, speaker: Speaker, listening: socket.socket) -> None:
     """Serve a model until Ctrl-C."""
     name, key = args.served_model_name or args.model_name_or_path, os.environ.get(API_KEY) or None
-    server = Server(speaker, name, args.max_waiting, LOOPBACK if args.host in LOOPBACK else None, key)
+    server = Server(speaker, name, args.max_waiting, LOOPBACK if args.host in LOOPBACK else None, key, args.seed)
     say(f"serving {name} at {address_of(listening)}/v1 (Ctrl-C ends)")
     config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)
     running = _Uvicorn(config)
