@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,20 @@ def test_impossible_flags_are_refused():
 # ---- the page in a browser ----
 
 
+@pytest.mark.slow
+def test_a_choice_counts_only_for_the_pair_that_is_seen(tmp_path):
+    page_module = pytest.importorskip("hfllm.stages.label.page")
+    votes = Votes(tmp_path, pairs(3), ["anna"])
+    page = page_module.Page(votes)
+    session, *_, seen = page._rename(page_module.Session(), "anna")
+    session = replace(session, began=0.0)
+    # Over a slow line the browser still shows the pair before, and keys are pressed again.
+    page._voting(page_module.LEFT)(session, "another", "", "")
+    assert votes.votes == []
+    page._voting(page_module.LEFT)(session, seen, "", "")
+    assert [each.pair for each in votes.votes] == [seen]
+
+
 @pytest.fixture
 def served(tmp_path):
     """Start `hfllm label` on rows with a hostile answer; yield its address, its folder and its process."""
@@ -270,13 +285,6 @@ def browser():
         chromium.close()
 
 
-def waited(condition, seconds=15):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert condition()
-
-
 def open_page(browser, address, name, **sizes):
     """Open the page, and keep what it asks for and says."""
     page = browser.new_page(**sizes)
@@ -285,9 +293,15 @@ def open_page(browser, address, name, **sizes):
     page.on("pageerror", lambda error: page.said.append(str(error)))
     page.goto(f"{address}/?name={name}")
     page.wait_for_selector("#answer-left .turn", timeout=30000)
-    # A choice sooner than a person can read does not count.
-    time.sleep(0.6)
+    read(page)
     return page
+
+
+def read(page, words=None):
+    """Wait until the page shows these words of its progress, and then as long as a person reads at least."""
+    if words is not None:
+        page.wait_for_function("words => document.querySelector('#progress').innerText.includes(words)", arg=words)
+    time.sleep(0.6)
 
 
 @pytest.mark.slow
@@ -303,13 +317,11 @@ def test_people_label_in_a_browser(served, browser):
     page = open_page(browser, address, "anna")
     left = page.inner_text("#answer-left .words")
     page.click("#vote-left")
-    waited(lambda: count() == 1)
-    assert lines(folder / "labels.jsonl")[0]["chosen"][0]["content"] == left
+    read(page, "1 of 9")
+    assert count() == 1 and lines(folder / "labels.jsonl")[0]["chosen"][0]["content"] == left
     # By keyboard, and not while one writes.
-    time.sleep(0.6)
     page.keyboard.press("2")
-    waited(lambda: count() == 2)
-    time.sleep(0.6)
+    read(page, "2 of 9")
     page.click("#edit button")
     page.fill("#text-right textarea", "2 better 1")
     page.press("#text-right textarea", "3")
@@ -320,30 +332,27 @@ def test_people_label_in_a_browser(served, browser):
     page.wait_for_selector("text=You changed the right text")
     assert count() == 2
     page.click("#save-right")
-    waited(lambda: count() == 3)
-    assert lines(folder / "edits.jsonl")[0]["completion"][0]["content"] == "2 better 13"
-    time.sleep(0.6)
+    read(page, "3 of 9")
+    assert count() == 3 and lines(folder / "edits.jsonl")[0]["completion"][0]["content"] == "2 better 13"
     page.keyboard.press("u")
-    waited(lambda: count() == 4 and lines(votes)[-1]["is_undone"])
-    time.sleep(0.6)
+    read(page, "2 of 9")
+    assert count() == 4 and lines(votes)[-1]["is_undone"]
     # Reloaded: the same pair, with the same sides.
     before = page.inner_text("#prompt"), page.inner_text("#answer-left")
     page.reload()
     page.wait_for_selector("#answer-left .turn")
+    read(page, "2 of 9")
     assert (page.inner_text("#prompt"), page.inner_text("#answer-left")) == before
-    assert "2 of 9" in page.inner_text("#progress")
     # Another annotator, in a narrow window: nothing is cut off.
     other = open_page(browser, address, "ben", viewport={"width": 360, "height": 740})
     assert other.evaluate("document.documentElement.scrollWidth") <= 360
     for name in ("left", "tie", "right", "both_bad", "skip", "undo"):
         box = other.locator(f"#vote-{name}").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
-    for _ in range(9):
-        done = count()
+    for done in range(1, 10):
         other.keyboard.press("5")
-        waited(lambda done=done: count() == done + 1)
-        time.sleep(0.6)
-    assert "All done" in other.inner_text("#prompt")
+        read(other, f"{done} of 9")
+    assert count() == 13 and "All done" in other.inner_text("#prompt")
     # What answers say does nothing and fetches nothing.
     for each in (page, other):
         assert each.title() == "hfllm label" and not each.said

@@ -96,6 +96,11 @@ class Session:
     is_warned: bool = False
 
 
+def _unchanged(session: Session) -> list[Any]:
+    """Return what all parts of the page show where they stay as they are."""
+    return [session, *[gr.skip()] * 7]
+
+
 class Page:
     """The page.
 
@@ -145,15 +150,17 @@ class Page:
                         texts.append(gr.Textbox(label=f"{side.title()}, edited", lines=4, elem_id=f"text-{side}"))
             with gr.Row(elem_classes="votes"):
                 edits = [gr.Button(f"Save the {side} text", elem_id=f"save-{side}") for side in (LEFT, RIGHT)]
-        shown = [prompt, *columns, *texts]
+        # What the browser shows: over a slow line that is still the pair before.
+        seen = gr.Textbox(visible=False)
+        shown = [prompt, *columns, *texts, seen]
         views = [session, progress, *shown]
         for each, button in buttons.items():
             if each == UNDO:
                 button.click(self._undo, [session], views, **QUIET)
             else:
-                button.click(self._voting(each), [session, *texts], views, **QUIET)
+                button.click(self._voting(each), [session, seen, *texts], views, **QUIET)
         for side, button in zip((LEFT, RIGHT), edits, strict=True):
-            button.click(self._voting(side, is_edit=True), [session, *texts], views, **QUIET)
+            button.click(self._voting(side, is_edit=True), [session, seen, *texts], views, **QUIET)
         return shown
 
     # ---- events ----
@@ -170,7 +177,7 @@ class Page:
             known = f": one of {', '.join(self.votes.annotators)}" if self.votes.annotators else f": {letters}"
             return self._show(Session(), None, f"Please write your name{known}.")
         if name == session.name:
-            return [session, *[gr.skip()] * 6]
+            return _unchanged(session)
         return self._show(Session(name), self.votes.next_of(name))
 
     def _voting(self, choice: str, is_edit: bool = False) -> Callable[..., list[Any]]:
@@ -181,10 +188,10 @@ class Page:
             is_edit: whether it saves the text of its side; the buttons of a side do so where the text was changed.
         """
 
-        def vote(session: Session, *texts: str) -> list[Any]:
+        def vote(session: Session, seen: str, *texts: str) -> list[Any]:
             seconds = time.time() - session.began
-            if not session.pair or seconds < LEAST_SECONDS:
-                return [session, *[gr.skip()] * 6]
+            if not session.pair or seen != session.pair or seconds < LEAST_SECONDS:
+                return _unchanged(session)
             is_swapped = self.votes.is_swapped(session.name, session.pair)
             sides = {LEFT: SECOND if is_swapped else FIRST, RIGHT: FIRST if is_swapped else SECOND}
             pair, chosen = self.votes.pairs[session.pair], sides.get(choice, choice)
@@ -197,13 +204,13 @@ class Page:
             edited = changed.pop(choice, None)
             if is_edit and edited is None:
                 gr.Warning("The text is as it was: change it, or choose a side.")
-                return [session, *[gr.skip()] * 6]
+                return _unchanged(session)
             if changed and not session.is_warned:
                 sides = " and ".join(changed)
                 gr.Warning(
                     f"You changed the {sides} text, which this does not save: choose that side, or press again."
                 )
-                return [replace(session, is_warned=True), *[gr.skip()] * 6]
+                return _unchanged(replace(session, is_warned=True))
             try:
                 self.votes.add(Vote(session.pair, session.name, chosen, is_swapped, round(seconds, 2), edited))
             except InputError as error:
@@ -216,7 +223,7 @@ class Page:
         pair = self.votes.undo(session.name) if session.name else None
         if pair is None:
             gr.Info("There is nothing to take back.")
-            return [session, *[gr.skip()] * 6]
+            return _unchanged(session)
         return self._show(session, pair)
 
     def _show(self, session: Session, pair: Pair | None, message: str | None = None) -> list[Any]:
@@ -224,7 +231,7 @@ class Page:
         if pair is None:
             done = message or "All done. Thank you!"
             progress = self._progress(session.name) if session.name else ""
-            return [replace(session, pair=""), progress, f'<div class="done">{plain(done)}</div>', "", "", "", ""]
+            return [replace(session, pair=""), progress, f'<div class="done">{plain(done)}</div>', *[""] * 5]
         answers = list(pair.answers)
         if self.votes.is_swapped(session.name, pair.id):
             answers.reverse()
@@ -234,6 +241,7 @@ class Page:
             shown_messages(as_messages(pair.prompt), pair.images),
             *(shown_messages(answer, title=side.title()) for side, answer in zip((LEFT, RIGHT), answers, strict=True)),
             *map(text_of, answers),
+            pair.id,
         ]
 
     def _progress(self, name: str) -> str:
