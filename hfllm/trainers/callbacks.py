@@ -35,6 +35,7 @@ from transformers.trainer_utils import has_length
 
 from hfllm.data.packing import start_of
 from hfllm.errors import InputError, refuse_if
+from hfllm.flags import given_names
 from hfllm.generation.responses import fast_option, without_cpu_autocast
 from hfllm.models.loading.saved import max_length_of
 from hfllm.outputs.checkpoints import write_checksums
@@ -227,11 +228,25 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+class LogsOfShortRuns(TrainerCallback):
+    """Log a run of few steps at least ten times, so that its plots are lines; `--logging_steps` of the user wins."""
+
+    LEAST = 10
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        given = given_names(args)
+        if given is not None and not {"logging_steps", "logging_strategy"} & {*given}:
+            state.logging_steps = min(state.logging_steps, max(1, state.max_steps // self.LEAST))
+
+
 def use_plain_lines(trainer: Trainer) -> None:
     """Let any `Trainer` print plain lines, and on a terminal a moving one, instead of whole dictionaries and bars."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PlainPrinter() if trainer.args.disable_tqdm else MovingLine())
+    trainer.add_callback(LogsOfShortRuns())
 
 
 # ---- checksums ----

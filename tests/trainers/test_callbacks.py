@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from hfllm.flags import GIVEN
 from hfllm.runs import schedule
 from hfllm.runs.schedule import Job, Planned
 from hfllm.trainers import callbacks
@@ -153,3 +154,22 @@ def test_a_trainer_gets_the_one_or_the_other(disable_tqdm, kind, make_model, tok
     assert [line.endswith(" left") for line in lines] == [kind is PlainPrinter, False, False]
     assert ("step 2/2" in err) == (kind is MovingLine)
     assert screen(err.rpartition("\n")[2]) == [""]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [(("max_steps",), 1), (("max_steps", "logging_steps"), 50), ((), 1), (None, 50)]
+)
+def test_a_short_run_is_logged_often_unless_its_user_says_how_often(given, wanted, make_model, tokenizer, tmp_path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    options = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "max_steps": 12, "logging_steps": 50}
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4, "labels": [[5, 6, 7]] * 4})
+    args = TrainingArguments(str(tmp_path), disable_tqdm=True, **options)
+    if given is not None:
+        object.__setattr__(args, GIVEN, given)
+    trainer = Trainer(make_model(), args, train_dataset=rows, processing_class=tokenizer)
+    use_plain_lines(trainer)
+    trainer.train()
+    logged = [each["step"] for each in trainer.state.log_history if "loss" in each]
+    assert logged == ([*range(1, 13)] if wanted == 1 else [])
