@@ -1,14 +1,14 @@
 """The data receipt of a run: files, rows, columns and keys of its datasets that were read, and those that were not."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hfllm.data.formats import MESSAGE_KEYS, Dropped
-from hfllm.data.sources import folder_of, skipped_files, source_files
+from hfllm.data.sources import JoinedRow, folder_of, skipped_files, source_files
 
 # Names in a printed line, of files or columns; the file has all.
 MAX_NAMES = 8
@@ -66,6 +66,7 @@ class Receipt:
     _seen: set[int] = field(default_factory=set)
     _ignored: Counter[str] = field(default_factory=Counter)
     _present: ReadRow | None = None
+    _held: list[ReadRow] = field(default_factory=list)
     _names: dict[str, str] = field(default_factory=dict)
 
     def take(self, origin: str, row: Mapping[str, Any]) -> ReadRow:
@@ -75,6 +76,12 @@ class Receipt:
         self.files[self._file_of(origin)] += 1
         self._present = ReadRow(row)
         return self._present
+
+    def hold(self, origin: str, row: Mapping[str, Any]) -> ReadRow:
+        """Count a row, and return it as one that notes what is read of it until the receipt is asked for."""
+        result, self._present = self.take(origin, row), None
+        self._held.append(result)
+        return result
 
     def drop(self) -> None:
         """Forget what was read of the present row: it is left out."""
@@ -91,12 +98,19 @@ class Receipt:
     @property
     def ignored(self) -> dict[str, int]:
         self._settle()
+        while self._held:
+            self._note(self._held.pop())
         return dict(self._ignored)
 
     def _settle(self) -> None:
         """Count what nothing has read of the present row."""
         row, self._present = self._present, None
-        for name, value in dict.items(row) if row is not None else ():
+        if row is not None:
+            self._note(row)
+
+    def _note(self, row: ReadRow) -> None:
+        """Count which columns of a row were read, and which were not."""
+        for name, value in dict.items(row):
             if name in row.used:
                 self.used.add(name)
                 self._ignored.update(_unread_keys(name, value))
@@ -178,6 +192,22 @@ def begin_receipt(dataset: str, split: str = "train") -> Receipt:
     """Return the receipt of a dataset that is about to be read."""
     _receipts[dataset, split] = receipt = Receipt(dataset, split)
     return receipt
+
+
+def receipted(
+    dataset: str, rows: Iterable[tuple[str, Mapping[str, Any]]], split: str = "train"
+) -> Iterator[tuple[str, ReadRow]]:
+    """Yield the rows of a dataset with their origins, each to be read before the next one, and keep a receipt."""
+    receipt = begin_receipt(dataset, split)
+    for origin, row in rows:
+        receipt.joined += [origin] * isinstance(row, JoinedRow)
+        yield origin, receipt.take(origin, row)
+
+
+def receipted_whole(dataset: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, ReadRow]]:
+    """Return the rows of a small dataset, which are read in any order until the run ends, and keep a receipt."""
+    receipt = begin_receipt(dataset)
+    return [(origin, receipt.hold(origin, row)) for origin, row in rows]
 
 
 def receipts_of(arguments: Mapping[str, Any]) -> list[Receipt]:

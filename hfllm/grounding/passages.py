@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, overload
 from hfllm import durable
 from hfllm.data.formats import to_text
 from hfllm.data.passages import Passage
+from hfllm.data.receipt import receipted
 from hfllm.data.sources import TRAIN, HubPart, iterate_source
 from hfllm.errors import InputError, first_line, refuse_if
 
@@ -257,7 +258,7 @@ class Passages(Sequence[Passage]):
             raise InputError(f"max_samples={max_samples!r:.40}: expected a whole number of at least 1, or None")
 
         def passages() -> Iterator[Passage]:
-            for origin, row in islice(iterate_source(name, part), max_samples):
+            for origin, row in receipted(name, islice(iterate_source(name, part), max_samples), part.split):
                 for start, text in chunker.chunks(to_text(origin, row)):
                     yield Passage(text, origin, start)
 

@@ -16,6 +16,7 @@ from hfllm.data.sources import load_source
 from hfllm.data.tokenizer import set_built_in, train_tokenizer
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.preferences import EQUAL, Preferences
+from hfllm.grounding.passages import Passages
 from hfllm.rewards.functions import checked_rewards, exact_match
 
 MAPPERS = {"sft": to_sft, "preference": to_preference, "prompt": to_prompt, "text": to_text}
@@ -432,3 +433,15 @@ def test_no_word_of_an_odd_row_is_lost_in_silence(tmp_path):
         if not is_told:
             lost.append((stage, row, where))
     assert lost == []
+
+
+def test_passages_and_files_of_a_suite_have_a_receipt_too(tmp_path):
+    passages, pairs = tmp_path / "passages.jsonl", tmp_path / "pairs.jsonl"
+    passages.write_text('{"text": "The fox is red.", "page": 3}\n{"text": "The owl is grey."}\n')
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "source": "me"}\n' * 2)
+    Passages.from_source(str(passages))
+    list(Preferences([str(pairs)]).items())
+    by_name = {receipt.dataset: receipt for receipt in receipts_of({"one": [str(pairs)], "other": str(passages)})}
+    assert by_name[str(passages)].rows == 2 and by_name[str(passages)].ignored == {"page": 1}
+    assert by_name[str(pairs)].ignored == {"source": 2}
+    assert by_name[str(pairs)].used == {"prompt", "chosen", "rejected"}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hfllm.data.passages import with_passages
+from hfllm.data.receipt import receipted
 from hfllm.data.sources import iterate_source
 from hfllm.data.world.passages import held_out_names
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, PHRASINGS, WELL_SAID, phrase
@@ -116,7 +117,7 @@ def file_material(path: str) -> Material:
     A row without an answer is about a subject unknown to the model. `beginning` is the beginning of the answer, up to
     the value; `passage` stands before the question and tells the answer.
     """
-    rows = [_row(origin, row) for origin, row in iterate_source(path)]
+    rows = [_row(origin, row) for origin, row in receipted(path, iterate_source(path))]
     refuse_if(not rows, f"{path}: no rows; each needs subject, question and answer")
     values = list(dict.fromkeys(fact.value for fact, _ in rows if fact.value))
     facts = [replace(fact, others=_others(values, fact.value)) for fact, passage in rows if fact.value and not passage]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
 from hfllm.data.formats import Message, unspelled
 from hfllm.data.images.rows import words_of_places
+from hfllm.data.receipt import receipted_whole
 from hfllm.data.sources import load_source, parse_json
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError, refuse_if
@@ -176,7 +177,8 @@ def rows_of(path: str, needed: Sequence[str], flag: str) -> Rows:
     refuse_if(not Path(path).is_file(), f"{flag} {path}: no such file")
     examples = _examples(path)
     source = None if examples is not None else load_source(path)
-    rows = examples if source is None else list(zip(source.origins, source.rows, strict=True))
+    found = examples if source is None else zip(source.origins, source.rows, strict=True)
+    rows = receipted_whole(path, found)
     refuse_if(not rows, f"{flag} {path}: it has no rows")
     for origin, row in rows:
         missing = [name for name in needed if row.get(name) is None]

@@ -31,6 +31,7 @@ from hfllm.data import formats
 from hfllm.data.augmentation import ENGLISH_TESTS, PERTURBATIONS, WORLD_TESTS, AddedTexts, perturb
 from hfllm.data.formats import Message
 from hfllm.data.images.rows import refuse_images
+from hfllm.data.receipt import receipted
 from hfllm.data.sources import iterate_source
 from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.rubric import (
@@ -145,7 +146,7 @@ def row_items(name: str, most: int | None, seed: int, num_attacks: int = 0) -> l
         most: rows, from the first; `None` for all.
     """
     base: list[tuple[str, Question]] = []
-    for number, (origin, row) in enumerate(iterate_source(name)):
+    for number, (origin, row) in enumerate(receipted(name, iterate_source(name))):
         if number == most:
             break
         refuse_images(origin, row, "this suite")
