@@ -29,6 +29,8 @@ SHIPPED = "shipped_flags"
 OFF = (False, "no", "none", -1)
 # The word in a list of names for none of them.
 NO_NAME = "none"
+# The group of flags in a recipe's help that are of no use with data and a model of one's own.
+WORLD_GROUP = "The embedded world alone"
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,13 @@ class Rules:
         takes: the numbers.
         some_of: the valid names in a list, or none of them by the word none.
         never: facts with which the flag is refused.
+        group: its group in a recipe's help; empty for that of its dataclass.
     """
 
     takes: Range | None = None
     some_of: tuple[str, ...] = ()
     never: tuple[Fact, ...] = ()
+    group: str = ""
 
 
 class Help(str):
@@ -120,6 +124,7 @@ def flag(
     takes: Range | None = None,
     some_of: Sequence[str] = (),
     never: Fact | tuple[Fact, ...] = (),
+    group: str = "",
 ) -> Any:
     """Return a dataclass field for a flag, with its help and its rules.
 
@@ -130,9 +135,10 @@ def flag(
         takes: the valid numbers, besides none at all.
         some_of: the valid names in a list of them; none of them is the single word none.
         never: facts with which it has no effect. A flag with another value than its default is refused then.
+        group: its group in a recipe's help, if not that of its dataclass.
     """
     help_ = Help(text)
-    help_.rules = Rules(takes, tuple(some_of), _several(never))
+    help_.rules = Rules(takes, tuple(some_of), _several(never), group)
     metadata = {"help": help_, **({"choices": list(choices)} if choices else {})}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)

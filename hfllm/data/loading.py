@@ -27,7 +27,7 @@ from hfllm.data.sources import (
 )
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, check_choice, refuse_if
-from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import BELOW_ONE, NOT_NEGATIVE, WORLD_GROUP, Fact, Flags, Refused, at_least, check_flags, flag
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +41,10 @@ NUM_HELD_OUT_DOCUMENTS = 1000
 
 
 ON_WORLD = Fact(lambda flags: flags.dataset_name == WORLD, "the data is the embedded world's")
+OFF_WORLD = Fact(
+    lambda flags: not _names_world(flags),
+    "it is of the embedded world, and the data is your own; --max_samples takes the first of your rows",
+)
 MIXED = Fact(lambda flags: flags.dataset_mixture, "a mixture has several datasets")
 # For recipes that ask your model your prompts, or the embedded world's model the world's.
 FOREIGN_PROMPTS = (
@@ -68,6 +72,12 @@ HELD_WHOLE = Fact(
     lambda flags: flags.holds_rows and flags.max_samples is None,
     "the rows are held in memory: say how many by --max_samples",
 )
+
+
+def _names_world(flags: Flags) -> bool:
+    """Return whether some of a run's data is the embedded world's."""
+    mixed = [each.rpartition(":")[0] for each in flags.dataset_mixture or ()]
+    return WORLD in (*(mixed or [flags.dataset_name]), flags.ptx_dataset_name)
 
 
 def _is_here(name: str) -> bool:
@@ -185,7 +195,7 @@ class DataArguments:
         "Other names of the dataset's columns, each OURS=THEIRS: prompt=question response=answer.",
         never=MADE_HERE,
     )
-    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
+    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE, group=WORLD_GROUP)
 
     # Whether a column outside of all formats may be of use, such as to a reward function.
     takes_any_column: ClassVar[bool] = False
@@ -286,27 +296,42 @@ class InstructionArguments(RowArguments):
 class TextArguments(DataArguments):
     """Which texts, and how many."""
 
-    num_documents: int = flag(40000, "Documents of the embedded world to train on.", takes=at_least(0))
+    num_documents: int = flag(
+        40000, "Documents of the embedded world to train on.", takes=at_least(0), never=OFF_WORLD, group=WORLD_GROUP
+    )
     world_deeds: float = flag(
         0.0,
         "Share of them that speak of deeds, harmful ones too: constitutional AI starts from such a model.",
         takes=BELOW_ONE,
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
     )
     world_reasoning: float = flag(
         0.0,
         "Share of them to reason about, with thoughts that do: recipes/reason.py starts from them.",
         takes=BELOW_ONE,
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
     )
     world_tools: float = flag(
         0.0,
         "Share of them in which people call tools: a model that is to use tools starts from them.",
         takes=BELOW_ONE,
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
     )
     world_passages: float = flag(
-        0.0, "Share of them in which people answer from passages: recipes/ground.py starts from them.", takes=BELOW_ONE
+        0.0,
+        "Share of them in which people answer from passages: recipes/ground.py starts from them.",
+        takes=BELOW_ONE,
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
     )
     world_forms: float = flag(
-        0.0, "Share of them in upper case or without punctuation, so that questions may be asked so too."
+        0.0,
+        "Share of them in upper case or without punctuation, so that questions may be asked so too.",
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
     )
     dataset_mixture: list[str] | None = flag(
         None, "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."

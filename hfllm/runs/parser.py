@@ -6,12 +6,13 @@ import importlib.util
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from hfllm.errors import InputError, redact, refuse_if
+from hfllm.flags import rules_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -155,16 +156,15 @@ class PlainParser(NearestNameErrors, argparse.ArgumentParser):
 def add_fields(parser: argparse.ArgumentParser, kind: "type[DataclassInstance]", short: bool = False) -> None:
     """Add a flag for every field, in a group for every class with fields of its own, the class itself first.
 
+    Groups that flags name themselves come last.
+
     Args:
         short: only for help: one name per flag, and a word for the type of its value.
     """
-    hints, left = get_type_hints(kind), {item.name: item for item in fields(kind)}
-    for owner in kind.__mro__:
-        own = [left.pop(name) for name in vars(owner).get("__annotations__", {}) if name in left]
-        if not own:
-            continue
-        group = parser.add_argument_group((owner.__doc__ or owner.__name__).splitlines()[0].rstrip("."))
-        for item in own:
+    hints = get_type_hints(kind)
+    for title, items in _groups_of(kind).items():
+        group = parser.add_argument_group(title)
+        for item in items:
             default = item.default_factory() if item.default is MISSING else item.default
             options = {"default": default, "dest": item.name, **_how_to_read(hints[item.name]), **item.metadata}
             names = dict.fromkeys((f"--{item.name}", f"--{item.name.replace('_', '-')}"))
@@ -175,6 +175,19 @@ def add_fields(parser: argparse.ArgumentParser, kind: "type[DataclassInstance]",
             if hints[item.name] is bool and default is True:
                 names = (f"--no_{item.name}", f"--no-{item.name.replace('_', '-')}")
                 group.add_argument(*names, dest=item.name, action="store_false", help=argparse.SUPPRESS)
+
+
+def _groups_of(kind: "type[DataclassInstance]") -> dict[str, list[Field]]:
+    """Return the fields of a dataclass by the title of their group, those of groups that flags name last."""
+    left, rules = {item.name: item for item in fields(kind)}, rules_of(kind)
+    groups: dict[str, list[Field]] = {}
+    named: dict[str, list[Field]] = {}
+    for owner in kind.__mro__:
+        title = (owner.__doc__ or owner.__name__).splitlines()[0].rstrip(".")
+        for item in [left.pop(name) for name in vars(owner).get("__annotations__", {}) if name in left]:
+            own = rules[item.name].group if item.name in rules else ""
+            (named if own else groups).setdefault(own or title, []).append(item)
+    return groups | named
 
 
 # What looks like a field of a dataclass in the source of a library.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import ON_WORLD, InstructionArguments
 from hfllm.data.sources import WORLD
-from hfllm.flags import NAMED, POSITIVE, SHARE, UNNAMED, Clashes, Fact, Refused, at_least, changed, flag
+from hfllm.flags import NAMED, POSITIVE, SHARE, UNNAMED, WORLD_GROUP, Clashes, Fact, Refused, at_least, changed, flag
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
@@ -154,10 +154,16 @@ class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments
             "the answers are the data's; --answers sampled lets the teacher write them",
         ),
     )
-    pretrain_config: str | None = flag(None, "YAML flags of the teacher's pretraining.", never=TEACHER_NAMED)
-    sft_config: str | None = flag(None, "YAML flags of the teacher's fine-tuning.", never=TEACHER_NAMED)
-    reward_config: str | None = flag(None, "YAML flags of the teacher's reward model.", never=TEACHER_NAMED)
-    rlhf_config: str | None = flag(None, "YAML flags of the teacher's rlhf.", never=TEACHER_NAMED)
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the teacher's pretraining.", never=TEACHER_NAMED, group=WORLD_GROUP
+    )
+    sft_config: str | None = flag(
+        None, "YAML flags of the teacher's fine-tuning.", never=TEACHER_NAMED, group=WORLD_GROUP
+    )
+    reward_config: str | None = flag(
+        None, "YAML flags of the teacher's reward model.", never=TEACHER_NAMED, group=WORLD_GROUP
+    )
+    rlhf_config: str | None = flag(None, "YAML flags of the teacher's rlhf.", never=TEACHER_NAMED, group=WORLD_GROUP)
 
     refused: ClassVar[Refused] = {
         **dict.fromkeys(("load_in_8bit", "load_in_4bit"), NO_ADAPTER),

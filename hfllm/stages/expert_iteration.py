@@ -20,6 +20,7 @@ from hfllm.flags import (
     POSITIVE,
     SEED,
     UNNAMED,
+    WORLD_GROUP,
     Clashes,
     Refused,
     at_least,
@@ -97,8 +98,8 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
     batch_size: int = flag(64, "Prompts that are answered at once.", takes=at_least(1))
     num_prompts: int = flag(1500, "Prompts of the embedded world to sample from.", takes=at_least(1))
     num_eval_prompts: int = flag(100, "Held-out prompts, at most this many.", takes=at_least(1))
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.", never=NAMED)
-    sft_config: str | None = flag(None, "YAML flags of the world model's fine-tuning.", never=NAMED)
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.", never=NAMED, group=WORLD_GROUP)
+    sft_config: str | None = flag(None, "YAML flags of the world model's fine-tuning.", never=NAMED, group=WORLD_GROUP)
     round_config: str | None = flag(None, "YAML flags of the fine-tuning in each round.")
 
     # Other columns go to the reward functions.

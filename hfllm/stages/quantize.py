@@ -15,7 +15,7 @@ from hfllm.data.images.rows import (
 from hfllm.data.loading import DataArguments, RowSource
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.errors import InputError, refuse_if
-from hfllm.flags import ALWAYS, NAMED, NO_NAME, SEED, Clashes, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, NO_NAME, SEED, WORLD_GROUP, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.outputs.report import Bars
 from hfllm.runs.flags import RemoteCodeArguments
 
@@ -106,8 +106,8 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
     prompt_tokens: int = flag(128, "Tokens of each of the four timed prompts.", takes=at_least(1))
     new_tokens: int = flag(32, "Tokens to generate when timed.", takes=at_least(1))
     rounds: int = flag(5, "Repetitions of the timing; the median is reported, 0 means no timing.", takes=at_least(0))
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.", never=NAMED)
-    sft_config: str | None = flag(None, "YAML flags of the fine-tuning stage.", never=NAMED)
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.", never=NAMED, group=WORLD_GROUP)
+    sft_config: str | None = flag(None, "YAML flags of the fine-tuning stage.", never=NAMED, group=WORLD_GROUP)
     push_to_hub: bool = flag(False, "Publish the saved model at the end.")
     hub_model_id: str | None = flag(None, "Where: owner/name or name; by default the output folder's name.")
     hub_private_repo: bool | None = flag(None, "Whether a new repository is private.")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, ImageReading, PictureArguments, without_images
-from hfllm.data.loading import ON_WORLD, RowArguments, RowSources
+from hfllm.data.loading import OFF_WORLD, RowArguments, RowSources
 from hfllm.errors import InputError, refuse_if
-from hfllm.flags import NAMED, SEED, SHARE, Refused, at_least, changed, flag
+from hfllm.flags import NAMED, SEED, SHARE, WORLD_GROUP, Refused, at_least, changed, flag
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.command_line import say
 from hfllm.stages.shared import (
@@ -51,24 +51,53 @@ class RewardArguments(
 ):
     """Comparison data."""
 
-    num_pairs: int = flag(6000, "Prompts of the embedded world to compare responses to.", takes=at_least(1))
-    on_policy_fraction: float = flag(
-        2 / 3, "Share of the world's comparisons between the model's own samples.", takes=SHARE
+    num_pairs: int = flag(
+        6000,
+        "Prompts of the embedded world to compare responses to.",
+        takes=at_least(1),
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
     )
-    num_samples: int = flag(3, "Samples of the model for each prompt of that share.", takes=at_least(1))
+    on_policy_fraction: float = flag(
+        2 / 3,
+        "Share of the world's comparisons between the model's own samples.",
+        takes=SHARE,
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
+    )
+    num_samples: int = flag(
+        3, "Samples of the model for each prompt of that share.", takes=at_least(1), never=OFF_WORLD, group=WORLD_GROUP
+    )
     label_noise: float = flag(
-        0.1, "Share of wrong labels in the world's comparisons; 0.5 makes them worthless.", takes=SHARE
+        0.1,
+        "Share of wrong labels in the world's comparisons; 0.5 makes them worthless.",
+        takes=SHARE,
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
     )
     comparison_seed: int | None = flag(
         None,
         "Seed of the world's comparisons, if not --seed, to train several models on the same ones.",
-        never=ON_WORLD.absent("it applies only to the embedded world"),
         takes=SEED,
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
     )
-    response_length: int = flag(40, "Longest response sampled for comparison, in tokens.", takes=at_least(1))
-    num_eval_prompts: int = flag(360, "Held-out prompts of the world to compare on.", takes=at_least(1))
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining, over those for the world.", never=NAMED)
-    sft_config: str | None = flag(None, "YAML flags of the fine-tuning, over those for the world.", never=NAMED)
+    response_length: int = flag(
+        40,
+        "Longest response sampled for comparison, in tokens.",
+        takes=at_least(1),
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
+    )
+    num_eval_prompts: int = flag(
+        360, "Held-out prompts of the world to compare on.", takes=at_least(1), never=OFF_WORLD, group=WORLD_GROUP
+    )
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the pretraining, over those for the world.", never=NAMED, group=WORLD_GROUP
+    )
+    sft_config: str | None = flag(
+        None, "YAML flags of the fine-tuning, over those for the world.", never=NAMED, group=WORLD_GROUP
+    )
 
     refused: ClassVar[Refused] = {
         "augment": SHOWS,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse, refuse_if
-from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, Clashes, Fact, Refused, at_least, flag
+from hfllm.flags import ALWAYS, NAMED, POSITIVE, SEED, WORLD_GROUP, Clashes, Fact, Refused, at_least, flag
 from hfllm.outputs.figures import with_error
 from hfllm.outputs.report import Plot
 from hfllm.outputs.verdict import Promise
@@ -90,8 +90,8 @@ class SpeculativeArguments(DataArguments, RemoteCodeArguments):
         "Run the models through torch.compile.",
         never=Fact(lambda flags: flags.draft == "int8", "the int8 draft uses packed weights, which are not compiled"),
     )
-    pretrain_config: str | None = flag(None, "YAML flags of the target's pretraining.", never=NAMED)
-    sft_config: str | None = flag(None, "YAML flags of the target's fine-tuning.", never=NAMED)
+    pretrain_config: str | None = flag(None, "YAML flags of the target's pretraining.", never=NAMED, group=WORLD_GROUP)
+    sft_config: str | None = flag(None, "YAML flags of the target's fine-tuning.", never=NAMED, group=WORLD_GROUP)
     draft_config: str | None = flag(
         None,
         "YAML flags of the distillation that makes the draft model.",

@@ -4,7 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import distill
@@ -20,7 +20,9 @@ from transformers import AutoTokenizer
 from trl import import_utils
 
 from hfllm import HfllmForSequenceClassification
+from hfllm.data.loading import TextArguments
 from hfllm.errors import InputError
+from hfllm.flags import check_flags
 from hfllm.runs.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -138,6 +140,34 @@ def test_a_preference_that_is_neither_a_nor_b(tmp_path):
     path = jsonl(tmp_path / "pairs.jsonl", row, {**row, "preference": "both"})
     message = complaint("reward", "--dataset_name", path, "--output_dir", tmp_path / "out")
     assert message == f"{path}, line 2: preference is 'both'; expected 'a' or 'b'"
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag"),
+    [("pretrain", "num_documents"), ("sft", "num_examples"), ("reward", "num_pairs"), ("rlhf", "num_prompts")],
+)
+def test_sizes_of_the_world_are_refused_for_rows_of_ones_own(stage, flag, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    rows = ("--model_name_or_path", tmp_path, "--dataset_name", tmp_path / "rows.jsonl")
+    message = complaint(stage, *rows, f"--{flag}", 5, "--output_dir", tmp_path / "out")
+    assert (
+        message.startswith(f"--{flag} cannot be used here: it is of the embedded world") and "--max_samples" in message
+    )
+
+
+def test_the_worlds_flags_have_effect_where_a_part_of_the_data_is_the_worlds():
+    mixed = TextArguments(dataset_mixture=["world:1", "rows.jsonl:1"], num_documents=7)
+    check_flags(mixed)
+    with pytest.raises(InputError, match="--num_documents cannot be used here"):
+        check_flags(replace(mixed, dataset_mixture=["rows.jsonl:1"]))
+
+
+def test_help_sets_the_worlds_flags_apart(capsys):
+    with pytest.raises(SystemExit):
+        reward.parse(["--help"])
+    before, apart = capsys.readouterr().out.split("The embedded world alone:")
+    apart = apart.partition("\n\n")[0]
+    assert "--num_pairs" in apart and "--world_seed" in apart and "--bad_rows" not in apart and "--augment" in before
 
 
 def test_flags_without_effect_are_refused(tmp_path):

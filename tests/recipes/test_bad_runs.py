@@ -664,7 +664,7 @@ def test_errors_of_the_program_keep_their_traceback(saved, tmp_path, monkeypatch
 def test_episodes_fill_whole_rollouts_and_the_report_says_so(saved, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text("def f(completions, **columns): return [float(len(each)) for each in completions]")
-    flags = ("--model_name_or_path", saved, "--reward_funcs", f"{file}:f", "--num_prompts", 8, "--num_eval_prompts", 2)
+    flags = ("--model_name_or_path", saved, "--reward_funcs", f"{file}:f", "--num_eval_prompts", 2)
     size = ("--per_device_train_batch_size", 4, "--num_mini_batches", 1, "--num_ppo_epochs", 1, "--response_length", 2)
     output = ("--total_episodes", 3, "--output_dir", tmp_path / "out", "--save_strategy", "no")
     script_args, training_args, model_args = rlhf.parse(list(map(str, (*flags, *size, *output))))

@@ -140,7 +140,7 @@ def test_sft_learns_from_the_response_only(tiny, tmp_path, monkeypatch):
         return train(self, *args, **kwargs)
 
     monkeypatch.setattr(trl.SFTTrainer, "train", spy)
-    arguments = ["--config", tiny["sft"], "--pretrain_config", tiny["pretrain"], "--dataset_name", str(path)]
+    arguments = ["--config", tiny["sft_rows"], "--pretrain_config", tiny["pretrain"], "--dataset_name", str(path)]
     sft.main(*sft.parse([*arguments, "--output_dir", str(tmp_path / "sft")]))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
     for labels in seen["labels"]:

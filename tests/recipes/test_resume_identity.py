@@ -60,7 +60,8 @@ def nothing_held():
 
 def run_in(tiny, base, stage, folder, *flags):
     recipe = import_module(stage.replace("packed", "pretrain"))
-    words = ["--config", tiny[recipe.__name__], *FLAGS[stage], *SAVES, "--output_dir", str(folder)]
+    settings = tiny["sft_rows" if stage == "sft" else recipe.__name__]
+    words = ["--config", settings, *FLAGS[stage], *SAVES, "--output_dir", str(folder)]
     if recipe.__name__ != "pretrain":
         words += ["--teacher_model_name_or_path" if stage == "distill" else "--model_name_or_path", str(base)]
     return recipe.main(*recipe.parse([*words, *map(str, flags)]))
@@ -158,7 +159,7 @@ def test_contents_count_and_neither_places_nor_times(run, cut, rows, base, tmp_p
 
 
 def test_the_batch_may_be_divided_in_another_way(tiny, base, cut, rows):
-    words = ["--config", tiny["sft"], *FLAGS["sft"], *SAVES, *AUTO, "--output_dir", cut, "--dataset_name", rows]
+    words = ["--config", tiny["sft_rows"], *FLAGS["sft"], *SAVES, *AUTO, "--output_dir", cut, "--dataset_name", rows]
     words += ["--model_name_or_path", base, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 4]
     assert Stage("sft", *import_module("sft").parse(list(map(str, words)))).checkpoint == str(cut / "checkpoint-2")
 
@@ -339,7 +340,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_resume(run, rows, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_killed_run_is_resumed_by_its_own_flags_alone(processes, run, tiny, base, rows, tmp_path, monkeypatch):
-    words = ["--config", tiny["sft"], *FLAGS["sft"], *SAVES, "--model_name_or_path", base, "--dataset_name", rows]
+    words = ["--config", tiny["sft_rows"], *FLAGS["sft"], *SAVES, "--model_name_or_path", base, "--dataset_name", rows]
     processes.run(SCRIPT, "kill", 3, "sft", *words, "--output_dir", tmp_path / "out", code=-signal.SIGKILL)
     assert (tmp_path / "out" / LOCK_FILE).exists()
     with pytest.raises(InputError, match=r"checkpoint-3 in .* was made with learning_rate=0.001, this run has"):
@@ -354,7 +355,7 @@ def test_a_killed_run_is_resumed_by_its_own_flags_alone(processes, run, tiny, ba
 def test_a_second_run_in_the_same_folder_is_refused(processes, tiny, base, rows, tmp_path):
     """By all of its processes, here two."""
     lock(tmp_path / "out")
-    words = ["--config", tiny["sft"], *SAVES, "--model_name_or_path", base, "--dataset_name", rows]
+    words = ["--config", tiny["sft_rows"], *SAVES, "--model_name_or_path", base, "--dataset_name", rows]
     words += ["--output_dir", tmp_path / "out"]
     printed = processes.torchrun(SCRIPT, "kill", -1, "sft", *words, code=2)
     assert printed.count("error: ") == 1

@@ -59,6 +59,10 @@ TINY = {
 }
 
 
+# The same for rows of one's own: the embedded world's numbers are refused there.
+TINY["sft_rows"] = {name: value for name, value in TINY["sft"].items() if name != "num_examples"}
+
+
 def write_settings(folder: Path) -> dict[str, str]:
     """Write them as YAML files, each with those of the stages before it, and return the files by stage."""
     paths = {}

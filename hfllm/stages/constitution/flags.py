@@ -14,6 +14,7 @@ from hfllm.flags import (
     POSITIVE,
     SEED,
     UNNAMED,
+    WORLD_GROUP,
     Clashes,
     Fact,
     Refused,
@@ -43,6 +44,7 @@ REVISIONS, SL, RL = LAST_STAGES = ("revisions", "sl", "rl")
 # Longest answers in tokens: of the world, and of real models.
 WORLD_LENGTH, OWN_LENGTH = 40, 128
 IS_WORLDS = "the model is the embedded world's"
+NOT_WORLDS = NAMED.because("it is of the embedded world, and the model is your own")
 NO_PPO = Fact(lambda flags: flags.last_stage != RL, "--last_stage {last_stage} has no PPO")
 # The smallest number of demonstrations with some, and a held-out one, for every control.
 FEWEST_DEMONSTRATIONS = 10
@@ -88,17 +90,32 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
         never=Fact(
             lambda flags: flags.model_name_or_path and [*flags.controls] != ["none"], "they are the world's arms"
         ),
+        group=WORLD_GROUP,
     )
     num_demonstrations: int = flag(
         18000,
         "Demonstrations of helping, critique, revision and judging, for the world's model.",
         takes=at_least(FEWEST_DEMONSTRATIONS),
+        never=NOT_WORLDS,
+        group=WORLD_GROUP,
     )
-    num_prompts: int = flag(800, "Red-team prompts of the embedded world to revise.", takes=at_least(1))
-    num_helpful_prompts: int = flag(4000, "Harmless prompts of the embedded world.", takes=at_least(0))
+    num_prompts: int = flag(
+        800,
+        "Red-team prompts of the embedded world to revise.",
+        takes=at_least(1),
+        never=NOT_WORLDS,
+        group=WORLD_GROUP,
+    )
+    num_helpful_prompts: int = flag(
+        4000, "Harmless prompts of the embedded world.", takes=at_least(0), never=NOT_WORLDS, group=WORLD_GROUP
+    )
     num_pairs: int = flag(1000, "Pairs of answers for the judge, at most, and one for each prompt.", takes=at_least(1))
     num_human_pairs: int = flag(
-        4000, "Comparisons of helpfulness by the world's annotator, with a tenth wrong.", takes=at_least(0)
+        4000,
+        "Comparisons of helpfulness by the world's annotator, with a tenth wrong.",
+        takes=at_least(0),
+        never=NOT_WORLDS,
+        group=WORLD_GROUP,
     )
     num_eval_prompts: int = flag(100, "Held-out prompts of each group, at most.", takes=at_least(1))
     num_revisions: int = flag(2, "Rounds of critique and revision.", takes=at_least(1))
@@ -134,8 +151,10 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
         never=NO_PPO.because("--last_stage {last_stage} needs no judge"),
     )
     allow_biased_judge: bool = flag(False, "Go on with a judge whose position bias exceeds its signal.")
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.", never=NAMED)
-    helpful_config: str | None = flag(None, "YAML flags of the helpful-only model's run.", never=NAMED)
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.", never=NAMED, group=WORLD_GROUP)
+    helpful_config: str | None = flag(
+        None, "YAML flags of the helpful-only model's run.", never=NAMED, group=WORLD_GROUP
+    )
     sl_config: str | None = flag(None, "YAML flags of fine-tuning on the revisions.")
     reward_config: str | None = flag(None, "YAML flags of the preference model's run.")
     rlhf_config: str | None = flag(None, "YAML flags of the run of PPO.")

@@ -10,7 +10,7 @@ from typing import ClassVar
 from hfllm.data.images.rows import OF_PICTURES, PictureArguments
 from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.errors import InputError
-from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, Clashes, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import NAMED, NOT_NEGATIVE, SEED, WORLD_GROUP, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.identity import function_files
 from hfllm.runs.pipeline import Chain, chain_before
@@ -83,8 +83,8 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     )
     suites: list[str] = flag(DEFAULT_SUITES, "What they are judged by.")
     output_dir: str = flag("outputs/evaluate", "Where the report and the samples go.")
-    seed: int = flag(42, "Of the world's models.", takes=SEED)
-    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
+    seed: int = flag(42, "Of the world's models.", takes=SEED, group=WORLD_GROUP)
+    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE, group=WORLD_GROUP)
     apply_chat_template: bool | None = flag(
         None, "Ask by the chat template, or by plain text; by default where a tokenizer has a template."
     )
@@ -150,10 +150,12 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
         "Longest written answer to the rows of a file; of tools longest turn, four of which an episode has room for.",
         takes=at_least(1),
     )
-    pretrain_config: str | None = flag(None, "YAML flags of the world's pretraining.", never=MODELS_NAMED)
-    sft_config: str | None = flag(None, "YAML flags of its fine-tuning.", never=MODELS_NAMED)
-    reward_config: str | None = flag(None, "YAML flags of its reward model.", never=MODELS_NAMED)
-    rlhf_config: str | None = flag(None, "YAML flags of its alignment.", never=MODELS_NAMED)
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the world's pretraining.", never=MODELS_NAMED, group=WORLD_GROUP
+    )
+    sft_config: str | None = flag(None, "YAML flags of its fine-tuning.", never=MODELS_NAMED, group=WORLD_GROUP)
+    reward_config: str | None = flag(None, "YAML flags of its reward model.", never=MODELS_NAMED, group=WORLD_GROUP)
+    rlhf_config: str | None = flag(None, "YAML flags of its alignment.", never=MODELS_NAMED, group=WORLD_GROUP)
     fail_on_regression: bool = flag(
         False,
         "Exit code 1 where a model is significantly worse than the first one, 2 where nothing is tested.",

@@ -25,7 +25,20 @@ from hfllm.federation.settings import (
     check_settings,
 )
 from hfllm.fingerprint import file_fingerprint
-from hfllm.flags import ALWAYS, GIVEN, NAMED, NOT_NEGATIVE, SHARE, Clashes, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import (
+    ALWAYS,
+    GIVEN,
+    NAMED,
+    NOT_NEGATIVE,
+    SHARE,
+    WORLD_GROUP,
+    Clashes,
+    Fact,
+    Refused,
+    at_least,
+    check_flags,
+    flag,
+)
 from hfllm.outputs.report import CHANGED, CONTENTS
 from hfllm.runs.identity import data_files
 from hfllm.runs.recipes import settings_file
@@ -131,9 +144,15 @@ class FederatedArguments(InstructionArguments):
         never=Fact(lambda flags: flags.organisation_files, "organisations have files"),
     )
     main_share: float = flag(
-        0.9, "Share of an organisation's rows of the world that are of one family.", takes=SHARE, never=NOT_WORLD
+        0.9,
+        "Share of an organisation's rows of the world that are of one family.",
+        takes=SHARE,
+        never=NOT_WORLD,
+        group=WORLD_GROUP,
     )
-    num_examples: int = flag(640, "Rows of the world that each organisation has.", never=NOT_WORLD, takes=at_least(1))
+    num_examples: int = flag(
+        640, "Rows of the world that each organisation has.", never=NOT_WORLD, takes=at_least(1), group=WORLD_GROUP
+    )
     rounds: int = flag(10, "How often the server takes the mean.", takes=at_least(1))
     local_steps: int = flag(4, "Optimizer steps of an organisation in a round.", takes=at_least(1))
     learner: str = flag(
@@ -238,7 +257,9 @@ class FederatedArguments(InstructionArguments):
         some_of=CONTROLS,
     )
     eval_rounds: int = flag(5, "Measure after every so many rounds, and the last one.", takes=at_least(1))
-    num_eval_prompts: int = flag(480, "Held-out questions of the world.", never=NOT_WORLD, takes=at_least(1))
+    num_eval_prompts: int = flag(
+        480, "Held-out questions of the world.", never=NOT_WORLD, takes=at_least(1), group=WORLD_GROUP
+    )
     pretrain_config: str | None = flag(
         None, "YAML flags of the pretraining that makes the base model, if none is named.", never=NAMED
     )

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import FreezingArguments
-from hfllm.data.loading import RowArguments
+from hfllm.data.loading import OFF_WORLD, RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
-from hfllm.flags import ALWAYS, POSITIVE, UNNAMED, Clashes, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, POSITIVE, UNNAMED, WORLD_GROUP, Clashes, Refused, at_least, check_flags, flag
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.pipeline import Chain, chain_before
 from hfllm.trainers.learning_rate import BatchArguments, sets_optimizer
@@ -86,11 +86,13 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         "instead of stopping.",
         never=UNNAMED.because("it needs --model_name_or_path, to count tokens"),
     )
-    num_prompts: int = flag(8192, "Prompts of the embedded world to sample from.", takes=at_least(1))
+    num_prompts: int = flag(
+        8192, "Prompts of the embedded world to sample from.", takes=at_least(1), never=OFF_WORLD, group=WORLD_GROUP
+    )
     num_eval_prompts: int = flag(360, "Held-out prompts, at most this many.", takes=at_least(1))
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.")
-    sft_config: str | None = flag(None, "YAML flags of the fine-tuning stage.")
-    reward_config: str | None = flag(None, "YAML flags of the reward-model stage.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining stage.", group=WORLD_GROUP)
+    sft_config: str | None = flag(None, "YAML flags of the fine-tuning stage.", group=WORLD_GROUP)
+    reward_config: str | None = flag(None, "YAML flags of the reward-model stage.", group=WORLD_GROUP)
 
     # Other columns go to the reward functions.
     takes_any_column: ClassVar[bool] = True

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, PictureArguments
-from hfllm.data.loading import InstructionArguments
+from hfllm.data.loading import OFF_WORLD, InstructionArguments
 from hfllm.data.sources import PYDOC, source_files
 from hfllm.errors import InputError, refuse_if
-from hfllm.flags import ALWAYS, NAMED, SHARE, Clashes, Fact, Refused, at_least, check_flags, flag
+from hfllm.flags import ALWAYS, NAMED, SHARE, WORLD_GROUP, Clashes, Fact, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file, settings_for_the_world
 from hfllm.stages.shared import NOT_CUT, refused_with_images
 from hfllm.trainers.learning_rate import BatchArguments, MuonArguments
@@ -107,7 +107,13 @@ class SftArguments(
 ):
     """Instruction data."""
 
-    num_examples: int = flag(9600, "Demonstrations of the embedded world to train on.", takes=at_least(1))
+    num_examples: int = flag(
+        9600,
+        "Demonstrations of the embedded world to train on.",
+        takes=at_least(1),
+        never=OFF_WORLD,
+        group=WORLD_GROUP,
+    )
     added_tokens: list[str] | None = flag(
         None,
         "Tokens to add to the model, such as <think> </think>; without, they are written by those that "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.loading import FOREIGN_PROMPTS, RowArguments
 from hfllm.data.sources import WORLD
-from hfllm.flags import NAMED, SEED, UNNAMED, Clashes, at_least, flag, flags_for_all, given_words
+from hfllm.flags import NAMED, SEED, UNNAMED, WORLD_GROUP, Clashes, at_least, flag, flags_for_all, given_words
 from hfllm.runs import pipeline
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
@@ -47,15 +47,26 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
         "model without tools), or none; by default both.",
         some_of=CONTROLS,
         never=NAMED.because(IS_WORLDS),
+        group=WORLD_GROUP,
     )
     num_demonstrations: int = flag(
-        12000, "Demonstrations of the embedded world.", takes=at_least(1), never=NAMED.because(IS_WORLDS)
+        12000,
+        "Demonstrations of the embedded world.",
+        takes=at_least(1),
+        never=NAMED.because(IS_WORLDS),
+        group=WORLD_GROUP,
     )
     num_prompts: int = flag(
-        4000, "Questions of the embedded world that PPO asks.", takes=at_least(1), never=NAMED.because(IS_WORLDS)
+        4000,
+        "Questions of the embedded world that PPO asks.",
+        takes=at_least(1),
+        never=NAMED.because(IS_WORLDS),
+        group=WORLD_GROUP,
     )
     num_eval_prompts: int = flag(100, "Held-out questions of each family, at most.", takes=at_least(1))
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.", never=NAMED.because(IS_WORLDS))
+    pretrain_config: str | None = flag(
+        None, "YAML flags of the pretraining run.", never=NAMED.because(IS_WORLDS), group=WORLD_GROUP
+    )
     sft_config: str | None = flag(None, "YAML flags of fine-tuning on demonstrations.")
     rlhf_config: str | None = flag(None, "YAML flags of the run of PPO.")
 
