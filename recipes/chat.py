@@ -32,6 +32,7 @@ def main(script_args: ChatArguments) -> dict[str, float]:
     check(script_args)
     if not main_process():
         return {}
+    from hfllm.runs.following import after_chat
     from hfllm.stages.chat.build import load_chat, read_lines
 
     chat = load_chat(script_args)
@@ -39,6 +40,8 @@ def main(script_args: ChatArguments) -> dict[str, float]:
     for line in read_lines():
         if not chat.take(line):
             break
+    if following := after_chat(script_args.model_name_or_path):
+        print(f"next: {following}")
     return {}
 
 

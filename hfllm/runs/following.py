@@ -9,6 +9,7 @@ from typing import Any
 from hfllm.data.loading import DataArguments
 from hfllm.data.sources import WORLD
 from hfllm.outputs.files import ADAPTER_CONFIG
+from hfllm.outputs.report import read_report
 from hfllm.outputs.verdict import IS_EQUAL, IS_NOT_COMPARED, IS_WORSE
 
 Flags = Mapping[str, Any]
@@ -46,10 +47,27 @@ def next_command(
     if decision in (IS_WORSE, IS_EQUAL) and stage not in WITHOUT_ANSWERS and stage in (*_FOLLOWING, *PUBLISHED):
         return command("chat", folder)
     if stage in PUBLISHED:
-        if (Path(folder) / ADAPTER_CONFIG).is_file():
-            return command("merge", folder, output_dir=f"{folder}-merged")
-        return command("push", folder, hub_model_id=Path(output_dir or folder).resolve().name)
+        return _publishing(folder, output_dir)
     return _FOLLOWING[stage](arguments, folder) if stage in _FOLLOWING else ""
+
+
+def after_chat(folder: str) -> str:
+    """Return the command after a conversation with a model that a stage has made here; empty for any other model.
+
+    Whoever has talked to it goes on, whatever the verdict.
+    """
+    report = read_report(folder)
+    if report is None or report["stage"] in WITHOUT_ANSWERS:
+        return ""
+    following = next_command(report["stage"], report["arguments"], folder)
+    return _publishing(folder) if following.startswith("hfllm chat") else following
+
+
+def _publishing(folder: str, output_dir: str | None = None) -> str:
+    """Return the command that publishes a model, or first merges an adapter."""
+    if (Path(folder) / ADAPTER_CONFIG).is_file():
+        return command("merge", folder, output_dir=f"{folder}-merged")
+    return command("push", folder, hub_model_id=Path(output_dir or folder).resolve().name)
 
 
 def command(recipe: str, model: str | None = None, **flags: object) -> str:

@@ -1,11 +1,12 @@
 """The command after a stage is one that its recipe would take, with the files that the stage has written."""
 
+import json
 import shlex
 
 import pytest
 
 from hfllm.outputs.verdict import IS_BETTER, IS_EQUAL
-from hfllm.runs.following import next_command
+from hfllm.runs.following import after_chat, next_command
 from hfllm.runs.recipes import load_recipe, recipe_names
 
 WORLD = {"dataset_name": "world"}
@@ -93,3 +94,20 @@ def test_recipes_take_the_commands(stage):
     values = {name: value for group in parsed for name, value in vars(group).items()}
     for flag, value in zip(words[2::2], words[3::2], strict=True) if words[2:3] != ["OUT"] else ():
         assert values[flag.removeprefix("--")] in (value, [value])
+
+
+def test_after_a_conversation_one_goes_on_whatever_the_verdict(tmp_path):
+    folder = str(tmp_path)
+    assert after_chat(folder) == after_chat("no/such") == ""
+
+    def made_by(stage, **arguments):
+        parts = {"metrics": {}, "artifacts": {}, "environment": {}, "parents": [], "warnings": [], "verdict": {}}
+        (tmp_path / "report.json").write_text(json.dumps({"stage": stage, "arguments": arguments, **parts}))
+        return after_chat(folder)
+
+    assert made_by("sft", dataset_name="q.csv") == f"hfllm label --model_name_or_path {folder} --dataset_name q.csv"
+    push = f"hfllm push --model_name_or_path {folder} --hub_model_id {tmp_path.name}"
+    assert made_by("rlhf", dataset_name="q.csv") == made_by("quantize") == push
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert made_by("rlhf") == f"hfllm merge --model_name_or_path {folder} --output_dir {folder}-merged"
+    assert made_by("reward") == ""
