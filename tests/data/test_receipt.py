@@ -9,6 +9,7 @@ from PIL import Image
 from hfllm.data import labelled
 from hfllm.data.conversations import Conversations
 from hfllm.data.formats import Dropped, flaw_of_prompt, to_preference, to_prompt, to_sft, to_text
+from hfllm.data.images.rows import to_picture_prompts
 from hfllm.data.loading import RowSource, load_rows
 from hfllm.data.packing import IGNORE
 from hfllm.data.receipt import begin_receipt, receipts_of, unprinted_lines, whole_receipt
@@ -261,6 +262,12 @@ def test_what_is_read_is_seen_row_by_row(tmp_path):
     _, receipt = read(rows_in(tmp_path, [*rows, {"messages": [user("a")], "id": 3}]))
     # Of a row that is left out nothing is said beside that.
     assert receipt.ignored == {"prompt": 1} and receipt.used == {"prompt", "completion", "messages"}
+
+
+def test_columns_for_reward_functions_count_as_read(tmp_path):
+    name = rows_in(tmp_path, [{"prompt": "a", "answer": "b"}, {"prompt": [user("a")], "answer": "b"}])
+    _, receipt = read(name, to_picture_prompts(to_prompt))
+    assert receipt.ignored == {} and receipt.used == {"prompt", "answer"}
 
 
 def test_instructions_with_whole_conversations_to_compare(tmp_path):

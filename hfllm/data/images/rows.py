@@ -219,7 +219,7 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
         rest, images = take_images(origin, row, columns)
         has_places = any(_is_picture(part) for column in columns for part in _parts(row.get(column)))
         if not images and not has_places:
-            return mapper(origin, {**rest, **{name: row[name] for name in COLUMNS if name in row}})
+            return mapper(origin, noting_as(row, {**rest, **{name: row[name] for name in COLUMNS if name in row}}))
         check_paths(origin, row, images, folder)
         converted = mapper(origin, rest)
         converted["prompt"] = as_messages(converted["prompt"])
