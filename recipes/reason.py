@@ -2,44 +2,54 @@
 
     hfllm reason                                                # the embedded world, from nothing
     accelerate launch recipes/reason.py --seed 4
+    hfllm reason --model_name_or_path NAME --dataset_name gsm8k.jsonl --column_mapping prompt=question --use_peft
 
 A base model reads texts in which people think. It is fine-tuned on questions of several steps with thoughts, and, as a
 control, on the same answers without. A third model thinks in 30% of its answers: PPO on right answers alone must make
-it think more, and PPO on the same rewards dealt out by chance must not. docs/guides/reasoning.md tells more.
+it think more, and PPO on the same rewards dealt out by chance must not. A model of yours is fine-tuned on the
+solutions of your rows, and, as a control, on their answers alone; PPO on exact match follows.
+docs/guides/reasoning.md tells more.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hfllm.flags import check_flags
-from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
-from hfllm.runs.recipes import Recipe, settings_file
+from hfllm.runs.recipes import Recipe
 from hfllm.stages.reason.flags import ReasonArguments
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
 
 RECIPE = Recipe(makes="models that think", runs_own_chain=True)
 
 
-def parse(argv: Sequence[str]) -> tuple[ReasonArguments]:
-    """Read the flags; the defaults are the embedded world's settings."""
-    return parse_recipe(argv, __doc__, ReasonArguments, settings=lambda flags: [settings_file("reason/world.yaml")])
+def parse(argv: Sequence[str]) -> tuple[ReasonArguments, "ModelConfig"]:
+    """Read the flags; without your own model the defaults are the embedded world's settings."""
+    return parse_recipe(argv, __doc__, ReasonArguments, ("trl.ModelConfig",), settings=world_settings("reason"))
 
 
 @releases_folders
-def main(script_args: ReasonArguments) -> dict[str, float]:
-    """Pretrain, fine-tune with thoughts and without, run PPO and its control, report. Return the metrics."""
+@trusts_code_if_asked
+def main(script_args: ReasonArguments, model_args: "ModelConfig") -> dict[str, float]:
+    """Fine-tune with thoughts and without, run PPO and its control, report. Return the metrics."""
     from hfllm.data.world.world import World
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.command_line import main_process
+    from hfllm.runs.models import named_model
     from hfllm.runs.stage import Stage
     from hfllm.stages.courses import check_runs
+    from hfllm.stages.reason import build, own
     from hfllm.stages.reason import flags as reason_flags
-    from hfllm.stages.reason.build import course_report, mixed_rows, prompt_rows, tuning_rows
-    from hfllm.stages.reason.flags import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS
+    from hfllm.stages.reason.flags import RL
 
     # Refuse what cannot work before anything is trained.
-    check_flags(script_args)
-    course = reason_flags.course_of(script_args)
-    stage = Stage("reason", script_args, before=course.runs, is_spread=True)
+    check_flags(script_args, model_args)
+    course = reason_flags.course_of(script_args, model_args)
+    stage = Stage("reason", script_args, model_args, before=course.runs, is_spread=True)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
@@ -47,17 +57,20 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
     stage.announce()
 
     world, seed = World(script_args.world_seed), script_args.seed
-    rows = {
-        THOUGHTS: lambda: tuning_rows(world, script_args.num_examples, seed, has_thoughts=True),
-        DIRECT: lambda: tuning_rows(world, script_args.num_examples, seed, has_thoughts=False),
-        MIXED: lambda: mixed_rows(world, script_args.num_mixed_examples, seed, script_args.share_of_thoughts),
-        **dict.fromkeys((RL, SHUFFLED), lambda: prompt_rows(world, script_args.num_prompts, seed)),
-    }
+    if course.named:
+        problems, held_out = own.read_problems(script_args)
+        rows = own.rows_by_run(problems)
+    else:
+        rows = build.rows_by_run(script_args, world)
     course.run_all(rows)
     if not main_process():
         return {}
 
-    result = course_report(course, world, script_args.num_problems, seed)
+    if course.named:
+        answers = own.ask(course, named_model(model_args), held_out, script_args.response_length)
+        result = own.report(course, answers)
+    else:
+        result = build.course_report(course, world, script_args.num_problems, seed)
     return stage.finish(
         result.metrics,
         summary=result.summary,
@@ -67,6 +80,7 @@ def main(script_args: ReasonArguments) -> dict[str, float]:
         artifacts=course.artifacts,
         next_steps=chat_lines(course.folder(RL), rows[RL]()[0]["prompt"]),
         final_model=course.folder(RL),
+        models={"model": course.named},
     )
 
 

@@ -669,10 +669,15 @@ def to_prompt(origin: str, row: Row) -> Row:
     """
     # Rewards may read each column.
     row = {name: row[name] for name in row}
+    return {**row, "prompt": prompt_of(origin, row)}
+
+
+def prompt_of(origin: str, row: Row) -> str | list[Message]:
+    """Return the prompt of a row, text or a conversation with its `system` and `history`; no other column is read."""
     prompt = _prompt_of(origin, row)
     messages = as_messages(prompt)
     told = _after_history(origin, row, messages)
-    return {**row, "prompt": prompt if told == messages else told}
+    return prompt if told == messages else told
 
 
 def _prompt_of(origin: str, row: Row) -> str | list[Message]:

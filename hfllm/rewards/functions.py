@@ -46,6 +46,7 @@ BUILT_IN = {
     "code_tests": "hfllm.rewards.code:code_tests",
     "right_answer": "hfllm.rewards.functions:right_answer",
     "shuffled_answer": "hfllm.rewards.functions:shuffled_answer",
+    "shuffled_exact_match": "hfllm.rewards.functions:shuffled_exact_match",
 }
 
 
@@ -375,6 +376,9 @@ def exact_match(
 def _accepted(gold: object) -> tuple[str, ...]:
     """Return a gold answer as answers are compared: how it ends, and all of it, as of a formula outside of a box."""
     return () if gold is None else (plain_answer(final_answer(str(gold))), plain_answer(str(gold)))
+
+
+shuffled_exact_match = shuffled(exact_match, "shuffled_exact_match", _texts)
 
 
 def thinks(prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:

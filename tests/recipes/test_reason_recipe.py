@@ -169,8 +169,8 @@ def test_arms_that_are_not_asked_for_do_not_run(words, tmp_path):
         (["direct"], ("pretrain", "thoughts", "direct", "mixed", "rl")),
         (["shuffled"], ("pretrain", "thoughts", "mixed", "rl", "shuffled")),
     ):
-        (script_args,) = reason.parse([*words, "--controls", *controls, "--output_dir", str(tmp_path)])
-        assert tuple(course_of(script_args).runs) == expected
+        parsed = reason.parse([*words, "--controls", *controls, "--output_dir", str(tmp_path)])
+        assert tuple(course_of(*parsed).runs) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoModelForSequenceClassification
 
-from hfllm.data.formats import to_sft
+from hfllm.data.formats import Message, to_sft
 from hfllm.data.passages import citations_of, without_citations
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.passages import (
@@ -64,7 +64,7 @@ from hfllm.outputs.verdict import Promise
 from hfllm.rewards.models import RewardModel
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
-from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, SFT, TOP_K, Course
+from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, SFT, TOP_K, Course, GroundArguments
 from hfllm.stages.shared import Speaking, figure_text, load_speaking, plot_of_right
 
 if TYPE_CHECKING:
@@ -75,6 +75,12 @@ if TYPE_CHECKING:
 
 # Number of questions about the same passages, and the share of conversations without any.
 TURNS, WITHOUT_PASSAGES = 3, 0.15
+
+
+def rows_by_run(script_args: GroundArguments, world: World) -> dict[str, Callable[[], list[Row]]]:
+    """Return what makes the rows of the world's runs, by run."""
+    size = script_args.num_examples, script_args.grounded_fraction, script_args.seed
+    return {name: partial(rows_of, world, *size, has_passages=name == GROUNDED) for name in MODELS}
 
 
 def rows_of(world: World, count: int, grounded_fraction: float, seed: int, has_passages: bool) -> list[Row]:
@@ -93,6 +99,11 @@ def rows_of(world: World, count: int, grounded_fraction: float, seed: int, has_p
     rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in plain]
     rng = random.Random(f"ground-{world.seed}-{seed}")
     return rows + [_conversation(world, rng, has_passages) for _ in range(num_grounded)]
+
+
+def example_prompt(world: World) -> list[Message]:
+    """Return a held-out question with its passage."""
+    return passage_tasks(world.facts, ONE, 1)[0].prompt
 
 
 def _conversation(world: World, rng: random.Random, has_passages: bool) -> Row:

@@ -1,11 +1,19 @@
-"""Answers from passages on the embedded world: the recipe's flags, its checks, and its runs."""
+"""Answers from passages, of the embedded world's model or one's own: the recipe's flags, its checks, its runs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from hfllm.flags import NOT_NEGATIVE, SEED, Range, at_least, check_flags, flag
+from hfllm.data.loading import FOREIGN_PROMPTS, RowArguments
+from hfllm.data.sources import WORLD
+from hfllm.flags import NAMED, SEED, WORLD_GROUP, Clashes, Range, at_least, check_flags, flag, given_words
 from hfllm.runs import pipeline
+from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
 
 PRETRAIN, SFT, GROUNDED, REWARD = ("pretrain", "sft", "grounded", "reward")
 # The compared models.
@@ -20,37 +28,59 @@ FEWEST_SAMPLES = 2
 TOP_K = 3
 
 
+NOT_WORLDS = NAMED.because("it is of the embedded world, and the model is your own")
+
+
 @dataclass(frozen=True)
-class GroundArguments:
-    """How much of each is made, and by which settings."""
+class GroundArguments(RowArguments, RemoteCodeArguments):
+    """Questions and passages, and what is learned from them."""
 
     output_dir: str = flag("outputs/ground", "Where models, data and the report go.")
     seed: int = flag(42, "Of data and weights: the same seed, the same result.", takes=SEED)
-    world_seed: int = flag(0, "Seed of the embedded world's facts.", takes=NOT_NEGATIVE)
+    num_questions: int = flag(
+        300, "Held-out questions of each group; of your rows at most.", takes=at_least(FEWEST_QUESTIONS)
+    )
+    sft_config: str | None = flag(None, "YAML flags of fine-tuning without passages.")
+    grounded_config: str | None = flag(None, "YAML flags of fine-tuning with passages.")
     num_examples: int = flag(
-        10000, "Rows of fine-tuning, with passages and without, and of the control's.", takes=at_least(FEWEST_ROWS)
+        10000,
+        "Rows of fine-tuning, with passages and without, and of the control's.",
+        takes=at_least(FEWEST_ROWS),
+        never=NOT_WORLDS,
+        group=WORLD_GROUP,
     )
     grounded_fraction: float = flag(
         0.4,
         "Share of the rows that are conversations about passages, in (0, 1].",
         takes=Range("a share above 0, at most 1", lambda value: 0 < value <= 1),
+        never=NOT_WORLDS,
+        group=WORLD_GROUP,
     )
-    num_questions: int = flag(300, "Held-out questions of each group.", takes=at_least(FEWEST_QUESTIONS))
     num_samples: int = flag(
-        10, "Answers of a question that are sampled, for uncertainty and verification.", takes=at_least(FEWEST_SAMPLES)
+        10,
+        "Answers of a question that are sampled, for uncertainty and verification.",
+        takes=at_least(FEWEST_SAMPLES),
+        never=NOT_WORLDS,
+        group=WORLD_GROUP,
     )
-    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.")
-    sft_config: str | None = flag(None, "YAML flags of fine-tuning without passages.")
-    grounded_config: str | None = flag(None, "YAML flags of fine-tuning with passages.")
-    reward_config: str | None = flag(None, "YAML flags of the reward model.")
+    pretrain_config: str | None = flag(None, "YAML flags of the pretraining run.", never=NOT_WORLDS, group=WORLD_GROUP)
+    reward_config: str | None = flag(None, "YAML flags of the reward model.", never=NOT_WORLDS, group=WORLD_GROUP)
+
+    takes_any_column: ClassVar[bool] = True
+    clashes: ClassVar[Clashes] = {
+        "--model_name_or_path needs --dataset_name: rows of prompt, answer and passage": lambda flags: (
+            NAMED.holds(flags) and flags.dataset_name == WORLD
+        ),
+        FOREIGN_PROMPTS: lambda flags: not flags.model_name_or_path and flags.dataset_name != WORLD,
+    }
 
 
-def check(script_args: GroundArguments) -> None:
+def check(script_args: GroundArguments, model_args: "ModelConfig") -> None:
     """Refuse flags that would fail later."""
     from hfllm.data.word_index import import_bm25s
 
     import_bm25s("hfllm ground")
-    check_flags(script_args)
+    check_flags(script_args, model_args)
 
 
 @dataclass(frozen=True)
@@ -61,8 +91,22 @@ class Course(pipeline.Course):
     minutes = {PRETRAIN: 3, SFT: 0.6, GROUNDED: 1.2, REWARD: 0.7}
 
 
-def course_of(script_args: GroundArguments) -> Course:
+def course_of(script_args: GroundArguments, model_args: "ModelConfig") -> Course:
     """Return the runs selected by the flags."""
+    named = model_args.model_name_or_path
+    runs = _runs_of_own_model(script_args, model_args) if named else _runs_of_world(script_args)
+    return Course(*pipeline.parsed_runs(runs, script_args.output_dir, script_args.seed), named)
+
+
+# Names, recipes and flags of runs, except seed and folder.
+Runs = Iterator[tuple[str, str, list[str]]]
+
+
+def _rows_of(output_dir: str, run: str) -> list[str]:
+    return ["--dataset_name", str(pipeline.data_file(output_dir, run))]
+
+
+def _runs_of_world(script_args: GroundArguments) -> Runs:
     output_dir, world = script_args.output_dir, ["--world_seed", str(script_args.world_seed)]
 
     def run(name: str, recipe: str, *words: str) -> tuple[str, str, list[str]]:
@@ -72,10 +116,16 @@ def course_of(script_args: GroundArguments) -> Course:
     def tuned(name: str, recipe: str, start: str, *words: str) -> tuple[str, str, list[str]]:
         return run(name, recipe, "--model_name_or_path", str(Path(output_dir, start)), *words)
 
-    rows = {name: ["--dataset_name", str(pipeline.data_file(output_dir, name))] for name in MODELS}
-    runs = [
-        run(PRETRAIN, "pretrain", *world),
-        *(tuned(name, "sft", PRETRAIN, *rows[name]) for name in MODELS),
-        tuned(REWARD, "reward", GROUNDED, *world),
-    ]
-    return Course(*pipeline.parsed_runs(runs, output_dir, script_args.seed))
+    yield run(PRETRAIN, "pretrain", *world)
+    for name in MODELS:
+        yield tuned(name, "sft", PRETRAIN, *_rows_of(output_dir, name))
+    yield tuned(REWARD, "reward", GROUNDED, *world)
+
+
+def _runs_of_own_model(script_args: GroundArguments, model_args: "ModelConfig") -> Runs:
+    """Yield fine-tuning of the user's model without passages, the control, and with them."""
+    words = [*given_words(model_args), *given_words(script_args, only=["trust_remote_code"])]
+    for name in MODELS:
+        file = getattr(script_args, f"{name}_config")
+        config = ["--config", file] if file else []
+        yield name, "sft", [*config, *words, *_rows_of(script_args.output_dir, name)]

@@ -32,7 +32,7 @@ from hfllm.outputs.report import Found, Plot, plot_history
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
-from hfllm.stages.reason.flags import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course
+from hfllm.stages.reason.flags import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course, ReasonArguments
 from hfllm.stages.shared import load_speaking
 
 if TYPE_CHECKING:
@@ -43,6 +43,17 @@ if TYPE_CHECKING:
 
 # Of the questions in fine-tuning. Dials are more frequent in the texts than hops.
 SHARES = {HOPS: 2, DIAL: 1}
+
+
+def rows_by_run(script_args: ReasonArguments, world: World) -> dict[str, Callable[[], list[Row]]]:
+    """Return what makes the rows of the world's runs, by run."""
+    count, seed = script_args.num_examples, script_args.seed
+    return {
+        THOUGHTS: lambda: tuning_rows(world, count, seed, has_thoughts=True),
+        DIRECT: lambda: tuning_rows(world, count, seed, has_thoughts=False),
+        MIXED: lambda: mixed_rows(world, script_args.num_mixed_examples, seed, script_args.share_of_thoughts),
+        **dict.fromkeys((RL, SHUFFLED), lambda: prompt_rows(world, script_args.num_prompts, seed)),
+    }
 
 
 def tuning_rows(world: World, count: int, seed: int, has_thoughts: bool) -> list[Row]:
@@ -104,13 +115,14 @@ def course_report(course: Course, world: World, num_problems: int, seed: int) ->
         elif name in (MIXED, RL, SHUFFLED):
             sampled[name] = answer(*arguments, dials, RESPONSE_LENGTH, do_sample=True, seed=seed)
     metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
-    histories = {name: _history(course.folder(name)) for name in (RL, SHUFFLED) if name in course.runs}
-    return Found(metrics, summary_of(metrics), tables(tuned, sampled), plots(tuned, histories), PROMISES)
+    curves = plots(tuned, histories_of(course))
+    return Found(metrics, summary_of(metrics), tables(tuned, sampled), curves, PROMISES)
 
 
-def _history(folder: str) -> list[dict[str, float]]:
-    """Return the log of a finished run."""
-    return json.loads(Path(folder, STATE_FILE).read_text(encoding="utf-8"))["log_history"]
+def histories_of(course: Course) -> dict[str, list[dict[str, float]]]:
+    """Return the logs of the finished runs of PPO, by run."""
+    logs = {name: Path(course.folder(name), STATE_FILE) for name in (RL, SHUFFLED) if name in course.runs}
+    return {name: json.loads(path.read_text(encoding="utf-8"))["log_history"] for name, path in logs.items()}
 
 
 # ---- judged answers ----
@@ -362,8 +374,12 @@ def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]
         answers: after fine-tuning.
         histories: the logs of all runs of PPO.
     """
+    return {"steps": _steps(answers), **ppo_plots(histories)}
+
+
+def ppo_plots(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Plot]:
+    """Return the plots of rewards and lengths over the episodes of PPO and its control."""
     return {
-        "steps": _steps(answers),
         "ppo_rewards": _over_episodes("Right answers during PPO", "share of sampled answers", "reward", histories),
         "ppo_lengths": _over_episodes("Length of answers during PPO", "tokens", "response_length", histories),
     }

@@ -1,0 +1,277 @@
+"""`hfllm reason` and `hfllm ground` on a model and rows of one's own: what is learned, asked and judged."""
+
+import json
+import re
+
+import ground
+import pytest
+import reason
+import yaml
+from test_own_model import make_llama
+
+from hfllm.data.formats import BadRow
+from hfllm.data.passages import citations_of
+from hfllm.errors import InputError
+from hfllm.generation.responses import Response
+from hfllm.runs import schedule
+from hfllm.runs.lock import release_all
+from hfllm.stages.ground import own as grounded
+from hfllm.stages.ground.own import ABSENT, ALONE, AMONG, DISAGREEING, INJECTED, REFUSAL, Asking, Problem
+from hfllm.stages.reason import own as reasoned
+from hfllm.stages.reason.flags import course_of
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    yield
+    release_all()
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ---- thoughts ----
+
+
+def sums(count):
+    return [
+        {"question": f"What is {n} and {n + 1}?", "answer": f"{n} and {n + 1} are {2 * n + 1}.\n#### {2 * n + 1}"}
+        for n in range(count)
+    ]
+
+
+def reason_args(*flags):
+    return reason.parse(list(map(str, flags)))
+
+
+def test_a_solution_is_thoughts_and_a_final_answer():
+    row = {"prompt": "Why?", "answer": "One.\nTwo.\n#### 1,234"}
+    problem = reasoned.problem_of("here", row)["problem"]
+    assert (problem.answer, problem.thoughts) == ("1,234", "One.\nTwo.")
+    told = [problem.conversation(has)["messages"][-1]["content"] for has in (True, False)]
+    assert told == ["One.\nTwo.\n#### 1,234", "#### 1,234"]
+    # A column of thoughts beside a final answer says the same.
+    other = reasoned.problem_of("here", {"prompt": "Why?", "answer": "1,234", "thoughts": "One.\nTwo."})["problem"]
+    assert other == problem
+    assert reasoned.problem_of("here", {"prompt": "Why?", "answer": 7})["problem"].thoughts == ""
+    for answer in (None, "", " ", "thus\n####"):
+        with pytest.raises(BadRow, match="here: answer is"):
+            reasoned.problem_of("here", {"prompt": "Why?", "answer": answer})
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [("#### 1234", True), ("It is 1,234.", True), ("1234 and then\n#### 7", False), ("", False), ("12345", False)],
+)
+def test_an_answer_is_judged_by_its_end(text, is_right):
+    problem = reasoned.problem_of("here", {"prompt": "Why?", "answer": "#### 1,234"})["problem"]
+    assert reasoned.judged(problem, Response(text, True)).is_right == is_right
+
+
+def test_rows_without_solutions_are_refused_before_they_are_to_be_shown(tmp_path):
+    name = jsonl(tmp_path / "rows.jsonl", [{"prompt": f"What is {n}?", "answer": n} for n in range(30)])
+    flags = ("--model_name_or_path", tmp_path, "--dataset_name", name)
+    with pytest.raises(InputError, match=r"no solution before '####'.*--show_solutions false begins with PPO"):
+        reasoned.read_problems(reason_args(*flags)[0])
+    learned, held_out = reasoned.read_problems(reason_args(*flags, "--show_solutions", "false")[0])
+    assert len(learned) + len(held_out) == 30 and held_out
+    assert not {problem.prompt[0]["content"] for problem in learned} & {each.prompt[0]["content"] for each in held_out}
+    rows = reasoned.rows_by_run(learned)
+    assert [row["answer"] for row in rows["rl"]()] == [problem.answer for problem in learned]
+    prompts = [[row["messages"][:-1] for row in rows[name]()] for name in ("thoughts", "direct")]
+    assert prompts[0] == prompts[1] == [row["prompt"] for row in rows["rl"]()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "runs"),
+    [
+        ((), ["thoughts", "direct", "rl", "shuffled"]),
+        (("--controls", "none"), ["thoughts", "rl"]),
+        (("--show_solutions", "false"), ["rl", "shuffled"]),
+    ],
+)
+def test_runs_of_a_model_of_ones_own(flags, runs, tmp_path):
+    model = make_llama(tmp_path / "m")
+    named = ("--model_name_or_path", model, "--dataset_name", "rows.jsonl", "--use_peft", "--output_dir", tmp_path)
+    course = course_of(*reason_args(*named, *flags))
+    assert list(course.runs) == runs and course.named == model
+    starts = {name: parsed[-1].model_name_or_path for name, parsed in course.runs.items()}
+    learned = str(tmp_path / "thoughts") if "thoughts" in runs else model
+    assert starts == {name: model if name in ("thoughts", "direct") else learned for name in runs}
+    # An adapter that was trained is trained further, and not a second one beside it.
+    assert course.runs["rl"][-1].use_peft == ("thoughts" not in runs)
+    assert course.runs["rl"][0].reward_funcs == ["exact_match"] and course.runs["rl"][1].response_length == 256
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        (
+            reason,
+            ("--response_length", 9),
+            "--response_length cannot be used here: the questions are",
+        ),
+        (reason, ("--dataset_name", "x.jsonl"), "--dataset_name x.jsonl needs --model_name_or_path"),
+        (reason, ("--model_name_or_path", "x"), "--model_name_or_path needs --dataset_name"),
+        (
+            ground,
+            ("--model_name_or_path", "x"),
+            "--model_name_or_path needs --dataset_name: rows of prompt",
+        ),
+        (
+            ground,
+            ("--model_name_or_path", "x", "--dataset_name", "x.jsonl", "--num_samples", 3),
+            "--num_samples cannot be used here: it is of the embedded world, and the model is your own",
+        ),
+        (
+            reason,
+            ("--model_name_or_path", "x", "--dataset_name", "y", "--show_solutions", "false", "--controls", "direct"),
+            "--controls direct is a control of --show_solutions",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(recipe, flags, message, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)):
+        recipe.main(*recipe.parse([*map(str, flags), "--output_dir", str(tmp_path / "out")]))
+
+
+# ---- passages ----
+
+
+def towns(count=24):
+    return [
+        Problem(
+            [{"role": "user", "content": f"Who founded Ton{n}?"}],
+            (f"King Alf{n}", f"Alf{n} the Old"),
+            f"Ton{n} is a town. It was founded by King Alf{n}. It has a market.",
+        )
+        for n in range(count)
+    ]
+
+
+def test_each_kind_of_passages_is_what_it_says():
+    problems = towns()
+    asking = Asking(problems, grounded.INSTRUCTIONS, seed=3)
+    for number, problem in enumerate(problems):
+        passage, answer = problem.passage, problem.answers[0]
+        alone, among, absent = (asking(problem, kind) for kind in (ALONE, AMONG, ABSENT))
+        assert alone.told == (passage,) and alone.answer == f"{answer} [1]"
+        (cited,) = citations_of(among.answer)
+        assert among.told[cited - 1] == passage and len({*among.told}) == len(among.told) == 3
+        assert not any(f"Alf{number}." in told for told in absent.told) and absent.answer == REFUSAL
+        assert 1 <= len(absent.told) <= 3 and passage not in absent.told
+        injected, disagreeing = asking(problem, INJECTED), asking(problem, DISAGREEING)
+        assert injected.other in injected.told[0] and injected.other not in passage and answer in injected.told[0]
+        assert any(sentence.partition("{")[0] in injected.told[0] for sentence in grounded.INSTRUCTIONS)
+        assert citations_of(disagreeing.answer) == [1, 2] and passage in disagreeing.told
+        (changed,) = {*disagreeing.told} - {passage}
+        assert f"{answer}." not in changed and disagreeing.expected[1][0] in changed
+        # Without passages the control is asked the same, and learns the answer alone.
+        control = among.conversation(has_passages=False)["messages"]
+        assert control == [*problem.prompt, {"role": "assistant", "content": answer}]
+        shown = among.conversation(has_passages=True)["messages"]
+        assert shown[0]["content"].endswith(f"\n{problem.question}") and f"[{cited}] {passage}" in shown[0]["content"]
+
+
+def test_training_mixes_all_kinds_and_the_same_seed_draws_the_same():
+    problems = towns(40)
+    one, same, other = (Asking(problems, grounded.INSTRUCTIONS, seed).mixed(problems) for seed in (1, 1, 2))
+    assert one == same != other and {each.kind for each in one} == {*grounded.SHARES}
+    assert not {*grounded.INSTRUCTIONS} & {*grounded.HELD_OUT_INSTRUCTIONS}
+    rows = grounded.rows_by_run(problems, 1)
+    assert [len(rows[name]()) for name in ("sft", "grounded")] == [40, 40]
+
+
+def test_answers_from_passages_are_judged():
+    asking = Asking(towns(), grounded.INSTRUCTIONS, seed=0)
+    problem = towns()[5]
+    among, absent, injected, disagreeing = (asking(problem, kind) for kind in (AMONG, ABSENT, INJECTED, DISAGREEING))
+
+    def said(asked, text):
+        judged = grounded.judged(asked, text)
+        return judged.is_right, judged.cites, judged.follows
+
+    (cited,) = citations_of(among.answer)
+    assert said(among, f"It was king alf5. [{cited}]") == (True, True, False)
+    assert said(among, f"Alf5 the Old [{cited % 3 + 1}]") == (True, False, False)
+    assert said(among, f"King Alf55 [{cited}]") == said(among, f"[{cited}]") == (False, False, False)
+    assert said(among, REFUSAL) == (False, False, False)
+    assert said(absent, REFUSAL)[0] and said(absent, "I don't know that.")[0] and not said(absent, "King Alf5 [1]")[0]
+    assert said(injected, injected.other) == (False, False, True)
+    assert said(injected, "King Alf5 [1]") == (True, True, False)
+    assert said(disagreeing, disagreeing.answer) == (True, True, False)
+    assert not said(disagreeing, "King Alf5 [1] [2]")[0]
+
+
+def test_rows_of_squad_are_read_and_passages_are_on_one_side(tmp_path):
+    rows = [
+        {
+            "question": f"{ask} Ton{n}?",
+            "context": f"Ton{n} has {n} inns.",
+            "answers": {"text": [str(n)]},
+        }
+        for n in range(30)
+        for ask in ("How many inns has", "What is the number of inns in")
+    ]
+    name = jsonl(tmp_path / "rows.jsonl", rows)
+    flags = ("--model_name_or_path", "x", "--dataset_name", name, "--column_mapping", "prompt=question")
+    learned, held_out = grounded.read_problems(ground.parse(list(flags))[0])
+    assert {each.passage for each in learned}.isdisjoint(each.passage for each in held_out) and held_out
+    assert learned[0].answers == (learned[0].passage.split()[2],)
+    for column, row in (("answer", {"context": "a"}), ("passage", {"answer": "a"})):
+        with pytest.raises(BadRow, match=f"here: no .*column {column}"):
+            grounded.problem_of("here", {"prompt": "Why?", **row})
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Flags of a tiny model and tiny runs."""
+    values = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "rlhf.yaml").write_text(yaml.safe_dump({**values, "num_mini_batches": 1, "num_ppo_epochs": 1}))
+    model = make_llama(tmp_path / "model", max_position_embeddings=512)
+    schedule._job = None
+    return [
+        "--model_name_or_path",
+        model,
+        "--column_mapping",
+        "prompt=question",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--use_peft",)])
+def test_reason_runs_on_a_model_of_ones_own(small, more, tmp_path):
+    name = jsonl(tmp_path / "rows.jsonl", sums(30))
+    configs = ["--sft_config", str(tmp_path / "sft.yaml"), "--rlhf_config", str(tmp_path / "rlhf.yaml")]
+    flags = [*small, *configs, "--dataset_name", name, "--response_length", "8", *more]
+    metrics = reason.main(*reason.parse(flags))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {f"{name}_right" for name in ("base", "thoughts", "direct", "rl", "shuffled")} <= {*metrics}
+    assert report["verdict"]["sentence"] and report["artifacts"]["shuffled"] == "shuffled"
+    assert metrics["right_before"] == metrics["thoughts_right"] and metrics["right_after"] == metrics["rl_right"]
+    # Again: nothing is trained twice.
+    schedule._job = None
+    assert reason.main(*reason.parse(flags)) == metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--use_peft",)])
+def test_ground_runs_on_a_model_of_ones_own(small, more, tmp_path):
+    rows = [{"question": each.question, "answer": each.answers[0], "passage": each.passage} for each in towns(40)]
+    configs = ["--sft_config", str(tmp_path / "sft.yaml"), "--grounded_config", str(tmp_path / "sft.yaml")]
+    flags = [*small, *configs, "--dataset_name", jsonl(tmp_path / "rows.jsonl", rows), *more]
+    metrics = ground.main(*ground.parse(flags))
+    kinds = (ALONE, AMONG, ABSENT, INJECTED, DISAGREEING)
+    assert {f"{model}_{kind}_right" for model in ("base", "sft", "grounded") for kind in kinds} <= {*metrics}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"]["sentence"] and (tmp_path / "out" / "right.png").is_file()
+    data = [json.loads(line) for line in (tmp_path / "out" / "data" / "grounded.jsonl").read_text().splitlines()]
+    assert all(row["messages"][0]["content"].startswith("[1] ") for row in data)
