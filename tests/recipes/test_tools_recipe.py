@@ -28,6 +28,7 @@ from hfllm.runs.lock import release_all
 from hfllm.stages.rlhf.build import load_tool
 from hfllm.stages.tools import build as tools_build
 from hfllm.stages.tools.build import PROMISES
+from hfllm.stages.tools.flags import course_of
 
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "save_strategy": "no"}
 CONFIGS = {
@@ -268,3 +269,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(flags, message, 
 
 
 KILLED = of_stages(lambda files: files.settings(SIZES, CONFIGS))
+
+
+def test_text_prompts_of_ones_own_become_turns(tmp_path):
+    own = ["--model_name_or_path", "NAME", "--dataset_name", "rows.jsonl", "--tools", "calculator"]
+    parsed = tools.parse([*own, "--reward_funcs", "exact_match", "--output_dir", str(tmp_path)])
+    (run,) = course_of(*parsed).runs.values()
+    assert run[0].apply_chat_template and run[0].tools == ["calculator"]

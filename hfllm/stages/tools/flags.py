@@ -133,7 +133,8 @@ def course_of(script_args: ToolsArguments, model_args: "ModelConfig") -> Course:
             words = ["--model_name_or_path", str(Path(output_dir, SHOWN)), *flags_for_all(model_args)]
         own_flags = ToolsArguments.__dataclass_fields__.keys() - RowArguments.__dataclass_fields__
         words += given_words(script_args, without=[*own_flags])
-        words += ["--tools", *script_args.tools, "--reward_funcs", *script_args.reward_funcs]
+        # Tools need conversations: a text is a user's turn.
+        words += ["--tools", *script_args.tools, "--reward_funcs", *script_args.reward_funcs, "--apply_chat_template"]
         words += ["--num_eval_prompts", str(script_args.num_eval_prompts)]
         runs.append((RL, "rlhf", [*configs["rlhf"], *words]))
     return Course(*pipeline.parsed_runs(runs, output_dir, script_args.seed), named)
