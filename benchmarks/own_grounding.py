@@ -1,0 +1,89 @@
+"""`hfllm ground` on a real model and texts: questions about gaps in sentences, over several seeds.
+
+    python benchmarks/own_grounding.py --model_name_or_path NAME --texts articles.txt
+
+Each passage is some sentences of a text. A name or a number that stands once in it is left out of one sentence, and
+the question asks for it. Rows and their held-out part are drawn by the seed; `hfllm ground` trains the model with
+passages and, as a control, without. Prints a table of the held-out answers of each seed; finished runs stay.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hfllm.data.sources import load_source
+from hfllm.outputs.figures import shown
+from hfllm.runs.recipes import load_recipe
+
+SENTENCES, LONGEST, SHORTEST = 4, 700, 150
+# A name inside of a sentence, or a number.
+GAP = re.compile(r"(?<=[a-z,] )(?:[A-Z][a-z]+(?: [A-Z][a-z]+)*|\d[\d,.]*\d)")
+KINDS = ("alone", "among", "absent", "injected", "disagreeing")
+MODELS = ("base", "sft", "grounded")
+Row = dict[str, str]
+
+
+def gap_rows(texts: Sequence[str], seed: int) -> Iterator[Row]:
+    """Yield a row for each passage of which a sentence has something to leave out."""
+    rng = random.Random(f"own-grounding-{seed}")
+    for text in texts:
+        sentences = re.split(r"(?<=[.!?])\s+", text)
+        for start in range(0, len(sentences) - SENTENCES + 1, SENTENCES):
+            part = sentences[start : start + SENTENCES]
+            passage, sentence = " ".join(part), rng.choice(part)
+            gaps = [gap for gap in GAP.finditer(sentence) if len(gap[0]) > 2 and passage.count(gap[0]) == 1]
+            if gaps and SHORTEST < len(passage) < LONGEST and len(sentence) < LONGEST // 2:
+                gap = rng.choice(gaps)
+                left = f"{sentence[: gap.start()]}___{sentence[gap.end() :]}"
+                yield {"prompt": f'What stands in place of the gap? "{left}"', "answer": gap[0], "passage": passage}
+
+
+def run(args: argparse.Namespace, texts: Sequence[str], seed: int) -> dict[str, float]:
+    """Return the metrics of one seed."""
+    folder = Path(args.output_dir, f"seed_{seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(gap_rows(texts, seed))
+    random.Random(seed).shuffle(rows)
+    file = folder / "rows.jsonl"
+    if not file.is_file():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[: args.rows]), encoding="utf-8")
+    recipe = load_recipe("ground")
+    words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", str(file), "--use_peft"]
+    words += ["--seed", str(seed), "--output_dir", str(folder / "ground"), "--num_questions", str(args.questions)]
+    for name in ("sft", "grounded"):
+        words += [f"--{name}_config", args.config] if args.config else []
+    return recipe.main(*recipe.parse(words))
+
+
+def table(results: dict[int, dict[str, float]]) -> str:
+    """Return a table of right and cited answers, a row for each kind and model, a column for each seed."""
+    lines = [f"| asked with | model | {' | '.join(f'seed {seed}' for seed in results)} |"]
+    lines.append("| - " * (2 + len(results)) + "|")
+    for kind in KINDS:
+        for model in MODELS:
+            name = f"{model}_{kind}_{'right' if kind == 'absent' else 'cites'}"
+            cells = [shown(metrics, name) if name in metrics else "-" for metrics in results.values()]
+            lines.append(f"| {kind} | {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all seeds, and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--texts", required=True, help="A file or folder of texts, each a document.")
+    parser.add_argument("--output_dir", default="outputs/own_grounding")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rows", type=int, default=384, help="Rows at most, the held-out tenth included.")
+    parser.add_argument("--questions", type=int, default=40, help="Held-out questions at most.")
+    parser.add_argument("--config", help="YAML flags of both runs of fine-tuning.")
+    args = parser.parse_args(argv)
+    texts = [row["text"] for row in load_source(args.texts).rows]
+    print(table({seed: run(args, texts, seed) for seed in args.seeds}))
+
+
+if __name__ == "__main__":
+    main()
