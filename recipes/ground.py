@@ -52,21 +52,17 @@ def main(script_args: GroundArguments, model_args: "ModelConfig") -> dict[str, f
     if stage.is_finished:
         return stage.reuse()
     check_runs(course)
+    world, seed, like = World(script_args.world_seed), script_args.seed, named_model(model_args)
+    questions = own.read_questions(script_args, course, like) if course.named else None
     stage.announce()
 
-    world, seed = World(script_args.world_seed), script_args.seed
-    if course.named:
-        learned, held_out = own.read_problems(script_args)
-        rows = own.rows_by_run(learned, seed)
-    else:
-        rows = build.rows_by_run(script_args, world)
-    course.run_all(rows)
+    course.run_all(questions.rows_by_run() if questions else build.rows_by_run(script_args, world))
     if not main_process():
         return {}
 
-    if course.named:
-        asked = own.questions(learned, held_out, seed)
-        prompt, result = asked[own.ALONE][0].prompt(), own.report(own.ask(course, named_model(model_args), asked))
+    if questions:
+        prompt = questions.asked[own.ALONE][0].prompt()
+        result = own.report(own.ask(course, like, questions.asked))
     else:
         prompt = build.example_prompt(world)
         result = build.compare_models(course, world, script_args.num_questions, script_args.num_samples, seed)

@@ -54,21 +54,17 @@ def main(script_args: ReasonArguments, model_args: "ModelConfig") -> dict[str, f
     if stage.is_finished:
         return stage.reuse()
     check_runs(course)
+    world, seed, like = World(script_args.world_seed), script_args.seed, named_model(model_args)
+    problems, held_out = own.read_problems(script_args, course, like) if course.named else ([], [])
     stage.announce()
 
-    world, seed = World(script_args.world_seed), script_args.seed
-    if course.named:
-        problems, held_out = own.read_problems(script_args)
-        rows = own.rows_by_run(problems)
-    else:
-        rows = build.rows_by_run(script_args, world)
+    rows = own.rows_by_run(problems) if course.named else build.rows_by_run(script_args, world)
     course.run_all(rows)
     if not main_process():
         return {}
 
     if course.named:
-        answers = own.ask(course, named_model(model_args), held_out, script_args.response_length)
-        result = own.report(course, answers)
+        result = own.report(course, own.ask(course, like, held_out, script_args.response_length))
     else:
         result = build.course_report(course, world, script_args.num_problems, seed)
     return stage.finish(

@@ -1,20 +1,28 @@
 """Checks of recipes that run other recipes, before the first of the runs: a later one may come hours later."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hfllm.data.formats import Message
+from hfllm.data.loading import RowArguments
 from hfllm.data.sources import PYDOC, WORLD
-from hfllm.errors import InputError, refuse_if
+from hfllm.data.tokenizer import template_errors
+from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.flags import changed
 from hfllm.models.devices import forked_random
+from hfllm.models.loading.saved import max_length_of
 from hfllm.runs.command_line import say
-from hfllm.runs.models import load_value_model, named_model
+from hfllm.runs.models import NamedModel, load_config, load_tokenizer, load_value_model, named_model
 from hfllm.runs.pipeline import Course, Parsed, Row
 from hfllm.runs.stage import Stage
 from hfllm.stages.rlhf import build as rlhf
 from hfllm.stages.rlhf import flags as rlhf_flags
 from hfllm.trainers.ppo.setup import check_critic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # ---- flags of the runs ----
 
@@ -46,6 +54,63 @@ def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
 
 
 # ---- models and rows of the user ----
+
+
+@dataclass(frozen=True)
+class Room:
+    """How long the conversations of a model may be.
+
+    Args:
+        tokenizer: the model's, with a chat template.
+        context: its longest sequence in tokens; `None` without a limit.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    context: int | None
+
+    def holds(self, messages: Sequence[Message], answer: int = 0, longest: int | None = None) -> bool:
+        """Return whether a conversation fits.
+
+        Args:
+            answer: tokens to be generated after it; 0 for a conversation to learn from.
+            longest: another limit in tokens, such as a run's `max_length`.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=bool(answer))
+        except template_errors() as error:
+            raise InputError(f"the chat template of the model takes no such conversation: {one_line(error)}") from None
+        count = len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + answer
+        return all(count <= limit for limit in (self.context, longest) if limit)
+
+
+def room_of(model: NamedModel) -> Room:
+    """Return the room of the user's model."""
+    return Room(load_tokenizer(model.name, model.revision), max_length_of(load_config(model.name, model.revision)))
+
+
+def longest_of(course: Course, run: str) -> int | None:
+    """Return the `max_length` of a run of fine-tuning."""
+    return next((group.max_length for group in course.runs[run] if hasattr(group, "max_length")), None)
+
+
+def say_left_out(stage: str, kind: str, kept: Sequence[object], all_of_them: Sequence[object], reason: str) -> None:
+    """Print how many are left out, if any.
+
+    Raises:
+        InputError: when all are.
+    """
+    count = len(all_of_them) - len(kept)
+    refuse_if(bool(all_of_them) and not kept, f"{stage}: all {count} {kind} are left out: {reason}")
+    if count:
+        say(f"{stage}: {count} of {len(all_of_them)} {kind} are left out: {reason}")
+
+
+def refuse_own_inputs_in(output_dir: str, model: str | None, script_args: RowArguments) -> None:
+    """Refuse the user's model where the runs write, and rows where their rows are written."""
+    folder = Path(output_dir)
+    refuse_inputs_in(folder, {"model_name_or_path": model})
+    names = {name: getattr(script_args, name) for name in ("dataset_name", "eval_dataset_name")}
+    refuse_inputs_in(folder / "data", names)
 
 
 def refuse_inputs_in(folder: Path, names: Mapping[str, str | None], runs: str = "runs") -> None:

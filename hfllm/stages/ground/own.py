@@ -9,11 +9,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 
 from hfllm.data.formats import BadRow, Message, as_messages, flaw_of_prompt, prompt_of
 from hfllm.data.images.rows import without_images
+from hfllm.data.loading import split_places
 from hfllm.data.passages import citations_of, with_passages, without_citations
+from hfllm.data.receipt import noting_as
+from hfllm.data.tokenizer import plain_text
 from hfllm.data.word_index import WordIndex
 from hfllm.errors import refuse_if
 from hfllm.generation.responses import sample_responses
@@ -22,18 +25,30 @@ from hfllm.outputs.report import Found
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
+from hfllm.stages.courses import longest_of, refuse_own_inputs_in, room_of, say_left_out
 from hfllm.stages.ground.flags import GROUNDED, SFT, Course, GroundArguments
-from hfllm.stages.shared import load_speaking, plot_of_right, user_rows
+from hfllm.stages.shared import kept_rows, load_speaking, plot_of_right
 
+STAGE = "hfllm ground"
 # What is answered where no passage tells.
 REFUSAL = "The passages do not say."
-# How models say so in words of their own.
+# How models say so in words of their own. A negation belongs to a verb of telling, and that to passages or the reader.
+_NOT = r"(?:n't| not|not| never)"
+_TOLD = r"(?:mentioned|stated|said|told|given|specified|provided|described|included|contained|known|clear|answered)"
+_TELL = r"(?:say|tell|mention|state|give|specify|provide|describe|include|contain|answer|know|find|determine|explain)"
+_READ = r"(?:passages?|texts?|contexts?|documents?|sources?|articles?|information)"
 REFUSES = re.compile(
-    r"\b(?:do(?:es)? not|don't|doesn't|not|cannot|can't|unable to|no)\b.{0,40}"
-    r"\b(?:say|tell|know|mention(?:ed)?|state|provide|contain|specif\w+|find|answer|determine|information)\b",
-    re.IGNORECASE | re.DOTALL,
+    rf"\b{_READ}\b[^.!?]{{0,30}}\b(?:do|does|did|can|could|is|are|was|were){_NOT}\b[^.!?]{{0,20}}\b(?:{_TELL}|{_TOLD})\b"
+    rf"|\b(?:it|that|this|answer)\b[^.!?]{{0,30}}\b(?:is|was|are|were){_NOT}\b(?: \w+)? {_TOLD}\b"
+    rf"|\b(?:I|we|one) (?:do|did|can|ca|could){_NOT}\b(?: \w+)? {_TELL}\b"
+    r"|\bno (?:information|mention|answer|passages?)\b|\b(?:says?|tells?|mentions?) nothing\b|\bnothing (?:is|about)\b"
+    rf"|\bunable to {_TELL}\b|\bnot (?:mentioned|stated|specified|provided|given)\b|^\s*unknown\b",
+    re.IGNORECASE,
 )
-_WORD = re.compile(r"[^\W_]+")
+# Letters of scripts that are written without spaces between words.
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+# Words, numbers with their sign, and names such as C++ and C#.
+_WORD = re.compile(r"(?<![\w)-])-\d[\d.,]*\d|(?<![\w)-])-\d|[^\W_]+(?:\+\+|#)?")
 # Kinds of conversations: their shares in training, and titles in the report.
 ALONE, AMONG, ABSENT, INJECTED, DISAGREEING = "alone", "among", "absent", "injected", "disagreeing"
 SHARES = {ALONE: 4, AMONG: 7, ABSENT: 5, INJECTED: 2, DISAGREEING: 2}
@@ -123,19 +138,32 @@ def problem_of(origin: str, row: Row) -> Row:
     or SQuAD's object with a list `text`).
 
     Raises:
-        BadRow: without an answer or a passage.
+        BadRow: without an answer or a passage, or with a prompt that ends with the assistant's words.
     """
-    prompt = prompt_of(origin, row)
-    passage = _first_of(row, "passage", "context")
-    value = _first_of(row, "answer", "answers", "response")
-    value = value.get("text") if isinstance(value, Mapping) else value
-    answers = [str(each).strip() for each in (value if isinstance(value, list | tuple) else [value]) if each]
-    answers = tuple(dict.fromkeys(filter(None, answers)))
-    if not answers:
-        raise BadRow(f"{origin}: no answer in the column answer, answers or response", "without an answer")
+    passage, answers = _first_of(row, "passage", "context"), _answers_of(origin, row)
     if not isinstance(passage, str) or not passage.strip():
         raise BadRow(f"{origin}: no text in the column passage or context", "without a passage")
-    return {"prompt": prompt, "problem": Problem(as_messages(prompt), answers, " ".join(passage.split()))}
+    # An instruction would be read with its context.
+    rest = {name: value for name, value in dict.items(row) if name not in ("passage", "context")}
+    prompt = as_messages(prompt_of(origin, noting_as(row, rest)))
+    if prompt[-1]["role"] != "user":
+        raise BadRow(f"{origin}: the prompt does not end with a user's message", "without a question at the end")
+    return {"prompt": prompt, "problem": Problem(prompt, answers, " ".join(passage.split()))}
+
+
+def _answers_of(origin: str, row: Row) -> tuple[str, ...]:
+    value = _first_of(row, "answer", "answers", "response")
+    value = value.get("text") if isinstance(value, Mapping) else value
+    values = value if isinstance(value, list | tuple) else [value]
+    texts = [" ".join(str(each).split()) for each in values if isinstance(each, str | int | float)]
+    answers = tuple(dict.fromkeys(text for text in texts if _words(text).strip()))
+    if not answers or len(texts) < len(values):
+        raise BadRow(
+            f"{origin}: no answer in the column answer, answers or response: {value!r:.80}; expected a text with a "
+            "letter or digit, or a list of such texts",
+            "without an answer",
+        )
+    return answers
 
 
 def _first_of(row: Row, *names: str) -> object:
@@ -144,17 +172,18 @@ def _first_of(row: Row, *names: str) -> object:
 
 def read_problems(script_args: GroundArguments) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to learn from and the held-out ones, whose passages no row to learn from has."""
-    settings = {"share": 0.1, "most": script_args.num_questions, "flaw_of": flaw_of_prompt}
-    mapper = without_images(problem_of, "hfllm ground")
-    learned, held_out = user_rows(script_args.row_sources, mapper, script_args.seed, **settings)
-    kept = {row["problem"].passage for row in held_out}
-    rows = [row["problem"] for row in learned if row["problem"].passage not in kept]
-    refuse_if(
-        len({problem.passage for problem in rows}) <= SEVERAL or not held_out,
-        f"{script_args.dataset_name}: {len(learned)} rows to learn from and {len(held_out)} held-out ones; expected "
-        f"questions about at least {SEVERAL + 1} passages beside those of held-out questions",
-    )
-    return rows, [row["problem"] for row in held_out]
+    mapper, sources = without_images(problem_of, STAGE), script_args.row_sources
+    rows = [row["problem"] for row in kept_rows(sources.train, mapper, flaw_of_prompt)]
+    if sources.held_out is None:
+        keys = [problem.passage for problem in rows]
+        train, test = split_places(keys, script_args.seed, share=0.1, most=script_args.num_questions)
+        return [rows[place] for place in train], [rows[place] for place in test]
+    named = kept_rows(sources.held_out, mapper, flaw_of_prompt)[: script_args.num_questions]
+    held_out = [row["problem"] for row in named]
+    passages = {problem.passage for problem in held_out}
+    learned = [problem for problem in rows if problem.passage not in passages]
+    say_left_out(STAGE, "rows", learned, rows, "their passages are those of held-out questions")
+    return learned, held_out
 
 
 # ---- questions with passages ----
@@ -176,11 +205,21 @@ class Asking:
         self.index.add(self.passages)
 
     def __call__(self, problem: Problem, kind: str) -> Asked:
-        """Return a question with passages of a kind; of two that disagree only where the passage has the answer."""
-        makers = {ABSENT: self._absent, INJECTED: self._injected, DISAGREEING: self._disagreeing}
-        if kind == DISAGREEING and not _verbatim(problem.answers[0]).search(problem.passage):
-            kind = AMONG
-        return makers.get(kind, partial(self._telling, kind=kind))(problem)
+        """Return a question with passages of a kind, or of another where the rows have none of it: see `Asked.kind`.
+
+        Two can disagree where one has the answer word for word and another question has another answer; others are
+        found where some do not have the answer.
+        """
+        if kind in (AMONG, ABSENT):
+            others = self._others(problem, SEVERAL if kind == ABSENT else SEVERAL - 1)
+            if others:
+                return self._absent(problem, others) if kind == ABSENT else self._telling(problem, AMONG, others)
+        elif kind != ALONE and (other := self._other_answer(problem)) is not None:
+            if kind == INJECTED:
+                return self._injected(problem, other)
+            if _verbatim(problem.answers[0]).search(problem.passage):
+                return self._disagreeing(problem, other)
+        return self._telling(problem, ALONE, [])
 
     def mixed(self, problems: Sequence[Problem]) -> list[Asked]:
         """Return each question with passages of one kind, in the shares of training."""
@@ -188,25 +227,23 @@ class Asking:
         self.rng.shuffle(kinds)
         return [self(problem, kind) for problem, kind in zip(problems, cycle(kinds), strict=False)]
 
-    def _telling(self, problem: Problem, kind: str) -> Asked:
-        told = [problem.passage, *(self._others(problem, SEVERAL - 1) if kind == AMONG else ())]
+    def _telling(self, problem: Problem, kind: str, others: Sequence[str]) -> Asked:
+        told = [problem.passage, *others]
         self.rng.shuffle(told)
         answer = f"{problem.answers[0]} [{told.index(problem.passage) + 1}]"
         return Asked(problem, kind, tuple(told), answer, (problem.answers,))
 
-    def _absent(self, problem: Problem) -> Asked:
-        told = self._others(problem, SEVERAL)
-        return Asked(problem, ABSENT, tuple(told[: self.rng.randint(1, len(told))]), REFUSAL)
+    def _absent(self, problem: Problem, others: Sequence[str]) -> Asked:
+        return Asked(problem, ABSENT, tuple(others[: self.rng.randint(1, len(others))]), REFUSAL)
 
-    def _injected(self, problem: Problem) -> Asked:
-        other = self._other_answer(problem)
+    def _injected(self, problem: Problem, other: str) -> Asked:
         sentences = re.split(r"(?<=[.!?]) ", problem.passage)
         sentences.insert(self.rng.randint(0, len(sentences)), self.rng.choice(self.instructions).format(other=other))
         answer = f"{problem.answers[0]} [1]"
         return Asked(problem, INJECTED, (" ".join(sentences),), answer, (problem.answers,), other)
 
-    def _disagreeing(self, problem: Problem) -> Asked:
-        first, other = problem.answers[0], self._other_answer(problem)
+    def _disagreeing(self, problem: Problem, other: str) -> Asked:
+        first = problem.answers[0]
         told = [(problem.passage, first), (_verbatim(first).sub(lambda _: other, problem.passage), other)]
         self.rng.shuffle(told)
         said = [f"{answer} [{number}]" for number, (_, answer) in enumerate(told, 1)]
@@ -214,21 +251,20 @@ class Asking:
         return Asked(problem, DISAGREEING, passages, " or ".join(said), (problem.answers, (other,)))
 
     def _others(self, problem: Problem, count: int) -> list[str]:
-        """Return passages like the question, the likest first, none of which has the answer in it."""
+        """Return at most `count` passages like the question, the likest first, none of which has the answer in it."""
         found = [self.passages[place] for place, _ in self.index.search(problem.question, 8 * count)]
         drawn = self.rng.sample(self.passages, len(self.passages))
-        telling = [text for text in dict.fromkeys((*found, *drawn)) if text != problem.passage]
-        return [text for text in telling if not any(_in(each, text) for each in problem.answers)][:count] or telling[
-            :1
-        ]
+        others = (text for text in dict.fromkeys((*found, *drawn)) if text != problem.passage)
+        silent = (text for text in others if not any(_in(each, text) for each in problem.answers))
+        return list(islice(silent, count))
 
-    def _other_answer(self, problem: Problem) -> str:
-        """Return the answer of another question, which is no answer to this one."""
+    def _other_answer(self, problem: Problem) -> str | None:
+        """Return the answer of another question, which is no answer to this one; `None` where none was found."""
         for _ in range(100):
             other = self.rng.choice(self.problems).answers[0]
             if not any(_in(other, each) or _in(each, other) for each in problem.answers):
                 return other
-        return "42"
+        return None
 
 
 def _verbatim(answer: str) -> re.Pattern[str]:
@@ -242,16 +278,62 @@ def _words(text: str) -> str:
 
 def _in(answer: str, text: str) -> bool:
     """Return whether a text has the words of an answer, in their order, whatever their case and marks."""
+    if _UNSPACED.search(answer):
+        return "".join(_WORD.findall(answer.casefold())) in "".join(_WORD.findall(text.casefold()))
     return _words(answer) in _words(text)
 
 
-def rows_by_run(problems: Sequence[Problem], seed: int) -> dict[str, Callable[[], list[Row]]]:
-    """Return what makes the rows of both runs: the same questions, with passages and without."""
-    asked = Asking(problems, INSTRUCTIONS, seed).mixed(problems)
-    return {
-        name: partial(lambda has: [each.conversation(has) for each in asked], name == GROUNDED)
-        for name in (SFT, GROUNDED)
+@dataclass(frozen=True)
+class Questions:
+    """What is learned and asked.
+
+    Args:
+        learned: questions with passages, of all kinds, for both runs.
+        asked: the held-out ones, by kind.
+    """
+
+    learned: Sequence[Asked]
+    asked: Mapping[str, Sequence[Asked]]
+
+    def rows_by_run(self) -> dict[str, Callable[[], list[Row]]]:
+        """Return what makes the rows of both runs: the same questions, with passages and without."""
+        return {SFT: partial(self._rows, has_passages=False), GROUNDED: partial(self._rows, has_passages=True)}
+
+    def _rows(self, has_passages: bool) -> list[Row]:
+        return [each.conversation(has_passages) for each in self.learned]
+
+
+def read_questions(script_args: GroundArguments, course: Course, like: NamedModel) -> Questions:
+    """Read the user's rows, and put passages before their questions; what the model has no room for is left out.
+
+    Raises:
+        InputError: for input in the folder where the runs write, or too few rows.
+    """
+    refuse_own_inputs_in(script_args.output_dir, like.name, script_args)
+    room = room_of(like)
+    plain = plain_text(room.tokenizer)
+    learned, held_out = (
+        [replace(each, passage=plain(each.passage)) for each in part] for part in read_problems(script_args)
+    )
+    refuse_if(
+        len({problem.passage for problem in learned}) <= SEVERAL,
+        f"{script_args.dataset_name}: {len(learned)} rows to learn from and {len(held_out)} held-out ones; expected "
+        f"questions about at least {SEVERAL + 1} passages beside those of held-out questions",
+    )
+    mixed = Asking(learned, INSTRUCTIONS, script_args.seed).mixed(learned)
+    longest = longest_of(course, GROUNDED)
+    fitting = [each for each in mixed if room.holds(each.conversation(True)["messages"], longest=longest)]
+    reason = f"they have no room in the context ({room.context}) or --max_length ({longest}) of the runs"
+    say_left_out(STAGE, "rows", fitting, mixed, reason)
+    asked = questions(learned, held_out, script_args.seed)
+    kept = {
+        kind: [each for each in of_kind if room.holds(each.prompt(), answer=RESPONSE_LENGTH)]
+        for kind, of_kind in asked.items()
     }
+    for kind, of_kind in asked.items():
+        reason = f"their prompts and {RESPONSE_LENGTH} tokens have no room in the context ({room.context})"
+        say_left_out(STAGE, f"held-out questions ({LABELS[kind]})", kept[kind], of_kind, reason)
+    return Questions(fitting, kept)
 
 
 # ---- answers ----
@@ -280,8 +362,11 @@ def judged(asked: Asked, response: str) -> Judged:
     """Return a response with its judgment."""
     text = without_citations(response)
     if not asked.expected:
-        return Judged(asked, response, bool(REFUSES.search(text)), False, False)
-    is_right = all(any(_in(each, text) for each in forms) for forms in asked.expected)
+        refuses = bool(REFUSES.search(text.replace("\u2019", "'"))) and not citations_of(response)
+        return Judged(asked, response, refuses, False, False)
+    # An answer may have numbers in brackets of its own.
+    said = response if any(citations_of(each) for forms in asked.expected for each in forms) else text
+    is_right = all(any(_in(each, said) for each in forms) for forms in asked.expected)
     cites = is_right and sorted(citations_of(response)) == sorted(citations_of(asked.answer))
     follows = bool(asked.other) and _in(asked.other, text) and not is_right
     return Judged(asked, response, is_right, cites, follows)
@@ -291,8 +376,8 @@ def questions(learned: Sequence[Problem], held_out: Sequence[Problem], seed: int
     """Return the held-out questions with passages of each kind, by kind; instructions are worded as in no row."""
     asking = Asking([*held_out, *learned], HELD_OUT_INSTRUCTIONS, seed)
     result = {kind: [asking(problem, kind) for problem in held_out] for kind in SHARES}
-    # Where a passage does not have its answer word for word, no copy can say something else.
-    result[DISAGREEING] = [each for each in result[DISAGREEING] if each.kind == DISAGREEING]
+    # Some rows have no passages of some kind.
+    result = {kind: [each for each in asked if each.kind == kind] for kind, asked in result.items()}
     return {kind: asked for kind, asked in result.items() if asked}
 
 
@@ -302,9 +387,8 @@ def ask(course: Course, like: NamedModel, asked: Mapping[str, Sequence[Asked]]) 
     answers: dict[str, dict[str, list[Judged]]] = {}
     for name, model in models.items():
         speaking, answers[name] = load_speaking(replace(model, trains_adapter=False)), {}
-        has_template = bool(speaking.tokenizer.chat_template)
         for kind, each in asked.items():
-            prompts = [one.prompt() if has_template else one.prompt()[-1]["content"] for one in each]
+            prompts = [one.prompt() for one in each]
             texts = sample_responses(
                 speaking.model, speaking.tokenizer, prompts, RESPONSE_LENGTH, do_sample=False, batch_size=16
             )

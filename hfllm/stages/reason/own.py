@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.formats import BadRow, Message, as_messages, flaw_of_prompt, prompt_of
 from hfllm.data.images.rows import without_images
 from hfllm.data.thoughts import final_answer, plain_answer
-from hfllm.errors import refuse_if
+from hfllm.errors import InputError, refuse_if
 from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.outputs.figures import change_of, mean_of, shown
 from hfllm.outputs.report import Found
@@ -15,13 +15,15 @@ from hfllm.outputs.verdict import Promise
 from hfllm.rewards.functions import exact_match
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
+from hfllm.stages.courses import longest_of, refuse_own_inputs_in, room_of, say_left_out
 from hfllm.stages.reason.build import SAMPLES, TITLES, histories_of, ppo_plots
 from hfllm.stages.reason.flags import DIRECT, RL, SHUFFLED, THOUGHTS, Course, ReasonArguments
 from hfllm.stages.shared import load_speaking, user_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
+STAGE = "hfllm reason"
 # What stands before the final answer, as in gsm8k.
 MARK = "####"
 # The user's model as it was, and the titles of the others here.
@@ -47,9 +49,14 @@ class Problem:
     answer: str
     thoughts: str = ""
 
+    @property
+    def gold(self) -> str:
+        """The answer as `exact_match` reads it whole: else the last number of `3:45` would do."""
+        return f"{MARK} {self.answer}"
+
     def conversation(self, has_thoughts: bool) -> Row:
         """Return the conversation to learn: the solution, or its last line alone."""
-        lines = [self.thoughts, f"{MARK} {self.answer}"] if has_thoughts else [f"{MARK} {self.answer}"]
+        lines = [self.thoughts, self.gold] if has_thoughts else [self.gold]
         return {"messages": [*self.prompt, {"role": "assistant", "content": "\n".join(lines)}]}
 
 
@@ -57,43 +64,64 @@ def problem_of(origin: str, row: Row) -> Row:
     """Return a row's `prompt` and its `problem`.
 
     Raises:
-        BadRow: without an answer.
+        BadRow: without an answer, or with a prompt that ends with the assistant's words.
     """
     solution, thoughts = row.get("answer"), row.get("thoughts")
-    text = "" if solution is None else str(solution).strip()
+    text = str(solution).strip() if isinstance(solution, str | int | float) else ""
     before, mark, _ = text.rpartition(MARK)
     answer = final_answer(text) if mark else text
     if not plain_answer(answer):
+        expected = f"expected the final answer, or a solution that ends in '{MARK} 42'"
+        raise BadRow(f"{origin}: answer is {solution!r:.80}; {expected}", "without an answer")
+    lines = [thoughts] if isinstance(thoughts, str) else thoughts or []
+    if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
         raise BadRow(
-            f"{origin}: answer is {solution!r:.80}; expected the final answer, or a solution that ends in '{MARK} 42'",
-            "without an answer",
+            f"{origin}: thoughts is {thoughts!r:.80}; expected a text, or a list of lines", "with odd thoughts"
         )
-    told = str(thoughts).strip() if thoughts else before.strip()
-    prompt = prompt_of(origin, row)
-    return {"prompt": prompt, "problem": Problem(as_messages(prompt), answer, told)}
+    prompt = as_messages(prompt_of(origin, row))
+    if prompt[-1]["role"] != "user":
+        raise BadRow(f"{origin}: the prompt does not end with a user's message", "without a question at the end")
+    return {"prompt": prompt, "problem": Problem(prompt, answer, "\n".join(lines).strip() or before.strip())}
 
 
-def read_problems(script_args: ReasonArguments) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems to learn from and the held-out ones.
+def read_problems(
+    script_args: ReasonArguments, course: Course, like: NamedModel
+) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems to learn from and the held-out ones; what the model has no room for is left out.
 
     Raises:
-        InputError: where solutions are to be shown and a row has none.
+        InputError: for input in the folder where the runs write; where solutions are to be shown and a row has none.
     """
+    refuse_own_inputs_in(script_args.output_dir, like.name, script_args)
     settings = {"share": 0.1, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
-    mapper = without_images(problem_of, "hfllm reason")
-    learned, held_out = user_rows(script_args.row_sources, mapper, script_args.seed, **settings)
-    refuse_if(not learned or not held_out, f"{script_args.dataset_name}: too few rows to learn from and to hold out")
-    untold = next((row for row in learned if not row["problem"].thoughts), None)
+    mapper, length = without_images(problem_of, STAGE), script_args.response_length
+    rows = user_rows(script_args.row_sources, mapper, script_args.seed, **settings)
+    learned, held_out = ([row["problem"] for row in part] for part in rows)
+    untold = next((problem for problem in learned if not problem.thoughts), None)
+    if script_args.show_solutions and untold is not None:
+        raise InputError(
+            f"{script_args.dataset_name}: a row has no solution before '{MARK}' in its column answer, and no column "
+            f"thoughts: {untold.prompt[-1]['content'][:80]!r}; --show_solutions false begins with PPO"
+        )
+    room = room_of(like)
     refuse_if(
-        script_args.show_solutions and untold is not None,
-        f"{script_args.dataset_name}: a row has no solution before '{MARK}' in its column answer, and no column "
-        f"thoughts: {_shown(untold)}; --show_solutions false begins with PPO",
+        room.context is not None and length >= room.context,
+        f"--response_length {length}: expected less than the context of {like.name}, {room.context} tokens",
     )
-    return [row["problem"] for row in learned], [row["problem"] for row in held_out]
+    longest = longest_of(course, THOUGHTS) if THOUGHTS in course.runs else None
 
+    def has_room(problem: Problem) -> bool:
+        messages = problem.conversation(has_thoughts=True)["messages"]
+        return room.holds(problem.prompt, answer=length) and (
+            THOUGHTS not in course.runs or room.holds(messages, longest=longest)
+        )
 
-def _shown(row: Row | None) -> str:
-    return repr(row["problem"].prompt[-1]["content"])[:80] if row else ""
+    fitting = list(filter(has_room, learned))
+    reason = f"no room for the question and {length} tokens, or for the solution, in {room.context} tokens"
+    say_left_out(STAGE, "rows", fitting, learned, reason)
+    asked = [problem for problem in held_out if room.holds(problem.prompt, answer=length)]
+    say_left_out(STAGE, "held-out questions", asked, held_out, reason)
+    return fitting, asked
 
 
 def rows_by_run(problems: Sequence[Problem]) -> dict[str, Callable[[], Rows]]:
@@ -101,7 +129,7 @@ def rows_by_run(problems: Sequence[Problem]) -> dict[str, Callable[[], Rows]]:
     return {
         THOUGHTS: lambda: [problem.conversation(has_thoughts=True) for problem in problems],
         DIRECT: lambda: [problem.conversation(has_thoughts=False) for problem in problems],
-        RL: lambda: [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems],
+        RL: lambda: [{"prompt": problem.prompt, "answer": problem.gold} for problem in problems],
     }
 
 
@@ -134,20 +162,15 @@ def ask(course: Course, like: NamedModel, problems: Sequence[Problem], length: i
     models = {BASE: like} | {name: replace(like, name=course.folder(name), revision="main") for name in course.runs}
     for name, model in models.items():
         speaking = load_speaking(replace(model, trains_adapter=False))
-        prompts = [_prompt(problem, speaking.tokenizer) for problem in problems]
+        prompts = [problem.prompt for problem in problems]
         responses = sample_with_ends(speaking.model, speaking.tokenizer, prompts, length, do_sample=False)
         answers[name] = [judged(problem, each[0]) for problem, each in zip(problems, responses, strict=True)]
     return answers
 
 
-def _prompt(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> str | list[Message]:
-    """Return the conversation, or for a model without a chat template its last text."""
-    return problem.prompt if tokenizer.chat_template else problem.prompt[-1]["content"]
-
-
 def judged(problem: Problem, response: Response) -> Answered:
     """Return an answer with its judgment by `exact_match`."""
-    (right,) = exact_match([problem.prompt], [response.text], answer=[problem.answer])
+    (right,) = exact_match([problem.prompt], [response.text], answer=[problem.gold])
     return Answered(problem, response, bool(right))
 
 
