@@ -406,3 +406,12 @@ def test_ground_runs_on_a_model_of_ones_own(small, more, tmp_path):
     assert report["verdict"]["sentence"] and (tmp_path / "out" / "right.png").is_file()
     data = [json.loads(line) for line in (tmp_path / "out" / "data" / "grounded.jsonl").read_text().splitlines()]
     assert all(row["messages"][0]["content"].startswith("[1] ") for row in data)
+
+
+def test_a_report_without_some_kinds_is_whole():
+    problem = towns()[0]
+    asked = Asking([problem], grounded.INSTRUCTIONS, seed=0)(problem, AMONG)
+    assert asked.kind == ALONE
+    answers = {model: {ALONE: [grounded.judged(asked, "King Alf0 [1]")]} for model in grounded.TITLES}
+    found = grounded.report(answers)
+    assert found.metrics["grounded_alone_cites"] == 1 and "no held-out question has other passages" in found.summary
