@@ -29,7 +29,7 @@ SHIPPED = "shipped_flags"
 OFF = (False, "no", "none", -1)
 # The word in a list of names for none of them.
 NO_NAME = "none"
-# The group of flags in a recipe's help that are of no use with data and a model of one's own.
+# The group of flags in a recipe's help that have no use with your own data and model.
 WORLD_GROUP = "The embedded world alone"
 
 
@@ -90,6 +90,7 @@ Refused = Mapping[str, Fact | tuple[Fact, ...]]
 Clashes = Mapping[str, Callable[[Any], Any]]
 ALWAYS = Fact(lambda flags: True, "it has no effect")
 NAMED = Fact(lambda flags: bool(flags.model_name_or_path), "the model is named")
+NOT_WORLDS = NAMED.because("it is of the embedded world, and the model is your own")
 UNNAMED = Fact(lambda flags: "model_name_or_path" in flags and not flags.model_name_or_path, "no model is named")
 
 

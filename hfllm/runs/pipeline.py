@@ -17,7 +17,7 @@ only the model counts (sft, reward), its files do.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -438,6 +438,15 @@ def parsed_runs(
 
 
 # ---- rows ----
+
+
+# Names, recipes and flags of the runs of a recipe, except seed and folder.
+Runs = Iterator[tuple[str, str, list[str]]]
+
+
+def rows_flag(output_dir: str, run: str) -> list[str]:
+    """Return the flag with the rows that a recipe writes for a run."""
+    return ["--dataset_name", str(data_file(output_dir, run))]
 
 
 def data_file(output_dir: str, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""`hfllm reason` and `hfllm ground` on a model and rows of one's own: what is learned, asked and judged."""
+"""`hfllm reason` and `hfllm ground` on your own model and rows: what is learned, asked and judged."""
 
 import json
 import re

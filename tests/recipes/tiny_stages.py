@@ -59,7 +59,7 @@ TINY = {
 }
 
 
-# The same for rows of one's own: the embedded world's numbers are refused there.
+# The same for your own rows: the embedded world's numbers are refused there.
 TINY["sft_rows"] = {name: value for name, value in TINY["sft"].items() if name != "num_examples"}
 
 

@@ -11,6 +11,7 @@ from hfllm.errors import InputError
 from hfllm.flags import (
     NAMED,
     NOT_NEGATIVE,
+    NOT_WORLDS,
     POSITIVE,
     SEED,
     UNNAMED,
@@ -44,7 +45,6 @@ REVISIONS, SL, RL = LAST_STAGES = ("revisions", "sl", "rl")
 # Longest answers in tokens: of the world, and of real models.
 WORLD_LENGTH, OWN_LENGTH = 40, 128
 IS_WORLDS = "the model is the embedded world's"
-NOT_WORLDS = NAMED.because("it is of the embedded world, and the model is your own")
 NO_PPO = Fact(lambda flags: flags.last_stage != RL, "--last_stage {last_stage} has no PPO")
 # The smallest number of demonstrations with some, and a held-out one, for every control.
 FEWEST_DEMONSTRATIONS = 10

@@ -1,13 +1,12 @@
-"""Answers from passages, of the embedded world's model or one's own: the recipe's flags, its checks, its runs."""
+"""Answers from passages, of the embedded world's model or your own: the recipe's flags, its checks, its runs."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.loading import FOREIGN_PROMPTS, RowArguments
 from hfllm.data.sources import WORLD
-from hfllm.flags import NAMED, SEED, WORLD_GROUP, Clashes, Range, at_least, check_flags, flag, given_words
+from hfllm.flags import NAMED, NOT_WORLDS, SEED, WORLD_GROUP, Clashes, Range, at_least, check_flags, flag, given_words
 from hfllm.runs import pipeline
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.recipes import settings_file
@@ -26,9 +25,6 @@ FEWEST_QUESTIONS = 6
 FEWEST_SAMPLES = 2
 # Number of retrieved passages per question.
 TOP_K = 3
-
-
-NOT_WORLDS = NAMED.because("it is of the embedded world, and the model is your own")
 
 
 @dataclass(frozen=True)
@@ -98,15 +94,7 @@ def course_of(script_args: GroundArguments, model_args: "ModelConfig") -> Course
     return Course(*pipeline.parsed_runs(runs, script_args.output_dir, script_args.seed), named)
 
 
-# Names, recipes and flags of runs, except seed and folder.
-Runs = Iterator[tuple[str, str, list[str]]]
-
-
-def _rows_of(output_dir: str, run: str) -> list[str]:
-    return ["--dataset_name", str(pipeline.data_file(output_dir, run))]
-
-
-def _runs_of_world(script_args: GroundArguments) -> Runs:
+def _runs_of_world(script_args: GroundArguments) -> pipeline.Runs:
     output_dir, world = script_args.output_dir, ["--world_seed", str(script_args.world_seed)]
 
     def run(name: str, recipe: str, *words: str) -> tuple[str, str, list[str]]:
@@ -118,14 +106,14 @@ def _runs_of_world(script_args: GroundArguments) -> Runs:
 
     yield run(PRETRAIN, "pretrain", *world)
     for name in MODELS:
-        yield tuned(name, "sft", PRETRAIN, *_rows_of(output_dir, name))
+        yield tuned(name, "sft", PRETRAIN, *pipeline.rows_flag(output_dir, name))
     yield tuned(REWARD, "reward", GROUNDED, *world)
 
 
-def _runs_of_own_model(script_args: GroundArguments, model_args: "ModelConfig") -> Runs:
+def _runs_of_own_model(script_args: GroundArguments, model_args: "ModelConfig") -> pipeline.Runs:
     """Yield fine-tuning of the user's model without passages, the control, and with them."""
     words = [*given_words(model_args), *given_words(script_args, only=["trust_remote_code"])]
     for name in MODELS:
         file = getattr(script_args, f"{name}_config")
         config = ["--config", file] if file else []
-        yield name, "sft", [*config, *words, *_rows_of(script_args.output_dir, name)]
+        yield name, "sft", [*config, *words, *pipeline.rows_flag(script_args.output_dir, name)]

@@ -1,6 +1,5 @@
-"""Thoughts, on the embedded world or a model of one's own: the recipe's flags, its checks, and its runs of others."""
+"""Thoughts, of the embedded world's model or your own: the recipe's flags, its checks, and its runs of others."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -9,6 +8,7 @@ from hfllm.data.loading import FOREIGN_PROMPTS, RowArguments
 from hfllm.data.sources import WORLD
 from hfllm.flags import (
     NAMED,
+    NOT_WORLDS,
     SEED,
     SHARE,
     UNNAMED,
@@ -35,9 +35,8 @@ RESPONSE_LENGTH = 64
 FEWEST_ROWS = 10
 
 
-# Reasons for flags of the user's own model, and of the world's, to have no effect.
+# A reason for flags of the user's own model to have no effect.
 NOT_OWN = UNNAMED.because("the questions are the embedded world's")
-NOT_WORLDS = NAMED.because("it is of the embedded world, and the model is your own")
 
 
 @dataclass(frozen=True)
@@ -133,22 +132,14 @@ def course_of(script_args: ReasonArguments, model_args: "ModelConfig") -> Course
     return Course(*pipeline.parsed_runs(runs, output_dir, script_args.seed), named)
 
 
-# Names, recipes and flags of runs, except seed and folder.
-Runs = Iterator[tuple[str, str, list[str]]]
-
-
-def _rows_of(output_dir: str, run: str) -> list[str]:
-    return ["--dataset_name", str(pipeline.data_file(output_dir, run))]
-
-
-def _runs_of_world(script_args: ReasonArguments) -> Runs:
+def _runs_of_world(script_args: ReasonArguments) -> pipeline.Runs:
     output_dir, arms = script_args.output_dir, script_args.arms
 
     def config(name: str) -> list[str]:
         return ["--config", getattr(script_args, f"{name}_config") or str(settings_file(f"reason/{name}.yaml"))]
 
     def learning(run: str, start: str) -> list[str]:
-        return ["--model_name_or_path", str(Path(output_dir, start)), *_rows_of(output_dir, run)]
+        return ["--model_name_or_path", str(Path(output_dir, start)), *pipeline.rows_flag(output_dir, run)]
 
     yield PRETRAIN, "pretrain", [*config("pretrain"), "--world_seed", str(script_args.world_seed)]
     yield THOUGHTS, "sft", [*config("sft"), *learning(THOUGHTS, PRETRAIN)]
@@ -160,7 +151,7 @@ def _runs_of_world(script_args: ReasonArguments) -> Runs:
         yield SHUFFLED, "rlhf", [*config("rlhf"), *learning(SHUFFLED, MIXED), "--reward_funcs", "shuffled_answer"]
 
 
-def _runs_of_own_model(script_args: ReasonArguments, model_args: "ModelConfig") -> Runs:
+def _runs_of_own_model(script_args: ReasonArguments, model_args: "ModelConfig") -> pipeline.Runs:
     """Yield fine-tuning on solutions and on answers alone, both from the user's model, and PPO after the first."""
     output_dir, arms = script_args.output_dir, script_args.arms
     configs = {name: getattr(script_args, f"{name}_config") for name in ("sft", "rlhf")}
@@ -169,10 +160,10 @@ def _runs_of_own_model(script_args: ReasonArguments, model_args: "ModelConfig") 
     words = start = [*given_words(model_args), *shared]
     if script_args.show_solutions:
         for run in (THOUGHTS, *((DIRECT,) if DIRECT in arms else ())):
-            yield run, "sft", [*configs["sft"], *words, *_rows_of(output_dir, run)]
+            yield run, "sft", [*configs["sft"], *words, *pipeline.rows_flag(output_dir, run)]
         # The adapter trained on the solutions is trained further.
         start = ["--model_name_or_path", str(Path(output_dir, THOUGHTS)), *flags_for_all(model_args), *shared]
     for run, reward in ((RL, "exact_match"), (SHUFFLED, "shuffled_exact_match")):
         if run == RL or run in arms:
             words = ["--reward_funcs", reward, "--response_length", str(script_args.response_length)]
-            yield run, "rlhf", [*configs["rlhf"], *start, *_rows_of(output_dir, RL), *words]
+            yield run, "rlhf", [*configs["rlhf"], *start, *pipeline.rows_flag(output_dir, RL), *words]
