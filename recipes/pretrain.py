@@ -97,6 +97,7 @@ def main(
     throughput = pretrain.monitor(trainer, length, script_args.loss_spikes, script_args.peak_flops, token_size)
     sample_steps = 0 if is_masked else script_args.sample_steps
     samples = pretrain.add_samples(trainer, tokenizer, test_texts, sample_steps, throughput)
+    probes = pretrain.add_probes(trainer, tokenizer, None if is_masked else script_args.world_texts, throughput)
     train(trainer, stage.checkpoint, stage.identity)
     pretrain.stop_if_broken(trainer)
     held_out_loss = trainer.evaluate()["eval_loss"]
@@ -106,6 +107,7 @@ def main(
         "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
         **({} if is_masked else pretrain.held_out_metrics(trainer.model, tokenizer, train_texts, test_texts, length)),
+        **pretrain.probe_metrics(probes, trainer.model),
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
         "tokens_per_second": pretrain.mean_speed(trainer.state.log_history),
@@ -116,7 +118,9 @@ def main(
         summary += f", {shown(metrics, 'bits_per_byte')} bits per byte"
     shares = pretrain.source_table(sources, trainer.plan) if script_args.packing else []
     tables = {title: rows for title, rows in {"Sources": shares, "Samples": samples()}.items() if rows}
-    metrics = stage.finish(metrics, trainer, summary, tables, too_wide=[*tables], claims=pretrain.CLAIMS)
+    curves = pretrain.probe_curves(trainer.state.log_history, metrics)
+    promised = {"promises": pretrain.PROMISES, "claims": pretrain.CLAIMS}
+    metrics = stage.finish(metrics, trainer, summary, tables, curves, too_wide=[*tables], **promised)
     if trainer.is_local_process_zero():
         prepared.remove()
     return metrics

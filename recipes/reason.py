@@ -73,6 +73,7 @@ def main(script_args: ReasonArguments, model_args: "ModelConfig") -> dict[str, f
         tables=result.tables,
         curves=result.plots,
         promises=result.promises,
+        claims=result.claims,
         artifacts=course.artifacts,
         next_steps=chat_lines(course.folder(RL), rows[RL]()[0]["prompt"]),
         final_model=course.folder(RL),

@@ -516,7 +516,7 @@ def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[s
         "import hfllm",
         "from transformers import pipeline",
         f"assistant = pipeline('text-generation', {folder!r})",
-        f"print(assistant({prompt!r}, max_new_tokens=48){answer})",
+        f"print(assistant({prompt!r}, max_new_tokens=64){answer})",
     ]
 
 

@@ -212,6 +212,7 @@ class Found:
         tables: rows by title.
         plots: by the names of their files.
         promises: requirements on the figures; else the run ends with a warning.
+        claims: what the verdict is about; by default the promises.
         verdict: of a recipe that compares models.
     """
 
@@ -220,6 +221,7 @@ class Found:
     tables: Mapping[str, Sequence[Mapping[str, Any]]]
     plots: "Mapping[str, Plot | Bars | Heatmap]"
     promises: Sequence[Promise] = ()
+    claims: Sequence[Promise] = ()
     verdict: Verdict | None = None
 
 

@@ -34,6 +34,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from hfllm.data.packing import start_of
+from hfllm.data.world.operations import OPERATIONS, Probe
 from hfllm.errors import InputError, refuse_if
 from hfllm.flags import given_names
 from hfllm.generation.responses import fast_option, without_cpu_autocast
@@ -75,6 +76,7 @@ SHOWN = {
     "explained_variance": "value explained",
     "response_length": "length",
     "unfinished": "unfinished",
+    **{f"probe_{operation}": operation for operation in OPERATIONS},
 }
 # Smaller figures are rounding, except for learning rates.
 LEAST = 5e-5
@@ -422,6 +424,90 @@ def _read_rows(file: Path, last_step: int) -> list[dict[str, int | str]]:
         if row["step"] <= last_step:
             rows.append(row)
     return rows
+
+
+# ---- probes ----
+
+
+class ProbeCallback(TrainerCallback):
+    """Callback that adds to each training log the share of probed tokens that the model predicts right, by operation.
+
+    Each is `probe_OPERATION`, in the main process; training is exactly as without it. Add it by
+    `hfllm.trainers.monitors.add_to_logs`.
+
+    Args:
+        tokenizer: a fast one, which tells where its tokens stand.
+        probes: texts and their probed places, by operation.
+        throughput: the callback to exclude the time of the probes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        probes: Mapping[str, Sequence[Probe]],
+        throughput: ThroughputCallback | None = None,
+    ):
+        self.tokenizer, self.probes, self.throughput = tokenizer, probes, throughput
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: object,
+    ) -> None:
+        refuse_if(is_split(model), "ProbeCallback needs the whole model in one process: not FSDP, ZeRO-3 or DTensors")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        model: PreTrainedModel | None = None,
+        **kwargs: object,
+    ) -> None:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        with self.throughput.paused() if self.throughput is not None else nullcontext():
+            added = {f"probe_{name}": sum(shares) / len(shares) for name, shares in self.shares(model).items()}
+        # By now the trainer has put a copy of the logs into the history.
+        for entry in (logs, state.log_history[-1]):
+            entry.update(added)
+
+    def shares(self, model: PreTrainedModel) -> dict[str, list[float]]:
+        """Return the share of right tokens of each probe, by operation: of those that fit into the model's context."""
+        with undisturbed(model), torch.inference_mode():
+            shares = {operation: self._shares(model, probes) for operation, probes in self.probes.items()}
+        return {operation: values for operation, values in shares.items() if values}
+
+    def _shares(self, model: PreTrainedModel, probes: Sequence[Probe]) -> list[float]:
+        start, context = start_of(self.tokenizer), max_length_of(model.config) or math.inf
+        texts = [each.text for each in probes]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        rows = zip(probes, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        fitting = [(probe, start + ids, offsets) for probe, ids, offsets in rows if len(start) + len(ids) <= context]
+        if not fitting:
+            return []
+        batch = [torch.tensor(ids) for _, ids, _ in fitting]
+        # Padding on the right changes nothing before it.
+        ids = nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
+        guessed = (model(input_ids=ids).logits.argmax(-1)[:, :-1] == ids[:, 1:]).tolist()
+        return [
+            _share_of(is_right[max(len(start) - 1, 0) :], offsets[not start :], probe)
+            for is_right, (probe, _, offsets) in zip(guessed, fitting, strict=True)
+        ]
+
+
+def _share_of(is_right: Sequence[bool], offsets: Sequence[tuple[int, int]], probe: Probe) -> float:
+    """Return the share of right tokens in the places of a probe; the offsets of the tokens are in the same order."""
+    right = [
+        each
+        for each, (begin, end) in zip(is_right, offsets, strict=False)
+        if any(first < end and begin < last for first, last in probe.spans)
+    ]
+    return sum(right) / max(len(right), 1)
 
 
 # ---- tables ----

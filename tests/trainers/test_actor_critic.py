@@ -144,7 +144,8 @@ def test_the_lean_pass_is_the_plain_one(make_model, batch, family, separate_valu
     if not separate_value_model:
         torch.nn.init.normal_(actor.value_head.weight)
     # What is computed once per chunk, or from a state, is rounded otherwise in a row that begins elsewhere.
-    check(actor, batch, atol=5e-5 if family == "olmo-hybrid" else 1e-5)
+    # Rounding of its recurrence: on a CPU with AVX-512 one gradient of 12,800 was 1.1e-4 off, of .59.
+    check(actor, batch, atol=2e-4 if family == "olmo-hybrid" else 1e-5)
 
 
 @pytest.mark.parametrize("name", NATIVES)

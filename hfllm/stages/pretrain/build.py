@@ -1,7 +1,9 @@
 """The data, models, trainers and monitors of a pretraining run."""
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
 
+from hfllm.data.loading import WorldTexts
 from hfllm.data.packing import (
     Prepared,
     batch_of,
@@ -22,17 +25,22 @@ from hfllm.data.packing import (
     token_pieces,
     windows,
 )
+from hfllm.data.world.operations import TITLES, probes_of
+from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.perplexity import gzip_bits_per_byte, ngram_bits_per_byte, text_likelihood
 from hfllm.flags import changed
 from hfllm.models.family.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 from hfllm.models.loading.weights import cast_weights
+from hfllm.outputs.checkpoints import STATE_FILE
+from hfllm.outputs.figures import mean_of
+from hfllm.outputs.report import Plot, plot_history, read_report
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.models import load_policy, load_tokenizer, named_model, new_config
 from hfllm.scaling.speed import palm_flops_per_token
 from hfllm.stages.pretrain.flags import CHINCHILLA, PretrainArguments
 from hfllm.stages.pretrain.tokenizer import make_tokenizer
-from hfllm.trainers.callbacks import SampleCallback
+from hfllm.trainers.callbacks import ProbeCallback, SampleCallback
 from hfllm.trainers.learning_rate import global_batch_size
 from hfllm.trainers.mixins import TokenMeanEvaluation
 from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
@@ -50,6 +58,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
     from trl import ModelConfig
 
+# Texts of each probed operation.
+NUM_PROBES = 40
+# The share of right tokens from which an operation counts as learned: below it, the stages that need it fail.
+LEARNED = 0.6
+PROMISES = tuple(Promise(title, f"probe_{each}", LEARNED, "what counts as learned") for each, title in TITLES.items())
 # A model of a language must beat counting its words.
 CLAIMS = [
     Promise("bits per byte of held-out text", "bits_per_byte", "bits_per_byte_5gram", "by a 5-gram", is_less=True),
@@ -375,6 +388,51 @@ def add_samples(
     callback = SampleCallback(tokenizer, prompts, every, file, max_new_tokens=48, throughput=throughput)
     trainer.add_callback(callback)
     return lambda: callback.samples
+
+
+def add_probes(
+    trainer: "Trainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: WorldTexts | None,
+    throughput: ThroughputCallback,
+) -> ProbeCallback | None:
+    """Log how far the operations that the world's texts need are learned; not while the model is split.
+
+    Args:
+        texts: the embedded world's texts; `None` for others, which are not probed.
+        throughput: its clock is stopped meanwhile.
+
+    Returns:
+        The callback, or `None` where nothing is probed.
+    """
+    if texts is None or not tokenizer.is_fast or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return None
+    probes = probes_of(World(texts.world_seed), texts.shares, NUM_PROBES)
+    if not probes:
+        return None
+    callback = ProbeCallback(tokenizer, probes, throughput)
+    add_to_logs(trainer, callback)
+    return callback
+
+
+def probe_metrics(callback: ProbeCallback | None, model: "PreTrainedModel") -> dict[str, float]:
+    """Return the share of probed tokens that the trained model predicts right, by operation, with errors."""
+    shares = callback.shares(model) if callback else {}
+    return {name: value for each in shares for name, value in mean_of(f"probe_{each}", shares[each]).items()}
+
+
+def probe_curves(log_history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> dict[str, Plot]:
+    """Return the plot of the probed operations over the steps."""
+    names = {title: f"probe_{each}" for each, title in TITLES.items() if f"probe_{each}" in metrics}
+    labels = {"title": "What the model has learned to do", "xlabel": "optimizer steps", "ylabel": "right tokens"}
+    return {"probes": replace(plot_history(log_history, names, **labels), is_share=True)} if names else {}
+
+
+def probes_of_run(folder: str | Path) -> tuple[dict[str, float], dict[str, Plot]]:
+    """Return the figures of the probed operations of a finished run, and their plot."""
+    metrics = {name: value for name, value in read_report(folder)["metrics"].items() if name.startswith("probe_")}
+    state = json.loads(Path(folder, STATE_FILE).read_text(encoding="utf-8"))
+    return metrics, probe_curves(state["log_history"], metrics)
 
 
 def multiplied_parameters(model: "PreTrainedModel") -> int:

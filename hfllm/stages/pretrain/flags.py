@@ -53,6 +53,7 @@ class ArchitectureArguments:
     hidden_act: str = flag("silu", "Activation of the MLP.", never=NOT_NEW)
     position_embedding_type: str = flag("rope", "rope, learned or none.", never=NOT_NEW)
     parallel_block: bool = flag(False, "Attention and MLP side by side, as in PaLM.", never=NOT_NEW)
+    qk_norm: bool = flag(False, "Normalize the queries and keys of each head, as in Qwen 3.", never=NOT_NEW)
     sliding_window: int | None = flag(None, "Tokens that each token attends to at most.", never=NOT_NEW)
     attention_chunk_size: int | None = flag(
         None, "Tokens of a chunk, within which each token attends, as in Llama 4.", never=NOT_NEW

@@ -32,7 +32,19 @@ from hfllm.outputs.report import Found, Plot, plot_history
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
-from hfllm.stages.reason.flags import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course, ReasonArguments
+from hfllm.stages.pretrain.build import PROMISES as PROBED
+from hfllm.stages.pretrain.build import probes_of_run
+from hfllm.stages.reason.flags import (
+    DIRECT,
+    MIXED,
+    PRETRAIN,
+    RESPONSE_LENGTH,
+    RL,
+    SHUFFLED,
+    THOUGHTS,
+    Course,
+    ReasonArguments,
+)
 from hfllm.stages.shared import load_speaking
 
 if TYPE_CHECKING:
@@ -114,9 +126,10 @@ def course_report(course: Course, world: World, num_problems: int, seed: int) ->
             tuned[name] = answer(*arguments, problems, RESPONSE_LENGTH)
         elif name in (MIXED, RL, SHUFFLED):
             sampled[name] = answer(*arguments, dials, RESPONSE_LENGTH, do_sample=True, seed=seed)
-    metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
-    curves = plots(tuned, histories_of(course))
-    return Found(metrics, summary_of(metrics), tables(tuned, sampled), curves, PROMISES)
+    probed, curves = probes_of_run(course.folder(PRETRAIN))
+    metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled), **probed}
+    curves |= plots(tuned, histories_of(course))
+    return Found(metrics, summary_of(metrics), tables(tuned, sampled), curves, (*PROMISES, *PROBED), PROMISES)
 
 
 def histories_of(course: Course) -> dict[str, list[dict[str, float]]]:

@@ -1,0 +1,98 @@
+"""Probes of what a model must be able to do before it can learn to reason: read from a question, add, recall.
+
+A probe is a text such as pretraining has, with held-out contents, and the places in it that only the operation can
+predict: the number that belongs to a turn of the dial, the sum of two numbers, an animal's friend.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from hfllm.data.tokenizer import CONVERSATION
+from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, Problem, draw_problem
+from hfllm.data.world.world import World
+
+# A piece of a text, and whether the operation predicts it.
+Piece = tuple[str, bool]
+READING, ADDING, RECALLING = OPERATIONS = ("reading", "adding", "recalling")
+TITLES = {
+    READING: "turns of a dial read",
+    ADDING: "sums of a dial",
+    RECALLING: "friends and neighbours recalled",
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text, and the places in it that an operation predicts.
+
+    Args:
+        text: the text.
+        spans: begin and end of each place, in characters; a place begins with the space before its word.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def probes_of(world: World, shares: Mapping[str, float], count: int, seed: int = 0) -> dict[str, list[Probe]]:
+    """Return probes of each operation that the texts of a pretraining run need: none without texts to reason about.
+
+    Args:
+        shares: of the run's documents, by kind, as `World.documents` names them.
+        count: texts of each operation.
+    """
+    if not shares.get("reasoning", 0):
+        return {}
+    makers: dict[str, Callable[[World, random.Random], Iterable[Piece]]] = {
+        READING: _reading,
+        ADDING: _adding,
+        RECALLING: _recalling,
+    }
+    rng = random.Random(f"probes-{world.seed}-{seed}")
+    return {name: [_joined(make(world, rng)) for _ in range(count)] for name, make in makers.items()}
+
+
+def _joined(pieces: Iterable[Piece]) -> Probe:
+    text, spans = "", []
+    for piece, is_predicted in pieces:
+        if is_predicted:
+            spans.append((len(text), len(text) + len(piece)))
+        text += piece
+    return Probe(text, tuple(spans))
+
+
+def _reading(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a thought about a dial; the number of each turn is read from the question."""
+    problem = draw_problem(world.facts, world.relations, rng, DIAL, HELD_OUT)
+    # After where the dial is at first: the name of a turn, its number, where the dial is before and after it.
+    return _thought(problem, lambda place, words: 1 if place else None)
+
+
+def _adding(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a thought about a dial; where it is after each turn is a sum."""
+    problem = draw_problem(world.facts, world.relations, rng, DIAL, HELD_OUT)
+    return _thought(problem, lambda place, words: len(words) - 1 if place else None)
+
+
+def _recalling(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a thought about friends and neighbours; what each step ends with was told in the texts alone."""
+    problem = draw_problem(world.facts, world.relations, rng, HOPS, HELD_OUT)
+    return _thought(problem, lambda place, words: len(words) - 1)
+
+
+def _thought(problem: Problem, place_of: Callable[[int, list[str]], int | None]) -> Iterable[Piece]:
+    """Yield a conversation with its thought in pieces.
+
+    Args:
+        place_of: returns the place of the predicted word in a step, from the step's place and words; `None` for none.
+    """
+    conversation = CONVERSATION.format(problem.question, problem.response(shows_thought=True))
+    before, _, after = conversation.partition(f" {problem.thought}")
+    yield before, False
+    for place, step in enumerate(problem.steps):
+        words = step.removesuffix(".").split()
+        predicted = place_of(place, words)
+        yield from ((f" {word}", index == predicted) for index, word in enumerate(words))
+        yield ".", False
+    yield after, False

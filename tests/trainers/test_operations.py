@@ -1,0 +1,134 @@
+"""Probes of what a model can do: about the right places, exact, and without a trace in what is trained."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, LlamaConfig, Trainer, TrainingArguments
+
+from hfllm.data.tokenizer import THOUGHT_MARKS, train_tokenizer
+from hfllm.data.world.operations import ADDING, OPERATIONS, READING, RECALLING, Probe, probes_of
+from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, NUMBERS_OF_DIAL, RELATIONS, part_of
+from hfllm.trainers.callbacks import ProbeCallback
+from hfllm.trainers.monitors import add_to_logs
+
+SHARES = {"reasoning": 0.5}
+
+
+@pytest.fixture(scope="module")
+def probes(world):
+    return probes_of(world, SHARES, 40)
+
+
+@pytest.fixture(scope="module")
+def reader(world):
+    """A tokenizer of the texts that probes are like."""
+    return train_tokenizer(world.documents(2000, 5, reasoning=0.6), 600, 256, added_tokens=THOUGHT_MARKS)
+
+
+class Oracle(torch.nn.Module):
+    """Predicts the next token of each text, or another one where it is told to fail."""
+
+    def __init__(self, fails=lambda place: False):
+        super().__init__()
+        self.weight, self.fails = torch.nn.Parameter(torch.zeros(1)), fails
+        self.config = LlamaConfig(max_position_embeddings=512)
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids):
+        following = torch.roll(input_ids, -1, dims=1)
+        for place in range(input_ids.shape[1]):
+            if self.fails(place):
+                following[:, place] += 1
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, 2048).float())
+
+
+def said(probe):
+    return [probe.text[begin:end] for begin, end in probe.spans]
+
+
+def test_probes_are_drawn_by_the_seed_and_only_for_texts_to_reason_about(world, probes):
+    assert probes == probes_of(world, SHARES, 40) != probes_of(world, SHARES, 40, seed=1)
+    assert tuple(probes) == OPERATIONS and {len(each) for each in probes.values()} == {40}
+    assert probes_of(world, {"deeds": 0.2}, 40) == probes_of(world, {}, 40) == {}
+
+
+def test_probed_places_hold_what_their_operation_gives(world, probes):
+    for name in (READING, ADDING):
+        for probe in probes[name]:
+            asked = probe.text.split("<|end|>")[0]
+            first, *turns = (int(number) for number in re.findall(r"(?:at|by) (\d)", asked))
+            sums, shows = [], first
+            for turn in turns:
+                shows = (shows + turn) % NUMBERS_OF_DIAL
+                sums.append(shows)
+            assert said(probe) == [f" {number}" for number in (turns if name == READING else sums)]
+            assert part_of(DIAL, f"dial {first} {' '.join(map(str, turns))}") == HELD_OUT
+    for probe in probes[RECALLING]:
+        thought = re.search(r"<think> (.*)</think>", probe.text)[1]
+        assert said(probe) == [f" {step.split()[-1]}" for step in thought.removesuffix(".").split(". ")]
+        asked = re.search(rf"((?:(?:{'|'.join(RELATIONS)}) of the )+\w+)", probe.text)[1]
+        kinds = {part_of(HOPS, f"hops {what} {asked}") for what in (*next(iter(world.facts.values())), "animal")}
+        assert HELD_OUT in kinds
+
+
+def test_shares_are_those_of_the_probed_tokens_alone(probes, reader):
+    for start in (reader.bos_token, None):
+        reader.bos_token = start
+        callback = ProbeCallback(reader, probes)
+        assert all(set(shares) == {1.0} for shares in callback.shares(Oracle()).values())
+        assert all(set(shares) == {0.0} for shares in callback.shares(Oracle(lambda place: True)).values())
+        # Whatever is wrong before the first probed place does not count; from one probed token on it does.
+        text = "It is at 5. Turn A by 4. Turn B by 3."
+        for word, wrong_from, share in ((" 3", 0, 0.0), (" 3", 99, 1.0)):
+            begin = text.index(word)
+            one = {"adding": [Probe(text, ((begin, begin + len(word)),))]}
+            fails = Oracle(lambda place, wrong_from=wrong_from: place >= wrong_from)
+            assert ProbeCallback(reader, one).shares(fails) == {"adding": [share]}
+        ids = reader(text, add_special_tokens=False)["input_ids"]
+        last = ids.index(reader(" 3", add_special_tokens=False)["input_ids"][-1])
+        place = last - 1 + (start is not None)
+        begin = text.index(" 3")
+        only = {"adding": [Probe(text, ((begin, begin + 2),))]}
+        assert ProbeCallback(reader, only).shares(Oracle(place.__eq__)) == {"adding": [0.0]}
+        assert ProbeCallback(reader, only).shares(Oracle(place.__ne__)) == {"adding": [1.0]}
+
+
+def test_texts_longer_than_the_context_are_left_out(probes, reader):
+    model = Oracle()
+    model.config.max_position_embeddings = 48
+    shares = ProbeCallback(reader, probes).shares(model)
+    assert not {READING, ADDING} & shares.keys() and 0 < len(shares[RECALLING]) < 40
+
+
+def test_probes_are_logged_and_leave_no_trace_in_training(world, make_model, tokenizer, tmp_path):
+    def trained(has_probes):
+        rows = tokenizer(world.documents(40, 1), truncation=True, max_length=32)["input_ids"]
+        trainer = Trainer(
+            model=make_model(hidden_dropout=0.2),
+            args=TrainingArguments(
+                output_dir=str(tmp_path / str(has_probes)),
+                max_steps=4,
+                logging_steps=2,
+                per_device_train_batch_size=4,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict({"input_ids": rows}),
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        )
+        if has_probes:
+            add_to_logs(trainer, ProbeCallback(tokenizer, probes_of(world, SHARES, 4)))
+        trainer.train()
+        return trainer
+
+    plain, probed = trained(False), trained(True)
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(weight, probed.model.state_dict()[name]), name
+    logged = [entry for entry in probed.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert all(0 <= entry[f"probe_{operation}"] <= 1 for entry in logged for operation in OPERATIONS)
